@@ -1,0 +1,3925 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
+"""queuectl: a background job queue for the command line, in one file.
+
+Hand over shell commands on one machine and be sure that they run: later, in
+parallel, by priority, again after a failure, never twice at once, never lost.
+SQLite keeps the jobs, worker threads run them, failures are retried with
+exponential backoff and end in a dead letter queue.
+
+Words
+    job       one shell command, kept until somebody deletes it
+    run       one start of a job's command; a job that is retried has several
+    attempt   a run that ended by the job's own doing (a crash of the worker is not)
+    queue     the name under which jobs are grouped; also the database as a whole
+    pool      one `worker start`: a process with a number of slots
+    slot      room in a pool for one running command
+    claim     the number of a run, drawn when a pool takes the job; it only grows
+    fence     the guard "only if the job's claim is still mine" on a later write
+    lease     how long a pool may be silent before its claims are taken from it
+    gate      what a waiting job waits for: its time, other jobs, or just a slot
+    due       its time has come
+    dead      failed for good: in the dead letter queue (DLQ) until a person acts
+    lost      the end of a run that nobody saw, because its pool died
+    turn      one transaction of a pool: record what ended, claim what is due
+
+Life cycle
+
+    enqueue --> pending --claim--> processing --complete--> completed
+                 ^   ^                 |  |  |
+                 |   +----release------+  |  +--cancel--> cancelled
+                 |                        |
+                 |   failed <----fail-----+
+                 |     |  (due again after its backoff: claim)
+                 |     +--- attempts used up: bury --> dead
+                 +------------- retry, by a person (from any but processing)
+
+Invariants
+    (I1) A state changes only by a verb of MOVES, in a statement that guards on the
+         old state, and in one transaction with its row in `events`.
+    (I2) A job is 'processing' exactly when it has a claim.     [CHECK in the schema]
+    (I3) Only the holder of a job's claim can end its run; a late one changes nothing.
+    (I4) A claim number is never used twice.                          [AUTOINCREMENT]
+    (I5) From the commit of a claim until the last process of its run is gone, the
+         run's lock is held: by the pool up to the start, then by the process tree.
+    (I6) A job is taken from a pool only when that pool is gone or silent for a lease,
+         and only when the run's lock is free.
+    (I7) A waiting job has a gate; only an open gate can be claimed.  [CHECK, index]
+    (I8) `counts` equals the number of jobs by queue and state.
+    (I9) One thread of a pool touches the database; no transaction waits for anything
+         but the write lock and the disk.
+
+Contents: `grep -n '^# ----' queuectl.py`
+     1 Vocabulary   states, moves, limits, errors
+     2 Records      rows and values as named tuples
+     3 Rules        times, durations, backoff, what follows an outcome: pure
+     4 Input        what people hand in, checked: pure
+     5 SQL          every statement
+     6 Store        the database file: opening, transactions, rows in and out
+     7 Host         locks that tell who is alive, the process table, wake-ups
+     8 Ledger       the only code that changes a job's state
+     9 Queue        the promises to people: one method, one transaction
+    10 Claims       the promises to pools: one turn, one transaction
+    11 Views        records as text or JSON
+    12 Runner       one command, one process tree, one outcome
+    13 Pool         slots, signals, shutdown, rescue
+    14 CLI          the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import datetime
+import json
+import math
+import os
+import random
+import re
+import select
+import signal
+import sqlite3
+import struct
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows: clients work there, pools refuse in words
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    import concurrent.futures as futures
+    import socket
+    import subprocess
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Job", "Queue", "QueueError", "Run", "main"]
+
+# ---- 1 Vocabulary ------------------------------------------------------------
+
+PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
+    "pending", "processing", "completed", "failed", "dead", "cancelled")
+
+
+class Move(NamedTuple):
+    """One arrow of the life cycle."""
+    sources: tuple[str, ...]
+    target: str
+    because: str
+
+
+MOVES = {
+    #                from                   to          because
+    "claim":    Move((PENDING, FAILED),     PROCESSING, "claimed by a worker"),
+    "complete": Move((PROCESSING,),         COMPLETED,  "exit status 0"),
+    "fail":     Move((PROCESSING,),         FAILED,     "waits for its retry"),
+    "bury":     Move((PROCESSING,),         DEAD,       "no attempt left"),
+    "release":  Move((PROCESSING,),         PENDING,    "handed back by its worker"),
+    "cancel":   Move((PENDING, FAILED, PROCESSING), CANCELLED, "cancelled"),
+    "retry":    Move((DEAD, CANCELLED, COMPLETED, FAILED, PENDING), PENDING,
+                     "retried by a person"),
+}
+WAITING = MOVES["claim"].sources
+OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
+
+# What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
+OPEN, TIMED, BLOCKED = GATES = ("open", "time", "after")
+
+# How a run ended. LOST: nobody saw it. RELEASED: ended by its own pool's shutdown.
+DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
+    "completed", "failed", "timeout", "cancelled", "released", "lost")
+
+# What somebody asked of a running job, and of a pool.
+CANCEL = "cancel"
+DRAIN, NOW = "drain", "now"
+
+EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
+DEFAULT_QUEUE = "default"
+
+EX_OK, EX_NO, EX_USAGE = 0, 1, 2
+EX_TIMEOUT = 124      # as timeout(1)
+EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
+BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
+FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
+DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
+RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
+SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
+DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
+CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
+REMOVE_BATCH = 500     # jobs deleted in one transaction: some 10 ms of write lock
+READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
+LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
+MAX_SLOTS = 512        # of one pool: threads, and three descriptors each
+MAX_TEXT = 1 << 20     # bytes of a job's command; the kernel takes 128 KiB of it as sh -c
+MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
+MAX_RETRIES = 10**9
+MAX_PRIORITY = 10**9
+PAGE_SIZE = 1000       # jobs read at once where there may be very many
+SOCKET_BUFFER = 4096
+
+LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal and -shm
+APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
+
+
+class QueueError(Exception):
+    """A refusal: what is wrong, then what to do; never a mistake of our own.
+
+    `code` is one of a closed list that `--json` prints.
+    """
+    code = "refused"
+    exit_status = EX_NO
+    item: int | None = None     # which one of several things was at fault, from 0
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}; {hint}" if hint else message)
+        self.message, self.hint = message, hint
+
+
+class UsageError(QueueError):
+    """The command line itself is wrong."""
+    code = "usage"
+    exit_status = EX_USAGE
+
+
+class NoQueue(QueueError):
+    """There is no database at that path, and the command only reads."""
+    code = "no-queue"
+
+
+class NotAQueue(QueueError):
+    """The file is something else; it is left as it is."""
+    code = "not-a-queue"
+
+
+class NewerVersion(QueueError):
+    """The file was written by a newer queuectl; it is left as it is."""
+    code = "newer-version"
+
+
+class Damaged(QueueError):
+    """SQLite found the file damaged; it is left as it is."""
+    code = "damaged"
+
+
+class Moved(QueueError):
+    """The database was deleted, moved or replaced while it was open."""
+    code = "database-gone"
+
+
+class Unwritable(QueueError):
+    """The file or its directory cannot be written, or the disk does not take it."""
+    code = "unwritable"
+
+
+class DiskFull(Unwritable):
+    """There is no room; nothing was changed."""
+    code = "disk-full"
+
+
+class Busy(QueueError):
+    """Another process held the write lock for longer than BUSY_DEADLINE."""
+    code = "busy"
+
+
+class NoSuchJob(QueueError):
+    """No job has that id."""
+    code = "no-such-job"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id!r}", "`queuectl list` shows what there is")
+        self.job_id = job_id
+
+
+class NoSuchRun(QueueError):
+    """The job has no run of that number (yet)."""
+    code = "no-such-run"
+
+
+class JobExists(QueueError):
+    """A job of that id is there already."""
+    code = "job-exists"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is a job {job_id!r} already",
+                         "choose another id, or leave the id out")
+        self.job_id = job_id
+
+
+class InvalidJob(QueueError):
+    """A job's field is unknown, of a wrong type, or out of range; `key` names it."""
+    code = "invalid-job"
+
+    def __init__(self, key: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.key = key
+
+
+class WrongState(QueueError):
+    """The job's state does not allow that."""
+    code = "wrong-state"
+
+
+class InUse(QueueError):
+    """Something else needs it: a job that waits for it, a worker of that name."""
+    code = "in-use"
+
+
+class NoSuchSetting(QueueError):
+    """The configuration has no such key."""
+    code = "no-such-setting"
+
+
+class InvalidValue(QueueError):
+    """A value is of a wrong type or out of range."""
+    code = "invalid-value"
+
+
+class NoSuchWorker(QueueError):
+    """No worker of that name runs."""
+    code = "no-such-worker"
+
+
+class NotFinished(QueueError):
+    """Something did not end in the time that was given."""
+    code = "not-finished"
+
+
+class Unsupported(QueueError):
+    """This platform or situation cannot do that."""
+    code = "unsupported"
+
+
+# ---- 2 Records ---------------------------------------------------------------
+# Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
+
+class Job(NamedTuple):
+    """One row of `jobs`; field order is column order."""
+    seq: int                    # order of enqueueing; the N of job-N
+    id: str
+    command: str                # run by /bin/sh -c
+    state: str
+    attempts: int               # ended runs that were the job's own doing
+    max_retries: int            # runs that may fail before the job is dead
+    created_at: str
+    updated_at: str             # the last change of state
+    queue: str
+    priority: int               # higher first
+    run_at: str                 # not to be started before this moment
+    timeout: float | None       # seconds; 0: never; None: as worker and config say
+    backoff_base: float | None  # seconds; None: as worker and config say
+    after: tuple[str, ...]      # ids of jobs that must be completed first
+    unique: str | None          # key of which only one job may be unfinished
+    tags: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    crashes: int                # runs that were lost with their worker
+    worker: str | None          # name of the pool that runs it; None: not running
+    started_at: str | None      # of the last run
+    finished_at: str | None     # of the last run that ended
+    exit_code: int | None       # of the last run: status, 128+N for a signal
+    error: str | None           # why the last run failed
+    gate: str | None            # what it waits for; None: it does not wait
+    rank: int                   # place in line, lower first; see `rank`
+    claim: int | None           # number of the run that is under way: the fence (I3)
+    wish: str | None            # CANCEL: somebody wants this run ended
+
+
+class Run(NamedTuple):
+    """One row of `runs`."""
+    claim: int                  # never used twice (I4)
+    job: int                    # Job.seq
+    number: int                 # 1, 2, ... within the job
+    pool: int                   # Worker.id
+    worker: str                 # the pool's name
+    slot: int                   # 1 ... slots
+    started_at: str
+    finished_at: str | None     # None: under way
+    duration: float | None      # seconds by the monotonic clock; None: nobody saw the end
+    outcome: str | None         # one of OUTCOMES
+    exit_code: int | None
+    error: str | None
+    output_bytes: int           # printed in all; more than kept: some is left out
+    output: bytes               # what was kept: beginning and end
+
+
+class Worker(NamedTuple):
+    """One row of `workers`: a pool that runs, or died without a word."""
+    id: int
+    name: str
+    host: str
+    boot: str                   # the kernel's boot id; "" where there is none
+    pid: int
+    born: str                   # start time of the process, as the kernel tells it
+    slots: int
+    queues: tuple[str, ...]     # (): all
+    port: int | None            # UDP, loopback, for wake-ups
+    started_at: str
+    heartbeat_at: str
+    beat: int                   # grows with each heartbeat
+    wish: str | None            # DRAIN or NOW: somebody wants it stopped
+
+
+class Event(NamedTuple):
+    """One change of a job's state."""
+    id: str
+    source: str | None          # None: enqueued
+    target: str
+    at: str
+    reason: str
+
+
+class Place(NamedTuple):
+    """A place in the line of jobs that may start; the order of the fields is the line's."""
+    rank: int
+    run_at: str
+    seq: int
+    queue: str
+
+
+class Outcome(NamedTuple):
+    """How one run ended."""
+    kind: str                   # one of OUTCOMES
+    exit_code: int | None = None
+    error: str | None = None
+    duration: float | None = None   # seconds
+    output: bytes = b""
+    output_bytes: int = 0
+
+
+class Spec(NamedTuple):
+    """A job as somebody asked for it, checked; None: take the default."""
+    command: str
+    id: str | None = None
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
+    run_at: float | None = None     # epoch seconds; None: at once
+    max_retries: int | None = None
+    timeout: float | None = None
+    backoff_base: float | None = None
+    after: tuple[str, ...] = ()
+    unique: str | None = None
+    tags: tuple[str, ...] = ()
+    env: Mapping[str, str] = {}     # never changed: specs are values
+    cwd: str | None = None
+
+
+class Settings(NamedTuple):
+    """The configuration, parsed; durations in seconds, None: off."""
+    max_retries: int
+    backoff_base: float
+    backoff_max: float
+    backoff_jitter: float
+    timeout: float | None
+    kill_grace: float
+    output_limit: int           # bytes
+    retention_completed: float | None
+    retention_dead: float | None
+    heartbeat: float
+    lease: float
+    crash_limit: int
+    on_completed: str | None
+    on_dead: str | None
+    on_idle: str | None
+    priority_ageing: float | None
+
+
+class PoolOptions(NamedTuple):
+    """What `worker start` was asked to do."""
+    slots: int = 1
+    name: str | None = None             # None: host-pid
+    queues: tuple[str, ...] = ()        # (): all
+    timeout: float | None = None        # for jobs that set none
+    backoff_base: float | None = None   # for jobs that set none
+    drain: bool = False
+    max_jobs: int | None = None
+    grace: float | None = None          # seconds; None: wait for ever
+
+
+class Settled(NamedTuple):
+    """A run that was recorded: the job as it is now, and how it came to that."""
+    job: Job
+    outcome: Outcome
+    number: int         # of the run
+    attempt: int        # which attempt the run was
+
+
+class Claimed(NamedTuple):
+    """A job that this pool may start now."""
+    job: Job
+    claim: int
+    number: int
+    lock: int           # descriptor that holds the run's lock; -1: no such locks here
+
+
+class Stranded(NamedTuple):
+    """A run that lost its pool, with the pool's row if that is still there."""
+    run: Run
+    owner: Worker | None
+
+
+class Turn(NamedTuple):
+    """What one turn of a pool brought."""
+    settled: list[Settled]
+    claimed: list[Claimed]
+    mine: dict[int, str | None]     # claims the database says this pool holds: wish
+    stop: str | None                # wish for the pool
+    behind: bool                    # more jobs are due than one turn lets in
+
+
+class Spread(NamedTuple):
+    """How durations are spread; seconds, None without values."""
+    count: int
+    mean: float | None
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class Summary(NamedTuple):
+    """What a queue, or all of them, did in a time."""
+    enqueued: int
+    completed: int          # jobs
+    retried: int            # failed attempts that were followed by a wait
+    died: int
+    cancelled: int
+    lost: int               # runs lost with their worker
+    run_time: Spread        # of runs whose end somebody saw
+    wait_time: Spread       # from due to started
+
+
+class WorkerView(NamedTuple):
+    """A pool with what it runs; `is_alive` is None on another machine."""
+    worker: Worker
+    is_alive: bool | None
+    running: list[Job]
+
+
+class Status(NamedTuple):
+    """The first screen."""
+    counts: dict[str, int]          # by state; all states are there
+    workers: list[WorkerView]
+    paused: list[str]
+    next_due: Job | None
+    database: str
+
+
+# ---- 3 Rules -----------------------------------------------------------------
+# Decisions without effects: time, chance and rows come in, values go out.
+
+EPOCH = datetime.datetime(1970, 1, 1)
+MILLISECOND = datetime.timedelta(milliseconds=1)
+
+
+def iso(moment: float) -> str:
+    """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
+
+    The thousandth of a millisecond undoes what a float loses of a stored value.
+    """
+    stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
+    return stamp.isoformat(timespec="milliseconds") + "Z"
+
+
+def iso_up(moment: float) -> str:
+    """As `iso`, rounded up: a job that waits for it is never early."""
+    return iso(moment + 0.000998)
+
+
+def epoch(stamp: str) -> float:
+    """The epoch seconds of a stored time."""
+    return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
+
+
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
+
+
+def parse_duration(text: object) -> float:
+    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue."""
+    seconds = -1.0
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        seconds = float(text)
+    elif isinstance(text, str) and _NUMBER.fullmatch(text.strip()):
+        seconds = float(text)
+    elif isinstance(text, str) and _DURATION.fullmatch(text.strip()):
+        seconds = sum(float(n) * UNITS[unit] for n, unit in _PART.findall(text))
+    if not 0 <= seconds <= MAX_DURATION:
+        raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+    return seconds
+
+
+def parse_time(text: object, now: float) -> float:
+    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`."""
+    try:
+        moment = _moment(text, now)
+        iso_up(moment)
+    except (ValueError, OverflowError, OSError):
+        raise InvalidValue(
+            f"{text!r} is not a time", "use 2026-01-31T18:00, 2026-01-31T18:00Z, "
+            "epoch seconds, +10m or 18:00") from None
+    return moment
+
+
+def _moment(text: object, now: float) -> float:
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return float(text)
+    if not isinstance(text, str):
+        raise ValueError
+    text = text.strip()
+    if text.startswith("+"):
+        return now + parse_duration(text[1:])
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
+        return _next_clock_time(text, now)
+    stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
+    if stamp.tzinfo is None:
+        return stamp.timestamp()
+    return (stamp.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+            - EPOCH) / MILLISECOND / 1000
+
+
+def _next_clock_time(text: str, now: float) -> float:
+    """The next local HH:MM; by the calendar, so that a change of clocks is no matter."""
+    hour, minute, *second = (int(part) for part in text.split(":"))
+    today = datetime.datetime.fromtimestamp(now)
+    wanted = today.replace(hour=hour, minute=minute, second=(second or [0])[0],
+                           microsecond=0)
+    if wanted.timestamp() <= now:
+        wanted += datetime.timedelta(days=1)
+    return wanted.timestamp()
+
+
+SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 20,
+         "kb": 1000, "mb": 10**6}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64KiB`, `1MiB` or a bare number; at most 16 MiB."""
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
+    size = int(match[1]) * SIZES.get(match[2].lower(), -1) if match else -1
+    if not 0 <= size <= 16 << 20:
+        raise InvalidValue(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
+    return size
+
+
+def parse_share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not re.fullmatch(r"[01]|[01]?\.\d+|[01]\.", text) or float(text) > 1:
+        raise InvalidValue(f"{text!r} is not a share", "use a number from 0 to 1")
+    return float(text)
+
+
+def parse_whole(text: str, least: int = 0, most: int = MAX_RETRIES) -> int:
+    """A whole number within bounds."""
+    if not re.fullmatch(r"[+-]?\d{1,12}", text) or not least <= int(text) <= most:
+        raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
+                           "use digits alone")
+    return int(text)
+
+
+def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser that also takes `none`."""
+    return lambda text: None if text in ("none", "") else parse(text)
+
+
+def _at_least(least: float) -> Callable[[str], float]:
+    """A parser of durations that are not too short to work."""
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds < least:
+            raise InvalidValue(f"{text!r} is too short", f"use at least {least}s")
+        return seconds
+    return parse
+
+
+class Setting(NamedTuple):
+    """One key of the configuration."""
+    default: str
+    parse: Callable[[str], Any]
+    meaning: str
+
+
+SETTINGS = {    # read whenever they are needed, so that a change takes effect at once
+    "max-retries": Setting("3", parse_whole,
+                           "runs that may fail before a job is dead, the first included"),
+    "backoff-base": Setting("2s", parse_duration,
+                            "wait after the first failure; doubled after each further"),
+    "backoff-max": Setting("1h", parse_duration, "no retry waits longer"),
+    "backoff-jitter": Setting("0", parse_share,
+                              "share of the wait that is left to chance, 0 to 1"),
+    "timeout": Setting("none", _off_or(parse_duration), "a run is ended after this time"),
+    "kill-grace": Setting("5s", parse_duration, "time between SIGTERM and SIGKILL"),
+    "output-limit": Setting("64KiB", parse_size,
+                            "of longer output the beginning and the end are kept"),
+    "retention-completed": Setting("none", _off_or(parse_duration),
+                                   "completed jobs are deleted after this time"),
+    "retention-dead": Setting("none", _off_or(parse_duration),
+                              "dead jobs are deleted after this time"),
+    "heartbeat": Setting("5s", _at_least(0.1), "how often a worker shows that it lives"),
+    "lease": Setting("30s", _at_least(1),
+                     "a worker silent for this long loses its jobs"),
+    "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
+                           "lost runs after which a job is dead"),
+    "on-completed": Setting("none", _off_or(str), "shell command after each completed job"),
+    "on-dead": Setting("none", _off_or(str), "shell command after each job that died"),
+    "on-idle": Setting("none", _off_or(str), "shell command when nothing is left to do"),
+    "priority-ageing": Setting("none", _off_or(_at_least(1)),
+                               "a waiting job counts one priority higher after each"),
+}
+# Keys of the contract whose behaviour is not built yet: not offered until they work.
+UNBUILT = ("retention-completed", "retention-dead", "on-completed", "on-dead", "on-idle",
+           "priority-ageing")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint that names the most similar of the words, or "" if none is near."""
+    import difflib  # 5 ms, and only for a mistake
+    close = difflib.get_close_matches(word, list(words), 1, 0.6)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def setting_key(key: str) -> str:
+    """The key as the table has it, from either spelling; else NoSuchSetting."""
+    name = key.replace("_", "-")
+    offered = [known for known in SETTINGS if known not in UNBUILT]
+    if name not in offered:
+        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, offered)
+                            or "`queuectl config list` shows them")
+    return name
+
+
+def settings_of(stored: Mapping[str, str]) -> Settings:
+    """The settings in force: what is stored, else the defaults."""
+    return Settings(*(setting.parse(stored.get(key, setting.default))
+                      for key, setting in SETTINGS.items()))
+
+
+def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
+    """Seconds to wait after the `failures`-th failed attempt.
+
+    base, 2 base, 4 base ... up to backoff-max; `chance` (0 to 1) spreads it by
+    backoff-jitter to both sides, so that jobs that failed together part.
+    """
+    if base <= 0:
+        return 0.0
+    wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
+    wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
+    return min(settings.backoff_max, wait)
+
+
+def first_set(*values: float | None) -> float | None:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def rank(priority: int, run_at: str, settings: Settings) -> int:
+    """The place in line, lower first; equal ranks go by run_at, then by age.
+
+    With ageing all waiting jobs gain at one speed, so their order never changes
+    and a stored number serves: the due time, set back by the priority's worth.
+    """
+    if settings.priority_ageing is None:
+        return -priority
+    return round(epoch(run_at) * 1000) - round(priority * settings.priority_ageing * 1000)
+
+
+def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
+           chance: float, now: float) -> tuple[str, Job, str]:
+    """The verb that follows from a run's end, the job to store, and the reason.
+
+    `base` is the pool's own backoff-base; a job's own comes before it. A job that
+    was to be cancelled and yet completed is completed: that is what happened.
+    """
+    job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
+                       finished_at=iso(now))
+    if outcome.kind == DONE:
+        return "complete", job._replace(attempts=job.attempts + 1), "exit status 0"
+    if job.wish == CANCEL or outcome.kind == STOPPED:
+        return "cancel", job, "cancelled while it ran"
+    if outcome.kind == RELEASED:
+        return "release", job, MOVES["release"].because
+    if outcome.kind == LOST:
+        return _settle_lost(job, settings, now)
+    job = job._replace(attempts=job.attempts + 1)
+    reason = outcome.error or outcome.kind
+    if job.attempts >= job.max_retries:
+        return "bury", job, reason
+    base = first_set(job.backoff_base, base, settings.backoff_base) or 0.0
+    wait = backoff(job.attempts, base, settings, chance)
+    return "fail", job._replace(run_at=iso_up(now + wait)), reason
+
+
+def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
+    """A crash is not the job's failure: it has a budget of its own, and no backoff."""
+    job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
+    if job.crashes >= settings.crash_limit:
+        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
+    return "fail", job, "its worker was lost"
+
+
+def because(source: str | None, target: str) -> str:
+    """The usual reason for a change of state, where none was noted."""
+    return next((step.because for step in MOVES.values()
+                 if step.target == target and source in step.sources), "enqueued")
+
+
+def choose(line: Iterable[Place], room: Callable[[str], int], free: int) -> list[Place]:
+    """The first `free` places of the line whose queue has room, by `room(queue)`."""
+    taken: dict[str, int] = {}
+    chosen: list[Place] = []
+    for place in line:
+        if len(chosen) == free:
+            break
+        if taken.get(place.queue, 0) < room(place.queue):
+            taken[place.queue] = taken.get(place.queue, 0) + 1
+            chosen.append(place)
+    return chosen
+
+
+class Silence:
+    """How long each pool has been silent, as this watcher itself has seen it.
+
+    Only time in which we looked counts: between two looks at most `gap` seconds, so
+    that a watcher that was suspended does not wake up and bury its living peers.
+    """
+
+    def __init__(self, gap: float) -> None:
+        self._gap = gap
+        self._seen: dict[int, tuple[int, float]] = {}   # pool: last beat, silent for
+        self._last: float | None = None
+
+    def look(self, beats: Mapping[int, int], now: float) -> dict[int, float]:
+        """Seconds of silence by pool; `now` is a monotonic clock's."""
+        step = min(now - self._last, self._gap) if self._last is not None else 0.0
+        self._last = now
+        self._seen = {
+            pool: (beat, self._seen[pool][1] + step)
+            if pool in self._seen and self._seen[pool][0] == beat else (beat, 0.0)
+            for pool, beat in beats.items()}
+        return {pool: silent for pool, (_, silent) in self._seen.items()}
+
+
+class Output:
+    """What a command printed, as bytes: the first and the last half of a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_size, self._tail_size = limit // 2, limit - limit // 2
+        self._head, self._tail = bytearray(), bytearray()
+        self.total = 0
+
+    def feed(self, piece: bytes) -> None:
+        """Take in the next bytes; the work and the memory stay bounded."""
+        self.total += len(piece)
+        room = self._head_size - len(self._head)
+        if room > 0:
+            self._head += piece[:room]
+            piece = piece[room:]
+        self._tail += piece
+        if len(self._tail) > 2 * self._tail_size + READ_SIZE:
+            del self._tail[:len(self._tail) - self._tail_size]
+
+    def kept(self) -> bytes:
+        """Beginning and end; exactly the limit long if anything was left out."""
+        end = bytes(self._tail[-self._tail_size:]) if self._tail_size else b""
+        return bytes(self._head) + end
+
+
+def readable(kept: bytes, total: int) -> bytes:
+    """Kept output with a line in the middle that says how much was left out."""
+    missing = total - len(kept)
+    if missing <= 0:
+        return kept
+    middle = len(kept) // 2
+    note = f"\n[... {missing} bytes left out ...]\n".encode()
+    return kept[:middle] + note + kept[middle:]
+
+
+def since(kept: bytes, total: int, seen: int) -> bytes:
+    """What came after the first `seen` bytes, as far as it was kept."""
+    if seen >= total:
+        return b""
+    if total == len(kept):
+        return kept[seen:]
+    middle = len(kept) // 2
+    end_from = total - (len(kept) - middle)     # where the kept end begins
+    if seen >= end_from:
+        return kept[len(kept) - (total - seen):]
+    missing = end_from - max(seen, middle)
+    note = f"\n[... {missing} bytes left out ...]\n".encode() if missing > 0 else b""
+    return kept[seen:middle] + note + kept[middle:]
+
+
+def last_line(output: bytes) -> str:
+    """The last line that says something, shortened: often the error message."""
+    for line in reversed(output[-2000:].splitlines()):
+        text = line.decode("utf-8", "replace").strip()
+        if text:
+            return "".join(c if c.isprintable() else " " for c in text)[:200]
+    return ""
+
+
+# Upper bounds of histogram buckets in each decade: the E24 series of preferred
+# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is about
+# a tenth above the one before: a percentile read from the buckets is off by 5 %.
+_E24 = (10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
+        33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91)
+_DECADES = range(-4, 7)     # 0.1 ms to 116 days
+BOUNDS = tuple(digit * 10.0 ** (decade - 1) for decade in _DECADES for digit in _E24)
+
+
+def bucket_of(seconds: float) -> int:
+    """The bucket of a duration: the first whose bound is not below it."""
+    return min(bisect.bisect_left(BOUNDS, seconds), len(BOUNDS) - 1)
+
+
+def percentile(buckets: Mapping[int, int], share: float) -> float | None:
+    """The bound below which `share` of the values lie; None without values."""
+    left = share * sum(buckets.values())
+    for bucket in sorted(buckets):
+        left -= buckets[bucket]
+        if left <= 1e-9:
+            return BOUNDS[bucket]
+    return None
+
+
+def spread(buckets: Mapping[int, int], total: float) -> Spread:
+    """Mean (exact) and percentiles (within 5 %) of a histogram."""
+    count = sum(buckets.values())
+    return Spread(count, total / count if count else None, percentile(buckets, 0.5),
+                  percentile(buckets, 0.95), percentile(buckets, 0.99))
+
+
+def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
+    """Put tallies (kind, bucket, n, total) together."""
+    counts: dict[str, int] = {}
+    buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
+    totals = {"run_time": 0.0, "wait_time": 0.0}
+    for kind, bucket, n, total in rows:
+        if kind in buckets:
+            buckets[kind][bucket] = buckets[kind].get(bucket, 0) + n
+            totals[kind] += total
+        else:
+            counts[kind] = counts.get(kind, 0) + n
+    return Summary(
+        *(counts.get(kind, 0) for kind in (
+            "enqueue", "complete", "fail", "bury", "cancel", f"run:{LOST}")),
+        *(spread(buckets[kind], totals[kind]) for kind in ("run_time", "wait_time")))
+
+
+# ---- 4 Input -----------------------------------------------------------------
+# What people hand in: JSON, lines and words become specs, or an error says why not.
+
+_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
+_OWN_ID = re.compile(r"job-([1-9]\d{0,14})")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _wrong(key: str, value: object, wanted: str) -> InvalidJob:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return InvalidJob(key, f"{key}: {shown} is not {wanted[0]}", wanted[1:].strip())
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8, SQLite and a command line can hold."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_command(key: str, value: Any, now: float) -> str:
+    if not is_text(value) or not value.strip():
+        raise InvalidJob(key, f"{key} is not text with something in it",
+                         "give a shell command, in UTF-8 and without NUL")
+    if len(value) > MAX_TEXT:
+        raise InvalidJob(key, f"{key} is longer than {MAX_TEXT} characters",
+                         "put it into a script and enqueue that")
+    return str(value)
+
+
+def _check_name(key: str, value: Any, now: float) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise InvalidJob(key, f"{key}: {value!r} is not a name", NAME_FORM)
+    return value
+
+
+def _check_whole(key: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) \
+            or not least <= value <= most:
+        raise InvalidJob(key, f"{key}: {value!r} is not a whole number"
+                              f" from {least} to {most}")
+    return value
+
+
+def _check_priority(key: str, value: Any, now: float) -> int:
+    return _check_whole(key, value, -MAX_PRIORITY, MAX_PRIORITY)
+
+
+def _check_retries(key: str, value: Any, now: float) -> int:
+    return _check_whole(key, value, 0, MAX_RETRIES)
+
+
+def _check_duration(key: str, value: Any, now: float) -> float:
+    try:
+        return parse_duration(value)
+    except InvalidValue as error:
+        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+
+
+def _check_time(key: str, value: Any, now: float) -> float:
+    try:
+        return parse_time(value, now)
+    except InvalidValue as error:
+        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+
+
+def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise InvalidJob(key, f"{key}: {value!r} is not a list of names", NAME_FORM)
+    return tuple(dict.fromkeys(_check_name(key, name, now) for name in value))
+
+
+def _check_unique(key: str, value: Any, now: float) -> str:
+    if not is_text(value) or not 1 <= len(value) <= 256:
+        raise InvalidJob(key, f"{key}: {value!r} is not a key",
+                         "use text of 1 to 256 characters")
+    return str(value)
+
+
+def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InvalidJob(key, f"{key}: {value!r} is not an object",
+                         'use {"NAME": "value"}')
+    for name, text in value.items():
+        if not _ENV_NAME.fullmatch(name) or not is_text(text):
+            raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
+                             "names are of A-Z a-z 0-9 _, values are text")
+    return value
+
+
+def _check_cwd(key: str, value: Any, now: float) -> str:
+    if not is_text(value) or not value:
+        raise InvalidJob(key, f"{key}: {value!r} is not a directory's path")
+    return os.path.abspath(value)
+
+
+FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
+    "command": _check_command, "id": _check_name, "queue": _check_name,
+    "priority": _check_priority, "run_at": _check_time, "delay": _check_duration,
+    "max_retries": _check_retries, "timeout": _check_duration,
+    "backoff_base": _check_duration, "after": _check_names, "unique": _check_unique,
+    "tags": _check_names, "env": _check_env, "cwd": _check_cwd,
+}
+# What the queue itself keeps: ignored on the way in, so that `show --json` can come back.
+KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
+        "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
+
+
+def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
+    """The checked job of a JSON object's keys; InvalidJob names the key at fault.
+
+    Keys may be written with `-` for `_`; a value of null means the default.
+    """
+    checked: dict[str, Any] = {}
+    for given, value in fields.items():
+        key = given.replace("-", "_") if isinstance(given, str) else given
+        check = FIELDS.get(key)
+        if check is None and key not in KEPT:
+            raise InvalidJob(str(given), f"unknown key {given!r}", nearest(
+                str(key), FIELDS) or "a job has: " + ", ".join(FIELDS))
+        if check is not None and value is not None:
+            checked[key] = check(key, value, now)
+    if "delay" in checked:
+        if "run_at" in checked:
+            raise InvalidJob("delay", "delay and run_at are both given", "give one")
+        checked["run_at"] = now + checked.pop("delay")
+    if "command" not in checked:
+        raise InvalidJob("command", "the job has no command",
+                         'give {"command": "..."} at least')
+    return Spec(**checked)
+
+
+def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
+    """The keys of a job object that the queue keeps itself."""
+    return [key for key in fields if key.replace("-", "_") in KEPT]
+
+
+# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`.
+_JSON_OBJECT = re.compile(r'\s*\{(\S|\s*["}]|\s*$)')
+_JSON_ARRAY = re.compile(r'\s*\[\s*([{"\]\d]|$)')
+
+
+def fields_of(text: str) -> list[dict[str, Any]]:
+    """The job objects in one argument or line: an object, an array, or a command."""
+    if _JSON_OBJECT.match(text) or _JSON_ARRAY.match(text):
+        return _objects(text)
+    return [{"command": text.strip()}]
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidJob("command", f"not valid JSON ({error})",
+                         "a job object looks like {\"command\": \"echo hi\"}") from None
+    except RecursionError:
+        raise InvalidJob("command", "not valid JSON (nested too deeply)") from None
+    values = value if isinstance(value, list) else [value]
+    for number, item in enumerate(values, 1):
+        if not isinstance(item, dict):
+            raise InvalidJob("command", f"item {number} is not a JSON object",
+                             'each looks like {"command": "echo hi"}')
+    return values
+
+
+def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The job objects of a file with their line numbers; errors begin `line N:`."""
+    if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
+        whole = _whole(content)
+        if whole is not None:
+            yield from enumerate(whole, 1)
+            return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        with at_line(number):
+            text = _decoded(line)
+            if text and not text.startswith("#"):
+                for fields in fields_of(text):
+                    yield number, fields
+
+
+def _whole(content: bytes) -> list[dict[str, Any]] | None:
+    """The jobs of a file that holds one JSON array or object over several lines."""
+    if b"\n" not in content.strip():
+        return None
+    try:
+        json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return _objects(content.decode("utf-8-sig"))
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InvalidJob("command", f"not UTF-8 ({error.reason} at byte {error.start})",
+                         "convert the file with iconv -t UTF-8") from None
+
+
+@contextlib.contextmanager
+def at_line(number: int) -> Iterator[None]:
+    """Put `line N: ` before the message of an InvalidJob."""
+    try:
+        yield
+    except InvalidJob as error:
+        raise InvalidJob(error.key, f"line {number}: {error.message}",
+                         error.hint) from None
+
+
+# ---- 5 SQL -------------------------------------------------------------------
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)
+
+
+class Order(NamedTuple):
+    """One way to sort jobs: for SQL, and to put several sorted lists together."""
+    sql: str
+    key: Callable[[Job], Any]
+    reverse: bool = False
+
+
+ORDERS = {
+    "newest":   Order("seq DESC", lambda job: job.seq, True),
+    "oldest":   Order("seq", lambda job: job.seq),
+    "priority": Order("priority DESC, run_at, seq",
+                      lambda job: (-job.priority, job.run_at, job.seq)),
+    "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
+    "finished": Order("finished_at DESC, seq DESC",
+                      lambda job: (job.finished_at or "", job.seq), True),
+    "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
+    "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
+}
+END_OF_TIME = 1 << 62   # a seq above all others
+
+
+def like_pattern(text: str) -> str:
+    """A LIKE pattern for text that contains `text` as it stands."""
+    return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
+
+
+class Sql:
+    """Every statement the program runs. Tests prepare each one.
+
+    Partial indexes serve only the very literals they were made with, so these stand
+    in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
+    """
+
+    SCHEMA = f"""
+        CREATE TABLE meta (
+            key    TEXT PRIMARY KEY,
+            value  TEXT NOT NULL
+        ) WITHOUT ROWID;
+
+        CREATE TABLE settings (
+            key    TEXT PRIMARY KEY,
+            value  TEXT NOT NULL
+        ) WITHOUT ROWID;
+
+        CREATE TABLE jobs (
+            seq           INTEGER PRIMARY KEY AUTOINCREMENT,
+            id            TEXT NOT NULL UNIQUE,
+            command       TEXT NOT NULL,
+            state         TEXT NOT NULL CHECK (state IN ({_list(STATES)})),
+            attempts      INTEGER NOT NULL DEFAULT 0,
+            max_retries   INTEGER NOT NULL,
+            created_at    TEXT NOT NULL,
+            updated_at    TEXT NOT NULL,
+            queue         TEXT NOT NULL,
+            priority      INTEGER NOT NULL DEFAULT 0,
+            run_at        TEXT NOT NULL,
+            timeout       REAL,
+            backoff_base  REAL,
+            after         TEXT NOT NULL DEFAULT '[]',
+            "unique"      TEXT,
+            tags          TEXT NOT NULL DEFAULT '[]',
+            env           TEXT NOT NULL DEFAULT '{{}}',
+            cwd           TEXT NOT NULL,
+            crashes       INTEGER NOT NULL DEFAULT 0,
+            worker        TEXT,
+            started_at    TEXT,
+            finished_at   TEXT,
+            exit_code     INTEGER,
+            error         TEXT,
+            gate          TEXT CHECK (gate IN ({_list(GATES)})),
+            rank          INTEGER NOT NULL DEFAULT 0,
+            claim         INTEGER,
+            wish          TEXT,
+            CHECK ((state = '{PROCESSING}') = (claim IS NOT NULL)),
+            CHECK ((claim IS NULL) = (worker IS NULL)),
+            CHECK ((state IN ({_list(WAITING)})) = (gate IS NOT NULL)),
+            CHECK (wish IS NULL OR claim IS NOT NULL)
+        );
+        CREATE INDEX jobs_by_state ON jobs (state, seq);
+        CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE gate = 'open';
+        CREATE INDEX jobs_in_queue ON jobs (queue, rank, run_at, seq)
+            WHERE gate = 'open';
+        CREATE INDEX jobs_by_time ON jobs (run_at) WHERE gate = 'time';
+        CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
+        CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
+            WHERE "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL);
+        CREATE INDEX jobs_by_end ON jobs (state, finished_at)
+            WHERE gate IS NULL AND claim IS NULL;
+
+        CREATE TABLE runs (
+            claim         INTEGER PRIMARY KEY AUTOINCREMENT,
+            job           INTEGER NOT NULL,
+            number        INTEGER NOT NULL,
+            pool          INTEGER NOT NULL,
+            worker        TEXT NOT NULL,
+            slot          INTEGER NOT NULL,
+            started_at    TEXT NOT NULL,
+            finished_at   TEXT,
+            duration      REAL,
+            outcome       TEXT CHECK (outcome IN ({_list(OUTCOMES)})),
+            exit_code     INTEGER,
+            error         TEXT,
+            output_bytes  INTEGER NOT NULL DEFAULT 0,
+            output        BLOB NOT NULL DEFAULT x'',
+            CHECK ((finished_at IS NULL) = (outcome IS NULL))
+        );
+        CREATE INDEX runs_by_job ON runs (job);
+
+        CREATE TABLE events (
+            seq     INTEGER PRIMARY KEY AUTOINCREMENT,
+            job     INTEGER NOT NULL,
+            "from"  TEXT,
+            "to"    TEXT NOT NULL,
+            at      TEXT NOT NULL,
+            reason  TEXT
+        );
+        CREATE INDEX events_by_job ON events (job);
+
+        CREATE TABLE dependencies (
+            needs  INTEGER NOT NULL,
+            job    INTEGER NOT NULL,
+            PRIMARY KEY (needs, job)
+        ) WITHOUT ROWID;
+        CREATE INDEX dependencies_by_job ON dependencies (job);
+
+        CREATE TABLE tags (
+            tag  TEXT NOT NULL,
+            job  INTEGER NOT NULL,
+            PRIMARY KEY (tag, job)
+        ) WITHOUT ROWID;
+        CREATE INDEX tags_by_job ON tags (job);
+
+        CREATE TABLE queues (
+            name       TEXT PRIMARY KEY,
+            paused     INTEGER NOT NULL DEFAULT 0,
+            job_limit  INTEGER NOT NULL DEFAULT 0
+        ) WITHOUT ROWID;
+
+        CREATE TABLE schedules (
+            name        TEXT PRIMARY KEY,
+            cron        TEXT NOT NULL,
+            job         TEXT NOT NULL,
+            paused      INTEGER NOT NULL DEFAULT 0,
+            created_at  TEXT NOT NULL,
+            next_run    TEXT,
+            last_run    TEXT,
+            last_job    INTEGER
+        ) WITHOUT ROWID;
+
+        CREATE TABLE workers (
+            id            INTEGER PRIMARY KEY AUTOINCREMENT,
+            name          TEXT NOT NULL UNIQUE,
+            host          TEXT NOT NULL,
+            boot          TEXT NOT NULL,
+            pid           INTEGER NOT NULL,
+            born          TEXT NOT NULL,
+            slots         INTEGER NOT NULL,
+            queues        TEXT NOT NULL,
+            port          INTEGER,
+            started_at    TEXT NOT NULL,
+            heartbeat_at  TEXT NOT NULL,
+            beat          INTEGER NOT NULL DEFAULT 0,
+            wish          TEXT
+        );
+
+        CREATE TABLE counts (
+            queue  TEXT NOT NULL,
+            state  TEXT NOT NULL,
+            n      INTEGER NOT NULL CHECK (n >= 0),
+            PRIMARY KEY (queue, state)
+        ) WITHOUT ROWID;
+
+        CREATE TABLE tallies (
+            minute  INTEGER NOT NULL,
+            queue   TEXT NOT NULL,
+            kind    TEXT NOT NULL,
+            bucket  INTEGER NOT NULL,
+            n       INTEGER NOT NULL,
+            total   REAL NOT NULL DEFAULT 0,
+            PRIMARY KEY (minute, queue, kind, bucket)
+        ) WITHOUT ROWID;
+        """
+
+    # Opening. The file's kind is set before it becomes WAL, so it stands in the header.
+    KIND = "PRAGMA application_id"
+    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
+    VERSION = "PRAGMA user_version"
+    VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
+    JOURNAL = "PRAGMA journal_mode = WAL"
+    DURABLE = "PRAGMA synchronous = FULL"       # one fsync a commit: survives power cuts
+    WAL_LIMIT = "PRAGMA journal_size_limit = 8388608"
+    CHANGED = "PRAGMA data_version"
+    NAME_DATABASE = "INSERT INTO meta (key, value) VALUES ('id', :id)"
+    DATABASE_NAME = "SELECT value FROM meta WHERE key = 'id'"
+
+    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that reads first fails at once when busy
+    COMMIT = "COMMIT"
+    ROLLBACK = "ROLLBACK"
+
+    # Jobs, one by one and in lists.
+    INSERT_JOB = """
+        INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
+                          queue, priority, run_at, timeout, backoff_base, after,
+                          "unique", tags, env, cwd, gate, rank)
+        VALUES (:seq, :id, :command, :state, :max_retries, :created_at, :updated_at,
+                :queue, :priority, :run_at, :timeout, :backoff_base, :after,
+                :unique, :tags, :env, :cwd, :gate, :rank)
+        """
+    LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+    JOB = "SELECT * FROM jobs WHERE id = :id"
+    JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
+    JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
+    JOB_BY_UNIQUE = """
+        SELECT *
+          FROM jobs
+         WHERE "unique" = :unique
+           AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
+        """
+    SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
+    LIST = "SELECT * FROM jobs WHERE seq < :before"
+    FILTERS = {
+        "state": "state = :state",
+        "queue": "queue = :queue",
+        "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
+        "search": r"(command LIKE :search ESCAPE '\' OR id LIKE :search ESCAPE '\')",
+        "ended_before": "finished_at < :ended_before",
+    }
+    PAGE = "LIMIT :limit"
+
+    @classmethod
+    def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
+        """A statement of constant parts, for the filters that have values."""
+        clauses = [cls.LIST]
+        if state is not None:
+            clauses.append(cls.FILTERS["state"])
+        clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
+        return f"{' AND '.join(clauses)} ORDER BY {order} {cls.PAGE}"
+
+    COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
+    NEXT_DUE = """
+        SELECT *
+          FROM jobs
+         WHERE gate = 'time'
+         ORDER BY run_at
+         LIMIT 1
+        """
+
+    # The one statement that changes a state. State alone would let a late worker end
+    # a later claim; the claim's number is the fence (I1, I3).
+    MOVE = """
+        UPDATE jobs
+           SET state = :state, attempts = :attempts, crashes = :crashes,
+               updated_at = :updated_at, run_at = :run_at, worker = :worker,
+               started_at = :started_at, finished_at = :finished_at,
+               exit_code = :exit_code, error = :error, gate = :gate, rank = :rank,
+               claim = :claim, wish = :wish
+         WHERE seq = :seq
+           AND state = :source AND claim IS :held
+        """
+    WISH = """
+        UPDATE jobs
+           SET wish = :wish
+         WHERE seq = :seq
+           AND claim = :claim
+        """
+    INSERT_EVENT = """
+        INSERT INTO events (job, "from", "to", at, reason)
+        VALUES (:job, :source, :target, :at, :reason)
+        """
+    EVENTS_OF = """
+        SELECT jobs.id, "from", "to", at, reason
+          FROM events
+          JOIN jobs ON jobs.seq = events.job
+         WHERE events.job = :job
+         ORDER BY events.seq
+        """
+
+    # Dependencies: a row as long as the job that is needed is there.
+    INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
+    UNMET = """
+        SELECT COUNT(*)
+          FROM dependencies
+          JOIN jobs ON jobs.seq = dependencies.needs
+         WHERE dependencies.job = :job
+           AND jobs.state <> 'completed'
+        """
+    DEPENDENTS = """
+        SELECT jobs.*
+          FROM dependencies
+          JOIN jobs ON jobs.seq = dependencies.job
+         WHERE dependencies.needs = :needs
+           AND jobs.gate IS NOT NULL
+         ORDER BY jobs.seq
+        """
+    SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
+
+    INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
+
+    # Deleting: the job last, so that a reader never meets a job without its history.
+    DELETE_JOB = (
+        "DELETE FROM runs WHERE job = :seq",
+        "DELETE FROM events WHERE job = :seq",
+        "DELETE FROM tags WHERE job = :seq",
+        "DELETE FROM dependencies WHERE job = :seq",
+        "DELETE FROM dependencies WHERE needs = :seq",
+        "DELETE FROM jobs WHERE seq = :seq",
+    )
+
+    # Runs.
+    INSERT_RUN = """
+        INSERT INTO runs (job, number, pool, worker, slot, started_at)
+        VALUES (:job, :number, :pool, :worker, :slot, :started_at)
+        """
+    END_RUN = """
+        UPDATE runs
+           SET finished_at = :finished_at, duration = :duration, outcome = :outcome,
+               exit_code = :exit_code, error = :error,
+               output_bytes = MAX(output_bytes, :output_bytes),
+               output = CASE WHEN :output_bytes >= output_bytes THEN :output
+                             ELSE output END
+         WHERE claim = :claim
+           AND outcome IS NULL
+        """
+    SAVE_OUTPUT = """
+        UPDATE runs
+           SET output = :output, output_bytes = :output_bytes
+         WHERE claim = :claim
+           AND outcome IS NULL
+        """
+    LAST_NUMBER = "SELECT COALESCE(MAX(number), 0) FROM runs WHERE job = :job"
+    RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
+    RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
+    LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
+    RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    UNDER_WAY = """
+        SELECT runs.*
+          FROM jobs
+          JOIN runs ON runs.claim = jobs.claim
+         WHERE jobs.claim IS NOT NULL
+         ORDER BY jobs.claim
+        """
+
+    # The claim. Selected and taken in one IMMEDIATE transaction (I2).
+    ANY_OPEN = """
+        SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
+            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
+        """
+    LET_IN = """
+        UPDATE jobs
+           SET gate = 'open'
+         WHERE seq IN (SELECT seq
+                         FROM jobs
+                        WHERE gate = 'time' AND run_at <= :now
+                        ORDER BY run_at
+                        LIMIT :limit)
+        """
+    LINE = """
+        SELECT rank, run_at, seq, queue
+          FROM jobs
+         WHERE gate = 'open'
+         ORDER BY rank, run_at, seq
+         LIMIT :limit
+        """
+    QUEUE_LINE = """
+        SELECT rank, run_at, seq, queue
+          FROM jobs
+         WHERE gate = 'open' AND queue = :queue
+         ORDER BY rank, run_at, seq
+         LIMIT :limit
+        """
+    ANY_OPEN_IN = "SELECT 1 FROM jobs WHERE gate = 'open' AND queue = :queue LIMIT 1"
+    ANY_DUE_IN = """
+        SELECT 1
+          FROM jobs
+         WHERE gate = 'time' AND run_at <= :now
+           AND queue = :queue
+         LIMIT 1
+        """
+    MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
+
+    QUEUES = "SELECT name, paused, job_limit FROM queues"
+
+    # Pools.
+    INSERT_WORKER = """
+        INSERT INTO workers (name, host, boot, pid, born, slots, queues, port,
+                             started_at, heartbeat_at)
+        VALUES (:name, :host, :boot, :pid, :born, :slots, :queues, :port,
+                :started_at, :heartbeat_at)
+        """
+    WORKERS = "SELECT * FROM workers ORDER BY id"
+    WORKER_NAMED = "SELECT * FROM workers WHERE name = :name"
+    WORKER_WISH = "SELECT wish FROM workers WHERE id = :id"
+    BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
+    STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
+    DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
+    DELETE_IDLE_WORKER = """
+        DELETE FROM workers
+         WHERE id = :id
+           AND NOT EXISTS (SELECT 1
+                             FROM jobs
+                             JOIN runs ON runs.claim = jobs.claim
+                            WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
+        """
+    PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
+
+    # Settings.
+    STORED_SETTINGS = "SELECT key, value FROM settings"
+    SET = """
+        INSERT INTO settings (key, value)
+        VALUES (:key, :value)
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """
+    RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
+    UNSET = "DELETE FROM settings WHERE key = :key"
+
+    # Counters, written once a transaction (I8). Minute 0 is all time: it survives purges.
+    COUNT_UP = """
+        INSERT INTO counts (queue, state, n)
+        VALUES (?, ?, ?)
+            ON CONFLICT (queue, state) DO UPDATE SET n = n + excluded.n
+        """
+    COUNT_DOWN = "UPDATE counts SET n = n - ? WHERE queue = ? AND state = ?"
+    TALLY = """
+        INSERT INTO tallies (minute, queue, kind, bucket, n, total)
+        VALUES (?, ?, ?, ?, ?, ?)
+            ON CONFLICT (minute, queue, kind, bucket)
+            DO UPDATE SET n = n + excluded.n, total = total + excluded.total
+        """
+    TALLIES_EVER = """
+        SELECT queue, kind, bucket, n, total
+          FROM tallies
+         WHERE minute = 0
+        """
+    TALLIES_SINCE = """
+        SELECT queue, kind, bucket, SUM(n), SUM(total)
+          FROM tallies
+         WHERE minute >= :minute
+         GROUP BY queue, kind, bucket
+        """
+
+
+# Migrations: the script that makes version N out of N - 1; the first makes the file.
+# Each is applied whole or not at all, and never edited after release.
+MIGRATIONS = (Sql.SCHEMA,)
+SCHEMA_VERSION = len(MIGRATIONS)
+
+
+# ---- 6 Store -----------------------------------------------------------------
+
+def refusal(error: sqlite3.Error, path: str) -> QueueError | None:
+    """What SQLite's error means to the user; None if it is a mistake of ours.
+
+    Told by SQLite's own words: error codes came to Python only with 3.11.
+    """
+    said = str(error).lower()
+    if "locked" in said or "busy" in said:
+        return Busy(f"{path} is busy: another program holds its write lock",
+                    "try again, or end that program")
+    if "full" in said:
+        return DiskFull(f"no room on the disk for {path}; nothing was changed",
+                        "make room and try again")
+    if "not a database" in said or "encrypted" in said:
+        return NotAQueue(f"{path} is not a queuectl database",
+                         "give another path with --db")
+    if "malformed" in said or "corrupt" in said:
+        return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
+                       f"read with `sqlite3 {path} .recover`")
+    if "readonly" in said or "unable to open" in said or "disk i/o" in said:
+        return Unwritable(f"cannot use {path} ({error})",
+                          "check the disk and who may write the file and its directory")
+    if "too big" in said:
+        return InvalidValue("that text is too long for the database", "shorten it")
+    return None
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether trying again may help."""
+    return "locked" in str(error) or "busy" in str(error)
+
+
+def _file_uri(path: str, mode: str) -> str:
+    for char in "%?#":
+        path = path.replace(char, f"%{ord(char):02x}")
+    return f"file:{path}?{mode}"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return () if text == "[]" else tuple(json.loads(text))
+
+
+def job_of(row: tuple[Any, ...]) -> Job:
+    """The job of a row of `jobs`."""
+    env = {} if row[16] == "{}" else json.loads(row[16])
+    return Job(*row[:13], _words(row[13]), row[14], _words(row[15]), env, *row[17:])
+
+
+class Store:
+    """The database file: rows in, records out, and the transaction.
+
+    One connection. Its lock lets several threads share it; in a pool only one does
+    (I9). Every method may raise Busy, DiskFull, Unwritable, Damaged.
+    """
+
+    def __init__(self, path: str, create: bool = True) -> None:
+        if sqlite3.sqlite_version_info < (3, 34):
+            raise Unsupported(f"SQLite {sqlite3.sqlite_version} is too old",
+                              "queuectl needs 3.34 or newer")
+        self.path = os.path.realpath(path)
+        self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
+        self._process = os.getpid()
+        self._lock = threading.RLock()      # guards the connection and the two below
+        self._counts: dict[tuple[str, str], int] = {}
+        self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
+        self._make_file(create)
+        self._refuse_foreign(create)
+        self._db = self._patiently(lambda: sqlite3.connect(
+            self.path, timeout=0, isolation_level=None, check_same_thread=False,
+            cached_statements=256))
+        try:
+            self._set_up()
+        except BaseException:
+            self._db.close()
+            raise
+        self._inode = os.stat(self.path).st_ino
+
+    def close(self) -> None:
+        """Close the database; idempotent."""
+        with self._lock:
+            self._db.close()
+
+    # Opening: nothing that is not ours may change by a byte.
+
+    def _make_file(self, create: bool) -> None:
+        if not os.path.lexists(self.path):
+            if not create:
+                raise NoQueue(f"no queue at {self.path}",
+                              "`queuectl enqueue 'echo hi'` makes one")
+            try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise Unwritable(f"cannot make {self.path} ({error.strerror})",
+                                 "give a path in a directory that you may write") \
+                    from None
+        elif not os.path.isfile(self.path):
+            raise NotAQueue(f"{self.path} is not a file", "give another path with --db")
+
+    def _refuse_foreign(self, create: bool) -> None:
+        """Look at the header without a lock, a journal or a write.
+
+        SQLite looks, not open(): closing a plain descriptor would drop the locks of
+        another connection in this process.
+        """
+        if os.stat(self.path).st_size == 0:
+            if not create:
+                raise NoQueue(f"no queue at {self.path} (the file is empty)",
+                              "`queuectl enqueue 'echo hi'` makes one")
+            return
+        with contextlib.closing(self._patiently(lambda: sqlite3.connect(
+                _file_uri(self.path, "immutable=1"), uri=True))) as peek:
+            kind = self._patiently(lambda: peek.execute(Sql.KIND).fetchone()[0])
+            if kind != APPLICATION_ID:
+                raise NotAQueue(f"{self.path} is not a queuectl database",
+                                "give another path with --db")
+
+    def _set_up(self) -> None:
+        run = self._db.execute
+        if self._read_version() == 0:
+            self._create()
+        if self._read_version() > SCHEMA_VERSION:
+            raise NewerVersion(
+                f"{self.path} was written by a newer queuectl (format "
+                f"{self._read_version()}, this one knows {SCHEMA_VERSION})",
+                "use that version")
+        self._patiently(lambda: run(Sql.JOURNAL).fetchall())
+        run(Sql.DURABLE)
+        run(Sql.WAL_LIMIT)
+        if self._read_version() < SCHEMA_VERSION:
+            self._upgrade()
+
+    def _read_version(self) -> int:
+        return int(self._patiently(
+            lambda: self._db.execute(Sql.VERSION).fetchone()[0]))
+
+    def _create(self) -> None:
+        """Make the first tables, unless another process is faster."""
+        self._patiently(lambda: self._db.execute(Sql.VACUUM_STEPWISE))
+        with self.transaction():
+            if self._read_version() == 0:
+                # Locks of an earlier database of that name say nothing about this one.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + LOCK_SUFFIX)
+                self._migrate(0)
+                self._db.execute(Sql.SET_KIND)
+                self._db.execute(Sql.NAME_DATABASE, {"id": os.urandom(8).hex()})
+
+    def _upgrade(self) -> None:
+        """Bring an older format up to date in one transaction, after a backup."""
+        self.backup(f"{self.path}.format-{self._read_version()}.backup")
+        with self.transaction():
+            self._migrate(self._read_version())
+
+    def _migrate(self, version: int) -> None:
+        for script in MIGRATIONS[version:]:
+            for statement in script.split(";"):
+                if statement.strip():
+                    self._db.execute(statement)
+        self._db.execute(f"{Sql.VERSION} = {SCHEMA_VERSION}")
+
+    def backup(self, path: str) -> None:
+        """Copy the whole database, consistent, while others work; 0600; else as it was."""
+        os.close(os.open(path + ".part", os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
+        with contextlib.closing(sqlite3.connect(path + ".part")) as copy:
+            self._db.backup(copy)
+        os.replace(path + ".part", path)
+
+    # Transactions.
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        """Do it again each millisecond while others hold the lock; refuse in words."""
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                return action()
+            except sqlite3.Error as error:
+                if is_busy(error) and time.monotonic() < end:
+                    time.sleep(BUSY_PAUSE)
+                    continue
+                refused = refusal(error, self.path)
+                if refused is None:
+                    raise
+                raise refused from error
+
+    def _guard_process(self) -> None:
+        if os.getpid() != self._process:
+            raise Unsupported("this queue was opened before a fork",
+                              "open a queuectl.Queue of its own in each process")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Store]:
+        """Begin IMMEDIATE, write the counters, commit; or roll back and raise."""
+        self._guard_process()
+        with self._lock:
+            self._patiently(lambda: self._db.execute(Sql.BEGIN))
+            try:
+                yield self
+                self._write_counters()
+                self._patiently(lambda: self._db.execute(Sql.COMMIT))
+            except BaseException:
+                # After a full disk SQLite may have rolled back by itself.
+                if self._db.in_transaction:
+                    self._db.execute(Sql.ROLLBACK)
+                raise
+            finally:
+                self._counts.clear()
+                self._tallies.clear()
+
+    def _write_counters(self) -> None:
+        self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
+        self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
+                                   if n < 0])
+        self.many(Sql.TALLY, [(*key, n, total)
+                              for key, (n, total) in self._tallies.items()])
+
+    def count(self, queue: str, state: str, change: int) -> None:
+        """Note that there are `change` more jobs; written when the transaction ends."""
+        self._counts[queue, state] = self._counts.get((queue, state), 0) + change
+
+    def noted(self, queue: str, state: str) -> int:
+        """The change that this transaction has noted and not written yet."""
+        return self._counts.get((queue, state), 0)
+
+    def tally(self, now: float, queue: str, kind: str, change: int = 1,
+              value: float | None = None) -> None:
+        """Note that something happened `change` times, or once for `value` seconds."""
+        bucket = 0 if value is None else bucket_of(value)
+        for minute in (0, int(now // 60)):
+            n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
+            self._tallies[minute, queue, kind, bucket] = (n + change,
+                                                          total + (value or 0.0))
+
+    # Rows.
+
+    def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """All rows at once: a reader that lingers would keep the WAL from shrinking."""
+        self._guard_process()
+        with self._lock:
+            found: list[tuple[Any, ...]] = self._patiently(
+                lambda: self._db.execute(sql, values).fetchall())
+        return found
+
+    def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
+        """The first row, or None."""
+        return next(iter(self.rows(sql, **values)), None)
+
+    def do(self, sql: str, values: Mapping[str, Any]) -> sqlite3.Cursor:
+        """Run one statement of a transaction."""
+        try:
+            return self._db.execute(sql, values)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            refused = refusal(error, self.path)
+            if refused is None:
+                raise
+            raise refused from error
+
+    def many(self, sql: str, values: Sequence[Any]) -> None:
+        """Run one statement of a transaction for many rows."""
+        try:
+            self._db.executemany(sql, values)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            refused = refusal(error, self.path)
+            if refused is None:
+                raise
+            raise refused from error
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """The jobs a statement selects."""
+        return [job_of(row) for row in self.rows(sql, **values)]
+
+    def job(self, job_id: str) -> Job:
+        """The job of that id, else NoSuchJob."""
+        row = self.row(Sql.JOB, id=job_id)
+        if row is None:
+            raise NoSuchJob(job_id)
+        return job_of(row)
+
+    def workers(self) -> list[Worker]:
+        """The rows of all pools, dead or alive."""
+        return [Worker(*row[:7], _words(row[7]), *row[8:])
+                for row in self.rows(Sql.WORKERS)]
+
+    def settings(self) -> Settings:
+        """The configuration in force."""
+        return settings_of(self.stored_settings())
+
+    def stored_settings(self) -> dict[str, str]:
+        """The settings that somebody set, as text."""
+        return dict(self.rows(Sql.STORED_SETTINGS))  # type: ignore[arg-type]
+
+    def unmet(self, job: Job) -> bool:
+        """Whether a job that it comes after is not completed."""
+        row = self.row(Sql.UNMET, job=job.seq) if job.after else None
+        return row is not None and row[0] > 0
+
+    def database_id(self) -> str:
+        """The name that the database got when it was made."""
+        row = self.row(Sql.DATABASE_NAME)
+        return row[0] if row else ""
+
+    def changes(self) -> int:
+        """A number that changes when another connection has committed something."""
+        row = self.row(Sql.CHANGED)
+        return int(row[0]) if row else 0
+
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to the file that was opened."""
+        try:
+            return os.stat(self.path).st_ino == self._inode
+        except OSError:
+            return False
+
+
+# ---- 7 Host ------------------------------------------------------------------
+# What this machine's kernel says about pools and runs. Locks of open file
+# descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
+# they are missing, process ids with start times and a token in the environment serve.
+
+POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim numbers
+_FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
+
+
+class Locks:
+    """Byte-range locks on one small file beside the database, one byte a pool or run.
+
+    Each `hold` opens the file anew: the lock belongs to that open file description,
+    and lives until the last process that inherited it is gone.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._probe = -1
+        self._set = getattr(fcntl, "F_OFD_SETLK", None)
+        self._get = getattr(fcntl, "F_OFD_GETLK", None)
+
+    def hold(self, offset: int) -> int:
+        """Take the lock; the descriptor that holds it, -1 where there are no such locks.
+
+        Raises InUse if somebody holds it, Unwritable if the file cannot be made.
+        """
+        if self._set is None:
+            return -1
+        fd = self._open(os.O_CREAT)
+        try:
+            fcntl.fcntl(fd, self._set, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0))
+        except OSError:
+            os.close(fd)
+            raise InUse(f"lock {offset} of {self.path} is taken") from None
+        return fd
+
+    def is_held(self, offset: int) -> bool:
+        """Whether a process, this one included, holds the lock."""
+        if self._get is None:
+            return False
+        if self._probe < 0:
+            try:
+                self._probe = self._open(0)
+            except Unwritable:
+                return False        # no file: nobody ever held a lock
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
+        answer = fcntl.fcntl(self._probe, self._get, question)
+        return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
+
+    def close(self) -> None:
+        """Close the descriptor used for probing."""
+        if self._probe >= 0:
+            os.close(self._probe)
+            self._probe = -1
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        except OSError as error:
+            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
+                             "check who may write that directory") from None
+
+
+def _read(path: str) -> bytes:
+    """A small file of /proc, or b"" if it or its process is gone or not ours."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
+
+    The name before them may hold blanks and parentheses, so the last one counts.
+    """
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return [] if not fields or fields[0] in (b"Z", b"X") else fields
+
+
+class Host:
+    """This machine, as far as it concerns one database."""
+
+    def __init__(self, path: str, database_id: str) -> None:
+        self.name = os.uname().nodename if hasattr(os, "uname") else ""
+        self.boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
+        self.locks = Locks(path + LOCK_SUFFIX)
+        self._database_id = database_id
+
+    def token(self, claim: int) -> str:
+        """What the environment of each process of a run holds, as QUEUECTL_RUN."""
+        return f"{self._database_id}-{claim}"
+
+    def born(self, pid: int) -> str:
+        """When a process was started, in the kernel's own words; "" if it is gone."""
+        if self.boot:
+            fields = _stat_fields(pid)
+            return fields[19].decode() if fields else ""
+        import subprocess  # 5 ms, and only where there is no /proc
+        said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              check=False).stdout
+        return said.decode("utf-8", "replace").strip()
+
+    def is_alive(self, worker: Worker) -> bool | None:
+        """Whether the pool's process is there; None: on another machine, who knows.
+
+        Either sign of life counts, so a lock file that somebody deleted, or a process
+        id of another container, does no harm.
+        """
+        if worker.boot != self.boot:
+            return False if worker.host == self.name else None
+        if not self.boot and worker.host != self.name:
+            return None
+        return (self.locks.is_held(POOL_LOCKS + worker.id)
+                or self.born(worker.pid) == worker.born != "")
+
+    def is_over(self, claim: int, session: int = 0) -> bool:
+        """Whether no process of the run is left, and none can come (I5)."""
+        return not self.locks.is_held(claim) and not self.members(claim, session)
+
+    def members(self, claim: int, session: int = 0) -> list[int]:
+        """The processes of a run: by the token they inherited, or by their session."""
+        token = f"QUEUECTL_RUN={self.token(claim)}\0".encode()
+        if not self.boot:
+            return self._members_by_ps(token[:-1])
+        return [pid for pid in self._processes()
+                if token in _read(f"/proc/{pid}/environ")
+                and _stat_fields(pid)
+                or session and self._session(pid) == session]
+
+    def holders(self, claim: int) -> list[int]:
+        """The processes that hold the run's lock, also those that shed the token."""
+        return [pid for pid in self._processes() if self._holds(pid, claim)]
+
+    def _processes(self) -> list[int]:
+        own = os.getpid()
+        return [int(name) for name in os.listdir("/proc")
+                if name.isdigit() and int(name) != own] if self.boot else []
+
+    def group(self, pid: int) -> int:
+        """The process group of a process; -1 if it is gone."""
+        fields = _stat_fields(pid)
+        return int(fields[2]) if fields else -1
+
+    def _session(self, pid: int) -> int:
+        fields = _stat_fields(pid)
+        return int(fields[3]) if fields else -1
+
+    def _holds(self, pid: int, claim: int) -> bool:
+        """The kernel lists a descriptor's locks in its fdinfo, with their offsets."""
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            return False
+        for fd in descriptors:
+            for line in _read(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+                if line.startswith(b"lock:") and b"OFDLCK" in line \
+                        and line.split()[-2:] == [b"%d" % claim] * 2 \
+                        and self._is_lock_file(f"/proc/{pid}/fd/{fd}"):
+                    return True
+        return False
+
+    def _is_lock_file(self, link: str) -> bool:
+        try:
+            return os.path.samefile(link, self.locks.path)
+        except OSError:
+            return False
+
+    def _members_by_ps(self, token: bytes) -> list[int]:
+        import subprocess  # 5 ms, and only where there is no /proc
+        said = subprocess.run(["ps", "axeww", "-o", "pid=,command="],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              check=False).stdout
+        return [int(line.split()[0]) for line in said.splitlines()
+                if token in line.split() and int(line.split()[0]) != os.getpid()]
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Signal a process that may be gone or not ours."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+LOOPBACK = "127.0.0.1"
+
+
+def ring(ports: Iterable[int], message: bytes) -> None:
+    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else."""
+    import socket  # 3 ms, and only if a pool is there to be woken
+    with contextlib.suppress(OSError), \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        for port in ports:
+            with contextlib.suppress(OSError):
+                sender.sendto(message, (LOOPBACK, port))
+
+
+# What a wake-up says: there is a job to claim; there is something else to look at;
+# somebody reads along and wants the output of what runs.
+NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
+
+
+# ---- 8 Ledger ----------------------------------------------------------------
+# The only code that adds, moves and removes jobs. Each function is part of a
+# transaction that its caller has begun.
+
+def gate_of(store: Store, job: Job, now: float) -> str:
+    """What a waiting job waits for now."""
+    if store.unmet(job):
+        return BLOCKED
+    return TIMED if job.run_at > iso(now) else OPEN
+
+
+def move(store: Store, verb: str, before: Job, after: Job, now: float,
+         reason: str = "") -> Job:
+    """Change a job's state by a verb of MOVES; `after` brings the other new values."""
+    step = MOVES[verb]
+    if before.state not in step.sources:
+        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
+                         "it must be " + " or ".join(step.sources))
+    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None)
+    if step.target != PROCESSING:
+        after = after._replace(claim=None, worker=None)
+    if step.target in WAITING:
+        after = after._replace(gate=gate_of(store, after, now), rank=rank(
+            after.priority, after.run_at, store.settings()))
+    _write_move(store, before, after)
+    store.do(Sql.INSERT_EVENT, {
+        "job": before.seq, "source": before.state, "target": after.state,
+        "at": after.updated_at, "reason": reason if reason != step.because else None})
+    store.count(before.queue, before.state, -1)
+    store.count(after.queue, after.state, +1)
+    store.tally(now, after.queue, verb)
+    if COMPLETED in (before.state, after.state):
+        _regate_dependents(store, after, now)
+    return after
+
+
+def _write_move(store: Store, before: Job, after: Job) -> None:
+    try:
+        changed = store.do(Sql.MOVE, {**after._asdict(), "source": before.state,
+                                      "held": before.claim})
+    except sqlite3.IntegrityError:
+        holder = store.jobs(Sql.JOB_BY_UNIQUE, unique=before.unique)
+        raise InUse(f"{before.id} cannot wait again: {holder[0].id if holder else '?'} "
+                    f"has the same unique key {before.unique!r} and is not over",
+                    "wait for that job, or cancel it") from None
+    assert changed.rowcount == 1, f"the fence failed for {before}"
+
+
+def _regate_dependents(store: Store, job: Job, now: float) -> None:
+    """Let the jobs go on that came after this one; or hold them, if it runs again."""
+    for dependent in store.jobs(Sql.DEPENDENTS, needs=job.seq):
+        gate = gate_of(store, dependent, now)
+        if gate != dependent.gate:
+            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+
+
+def remove(store: Store, job: Job, now: float) -> None:
+    """Delete a job that is not running, with its history; InUse if another needs it."""
+    if job.state == PROCESSING:
+        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
+    needing = store.jobs(Sql.DEPENDENTS, needs=job.seq)
+    if needing and job.state != COMPLETED:
+        raise InUse(f"{needing[0].id} waits for {job.id}",
+                    f"`queuectl cancel {needing[0].id}` first")
+    for statement in Sql.DELETE_JOB:
+        store.do(statement, {"seq": job.seq})
+    store.count(job.queue, job.state, -1)
+    store.tally(now, job.queue, "delete")
+
+
+def _blocked_if(job: Job, blocked: set[int]) -> Job:
+    return job._replace(gate=BLOCKED) if job.seq in blocked else job
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if value else \
+        "{}" if isinstance(value, dict) else "[]"
+
+
+@contextlib.contextmanager
+def at_item(item: int) -> Iterator[None]:
+    """Note in a QueueError which one of several things was at fault."""
+    try:
+        yield
+    except QueueError as error:
+        error.item = item
+        raise
+
+
+class Batch:
+    """Jobs to be added in one transaction, which may name each other."""
+
+    def __init__(self, store: Store, now: float) -> None:
+        self._store, self._now = store, now
+        self._settings = store.settings()
+        self._seqs: dict[str, int] = {}                 # ids of this batch
+        self._keys: dict[str, Job] = {}                 # unique keys of this batch
+        self._needs: list[dict[str, int]] = []
+        self._added: list[Job] = []
+
+    def add(self, specs: Sequence[Spec]) -> list[Job]:
+        """Add them; for a unique key that is taken, the job that has it.
+
+        An error has the number of the spec at fault in `item`, from 0.
+        """
+        last = self._last_seq(specs)
+        jobs: list[Job] = []
+        for item, spec in enumerate(specs):
+            with at_item(item):
+                jobs.append(self._known(spec) or self._new(spec, last + item + 1))
+        blocked = self._resolve_needs(specs, jobs)
+        if blocked:
+            self._added = [_blocked_if(job, blocked) for job in self._added]
+            jobs = [_blocked_if(job, blocked) for job in jobs]
+        self._write(self._added)
+        return jobs
+
+    def _last_seq(self, specs: Sequence[Spec]) -> int:
+        """The number from which the new ones count on.
+
+        It is above every job-N that somebody chose himself: no N comes twice.
+        """
+        row = self._store.row(Sql.LAST_SEQ)
+        chosen = (_OWN_ID.fullmatch(spec.id) for spec in specs if spec.id)
+        return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
+
+    def _known(self, spec: Spec) -> Job | None:
+        if spec.unique is None:
+            return None
+        if spec.unique in self._keys:
+            return self._keys[spec.unique]
+        found = self._store.jobs(Sql.JOB_BY_UNIQUE, unique=spec.unique)
+        return found[0] if found else None
+
+    def _new(self, spec: Spec, seq: int) -> Job:
+        now = iso(self._now)
+        run_at = now if spec.run_at is None else iso_up(spec.run_at)
+        retries = spec.max_retries
+        job = Job(
+            seq, spec.id or f"job-{seq}", spec.command, PENDING, 0,
+            self._settings.max_retries if retries is None else retries, now, now,
+            spec.queue, spec.priority, run_at, spec.timeout, spec.backoff_base,
+            spec.after, spec.unique, spec.tags, spec.env, spec.cwd or "", 0,
+            None, None, None, None, None, TIMED if run_at > now else OPEN,
+            rank(spec.priority, run_at, self._settings), None, None)
+        if job.id in self._seqs or spec.id and self._store.row(Sql.SEQ_OF, id=job.id):
+            raise JobExists(job.id)
+        self._seqs[job.id] = seq
+        if spec.unique is not None:
+            self._keys[spec.unique] = job
+        self._added.append(job)
+        return job
+
+    def _resolve_needs(self, specs: Sequence[Spec], jobs: Sequence[Job]) -> set[int]:
+        """Note who comes after whom; the jobs that have to wait for others."""
+        blocked: set[int] = set()
+        own = {job.seq for job in self._added}
+        for item, (spec, job) in enumerate(zip(specs, jobs)):
+            if not spec.after or job.seq not in own:
+                continue
+            for needed in spec.after:
+                with at_item(item):
+                    state, seq = self._needed(needed)
+                if state != COMPLETED:
+                    blocked.add(job.seq)
+                self._needs.append({"needs": seq, "job": job.seq})
+        self._refuse_cycle()
+        return blocked
+
+    def _needed(self, job_id: str) -> tuple[str, int]:
+        if job_id in self._seqs:
+            return PENDING, self._seqs[job_id]
+        found = self._store.jobs(Sql.JOB, id=job_id)
+        if not found:
+            raise InvalidJob("after", f"after: there is no job {job_id!r}",
+                             "`queuectl list` shows what there is")
+        return found[0].state, found[0].seq
+
+    def _refuse_cycle(self) -> None:
+        """Take away, again and again, what waits for nobody; what is left goes round.
+
+        Only jobs of one batch can: an older one cannot name a newer.
+        """
+        waits: dict[int, set[int]] = {}
+        for need in self._needs:
+            waits.setdefault(need["job"], set()).add(need["needs"])
+        free = True
+        while free:
+            free = {job for job, needs in waits.items() if not needs & waits.keys()}
+            for job in free:
+                del waits[job]
+        if waits:
+            names = sorted(id for id, seq in self._seqs.items() if seq in waits)
+            raise InvalidJob("after", f"after: {', '.join(names[:5])} wait for each other",
+                             "take one of these out")
+
+    def _write(self, jobs: list[Job]) -> None:
+        store = self._store
+        store.many(Sql.INSERT_JOB, [
+            {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
+             "env": _json(job.env)} for job in jobs])
+        store.many(Sql.INSERT_EVENT, [
+            {"job": job.seq, "source": None, "target": PENDING, "at": job.created_at,
+             "reason": None} for job in jobs])
+        store.many(Sql.INSERT_NEED, self._needs)
+        store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
+                                    for job in jobs for tag in job.tags])
+        for job in jobs:
+            store.count(job.queue, PENDING, +1)
+            store.tally(self._now, job.queue, "enqueue")
+
+
+# ---- 9 Queue -----------------------------------------------------------------
+
+class Queue:
+    """The promises: each public method is one transaction, or reads.
+
+    `path` is the database's; it is made if it is not there, unless `create` is false
+    (NoQueue). One object may be shared by threads, not by processes: after a fork
+    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged.
+    """
+
+    def __init__(self, path: str = "queue.db", create: bool = True,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.store = Store(os.fspath(path), create)
+        self.path = self.store.path
+        self.clock = clock
+        self.host = Host(self.path, self.store.database_id())
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database; the object is of no use after that."""
+        self.store.close()
+        self.host.locks.close()
+
+    # Adding.
+
+    def enqueue(self, command: str | None = None, **fields: Any) -> Job:
+        """Add one job; `fields` are the keys of a job object, as `delay=10`.
+
+        Raises InvalidJob (with the `key` at fault) and JobExists. With `unique`,
+        returns the job that has that key already, if one is not over yet.
+        """
+        if command is not None:
+            fields["command"] = command
+        return self.enqueue_many([spec_of(fields, self.clock())])[0]
+
+    def enqueue_many(self, specs: Sequence[Spec]) -> list[Job]:
+        """Add all of them or none, in their order; see `enqueue`, `spec_of`, `Batch`."""
+        here = os.getcwd()
+        specs = [spec if spec.cwd else spec._replace(cwd=here) for spec in specs]
+        with self.store.transaction() as store:
+            jobs = Batch(store, self.clock()).add(specs)
+        self.wake(NEW_JOBS)
+        return jobs
+
+    # Looking.
+
+    def job(self, job_id: str) -> Job:
+        """The job of that id, else NoSuchJob."""
+        return self.store.job(job_id)
+
+    def jobs(self, state: str | Sequence[str] = (), sort: str = "newest",
+             limit: int = 0, **filters: Any) -> list[Job]:
+        """The jobs that fit, newest first; `limit` 0: all of them.
+
+        Filters: queue, tag, search (in id and command), ended_before (a stored time),
+        before (a seq, to go on from there in the newest-first order).
+        """
+        if sort not in ORDERS:
+            raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
+        states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
+        for name in states:
+            if name not in STATES:
+                raise InvalidValue(f"there is no state {name!r}",
+                                   nearest(name, STATES) or "use " + ", ".join(STATES))
+        values = {"before": END_OF_TIME, "limit": limit or -1, **{
+            key: value for key, value in filters.items() if value is not None}}
+        if "search" in values:
+            values["search"] = like_pattern(values["search"])
+        # One indexed read a state; together they are put in order anew.
+        found = [job for name in states or [None]
+                 for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
+                                            state=name, **values)]
+        if len(states) > 1:
+            found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
+        return found[:limit or None]
+
+    def pages(self, limit: int = 0, **filters: Any) -> Iterator[Job]:
+        """As `jobs`, newest first, read a thousand at a time: any number, little memory."""
+        before, left = END_OF_TIME, limit or END_OF_TIME
+        while left > 0:
+            page = self.jobs(limit=min(PAGE_SIZE, left), before=before, **filters)
+            yield from page
+            if len(page) < PAGE_SIZE:
+                return
+            before, left = page[-1].seq, left - len(page)
+
+    def runs(self, job_id: str) -> list[Run]:
+        """The history of a job's runs, oldest first."""
+        job = self.store.job(job_id)
+        return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
+
+    def run(self, job_id: str, number: int | None = None) -> Run:
+        """One run of a job, by default the last; else NoSuchRun."""
+        job = self.store.job(job_id)
+        row = (self.store.row(Sql.LAST_RUN, job=job.seq) if number is None else
+               self.store.row(Sql.RUN, job=job.seq, number=number))
+        if row is None:
+            what = "has not run yet" if number is None else f"has no run {number}"
+            raise NoSuchRun(f"{job_id} {what}", f"`queuectl show {job_id}` says more")
+        return Run(*row)
+
+    def events(self, job_id: str) -> list[Event]:
+        """The changes of a job's state, oldest first."""
+        job = self.store.job(job_id)
+        return [Event(id, source, target, at, reason or because(source, target))
+                for id, source, target, at, reason
+                in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
+
+    def counts(self, queue: str | None = None) -> dict[str, int]:
+        """How many jobs there are in each state."""
+        counts = dict.fromkeys(STATES, 0)
+        for name, state, n in self.store.rows(Sql.COUNTS):
+            if queue in (None, name):
+                counts[state] += n
+        return counts
+
+    def status(self) -> Status:
+        """What the first screen shows."""
+        due = self.store.jobs(Sql.NEXT_DUE)
+        paused = [name for name, is_paused, _ in self.store.rows(Sql.QUEUES) if is_paused]
+        return Status(self.counts(), self.workers(), paused, due[0] if due else None,
+                      self.path)
+
+    def workers(self) -> list[WorkerView]:
+        """The pools that are there, with what each runs; dead ones are not."""
+        running: dict[int, list[Job]] = {}
+        for row in self.store.rows(Sql.UNDER_WAY):
+            run = Run(*row)
+            running.setdefault(run.pool, []).extend(
+                self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+        views = [WorkerView(worker, self.host.is_alive(worker),
+                            running.get(worker.id, []))
+                 for worker in self.store.workers()]
+        return [view for view in views if view.is_alive is not False]
+
+    def stats(self, duration: float | None = None) -> dict[str, Summary]:
+        """What each queue did in the last `duration` seconds (None: ever); "" is all.
+
+        Counted by the minute, so the start is rounded down to a full one.
+        """
+        if duration is None:
+            rows = self.store.rows(Sql.TALLIES_EVER)
+        else:
+            minute = max(1, int((self.clock() - duration) // 60))
+            rows = self.store.rows(Sql.TALLIES_SINCE, minute=minute)
+        queues = sorted({row[0] for row in rows})
+        return {"": summary(row[1:] for row in rows),   # type: ignore[misc]
+                **{queue: summary(row[1:] for row in rows  # type: ignore[misc]
+                                  if row[0] == queue) for queue in queues}}
+
+    # Changing.
+
+    def retry(self, *job_ids: str) -> list[Job]:
+        """Run jobs again from now, attempts back to 0; all of them or none.
+
+        Raises NoSuchJob, WrongState for a running one, InUse for a unique key that
+        another job has taken meanwhile.
+        """
+        now = self.clock()
+        with self.store.transaction() as store:
+            jobs = [self._retry(store.job(job_id), now) for job_id in job_ids]
+        self.wake(NEW_JOBS)
+        return jobs
+
+    def retry_dead(self, *job_ids: str, queue: str | None = None,
+                   search: str | None = None) -> list[Job]:
+        """Put dead jobs back: those named, or without names all that fit."""
+        now = self.clock()
+        with self.store.transaction() as store:
+            dead = [store.job(job_id) for job_id in job_ids] if job_ids else \
+                self.jobs(DEAD, "oldest", queue=queue, search=search)
+            for job in dead:
+                if job.state != DEAD:
+                    raise WrongState(f"{job.id} is {job.state}, not dead",
+                                     f"`queuectl retry {job.id}` retries any job")
+            jobs = [self._retry(job, now) for job in dead]
+        self.wake(NEW_JOBS)
+        return jobs
+
+    def _retry(self, job: Job, now: float) -> Job:
+        return move(self.store, "retry", job, job._replace(
+            attempts=0, crashes=0, run_at=iso(now), started_at=None, finished_at=None,
+            exit_code=None, error=None), now)
+
+    def cancel(self, *job_ids: str) -> list[Job]:
+        """Cancel jobs; all of them or none. One that runs is ended by its worker first.
+
+        So a running one comes back as 'processing' with its `wish` set. Raises
+        NoSuchJob, and WrongState for one that is over.
+        """
+        now = self.clock()
+        with self.store.transaction() as store:
+            jobs = [self._cancel(store.job(job_id), now) for job_id in job_ids]
+        self.wake(NEW_ORDERS)
+        return jobs
+
+    def _cancel(self, job: Job, now: float) -> Job:
+        if job.state == PROCESSING:
+            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim, "wish": CANCEL})
+            return job._replace(wish=CANCEL)
+        return move(self.store, "cancel", job, job._replace(finished_at=iso(now)), now)
+
+    def delete(self, *job_ids: str) -> list[Job]:
+        """Delete jobs with their history; all or none. WrongState for a running one."""
+        now = self.clock()
+        with self.store.transaction() as store:
+            jobs = [store.job(job_id) for job_id in job_ids]
+            for job in jobs:
+                remove(store, job, now)
+        return jobs
+
+    def purge_dead(self, older_than: float = 0) -> int:
+        """Delete jobs that have been dead for that many seconds; how many.
+
+        In small transactions, so that nobody waits long for the lock. Jobs that
+        others wait for stay.
+        """
+        now, deleted, kept = self.clock(), 0, 0
+        limit = iso(now - older_than + 0.001)
+        while True:
+            with self.store.transaction() as store:
+                batch = self.jobs(DEAD, "oldest", REMOVE_BATCH + kept,
+                                  ended_before=limit)[kept:]
+                for job in batch:
+                    try:
+                        remove(store, job, now)
+                        deleted += 1
+                    except InUse:
+                        kept += 1
+            if len(batch) < REMOVE_BATCH:
+                return deleted
+
+    # Configuration.
+
+    def setting(self, key: str) -> str:
+        """The value of a setting as text; NoSuchSetting names the nearest key."""
+        name = setting_key(key)
+        return self.store.stored_settings().get(name, SETTINGS[name].default)
+
+    def configure(self, key: str, value: str) -> None:
+        """Set a setting for all processes; raises NoSuchSetting, InvalidValue."""
+        name = setting_key(key)
+        SETTINGS[name].parse(value)
+        with self.store.transaction() as store:
+            store.do(Sql.SET, {"key": name, "value": value})
+        self.wake(NEW_ORDERS)
+
+    def reset(self, key: str) -> None:
+        """Put a setting back to its default."""
+        name = setting_key(key)
+        with self.store.transaction() as store:
+            store.do(Sql.UNSET, {"key": name})
+        self.wake(NEW_ORDERS)
+
+    # Pools, from outside.
+
+    def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
+        """Ask pools to finish what they run and exit; those that were asked.
+
+        `now`: they end their jobs and hand them back. NoSuchWorker for a name that
+        no living pool has.
+        """
+        living = {view.worker.name: view.worker for view in self.workers()}
+        for name in names:
+            if name not in living:
+                raise NoSuchWorker(f"no worker {name!r} is running", nearest(
+                    name, living) or "`queuectl worker list` shows them")
+        asked = [worker for name, worker in living.items() if name in names or not names]
+        with self.store.transaction() as store:
+            for worker in asked:
+                store.do(Sql.STOP_WORKER, {"id": worker.id, "wish": NOW if now else DRAIN})
+        self.wake(NEW_ORDERS)
+        return asked
+
+    def wake(self, message: bytes) -> None:
+        """Wake every pool; nothing happens where none is."""
+        ports = [row[0] for row in self.store.rows(Sql.PORTS)]
+        if ports:
+            ring(ports, message)
+
+
+# ---- 10 Claims ---------------------------------------------------------------
+
+class Claims:
+    """The promises to one pool; used by its one database thread only (I9)."""
+
+    def __init__(self, queue: Queue, options: PoolOptions) -> None:
+        self._store, self._host, self._clock = queue.store, queue.host, queue.clock
+        self._options = options
+        self.worker: Worker | None = None
+        self._lock = -1
+
+    def register(self, port: int | None) -> Worker:
+        """Enter the pool into the table, its lock held before anybody can see it.
+
+        Raises InUse if a living pool has the name.
+        """
+        options, host, now = self._options, self._host, iso(self._clock())
+        name = options.name or f"{host.name}-{os.getpid()}"
+        with self._store.transaction() as store:
+            self._free_name(name)
+            row = {"name": name, "host": host.name, "boot": host.boot,
+                   "pid": os.getpid(), "born": host.born(os.getpid()),
+                   "slots": options.slots, "queues": _json(options.queues),
+                   "port": port, "started_at": now, "heartbeat_at": now}
+            pool = store.do(Sql.INSERT_WORKER, row).lastrowid or 0
+            self._lock = host.locks.hold(POOL_LOCKS + pool)
+        self.worker = Worker(pool, name, host.name, host.boot, os.getpid(),
+                             str(row["born"]), options.slots, options.queues, port,
+                             now, now, 0, None)
+        return self.worker
+
+    def _free_name(self, name: str) -> None:
+        """A dead pool's row stays until its jobs are rescued, under another name."""
+        for worker in self._store.workers():
+            if worker.name == name:
+                if self._host.is_alive(worker) is not False:
+                    raise InUse(f"a worker named {name!r} is running already",
+                                "choose another --name")
+                self._store.do(Sql.RENAME_WORKER, {
+                    "id": worker.id, "name": f"{name}#{worker.id}"})
+
+    def leave(self) -> None:
+        """Take the pool out of the table, once nothing of it runs."""
+        assert self.worker is not None
+        with self._store.transaction() as store:
+            store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def is_work_there(self) -> bool:
+        """Whether a turn may find something; a read, so an idle pool never writes."""
+        row = self._store.row(Sql.ANY_OPEN, now=iso(self._clock()))
+        return row is not None and bool(row[0])
+
+    def next_due(self) -> float | None:
+        """The epoch seconds at which the next job's time comes; None: none waits."""
+        due = self._store.jobs(Sql.NEXT_DUE)
+        return epoch(due[0].run_at) if due else None
+
+    def turn(self, ended: Mapping[int, Outcome], outputs: Mapping[int, Output],
+             free: Sequence[int]) -> Turn:
+        """Record what ended, show signs of life, claim for the free slots: one commit.
+
+        If the commit fails nothing has happened, and `ended` is to be given again.
+        """
+        assert self.worker is not None
+        now, locks = self._clock(), list[int]()
+        try:
+            with self._store.transaction() as store:
+                store.do(Sql.BEAT, {"id": self.worker.id, "now": iso(now)})
+                settled = [done for claim, outcome in ended.items()
+                           for done in self._settle(claim, outcome, now)]
+                for claim, output in outputs.items():
+                    store.do(Sql.SAVE_OUTPUT, {"claim": claim, "output": output.kept(),
+                                               "output_bytes": output.total})
+                behind = self._let_in(now)
+                claimed = [] if behind or not free else self._claim(free, locks, now)
+                mine = dict(store.rows(Sql.MINE, worker=self.worker.name))
+                stop = store.row(Sql.WORKER_WISH, id=self.worker.id)
+        except BaseException:
+            for lock in locks:
+                os.close(lock)
+            raise
+        return Turn(settled, claimed, mine,  # type: ignore[arg-type]
+                    stop[0] if stop else None, behind)
+
+    def _let_in(self, now: float) -> bool:
+        """Open the gate of jobs whose time has come; whether there are still more.
+
+        Until all are in, nothing is claimed: the most urgent may be among the last.
+        """
+        found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
+        return found.rowcount == DUE_BATCH
+
+    def _claim(self, free: Sequence[int], locks: list[int], now: float) -> list[Claimed]:
+        claimed = []
+        for place, slot in zip(self._choose(len(free)), free):
+            before = self._store.jobs(Sql.JOB_BY_SEQ, seq=place.seq)[0]
+            claimed.append(self._take(before, slot, locks, now))
+        return claimed
+
+    def _choose(self, free: int) -> list[Place]:
+        """The first in line whose queues have room.
+
+        Mostly these are the very first. Where paused, full or foreign queues stand
+        before them, each queue that has room is asked for its own first ones.
+        """
+        room = self._room(free)
+        line = [Place(*row) for row in self._store.rows(Sql.LINE, limit=CLAIM_SCAN)]
+        chosen = choose(line, room, free)
+        if len(chosen) == free or len(line) < CLAIM_SCAN:
+            return chosen
+        waiting = {queue for queue, state, _ in self._store.rows(Sql.COUNTS)
+                   if state in WAITING and room(queue) > 0}
+        return choose(sorted(
+            Place(*row) for queue in waiting
+            for row in self._store.rows(Sql.QUEUE_LINE, queue=queue, limit=free)),
+            room, free)
+
+    def _room(self, free: int) -> Callable[[str], int]:
+        """How many more jobs of a queue may start."""
+        queues = {name: (paused, limit)
+                  for name, paused, limit in self._store.rows(Sql.QUEUES)}
+        if queues.get(EVERY_QUEUE, (0, 0))[0]:
+            return lambda queue: 0
+        running = {queue: n for queue, state, n in self._store.rows(Sql.COUNTS)
+                   if state == PROCESSING} if queues else {}
+        own = self._options.queues
+
+        def room(queue: str) -> int:
+            paused, limit = queues.get(queue, (0, 0))
+            if paused or own and queue not in own:
+                return 0
+            busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)
+            return max(0, limit - busy) if limit else free
+        return room
+
+    def _take(self, before: Job, slot: int, locks: list[int], now: float) -> Claimed:
+        assert self.worker is not None
+        row = self._store.row(Sql.LAST_NUMBER, job=before.seq)
+        number = (row[0] if row else 0) + 1
+        claim = self._store.do(Sql.INSERT_RUN, {
+            "job": before.seq, "number": number, "pool": self.worker.id,
+            "worker": self.worker.name, "slot": slot,
+            "started_at": iso(now)}).lastrowid or 0
+        lock = self._host.locks.hold(claim)     # before the commit (I5)
+        if lock >= 0:
+            locks.append(lock)
+        job = move(self._store, "claim", before, before._replace(
+            claim=claim, worker=self.worker.name, started_at=iso(now), finished_at=None,
+            exit_code=None, error=None), now)
+        self._store.tally(now, job.queue, "wait_time",
+                          value=max(0.0, now - epoch(before.run_at)))
+        return Claimed(job, claim, number, lock)
+
+    def _settle(self, claim: int, outcome: Outcome, now: float) -> list[Settled]:
+        """Record the end of a run; nothing if the claim is not this pool's any more."""
+        found = self._store.jobs(Sql.JOB_BY_CLAIM, claim=claim)
+        if not found:
+            return []
+        before, settings = found[0], self._store.settings()
+        verb, after, reason = settle(before, outcome, settings,
+                                     self._options.backoff_base, random.random(), now)
+        after = move(self._store, verb, before, after, now, reason)
+        kind = STOPPED if verb == "cancel" else outcome.kind
+        self._store.do(Sql.END_RUN, {
+            "claim": claim, "finished_at": iso(now), "duration": outcome.duration,
+            "outcome": kind, "exit_code": outcome.exit_code,
+            "error": outcome.error, "output_bytes": outcome.output_bytes,
+            "output": outcome.output})
+        self._store.tally(now, after.queue, f"run:{kind}")
+        if outcome.duration is not None:
+            self._store.tally(now, after.queue, "run_time", value=outcome.duration)
+        run = self._store.row(Sql.RUN_BY_CLAIM, claim=claim)
+        return [Settled(after, outcome, run[2] if run else 0, before.attempts + 1)]
+
+    # Rescue: what pools that are gone, or silent for a lease, have left.
+
+    def stranded(self, silent: Mapping[int, float]) -> list[Stranded]:
+        """The runs whose pool is gone, or has been silent for longer than a lease."""
+        lease = self._store.settings().lease
+        pools = {worker.id: worker for worker in self._store.workers()}
+        own = self.worker.id if self.worker else None
+        lost = {None}
+        for pool, worker in pools.items():
+            alive = self._host.is_alive(worker)
+            if pool != own and (alive is False or silent.get(pool, 0.0) >= lease):
+                lost.add(pool)  # type: ignore[arg-type]
+        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
+        return [Stranded(run, pools.get(run.pool)) for run in runs
+                if run.pool not in pools or run.pool in lost]
+
+    def beats(self) -> dict[int, int]:
+        """The heartbeats of the other pools, as counted by themselves."""
+        own = self.worker.id if self.worker else None
+        return {worker.id: worker.beat for worker in self._store.workers()
+                if worker.id != own}
+
+    def rescue(self, run: Run) -> list[Settled]:
+        """Record that a run is lost; nothing if somebody else was faster."""
+        lost = Outcome(LOST, error=f"its worker {run.worker} was lost")
+        with self._store.transaction() as store:
+            settled = self._settle(run.claim, lost, self._clock())
+            store.do(Sql.DELETE_IDLE_WORKER, {"id": run.pool})
+        return settled
+
+    def forget_dead(self) -> None:
+        """Take dead pools that hold nothing out of the table."""
+        dead = [worker for worker in self._store.workers()
+                if self._host.is_alive(worker) is False]
+        if dead:
+            with self._store.transaction() as store:
+                for worker in dead:
+                    store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+
+    def is_drained(self) -> bool:
+        """Whether nothing is running, due or waiting for a retry in this pool's queues.
+
+        What a paused queue holds cannot run, so it does not count.
+        """
+        states = {(queue, state) for queue, state, _ in self._store.rows(Sql.COUNTS)}
+        room = self._room(1)
+        busy = {queue for queue, state in states
+                if state == PROCESSING
+                and (not self._options.queues or queue in self._options.queues)}
+        waiting = {queue for queue, state in states if state in WAITING and room(queue)}
+        return not busy and not any(
+            (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
+            for queue in waiting)
+
+
+# ---- 11 Views ----------------------------------------------------------------
+# Records to text or JSON, as strings; nothing is printed here.
+
+JSON_KEYS = ("id", "command", "state", "attempts", "max_retries", "created_at",
+             "updated_at", "queue", "priority", "run_at", "timeout", "backoff_base",
+             "after", "unique", "tags", "env", "cwd", "crashes", "worker",
+             "started_at", "finished_at", "exit_code", "error")
+
+STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
+                 DEAD: "31", CANCELLED: "35"}
+BOLD, DIM = "1", "2"
+
+
+class Style(NamedTuple):
+    """How to draw: with colours or without, how wide, and what time it is."""
+    colour: bool
+    width: int          # columns; 0: as wide as it gets
+    now: float
+
+    def paint(self, text: str, code: str) -> str:
+        """The text in a colour, where colours are wanted."""
+        return f"\033[{code}m{text}\033[0m" if self.colour and code else text
+
+
+def job_object(job: Job) -> dict[str, Any]:
+    """The job as JSON shows it."""
+    return {key: getattr(job, key) for key in JSON_KEYS}
+
+
+def run_object(run: Run) -> dict[str, Any]:
+    """A run as JSON shows it; its output as text."""
+    output = readable(run.output, run.output_bytes).decode("utf-8", "replace")
+    return {"number": run.number, "worker": run.worker, "started_at": run.started_at,
+            "finished_at": run.finished_at, "duration": run.duration,
+            "outcome": run.outcome, "exit_code": run.exit_code, "error": run.error,
+            "output": output}
+
+
+def worker_object(view: WorkerView) -> dict[str, Any]:
+    """A pool as JSON shows it."""
+    worker = view.worker
+    return {"name": worker.name, "host": worker.host, "pid": worker.pid,
+            "slots": worker.slots, "running": [job.id for job in view.running],
+            "queues": list(worker.queues), "started_at": worker.started_at,
+            "heartbeat_at": worker.heartbeat_at}
+
+
+def status_object(status: Status) -> dict[str, Any]:
+    """The first screen as JSON."""
+    return {"jobs": {**status.counts, "total": sum(status.counts.values())},
+            "workers": [worker_object(view) for view in status.workers],
+            "paused": status.paused,
+            "next_due": status.next_due.run_at if status.next_due else None,
+            "database": status.database}
+
+
+def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
+    """What a queue did as JSON; throughput in jobs a second over `seconds`."""
+    over = summary.completed + summary.died
+    return {"enqueued": summary.enqueued, "completed": summary.completed,
+            "retried": summary.retried, "dead": summary.died,
+            "cancelled": summary.cancelled, "lost": summary.lost,
+            "success_rate": summary.completed / over if over else None,
+            "throughput": summary.completed / seconds if seconds > 0 else None,
+            "run_time": summary.run_time._asdict(),
+            "wait_time": summary.wait_time._asdict()}
+
+
+def dumps(value: Any, indent: int | None = 2) -> str:
+    """JSON for people and programs: readable, and with its letters as they are."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h."""
+    if seconds < 9.995:
+        return f"{seconds:.2f}s".replace(".00s", "s")
+    whole = round(seconds)
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
+                                       (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size}{unit}" + (f" {rest}{smaller}" if rest else "")
+    return f"{whole}s"
+
+
+def ago(stamp: str | None, now: float) -> str:
+    """A stored time relative to now: `5s ago`, `in 2m`."""
+    if stamp is None:
+        return "-"
+    away = epoch(stamp) - now
+    if abs(away) < 1:
+        return "now"
+    return f"in {span(math.ceil(away))}" if away > 0 else f"{span(math.floor(-away))} ago"
+
+
+def one_line(text: str) -> str:
+    """Text on one line, with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
+
+
+def wide(char: str) -> int:
+    """The columns that a character takes."""
+    if char < "\u0300":
+        return 1
+    import unicodedata  # 1 ms, and only for text beyond Latin
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def columns(text: str) -> int:
+    """The columns that a text takes on a terminal."""
+    return len(text) if text.isascii() else sum(wide(char) for char in text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text, shortened with an ellipsis to at most that many columns."""
+    if width <= 0 or columns(text) <= width:
+        return text
+    kept, used = "", 1
+    for char in text:
+        used += wide(char)
+        if used > width:
+            break
+        kept += char
+    return kept + "…"
+
+
+class Column(NamedTuple):
+    """A column of a table: its head, and a job's text and colour in it."""
+    head: str
+    cell: Callable[[Job], str]
+    colour: Callable[[Job], str] = lambda job: ""
+    is_used: Callable[[Job], bool] = lambda job: True
+
+
+def state_cell(job: Job) -> str:
+    """The state with what one wants to know beside it."""
+    if job.state in (FAILED, DEAD) and job.exit_code is not None:
+        return f"{job.state} ({job.exit_code})"
+    if job.state == PENDING and job.gate == BLOCKED:
+        return f"{job.state} (after)"
+    return job.state
+
+
+def when_cell(job: Job, now: float) -> str:
+    """The time that matters in the job's state."""
+    if job.state == PROCESSING:
+        return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
+    if job.state in WAITING:
+        return ago(job.run_at, now) if job.gate == TIMED else \
+            f"waits {span(max(0, math.floor(now - epoch(job.run_at))))}"
+    return ago(job.finished_at, now)
+
+
+def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
+    """Aligned lines, the command last and cut to the width; columns only if used."""
+    shades = STATE_COLOURS
+    offered = (
+        Column("ID", lambda job: job.id, lambda job: BOLD),
+        Column("STATE", state_cell, lambda job: shades[job.state]),
+        Column("QUEUE", lambda job: job.queue,
+               is_used=lambda job: job.queue != DEFAULT_QUEUE),
+        Column("PRIO", lambda job: str(job.priority),
+               is_used=lambda job: job.priority != 0),
+        Column("TRIES", lambda job: f"{job.attempts}/{max(1, job.max_retries)}",
+               is_used=lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
+        Column("CRASHES", lambda job: str(job.crashes),
+               is_used=lambda job: job.crashes > 0),
+        Column("TAGS", lambda job: ",".join(job.tags),
+               is_used=lambda job: bool(job.tags)),
+        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM),
+    )
+    used = [column for column in offered if any(map(column.is_used, jobs))]
+    widths = [max(len(column.head), *(len(column.cell(job)) for job in jobs))
+              for column in used]
+    room = max(12, style.width - sum(widths) - 2 * len(used)) if style.width else 0
+    head = "  ".join(column.head.ljust(width) for column, width in zip(used, widths))
+    lines = [style.paint(head + "  COMMAND", DIM)]
+    for job in jobs:
+        cells = [style.paint(column.cell(job).ljust(width), column.colour(job))
+                 for column, width in zip(used, widths)]
+        lines.append("  ".join([*cells, cut(one_line(job.command), room)]))
+    return lines
+
+
+def status_lines(status: Status, style: Style) -> list[str]:
+    """The first screen."""
+    shown = [style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
+             for state, n in status.counts.items()]
+    lines = ["jobs      " + "  ".join(shown)]
+    if not status.workers:
+        lines.append("workers   none running; `queuectl worker start` starts one")
+    for number, view in enumerate(status.workers):
+        lines.append(("workers   " if number == 0 else " " * 10)
+                     + worker_line(view, style))
+        lines += [" " * 12 + running_line(job, style) for job in view.running]
+    if status.paused:
+        names = ["all queues" if name == EVERY_QUEUE else name for name in status.paused]
+        lines.append("paused    " + style.paint(", ".join(names), "33"))
+    if status.next_due:
+        job = status.next_due
+        what = "retry" if job.state == FAILED else "scheduled"
+        lines.append(f"next due  {job.id} {ago(job.run_at, style.now)} ({what})")
+    if status.counts[DEAD]:
+        lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
+                                 STATE_COLOURS[DEAD]))
+    return [*lines, style.paint("database  " + status.database, DIM)]
+
+
+def worker_line(view: WorkerView, style: Style) -> str:
+    """A pool on one line."""
+    worker = view.worker
+    silent = style.now - epoch(worker.heartbeat_at)
+    parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
+             f"{len(view.running)}/{worker.slots} slots busy",
+             "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
+    if worker.queues:
+        parts.append("queues " + ",".join(worker.queues))
+    if worker.wish:
+        parts.append("stopping")
+    if silent > 20:
+        parts.append(style.paint(f"silent for {span(silent)}", "33"))
+    return "  ".join(parts)
+
+
+def running_line(job: Job, style: Style) -> str:
+    """What runs, on one line."""
+    line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
+    return cut(line, style.width - 12 if style.width else 0)
+
+
+def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
+    """The pools and what each runs."""
+    lines = []
+    for view in views:
+        heard = ago(view.worker.heartbeat_at, style.now)
+        lines.append(f"{worker_line(view, style)}  host {view.worker.host}"
+                     f"  heartbeat {heard}")
+        lines += ["  " + running_line(job, style) for job in view.running]
+    return lines
+
+
+def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
+               style: Style) -> list[str]:
+    """One job whole."""
+    def row(name: str, text: str) -> str:
+        return f"{name:<13}{text}"
+    now = style.now
+    optional = (
+        ("priority", str(job.priority), job.priority != 0),
+        ("tags", ", ".join(job.tags), bool(job.tags)),
+        ("after", ", ".join(job.after), bool(job.after)),
+        ("unique", job.unique or "", job.unique is not None),
+        ("env", " ".join(f"{k}={one_line(v)}" for k, v in job.env.items()),
+         bool(job.env)),
+        ("timeout", span(job.timeout or 0), job.timeout is not None),
+        ("backoff", f"{span(job.backoff_base or 0)}, doubled each time",
+         job.backoff_base is not None),
+        ("due", f"{job.run_at} ({ago(job.run_at, now)})", job.state in WAITING),
+        ("worker", str(job.worker), job.worker is not None),
+        ("crashes", str(job.crashes), job.crashes > 0),
+        ("error", one_line(job.error or ""), job.error is not None),
+    )
+    lines = [row("job", style.paint(job.id, BOLD)), row("command", job.command),
+             row("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
+             *(row("", reason) for reason in reasons),
+             row("queue", job.queue),
+             row("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
+             *(row(name, text) for name, text, is_set in optional if is_set),
+             row("directory", job.cwd),
+             row("enqueued", f"{job.created_at} ({ago(job.created_at, now)})")]
+    if runs:
+        lines += ["", style.paint("RUN  OUTCOME    EXIT  TOOK     STARTED       WORKER",
+                                  DIM), *(run_line(run, style) for run in runs)]
+    return lines
+
+
+def run_line(run: Run, style: Style) -> str:
+    """A run in the table of `show`."""
+    exit_code = "-" if run.exit_code is None else str(run.exit_code)
+    took = "-" if run.duration is None else span(run.duration)
+    line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
+            f"  {ago(run.started_at, style.now):<12}  {run.worker}")
+    return line + (f"  {one_line(run.error)}" if run.error else "")
+
+
+def stats_lines(stats: Mapping[str, Summary], seconds: float,
+                style: Style) -> list[str]:
+    """What was done, for all queues and for each."""
+    lines = []
+    for queue, summary in stats.items():
+        if queue and len(stats) == 2:
+            continue    # one queue alone says the same as all
+        over = summary.completed + summary.died
+        rate = f"{100 * summary.completed / over:.1f} %" if over else "-"
+        lines += ["" if queue else f"since     {span(seconds)}",
+                  style.paint(f"queue     {queue or 'all'}", BOLD),
+                  f"jobs      {summary.enqueued} enqueued, {summary.completed} completed,"
+                  f" {summary.died} dead, {summary.cancelled} cancelled",
+                  f"success   {rate}, {summary.retried} retries, {summary.lost} lost runs",
+                  f"rate      {per_time(summary.completed, seconds)}",
+                  spread_line("run time", summary.run_time),
+                  spread_line("waiting", summary.wait_time)]
+    return lines
+
+
+def per_time(n: int, seconds: float) -> str:
+    """A throughput in the unit in which it reads best."""
+    rate = n / seconds if seconds > 0 else 0.0
+    for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
+        if rate * size >= 1:
+            return f"{rate * size:.1f} jobs a {unit}"
+    return f"{rate * 86400:.1f} jobs a day"
+
+
+def spread_line(name: str, values: Spread) -> str:
+    """Mean and percentiles on one line."""
+    if not values.count:
+        return f"{name:<10}-"
+    shown = (("mean", values.mean), ("p50", values.p50), ("p95", values.p95),
+             ("p99", values.p99))
+    return f"{name:<10}" + "  ".join(
+        f"{label} {span(round(value or 0.0, 4))}" for label, value in shown)
+
+
+def settled_line(settled: Settled, now: float) -> str:
+    """What a worker says when a run has ended: what, in how long, and what comes next."""
+    job, outcome, _, attempt = settled
+    took = span(outcome.duration or 0.0)
+    of = f"attempt {attempt} of {max(1, job.max_retries)}"
+    cause = f" ({short_cause(outcome)})"
+    if outcome.kind == LOST:
+        what = f"{job.id} lost: {job.error}, crash {job.crashes}"
+        return what + {FAILED: ", runs again now", DEAD: ", now dead: lost too often",
+                       CANCELLED: ", was to be cancelled"}.get(job.state, "")
+    return {
+        COMPLETED: f"{job.id} completed in {took}",
+        FAILED: f"{job.id} failed{cause} after {took}, {of},"
+                f" again {ago(job.run_at, now)}",
+        DEAD: f"{job.id} dead{cause} after {took}, {of}, now in the dead letter queue",
+        CANCELLED: f"{job.id} cancelled after {took}",
+        PENDING: f"{job.id} handed back after {took}",
+    }[job.state]
+
+
+def short_cause(outcome: Outcome) -> str:
+    """Why a run failed, in two words."""
+    if outcome.kind == TIMEOUT:
+        return "timed out"
+    if outcome.exit_code is None:
+        return outcome.error or "not started"
+    if outcome.exit_code > 128 and (outcome.error or "").startswith("killed"):
+        return (outcome.error or "").partition(":")[0]
+    return f"exit {outcome.exit_code}"
+
+
+# ---- 12 Runner ---------------------------------------------------------------
+# One command, one process tree, one outcome. Knows no queue and no database.
+
+class Launch(NamedTuple):
+    """All that it takes to run a claimed job once."""
+    command: str
+    cwd: str
+    env: dict[str, str]
+    claim: int
+    lock: int                   # descriptor to pass on and close; -1: none
+    timeout: float | None       # seconds; None: never
+    kill_grace: float           # seconds from SIGTERM to SIGKILL
+    output_limit: int           # bytes
+
+
+class Wakeup:
+    """A pipe to wake a thread that waits in poll: safe in signal handlers."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
+
+    def set(self) -> None:
+        """Wake the reader; a full pipe is awake already."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.writer, b"!")
+
+    def clear(self) -> None:
+        """Take out what is in the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self.reader, SOCKET_BUFFER)) == SOCKET_BUFFER:
+                pass
+
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Lingerers:
+    """Keeps reading the pipes that background children of finished jobs still hold.
+
+    If nobody did, SIGPIPE would end what ought to go on. One thread, started with
+    the first such pipe; a daemon, so that it holds up no exit.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._count = 0
+        self._lock = threading.Lock()   # guards the count and the thread's life
+
+    def adopt(self, pipe: int) -> None:
+        """Read and throw away until the last writer is gone; any thread may call."""
+        with self._lock:
+            self._poll.register(pipe, select.POLLIN)
+            self._count += 1
+            if self._count == 1:
+                threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        while True:
+            for pipe, _ in self._poll.poll(1000):   # also sees pipes adopted meanwhile
+                if not os.read(pipe, READ_SIZE):
+                    with self._lock:
+                        self._poll.unregister(pipe)
+                        os.close(pipe)
+                        self._count -= 1
+                        if self._count == 0:
+                            return
+
+
+class Command:
+    """One run of one command. `run` belongs to a slot's thread, the rest to any."""
+
+    def __init__(self, launch: Launch, host: Host, wakeup: Wakeup,
+                 lingerers: Lingerers) -> None:
+        self._launch, self._host = launch, host
+        self._wakeup, self._lingerers = wakeup, lingerers
+        self._output = Output(launch.output_limit)
+        self._lock = threading.Lock()       # guards the output between two threads
+        self._why: str | None = None        # the outcome for which it is being ended
+        self._kill_at: float | None = None  # monotonic; None: not yet asked to end
+
+    def end(self, why: str) -> None:
+        """Ask for the end of the whole tree; `why` becomes the outcome."""
+        self._why = self._why or why
+        self._wakeup.set()
+
+    def snapshot(self) -> Output:
+        """The output so far: a copy, so that it may be stored at leisure."""
+        with self._lock:
+            copy = Output(self._launch.output_limit)
+            copy.feed(self._output.kept())
+            copy.total = self._output.total
+        return copy
+
+    def printed(self) -> int:
+        """Bytes printed so far."""
+        return self._output.total
+
+    def run(self) -> Outcome:
+        """Run the command to its end; never raises for what the command does."""
+        begun = time.monotonic()
+        if self._why:       # asked to end before it began
+            self._close_lock()
+            return Outcome(self._why, duration=0.0)
+        try:
+            process, pipe = self._start()
+        except (OSError, ValueError) as error:
+            return Outcome(FAILURE, None, self._start_error(error),
+                           time.monotonic() - begun)
+        finally:
+            self._close_lock()
+        self._follow(process, pipe, begun)
+        return self._outcome(process.returncode, time.monotonic() - begun)
+
+    def _close_lock(self) -> None:
+        if self._launch.lock >= 0:
+            os.close(self._launch.lock)
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], int]:
+        import subprocess  # 5 ms, and only in a pool
+        launch = self._launch
+        reader, writer = os.pipe()
+        try:
+            os.set_blocking(reader, False)
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", launch.command], stdin=subprocess.DEVNULL,
+                stdout=writer, stderr=writer, cwd=launch.cwd or None, env=launch.env,
+                start_new_session=True,
+                pass_fds=(launch.lock,) if launch.lock >= 0 else ())
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        return process, reader
+
+    def _start_error(self, error: Exception) -> str:
+        cwd = self._launch.cwd
+        if cwd and not os.path.isdir(cwd):
+            return f"the directory {cwd} is not there"
+        if isinstance(error, OSError) and error.errno == 7:  # E2BIG
+            return "the command and its environment are too long for the system"
+        return f"could not be started: {error}"
+
+    def _follow(self, process: subprocess.Popen[bytes], pipe: int,
+                begun: float) -> None:
+        """Read along until the command has exited; enforce time-out and wishes.
+
+        If the tree is being ended, wait for the last of it. Otherwise children left
+        in the background go on and hold nobody up.
+        """
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        poller.register(self._wakeup.reader, select.POLLIN)
+        watch = _watch_process(process.pid)
+        if watch >= 0:
+            poller.register(watch, select.POLLIN)
+        at_end = False
+        while process.poll() is None or self._why and not self._is_over(process.pid):
+            for fd, _ in poller.poll(self._patience(begun, watch, process.returncode)):
+                if fd == pipe and not self._read(pipe):
+                    at_end = True
+                    poller.unregister(pipe)
+                elif fd == self._wakeup.reader:
+                    self._wakeup.clear()
+                elif fd == watch:
+                    poller.unregister(watch)
+            self._enforce(process, begun)
+        if watch >= 0:
+            os.close(watch)
+        self._finish_reading(pipe, at_end)
+
+    def _patience(self, begun: float, watch: int, status: int | None) -> float | None:
+        """Milliseconds until there is something to do; None: until something happens."""
+        if self._why or watch < 0:
+            return RESCUE_TICK * 1000
+        if status is not None:
+            return 0
+        if self._launch.timeout is None:
+            return None
+        left = begun + self._launch.timeout - time.monotonic()
+        return min(max(0.0, left * 1000 + 1), 2e9)
+
+    def _enforce(self, process: subprocess.Popen[bytes], begun: float) -> None:
+        now, launch = time.monotonic(), self._launch
+        if process.returncode is None and self._why is None \
+                and launch.timeout is not None and now >= begun + launch.timeout:
+            self._why = TIMEOUT
+        if self._why is None:
+            return
+        if self._kill_at is None:
+            self._kill_at = now + launch.kill_grace
+            self._signal_tree(process, signal.SIGTERM)
+            self._signal_tree(process, signal.SIGCONT)
+        elif now >= self._kill_at:
+            self._signal_tree(process, signal.SIGKILL)
+
+    def _signal_tree(self, process: subprocess.Popen[bytes], number: int) -> None:
+        """Signal the group, and the descendants that left it."""
+        if process.returncode is None:  # not reaped: the id cannot be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+        claim = self._launch.claim
+        others = set(self._host.members(claim, process.pid))
+        if number == signal.SIGKILL:
+            others |= set(self._host.holders(claim))
+        for pid in others - {process.pid}:
+            if number != signal.SIGTERM or self._host.group(pid) != process.pid:
+                send_signal(pid, number)
+
+    def _is_over(self, session: int) -> bool:
+        return self._host.is_over(self._launch.claim, session)
+
+    def _read(self, pipe: int) -> int:
+        """Take in what is there; 0 at the end."""
+        try:
+            piece = os.read(pipe, READ_SIZE)
+        except BlockingIOError:
+            return -1
+        with self._lock:
+            self._output.feed(piece)
+        return len(piece)
+
+    def _finish_reading(self, pipe: int, at_end: bool) -> None:
+        """Take what is left in the pipe, but not what others go on writing."""
+        stop = self._output.total + LINGER_READ
+        size = 0 if at_end else 1
+        while size > 0 and self._output.total < stop:
+            size = self._read(pipe)
+        if size == 0:
+            os.close(pipe)
+        else:
+            self._lingerers.adopt(pipe)
+
+    def _outcome(self, status: int, duration: float) -> Outcome:
+        kept, total = self._output.kept(), self._output.total
+        code = 128 - status if status < 0 else status
+        if self._why == TIMEOUT:
+            return Outcome(TIMEOUT, EX_TIMEOUT,
+                           f"timed out after {span(self._launch.timeout or 0)}",
+                           duration, kept, total)
+        if self._why:
+            return Outcome(self._why, code, None, duration, kept, total)
+        if status == 0:
+            return Outcome(DONE, 0, None, duration, kept, total)
+        words = last_line(kept)
+        return Outcome(FAILURE, code, exit_words(status) + (f": {words}" if words else ""),
+                       duration, kept, total)
+
+
+def exit_words(status: int) -> str:
+    """A process's end in words; negative: the signal that killed it."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+def _watch_process(pid: int) -> int:
+    """A descriptor that becomes readable when the process ends; -1: none here."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def end_leftovers(host: Host, run: Run, owner: Worker | None, grace: float,
+                  is_wanted: Callable[[], bool]) -> bool:
+    """End what a lost run left behind; True when nothing of it is left (I6).
+
+    The owner itself may hold the run's lock, if it was frozen between claim and
+    start. It could start the command when it thaws: so it is killed, long after its
+    lease has run out, and only then. False when `is_wanted()` has become false.
+    """
+    kill_at = time.monotonic() + grace
+    asked: set[int] = set()
+    while not host.is_over(run.claim):
+        if not is_wanted():
+            return False
+        late = time.monotonic() >= kill_at
+        left = {*host.members(run.claim), *host.holders(run.claim)}
+        frozen = owner.pid if owner and owner.boot == host.boot else -1
+        for pid in left - {frozen}:
+            if late or pid not in asked:
+                send_signal(pid, signal.SIGKILL if late else signal.SIGTERM)
+                send_signal(pid, signal.SIGCONT)
+                asked.add(pid)
+        if late and owner and left == {frozen} and host.born(frozen) == owner.born:
+            send_signal(frozen, signal.SIGKILL)
+        time.sleep(RESCUE_TICK)
+    return True
+
+
+# ---- 13 Pool -----------------------------------------------------------------
+
+class Ride(NamedTuple):
+    """A command under way in a slot."""
+    claimed: Claimed
+    command: Command
+    slot: int
+
+
+class Pool:
+    """Slots that run jobs, and the one thread that owns the database (I9).
+
+    `run` works until it is told to stop, in the caller's thread; signals are heeded if
+    that is the main thread. Slots are threads of an executor: each runs one command,
+    hands its outcome over and wakes the owner. If one broke, its job would still get
+    an outcome. `say` takes lines of a log.
+    """
+
+    def __init__(self, queue: Queue, options: PoolOptions,
+                 say: Callable[[str], None] = lambda line: None) -> None:
+        self._queue, self._options, self._say = queue, options, say
+        self._claims = Claims(queue, options)
+        self._bell: socket.socket | None = None
+        self._wakeup = Wakeup()
+        self._lingerers = Lingerers()
+        self._poller = select.poll()
+        self._slots = {slot: Wakeup() for slot in range(1, options.slots + 1)}
+        self._free = sorted(self._slots)
+        self._rides: dict[int, Ride] = {}               # actual: by claim
+        self._results: list[tuple[int, Outcome]] = []   # from slots; append is atomic
+        self._ended: dict[int, Outcome] = {}            # not recorded yet
+        self._signals: list[int] = []                   # from handlers; likewise
+        self._rescued: list[tuple[Run, bool]] = []      # from rescuers; likewise
+        self._rescuing: set[int] = set()                # claims
+        self._peers: dict[int, int] = {}                # process watches: pool id
+        self._saved: dict[int, int] = {}                # bytes of output stored, by claim
+        self._leaving: str | None = None                # wanted: None, DRAIN or NOW
+        self._grace_ends: float | None = None           # monotonic
+        self._look = True       # there may be something to claim
+        self._orders = True     # there may be something else to read
+        self._peek = False      # somebody reads along
+        self._beat_at = 0.0     # monotonic: the next heartbeat
+        self._due_at: float | None = None               # epoch: the next due job
+        self._retry_at = 0.0    # monotonic: no turn before; the last one failed
+        self._complaint = ""
+        self._taken = 0
+        self._done: dict[str, int] = {}                 # states that jobs came to
+        self._version = -1
+
+    # The loop.
+
+    def run(self) -> int:
+        """Work until stopped; 0, or 1 if the database went away."""
+        import concurrent.futures as futures  # 9 ms, and only in a pool
+        slots = self._options.slots
+        with self._open(), futures.ThreadPoolExecutor(slots) as executor, \
+                futures.ThreadPoolExecutor(4) as rescuers:
+            try:
+                self._say(self._greeting())
+                while not self._is_over():
+                    self._step(executor, rescuers)
+            except Moved as error:
+                self._say(f"error: {error}")
+                return EX_NO
+            finally:
+                self._leaving = NOW
+                self._end_rides(LOST)
+        self._say(self._farewell())
+        return EX_OK
+
+    def _step(self, executor: futures.Executor, rescuers: futures.Executor) -> None:
+        self._heed_signals()
+        self._collect()
+        if self._is_turn_due():
+            self._turn(executor)
+            if time.monotonic() >= self._beat_at:
+                self._beat_at = time.monotonic() + self._settings.heartbeat
+                self._watch(rescuers)
+        self._sleep()
+
+    def _is_over(self) -> bool:
+        """Whether the pool may go: nothing runs and nothing is left to record, and
+        it was asked to leave,
+        or it has run as many jobs as it should,
+        or it drains and nothing is left to do.
+        """
+        if self._rides or self._ended or self._results:
+            return False
+        if self._leaving or self._taken == self._options.max_jobs:
+            return True
+        return self._options.drain and self._beat_at > 0 and not self._look \
+            and self._claims.is_drained()
+
+    def _is_turn_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._retry_at:
+            return False
+        if self._due_at is not None and time.time() >= self._due_at:
+            self._look = True
+        if self._ended or self._orders or self._peek or now >= self._beat_at:
+            return True
+        if not (self._look and self._room()):
+            return False
+        self._look = self._claims.is_work_there()
+        return self._look
+
+    def _room(self) -> int:
+        """How many more jobs may be claimed now."""
+        if self._leaving:
+            return 0
+        if self._options.max_jobs is None:
+            return len(self._free)
+        return min(len(self._free), self._options.max_jobs - self._taken)
+
+    def _turn(self, executor: futures.Executor) -> None:
+        """One transaction; if the disk or the lock forbids it, keep all and try again."""
+        beats = time.monotonic() >= self._beat_at
+        outputs = self._unsaved() if beats or self._peek else {}
+        self._look = self._orders = self._peek = False
+        if beats and not self._queue.store.is_in_place():
+            raise Moved(f"{self._queue.path} was deleted or replaced; this worker stops",
+                        "its running jobs are ended, their results are lost")
+        try:
+            turn = self._claims.turn(self._ended, outputs, self._free[:self._room()])
+            self._settings = self._queue.store.settings()
+            self._due_at = self._claims.next_due()
+        except (Busy, Unwritable, InUse) as error:
+            self._complain(error)
+            return
+        self._complaint = ""
+        self._ended.clear()
+        self._saved.update((claim, output.total) for claim, output in outputs.items())
+        for settled in turn.settled:
+            self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
+            self._say(settled_line(settled, self._queue.clock()))
+        for claimed in turn.claimed:
+            self._start(claimed, executor)
+        self._look = turn.behind
+        self._obey(turn)
+
+    def _complain(self, error: QueueError) -> None:
+        """Say it once, not each second; then go on trying."""
+        self._orders = True
+        self._retry_at = time.monotonic() + SYNC_PAUSE
+        if error.message != self._complaint:
+            self._complaint = error.message
+            self._say(f"cannot write to the queue, will go on trying: {error.message}")
+
+    def _start(self, claimed: Claimed, executor: futures.Executor) -> None:
+        slot = self._free.pop(0)
+        job = claimed.job
+        timeout = first_set(job.timeout, self._options.timeout, self._settings.timeout)
+        launch = Launch(job.command, job.cwd, self._environment(claimed, slot),
+                        claimed.claim, claimed.lock, timeout or None,
+                        self._settings.kill_grace, self._settings.output_limit)
+        command = Command(launch, self._queue.host, self._slots[slot], self._lingerers)
+        self._rides[claimed.claim] = Ride(claimed, command, slot)
+        self._taken += 1
+        self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
+        executor.submit(self._ride, claimed.claim, command)
+
+    def _environment(self, claimed: Claimed, slot: int) -> dict[str, str]:
+        job = claimed.job
+        return {**os.environ, **job.env, "QUEUECTL_JOB_ID": job.id,
+                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
+                "QUEUECTL_DB": self._queue.path, "QUEUECTL_SLOT": str(slot),
+                "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+
+    def _ride(self, claim: int, command: Command) -> None:
+        """A slot's thread: run the command, hand the outcome over."""
+        try:
+            outcome = command.run()
+        except Exception as error:  # a mistake of ours must not keep the job for ever
+            outcome = Outcome(FAILURE, error=f"queuectl itself failed: {error!r}")
+        self._results.append((claim, outcome))
+        self._wakeup.set()
+
+    def _collect(self) -> None:
+        """Take over what slots and rescuers have handed in."""
+        while self._results:
+            claim, outcome = self._results.pop(0)
+            ride = self._rides.pop(claim)
+            self._saved.pop(claim, None)
+            self._free.append(ride.slot)
+            self._free.sort()
+            self._ended[claim] = outcome
+        while self._rescued:
+            run, is_gone = self._rescued.pop(0)
+            self._rescuing.discard(run.claim)
+            if is_gone:
+                self._record_rescue(run)
+
+    def _record_rescue(self, run: Run) -> None:
+        try:
+            for settled in self._claims.rescue(run):
+                self._say(settled_line(settled, self._queue.clock()))
+        except (Busy, Unwritable) as error:
+            self._complain(error)   # the next watch finds the run again
+        self._look = True
+
+    def _unsaved(self) -> dict[int, Output]:
+        """The output of running jobs that has grown since it was stored."""
+        return {claim: ride.command.snapshot() for claim, ride in self._rides.items()
+                if ride.command.printed() > self._saved.get(claim, 0)}
+
+    # Orders: signals, wishes in the database.
+
+    def _obey(self, turn: Turn) -> None:
+        if turn.stop:
+            self._leave(turn.stop, "asked to stop")
+        for claim, ride in self._rides.items():
+            if claim not in turn.mine:
+                self._say(f"{ride.claimed.job.id} was taken over while this worker was"
+                          " silent; its command is ended")
+                ride.command.end(LOST)
+            elif turn.mine[claim] == CANCEL:
+                ride.command.end(STOPPED)
+
+    def _heed_signals(self) -> None:
+        """The first signal drains, the second ends and hands back; so does the grace."""
+        while self._signals:
+            number = self._signals.pop(0)
+            name = signal.Signals(number).name
+            self._leave(NOW if self._leaving else DRAIN, name)
+        if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
+            self._grace_ends = None
+            self._leave(NOW, "grace is over")
+
+    def _leave(self, how: str, why: str) -> None:
+        if self._leaving in (how, NOW):
+            return
+        if self._leaving is None and self._options.grace is not None:
+            self._grace_ends = time.monotonic() + self._options.grace
+        self._leaving = how
+        running = len(self._rides)
+        if how == NOW:
+            self._say(f"{why}: ending and handing back {running} running")
+            self._end_rides(RELEASED)
+        else:
+            self._say(f"{why}: finishing {running} running, claiming no more"
+                      + ("; once more to hand them back" if running else ""))
+
+    def _end_rides(self, why: str) -> None:
+        for ride in self._rides.values():
+            ride.command.end(why)
+
+    # Watching the other pools.
+
+    def _watch(self, rescuers: futures.Executor) -> None:
+        """Take over what dead pools have left. Called after a heartbeat of our own got
+        through: while nobody can write, nobody is silent.
+        """
+        silent = self._silence.look(self._claims.beats(), time.monotonic())
+        for run, owner in self._claims.stranded(silent):
+            if run.claim not in self._rescuing:
+                self._rescuing.add(run.claim)
+                rescuers.submit(self._rescue, run, owner)
+        self._claims.forget_dead()
+        self._watch_peers()
+
+    def _rescue(self, run: Run, owner: Worker | None) -> None:
+        """A rescuer's thread: see to it that nothing of the run is left."""
+        try:
+            is_gone = end_leftovers(self._queue.host, run, owner,
+                                    self._settings.kill_grace,
+                                    lambda: not self._leaving)
+        except OSError as error:
+            self._say(f"run {run.claim} cannot be rescued yet: {error}")
+            is_gone = False
+        self._rescued.append((run, is_gone))
+        self._wakeup.set()
+
+    def _watch_peers(self) -> None:
+        """Let the kernel tell when a pool on this machine ends."""
+        host, watched = self._queue.host, set(self._peers.values())
+        for worker in self._queue.store.workers():
+            if worker.pid != os.getpid() and worker.boot == host.boot \
+                    and worker.id not in watched:
+                watch = _watch_process(worker.pid)
+                if watch >= 0:
+                    self._peers[watch] = worker.id
+                    self._poller.register(watch, select.POLLIN)
+
+    def _drop_peer(self, watch: int) -> None:
+        self._poller.unregister(watch)
+        os.close(watch)
+        del self._peers[watch]
+        self._beat_at = 0.0     # look at once
+
+    # Sleeping.
+
+    def _sleep(self) -> None:
+        """Until a result, a signal, a wake-up, the next due time or the heartbeat."""
+        for fd, _ in self._poller.poll(math.ceil(self._patience() * 1000)):
+            if fd == self._wakeup.reader:
+                self._wakeup.clear()
+            elif self._bell and fd == self._bell.fileno():
+                self._hear()
+            elif fd in self._peers:
+                self._drop_peer(fd)
+        version = self._queue.store.changes()
+        if version != self._version:    # a wake-up may have got lost
+            self._version, self._look = version, True
+
+    def _patience(self) -> float:
+        """Seconds to sleep at most."""
+        if self._signals or self._results or self._rescued:
+            return 0.0
+        now = time.monotonic()
+        if self._retry_at > now:
+            return self._retry_at - now
+        if self._look and self._room() or self._orders or self._peek:
+            return 0.0
+        wake_at = [self._beat_at, now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
+        if self._grace_ends is not None:
+            wake_at.append(self._grace_ends)
+        if self._due_at is not None and self._room():
+            wake_at.append(now + self._due_at - time.time())
+        return max(0.0, min(wake_at) - now)
+
+    def _hear(self) -> None:
+        """Take in all wake-ups that have come."""
+        assert self._bell is not None
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while True:
+                said = self._bell.recv(SOCKET_BUFFER)
+                self._look = True
+                self._orders = self._orders or said == NEW_ORDERS
+                self._peek = self._peek or said == PEEK
+
+    # Opening and closing.
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        _refuse_platform()
+        _allow_descriptors()
+        store = self._queue.store
+        store.patience = 2.0    # this thread has other things to do than wait
+        self._settings = store.settings()
+        self._silence = Silence(2 * self._settings.heartbeat)
+        self._bell = _bell()
+        self._poller.register(self._wakeup.reader, select.POLLIN)
+        if self._bell:
+            self._poller.register(self._bell, select.POLLIN)
+        self._worker = self._claims.register(
+            self._bell.getsockname()[1] if self._bell else None)
+        restore = self._catch_signals()
+        try:
+            yield
+        finally:
+            restore()
+            with contextlib.suppress(QueueError):
+                self._claims.leave()
+            self._close()
+
+    def _close(self) -> None:
+        if self._bell:
+            self._bell.close()
+        for watch in self._peers:
+            os.close(watch)
+        for wakeup in (self._wakeup, *self._slots.values()):
+            wakeup.close()
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """Handlers note the signal and wake the loop; they take no lock (a handler that
+        waits for a lock its own thread holds would wait for ever).
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        def note(number: int, _: object) -> None:
+            self._signals.append(number)
+        caught = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if number != signal.SIGHUP     # nohup: stay, as asked
+                  or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in caught}
+        old_fd = signal.set_wakeup_fd(self._wakeup.writer, warn_on_full_buffer=False)
+
+        def restore() -> None:
+            signal.set_wakeup_fd(old_fd)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return restore
+
+    def _greeting(self) -> str:
+        worker, count = self._worker, self._options.slots
+        queues = ", ".join(worker.queues) if worker.queues else "all queues"
+        return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
+                f"{queues}, {self._queue.path}")
+
+    def _farewell(self) -> str:
+        done = ", ".join(f"{n} {state}" for state, n in self._done.items())
+        return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
+
+
+def _refuse_platform() -> None:
+    if fcntl is None or not hasattr(select, "poll"):
+        raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
+                          "start the worker there")
+
+
+def _allow_descriptors() -> None:
+    """Raise the soft limit of open files: each slot needs some."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _bell() -> socket.socket | None:
+    """A datagram socket on loopback for wake-ups; None where there is no loopback."""
+    import socket
+    bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        bell.bind((LOOPBACK, 0))
+    except OSError:
+        bell.close()
+        return None
+    bell.setblocking(False)
+    return bell
