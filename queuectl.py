@@ -87,7 +87,7 @@ import struct
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -165,6 +165,7 @@ MAX_TEXT = 1 << 20     # bytes of a job's command; the kernel takes 128 KiB of i
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
+PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
 
@@ -479,7 +480,7 @@ class Turn(NamedTuple):
 
 class Spread(NamedTuple):
     """How durations are spread; seconds, None without values."""
-    count: int
+    n: int
     mean: float | None
     p50: float | None
     p95: float | None
@@ -538,6 +539,31 @@ def iso_up(moment: float) -> str:
 def epoch(stamp: str) -> float:
     """The epoch seconds of a stored time."""
     return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h."""
+    if 0 < seconds < 0.00995:
+        return f"{math.ceil(seconds * 1000 - 0.5) or 1}ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f}".rstrip("0").rstrip(".") + "s"
+    whole = round(seconds)
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
+                                       (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size}{unit}" + (f" {rest}{smaller}" if rest else "")
+    return f"{whole}s"
+
+
+def ago(stamp: str | None, now: float) -> str:
+    """A stored time relative to now: `5s ago`, `in 2m`."""
+    if stamp is None:
+        return "-"
+    away = epoch(stamp) - now
+    if abs(away) < 1:
+        return "now"
+    return f"in {span(math.ceil(away))}" if away > 0 else f"{span(math.floor(-away))} ago"
 
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -915,9 +941,10 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         else:
             counts[kind] = counts.get(kind, 0) + n
     return Summary(
-        *(counts.get(kind, 0) for kind in (
-            "enqueue", "complete", "fail", "bury", "cancel", f"run:{LOST}")),
-        *(spread(buckets[kind], totals[kind]) for kind in ("run_time", "wait_time")))
+        counts.get("enqueue", 0), counts.get("complete", 0), counts.get("fail", 0),
+        counts.get("bury", 0), counts.get("cancel", 0), counts.get(f"run:{LOST}", 0),
+        spread(buckets["run_time"], totals["run_time"]),
+        spread(buckets["wait_time"], totals["wait_time"]))
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -960,7 +987,7 @@ def _check_command(key: str, value: Any, now: float) -> str:
 def _check_name(key: str, value: Any, now: float) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise InvalidJob(key, f"{key}: {value!r} is not a name", NAME_FORM)
-    return value
+    return str(value)
 
 
 def _check_whole(key: str, value: Any, least: int, most: int) -> int:
@@ -1022,7 +1049,7 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
 def _check_cwd(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value:
         raise InvalidJob(key, f"{key}: {value!r} is not a directory's path")
-    return os.path.abspath(value)
+    return os.path.abspath(str(value))
 
 
 FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
@@ -1130,10 +1157,12 @@ def _decoded(line: bytes) -> str:
 
 @contextlib.contextmanager
 def at_line(number: int) -> Iterator[None]:
-    """Put `line N: ` before the message of an InvalidJob."""
+    """Put `line N: ` before the message of an InvalidJob; nothing for line 0."""
     try:
         yield
     except InvalidJob as error:
+        if number == 0:
+            raise
         raise InvalidJob(error.key, f"line {number}: {error.message}",
                          error.hint) from None
 
@@ -1336,8 +1365,8 @@ class Sql:
     DURABLE = "PRAGMA synchronous = FULL"       # one fsync a commit: survives power cuts
     WAL_LIMIT = "PRAGMA journal_size_limit = 8388608"
     CHANGED = "PRAGMA data_version"
-    NAME_DATABASE = "INSERT INTO meta (key, value) VALUES ('id', :id)"
-    DATABASE_NAME = "SELECT value FROM meta WHERE key = 'id'"
+    SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
+    META = "SELECT value FROM meta WHERE key = :key"
 
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that reads first fails at once when busy
     COMMIT = "COMMIT"
@@ -1491,6 +1520,12 @@ class Sql:
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
         """
+    BEFORE = """
+        SELECT COUNT(*)
+          FROM jobs
+         WHERE gate = 'open'
+           AND (rank, run_at, seq) < (:rank, :run_at, :seq)
+        """
     LET_IN = """
         UPDATE jobs
            SET gate = 'open'
@@ -1636,8 +1671,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 def job_of(row: tuple[Any, ...]) -> Job:
     """The job of a row of `jobs`."""
-    env = {} if row[16] == "{}" else json.loads(row[16])
-    return Job(*row[:13], _words(row[13]), row[14], _words(row[15]), env, *row[17:])
+    job = Job._make(row)
+    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
+        return job._replace(after=(), tags=(), env={})
+    return job._replace(after=_words(row[13]), tags=_words(row[15]),
+                        env=json.loads(row[16]))
 
 
 class Store:
@@ -1739,7 +1777,9 @@ class Store:
                     os.unlink(self.path + LOCK_SUFFIX)
                 self._migrate(0)
                 self._db.execute(Sql.SET_KIND)
-                self._db.execute(Sql.NAME_DATABASE, {"id": os.urandom(8).hex()})
+                for key, value in (("id", os.urandom(8).hex()),
+                                   ("created_at", iso(time.time()))):
+                    self._db.execute(Sql.SET_META, {"key": key, "value": value})
 
     def _upgrade(self) -> None:
         """Bring an older format up to date in one transaction, after a backup."""
@@ -1843,7 +1883,8 @@ class Store:
     def do(self, sql: str, values: Mapping[str, Any]) -> sqlite3.Cursor:
         """Run one statement of a transaction."""
         try:
-            return self._db.execute(sql, values)
+            cursor: sqlite3.Cursor = self._db.execute(sql, values)
+            return cursor
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
@@ -1877,7 +1918,7 @@ class Store:
 
     def workers(self) -> list[Worker]:
         """The rows of all pools, dead or alive."""
-        return [Worker(*row[:7], _words(row[7]), *row[8:])
+        return [Worker(*row)._replace(queues=_words(row[7]))
                 for row in self.rows(Sql.WORKERS)]
 
     def settings(self) -> Settings:
@@ -1886,16 +1927,16 @@ class Store:
 
     def stored_settings(self) -> dict[str, str]:
         """The settings that somebody set, as text."""
-        return dict(self.rows(Sql.STORED_SETTINGS))  # type: ignore[arg-type]
+        return dict(self.rows(Sql.STORED_SETTINGS))
 
     def unmet(self, job: Job) -> bool:
         """Whether a job that it comes after is not completed."""
         row = self.row(Sql.UNMET, job=job.seq) if job.after else None
         return row is not None and row[0] > 0
 
-    def database_id(self) -> str:
-        """The name that the database got when it was made."""
-        row = self.row(Sql.DATABASE_NAME)
+    def meta(self, key: str) -> str:
+        """A fact from the database's making: `id` or `created_at`."""
+        row = self.row(Sql.META, key=key)
         return row[0] if row else ""
 
     def changes(self) -> int:
@@ -1959,7 +2000,7 @@ class Locks:
                 return False        # no file: nobody ever held a lock
         question = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
         answer = fcntl.fcntl(self._probe, self._get, question)
-        return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
+        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the descriptor used for probing."""
@@ -2302,7 +2343,7 @@ class Batch:
         waits: dict[int, set[int]] = {}
         for need in self._needs:
             waits.setdefault(need["job"], set()).add(need["needs"])
-        free = True
+        free: set[int] = {0}
         while free:
             free = {job for job, needs in waits.items() if not needs & waits.keys()}
             for job in free:
@@ -2343,7 +2384,7 @@ class Queue:
         self.store = Store(os.fspath(path), create)
         self.path = self.store.path
         self.clock = clock
-        self.host = Host(self.path, self.store.database_id())
+        self.host = Host(self.path, self.store.meta("id"))
 
     def __enter__(self) -> Queue:
         return self
@@ -2402,7 +2443,8 @@ class Queue:
         if "search" in values:
             values["search"] = like_pattern(values["search"])
         # One indexed read a state; together they are put in order anew.
-        found = [job for name in states or [None]
+        every: list[str | None] = [*states] or [None]
+        found = [job for name in every
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
                                             state=name, **values)]
         if len(states) > 1:
@@ -2468,6 +2510,47 @@ class Queue:
                  for worker in self.store.workers()]
         return [view for view in views if view.is_alive is not False]
 
+    def age(self) -> float:
+        """Seconds since the database was made."""
+        return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
+
+    def waiting_for(self, job: Job) -> list[str]:
+        """Why a waiting job does not run, in words; nothing for any other."""
+        if job.gate is None:
+            return []
+        reasons = self._blocking(job)
+        if job.gate == TIMED:
+            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
+                if job.state == FAILED else ""
+            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
+        pools = [view.worker for view in self.workers()]
+        if not pools:
+            reasons.append("no worker is running")
+        elif not any(not w.queues or job.queue in w.queues for w in pools):
+            reasons.append(f"no worker takes queue `{job.queue}`")
+        if not reasons:
+            row = self.store.row(Sql.BEFORE, rank=job.rank, run_at=job.run_at,
+                                 seq=job.seq)
+            n = row[0] if row else 0
+            reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
+        return reasons
+
+    def _blocking(self, job: Job) -> list[str]:
+        """The jobs it comes after that are not completed; its queue's pause and limit."""
+        reasons = []
+        for needed in job.after if job.gate == BLOCKED else ():
+            found = self.store.jobs(Sql.JOB, id=needed)
+            state = found[0].state if found else "deleted"
+            if state != COMPLETED:
+                reasons.append(f"after {needed} ({state})")
+        for name, paused, limit in self.store.rows(Sql.QUEUES):
+            if name in (job.queue, EVERY_QUEUE) and paused:
+                reasons.append("all queues are paused" if name == EVERY_QUEUE
+                               else f"queue `{name}` is paused")
+            if name == job.queue and limit and self.counts(name)[PROCESSING] >= limit:
+                reasons.append(f"queue `{name}` is at its limit {limit}")
+        return reasons
+
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
@@ -2479,8 +2562,8 @@ class Queue:
             minute = max(1, int((self.clock() - duration) // 60))
             rows = self.store.rows(Sql.TALLIES_SINCE, minute=minute)
         queues = sorted({row[0] for row in rows})
-        return {"": summary(row[1:] for row in rows),   # type: ignore[misc]
-                **{queue: summary(row[1:] for row in rows  # type: ignore[misc]
+        return {"": summary(row[1:] for row in rows),
+                **{queue: summary(row[1:] for row in rows
                                   if row[0] == queue) for queue in queues}}
 
     # Changing.
@@ -2697,7 +2780,7 @@ class Claims:
             for lock in locks:
                 os.close(lock)
             raise
-        return Turn(settled, claimed, mine,  # type: ignore[arg-type]
+        return Turn(settled, claimed, mine,
                     stop[0] if stop else None, behind)
 
     def _let_in(self, now: float) -> bool:
@@ -2797,11 +2880,9 @@ class Claims:
         lease = self._store.settings().lease
         pools = {worker.id: worker for worker in self._store.workers()}
         own = self.worker.id if self.worker else None
-        lost = {None}
-        for pool, worker in pools.items():
-            alive = self._host.is_alive(worker)
-            if pool != own and (alive is False or silent.get(pool, 0.0) >= lease):
-                lost.add(pool)  # type: ignore[arg-type]
+        lost = {pool for pool, worker in pools.items()
+                if pool != own and (self._host.is_alive(worker) is False
+                                    or silent.get(pool, 0.0) >= lease)}
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         return [Stranded(run, pools.get(run.pool)) for run in runs
                 if run.pool not in pools or run.pool in lost]
@@ -2902,6 +2983,13 @@ def status_object(status: Status) -> dict[str, Any]:
             "database": status.database}
 
 
+def spread_object(values: Spread) -> dict[str, Any]:
+    """A histogram's figures as JSON, to the tenth of a millisecond."""
+    return {"count": values.n, **{
+        name: None if value is None else round(value, 4)
+        for name, value in values._asdict().items() if name != "n"}}
+
+
 def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
     """What a queue did as JSON; throughput in jobs a second over `seconds`."""
     over = summary.completed + summary.died
@@ -2910,37 +2998,14 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
             "cancelled": summary.cancelled, "lost": summary.lost,
             "success_rate": summary.completed / over if over else None,
             "throughput": summary.completed / seconds if seconds > 0 else None,
-            "run_time": summary.run_time._asdict(),
-            "wait_time": summary.wait_time._asdict()}
+            "run_time": spread_object(summary.run_time),
+            "wait_time": spread_object(summary.wait_time)}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
     """JSON for people and programs: readable, and with its letters as they are."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h."""
-    if seconds < 9.995:
-        return f"{seconds:.2f}s".replace(".00s", "s")
-    whole = round(seconds)
-    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
-                                       (60, "m", 1, "s")):
-        if whole >= size:
-            rest = whole % size // small
-            return f"{whole // size}{unit}" + (f" {rest}{smaller}" if rest else "")
-    return f"{whole}s"
-
-
-def ago(stamp: str | None, now: float) -> str:
-    """A stored time relative to now: `5s ago`, `in 2m`."""
-    if stamp is None:
-        return "-"
-    away = epoch(stamp) - now
-    if abs(away) < 1:
-        return "now"
-    return f"in {span(math.ceil(away))}" if away > 0 else f"{span(math.floor(-away))} ago"
 
 
 def one_line(text: str) -> str:
@@ -3166,7 +3231,7 @@ def per_time(n: int, seconds: float) -> str:
 
 def spread_line(name: str, values: Spread) -> str:
     """Mean and percentiles on one line."""
-    if not values.count:
+    if not values.n:
         return f"{name:<10}-"
     shown = (("mean", values.mean), ("p50", values.p50), ("p95", values.p95),
              ("p99", values.p99))
@@ -3187,7 +3252,7 @@ def settled_line(settled: Settled, now: float) -> str:
     return {
         COMPLETED: f"{job.id} completed in {took}",
         FAILED: f"{job.id} failed{cause} after {took}, {of},"
-                f" again {ago(job.run_at, now)}",
+                f" again in {span(max(0.0, round(epoch(job.run_at) - now, 1)))}",
         DEAD: f"{job.id} dead{cause} after {took}, {of}, now in the dead letter queue",
         CANCELLED: f"{job.id} cancelled after {took}",
         PENDING: f"{job.id} handed back after {took}",
@@ -3562,8 +3627,8 @@ class Pool:
                 futures.ThreadPoolExecutor(4) as rescuers:
             try:
                 self._say(self._greeting())
-                while not self._is_over():
-                    self._step(executor, rescuers)
+                while not self._step(executor, rescuers):
+                    self._sleep()
             except Moved as error:
                 self._say(f"error: {error}")
                 return EX_NO
@@ -3573,7 +3638,8 @@ class Pool:
         self._say(self._farewell())
         return EX_OK
 
-    def _step(self, executor: futures.Executor, rescuers: futures.Executor) -> None:
+    def _step(self, executor: futures.Executor, rescuers: futures.Executor) -> bool:
+        """Do all there is to do now; whether the pool may go."""
         self._heed_signals()
         self._collect()
         if self._is_turn_due():
@@ -3581,7 +3647,7 @@ class Pool:
             if time.monotonic() >= self._beat_at:
                 self._beat_at = time.monotonic() + self._settings.heartbeat
                 self._watch(rescuers)
-        self._sleep()
+        return self._is_over()
 
     def _is_over(self) -> bool:
         """Whether the pool may go: nothing runs and nothing is left to record, and
@@ -3923,3 +3989,718 @@ def _bell() -> socket.socket | None:
         return None
     bell.setblocking(False)
     return bell
+
+
+# ---- 14 CLI ------------------------------------------------------------------
+
+class Screen:
+    """Where a command writes: results to stdout, words about them to stderr."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def out(self, *lines: str) -> None:
+        """Print results."""
+        for line in lines:
+            print(line)
+
+    def raw(self, output: bytes) -> None:
+        """Print a job's output as it is."""
+        sys.stdout.flush()
+        sys.stdout.buffer.write(output)
+        sys.stdout.buffer.flush()
+
+    def note(self, text: str) -> None:
+        """Say something that is no result; not with --quiet or --json."""
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
+    def log(self, text: str) -> None:
+        """A worker's line, with the time. A terminal that is gone stops no worker."""
+        stamp = time.strftime("%H:%M:%S")
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{stamp} {text}", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def style() -> Style:
+        """Colours and the width, if stdout is a terminal."""
+        if not sys.stdout.isatty():
+            return Style(False, 0, time.time())
+        import shutil  # 4 ms, and only on a terminal
+        colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return Style(colour, shutil.get_terminal_size().columns, time.time())
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser as argparse wants it: a wrong flag is a wrong command line."""
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except QueueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed
+
+
+class Option(NamedTuple):
+    """One argument of a command, as argparse takes it."""
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """An argument of a command."""
+    return Option(names, settings)
+
+
+_DUR = {"type": _typed(parse_duration), "metavar": "DUR"}
+_COUNT = {"type": _typed(parse_whole), "metavar": "N"}
+_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else")
+_IDS = option("ids", nargs="+", metavar="ID")
+
+# The flags of `enqueue` that are fields of a job, under the field's name.
+_JOB_FLAGS = (
+    option("--command", metavar="C", help="the shell command"),
+    option("--id", metavar="ID", help="a name of your own (default: job-N)"),
+    option("--priority", "-p", type=_typed(lambda text: parse_whole(
+        text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N", help="higher first (default: 0)"),
+    option("--delay", **_DUR, help="not before this time has passed"),
+    option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
+           metavar="TIME", help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
+    option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
+    option("--timeout", **_DUR, help="end a run after this time; 0: never"),
+    option("--backoff-base", **_DUR, help="wait after the first failure, then doubled"),
+    option("--queue", metavar="Q", help="default: default"),
+    option("--after", action="append", metavar="ID", help="run once that job is completed"),
+    option("--unique", metavar="KEY", help="not if a job with this key is not over yet"),
+    option("--tag", action="append", dest="tags", metavar="T", help="a label"),
+    option("--env", action="append", metavar="K=V", help="a variable for the command"),
+    option("--cwd", metavar="DIR", help="where it runs (default: here)"),
+)
+
+
+def _env_of(pairs: Sequence[str]) -> dict[str, str]:
+    env = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UsageError(f"--env {pair!r} is not of the form NAME=VALUE",
+                             "write --env NAME=VALUE")
+        env[name] = value
+    return env
+
+
+def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
+    fields = {}
+    for flag in _JOB_FLAGS:
+        name = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
+        value = getattr(args, name)
+        if value is not None:
+            fields[name] = _env_of(value) if name == "env" else value
+    return fields
+
+
+def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
+    """The job objects of a file or, for `-`, of stdin, with their lines."""
+    try:
+        if path == "-":
+            return list(fields_of_lines(sys.stdin.buffer.read()))
+        with open(path, "rb") as file:
+            return list(fields_of_lines(file.read()))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror})", "give another file") \
+            from None
+
+
+def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
+    """Whether it is a batch, and the job objects with their lines (0: no line)."""
+    sources = [source for source in (args.job, args.file, args.words)
+               if source is not None]
+    if len(sources) > 1:
+        raise UsageError("more than one of JOB, --file and words after -- is given",
+                         "give one; a command of several words goes in quotes or after --")
+    if args.words is not None:
+        if not args.words:
+            raise UsageError("there is no command after --", "write -- PROG ARG...")
+        import shlex  # 1 ms
+        return False, [(0, {"command": shlex.join(args.words)})]
+    job = args.job or ""
+    if args.file is not None or job == "-" or job.startswith("@"):
+        return True, _read_jobs(args.file or (job[1:] if job != "-" else job))
+    if args.job is not None:
+        fields = fields_of(job)
+        return job.lstrip().startswith("[") and "command" not in (
+            fields[0] if len(fields) == 1 and fields[0].get("command") == job.strip()
+            else {}), [(0, one) for one in fields]
+    if args.command is None:
+        raise UsageError("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
+    return False, [(0, {})]
+
+
+def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
+           now: float, screen: Screen) -> list[Spec]:
+    specs, ignored = [], set()
+    for line, fields in given:
+        with at_line(line):
+            if "delay" in flags or "run_at" in flags:
+                fields = {key: value for key, value in fields.items()
+                          if key not in ("delay", "run_at", "run-at")}
+            specs.append(spec_of({**fields, **flags}, now))
+            ignored.update(ignored_keys(fields))
+    if ignored:
+        screen.note("warning: ignored what the queue keeps itself: "
+                    + ", ".join(sorted(ignored)))
+    return specs
+
+
+def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add jobs and say their ids."""
+    is_batch, given = _given_jobs(args)
+    specs = _specs(given, _flag_fields(args), queue.clock(), screen)
+    try:
+        jobs = queue.enqueue_many(specs)
+    except QueueError as error:
+        if error.item is not None and given[error.item][0]:
+            error.args = (f"line {given[error.item][0]}: {error}",)
+            error.message = f"line {given[error.item][0]}: {error.message}"
+        raise
+    if args.json:
+        screen.out(dumps([job_object(job) for job in jobs] if is_batch
+                         else job_object(jobs[0])))
+    elif args.quiet or not is_batch:
+        screen.out(*(job.id for job in jobs))
+    elif jobs:
+        screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: "
+                   + (jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} ... {jobs[-1].id}"))
+    else:
+        screen.note("no jobs in there; nothing was added")
+    if jobs and not args.quiet and not queue.workers():
+        screen.note("no worker is running; `queuectl worker start` starts one")
+    return EX_OK
+
+
+def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Run a pool until it is told to stop."""
+    options = PoolOptions(args.count, args.name, tuple(args.queue or ()), args.timeout,
+                          args.backoff_base, args.drain, args.max_jobs, args.grace)
+    return Pool(queue, options, screen.log).run()
+
+
+def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Ask pools to stop, and wait until they have."""
+    asked = queue.stop_workers(*args.names, now=args.now)
+    if not asked:
+        screen.note("no worker is running")
+        return EX_OK
+    end = None if args.timeout is None else time.monotonic() + args.timeout
+    waiting = {worker.id: worker.name for worker in asked}
+    while waiting:
+        time.sleep(RESCUE_TICK)
+        left = {view.worker.id for view in queue.workers()}
+        for pool in [pool for pool in waiting if pool not in left]:
+            screen.note(f"{waiting.pop(pool)} has stopped")
+        if waiting and end is not None and time.monotonic() >= end:
+            raise NotFinished(f"{', '.join(waiting.values())} still finishing its jobs",
+                              "wait longer, or use --now")
+    return EX_OK
+
+
+def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the pools."""
+    views = queue.workers()
+    if args.json:
+        screen.out(dumps([worker_object(view) for view in views]))
+    elif views:
+        screen.out(*worker_lines(views, screen.style()))
+    else:
+        screen.note("no worker is running; `queuectl worker start` starts one")
+    return EX_OK
+
+
+def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the first screen."""
+    status = queue.status()
+    if args.json:
+        screen.out(dumps(status_object(status)))
+    else:
+        screen.out(*status_lines(status, screen.style()))
+    return EX_OK
+
+
+def _print_jobs(jobs: Sequence[Job], screen: Screen, empty: str) -> None:
+    if jobs:
+        screen.out(*job_table(jobs, screen.style()))
+    else:
+        screen.note(empty)
+
+
+def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
+    """A JSON array, an element at a time: any number needs little memory."""
+    line = "["
+    for one in objects:
+        screen.out(line)
+        line = "  " + dumps(one, None) + ","
+    screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
+
+
+def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print jobs."""
+    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    states = tuple(args.state or ())
+    if args.json:
+        limit = args.limit or 0
+        found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
+            if len(states) > 1 or args.sort != "newest" \
+            else queue.pages(limit, state=states, **filters)
+        _print_array((_listed(queue, job, args) for job in found), screen)
+        return EX_OK
+    limit = PEOPLE_LIMIT if args.limit is None else args.limit
+    jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
+    shown = jobs[:limit or None]
+    if args.show_output:
+        for job in shown:
+            screen.out(*job_table([job], screen.style())[1:])
+            screen.raw(_output_of(queue, job))
+    else:
+        _print_jobs(shown, screen, "no such jobs")
+    if len(jobs) > len(shown):
+        screen.note(f"the newest {limit} are shown; --limit 0 shows all")
+    return EX_OK
+
+
+def _listed(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    found = job_object(job)
+    if args.show_output:
+        found["output"] = _output_of(queue, job).decode("utf-8", "replace")
+    return found
+
+
+def _output_of(queue: Queue, job: Job) -> bytes:
+    try:
+        run = queue.run(job.id)
+    except (NoSuchRun, NoSuchJob):
+        return b""
+    return readable(run.output, run.output_bytes)
+
+
+def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print one job whole."""
+    job, runs = queue.job(args.id), queue.runs(args.id)
+    reasons = queue.waiting_for(job)
+    if args.json:
+        screen.out(dumps({**job_object(job), "waiting_for": reasons,
+                          "runs": [run_object(run) for run in runs]}))
+        return EX_OK
+    screen.out(*show_lines(job, runs, reasons, screen.style()))
+    output = _output_of(queue, job)
+    if output:
+        screen.out("", screen.style().paint(f"OUTPUT of run {runs[-1].number}", DIM))
+        screen.raw(output if output.endswith(b"\n") else output + b"\n")
+    return EX_OK
+
+
+def _fresh_run(queue: Queue, job_id: str, number: int | None) -> Run:
+    """A run with its output as of now: one that is under way is asked for it."""
+    run = queue.run(job_id, number)
+    if run.outcome is None:
+        seen, end = queue.store.changes(), time.monotonic() + 0.5
+        queue.wake(PEEK)
+        while queue.store.changes() == seen and time.monotonic() < end:
+            time.sleep(0.005)
+        run = queue.run(job_id, run.number)
+    return run
+
+
+def _tail(output: bytes, lines: int | None) -> bytes:
+    if lines is None:
+        return output
+    return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
+
+
+def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print what a job printed."""
+    if args.follow:
+        return _follow(args, queue, screen)
+    run = _fresh_run(queue, args.id, args.attempt)
+    screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
+    return EX_OK
+
+
+def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print as it comes, through retries, until the job (or the run asked for) is over."""
+    number, seen, is_first = args.attempt, 0, True
+    while True:
+        job = queue.job(args.id)
+        runs = [run for run in queue.runs(args.id)
+                if args.attempt in (None, run.number)
+                and (number is None or run.number >= number)]
+        if runs:
+            run = _fresh_run(queue, args.id, runs[-1 if number is None else 0].number)
+            number = run.number
+            fresh = since(run.output, run.output_bytes, seen)
+            screen.raw(_tail(readable(run.output, run.output_bytes), args.tail)
+                       if is_first else fresh)
+            seen, is_first = run.output_bytes, False
+            if run.outcome is not None:
+                if job.state in OVER and run.number == queue.run(args.id).number \
+                        or args.attempt is not None:
+                    return EX_OK
+                screen.note(f"-- run {run.number} of {job.id}: {run.outcome}")
+                number, seen = run.number + 1, 0
+        elif job.state in OVER:
+            queue.run(args.id, args.attempt)    # says that there is none
+            return EX_OK
+        time.sleep(0.1)
+
+
+def _say_jobs(jobs: Sequence[Job], verb: str, args: argparse.Namespace,
+              screen: Screen) -> int:
+    """Report what was done to jobs."""
+    if args.json:
+        screen.out(dumps([job_object(job) for job in jobs]))
+    elif len(jobs) == 1:
+        screen.note(f"{jobs[0].id} {verb}")
+    else:
+        screen.note(f"{len(jobs)} jobs {verb}")
+    return EX_OK
+
+
+def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Run jobs again from now."""
+    return _say_jobs(queue.retry(*args.ids), "pending again", args, screen)
+
+
+def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Cancel jobs; wait until running ones have been ended."""
+    jobs = queue.cancel(*args.ids)
+    claims = Claims(queue, PoolOptions())
+    end = time.monotonic() + queue.store.settings().kill_grace + 10
+    while any(job.state == PROCESSING for job in jobs):
+        for run, owner in claims.stranded({}):      # no worker lives to do it
+            if any(job.claim == run.claim for job in jobs) and end_leftovers(
+                    queue.host, run, owner, queue.store.settings().kill_grace,
+                    lambda: time.monotonic() < end):
+                claims.rescue(run)
+        jobs = [queue.job(job.id) for job in jobs]
+        if time.monotonic() > end:
+            raise NotFinished("a running job has not ended yet",
+                              "its worker will record it; `queuectl status` shows both")
+        time.sleep(RESCUE_TICK)
+    late = [job for job in jobs if job.state != CANCELLED]
+    for job in late:
+        screen.note(f"{job.id} had {job.state} before it could be cancelled")
+    return _say_jobs([job for job in jobs if job not in late], "cancelled", args, screen) \
+        if len(late) < len(jobs) else EX_NO
+
+
+def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Delete jobs that do not run."""
+    return _say_jobs(queue.delete(*args.ids), "deleted", args, screen)
+
+
+def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the dead jobs, the latest death first."""
+    limit = (0 if args.json else PEOPLE_LIMIT) if args.limit is None else args.limit
+    jobs = queue.jobs(DEAD, "finished", limit)
+    if args.json:
+        _print_array((job_object(job) for job in jobs), screen)
+        return EX_OK
+    style = screen.style()
+    if not jobs:
+        screen.note("the dead letter queue is empty")
+    for number, line in enumerate(job_table(jobs, style) if jobs else ()):
+        screen.out(line)
+        if number and jobs[number - 1].error:
+            error = one_line(jobs[number - 1].error or "")
+            screen.out(style.paint("    " + cut(error, style.width - 4), DIM))
+    return EX_OK
+
+
+def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Put dead jobs back."""
+    if bool(args.ids) == (args.all or args.queue is not None or args.search is not None):
+        raise UsageError("which dead jobs?", "give ids, or --all, --queue or --search")
+    jobs = queue.retry_dead(*args.ids, queue=args.queue, search=args.search)
+    return _say_jobs(jobs, "pending again", args, screen)
+
+
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Delete dead jobs."""
+    deleted = queue.purge_dead(args.older_than or 0.0)
+    if args.json:
+        screen.out(dumps({"deleted": deleted}))
+    else:
+        screen.note(f"{deleted} dead job{'s' * (deleted != 1)} deleted")
+    return EX_OK
+
+
+def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print all settings."""
+    stored = queue.store.stored_settings()
+    offered = {key: setting for key, setting in SETTINGS.items() if key not in UNBUILT}
+    if args.json:
+        screen.out(dumps({key: {"value": stored.get(key, setting.default),
+                                "default": setting.default, "meaning": setting.meaning}
+                          for key, setting in offered.items()}))
+        return EX_OK
+    style = screen.style()
+    screen.out(style.paint(f"{'KEY':<15} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
+    for key, setting in offered.items():
+        value = stored.get(key, setting.default)
+        shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
+        screen.out(f"{key:<15} {shown} {setting.default:<8} {setting.meaning}")
+    return EX_OK
+
+
+def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the bare value of a setting."""
+    screen.out(queue.setting(args.key))
+    return EX_OK
+
+
+def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Set a setting, and say what it means."""
+    queue.configure(args.key, args.value)
+    key = setting_key(args.key)
+    screen.note(f"{key} = {args.value}: {SETTINGS[key].meaning}")
+    return EX_OK
+
+
+def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Put a setting back to its default."""
+    queue.reset(args.key)
+    key = setting_key(args.key)
+    screen.note(f"{key} = {SETTINGS[key].default} (the default)")
+    return EX_OK
+
+
+def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print what was done."""
+    stats = queue.stats(args.since)
+    seconds = min(queue.age(), args.since or math.inf)
+    if args.json:
+        shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
+        screen.out(dumps({"seconds": round(seconds, 3), **shown.pop(""),
+                          "queues": shown}))
+    else:
+        screen.out(*stats_lines(stats, seconds, screen.style()))
+    return EX_OK
+
+
+CREATES, READS = True, False
+
+
+class Entry(NamedTuple):
+    """One command: words, function, one sentence, whether it makes a database."""
+    words: tuple[str, ...]
+    run: Callable[[argparse.Namespace, Queue, Screen], int]
+    help: str
+    creates: bool
+    options: tuple[Option, ...] = ()
+
+
+COMMANDS = (
+    Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
+        option("job", nargs="?", metavar="JOB",
+               help="a shell command, a JSON object or array, @FILE, or - for stdin; "
+                    "-- PROG ARG... adds words as they are"),
+        option("--file", metavar="F", help="one job a line: JSON or a shell command"),
+        *_JOB_FLAGS,
+        option("--quiet", "-q", action="store_true", help="print ids only"),
+        _JSON_FLAG)),
+    Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground", CREATES, (
+        option("--count", "-c", type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
+               default=1, metavar="N", help="jobs at once (default: 1)"),
+        option("--timeout", **_DUR, help="for jobs that set none"),
+        option("--backoff-base", **_DUR, help="for jobs that set none"),
+        option("--queue", action="append", metavar="Q",
+               help="only this queue; again and again for more"),
+        option("--drain", action="store_true",
+               help="exit once nothing is running, due or waiting for a retry"),
+        option("--max-jobs", **_COUNT, help="exit after so many runs"),
+        option("--grace", **_DUR, help="when stopping, hand back what runs longer"),
+        option("--name", metavar="NAME", help="default: host-pid"))),
+    Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
+        option("names", nargs="*", metavar="NAME"),
+        option("--now", action="store_true", help="end running jobs and put them back"),
+        option("--timeout", **_DUR, help="wait no longer"))),
+    Entry(("worker", "list"), cmd_worker_list, "show the workers", READS, (_JSON_FLAG,)),
+    Entry(("status",), cmd_status, "show counts, workers, what is next", READS,
+          (_JSON_FLAG,)),
+    Entry(("list",), cmd_list, "show jobs, newest first", READS, (
+        option("--state", "-s", action="append", choices=STATES, metavar="S",
+               help="one of " + ", ".join(STATES) + "; again and again for more"),
+        option("--queue", metavar="Q"), option("--tag", metavar="T"),
+        option("--search", metavar="TEXT", help="in the id or the command"),
+        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
+        option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
+               help="one of " + ", ".join(ORDERS)),
+        option("--show-output", "-o", action="store_true", help="with what each printed"),
+        _JSON_FLAG)),
+    Entry(("show",), cmd_show, "show one job whole", READS, (
+        option("id", metavar="ID"), _JSON_FLAG)),
+    Entry(("logs",), cmd_logs, "print what a job printed", READS, (
+        option("id", metavar="ID"),
+        option("--follow", "-f", action="store_true", help="as it comes, to the end"),
+        option("--attempt", **_COUNT, help="of the N-th run (default: the last)"),
+        option("--tail", **_COUNT, help="only the last N lines"))),
+    Entry(("retry",), cmd_retry, "run jobs again from now", READS, (_IDS, _JSON_FLAG)),
+    Entry(("cancel",), cmd_cancel, "cancel jobs; running ones are ended", READS,
+          (_IDS, _JSON_FLAG)),
+    Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
+          (_IDS, _JSON_FLAG)),
+    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS, (
+        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
+        _JSON_FLAG)),
+    Entry(("dlq", "retry"), cmd_dlq_retry, "put dead jobs back", READS, (
+        option("ids", nargs="*", metavar="ID"),
+        option("--all", action="store_true", help="all of them"),
+        option("--queue", metavar="Q", help="those of a queue"),
+        option("--search", metavar="TEXT", help="those with TEXT in id or command"),
+        _JSON_FLAG)),
+    Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
+        option("--older-than", **_DUR, help="only those dead for longer"), _JSON_FLAG)),
+    Entry(("config", "list"), cmd_config_list, "show the settings", READS, (_JSON_FLAG,)),
+    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
+        option("key", metavar="KEY"),)),
+    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
+        option("key", metavar="KEY"), option("value", metavar="VALUE"))),
+    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
+        option("key", metavar="KEY"),)),
+    Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
+        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+)
+# What a group of commands does when it is named alone.
+ALONE = {"dlq": "list", "worker": "list", "config": "list"}
+WELCOME = """\
+There is no queue at {path} yet. Begin with:
+
+    queuectl enqueue 'echo Hello World'      hand over a command
+    queuectl worker start                    run what is there; Ctrl+C stops
+    queuectl --help                          all commands"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as ours: raised, not printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UsageError(message, f"`{self.prog} --help` says more")
+
+
+def build_parser() -> Parser:
+    """The parser, made from COMMANDS."""
+    parser = Parser(
+        prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="queuectl [--db PATH] COMMAND ...",
+        description="A background job queue for the command line.\n\ncommands:\n"
+        + "\n".join(f"  {' '.join(entry.words):<14} {entry.help}" for entry in COMMANDS),
+        epilog="`queuectl COMMAND --help` says more. Without a command: status.")
+    _add_db(parser)
+    parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
+    tops = parser.add_subparsers(dest="top", help=argparse.SUPPRESS,
+                                 prog="queuectl", metavar="COMMAND")
+    groups: dict[str, Any] = {}
+    for entry in COMMANDS:
+        if len(entry.words) == 2 and entry.words[0] not in groups:
+            groups[entry.words[0]] = tops.add_parser(
+                entry.words[0]).add_subparsers(dest="sub", metavar="COMMAND", required=True)
+        place = groups[entry.words[0]] if len(entry.words) == 2 else tops
+        command = place.add_parser(entry.words[-1], description=entry.help + ".",
+                                   help=entry.help)
+        _add_db(command)
+        for one in entry.options:
+            command.add_argument(*one.names, **one.settings)
+        command.set_defaults(entry=entry, words=None)
+    return parser
+
+
+def _add_db(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
+                        help="the database (default: $QUEUECTL_DB, else queue.db)")
+
+
+def _complete(argv: Sequence[str]) -> list[str]:
+    """Fill in what may be left out: `status` for nothing, `dlq list` for `dlq`."""
+    words = list(argv)
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        if words[at] in ("-h", "--help", "--version"):
+            return words
+        at += 2 if words[at] == "--db" else 1
+    if at >= len(words):
+        return [*words, "status"]
+    name = words[at]
+    tops = {entry.words[0] for entry in COMMANDS}
+    if name not in tops:
+        raise UsageError(f"there is no command `{name}`", nearest(name, tops)
+                         or "`queuectl --help` lists them")
+    if name in ALONE and all(word.startswith("-") and word not in ("-h", "--help")
+                             for word in words[at + 1:]):
+        words.insert(at + 1, ALONE[name])
+    return words
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; what follows the first `--` of `enqueue` stays as it is."""
+    words = _complete(argv)
+    rest = None
+    if "--" in words and "enqueue" in words[:words.index("--")]:
+        at = words.index("--")
+        words, rest = words[:at], words[at + 1:]
+    args, extra = build_parser().parse_known_args(words)
+    if extra:
+        hint = "put a command of several words in quotes, or -- before it" \
+            if args.top == "enqueue" else f"`queuectl {args.top} --help` says more"
+        raise UsageError(f"unexpected: {' '.join(extra)}", hint)
+    if rest is not None:
+        args.words = rest
+    return args
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _parse(argv)
+    path = getattr(args, "db", None) or os.environ.get("QUEUECTL_DB") or "queue.db"
+    screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
+    try:
+        queue = Queue(path, create=args.entry.creates)
+    except NoQueue:
+        if args.entry.words == ("status",) and "status" not in argv:
+            screen.out(WELCOME.format(path=os.path.abspath(path)))
+            return EX_OK
+        raise
+    with queue:
+        status: int = args.entry.run(args, queue, screen)
+    sys.stdout.flush()
+    return status
+
+
+def _report(error: QueueError, as_json: bool) -> int:
+    """The one place where a refusal becomes a line and an exit status."""
+    if as_json:
+        print(dumps({"error": {"code": error.code, "message": error.message,
+                               "hint": error.hint}}, None), file=sys.stderr)
+    else:
+        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+    return error.exit_status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # text is UTF-8, whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        return _run(words)
+    except QueueError as error:
+        return _report(error, "--json" in words)
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; and the interpreter must not flush into the void.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
