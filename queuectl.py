@@ -161,7 +161,7 @@ REMOVE_BATCH = 500     # jobs deleted in one transaction: some 10 ms of write lo
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 MAX_SLOTS = 512        # of one pool: threads, and three descriptors each
-MAX_TEXT = 1 << 20     # bytes of a job's command; the kernel takes 128 KiB of it as sh -c
+MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
@@ -331,7 +331,7 @@ class Job(NamedTuple):
     exit_code: int | None       # of the last run: status, 128+N for a signal
     error: str | None           # why the last run failed
     gate: str | None            # what it waits for; None: it does not wait
-    rank: int                   # place in line, lower first; see `rank`
+    rank: int                   # place in line, lower first; see `rank_of`
     claim: int | None           # number of the run that is under way: the fence (I3)
     wish: str | None            # CANCEL: somebody wants this run ended
 
@@ -346,7 +346,7 @@ class Run(NamedTuple):
     slot: int                   # 1 ... slots
     started_at: str
     finished_at: str | None     # None: under way
-    duration: float | None      # seconds by the monotonic clock; None: nobody saw the end
+    duration: float | None      # seconds, monotonic; None: nobody saw the end
     outcome: str | None         # one of OUTCOMES
     exit_code: int | None
     error: str | None
@@ -381,7 +381,7 @@ class Event(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A place in the line of jobs that may start; the order of the fields is the line's."""
+    """A place in the line of jobs that may start; sorted by its fields in order."""
     rank: int
     run_at: str
     seq: int
@@ -563,7 +563,9 @@ def ago(stamp: str | None, now: float) -> str:
     away = epoch(stamp) - now
     if abs(away) < 1:
         return "now"
-    return f"in {span(math.ceil(away))}" if away > 0 else f"{span(math.floor(-away))} ago"
+    if away > 0:
+        return f"in {span(math.ceil(away))}"
+    return f"{span(math.floor(-away))} ago"
 
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -576,9 +578,9 @@ DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 def parse_duration(text: object) -> float:
     """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue."""
     seconds = -1.0
+    if isinstance(text, str) and _NUMBER.fullmatch(text.strip()):
+        text = float(text)
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        seconds = float(text)
-    elif isinstance(text, str) and _NUMBER.fullmatch(text.strip()):
         seconds = float(text)
     elif isinstance(text, str) and _DURATION.fullmatch(text.strip()):
         seconds = sum(float(n) * UNITS[unit] for n, unit in _PART.findall(text))
@@ -619,7 +621,7 @@ def _moment(text: object, now: float) -> float:
 
 
 def _next_clock_time(text: str, now: float) -> float:
-    """The next local HH:MM; by the calendar, so that a change of clocks is no matter."""
+    """The next local HH:MM; by the calendar, so a change of clocks is no matter."""
     hour, minute, *second = (int(part) for part in text.split(":"))
     today = datetime.datetime.fromtimestamp(now)
     wanted = today.replace(hour=hour, minute=minute, second=(second or [0])[0],
@@ -681,13 +683,14 @@ class Setting(NamedTuple):
 
 SETTINGS = {    # read whenever they are needed, so that a change takes effect at once
     "max-retries": Setting("3", parse_whole,
-                           "runs that may fail before a job is dead, the first included"),
+                           "runs that may fail before a job is dead, incl. the first"),
     "backoff-base": Setting("2s", parse_duration,
                             "wait after the first failure; doubled after each further"),
     "backoff-max": Setting("1h", parse_duration, "no retry waits longer"),
     "backoff-jitter": Setting("0", parse_share,
                               "share of the wait that is left to chance, 0 to 1"),
-    "timeout": Setting("none", _off_or(parse_duration), "a run is ended after this time"),
+    "timeout": Setting("none", _off_or(parse_duration),
+                       "a run is ended after this time"),
     "kill-grace": Setting("5s", parse_duration, "time between SIGTERM and SIGKILL"),
     "output-limit": Setting("64KiB", parse_size,
                             "of longer output the beginning and the end are kept"),
@@ -695,20 +698,21 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
                                    "completed jobs are deleted after this time"),
     "retention-dead": Setting("none", _off_or(parse_duration),
                               "dead jobs are deleted after this time"),
-    "heartbeat": Setting("5s", _at_least(0.1), "how often a worker shows that it lives"),
+    "heartbeat": Setting("5s", _at_least(0.1),
+                         "how often a worker shows that it lives"),
     "lease": Setting("30s", _at_least(1),
                      "a worker silent for this long loses its jobs"),
     "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
                            "lost runs after which a job is dead"),
-    "on-completed": Setting("none", _off_or(str), "shell command after each completed job"),
-    "on-dead": Setting("none", _off_or(str), "shell command after each job that died"),
-    "on-idle": Setting("none", _off_or(str), "shell command when nothing is left to do"),
+    "on-completed": Setting("none", _off_or(str), "shell command after each success"),
+    "on-dead": Setting("none", _off_or(str), "shell command after each death"),
+    "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
     "priority-ageing": Setting("none", _off_or(_at_least(1)),
                                "a waiting job counts one priority higher after each"),
 }
 # Keys of the contract whose behaviour is not built yet: not offered until they work.
-UNBUILT = ("retention-completed", "retention-dead", "on-completed", "on-dead", "on-idle",
-           "priority-ageing")
+UNBUILT = ("retention-completed", "retention-dead", "on-completed", "on-dead",
+           "on-idle", "priority-ageing")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -752,7 +756,7 @@ def first_set(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-def rank(priority: int, run_at: str, settings: Settings) -> int:
+def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """The place in line, lower first; equal ranks go by run_at, then by age.
 
     With ageing all waiting jobs gain at one speed, so their order never changes
@@ -760,7 +764,8 @@ def rank(priority: int, run_at: str, settings: Settings) -> int:
     """
     if settings.priority_ageing is None:
         return -priority
-    return round(epoch(run_at) * 1000) - round(priority * settings.priority_ageing * 1000)
+    worth = priority * settings.priority_ageing     # seconds
+    return round(epoch(run_at) * 1000) - round(worth * 1000)
 
 
 def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
@@ -797,7 +802,7 @@ def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, st
     return "fail", job, "its worker was lost"
 
 
-def because(source: str | None, target: str) -> str:
+def usual_reason(source: str | None, target: str) -> str:
     """The usual reason for a change of state, where none was noted."""
     return next((step.because for step in MOVES.values()
                  if step.target == target and source in step.sources), "enqueued")
@@ -1059,7 +1064,7 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
     "backoff_base": _check_duration, "after": _check_names, "unique": _check_unique,
     "tags": _check_names, "env": _check_env, "cwd": _check_cwd,
 }
-# What the queue itself keeps: ignored on the way in, so that `show --json` can come back.
+# What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
         "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
 
@@ -1362,13 +1367,13 @@ class Sql:
     VERSION = "PRAGMA user_version"
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
-    DURABLE = "PRAGMA synchronous = FULL"       # one fsync a commit: survives power cuts
+    DURABLE = "PRAGMA synchronous = FULL"       # an fsync a commit: outlives power cuts
     WAL_LIMIT = "PRAGMA journal_size_limit = 8388608"
     CHANGED = "PRAGMA data_version"
     SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
     META = "SELECT value FROM meta WHERE key = :key"
 
-    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that reads first fails at once when busy
+    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
@@ -1594,7 +1599,7 @@ class Sql:
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     UNSET = "DELETE FROM settings WHERE key = :key"
 
-    # Counters, written once a transaction (I8). Minute 0 is all time: it survives purges.
+    # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
         VALUES (?, ?, ?)
@@ -1795,7 +1800,7 @@ class Store:
         self._db.execute(f"{Sql.VERSION} = {SCHEMA_VERSION}")
 
     def backup(self, path: str) -> None:
-        """Copy the whole database, consistent, while others work; 0600; else as it was."""
+        """Copy the database, consistent, while others work; the copy's mode is 0600."""
         os.close(os.open(path + ".part", os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
         with contextlib.closing(sqlite3.connect(path + ".part")) as copy:
             self._db.backup(copy)
@@ -1975,7 +1980,7 @@ class Locks:
         self._get = getattr(fcntl, "F_OFD_GETLK", None)
 
     def hold(self, offset: int) -> int:
-        """Take the lock; the descriptor that holds it, -1 where there are no such locks.
+        """Take the lock; the descriptor that holds it, -1 where there are no locks.
 
         Raises InUse if somebody holds it, Unwritable if the file cannot be made.
         """
@@ -1983,7 +1988,8 @@ class Locks:
             return -1
         fd = self._open(os.O_CREAT)
         try:
-            fcntl.fcntl(fd, self._set, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0))
+            wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
+            fcntl.fcntl(fd, self._set, wanted)
         except OSError:
             os.close(fd)
             raise InUse(f"lock {offset} of {self.path} is taken") from None
@@ -2081,9 +2087,9 @@ class Host:
         if not self.boot:
             return self._members_by_ps(token[:-1])
         return [pid for pid in self._processes()
-                if token in _read(f"/proc/{pid}/environ")
-                and _stat_fields(pid)
-                or session and self._session(pid) == session]
+                if (token in _read(f"/proc/{pid}/environ")
+                and _stat_fields(pid))
+                or (session and self._session(pid) == session)]
 
     def holders(self, claim: int) -> list[int]:
         """The processes that hold the run's lock, also those that shed the token."""
@@ -2179,7 +2185,7 @@ def move(store: Store, verb: str, before: Job, after: Job, now: float,
     if step.target != PROCESSING:
         after = after._replace(claim=None, worker=None)
     if step.target in WAITING:
-        after = after._replace(gate=gate_of(store, after, now), rank=rank(
+        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
             after.priority, after.run_at, store.settings()))
     _write_move(store, before, after)
     store.do(Sql.INSERT_EVENT, {
@@ -2301,8 +2307,8 @@ class Batch:
             spec.queue, spec.priority, run_at, spec.timeout, spec.backoff_base,
             spec.after, spec.unique, spec.tags, spec.env, spec.cwd or "", 0,
             None, None, None, None, None, TIMED if run_at > now else OPEN,
-            rank(spec.priority, run_at, self._settings), None, None)
-        if job.id in self._seqs or spec.id and self._store.row(Sql.SEQ_OF, id=job.id):
+            rank_of(spec.priority, run_at, self._settings), None, None)
+        if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
             raise JobExists(job.id)
         self._seqs[job.id] = seq
         if spec.unique is not None:
@@ -2350,7 +2356,8 @@ class Batch:
                 del waits[job]
         if waits:
             names = sorted(id for id, seq in self._seqs.items() if seq in waits)
-            raise InvalidJob("after", f"after: {', '.join(names[:5])} wait for each other",
+            shown = ", ".join(names[:5])
+            raise InvalidJob("after", f"after: {shown} wait for each other",
                              "take one of these out")
 
     def _write(self, jobs: list[Job]) -> None:
@@ -2410,7 +2417,7 @@ class Queue:
         return self.enqueue_many([spec_of(fields, self.clock())])[0]
 
     def enqueue_many(self, specs: Sequence[Spec]) -> list[Job]:
-        """Add all of them or none, in their order; see `enqueue`, `spec_of`, `Batch`."""
+        """Add all of them or none, in order; see `enqueue`, `spec_of`, `Batch`."""
         here = os.getcwd()
         specs = [spec if spec.cwd else spec._replace(cwd=here) for spec in specs]
         with self.store.transaction() as store:
@@ -2452,7 +2459,7 @@ class Queue:
         return found[:limit or None]
 
     def pages(self, limit: int = 0, **filters: Any) -> Iterator[Job]:
-        """As `jobs`, newest first, read a thousand at a time: any number, little memory."""
+        """As `jobs`, newest first, read by the thousand to spare memory."""
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
             page = self.jobs(limit=min(PAGE_SIZE, left), before=before, **filters)
@@ -2479,7 +2486,7 @@ class Queue:
     def events(self, job_id: str) -> list[Event]:
         """The changes of a job's state, oldest first."""
         job = self.store.job(job_id)
-        return [Event(id, source, target, at, reason or because(source, target))
+        return [Event(id, source, target, at, reason or usual_reason(source, target))
                 for id, source, target, at, reason
                 in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
 
@@ -2494,7 +2501,7 @@ class Queue:
     def status(self) -> Status:
         """What the first screen shows."""
         due = self.store.jobs(Sql.NEXT_DUE)
-        paused = [name for name, is_paused, _ in self.store.rows(Sql.QUEUES) if is_paused]
+        paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
         return Status(self.counts(), self.workers(), paused, due[0] if due else None,
                       self.path)
 
@@ -2536,7 +2543,7 @@ class Queue:
         return reasons
 
     def _blocking(self, job: Job) -> list[str]:
-        """The jobs it comes after that are not completed; its queue's pause and limit."""
+        """The unfinished jobs it comes after; its queue's pause and limit."""
         reasons = []
         for needed in job.after if job.gate == BLOCKED else ():
             found = self.store.jobs(Sql.JOB, id=needed)
@@ -2614,7 +2621,8 @@ class Queue:
 
     def _cancel(self, job: Job, now: float) -> Job:
         if job.state == PROCESSING:
-            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim, "wish": CANCEL})
+            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim,
+                                     "wish": CANCEL})
             return job._replace(wish=CANCEL)
         return move(self.store, "cancel", job, job._replace(finished_at=iso(now)), now)
 
@@ -2683,10 +2691,11 @@ class Queue:
             if name not in living:
                 raise NoSuchWorker(f"no worker {name!r} is running", nearest(
                     name, living) or "`queuectl worker list` shows them")
-        asked = [worker for name, worker in living.items() if name in names or not names]
+        asked = [living[name] for name in names or living]
         with self.store.transaction() as store:
             for worker in asked:
-                store.do(Sql.STOP_WORKER, {"id": worker.id, "wish": NOW if now else DRAIN})
+                store.do(Sql.STOP_WORKER, {"id": worker.id,
+                                           "wish": NOW if now else DRAIN})
         self.wake(NEW_ORDERS)
         return asked
 
@@ -2791,7 +2800,8 @@ class Claims:
         found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
         return found.rowcount == DUE_BATCH
 
-    def _claim(self, free: Sequence[int], locks: list[int], now: float) -> list[Claimed]:
+    def _claim(self, free: Sequence[int], locks: list[int],
+               now: float) -> list[Claimed]:
         claimed = []
         for place, slot in zip(self._choose(len(free)), free):
             before = self._store.jobs(Sql.JOB_BY_SEQ, seq=place.seq)[0]
@@ -2828,7 +2838,7 @@ class Claims:
 
         def room(queue: str) -> int:
             paused, limit = queues.get(queue, (0, 0))
-            if paused or own and queue not in own:
+            if paused or (own and queue not in own):
                 return 0
             busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)
             return max(0, limit - busy) if limit else free
@@ -3111,7 +3121,8 @@ def status_lines(status: Status, style: Style) -> list[str]:
                      + worker_line(view, style))
         lines += [" " * 12 + running_line(job, style) for job in view.running]
     if status.paused:
-        names = ["all queues" if name == EVERY_QUEUE else name for name in status.paused]
+        names = ["all queues" if name == EVERY_QUEUE else name
+                 for name in status.paused]
         lines.append("paused    " + style.paint(", ".join(names), "33"))
     if status.next_due:
         job = status.next_due
@@ -3211,9 +3222,10 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
         rate = f"{100 * summary.completed / over:.1f} %" if over else "-"
         lines += ["" if queue else f"since     {span(seconds)}",
                   style.paint(f"queue     {queue or 'all'}", BOLD),
-                  f"jobs      {summary.enqueued} enqueued, {summary.completed} completed,"
-                  f" {summary.died} dead, {summary.cancelled} cancelled",
-                  f"success   {rate}, {summary.retried} retries, {summary.lost} lost runs",
+                  f"jobs      {summary.enqueued} enqueued, {summary.completed} "
+                  f"completed, {summary.died} dead, {summary.cancelled} cancelled",
+                  f"success   {rate}, {summary.retried} retries, "
+                  f"{summary.lost} lost runs",
                   f"rate      {per_time(summary.completed, seconds)}",
                   spread_line("run time", summary.run_time),
                   spread_line("waiting", summary.wait_time)]
@@ -3240,7 +3252,7 @@ def spread_line(name: str, values: Spread) -> str:
 
 
 def settled_line(settled: Settled, now: float) -> str:
-    """What a worker says when a run has ended: what, in how long, and what comes next."""
+    """What a worker says of a run that ended: what, in how long, what comes next."""
     job, outcome, _, attempt = settled
     took = span(outcome.duration or 0.0)
     of = f"attempt {attempt} of {max(1, job.max_retries)}"
@@ -3431,7 +3443,7 @@ class Command:
         if watch >= 0:
             poller.register(watch, select.POLLIN)
         at_end = False
-        while process.poll() is None or self._why and not self._is_over(process.pid):
+        while process.poll() is None or (self._why and not self._is_over(process.pid)):
             for fd, _ in poller.poll(self._patience(begun, watch, process.returncode)):
                 if fd == pipe and not self._read(pipe):
                     at_end = True
@@ -3446,7 +3458,7 @@ class Command:
         self._finish_reading(pipe, at_end)
 
     def _patience(self, begun: float, watch: int, status: int | None) -> float | None:
-        """Milliseconds until there is something to do; None: until something happens."""
+        """Milliseconds until something is to do; None: until something happens."""
         if self._why or watch < 0:
             return RESCUE_TICK * 1000
         if status is not None:
@@ -3519,8 +3531,8 @@ class Command:
         if status == 0:
             return Outcome(DONE, 0, None, duration, kept, total)
         words = last_line(kept)
-        return Outcome(FAILURE, code, exit_words(status) + (f": {words}" if words else ""),
-                       duration, kept, total)
+        error = exit_words(status) + (f": {words}" if words else "")
+        return Outcome(FAILURE, code, error, duration, kept, total)
 
 
 def exit_words(status: int) -> str:
@@ -3603,7 +3615,7 @@ class Pool:
         self._rescued: list[tuple[Run, bool]] = []      # from rescuers; likewise
         self._rescuing: set[int] = set()                # claims
         self._peers: dict[int, int] = {}                # process watches: pool id
-        self._saved: dict[int, int] = {}                # bytes of output stored, by claim
+        self._saved: dict[int, int] = {}                # bytes stored, by claim
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._grace_ends: float | None = None           # monotonic
         self._look = True       # there may be something to claim
@@ -3684,13 +3696,13 @@ class Pool:
         return min(len(self._free), self._options.max_jobs - self._taken)
 
     def _turn(self, executor: futures.Executor) -> None:
-        """One transaction; if the disk or the lock forbids it, keep all and try again."""
+        """One transaction; if disk or lock forbids it, keep all and try again."""
         beats = time.monotonic() >= self._beat_at
         outputs = self._unsaved() if beats or self._peek else {}
         self._look = self._orders = self._peek = False
         if beats and not self._queue.store.is_in_place():
-            raise Moved(f"{self._queue.path} was deleted or replaced; this worker stops",
-                        "its running jobs are ended, their results are lost")
+            raise Moved(f"{self._queue.path} was deleted or replaced, so this worker "
+                        "ends its jobs and stops", "start it anew")
         try:
             turn = self._claims.turn(self._ended, outputs, self._free[:self._room()])
             self._settings = self._queue.store.settings()
@@ -3788,7 +3800,7 @@ class Pool:
                 ride.command.end(STOPPED)
 
     def _heed_signals(self) -> None:
-        """The first signal drains, the second ends and hands back; so does the grace."""
+        """The first signal drains, the second hands back; so does the grace's end."""
         while self._signals:
             number = self._signals.pop(0)
             name = signal.Signals(number).name
@@ -3880,7 +3892,7 @@ class Pool:
         now = time.monotonic()
         if self._retry_at > now:
             return self._retry_at - now
-        if self._look and self._room() or self._orders or self._peek:
+        if (self._look and self._room()) or self._orders or self._peek:
             return 0.0
         wake_at = [self._beat_at, now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
         if self._grace_ends is not None:
@@ -4062,7 +4074,8 @@ _JOB_FLAGS = (
     option("--command", metavar="C", help="the shell command"),
     option("--id", metavar="ID", help="a name of your own (default: job-N)"),
     option("--priority", "-p", type=_typed(lambda text: parse_whole(
-        text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N", help="higher first (default: 0)"),
+        text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
+        help="higher first (default: 0)"),
     option("--delay", **_DUR, help="not before this time has passed"),
     option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
            metavar="TIME", help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
@@ -4070,8 +4083,9 @@ _JOB_FLAGS = (
     option("--timeout", **_DUR, help="end a run after this time; 0: never"),
     option("--backoff-base", **_DUR, help="wait after the first failure, then doubled"),
     option("--queue", metavar="Q", help="default: default"),
-    option("--after", action="append", metavar="ID", help="run once that job is completed"),
-    option("--unique", metavar="KEY", help="not if a job with this key is not over yet"),
+    option("--after", action="append", metavar="ID",
+           help="run once that job is completed"),
+    option("--unique", metavar="KEY", help="not if a job with this key is unfinished"),
     option("--tag", action="append", dest="tags", metavar="T", help="a label"),
     option("--env", action="append", metavar="K=V", help="a variable for the command"),
     option("--cwd", metavar="DIR", help="where it runs (default: here)"),
@@ -4107,17 +4121,18 @@ def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
         with open(path, "rb") as file:
             return list(fields_of_lines(file.read()))
     except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror})", "give another file") \
-            from None
+        raise UsageError(f"cannot read {path} ({error.strerror})",
+                         "give another file") from None
 
 
-def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
+def _given_jobs(
+        args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
     """Whether it is a batch, and the job objects with their lines (0: no line)."""
     sources = [source for source in (args.job, args.file, args.words)
                if source is not None]
     if len(sources) > 1:
         raise UsageError("more than one of JOB, --file and words after -- is given",
-                         "give one; a command of several words goes in quotes or after --")
+                         "give one; several words go in quotes or after --")
     if args.words is not None:
         if not args.words:
             raise UsageError("there is no command after --", "write -- PROG ARG...")
@@ -4169,8 +4184,8 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     elif args.quiet or not is_batch:
         screen.out(*(job.id for job in jobs))
     elif jobs:
-        screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: "
-                   + (jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} ... {jobs[-1].id}"))
+        ids = jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} ... {jobs[-1].id}"
+        screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
     if jobs and not args.quiet and not queue.workers():
@@ -4326,7 +4341,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print as it comes, through retries, until the job (or the run asked for) is over."""
+    """Print as it comes, through retries, until the job (or that run) is over."""
     number, seen, is_first = args.attempt, 0, True
     while True:
         job = queue.job(args.id)
@@ -4341,7 +4356,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
                        if is_first else fresh)
             seen, is_first = run.output_bytes, False
             if run.outcome is not None:
-                if job.state in OVER and run.number == queue.run(args.id).number \
+                if (job.state in OVER and run.number == queue.run(args.id).number) \
                         or args.attempt is not None:
                     return EX_OK
                 screen.note(f"-- run {run.number} of {job.id}: {run.outcome}")
@@ -4388,8 +4403,10 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     late = [job for job in jobs if job.state != CANCELLED]
     for job in late:
         screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    return _say_jobs([job for job in jobs if job not in late], "cancelled", args, screen) \
-        if len(late) < len(jobs) else EX_NO
+    if len(late) == len(jobs):
+        return EX_NO
+    return _say_jobs([job for job in jobs if job not in late], "cancelled", args,
+                     screen)
 
 
 def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -4417,7 +4434,8 @@ def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Put dead jobs back."""
-    if bool(args.ids) == (args.all or args.queue is not None or args.search is not None):
+    filters = (args.queue, args.search)
+    if bool(args.ids) == (args.all or filters != (None, None)):
         raise UsageError("which dead jobs?", "give ids, or --all, --queue or --search")
     jobs = queue.retry_dead(*args.ids, queue=args.queue, search=args.search)
     return _say_jobs(jobs, "pending again", args, screen)
@@ -4507,9 +4525,11 @@ COMMANDS = (
         *_JOB_FLAGS,
         option("--quiet", "-q", action="store_true", help="print ids only"),
         _JSON_FLAG)),
-    Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground", CREATES, (
-        option("--count", "-c", type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
-               default=1, metavar="N", help="jobs at once (default: 1)"),
+    Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
+          CREATES, (
+        option("--count", "-c", default=1, metavar="N",
+               type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
+               help="jobs at once (default: 1)"),
         option("--timeout", **_DUR, help="for jobs that set none"),
         option("--backoff-base", **_DUR, help="for jobs that set none"),
         option("--queue", action="append", metavar="Q",
@@ -4523,7 +4543,8 @@ COMMANDS = (
         option("names", nargs="*", metavar="NAME"),
         option("--now", action="store_true", help="end running jobs and put them back"),
         option("--timeout", **_DUR, help="wait no longer"))),
-    Entry(("worker", "list"), cmd_worker_list, "show the workers", READS, (_JSON_FLAG,)),
+    Entry(("worker", "list"), cmd_worker_list, "show the workers", READS,
+          (_JSON_FLAG,)),
     Entry(("status",), cmd_status, "show counts, workers, what is next", READS,
           (_JSON_FLAG,)),
     Entry(("list",), cmd_list, "show jobs, newest first", READS, (
@@ -4534,7 +4555,8 @@ COMMANDS = (
         option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
         option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
                help="one of " + ", ".join(ORDERS)),
-        option("--show-output", "-o", action="store_true", help="with what each printed"),
+        option("--show-output", "-o", action="store_true",
+               help="with what each printed"),
         _JSON_FLAG)),
     Entry(("show",), cmd_show, "show one job whole", READS, (
         option("id", metavar="ID"), _JSON_FLAG)),
@@ -4559,7 +4581,8 @@ COMMANDS = (
         _JSON_FLAG)),
     Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
         option("--older-than", **_DUR, help="only those dead for longer"), _JSON_FLAG)),
-    Entry(("config", "list"), cmd_config_list, "show the settings", READS, (_JSON_FLAG,)),
+    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
+          (_JSON_FLAG,)),
     Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
         option("key", metavar="KEY"),)),
     Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
@@ -4593,17 +4616,20 @@ def build_parser() -> Parser:
         prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="queuectl [--db PATH] COMMAND ...",
         description="A background job queue for the command line.\n\ncommands:\n"
-        + "\n".join(f"  {' '.join(entry.words):<14} {entry.help}" for entry in COMMANDS),
+        + "\n".join(f"  {' '.join(entry.words):<14} {entry.help}"
+                    for entry in COMMANDS),
         epilog="`queuectl COMMAND --help` says more. Without a command: status.")
     _add_db(parser)
-    parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
+    parser.add_argument("--version", action="version",
+                        version=f"queuectl {__version__}")
     tops = parser.add_subparsers(dest="top", help=argparse.SUPPRESS,
                                  prog="queuectl", metavar="COMMAND")
     groups: dict[str, Any] = {}
     for entry in COMMANDS:
         if len(entry.words) == 2 and entry.words[0] not in groups:
-            groups[entry.words[0]] = tops.add_parser(
-                entry.words[0]).add_subparsers(dest="sub", metavar="COMMAND", required=True)
+            group = tops.add_parser(entry.words[0])
+            groups[entry.words[0]] = group.add_subparsers(
+                dest="sub", metavar="COMMAND", required=True)
         place = groups[entry.words[0]] if len(entry.words) == 2 else tops
         command = place.add_parser(entry.words[-1], description=entry.help + ".",
                                    help=entry.help)
@@ -4634,8 +4660,8 @@ def _complete(argv: Sequence[str]) -> list[str]:
     if name not in tops:
         raise UsageError(f"there is no command `{name}`", nearest(name, tops)
                          or "`queuectl --help` lists them")
-    if name in ALONE and all(word.startswith("-") and word not in ("-h", "--help")
-                             for word in words[at + 1:]):
+    following = words[at + 1] if at + 1 < len(words) else "-"
+    if name in ALONE and following[0] == "-" and following not in ("-h", "--help"):
         words.insert(at + 1, ALONE[name])
     return words
 

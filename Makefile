@@ -1,0 +1,24 @@
+PYTHON ?= python3
+.PHONY: help demo test lint type cov clean
+
+help:   ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+demo:   ## compress real files, a job each, check every result; some jobs fail on purpose
+	$(PYTHON) test_queuectl.py --demo
+
+test:   ## run the tests; needs Python alone
+	$(PYTHON) -m unittest
+
+lint:   ## ruff, if installed
+	$(PYTHON) -m ruff check .
+
+type:   ## mypy --strict, if installed
+	$(PYTHON) -m mypy
+
+cov:    ## branch coverage of the tests that run in one process, if coverage is installed
+	$(PYTHON) -m coverage run --branch --include=queuectl.py -m unittest
+	$(PYTHON) -m coverage report
+
+clean:  ## remove what tools leave behind
+	rm -rf build dist *.egg-info __pycache__ .coverage .mypy_cache .ruff_cache

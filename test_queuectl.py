@@ -1,0 +1,1022 @@
+"""The tests of queuectl, in the order of its sections; real processes come last."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+import queuectl
+from queuectl import (
+    CANCELLED, COMPLETED, DEAD, MOVES, PENDING, PROCESSING, STATES,
+    Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
+
+MODULE = os.path.abspath(queuectl.__file__)
+NOON = 1_800_000_000.0
+DEADLINE = 30.0     # seconds until a condition that should hold is given up
+
+
+class FakeClock:
+    """A wall clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def wait_for(condition, what="the condition"):
+    """The condition's first true value; an error after DEADLINE."""
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {DEADLINE} s in vain for {what}")
+
+
+def settings(**changes):
+    return queuectl.settings_of({})._replace(**changes)
+
+
+class TestCase(unittest.TestCase):
+    """Each test has a directory and a database of its own."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="queuectl test ü ")
+        self.addCleanup(shutil.rmtree, self.dir, True)
+        self.path = os.path.join(self.dir, "queue.db")
+        self.clock = FakeClock()
+
+    def a_queue(self):
+        queue = Queue(self.path, clock=self.clock)
+        self.addCleanup(queue.close)
+        return queue
+
+    def a_pool(self, queue, **options):
+        claims = Claims(queue, PoolOptions(**{"slots": 4, **options}))
+        claims.register(None)
+        return claims
+
+    def claim_one(self, queue, claims):
+        return claims.turn({}, {}, [1]).claimed[0]
+
+
+def is_running(pid):
+    """Whether the process lives; a zombie whose parent does not reap it does not."""
+    return bool(queuectl._stat_fields(int(pid)))
+
+
+def run_cli(*argv):
+    """(exit status, stdout, stderr) of a command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = queuectl.main(list(argv))
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+# ---- 0 Architecture ----------------------------------------------------------
+
+class Architecture(unittest.TestCase):
+    source = inspect.getsource(queuectl)
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+    def test_no_definition_names_one_below_it(self):
+        line = {node.name: node.lineno for node in self.tree.body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for node in self.tree.body:
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and line.get(name.id, 0) > name.lineno:
+                    self.fail(f"line {name.lineno}: {name.id} is defined below its use")
+
+    def test_banners_are_the_contents_of_the_docstring(self):
+        banners = re.findall(r"^# ---- (\d+) (\w+) -+$", self.source, re.M)
+        contents = re.findall(r"^ +(\d+) (\w+)  ", queuectl.__doc__, re.M)
+
+        self.assertEqual(banners, contents)
+        self.assertTrue(all(len(line) <= 88 for line in self.source.splitlines()))
+
+    def test_functions_are_short(self):
+        sizes = sorted(node.end_lineno - node.lineno + 1 for node in self.functions)
+
+        self.assertLessEqual(sizes[len(sizes) // 2], 9)
+        self.assertLessEqual(sizes[int(len(sizes) * 0.95)], 30)
+        self.assertLessEqual(sizes[-1], 50)
+
+    def test_public_functions_and_classes_have_docstrings(self):
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) \
+                    and not node.name.startswith("_") and node.name != "row" \
+                    and node.name not in ("note", "restore", "room", "parse", "parsed"):
+                self.assertTrue(ast.get_docstring(node), node.name)
+
+    def test_only_the_standard_library_is_imported(self):
+        names = {alias.name.split(".")[0] for node in ast.walk(self.tree)
+                 if isinstance(node, ast.Import) for alias in node.names}
+
+        if hasattr(sys, "stdlib_module_names"):
+            self.assertLessEqual(names, set(sys.stdlib_module_names))
+
+    def test_importing_loads_no_heavy_module(self):
+        code = ("import sys, queuectl; print([m for m in ('subprocess', 'socket', "
+                "'concurrent.futures', 'http', 'logging', 'dataclasses', 'urllib') "
+                "if m in sys.modules])")
+        out = subprocess.run([sys.executable, "-S", "-c", code], cwd=os.path.dirname(
+            MODULE), stdout=subprocess.PIPE, check=True).stdout
+
+        self.assertEqual(out.strip(), b"[]")
+
+    def test_the_inline_metadata_agrees_with_the_project_file(self):
+        with open(os.path.join(os.path.dirname(MODULE), "pyproject.toml")) as file:
+            project = file.read()
+
+        for line in ('requires-python = ">=3.9"', "dependencies = []"):
+            self.assertIn(f"# {line}\n", self.source)
+            self.assertIn(f"{line}\n", project)
+
+    def test_every_command_is_in_the_readme(self):
+        with open(os.path.join(os.path.dirname(MODULE), "README.md")) as file:
+            readme = file.read()
+
+        for entry in queuectl.COMMANDS:
+            self.assertIn("queuectl " + " ".join(entry.words), readme)
+
+
+# ---- 3 Rules -----------------------------------------------------------------
+
+class Rules(TestCase):
+    def test_durations(self):
+        for text, seconds in (("500ms", 0.5), ("30s", 30), ("1h30m", 5400), ("1.5", 1.5),
+                              ("1d", 86400), (2, 2), (0.5, 0.5)):
+            with self.subTest(text):
+                self.assertAlmostEqual(queuectl.parse_duration(text), seconds)
+        for text in ("", "5x", "-1", -1, True, None, "1e99", float("inf"), float("nan")):
+            with self.subTest(text), self.assertRaises(queuectl.InvalidValue):
+                queuectl.parse_duration(text)
+
+    def test_times(self):
+        for text, moment in (("2027-01-15T08:00:00Z", NOON), ("+10m", NOON + 600),
+                             ("2027-01-15T09:00:00+01:00", NOON), (str(int(NOON)), NOON),
+                             (NOON + 1, NOON + 1)):
+            with self.subTest(text):
+                self.assertEqual(queuectl.parse_time(text, NOON), moment)
+        clock_time = time.strftime("%H:%M", time.localtime(NOON + 60))
+        self.assertEqual(queuectl.parse_time(clock_time, NOON), NOON + 60)
+        for text in ("tomorrow", "25:00", "", None, "2026-13-01", 1e300, -1e300):
+            with self.subTest(text), self.assertRaises(queuectl.InvalidValue):
+                queuectl.parse_time(text, NOON)
+
+    def test_a_stored_time_survives_the_way_to_a_number_and_back(self):
+        for stamp in ("2026-11-24T08:22:13.123Z", "0001-01-01T00:00:00.000Z",
+                      "9999-12-31T23:59:59.999Z", "1969-12-31T23:59:59.999Z"):
+            self.assertEqual(queuectl.iso(queuectl.epoch(stamp)), stamp)
+
+    def test_backoff_doubles_up_to_its_cap_and_never_overflows(self):
+        waits = [queuectl.backoff(n, 2.0, settings(), 0.5) for n in (1, 2, 3, 10**6)]
+        self.assertEqual(waits, [2.0, 4.0, 8.0, 3600.0])
+
+        spread = settings(backoff_jitter=0.5)
+        self.assertEqual([queuectl.backoff(1, 2.0, spread, chance) for chance in (0, 1)],
+                         [1.0, 3.0])
+
+    def test_every_outcome_leads_to_its_verb(self):
+        job = self.a_queue().enqueue("x", max_retries=2)._replace(state=PROCESSING)
+        table = (
+            #outcome       attempts  crashes  wish      verb
+            ("completed",  0,        0,       None,     "complete"),
+            ("completed",  0,        0,       "cancel", "complete"),
+            ("failed",     0,        0,       None,     "fail"),
+            ("failed",     1,        0,       None,     "bury"),
+            ("failed",     0,        0,       "cancel", "cancel"),
+            ("timeout",    1,        0,       None,     "bury"),
+            ("cancelled",  0,        0,       None,     "cancel"),
+            ("released",   1,        0,       None,     "release"),
+            ("released",   1,        0,       "cancel", "cancel"),
+            ("lost",       1,        0,       None,     "fail"),
+            ("lost",       1,        4,       None,     "bury"),
+        )
+        for kind, attempts, crashes, wish, verb in table:
+            with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
+                now = job._replace(attempts=attempts, crashes=crashes, wish=wish)
+                self.assertEqual(queuectl.settle(
+                    now, Outcome(kind), settings(), None, 0.5, NOON)[0], verb)
+
+    def test_output_keeps_both_ends_whatever_the_pieces(self):
+        text = bytes(range(256)) * 1000
+        for size in (1, 7, 4096, 300000):
+            output = Output(101)
+            for at in range(0, len(text), size):
+                output.feed(text[at:at + size])
+            self.assertEqual(output.kept(), text[:50] + text[-51:])
+            self.assertEqual(output.total, len(text))
+        self.assertIn(b"155 bytes left out", queuectl.readable(b"x" * 101, 256))
+
+    def test_a_follower_gets_each_byte_once_or_is_told_what_is_missing(self):
+        output = Output(10)
+        output.feed(b"abcd")
+        self.assertEqual(queuectl.since(output.kept(), output.total, 2), b"cd")
+        output.feed(b"efghijklmnop")
+        self.assertEqual(queuectl.since(output.kept(), output.total, 4),
+                         b"e\n[... 6 bytes left out ...]\nlmnop")
+        self.assertEqual(queuectl.since(output.kept(), output.total, 14), b"op")
+
+    def test_silence_counts_only_what_was_watched(self):
+        silence = Silence(10)
+        silence.look({1: 5}, 0.0)
+        self.assertEqual(silence.look({1: 5}, 4.0), {1: 4.0})
+        self.assertEqual(silence.look({1: 5}, 1000.0), {1: 14.0})  # we were suspended
+        self.assertEqual(silence.look({1: 6}, 1001.0), {1: 0.0})
+
+    def test_percentiles_are_within_a_twentieth(self):
+        values = [n / 1000 for n in range(1, 1001)]
+        buckets = {}
+        for value in values:
+            buckets[queuectl.bucket_of(value)] = buckets.get(
+                queuectl.bucket_of(value), 0) + 1
+
+        self.assertAlmostEqual(queuectl.percentile(buckets, 0.5), 0.5, delta=0.05)
+        self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
+        self.assertIsNone(queuectl.percentile({}, 0.5))
+
+
+# ---- 4 Input -----------------------------------------------------------------
+
+class Input(TestCase):
+    def test_what_is_wrong_names_its_key(self):
+        table = (
+            ({"command": ""}, "command"), ({"command": 5}, "command"), ({}, "command"),
+            ({"command": "a\0b"}, "command"), ({"command": "\ud800"}, "command"),
+            ({"command": "x", "priority": "high"}, "priority"),
+            ({"command": "x", "priority": True}, "priority"),
+            ({"command": "x", "max_retries": -1}, "max_retries"),
+            ({"command": "x", "id": "a b"}, "id"), ({"command": "x", "id": ""}, "id"),
+            ({"command": "x", "timeout": "soon"}, "timeout"),
+            ({"command": "x", "run_at": "soon"}, "run_at"),
+            ({"command": "x", "delay": 1, "run_at": 1}, "delay"),
+            ({"command": "x", "env": {"1A": "b"}}, "env"),
+            ({"command": "x", "env": {"A": 1}}, "env"),
+            ({"command": "x", "after": [1]}, "after"),
+            ({"command": "x", "priorty": 1}, "priorty"),
+        )
+        for fields, key in table:
+            with self.subTest(fields), self.assertRaises(queuectl.InvalidJob) as caught:
+                queuectl.spec_of(fields, NOON)
+            self.assertEqual(caught.exception.key, key)
+
+    def test_a_typing_mistake_gets_the_nearest_key(self):
+        with self.assertRaisesRegex(queuectl.InvalidJob, "did you mean `priority`"):
+            queuectl.spec_of({"command": "x", "priorty": 1}, NOON)
+
+    def test_json_and_shell_are_told_apart(self):
+        for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]"):
+            self.assertEqual(queuectl.fields_of(text), [{"command": text}])
+        for text in ('{"command": "x"}', '{ "command": "x"}', '[{"command": "x"}]'):
+            self.assertEqual(queuectl.fields_of(text), [{"command": "x"}])
+        for text in ("{command: x}", '{"command": ', '["x"]', "[1]"):
+            with self.assertRaises(queuectl.InvalidJob):
+                queuectl.fields_of(text)
+
+    def test_a_bad_line_is_named(self):
+        lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
+        self.assertEqual(list(queuectl.fields_of_lines(lines)),
+                         [(1, {"command": "echo a"}), (4, {"command": "b"})])
+        for bad in (b"{x}", b"\xff"):
+            with self.assertRaisesRegex(queuectl.InvalidJob, "^line 5: "):
+                list(queuectl.fields_of_lines(lines + bad))
+
+
+# ---- 5 SQL -------------------------------------------------------------------
+
+class Statements(TestCase):
+    def statements(self):
+        for name, text in vars(queuectl.Sql).items():
+            if name.isupper() and isinstance(text, str) \
+                    and name not in ("SCHEMA", "PAGE"):
+                yield name, text
+        for text in queuectl.Sql.DELETE_JOB:
+            yield "DELETE_JOB", text
+
+    def test_every_statement_prepares(self):
+        queue = self.a_queue()
+        db = sqlite3.connect(queue.path)
+        self.addCleanup(db.close)
+        for name, text in self.statements():
+            names = dict.fromkeys(re.findall(r":(\w+)", text))
+            values = names if names else [None] * text.count("?")
+            with self.subTest(name):
+                if not text.lstrip().startswith(("PRAGMA", "BEGIN", "COMMIT", "ROLL")):
+                    db.execute("EXPLAIN " + text, values).fetchall()
+
+    def test_the_claim_uses_its_indexes_and_sorts_nothing(self):
+        db = sqlite3.connect(self.a_queue().path)
+        self.addCleanup(db.close)
+        for name, index in (("LINE", "jobs_in_line"), ("QUEUE_LINE", "jobs_in_queue"),
+                            ("NEXT_DUE", "jobs_by_time"), ("LET_IN", "jobs_by_time"),
+                            ("JOB_BY_CLAIM", "jobs_by_claim"), ("MINE", "jobs_by_claim"),
+                            ("JOB_BY_UNIQUE", "jobs_by_unique"), ("BEFORE", "jobs_in_line")):
+            text = getattr(queuectl.Sql, name)
+            plan = " ".join(row[3] for row in db.execute(
+                "EXPLAIN QUERY PLAN " + text, dict.fromkeys(re.findall(r":(\w+)", text))))
+            with self.subTest(name):
+                self.assertIn(index, plan)
+                self.assertNotIn("TEMP B-TREE", plan)
+
+
+# ---- 6 Store -----------------------------------------------------------------
+
+class Files(TestCase):
+    def test_the_file_is_private(self):
+        self.assertEqual(os.stat(self.a_queue().path).st_mode & 0o777, 0o600)
+
+    def test_every_commit_is_durable(self):
+        store = self.a_queue().store
+        self.assertEqual(store.row("PRAGMA synchronous"), (2,))
+        self.assertEqual(store.row("PRAGMA journal_mode"), ("wal",))
+
+    def test_foreign_files_are_refused_and_left_as_they_are(self):
+        other = os.path.join(self.dir, "other.db")
+        db = sqlite3.connect(other)
+        db.execute("CREATE TABLE t (x)")
+        db.commit()
+        db.close()
+        with open(other, "rb") as file:
+            sqlite_file = file.read()
+        newer = os.path.join(self.dir, "newer.db")
+        Queue(newer).close()
+        db = sqlite3.connect(newer)
+        db.execute("PRAGMA user_version = 99")
+        db.close()
+        with open(newer, "rb") as file:
+            newer_file = file.read()
+        for content, error in ((sqlite_file, queuectl.NotAQueue),
+                               (newer_file, queuectl.NewerVersion),
+                               (b"hello, this is no database\n" * 99, queuectl.NotAQueue)):
+            with open(self.path, "wb") as file:
+                file.write(content)
+            with self.assertRaises(error):
+                Queue(self.path)
+            with open(self.path, "rb") as file:
+                self.assertEqual(file.read(), content)
+
+    def test_reading_creates_nothing(self):
+        with self.assertRaises(queuectl.NoQueue):
+            Queue(self.path, create=False)
+        self.assertEqual(os.listdir(self.dir), [])
+
+    def test_a_queue_from_before_a_fork_is_refused_in_words(self):
+        queue = self.a_queue()
+        queue.store._process += 1
+        with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"):
+            queue.counts()
+
+
+# ---- 8 Ledger, 9 Queue -------------------------------------------------------
+
+class Promises(TestCase):
+    def in_state(self, queue, claims, state):
+        """A job that came to a state on the ways of the queue itself."""
+        job = queue.enqueue("x", max_retries=1 if state == DEAD else 2)
+        if state == CANCELLED:
+            queue.cancel(job.id)
+        elif state != PENDING:
+            claim = self.claim_one(queue, claims).claim
+            if state != PROCESSING:
+                kind = "completed" if state == COMPLETED else "failed"
+                claims.turn({claim: Outcome(kind, 0, None, 0.1)}, {}, [])
+        self.assertEqual(queue.job(job.id).state, state)
+        return queue.job(job.id)
+
+    def test_a_verb_moves_only_from_its_sources(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for verb, step in MOVES.items():
+            for state in STATES:
+                if state in step.sources:
+                    continue
+                with self.subTest(verb=verb, state=state):
+                    job = self.in_state(queue, claims, state)
+                    with self.assertRaises(queuectl.WrongState), \
+                            queue.store.transaction() as store:
+                        queuectl.move(store, verb, job, job, NOON)
+                    self.assertEqual(queue.job(job.id).state, state)
+                    with contextlib.suppress(queuectl.QueueError):
+                        queue.delete(job.id)
+
+    def test_every_change_of_state_has_its_event(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        job = self.in_state(queue, claims, DEAD)
+        queue.retry(job.id)
+
+        self.assertEqual([(e.source, e.target) for e in queue.events(job.id)], [
+            (None, PENDING), (PENDING, PROCESSING), (PROCESSING, DEAD), (DEAD, PENDING)])
+
+    def test_a_batch_is_added_whole_or_not_at_all(self):
+        queue = self.a_queue()
+        with self.assertRaises(queuectl.JobExists) as caught:
+            queue.enqueue_many([Spec("a", id="x"), Spec("b"), Spec("c", id="x")])
+
+        self.assertEqual(caught.exception.item, 2)
+        self.assertEqual(sum(queue.counts().values()), 0)
+
+    def test_a_number_is_never_used_again(self):
+        queue = self.a_queue()
+        self.assertEqual(queue.enqueue("a").id, "job-1")
+        queue.delete("job-1")
+        self.assertEqual(queue.enqueue("a").id, "job-2")
+        queue.enqueue("a", id="job-10")
+        queue.delete("job-10")
+        self.assertGreater(queue.enqueue("a").seq, 10)
+
+    def test_a_unique_key_adds_no_second_job_until_the_first_is_over(self):
+        queue = self.a_queue()
+        first = queue.enqueue("a", unique="k")
+        self.assertEqual(queue.enqueue("a", unique="k").id, first.id)
+        queue.cancel(first.id)
+        second = queue.enqueue("a", unique="k")
+        self.assertNotEqual(second.id, first.id)
+        with self.assertRaises(queuectl.InUse):
+            queue.retry(first.id)
+
+    def test_a_job_waits_for_those_it_comes_after(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("b", id="b", after=("a",)), Spec("a", id="a")])
+        first = claims.turn({}, {}, [1, 2])
+        self.assertEqual([c.job.id for c in first.claimed], ["a"])
+        self.assertEqual(queue.waiting_for(queue.job("b"))[0], "after a (processing)")
+        second = claims.turn({first.claimed[0].claim: Outcome("completed", 0)}, {}, [1])
+        self.assertEqual([c.job.id for c in second.claimed], ["b"])
+
+    def test_jobs_that_wait_for_each_other_are_refused(self):
+        with self.assertRaisesRegex(queuectl.InvalidJob, "a, b wait for each other"):
+            self.a_queue().enqueue_many([Spec("a", id="a", after=("b",)),
+                                         Spec("b", id="b", after=("a",))])
+
+    def test_counts_agree_with_the_table_whatever_happens(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for state in (*STATES[1:], PENDING):    # a pending one would be claimed first
+            self.in_state(queue, claims, state)
+        queue.retry_dead()
+        for state, n in queue.counts().items():
+            self.assertEqual(n, len(queue.jobs(state)), state)
+
+    def test_retry_resets_the_attempts_and_keeps_the_history(self):
+        queue = self.a_queue()
+        job = self.in_state(queue, self.a_pool(queue), DEAD)
+        job = queue.retry_dead(job.id)[0]
+
+        self.assertEqual((job.state, job.attempts), (PENDING, 0))
+        self.assertEqual(len(queue.runs(job.id)), 1)
+        with self.assertRaisesRegex(queuectl.WrongState, "not dead"):
+            queue.retry_dead(job.id)
+
+    def test_purging_keeps_what_others_wait_for(self):
+        queue = self.a_queue()
+        job = self.in_state(queue, self.a_pool(queue), DEAD)
+        self.in_state(queue, self.a_pool(queue, name="other"), DEAD)
+        queue.enqueue("y", after=[job.id])
+
+        self.assertEqual(queue.purge_dead(older_than=3600), 0)
+        self.assertEqual(queue.purge_dead(), 1)
+        self.assertEqual(queue.job(job.id).state, DEAD)
+
+    def test_a_setting_takes_effect_at_once_and_only_if_valid(self):
+        queue = self.a_queue()
+        queue.configure("max_retries", "5")
+        self.assertEqual(queue.enqueue("x").max_retries, 5)
+        with self.assertRaises(queuectl.InvalidValue):
+            queue.configure("backoff-base", "soon")
+        with self.assertRaisesRegex(queuectl.NoSuchSetting, "did you mean `timeout`"):
+            queue.configure("timout", "1s")
+
+    def test_a_listing_of_several_states_is_in_order(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for state in (PENDING, CANCELLED, COMPLETED):
+            self.in_state(queue, claims, CANCELLED)
+            self.in_state(queue, claims, COMPLETED)
+        found = [job.seq for job in queue.jobs([CANCELLED, COMPLETED])]
+
+        self.assertEqual(found, sorted(found, reverse=True))
+        self.assertEqual([j.seq for j in queue.pages(state=COMPLETED, limit=2)],
+                         [j.seq for j in queue.jobs(COMPLETED, limit=2)])
+
+
+# ---- 10 Claims ---------------------------------------------------------------
+
+class Turns(TestCase):
+    def test_order_is_priority_then_due_time_then_age(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="late")
+        queue.enqueue("x", id="early", run_at=NOON - 60)
+        queue.enqueue("x", id="high", priority=1)
+        queue.enqueue("x", id="later")
+
+        turn = self.a_pool(queue).turn({}, {}, [1, 2, 3, 4])
+        self.assertEqual([c.job.id for c in turn.claimed],
+                         ["high", "early", "late", "later"])
+
+    def test_nothing_starts_before_its_time(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", delay=10)
+        self.clock.now += 9.998
+        self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
+        self.clock.now += 0.003
+        self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+
+    def test_a_job_for_now_starts_though_the_clock_was_set_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.clock.now -= 86400
+        self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+
+    def test_a_late_worker_cannot_end_a_later_claim(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        old = self.claim_one(queue, claims)
+        os.close(old.lock)
+        claims.rescue(queuectl.Run(*queue.store.row(
+            queuectl.Sql.RUN_BY_CLAIM, claim=old.claim)))
+        new = self.claim_one(queue, claims)
+
+        late = claims.turn({old.claim: Outcome("completed", 0)}, {}, [])
+        self.assertEqual(late.settled, [])
+        self.assertEqual(queue.job("job-1").claim, new.claim)
+        self.assertEqual(queue.job("job-1").crashes, 1)
+        self.assertEqual(queue.job("job-1").attempts, 0)
+
+    def test_a_turn_that_cannot_commit_has_not_happened(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        claim = self.claim_one(queue, claims)
+        queue.store.patience = 0.01
+        rival = sqlite3.connect(queue.path, isolation_level=None)
+        self.addCleanup(rival.close)
+        rival.execute("BEGIN IMMEDIATE")
+
+        with self.assertRaises(queuectl.Busy):
+            claims.turn({claim.claim: Outcome("completed", 0)}, {}, [1])
+        self.assertEqual(queue.job("job-1").state, PROCESSING)
+        rival.execute("ROLLBACK")
+        claims.turn({claim.claim: Outcome("completed", 0)}, {}, [1])
+        self.assertEqual(queue.job("job-1").state, COMPLETED)
+
+    def test_paused_full_and_foreign_queues_are_passed_over(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", queue="paused", priority=9)] * 100)
+        queue.enqueue_many([Spec("x", queue="one", priority=5)] * 100)
+        queue.enqueue_many([Spec("x", queue="free")] * 3)
+        with queue.store.transaction() as store:
+            store.do("INSERT INTO queues VALUES ('paused', 1, 0), ('one', 0, 1)", {})
+
+        turn = self.a_pool(queue).turn({}, {}, [1, 2, 3])
+        self.assertEqual([c.job.queue for c in turn.claimed], ["one", "free", "free"])
+        only = self.a_pool(queue, name="only", queues=("free",)).turn({}, {}, [1, 2])
+        self.assertEqual([c.job.queue for c in only.claimed], ["free"])
+
+    def test_two_pools_never_get_the_same_job(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * 6)
+        one, two = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        got = [c.claim for c in one.turn({}, {}, [1, 2, 3]).claimed
+               + two.turn({}, {}, [1, 2, 3]).claimed]
+        self.assertEqual(len(set(got)), 6)
+        with self.assertRaises(queuectl.InUse):
+            self.a_pool(queue, name="a")
+
+
+# ---- 14 CLI ------------------------------------------------------------------
+
+class CommandLine(TestCase):
+    def cli(self, *argv):
+        return run_cli("--db", self.path, *argv)
+
+    def test_the_words_of_a_command_keep_their_boundaries(self):
+        self.cli("enqueue", "--", "sh", "-c", "a && b")
+        self.assertEqual(json.loads(self.cli("show", "job-1", "--json")[1])["command"],
+                         "sh -c 'a && b'")
+
+    def test_a_flag_overrides_the_field(self):
+        out = self.cli("enqueue", '{"command": "x", "priority": 1, "delay": 5}', "-p", "7",
+                       "--run-at", "+1h", "--json")[1]
+        self.assertEqual(json.loads(out)["priority"], 7)
+
+    def test_the_object_has_the_keys_of_the_contract_in_their_order(self):
+        out = json.loads(self.cli("enqueue", "x", "--json")[1])
+        self.assertEqual(tuple(out), queuectl.JSON_KEYS)
+        self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+
+    def test_exit_statuses_and_one_line_of_error(self):
+        self.cli("enqueue", "x")
+        for argv, status in ((("show", "nope"), 1), (("enqueue", "{}"), 1),
+                             (("statsu",), 2), (("enqueue",), 2),
+                             (("enqueue", "echo", "hi"), 2), (("list", "-s", "bad"), 2),
+                             (("worker", "start", "-c", "0"), 2), (("logs", "job-1"), 1),
+                             (("config", "set", "timeout", "soon"), 1),
+                             (("dlq", "retry", "job-1"), 1), (("worker", "stop"), 0)):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (status, ""))
+                self.assertEqual(err.count("\n"), 1)
+                if status:
+                    self.assertTrue(err.startswith("queuectl: error: "), err)
+
+    def test_an_error_under_json_is_one_object(self):
+        self.cli("enqueue", "x")
+        code, out, err = self.cli("show", "nope", "--json")
+        self.assertEqual((code, out), (1, ""))
+        self.assertEqual(json.loads(err)["error"]["code"], "no-such-job")
+
+    def test_a_bad_line_adds_nothing(self):
+        path = os.path.join(self.dir, "jobs.txt")
+        with open(path, "w") as file:
+            file.write('echo a\n{"command": "b", "id": "b"}\n{"command": "c", "id": "b"}')
+        code, _, err = self.cli("enqueue", "@" + path)
+        self.assertEqual(code, 1)
+        self.assertIn("line 3: ", err)
+        self.assertEqual(json.loads(self.cli("list", "--json")[1]), [])
+
+    def test_readers_refuse_a_queue_that_is_not_there(self):
+        for argv in (("list",), ("status",), ("stats",), ("worker", "stop")):
+            code, _, err = self.cli(*argv)
+            self.assertEqual(code, 1)
+            self.assertIn("no queue at", err)
+        self.assertEqual(self.cli()[0], 0)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_every_command_has_help(self):
+        for entry in queuectl.COMMANDS:
+            code, out, _ = run_cli(*entry.words, "--help")
+            self.assertEqual(code, 0)
+            self.assertIn(entry.help, out.replace("\n", " "))
+
+
+# ---- Real processes ----------------------------------------------------------
+
+class Program(TestCase):
+    """The program as its users meet it: other processes, real signals."""
+
+    def command(self, *argv):
+        return [sys.executable, MODULE, *argv, "--db", self.path] \
+            if "--" not in argv else [sys.executable, MODULE, "--db", self.path, *argv]
+
+    def call(self, *argv, **options):
+        done = subprocess.run(self.command(*argv), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd=self.dir, timeout=60,
+                              check=False, **options)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def enqueue(self, *argv):
+        code, out, err = self.call("enqueue", "-q", *argv)
+        self.assertEqual(code, 0, err)
+        return out.strip()
+
+    def worker(self, *argv, **options):
+        log = open(os.path.join(self.dir, "worker.log"), "ab")
+        self.addCleanup(log.close)
+        process = subprocess.Popen(self.command("worker", "start", *argv), cwd=self.dir,
+                                   stderr=log, **options)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        with contextlib.suppress(queuectl.QueueError), Queue(self.path, False) as queue:
+            for row in queue.store.rows(queuectl.Sql.UNDER_WAY):
+                for pid in queue.host.members(row[0]):
+                    queuectl.send_signal(pid, signal.SIGKILL)
+
+    def job(self, job_id):
+        with Queue(self.path, create=False) as queue:
+            return queue.job(job_id)
+
+    def runs(self, job_id):
+        with Queue(self.path, create=False) as queue:
+            return queue.runs(job_id)
+
+    def wait_state(self, job_id, state):
+        return wait_for(lambda: self.job(job_id).state == state, f"{job_id} {state}")
+
+    def drain(self, *argv):
+        code, _, err = self.call("worker", "start", "--drain", *argv)
+        self.assertEqual(code, 0, err)
+        return err
+
+    def path_of(self, name):
+        return os.path.join(self.dir, name)
+
+    def read(self, name):
+        with open(self.path_of(name)) as file:
+            return file.read()
+
+    def test_the_first_walk(self):
+        self.enqueue('{"command": "echo Hello World"}')
+        self.enqueue("exit 1", "--backoff-base", "10ms")
+        log = self.drain("--timeout", "5s")
+
+        self.assertEqual(self.job("job-1").state, COMPLETED)
+        self.assertEqual(self.job("job-2").state, DEAD)
+        self.assertEqual(self.call("logs", "job-1")[1], "Hello World\n")
+        self.assertRegex(log, r"job-2 failed \(exit 1\) after \S+, attempt 1 of 3, again in")
+        self.assertIn("job-2", self.call("dlq")[1])
+        self.assertEqual(self.call("dlq", "retry", "job-2")[0], 0)
+        self.assertEqual(self.job("job-2").attempts, 0)
+
+    def test_three_pools_run_each_job_once(self):
+        lines = "echo $QUEUECTL_JOB_ID >> ran\n" * 300
+        self.call("enqueue", "-", input=lines.encode())
+        pools = [self.worker("-c", "4", "--drain", "--name", f"w{n}") for n in range(3)]
+        for pool in pools:
+            self.assertEqual(pool.wait(60), 0)
+
+        self.assertEqual(sorted(self.read("ran").split()),
+                         sorted(f"job-{n}" for n in range(1, 301)))
+        self.assertNotIn("locked", self.read("worker.log"))
+
+    def test_output_is_bytes_and_bounded(self):
+        self.enqueue("printf '\\377caf\\351'", "--id", "bytes")
+        self.enqueue("head -c 3000000 /dev/zero; echo end", "--id", "big")
+        self.drain("-c", "2")
+
+        self.assertEqual(self.runs("bytes")[0].output, b"\xffcaf\xe9")
+        run = self.runs("big")[0]
+        self.assertEqual((len(run.output), run.output_bytes), (65536, 3000004))
+        self.assertTrue(run.output.endswith(b"end\n"))
+
+    def test_a_background_child_goes_on_and_holds_nobody_up(self):
+        self.enqueue("(while [ ! -e go ]; do sleep .05; done; echo late; touch went) &"
+                     " echo front")
+        self.worker()
+        self.wait_state("job-1", COMPLETED)
+        self.assertFalse(os.path.exists(self.path_of("went")))
+        open(self.path_of("go"), "w").close()
+        wait_for(lambda: os.path.exists(self.path_of("went")), "the child's end")
+
+    def test_a_time_out_ends_a_tree_that_will_not_go(self):
+        self.call("config", "set", "kill-grace", "200ms")
+        self.enqueue("trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ > out; "
+                     "sleep 100; sleep 100' & sleep 100; sleep 100",
+                     "--timeout", "500ms", "--max-retries", "1")
+        self.drain()
+
+        run = self.runs("job-1")[0]
+        self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
+        self.assertFalse(is_running(self.read("out")))
+
+    def test_what_cannot_start_fails_in_words(self):
+        self.enqueue("nonexistentcommand", "--max-retries", "1")
+        self.enqueue("pwd", "--cwd", self.path_of("gone"), "--max-retries", "1")
+        self.drain()
+
+        self.assertEqual(self.job("job-1").exit_code, 127)
+        self.assertIn("not found", self.job("job-1").error)
+        self.assertIn("is not there", self.job("job-2").error)
+
+    def test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first(self):
+        self.enqueue("echo $$ >> pids; setsid sh -c 'echo $$ >> pids; sleep 100' & "
+                     "[ -e second ] && exit 0; touch second; sleep 100")
+        first = self.worker("--name", "first")
+        wait_for(lambda: os.path.exists(self.path_of("second"))
+                 and len(self.read("pids").split()) == 2, "the start")
+        left = self.read("pids").split()
+        first.kill()
+        first.wait()
+        self.worker("--name", "next")
+        self.wait_state("job-1", COMPLETED)
+
+        job = self.job("job-1")
+        self.assertEqual((job.crashes, job.attempts), (1, 1))
+        self.assertEqual([run.outcome for run in self.runs("job-1")],
+                         ["lost", "completed"])
+        for pid in left:
+            self.assertFalse(is_running(pid), pid)
+
+    def test_a_living_worker_takes_over_from_a_dead_one(self):
+        first = self.worker("--name", "first")
+        wait_for(lambda: os.path.exists(self.path), "the queue")
+        self.enqueue("[ -e second ] && exit 0; touch second; sleep 100")
+        wait_for(lambda: os.path.exists(self.path_of("second")), "the start")
+        self.worker("--name", "next")
+        wait_for(lambda: len(json.loads(self.call("worker", "list", "--json")[1])) == 2)
+        first.kill()
+        first.wait()
+
+        self.wait_state("job-1", COMPLETED)
+        self.assertEqual(self.job("job-1").crashes, 1)
+
+    def test_a_frozen_worker_loses_its_jobs_and_changes_nothing_when_it_thaws(self):
+        self.call("config", "set", "lease", "1s")
+        self.call("config", "set", "heartbeat", "200ms")
+        self.enqueue("echo $$ >> runs; [ -e second ] && sleep 1 && exit 0; touch second; "
+                     "sleep 100")
+        first = self.worker("--name", "first")
+        wait_for(lambda: os.path.exists(self.path_of("second")), "the start")
+        first.send_signal(signal.SIGSTOP)
+        self.addCleanup(first.send_signal, signal.SIGCONT)
+        self.worker("--name", "next")
+        wait_for(lambda: len(self.read("runs").split()) == 2, "the second run")
+        first.send_signal(signal.SIGCONT)
+        self.wait_state("job-1", COMPLETED)
+
+        self.assertEqual([run.outcome for run in self.runs("job-1")],
+                         ["lost", "completed"])
+        self.assertEqual(self.job("job-1").crashes, 1)
+
+    def test_the_first_signal_finishes_the_running_job(self):
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .05; done; echo done")
+        self.enqueue("echo never")
+        worker = self.worker(start_new_session=True)
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        os.killpg(worker.pid, signal.SIGINT)     # as Ctrl+C, to the whole group
+        wait_for(lambda: "SIGINT" in self.read("worker.log"), "the log")
+        open(self.path_of("go"), "w").close()
+
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(self.job("job-1").state, COMPLETED)
+        self.assertEqual(self.job("job-2").state, PENDING)
+
+    def test_the_second_signal_hands_the_job_back_uncharged(self):
+        self.enqueue("touch began; sleep 100")
+        worker = self.worker()
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        worker.terminate()
+        wait_for(lambda: "SIGTERM" in self.read("worker.log"), "the log")
+        worker.terminate()
+
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        job = self.job("job-1")
+        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
+        self.assertEqual(self.runs("job-1")[0].outcome, "released")
+
+    def test_workers_stop_from_another_terminal(self):
+        self.enqueue("touch began; sleep 100")
+        worker = self.worker("--name", "one")
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        code, _, err = self.call("worker", "stop", "--timeout", "100ms")
+        self.assertEqual((code, "still finishing" in err), (1, True))
+        self.assertEqual(self.call("worker", "stop", "one", "--now")[0], 0)
+
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(self.job("job-1").state, PENDING)
+
+    def test_cancel_ends_a_running_job_also_of_a_dead_worker(self):
+        self.enqueue("touch began; sleep 100")
+        self.enqueue("touch began2; sleep 100")
+        worker = self.worker("-c", "2")
+        wait_for(lambda: os.path.exists(self.path_of("began"))
+                 and os.path.exists(self.path_of("began2")), "the start")
+        self.assertEqual(self.call("cancel", "job-1")[0], 0)
+        self.assertEqual(self.job("job-1").state, CANCELLED)
+        worker.kill()
+        worker.wait()
+        self.assertEqual(self.call("cancel", "job-2")[0], 0)
+        self.assertEqual(self.job("job-2").state, CANCELLED)
+
+    def test_logs_follow_a_running_job_to_its_end(self):
+        self.enqueue("echo one; while [ ! -e go ]; do sleep .05; done; echo two")
+        self.worker()
+        self.wait_state("job-1", PROCESSING)
+        wait_for(lambda: self.call("logs", "job-1")[1] == "one\n", "live output")
+        follower = subprocess.Popen(self.command("logs", "-f", "job-1"),
+                                    stdout=subprocess.PIPE)
+        self.assertEqual(follower.stdout.readline(), b"one\n")
+        open(self.path_of("go"), "w").close()
+        rest = follower.communicate(timeout=DEADLINE)[0]
+        self.assertEqual((follower.returncode, rest), (0, b"two\n"))
+
+    def test_an_idle_worker_is_woken_and_a_retry_comes_on_time(self):
+        self.worker()
+        wait_for(lambda: os.path.exists(self.path)
+                 and self.call("worker", "list")[1], "the worker")
+        self.enqueue("exit 1", "--backoff-base", "300ms", "--max-retries", "2")
+        self.wait_state("job-1", DEAD)
+
+        first, second = self.runs("job-1")
+        wait = queuectl.epoch(second.started_at) - queuectl.epoch(first.finished_at)
+        self.assertGreaterEqual(wait, 0.3)
+
+    def test_a_worker_whose_database_went_away_stops_loudly(self):
+        self.call("config", "set", "heartbeat", "100ms")
+        worker = self.worker()
+        wait_for(lambda: "started" in self.read("worker.log"), "the worker")
+        os.unlink(self.path)
+
+        self.assertEqual(worker.wait(DEADLINE), 1)
+        self.assertIn("deleted or replaced", self.read("worker.log"))
+
+    def test_results_wait_for_a_lock_that_somebody_holds(self):
+        self.enqueue("touch ran")
+        rival = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(rival.close)
+        worker = self.worker("--drain")
+        wait_for(lambda: os.path.exists(self.path_of("ran")), "the run")
+        rival.execute("PRAGMA busy_timeout = 10000")
+        rival.execute("BEGIN IMMEDIATE")
+        time.sleep(0.2)
+        rival.execute("COMMIT")
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(self.job("job-1").state, COMPLETED)
+
+    def test_a_reader_that_leaves_ends_the_command_quietly(self):
+        self.call("enqueue", "-", input=b"echo a\n" * 5000)
+        done = subprocess.run(["/bin/sh", "-c", '"$@" | head -n 1', "sh",
+                               *self.command("list", "--json")],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+        self.assertEqual((done.stdout, done.stderr), (b"[\n", b""))
+
+    def test_a_killed_enqueuer_leaves_all_of_a_batch_or_nothing(self):
+        self.enqueue("true")
+        for delay in (0.02, 0.06, 0.1, 0.14):
+            process = subprocess.Popen(self.command("enqueue", "-q", "-"),
+                                       stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            process.stdin.write(b"echo a\n" * 3000)
+            process.stdin.close()
+            time.sleep(delay)   # not a wait: the moment of the kill
+            process.kill()
+            process.wait()
+            with Queue(self.path) as queue:
+                self.assertEqual(queue.counts()[PENDING] % 3000, 1)
+
+    def test_real_files_come_out_as_made_directly(self):
+        """The demo in small: hash the standard library's sources, a job a file."""
+        import hashlib
+        folder = os.path.dirname(os.__file__)
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))[:60]
+        lines = "".join(json.dumps({"command": f"sha256sum < {name}", "cwd": folder,
+                                    "id": name}) + "\n" for name in names)
+        self.call("enqueue", "-", input=(lines + "exit 9\n").encode())
+        self.call("config", "set", "backoff-base", "10ms")
+        self.drain("-c", "4")
+
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                wanted = hashlib.sha256(file.read()).hexdigest()
+            self.assertEqual(self.runs(name)[0].output.split()[0].decode(), wanted)
+        self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
+
+
+# ---- Demo --------------------------------------------------------------------
+
+def demo(count=1000, slots=4):
+    """Compress real files, a job each, and compare every result with one made here."""
+    import gzip
+    folder = os.path.dirname(os.__file__)
+    files = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
+                   for name in names if name.endswith((".py", ".txt")))[:count]
+    with tempfile.TemporaryDirectory() as here:
+        def call(*argv, **options):
+            return subprocess.run([sys.executable, MODULE, *argv], cwd=here, check=True,
+                                  stdout=subprocess.PIPE, **options).stdout.decode()
+        lines = [json.dumps({"id": f"file-{n}", "env": {"FILE": path},
+                             "command": f'gzip -9 < "$FILE" > {n}.gz'})
+                 for n, path in enumerate(files)]
+        lines += [f'echo "no luck with {n}"; exit {n}' for n in (1, 2, 3)]
+        call("config", "set", "backoff-base", "50ms")
+        print(call("enqueue", "-", input="\n".join(lines).encode()), end="")
+        begun = time.monotonic()
+        call("worker", "start", "--count", str(slots), "--drain",
+             stderr=subprocess.DEVNULL)
+        took = time.monotonic() - begun
+        print(f"drained by {slots} slots in {took:.1f} s\n")
+        print(call("status"), call("dlq"), sep="\n")
+        print(call("logs", "--tail", "1", f"job-{len(files) + 3}"), end="")
+        same = 0
+        for n, path in enumerate(files):
+            with open(path, "rb") as original, gzip.open(f"{here}/{n}.gz") as result:
+                same += original.read() == result.read()
+        dead = json.loads(call("dlq", "list", "--json"))
+        print(f"{same} of {len(files)} files came out right, {len(dead)} of 3 jobs that "
+              "were made to fail are in the dead letter queue")
+        return 0 if same == len(files) and len(dead) == 3 else 1
+
+
+if __name__ == "__main__":
+    if "--demo" in sys.argv:
+        sys.exit(demo())
+    unittest.main()
