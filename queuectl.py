@@ -104,6 +104,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
+
 # ---- 1 Vocabulary ------------------------------------------------------------
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
@@ -589,16 +590,15 @@ def parse_duration(text: object) -> float:
     return seconds
 
 
-def parse_time(text: object, now: float) -> float:
-    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`."""
-    try:
-        moment = _moment(text, now)
-        iso_up(moment)
-    except (ValueError, OverflowError, OSError):
-        raise InvalidValue(
-            f"{text!r} is not a time", "use 2026-01-31T18:00, 2026-01-31T18:00Z, "
-            "epoch seconds, +10m or 18:00") from None
-    return moment
+def _next_clock_time(text: str, now: float) -> float:
+    """The next local HH:MM; by the calendar, so a change of clocks is no matter."""
+    hour, minute, *second = (int(part) for part in text.split(":"))
+    today = datetime.datetime.fromtimestamp(now)
+    wanted = today.replace(hour=hour, minute=minute, second=(second or [0])[0],
+                           microsecond=0)
+    if wanted.timestamp() <= now:
+        wanted += datetime.timedelta(days=1)
+    return wanted.timestamp()
 
 
 def _moment(text: object, now: float) -> float:
@@ -620,15 +620,16 @@ def _moment(text: object, now: float) -> float:
             - EPOCH) / MILLISECOND / 1000
 
 
-def _next_clock_time(text: str, now: float) -> float:
-    """The next local HH:MM; by the calendar, so a change of clocks is no matter."""
-    hour, minute, *second = (int(part) for part in text.split(":"))
-    today = datetime.datetime.fromtimestamp(now)
-    wanted = today.replace(hour=hour, minute=minute, second=(second or [0])[0],
-                           microsecond=0)
-    if wanted.timestamp() <= now:
-        wanted += datetime.timedelta(days=1)
-    return wanted.timestamp()
+def parse_time(text: object, now: float) -> float:
+    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`."""
+    try:
+        moment = _moment(text, now)
+        iso_up(moment)
+    except (ValueError, OverflowError, OSError):
+        raise InvalidValue(
+            f"{text!r} is not a time", "use 2026-01-31T18:00, 2026-01-31T18:00Z, "
+            "epoch seconds, +10m or 18:00") from None
+    return moment
 
 
 SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 20,
@@ -768,6 +769,14 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     return round(epoch(run_at) * 1000) - round(worth * 1000)
 
 
+def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
+    """A crash is not the job's failure: it has a budget of its own, and no backoff."""
+    job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
+    if job.crashes >= settings.crash_limit:
+        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
+    return "fail", job, "its worker was lost"
+
+
 def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
            chance: float, now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
@@ -792,14 +801,6 @@ def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
     base = first_set(job.backoff_base, base, settings.backoff_base) or 0.0
     wait = backoff(job.attempts, base, settings, chance)
     return "fail", job._replace(run_at=iso_up(now + wait)), reason
-
-
-def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
-    """A crash is not the job's failure: it has a budget of its own, and no backoff."""
-    job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
-    if job.crashes >= settings.crash_limit:
-        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
-    return "fail", job, "its worker was lost"
 
 
 def usual_reason(source: str | None, target: str) -> str:
@@ -1103,13 +1104,6 @@ _JSON_OBJECT = re.compile(r'\s*\{(\S|\s*["}]|\s*$)')
 _JSON_ARRAY = re.compile(r'\s*\[\s*([{"\]\d]|$)')
 
 
-def fields_of(text: str) -> list[dict[str, Any]]:
-    """The job objects in one argument or line: an object, an array, or a command."""
-    if _JSON_OBJECT.match(text) or _JSON_ARRAY.match(text):
-        return _objects(text)
-    return [{"command": text.strip()}]
-
-
 def _objects(text: str) -> list[dict[str, Any]]:
     try:
         value = json.loads(text)
@@ -1126,19 +1120,11 @@ def _objects(text: str) -> list[dict[str, Any]]:
     return values
 
 
-def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The job objects of a file with their line numbers; errors begin `line N:`."""
-    if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
-        whole = _whole(content)
-        if whole is not None:
-            yield from enumerate(whole, 1)
-            return
-    for number, line in enumerate(content.split(b"\n"), 1):
-        with at_line(number):
-            text = _decoded(line)
-            if text and not text.startswith("#"):
-                for fields in fields_of(text):
-                    yield number, fields
+def fields_of(text: str) -> list[dict[str, Any]]:
+    """The job objects in one argument or line: an object, an array, or a command."""
+    if _JSON_OBJECT.match(text) or _JSON_ARRAY.match(text):
+        return _objects(text)
+    return [{"command": text.strip()}]
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
@@ -1152,14 +1138,6 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
     return _objects(content.decode("utf-8-sig"))
 
 
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InvalidJob("command", f"not UTF-8 ({error.reason} at byte {error.start})",
-                         "convert the file with iconv -t UTF-8") from None
-
-
 @contextlib.contextmanager
 def at_line(number: int) -> Iterator[None]:
     """Put `line N: ` before the message of an InvalidJob; nothing for line 0."""
@@ -1170,6 +1148,29 @@ def at_line(number: int) -> Iterator[None]:
             raise
         raise InvalidJob(error.key, f"line {number}: {error.message}",
                          error.hint) from None
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InvalidJob("command", f"not UTF-8 ({error.reason} at byte {error.start})",
+                         "convert the file with iconv -t UTF-8") from None
+
+
+def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The job objects of a file with their line numbers; errors begin `line N:`."""
+    if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
+        whole = _whole(content)
+        if whole is not None:
+            yield from enumerate(whole, 1)
+            return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        with at_line(number):
+            text = _decoded(line)
+            if text and not text.startswith("#"):
+                for fields in fields_of(text):
+                    yield number, fields
 
 
 # ---- 5 SQL -------------------------------------------------------------------
@@ -2174,6 +2175,26 @@ def gate_of(store: Store, job: Job, now: float) -> str:
     return TIMED if job.run_at > iso(now) else OPEN
 
 
+def _write_move(store: Store, before: Job, after: Job) -> None:
+    try:
+        changed = store.do(Sql.MOVE, {**after._asdict(), "source": before.state,
+                                      "held": before.claim})
+    except sqlite3.IntegrityError:
+        holder = store.jobs(Sql.JOB_BY_UNIQUE, unique=before.unique)
+        raise InUse(f"{before.id} cannot wait again: {holder[0].id if holder else '?'} "
+                    f"has the same unique key {before.unique!r} and is not over",
+                    "wait for that job, or cancel it") from None
+    assert changed.rowcount == 1, f"the fence failed for {before}"
+
+
+def _regate_dependents(store: Store, job: Job, now: float) -> None:
+    """Let the jobs go on that came after this one; or hold them, if it runs again."""
+    for dependent in store.jobs(Sql.DEPENDENTS, needs=job.seq):
+        gate = gate_of(store, dependent, now)
+        if gate != dependent.gate:
+            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+
+
 def move(store: Store, verb: str, before: Job, after: Job, now: float,
          reason: str = "") -> Job:
     """Change a job's state by a verb of MOVES; `after` brings the other new values."""
@@ -2197,26 +2218,6 @@ def move(store: Store, verb: str, before: Job, after: Job, now: float,
     if COMPLETED in (before.state, after.state):
         _regate_dependents(store, after, now)
     return after
-
-
-def _write_move(store: Store, before: Job, after: Job) -> None:
-    try:
-        changed = store.do(Sql.MOVE, {**after._asdict(), "source": before.state,
-                                      "held": before.claim})
-    except sqlite3.IntegrityError:
-        holder = store.jobs(Sql.JOB_BY_UNIQUE, unique=before.unique)
-        raise InUse(f"{before.id} cannot wait again: {holder[0].id if holder else '?'} "
-                    f"has the same unique key {before.unique!r} and is not over",
-                    "wait for that job, or cancel it") from None
-    assert changed.rowcount == 1, f"the fence failed for {before}"
-
-
-def _regate_dependents(store: Store, job: Job, now: float) -> None:
-    """Let the jobs go on that came after this one; or hold them, if it runs again."""
-    for dependent in store.jobs(Sql.DEPENDENTS, needs=job.seq):
-        gate = gate_of(store, dependent, now)
-        if gate != dependent.gate:
-            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
 
 
 def remove(store: Store, job: Job, now: float) -> None:
@@ -3109,6 +3110,28 @@ def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
     return lines
 
 
+def worker_line(view: WorkerView, style: Style) -> str:
+    """A pool on one line."""
+    worker = view.worker
+    silent = style.now - epoch(worker.heartbeat_at)
+    parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
+             f"{len(view.running)}/{worker.slots} slots busy",
+             "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
+    if worker.queues:
+        parts.append("queues " + ",".join(worker.queues))
+    if worker.wish:
+        parts.append("stopping")
+    if silent > 20:
+        parts.append(style.paint(f"silent for {span(silent)}", "33"))
+    return "  ".join(parts)
+
+
+def running_line(job: Job, style: Style) -> str:
+    """What runs, on one line."""
+    line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
+    return cut(line, style.width - 12 if style.width else 0)
+
+
 def status_lines(status: Status, style: Style) -> list[str]:
     """The first screen."""
     shown = [style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
@@ -3134,28 +3157,6 @@ def status_lines(status: Status, style: Style) -> list[str]:
     return [*lines, style.paint("database  " + status.database, DIM)]
 
 
-def worker_line(view: WorkerView, style: Style) -> str:
-    """A pool on one line."""
-    worker = view.worker
-    silent = style.now - epoch(worker.heartbeat_at)
-    parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
-             f"{len(view.running)}/{worker.slots} slots busy",
-             "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
-    if worker.queues:
-        parts.append("queues " + ",".join(worker.queues))
-    if worker.wish:
-        parts.append("stopping")
-    if silent > 20:
-        parts.append(style.paint(f"silent for {span(silent)}", "33"))
-    return "  ".join(parts)
-
-
-def running_line(job: Job, style: Style) -> str:
-    """What runs, on one line."""
-    line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
-    return cut(line, style.width - 12 if style.width else 0)
-
-
 def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
     """The pools and what each runs."""
     lines = []
@@ -3165,6 +3166,15 @@ def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
                      f"  heartbeat {heard}")
         lines += ["  " + running_line(job, style) for job in view.running]
     return lines
+
+
+def run_line(run: Run, style: Style) -> str:
+    """A run in the table of `show`."""
+    exit_code = "-" if run.exit_code is None else str(run.exit_code)
+    took = "-" if run.duration is None else span(run.duration)
+    line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
+            f"  {ago(run.started_at, style.now):<12}  {run.worker}")
+    return line + (f"  {one_line(run.error)}" if run.error else "")
 
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
@@ -3202,13 +3212,23 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
     return lines
 
 
-def run_line(run: Run, style: Style) -> str:
-    """A run in the table of `show`."""
-    exit_code = "-" if run.exit_code is None else str(run.exit_code)
-    took = "-" if run.duration is None else span(run.duration)
-    line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
-            f"  {ago(run.started_at, style.now):<12}  {run.worker}")
-    return line + (f"  {one_line(run.error)}" if run.error else "")
+def spread_line(name: str, values: Spread) -> str:
+    """Mean and percentiles on one line."""
+    if not values.n:
+        return f"{name:<10}-"
+    shown = (("mean", values.mean), ("p50", values.p50), ("p95", values.p95),
+             ("p99", values.p99))
+    return f"{name:<10}" + "  ".join(
+        f"{label} {span(round(value or 0.0, 4))}" for label, value in shown)
+
+
+def per_time(n: int, seconds: float) -> str:
+    """A throughput in the unit in which it reads best."""
+    rate = n / seconds if seconds > 0 else 0.0
+    for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
+        if rate * size >= 1:
+            return f"{rate * size:.1f} jobs a {unit}"
+    return f"{rate * 86400:.1f} jobs a day"
 
 
 def stats_lines(stats: Mapping[str, Summary], seconds: float,
@@ -3232,23 +3252,15 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
     return lines
 
 
-def per_time(n: int, seconds: float) -> str:
-    """A throughput in the unit in which it reads best."""
-    rate = n / seconds if seconds > 0 else 0.0
-    for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
-        if rate * size >= 1:
-            return f"{rate * size:.1f} jobs a {unit}"
-    return f"{rate * 86400:.1f} jobs a day"
-
-
-def spread_line(name: str, values: Spread) -> str:
-    """Mean and percentiles on one line."""
-    if not values.n:
-        return f"{name:<10}-"
-    shown = (("mean", values.mean), ("p50", values.p50), ("p95", values.p95),
-             ("p99", values.p99))
-    return f"{name:<10}" + "  ".join(
-        f"{label} {span(round(value or 0.0, 4))}" for label, value in shown)
+def short_cause(outcome: Outcome) -> str:
+    """Why a run failed, in two words."""
+    if outcome.kind == TIMEOUT:
+        return "timed out"
+    if outcome.exit_code is None:
+        return outcome.error or "not started"
+    if outcome.exit_code > 128 and (outcome.error or "").startswith("killed"):
+        return (outcome.error or "").partition(":")[0]
+    return f"exit {outcome.exit_code}"
 
 
 def settled_line(settled: Settled, now: float) -> str:
@@ -3269,17 +3281,6 @@ def settled_line(settled: Settled, now: float) -> str:
         CANCELLED: f"{job.id} cancelled after {took}",
         PENDING: f"{job.id} handed back after {took}",
     }[job.state]
-
-
-def short_cause(outcome: Outcome) -> str:
-    """Why a run failed, in two words."""
-    if outcome.kind == TIMEOUT:
-        return "timed out"
-    if outcome.exit_code is None:
-        return outcome.error or "not started"
-    if outcome.exit_code > 128 and (outcome.error or "").startswith("killed"):
-        return (outcome.error or "").partition(":")[0]
-    return f"exit {outcome.exit_code}"
 
 
 # ---- 12 Runner ---------------------------------------------------------------
@@ -3352,6 +3353,24 @@ class Lingerers:
                         self._count -= 1
                         if self._count == 0:
                             return
+
+
+def _watch_process(pid: int) -> int:
+    """A descriptor that becomes readable when the process ends; -1: none here."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def exit_words(status: int) -> str:
+    """A process's end in words; negative: the signal that killed it."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
 
 
 class Command:
@@ -3535,24 +3554,6 @@ class Command:
         return Outcome(FAILURE, code, error, duration, kept, total)
 
 
-def exit_words(status: int) -> str:
-    """A process's end in words; negative: the signal that killed it."""
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"
-
-
-def _watch_process(pid: int) -> int:
-    """A descriptor that becomes readable when the process ends; -1: none here."""
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return -1
-
-
 def end_leftovers(host: Host, run: Run, owner: Worker | None, grace: float,
                   is_wanted: Callable[[], bool]) -> bool:
     """End what a lost run left behind; True when nothing of it is left (I6).
@@ -3587,6 +3588,34 @@ class Ride(NamedTuple):
     claimed: Claimed
     command: Command
     slot: int
+
+
+def _refuse_platform() -> None:
+    if fcntl is None or not hasattr(select, "poll"):
+        raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
+                          "start the worker there")
+
+
+def _allow_descriptors() -> None:
+    """Raise the soft limit of open files: each slot needs some."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _bell() -> socket.socket | None:
+    """A datagram socket on loopback for wake-ups; None where there is no loopback."""
+    import socket
+    bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        bell.bind((LOOPBACK, 0))
+    except OSError:
+        bell.close()
+        return None
+    bell.setblocking(False)
+    return bell
 
 
 class Pool:
@@ -3975,34 +4004,6 @@ class Pool:
         return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
 
 
-def _refuse_platform() -> None:
-    if fcntl is None or not hasattr(select, "poll"):
-        raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
-                          "start the worker there")
-
-
-def _allow_descriptors() -> None:
-    """Raise the soft limit of open files: each slot needs some."""
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-
-
-def _bell() -> socket.socket | None:
-    """A datagram socket on loopback for wake-ups; None where there is no loopback."""
-    import socket
-    bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        bell.bind((LOOPBACK, 0))
-    except OSError:
-        bell.close()
-        return None
-    bell.setblocking(False)
-    return bell
-
-
 # ---- 14 CLI ------------------------------------------------------------------
 
 class Screen:
@@ -4257,6 +4258,21 @@ def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
     screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
 
 
+def _output_of(queue: Queue, job: Job) -> bytes:
+    try:
+        run = queue.run(job.id)
+    except (NoSuchRun, NoSuchJob):
+        return b""
+    return readable(run.output, run.output_bytes)
+
+
+def _listed(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    found = job_object(job)
+    if args.show_output:
+        found["output"] = _output_of(queue, job).decode("utf-8", "replace")
+    return found
+
+
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs."""
     filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
@@ -4280,21 +4296,6 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if len(jobs) > len(shown):
         screen.note(f"the newest {limit} are shown; --limit 0 shows all")
     return EX_OK
-
-
-def _listed(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    found = job_object(job)
-    if args.show_output:
-        found["output"] = _output_of(queue, job).decode("utf-8", "replace")
-    return found
-
-
-def _output_of(queue: Queue, job: Job) -> bytes:
-    try:
-        run = queue.run(job.id)
-    except (NoSuchRun, NoSuchJob):
-        return b""
-    return readable(run.output, run.output_bytes)
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -4331,15 +4332,6 @@ def _tail(output: bytes, lines: int | None) -> bytes:
     return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
 
 
-def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what a job printed."""
-    if args.follow:
-        return _follow(args, queue, screen)
-    run = _fresh_run(queue, args.id, args.attempt)
-    screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
-    return EX_OK
-
-
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print as it comes, through retries, until the job (or that run) is over."""
     number, seen, is_first = args.attempt, 0, True
@@ -4365,6 +4357,15 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             queue.run(args.id, args.attempt)    # says that there is none
             return EX_OK
         time.sleep(0.1)
+
+
+def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print what a job printed."""
+    if args.follow:
+        return _follow(args, queue, screen)
+    run = _fresh_run(queue, args.id, args.attempt)
+    screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
+    return EX_OK
 
 
 def _say_jobs(jobs: Sequence[Job], verb: str, args: argparse.Namespace,
@@ -4610,6 +4611,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"`{self.prog} --help` says more")
 
 
+def _add_db(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
+                        help="the database (default: $QUEUECTL_DB, else queue.db)")
+
+
 def build_parser() -> Parser:
     """The parser, made from COMMANDS."""
     parser = Parser(
@@ -4638,11 +4644,6 @@ def build_parser() -> Parser:
             command.add_argument(*one.names, **one.settings)
         command.set_defaults(entry=entry, words=None)
     return parser
-
-
-def _add_db(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
-                        help="the database (default: $QUEUECTL_DB, else queue.db)")
 
 
 def _complete(argv: Sequence[str]) -> list[str]:
