@@ -3714,6 +3714,8 @@ class Pool:
         if not (self._look and self._room()):
             return False
         self._look = self._claims.is_work_there()
+        if not self._look:
+            self._due_at = self._claims.next_due()  # what came may be for later
         return self._look
 
     def _room(self) -> int:

@@ -921,6 +921,13 @@ class Program(TestCase):
         wait = queuectl.epoch(second.started_at) - queuectl.epoch(first.finished_at)
         self.assertGreaterEqual(wait, 0.3)
 
+    def test_a_delayed_job_does_not_wait_for_the_next_heartbeat(self):
+        self.call("config", "set", "heartbeat", "1h")
+        self.worker()
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        self.enqueue("true", "--delay", "300ms")
+        self.wait_state("job-1", COMPLETED)
+
     def test_a_worker_whose_database_went_away_stops_loudly(self):
         self.call("config", "set", "heartbeat", "100ms")
         worker = self.worker()
