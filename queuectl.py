@@ -1887,27 +1887,23 @@ class Store:
         return next(iter(self.rows(sql, **values)), None)
 
     def do(self, sql: str, values: Mapping[str, Any]) -> sqlite3.Cursor:
-        """Run one statement of a transaction."""
-        try:
+        """Run one statement of a transaction; IntegrityError is the caller's matter."""
+        with self._refusing():
             cursor: sqlite3.Cursor = self._db.execute(sql, values)
-            return cursor
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
-            refused = refusal(error, self.path)
-            if refused is None:
-                raise
-            raise refused from error
+        return cursor
 
     def many(self, sql: str, values: Sequence[Any]) -> None:
         """Run one statement of a transaction for many rows."""
-        try:
+        with self._refusing():
             self._db.executemany(sql, values)
-        except sqlite3.IntegrityError:
-            raise
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             refused = refusal(error, self.path)
-            if refused is None:
+            if refused is None or isinstance(error, sqlite3.IntegrityError):
                 raise
             raise refused from error
 
