@@ -297,6 +297,11 @@ class NotFinished(QueueError):
     code = "not-finished"
 
 
+class Unreadable(QueueError):
+    """A file or stdin with jobs cannot be read."""
+    code = "unreadable"
+
+
 class Unsupported(QueueError):
     """This platform or situation cannot do that."""
     code = "unsupported"
@@ -570,9 +575,9 @@ def ago(stamp: str | None, now: float) -> str:
 
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 
 
@@ -611,7 +616,7 @@ def _moment(text: object, now: float) -> float:
         return now + parse_duration(text[1:])
     if _NUMBER.fullmatch(text):
         return float(text)
-    if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
+    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
         return _next_clock_time(text, now)
     stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
     if stamp.tzinfo is None:
@@ -638,7 +643,7 @@ SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 
 
 def parse_size(text: str) -> int:
     """Bytes of `64KiB`, `1MiB` or a bare number; at most 16 MiB."""
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9]+)\s*([A-Za-z]*)", text.strip())
     size = int(match[1]) * SIZES.get(match[2].lower(), -1) if match else -1
     if not 0 <= size <= 16 << 20:
         raise InvalidValue(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
@@ -647,14 +652,14 @@ def parse_size(text: str) -> int:
 
 def parse_share(text: str) -> float:
     """A number from 0 to 1."""
-    if not re.fullmatch(r"[01]|[01]?\.\d+|[01]\.", text) or float(text) > 1:
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
         raise InvalidValue(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
 
 
 def parse_whole(text: str, least: int = 0, most: int = MAX_RETRIES) -> int:
     """A whole number within bounds."""
-    if not re.fullmatch(r"[+-]?\d{1,12}", text) or not least <= int(text) <= most:
+    if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
                            "use digits alone")
     return int(text)
@@ -980,6 +985,11 @@ def is_text(value: object) -> bool:
     return True
 
 
+def as_utf8(text: str) -> str:
+    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError."""
+    return text if is_text(text) else os.fsencode(text).decode()
+
+
 def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
         raise InvalidJob(key, f"{key} is not text with something in it",
@@ -1082,6 +1092,8 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
         if check is None and key not in KEPT:
             raise InvalidJob(str(given), f"unknown key {given!r}", nearest(
                 str(key), FIELDS) or "a job has: " + ", ".join(FIELDS))
+        if key in checked:
+            raise InvalidJob(key, f"{key} is given twice", "give it once")
         if check is not None and value is not None:
             checked[key] = check(key, value, now)
     if "delay" in checked:
@@ -1606,7 +1618,12 @@ class Sql:
         VALUES (?, ?, ?)
             ON CONFLICT (queue, state) DO UPDATE SET n = n + excluded.n
         """
-    COUNT_DOWN = "UPDATE counts SET n = n - ? WHERE queue = ? AND state = ?"
+    # Never below nothing: were a count ever wrong, no worker may stumble over it.
+    COUNT_DOWN = """
+        UPDATE counts
+           SET n = MAX(0, n - ?)
+         WHERE queue = ? AND state = ?
+        """
     TALLY = """
         INSERT INTO tallies (minute, queue, kind, bucket, n, total)
         VALUES (?, ?, ?, ?, ?, ?)
@@ -1665,10 +1682,16 @@ def is_busy(error: sqlite3.Error) -> bool:
     return "locked" in str(error) or "busy" in str(error)
 
 
+def system_path(path: str) -> str:
+    """A path given in UTF-8 as this locale's Python wants it; the same bytes."""
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
 def _file_uri(path: str, mode: str) -> str:
-    for char in "%?#":
-        path = path.replace(char, f"%{ord(char):02x}")
-    return f"file:{path}?{mode}"
+    """A path of any bytes as SQLite takes it: all but the plainest are escaped."""
+    escaped = "".join(chr(byte) if (chr(byte).isalnum() and byte < 128) or byte == 47
+                      else f"%{byte:02x}" for byte in os.fsencode(path))
+    return f"file:{escaped}?{mode}"
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -1695,7 +1718,11 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 34):
             raise Unsupported(f"SQLite {sqlite3.sqlite_version} is too old",
                               "queuectl needs 3.34 or newer")
-        self.path = os.path.realpath(path)
+        try:
+            self.path = os.path.realpath(system_path(path))
+        except FileNotFoundError:
+            raise Unwritable("the current directory is gone",
+                             "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self._process = os.getpid()
         self._lock = threading.RLock()      # guards the connection and the two below
@@ -2375,6 +2402,17 @@ class Batch:
 
 # ---- 9 Queue -----------------------------------------------------------------
 
+def current_directory() -> str:
+    """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
+    try:
+        return as_utf8(os.getcwd())
+    except FileNotFoundError:
+        raise InvalidJob("cwd", "the current directory is gone", "give a cwd") from None
+    except UnicodeError:
+        raise InvalidJob("cwd", "the current directory's name is not UTF-8",
+                         "give a cwd") from None
+
+
 class Queue:
     """The promises: each public method is one transaction, or reads.
 
@@ -2415,8 +2453,8 @@ class Queue:
 
     def enqueue_many(self, specs: Sequence[Spec]) -> list[Job]:
         """Add all of them or none, in order; see `enqueue`, `spec_of`, `Batch`."""
-        here = os.getcwd()
-        specs = [spec if spec.cwd else spec._replace(cwd=here) for spec in specs]
+        specs = [spec if spec.cwd else spec._replace(cwd=current_directory())
+                 for spec in specs]
         with self.store.transaction() as store:
             jobs = Batch(store, self.clock()).add(specs)
         self.wake(NEW_JOBS)
@@ -2580,7 +2618,8 @@ class Queue:
         """
         now = self.clock()
         with self.store.transaction() as store:
-            jobs = [self._retry(store.job(job_id), now) for job_id in job_ids]
+            jobs = [self._retry(store.job(job_id), now)
+                    for job_id in dict.fromkeys(job_ids)]
         self.wake(NEW_JOBS)
         return jobs
 
@@ -2589,7 +2628,8 @@ class Queue:
         """Put dead jobs back: those named, or without names all that fit."""
         now = self.clock()
         with self.store.transaction() as store:
-            dead = [store.job(job_id) for job_id in job_ids] if job_ids else \
+            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)] \
+                if job_ids else \
                 self.jobs(DEAD, "oldest", queue=queue, search=search)
             for job in dead:
                 if job.state != DEAD:
@@ -2612,7 +2652,8 @@ class Queue:
         """
         now = self.clock()
         with self.store.transaction() as store:
-            jobs = [self._cancel(store.job(job_id), now) for job_id in job_ids]
+            jobs = [self._cancel(store.job(job_id), now)
+                    for job_id in dict.fromkeys(job_ids)]
         self.wake(NEW_ORDERS)
         return jobs
 
@@ -2627,7 +2668,7 @@ class Queue:
         """Delete jobs with their history; all or none. WrongState for a running one."""
         now = self.clock()
         with self.store.transaction() as store:
-            jobs = [store.job(job_id) for job_id in job_ids]
+            jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in jobs:
                 remove(store, job, now)
         return jobs
@@ -2665,7 +2706,7 @@ class Queue:
         name = setting_key(key)
         SETTINGS[name].parse(value)
         with self.store.transaction() as store:
-            store.do(Sql.SET, {"key": name, "value": value})
+            store.do(Sql.SET, {"key": name, "value": value.strip() or "none"})
         self.wake(NEW_ORDERS)
 
     def reset(self, key: str) -> None:
@@ -3286,7 +3327,7 @@ class Launch(NamedTuple):
     """All that it takes to run a claimed job once."""
     command: str
     cwd: str
-    env: dict[str, str]
+    env: dict[bytes, bytes]
     claim: int
     lock: int                   # descriptor to pass on and close; -1: none
     timeout: float | None       # seconds; None: never
@@ -3425,8 +3466,9 @@ class Command:
         try:
             os.set_blocking(reader, False)
             process = subprocess.Popen(
-                ["/bin/sh", "-c", launch.command], stdin=subprocess.DEVNULL,
-                stdout=writer, stderr=writer, cwd=launch.cwd or None, env=launch.env,
+                ["/bin/sh", "-c", launch.command.encode()], stdin=subprocess.DEVNULL,
+                stdout=writer, stderr=writer, env=launch.env,
+                cwd=launch.cwd.encode() or None,
                 start_new_session=True,
                 pass_fds=(launch.lock,) if launch.lock >= 0 else ())
         except BaseException:
@@ -3438,7 +3480,7 @@ class Command:
 
     def _start_error(self, error: Exception) -> str:
         cwd = self._launch.cwd
-        if cwd and not os.path.isdir(cwd):
+        if cwd and not os.path.isdir(cwd.encode()):
             return f"the directory {cwd} is not there"
         if isinstance(error, OSError) and error.errno == 7:  # E2BIG
             return "the command and its environment are too long for the system"
@@ -3769,12 +3811,15 @@ class Pool:
         self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
         executor.submit(self._ride, claimed.claim, command)
 
-    def _environment(self, claimed: Claimed, slot: int) -> dict[str, str]:
+    def _environment(self, claimed: Claimed, slot: int) -> dict[bytes, bytes]:
+        """In bytes, so that text is UTF-8 whatever the worker's locale."""
         job = claimed.job
-        return {**os.environ, **job.env, "QUEUECTL_JOB_ID": job.id,
-                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
-                "QUEUECTL_DB": self._queue.path, "QUEUECTL_SLOT": str(slot),
-                "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+        own = {**job.env, "QUEUECTL_JOB_ID": job.id,
+               "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
+               "QUEUECTL_SLOT": str(slot),
+               "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+        return {**os.environb, b"QUEUECTL_DB": os.fsencode(self._queue.path),
+                **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _ride(self, claim: int, command: Command) -> None:
         """A slot's thread: run the command, hand the outcome over."""
@@ -4064,6 +4109,7 @@ def option(*names: str, **settings: Any) -> Option:
 
 
 _DUR = {"type": _typed(parse_duration), "metavar": "DUR"}
+_NAME_ARG = {"type": _typed(lambda text: _check_name("name", text, 0.0))}
 _COUNT = {"type": _typed(parse_whole), "metavar": "N"}
 _JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else")
 _IDS = option("ids", nargs="+", metavar="ID")
@@ -4116,11 +4162,13 @@ def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
     """The job objects of a file or, for `-`, of stdin, with their lines."""
     try:
         if path == "-":
+            if sys.stdin is None:
+                raise Unreadable("stdin is closed", "give a file or a pipe")
             return list(fields_of_lines(sys.stdin.buffer.read()))
-        with open(path, "rb") as file:
+        with open(system_path(path), "rb") as file:
             return list(fields_of_lines(file.read()))
     except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror})",
+        raise Unreadable(f"cannot read {path} ({error.strerror})",
                          "give another file") from None
 
 
@@ -4142,6 +4190,8 @@ def _given_jobs(
         return True, _read_jobs(args.file or (job[1:] if job != "-" else job))
     if args.job is not None:
         fields = fields_of(job)
+        if args.command is not None and fields == [{"command": job.strip()}]:
+            raise UsageError("two commands are given", "give JOB or --command")
         return job.lstrip().startswith("[") and "command" not in (
             fields[0] if len(fields) == 1 and fields[0].get("command") == job.strip()
             else {}), [(0, one) for one in fields]
@@ -4388,6 +4438,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     jobs = queue.cancel(*args.ids)
     claims = Claims(queue, PoolOptions())
     end = time.monotonic() + queue.store.settings().kill_grace + 10
+    say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
         for run, owner in claims.stranded({}):      # no worker lives to do it
             if any(job.claim == run.claim for job in jobs) and end_leftovers(
@@ -4395,6 +4446,9 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
                     lambda: time.monotonic() < end):
                 claims.rescue(run)
         jobs = [queue.job(job.id) for job in jobs]
+        if time.monotonic() > say_at:
+            say_at = math.inf
+            screen.note("waiting for the worker to end what runs")
         if time.monotonic() > end:
             raise NotFinished("a running job has not ended yet",
                               "its worker will record it; `queuectl status` shows both")
@@ -4531,13 +4585,13 @@ COMMANDS = (
                help="jobs at once (default: 1)"),
         option("--timeout", **_DUR, help="for jobs that set none"),
         option("--backoff-base", **_DUR, help="for jobs that set none"),
-        option("--queue", action="append", metavar="Q",
+        option("--queue", action="append", metavar="Q", **_NAME_ARG,
                help="only this queue; again and again for more"),
         option("--drain", action="store_true",
                help="exit once nothing is running, due or waiting for a retry"),
         option("--max-jobs", **_COUNT, help="exit after so many runs"),
         option("--grace", **_DUR, help="when stopping, hand back what runs longer"),
-        option("--name", metavar="NAME", help="default: host-pid"))),
+        option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"))),
     Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
         option("names", nargs="*", metavar="NAME"),
         option("--now", action="store_true", help="end running jobs and put them back"),
@@ -4709,22 +4763,54 @@ def _report(error: QueueError, as_json: bool) -> int:
     return error.exit_status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def _open_standard_streams() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, this one
+        if getattr(sys, name) is None and name != "stdin":
+            setattr(sys, name, open(  # noqa: SIM115 (open to the end)
+                os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # text is UTF-8, whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _as_utf8(word: str) -> str:
+    """An argument as UTF-8, also where the locale says that it is something else."""
     try:
-        return _run(words)
+        return as_utf8(word)
+    except UnicodeError:
+        raise UsageError(f"the argument {word!a} is not UTF-8",
+                         "convert it with iconv -t UTF-8") from None
+
+
+def _abandon_stdout() -> None:
+    """The interpreter must not flush into what cannot be written, and say so."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
+    try:
+        return _run([_as_utf8(word) for word in words])
     except QueueError as error:
         return _report(error, "--json" in words)
     except KeyboardInterrupt:
         return EX_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone; and the interpreter must not flush into the void.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:     # the reader has seen enough
+        _abandon_stdout()
         return EX_OK
+    except OSError as error:
+        _abandon_stdout()
+        return _report(Unwritable(f"the result could not be written ({error})",
+                                  "`queuectl status` shows what was done"),
+                       "--json" in words)
 
 
 if __name__ == "__main__":

@@ -490,6 +490,18 @@ class Promises(TestCase):
         with self.assertRaisesRegex(queuectl.WrongState, "not dead"):
             queue.retry_dead(job.id)
 
+    def test_an_id_given_twice_counts_once(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        one, two = self.in_state(queue, claims, DEAD), self.in_state(queue, claims, DEAD)
+        self.assertEqual(len(queue.retry_dead(one.id, one.id)), 1)
+        self.assertEqual(len(queue.cancel(one.id, one.id)), 1)
+        self.assertEqual(len(queue.retry(one.id, one.id)), 1)
+        self.assertEqual(len(queue.delete(one.id, one.id)), 1)
+        for state, n in queue.counts().items():
+            self.assertEqual(n, len(queue.jobs(state)), state)
+        self.assertEqual(queue.job(two.id).state, DEAD)
+
     def test_purging_keeps_what_others_wait_for(self):
         queue = self.a_queue()
         job = self.in_state(queue, self.a_pool(queue), DEAD)
@@ -644,6 +656,23 @@ class CommandLine(TestCase):
                 self.assertEqual(err.count("\n"), 1)
                 if status:
                     self.assertTrue(err.startswith("queuectl: error: "), err)
+
+    def test_odd_bytes_and_values_are_refused_in_words(self):
+        self.cli("enqueue", "x")
+        for argv, status in ((("show", "\udcff"), 2), (("list", "--search", "\udcff"), 2),
+                             (("worker", "start", "--queue", ""), 2),
+                             (("worker", "start", "--name", "a\nb"), 2),
+                             (("config", "set", "lease", "\u0663"), 1),
+                             (("enqueue", "--file", "/nope"), 1),
+                             (("enqueue", "--command", "x", "y"), 2),
+                             (("enqueue", '{"command":"x","a":1}'), 1),
+                             (("enqueue", '{"command":"x","max-retries":1,"max_retries":2}'),
+                              1)):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+        self.cli("config", "set", "timeout", "")
+        self.assertEqual(self.cli("config", "get", "timeout")[1], "none\n")
 
     def test_an_error_under_json_is_one_object(self):
         self.cli("enqueue", "x")
@@ -949,6 +978,38 @@ class Program(TestCase):
         rival.execute("COMMIT")
         self.assertEqual(worker.wait(DEADLINE), 0)
         self.assertEqual(self.job("job-1").state, COMPLETED)
+
+    def test_closed_streams_and_directories_give_no_traceback(self):
+        self.enqueue("true")
+        odd = os.fsencode(self.dir) + b"/\xff"
+        os.mkdir(odd)
+        quoted = " ".join("'" + word + "'" for word in (sys.executable, MODULE))
+        db = "'" + self.path + "'"
+        for script, status in (
+                (f"{quoted} --db {db} enqueue true >&-", 0),
+                (f"{quoted} --db {db} enqueue true 2>&-", 0),
+                (f"{quoted} --db {db} enqueue - <&-", 1),
+                (f"{quoted} --db {db} list >/dev/full", 1),
+                (f"{quoted} --db {db} worker start --drain <&- >&- 2>&-", 0),
+                (f"cd *; {quoted} --db {db} enqueue true", 1),
+                (f"cd *; {quoted} enqueue true --cwd /", 0),
+                (f"mkdir gone; cd gone; rmdir ../gone; {quoted} list", 1)):
+            with self.subTest(script.rpartition(" ")[2]):
+                done = subprocess.run(["/bin/sh", "-c", "rm -f q; " + script.replace(
+                    "cd *", "cd \"$ODD\"")], cwd=self.dir, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, env={**os.environb, b"ODD": odd}, check=False)
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_text_is_utf_8_in_an_ascii_locale(self):
+        ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                      "PYTHONCOERCECLOCALE": "0"}
+        subprocess.run([os.fsencode(word) for word in self.command(
+            "enqueue", "echo 'ünï'")], env=ascii_only, cwd=self.dir, check=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.call("worker", "start", "--drain", env=ascii_only)
+
+        self.assertEqual(self.runs("job-1")[0].output.decode(), "ünï\n")
 
     def test_a_reader_that_leaves_ends_the_command_quietly(self):
         self.call("enqueue", "-", input=b"echo a\n" * 5000)
