@@ -339,7 +339,7 @@ class Job(NamedTuple):
     gate: str | None            # what it waits for; None: it does not wait
     rank: int                   # place in line, lower first; see `rank_of`
     claim: int | None           # number of the run that is under way: the fence (I3)
-    wish: str | None            # CANCEL: somebody wants this run ended
+    wish: str | None            # CANCEL or LOST: somebody is ending this run
 
 
 class Run(NamedTuple):
@@ -772,6 +772,17 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
         return -priority
     worth = priority * settings.priority_ageing     # seconds
     return round(epoch(run_at) * 1000) - round(worth * 1000)
+
+
+def judged(job: Job, outcome: Outcome) -> Outcome:
+    """The outcome, or LOST if the run failed while a rescuer was ending it.
+
+    A pool that thaws just then sees its command killed: not the job's own doing.
+    """
+    if job.wish == LOST and outcome.kind in (FAILURE, TIMEOUT):
+        return outcome._replace(kind=LOST, exit_code=None,
+                                error="ended by another worker: its own was silent")
+    return outcome
 
 
 def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
@@ -1455,6 +1466,12 @@ class Sql:
            SET wish = :wish
          WHERE seq = :seq
            AND claim = :claim
+        """
+    SEIZE = """
+        UPDATE jobs
+           SET wish = 'lost'
+         WHERE claim = :claim AND claim IS NOT NULL
+           AND wish IS NULL
         """
     INSERT_EVENT = """
         INSERT INTO events (job, "from", "to", at, reason)
@@ -2906,6 +2923,7 @@ class Claims:
         if not found:
             return []
         before, settings = found[0], self._store.settings()
+        outcome = judged(before, outcome)
         verb, after, reason = settle(before, outcome, settings,
                                      self._options.backoff_base, random.random(), now)
         after = move(self._store, verb, before, after, now, reason)
@@ -2940,6 +2958,12 @@ class Claims:
         own = self.worker.id if self.worker else None
         return {worker.id: worker.beat for worker in self._store.workers()
                 if worker.id != own}
+
+    def seize(self, runs: Iterable[Run]) -> None:
+        """Note that these runs are being ended, before the first signal is sent."""
+        with self._store.transaction() as store:
+            for run in runs:
+                store.do(Sql.SEIZE, {"claim": run.claim})
 
     def rescue(self, run: Run) -> list[Settled]:
         """Record that a run is lost; nothing if somebody else was faster."""
@@ -3868,8 +3892,8 @@ class Pool:
                 self._say(f"{ride.claimed.job.id} was taken over while this worker was"
                           " silent; its command is ended")
                 ride.command.end(LOST)
-            elif turn.mine[claim] == CANCEL:
-                ride.command.end(STOPPED)
+            elif turn.mine[claim] is not None:
+                ride.command.end(STOPPED if turn.mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end."""
@@ -3906,10 +3930,13 @@ class Pool:
         through: while nobody can write, nobody is silent.
         """
         silent = self._silence.look(self._claims.beats(), time.monotonic())
-        for run, owner in self._claims.stranded(silent):
-            if run.claim not in self._rescuing:
-                self._rescuing.add(run.claim)
-                rescuers.submit(self._rescue, run, owner)
+        fresh = [one for one in self._claims.stranded(silent)
+                 if one.run.claim not in self._rescuing]
+        if fresh:
+            self._claims.seize(run for run, _ in fresh)
+        for run, owner in fresh:
+            self._rescuing.add(run.claim)
+            rescuers.submit(self._rescue, run, owner)
         self._claims.forget_dead()
         self._watch_peers()
 

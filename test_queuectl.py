@@ -20,7 +20,7 @@ import unittest
 
 import queuectl
 from queuectl import (
-    CANCELLED, COMPLETED, DEAD, MOVES, PENDING, PROCESSING, STATES,
+    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES,
     Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
@@ -579,6 +579,18 @@ class Turns(TestCase):
         self.assertEqual(queue.job("job-1").claim, new.claim)
         self.assertEqual(queue.job("job-1").crashes, 1)
         self.assertEqual(queue.job("job-1").attempts, 0)
+
+    def test_a_run_that_a_rescuer_ended_is_a_crash_though_its_pool_thawed(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        claim = self.claim_one(queue, claims).claim
+        claims.seize(queue.runs("job-1"))
+
+        claims.turn({claim: Outcome("failed", 143, "killed by SIGTERM", 1.0)}, {}, [])
+        job = queue.job("job-1")
+        self.assertEqual((job.state, job.attempts, job.crashes), (FAILED, 0, 1))
+        self.assertEqual(queue.runs("job-1")[0].outcome, "lost")
 
     def test_a_turn_that_cannot_commit_has_not_happened(self):
         queue = self.a_queue()
