@@ -1598,9 +1598,9 @@ class Sql:
 
     # Pools.
     INSERT_WORKER = """
-        INSERT INTO workers (name, host, boot, pid, born, slots, queues, port,
+        INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
                              started_at, heartbeat_at)
-        VALUES (:name, :host, :boot, :pid, :born, :slots, :queues, :port,
+        VALUES (:id, :name, :host, :boot, :pid, :born, :slots, :queues, :port,
                 :started_at, :heartbeat_at)
         """
     WORKERS = "SELECT * FROM workers ORDER BY id"
@@ -2781,7 +2781,7 @@ class Claims:
         name = options.name or f"{host.name}-{os.getpid()}"
         with self._store.transaction() as store:
             self._free_name(name)
-            row = {"name": name, "host": host.name, "boot": host.boot,
+            row = {"id": None, "name": name, "host": host.name, "boot": host.boot,
                    "pid": os.getpid(), "born": host.born(os.getpid()),
                    "slots": options.slots, "queues": _json(options.queues),
                    "port": port, "started_at": now, "heartbeat_at": now}
@@ -2830,7 +2830,7 @@ class Claims:
         now, locks = self._clock(), list[int]()
         try:
             with self._store.transaction() as store:
-                store.do(Sql.BEAT, {"id": self.worker.id, "now": iso(now)})
+                self._beat(now)
                 settled = [done for claim, outcome in ended.items()
                            for done in self._settle(claim, outcome, now)]
                 for claim, output in outputs.items():
@@ -2846,6 +2846,15 @@ class Claims:
             raise
         return Turn(settled, claimed, mine,
                     stop[0] if stop else None, behind)
+
+    def _beat(self, now: float) -> None:
+        """Show that the pool lives; enter it anew if it was taken for dead."""
+        assert self.worker is not None
+        beat = self._store.do(Sql.BEAT, {"id": self.worker.id, "now": iso(now)})
+        if beat.rowcount == 0:
+            self._store.do(Sql.INSERT_WORKER, {
+                **self.worker._asdict(), "queues": _json(self.worker.queues),
+                "heartbeat_at": iso(now)})
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -2970,7 +2979,10 @@ class Claims:
         lost = Outcome(LOST, error=f"its worker {run.worker} was lost")
         with self._store.transaction() as store:
             settled = self._settle(run.claim, lost, self._clock())
-            store.do(Sql.DELETE_IDLE_WORKER, {"id": run.pool})
+            for worker in store.workers():
+                # A frozen pool stays in the table: it may thaw and claim again.
+                if worker.id == run.pool and self._host.is_alive(worker) is not True:
+                    store.do(Sql.DELETE_IDLE_WORKER, {"id": run.pool})
         return settled
 
     def forget_dead(self) -> None:

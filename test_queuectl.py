@@ -592,6 +592,20 @@ class Turns(TestCase):
         self.assertEqual((job.state, job.attempts, job.crashes), (FAILED, 0, 1))
         self.assertEqual(queue.runs("job-1")[0].outcome, "lost")
 
+    def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="frozen")
+        queue.enqueue("x")
+        os.close(self.claim_one(queue, claims).lock)
+        claims.rescue(queue.runs("job-1")[0])
+        self.assertEqual([v.worker.name for v in queue.workers()], ["frozen"])
+
+        with queue.store.transaction() as store:
+            store.do(queuectl.Sql.DELETE_WORKER, {"id": claims.worker.id})
+        claims.turn({}, {}, [])
+        self.assertEqual([v.worker.id for v in queue.workers()], [claims.worker.id])
+        self.assertEqual(claims.stranded({}), [])
+
     def test_a_turn_that_cannot_commit_has_not_happened(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
