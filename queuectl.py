@@ -3342,6 +3342,7 @@ def settled_line(settled: Settled, now: float) -> str:
     took = span(outcome.duration or 0.0)
     of = f"attempt {attempt} of {max(1, job.max_retries)}"
     cause = f" ({short_cause(outcome)})"
+    wait = max(0.0, epoch(job.run_at) - now)
     if outcome.kind == LOST:
         what = f"{job.id} lost: {job.error}, crash {job.crashes}"
         return what + {FAILED: ", runs again now", DEAD: ", now dead: lost too often",
@@ -3349,7 +3350,7 @@ def settled_line(settled: Settled, now: float) -> str:
     return {
         COMPLETED: f"{job.id} completed in {took}",
         FAILED: f"{job.id} failed{cause} after {took}, {of},"
-                f" again in {span(max(0.0, round(epoch(job.run_at) - now, 1)))}",
+                f" again in {span(wait if wait < 1 else round(wait, 1))}",
         DEAD: f"{job.id} dead{cause} after {took}, {of}, now in the dead letter queue",
         CANCELLED: f"{job.id} cancelled after {took}",
         PENDING: f"{job.id} handed back after {took}",

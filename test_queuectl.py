@@ -647,6 +647,21 @@ class Turns(TestCase):
             self.a_pool(queue, name="a")
 
 
+# ---- 11 Views ----------------------------------------------------------------
+
+class Views(TestCase):
+    def test_a_worker_says_what_happened_and_what_comes_next(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for base, wait in ((0.01, "0.01s"), (2, "2s")):
+            queue.enqueue("x", id=f"base-{base}", backoff_base=base)
+            claim = self.claim_one(queue, claims).claim
+            settled = claims.turn({claim: Outcome("failed", 1, "x", 0.02)}, {}, []).settled
+            self.assertEqual(
+                queuectl.settled_line(settled[0], NOON),
+                f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
+
+
 # ---- 14 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
@@ -993,17 +1008,20 @@ class Program(TestCase):
         self.assertIn("deleted or replaced", self.read("worker.log"))
 
     def test_results_wait_for_a_lock_that_somebody_holds(self):
-        self.enqueue("touch ran")
+        self.enqueue("touch ran; while [ ! -e go ]; do sleep .05; done")
         rival = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(rival.close)
         worker = self.worker("--drain")
         wait_for(lambda: os.path.exists(self.path_of("ran")), "the run")
         rival.execute("PRAGMA busy_timeout = 10000")
         rival.execute("BEGIN IMMEDIATE")
-        time.sleep(0.2)
+        open(self.path_of("go"), "w").close()
+        wait_for(lambda: "will go on trying" in self.read("worker.log"), "the log")
         rival.execute("COMMIT")
+
         self.assertEqual(worker.wait(DEADLINE), 0)
         self.assertEqual(self.job("job-1").state, COMPLETED)
+        self.assertEqual(len(self.runs("job-1")), 1)
 
     def test_closed_streams_and_directories_give_no_traceback(self):
         self.enqueue("true")
