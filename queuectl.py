@@ -1711,6 +1711,15 @@ def _file_uri(path: str, mode: str) -> str:
     return f"file:{escaped}?{mode}"
 
 
+def _sync_directory(path: str) -> None:
+    """Have the disk keep the name of a new file."""
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return () if text == "[]" else tuple(json.loads(text))
 
@@ -1832,10 +1841,16 @@ class Store:
                     self._db.execute(Sql.SET_META, {"key": key, "value": value})
 
     def _upgrade(self) -> None:
-        """Bring an older format up to date in one transaction, after a backup."""
-        self.backup(f"{self.path}.format-{self._read_version()}.backup")
+        """Bring an older format up to date in one transaction, after a backup.
+
+        Both under the write lock: of two that upgrade at once one is first, and the
+        backup holds all that was there before it and nothing after.
+        """
         with self.transaction():
-            self._migrate(self._read_version())
+            version = self._read_version()
+            if version < SCHEMA_VERSION:
+                self.backup(f"{self.path}.format-{version}.backup")
+                self._migrate(version)
 
     def _migrate(self, version: int) -> None:
         for script in MIGRATIONS[version:]:
@@ -1845,11 +1860,30 @@ class Store:
         self._db.execute(f"{Sql.VERSION} = {SCHEMA_VERSION}")
 
     def backup(self, path: str) -> None:
-        """Copy the database, consistent, while others work; the copy's mode is 0600."""
-        os.close(os.open(path + ".part", os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
-        with contextlib.closing(sqlite3.connect(path + ".part")) as copy:
-            self._db.backup(copy)
-        os.replace(path + ".part", path)
+        """Copy the database as it was committed last, while others work; mode 0600.
+
+        The copy takes its name only when it is whole and on the disk.
+        """
+        part = f"{path}.{os.getpid()}.part"
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
+            with contextlib.closing(sqlite3.connect(part)) as copy, \
+                    contextlib.closing(self._reader()) as source:
+                source.backup(copy)     # in one step: it cannot be made to start anew
+            os.replace(part, path)
+            _sync_directory(path)
+        except sqlite3.Error as error:
+            raise refusal(error, path) or error from error
+        except OSError as error:
+            raise Unwritable(f"cannot write {path} ({error.strerror})",
+                             "give a path in a directory that you may write") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+
+    def _reader(self) -> sqlite3.Connection:
+        """A second connection, which sees only what was committed."""
+        return sqlite3.connect(_file_uri(self.path, "mode=ro"), uri=True, timeout=0)
 
     # Transactions.
 
@@ -2094,6 +2128,12 @@ class Host:
         """What the environment of each process of a run holds, as QUEUECTL_RUN."""
         return f"{self._database_id}-{claim}"
 
+    @staticmethod
+    def signal(pid: int, number: int) -> None:
+        """Signal a process that may be gone or not ours."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
     def born(self, pid: int) -> str:
         """When a process was started, in the kernel's own words; "" if it is gone."""
         if self.boot:
@@ -2177,12 +2217,6 @@ class Host:
                               check=False).stdout
         return [int(line.split()[0]) for line in said.splitlines()
                 if token in line.split() and int(line.split()[0]) != os.getpid()]
-
-
-def send_signal(pid: int, number: int) -> None:
-    """Signal a process that may be gone or not ours."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
 
 
 LOOPBACK = "127.0.0.1"
@@ -2439,11 +2473,12 @@ class Queue:
     """
 
     def __init__(self, path: str = "queue.db", create: bool = True,
-                 clock: Callable[[], float] = time.time) -> None:
+                 clock: Callable[[], float] = time.time,
+                 host: Host | None = None) -> None:
         self.store = Store(os.fspath(path), create)
         self.path = self.store.path
         self.clock = clock
-        self.host = Host(self.path, self.store.meta("id"))
+        self.host = host or Host(self.path, self.store.meta("id"))
 
     def __enter__(self) -> Queue:
         return self
@@ -3587,7 +3622,7 @@ class Command:
             others |= set(self._host.holders(claim))
         for pid in others - {process.pid}:
             if number != signal.SIGTERM or self._host.group(pid) != process.pid:
-                send_signal(pid, number)
+                self._host.signal(pid, number)
 
     def _is_over(self, session: int) -> bool:
         return self._host.is_over(self._launch.claim, session)
@@ -3629,31 +3664,46 @@ class Command:
         return Outcome(FAILURE, code, error, duration, kept, total)
 
 
-def end_leftovers(host: Host, run: Run, owner: Worker | None, grace: float,
-                  is_wanted: Callable[[], bool]) -> bool:
-    """End what a lost run left behind; True when nothing of it is left (I6).
+class Leftovers:
+    """What a lost run left behind, ended step by step (I6).
 
     The owner itself may hold the run's lock, if it was frozen between claim and
     start. It could start the command when it thaws: so it is killed, long after its
-    lease has run out, and only then. False when `is_wanted()` has become false.
+    lease has run out, and only then.
     """
-    kill_at = time.monotonic() + grace
-    asked: set[int] = set()
-    while not host.is_over(run.claim):
-        if not is_wanted():
-            return False
-        late = time.monotonic() >= kill_at
-        left = {*host.members(run.claim), *host.holders(run.claim)}
+
+    def __init__(self, host: Host, lost: Stranded, grace: float) -> None:
+        self._host, self._run, self._owner = host, lost.run, lost.owner
+        self._grace = grace                 # seconds from SIGTERM to SIGKILL
+        self._kill_at: float | None = None  # monotonic; None: not begun
+        self._asked: set[int] = set()       # processes that had their SIGTERM
+
+    def step(self, now: float) -> bool:
+        """Signal what is left; True when nothing is. `now` is a monotonic clock's."""
+        host, claim, owner = self._host, self._run.claim, self._owner
+        if host.is_over(claim):
+            return True
+        if self._kill_at is None:
+            self._kill_at = now + self._grace
+        late = now >= self._kill_at
+        left = {*host.members(claim), *host.holders(claim)}
         frozen = owner.pid if owner and owner.boot == host.boot else -1
         for pid in left - {frozen}:
-            if late or pid not in asked:
-                send_signal(pid, signal.SIGKILL if late else signal.SIGTERM)
-                send_signal(pid, signal.SIGCONT)
-                asked.add(pid)
+            if late or pid not in self._asked:
+                host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
+                host.signal(pid, signal.SIGCONT)
+                self._asked.add(pid)
         if late and owner and left == {frozen} and host.born(frozen) == owner.born:
-            send_signal(frozen, signal.SIGKILL)
-        time.sleep(RESCUE_TICK)
-    return True
+            host.signal(frozen, signal.SIGKILL)
+        return False
+
+    def end(self, is_wanted: Callable[[], bool]) -> bool:
+        """Step until nothing is left; False once `is_wanted()` has become false."""
+        while not self.step(time.monotonic()):
+            if not is_wanted():
+                return False
+            time.sleep(RESCUE_TICK)
+        return True
 
 
 # ---- 13 Pool -----------------------------------------------------------------
@@ -3782,7 +3832,7 @@ class Pool:
         now = time.monotonic()
         if now < self._retry_at:
             return False
-        if self._due_at is not None and time.time() >= self._due_at:
+        if self._due_at is not None and self._queue.clock() >= self._due_at:
             self._look = True
         if self._ended or self._orders or self._peek or now >= self._beat_at:
             return True
@@ -3947,22 +3997,21 @@ class Pool:
                  if one.run.claim not in self._rescuing]
         if fresh:
             self._claims.seize(run for run, _ in fresh)
-        for run, owner in fresh:
-            self._rescuing.add(run.claim)
-            rescuers.submit(self._rescue, run, owner)
+        for lost in fresh:
+            self._rescuing.add(lost.run.claim)
+            rescuers.submit(self._rescue, lost)
         self._claims.forget_dead()
         self._watch_peers()
 
-    def _rescue(self, run: Run, owner: Worker | None) -> None:
+    def _rescue(self, lost: Stranded) -> None:
         """A rescuer's thread: see to it that nothing of the run is left."""
+        leftovers = Leftovers(self._queue.host, lost, self._settings.kill_grace)
         try:
-            is_gone = end_leftovers(self._queue.host, run, owner,
-                                    self._settings.kill_grace,
-                                    lambda: not self._leaving)
+            is_gone = leftovers.end(lambda: not self._leaving)
         except OSError as error:
-            self._say(f"run {run.claim} cannot be rescued yet: {error}")
+            self._say(f"run {lost.run.claim} cannot be rescued yet: {error}")
             is_gone = False
-        self._rescued.append((run, is_gone))
+        self._rescued.append((lost.run, is_gone))
         self._wakeup.set()
 
     def _watch_peers(self) -> None:
@@ -4010,7 +4059,7 @@ class Pool:
         if self._grace_ends is not None:
             wake_at.append(self._grace_ends)
         if self._due_at is not None and self._room():
-            wake_at.append(now + self._due_at - time.time())
+            wake_at.append(now + self._due_at - self._queue.clock())
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
@@ -4480,11 +4529,11 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
-        for run, owner in claims.stranded({}):      # no worker lives to do it
-            if any(job.claim == run.claim for job in jobs) and end_leftovers(
-                    queue.host, run, owner, queue.store.settings().kill_grace,
+        for lost in claims.stranded({}):    # no worker lives to do it
+            if any(job.claim == lost.run.claim for job in jobs) and Leftovers(
+                    queue.host, lost, queue.store.settings().kill_grace).end(
                     lambda: time.monotonic() < end):
-                claims.rescue(run)
+                claims.rescue(lost.run)
         jobs = [queue.job(job.id) for job in jobs]
         if time.monotonic() > say_at:
             say_at = math.inf

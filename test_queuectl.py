@@ -780,7 +780,7 @@ class Program(TestCase):
         with contextlib.suppress(queuectl.QueueError), Queue(self.path, False) as queue:
             for row in queue.store.rows(queuectl.Sql.UNDER_WAY):
                 for pid in queue.host.members(row[0]):
-                    queuectl.send_signal(pid, signal.SIGKILL)
+                    queue.host.signal(pid, signal.SIGKILL)
 
     def job(self, job_id):
         with Queue(self.path, create=False) as queue:
