@@ -151,6 +151,7 @@ EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
+POOL_PATIENCE = 2.0    # seconds a pool waits for it before it sees to other things
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
@@ -3572,8 +3573,9 @@ class Command:
         if watch >= 0:
             poller.register(watch, select.POLLIN)
         at_end = False
-        while process.poll() is None or (self._why and not self._is_over(process.pid)):
-            for fd, _ in poller.poll(self._patience(begun, watch, process.returncode)):
+        while process.poll() is None \
+                or (self._must_end(process) and not self._is_over(process.pid)):
+            for fd, _ in poller.poll(self._patience(process, begun, watch)):
                 if fd == pipe and not self._read(pipe):
                     at_end = True
                     poller.unregister(pipe)
@@ -3586,11 +3588,18 @@ class Command:
             os.close(watch)
         self._finish_reading(pipe, at_end)
 
-    def _patience(self, begun: float, watch: int, status: int | None) -> float | None:
+    def _must_end(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether the whole tree is to end: as asked, or since a signal has killed its
+        head. That left nothing in the background on purpose; a retry would meet it.
+        """
+        return self._why is not None or (process.returncode or 0) < 0
+
+    def _patience(self, process: subprocess.Popen[bytes], begun: float,
+                  watch: int) -> float | None:
         """Milliseconds until something is to do; None: until something happens."""
-        if self._why or watch < 0:
+        if self._must_end(process) or watch < 0:
             return RESCUE_TICK * 1000
-        if status is not None:
+        if process.returncode is not None:
             return 0
         if self._launch.timeout is None:
             return None
@@ -3602,7 +3611,7 @@ class Command:
         if process.returncode is None and self._why is None \
                 and launch.timeout is not None and now >= begun + launch.timeout:
             self._why = TIMEOUT
-        if self._why is None:
+        if not self._must_end(process):
             return
         if self._kill_at is None:
             self._kill_at = now + launch.kill_grace
@@ -3989,8 +3998,17 @@ class Pool:
     # Watching the other pools.
 
     def _watch(self, rescuers: futures.Executor) -> None:
-        """Take over what dead pools have left. Called after a heartbeat of our own got
-        through: while nobody can write, nobody is silent.
+        """Take over what dead pools have left; if lock or disk forbid it, next time."""
+        try:
+            self._take_over(rescuers)
+            self._claims.forget_dead()
+        except (Busy, Unwritable) as error:
+            self._complain(error)
+        self._watch_peers()
+
+    def _take_over(self, rescuers: futures.Executor) -> None:
+        """Called after a heartbeat of our own got through: while nobody can write,
+        nobody is silent.
         """
         silent = self._silence.look(self._claims.beats(), time.monotonic())
         fresh = [one for one in self._claims.stranded(silent)
@@ -4000,8 +4018,6 @@ class Pool:
         for lost in fresh:
             self._rescuing.add(lost.run.claim)
             rescuers.submit(self._rescue, lost)
-        self._claims.forget_dead()
-        self._watch_peers()
 
     def _rescue(self, lost: Stranded) -> None:
         """A rescuer's thread: see to it that nothing of the run is left."""
@@ -4079,7 +4095,6 @@ class Pool:
         _refuse_platform()
         _allow_descriptors()
         store = self._queue.store
-        store.patience = 2.0    # this thread has other things to do than wait
         self._settings = store.settings()
         self._silence = Silence(2 * self._settings.heartbeat)
         self._bell = _bell()
@@ -4088,13 +4103,14 @@ class Pool:
             self._poller.register(self._bell, select.POLLIN)
         self._worker = self._claims.register(
             self._bell.getsockname()[1] if self._bell else None)
+        store.patience = POOL_PATIENCE
         restore = self._catch_signals()
         try:
             yield
         finally:
-            restore()
             with contextlib.suppress(QueueError):
                 self._claims.leave()
+            restore()   # last of all: a signal that comes late ends nothing half-way
             self._close()
 
     def _close(self) -> None:
