@@ -1,5 +1,7 @@
 PYTHON ?= python3
-.PHONY: help demo test lint type cov clean
+TIME ?= 5m
+SEED ?= 1
+.PHONY: help demo test chaos lint type cov clean
 
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -9,6 +11,9 @@ demo:   ## compress real files, a job each, check every result; some jobs fail o
 
 test:   ## run the tests; needs Python alone
 	$(PYTHON) -m unittest
+
+chaos:  ## break it for TIME=5m by SEED=1: kills, freezes, held locks; a verdict
+	$(PYTHON) test_queuectl.py --chaos $(TIME) --seed $(SEED)
 
 lint:   ## ruff, if installed
 	$(PYTHON) -m ruff check .

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import collections
 import contextlib
 import inspect
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 import unittest
+from typing import NamedTuple
 
 import queuectl
 from queuectl import (
@@ -38,15 +42,15 @@ class FakeClock:
         return self.now
 
 
-def wait_for(condition, what="the condition"):
-    """The condition's first true value; an error after DEADLINE."""
-    end = time.monotonic() + DEADLINE
+def wait_for(condition, what="the condition", seconds=DEADLINE):
+    """The condition's first true value; an error after so many seconds."""
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
         time.sleep(0.01)
-    raise AssertionError(f"waited {DEADLINE} s in vain for {what}")
+    raise AssertionError(f"waited {seconds} s in vain for {what}")
 
 
 def settings(**changes):
@@ -859,6 +863,13 @@ class Program(TestCase):
         self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
         self.assertFalse(is_running(self.read("out")))
 
+    def test_a_command_killed_from_outside_leaves_nothing_that_a_retry_would_meet(self):
+        self.enqueue("setsid sleep 100 & echo $! > pid; kill -9 $$", "--max-retries", "1")
+        self.drain()
+
+        self.assertEqual(self.job("job-1").exit_code, 137)
+        self.assertFalse(is_running(self.read("pid")))
+
     def test_what_cannot_start_fails_in_words(self):
         self.enqueue("nonexistentcommand", "--max-retries", "1")
         self.enqueue("pwd", "--cwd", self.path_of("gone"), "--max-retries", "1")
@@ -1093,6 +1104,487 @@ class Program(TestCase):
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
 
 
+# ---- Chaos -------------------------------------------------------------------
+# Four histories are compared: what clients were told, the ledger that the jobs keep
+# outside of the database, the tables of runs and events, and the final states.
+
+# What each job does. Its lines in the ledger are one write each, so they never mix;
+# its lock is its own, so two runs at once are seen by the job itself.
+JOB = r"""
+id=$QUEUECTL_JOB_ID run=${QUEUECTL_RUN#*-}
+note() { read -r up _ </proc/uptime; echo "$1 $id $run $$ $up" >>ledger; }
+exec 9>>"locks/$id"
+flock -n 9 || note overlap
+[ "$QUEUECTL_QUEUE" != one ] || { exec 8>>locks/.one; flock -n 8 || note crowd; }
+note start
+case $1 in
+nap)   sleep "$2" ;;
+deaf)  trap "" TERM; sleep "$2"; sleep "$2" ;;
+away)  setsid -w sleep "$2" ;;
+flaky) [ "$QUEUECTL_ATTEMPT" -ge 2 ] || exit 3 ;;
+poor)  exit 4 ;;
+loud)  head -c 200000 /dev/zero ;;
+kid)   sleep 1 8>&- 9>&- & ;;
+esac
+note end
+"""
+# Only a pool's death may end a run that did not end by itself, however often.
+CHAOS_SETTINGS = {"heartbeat": "300ms", "lease": "2s", "kill-grace": "500ms",
+                  "backoff-base": "50ms", "crash-limit": "100000", "max-retries": "99"}
+OWN_DOING = ("completed", "failed", "timeout")
+SIGNALLED = (-signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, 130)
+
+
+class Note(NamedTuple):
+    """A line of the ledger."""
+    what: str       # start, end, overlap (two runs of a job), crowd (a limit broken)
+    job: str
+    claim: int
+    pid: int
+    uptime: float
+
+
+class Told(NamedTuple):
+    """A client's command and what it was told: 0 done, else refused, None: killed."""
+    verb: str
+    ids: tuple[str, ...]
+    status: int | None
+
+
+def read_ledger(directory):
+    with contextlib.suppress(FileNotFoundError), \
+            open(os.path.join(directory, "ledger")) as file:
+        return [Note(what, job, int(claim), int(pid), float(up))
+                for what, job, claim, pid, up in map(str.split, file)]
+    return []
+
+
+class Checker:
+    """Compares the histories; `violations` are lines that begin with a rule's name."""
+
+    def __init__(self, directory, told):
+        self.told, self.ledger = told, read_ledger(directory)
+        self.violations = []
+        with Queue(os.path.join(directory, "queue.db"), create=False) as queue:
+            self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
+            rows = queue.store.rows
+            self.runs = [queuectl.Run(*row) for row in
+                         rows("SELECT * FROM runs ORDER BY claim")]
+            self.events = rows('SELECT job, "from", "to" FROM events ORDER BY seq')
+            self.counts = queue.counts()
+            self.tallies = dict(rows("SELECT kind, SUM(n) FROM tallies "
+                                     "WHERE minute = 0 GROUP BY kind"))
+            self.integrity = rows("PRAGMA integrity_check")
+        self.gone = {id for one in told if one.verb == "delete" and one.status != 1
+                     for id in one.ids}
+
+    def check(self):
+        """All rules; the violations."""
+        for rule in (self.acknowledged, self.whole, self.started, self.alone,
+                     self.numbered, self.caused, self.charged, self.summed, self.stuck):
+            for violation in rule():
+                self.violations.append(f"{rule.__name__}: {violation}")
+        return self.violations
+
+    def acknowledged(self):
+        """What a client was told has happened, and has not been undone."""
+        reached = collections.Counter(
+            (seq, "retry" if target == PENDING and source not in (None, PROCESSING)
+             else target) for seq, source, target in self.events)
+        for verb, ids, status in self.told:
+            if status != 0:
+                continue
+            for id in ids:
+                job = self.jobs.get(id)
+                if verb == "delete":
+                    if job:
+                        yield f"{id} was deleted and is there"
+                elif job is None:
+                    if id not in self.gone:
+                        yield f"{id} was acknowledged ({verb}) and is gone"
+                elif verb == "cancel" and not reached[job.seq, CANCELLED]:
+                    yield f"{id} was cancelled and has never been so"
+                elif verb == "retry" and not reached[job.seq, "retry"]:
+                    yield f"{id} was retried and has never been so"
+
+    def whole(self):
+        """All or none of a batch."""
+        for verb, ids, _ in self.told:
+            if verb == "enqueue":
+                there = [id for id in ids if id in self.jobs or id in self.gone]
+                missing = set(ids) - set(there)
+                if missing and any(id in self.jobs for id in there):
+                    yield f"of {ids} only {there} are there"
+
+    def started(self):
+        """Every start has its run; every success an end in the ledger."""
+        runs = {run.claim: run for run in self.runs}
+        ended = {note.claim for note in self.ledger if note.what == "end"}
+        for note in self.ledger:
+            job, run = self.jobs.get(note.job), runs.get(note.claim)
+            if job and (run is None or run.job != job.seq):
+                yield f"{note} has no run"
+        for run in self.runs:
+            if run.outcome == "completed" and run.claim not in ended:
+                yield f"run {run.claim} is completed, but its command never ended"
+
+    def alone(self):
+        """Never two runs of a job at once, nor two jobs where one is the limit."""
+        last = {}
+        for note in self.ledger:
+            if note.what in ("overlap", "crowd"):
+                yield f"{note}"
+            before = last.get(note.job)
+            if note.what == "end" and before and before.claim != note.claim:
+                yield f"{note} ended after {before} had started"
+            if note.what == "start":
+                last[note.job] = note
+
+    def numbered(self):
+        """A claim's number is never used twice."""
+        starts = collections.Counter(
+            note.claim for note in self.ledger if note.what == "start")
+        for claim, n in starts.items():
+            if n > 1:
+                yield f"claim {claim} was started {n} times"
+
+    def caused(self):
+        """No state without a cause: the events lead there, by MOVES, run by run."""
+        chains, claims = {}, {}
+        for seq, source, target in self.events:
+            chains.setdefault(seq, []).append((source, target))
+        for run in self.runs:
+            claims[run.job] = claims.get(run.job, 0) + 1
+        arrows = {(source, move.target) for move in MOVES.values()
+                  for source in move.sources} | {(None, PENDING)}
+        for job in self.jobs.values():
+            chain = chains.get(job.seq, [])
+            states = [None] + [target for _, target in chain]
+            if [source for source, _ in chain] != states[:-1] \
+                    or not set(chain) <= arrows or states[-1] != job.state:
+                yield f"{job.id} is {job.state} after {chain}"
+            if states.count(PROCESSING) != claims.get(job.seq, 0):
+                yield f"{job.id} has {claims.get(job.seq)} runs after {chain}"
+
+    def charged(self):
+        """Attempts are ends of the job's own doing, crashes are lost runs."""
+        runs, since = {}, {}
+        for run in self.runs:
+            runs.setdefault(run.job, []).append(run)
+        for seq, source, target in self.events:
+            if target == PROCESSING and runs.get(seq):
+                since.setdefault(seq, []).append(runs[seq].pop(0))
+            elif target == PENDING and source not in (None, PROCESSING):
+                since[seq] = []     # retried by a person
+        for job in self.jobs.values():
+            ends = [run.outcome for run in since.get(job.seq, [])]
+            due = (sum(end in OWN_DOING for end in ends), ends.count("lost"))
+            if (job.attempts, job.crashes) != due:
+                yield f"{job.id}: {job.attempts} attempts, {job.crashes} crashes: {ends}"
+
+    def summed(self):
+        """Sum of states = enqueued - deleted; the file is sound."""
+        states = [job.state for job in self.jobs.values()]
+        if any(self.counts[state] != states.count(state) for state in STATES):
+            yield f"counts say {self.counts}"
+        if self.tallies.get("enqueue", 0) - self.tallies.get("delete", 0) != len(states):
+            yield f"{self.tallies} does not give {len(states)} jobs"
+        if self.integrity != [("ok",)]:
+            yield f"integrity: {self.integrity}"
+
+    def stuck(self):
+        """At the end nothing is under way, and nothing waits for nothing."""
+        for job in self.jobs.values():
+            needs = [self.jobs[id].state for id in job.after if id in self.jobs]
+            if job.state in (PROCESSING, FAILED) or (job.state == PENDING and (
+                    job.gate != "after" or set(needs) <= {COMPLETED})):
+                yield f"{job.id} is {job.state} (gate {job.gate}, needs {needs})"
+        for run in self.runs:
+            if run.outcome is None:
+                yield f"run {run.claim} has no end"
+
+
+class Nemesis:
+    """A queue, three pools, clients, and all that can befall them, by a seed."""
+
+    POOLS, SLOTS = 3, 3
+    FAULTS = (      # how often a second each happens
+        ("enqueue", 2.4), ("cancel", 0.4), ("retry", 0.4), ("delete", 0.2),
+        ("kill_pool", 0.9), ("freeze_pool", 0.15), ("signal_pool", 0.15),
+        ("hold_lock", 0.05), ("kill_job", 0.2))
+
+    def __init__(self, directory, seed):
+        self.dir, self.chance = directory, random.Random(seed)
+        for folder in ("locks", "logs"):
+            os.makedirs(os.path.join(directory, folder))
+        with open(os.path.join(directory, "job.sh"), "w") as file:
+            file.write(JOB)
+        self.env = {**os.environ, "PYTHONPATH": os.path.dirname(MODULE),
+                    "QUEUECTL_DB": os.path.join(directory, "queue.db")}
+        self.pools, self.clients = {}, []
+        self.told, self.ids, self.later = [], [], []
+        self.done = collections.Counter()       # what befell them, by its name
+        self.strange = []                       # what no fault explains
+        with Queue(self.env["QUEUECTL_DB"]) as queue:
+            for key, value in CHAOS_SETTINGS.items():
+                queue.configure(key, value)
+        self.db = sqlite3.connect(self.env["QUEUECTL_DB"], timeout=5,
+                                  isolation_level=None)
+        self.db.execute("INSERT INTO queues VALUES ('one', 0, 1)")
+
+    def start(self, *argv, **options):
+        """A queuectl of its own, in a session of its own."""
+        return subprocess.Popen([sys.executable, "-m", "queuectl", *argv], cwd=self.dir,
+                                env=self.env, start_new_session=True, **options)
+
+    def start_pool(self, *argv):
+        self.done["pools"] += 1
+        name = f"w{self.done['pools']}"
+        with open(os.path.join(self.dir, "logs", name), "ab") as log:
+            self.pools[name] = self.start("worker", "start", "--count", str(self.SLOTS),
+                                          "--name", name, *argv, stderr=log)
+
+    def judge_pool(self, name, status):
+        """A pool in charge ends well or by kill -9; before and after, also by signals."""
+        with open(os.path.join(self.dir, "logs", name), errors="replace") as file:
+            log = file.read()
+        in_charge = f"worker {name} started" in log and f"worker {name} stopped" not in log
+        if status not in (0, -signal.SIGKILL) and (in_charge or status not in SIGNALLED):
+            self.strange.append(f"pool {name} ended with {status}")
+        if not in_charge:   # Python's own words for a SIGINT before ours are loaded
+            log = re.sub(r"(?s)Traceback (?:(?!in main).)*\nKeyboardInterrupt\n", "", log)
+        self.strange += [f"{name}: {line}" for line in log.splitlines()
+                         if "Traceback" in line or "rror:" in line
+                         or "itself failed" in line]
+
+    def after(self, seconds, action):
+        self.later.append((time.monotonic() + seconds, action))
+
+    def run(self, seconds):
+        """Let them work under faults for so long, then in peace; the violations."""
+        end = time.monotonic() + seconds
+        rate = sum(rate for _, rate in self.FAULTS)
+        strike_at = 0.0
+        while time.monotonic() < end:
+            self.tend()
+            if time.monotonic() >= strike_at:
+                strike_at = time.monotonic() + self.chance.expovariate(rate)
+                names, rates = zip(*self.FAULTS)
+                getattr(self, self.chance.choices(names, rates)[0])()
+            time.sleep(0.005)
+        return self.finish()
+
+    def tend(self):
+        """Start pools that are missing, do what is due, hear what clients were told."""
+        now = time.monotonic()
+        due = [item for item in self.later if item[0] <= now]
+        self.later = [item for item in self.later if item[0] > now]
+        for _, action in due:
+            action()
+        for name, pool in list(self.pools.items()):
+            if pool.poll() is not None:
+                del self.pools[name]
+                self.judge_pool(name, pool.returncode)
+        while len(self.pools) < self.POOLS:
+            self.start_pool()
+        for client in [client for client in self.clients if client[0].poll() is not None]:
+            self.clients.remove(client)
+            self.hear(*client)
+
+    # Clients: half of them are killed at some moment of their short lives.
+
+    def client(self, verb, ids, *argv, text=b""):
+        process = self.start(*argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(text)
+            process.stdin.close()
+        self.clients.append((process, verb, tuple(ids)))
+        self.done["clients"] += 1
+        if self.chance.random() < 0.5:
+            self.after(self.chance.uniform(0.02, 0.16), lambda: self.kill(process))
+
+    def hear(self, process, verb, ids):
+        said = process.stderr.read().decode()
+        process.stderr.close()
+        killed = process.returncode == -signal.SIGKILL
+        self.told.append(Told(verb, ids, None if killed else process.returncode))
+        if not killed and (process.returncode not in (0, 1) or "Traceback" in said
+                           or "locked" in said):
+            self.strange.append(f"{verb} {ids} ended with {process.returncode}: {said}")
+
+    def kill(self, process):
+        """kill -9, the whole group or the process alone."""
+        if process.poll() is None:
+            self.done["kills"] += 1
+            send = os.killpg if self.chance.random() < 0.2 else os.kill
+            send(process.pid, signal.SIGKILL)
+
+    def enqueue(self):
+        batch = f"b{self.done['clients']}"
+        ids = [f"{batch}-{n}" for n in range(self.chance.randint(1, 9))]
+        lines = [json.dumps(self.job(ids, n)) for n in range(len(ids))]
+        self.ids += ids
+        self.client("enqueue", ids, "enqueue", "-q", "-", text="\n".join(lines).encode())
+
+    def job(self, ids, n):
+        """A job of a batch: how it behaves, and at times what it waits for."""
+        chance = self.chance
+        how = chance.choice(("quick", "quick", "nap", "nap", "deaf", "away", "flaky",
+                             "poor", "loud", "kid"))
+        job = {"id": ids[n], "command": f"sh job.sh {how} {chance.uniform(0, 0.8):.2f}",
+               "priority": chance.randint(-2, 2), "cwd": self.dir,
+               "queue": chance.choice(("default", "default", "other", "one"))}
+        if how == "poor":
+            job["max_retries"] = 2
+        if n and chance.random() < 0.2:
+            job["after"] = [ids[chance.randrange(n)]]
+        if chance.random() < 0.2:
+            job["delay"] = round(chance.uniform(0, 2), 2)
+        return job
+
+    def some_id(self):
+        recent = self.ids[-60:]
+        return self.chance.choice(recent) if recent else "none"
+
+    def cancel(self):
+        job_id = self.some_id()
+        self.client("cancel", [job_id], "cancel", job_id)
+
+    def retry(self):
+        job_id = self.some_id()
+        self.client("retry", [job_id], "retry", job_id)
+
+    def delete(self):
+        job_id = self.some_id()
+        self.client("delete", [job_id], "delete", job_id)
+
+    # Faults.
+
+    def some_pool(self):
+        return self.chance.choice(sorted(self.pools))
+
+    def kill_pool(self):
+        self.kill(self.pools[self.some_pool()])
+
+    def freeze_pool(self):
+        pool = self.pools[self.some_pool()]
+        if pool.poll() is None:
+            self.done["freezes"] += 1
+            pool.send_signal(signal.SIGSTOP)
+            self.after(self.chance.uniform(0.1, 5), lambda: self.thaw(pool))
+
+    def thaw(self, pool):
+        if pool.poll() is None:
+            pool.send_signal(signal.SIGCONT)
+
+    def signal_pool(self):
+        """As Ctrl+C and its kin, to the whole group; at times twice."""
+        pool = self.pools[self.some_pool()]
+        number = self.chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        for _ in range(self.chance.choice((1, 1, 2))):
+            if pool.poll() is None:
+                self.done["signals"] += 1
+                os.killpg(pool.pid, number)
+
+    def hold_lock(self):
+        if not self.db.in_transaction:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.db.execute("BEGIN IMMEDIATE")
+                self.done["locks"] += 1
+                self.after(self.chance.uniform(0.1, 2.5), self.release)
+
+    def release(self):
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+
+    def kill_job(self):
+        """A signal to the group of a job that runs: its own doing, as far as we know."""
+        for note in reversed(read_ledger(self.dir)[-20:]):
+            token = f"-{note.claim}\0".encode()
+            if token in queuectl._read(f"/proc/{note.pid}/environ"):
+                with contextlib.suppress(ProcessLookupError):
+                    self.done["job signals"] += 1
+                    number = self.chance.choice((signal.SIGTERM, signal.SIGKILL))
+                    os.killpg(os.getpgid(note.pid), number)
+                return
+
+    # Peace.
+
+    def finish(self):
+        """No more faults: all that is left must come to its end."""
+        for _, action in self.later:
+            action()
+        self.later = []
+        self.release()
+        try:
+            wait_for(lambda: (self.tend(), not self.clients)[1], "the clients", 60)
+            wait_for(lambda: (self.tend(), self.is_quiet())[1], "the queue's end", 60)
+        except AssertionError as error:
+            self.strange.append(str(error))
+        for pool in self.pools.values():
+            pool.terminate()
+        for name, pool in self.pools.items():
+            self.judge_pool(name, pool.wait(DEADLINE))
+        self.db.close()
+        return self.strange + Checker(self.dir, self.told).check()
+
+    def is_quiet(self):
+        return self.db.execute("SELECT COUNT(*) FROM jobs WHERE claim IS NOT NULL OR "
+                               "gate IN ('open', 'time')").fetchone()[0] == 0
+
+
+CAN_CHAOS = all(map(shutil.which, ("flock", "setsid"))) and os.path.exists("/proc/uptime")
+
+
+def chaos_round(directory, seconds, seed):
+    """One round: (violations, what befell, jobs, runs, lost runs)."""
+    nemesis = Nemesis(directory, seed)
+    violations = nemesis.run(seconds)
+    with Queue(nemesis.env["QUEUECTL_DB"], create=False) as queue:
+        runs = queue.store.row("SELECT COUNT(*), SUM(outcome = 'lost') FROM runs")
+        done = nemesis.done + collections.Counter(
+            jobs=sum(queue.counts().values()), runs=runs[0], lost=runs[1] or 0)
+    return violations, done
+
+
+def chaos(seconds, seed):
+    """Rounds of a minute until the time is over; a verdict. 0 or 1."""
+    end, total, bad, number = time.monotonic() + seconds, collections.Counter(), 0, 0
+    while not number or time.monotonic() < end:
+        number += 1
+        directory = tempfile.mkdtemp(prefix="queuectl chaos ")
+        length = max(1, min(60, end - time.monotonic()))
+        violations, done = chaos_round(directory, length, f"{seed}-{number}")
+        total += done
+        bad += len(violations)
+        print(f"round {number}: {told_counter(done)}: "
+              f"{len(violations)} violations", flush=True)
+        for violation in violations:
+            print(f"    {violation}")
+        if violations:
+            print(f"    kept: {directory}")
+        else:
+            shutil.rmtree(directory, True)
+    print(f"{number} rounds, seed {seed}: {told_counter(total)}")
+    print(f"verdict: {'all promises kept' if not bad else f'{bad} VIOLATIONS'}")
+    return 1 if bad else 0
+
+
+def told_counter(counter):
+    return ", ".join(f"{counter[name]} {name}" for name in sorted(counter))
+
+
+@unittest.skipUnless(CAN_CHAOS, "needs flock, setsid and /proc")
+class Chaos(TestCase):
+    def test_a_few_seconds_of_it_break_no_promise(self):
+        violations, done = chaos_round(os.path.join(self.dir, "round"), 5, "small")
+
+        self.assertEqual(violations, [])
+        self.assertGreater(done["kills"], 0)
+        self.assertGreater(done["runs"], 0)
+
+
 # ---- Demo --------------------------------------------------------------------
 
 def demo(count=1000, slots=4):
@@ -1128,7 +1620,19 @@ def demo(count=1000, slots=4):
         return 0 if same == len(files) and len(dead) == 3 else 1
 
 
+def main():
+    """`--demo`, `--chaos`; without a flag the tests."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
+    parser.add_argument("--seed", default="1")
+    args, rest = parser.parse_known_args()
+    if args.demo:
+        return demo()
+    if args.chaos is not None:
+        return chaos(args.chaos, args.seed)
+    return unittest.main(argv=[sys.argv[0], *rest])
+
+
 if __name__ == "__main__":
-    if "--demo" in sys.argv:
-        sys.exit(demo())
-    unittest.main()
+    sys.exit(main())
