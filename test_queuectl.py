@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
 from typing import NamedTuple
 
@@ -1162,10 +1163,10 @@ def read_ledger(directory):
 class Checker:
     """Compares the histories; `violations` are lines that begin with a rule's name."""
 
-    def __init__(self, directory, told):
-        self.told, self.ledger = told, read_ledger(directory)
+    def __init__(self, path, told, ledger):
+        self.told, self.ledger = told, ledger
         self.violations = []
-        with Queue(os.path.join(directory, "queue.db"), create=False) as queue:
+        with Queue(path, create=False) as queue:
             self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
             rows = queue.store.rows
             self.runs = [queuectl.Run(*row) for row in
@@ -1527,7 +1528,8 @@ class Nemesis:
         for name, pool in self.pools.items():
             self.judge_pool(name, pool.wait(DEADLINE))
         self.db.close()
-        return self.strange + Checker(self.dir, self.told).check()
+        return self.strange + Checker(
+            self.env["QUEUECTL_DB"], self.told, read_ledger(self.dir)).check()
 
     def is_quiet(self):
         return self.db.execute("SELECT COUNT(*) FROM jobs WHERE claim IS NOT NULL OR "
@@ -1583,6 +1585,494 @@ class Chaos(TestCase):
         self.assertEqual(violations, [])
         self.assertGreater(done["kills"], 0)
         self.assertGreater(done["runs"], 0)
+
+
+# ---- Model -------------------------------------------------------------------
+# The same rules, driven in memory: two pools, clients and a nemesis take steps in an
+# order drawn from a seed, under clocks that only the model moves. A mutant is the
+# module with one guard taken out: the checker must find each of them.
+
+class Process:
+    """The command of a run, as far as the kernel knows it."""
+
+    def __init__(self, job, claim, is_deaf):
+        self.job, self.claim, self.is_deaf = job, claim, is_deaf
+        self.fate = None        # done, failed: by itself; killed: by a signal
+
+
+class ModelPool:
+    """What `Pool` does, step by step: it turns, starts, obeys, watches, rescues."""
+
+    def __init__(self, world, name):
+        self.world, self.claims = world, world.q.Claims(
+            world.queue, world.q.PoolOptions(slots=2, name=name))
+        self.id = self.claims.register(None).id
+        self.pid = world.enter(self)
+        self.state, self.beat_at = "alive", world.mono
+        self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
+        self.why = {}                                       # claim: why it is being ended
+        self.silence = world.q.Silence(2 * world.settings.heartbeat)
+        self.rescues = {}
+
+    def turn(self):
+        for _ in range(len(self.waiting)):      # mostly, threads start them before
+            if self.world.chance.random() < 0.7:
+                self.start()
+        busy = {claimed.claim for claimed in self.waiting} | set(self.rides)
+        turn = self.claims.turn(self.ended, {}, range(1, 3 - len(busy)))
+        self.ended, self.beat_at = {}, self.world.mono
+        for claimed in turn.claimed:
+            self.world.claimed(claimed)
+        self.waiting += turn.claimed
+        for claim in busy:
+            wish = turn.mine.get(claim, queuectl.LOST)
+            if wish is not None:
+                self.end(claim, queuectl.STOPPED if wish == queuectl.CANCEL else wish)
+
+    def end(self, claim, why):
+        self.why.setdefault(claim, why)
+        if claim in self.rides:
+            self.world.signal(self.world.pid_of(claim), signal.SIGTERM)
+
+    def start(self):
+        """Start what was claimed first, unless it was to be ended before it began."""
+        if self.waiting:
+            claimed = self.waiting.pop(0)
+            if claimed.claim in self.why:
+                self.world.held.discard(claimed.claim)
+                self.ended[claimed.claim] = self.world.q.Outcome(self.why[claimed.claim])
+            else:
+                self.rides[claimed.claim] = self.world.start(claimed)
+
+    def reap(self):
+        """Hand over the outcome of what has exited."""
+        for claim, process in list(self.rides.items()):
+            if process.fate is not None:
+                del self.rides[claim]
+                kind = "completed" if process.fate == "done" else "failed"
+                if process.fate == "killed":
+                    kind = self.why.get(claim, "failed")
+                self.ended[claim] = self.world.q.Outcome(
+                    kind, 0 if kind == "completed" else 1, None, 0.1)
+            elif claim in self.why:
+                self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
+
+    def watch(self):
+        silent = self.silence.look(self.claims.beats(), self.world.mono)
+        fresh = [lost for lost in self.claims.stranded(silent)
+                 if lost.run.claim not in self.rescues]
+        if fresh:
+            self.claims.seize(run for run, _ in fresh)
+        for lost in fresh:
+            self.world.suspected(lost.run)
+            self.rescues[lost.run.claim] = lost.run, self.world.q.Leftovers(
+                self.world, lost, self.world.settings.kill_grace)
+        self.claims.forget_dead()
+
+    def rescue(self):
+        """One look at one lost run's leftovers; record it when nothing is left."""
+        for claim, (run, leftovers) in list(self.rescues.items()):
+            if leftovers.step(self.world.mono):
+                del self.rescues[claim]
+                self.claims.rescue(run)
+
+    def round(self):
+        for step in (self.reap, self.turn, self.start, self.start, self.watch, self.rescue):
+            step()
+
+
+class World:
+    """Clocks, kernel, pools and clients of one episode; also the queue's `Host`."""
+
+    name, boot = "model", "boot"
+    STEPS = (   # how often each happens, relative to the others
+        ("tick", 8), ("enqueue", 6), ("turn", 8), ("start", 6), ("exit", 6),
+        ("rescue", 4), ("cancel", 2), ("retry", 2), ("delete", 1), ("purge", 1),
+        ("crash", 1), ("freeze", 1.5), ("thaw", 0.4), ("jump", 1), ("suspend", 0.5))
+
+    def __init__(self, module, path, seed):
+        self.q, self.chance = module, random.Random(seed)
+        self.mono, self.wall, self.latest = 0.0, NOON, NOON
+        self.held, self.processes, self.pools = set(), {}, {}
+        self.told, self.ledger, self.broken = [], [], []
+        self.peaks = {}     # job: the latest time that the clock has shown since enqueued
+        self.steps, self.is_nested = 0, False
+        self.locks = self
+        self.queue = module.Queue(path, clock=lambda: self.wall, host=self)
+        self.settings = self.queue.store.settings()
+        with self.queue.store.transaction() as store:
+            store.do("INSERT INTO queues VALUES ('one', 0, 1)", {})
+        self.ids = []
+
+    # The kernel.
+
+    def enter(self, pool):
+        """Give the pool a process id of its own."""
+        pid = 1000 + pool.id
+        with self.queue.store.transaction() as store:
+            store.do("UPDATE workers SET pid = :pid WHERE id = :id",
+                     {"pid": pid, "id": pool.id})
+        pool.claims.worker = pool.claims.worker._replace(pid=pid)
+        self.pools[pool.id] = pool
+        return pid
+
+    def hold(self, offset):
+        if offset < queuectl.POOL_LOCKS:
+            self.held.add(offset)
+        return -1
+
+    def close(self):
+        pass
+
+    def pid_of(self, claim):
+        return 100_000 + claim
+
+    def born(self, pid):
+        return "then"
+
+    def is_alive(self, worker):
+        pool = self.pools.get(worker.id)
+        return pool is not None and pool.state != "dead"
+
+    def is_over(self, claim, session=0):
+        return claim not in self.held
+
+    def members(self, claim, session=0):
+        process = self.processes.get(claim)
+        return [self.pid_of(claim)] if process and process.fate is None else []
+
+    def holders(self, claim):
+        if claim not in self.held:
+            return []
+        return self.members(claim) or [
+            pool.pid for pool in self.pools.values()
+            if claim in [claimed.claim for claimed in pool.waiting]]
+
+    def signal(self, pid, number):
+        if pid < 100_000:
+            if number == signal.SIGKILL:
+                self.kill(self.pools[pid - 1000])
+            return
+        process = self.processes[pid - 100_000]
+        if process.fate is None and (number == signal.SIGKILL or (
+                number == signal.SIGTERM and not process.is_deaf)):
+            self.over(process, "killed")
+
+    def over(self, process, fate):
+        process.fate = fate
+        self.held.discard(process.claim)
+        if fate != "killed":
+            self.note("end", process.job, process.claim)
+
+    def note(self, what, job, claim):
+        self.ledger.append(Note(what, job.id, claim, 0, self.mono))
+
+    def kill(self, pool):
+        """kill -9: its processes live on, and the locks that they have inherited."""
+        pool.state = "dead"
+        self.held -= {claimed.claim for claimed in pool.waiting}
+        pool.waiting = []
+
+    # What the rules say of the moment itself.
+
+    def claimed(self, claimed):
+        if claimed.job.run_at > self.q.iso(self.peaks[claimed.job.id]):
+            self.broken.append(f"punctual: {claimed.job.id} before {claimed.job.run_at}")
+        if self.queue.store.unmet(claimed.job):
+            self.broken.append(f"ordered: {claimed.job.id} before {claimed.job.after}")
+
+    def start(self, claimed):
+        job = claimed.job
+        alive = [p for p in self.processes.values() if p.fate is None]
+        if any(p.job.id == job.id for p in alive):
+            self.note("overlap", job, claimed.claim)
+        if job.queue == "one" and any(p.job.queue == "one" for p in alive):
+            self.note("crowd", job, claimed.claim)
+        self.note("start", job, claimed.claim)
+        process = Process(job, claimed.claim, self.chance.random() < 0.3)
+        self.processes[claimed.claim] = process
+        self.held.add(claimed.claim)
+        return process
+
+    def suspected(self, run):
+        """A run is taken from a pool: that one is gone, or silent for a lease."""
+        pool = self.pools[run.pool]
+        if pool.state != "dead" and self.mono - pool.beat_at < self.settings.lease:
+            self.broken.append(f"excused: run {run.claim} of a pool that is "
+                               f"{pool.state}")
+
+    # Steps.
+
+    def run(self, steps):
+        """Take so many steps, then come to an end in peace; the violations."""
+        names, weights = zip(*self.STEPS)
+        for name in self.chance.choices(names, weights, k=steps):
+            self.steps += 1
+            self.staff()
+            self.aim()
+            getattr(self, "step_" + name)()
+        self.peace()
+        found = [*self.broken, *self.truthful()]
+        self.queue.close()
+        return found + Checker(self.queue.path, self.told, self.ledger).check()
+
+    def truthful(self):
+        """A run is recorded as it ended."""
+        for seq, claim, outcome in self.queue.store.rows(
+                "SELECT job, claim, outcome FROM runs WHERE outcome IS NOT NULL"):
+            process = self.processes.get(claim)
+            fate = process and process.fate
+            if {"completed": "done", "failed": "failed"}.get(outcome, fate) != fate:
+                yield f"truthful: run {claim} of {seq} is {outcome}, but {fate}"
+
+    def staff(self):
+        """Two pools that live or are frozen, always."""
+        while sum(pool.state != "dead" for pool in self.pools.values()) < 2:
+            ModelPool(self, f"pool{len(self.pools)}")
+
+    def alive(self):
+        return [pool for pool in self.pools.values() if pool.state == "alive"]
+
+    def step_tick(self, seconds=None):
+        """Time goes by, and each living pool comes to its turn."""
+        seconds = self.chance.uniform(0, 6) if seconds is None else seconds
+        self.mono += seconds
+        self.set_clock(self.wall + seconds)
+        for pool in self.alive():
+            pool.round()
+
+    def set_clock(self, wall):
+        self.wall, self.latest = wall, max(wall, self.latest)
+        self.peaks = {job: max(peak, wall) for job, peak in self.peaks.items()}
+
+    def step_jump(self):
+        self.set_clock(self.wall + self.chance.choice((-86400, -3600, 3600, 86400)))
+
+    def step_suspend(self):
+        """The machine sleeps for minutes: nobody is to blame."""
+        self.mono += 600
+        self.set_clock(self.wall + 600)
+        for pool in self.pools.values():
+            pool.beat_at += 600 - 2 * self.settings.heartbeat
+
+    def some_pool(self):
+        return self.chance.choice(self.alive() or [None])
+
+    def step_turn(self):
+        for pool in self.alive()[:1] if self.chance.random() < 0.5 else self.alive()[1:]:
+            pool.reap()
+            pool.turn()
+
+    def interleave(self, claims):
+        """Let the other pools have their turn in the middle of this one's."""
+        if not self.is_nested:
+            self.is_nested = True
+            for pool in self.alive():
+                if pool.claims is not claims:
+                    pool.turn()
+            self.is_nested = False
+
+    def step_start(self):
+        pool = self.some_pool()
+        if pool:
+            pool.start()
+
+    def step_rescue(self):
+        pool = self.some_pool()
+        if pool:
+            pool.rescue()
+
+    def step_exit(self):
+        running = [p for p in self.processes.values() if p.fate is None]
+        if running:
+            self.over(self.chance.choice(running),
+                      self.chance.choice(("done", "done", "failed")))
+
+    def step_crash(self):
+        pool = self.some_pool()
+        if pool:
+            self.kill(pool)
+
+    def step_freeze(self):
+        """At the worst of moments, if one is there: between a claim and its start."""
+        between = [pool for pool in self.alive() if pool.waiting]
+        pool = between[0] if between else self.some_pool()
+        if pool:
+            pool.state = "frozen"
+
+    def aim(self):
+        """Thaw at the worst of moments: a rescuer is at work, or has just been."""
+        for pool in self.pools.values():
+            if pool.state == "frozen" and self.chance.random() < 0.7 and (
+                    any(ride.fate == "killed" for ride in pool.rides.values())
+                    or any(process.job.id == claimed.job.id and process.fate is None
+                           for claimed in pool.waiting
+                           for process in self.processes.values())):
+                pool.state = "alive"
+
+    def step_thaw(self):
+        for pool in self.pools.values():
+            if pool.state == "frozen":
+                pool.state = "alive"
+
+    # Clients.
+
+    def tell(self, verb, ids, action):
+        try:
+            jobs = action()
+            self.told.append(Told(verb, tuple(ids), 0))
+            return jobs
+        except self.q.QueueError:
+            self.told.append(Told(verb, tuple(ids), 1))
+            return []
+
+    def step_enqueue(self):
+        ids = [f"j{self.steps}-{n}" for n in range(self.chance.randint(1, 3))]
+        specs = [self.q.Spec(
+            "x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
+            queue=self.chance.choice(("default", "one")),
+            run_at=self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000)),
+            after=tuple(self.chance.sample(ids[:n] + self.ids[-4:], 1))
+            if self.chance.random() < 0.3 and ids[:n] + self.ids[-4:] else ())
+            for n, one in enumerate(ids)]
+        self.ids += [job.id for job in self.tell(
+            "enqueue", ids, lambda: self.queue.enqueue_many(specs))]
+        self.peaks.update((one, self.wall) for one in ids)
+
+    def some_id(self):
+        return self.chance.choice(self.ids[-12:] or ["none"])
+
+    def step_cancel(self):
+        job_id = self.some_id()
+        for job in self.tell("wish", [job_id], lambda: self.queue.cancel(job_id)):
+            if job.state == CANCELLED:      # else its worker ends it first
+                self.told.append(Told("cancel", (job_id,), 0))
+
+    def step_retry(self):
+        job_id = self.some_id()
+        self.tell("retry", [job_id], lambda: self.queue.retry(job_id))
+
+    def step_delete(self):
+        job_id = self.some_id()
+        self.tell("delete", [job_id], lambda: self.queue.delete(job_id))
+
+    def step_purge(self):
+        dead = [job.id for job in self.queue.jobs(DEAD)]
+        self.queue.purge_dead()
+        left = {job.id for job in self.queue.jobs(DEAD)}
+        self.told.append(Told("delete", tuple(id for id in dead if id not in left), 0))
+
+    def peace(self):
+        """No faults any more: within bounded time all must be over."""
+        self.step_thaw()
+        self.set_clock(self.latest + 4000)     # no delay is longer
+        for _ in range(400):
+            self.staff()
+            self.step_tick(1)
+            for process in self.processes.values():
+                if process.fate is None and not process.is_deaf:
+                    self.over(process, "done")
+                process.is_deaf = False
+            if not self.queue.store.rows("SELECT 1 FROM jobs WHERE claim IS NOT NULL OR "
+                                         "gate IN ('open', 'time') LIMIT 1"):
+                return
+
+
+# Each guard with the text that it is, what stands there without it, and the rule of the
+# checker that must find out.
+MUTANTS = (
+    ("stuck", "no fence: a late worker ends a later claim", (
+        ("found = self._store.jobs(Sql.JOB_BY_CLAIM, claim=claim)",
+         'found = self._store.jobs("SELECT jobs.* FROM jobs JOIN runs ON runs.job = '
+         'jobs.seq WHERE runs.claim = :claim AND jobs.claim IS NOT NULL", claim=claim)'),)),
+    ("alone", "recovery unguarded: what a lost worker left is not ended first", (
+        ("        if host.is_over(claim):\n            return True",
+         "        return True"),)),
+    ("caused", "read, then write: the job is chosen before the transaction", (
+        ("            with self._store.transaction() as store:\n"
+         "                self._beat(now)",
+         "            early = [self._store.jobs(Sql.JOB_BY_SEQ, seq=place.seq)[0]\n"
+         "                     for place in self._choose(len(free))]\n"
+         "            self._host.interleave(self)\n"
+         "            with self._store.transaction() as store:\n"
+         "                self._beat(now)"),
+        ("self._claim(free, locks, now)",
+         "[self._take(job, slot, locks, now) for job, slot in zip(early, free)]"),
+        ("           AND state = :source AND claim IS :held\n", ""))),
+    ("alone", "the run's lock is taken after the claim's commit", (
+        ("lock = self._host.locks.hold(claim)     # before the commit (I5)", "lock = -1"),)),
+    ("alone", "a queue's limit ignores what this turn has claimed", (
+        ("busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)",
+         "busy = 0"),)),
+    ("excused", "a pool is lost as soon as it is silent", (
+        ("or silent.get(pool, 0.0) >= lease)", "or pool in silent)"),)),
+    ("excused", "time in which nobody looked counts as silence", (
+        ("step = min(now - self._last, self._gap)", "step = now - self._last"),)),
+    ("numbered", "a claim's number is used again", (
+        ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
+         "            claim         INTEGER PRIMARY KEY"),)),
+    ("charged", "a crash is charged as an attempt", (
+        ("crashes=job.crashes + 1, run_at", "attempts=job.attempts + 1, run_at"),)),
+    ("truthful", "a run that a rescuer ended counts as failed", (
+        ("        outcome = judged(before, outcome)\n", ""),)),
+    ("caused", "a change of state without its event", (
+        ("    store.do(Sql.INSERT_EVENT, {\n        \"job\": before.seq",
+         "    verb == 'fail' or store.do(Sql.INSERT_EVENT, {\n        \"job\": before.seq"),)),
+    ("summed", "the counters are not kept", (
+        ("    store.count(after.queue, after.state, +1)\n", ""),)),
+    ("punctual", "a job is due at once", (
+        ("return TIMED if job.run_at > iso(now) else OPEN", "return OPEN"),
+        ("TIMED if run_at > now else OPEN", "OPEN"))),
+    ("ordered", "a job does not wait for those it comes after", (
+        ("        if blocked:\n            self._added", "        if ():\n            self._added"),)),
+    ("stuck", "jobs are not let go on when what they wait for is completed", (
+        ("        _regate_dependents(store, after, now)\n    return", "        pass\n    return"),)),
+    ("acknowledged", "a cancelled job is not moved", (
+        ('return move(self.store, "cancel", job, job._replace(finished_at=iso(now)), now)',
+         "return job._replace(state=CANCELLED)"),)),
+)
+
+
+def mutant(changes):
+    """The module with some of its text changed; each text must be there once."""
+    source = inspect.getsource(queuectl)
+    for old, new in changes:
+        assert source.count(old) == 1, (source.count(old), old)
+        source = source.replace(old, new)
+    module = types.ModuleType("mutant")
+    exec(compile(source, "mutant", "exec"), module.__dict__)
+    return module
+
+
+def memory_directory():
+    """Where a database costs no fsync."""
+    return tempfile.mkdtemp(prefix="queuectl model ", dir="/dev/shm"
+                            if os.access("/dev/shm", os.W_OK) else None)
+
+
+def model(module, seeds, rule="", steps=300):
+    """Episodes, up to the first in which a rule, or that one, is broken: (steps, found)."""
+    directory, taken = memory_directory(), 0
+    try:
+        for seed in seeds:
+            world = World(module, os.path.join(directory, f"{seed}.db"), seed)
+            found = [one for one in world.run(steps) if one.startswith(rule)]
+            taken += world.steps
+            if found:
+                return taken, [f"seed {seed}: {violation}" for violation in found]
+    finally:
+        shutil.rmtree(directory, True)
+    return taken, []
+
+
+class Model(unittest.TestCase):
+    def test_no_interleaving_breaks_a_rule(self):
+        self.assertEqual(model(queuectl, range(30))[1], [])
+
+    def test_each_guard_is_needed_and_its_lack_is_found(self):
+        for rule, what, changes in MUTANTS:
+            with self.subTest(what):
+                self.assertTrue(model(mutant(changes), range(200), rule)[1])
 
 
 # ---- Demo --------------------------------------------------------------------
