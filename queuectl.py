@@ -63,10 +63,11 @@ Contents: `grep -n '^# ----' queuectl.py`
      8 Ledger       the only code that changes a job's state
      9 Queue        the promises to people: one method, one transaction
     10 Claims       the promises to pools: one turn, one transaction
-    11 Views        records as text or JSON
-    12 Runner       one command, one process tree, one outcome
-    13 Pool         slots, signals, shutdown, rescue
-    14 CLI          the command line
+    11 Check        is the file sound, are the rules kept, is the ground safe
+    12 Views        records as text or JSON
+    13 Runner       one command, one process tree, one outcome
+    14 Pool         slots, signals, shutdown, rescue
+    15 CLI          the command line
 """
 
 from __future__ import annotations
@@ -143,6 +144,9 @@ DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
 CANCEL = "cancel"
 DRAIN, NOW = "drain", "now"
 
+# How grave a finding is: a promise is broken; it may come to that; good to know.
+PROBLEM, WARNING, NOTE = "problem", "warning", "note"
+
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
 DEFAULT_QUEUE = "default"
 
@@ -170,6 +174,10 @@ MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
+
+CHECK_SHOWN = 20       # findings of one kind that `check` lists
+WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
+DISK_LOW = 100 << 20   # bytes free on the disk
 
 LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal and -shm
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
@@ -504,6 +512,14 @@ class Summary(NamedTuple):
     lost: int               # runs lost with their worker
     run_time: Spread        # of runs whose end somebody saw
     wait_time: Spread       # from due to started
+
+
+class Finding(NamedTuple):
+    """Something that `check` has to say."""
+    level: str                  # PROBLEM, WARNING or NOTE
+    code: str                   # one of a closed list
+    message: str
+    hint: str                   # what to do
 
 
 class WorkerView(NamedTuple):
@@ -1660,6 +1676,67 @@ class Sql:
          GROUP BY queue, kind, bucket
         """
 
+    # What must hold between the tables: the code, what is wrong with each row that a
+    # statement finds, the statement. Nothing is found in a sound queue.
+    SNAPSHOT = "BEGIN"
+    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"
+    RULES = (
+        ("counters", "the counter of {} jobs is wrong (I8)", """
+            SELECT queue || '/' || state
+              FROM (SELECT queue, state, 1 AS n FROM jobs
+                     UNION ALL
+                    SELECT queue, state, -n FROM counts)
+             GROUP BY queue, state
+            HAVING SUM(n) <> 0
+            """),
+        ("claims", "{} is processing, but has no run under way (I2)", """
+            SELECT jobs.id
+              FROM jobs
+              LEFT JOIN runs ON runs.claim = jobs.claim AND runs.job = jobs.seq
+                            AND runs.outcome IS NULL
+             WHERE jobs.claim IS NOT NULL
+               AND runs.claim IS NULL
+            """),
+        ("claims", "run number {} is under way, but no job holds its claim (I3)", """
+            SELECT runs.claim
+              FROM runs
+              LEFT JOIN jobs ON jobs.claim = runs.claim
+             WHERE runs.outcome IS NULL
+               AND jobs.seq IS NULL
+            """),
+        ("history", "the state of {} is not where its last event leads (I1)", """
+            SELECT jobs.id
+              FROM jobs
+              LEFT JOIN events ON events.seq = (SELECT MAX(seq) FROM events
+                                                 WHERE job = jobs.seq)
+             WHERE events."to" IS NOT jobs.state
+            """),
+        ("gates", "{} waits for other jobs, but these are all completed (I7)", """
+            SELECT id
+              FROM jobs
+             WHERE gate = 'after'
+               AND NOT EXISTS (SELECT 1
+                                 FROM dependencies
+                                 JOIN jobs AS needed ON needed.seq = needs
+                                WHERE job = jobs.seq AND needed.state <> 'completed')
+            """),
+        ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
+            SELECT DISTINCT jobs.id
+              FROM jobs
+              JOIN dependencies ON dependencies.job = jobs.seq
+              JOIN jobs AS needed ON needed.seq = dependencies.needs
+             WHERE jobs.gate IN ('open', 'time')
+               AND needed.state <> 'completed'
+            """),
+        ("orphans", "there are rows of {}, which is no job", """
+            SELECT DISTINCT 'number ' || job
+              FROM (SELECT job FROM runs UNION SELECT job FROM events
+                     UNION SELECT job FROM tags UNION SELECT job FROM dependencies
+                     UNION SELECT needs FROM dependencies)
+             WHERE job NOT IN (SELECT seq FROM jobs)
+            """),
+    )
+
 
 # Migrations: the script that makes version N out of N - 1; the first makes the file.
 # Each is applied whole or not at all, and never edited after release.
@@ -1927,6 +2004,16 @@ class Store:
                 self._counts.clear()
                 self._tallies.clear()
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read the same state again and again, whatever others commit meanwhile."""
+        with self._lock:
+            self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
+            try:
+                yield
+            finally:
+                self._db.execute(Sql.ROLLBACK)
+
     def _write_counters(self) -> None:
         self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
         self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
@@ -2172,6 +2259,16 @@ class Host:
                 if (token in _read(f"/proc/{pid}/environ")
                 and _stat_fields(pid))
                 or (session and self._session(pid) == session)]
+
+    def seen_runs(self) -> dict[int, list[int]]:
+        """The processes of all runs of this database, by claim; where /proc tells."""
+        pattern = re.compile(f"QUEUECTL_RUN={self._database_id}-([0-9]+)\0".encode())
+        seen: dict[int, list[int]] = {}
+        for pid in self._processes():
+            found = pattern.search(_read(f"/proc/{pid}/environ"))
+            if found and _stat_fields(pid):
+                seen.setdefault(int(found[1]), []).append(pid)
+        return seen
 
     def holders(self, claim: int) -> list[int]:
         """The processes that hold the run's lock, also those that shed the token."""
@@ -3047,7 +3144,152 @@ class Claims:
             for queue in waiting)
 
 
-# ---- 11 Views ----------------------------------------------------------------
+# ---- 11 Check ----------------------------------------------------------------
+# Each check tells what it found, with what to do; none changes anything.
+
+# Where files of several machines lie: WAL needs memory that all its users share.
+NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre",
+                       "gpfs", "beegfs", "ocfs", "gfs", "fuse.sshfs", "fuse.rclone",
+                       "fuse.s3fs", "virtiofs", "vboxsf", "prl_fs")
+
+
+def filesystem_of(path: str, mounts: str) -> str:
+    """The type of the file system that an absolute path is on; "" if not told.
+
+    `mounts` is the text of /proc/self/mountinfo (proc(5)): the mount point is the
+    fifth field, with blanks as \\040; the type is the first after a lone hyphen.
+    """
+    found, kind = -1, ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= found and after:
+            found, kind = len(point), after.split()[0]
+    return kind
+
+
+def has_wal_bug(version: tuple[int, int, int]) -> bool:
+    """Whether this SQLite can, very rarely, damage a WAL database.
+
+    https://sqlite.org/wal.html#walresetbug: all before 3.51.3, but for the repaired
+    3.44.6 and 3.50.7 and what follows these.
+    """
+    repaired = {(3, 44): 6, (3, 50): 7}.get((version[0], version[1]))
+    return version < (3, 51, 3) and (repaired is None or version[2] < repaired)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _pids(pids: Sequence[int]) -> str:
+    return f"process{'es' * (len(pids) > 1)} {', '.join(map(str, pids))}"
+
+
+class Inspection:
+    """Everything that `check` looks at in one queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._store, self._host, self.path = queue.store, queue.host, queue.path
+
+    def findings(self) -> list[Finding]:
+        """All there is to say, the gravest first; nothing of a sound queue."""
+        looks = (self._file, self._lost_runs, self._strays, self._filesystem,
+                 self._sqlite, self._wal, self._room, self._mode)
+        found = [finding for look in looks for finding in look()]
+        return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
+
+    def _file(self) -> Iterator[Finding]:
+        """What SQLite says of the file, and the queue's own rules, in one moment."""
+        with self._store.snapshot():
+            said = [row[0] for row in self._store.rows(Sql.INTEGRITY)]
+            if said != ["ok"]:
+                for line in said:
+                    yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
+                                  "stop the workers and restore a backup, or save what "
+                                  f"can be read: sqlite3 {self.path} .recover")
+                return
+            for code, message, statement in Sql.RULES:
+                for row in self._store.rows(statement)[:CHECK_SHOWN]:
+                    yield Finding(PROBLEM, code, message.format(row[0]),
+                                  "that is a mistake of queuectl, or of a program that "
+                                  "wrote the file: keep a copy and report it")
+
+    def _lost_runs(self) -> Iterator[Finding]:
+        pools = {worker.id: worker for worker in self._store.workers()}
+        for row in self._store.rows(Sql.UNDER_WAY):
+            run = Run(*row)
+            owner = pools.get(run.pool)
+            if owner and self._host.is_alive(owner) is not False:
+                continue
+            left = sorted({*self._host.members(run.claim),
+                           *self._host.holders(run.claim)})
+            yield Finding(
+                WARNING, "lost-run", f"run {run.number} of {self._name(run)} has lost "
+                f"its worker {run.worker}" + (f"; still there: {_pids(left)}" if left
+                                              else ""),
+                "`queuectl worker start` ends what is left and runs the job again")
+
+    def _strays(self) -> Iterator[Finding]:
+        """Processes of runs that are over: mostly background children."""
+        for claim, pids in sorted(self._host.seen_runs().items()):
+            row = self._store.row(Sql.RUN_BY_CLAIM, claim=claim)
+            run = Run(*row) if row else None
+            if run is None or run.outcome is not None:
+                whose = f"run {run.number} of {self._name(run)}" if run \
+                    else "a job that was deleted"
+                yield Finding(NOTE, "stray", f"{whose} is over and has left "
+                              + _pids(pids), "end it, if it is not meant to go on")
+
+    def _name(self, run: Run) -> str:
+        found = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)
+        return found[0].id if found else f"job number {run.job}"
+
+    def _filesystem(self) -> Iterator[Finding]:
+        mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
+        kind = filesystem_of(self.path, mounts)
+        if kind.startswith(NETWORK_FILESYSTEMS):
+            yield Finding(WARNING, "network-filesystem",
+                          f"the file is on a network or shared file system ({kind}): "
+                          "SQLite's WAL is not safe there",
+                          "move it to a disk of this machine")
+
+    def _sqlite(self) -> Iterator[Finding]:
+        if has_wal_bug(sqlite3.sqlite_version_info):
+            yield Finding(NOTE, "sqlite-version",
+                          f"SQLite {sqlite3.sqlite_version} has a rare bug that can "
+                          "damage a file when two connections tidy its WAL at once",
+                          "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
+
+    def _wal(self) -> Iterator[Finding]:
+        size = _size(self.path + "-wal")
+        if size > WAL_LARGE:
+            yield Finding(WARNING, "large-wal",
+                          f"the WAL has grown to {size >> 20} MiB",
+                          "a program keeps an old state of the file open: end it; the "
+                          "WAL shrinks at the next quiet moment")
+
+    def _room(self) -> Iterator[Finding]:
+        stat = os.statvfs(os.path.dirname(self.path))
+        free = stat.f_bavail * stat.f_frsize
+        if free < DISK_LOW:
+            yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
+                          "make room: without it nothing can be enqueued or recorded")
+
+    def _mode(self) -> Iterator[Finding]:
+        mode = os.stat(self.path).st_mode & 0o777
+        if mode & 0o077:
+            yield Finding(WARNING, "open-mode",
+                          f"others may use the file (mode {mode:o}): who writes it "
+                          "runs commands as its workers' user",
+                          f"chmod 600 {self.path}*")
+
+
+# ---- 12 Views ----------------------------------------------------------------
 # Records to text or JSON, as strings; nothing is printed here.
 
 JSON_KEYS = ("id", "command", "state", "attempts", "max_retries", "created_at",
@@ -3101,6 +3343,18 @@ def status_object(status: Status) -> dict[str, Any]:
             "paused": status.paused,
             "next_due": status.next_due.run_at if status.next_due else None,
             "database": status.database}
+
+
+def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
+    """What `check` found, each with what to do; and the verdict."""
+    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
+    lines = []
+    for level, _, message, hint in findings:
+        lines += [style.paint(f"{level:<8}", shades[level]) + f" {message}",
+                  f"         {hint}"]
+    grave = sum(finding.level == PROBLEM for finding in findings)
+    verdict = f"{grave} problem{'s' * (grave > 1)} in" if grave else "sound:"
+    return [*lines, f"{verdict} {path}"]
 
 
 def spread_object(values: Spread) -> dict[str, Any]:
@@ -3393,7 +3647,7 @@ def settled_line(settled: Settled, now: float) -> str:
     }[job.state]
 
 
-# ---- 12 Runner ---------------------------------------------------------------
+# ---- 13 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
 
 class Launch(NamedTuple):
@@ -3715,7 +3969,7 @@ class Leftovers:
         return True
 
 
-# ---- 13 Pool -----------------------------------------------------------------
+# ---- 14 Pool -----------------------------------------------------------------
 
 class Ride(NamedTuple):
     """A command under way in a slot."""
@@ -4152,7 +4406,7 @@ class Pool:
         return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
 
 
-# ---- 14 CLI ------------------------------------------------------------------
+# ---- 15 CLI ------------------------------------------------------------------
 
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr."""
@@ -4662,6 +4916,18 @@ def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
+def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Look for what is wrong; 1 if a promise is broken."""
+    findings = Inspection(queue).findings()
+    is_sound = all(finding.level != PROBLEM for finding in findings)
+    if args.json:
+        screen.out(dumps({"sound": is_sound, "findings": [
+            finding._asdict() for finding in findings]}))
+    else:
+        screen.out(*finding_lines(findings, queue.path, screen.style()))
+    return EX_OK if is_sound else EX_NO
+
+
 CREATES, READS = True, False
 
 
@@ -4749,6 +5015,8 @@ COMMANDS = (
         option("key", metavar="KEY"),)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
         option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+    Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
+          READS, (_JSON_FLAG,)),
 )
 # What a group of commands does when it is named alone.
 ALONE = {"dlq": "list", "worker": "list", "config": "list"}

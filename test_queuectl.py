@@ -652,7 +652,66 @@ class Turns(TestCase):
             self.a_pool(queue, name="a")
 
 
-# ---- 11 Views ----------------------------------------------------------------
+# ---- 11 Check ----------------------------------------------------------------
+
+class Checks(TestCase):
+    # What a mistake would leave behind, and the code under which it must be found.
+    BREAKS = (
+        ("counters", "UPDATE counts SET n = n + 1"),
+        ("claims", "DELETE FROM runs WHERE outcome IS NULL"),
+        ("claims", "UPDATE runs SET outcome = NULL, finished_at = NULL"),
+        ("history", "UPDATE jobs SET state = 'cancelled' WHERE state = 'completed'"),
+        ("history", "DELETE FROM events"),
+        ("gates", "UPDATE jobs SET gate = 'after' WHERE gate = 'open'"),
+        ("gates", "UPDATE jobs SET gate = 'open' WHERE gate = 'after'"),
+        ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
+    )
+
+    def a_used_queue(self):
+        """A queue with a job completed, running, waiting, and waiting for another."""
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="used")
+        queue.enqueue("x", id="done")
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        queue.enqueue("x", id="runs")
+        self.claim_one(queue, claims)
+        queue.enqueue("x", id="waits", tags=["t"])
+        queue.enqueue("x", id="after", after=["waits"])
+        return queue
+
+    def problems(self, queue):
+        return [finding.code for finding in queuectl.Inspection(queue).findings()
+                if finding.level == queuectl.PROBLEM]
+
+    def test_a_sound_queue_has_no_problem(self):
+        self.assertEqual(self.problems(self.a_used_queue()), [])
+
+    def test_what_breaks_a_rule_is_found(self):
+        for number, (code, statement) in enumerate(self.BREAKS):
+            with self.subTest(statement):
+                self.path = os.path.join(self.dir, f"{number}.db")
+                queue = self.a_used_queue()
+                with queue.store.transaction() as store:
+                    store.do(statement, {})
+                self.assertIn(code, self.problems(queue))
+
+    def test_a_file_system_is_told_by_the_longest_mount_point(self):
+        mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
+                  "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
+                  "31 30 0:31 / /home/my\\040disk rw - xfs /dev/vdb rw\n")
+        for path, kind in (("/queue.db", "ext4"), ("/home/a/queue.db", "nfs4"),
+                           ("/homes/queue.db", "ext4"), ("/home/my disk/q.db", "xfs")):
+            self.assertEqual(queuectl.filesystem_of(path, mounts), kind)
+        self.assertEqual(queuectl.filesystem_of("/x", ""), "")
+
+    def test_versions_of_sqlite_with_the_bug_are_known(self):
+        for version, is_bad in (((3, 34, 1), True), ((3, 44, 5), True), ((3, 44, 6), False),
+                                ((3, 45, 0), True), ((3, 50, 6), True), ((3, 50, 7), False),
+                                ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)):
+            self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
+
+
+# ---- 12 Views ----------------------------------------------------------------
 
 class Views(TestCase):
     def test_a_worker_says_what_happened_and_what_comes_next(self):
@@ -667,7 +726,7 @@ class Views(TestCase):
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
 
-# ---- 14 CLI ------------------------------------------------------------------
+# ---- 15 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -898,6 +957,19 @@ class Program(TestCase):
                          ["lost", "completed"])
         for pid in left:
             self.assertFalse(is_running(pid), pid)
+
+    def test_check_names_what_a_lost_worker_has_left(self):
+        self.enqueue("echo $$ > pid; sleep 100")
+        worker = self.worker("--name", "w")
+        wait_for(lambda: os.path.exists(self.path_of("pid")) and self.read("pid"), "a start")
+        self.assertEqual(json.loads(self.call("check", "--json")[1])["sound"], True)
+        worker.kill()
+        worker.wait()
+
+        code, out, _ = self.call("check", "--json")
+        found = [one for one in json.loads(out)["findings"] if one["code"] == "lost-run"]
+        self.assertEqual(code, 0)
+        self.assertIn(self.read("pid").strip(), found[0]["message"])
 
     def test_a_living_worker_takes_over_from_a_dead_one(self):
         first = self.worker("--name", "first")
