@@ -76,6 +76,7 @@ import argparse
 import bisect
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -147,6 +148,10 @@ DRAIN, NOW = "drain", "now"
 # How grave a finding is: a promise is broken; it may come to that; good to know.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 
+AHEAD = 0   # the slot of a run that was claimed before a slot was free for it
+# Verbs that statistics count; how runs end is counted beside them, as `run:OUTCOME`.
+TALLIED = ("complete", "fail", "bury", "cancel")
+
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
 DEFAULT_QUEUE = "default"
 
@@ -172,6 +177,7 @@ MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
+PAGE = 4096            # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
 
@@ -395,14 +401,6 @@ class Event(NamedTuple):
     reason: str
 
 
-class Place(NamedTuple):
-    """A place in the line of jobs that may start; sorted by its fields in order."""
-    rank: int
-    run_at: str
-    seq: int
-    queue: str
-
-
 class Outcome(NamedTuple):
     """How one run ended."""
     kind: str                   # one of OUTCOMES
@@ -471,11 +469,29 @@ class Settled(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A job that this pool may start now."""
+    """A job that this pool may start: now, or as soon as a slot is free."""
     job: Job
     claim: int
     number: int
     lock: int           # descriptor that holds the run's lock; -1: no such locks here
+    slot: int           # AHEAD: claimed ahead of a free slot
+
+
+class Change(NamedTuple):
+    """A change of state that is to be written: the verb, the job as it was and as it
+    will be (but for state, gate and place in line, which follow), and the reason.
+    """
+    verb: str
+    before: Job
+    after: Job
+    reason: str = ""
+
+
+class End(NamedTuple):
+    """The end of a run that is to be recorded; `before` is the job while it ran."""
+    before: Job
+    run: Claimed
+    outcome: Outcome
 
 
 class Stranded(NamedTuple):
@@ -491,6 +507,8 @@ class Turn(NamedTuple):
     mine: dict[int, str | None]     # claims the database says this pool holds: wish
     stop: str | None                # wish for the pool
     behind: bool                    # more jobs are due than one turn lets in
+    settings: Settings
+    next_due: float | None          # epoch seconds; None: no job waits for its time
 
 
 class Spread(NamedTuple):
@@ -724,7 +742,7 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
     "heartbeat": Setting("5s", _at_least(0.1),
                          "how often a worker shows that it lives"),
     "lease": Setting("30s", _at_least(1),
-                     "a worker silent for this long loses its jobs"),
+                     "one silent for this long (3 heartbeats at least) loses its jobs"),
     "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
                            "lost runs after which a job is dead"),
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
@@ -842,17 +860,22 @@ def usual_reason(source: str | None, target: str) -> str:
                  if step.target == target and source in step.sources), "enqueued")
 
 
-def choose(line: Iterable[Place], room: Callable[[str], int], free: int) -> list[Place]:
-    """The first `free` places of the line whose queue has room, by `room(queue)`."""
+def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
+    """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
     taken: dict[str, int] = {}
-    chosen: list[Place] = []
-    for place in line:
+    chosen: list[Job] = []
+    for job in line:
         if len(chosen) == free:
             break
-        if taken.get(place.queue, 0) < room(place.queue):
-            taken[place.queue] = taken.get(place.queue, 0) + 1
-            chosen.append(place)
+        if taken.get(job.queue, 0) < room(job.queue):
+            taken[job.queue] = taken.get(job.queue, 0) + 1
+            chosen.append(job)
     return chosen
+
+
+def place_in_line(job: Job) -> tuple[int, str, int]:
+    """What jobs that may start are sorted by."""
+    return job.rank, job.run_at, job.seq
 
 
 class Silence:
@@ -1410,7 +1433,9 @@ class Sql:
     JOURNAL = "PRAGMA journal_mode = WAL"
     DURABLE = "PRAGMA synchronous = FULL"       # an fsync a commit: outlives power cuts
     WAL_LIMIT = "PRAGMA journal_size_limit = 8388608"
+    EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
+    ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
     SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
     META = "SELECT value FROM meta WHERE key = :key"
 
@@ -1465,6 +1490,7 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
+    DUE_AT = "SELECT MIN(run_at) FROM jobs WHERE gate = 'time'"
 
     # The one statement that changes a state. State alone would let a late worker end
     # a later claim; the claim's number is the fence (I1, I3).
@@ -1534,14 +1560,23 @@ class Sql:
     )
 
     # Runs.
+    LAST_CLAIM = "SELECT seq FROM sqlite_sequence WHERE name = 'runs'"
     INSERT_RUN = """
-        INSERT INTO runs (job, number, pool, worker, slot, started_at)
-        VALUES (:job, :number, :pool, :worker, :slot, :started_at)
+        INSERT INTO runs (claim, job, number, pool, worker, slot, started_at)
+        VALUES (:claim, :job, :number, :pool, :worker, :slot, :started_at)
         """
+    BEGIN_RUN = """
+        UPDATE runs
+           SET slot = :slot, started_at = :started_at
+         WHERE claim = :claim
+           AND outcome IS NULL
+        """
+    BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
     END_RUN = """
         UPDATE runs
-           SET finished_at = :finished_at, duration = :duration, outcome = :outcome,
-               exit_code = :exit_code, error = :error,
+           SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
+               duration = :duration, outcome = :outcome, exit_code = :exit_code,
+               error = :error,
                output_bytes = MAX(output_bytes, :output_bytes),
                output = CASE WHEN :output_bytes >= output_bytes THEN :output
                              ELSE output END
@@ -1588,14 +1623,14 @@ class Sql:
                         LIMIT :limit)
         """
     LINE = """
-        SELECT rank, run_at, seq, queue
+        SELECT *
           FROM jobs
          WHERE gate = 'open'
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
     QUEUE_LINE = """
-        SELECT rank, run_at, seq, queue
+        SELECT *
           FROM jobs
          WHERE gate = 'open' AND queue = :queue
          ORDER BY rank, run_at, seq
@@ -1746,12 +1781,20 @@ SCHEMA_VERSION = len(MIGRATIONS)
 
 # ---- 6 Store -----------------------------------------------------------------
 
-def refusal(error: sqlite3.Error, path: str) -> QueueError | None:
+# What SQLite's module raises: damaged text does not decode, foreign text not encode.
+SqlError = (sqlite3.Error, UnicodeError)
+
+
+def refusal(error: Exception, path: str) -> QueueError | None:
     """What SQLite's error means to the user; None if it is a mistake of ours.
 
     Told by SQLite's own words: error codes came to Python only with 3.11.
     """
     said = str(error).lower()
+    if isinstance(error, UnicodeEncodeError):
+        return InvalidValue("that text is not UTF-8", "give text without odd bytes")
+    if "closed database" in said:
+        return Unsupported("this queue was closed", "open a new queuectl.Queue")
     if "locked" in said or "busy" in said:
         return Busy(f"{path} is busy: another program holds its write lock",
                     "try again, or end that program")
@@ -1761,7 +1804,7 @@ def refusal(error: sqlite3.Error, path: str) -> QueueError | None:
     if "not a database" in said or "encrypted" in said:
         return NotAQueue(f"{path} is not a queuectl database",
                          "give another path with --db")
-    if "malformed" in said or "corrupt" in said:
+    if "malformed" in said or "corrupt" in said or "decode" in said:
         return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
                        f"read with `sqlite3 {path} .recover`")
     if "readonly" in said or "unable to open" in said or "disk i/o" in said:
@@ -1772,7 +1815,7 @@ def refusal(error: sqlite3.Error, path: str) -> QueueError | None:
     return None
 
 
-def is_busy(error: sqlite3.Error) -> bool:
+def is_busy(error: Exception) -> bool:
     """Whether trying again may help."""
     return "locked" in str(error) or "busy" in str(error)
 
@@ -1811,6 +1854,15 @@ def job_of(row: tuple[Any, ...]) -> Job:
                         env=json.loads(row[16]))
 
 
+def _inode(path: str) -> tuple[int, int]:
+    """What the file is, whatever its name; (0, 0): it is not there."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_dev, stat.st_ino
+
+
 class Store:
     """The database file: rows in, records out, and the transaction.
 
@@ -1832,21 +1884,26 @@ class Store:
         self._lock = threading.RLock()      # guards the connection and the two below
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
+        self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
         try:
-            self._set_up()
+            self._set_up(create)
         except BaseException:
             self._db.close()
             raise
-        self._inode = os.stat(self.path).st_ino
+        self.inode = _inode(self.path)      # device and number: what the file is
 
     def close(self) -> None:
         """Close the database; idempotent."""
         with self._lock:
+            if not self.is_in_place():
+                # What was committed goes with the file, not to whatever has its name.
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute(Sql.EMPTY_WAL).fetchall()
             self._db.close()
 
     # Opening: nothing that is not ours may change by a byte.
@@ -1866,6 +1923,20 @@ class Store:
                     from None
         elif not os.path.isfile(self.path):
             raise NotAQueue(f"{self.path} is not a file", "give another path with --db")
+        elif os.stat(self.path).st_nlink > 1:
+            raise Unsupported(f"{self.path} has another name (a hard link)",
+                              "each name would have a WAL of its own: remove one, or "
+                              "make a symbolic link")
+        else:
+            self._free_companions()
+
+    def _free_companions(self) -> None:
+        """Give -wal and -shm the mode of a file that has been made writable since."""
+        if os.access(self.path, os.W_OK):
+            for name in (self.path + "-wal", self.path + "-shm"):
+                if os.path.exists(name) and not os.access(name, os.W_OK):
+                    with contextlib.suppress(OSError):
+                        os.chmod(name, os.stat(self.path).st_mode & 0o777)
 
     def _refuse_foreign(self, create: bool) -> None:
         """Look at the header without a lock, a journal or a write.
@@ -1873,27 +1944,52 @@ class Store:
         SQLite looks, not open(): closing a plain descriptor would drop the locks of
         another connection in this process.
         """
-        if os.stat(self.path).st_size == 0:
-            if not create:
-                raise NoQueue(f"no queue at {self.path} (the file is empty)",
-                              "`queuectl enqueue 'echo hi'` makes one")
+        size = os.stat(self.path).st_size
+        if size == 0 or (size <= PAGE and os.path.exists(f"{self.path}-journal")):
+            self._refuse_empty(create)      # a first page that may have to be undone
             return
+        has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
         with contextlib.closing(self._patiently(lambda: sqlite3.connect(
                 _file_uri(self.path, "immutable=1"), uri=True))) as peek:
-            kind = self._patiently(lambda: peek.execute(Sql.KIND).fetchone()[0])
-            if kind != APPLICATION_ID:
-                raise NotAQueue(f"{self.path} is not a queuectl database",
-                                "give another path with --db")
+            kind, version, tables = self._nature(peek)
+        if kind == version == tables == 0 and not has_wal:
+            self._refuse_empty(create)      # somebody has begun to make it
+        elif kind != APPLICATION_ID:
+            raise self._foreign()
+        self._refuse_newer(version)
 
-    def _set_up(self) -> None:
+    def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
+        """The file's kind, its format's version, and whether it has a table."""
+        kind, version, tables = (
+            self._patiently(functools.partial(self._first, db, sql))
+            for sql in (Sql.KIND, Sql.VERSION, Sql.ANY_TABLE))
+        return kind, version, tables
+
+    @staticmethod
+    def _first(db: sqlite3.Connection, sql: str) -> int:
+        return int(db.execute(sql).fetchone()[0])
+
+    def _foreign(self) -> NotAQueue:
+        return NotAQueue(f"{self.path} is not a queuectl database",
+                         "give another path with --db")
+
+    def _refuse_empty(self, create: bool) -> None:
+        if not create:
+            raise NoQueue(f"no queue at {self.path} (the file is empty)",
+                          "`queuectl enqueue 'echo hi'` makes one")
+
+    def _refuse_newer(self, version: int) -> None:
+        if version > SCHEMA_VERSION:
+            raise NewerVersion(
+                f"{self.path} was written by a newer queuectl (format {version}, this "
+                f"one knows {SCHEMA_VERSION})", "use that version")
+
+    def _set_up(self, create: bool) -> None:
         run = self._db.execute
         if self._read_version() == 0:
+            self._refuse_empty(create)
             self._create()
-        if self._read_version() > SCHEMA_VERSION:
-            raise NewerVersion(
-                f"{self.path} was written by a newer queuectl (format "
-                f"{self._read_version()}, this one knows {SCHEMA_VERSION})",
-                "use that version")
+        self._refuse_newer(self._read_version())
         self._patiently(lambda: run(Sql.JOURNAL).fetchall())
         run(Sql.DURABLE)
         run(Sql.WAL_LIMIT)
@@ -1902,18 +1998,27 @@ class Store:
 
     def _read_version(self) -> int:
         return int(self._patiently(
-            lambda: self._db.execute(Sql.VERSION).fetchone()[0]))
+            functools.partial(self._first, self._db, Sql.VERSION)))
 
     def _create(self) -> None:
-        """Make the first tables, unless another process is faster."""
-        self._patiently(lambda: self._db.execute(Sql.VACUUM_STEPWISE))
+        """Make the first tables, unless another process is faster.
+
+        Whoever makes them may die at any write, and others may look on. So what comes
+        first changes one page alone, and the tables come in one commit to the WAL: a
+        torn one counts for nothing. With a rollback journal the file would look damaged
+        to those that may not touch it yet.
+        """
+        kind, _, tables = self._nature(self._db)
+        if tables or kind not in (0, APPLICATION_ID):
+            raise self._foreign()
+        for sql in (Sql.VACUUM_STEPWISE, Sql.SET_KIND, Sql.JOURNAL):
+            self._patiently(functools.partial(self._db.execute, sql))
         with self.transaction():
             if self._read_version() == 0:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
                 self._migrate(0)
-                self._db.execute(Sql.SET_KIND)
                 for key, value in (("id", os.urandom(8).hex()),
                                    ("created_at", iso(time.time()))):
                     self._db.execute(Sql.SET_META, {"key": key, "value": value})
@@ -1971,7 +2076,7 @@ class Store:
         while True:
             try:
                 return action()
-            except sqlite3.Error as error:
+            except SqlError as error:
                 if is_busy(error) and time.monotonic() < end:
                     time.sleep(BUSY_PAUSE)
                     continue
@@ -2058,16 +2163,19 @@ class Store:
             cursor: sqlite3.Cursor = self._db.execute(sql, values)
         return cursor
 
-    def many(self, sql: str, values: Sequence[Any]) -> None:
-        """Run one statement of a transaction for many rows."""
+    def many(self, sql: str, values: Sequence[Any]) -> int:
+        """Run one statement of a transaction for many rows; how many were changed."""
+        if not values:
+            return 0
         with self._refusing():
-            self._db.executemany(sql, values)
+            changed: int = self._db.executemany(sql, values).rowcount
+        return changed
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except SqlError as error:
             refused = refusal(error, self.path)
             if refused is None or isinstance(error, sqlite3.IntegrityError):
                 raise
@@ -2090,8 +2198,11 @@ class Store:
                 for row in self.rows(Sql.WORKERS)]
 
     def settings(self) -> Settings:
-        """The configuration in force."""
-        return settings_of(self.stored_settings())
+        """The configuration in force; parsed anew only if it was changed."""
+        stored = self.stored_settings()
+        if stored != self._parsed[0]:
+            self._parsed = stored, settings_of(stored)
+        return self._parsed[1]
 
     def stored_settings(self) -> dict[str, str]:
         """The settings that somebody set, as text."""
@@ -2114,10 +2225,7 @@ class Store:
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
-        try:
-            return os.stat(self.path).st_ino == self._inode
-        except OSError:
-            return False
+        return _inode(self.path) == self.inode
 
 
 # ---- 7 Host ------------------------------------------------------------------
@@ -2206,15 +2314,16 @@ def _stat_fields(pid: int) -> list[bytes]:
 class Host:
     """This machine, as far as it concerns one database."""
 
-    def __init__(self, path: str, database_id: str) -> None:
+    def __init__(self, path: str, database_id: str, inode: tuple[int, int]) -> None:
         self.name = os.uname().nodename if hasattr(os, "uname") else ""
         self.boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
         self.locks = Locks(path + LOCK_SUFFIX)
-        self._database_id = database_id
+        # With the file's own number: a copy of a queue has the same id and claims.
+        self._run_prefix = f"{database_id}-{inode[0]:x}-{inode[1]:x}"
 
     def token(self, claim: int) -> str:
         """What the environment of each process of a run holds, as QUEUECTL_RUN."""
-        return f"{self._database_id}-{claim}"
+        return f"{self._run_prefix}-{claim}"
 
     @staticmethod
     def signal(pid: int, number: int) -> None:
@@ -2239,10 +2348,11 @@ class Host:
         Either sign of life counts, so a lock file that somebody deleted, or a process
         id of another container, does no harm.
         """
-        if worker.boot != self.boot:
+        if worker.boot and self.boot and worker.boot != self.boot:
             return False if worker.host == self.name else None
-        if not self.boot and worker.host != self.name:
-            return None
+        if worker.boot != self.boot or (not self.boot and worker.host != self.name):
+            # One of us cannot see /proc: the lock may tell, else only the lease.
+            return self.locks.is_held(POOL_LOCKS + worker.id) or None
         return (self.locks.is_held(POOL_LOCKS + worker.id)
                 or self.born(worker.pid) == worker.born != "")
 
@@ -2262,7 +2372,7 @@ class Host:
 
     def seen_runs(self) -> dict[int, list[int]]:
         """The processes of all runs of this database, by claim; where /proc tells."""
-        pattern = re.compile(f"QUEUECTL_RUN={self._database_id}-([0-9]+)\0".encode())
+        pattern = re.compile(f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)\0".encode())
         seen: dict[int, list[int]] = {}
         for pid in self._processes():
             found = pattern.search(_read(f"/proc/{pid}/environ"))
@@ -2347,29 +2457,9 @@ def gate_of(store: Store, job: Job, now: float) -> str:
     return TIMED if job.run_at > iso(now) else OPEN
 
 
-def _write_move(store: Store, before: Job, after: Job) -> None:
-    try:
-        changed = store.do(Sql.MOVE, {**after._asdict(), "source": before.state,
-                                      "held": before.claim})
-    except sqlite3.IntegrityError:
-        holder = store.jobs(Sql.JOB_BY_UNIQUE, unique=before.unique)
-        raise InUse(f"{before.id} cannot wait again: {holder[0].id if holder else '?'} "
-                    f"has the same unique key {before.unique!r} and is not over",
-                    "wait for that job, or cancel it") from None
-    assert changed.rowcount == 1, f"the fence failed for {before}"
-
-
-def _regate_dependents(store: Store, job: Job, now: float) -> None:
-    """Let the jobs go on that came after this one; or hold them, if it runs again."""
-    for dependent in store.jobs(Sql.DEPENDENTS, needs=job.seq):
-        gate = gate_of(store, dependent, now)
-        if gate != dependent.gate:
-            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
-
-
-def move(store: Store, verb: str, before: Job, after: Job, now: float,
-         reason: str = "") -> Job:
-    """Change a job's state by a verb of MOVES; `after` brings the other new values."""
+def _moved(store: Store, change: Change, now: float) -> Job:
+    """The job as it will stand; WrongState if the verb does not apply to it."""
+    verb, before, after, _ = change
     step = MOVES[verb]
     if before.state not in step.sources:
         raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
@@ -2380,16 +2470,57 @@ def move(store: Store, verb: str, before: Job, after: Job, now: float,
     if step.target in WAITING:
         after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
             after.priority, after.run_at, store.settings()))
-    _write_move(store, before, after)
-    store.do(Sql.INSERT_EVENT, {
-        "job": before.seq, "source": before.state, "target": after.state,
-        "at": after.updated_at, "reason": reason if reason != step.because else None})
-    store.count(before.queue, before.state, -1)
-    store.count(after.queue, after.state, +1)
-    store.tally(now, after.queue, verb)
-    if COMPLETED in (before.state, after.state):
-        _regate_dependents(store, after, now)
     return after
+
+
+def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
+    """Why jobs could not wait again: another one has the unique key."""
+    for job in jobs:
+        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
+            if holder.seq != job.seq:
+                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
+                             f"unique key {job.unique!r} and is not over",
+                             "wait for that job, or cancel it")
+    return InUse("two of these jobs have the same unique key", "name one of them")
+
+
+def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
+    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
+    try:
+        changed = store.many(Sql.MOVE, [
+            {**job._asdict(), "source": before.state, "held": before.claim}
+            for (_, before, _, _), job in zip(changes, jobs)])
+    except sqlite3.IntegrityError:
+        raise _taken_key(store, jobs) from None
+    assert changed == len(jobs), f"the fence failed for one of {changes}"
+
+
+def _regate_dependents(store: Store, job: Job, now: float) -> None:
+    """Let the jobs go on that came after this one; or hold them, if it runs again."""
+    for dependent in store.jobs(Sql.DEPENDENTS, needs=job.seq):
+        gate = gate_of(store, dependent, now)
+        if gate != dependent.gate:
+            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+
+
+def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
+    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
+    jobs = [_moved(store, change, now) for change in changes]
+    _write_moves(store, changes, jobs)
+    store.many(Sql.INSERT_EVENT, [
+        {"job": job.seq, "source": change.before.state, "target": job.state,
+         "at": job.updated_at,
+         "reason": None if change.reason in ("", MOVES[change.verb].because)
+         else change.reason}
+        for change, job in zip(changes, jobs)])
+    for change, job in zip(changes, jobs):
+        store.count(job.queue, change.before.state, -1)
+        store.count(job.queue, job.state, +1)
+        if change.verb in TALLIED:
+            store.tally(now, job.queue, change.verb)
+        if COMPLETED in (change.before.state, job.state):
+            _regate_dependents(store, job, now)
+    return jobs
 
 
 def remove(store: Store, job: Job, now: float) -> None:
@@ -2576,7 +2707,7 @@ class Queue:
         self.store = Store(os.fspath(path), create)
         self.path = self.store.path
         self.clock = clock
-        self.host = host or Host(self.path, self.store.meta("id"))
+        self.host = host or Host(self.path, self.store.meta("id"), self.store.inode)
 
     def __enter__(self) -> Queue:
         return self
@@ -2766,33 +2897,45 @@ class Queue:
         Raises NoSuchJob, WrongState for a running one, InUse for a unique key that
         another job has taken meanwhile.
         """
-        now = self.clock()
         with self.store.transaction() as store:
-            jobs = [self._retry(store.job(job_id), now)
-                    for job_id in dict.fromkeys(job_ids)]
+            jobs = self._retry([store.job(job_id) for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_JOBS)
         return jobs
 
     def retry_dead(self, *job_ids: str, queue: str | None = None,
                    search: str | None = None) -> list[Job]:
-        """Put dead jobs back: those named, or without names all that fit."""
-        now = self.clock()
+        """Put dead jobs back: those named, or without names all that fit and whose
+        unique key nobody has taken since.
+        """
         with self.store.transaction() as store:
             dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)] \
                 if job_ids else \
-                self.jobs(DEAD, "oldest", queue=queue, search=search)
+                self._free_dead(self.jobs(DEAD, queue=queue, search=search))
             for job in dead:
                 if job.state != DEAD:
                     raise WrongState(f"{job.id} is {job.state}, not dead",
                                      f"`queuectl retry {job.id}` retries any job")
-            jobs = [self._retry(job, now) for job in dead]
+            jobs = self._retry(dead)
         self.wake(NEW_JOBS)
         return jobs
 
-    def _retry(self, job: Job, now: float) -> Job:
-        return move(self.store, "retry", job, job._replace(
+    def _free_dead(self, dead: Iterable[Job]) -> list[Job]:
+        """Those that may wait again: of a unique key the newest, if no other has it."""
+        free, taken = [], set()
+        for job in dead:
+            if job.unique is not None and job.unique not in taken:
+                taken.add(job.unique)
+                if self.store.row(Sql.JOB_BY_UNIQUE, unique=job.unique) is None:
+                    free.append(job)
+            elif job.unique is None:
+                free.append(job)
+        return free
+
+    def _retry(self, jobs: Sequence[Job]) -> list[Job]:
+        now = self.clock()
+        return move(self.store, [Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), started_at=None, finished_at=None,
-            exit_code=None, error=None), now)
+            exit_code=None, error=None)) for job in jobs], now)
 
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
@@ -2800,8 +2943,8 @@ class Queue:
         So a running one comes back as 'processing' with its `wish` set. Raises
         NoSuchJob, and WrongState for one that is over.
         """
-        now = self.clock()
         with self.store.transaction() as store:
+            now = self.clock()
             jobs = [self._cancel(store.job(job_id), now)
                     for job_id in dict.fromkeys(job_ids)]
         self.wake(NEW_ORDERS)
@@ -2812,12 +2955,13 @@ class Queue:
             self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim,
                                      "wish": CANCEL})
             return job._replace(wish=CANCEL)
-        return move(self.store, "cancel", job, job._replace(finished_at=iso(now)), now)
+        return move(self.store, [Change("cancel", job, job._replace(
+            finished_at=iso(now)))], now)[0]
 
     def delete(self, *job_ids: str) -> list[Job]:
         """Delete jobs with their history; all or none. WrongState for a running one."""
-        now = self.clock()
         with self.store.transaction() as store:
+            now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in jobs:
                 remove(store, job, now)
@@ -2904,6 +3048,8 @@ class Claims:
         self._options = options
         self.worker: Worker | None = None
         self._lock = -1
+        self._held: dict[int, Claimed] = {}     # what the last commit left in our hands
+        self._unmarked: set[int] = set()        # begun, but not yet so in the database
 
     def register(self, port: int | None) -> Worker:
         """Enter the pool into the table, its lock held before anybody can see it.
@@ -2950,35 +3096,73 @@ class Claims:
 
     def next_due(self) -> float | None:
         """The epoch seconds at which the next job's time comes; None: none waits."""
-        due = self._store.jobs(Sql.NEXT_DUE)
-        return epoch(due[0].run_at) if due else None
+        row = self._store.row(Sql.DUE_AT)
+        return epoch(row[0]) if row and row[0] else None
+
+    def begin(self, claimed: Claimed, slot: int) -> Claimed:
+        """Note that a run starts now in that slot; the next turn records it."""
+        if claimed.slot == AHEAD:
+            self._unmarked.add(claimed.claim)
+            claimed = claimed._replace(slot=slot, job=claimed.job._replace(
+                started_at=iso(self._clock())))
+            self._held[claimed.claim] = claimed
+        return claimed
+
+    @property
+    def unmarked(self) -> bool:
+        """Whether a run has begun that the database does not know to have begun."""
+        return bool(self._unmarked)
 
     def turn(self, ended: Mapping[int, Outcome], outputs: Mapping[int, Output],
-             free: Sequence[int]) -> Turn:
+             free: Sequence[int], ahead: int = 0) -> Turn:
         """Record what ended, show signs of life, claim for the free slots: one commit.
 
-        If the commit fails nothing has happened, and `ended` is to be given again.
+        `ahead`: how many more to claim before a slot is free. If the commit fails
+        nothing has happened, and `ended` is to be given again.
         """
         assert self.worker is not None
-        now, locks = self._clock(), list[int]()
+        locks = list[int]()
         try:
             with self._store.transaction() as store:
+                now = self._clock()     # now: the wait for the lock may have been long
                 self._beat(now)
-                settled = [done for claim, outcome in ended.items()
-                           for done in self._settle(claim, outcome, now)]
-                for claim, output in outputs.items():
-                    store.do(Sql.SAVE_OUTPUT, {"claim": claim, "output": output.kept(),
-                                               "output_bytes": output.total})
-                behind = self._let_in(now)
-                claimed = [] if behind or not free else self._claim(free, locks, now)
                 mine = dict(store.rows(Sql.MINE, worker=self.worker.name))
+                settled = self._record([
+                    End(self._held[claim].job._replace(wish=mine[claim]),
+                        self._held[claim], outcome)
+                    for claim, outcome in ended.items() if claim in mine], now)
+                self._mark(mine.keys() - ended.keys())
+                self._save(outputs)
+                behind = self._let_in(now)
+                claimed = [] if behind or not (free or ahead) else self._claim(
+                    [*free, *[AHEAD] * ahead], locks, now)
                 stop = store.row(Sql.WORKER_WISH, id=self.worker.id)
+                mine.update((one.claim, None) for one in claimed)
+                turn = Turn(settled, claimed, mine, stop[0] if stop else None, behind,
+                            store.settings(), self.next_due())
         except BaseException:
             for lock in locks:
                 os.close(lock)
             raise
-        return Turn(settled, claimed, mine,
-                    stop[0] if stop else None, behind)
+        for claim in ended:
+            self._held.pop(claim, None)
+        self._held.update((one.claim, one) for one in claimed)
+        self._unmarked.clear()
+        return turn
+
+    def _mark(self, claims: Iterable[int]) -> None:
+        """Record that runs claimed ahead have begun."""
+        begun = [self._held[claim] for claim in self._unmarked.intersection(claims)]
+        rows = [{"claim": one.claim, "slot": one.slot, "started_at": one.job.started_at}
+                for one in begun]
+        self._store.many(Sql.BEGIN_RUN, rows)
+        self._store.many(Sql.BEGIN_JOB, rows)
+
+    def _save(self, outputs: Mapping[int, Output]) -> None:
+        """Store what running commands have printed so far."""
+        self._store.many(Sql.SAVE_OUTPUT, [
+            {"claim": claim, "output": output.kept(), "output_bytes": output.total}
+            for claim, output in outputs.items()])
 
     def _beat(self, now: float) -> None:
         """Show that the pool lives; enter it anew if it was taken for dead."""
@@ -2997,31 +3181,59 @@ class Claims:
         found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
         return found.rowcount == DUE_BATCH
 
-    def _claim(self, free: Sequence[int], locks: list[int],
+    def _claim(self, slots: Sequence[int], locks: list[int],
                now: float) -> list[Claimed]:
-        claimed = []
-        for place, slot in zip(self._choose(len(free)), free):
-            before = self._store.jobs(Sql.JOB_BY_SEQ, seq=place.seq)[0]
-            claimed.append(self._take(before, slot, locks, now))
-        return claimed
+        """Take the first in line, one for each slot."""
+        assert self.worker is not None
+        row = self._store.row(Sql.LAST_CLAIM)
+        claim = row[0] if row else 0
+        taken: list[Claimed] = []
+        for job, slot in zip(self._choose(len(slots)), slots):
+            number = self._next_number(job)
+            if slot == AHEAD and number > 1:
+                continue    # see `rescue`
+            claim += 1
+            lock = self._host.locks.hold(claim)     # before the commit (I5)
+            locks += [lock] if lock >= 0 else []
+            taken.append(Claimed(job, claim, number, lock, slot))
+        self._write_runs(taken, now)
+        jobs = move(self._store, [Change("claim", one.job, one.job._replace(
+            claim=one.claim, worker=self.worker.name, started_at=iso(now),
+            finished_at=None, exit_code=None, error=None)) for one in taken], now)
+        return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
-    def _choose(self, free: int) -> list[Place]:
+    def _next_number(self, job: Job) -> int:
+        row = self._store.row(Sql.LAST_NUMBER, job=job.seq)
+        return (row[0] if row else 0) + 1
+
+    def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
+        assert self.worker is not None
+        self._store.many(Sql.INSERT_RUN, [
+            {"claim": one.claim, "job": one.job.seq, "number": one.number,
+             "pool": self.worker.id, "worker": self.worker.name, "slot": one.slot,
+             "started_at": iso(now)} for one in taken])
+        for one in taken:
+            self._store.tally(now, one.job.queue, "wait_time",
+                              value=max(0.0, now - epoch(one.job.run_at)))
+
+    def _choose(self, free: int) -> list[Job]:
         """The first in line whose queues have room.
 
         Mostly these are the very first. Where paused, full or foreign queues stand
         before them, each queue that has room is asked for its own first ones.
         """
         room = self._room(free)
-        line = [Place(*row) for row in self._store.rows(Sql.LINE, limit=CLAIM_SCAN)]
-        chosen = choose(line, room, free)
-        if len(chosen) == free or len(line) < CLAIM_SCAN:
-            return chosen
+        for limit in (free, CLAIM_SCAN):
+            line = self._store.jobs(Sql.LINE, limit=limit)
+            chosen = choose(line, room, free)
+            if len(chosen) == free or len(line) < limit:
+                return chosen
         waiting = {queue for queue, state, _ in self._store.rows(Sql.COUNTS)
                    if state in WAITING and room(queue) > 0}
-        return choose(sorted(
-            Place(*row) for queue in waiting
-            for row in self._store.rows(Sql.QUEUE_LINE, queue=queue, limit=free)),
-            room, free)
+        return choose(sorted((
+            job for queue in waiting
+            for job in self._store.jobs(Sql.QUEUE_LINE, queue=queue, limit=free)),
+            key=place_in_line), room, free)
 
     def _room(self, free: int) -> Callable[[str], int]:
         """How many more jobs of a queue may start."""
@@ -3041,51 +3253,41 @@ class Claims:
             return max(0, limit - busy) if limit else free
         return room
 
-    def _take(self, before: Job, slot: int, locks: list[int], now: float) -> Claimed:
-        assert self.worker is not None
-        row = self._store.row(Sql.LAST_NUMBER, job=before.seq)
-        number = (row[0] if row else 0) + 1
-        claim = self._store.do(Sql.INSERT_RUN, {
-            "job": before.seq, "number": number, "pool": self.worker.id,
-            "worker": self.worker.name, "slot": slot,
-            "started_at": iso(now)}).lastrowid or 0
-        lock = self._host.locks.hold(claim)     # before the commit (I5)
-        if lock >= 0:
-            locks.append(lock)
-        job = move(self._store, "claim", before, before._replace(
-            claim=claim, worker=self.worker.name, started_at=iso(now), finished_at=None,
-            exit_code=None, error=None), now)
-        self._store.tally(now, job.queue, "wait_time",
-                          value=max(0.0, now - epoch(before.run_at)))
-        return Claimed(job, claim, number, lock)
+    def _record(self, ends: Sequence[End], now: float) -> list[Settled]:
+        """Record the ends of runs whose claims still stand."""
+        settings = self._store.settings()
+        judgements = [judged(end.before, end.outcome) for end in ends]
+        changes = [Change(verb, end.before, after, reason) for end, outcome in
+                   zip(ends, judgements) for verb, after, reason in [settle(
+                       end.before, outcome, settings, self._options.backoff_base,
+                       random.random(), now)]]
+        jobs = move(self._store, changes, now)
+        self._end_runs([
+            (end.run, outcome._replace(kind=STOPPED) if change.verb == "cancel"
+             else outcome)
+            for end, outcome, change in zip(ends, judgements, changes)], now)
+        return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
+                for job, outcome, end in zip(jobs, judgements, ends)]
 
-    def _settle(self, claim: int, outcome: Outcome, now: float) -> list[Settled]:
-        """Record the end of a run; nothing if the claim is not this pool's any more."""
-        found = self._store.jobs(Sql.JOB_BY_CLAIM, claim=claim)
-        if not found:
-            return []
-        before, settings = found[0], self._store.settings()
-        outcome = judged(before, outcome)
-        verb, after, reason = settle(before, outcome, settings,
-                                     self._options.backoff_base, random.random(), now)
-        after = move(self._store, verb, before, after, now, reason)
-        kind = STOPPED if verb == "cancel" else outcome.kind
-        self._store.do(Sql.END_RUN, {
-            "claim": claim, "finished_at": iso(now), "duration": outcome.duration,
-            "outcome": kind, "exit_code": outcome.exit_code,
-            "error": outcome.error, "output_bytes": outcome.output_bytes,
-            "output": outcome.output})
-        self._store.tally(now, after.queue, f"run:{kind}")
-        if outcome.duration is not None:
-            self._store.tally(now, after.queue, "run_time", value=outcome.duration)
-        run = self._store.row(Sql.RUN_BY_CLAIM, claim=claim)
-        return [Settled(after, outcome, run[2] if run else 0, before.attempts + 1)]
+    def _end_runs(self, ends: Sequence[tuple[Claimed, Outcome]], now: float) -> None:
+        self._store.many(Sql.END_RUN, [
+            {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
+             "finished_at": iso(now), "duration": outcome.duration,
+             "outcome": outcome.kind, "exit_code": outcome.exit_code,
+             "error": outcome.error, "output_bytes": outcome.output_bytes,
+             "output": outcome.output} for run, outcome in ends])
+        for run, outcome in ends:
+            self._store.tally(now, run.job.queue, f"run:{outcome.kind}")
+            if outcome.duration is not None:
+                self._store.tally(now, run.job.queue, "run_time",
+                                  value=outcome.duration)
 
     # Rescue: what pools that are gone, or silent for a lease, have left.
 
     def stranded(self, silent: Mapping[int, float]) -> list[Stranded]:
         """The runs whose pool is gone, or has been silent for longer than a lease."""
-        lease = self._store.settings().lease
+        settings = self._store.settings()
+        lease = max(settings.lease, 3 * settings.heartbeat)
         pools = {worker.id: worker for worker in self._store.workers()}
         own = self.worker.id if self.worker else None
         lost = {pool for pool, worker in pools.items()
@@ -3107,11 +3309,22 @@ class Claims:
             for run in runs:
                 store.do(Sql.SEIZE, {"claim": run.claim})
 
-    def rescue(self, run: Run) -> list[Settled]:
-        """Record that a run is lost; nothing if somebody else was faster."""
-        lost = Outcome(LOST, error=f"its worker {run.worker} was lost")
+    def rescue(self, run: Run, has_begun: bool = True) -> list[Settled]:
+        """Record that a run is lost; nothing if somebody else was faster.
+
+        One that was claimed ahead, and of which nothing was found (`has_begun` is
+        false), is handed back: most likely it had not begun. Should it have been what
+        ended its pool, it will be charged the next time: only first runs are claimed
+        ahead.
+        """
+        outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
+        if run.slot == AHEAD and not has_begun:
+            outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
         with self._store.transaction() as store:
-            settled = self._settle(run.claim, lost, self._clock())
+            settled = self._record([
+                End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
+                for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
+                self._clock())
             for worker in store.workers():
                 # A frozen pool stays in the table: it may thaw and claim again.
                 if worker.id == run.pool and self._host.is_alive(worker) is not True:
@@ -4124,11 +4337,10 @@ class Pool:
                         "ends its jobs and stops", "start it anew")
         try:
             turn = self._claims.turn(self._ended, outputs, self._free[:self._room()])
-            self._settings = self._queue.store.settings()
-            self._due_at = self._claims.next_due()
         except (Busy, Unwritable, InUse) as error:
             self._complain(error)
             return
+        self._settings, self._due_at = turn.settings, turn.next_due
         self._complaint = ""
         self._ended.clear()
         self._saved.update((claim, output.total) for claim, output in outputs.items())

@@ -9,19 +9,22 @@ import contextlib
 import inspect
 import io
 import json
+import linecache
 import os
 import random
 import re
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import types
 import unittest
-from typing import NamedTuple
+from concurrent import futures
+from typing import Callable, NamedTuple
 
 import queuectl
 from queuectl import (
@@ -420,7 +423,7 @@ class Promises(TestCase):
                     job = self.in_state(queue, claims, state)
                     with self.assertRaises(queuectl.WrongState), \
                             queue.store.transaction() as store:
-                        queuectl.move(store, verb, job, job, NOON)
+                        queuectl.move(store, [queuectl.Change(verb, job, job)], NOON)
                     self.assertEqual(queue.job(job.id).state, state)
                     with contextlib.suppress(queuectl.QueueError):
                         queue.delete(job.id)
@@ -811,8 +814,8 @@ class CommandLine(TestCase):
 
 # ---- Real processes ----------------------------------------------------------
 
-class Program(TestCase):
-    """The program as its users meet it: other processes, real signals."""
+class Processes(TestCase):
+    """What tests of other processes need."""
 
     def command(self, *argv):
         return [sys.executable, MODULE, *argv, "--db", self.path] \
@@ -868,6 +871,10 @@ class Program(TestCase):
     def read(self, name):
         with open(self.path_of(name)) as file:
             return file.read()
+
+
+class Program(Processes):
+    """The program as its users meet it: other processes, real signals."""
 
     def test_the_first_walk(self):
         self.enqueue('{"command": "echo Hello World"}')
@@ -1184,7 +1191,7 @@ class Program(TestCase):
 # What each job does. Its lines in the ledger are one write each, so they never mix;
 # its lock is its own, so two runs at once are seen by the job itself.
 JOB = r"""
-id=$QUEUECTL_JOB_ID run=${QUEUECTL_RUN#*-}
+id=$QUEUECTL_JOB_ID run=${QUEUECTL_RUN##*-}
 note() { read -r up _ </proc/uptime; echo "$1 $id $run $$ $up" >>ledger; }
 exec 9>>"locks/$id"
 flock -n 9 || note overlap
@@ -1198,6 +1205,10 @@ flaky) [ "$QUEUECTL_ATTEMPT" -ge 2 ] || exit 3 ;;
 poor)  exit 4 ;;
 loud)  head -c 200000 /dev/zero ;;
 kid)   sleep 1 8>&- 9>&- & ;;
+tree)  if mkdir "locks/$id.began" 2>/dev/null; then
+           [ "$2" != deaf ] || trap "" TERM
+           setsid sleep 60 & echo ready; sleep 60; sleep 60
+       fi ;;
 esac
 note end
 """
@@ -2054,22 +2065,28 @@ class World:
 # checker that must find out.
 MUTANTS = (
     ("stuck", "no fence: a late worker ends a later claim", (
-        ("found = self._store.jobs(Sql.JOB_BY_CLAIM, claim=claim)",
-         'found = self._store.jobs("SELECT jobs.* FROM jobs JOIN runs ON runs.job = '
-         'jobs.seq WHERE runs.claim = :claim AND jobs.claim IS NOT NULL", claim=claim)'),)),
+        ("for claim, outcome in ended.items() if claim in mine], now)",
+         "for claim, outcome in ended.items()\n"
+         "                    if store.row('SELECT 1 FROM jobs WHERE claim IS NOT NULL '\n"
+         "                                 'AND seq = :seq', seq=self._held[claim].job.seq)],"
+         " now)"),
+        ("._replace(wish=mine[claim])", ""),
+        ("           AND state = :source AND claim IS :held\n",
+         "           AND state = :source\n"))),
     ("alone", "recovery unguarded: what a lost worker left is not ended first", (
         ("        if host.is_over(claim):\n            return True",
          "        return True"),)),
     ("caused", "read, then write: the job is chosen before the transaction", (
         ("            with self._store.transaction() as store:\n"
-         "                self._beat(now)",
-         "            early = [self._store.jobs(Sql.JOB_BY_SEQ, seq=place.seq)[0]\n"
-         "                     for place in self._choose(len(free))]\n"
+         "                now = self._clock()     # now",
+         "            early = self._choose(len(free))\n"
          "            self._host.interleave(self)\n"
          "            with self._store.transaction() as store:\n"
-         "                self._beat(now)"),
-        ("self._claim(free, locks, now)",
-         "[self._take(job, slot, locks, now) for job, slot in zip(early, free)]"),
+         "                now = self._clock()     # now"),
+        ("self._claim(\n                    [*free, *[AHEAD] * ahead], locks, now)",
+         "self._claim(early, locks, now)"),
+        ("for job, slot in zip(self._choose(len(slots)), slots):",
+         "for slot, job in enumerate(slots, 1):"),
         ("           AND state = :source AND claim IS :held\n", ""))),
     ("alone", "the run's lock is taken after the claim's commit", (
         ("lock = self._host.locks.hold(claim)     # before the commit (I5)", "lock = -1"),)),
@@ -2082,25 +2099,32 @@ MUTANTS = (
         ("step = min(now - self._last, self._gap)", "step = now - self._last"),)),
     ("numbered", "a claim's number is used again", (
         ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
-         "            claim         INTEGER PRIMARY KEY"),)),
+         "            claim         INTEGER PRIMARY KEY"),
+        ("SELECT seq FROM sqlite_sequence WHERE name = 'runs'",
+         "SELECT MAX(claim) FROM runs"),
+        ("claim = row[0] if row else 0\n        taken",
+         "claim = row[0] or 0\n        taken"))),
     ("charged", "a crash is charged as an attempt", (
         ("crashes=job.crashes + 1, run_at", "attempts=job.attempts + 1, run_at"),)),
     ("truthful", "a run that a rescuer ended counts as failed", (
-        ("        outcome = judged(before, outcome)\n", ""),)),
+        ("judgements = [judged(end.before, end.outcome) for end in ends]",
+         "judgements = [end.outcome for end in ends]"),)),
     ("caused", "a change of state without its event", (
-        ("    store.do(Sql.INSERT_EVENT, {\n        \"job\": before.seq",
-         "    verb == 'fail' or store.do(Sql.INSERT_EVENT, {\n        \"job\": before.seq"),)),
+        ("        for change, job in zip(changes, jobs)])\n    for change",
+         "        for change, job in zip(changes, jobs) if change.verb != 'fail'])\n"
+         "    for change"),)),
     ("summed", "the counters are not kept", (
-        ("    store.count(after.queue, after.state, +1)\n", ""),)),
+        ("        store.count(job.queue, job.state, +1)\n", ""),)),
     ("punctual", "a job is due at once", (
         ("return TIMED if job.run_at > iso(now) else OPEN", "return OPEN"),
         ("TIMED if run_at > now else OPEN", "OPEN"))),
     ("ordered", "a job does not wait for those it comes after", (
         ("        if blocked:\n            self._added", "        if ():\n            self._added"),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
-        ("        _regate_dependents(store, after, now)\n    return", "        pass\n    return"),)),
+        ("            _regate_dependents(store, job, now)\n", "            pass\n"),)),
     ("acknowledged", "a cancelled job is not moved", (
-        ('return move(self.store, "cancel", job, job._replace(finished_at=iso(now)), now)',
+        ('return move(self.store, [Change("cancel", job, job._replace(\n'
+         "            finished_at=iso(now)))], now)[0]",
          "return job._replace(state=CANCELLED)"),)),
 )
 
@@ -2145,6 +2169,1657 @@ class Model(unittest.TestCase):
         for rule, what, changes in MUTANTS:
             with self.subTest(what):
                 self.assertTrue(model(mutant(changes), range(200), rule)[1])
+# ---- Crash points ------------------------------------------------------------
+# What happens if the process dies between any two lines? A victim ends itself with
+# SIGKILL at a line of queuectl.py, told by a trace function; another kind dies within
+# a commit, when a file would grow beyond a limit. Then a worker picks up the pieces,
+# and the histories are compared as above. The module itself knows nothing of this.
+
+# Starts victims by fork, so that each costs milliseconds: an order a line on stdin,
+# for each the signal that ended the victim (0: none) on stdout.
+VICTIMS = r"""
+import collections, json, os, resource, signal, sys, threading, traceback
+import concurrent.futures.thread, socket, subprocess    # what a pool imports late
+import queuectl
+
+def watching(line, nth):
+    hits = collections.Counter()
+    def trace(frame, event, arg):
+        code = frame.f_code
+        if code.co_filename != queuectl.__file__ or code.co_name == "<lambda>":
+            return None     # a lambda's line is met already when it is made or passed
+        if event == "line":
+            hits[frame.f_lineno] += 1
+            if frame.f_lineno == line and hits[line] == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    return hits, trace
+
+def traced(argv, line, nth):
+    hits, trace = watching(line, nth)
+    threading.settrace(trace)
+    sys.settrace(trace)
+    status = done(argv)
+    sys.settrace(None)
+    threading.settrace(None)
+    return status, list(hits.items())
+
+def done(argv):
+    if argv[0] != "backup":
+        return queuectl.main(argv)
+    with queuectl.Queue(os.environ["QUEUECTL_DB"]) as queue:
+        queue.store.backup(argv[1])
+    return 0
+
+def redirect(step):
+    for fd, name in ((0, os.devnull), (1, f"said/{step}.out"), (2, f"said/{step}.err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), fd)
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+def victim(order):
+    signal.alarm(order["seconds"])
+    os.chdir(order["dir"])
+    os.environ["QUEUECTL_DB"] = os.path.join(order["dir"], "queue.db")
+    if order["newer"]:
+        queuectl.MIGRATIONS = (*queuectl.MIGRATIONS, "CREATE TABLE extra (x);"
+            "CREATE INDEX extra_by_x ON extra (x); INSERT INTO extra VALUES (1)")
+        queuectl.SCHEMA_VERSION = len(queuectl.MIGRATIONS)
+    at, line, nth, size = order["at"]
+    for step, argv in enumerate(order["steps"]):
+        redirect(step)
+        if step == at and size:
+            limit(size)
+        status, hits = traced(argv, line, nth) if step == at or order["record"] \
+            else (done(argv), None)
+        sys.stdout.flush()
+        with open(f"said/{step}.told", "w") as file:
+            json.dump([status, hits], file)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            victim(json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status), flush=True)
+"""
+CRASH_SETTINGS = {**CHAOS_SETTINGS, "backoff-base": "10ms", "kill-grace": "200ms"}
+CRASH_THREADS = 3       # trials at once; each waits half of its time
+NOWHERE = (-1, 0, 0, 0)     # a victim that is none: it lives to its end
+FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None   # a kill needs no real disk
+
+# The moments that matter most, told by a function and words of one of its lines.
+MOMENTS = (
+    ("before a commit",         "Store.transaction",        "Sql.COMMIT"),
+    ("after a commit",          "Store.transaction",        "self._counts.clear()"),
+    ("claimed, no commit yet",  "Claims._claim",            "taken.append("),
+    ("claimed, not started",    "Pool._start",              "self._free.pop(0)"),
+    ("spawned",                 "Command._start",           "return process, reader"),
+    ("the command has exited",  "Command._finish_reading",  "stop ="),
+    ("an end not recorded",     "Pool._collect",            "self._ended[claim] ="),
+    ("moved, no event yet",     "move",                     "Sql.INSERT_EVENT"),
+    ("within a migration",      "Store._migrate",           "execute(statement)"),
+    ("copied, nothing new yet", "Store._upgrade",           "self._migrate(version)"),
+    ("a copy without a name",   "Store.backup",             "os.replace("),
+    ("a tree that is ended",    "Leftovers.step",           "self._asked.add(pid)"),
+    ("a rescue not recorded",   "Claims.rescue",            "settled = "),
+)
+# Lines before this one have the same effect in every command: none.
+OPENING = ("Queue.__init__", "self.store = ")
+
+
+def line_of(function, words):
+    """The one line of a function that has the words; the test must not rot in silence."""
+    found = queuectl
+    for name in function.split("."):
+        found = getattr(found, name)
+    lines, first = inspect.getsourcelines(found)
+    numbers = [first + n for n, line in enumerate(lines) if words in line]
+    assert len(numbers) == 1, f"{function} has {len(numbers)} lines with {words!r}"
+    return numbers[0]
+
+
+class Victims:
+    """Starts one victim after another, for one thread at a time."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", VICTIMS], text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(MODULE)})
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(DEADLINE)
+        self._process.stdout.close()
+
+    def run(self, directory, *steps, at=NOWHERE, record=False, newer=False):
+        """Run the commands; the signal that ended them, SIGALRM for a deadline, 0."""
+        shutil.rmtree(os.path.join(directory, "said"), True)
+        os.mkdir(os.path.join(directory, "said"))
+        self._process.stdin.write(json.dumps({
+            "dir": directory, "steps": steps, "at": at, "record": record,
+            "newer": newer, "seconds": int(DEADLINE)}) + "\n")
+        return int(self._process.stdout.readline())
+
+
+RECOVER = ("worker", "start", "--drain", "-c", "2", "--name", "next")
+
+
+class Step(NamedTuple):
+    """A command of a scenario: what it promises for which jobs once it has said so."""
+    verb: str                   # as in Told
+    ids: tuple[str, ...]
+    argv: tuple[str, ...]
+    says: str = "\0"            # words with which it acknowledges
+
+
+class Scenario(NamedTuple):
+    """Commands over a prepared queue, and what else must hold."""
+    name: str
+    steps: tuple[Step, ...]
+    prepare: Callable = lambda directory, victims: None     # once: the queue
+    set_up: Callable = lambda trial: None                   # anew for each trial
+    halfway: Callable = lambda trial: ()        # violations right after the kill
+    at_last: Callable = lambda trial: ()        # violations after the recovery
+    recovery: tuple[tuple[str, ...], ...] = (RECOVER,)
+    newer: bool = False                         # victims know one more migration
+    sizes: range = range(0)                     # of files at which a write is torn
+
+
+class Point(NamedTuple):
+    """Where a victim dies; the driver takes it as it is."""
+    step: int
+    line: int
+    nth: int            # of the times that the line is met in that step
+    size: int = 0       # or: when a file would grow beyond so many bytes
+
+
+def told_point(scenario, point):
+    """Words for a point."""
+    where = f"{scenario.name}, `{' '.join(scenario.steps[point.step].argv)[:30]}`"
+    if point.size:
+        return f"{where}, a file of {point.size} bytes"
+    words = linecache.getline(MODULE, point.line).strip()
+    return f"{where}, line {point.line} ({words}), time {point.nth}"
+
+
+class Aftermath(Checker):
+    """The rules above, and those that hold once a victim's queue is at peace again."""
+
+    def __init__(self, trial, told):
+        super().__init__(trial.path, told, read_ledger(trial.dir))
+        with Queue(trial.path, create=False) as queue:
+            rows = queue.store.rows
+            self.tags = rows("SELECT job, tag FROM tags")
+            self.needs = rows("SELECT job, needs FROM dependencies")
+            self.workers = rows("SELECT name FROM workers")
+            self.token = queue.host.token(0)[:-1]
+        self.mode = os.stat(trial.path).st_mode & 0o777
+
+    def check(self):
+        """All rules; the violations."""
+        super().check()
+        for rule in (self.tied, self.left):
+            for violation in rule():
+                self.violations.append(f"{rule.__name__}: {violation}")
+        return self.violations
+
+    def tied(self):
+        """A job is there with its tags and with what it comes after, or not at all."""
+        for table, wanted in (
+                (self.tags, [(job.seq, tag) for job in self.jobs.values()
+                             for tag in job.tags]),
+                (self.needs, [(job.seq, self.jobs[id].seq) for job in self.jobs.values()
+                              for id in job.after if id in self.jobs])):
+            if sorted(table) != sorted(wanted):
+                yield f"{table} should be {wanted}"
+
+    def left(self):
+        """No pool and no process outlives the recovery; the file is private."""
+        if self.workers:
+            yield f"pools in the table: {self.workers}"
+        for pid in token_holders(self.token):
+            yield f"process {pid} of a run is left"
+        if self.mode != 0o600:
+            yield f"mode {self.mode:o}"
+
+
+def token_holders(token):
+    """The processes of all runs of a database."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()
+            and f"QUEUECTL_RUN={token}".encode() in queuectl._read(f"/proc/{name}/environ")
+            and is_running(name)]
+
+
+class Trial:
+    """A copy of a scenario's queue: victims die on it until one has changed it."""
+
+    def __init__(self, victims, scenario, template):
+        self.victims, self.scenario, self.last = victims, scenario, None
+        self.dir = tempfile.mkdtemp(prefix="trial ", dir=os.path.dirname(template))
+        self.path = os.path.join(self.dir, "queue.db")
+        shutil.copytree(template, self.dir, dirs_exist_ok=True)
+        if os.path.exists(self.path):   # tokens of two copies must differ
+            with contextlib.closing(sqlite3.connect(self.path)) as db, db:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'id'",
+                           [os.urandom(8).hex()])
+        scenario.set_up(self)
+        self.before = self.content()
+
+    def content(self):
+        """All that a victim may have changed, byte for byte; -shm is but an index."""
+        found = {}
+        for where, _, names in os.walk(self.dir):
+            for name in names:
+                with open(os.path.join(where, name), "rb") as file:
+                    if not name.endswith("-shm") and not where.endswith("said"):
+                        found[where, name] = file.read()
+        return {key: content for key, content in found.items()
+                if content or key[1] == "queue.db"}
+
+    def kill(self, point):
+        """Run the scenario up to the point; whether the victim died."""
+        self.last = point
+        number = self.victims.run(self.dir, *[step.argv for step in self.scenario.steps],
+                                  at=point, newer=self.scenario.newer)
+        self.killed = number in (signal.SIGKILL, signal.SIGXFSZ)
+        return self.killed
+
+    def is_touched(self):
+        """Whether the victim has changed anything, or told so."""
+        return self.content() != self.before \
+            or any(one.status is not None for one in self.told())
+
+    def said(self, step):
+        """(what a command said, its exit status or None, the lines it met)."""
+        words, told = "", [None, None]
+        for name in ("out", "err"):
+            with contextlib.suppress(FileNotFoundError), \
+                    open(self.path_of(f"said/{step}.{name}")) as file:
+                words += file.read()
+        with contextlib.suppress(FileNotFoundError), \
+                open(self.path_of(f"said/{step}.told")) as file:
+            told = json.load(file)
+        return words, *told
+
+    def path_of(self, name):
+        return os.path.join(self.dir, name)
+
+    def told(self):
+        """What the victim told of the commands that it began."""
+        for number, step in enumerate(self.scenario.steps):
+            if os.path.exists(self.path_of(f"said/{number}.out")):
+                words, status, _ = self.said(number)
+                yield Told(step.verb, step.ids, 0 if step.says in words else status)
+
+    def ended(self, what, number, steps):
+        """Violations if commands that nobody kills do not end well."""
+        if number:
+            yield f"{what} was ended by signal {number}"
+        for step in range(len(steps)):
+            words, status, _ = self.said(step)
+            if "Traceback" in words or "itself failed" in words \
+                    or status not in ((0,) if not number else (0, None)):
+                yield f"{what} {step} ended with {status}: {words}"
+
+    def run(self, *steps, newer=False):
+        """Commands by themselves: (what the last said, its status)."""
+        self.victims.run(self.dir, *steps, newer=newer)
+        return self.said(len(steps) - 1)[:2]
+
+    def recover(self):
+        """Let a worker pick up the pieces, compare the histories; the violations."""
+        scenario = self.scenario
+        found = [] if self.killed else list(self.ended("step", 0, scenario.steps))
+        self.acknowledged = list(self.told())
+        found += self.found_by(scenario.halfway)
+        number = self.victims.run(self.dir, *scenario.recovery, newer=scenario.newer)
+        found += self.ended("recovery", number, scenario.recovery)
+        found += self.found_by(scenario.at_last)
+        found += self.found_by(lambda trial: Aftermath(trial, trial.acknowledged).check())
+        if found:
+            self.end_trees()
+        else:
+            shutil.rmtree(self.dir)
+        return [f"{told_point(scenario, self.last)}: {violation.strip()} "
+                f"[{os.path.basename(self.dir)}]" for violation in found]
+
+    def found_by(self, rule):
+        """The violations that a rule finds; what it cannot read is one."""
+        try:
+            return list(rule(self))
+        except (queuectl.QueueError, sqlite3.Error, OSError) as error:
+            return [f"cannot be read: {error}"]
+
+    def end_trees(self):
+        with contextlib.suppress(queuectl.QueueError), Queue(self.path, False) as queue:
+            for pid in token_holders(queue.host.token(0)[:-1]):
+                queue.host.signal(pid, signal.SIGKILL)
+
+
+# Scenarios.
+
+def a_job(job_id, how, **fields):
+    """A job that writes the ledger, wherever the queue was copied to."""
+    return {"id": job_id, "cwd": "/",
+            "command": f'cd "${{QUEUECTL_DB%/*}}" && sh job.sh {how}', **fields}
+
+
+def prepared(directory, *jobs):
+    """A queue with these jobs."""
+    with Queue(os.path.join(directory, "queue.db")) as queue:
+        for key, value in CRASH_SETTINGS.items():
+            queue.configure(key, value)
+        with queue.store.transaction() as store:
+            store.do("INSERT INTO queues VALUES ('one', 0, 1)", {})
+        queue.enqueue_many([queuectl.spec_of(job, time.time()) for job in jobs])
+
+
+def with_work(directory, victims):
+    prepared(directory, a_job("first", "quick"), a_job("again", "flaky"),
+             a_job("next", "quick", after=["first"], tags=["late"]),
+             a_job("dies", "poor", max_retries=1), a_job("a", "nap 0.02", queue="one"),
+             a_job("b", "quick", queue="one"), a_job("loud", "loud"))
+
+
+def with_history(directory, victims):
+    """A queue that has worked: done, dead in two queues, and waiting again."""
+    dead = [a_job(f"dead-{n}", "poor", max_retries=1, queue="other" if n < 3 else "late",
+                  tags=["poor"]) for n in range(1, 6)]
+    prepared(directory, a_job("done", "quick", tags=["old", "good"]), *dead)
+    victims.run(directory, RECOVER)
+    with Queue(os.path.join(directory, "queue.db")) as queue:
+        for job in (a_job("waits", "quick"), a_job("needs", "quick", after=["waits"]),
+                    a_job("calm", "quick", after=["done"])):
+            queue.enqueue(**job)
+
+
+def with_trees(directory, victims):
+    prepared(directory, a_job("tree", "tree", priority=9),
+             a_job("deaf", "tree deaf", priority=9), a_job("flaky", "flaky"),
+             a_job("next", "quick", after=["tree"]))
+
+
+def strand(trial):
+    """Kill a pool as soon as it has heard of two jobs that their trees stand."""
+    steps = (("worker", "start", "-c", "2", "--name", "first"),)
+    heard = line_of("Command._read", "self._output.feed(piece)")
+    assert trial.victims.run(trial.dir, *steps, at=(0, heard, 2, 0)) == signal.SIGKILL
+
+
+def half_made(trial):
+    """A reader finds either no queue or a whole one, and makes none."""
+    words, status = trial.run(["list", "--json"])
+    if status != 0 and "no queue at" not in words:
+        yield f"a half made database: {words}"
+    if status != 0 and os.path.exists(trial.path) and version_of(trial.path) != 0:
+        yield "a reader has made a queue"
+
+
+def half_upgraded(trial):
+    """The old version reads what is not upgraded yet, and refuses what is."""
+    version = version_of(trial.path)
+    words, status = trial.run(["list", "--json"])
+    if (version, status) not in ((1, 0), (2, 1)) \
+            or (status == 1) != ("newer queuectl" in words):
+        yield f"format {version}: the old version ended with {status}: {words}"
+    yield from copied(trial)
+
+
+def upgraded(trial):
+    """The next one that opens it upgrades it, after a backup."""
+    with contextlib.closing(sqlite3.connect(trial.path, isolation_level=None)) as db:
+        extra = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'extra%'")
+        if version_of(trial.path) != 2 or len(extra.fetchall()) != 2:
+            yield "not upgraded, or by half"
+        db.execute("PRAGMA user_version = 1")   # for the checker, which is the old one
+    if not os.path.exists(trial.path + ".format-1.backup"):
+        yield "upgraded without a backup"
+    yield from copied(trial)
+
+
+def version_of(path):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def copied(trial):
+    """A file that bears a backup's name is whole, private and of the old format.
+
+    It holds all nine jobs; or none, if the one that was there before is not replaced.
+    """
+    is_done = trial.scenario.newer or trial.acknowledged[0].status == 0
+    for name in os.listdir(trial.dir):
+        if name.endswith(".backup"):
+            with contextlib.closing(sqlite3.connect(trial.path_of(name))) as db:
+                found = (db.execute("PRAGMA integrity_check").fetchone()[0],
+                         db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0],
+                         version_of(trial.path_of(name)),
+                         os.stat(trial.path_of(name)).st_mode & 0o777)
+            if found != ("ok", 9, 1, 0o600) and (
+                    is_done or found != ("ok", 0, 1, 0o600)):
+                yield f"{name}: {found}"
+
+
+def with_a_copy(directory, victims):
+    """A backup of that name is there already, from when the queue was empty."""
+    prepared(directory)
+    victims.run(directory, ["backup", "copy.backup"])
+    os.rename(os.path.join(directory, "copy.backup"), os.path.join(directory, "kept"))
+    os.unlink(os.path.join(directory, "queue.db"))
+    with_history(directory, victims)
+    os.rename(os.path.join(directory, "kept"), os.path.join(directory, "copy.backup"))
+
+
+def configured(trial):
+    """A setting that was acknowledged is in force; else it is the old or the new one."""
+    with Queue(trial.path, create=False) as queue:
+        value = queue.setting("max-retries")
+    told = [one.status for one in trial.acknowledged if one.verb == "config"]
+    if value not in (("7",) if told == [0] else ("7", "99") if told else ("99",)):
+        yield f"max-retries is {value} after {told}"
+
+
+def a_command(verb, ids, line, says="\0"):
+    return Step(verb, tuple(ids), tuple(line.split()), says)
+
+
+def a_batch(*ids):
+    jobs = [a_job(id, "quick", tags=["new", id], after=[ids[n - 1]] if n else [])
+            for n, id in enumerate(ids)]
+    return Step("enqueue", ids, ("enqueue", "-q", json.dumps(jobs)), ids[-1])
+
+
+SCENARIOS = (
+    Scenario("worker", (a_command("worker", (), "worker start --drain -c 2"),),
+             with_work, sizes=range(33000, 90000, 9100)),
+    Scenario("enqueue", (a_batch("new-1", "new-2", "new-3"),), with_history,
+             sizes=range(33000, 90000, 4600)),
+    Scenario("verbs", (
+        a_command("cancel", ["waits"], "cancel waits", "cancelled"),
+        a_command("retry", ["dead-1"], "retry dead-1", "pending again"),
+        a_command("delete", ["dead-2"], "delete dead-2", "dead-2 deleted"),
+        a_command("retry", ["dead-3"], "dlq retry --all --search dead-3", "pending again"),
+        a_command("delete", ["dead-4", "dead-5"], "dlq purge", "2 dead jobs deleted"),
+        a_command("config", (), "config set max-retries 7", "max-retries = 7")),
+        with_history, at_last=configured),
+    Scenario("new", (a_batch("new-1", "new-2"),), halfway=half_made, recovery=(
+        ("enqueue", "true", "--id", "other"), ("delete", "other"), RECOVER),
+        sizes=range(1, 130000, 4700)),
+    Scenario("upgrade", (a_command("read", (), "list --json"),), with_history,
+             halfway=half_upgraded, at_last=upgraded, newer=True,
+             sizes=range(1, 180000, 8100)),
+    Scenario("backup", (a_command("read", (), "backup copy.backup"),), with_a_copy,
+             halfway=copied, at_last=copied, sizes=range(1, 180000, 8100)),
+    Scenario("rescue", (a_command("worker", (), "worker start --drain -c 2"),),
+             with_trees, strand),
+)
+
+
+class CrashGround:
+    """A place with a template of each scenario, and the points that it passes."""
+
+    def __init__(self, place):
+        self.place, self._idle = place, []
+        self.moments = {line_of(*moment[1:]): moment[0] for moment in MOMENTS}
+
+    def close(self):
+        for victims in self._idle:
+            victims.close()
+
+    @contextlib.contextmanager
+    def victims(self):
+        """One that is idle, else a new one; to take and to give back is atomic."""
+        try:
+            victims = self._idle.pop()
+        except IndexError:
+            victims = Victims()
+        yield victims
+        self._idle.append(victims)
+
+    def template(self, victims, scenario):
+        """The directory that trials are copied from."""
+        directory = os.path.join(self.place, f"template {scenario.name}")
+        if not os.path.exists(directory):
+            os.makedirs(os.path.join(directory, "locks"))
+            with open(os.path.join(directory, "job.sh"), "w") as file:
+                file.write(JOB)
+            scenario.prepare(directory, victims)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, "queue.db-lock"))
+        return directory
+
+    def survey(self, scenario):
+        """A run that nobody kills: (violations, every line's first time, moments)."""
+        with self.victims() as victims:
+            trial = Trial(victims, scenario, self.template(victims, scenario))
+            number = victims.run(trial.dir, *[step.argv for step in scenario.steps],
+                                 record=True, newer=scenario.newer)
+            trial.last, trial.killed = Point(0, 0, 0), False
+            met = [trial.said(step)[2] or [] for step in range(len(scenario.steps))]
+            bad = [f"{scenario.name}: signal {number}"] if number else trial.recover()
+        lines = [Point(step, line, 1) for step, hits in enumerate(met)
+                 for line, _ in (hits if step == 0 else since_opening(hits))]
+        moments = [Point(step, line, nth) for step, hits in enumerate(met)
+                   for line, n in hits if line in self.moments
+                   for nth in range(1, n + 1)]
+        sizes = [Point(0, 0, 0, size) for size in scenario.sizes]
+        return bad, lines, [*moments, *sizes]
+
+    def walk(self, scenario, points):
+        """Let a victim die at each of the points: (kills, violations)."""
+        kills, bad, trial = 0, [], None
+        with self.victims() as victims:
+            for point in points:
+                trial = trial or Trial(victims, scenario,
+                                       self.template(victims, scenario))
+                kills += trial.kill(point)
+                if trial.is_touched() or point == points[-1]:
+                    bad += trial.recover()
+                    trial = None
+        return kills, bad
+
+    def survey_all(self):
+        """{scenario: its survey}, some at once."""
+        with futures.ThreadPoolExecutor(CRASH_THREADS) as executor:
+            return dict(zip(SCENARIOS, executor.map(self.survey, SCENARIOS)))
+
+    def walk_all(self, chosen):
+        """Walk {scenario: points} in several threads: (kills, violations)."""
+        parts = [(scenario, points[part::CRASH_THREADS])
+                 for scenario, points in chosen.items() for part in range(CRASH_THREADS)]
+        with futures.ThreadPoolExecutor(CRASH_THREADS) as executor:
+            found = [*executor.map(lambda part: self.walk(*part), parts)]
+        return sum(kills for kills, _ in found), [one for _, bad in found for one in bad]
+
+
+def since_opening(hits):
+    """The lines that a command meets from the opening of the database on."""
+    lines = [line for line, _ in hits]
+    return hits[lines.index(line_of(*OPENING)):]
+
+
+def crash_points(share, seed):
+    """Walk a share of all points, a line per scenario, a verdict. 0 or 1."""
+    chance, total = random.Random(seed), 0
+    place = tempfile.mkdtemp(prefix="queuectl crash ", dir=FAST)
+    ground = CrashGround(place)
+    for scenario, (bad, lines, others) in ground.survey_all().items():
+        begun = time.monotonic()
+        points = [point for point in dict.fromkeys(lines + others)
+                  if share >= 1 or chance.random() < share]
+        kills, found = ground.walk_all({scenario: points})
+        bad += found
+        total += len(bad)
+        print(f"{scenario.name}: {len(points)} points, {kills} kills, {len(bad)} "
+              f"violations, {time.monotonic() - begun:.0f} s", flush=True)
+        for violation in bad:
+            print(f"    {violation}")
+    ground.close()
+    if total:
+        print(f"kept: {place}")
+    else:
+        shutil.rmtree(place, True)
+    print(f"verdict: {'all promises kept' if not total else f'{total} VIOLATIONS'}")
+    return 1 if total else 0
+
+
+@unittest.skipUnless(CAN_CHAOS, "needs flock, setsid and /proc")
+class CrashPoints(unittest.TestCase):
+    """A sample of what `--crash-points` walks whole."""
+
+    @classmethod
+    def setUpClass(cls):
+        place = tempfile.mkdtemp(prefix="queuectl crash ü ", dir=FAST)
+        cls.addClassCleanup(shutil.rmtree, place, True)
+        cls.ground = CrashGround(place)
+        cls.addClassCleanup(cls.ground.close)
+        cls.surveys = cls.ground.survey_all()
+        cls.chance = random.Random("small")
+
+    def walk(self, chosen):
+        """Let victims die at (scenario, point) pairs: all die, and no promise breaks."""
+        points = {}
+        for scenario, point in chosen:
+            points.setdefault(scenario, []).append(point)
+        kills, bad = self.ground.walk_all(points)
+
+        self.assertEqual(bad, [])
+        self.assertGreater(kills, len(chosen) * 0.8)
+
+    def test_without_a_kill_every_scenario_keeps_the_promises(self):
+        for scenario, (bad, _, _) in self.surveys.items():
+            with self.subTest(scenario.name):
+                self.assertEqual(bad, [])
+
+    def test_every_moment_comes_in_some_scenario(self):
+        met = {point.line for _, _, moments in self.surveys.values() for point in moments}
+
+        for line, name in self.ground.moments.items():
+            self.assertIn(line, met, name)
+
+    def test_a_file_that_somebody_has_begun_to_make_is_no_foreign_one(self):
+        path = os.path.join(self.ground.place, "begun.db")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(queuectl.Sql.VACUUM_STEPWISE)
+
+        with self.assertRaises(queuectl.NoQueue):
+            Queue(path, create=False)
+        with Queue(path) as queue:
+            self.assertEqual(sum(queue.counts().values()), 0)
+
+    def test_a_foreign_file_whose_tables_are_in_its_wal_is_left_as_it_is(self):
+        path = os.path.join(self.ground.place, "foreign.db")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("CREATE TABLE t (x)")
+            for name in (path, path + "-wal"):
+                shutil.copy(name, name.replace("foreign", "left"))
+        path = path.replace("foreign", "left")
+        before = [os.stat(name).st_mtime_ns for name in (path, path + "-wal")]
+
+        with self.assertRaises(queuectl.NotAQueue):
+            Queue(path)
+        self.assertEqual(before, [os.stat(name).st_mtime_ns
+                                  for name in (path, path + "-wal")])
+
+    def test_a_process_may_die_at_any_line(self):
+        lines = [(scenario, point) for scenario, (_, lines, _) in self.surveys.items()
+                 for point in lines]
+
+        self.walk(self.chance.sample(lines, 25))
+
+    def test_a_process_may_die_at_the_moments_that_matter(self):
+        self.walk([(scenario, self.chance.choice(points))
+                   for scenario, (_, _, moments) in self.surveys.items()
+                   for points in by_line(moments)])
+
+    def test_a_process_may_die_within_a_write(self):
+        self.walk([(scenario, Point(0, 0, 0, self.chance.choice(scenario.sizes[:12])))
+                   for scenario in SCENARIOS if scenario.sizes])
+
+
+def by_line(points):
+    """The points of each line together; those of sizes are none."""
+    lines = {}
+    for point in points:
+        if not point.size:
+            lines.setdefault(point.line, []).append(point)
+    return lines.values()
+# ---- Power cut ---------------------------------------------------------------
+# A writer is frozen at any moment and its files are copied: what a power cut leaves.
+# After each commit it says what the tables hold, so a copy must open to one of these
+# states: the last one said, or the one that it had not come to say yet.
+
+CUTS = 10           # copies of the short test
+DAMAGES = 2         # of each kind to each copy
+WAL_HEADER, FRAME_HEADER = 32, 24
+
+
+def fingerprint(queue):
+    """All that the tables hold, as one word."""
+    import hashlib
+    tables = [f'SELECT * FROM "{name}"' for name, in queue.store.rows(
+        "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    rows = [sorted(map(repr, queue.store.rows(table))) for table in tables]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:20]
+
+
+class Writer:
+    """Changes a queue for ever, by a seed; each `step` is one commit, or none."""
+
+    def __init__(self, queue, seed):
+        self.queue, self.chance = queue, random.Random(seed)
+        self.claims = Claims(queue, PoolOptions(slots=4, name="writer"))
+        self.claims.register(None)
+        self.under_way = []     # claims
+
+    def step(self):
+        verb = self.chance.choice((self.enqueue, self.turn, self.turn, self.cancel,
+                                   self.retry, self.delete))
+        with contextlib.suppress(queuectl.QueueError):  # no such job: no commit
+            verb()
+
+    def enqueue(self):
+        self.queue.enqueue_many([
+            Spec("true", max_retries=self.chance.randint(1, 3), backoff_base=0.01,
+                 priority=self.chance.randint(0, 3), tags=("t",) * (n % 2))
+            for n in range(self.chance.randint(1, 5))])
+
+    def turn(self):
+        """End about half of what runs, claim for all free slots."""
+        ended = {claim: self.outcome() for claim in self.under_way
+                 if self.chance.random() < 0.6}
+        self.under_way = [claim for claim in self.under_way if claim not in ended]
+        turn = self.claims.turn(ended, {}, range(1, 5 - len(self.under_way)))
+        for claimed in turn.claimed:
+            self.under_way.append(claimed.claim)
+            if claimed.lock >= 0:
+                os.close(claimed.lock)
+
+    def outcome(self):
+        status, size = self.chance.choice((0, 0, 1)), self.chance.choice((9, 9, 20_000))
+        return Outcome(queuectl.FAILURE if status else queuectl.DONE, status, None, 0.1,
+                       self.chance.getrandbits(8 * size).to_bytes(size, "big"), size)
+
+    def some(self, *states):
+        return self.chance.choice(self.queue.jobs(states) or [None]).id
+
+    def cancel(self):
+        with contextlib.suppress(AttributeError):
+            self.queue.cancel(self.some(PENDING, FAILED, PROCESSING))
+
+    def retry(self):
+        with contextlib.suppress(AttributeError):
+            self.queue.retry(self.some(DEAD, CANCELLED, COMPLETED))
+
+    def delete(self):
+        over = self.queue.jobs((COMPLETED, DEAD, CANCELLED))
+        if over:
+            self.queue.delete(*[job.id for job in over[10:]] or [over[0].id])
+
+
+def write_history(path, seed):
+    """The writing process: it says each new state, a line a commit."""
+    with Queue(path) as queue:
+        os.write(1, f"{fingerprint(queue)}\n".encode())
+        writer, before = Writer(queue, seed), None
+        while True:
+            state = fingerprint(queue)
+            if state != before:
+                os.write(1, f"{state}\n".encode())
+            before = state
+            writer.step()
+
+
+def make_queues(directory):
+    """Another one: it makes a queue after the other, and says so of each."""
+    for number in range(1_000_000):
+        os.mkdir(os.path.join(directory, str(number)))
+        with Queue(os.path.join(directory, str(number), "queue.db")) as queue:
+            queue.enqueue("true")
+            os.write(1, b"made\n")
+
+
+class Frozen:
+    """A process that runs a function of this module, and is frozen now and then."""
+
+    def __init__(self, function, *args):
+        name = os.path.splitext(os.path.basename(__file__))[0]
+        code = f"import sys, {name}; {name}.{function.__name__}(*sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE,
+            cwd=os.path.dirname(os.path.abspath(__file__)))
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.said = b""
+
+    def lines(self):
+        """All that it has said so far."""
+        if not self.process.stdout.closed:
+            self.said += self.process.stdout.read() or b""
+        return self.said.decode().split("\n")[:-1]
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Stopped by the kernel: it changes nothing, and holds what it held."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"the process ended: {status}"
+        yield
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def copy_files(source, target, *suffixes):
+    """Copy a database as plain files. No process that has it open may do this."""
+    os.mkdir(target)
+    for suffix in ("", *suffixes):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(os.path.join(source, f"queue.db{suffix}"),
+                            os.path.join(target, f"queue.db{suffix}"))
+
+
+def read_bytes(path):
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read()
+    return b""
+
+
+def write_bytes(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def wal_commits(wal):
+    """Where each commit ends that is whole in a WAL: told by salts and checksums."""
+    if len(wal) < WAL_HEADER or int.from_bytes(wal[:4], "big") | 1 != 0x377F0683:
+        return []
+    order, size = "<>"[wal[3] & 1], int.from_bytes(wal[8:12], "big")
+
+    def summed(content, a, b):
+        words = struct.unpack(f"{order}{len(content) // 4}I", content)
+        for x, y in zip(words[::2], words[1::2]):
+            a = (a + x + b) & 0xFFFFFFFF
+            b = (b + y + a) & 0xFFFFFFFF
+        return a, b
+
+    sums = summed(wal[:24], 0, 0)
+    ends, at = [], WAL_HEADER
+    if sums != struct.unpack(">II", wal[24:32]):
+        return []
+    while at + FRAME_HEADER + size <= len(wal):
+        head, page = wal[at:at + 24], wal[at + 24:at + 24 + size]
+        sums = summed(page, *summed(head[:8], *sums))
+        if head[8:16] != wal[16:24] or sums != struct.unpack(">II", head[16:]):
+            break
+        at += FRAME_HEADER + size
+        if head[4:8] != bytes(4):   # the size of the database: a commit's last frame
+            ends.append(at)
+    return ends
+
+
+def synced_bytes(directory):
+    """Up to where the WAL is on the disk for certain: a checkpoint has begun there.
+
+    What is damaged before that place is no power cut's doing.
+    """
+    shared = read_bytes(os.path.join(directory, "queue.db-shm"))
+    wal = read_bytes(os.path.join(directory, "queue.db-wal"))
+    if len(shared) < 132 or len(wal) < WAL_HEADER:
+        return 0
+    frames = struct.unpack("=I", shared[128:132])[0]    # nBackfillAttempted
+    return frames and WAL_HEADER + frames * (FRAME_HEADER + int.from_bytes(
+        wal[8:12], "big"))
+
+
+def broken_rules(directory):
+    """The rules of the queue that a database breaks by itself."""
+    checker = Checker(os.path.join(directory, "queue.db"), [], [])
+    return [f"{rule.__name__}: {violation}"
+            for rule in (checker.caused, checker.charged, checker.summed)
+            for violation in rule()]
+
+
+class Cut(NamedTuple):
+    """A copy of the files of a moment."""
+    directory: str
+    said: int       # states that had been said
+    synced: int     # bytes of the WAL that a power cut cannot touch
+
+
+def power_cut_round(directory, copies, seed):
+    """Copy a writer's files so often and damage them; (violations, what was done)."""
+    chance, done, violations = random.Random(seed), collections.Counter(), []
+    live = os.path.join(directory, "live")
+    os.mkdir(live)
+    writer, cuts = Frozen(write_history, os.path.join(live, "queue.db"), seed), []
+    try:
+        wait_for(lambda: len(writer.lines()) > 2, "the writer's first commits")
+        for number in range(copies):
+            time.sleep(chance.uniform(0, 0.05))     # not a wait: the moment of the cut
+            with writer.frozen():
+                cuts.append(Cut(os.path.join(directory, str(number)),
+                                len(writer.lines()), synced_bytes(live)))
+                copy_files(live, cuts[-1].directory, "-wal")
+        wait_for(lambda: len(writer.lines()) > cuts[-1].said, "the last cut's state")
+    finally:
+        writer.end()
+    history = {state: number for number, state in enumerate(writer.lines())}
+    for cut in cuts:
+        for violation in check_cut(cut, history, chance, done):
+            violations.append(f"seed {seed}, {os.path.basename(cut.directory)}: "
+                              f"{violation}")
+    return violations, done
+
+
+def check_cut(cut, history, chance, done):
+    """What is wrong with a copy as it is, and with copies of it that are damaged."""
+    wal = read_bytes(os.path.join(cut.directory, "queue.db-wal"))
+    ends, whole = wal_commits(wal), cut.directory + " whole"
+    copy_files(cut.directory, whole, "-wal")
+    done["whole"] += 1
+    now, said = opened_state(whole, history)
+    yield from said
+    if now not in (cut.said - 1, cut.said):
+        yield f"{cut.said} states were said, it opens to {now}"
+        return
+    for number in range(2 * DAMAGES if cut.synced < len(wal) else 0):
+        at, where = chance.randrange(cut.synced, len(wal)), f"{cut.directory} {number}"
+        kind = ("cut off", "bit flipped")[number % 2]
+        hurt = wal[:at] + (b"" if number % 2 == 0 else
+                           bytes([wal[at] ^ 1 << chance.randrange(8)]) + wal[at + 1:])
+        copy_files(cut.directory, where)
+        write_bytes(os.path.join(where, "queue.db-wal"), hurt)
+        lost = sum(end > at for end in ends)
+        done[kind] += 1
+        done["commits lost"] += lost
+        state, said = opened_state(where, history)
+        yield from (f"{kind} at {at}: {one}" for one in said)
+        if state is None or not now - lost <= state <= now:
+            yield f"{kind} at {at}: state {state}, not {now - lost} to {now}"
+
+
+def opened_state(directory, history):
+    """The number of the state to which a copy opens, and what is wrong with it.
+
+    Before the first state comes the making of the queue: -1 where that is undone.
+    """
+    try:
+        with Queue(os.path.join(directory, "queue.db"), create=False) as queue:
+            state = history.get(fingerprint(queue))
+    except queuectl.NoQueue:
+        return -1, []
+    return state, broken_rules(directory)
+
+
+class Traced(NamedTuple):
+    """A system call of a trace: its name, its file, what it wrote."""
+    call: str
+    file: str
+    text: str
+
+
+def traced(lines):
+    """The calls of a trace, each where it ended; those that failed are left out."""
+    begun = {}
+    for line in lines:
+        pid, _, rest = line.partition(" ")
+        rest = rest.lstrip()
+        if rest.endswith("<unfinished ...>"):
+            begun[pid] = rest
+            continue
+        if rest.startswith("<... "):
+            rest = begun.pop(pid, "") + rest
+        found = re.match(r"(\w+)\(\d+<([^>]*)>(.*)", rest)
+        if found and not re.search(r"= -1 E\w+", rest):
+            yield Traced(*found.groups())
+
+
+def unsynced_files(calls, told):
+    """At the write that tells: the database's files not synced since their last write.
+
+    Also whether anything has been synced since the acknowledgement before.
+    """
+    waiting, synced = set(), 0
+    for call, file, text in calls:
+        name = os.path.basename(file)
+        if call in ("fsync", "fdatasync"):
+            waiting.discard(name)
+            synced += 1
+        elif name in ("queue.db", "queue.db-wal"):
+            waiting.add(name)
+        elif re.search(told, text):
+            return waiting, synced
+    return None, synced
+
+
+class PowerCut(Processes):
+    def test_a_copy_of_any_moment_opens_to_what_was_said_or_one_commit_more(self):
+        violations, done = power_cut_round(self.dir, CUTS, "small")
+
+        self.assertEqual(violations, [])
+        self.assertEqual(done["whole"], CUTS)
+        self.assertGreater(min(done["cut off"], done["bit flipped"]), 0)
+        self.assertGreater(done["commits lost"], 0)
+
+    def cuts_of_making(self, is_wanted, tries, seed):
+        """Copies of queues that are being made, of the moments that are wanted."""
+        chance, found = random.Random(seed), []
+        live = self.path_of("live")
+        os.mkdir(live)
+        maker = Frozen(make_queues, live)
+        try:
+            wait_for(maker.lines, "the first queue")
+            for _ in range(tries):
+                time.sleep(chance.uniform(0, 0.02))     # the moment of the cut
+                with maker.frozen():
+                    made = len(maker.lines())
+                    place = os.path.join(live, str(made))
+                    if is_wanted(place):
+                        found.append(self.path_of(f"cut{len(found)}"))
+                        copy_files(place, found[-1], "-wal", "-journal")
+        finally:
+            maker.end()
+        return found
+
+    def test_a_queue_whose_making_was_cut_short_is_made_by_the_next_command(self):
+        for place in self.cuts_of_making(os.path.exists, 20, "making"):
+            with Queue(os.path.join(place, "queue.db")) as queue:
+                before = len(queue.jobs())
+                queue.enqueue("true")
+                self.assertLessEqual(before, 1)
+                self.assertEqual(len(queue.jobs()), before + 1)
+            self.assertEqual(broken_rules(place), [])
+
+    def test_pages_that_came_late_to_the_disk_do_not_spoil_the_making(self):
+        """Pages reach the disk in any order: the first one may be the last."""
+        def is_half_made(place):
+            return read_bytes(os.path.join(place, "queue.db")) and any(
+                read_bytes(os.path.join(place, "queue.db-journal"))[:8])
+
+        for place in self.cuts_of_making(is_half_made, 40, "late"):
+            path = os.path.join(place, "queue.db")
+            write_bytes(path, bytes(4096) + read_bytes(path)[4096:])
+            with Queue(path) as queue:
+                queue.enqueue("true")
+            self.assertEqual(broken_rules(place), [])
+
+    def trace(self, *argv):
+        """The calls that a command made to keep what it wrote."""
+        if not shutil.which("strace"):
+            self.skipTest("strace is not installed")
+        log = self.path_of("trace")
+        done = subprocess.run(
+            ["strace", "-f", "-y", "-s", "99", "-o", log, "-e",
+             "trace=fsync,fdatasync,write,pwrite64", *self.command(*argv)],
+            cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        if not os.path.exists(log) or b"ptrace" in done.stderr:
+            self.skipTest("strace may not trace here")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with open(log, errors="replace") as file:
+            return list(traced(file))
+
+    def test_the_disk_has_a_job_before_its_id_is_said(self):
+        for number in (1, 2):   # the one that makes the database, and one more
+            waiting, synced = unsynced_files(self.trace("enqueue", "-q", "true"),
+                                             f'"job-{number}')
+            self.assertEqual(waiting, set(), number)
+            self.assertGreater(synced, 0)
+
+    def test_the_disk_has_the_names_of_new_files_before_an_id_is_said(self):
+        calls = self.trace("enqueue", "-q", "true")
+        said = next(n for n, one in enumerate(calls) if '"job-1' in one.text)
+
+        folders = [n for n, one in enumerate(calls) if one.call.startswith("f")
+                   and "queue.db" not in os.path.basename(one.file)]
+        logged = [n for n, one in enumerate(calls) if one.file.endswith("-wal")
+                  and one.call.startswith("f")]
+        self.assertTrue(any(logged[0] < n < said for n in folders), calls)
+
+    def test_the_disk_has_a_result_before_the_worker_says_so(self):
+        self.enqueue("true")
+        calls = self.trace("worker", "start", "--drain")
+        for told in ("job-1 started", "job-1 completed"):
+            waiting, synced = unsynced_files(calls, told)
+            self.assertEqual(waiting, set(), told)
+            self.assertGreater(synced, 0)
+
+
+# ---- Bad ground --------------------------------------------------------------
+# Full disks, files that cannot be written, are damaged, are another's, or go away.
+
+LOCK_HELD = 3       # seconds of the short test
+SPOILED = 16        # damaged copies of the short test
+
+
+def fill(place, room=0):
+    """Use up a small disk, but for so many bytes."""
+    with open(os.path.join(place, "filler"), "ab", buffering=0) as file, \
+            contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    size = os.path.getsize(os.path.join(place, "filler"))
+    os.truncate(os.path.join(place, "filler"), max(0, size - room))
+
+
+def empty(place):
+    """Make room again."""
+    os.unlink(os.path.join(place, "filler"))
+
+
+def bind_permissions():
+    """Before an exec: permissions bind root as well. No effect on others."""
+    import ctypes
+    for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+def limit_files(size):
+    """What sets the largest file that a process may write, to be run in it."""
+    import resource
+    return lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def contents(directory):
+    """Every file of a directory and its bytes."""
+    return {name: read_bytes(os.path.join(directory, name))
+            for name in sorted(os.listdir(directory))}
+
+
+def changed(before, after):
+    """The names of files that differ between two `contents`, or are in one only."""
+    return sorted(name for name in {*before, *after}
+                  if before.get(name) != after.get(name))
+
+
+def lock_round(directory, seconds):
+    """Hold the write lock under pools and clients that are at work; the violations."""
+    path, log = (os.path.join(directory, name) for name in ("queue.db", "pools.log"))
+    with Queue(path) as queue:
+        queue.configure("heartbeat", "200ms")
+        queue.configure("lease", "1s")
+        for _ in range(12):
+            queue.enqueue("echo $QUEUECTL_JOB_ID >> ran; sleep 0.3", cwd=directory)
+    def start(*argv, **options):
+        return subprocess.Popen([sys.executable, MODULE, "--db", path, *argv],
+                                cwd=directory, **options)
+    violations, ran = [], os.path.join(directory, "ran")
+    with open(log, "ab") as errors, \
+            contextlib.closing(sqlite3.connect(path, isolation_level=None)) as rival:
+        pools = [start("worker", "start", "-c", "2", stderr=errors) for _ in range(2)]
+        try:
+            wait_for(lambda: len(read_bytes(ran).split()) > 4, "the pools")
+            rival.execute("PRAGMA busy_timeout = 10000")
+            rival.execute("BEGIN IMMEDIATE")
+            end = time.monotonic() + seconds
+            clients = [start("enqueue", "-q", "echo $QUEUECTL_JOB_ID >> ran",
+                             stdout=subprocess.PIPE) for _ in range(3)]
+            wait_for(lambda: time.monotonic() >= end, "the end", seconds + 1)
+            violations += [f"a client did not wait: {client.returncode}"
+                           for client in clients if client.poll() is not None]
+            rival.execute("COMMIT")
+            told = [client.communicate(timeout=DEADLINE)[0].split() for client in clients]
+            with Queue(path) as queue:
+                wait_for(lambda: queue.counts()[COMPLETED] == 15
+                         or sum(queue.counts().values()) != 15, "the jobs")
+        finally:
+            for pool in pools:
+                pool.terminate()
+            violations += [f"a pool ended with {pool.returncode}"
+                           for pool in pools if pool.wait(DEADLINE)]
+    violations += [f"a client was told {ids}" for ids in told if len(ids) != 1]
+    with Queue(path) as queue:
+        violations += [f"{job.id}: {job.state}, {[run.outcome for run in runs]}"
+                       for job, runs in ((job, queue.runs(job.id)) for job in queue.jobs())
+                       if [run.outcome for run in runs] != ["completed"]]
+        ids = sorted(job.id for job in queue.jobs())
+    if sorted(read_bytes(ran).decode().split()) != ids:
+        violations.append(f"{read_bytes(ran).split()} ran of {ids}")
+    return violations + broken_rules(directory)
+
+
+def damage_round(directory, copies, seed):
+    """Overwrite bytes of a queue's file and read it; (violations, what was said)."""
+    chance, said, violations = random.Random(seed), collections.Counter(), []
+    path = os.path.join(directory, "queue.db")
+    with Queue(path) as queue:
+        claims = Claims(queue, PoolOptions(slots=9))
+        claims.register(None)
+        queue.enqueue_many([Spec(f"echo {n}", tags=("a", "b"), env={"K": f"v{n}"})
+                            for n in range(40)])
+        for claimed in claims.turn({}, {}, range(1, 10)).claimed:
+            claims.turn({claimed.claim: Outcome(queuectl.DONE, 0, None, 1.0, b"hi", 2)},
+                        {}, [])
+            os.close(claimed.lock)
+        claims.leave()
+    whole = read_bytes(path)
+    for number in range(copies):
+        at, size = chance.randrange(len(whole)), chance.choice((1, 8, 64, 1024))
+        hurt = (whole[:at] + bytes(chance.randrange(256) for _ in range(size))
+                + whole[at + size:])[:len(whole)]
+        for command in ("status", "list --json", "show job-3 --json", "list -s pending",
+                        "show job-2 --json", "stats", "config list"):
+            for name in os.listdir(directory):
+                os.unlink(os.path.join(directory, name))
+            write_bytes(path, hurt)
+            try:
+                code, _, words = run_cli(*command.split(), "--db", path)
+            except Exception as error:
+                code, words = 1, f"Traceback: {error!r}"
+            said[code] += 1
+            where = f"seed {seed}, {number} ({size} bytes at {at}), {command}"
+            if code not in (0, 1) or "Traceback" in words:
+                violations.append(f"{where}: {code} {words}")
+            names = changed({"queue.db": hurt}, contents(directory))
+            if names:
+                violations.append(f"{where}: {names} changed or left, {code} {words}")
+    return violations, said
+
+
+# A queuectl that knows one format more; it begins when it is told to.
+UPGRADER = """
+import sys, queuectl
+queuectl.MIGRATIONS = (*queuectl.MIGRATIONS, sys.argv[1])
+queuectl.SCHEMA_VERSION = len(queuectl.MIGRATIONS)
+print("ready", flush=True)
+sys.stdin.readline()
+sys.exit(queuectl.main(sys.argv[2:]))
+"""
+ADD_COLUMN = "ALTER TABLE jobs ADD COLUMN extra TEXT"
+TAKE_LONG = """; CREATE TABLE slow AS WITH RECURSIVE c(n) AS (
+    SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1e10) SELECT COUNT(*) FROM c"""
+
+
+class BadGround(Processes):
+    def small_disk(self, size):
+        """The database is to be on a disk of so many bytes."""
+        place = self.path_of("disk")
+        os.mkdir(place)
+        if not shutil.which("mount") or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place],
+                stderr=subprocess.DEVNULL, check=False).returncode:
+            self.skipTest("a disk of its own needs root and mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", place], check=False)
+        self.path = os.path.join(place, "queue.db")
+        return place
+
+    def enqueue(self, *argv):
+        code, out, err = run_cli("enqueue", "-q", "--cwd", self.dir, *argv,
+                                 "--db", self.path)
+        self.assertEqual(code, 0, err)
+        return out.strip()
+
+    def assert_refused(self, told, words="."):
+        code, out, err = told
+        self.assertEqual((code, out), (1, ""), err)
+        self.assertRegex(err, r"\Aqueuectl: error: [^\n]+; [^\n]+\n\Z")
+        self.assertRegex(err, words)
+
+    def assert_sound(self):
+        self.assertEqual(broken_rules(os.path.dirname(self.path)), [])
+
+    # No room.
+
+    def test_on_a_full_disk_only_what_is_there_was_acknowledged(self):
+        place = self.small_disk("1m")
+        fill(place)
+        self.assert_refused(run_cli("enqueue", "true", "--db", self.path))
+        empty(place)
+        ids = [self.enqueue("true")]
+        for room in range(0, 160_000, 10_000):
+            fill(place, room)
+            told = run_cli("enqueue", "-q", "x" * 5000, "--db", self.path)
+            if told[0]:
+                self.assert_refused(told, "no room on the disk|disk I/O error")
+            ids += told[1].split()
+            empty(place)
+
+        with Queue(self.path) as queue:
+            self.assertEqual([job.id for job in queue.jobs(sort="oldest")], ids)
+        self.assertTrue(1 < len(ids) < 17, ids)
+        self.assert_sound()
+
+    def test_a_worker_keeps_a_result_until_there_is_room(self):
+        place = self.small_disk("1m")
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .02; done; echo result")
+        worker = self.worker("--name", "one")
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        fill(place)
+        open(self.path_of("go"), "w").close()
+        wait_for(lambda: "will go on trying" in self.read("worker.log"), "the log")
+        said, end = len(self.read("worker.log").splitlines()), time.monotonic() + 2.5
+        wait_for(lambda: time.monotonic() > end, "two more tries")
+        self.assertIsNone(worker.poll())
+        self.assertLessEqual(len(self.read("worker.log").splitlines()), said + 1)
+        empty(place)
+        self.wait_state("job-1", COMPLETED)
+
+        self.assertEqual([run.output for run in self.runs("job-1")], [b"result\n"])
+        worker.terminate()
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assert_sound()
+
+    def test_many_jobs_over_several_full_disks_run_once_each(self):
+        place = self.small_disk("8m")   # its WAL has room up to its checkpoint
+        self.call("enqueue", "-", input=b"echo $QUEUECTL_JOB_ID >> ran; sleep .1\n" * 20)
+        worker = self.worker("-c", "3", "--drain")
+        for most in (2, 6, 10):
+            wait_for(lambda most=most: os.path.exists(self.path_of("ran"))
+                     and len(self.read("ran").split()) >= most, "some jobs")
+            before = self.read("worker.log").count("go on trying")
+            fill(place)
+            wait_for(lambda before=before: self.read("worker.log").count("go on trying")
+                     > before, "the log")
+            empty(place)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+        self.assertEqual(sorted(self.read("ran").split()),
+                         sorted(f"job-{n}" for n in range(1, 21)))
+        with Queue(self.path) as queue:
+            self.assertEqual(queue.counts()[COMPLETED], 20)
+        self.assertLess(len(self.read("worker.log").splitlines()), 2 * 20 + 12)
+        self.assert_sound()
+
+    def test_where_files_may_not_grow_only_what_is_there_was_acknowledged(self):
+        told = [self.call("enqueue", "-q", "true", preexec_fn=limit_files(size))
+                for size in (0, 50_000, 122_900)]     # while it is being made
+        for one in told:
+            if one[0]:
+                self.assert_refused(one)
+        self.assertEqual([one[0] for one in told[:2]], [1, 1])
+        self.enqueue("true", "--id", "between")
+        holder = self.a_queue()     # so that the WAL stays and grows
+        for size in (0, 5000, 30_000, 200_000):
+            one = self.call("enqueue", "-q", "true", preexec_fn=limit_files(size))
+            if one[0]:
+                self.assert_refused(one)
+            told.append(one)
+
+        ids = [*"".join(one[1] for one in told).split(), "between"]
+        self.assertEqual(sorted(job.id for job in holder.jobs()), sorted(ids))
+        self.assertEqual(told[-1][0], 0)
+        self.assert_sound()
+
+    def test_a_worker_keeps_a_result_while_its_files_may_not_grow(self):
+        import resource
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("limits of another process can be set on Linux only")
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .02; done; echo result")
+        worker = self.worker()
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        free = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+        size = os.path.getsize(self.path + "-wal")
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (size, free[1]))
+        open(self.path_of("go"), "w").close()
+        wait_for(lambda: "will go on trying" in self.read("worker.log"), "the log")
+        self.assertEqual(self.job("job-1").state, PROCESSING)
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, free)
+        self.wait_state("job-1", COMPLETED)
+
+        self.assertEqual([run.output for run in self.runs("job-1")], [b"result\n"])
+        self.assertLessEqual(self.read("worker.log").count("trying"), 3)
+        self.assert_sound()
+
+    # No permission.
+
+    def call_bound(self, *argv):
+        return self.call(*argv, preexec_fn=bind_permissions)
+
+    def skip_unless_bound(self):
+        probe = self.path_of("probe")
+        write_bytes(probe, b"")
+        os.chmod(probe, 0)
+        if subprocess.run(["cat", probe], preexec_fn=bind_permissions, check=False,
+                          stderr=subprocess.DEVNULL).returncode == 0:
+            self.skipTest("permissions do not bind this user")
+
+    def a_bound_queue(self):
+        """A queue with one job, in a directory of its own."""
+        self.skip_unless_bound()
+        os.mkdir(self.path_of("here"))
+        self.path = os.path.join(self.path_of("here"), "queue.db")
+        self.addCleanup(os.chmod, self.path_of("here"), 0o700)
+        self.enqueue("true")
+
+    def test_who_may_not_write_may_read_or_is_refused_in_words(self):
+        self.a_bound_queue()
+        here = os.path.dirname(self.path)
+        before = read_bytes(self.path)
+        for folder, file in ((0o755, 0o444), (0o555, 0o444), (0o755, 0)):
+            os.chmod(self.path, file)
+            os.chmod(here, folder)
+            for words in (["status"], ["show", "job-1"]):
+                with self.subTest(f"{words} {folder:o} {file:o}"):
+                    told = self.call_bound(*words)
+                    if told[0]:
+                        self.assert_refused(told)
+                    else:
+                        self.assertTrue(told[1])
+            for words in (["enqueue", "true"], ["worker", "start", "--drain"]):
+                with self.subTest(f"{words} {folder:o} {file:o}"):
+                    self.assert_refused(self.call_bound(*words))
+            self.assertEqual(read_bytes(self.path), before)
+        os.chmod(here, 0o755)
+        self.assert_sound()
+
+    def test_a_file_takes_jobs_again_once_it_may_be_written_again(self):
+        self.a_bound_queue()
+        os.chmod(self.path, 0o444)
+        self.call_bound("status")
+        os.chmod(self.path, 0o600)
+
+        code, out, err = self.call_bound("enqueue", "-q", "true")
+        self.assertEqual((code, out), (0, "job-2\n"), err)
+        self.assert_sound()
+
+    def test_in_a_directory_that_cannot_be_written_nothing_is_made(self):
+        self.a_bound_queue()
+        here = os.path.dirname(self.path)
+        os.chmod(here, 0o555)
+        self.path = os.path.join(here, "new.db")
+
+        self.assert_refused(self.call_bound("enqueue", "true"), "cannot make")
+        self.assert_refused(self.call_bound("status"), "no queue at")
+        self.assertEqual([name for name in os.listdir(here) if "new" in name], [])
+
+    # No lock.
+
+    def test_a_write_lock_held_for_long_costs_time_and_nothing_else(self):
+        self.assertEqual(lock_round(self.dir, LOCK_HELD), [])
+
+    # No file.
+
+    def a_worker_at_work(self):
+        """A worker whose job, of process group `pid`, will not end by itself."""
+        run_cli("config", "set", "heartbeat", "200ms", "--db", self.path)
+        self.enqueue("echo $$ > pid; sleep 100")
+        worker = self.worker()
+        wait_for(lambda: read_bytes(self.path_of("pid")).endswith(b"\n"), "the start")
+        return worker
+
+    def assert_stopped_loudly(self, worker):
+        self.assertEqual(worker.wait(DEADLINE), 1)
+        log = self.read("worker.log")
+        self.assertEqual(log.count("error: "), 1, log)
+        self.assertRegex(log, "deleted or replaced.*; start it anew")
+        self.assertNotIn("Traceback", log)
+        self.assertFalse(is_running(self.read("pid")))
+
+    def test_a_worker_whose_database_is_deleted_ends_its_jobs_and_says_so(self):
+        worker = self.a_worker_at_work()
+        os.unlink(self.path)
+
+        self.assert_stopped_loudly(worker)
+        self.assert_refused(self.call("status"), "no queue at")
+        self.enqueue("echo anew")
+        self.assertEqual([job["id"] for job in json.loads(
+            self.call("list", "--json")[1])], ["job-1"])
+        self.assert_sound()
+
+    def test_a_moved_database_has_all_that_was_acknowledged(self):
+        worker = self.a_worker_at_work()
+        self.enqueue("true", "--id", "late")
+        os.mkdir(self.path_of("there"))
+        os.rename(self.path, os.path.join(self.path_of("there"), "queue.db"))
+
+        self.assert_stopped_loudly(worker)
+        self.path = os.path.join(self.path_of("there"), "queue.db")
+        self.assertEqual(self.job("late").state, PENDING)
+        self.assert_sound()
+
+    def test_another_queue_in_its_place_is_left_as_it_is(self):
+        here, self.path = self.path, self.path_of("other.db")
+        self.call("enqueue", "-", input=b"true\n" * 5)
+        other = read_bytes(self.path)
+        self.path = here
+        worker = self.a_worker_at_work()
+        os.replace(self.path_of("other.db"), self.path)
+
+        self.assert_stopped_loudly(worker)
+        self.assertEqual(read_bytes(self.path), other)
+        with Queue(self.path) as queue:
+            self.assertEqual([job.id for job in queue.jobs(PENDING, "oldest")],
+                             [f"job-{n}" for n in range(1, 6)])
+        self.assert_sound()
+
+    # Not ours.
+
+    def assert_left(self, code, *words):
+        """Each command refuses the file, and leaves the directory as it is."""
+        before = contents(self.dir)
+        for command in ("status", "list", "enqueue true", "worker start --drain",
+                        "config set timeout 1s"):
+            with self.subTest(command):
+                status, out, err = run_cli(*command.split(), "--json", "--db", self.path) \
+                    if "-" not in command and "set" not in command \
+                    else run_cli(*command.split(), "--db", self.path)
+                self.assertEqual((status, out), (1, ""), err)
+                if err.startswith("{"):
+                    self.assertEqual(json.loads(err)["error"]["code"], code)
+                for word in words:
+                    self.assertIn(word, err)
+                self.assertEqual(changed(before, contents(self.dir)), [])
+
+    def test_files_that_are_no_database_are_refused_and_left(self):
+        for content in (b"hello\n", b"#!/bin/sh\n" * 999, bytes(8192),
+                        b"SQLite format 3\0" + bytes(100), b"\xff" * 5000):
+            write_bytes(self.path, content)
+            self.assert_left("not-a-queue", "is not a queuectl database")
+
+    def test_the_database_of_another_program_is_refused_and_left_while_it_is_used(self):
+        for mode in ("delete", "wal"):
+            self.path = self.path_of(f"{mode}.db")
+            db = sqlite3.connect(self.path, isolation_level=None)
+            self.addCleanup(db.close)
+            db.execute(f"PRAGMA journal_mode = {mode}")
+            db.execute("CREATE TABLE jobs (id, state)")
+            self.assert_left("not-a-queue", "is not a queuectl database")
+
+    def a_newer_queue(self):
+        with Queue(self.path) as queue:
+            queue.enqueue("true")
+        db = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(db.close)
+        db.execute("PRAGMA user_version = 99")
+        return db
+
+    def test_a_newer_format_is_refused_and_left(self):
+        self.a_newer_queue().close()
+        self.assert_left("newer-version", "newer queuectl", "format 99")
+
+    def test_a_newer_format_is_left_with_what_a_killed_worker_of_it_left(self):
+        db = self.a_newer_queue()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("INSERT INTO settings VALUES ('newer', '1')")
+        os.mkdir(self.path_of("left"))
+        for suffix in ("", "-wal"):
+            subprocess.run(["cp", self.path + suffix, self.path_of("left")], check=True)
+        self.dir = self.path_of("left")
+        self.path = self.path_of("queue.db")
+        self.assert_left("newer-version", "newer queuectl")
+
+    def test_damage_is_met_in_words_and_reading_leaves_it_as_it_is(self):
+        violations, said = damage_round(self.dir, SPOILED, "small")
+
+        self.assertEqual(violations, [])
+        self.assertGreater(min(said[0], said[1]), 0)
+
+    def test_a_worker_that_meets_damage_stops_in_words(self):
+        self.call("enqueue", "-", input=b"true\n" * 200)
+        with Queue(self.path) as queue:
+            page = queue.store.row(
+                "SELECT rootpage FROM sqlite_master WHERE name = 'jobs'")[0]
+        content = read_bytes(self.path)
+        write_bytes(self.path, content[:page * 4096 - 4096] + b"\xee" * 4096
+                    + content[page * 4096:])
+
+        code, out, err = self.call("worker", "start", "--drain")
+        self.assertEqual((code, out), (1, ""), err)
+        self.assertIn("is damaged; restore a backup", err)
+        self.assertNotIn("Traceback", err)
+
+    # Older formats.
+
+    def upgrader(self, script, *argv):
+        """A process that will upgrade once it is told to begin."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", UPGRADER, script, *argv, "--db", self.path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=os.path.dirname(MODULE))
+        self.addCleanup(self.end, process)
+        self.assertEqual(process.stdout.readline(), b"ready\n")
+        return process
+
+    def told(self, process):
+        out, err = process.communicate(b"go\n", timeout=DEADLINE)
+        return process.returncode, out.decode(), err.decode()
+
+    def begin(self, process):
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+
+    def format_of(self, path):
+        """The version of a file, whether it has the new column, and its ids."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+            columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+            return (db.execute("PRAGMA user_version").fetchone()[0], "extra" in columns,
+                    [id for id, in db.execute("SELECT id FROM jobs ORDER BY seq")])
+
+    def three_old_jobs(self):
+        self.call("enqueue", "-", input=b"true\n" * 3)
+        return ["job-1", "job-2", "job-3"]
+
+    def test_an_older_format_is_upgraded_after_a_backup_beside_it(self):
+        ids = self.three_old_jobs()
+        self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
+
+        backup = self.path + ".format-1.backup"
+        self.assertEqual(self.format_of(self.path), (2, True, ids))
+        self.assertEqual(self.format_of(backup), (1, False, ids))
+        self.assertEqual(os.stat(backup).st_mode & 0o777, 0o600)
+        with Queue(backup) as queue:
+            self.assertEqual(queue.counts()[PENDING], 3)
+        self.assert_refused(self.call("status"), "newer queuectl")
+
+    def test_an_upgrade_that_is_killed_in_the_middle_has_not_happened(self):
+        ids = self.three_old_jobs()
+        process = self.upgrader(ADD_COLUMN + TAKE_LONG, "config", "list")
+        self.begin(process)
+        wait_for(lambda: os.path.exists(self.path + ".format-1.backup"), "the backup")
+        self.assertIsNone(process.poll())
+        process.kill()
+        process.wait()
+        process.communicate()
+
+        self.assertEqual(self.format_of(self.path), (1, False, ids))
+        self.assertEqual(self.call("status")[0], 0)
+        self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
+        self.assertEqual(self.format_of(self.path), (2, True, ids))
+
+    def test_two_that_upgrade_at_once_both_succeed(self):
+        ids = self.three_old_jobs()
+        script = ADD_COLUMN + "; UPDATE jobs SET extra = 'migrated'"
+        both = [self.upgrader(script, "config", "list") for _ in range(2)]
+        for process in both:
+            self.begin(process)
+
+        self.assertEqual([self.told_of(process) for process in both], [(0, b"")] * 2)
+        self.assertEqual(self.format_of(self.path), (2, True, ids))
+        self.assertEqual(self.format_of(self.path + ".format-1.backup"), (1, False, ids))
+        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
+
+    def told_of(self, process):
+        """The exit status and stderr of one that has begun."""
+        return process.wait(DEADLINE), process.communicate()[1]
+
+    def test_an_upgrade_without_room_for_its_backup_is_refused(self):
+        place = self.small_disk("1m")
+        self.call("enqueue", "-", input=b"".join(
+            b"echo %s\n" % (b"x" * 9000) for _ in range(30)))
+        ids = [f"job-{n}" for n in range(1, 31)]
+        fill(place, 200_000)
+        self.assert_refused(self.told(self.upgrader(ADD_COLUMN, "config", "list")),
+                            "no room on the disk")
+        self.assertEqual([name for name in os.listdir(place) if "format" in name], [])
+        empty(place)
+        self.assertEqual(self.format_of(self.path), (1, False, ids))
+        self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
+        self.assertEqual(self.format_of(self.path), (2, True, ids))
 
 
 # ---- Demo --------------------------------------------------------------------
@@ -2183,16 +3858,20 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--chaos`; without a flag the tests."""
+    """`--demo`, `--chaos`, `--crash-points`; without a flag the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
+    parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
+                        metavar="SHARE")
     parser.add_argument("--seed", default="1")
     args, rest = parser.parse_known_args()
     if args.demo:
         return demo()
     if args.chaos is not None:
         return chaos(args.chaos, args.seed)
+    if args.crash_points is not None:
+        return crash_points(args.crash_points, args.seed)
     return unittest.main(argv=[sys.argv[0], *rest])
 
 
