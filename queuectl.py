@@ -49,8 +49,8 @@ Invariants
          and only when the run's lock is free.
     (I7) A waiting job has a gate; only an open gate can be claimed.  [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
-    (I9) One thread of a pool touches the database; no transaction waits for anything
-         but the write lock and the disk.
+    (I9) One thread of a pool touches the database, and starts and reaps the commands;
+         no transaction waits for anything but the write lock and the disk.
 
 Contents: `grep -n '^# ----' queuectl.py`
      1 Vocabulary   states, moves, limits, errors
@@ -76,6 +76,7 @@ import argparse
 import bisect
 import contextlib
 import datetime
+import errno
 import functools
 import json
 import math
@@ -98,6 +99,7 @@ except ImportError:  # Windows: clients work there, pools refuse in words
 
 if TYPE_CHECKING:
     import concurrent.futures as futures
+    import queue as queues
     import socket
     import subprocess
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -160,7 +162,8 @@ EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
-POOL_PATIENCE = 2.0    # seconds a pool waits for it before it sees to other things
+POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
+TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
@@ -169,9 +172,13 @@ SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad di
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
 REMOVE_BATCH = 500     # jobs deleted in one transaction: some 10 ms of write lock
+QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
+AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
-MAX_SLOTS = 512        # of one pool: threads, and three descriptors each
+MAX_SLOTS = 512        # of one pool
+SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
+POOL_FILES = 32        # descriptors of a pool beside those
 MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
@@ -2223,6 +2230,11 @@ class Store:
         row = self.row(Sql.CHANGED)
         return int(row[0]) if row else 0
 
+    def relieve(self) -> None:
+        """On a full disk: move the WAL into the file, which may have room for it."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._db.execute(Sql.EMPTY_WAL).fetchall()
+
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
@@ -2311,6 +2323,14 @@ def _stat_fields(pid: int) -> list[bytes]:
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
 
 
+class Process(NamedTuple):
+    """A process, as the kernel tells it."""
+    pid: int
+    claim: int      # of the run that it belongs to, by its token; 0: none is told
+    group: int
+    session: int    # 0: not told
+
+
 class Host:
     """This machine, as far as it concerns one database."""
 
@@ -2320,6 +2340,8 @@ class Host:
         self.locks = Locks(path + LOCK_SUFFIX)
         # With the file's own number: a copy of a queue has the same id and claims.
         self._run_prefix = f"{database_id}-{inode[0]:x}-{inode[1]:x}"
+        self._token = re.compile(
+            f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode())
 
     def token(self, claim: int) -> str:
         """What the environment of each process of a run holds, as QUEUECTL_RUN."""
@@ -2356,47 +2378,34 @@ class Host:
         return (self.locks.is_held(POOL_LOCKS + worker.id)
                 or self.born(worker.pid) == worker.born != "")
 
-    def is_over(self, claim: int, session: int = 0) -> bool:
-        """Whether no process of the run is left, and none can come (I5)."""
-        return not self.locks.is_held(claim) and not self.members(claim, session)
-
-    def members(self, claim: int, session: int = 0) -> list[int]:
-        """The processes of a run: by the token they inherited, or by their session."""
-        token = f"QUEUECTL_RUN={self.token(claim)}\0".encode()
+    def processes(self) -> list[Process]:
+        """The processes that may be a run's: all with a session or a token told."""
         if not self.boot:
-            return self._members_by_ps(token[:-1])
-        return [pid for pid in self._processes()
-                if (token in _read(f"/proc/{pid}/environ")
-                and _stat_fields(pid))
-                or (session and self._session(pid) == session)]
+            return self._processes_by_ps()
+        found = []
+        for pid in self._pids():
+            environ, fields = _read(f"/proc/{pid}/environ"), _stat_fields(pid)
+            if fields:
+                found.append(Process(pid, self._claim_in(environ), int(fields[2]),
+                                     int(fields[3])))
+        return found
 
-    def seen_runs(self) -> dict[int, list[int]]:
-        """The processes of all runs of this database, by claim; where /proc tells."""
-        pattern = re.compile(f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)\0".encode())
-        seen: dict[int, list[int]] = {}
-        for pid in self._processes():
-            found = pattern.search(_read(f"/proc/{pid}/environ"))
-            if found and _stat_fields(pid):
-                seen.setdefault(int(found[1]), []).append(pid)
-        return seen
+    def _claim_in(self, environ: bytes) -> int:
+        match = self._token.search(environ)
+        return int(match[1]) if match else 0
+
+    def members(self, claim: int) -> list[int]:
+        """The processes of a run, by the token that they inherited."""
+        return [one.pid for one in self.processes() if one.claim == claim]
 
     def holders(self, claim: int) -> list[int]:
         """The processes that hold the run's lock, also those that shed the token."""
-        return [pid for pid in self._processes() if self._holds(pid, claim)]
+        return [pid for pid in self._pids() if self._holds(pid, claim)]
 
-    def _processes(self) -> list[int]:
+    def _pids(self) -> list[int]:
         own = os.getpid()
         return [int(name) for name in os.listdir("/proc")
                 if name.isdigit() and int(name) != own] if self.boot else []
-
-    def group(self, pid: int) -> int:
-        """The process group of a process; -1 if it is gone."""
-        fields = _stat_fields(pid)
-        return int(fields[2]) if fields else -1
-
-    def _session(self, pid: int) -> int:
-        fields = _stat_fields(pid)
-        return int(fields[3]) if fields else -1
 
     def _holds(self, pid: int, claim: int) -> bool:
         """The kernel lists a descriptor's locks in its fdinfo, with their offsets."""
@@ -2418,13 +2427,14 @@ class Host:
         except OSError:
             return False
 
-    def _members_by_ps(self, token: bytes) -> list[int]:
+    def _processes_by_ps(self) -> list[Process]:
         import subprocess  # 5 ms, and only where there is no /proc
-        said = subprocess.run(["ps", "axeww", "-o", "pid=,command="],
+        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,command="],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               check=False).stdout
-        return [int(line.split()[0]) for line in said.splitlines()
-                if token in line.split() and int(line.split()[0]) != os.getpid()]
+        rows = [line.split(None, 2) for line in said.splitlines()]
+        return [Process(int(row[0]), self._claim_in(row[2] + b"\0"), int(row[1]), 0)
+                for row in rows if len(row) == 3 and int(row[0]) != os.getpid()]
 
 
 LOOPBACK = "127.0.0.1"
@@ -3193,6 +3203,8 @@ class Claims:
             if slot == AHEAD and number > 1:
                 continue    # see `rescue`
             claim += 1
+            while self._host.locks.is_held(claim):  # by what an older copy has left
+                claim += 1
             lock = self._host.locks.hold(claim)     # before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claimed(job, claim, number, lock, slot))
@@ -3449,7 +3461,11 @@ class Inspection:
 
     def _strays(self) -> Iterator[Finding]:
         """Processes of runs that are over: mostly background children."""
-        for claim, pids in sorted(self._host.seen_runs().items()):
+        seen: dict[int, list[int]] = {}
+        for one in self._host.processes():
+            seen.setdefault(one.claim, []).append(one.pid)
+        seen.pop(0, None)   # of no run
+        for claim, pids in sorted(seen.items()):
             row = self._store.row(Sql.RUN_BY_CLAIM, claim=claim)
             run = Run(*row) if row else None
             if run is None or run.outcome is not None:
@@ -3868,10 +3884,8 @@ class Launch(NamedTuple):
     command: str
     cwd: str
     env: dict[bytes, bytes]
-    claim: int
-    lock: int                   # descriptor to pass on and close; -1: none
+    lock: int                   # descriptor to pass on; -1: none
     timeout: float | None       # seconds; None: never
-    kill_grace: float           # seconds from SIGTERM to SIGKILL
     output_limit: int           # bytes
 
 
@@ -3900,38 +3914,6 @@ class Wakeup:
         os.close(self.writer)
 
 
-class Lingerers:
-    """Keeps reading the pipes that background children of finished jobs still hold.
-
-    If nobody did, SIGPIPE would end what ought to go on. One thread, started with
-    the first such pipe; a daemon, so that it holds up no exit.
-    """
-
-    def __init__(self) -> None:
-        self._poll = select.poll()
-        self._count = 0
-        self._lock = threading.Lock()   # guards the count and the thread's life
-
-    def adopt(self, pipe: int) -> None:
-        """Read and throw away until the last writer is gone; any thread may call."""
-        with self._lock:
-            self._poll.register(pipe, select.POLLIN)
-            self._count += 1
-            if self._count == 1:
-                threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        while True:
-            for pipe, _ in self._poll.poll(1000):   # also sees pipes adopted meanwhile
-                if not os.read(pipe, READ_SIZE):
-                    with self._lock:
-                        self._poll.unregister(pipe)
-                        os.close(pipe)
-                        self._count -= 1
-                        if self._count == 0:
-                            return
-
-
 def _watch_process(pid: int) -> int:
     """A descriptor that becomes readable when the process ends; -1: none here."""
     try:
@@ -3951,188 +3933,101 @@ def exit_words(status: int) -> str:
 
 
 class Command:
-    """One run of one command. `run` belongs to a slot's thread, the rest to any."""
+    """One run of one command. Nothing here waits: its pool calls when there is news."""
 
-    def __init__(self, launch: Launch, host: Host, wakeup: Wakeup,
-                 lingerers: Lingerers) -> None:
-        self._launch, self._host = launch, host
-        self._wakeup, self._lingerers = wakeup, lingerers
-        self._output = Output(launch.output_limit)
-        self._lock = threading.Lock()       # guards the output between two threads
-        self._why: str | None = None        # the outcome for which it is being ended
-        self._kill_at: float | None = None  # monotonic; None: not yet asked to end
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
+        self.output = Output(launch.output_limit)
+        self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
+        self.why: str | None = None         # the outcome for which it is being ended
+        self.ends_at = math.inf             # monotonic: its time-out
 
-    def end(self, why: str) -> None:
-        """Ask for the end of the whole tree; `why` becomes the outcome."""
-        self._why = self._why or why
-        self._wakeup.set()
+    def start(self) -> int:
+        """Start it; the process's id, which is its group's and its session's too.
 
-    def snapshot(self) -> Output:
-        """The output so far: a copy, so that it may be stored at leisure."""
-        with self._lock:
-            copy = Output(self._launch.output_limit)
-            copy.feed(self._output.kept())
-            copy.total = self._output.total
-        return copy
-
-    def printed(self) -> int:
-        """Bytes printed so far."""
-        return self._output.total
-
-    def run(self) -> Outcome:
-        """Run the command to its end; never raises for what the command does."""
-        begun = time.monotonic()
-        if self._why:       # asked to end before it began
-            self._close_lock()
-            return Outcome(self._why, duration=0.0)
-        try:
-            process, pipe = self._start()
-        except (OSError, ValueError) as error:
-            return Outcome(FAILURE, None, self._start_error(error),
-                           time.monotonic() - begun)
-        finally:
-            self._close_lock()
-        self._follow(process, pipe, begun)
-        return self._outcome(process.returncode, time.monotonic() - begun)
-
-    def _close_lock(self) -> None:
-        if self._launch.lock >= 0:
-            os.close(self._launch.lock)
-
-    def _start(self) -> tuple[subprocess.Popen[bytes], int]:
+        Raises OSError (no such directory, too long, no resources) and ValueError.
+        """
         import subprocess  # 5 ms, and only in a pool
         launch = self._launch
-        reader, writer = os.pipe()
+        self.pipe, writer = os.pipe()
         try:
-            os.set_blocking(reader, False)
-            process = subprocess.Popen(
+            os.set_blocking(self.pipe, False)
+            self._begun = time.monotonic()
+            self._process = subprocess.Popen(
                 ["/bin/sh", "-c", launch.command.encode()], stdin=subprocess.DEVNULL,
                 stdout=writer, stderr=writer, env=launch.env,
-                cwd=launch.cwd.encode() or None,
-                start_new_session=True,
+                cwd=launch.cwd.encode() or None, start_new_session=True,
                 pass_fds=(launch.lock,) if launch.lock >= 0 else ())
         except BaseException:
-            os.close(reader)
+            self._close_pipe()
             raise
         finally:
             os.close(writer)
-        return process, reader
+        self.watch = _watch_process(self._process.pid)
+        if launch.timeout is not None:
+            self.ends_at = self._begun + launch.timeout
+        return self._process.pid
 
-    def _start_error(self, error: Exception) -> str:
-        cwd = self._launch.cwd
-        if cwd and not os.path.isdir(cwd.encode()):
-            return f"the directory {cwd} is not there"
-        if isinstance(error, OSError) and error.errno == 7:  # E2BIG
-            return "the command and its environment are too long for the system"
-        return f"could not be started: {error}"
+    def peek(self) -> int | None:
+        """The exit status, negative for a signal; None: it has not exited yet.
 
-    def _follow(self, process: subprocess.Popen[bytes], pipe: int,
-                begun: float) -> None:
-        """Read along until the command has exited; enforce time-out and wishes.
-
-        If the tree is being ended, wait for the last of it. Otherwise children left
-        in the background go on and hold nobody up.
+        It is not reaped, so that its id stays its own. What it left in the background
+        does not count.
         """
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        poller.register(self._wakeup.reader, select.POLLIN)
-        watch = _watch_process(process.pid)
-        if watch >= 0:
-            poller.register(watch, select.POLLIN)
-        at_end = False
-        while process.poll() is None \
-                or (self._must_end(process) and not self._is_over(process.pid)):
-            for fd, _ in poller.poll(self._patience(process, begun, watch)):
-                if fd == pipe and not self._read(pipe):
-                    at_end = True
-                    poller.unregister(pipe)
-                elif fd == self._wakeup.reader:
-                    self._wakeup.clear()
-                elif fd == watch:
-                    poller.unregister(watch)
-            self._enforce(process, begun)
-        if watch >= 0:
-            os.close(watch)
-        self._finish_reading(pipe, at_end)
-
-    def _must_end(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether the whole tree is to end: as asked, or since a signal has killed its
-        head. That left nothing in the background on purpose; a retry would meet it.
-        """
-        return self._why is not None or (process.returncode or 0) < 0
-
-    def _patience(self, process: subprocess.Popen[bytes], begun: float,
-                  watch: int) -> float | None:
-        """Milliseconds until something is to do; None: until something happens."""
-        if self._must_end(process) or watch < 0:
-            return RESCUE_TICK * 1000
-        if process.returncode is not None:
-            return 0
-        if self._launch.timeout is None:
+        assert self._process is not None
+        if self._process.returncode is not None or not hasattr(os, "waitid"):
+            return self._process.poll()
+        found = os.waitid(os.P_PID, self._process.pid,
+                          os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
             return None
-        left = begun + self._launch.timeout - time.monotonic()
-        return min(max(0.0, left * 1000 + 1), 2e9)
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
-    def _enforce(self, process: subprocess.Popen[bytes], begun: float) -> None:
-        now, launch = time.monotonic(), self._launch
-        if process.returncode is None and self._why is None \
-                and launch.timeout is not None and now >= begun + launch.timeout:
-            self._why = TIMEOUT
-        if not self._must_end(process):
-            return
-        if self._kill_at is None:
-            self._kill_at = now + launch.kill_grace
-            self._signal_tree(process, signal.SIGTERM)
-            self._signal_tree(process, signal.SIGCONT)
-        elif now >= self._kill_at:
-            self._signal_tree(process, signal.SIGKILL)
-
-    def _signal_tree(self, process: subprocess.Popen[bytes], number: int) -> None:
-        """Signal the group, and the descendants that left it."""
-        if process.returncode is None:  # not reaped: the id cannot be another's
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-        claim = self._launch.claim
-        others = set(self._host.members(claim, process.pid))
-        if number == signal.SIGKILL:
-            others |= set(self._host.holders(claim))
-        for pid in others - {process.pid}:
-            if number != signal.SIGTERM or self._host.group(pid) != process.pid:
-                self._host.signal(pid, number)
-
-    def _is_over(self, session: int) -> bool:
-        return self._host.is_over(self._launch.claim, session)
-
-    def _read(self, pipe: int) -> int:
-        """Take in what is there; 0 at the end."""
+    def read(self) -> bool:
+        """Take in what was printed; False at the end, when the pipe is closed."""
         try:
-            piece = os.read(pipe, READ_SIZE)
+            piece = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
-            return -1
-        with self._lock:
-            self._output.feed(piece)
-        return len(piece)
+            return True
+        self.output.feed(piece)
+        if not piece:
+            self._close_pipe()
+        return bool(piece)
 
-    def _finish_reading(self, pipe: int, at_end: bool) -> None:
-        """Take what is left in the pipe, but not what others go on writing."""
-        stop = self._output.total + LINGER_READ
-        size = 0 if at_end else 1
-        while size > 0 and self._output.total < stop:
-            size = self._read(pipe)
-        if size == 0:
-            os.close(pipe)
-        else:
-            self._lingerers.adopt(pipe)
+    def _close_pipe(self) -> None:
+        os.close(self.pipe)
+        self.pipe = -1
+
+    def finish(self) -> Outcome:
+        """Reap it, now that it has exited, and take in what is left in the pipe.
+
+        Where others go on writing the pipe stays open, for its pool to read on.
+        """
+        assert self._process is not None
+        status, duration = self._process.wait(), time.monotonic() - self._begun
+        if self.watch >= 0:
+            os.close(self.watch)
+            self.watch = -1
+        stop, seen = self.output.total + LINGER_READ, -1
+        while self.pipe >= 0 and seen < self.output.total < stop:
+            seen = self.output.total
+            self.read()
+        return self._outcome(status, duration)
 
     def _outcome(self, status: int, duration: float) -> Outcome:
-        kept, total = self._output.kept(), self._output.total
+        kept, total = self.output.kept(), self.output.total
         code = 128 - status if status < 0 else status
-        if self._why == TIMEOUT:
+        if self.why == TIMEOUT:
             return Outcome(TIMEOUT, EX_TIMEOUT,
                            f"timed out after {span(self._launch.timeout or 0)}",
                            duration, kept, total)
-        if self._why:
-            return Outcome(self._why, code, None, duration, kept, total)
+        if self.why == LOST:
+            return Outcome(LOST, None, "ended by another worker: its own was silent",
+                           duration, kept, total)
+        if self.why:
+            return Outcome(self.why, code, None, duration, kept, total)
         if status == 0:
             return Outcome(DONE, 0, None, duration, kept, total)
         words = last_line(kept)
@@ -4140,29 +4035,60 @@ class Command:
         return Outcome(FAILURE, code, error, duration, kept, total)
 
 
-class Leftovers:
-    """What a lost run left behind, ended step by step (I6).
+def start_error(error: Exception, cwd: str) -> str:
+    """Why a command could not be started."""
+    if cwd and not os.path.isdir(cwd.encode()):
+        return f"the directory {cwd} is not there"
+    if isinstance(error, OSError) and error.errno == errno.E2BIG:
+        return "the command and its environment are too long for the system"
+    return f"could not be started: {error}"
 
-    The owner itself may hold the run's lock, if it was frozen between claim and
+
+class Ending:
+    """The end of a run's process tree: SIGTERM, after the grace SIGKILL (I6).
+
+    Its processes are found by the token, by the session and by the run's lock. The pool
+    that owns a lost run may hold that lock itself, if it was frozen between claim and
     start. It could start the command when it thaws: so it is killed, long after its
     lease has run out, and only then.
     """
 
-    def __init__(self, host: Host, lost: Stranded, grace: float) -> None:
-        self._host, self._run, self._owner = host, lost.run, lost.owner
-        self._grace = grace                 # seconds from SIGTERM to SIGKILL
-        self._kill_at: float | None = None  # monotonic; None: not begun
-        self._asked: set[int] = set()       # processes that had their SIGTERM
+    def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
+                 lost: Stranded | None = None) -> None:
+        self.claim, self.lost = claim, lost     # lost: another pool's run
+        self.has_begun = False                  # whether anything was there to end
+        self._host, self._group = host, group   # 0: its head may have been reaped
+        self._grace = grace                     # seconds from SIGTERM to SIGKILL
+        self._kill_at: float | None = None      # monotonic; None: not begun
+        self._asked: set[int] = set()           # processes that had their SIGTERM
 
-    def step(self, now: float) -> bool:
-        """Signal what is left; True when nothing is. `now` is a monotonic clock's."""
-        host, claim, owner = self._host, self._run.claim, self._owner
-        if host.is_over(claim):
+    def step(self, now: float, processes: Iterable[Process]) -> bool:
+        """Signal what is left of these; True when nothing is. `now` is monotonic."""
+        left = {one.pid for one in processes if one.claim == self.claim
+                or (self._group and one.session == self._group)}
+        if not left and not self._host.locks.is_held(self.claim):
             return True
+        self.has_begun = True
         if self._kill_at is None:
             self._kill_at = now + self._grace
+            self._signal_group(signal.SIGTERM)
+            self._asked = {one.pid for one in processes
+                           if self._group and one.group == self._group}
         late = now >= self._kill_at
-        left = {*host.members(claim), *host.holders(claim)}
+        if late or not left:
+            left |= set(self._host.holders(self.claim))
+        self._signal(left, late)
+        return False
+
+    def _signal_group(self, number: int) -> None:
+        """The head of the group is not reaped yet, so the id cannot be another's."""
+        if self._group:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._group, number)
+                os.killpg(self._group, signal.SIGCONT)
+
+    def _signal(self, left: set[int], late: bool) -> None:
+        host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
         for pid in left - {frozen}:
             if late or pid not in self._asked:
@@ -4171,15 +4097,61 @@ class Leftovers:
                 self._asked.add(pid)
         if late and owner and left == {frozen} and host.born(frozen) == owner.born:
             host.signal(frozen, signal.SIGKILL)
-        return False
 
-    def end(self, is_wanted: Callable[[], bool]) -> bool:
-        """Step until nothing is left; False once `is_wanted()` has become false."""
-        while not self.step(time.monotonic()):
-            if not is_wanted():
-                return False
-            time.sleep(RESCUE_TICK)
-        return True
+
+class Ender:
+    """Sees process trees to their end, any number at once, in a thread of its own.
+
+    The pool starts it and stops it; `done` gets each ending that is over, and the pool
+    is woken.
+    """
+
+    def __init__(self, host: Host, done: list[Ending], wakeup: Wakeup) -> None:
+        import queue  # 1 ms, and only in a pool
+        self._host, self._done, self._wakeup = host, done, wakeup
+        self._inbox: queues.SimpleQueue[Ending | None] = queue.SimpleQueue()
+        self._endings: list[Ending] = []
+        self._is_stopping = False
+
+    def add(self, ending: Ending) -> None:
+        """Take on one more; any thread may call."""
+        self._inbox.put(ending)
+
+    def stop(self) -> None:
+        """Finish what is this pool's own, leave the rest, and return from `run`."""
+        self._inbox.put(None)
+
+    def run(self) -> None:
+        """Work until stopped."""
+        while self._endings or not self._is_stopping:
+            self._hear(RESCUE_TICK if self._endings else None)
+            if self._endings:
+                self._step()
+
+    def _hear(self, timeout: float | None) -> None:
+        """Take on what has come, and wait for it at most so long; None: for ever."""
+        import queue
+        with contextlib.suppress(queue.Empty):
+            self._take(self._inbox.get(timeout=timeout))
+            while True:
+                self._take(self._inbox.get_nowait())
+
+    def _take(self, ending: Ending | None) -> None:
+        if ending is not None:
+            self._endings.append(ending)
+        else:
+            self._is_stopping = True
+            self._endings = [one for one in self._endings if one.lost is None]
+
+    def _step(self) -> None:
+        """One look at all processes serves all endings."""
+        with contextlib.suppress(OSError):      # no descriptors, say: the next time
+            processes = self._host.processes()
+            for ending in list(self._endings):
+                if ending.step(time.monotonic(), processes):
+                    self._endings.remove(ending)
+                    self._done.append(ending)
+                    self._wakeup.set()
 
 
 # ---- 14 Pool -----------------------------------------------------------------
@@ -4189,6 +4161,31 @@ class Ride(NamedTuple):
     claimed: Claimed
     command: Command
     slot: int
+    pid: int
+
+
+# Errors of a start that are the machine's want, not the job's doing.
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
+def _release(claimed: Claimed) -> None:
+    """Let go of the run's lock."""
+    if claimed.lock >= 0:
+        os.close(claimed.lock)
+
+
+def _submit(executor: futures.Executor, work: Callable[[], None]) -> None:
+    """Start a thread; Unsupported where the system allows none."""
+    try:
+        executor.submit(work)
+    except RuntimeError as error:
+        raise Unsupported(f"a thread could not be started ({error})",
+                          "raise `ulimit -u` or `ulimit -v`") from None
+
+
+def _paced(pace: float, duration: float) -> float:
+    """How long runs take of late: the newest counts for a fifth."""
+    return duration if pace == math.inf else 0.8 * pace + 0.2 * duration
 
 
 def _refuse_platform() -> None:
@@ -4197,13 +4194,19 @@ def _refuse_platform() -> None:
                           "start the worker there")
 
 
-def _allow_descriptors() -> None:
+def _allow_descriptors(slots: int) -> None:
     """Raise the soft limit of open files: each slot needs some."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1 << 20
+    needed = SLOT_FILES * slots + POOL_FILES
+    if needed > hard:
+        raise Unsupported(f"only {hard} open files are allowed here, and {slots} "
+                          f"slot{'s' * (slots > 1)} may need {needed}",
+                          "use fewer slots, or raise `ulimit -n`")
     with contextlib.suppress(ValueError, OSError):
-        wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
 
 
 def _bell() -> socket.socket | None:
@@ -4220,12 +4223,16 @@ def _bell() -> socket.socket | None:
 
 
 class Pool:
-    """Slots that run jobs, and the one thread that owns the database (I9).
+    """Slots that run jobs: one thread owns the database and the commands (I9).
 
     `run` works until it is told to stop, in the caller's thread; signals are heeded if
-    that is the main thread. Slots are threads of an executor: each runs one command,
-    hands its outcome over and wakes the owner. If one broke, its job would still get
-    an outcome. `say` takes lines of a log.
+    that is the main thread. It waits in one place, for any news: output, an exit, a
+    wake-up, a time. A second thread, the `Ender`, sees trees to their end. `say` takes
+    lines of a log.
+
+    Where runs take but milliseconds, the next jobs are claimed before a slot is free
+    for them, so that no slot waits for a disk's fsync. Those that find none within
+    AHEAD_PATIENCE are handed back.
     """
 
     def __init__(self, queue: Queue, options: PoolOptions,
@@ -4234,26 +4241,30 @@ class Pool:
         self._claims = Claims(queue, options)
         self._bell: socket.socket | None = None
         self._wakeup = Wakeup()
-        self._lingerers = Lingerers()
+        self._over: list[Ending] = []                   # by the ender; append is atomic
+        self._ender = Ender(queue.host, self._over, self._wakeup)
         self._poller = select.poll()
-        self._slots = {slot: Wakeup() for slot in range(1, options.slots + 1)}
-        self._free = sorted(self._slots)
+        self._handlers: dict[int, Callable[[], None]] = {}  # by polled descriptor
+        self._free = list(range(1, options.slots + 1))
+        self._ready: list[Claimed] = []                 # claimed ahead, in their order
+        self._ready_since = 0.0                         # monotonic: the last such claim
         self._rides: dict[int, Ride] = {}               # actual: by claim
-        self._results: list[tuple[int, Outcome]] = []   # from slots; append is atomic
         self._ended: dict[int, Outcome] = {}            # not recorded yet
-        self._signals: list[int] = []                   # from handlers; likewise
-        self._rescued: list[tuple[Run, bool]] = []      # from rescuers; likewise
-        self._rescuing: set[int] = set()                # claims
+        self._pace = math.inf   # seconds that runs take of late
+        self._signals: list[int] = []                   # by handlers; append is atomic
+        self._ending: set[int] = set()                  # claims that the ender has
         self._peers: dict[int, int] = {}                # process watches: pool id
         self._saved: dict[int, int] = {}                # bytes stored, by claim
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._grace_ends: float | None = None           # monotonic
+        self._grace_ends = math.inf                     # monotonic
         self._look = True       # there may be something to claim
         self._orders = True     # there may be something else to read
         self._peek = False      # somebody reads along
         self._beat_at = 0.0     # monotonic: the next heartbeat
         self._due_at: float | None = None               # epoch: the next due job
         self._retry_at = 0.0    # monotonic: no turn before; the last one failed
+        self._failing_since: float | None = None        # monotonic: turns fail
+        self._claim_at = 0.0    # monotonic: no claim before; the machine is short
         self._complaint = ""
         self._taken = 0
         self._done: dict[str, int] = {}                 # states that jobs came to
@@ -4264,32 +4275,36 @@ class Pool:
     def run(self) -> int:
         """Work until stopped; 0, or 1 if the database went away."""
         import concurrent.futures as futures  # 9 ms, and only in a pool
-        slots = self._options.slots
-        with self._open(), futures.ThreadPoolExecutor(slots) as executor, \
-                futures.ThreadPoolExecutor(4) as rescuers:
+        with self._open(), futures.ThreadPoolExecutor(1) as executor:
             try:
+                _submit(executor, self._ender.run)
                 self._say(self._greeting())
-                while not self._step(executor, rescuers):
+                while not self._step():
                     self._sleep()
             except Moved as error:
                 self._say(f"error: {error}")
                 return EX_NO
             finally:
-                self._leaving = NOW
                 self._end_rides(LOST)
+                self._ender.stop()
         self._say(self._farewell())
         return EX_OK
 
-    def _step(self, executor: futures.Executor, rescuers: futures.Executor) -> bool:
+    def _step(self) -> bool:
         """Do all there is to do now; whether the pool may go."""
         self._heed_signals()
         self._collect()
-        if self._is_turn_due():
-            self._turn(executor)
-            if time.monotonic() >= self._beat_at:
-                self._beat_at = time.monotonic() + self._settings.heartbeat
-                self._watch(rescuers)
-        return self._is_over()
+        self._heed_times()
+        try:
+            if self._is_turn_due():
+                self._turn()
+                if time.monotonic() >= self._beat_at:
+                    self._watch()
+                    self._beat_at = time.monotonic() + self._settings.heartbeat
+            return self._is_over()
+        except (Busy, Unwritable) as error:
+            self._complain(error)
+            return False
 
     def _is_over(self) -> bool:
         """Whether the pool may go: nothing runs and nothing is left to record, and
@@ -4297,7 +4312,7 @@ class Pool:
         or it has run as many jobs as it should,
         or it drains and nothing is left to do.
         """
-        if self._rides or self._ended or self._results:
+        if self._rides or self._ended or self._ready:
             return False
         if self._leaving or self._taken == self._options.max_jobs:
             return True
@@ -4320,58 +4335,107 @@ class Pool:
         return self._look
 
     def _room(self) -> int:
-        """How many more jobs may be claimed now."""
-        if self._leaving:
+        """How many more jobs may be claimed for the slots that are free now."""
+        if self._leaving or time.monotonic() < self._claim_at:
             return 0
-        if self._options.max_jobs is None:
-            return len(self._free)
-        return min(len(self._free), self._options.max_jobs - self._taken)
+        return min(len(self._free), self._quota())
 
-    def _turn(self, executor: futures.Executor) -> None:
-        """One transaction; if disk or lock forbids it, keep all and try again."""
+    def _quota(self) -> int:
+        """How many more jobs this pool may take in all."""
+        most = self._options.max_jobs
+        return MAX_SLOTS if most is None else most - self._taken
+
+    def _ahead(self, room: int) -> int:
+        """How many jobs to claim beyond that: as many as slots, if runs are short."""
+        if self._pace > QUICK or self._leaving or time.monotonic() < self._claim_at:
+            return 0
+        return max(0, min(self._options.slots - len(self._ready), self._quota() - room))
+
+    def _turn(self) -> None:
+        """One transaction; if disk or lock forbids it, all is kept for the next one."""
         beats = time.monotonic() >= self._beat_at
         outputs = self._unsaved() if beats or self._peek else {}
-        self._look = self._orders = self._peek = False
-        if beats and not self._queue.store.is_in_place():
+        if not self._queue.store.is_in_place():
             raise Moved(f"{self._queue.path} was deleted or replaced, so this worker "
                         "ends its jobs and stops", "start it anew")
-        try:
-            turn = self._claims.turn(self._ended, outputs, self._free[:self._room()])
-        except (Busy, Unwritable, InUse) as error:
-            self._complain(error)
-            return
+        room = self._room()
+        turn = self._claims.turn(self._ended, outputs, self._free[:room],
+                                 self._ahead(room))
+        self._look = turn.behind
+        self._orders = self._peek = False
         self._settings, self._due_at = turn.settings, turn.next_due
-        self._complaint = ""
+        self._complaint, self._failing_since = "", None
         self._ended.clear()
         self._saved.update((claim, output.total) for claim, output in outputs.items())
         for settled in turn.settled:
             self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
             self._say(settled_line(settled, self._queue.clock()))
-        for claimed in turn.claimed:
-            self._start(claimed, executor)
-        self._look = turn.behind
+        self._take_on(turn.claimed)
         self._obey(turn)
 
+    def _take_on(self, claimed: Sequence[Claimed]) -> None:
+        self._taken += len(claimed)
+        for one in claimed:
+            if one.slot == AHEAD:
+                self._ready.append(one)
+                self._ready_since = time.monotonic()
+            else:
+                self._start(one)
+        self._start_ready()
+
     def _complain(self, error: QueueError) -> None:
-        """Say it once, not each second; then go on trying."""
-        self._orders = True
-        self._retry_at = time.monotonic() + SYNC_PAUSE
+        """Say it once, and not for a moment's wait; then go on trying."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if isinstance(error, Busy):
+            self._retry_at = now + BUSY_PAUSE
+            if now < self._failing_since + POOL_PATIENCE:
+                return
+        else:
+            self._retry_at = now + SYNC_PAUSE
+            self._queue.store.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
             self._say(f"cannot write to the queue, will go on trying: {error.message}")
 
-    def _start(self, claimed: Claimed, executor: futures.Executor) -> None:
+    # Commands.
+
+    def _start_ready(self) -> None:
+        """Let what was claimed ahead into the free slots."""
+        while self._ready and self._free and not self._leaving:
+            self._start(self._ready.pop(0))
+
+    def _start(self, claimed: Claimed) -> None:
         slot = self._free.pop(0)
+        claimed = self._claims.begin(claimed, slot)
         job = claimed.job
         timeout = first_set(job.timeout, self._options.timeout, self._settings.timeout)
-        launch = Launch(job.command, job.cwd, self._environment(claimed, slot),
-                        claimed.claim, claimed.lock, timeout or None,
-                        self._settings.kill_grace, self._settings.output_limit)
-        command = Command(launch, self._queue.host, self._slots[slot], self._lingerers)
-        self._rides[claimed.claim] = Ride(claimed, command, slot)
-        self._taken += 1
+        command = Command(Launch(
+            job.command, job.cwd, self._environment(claimed, slot), claimed.lock,
+            timeout or None, self._settings.output_limit))
         self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
-        executor.submit(self._ride, claimed.claim, command)
+        try:
+            ride = Ride(claimed, command, slot, command.start())
+        except (OSError, ValueError) as error:
+            self._not_started(claimed, slot, error)
+        else:
+            self._rides[claimed.claim] = ride
+            self._listen(command.pipe, functools.partial(self._read, ride))
+            self._listen(command.watch, functools.partial(self._look_at, ride))
+        finally:
+            _release(claimed)   # the process tree holds the lock now, or nobody
+
+    def _not_started(self, claimed: Claimed, slot: int, error: Exception) -> None:
+        self._free_slot(slot)
+        if isinstance(error, OSError) and error.errno in SCARCE:
+            self._claim_at = time.monotonic() + SYNC_PAUSE
+            self._taken -= 1
+            self._ended[claimed.claim] = Outcome(RELEASED)
+            self._say(f"{claimed.job.id} could not be started: {error.strerror}; "
+                      "it is handed back, and nothing claimed for a moment")
+        else:
+            self._ended[claimed.claim] = Outcome(
+                FAILURE, None, start_error(error, claimed.job.cwd), 0.0)
 
     def _environment(self, claimed: Claimed, slot: int) -> dict[bytes, bytes]:
         """In bytes, so that text is UTF-8 whatever the worker's locale."""
@@ -4383,55 +4447,140 @@ class Pool:
         return {**os.environb, b"QUEUECTL_DB": os.fsencode(self._queue.path),
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
-    def _ride(self, claim: int, command: Command) -> None:
-        """A slot's thread: run the command, hand the outcome over."""
-        try:
-            outcome = command.run()
-        except Exception as error:  # a mistake of ours must not keep the job for ever
-            outcome = Outcome(FAILURE, error=f"queuectl itself failed: {error!r}")
-        self._results.append((claim, outcome))
-        self._wakeup.set()
+    def _listen(self, fd: int, handler: Callable[[], None]) -> None:
+        if fd >= 0:
+            self._poller.register(fd, select.POLLIN)
+            self._handlers[fd] = handler
 
-    def _collect(self) -> None:
-        """Take over what slots and rescuers have handed in."""
-        while self._results:
-            claim, outcome = self._results.pop(0)
-            ride = self._rides.pop(claim)
-            self._saved.pop(claim, None)
-            self._free.append(ride.slot)
-            self._free.sort()
-            self._ended[claim] = outcome
-        while self._rescued:
-            run, is_gone = self._rescued.pop(0)
-            self._rescuing.discard(run.claim)
-            if is_gone:
-                self._record_rescue(run)
+    def _forget(self, fd: int) -> None:
+        if self._handlers.pop(fd, None):
+            self._poller.unregister(fd)
 
-    def _record_rescue(self, run: Run) -> None:
-        try:
-            for settled in self._claims.rescue(run):
-                self._say(settled_line(settled, self._queue.clock()))
-        except (Busy, Unwritable) as error:
-            self._complain(error)   # the next watch finds the run again
-        self._look = True
+    def _read(self, ride: Ride) -> None:
+        """Take in output; at its end the command has mostly exited as well."""
+        pipe = ride.command.pipe
+        if not ride.command.read():
+            self._forget(pipe)
+            self._look_at(ride)
+
+    def _look_at(self, ride: Ride) -> None:
+        """See whether a command has exited, and with it its run.
+
+        One that a signal has killed left nothing in the background on purpose, and a
+        retry would meet it: the rest of the tree is ended first.
+        """
+        if ride.claimed.claim not in self._rides or ride.claimed.claim in self._ending:
+            return
+        status = ride.command.peek()
+        if status is not None and status < 0:
+            self._end(ride, None)
+        elif status is not None:
+            self._finish(ride)
+
+    def _finish(self, ride: Ride) -> None:
+        """The run is over: free its slot, and keep its outcome to be recorded."""
+        self._forget(ride.command.watch)
+        pipe = ride.command.pipe
+        outcome = ride.command.finish()
+        if ride.command.pipe < 0:
+            self._forget(pipe)
+        else:   # children in the background write on: SIGPIPE would end them
+            self._handlers[pipe] = functools.partial(self._drain, ride.command)
+        del self._rides[ride.claimed.claim]
+        self._saved.pop(ride.claimed.claim, None)
+        self._free_slot(ride.slot)
+        self._ended[ride.claimed.claim] = outcome
+        self._pace = _paced(self._pace, outcome.duration or 0.0)
+        self._start_ready()
+
+    def _drain(self, command: Command) -> None:
+        pipe = command.pipe
+        if not command.read():
+            self._forget(pipe)
+
+    def _free_slot(self, slot: int) -> None:
+        self._free.append(slot)
+        self._free.sort()
 
     def _unsaved(self) -> dict[int, Output]:
         """The output of running jobs that has grown since it was stored."""
-        return {claim: ride.command.snapshot() for claim, ride in self._rides.items()
-                if ride.command.printed() > self._saved.get(claim, 0)}
+        return {claim: ride.command.output for claim, ride in self._rides.items()
+                if ride.command.output.total > self._saved.get(claim, 0)}
+
+    def _heed_times(self) -> None:
+        """Time-outs, the grace's end, and what has been claimed ahead for too long."""
+        now = time.monotonic()
+        for ride in list(self._rides.values()):
+            if ride.command.watch < 0:
+                self._look_at(ride)
+            if now >= ride.command.ends_at:
+                self._end(ride, TIMEOUT)
+        if 0 < self._claim_at <= now:
+            self._claim_at, self._look = 0.0, True
+        if now >= self._grace_ends:
+            self._grace_ends = math.inf
+            self._leave(NOW, "grace is over")
+        if self._ready and (self._leaving or now > self._ready_since + AHEAD_PATIENCE):
+            self._pace = math.inf
+            self._hand_back(self._ready)
+
+    def _hand_back(self, claimed: Sequence[Claimed]) -> None:
+        """Give up what has been claimed ahead; nothing of it has begun."""
+        for one in list(claimed):
+            self._ready.remove(one)
+            self._taken -= 1
+            _release(one)
+            self._ended[one.claim] = Outcome(RELEASED)
+
+    # Endings: of commands that must go, and of what lost runs have left.
+
+    def _end(self, ride: Ride, why: str | None) -> None:
+        """Have the ender end the whole tree; `why` becomes the outcome, unless None."""
+        command, claim = ride.command, ride.claimed.claim
+        command.why, command.ends_at = command.why or why, math.inf
+        if claim not in self._ending:
+            self._ending.add(claim)
+            self._forget(command.watch)     # it stays unreaped until all are gone
+            self._ender.add(Ending(self._queue.host, claim, self._settings.kill_grace,
+                                   ride.pid))
+
+    def _end_rides(self, why: str) -> None:
+        for ride in self._rides.values():
+            self._end(ride, why)
+
+    def _collect(self) -> None:
+        """Take over what the ender has seen to its end."""
+        while self._over:
+            ending = self._over.pop(0)
+            self._ending.discard(ending.claim)
+            if ending.lost is None:
+                self._finish(self._rides[ending.claim])
+            else:
+                self._record_rescue(ending.lost.run, ending.has_begun)
+
+    def _record_rescue(self, run: Run, has_begun: bool) -> None:
+        try:
+            for settled in self._claims.rescue(run, has_begun):
+                self._say(settled_line(settled, self._queue.clock()))
+        except (Busy, Unwritable) as error:
+            self._complain(error)
+            self._beat_at = 0.0     # a watch finds the run again
+        self._look = True
 
     # Orders: signals, wishes in the database.
 
     def _obey(self, turn: Turn) -> None:
         if turn.stop:
             self._leave(turn.stop, "asked to stop")
-        for claim, ride in self._rides.items():
+        self._hand_back([one for one in self._ready
+                         if turn.mine.get(one.claim, LOST) is not None])
+        for claim, ride in list(self._rides.items()):
             if claim not in turn.mine:
                 self._say(f"{ride.claimed.job.id} was taken over while this worker was"
                           " silent; its command is ended")
-                ride.command.end(LOST)
+                self._end(ride, LOST)
             elif turn.mine[claim] is not None:
-                ride.command.end(STOPPED if turn.mine[claim] == CANCEL else LOST)
+                self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end."""
@@ -4439,9 +4588,6 @@ class Pool:
             number = self._signals.pop(0)
             name = signal.Signals(number).name
             self._leave(NOW if self._leaving else DRAIN, name)
-        if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
-            self._grace_ends = None
-            self._leave(NOW, "grace is over")
 
     def _leave(self, how: str, why: str) -> None:
         if self._leaving in (how, NOW):
@@ -4457,44 +4603,23 @@ class Pool:
             self._say(f"{why}: finishing {running} running, claiming no more"
                       + ("; once more to hand them back" if running else ""))
 
-    def _end_rides(self, why: str) -> None:
-        for ride in self._rides.values():
-            ride.command.end(why)
-
     # Watching the other pools.
 
-    def _watch(self, rescuers: futures.Executor) -> None:
-        """Take over what dead pools have left; if lock or disk forbid it, next time."""
-        try:
-            self._take_over(rescuers)
-            self._claims.forget_dead()
-        except (Busy, Unwritable) as error:
-            self._complain(error)
-        self._watch_peers()
-
-    def _take_over(self, rescuers: futures.Executor) -> None:
-        """Called after a heartbeat of our own got through: while nobody can write,
-        nobody is silent.
+    def _watch(self) -> None:
+        """Take over what dead pools have left. Called after a heartbeat of our own got
+        through: while nobody can write, nobody is silent.
         """
         silent = self._silence.look(self._claims.beats(), time.monotonic())
         fresh = [one for one in self._claims.stranded(silent)
-                 if one.run.claim not in self._rescuing]
+                 if one.run.claim not in self._ending]
         if fresh:
             self._claims.seize(run for run, _ in fresh)
         for lost in fresh:
-            self._rescuing.add(lost.run.claim)
-            rescuers.submit(self._rescue, lost)
-
-    def _rescue(self, lost: Stranded) -> None:
-        """A rescuer's thread: see to it that nothing of the run is left."""
-        leftovers = Leftovers(self._queue.host, lost, self._settings.kill_grace)
-        try:
-            is_gone = leftovers.end(lambda: not self._leaving)
-        except OSError as error:
-            self._say(f"run {lost.run.claim} cannot be rescued yet: {error}")
-            is_gone = False
-        self._rescued.append((lost.run, is_gone))
-        self._wakeup.set()
+            self._ending.add(lost.run.claim)
+            self._ender.add(Ending(self._queue.host, lost.run.claim,
+                                   self._settings.kill_grace, lost=lost))
+        self._claims.forget_dead()
+        self._watch_peers()
 
     def _watch_peers(self) -> None:
         """Let the kernel tell when a pool on this machine ends."""
@@ -4505,10 +4630,10 @@ class Pool:
                 watch = _watch_process(worker.pid)
                 if watch >= 0:
                     self._peers[watch] = worker.id
-                    self._poller.register(watch, select.POLLIN)
+                    self._listen(watch, functools.partial(self._drop_peer, watch))
 
     def _drop_peer(self, watch: int) -> None:
-        self._poller.unregister(watch)
+        self._forget(watch)
         os.close(watch)
         del self._peers[watch]
         self._beat_at = 0.0     # look at once
@@ -4516,31 +4641,35 @@ class Pool:
     # Sleeping.
 
     def _sleep(self) -> None:
-        """Until a result, a signal, a wake-up, the next due time or the heartbeat."""
+        """Until there is news, or the next time at which there is something to do."""
         for fd, _ in self._poller.poll(math.ceil(self._patience() * 1000)):
-            if fd == self._wakeup.reader:
-                self._wakeup.clear()
-            elif self._bell and fd == self._bell.fileno():
-                self._hear()
-            elif fd in self._peers:
-                self._drop_peer(fd)
+            handler = self._handlers.get(fd)
+            if handler:     # else an earlier one of these has ended its business
+                handler()
         version = self._queue.store.changes()
         if version != self._version:    # a wake-up may have got lost
             self._version, self._look = version, True
 
     def _patience(self) -> float:
         """Seconds to sleep at most."""
-        if self._signals or self._results or self._rescued:
+        if self._signals or self._over:
             return 0.0
         now = time.monotonic()
+        wake_at = [ride.command.ends_at for ride in self._rides.values()]
+        if any(ride.command.watch < 0 for ride in self._rides.values()):
+            wake_at.append(now + RESCUE_TICK)
+        if self._ready:
+            wake_at.append(self._ready_since + AHEAD_PATIENCE)
         if self._retry_at > now:
-            return self._retry_at - now
-        if (self._look and self._room()) or self._orders or self._peek:
+            return max(0.0, min([self._retry_at, *wake_at]) - now)
+        room = self._room()
+        if (self._look and room) or self._orders or self._peek or self._ended:
             return 0.0
-        wake_at = [self._beat_at, now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
-        if self._grace_ends is not None:
-            wake_at.append(self._grace_ends)
-        if self._due_at is not None and self._room():
+        wake_at += [self._beat_at, self._grace_ends,
+                    now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
+        if self._claim_at > now:
+            wake_at.append(self._claim_at)
+        elif self._due_at is not None and room:
             wake_at.append(now + self._due_at - self._queue.clock())
         return max(0.0, min(wake_at) - now)
 
@@ -4559,21 +4688,22 @@ class Pool:
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         _refuse_platform()
-        _allow_descriptors()
+        _allow_descriptors(self._options.slots)
         store = self._queue.store
         self._settings = store.settings()
         self._silence = Silence(2 * self._settings.heartbeat)
         self._bell = _bell()
-        self._poller.register(self._wakeup.reader, select.POLLIN)
+        self._listen(self._wakeup.reader, self._wakeup.clear)
         if self._bell:
-            self._poller.register(self._bell, select.POLLIN)
+            self._listen(self._bell.fileno(), self._hear)
         self._worker = self._claims.register(
             self._bell.getsockname()[1] if self._bell else None)
-        store.patience = POOL_PATIENCE
+        store.patience = TURN_PATIENCE      # this thread has other things to do
         restore = self._catch_signals()
         try:
             yield
         finally:
+            store.patience = POOL_PATIENCE
             with contextlib.suppress(QueueError):
                 self._claims.leave()
             restore()   # last of all: a signal that comes late ends nothing half-way
@@ -4584,8 +4714,7 @@ class Pool:
             self._bell.close()
         for watch in self._peers:
             os.close(watch)
-        for wakeup in (self._wakeup, *self._slots.values()):
-            wakeup.close()
+        self._wakeup.close()
 
     def _catch_signals(self) -> Callable[[], None]:
         """Handlers note the signal and wake the loop; they take no lock (a handler that
@@ -5004,6 +5133,17 @@ def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return _say_jobs(queue.retry(*args.ids), "pending again", args, screen)
 
 
+def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
+    """End what a lost run has left; NotFinished if that takes longer."""
+    ending = Ending(queue.host, lost.run.claim, queue.store.settings().kill_grace,
+                    lost=lost)
+    while not ending.step(time.monotonic(), queue.host.processes()):
+        if time.monotonic() > until:
+            raise NotFinished("a running job cannot be ended",
+                              "`queuectl check` shows what is left of it")
+        time.sleep(RESCUE_TICK)
+
+
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended."""
     jobs = queue.cancel(*args.ids)
@@ -5012,9 +5152,8 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
         for lost in claims.stranded({}):    # no worker lives to do it
-            if any(job.claim == lost.run.claim for job in jobs) and Leftovers(
-                    queue.host, lost, queue.store.settings().kill_grace).end(
-                    lambda: time.monotonic() < end):
+            if any(job.claim == lost.run.claim for job in jobs):
+                _end_lost(queue, lost, end)
                 claims.rescue(lost.run)
         jobs = [queue.job(job.id) for job in jobs]
         if time.monotonic() > say_at:

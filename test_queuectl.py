@@ -1701,8 +1701,10 @@ class ModelPool:
         for _ in range(len(self.waiting)):      # mostly, threads start them before
             if self.world.chance.random() < 0.7:
                 self.start()
+        self.hand_back()
         busy = {claimed.claim for claimed in self.waiting} | set(self.rides)
-        turn = self.claims.turn(self.ended, {}, range(1, 3 - len(busy)))
+        ahead = self.world.chance.choice((0, 0, 1, 2))
+        turn = self.claims.turn(self.ended, {}, range(1, 3 - len(busy)), ahead)
         self.ended, self.beat_at = {}, self.world.mono
         for claimed in turn.claimed:
             self.world.claimed(claimed)
@@ -1719,13 +1721,21 @@ class ModelPool:
 
     def start(self):
         """Start what was claimed first, unless it was to be ended before it began."""
-        if self.waiting:
-            claimed = self.waiting.pop(0)
+        if self.waiting and len(self.rides) < 2:
+            claimed = self.claims.begin(self.waiting.pop(0), 1)
             if claimed.claim in self.why:
                 self.world.held.discard(claimed.claim)
                 self.ended[claimed.claim] = self.world.q.Outcome(self.why[claimed.claim])
             else:
                 self.rides[claimed.claim] = self.world.start(claimed)
+
+    def hand_back(self):
+        """Give up, at times, what was claimed ahead and found no slot."""
+        for claimed in list(self.waiting):
+            if claimed.slot == queuectl.AHEAD and self.world.chance.random() < 0.3:
+                self.waiting.remove(claimed)
+                self.world.held.discard(claimed.claim)
+                self.ended[claimed.claim] = self.world.q.Outcome("released")
 
     def reap(self):
         """Hand over the outcome of what has exited."""
@@ -1748,16 +1758,16 @@ class ModelPool:
             self.claims.seize(run for run, _ in fresh)
         for lost in fresh:
             self.world.suspected(lost.run)
-            self.rescues[lost.run.claim] = lost.run, self.world.q.Leftovers(
-                self.world, lost, self.world.settings.kill_grace)
+            self.rescues[lost.run.claim] = lost.run, self.world.q.Ending(
+                self.world, lost.run.claim, self.world.settings.kill_grace, lost=lost)
         self.claims.forget_dead()
 
     def rescue(self):
         """One look at one lost run's leftovers; record it when nothing is left."""
-        for claim, (run, leftovers) in list(self.rescues.items()):
-            if leftovers.step(self.world.mono):
+        for claim, (run, ending) in list(self.rescues.items()):
+            if ending.step(self.world.mono, self.world.living()):
                 del self.rescues[claim]
-                self.claims.rescue(run)
+                self.claims.rescue(run, ending.has_begun)
 
     def round(self):
         for step in (self.reap, self.turn, self.start, self.start, self.watch, self.rescue):
@@ -1817,12 +1827,15 @@ class World:
         pool = self.pools.get(worker.id)
         return pool is not None and pool.state != "dead"
 
-    def is_over(self, claim, session=0):
-        return claim not in self.held
+    def is_held(self, offset):
+        return offset in self.held
 
-    def members(self, claim, session=0):
-        process = self.processes.get(claim)
-        return [self.pid_of(claim)] if process and process.fate is None else []
+    def living(self):
+        return [queuectl.Process(self.pid_of(one.claim), one.claim, 0, 0)
+                for one in self.processes.values() if one.fate is None]
+
+    def members(self, claim):
+        return [one.pid for one in self.living() if one.claim == claim]
 
     def holders(self, claim):
         if claim not in self.held:
@@ -1900,9 +1913,12 @@ class World:
         return found + Checker(self.queue.path, self.told, self.ledger).check()
 
     def truthful(self):
-        """A run is recorded as it ended."""
-        for seq, claim, outcome in self.queue.store.rows(
-                "SELECT job, claim, outcome FROM runs WHERE outcome IS NOT NULL"):
+        """A run is recorded as it ended; what never began is no crash."""
+        for seq, claim, slot, outcome in self.queue.store.rows(
+                "SELECT job, claim, slot, outcome FROM runs WHERE outcome IS NOT NULL"):
+            if outcome == "lost" and slot == queuectl.AHEAD \
+                    and claim not in self.processes:
+                yield f"truthful: run {claim} of {seq} never began, and is lost"
             process = self.processes.get(claim)
             fate = process and process.fate
             if {"completed": "done", "failed": "failed"}.get(outcome, fate) != fate:
@@ -2074,8 +2090,8 @@ MUTANTS = (
         ("           AND state = :source AND claim IS :held\n",
          "           AND state = :source\n"))),
     ("alone", "recovery unguarded: what a lost worker left is not ended first", (
-        ("        if host.is_over(claim):\n            return True",
-         "        return True"),)),
+        ("        if not left and not self._host.locks.is_held(self.claim):\n"
+         "            return True", "        return True"),)),
     ("caused", "read, then write: the job is chosen before the transaction", (
         ("            with self._store.transaction() as store:\n"
          "                now = self._clock()     # now",
@@ -2109,6 +2125,8 @@ MUTANTS = (
     ("truthful", "a run that a rescuer ended counts as failed", (
         ("judgements = [judged(end.before, end.outcome) for end in ends]",
          "judgements = [end.outcome for end in ends]"),)),
+    ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
+        ("if run.slot == AHEAD and not has_begun:", "if False:"),)),
     ("caused", "a change of state without its event", (
         ("        for change, job in zip(changes, jobs)])\n    for change",
          "        for change, job in zip(changes, jobs) if change.verb != 'fail'])\n"
@@ -2262,14 +2280,14 @@ MOMENTS = (
     ("after a commit",          "Store.transaction",        "self._counts.clear()"),
     ("claimed, no commit yet",  "Claims._claim",            "taken.append("),
     ("claimed, not started",    "Pool._start",              "self._free.pop(0)"),
-    ("spawned",                 "Command._start",           "return process, reader"),
-    ("the command has exited",  "Command._finish_reading",  "stop ="),
-    ("an end not recorded",     "Pool._collect",            "self._ended[claim] ="),
+    ("spawned",                 "Command.start",            "self.watch ="),
+    ("the command has exited",  "Command.finish",           "status, duration ="),
+    ("an end not recorded",     "Pool._finish",             "self._pace ="),
     ("moved, no event yet",     "move",                     "Sql.INSERT_EVENT"),
     ("within a migration",      "Store._migrate",           "execute(statement)"),
     ("copied, nothing new yet", "Store._upgrade",           "self._migrate(version)"),
     ("a copy without a name",   "Store.backup",             "os.replace("),
-    ("a tree that is ended",    "Leftovers.step",           "self._asked.add(pid)"),
+    ("a tree that is ended",    "Ending._signal",           "self._asked.add(pid)"),
     ("a rescue not recorded",   "Claims.rescue",            "settled = "),
 )
 # Lines before this one have the same effect in every command: none.
@@ -2552,7 +2570,7 @@ def with_trees(directory, victims):
 def strand(trial):
     """Kill a pool as soon as it has heard of two jobs that their trees stand."""
     steps = (("worker", "start", "-c", "2", "--name", "first"),)
-    heard = line_of("Command._read", "self._output.feed(piece)")
+    heard = line_of("Command.read", "self.output.feed(piece)")
     assert trial.victims.run(trial.dir, *steps, at=(0, heard, 2, 0)) == signal.SIGKILL
 
 
