@@ -2101,11 +2101,11 @@ MUTANTS = (
          "                now = self._clock()     # now"),
         ("self._claim(\n                    [*free, *[AHEAD] * ahead], locks, now)",
          "self._claim(early, locks, now)"),
-        ("for job, slot in zip(self._choose(len(slots)), slots):",
-         "for slot, job in enumerate(slots, 1):"),
+        ("for (job, runs), slot in zip(self._choose(len(slots)), slots):",
+         "for slot, (job, runs) in enumerate(slots, 1):"),
         ("           AND state = :source AND claim IS :held\n", ""))),
     ("alone", "the run's lock is taken after the claim's commit", (
-        ("lock = self._host.locks.hold(claim)     # before the commit (I5)", "lock = -1"),)),
+        ("return claim, self._host.locks.hold(claim)", "return claim, -1"),)),
     ("alone", "a queue's limit ignores what this turn has claimed", (
         ("busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)",
          "busy = 0"),)),
@@ -2139,7 +2139,7 @@ MUTANTS = (
     ("ordered", "a job does not wait for those it comes after", (
         ("        if blocked:\n            self._added", "        if ():\n            self._added"),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
-        ("            _regate_dependents(store, job, now)\n", "            pass\n"),)),
+        ("if COMPLETED in (change.before.state, job.state)], now)", "if False], now)"),)),
     ("acknowledged", "a cancelled job is not moved", (
         ('return move(self.store, [Change("cancel", job, job._replace(\n'
          "            finished_at=iso(now)))], now)[0]",
