@@ -1633,29 +1633,6 @@ def chaos_round(directory, seconds, seed):
     return violations, done
 
 
-def chaos(seconds, seed):
-    """Rounds of a minute until the time is over; a verdict. 0 or 1."""
-    end, total, bad, number = time.monotonic() + seconds, collections.Counter(), 0, 0
-    while not number or time.monotonic() < end:
-        number += 1
-        directory = tempfile.mkdtemp(prefix="queuectl chaos ")
-        length = max(1, min(60, end - time.monotonic()))
-        violations, done = chaos_round(directory, length, f"{seed}-{number}")
-        total += done
-        bad += len(violations)
-        print(f"round {number}: {told_counter(done)}: "
-              f"{len(violations)} violations", flush=True)
-        for violation in violations:
-            print(f"    {violation}")
-        if violations:
-            print(f"    kept: {directory}")
-        else:
-            shutil.rmtree(directory, True)
-    print(f"{number} rounds, seed {seed}: {told_counter(total)}")
-    print(f"verdict: {'all promises kept' if not bad else f'{bad} VIOLATIONS'}")
-    return 1 if bad else 0
-
-
 def told_counter(counter):
     return ", ".join(f"{counter[name]} {name}" for name in sorted(counter))
 
@@ -3838,6 +3815,48 @@ class BadGround(Processes):
         self.assertEqual(self.format_of(self.path), (1, False, ids))
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
         self.assertEqual(self.format_of(self.path), (2, True, ids))
+
+
+# ---- Long runs ---------------------------------------------------------------
+
+LOCK_HELD_LONG = 30     # seconds: as long as the default lease
+
+
+def long_round(directory, seconds, seed):
+    """A minute of chaos, then power cuts; (violations, what befell)."""
+    violations, done = chaos_round(os.path.join(directory, "chaos"), seconds, seed)
+    os.mkdir(os.path.join(directory, "cuts"))
+    cut, cuts = power_cut_round(os.path.join(directory, "cuts"), 20, seed)
+    done["power cuts"], done["torn WALs"] = cuts["whole"], cuts["cut off"] + cuts[
+        "bit flipped"]
+    return violations + cut, done
+
+
+def chaos(seconds, seed):
+    """Rounds of a minute until the time is over; a verdict. 0 or 1."""
+    end, total, bad, number = time.monotonic() + seconds, collections.Counter(), 0, 0
+    while not number or time.monotonic() < end - 5:
+        number += 1
+        directory = tempfile.mkdtemp(prefix="queuectl chaos ")
+        length = max(1, min(60, end - time.monotonic()))
+        violations, done = long_round(directory, length, f"{seed}-{number}")
+        if number == 1 and seconds >= 2 * LOCK_HELD_LONG:
+            os.mkdir(os.path.join(directory, "lock"))
+            violations += lock_round(os.path.join(directory, "lock"), LOCK_HELD_LONG)
+            done["locks held for 30 s"] += 1
+        total += done
+        bad += len(violations)
+        print(f"round {number}: {told_counter(done)}: "
+              f"{len(violations)} violations", flush=True)
+        for violation in violations:
+            print(f"    {violation}")
+        if violations:
+            print(f"    kept: {directory}")
+        else:
+            shutil.rmtree(directory, True)
+    print(f"{number} rounds, seed {seed}: {told_counter(total)}")
+    print(f"verdict: {'all promises kept' if not bad else f'{bad} VIOLATIONS'}")
+    return 1 if bad else 0
 
 
 # ---- Demo --------------------------------------------------------------------
