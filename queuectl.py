@@ -4798,6 +4798,8 @@ class Pool:
                   if number != signal.SIGHUP     # nohup: stay, as asked
                   or signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, note) for number in caught}
+        # Who starts us may ignore it; then nobody could be told how a command ended.
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         old_fd = signal.set_wakeup_fd(self._wakeup.writer, warn_on_full_buffer=False)
 
         def restore() -> None:

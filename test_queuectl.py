@@ -6,6 +6,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -13,6 +14,7 @@ import linecache
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -20,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import unittest
@@ -69,6 +72,9 @@ class TestCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.dir, True)
         self.path = os.path.join(self.dir, "queue.db")
         self.clock = FakeClock()
+
+    def path_of(self, name):
+        return os.path.join(self.dir, name)
 
     def a_queue(self):
         queue = Queue(self.path, clock=self.clock)
@@ -389,11 +395,76 @@ class Files(TestCase):
             Queue(self.path, create=False)
         self.assertEqual(os.listdir(self.dir), [])
 
+    def test_a_file_with_two_names_is_refused(self):
+        self.a_queue().close()
+        os.link(self.path, self.path_of("other.db"))
+        for name in ("queue.db", "other.db"):
+            with self.assertRaisesRegex(queuectl.Unsupported, "hard link"):
+                Queue(self.path_of(name))
+
+    def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
+        queue = self.a_queue()
+        for call in (queue.job, queue.cancel, lambda text: queue.jobs(search=text)):
+            with self.assertRaises(queuectl.InvalidValue):
+                call("\ud800")
+        queue.close()
+        with self.assertRaisesRegex(queuectl.Unsupported, "closed"):
+            queue.counts()
+
     def test_a_queue_from_before_a_fork_is_refused_in_words(self):
         queue = self.a_queue()
         queue.store._process += 1
         with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"):
             queue.counts()
+
+
+# ---- 7 Host ------------------------------------------------------------------
+
+class StubbornHost(queuectl.Host):
+    """A host on which no signal ends anything."""
+
+    @staticmethod
+    def signal(pid, number):
+        pass
+
+
+class Hosts(TestCase):
+    def test_a_worker_that_sees_no_proc_is_told_by_its_lock_or_not_at_all(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        blind = claims.worker._replace(boot="", born="")
+
+        self.assertIs(queue.host.is_alive(blind), True)
+        os.close(claims._lock)
+        self.assertIsNone(queue.host.is_alive(blind))
+        self.assertIs(queue.host.is_alive(blind._replace(boot="another")), False)
+
+    def test_a_run_s_token_is_of_this_file_alone(self):
+        queue = self.a_queue()
+        shutil.copy(self.path, self.path_of("copy.db"))
+        with Queue(self.path_of("copy.db")) as copy:
+            self.assertNotEqual(copy.host.token(1), queue.host.token(1))
+
+    def test_a_tree_that_cannot_be_ended_holds_up_no_other(self):
+        queue = self.a_queue()
+        host = StubbornHost(self.path, "id", queue.store.inode)
+        stubborn = subprocess.Popen(["sleep", "100"],
+                                    env={"QUEUECTL_RUN": host.token(1)})
+        self.addCleanup(stubborn.wait)
+        self.addCleanup(stubborn.kill)
+        done, wakeup = [], queuectl.Wakeup()
+        self.addCleanup(wakeup.close)
+        ender = queuectl.Ender(host, done, wakeup)
+        lost = queuectl.Stranded(None, None)
+        for claim in (1, 2):
+            ender.add(queuectl.Ending(host, claim, 0.0, lost=lost))
+        thread = threading.Thread(target=ender.run)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(ender.stop)
+
+        wait_for(lambda: done, "the other")
+        self.assertEqual([ending.claim for ending in done], [2])
 
 
 # ---- 8 Ledger, 9 Queue -------------------------------------------------------
@@ -510,6 +581,50 @@ class Promises(TestCase):
             self.assertEqual(n, len(queue.jobs(state)), state)
         self.assertEqual(queue.job(two.id).state, DEAD)
 
+    def test_of_dead_jobs_with_one_unique_key_the_newest_is_put_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name in ("old", "new"):
+            queue.enqueue("x", id=name, unique="k", max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+
+        self.assertEqual([job.id for job in queue.retry_dead()], ["new"])
+        self.assertEqual(queue.retry_dead(), [])
+        with self.assertRaises(queuectl.InUse):
+            queue.retry_dead("old")
+
+    def test_times_are_taken_when_the_lock_is_there(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        for call in (lambda: self.claim_one(queue, claims), lambda: queue.cancel("job-1"),
+                     lambda: claims.turn({1: Outcome("cancelled")}, {}, []),
+                     lambda: queue.retry("job-1"), lambda: queue.delete("job-1")):
+            asked = []
+
+            def clock(asked=asked):
+                asked.append(queue.store._db.in_transaction)
+                return NOON
+            queue.clock = claims._clock = clock
+            call()
+            self.assertEqual(set(asked), {True})
+
+    def test_extremes_of_time_and_number_are_kept(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        first = queue.enqueue("x", run_at="0001-01-01T00:00:00Z", max_retries=10**9,
+                              backoff_base="1d")
+        queue.enqueue("x", run_at="9999-12-31T23:59:59Z", priority=10**9)
+        with queue.store.transaction() as store:
+            store.do("UPDATE jobs SET attempts = 1000000 WHERE seq = 1", {})
+        claim = self.claim_one(queue, claims)
+        self.assertEqual(claim.job.id, first.id)
+
+        claims.turn({claim.claim: Outcome("failed", 1)}, {}, [])
+        job = queue.job(first.id)
+        self.assertEqual((job.state, job.attempts), (FAILED, 1000001))
+        self.assertEqual(queuectl.epoch(job.run_at), NOON + 3600)
+
     def test_purging_keeps_what_others_wait_for(self):
         queue = self.a_queue()
         job = self.in_state(queue, self.a_pool(queue), DEAD)
@@ -599,6 +714,42 @@ class Turns(TestCase):
         job = queue.job("job-1")
         self.assertEqual((job.state, job.attempts, job.crashes), (FAILED, 0, 1))
         self.assertEqual(queue.runs("job-1")[0].outcome, "lost")
+
+    def test_a_lease_is_never_shorter_than_three_heartbeats(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.claim_one(queue, claims)
+        queue.configure("lease", "1s")
+        other = self.a_pool(queue, name="other")
+
+        self.assertEqual(other.stranded({claims.worker.id: 14.0}), [])
+        self.assertEqual(len(other.stranded({claims.worker.id: 15.0})), 1)
+
+    def test_a_number_whose_lock_is_held_is_passed_over(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.addCleanup(os.close, queue.host.locks.hold(1))
+        self.assertEqual(self.claim_one(queue, claims).claim, 2)
+
+    def test_what_was_claimed_ahead_and_has_not_begun_is_no_crash(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id=name, cwd="/") for name in ("a", "b", "c")])
+        turn = claims.turn({}, {}, [1], ahead=2)
+        self.assertEqual([one.slot for one in turn.claimed], [1, 0, 0])
+        begun = claims.begin(turn.claimed[1], 1)
+        claims.turn({turn.claimed[0].claim: Outcome("completed", 0)}, {}, [])
+
+        self.assertEqual([run.slot for run in queue.runs("b")], [1])
+        for one in turn.claimed[1:]:
+            os.close(one.lock)
+            claims.rescue(queue.runs(one.job.id)[0], has_begun=one.claim == begun.claim)
+        self.assertEqual([(queue.job(name).state, queue.job(name).crashes)
+                          for name in "bc"], [(FAILED, 1), (PENDING, 0)])
+        again = claims.turn({}, {}, [], ahead=2)
+        self.assertEqual(again.claimed, [])     # only first runs are claimed ahead
 
     def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
         queue = self.a_queue()
@@ -865,9 +1016,6 @@ class Processes(TestCase):
         self.assertEqual(code, 0, err)
         return err
 
-    def path_of(self, name):
-        return os.path.join(self.dir, name)
-
     def read(self, name):
         with open(self.path_of(name)) as file:
             return file.read()
@@ -945,6 +1093,68 @@ class Program(Processes):
         self.assertEqual(self.job("job-1").exit_code, 127)
         self.assertIn("not found", self.job("job-1").error)
         self.assertIn("is not there", self.job("job-2").error)
+
+    def test_a_copy_of_a_queue_leaves_the_original_s_processes_alone(self):
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .05; done", "--id", "x")
+        copy = self.path_of("copy.db")
+        shutil.copy(self.path, copy)
+        self.worker()
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        with Queue(copy) as queue:
+            queue.configure("timeout", "100ms")
+        subprocess.run([sys.executable, MODULE, "--db", copy, "worker", "start",
+                        "--max-jobs", "1"], cwd=self.dir, stderr=subprocess.DEVNULL,
+                       check=True)
+        open(self.path_of("go"), "w").close()
+        self.wait_state("x", COMPLETED)
+
+    def test_a_want_of_descriptors_is_not_the_job_s_failure(self):
+        worker = self.worker()
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        limits = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+        in_use = len(os.listdir(f"/proc/{worker.pid}/fd"))
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (in_use + 2, limits[1]))
+        self.enqueue("true", "--max-retries", "1")
+        wait_for(lambda: self.read("worker.log").count("\n") > 1, "the trouble")
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, limits)
+
+        self.wait_state("job-1", COMPLETED)
+        self.assertEqual(self.job("job-1").attempts, 1)
+
+    def test_too_many_slots_for_the_descriptors_are_refused_in_words(self):
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
+        code, _, err = self.call("worker", "start", "-c", "100", preexec_fn=limit)
+        self.assertEqual(code, 1)
+        self.assertIn("open files are allowed", err)
+
+    def test_a_worker_whose_starter_ignores_its_children_works(self):
+        self.enqueue("exit 3", "--max-retries", "1")
+        self.call("worker", "start", "--drain", preexec_fn=functools.partial(
+            signal.signal, signal.SIGCHLD, signal.SIG_IGN))
+        self.assertEqual(self.job("job-1").exit_code, 3)
+
+    def test_jobs_get_no_descriptors_of_the_worker(self):
+        self.enqueue("ls -l /proc/self/fd | wc -l; readlink /proc/self/fd/* | grep -v pipe")
+        with open(self.path_of("mine"), "w") as mine:
+            os.set_inheritable(mine.fileno(), True)
+            self.call("worker", "start", "--drain", "-c", "4", close_fds=False)
+        self.assertNotIn(b"mine", self.runs("job-1")[0].output)
+
+    def test_quick_jobs_are_claimed_ahead_and_handed_back_to_nobody_s_harm(self):
+        lines = "true\n" * 200 + "sleep 0.3\n" * 4 + "true\n" * 20
+        self.call("enqueue", "-", input=lines.encode())
+        first = self.worker("-c", "2", "--drain", "--name", "a")
+        second = self.worker("-c", "2", "--drain", "--name", "b")
+        self.assertEqual((first.wait(60), second.wait(60)), (0, 0))
+
+        with Queue(self.path) as queue:
+            jobs = queue.jobs()
+            outcomes = collections.Counter(
+                row[0] for row in queue.store.rows("SELECT outcome FROM runs"))
+        self.assertEqual({(job.state, job.attempts, job.crashes) for job in jobs},
+                         {(COMPLETED, 1, 0)})
+        self.assertEqual(outcomes["completed"], 224)
+        self.assertLessEqual(set(outcomes), {"completed", "released"})
 
     def test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first(self):
         self.enqueue("echo $$ >> pids; setsid sh -c 'echo $$ >> pids; sleep 100' & "
