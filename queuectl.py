@@ -82,7 +82,6 @@ import gc
 import json
 import math
 import os
-import random
 import re
 import select
 import signal
@@ -626,21 +625,22 @@ def ago(stamp: str | None, now: float) -> str:
 
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
-_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+# Patterns are text: most commands need few of them, and `re` keeps what it compiles.
+_NUMBER = "[0-9]+(?:[.][0-9]+)?"
+_PART = f"({_NUMBER})(ms|s|m|h|d)"
+_DURATION = f"(?:{_NUMBER}(?:ms|s|m|h|d))+"
 DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 
 
 def parse_duration(text: object) -> float:
     """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue."""
     seconds = -1.0
-    if isinstance(text, str) and _NUMBER.fullmatch(text.strip()):
+    if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         seconds = float(text)
-    elif isinstance(text, str) and _DURATION.fullmatch(text.strip()):
-        seconds = sum(float(n) * UNITS[unit] for n, unit in _PART.findall(text))
+    elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
+        seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(_PART, text))
     if not 0 <= seconds <= MAX_DURATION:
         raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return seconds
@@ -665,7 +665,7 @@ def _moment(text: object, now: float) -> float:
     text = text.strip()
     if text.startswith("+"):
         return now + parse_duration(text[1:])
-    if _NUMBER.fullmatch(text):
+    if re.fullmatch(_NUMBER, text):
         return float(text)
     if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
         return _next_clock_time(text, now)
@@ -1030,10 +1030,10 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
 # ---- 4 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
 
-_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+_NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
-_OWN_ID = re.compile(r"job-([1-9]\d{0,14})")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OWN_ID = "job-([1-9][0-9]{0,14})"
+_ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 def _wrong(key: str, value: object, wanted: str) -> InvalidJob:
@@ -1070,7 +1070,7 @@ def _check_command(key: str, value: Any, now: float) -> str:
 
 
 def _check_name(key: str, value: Any, now: float) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
+    if not isinstance(value, str) or not re.fullmatch(_NAME, value):
         raise InvalidJob(key, f"{key}: {value!r} is not a name", NAME_FORM)
     return str(value)
 
@@ -1125,7 +1125,7 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
     for name, text in value.items():
-        if not _ENV_NAME.fullmatch(name) or not is_text(text):
+        if not re.fullmatch(_ENV_NAME, name) or not is_text(text):
             raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
                              "names are of A-Z a-z 0-9 _, values are text")
     return value
@@ -1181,8 +1181,8 @@ def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
 
 
 # JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`.
-_JSON_OBJECT = re.compile(r'\s*\{(\S|\s*["}]|\s*$)')
-_JSON_ARRAY = re.compile(r'\s*\[\s*([{"\]\d]|$)')
+_JSON_OBJECT = r'\s*\{(\S|\s*["}]|\s*$)'
+_JSON_ARRAY = r'\s*\[\s*([{"\]\d]|$)'
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
@@ -1203,7 +1203,8 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 def fields_of(text: str) -> list[dict[str, Any]]:
     """The job objects in one argument or line: an object, an array, or a command."""
-    if _JSON_OBJECT.match(text) or _JSON_ARRAY.match(text):
+    if text.lstrip()[:1] in ("{", "[") and (
+            re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text)):
         return _objects(text)
     return [{"command": text.strip()}]
 
@@ -2352,8 +2353,7 @@ class Host:
         self.locks = Locks(path + LOCK_SUFFIX)
         # With the file's own number: a copy of a queue has the same id and claims.
         self._run_prefix = f"{database_id}-{inode[0]:x}-{inode[1]:x}"
-        self._token = re.compile(
-            f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode())
+        self._token = f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode()
 
     def token(self, claim: int) -> str:
         """What the environment of each process of a run holds, as QUEUECTL_RUN."""
@@ -2403,7 +2403,7 @@ class Host:
         return found
 
     def _claim_in(self, environ: bytes) -> int:
-        match = self._token.search(environ)
+        match = re.search(self._token, environ)
         return int(match[1]) if match else 0
 
     def members(self, claim: int) -> list[int]:
@@ -2619,7 +2619,7 @@ class Batch:
         It is above every job-N that somebody chose himself: no N comes twice.
         """
         row = self._store.row(Sql.LAST_SEQ)
-        chosen = (_OWN_ID.fullmatch(spec.id) for spec in specs if spec.id)
+        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
         return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
 
     def _known(self, spec: Spec) -> Job | None:
@@ -3294,6 +3294,7 @@ class Claims:
 
     def _record(self, ends: Sequence[End], now: float) -> list[Settled]:
         """Record the ends of runs whose claims still stand."""
+        import random  # 1 ms, and only in a pool
         settings = self._store.settings()
         judgements = [judged(end.before, end.outcome) for end in ends]
         changes = [Change(verb, end.before, after, reason) for end, outcome in
@@ -5467,71 +5468,80 @@ def _add_db(parser: argparse.ArgumentParser) -> None:
                         help="the database (default: $QUEUECTL_DB, else queue.db)")
 
 
-def build_parser() -> Parser:
-    """The parser, made from COMMANDS."""
+def _overview(title: str, entries: Sequence[Entry]) -> Parser:
+    """The parser that only knows `--help`: a list of commands."""
     parser = Parser(
         prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="queuectl [--db PATH] COMMAND ...",
-        description="A background job queue for the command line.\n\ncommands:\n"
-        + "\n".join(f"  {' '.join(entry.words):<14} {entry.help}"
-                    for entry in COMMANDS),
+        description=f"{title}.\n\ncommands:\n" + "\n".join(
+            f"  {' '.join(entry.words):<14} {entry.help}" for entry in entries),
         epilog="`queuectl COMMAND --help` says more. Without a command: status.")
     _add_db(parser)
     parser.add_argument("--version", action="version",
                         version=f"queuectl {__version__}")
-    tops = parser.add_subparsers(dest="top", help=argparse.SUPPRESS,
-                                 prog="queuectl", metavar="COMMAND")
-    groups: dict[str, Any] = {}
-    for entry in COMMANDS:
-        if len(entry.words) == 2 and entry.words[0] not in groups:
-            group = tops.add_parser(entry.words[0])
-            groups[entry.words[0]] = group.add_subparsers(
-                dest="sub", metavar="COMMAND", required=True)
-        place = groups[entry.words[0]] if len(entry.words) == 2 else tops
-        command = place.add_parser(entry.words[-1], description=entry.help + ".",
-                                   help=entry.help)
-        _add_db(command)
-        for one in entry.options:
-            command.add_argument(*one.names, **one.settings)
-        command.set_defaults(entry=entry, words=None)
     return parser
 
 
-def _complete(argv: Sequence[str]) -> list[str]:
-    """Fill in what may be left out: `status` for nothing, `dlq list` for `dlq`."""
-    words = list(argv)
-    at = 0
+def command_parser(entry: Entry) -> Parser:
+    """The parser of one command; to make all of them would take as long as the rest."""
+    parser = Parser(prog="queuectl " + " ".join(entry.words),
+                    description=entry.help + ".")
+    _add_db(parser)
+    for one in entry.options:
+        parser.add_argument(*one.names, **one.settings)
+    parser.set_defaults(entry=entry, words=None)
+    return parser
+
+
+def _find(name: str, following: str | None) -> tuple[Entry, int]:
+    """The command of that name, and how many words its name has here."""
+    found = [entry for entry in COMMANDS if entry.words[0] == name]
+    if not found:
+        raise UsageError(f"there is no command `{name}`",
+                         nearest(name, [entry.words[0] for entry in COMMANDS])
+                         or "`queuectl --help` lists them")
+    if len(found[0].words) == 1:
+        return found[0], 1
+    if following in ("-h", "--help"):
+        _overview(f"queuectl {name}", found).parse_args(["--help"])
+    if following is None or following.startswith("-"):
+        return next(entry for entry in found if entry.words[1] == ALONE[name]), 1
+    for entry in found:
+        if entry.words[1] == following:
+            return entry, 2
+    subs = [entry.words[1] for entry in found]
+    raise UsageError(f"there is no command `{name} {following}`",
+                     nearest(following, subs) or "there are: " + ", ".join(subs))
+
+
+def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
+    """The command, and the other words; `status` where none is named."""
+    words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         if words[at] in ("-h", "--help", "--version"):
-            return words
+            _overview("A background job queue for the command line",
+                      COMMANDS).parse_args([words[at]])
         at += 2 if words[at] == "--db" else 1
     if at >= len(words):
-        return [*words, "status"]
-    name = words[at]
-    tops = {entry.words[0] for entry in COMMANDS}
-    if name not in tops:
-        raise UsageError(f"there is no command `{name}`", nearest(name, tops)
-                         or "`queuectl --help` lists them")
-    following = words[at + 1] if at + 1 < len(words) else "-"
-    if name in ALONE and following[0] == "-" and following not in ("-h", "--help"):
-        words.insert(at + 1, ALONE[name])
-    return words
+        return _find("status", None)[0], words
+    entry, taken = _find(words[at], words[at + 1] if at + 1 < len(words) else None)
+    return entry, words[:at] + words[at + taken:]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--` of `enqueue` stays as it is."""
-    words = _complete(argv)
+    entry, words = _split(argv)
     rest = None
-    if "--" in words and "enqueue" in words[:words.index("--")]:
+    if entry.run is cmd_enqueue and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    args, extra = build_parser().parse_known_args(words)
+    args, extra = command_parser(entry).parse_known_args(words)
     if extra:
         hint = "put a command of several words in quotes, or -- before it" \
-            if args.top == "enqueue" else f"`queuectl {args.top} --help` says more"
+            if entry.run is cmd_enqueue \
+            else f"`queuectl {' '.join(entry.words)} --help` says more"
         raise UsageError(f"unexpected: {' '.join(extra)}", hint)
-    if rest is not None:
-        args.words = rest
+    args.words = rest
     return args
 
 
