@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TIME ?= 5m
 SEED ?= 1
-.PHONY: help demo test chaos lint type cov clean
+.PHONY: help demo test chaos deaths lint type cov clean
 
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -14,6 +14,9 @@ test:   ## run the tests; needs Python alone
 
 chaos:  ## break it for TIME=5m by SEED=1: kills, freezes, held locks; a verdict
 	$(PYTHON) test_queuectl.py --chaos $(TIME) --seed $(SEED)
+
+deaths: ## let it die at every line it meets, and within its writes; some minutes
+	$(PYTHON) test_queuectl.py --crash-points
 
 lint:   ## ruff, if installed
 	$(PYTHON) -m ruff check .
