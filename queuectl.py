@@ -1873,6 +1873,17 @@ def job_of(row: tuple[Any, ...]) -> Job:
                         env=json.loads(row[16]))
 
 
+def _is_gone(pid: int) -> bool:
+    """Whether no process has that id."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
 def _inode(path: str) -> tuple[int, int]:
     """What the file is, whatever its name; (0, 0): it is not there."""
     try:
@@ -2065,10 +2076,14 @@ class Store:
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
-        The copy takes its name only when it is whole and on the disk.
+        The copy takes its name only when it is whole and on the disk. An older copy is
+        replaced; NotAQueue if something else is there, InUse if it is this very file.
         """
+        if os.path.exists(path):
+            self._refuse_to_replace(path)
         part = f"{path}.{os.getpid()}.part"
         try:
+            self._clear_parts(path)
             os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
             with contextlib.closing(sqlite3.connect(part)) as copy, \
                     contextlib.closing(self._reader()) as source:
@@ -2083,6 +2098,29 @@ class Store:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
+
+    def _refuse_to_replace(self, path: str) -> None:
+        if _inode(path) == self.inode:
+            raise InUse(f"{path} is the queue itself", "give another name")
+        with contextlib.closing(sqlite3.connect(
+                _file_uri(path, "immutable=1"), uri=True)) as peek:
+            try:
+                kind = self._first(peek, Sql.KIND)
+            except sqlite3.Error:
+                kind = -1
+        if kind != APPLICATION_ID:
+            raise NotAQueue(f"{path} is there and no backup of a queue",
+                            "give another name, or remove it")
+
+    @staticmethod
+    def _clear_parts(path: str) -> None:
+        """Remove what backups to that name have left that were killed."""
+        folder, name = os.path.split(os.path.abspath(path))
+        for found in os.listdir(folder):
+            match = re.fullmatch(re.escape(name) + r"\.([0-9]+)\.part", found)
+            if match and _is_gone(int(match[1])):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, found))
 
     def _reader(self) -> sqlite3.Connection:
         """A second connection, which sees only what was committed."""
@@ -2861,6 +2899,10 @@ class Queue:
                             running.get(worker.id, []))
                  for worker in self.store.workers()]
         return [view for view in views if view.is_alive is not False]
+
+    def backup(self, path: str) -> None:
+        """Copy the queue as it is now, while workers run; see `Store.backup`."""
+        self.store.backup(system_path(path))
 
     def age(self) -> float:
         """Seconds since the database was made."""
@@ -5355,6 +5397,15 @@ def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK if is_sound else EX_NO
 
 
+def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Make a consistent copy."""
+    queue.backup(args.file)
+    with Queue(args.file, create=False) as copy:
+        jobs = sum(copy.counts().values())
+    screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
+    return EX_OK
+
+
 CREATES, READS = True, False
 
 
@@ -5442,6 +5493,8 @@ COMMANDS = (
         option("key", metavar="KEY"),)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
         option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+    Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
+        option("file", metavar="FILE", help="an older backup there is replaced"),)),
     Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
           READS, (_JSON_FLAG,)),
 )

@@ -948,6 +948,21 @@ class CommandLine(TestCase):
         self.assertIn("line 3: ", err)
         self.assertEqual(json.loads(self.cli("list", "--json")[1]), [])
 
+    def test_a_backup_replaces_a_backup_and_nothing_else(self):
+        self.cli("enqueue", "x")
+        for number in (1, 2):
+            self.assertEqual(self.cli("backup", self.path_of("copy.db"))[0], 0)
+            with Queue(self.path_of("copy.db"), create=False) as copy:
+                self.assertEqual(len(copy.jobs()), number)
+            self.cli("enqueue", "y")
+        with open(self.path_of("letter"), "w") as file:
+            file.write("dear")
+        open(self.path_of("copy.db.4194305.part"), "w").close()     # no such process
+        for name, code in (("letter", 1), ("queue.db", 1), ("gone/copy.db", 1),
+                           ("copy.db", 0)):
+            self.assertEqual(self.cli("backup", self.path_of(name))[0], code, name)
+        self.assertFalse(os.path.exists(self.path_of("copy.db.4194305.part")))
+
     def test_readers_refuse_a_queue_that_is_not_there(self):
         for argv in (("list",), ("status",), ("stats",), ("worker", "stop")):
             code, _, err = self.cli(*argv)
