@@ -2893,8 +2893,9 @@ class Queue:
         running: dict[int, list[Job]] = {}
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
-            running.setdefault(run.pool, []).extend(
-                self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+            if run.slot != AHEAD:
+                running.setdefault(run.pool, []).extend(
+                    self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
         views = [WorkerView(worker, self.host.is_alive(worker),
                             running.get(worker.id, []))
                  for worker in self.store.workers()]
