@@ -1823,7 +1823,8 @@ def refusal(error: Exception, path: str) -> QueueError | None:
     if "not a database" in said or "encrypted" in said:
         return NotAQueue(f"{path} is not a queuectl database",
                          "give another path with --db")
-    if "malformed" in said or "corrupt" in said or "decode" in said:
+    if "malformed" in said or "corrupt" in said or "decode" in said or not said:
+        # Python 3.9 has no words for text that is damaged.
         return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
                        f"read with `sqlite3 {path} .recover`")
     if "readonly" in said or "unable to open" in said or "disk i/o" in said:
@@ -1920,12 +1921,12 @@ class Store:
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
+        self.inode = _inode(self.path)      # device and number: what the file is
         try:
             self._set_up(create)
         except BaseException:
             self._db.close()
             raise
-        self.inode = _inode(self.path)      # device and number: what the file is
 
     def close(self) -> None:
         """Close the database; idempotent."""
