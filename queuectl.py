@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     import queue as queues
     import socket
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any
+    from typing import Any, TextIO
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
@@ -899,8 +899,9 @@ def place_in_line(one: Candidate) -> tuple[int, str, int]:
 class Silence:
     """How long each pool has been silent, as this watcher itself has seen it.
 
-    Only time in which we looked counts: between two looks at most `gap` seconds, so
-    that a watcher that was suspended does not wake up and bury its living peers.
+    Only time in which we looked counts. Two looks more than `gap` seconds apart say
+    nothing: who could not look, suspended or waiting for the lock, could not be heard
+    either, and must not bury its living peers.
     """
 
     def __init__(self, gap: float) -> None:
@@ -910,7 +911,8 @@ class Silence:
 
     def look(self, beats: Mapping[int, int], now: float) -> dict[int, float]:
         """Seconds of silence by pool; `now` is a monotonic clock's."""
-        step = min(now - self._last, self._gap) if self._last is not None else 0.0
+        step = now - self._last if self._last is not None else math.inf
+        step = step if step <= self._gap else 0.0
         self._last = now
         self._seen = {
             pool: (beat, self._seen[pool][1] + step)
@@ -1448,6 +1450,7 @@ class Sql:
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
     VERSION = "PRAGMA user_version"
+    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
     DURABLE = "PRAGMA synchronous = FULL"       # an fsync a commit: outlives power cuts
@@ -1982,6 +1985,9 @@ class Store:
         has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
         with contextlib.closing(self._patiently(lambda: sqlite3.connect(
                 _file_uri(self.path, "immutable=1"), uri=True))) as peek:
+            # In the midst of a checkpoint the header may name more pages than the file
+            # has: the WAL has them. So lenient, SQLite does not take that for damage.
+            peek.execute(Sql.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
             self._refuse_empty(create)      # somebody has begun to make it
@@ -1990,11 +1996,16 @@ class Store:
         self._refuse_newer(version)
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """The file's kind, its format's version, and whether it has a table."""
-        kind, version, tables = (
-            self._patiently(functools.partial(self._first, db, sql))
-            for sql in (Sql.KIND, Sql.VERSION, Sql.ANY_TABLE))
-        return kind, version, tables
+        """The file's kind, its format's version, and whether it has a table.
+
+        Of one of ours that is not asked: its pages may still be in the WAL alone.
+        """
+        kind, version = (self._patiently(functools.partial(self._first, db, sql))
+                         for sql in (Sql.KIND, Sql.VERSION))
+        if kind == APPLICATION_ID and version:
+            return kind, version, 1
+        return kind, version, self._patiently(
+            functools.partial(self._first, db, Sql.ANY_TABLE))
 
     @staticmethod
     def _first(db: sqlite3.Connection, sql: str) -> int:
@@ -2358,11 +2369,16 @@ class Locks:
 
 
 def _read(path: str) -> bytes:
-    """A small file of /proc, or b"" if it or its process is gone or not ours."""
+    """A small file of /proc, or b"" if it or its process is gone or not ours.
+
+    OSError if we are out of descriptors: then nobody is known to be gone.
+    """
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return b""
 
 
@@ -3207,12 +3223,12 @@ class Claims:
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
                 behind = self._let_in(now)
-                claimed = [] if behind or not (free or ahead) else self._claim(
+                stop = self._wish()
+                claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
-                stop = store.row(Sql.WORKER_WISH, id=self.worker.id)
                 mine.update((one.claim, None) for one in claimed)
-                turn = Turn(settled, claimed, mine, stop[0] if stop else None, behind,
-                            store.settings(), self.next_due())
+                turn = Turn(settled, claimed, mine, stop, behind, store.settings(),
+                            self.next_due())
         except BaseException:
             for lock in locks:
                 os.close(lock)
@@ -3222,6 +3238,12 @@ class Claims:
         self._held.update((one.claim, one) for one in claimed)
         self._unmarked.clear()
         return turn
+
+    def _wish(self) -> str | None:
+        """Whether somebody wants this pool to stop: None, DRAIN or NOW."""
+        assert self.worker is not None
+        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        return row[0] if row else None
 
     def _mark(self, claims: Iterable[int]) -> None:
         """Record that runs claimed ahead have begun."""
@@ -4143,7 +4165,7 @@ class Ending:
     def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
                  lost: Stranded | None = None) -> None:
         self.claim, self.lost = claim, lost     # lost: another pool's run
-        self.has_begun = False                  # whether anything was there to end
+        self.has_begun = False                  # whether a process of it was there
         self._host, self._group = host, group   # 0: its head may have been reaped
         self._grace = grace                     # seconds from SIGTERM to SIGKILL
         self._kill_at: float | None = None      # monotonic; None: not begun
@@ -4155,7 +4177,6 @@ class Ending:
                 or (self._group and one.session == self._group)}
         if not left and not self._host.locks.is_held(self.claim):
             return True
-        self.has_begun = True
         if self._kill_at is None:
             self._kill_at = now + self._grace
             self._signal_group(signal.SIGTERM)
@@ -4177,6 +4198,7 @@ class Ending:
     def _signal(self, left: set[int], late: bool) -> None:
         host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
+        self.has_begun = self.has_begun or bool(left - {frozen})
         for pid in left - {frozen}:
             if late or pid not in self._asked:
                 host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
@@ -4302,6 +4324,14 @@ def _keep_descriptors() -> None:
         with contextlib.suppress(OSError):
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
+
+
+def _home() -> int:
+    """A directory to come back to from those of the jobs."""
+    try:
+        return os.open(".", os.O_RDONLY)
+    except OSError:     # one that we may not read
+        return os.open("/", os.O_RDONLY)
 
 
 def _bell() -> socket.socket | None:
@@ -4474,10 +4504,13 @@ class Pool:
         self._ended.clear()
         self._saved.update((claim, output.total) for claim, output in outputs.items())
         for settled in turn.settled:
-            self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
-            self._say(settled_line(settled, self._queue.clock()))
+            if settled.outcome.duration is not None:    # else it has not begun
+                self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
+                self._say(settled_line(settled, self._queue.clock()))
         self._take_on(turn.claimed)
         self._obey(turn)
+        if turn.settled and self._peers and not self._room():
+            self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
     def _take_on(self, claimed: Sequence[Claimed]) -> None:
         self._taken += len(claimed)
@@ -4803,7 +4836,7 @@ class Pool:
         _refuse_platform()
         _allow_descriptors(self._options.slots)
         _keep_descriptors()
-        self._home = os.open(".", os.O_RDONLY)  # to come back to from the jobs' own
+        self._home = _home()
         store = self._queue.store
         self._settings = store.settings()
         self._silence = Silence(2 * self._settings.heartbeat)
@@ -4886,7 +4919,8 @@ class Screen:
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
-            print(text, file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # what it is about is done
+                print(text, file=sys.stderr)
 
     def log(self, text: str) -> None:
         """A worker's line, with the time. A terminal that is gone stops no worker."""
@@ -5651,16 +5685,14 @@ def _as_utf8(word: str) -> str:
                          "convert it with iconv -t UTF-8") from None
 
 
-def _abandon_stdout() -> None:
+def _abandon(stream: TextIO) -> None:
     """The interpreter must not flush into what cannot be written, and say so."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    _open_standard_streams()
+def _answer(words: Sequence[str]) -> int:
+    """The exit status; each refusal and each end that we know becomes one here."""
     try:
         return _run([_as_utf8(word) for word in words])
     except QueueError as error:
@@ -5668,13 +5700,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:     # the reader has seen enough
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return EX_OK
     except OSError as error:
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return _report(Unwritable(f"the result could not be written ({error})",
                                   "`queuectl status` shows what was done"),
                        "--json" in words)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
+    status = _answer(words)
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):   # a full disk under a log is no failed command
+        _abandon(sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -256,8 +256,9 @@ class Rules(TestCase):
         silence = Silence(10)
         silence.look({1: 5}, 0.0)
         self.assertEqual(silence.look({1: 5}, 4.0), {1: 4.0})
-        self.assertEqual(silence.look({1: 5}, 1000.0), {1: 14.0})  # we were suspended
-        self.assertEqual(silence.look({1: 6}, 1001.0), {1: 0.0})
+        self.assertEqual(silence.look({1: 5}, 1000.0), {1: 4.0})    # we were suspended
+        self.assertEqual(silence.look({1: 5}, 1005.0), {1: 9.0})
+        self.assertEqual(silence.look({1: 6}, 1006.0), {1: 0.0})
 
     def test_percentiles_are_within_a_twentieth(self):
         values = [n / 1000 for n in range(1, 1001)]
@@ -364,6 +365,26 @@ class Files(TestCase):
         store = self.a_queue().store
         self.assertEqual(store.row("PRAGMA synchronous"), (2,))
         self.assertEqual(store.row("PRAGMA journal_mode"), ("wal",))
+
+    def test_a_file_in_the_midst_of_a_checkpoint_is_not_taken_for_damaged(self):
+        """The first page is written, the file not yet as long as that one says."""
+        queue = self.a_queue()
+        self.a_queue()      # keeps the WAL when the first is closed
+        with open(self.path, "rb") as file:
+            short = file.read()
+        queue.enqueue("x" * 60_000, id="big")
+        with open(self.path + "-wal", "rb") as file:
+            wal = file.read()
+        queue.store.rows(queuectl.Sql.EMPTY_WAL)
+        with open(self.path, "rb") as file:
+            first_page = file.read(4096)
+        torn = self.path_of("torn.db")
+        for name, content in ((torn, first_page + short[4096:]), (torn + "-wal", wal)):
+            with open(name, "wb") as file:
+                file.write(content)
+
+        with Queue(torn, create=False) as again:
+            self.assertEqual(len(again.job("big").command), 60_000)
 
     def test_foreign_files_are_refused_and_left_as_they_are(self):
         other = os.path.join(self.dir, "other.db")
@@ -686,6 +707,14 @@ class Turns(TestCase):
         queue.enqueue("x")
         self.clock.now -= 86400
         self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+
+    def test_a_pool_that_is_to_stop_claims_no_more(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        queue.stop_workers()
+        turn = claims.turn({}, {}, [1], ahead=1)
+        self.assertEqual((turn.stop, turn.claimed), (queuectl.DRAIN, []))
 
     def test_a_late_worker_cannot_end_a_later_claim(self):
         queue = self.a_queue()
@@ -1351,6 +1380,10 @@ class Program(Processes):
                 (f"{quoted} --db {db} enqueue - <&-", 1),
                 (f"{quoted} --db {db} list >/dev/full", 1),
                 (f"{quoted} --db {db} worker start --drain <&- >&- 2>&-", 0),
+                (f"{quoted} --db {db} enqueue true 2>/dev/full", 0),
+                (f"PYTHONUNBUFFERED=1 {quoted} --db {db} enqueue true 2>/dev/full", 0),
+                (f"PYTHONUNBUFFERED= {quoted} --db {db} worker start --drain 2>/dev/full",
+                 0),
                 (f"cd *; {quoted} --db {db} enqueue true", 1),
                 (f"cd *; {quoted} enqueue true --cwd /", 0),
                 (f"mkdir gone; cd gone; rmdir ../gone; {quoted} list", 1)):
@@ -2154,7 +2187,7 @@ class World:
         self.mono += 600
         self.set_clock(self.wall + 600)
         for pool in self.pools.values():
-            pool.beat_at += 600 - 2 * self.settings.heartbeat
+            pool.beat_at += 600
 
     def some_pool(self):
         return self.chance.choice(self.alive() or [None])
@@ -2202,7 +2235,12 @@ class World:
             pool.state = "frozen"
 
     def aim(self):
-        """Thaw at the worst of moments: a rescuer is at work, or has just been."""
+        """Thaw at the worst of moments: a rescuer is at work, or has just been; and let
+        the lease of a pool that is frozen between a claim and its start run out.
+        """
+        if any(pool.state == "frozen" and pool.waiting for pool in self.pools.values()) \
+                and self.chance.random() < 0.3:
+            self.step_tick(5)
         for pool in self.pools.values():
             if pool.state == "frozen" and self.chance.random() < 0.7 and (
                     any(ride.fate == "killed" for ride in pool.rides.values())
@@ -2314,7 +2352,8 @@ MUTANTS = (
     ("excused", "a pool is lost as soon as it is silent", (
         ("or silent.get(pool, 0.0) >= lease)", "or pool in silent)"),)),
     ("excused", "time in which nobody looked counts as silence", (
-        ("step = min(now - self._last, self._gap)", "step = now - self._last"),)),
+        ("step = step if step <= self._gap else 0.0",
+         "step = 0.0 if step == math.inf else step"),)),
     ("numbered", "a claim's number is used again", (
         ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
          "            claim         INTEGER PRIMARY KEY"),
