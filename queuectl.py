@@ -1566,7 +1566,6 @@ class Sql:
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs IN (SELECT value FROM json_each(:needs))
            AND jobs.gate IS NOT NULL
-         ORDER BY jobs.seq
         """
     SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
 

@@ -340,19 +340,35 @@ class Statements(TestCase):
                 if not text.lstrip().startswith(("PRAGMA", "BEGIN", "COMMIT", "ROLL")):
                     db.execute("EXPLAIN " + text, values).fetchall()
 
-    def test_the_claim_uses_its_indexes_and_sorts_nothing(self):
+    # What a pool or a command asks again and again, and what each step goes by.
+    HOT = (
+        ("jobs_in_line",   "LINE BEFORE"),
+        ("jobs_in_queue",  "QUEUE_LINE ANY_OPEN ANY_OPEN_IN"),
+        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
+        ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY"),
+        ("jobs_by_unique", "JOB_BY_UNIQUE"),
+        ("runs_by_job",    "LINE QUEUE_LINE LAST_RUN RUNS RUN"),
+        ("events_by_job",  "EVENTS_OF"),
+        ("PRIMARY KEY",    "MOVE WISH SET_GATE JOB_BY_SEQ BEGIN_RUN END_RUN SAVE_OUTPUT "
+                           "RUN_BY_CLAIM DEPENDENTS BEAT WORKER_WISH TALLIES_EVER"),
+        ("autoindex_jobs", "JOB SEQ_OF"),
+    )
+
+    def test_what_is_asked_often_goes_by_an_index_and_sorts_nothing(self):
         db = sqlite3.connect(self.a_queue().path)
         self.addCleanup(db.close)
-        for name, index in (("LINE", "jobs_in_line"), ("QUEUE_LINE", "jobs_in_queue"),
-                            ("NEXT_DUE", "jobs_by_time"), ("LET_IN", "jobs_by_time"),
-                            ("JOB_BY_CLAIM", "jobs_by_claim"), ("MINE", "jobs_by_claim"),
-                            ("JOB_BY_UNIQUE", "jobs_by_unique"), ("BEFORE", "jobs_in_line")):
-            text = getattr(queuectl.Sql, name)
-            plan = " ".join(row[3] for row in db.execute(
-                "EXPLAIN QUERY PLAN " + text, dict.fromkeys(re.findall(r":(\w+)", text))))
-            with self.subTest(name):
-                self.assertIn(index, plan)
-                self.assertNotIn("TEMP B-TREE", plan)
+        for index, names in self.HOT:
+            for name in names.split():
+                text = getattr(queuectl.Sql, name)
+                plan = [row[3] for row in db.execute(
+                    "EXPLAIN QUERY PLAN " + text,
+                    dict.fromkeys(re.findall(r":(\w+)", text)))]
+                with self.subTest(name):
+                    self.assertIn(index, " ".join(plan))
+                    self.assertNotIn("TEMP B-TREE", " ".join(plan))
+                    for step in plan:   # what is gone through whole is short, or one row
+                        if step.startswith("SCAN"):
+                            self.assertRegex(step, "USING INDEX|CONSTANT ROW|json_each")
 
 
 # ---- 6 Store -----------------------------------------------------------------
