@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TIME ?= 5m
 SEED ?= 1
-.PHONY: help demo test chaos deaths lint type cov clean
+.PHONY: help demo test bench chaos deaths lint type cov clean
 
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -11,6 +11,9 @@ demo:   ## compress real files, a job each, check every result; some jobs fail o
 
 test:   ## run the tests; needs Python alone
 	$(PYTHON) -m unittest
+
+bench:  ## measure it beside the limits and rivals: ratios, medians; a table
+	$(PYTHON) test_queuectl.py --bench
 
 chaos:  ## break it for TIME=5m by SEED=1: kills, freezes, held locks; a verdict
 	$(PYTHON) test_queuectl.py --chaos $(TIME) --seed $(SEED)

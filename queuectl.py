@@ -101,7 +101,8 @@ if TYPE_CHECKING:
     import concurrent.futures as futures
     import queue as queues
     import socket
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO
 
 __version__ = "0.1.0"
@@ -3389,14 +3390,20 @@ class Claims:
 
     # Rescue: what pools that are gone, or silent for a lease, have left.
 
-    def stranded(self, silent: Mapping[int, float]) -> list[Stranded]:
-        """The runs whose pool is gone, or has been silent for longer than a lease."""
+    def stranded(self, silent: Mapping[int, float],
+                 gone: Collection[int] = ()) -> list[Stranded]:
+        """The runs whose pool is gone, or has been silent for longer than a lease.
+
+        `gone`: pools whose end the kernel has told. A command that one was just about
+        to start may hold its lock for a moment more.
+        """
         settings = self._store.settings()
         lease = max(settings.lease, 3 * settings.heartbeat)
         pools = {worker.id: worker for worker in self._store.workers()}
         own = self.worker.id if self.worker else None
         lost = {pool for pool, worker in pools.items()
-                if pool != own and (self._host.is_alive(worker) is False
+                if pool != own and (pool in gone
+                                    or self._host.is_alive(worker) is False
                                     or silent.get(pool, 0.0) >= lease)}
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         return [Stranded(run, pools.get(run.pool)) for run in runs
@@ -4379,7 +4386,9 @@ class Pool:
         self._pace = math.inf   # seconds that runs take of late
         self._signals: list[int] = []                   # by handlers; append is atomic
         self._ending: set[int] = set()                  # claims that the ender has
-        self._peers: dict[int, int] = {}                # process watches: pool id
+        self._peers: set[int] = set()                   # watches of other pools
+        self._known: set[int] = set()                   # pools that have been looked at
+        self._gone: set[int] = set()                    # pools that have ended
         self._saved: dict[int, int] = {}                # bytes stored, by claim
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._grace_ends = math.inf                     # monotonic
@@ -4423,10 +4432,13 @@ class Pool:
         self._heed_times()
         try:
             if self._is_turn_due():
+                has_orders = self._orders
                 self._turn()
                 if time.monotonic() >= self._beat_at:
                     self._watch()
                     self._beat_at = time.monotonic() + self._settings.heartbeat
+                if has_orders:      # a new worker gives them, too
+                    self._watch_peers()
             return self._is_over()
         except (Busy, Unwritable) as error:
             self._complain(error)
@@ -4755,7 +4767,7 @@ class Pool:
         through: while nobody can write, nobody is silent.
         """
         silent = self._silence.look(self._claims.beats(), time.monotonic())
-        fresh = [one for one in self._claims.stranded(silent)
+        fresh = [one for one in self._claims.stranded(silent, self._gone)
                  if one.run.claim not in self._ending]
         if fresh:
             self._claims.seize(run for run, _ in fresh)
@@ -4764,23 +4776,27 @@ class Pool:
             self._ender.add(Ending(self._queue.host, lost.run.claim,
                                    self._settings.kill_grace, lost=lost))
         self._claims.forget_dead()
-        self._watch_peers()
 
     def _watch_peers(self) -> None:
         """Let the kernel tell when a pool on this machine ends."""
-        host, watched = self._queue.host, set(self._peers.values())
+        host = self._queue.host
         for worker in self._queue.store.workers():
-            if worker.pid != os.getpid() and worker.boot == host.boot \
-                    and worker.id not in watched:
-                watch = _watch_process(worker.pid)
-                if watch >= 0:
-                    self._peers[watch] = worker.id
-                    self._listen(watch, functools.partial(self._drop_peer, watch))
+            if worker.id in self._known or worker.boot != host.boot:
+                continue
+            self._known.add(worker.id)
+            watch = _watch_process(worker.pid)
+            if watch >= 0:
+                self._peers.add(watch)
+                self._listen(watch, functools.partial(
+                    self._drop_peer, watch, worker.id))
+            elif host.is_alive(worker) is False:
+                self._beat_at = 0.0     # it ended meanwhile: look at once
 
-    def _drop_peer(self, watch: int) -> None:
+    def _drop_peer(self, watch: int, pool: int) -> None:
+        self._gone.add(pool)
         self._forget(watch)
         os.close(watch)
-        del self._peers[watch]
+        self._peers.discard(watch)
         self._beat_at = 0.0     # look at once
 
     # Sleeping.
@@ -4845,6 +4861,8 @@ class Pool:
             self._listen(self._bell.fileno(), self._hear)
         self._worker = self._claims.register(
             self._bell.getsockname()[1] if self._bell else None)
+        self._known.add(self._worker.id)
+        self._queue.wake(NEW_ORDERS)        # the others are to watch this one
         store.patience = TURN_PATIENCE      # this thread has other things to do
         restore = self._catch_signals()
         try:

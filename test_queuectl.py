@@ -771,6 +771,16 @@ class Turns(TestCase):
         self.assertEqual(other.stranded({claims.worker.id: 14.0}), [])
         self.assertEqual(len(other.stranded({claims.worker.id: 15.0})), 1)
 
+    def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.claim_one(queue, claims)
+        other = self.a_pool(queue, name="other")
+
+        self.assertEqual(other.stranded({}), [])
+        self.assertEqual(len(other.stranded({}, {claims.worker.id})), 1)
+
     def test_a_number_whose_lock_is_held_is_passed_over(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
@@ -1247,6 +1257,19 @@ class Program(Processes):
         found = [one for one in json.loads(out)["findings"] if one["code"] == "lost-run"]
         self.assertEqual(code, 0)
         self.assertIn(self.read("pid").strip(), found[0]["message"])
+
+    def test_a_worker_that_has_just_come_is_missed_at_once(self):
+        self.call("config", "set", "heartbeat", "1h")
+        self.worker("--name", "old")
+        wait_for(lambda: self.call("worker", "list")[1], "the old one")
+        new = self.worker("--name", "new", "--queue", "q")
+        wait_for(lambda: self.call("worker", "list")[1].count("pid") == 2, "the new one")
+        self.enqueue("[ -e second ] && exit 0; touch second; sleep 100", "--queue", "q")
+        wait_for(lambda: os.path.exists(self.path_of("second")), "the start")
+        new.kill()
+        new.wait()
+
+        self.wait_state("job-1", COMPLETED)
 
     def test_a_living_worker_takes_over_from_a_dead_one(self):
         first = self.worker("--name", "first")
@@ -4139,6 +4162,862 @@ def chaos(seconds, seed):
     return 1 if bad else 0
 
 
+# ---- Bench -------------------------------------------------------------------
+# Each figure beside the limit of its matter, or beside others that do the same, taken
+# in turn within one run: so a busy minute strikes both. For Linux. The sizes are those
+# of a full run, which takes some 3 GB of the temporary directory; `--scale 0.05` makes
+# them smaller, for a try.
+
+PAIRS = 5                   # takes of each side of a ratio, where one takes seconds
+QUICK_PAIRS = 20            # where it is a command of milliseconds
+DRAIN_JOBS = 2000
+RIVAL_JOBS = 400            # for programs that start a process or more to enqueue one
+BATCH_LINES = 100_000
+LATENCY_JOBS = 200
+DUE_JOBS, DUE_STEP = 50, 0.1            # jobs; seconds between two that become due
+IDLE_SECONDS, TRACED_SECONDS = 60, 20
+TURNS = 200                 # of a pool, on each file
+FEW, MANY, SOME = 1000, 1_000_000, 100_000      # jobs in a file
+KINDS = 1000                # priorities, or queues, among SOME jobs
+FILL_BATCH = 50_000         # jobs enqueued in one transaction
+MEMORY_JOBS = 20_000        # 50,000 for a long look
+LOUD_EVERY, LOUD = 1000, "head -c 100000000 /dev/zero"
+FILE_JOBS = 5000
+DEAD_JOBS = 500_000
+RETRY_JOBS, RETRY_SLOTS = 1000, 12
+RETRY_PAUSE = 5             # seconds, in which all first runs must be over
+KILLS, FREEZES = 20, 5
+WELL_UNDER = 30             # seconds: well under 60
+PATIENCE = 300              # seconds until a measure is given up
+MB = 1e6                    # bytes
+
+TRUE = Spec("true", cwd="/")
+
+# In 4 threads of a process, output captured, nothing kept.
+POPEN = """
+import subprocess, sys
+from concurrent import futures
+def run(_):
+    return subprocess.Popen(
+        ["/bin/sh", "-c", "true"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT).communicate()
+with futures.ThreadPoolExecutor(4) as threads:
+    list(threads.map(run, range(int(sys.argv[1]))))
+"""
+# By one thread, 4 at once, neither captured nor kept: about what the machine can do.
+SPAWN = """
+import os, select, sys
+left, pids, poller = int(sys.argv[1]), {}, select.poll()
+null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+while left or pids:
+    while left and len(pids) < 4:
+        pid = os.posix_spawn("/bin/sh", ["/bin/sh", "-c", "true"], os.environ,
+                             file_actions=null)
+        watch, left = os.pidfd_open(pid), left - 1
+        pids[watch] = pid
+        poller.register(watch, select.POLLIN)
+    for watch, _ in poller.poll():
+        poller.unregister(watch)
+        os.close(watch)
+        os.waitpid(pids.pop(watch), 0)
+"""
+# Programs of others, where they are installed: $1 times `true` in 4 slots.
+RIVALS = {
+    "parallel": 'yes true | head -n "$1" | parallel --gnu -j4 --joblog joblog',
+    "tsp": 'export TS_SOCKET="$PWD/tsp"; tsp -S 4; for n in $(seq "$1"); do tsp true; '
+           "done; tsp -w; tsp -K",
+    "nq": 'for n in $(seq "$1"); do NQDIR=nq$((n % 4)) nq -q true; done; '
+          "for n in 0 1 2 3; do NQDIR=nq$n nq -w; done",
+}
+
+
+def figure(value):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def p99(values):
+    return sorted(values)[int(len(values) * 0.99)]
+
+
+def ratios(above, below):
+    """Pair by pair."""
+    return [a / b for a, b in zip(above, below)]
+
+
+def in_turn(takes, rounds=PAIRS):
+    """Take each measure in turn, again and again; the values of each, by its name."""
+    values = {name: [] for name in takes}
+    for _ in range(rounds):
+        for name, take in takes.items():
+            values[name].append(take())
+    return values
+
+
+def file_system(path):
+    """The kind of file system that holds the path."""
+    kinds = {}
+    with contextlib.suppress(OSError), open("/proc/mounts") as file:
+        for _, place, kind, *_ in map(str.split, file):
+            if os.path.commonpath([place, os.path.realpath(path)]) == place:
+                kinds[place] = kind
+    return kinds[max(kinds, key=len)] if kinds else "unknown"
+
+
+def cpu_seconds(pid):
+    """What the process has used so far, without its children."""
+    user, system = queuectl._stat_fields(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid, key):
+    """VmRSS or VmHWM of a process, in MB."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file
+                    if line.startswith(key)) * 1024 / MB
+
+
+def living(path, name):
+    """The row of a pool, if it runs; else None."""
+    with Queue(path) as queue:
+        return next((view.worker for view in queue.workers()
+                     if view.worker.name == name), None)
+
+
+def end_pool(path, process, name):
+    """Stop a pool, one way or the other, with all that it runs."""
+    with Queue(path) as queue:
+        worker = next((one for one in queue.store.workers() if one.name == name), None)
+        with contextlib.suppress(queuectl.QueueError):
+            queue.stop_workers(name, now=True)
+        try:
+            process.wait(10 if worker else 0)
+        except subprocess.TimeoutExpired:
+            if worker:      # under strace it is another process
+                queue.host.signal(worker.pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+        left = [row[0] for row in queue.store.rows(queuectl.Sql.UNDER_WAY)
+                if worker and row[3] == worker.id]
+        for pid in (pid for claim in left for pid in queue.host.members(claim)):
+            queue.host.signal(pid, signal.SIGKILL)
+
+
+class Bench:
+    """The rows of the table, and what measures share: files, processes."""
+
+    def __init__(self, directory, scale):
+        self.dir, self._scale = directory, scale
+        self.rows = []
+        self._number = 0
+        self._files = {}    # by kind and number of jobs
+        self.env = {**os.environ, "HOME": directory,
+                    "PYTHONPATH": os.path.dirname(MODULE)}
+        for name in ("PYTHONDONTWRITEBYTECODE", "QUEUECTL_DB"):
+            self.env.pop(name, None)
+
+    # The table.
+
+    def tell(self, what, values, goal=None, unit="", of=median):
+        """Add a row; `goal`: a sign and a limit, for the median or what `of` gives."""
+        value = of(values)
+        measured = f"{figure(value)}{unit}"
+        if len(values) > 1:
+            measured += f" ({figure(min(values))}-{figure(max(values))})"
+        sign, limit = goal or ("", 0)
+        met = {"": None, ">=": value >= limit, "<=": value <= limit}[sign]
+        self._add(what, measured, f"{sign} {limit:g}{unit}" if goal else "",
+                  {None: "", True: "yes", False: "no"}[met])
+
+    def leave_out(self, what, why):
+        """Add a row without a figure."""
+        self._add(what, f"not measured: {why}", "", "")
+
+    def _add(self, *row):
+        self.rows.append(f"| {' | '.join(row)} |")
+        self.say(self.rows[-1])
+
+    def say(self, text):
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def size(self, full, least=1):
+        """A size at this run's scale."""
+        return max(least, round(full * self._scale))
+
+    def machine(self):
+        system = os.uname()
+        return (f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, SQLite "
+                f"{sqlite3.sqlite_version}, {system.sysname} {system.release}, "
+                f"{file_system(self.dir)}"
+                + (f", sizes x {self._scale:g}" if self._scale != 1 else ""))
+
+    def table(self):
+        return "\n".join([self.machine(), "",
+                          "| what | measured (median, min-max) | goal | |",
+                          "|---|---|---|---|", *self.rows])
+
+    # Files.
+
+    def fresh(self):
+        """The path of a file that is not there yet."""
+        self._number += 1
+        return os.path.join(self.dir, f"{self._number}.db")
+
+    def filled(self, count, spec=TRUE):
+        """A new queue with so many jobs."""
+        path = self.fresh()
+        stock(path, [spec] * count)
+        return path
+
+    def file(self, kind, count):
+        """A file with so many jobs of a kind, made once for all who ask for it."""
+        if (kind, count) not in self._files:
+            path = self._files[kind, count] = self.fresh()
+            self.say(f"making {count:,} {kind}")
+            FILES[kind](self, path, count)
+        return self._files[kind, count]
+
+    # Processes.
+
+    def argv(self, path, *words):
+        return [sys.executable, "-m", "queuectl", "--db", path, *words]
+
+    def seconds(self, *argv, lines=b""):
+        """The time of a whole process, which must succeed."""
+        begun = time.monotonic()
+        subprocess.run(argv, input=lines, stdout=subprocess.DEVNULL, check=True,
+                       stderr=subprocess.DEVNULL, env=self.env, cwd=self.dir)
+        return time.monotonic() - begun
+
+    def ctl(self, path, *words, **options):
+        """The time of one of our commands."""
+        return self.seconds(*self.argv(path, *words), **options)
+
+    @contextlib.contextmanager
+    def process(self, *argv):
+        """One that runs meanwhile; it is ended if it has not."""
+        process = subprocess.Popen(
+            argv, env=self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    @contextlib.contextmanager
+    def pool(self, path, slots, *before):
+        """A pool that runs meanwhile: its row. `before`: a program that starts it."""
+        self._number += 1
+        name = f"pool-{self._number}"
+        with self.process(*before, *self.argv(path, "worker", "start", "-c", str(slots),
+                                              "--name", name)) as process:
+            try:
+                yield wait_for(lambda: living(path, name), f"the start of {name}")
+            finally:
+                end_pool(path, process, name)
+
+    def drained(self, path, slots, pools=1):
+        """The time that whole pools take to run what is there."""
+        words = ("worker", "start", "--drain", "-c", str(slots))
+        with contextlib.ExitStack() as stack:
+            begun = time.monotonic()
+            started = [stack.enter_context(self.process(
+                *self.argv(path, *words, "--name", f"pool-{n}"))) for n in range(pools)]
+            assert [process.wait() for process in started] == [0] * pools
+            return time.monotonic() - begun
+
+
+def stock(path, specs):
+    """Add jobs, and leave no WAL behind."""
+    with Queue(path) as queue:
+        for start in range(0, len(specs), FILL_BATCH):
+            queue.enqueue_many(specs[start:start + FILL_BATCH])
+        queue.store.relieve()
+
+
+# Jobs that have run: as if a pool had, but in a minute. Each N-th is dead.
+FINISH = """
+    BEGIN;
+    UPDATE jobs
+       SET state = CASE WHEN seq % {every} THEN 'completed' ELSE 'dead' END,
+           exit_code = seq % {every} = 0, attempts = 1, max_retries = 1, gate = NULL,
+           error = CASE WHEN seq % {every} THEN NULL ELSE 'exit status 1' END,
+           started_at = created_at, finished_at = created_at;
+    INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,
+                      duration, outcome, exit_code, error)
+    SELECT seq, 1, 1, 'bench', 1, started_at, finished_at, 0.001,
+           CASE state WHEN 'dead' THEN 'failed' ELSE state END, exit_code, error
+      FROM jobs;
+    INSERT INTO events (job, "from", "to", at)
+    SELECT seq, 'pending', 'processing', started_at FROM jobs;
+    INSERT INTO events (job, "from", "to", at)
+    SELECT seq, 'processing', state, finished_at FROM jobs;
+    INSERT INTO tallies (minute, queue, kind, bucket, n, total)
+    SELECT minute, queue, column1, column2,
+           CASE column4 WHEN 'dead' THEN n / {every} WHEN 'all' THEN n
+                        ELSE n - n / {every} END, n * column3
+      FROM tallies, (VALUES ('complete', 0, 0, 'done'), ('run:completed', 0, 0, 'done'),
+                            ('bury', 0, 0, 'dead'), ('run:failed', 0, 0, 'dead'),
+                            ('run_time', 10, 0.001, 'all'),
+                            ('wait_time', 10, 0.001, 'all'))
+     WHERE kind = 'enqueue';
+    DELETE FROM counts;
+    INSERT INTO counts SELECT queue, state, COUNT(*) FROM jobs GROUP BY queue, state;
+    COMMIT;
+    PRAGMA wal_checkpoint(TRUNCATE);
+    """
+
+
+def finish(path, every):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(FINISH.format(every=every))
+
+
+def copy_plain(bench, path, count):
+    shutil.copy(bench.file("jobs to copy", count), path)
+
+
+def make_finished(bench, path, count):
+    """With some that wait behind them."""
+    copy_plain(bench, path, count)
+    finish(path, 10)
+    stock(path, [TRUE] * FEW)
+
+
+def make_dead(bench, path, count):
+    copy_plain(bench, path, count)
+    finish(path, 1)
+
+
+def make_tomorrow(bench, path, count):
+    """Of a higher priority than the few that are due."""
+    later = TRUE._replace(priority=5, run_at=time.time() + 86400)
+    stock(path, [TRUE] * FEW + [later] * count)
+
+
+FILES = {
+    "jobs to copy": lambda bench, path, count: stock(path, [TRUE] * count),
+    "pending": copy_plain,
+    "finished": make_finished,
+    "dead": make_dead,
+    "jobs of higher priority due tomorrow": make_tomorrow,
+    f"pending of {KINDS:,} priorities": lambda bench, path, count: stock(path, [
+        TRUE._replace(priority=n % KINDS) for n in range(count)]),
+    f"pending in {KINDS:,} queues": lambda bench, path, count: stock(path, [
+        TRUE._replace(queue=f"queue-{n % KINDS}") for n in range(count)]),
+}
+
+
+# drain: the same commands, by the queue and without one.
+
+def rivals_here(bench):
+    """Those that are installed and do what they should."""
+    here = []
+    for name, script in RIVALS.items():
+        if shutil.which(name):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                bench.seconds("sh", "-ec", script, "sh", "4")
+                here.append(name)
+    return here
+
+
+def drain_takes(bench, count):
+    """Seconds a job, by who runs it in how many slots."""
+    def queue(slots):
+        return bench.drained(bench.filled(count), slots) / count
+
+    def xargs(slots):
+        return bench.seconds("xargs", "-P", str(slots), "-n1", "sh", "-c",
+                             lines=b"true\n" * count) / count
+
+    def python(code):
+        return bench.seconds(sys.executable, "-c", code, str(count)) / count
+
+    def rival(name):
+        few = min(count, RIVAL_JOBS)
+        return bench.seconds("sh", "-ec", RIVALS[name], "sh", str(few)) / few
+    part = functools.partial
+    return {
+        **{f"{name} {slots}": part(take, slots) for slots in (2, 4)
+           for name, take in (("queue", queue), ("xargs", xargs))},
+        "popen": part(python, POPEN), "spawn": part(python, SPAWN),
+        "queue 8": part(queue, 8),
+        **{name: part(rival, name) for name in rivals_here(bench)}}
+
+
+def bench_drain(bench):
+    count = bench.size(DRAIN_JOBS, 100)
+    took = in_turn(drain_takes(bench, count))
+    four = took["queue 4"]
+    bench.tell(f"drain {count:,} x `true`, 4 slots: jobs a second",
+               [1 / one for one in four])
+    for slots, least in ((2, 0.9), (4, 1.0)):
+        bench.tell(f"its rate against `xargs -P {slots}`, {slots} slots",
+                   ratios(took[f"xargs {slots}"], took[f"queue {slots}"]),
+                   (">=", least))
+    bench.tell("8 slots against 4", ratios(four, took["queue 8"]), (">=", 1.0))
+    bench.tell("against bare `Popen` in 4 threads", ratios(took["popen"], four),
+               (">=", 0.85))
+    bench.tell("against bare `posix_spawn`, nothing kept", ratios(took["spawn"], four))
+    for name in RIVALS:
+        if name in took:
+            bench.tell(f"against `{name}`, 4 slots", ratios(took[name], four))
+        else:
+            bench.leave_out(f"against `{name}`", "not installed")
+
+
+# pools: several on one file.
+
+CLAIMS = """
+    SELECT runs.pool, events.at
+      FROM events
+      JOIN runs ON runs.job = events.job
+     WHERE events."to" = 'processing'
+     ORDER BY events.seq
+    """
+
+
+def claims_by_pool(path):
+    """When each pool made its claims."""
+    claims = collections.defaultdict(list)
+    with Queue(path) as queue:
+        for pool, at in queue.store.rows(CLAIMS):
+            claims[pool].append(queuectl.epoch(at))
+    return list(claims.values())
+
+
+def bench_pools(bench):
+    count, paths = bench.size(DRAIN_JOBS, 200), []
+
+    def three():
+        paths.append(bench.filled(count))
+        return bench.drained(paths[-1], 2, 3)
+    took = in_turn({"one": lambda: bench.drained(bench.filled(count), 6),
+                    "three": three})
+    bench.tell("3 pools x 2 slots against one of 6: rate",
+               ratios(took["one"], took["three"]), (">=", 0.9))
+    found = [claims_by_pool(path) for path in paths]
+    # Jobs wait until the last of all claims, and so does a pool that claims no more.
+    ends = [max(max(claims) for claims in pools) for pools in found]
+    bench.tell("longest wait of one of them for a claim", [
+        max(b - a for claims in pools for a, b in zip(claims, [*claims[1:], end]))
+        for pools, end in zip(found, ends)], ("<=", 0.5), " s", max)
+    bench.tell("least share of one, of the mean", [
+        min(map(len, pools)) * 3 / sum(map(len, pools)) if len(pools) == 3 else 0.0
+        for pools in found], (">=", 0.2), "", min)
+
+
+# enqueue, batch: whole processes.
+
+def bench_enqueue(bench):
+    few, many = bench.filled(1), bench.file("finished", bench.size(MANY, FEW))
+    took = in_turn({
+        "python": lambda: bench.seconds(sys.executable, "-c", "pass"),
+        "few": lambda: bench.ctl(few, "enqueue", "true"),
+        "many": lambda: bench.ctl(many, "enqueue", "true")}, QUICK_PAIRS)
+    bench.tell("`enqueue` of a job", [one * 1000 for one in took["few"]], None, " ms")
+    bench.tell("against `python3 -c pass`", ratios(took["few"], took["python"]),
+               ("<=", 2.7))
+    bench.tell(f"at {bench.size(MANY, FEW):,} jobs in the file against 1",
+               ratios(took["many"], took["few"]), ("<=", 1.1))
+
+
+def bare_inserts(bench, jobs, events):
+    """The time to write the same rows into the same tables, in one transaction."""
+    path = bench.filled(0)
+    begun = time.monotonic()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(queuectl.Sql.DURABLE)
+        db.execute(queuectl.Sql.WAL_PAGES)
+        db.execute("BEGIN IMMEDIATE")
+        for table, rows in (("jobs", jobs), ("events", events)):
+            marks = ", ".join("?" * len(rows[0]))
+            db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+        db.execute("COMMIT")
+    return time.monotonic() - begun
+
+
+def bench_batch(bench):
+    count = bench.size(BATCH_LINES)
+    lines = b"".join(b'{"command": "echo %d"}\n' % n for n in range(count))
+
+    def batch(path=None):
+        return bench.ctl(path or bench.fresh(), "enqueue", "-", lines=lines)
+    model = bench.fresh()
+    batch(model)
+    with Queue(model) as queue:
+        jobs, events = (queue.store.rows(f"SELECT * FROM {table}")
+                        for table in ("jobs", "events"))
+    took = in_turn({"queue": batch, "bare": lambda: bare_inserts(bench, jobs, events)})
+    bench.tell(f"`enqueue -` of {count:,} JSON lines: lines a second",
+               [count / one for one in took["queue"]])
+    bench.tell("against a bare `executemany` of these rows",
+               ratios(took["bare"], took["queue"]), (">=", 0.35))
+
+
+# latency: from the commit, or from the time that was set, to the start.
+
+class Stamped(Queue):
+    """Notes when a commit has come back: right after it the pools are woken."""
+    committed = 0.0
+
+    def wake(self, message):
+        self.committed = time.time()
+        super().wake(message)
+
+
+def run_of(queue, job_id):
+    """Its last run, once the job is completed."""
+    wait_for(lambda: queue.job(job_id).state == COMPLETED, f"the end of {job_id}")
+    return queue.run(job_id)
+
+
+def start_latencies(bench, count):
+    """Milliseconds from a commit to the command's first instruction, on an idle pool.
+
+    The command says what time it is, twice: in between passes what it costs to ask.
+    """
+    path, waits, costs = bench.filled(0), [], []
+    with bench.pool(path, 4), Stamped(path) as queue:
+        for _ in range(count):
+            job = queue.enqueue("date +%s%N; date +%s%N; :", cwd="/")
+            first, second = (int(word) / 1e9 for word in
+                             run_of(queue, job.id).output.split())
+            waits.append(first - queue.committed)
+            costs.append(second - first)
+    return [(wait - median(costs)) * 1000 for wait in waits]
+
+
+def due_latencies(bench, **fields):
+    """Milliseconds by which jobs start after the time that was set for them."""
+    path, count = bench.filled(0), bench.size(DUE_JOBS, 5)
+    with bench.pool(path, 4), Queue(path) as queue:
+        now = time.time() + 1
+        jobs = queue.enqueue_many([Spec(cwd="/", run_at=now + n * DUE_STEP, **fields)
+                                   for n in range(count)])
+        runs = [(run_of(queue, job.id), queue.job(job.id)) for job in jobs]
+    return [(queuectl.epoch(run.started_at) - queuectl.epoch(job.run_at)) * 1000
+            for run, job in runs]
+
+
+def bench_latency(bench):
+    waits = start_latencies(bench, bench.size(LATENCY_JOBS, 10))
+    bench.tell("from the commit to the command's start, idle pool", waits, ("<=", 5),
+               " ms")
+    bench.tell("... of 99 in 100", waits, ("<=", 20), " ms", p99)
+    for what, fields in (
+            ("a delayed job's due time", {"command": "true"}),
+            ("a retry's due time", {"command": '[ "$QUEUECTL_ATTEMPT" = 2 ]',
+                                    "backoff_base": 0.25})):
+        late = due_latencies(bench, **fields)
+        bench.tell(f"from {what} to its start", late, ("<=", 5), " ms")
+        bench.tell("... the earliest", late, (">=", 0), " ms", min)
+
+
+# idle: what a pool costs that has nothing to do.
+
+def settled(bench, path, worker):
+    """Wait until a pool has had a second heartbeat: its start is over."""
+    wait_for(lambda: living(path, worker.name).beat > worker.beat + 1, "a heartbeat")
+
+
+def idle_cpu(bench, seconds):
+    """Percent of a core."""
+    path = bench.filled(0)
+    with bench.pool(path, 4) as worker:
+        settled(bench, path, worker)
+        before = cpu_seconds(worker.pid)
+        time.sleep(seconds)
+        return (cpu_seconds(worker.pid) - before) / seconds * 100
+
+
+def idle_fsyncs(bench, seconds):
+    """(fsyncs, heartbeats) of a pool that nobody asks for anything."""
+    path, log = bench.filled(0), os.path.join(bench.dir, "strace")
+    with bench.pool(path, 4, "strace", "-f", "-qq", "-ttt", "-o", log,
+                    "-e", "trace=fsync,fdatasync") as worker:
+        settled(bench, path, worker)
+        begun, beats = time.time(), living(path, worker.name).beat
+        time.sleep(seconds)
+        ended, beats = time.time(), living(path, worker.name).beat - beats
+    with open(log) as file:
+        times = [float(line.split()[1]) for line in file if "sync(" in line]
+    return sum(begun <= one <= ended for one in times), beats
+
+
+def bench_idle(bench):
+    seconds = bench.size(IDLE_SECONDS, 5)
+    bench.tell(f"an idle pool of 4 for {seconds} s: CPU", [idle_cpu(bench, seconds)],
+               ("<=", 0.1), " % of a core")
+    seconds = bench.size(TRACED_SECONDS, 6)
+    if shutil.which("strace"):
+        fsyncs, beats = idle_fsyncs(bench, seconds)
+        bench.tell(f"its fsyncs in {seconds} s, with {beats} heartbeats", [fsyncs],
+                   ("<=", beats + 2))
+    else:
+        bench.leave_out("its fsyncs", "no strace")
+
+
+# turn: what a pool's transaction costs, in files of all kinds.
+
+class PoolTurns:
+    """Turns of a pool on a file, each of which records 4 runs and claims 4."""
+
+    def __init__(self, path):
+        self.queue = Queue(path)
+        self._claims = Claims(self.queue, PoolOptions(4, os.urandom(4).hex()))
+        self._claims.register(None)
+        self._held = []
+        self.turn()
+
+    def turn(self):
+        """Milliseconds."""
+        ended = {one.claim: Outcome(queuectl.DONE, 0, None, 0.001)
+                 for one in self._held}
+        for one in self._held:
+            queuectl._release(one)
+        begun = time.perf_counter()
+        self._held = self._claims.turn(ended, {}, (1, 2, 3, 4)).claimed
+        took = time.perf_counter() - begun
+        assert len(self._held) == 4
+        return took * 1000
+
+    def take(self):
+        """The median of some turns; as many jobs are added as they took."""
+        times = [self.turn() for _ in range(TURNS // PAIRS)]
+        self.queue.enqueue_many([TRUE] * 4 * len(times))
+        return median(times)
+
+    def close(self):
+        """Hand back what is held, and leave."""
+        self._claims.turn({one.claim: Outcome(queuectl.RELEASED)
+                           for one in self._held}, {}, ())
+        for one in self._held:
+            queuectl._release(one)
+        self._claims.leave()
+        self.queue.close()
+
+
+def bench_turn(bench):
+    many, some = bench.size(MANY, FEW), bench.size(SOME, FEW)
+    files = [("pending", bench.size(MANY // 100, FEW)), ("pending", some),
+             ("pending", many),
+             *((kind, some if str(f"{KINDS:,}") in kind else many) for kind in FILES
+               if kind not in ("jobs to copy", "pending", "dead"))]
+    with contextlib.closing(PoolTurns(bench.file("pending", FEW))) as few:
+        bench.tell(f"a turn that records 4 and claims 4, at {FEW:,} pending",
+                   [few.take() for _ in range(PAIRS)], None, " ms")
+        for kind, count in files:
+            with contextlib.closing(PoolTurns(bench.file(kind, count))) as other:
+                took = in_turn({"few": few.take, "other": other.take})
+            bench.tell(f"a turn at {count:,} {kind}", took["other"], None, " ms")
+            bench.tell(f"... against one at {FEW:,} pending",
+                       ratios(took["other"], took["few"]), ("<=", 1.3))
+
+
+# views: what people look at most.
+
+def bench_views(bench):
+    many = bench.size(MANY, FEW)
+    paths = {"few": bench.file("finished", FEW), "many": bench.file("finished", many)}
+    for command in ("status", "list", "dlq", "stats"):
+        took = in_turn({name: functools.partial(bench.ctl, path, command)
+                        for name, path in paths.items()}, QUICK_PAIRS)
+        bench.tell(f"`{command}` at {many:,} jobs against {FEW:,}",
+                   ratios(took["many"], took["few"]), ("<=", 1.5))
+
+
+# memory: does it grow?
+
+def memory_samples(path, worker, count):
+    """(share of the jobs that are done, MB) again and again until all are."""
+    samples, end = [], time.monotonic() + PATIENCE
+    with Queue(path) as queue:
+        while not samples or samples[-1][0] < 1:
+            assert time.monotonic() < end, "the jobs are not done in time"
+            time.sleep(0.05)
+            done = queue.counts()[COMPLETED]
+            samples.append((done / count, memory(worker.pid, "VmRSS")))
+    return samples
+
+
+def bench_memory(bench):
+    count = bench.size(MEMORY_JOBS, LOUD_EVERY)
+    path = bench.fresh()
+    stock(path, [TRUE._replace(command=LOUD) if n % LOUD_EVERY == 9 else TRUE
+                for n in range(count)])
+    with bench.pool(path, 4) as worker:
+        samples = memory_samples(path, worker, count)
+        peak = memory(worker.pid, "VmHWM")
+    early, late = ([size for done, size in samples if low <= done <= high] or [peak]
+                   for low, high in ((0.2, 0.3), (0.9, 1.0)))
+    bench.tell(f"a pool of 4 that has run {count:,} jobs, each {LOUD_EVERY:,}th "
+               "printing 100 MB: most memory", [peak], ("<=", 35), " MB")
+    bench.tell("... its growth over the last four fifths",
+               [median(late) - median(early)], ("<=", 1), " MB")
+
+
+# file: what it costs on the disk, and how long a purge holds others up.
+
+def watched_drain(bench, path):
+    """Largest WAL in MB, while a pool of 4 drains the file and a reader looks on."""
+    sizes = []
+    with bench.process(*bench.argv(path, "worker", "start", "--drain", "-c", "4")) as \
+            pool, Queue(path) as queue:
+        while pool.poll() is None:
+            queue.status()
+            queue.jobs(limit=50)
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.path.getsize(path + "-wal") / MB)
+            time.sleep(0.02)
+    return max(sizes)
+
+
+def busy_stretches(path, process):
+    """Milliseconds for which the write lock was not to be had, while a process ran.
+
+    Asked for as often as our own commands do that wait for it.
+    """
+    stretches, free_at, is_busy = [0.0], time.monotonic(), False
+    with contextlib.closing(sqlite3.connect(
+            path, timeout=0, isolation_level=None)) as db:
+        while process.poll() is None:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                db.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                is_busy = True
+            else:
+                now = time.monotonic()
+                stretches += [(now - free_at) * 1000] if is_busy else []
+                free_at, is_busy = now, False
+            time.sleep(queuectl.BUSY_PAUSE)
+    return stretches
+
+
+def bench_file(bench):
+    count, dead = bench.size(FILE_JOBS, 100), bench.size(DEAD_JOBS, 1000)
+    path = bench.filled(0)
+    empty = os.path.getsize(path)
+    stock(path, [TRUE] * count)
+    largest = watched_drain(bench, path)
+    bench.tell(f"a finished job in the file, of {count:,}",
+               [(os.path.getsize(path) - empty) / count], ("<=", 700), " bytes")
+    bench.tell("largest WAL meanwhile, a reader polls", [largest], ("<=", 16), " MB")
+    path = bench.file("dead", dead)
+    with bench.process(*bench.argv(path, "dlq", "purge")) as purge:
+        stretches = busy_stretches(path, purge)
+    assert purge.returncode == 0
+    bench.tell(f"longest time without the write lock, while {dead:,} are purged",
+               stretches, ("<=", 50), " ms", max)
+
+
+# retries: is a second run dearer than a first one?
+
+def retry_cost(bench):
+    """A pool's CPU time for a retry against that for a first run."""
+    path, count = bench.filled(0), bench.size(RETRY_JOBS, 50)
+    with bench.pool(path, RETRY_SLOTS) as worker, Queue(path) as queue:
+        def cpu_when_all_are(state):
+            wait_for(lambda: queue.counts()[state] == count, f"all {state}", PATIENCE)
+            return cpu_seconds(worker.pid)
+        begun = cpu_seconds(worker.pid)
+        queue.enqueue_many([Spec("exit 1", cwd="/", max_retries=3,
+                                 backoff_base=RETRY_PAUSE)] * count)
+        first = cpu_when_all_are(FAILED)
+        return (cpu_when_all_are(DEAD) - first) / 2 / (first - begun)
+
+
+def bench_retries(bench):
+    bench.tell("CPU of a retry against a first run",
+               [retry_cost(bench) for _ in range(PAIRS)], ("<=", 1.1))
+
+
+# recovery: until a job runs again whose worker is gone.
+
+def started(queue):
+    """The id of a job that has just been started."""
+    job = queue.enqueue("sleep 600", cwd="/")
+    wait_for(lambda: queue.job(job.id).state == PROCESSING, "its start")
+    return job.id
+
+
+def runs_again(queue, job_id):
+    """The time at which its second run began."""
+    return queuectl.epoch(wait_for(lambda: queue.runs(job_id)[1:], "its second run",
+                                   PATIENCE)[0].started_at)
+
+
+def recovery_by_another(bench, number=signal.SIGKILL, **settings):
+    """The victim is the one of two that has the job: the older or the younger."""
+    path = bench.filled(0)
+    with Queue(path) as queue:
+        for key, value in settings.items():
+            queue.configure(key, value)
+    with bench.pool(path, 1) as one, bench.pool(path, 1) as other, Queue(path) as queue:
+        job_id = started(queue)
+        victim = one if queue.job(job_id).worker == one.name else other
+        killed = time.time()
+        os.kill(victim.pid, number)
+        try:
+            return runs_again(queue, job_id) - killed
+        finally:
+            queue.host.signal(victim.pid, signal.SIGKILL)
+
+
+def recovery_by_a_new_one(bench):
+    path = bench.filled(0)
+    with bench.pool(path, 1) as victim, Queue(path) as queue:
+        job_id = started(queue)
+        killed = time.time()
+        os.kill(victim.pid, signal.SIGKILL)
+        with bench.pool(path, 1):
+            return runs_again(queue, job_id) - killed
+
+
+def recovery_by_lease(bench):
+    """The victim is there, but silent."""
+    return recovery_by_another(bench, signal.SIGSTOP, heartbeat="1s", lease="3s")
+
+
+def bench_recovery(bench):
+    kills = bench.size(KILLS, 2)
+    for what, take, times in (
+            ("a killed worker, another alive", recovery_by_another, kills),
+            ("a killed worker, one started anew", recovery_by_a_new_one, kills),
+            ("a frozen worker, lease 3 s", recovery_by_lease, bench.size(FREEZES))):
+        waits = [take(bench) for _ in range(times)]
+        bench.tell(f"{what}: until its job runs again", waits, None, " s")
+        bench.tell("... the longest", waits, ("<=", WELL_UNDER), " s", max)
+
+
+MEASURES = {
+    "drain": bench_drain, "pools": bench_pools, "enqueue": bench_enqueue,
+    "batch": bench_batch, "latency": bench_latency, "idle": bench_idle,
+    "turn": bench_turn, "views": bench_views, "memory": bench_memory,
+    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery}
+
+
+def bench(names, scale):
+    """Measure what is named, or all: a table, of what was done before a Ctrl+C, too."""
+    with tempfile.TemporaryDirectory(prefix="queuectl bench ") as here:
+        one = Bench(here, scale)
+        with contextlib.suppress(KeyboardInterrupt):
+            for name in names or MEASURES:
+                try:
+                    MEASURES[name](one)
+                except (AssertionError, OSError, subprocess.SubprocessError,
+                        queuectl.QueueError) as error:
+                    one.leave_out(name, queuectl.one_line(str(error)))
+        print(one.table())
+    return 0
+
+
 # ---- Demo --------------------------------------------------------------------
 
 def demo(count=1000, slots=4):
@@ -4175,16 +5054,20 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--chaos`, `--crash-points`; without a flag the tests."""
+    """`--demo`, `--bench`, `--chaos`, `--crash-points`; without a flag the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
     parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
                         metavar="SHARE")
+    parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
+    parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
     args, rest = parser.parse_known_args()
     if args.demo:
         return demo()
+    if args.bench is not None:
+        return bench(args.bench, args.scale)
     if args.chaos is not None:
         return chaos(args.chaos, args.seed)
     if args.crash_points is not None:
