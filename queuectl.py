@@ -171,7 +171,8 @@ RESCUE_TICK = 0.02     # seconds between two looks at processes that are being e
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
-REMOVE_BATCH = 500     # jobs deleted in one transaction: some 10 ms of write lock
+REMOVE_BATCH = 100     # jobs deleted in one transaction: some 10 ms of write lock
+REMOVE_PAUSE = 0.003   # seconds between two such: who waits for the lock looks each ms
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
 MAX_AHEAD = 64         # jobs that are claimed ahead at most
@@ -1488,6 +1489,7 @@ class Sql:
         """
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     LIST = "SELECT * FROM jobs WHERE seq < :before"
+    LIST_SORTED = "SELECT * FROM jobs WHERE +seq < :before"     # not by that index
     FILTERS = {
         "state": "state = :state",
         "queue": "queue = :queue",
@@ -1500,9 +1502,11 @@ class Sql:
     @classmethod
     def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
         """A statement of constant parts, for the filters that have values."""
-        clauses = [cls.LIST]
+        clauses = [cls.LIST if order.startswith("seq") else cls.LIST_SORTED]
         if state is not None:
             clauses.append(cls.FILTERS["state"])
+        if state in OVER:       # the literals of jobs_by_end
+            clauses.append("gate IS NULL AND claim IS NULL")
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
         return f"{' AND '.join(clauses)} ORDER BY {order} {cls.PAGE}"
 
@@ -3076,6 +3080,7 @@ class Queue:
                         kept += 1
             if len(batch) < REMOVE_BATCH:
                 return deleted
+            time.sleep(REMOVE_PAUSE)
 
     # Configuration.
 

@@ -371,6 +371,19 @@ class Statements(TestCase):
                             self.assertRegex(step, "USING INDEX|CONSTANT ROW|json_each")
 
 
+    def test_the_dead_are_listed_and_purged_by_an_index(self):
+        db = sqlite3.connect(self.a_queue().path)
+        self.addCleanup(db.close)
+        for order, values in (("finished", {}), ("newest", {}),
+                              ("finished", {"ended_before": ""})):
+            text = queuectl.Sql.listing(DEAD, queuectl.ORDERS[order].sql, values)
+            plan = " ".join(row[3] for row in db.execute(
+                "EXPLAIN QUERY PLAN " + text, {**values, "state": "", "before": 1,
+                                               "limit": 1}))
+            self.assertIn("SEARCH jobs USING INDEX", plan)
+            self.assertNotIn("TEMP B-TREE", plan)
+
+
 # ---- 6 Store -----------------------------------------------------------------
 
 class Files(TestCase):
