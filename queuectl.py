@@ -7,7 +7,7 @@
 
 Hand over shell commands on one machine and be sure that they run: later, in
 parallel, by priority, again after a failure, never twice at once, never lost.
-SQLite keeps the jobs, worker threads run them, failures are retried with
+SQLite keeps the jobs, workers run them in slots, failures are retried with
 exponential backoff and end in a dead letter queue.
 
 Words
@@ -3201,11 +3201,6 @@ class Claims:
                 started_at=iso(self._clock())))
             self._held[claimed.claim] = claimed
         return claimed
-
-    @property
-    def unmarked(self) -> bool:
-        """Whether a run has begun that the database does not know to have begun."""
-        return bool(self._unmarked)
 
     def turn(self, ended: Mapping[int, Outcome], outputs: Mapping[int, Output],
              free: Sequence[int], ahead: int = 0) -> Turn:
