@@ -24,7 +24,8 @@ Words
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
-    turn      one transaction of a pool: record what ended, claim what is due
+    turn      one transaction of a pool: record what ended, claim what is due;
+              of a schedule: one of the moments at which its job is enqueued
 
 Life cycle
 
@@ -445,7 +446,7 @@ class Schedule(NamedTuple):
     job: Mapping[str, Any]      # the keys of a job object
     paused: bool
     created_at: str
-    next_run: str | None        # None: it never comes again
+    next_run: str
     last_run: str | None        # when its last job was enqueued
     last_job: int | None        # Job.seq of that
 
@@ -1198,16 +1199,16 @@ def parse_cron(text: str) -> Cron:
     """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
     texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
-        {value for part in text.split(",") for value in _cron_part(part, field)}
+        tuple(sorted({value for part in text.split(",")
+                      for value in _cron_part(part, field)}))
         for text, field in zip(texts, CRON_FIELDS))
-    minute, hour, day, _, weekday = (text.startswith("*") for text in texts)
-    is_either = not day and not weekday
-    if not is_either and min(days) > max(LONGEST[month - 1] for month in months):
-        raise InvalidValue(f"{text.strip()!r} never comes: no such month has a day "
-                           f"{min(days)}", "choose another day or month")
-    return Cron(*(tuple(sorted(values)) for values in (
-        minutes, hours, days, months, {weekday % 7 for weekday in weekdays})),
-        is_either, minute or hour)
+    starred = [text.startswith("*") for text in texts]
+    is_either = not starred[2] and not starred[4]
+    if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
+        raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
+                           f"{days[0]}", "choose another day or month")
+    return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
+                is_either, starred[0] or starred[1])
 
 
 # Turns are found in two steps. The calendar alone tells on which local dates the cron
@@ -1233,10 +1234,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
     """The matching local minutes, as minutes since 1970, both ends included."""
-    return (minute
-            for day in range(first // 1440, last // 1440 + 1) if _is_cron_day(cron, day)
-            for hour in cron.hours for part in cron.minutes
-            if first <= (minute := (day * 24 + hour) * 60 + part) <= last)
+    hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
+             if _is_cron_day(cron, day) for hour in cron.hours)
+    return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
+            for minute in cron.minutes if first <= hour * 60 + minute <= last)
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
@@ -1267,24 +1268,21 @@ def _stretches(start: int, end: int,
 
 def _turns(cron: Cron, after: int, until: int,
            zone: datetime.tzinfo | None) -> Iterator[int]:
-    """The turns after one moment and up to another, in order.
+    """The turns after one moment and up to another, in order; some more than once.
 
-    It starts a day early, to know what a jump of the clock has made up or repeats.
+    It begins a day early, to know of a jump what was seen on the clock before it.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
-    seen, turn = None, after
+    seen = None
     for start, end, offset in _stretches(after - DAY, until + 1, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
             first = seen + 1
-        seen = max(last, first - 1)
+        seen = last
         if start <= after:
             first = max(first, (after + offset) // 60 + 1)
         for minute in _cron_minutes(cron, first, last):
-            moment = max(minute * 60 - offset, start)
-            if moment > turn:
-                yield moment
-                turn = moment
+            yield max(minute * 60 - offset, start)
 
 
 def _turns_near(cron: Cron, day: int, after: int, until: int,
@@ -1307,36 +1305,27 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     return math.inf
 
 
-def last_turn_before(cron: Cron, now: float, after: float,
-                     zone: datetime.tzinfo | None = None) -> float | None:
-    """The latest turn after `after` and up to `now`, or None."""
-    since, until = math.floor(after), math.floor(now)
-    for day in range(until // DAY + 1, since // DAY - 2, -1):
-        if _is_cron_day(cron, day):
-            turns = list(_turns_near(cron, day, since, until, zone))
-            if turns:
-                return float(turns[-1])
-    return None
-
-
-def _listed(values: tuple[int, ...], show: Callable[[int], str] = str) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`."""
+def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`."""
+    def name(value: int) -> str:
+        """What it is called."""
+        return names[value].title() if names else str(value)
     step = values[1] - values[0] if len(values) > 4 else 1
     if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
-        return f"{show(values[0])}, {show(values[1])} ... {show(values[-1])}"
+        return f"{name(values[0])}, {name(values[1])} ... {name(values[-1])}"
     runs: list[list[int]] = []
     for value in values:
         if runs and runs[-1][-1] == value - 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ", ".join(f"{show(run[0])}-{show(run[-1])}" if len(run) > 2
-                     else ", ".join(map(show, run)) for run in runs)
+    return ", ".join(f"{name(run[0])}-{name(run[-1])}" if len(run) > 2
+                     else ", ".join(map(name, run)) for run in runs)
 
 
 def _counted(unit: str, values: tuple[int, ...]) -> str:
     """`hour 5`, `hours 5-7`."""
-    return f"{unit}{'s' * (len(values) > 1)} {_listed(values)}"
+    return f"{unit}{'s' * (len(values) > 1)} {_spelt(values)}"
 
 
 def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
@@ -1362,13 +1351,12 @@ def _time_words(cron: Cron) -> str:
 
 
 def _day_words(cron: Cron) -> str:
-    def weekday(number: int) -> str:
-        """Its name, as in `Mon`; 7 is Sunday as well."""
-        return CRON_FIELDS[4].names[number % 7].title()
-    in_week = _listed(tuple(sorted(day or 7 for day in cron.weekdays)), weekday)
-    month = _listed(cron.months,
-                    lambda number: CRON_FIELDS[3].names[number - 1].title())
-    in_year = "" if len(cron.months) == 12 else month
+    sunday, *others = CRON_FIELDS[4].names
+    in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
+                     (*others, sunday))
+    in_year = _spelt(cron.months, ("", *CRON_FIELDS[3].names))
+    if len(cron.months) == 12:
+        in_year = ""
     in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
     if cron.is_either:
         return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
@@ -1381,15 +1369,17 @@ def _day_words(cron: Cron) -> str:
 def cron_words(cron: Cron) -> str:
     """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
     times, days = _time_words(cron), _day_words(cron)
-    if days.startswith("every day") and not re.match("at [0-9]", times):
-        days = days[len("every day"):].strip()
+    if not re.match("at [0-9]", times):     # `every 5 minutes` is every day
+        days = re.sub("^every day ?", "", days)
     return f"{times} {days}".strip()
 
 
-def turn_after(cron: str, now: float) -> str | None:
-    """The first turn of a cron line after a moment, as stored; None: never again."""
+def turn_after(cron: str, now: float) -> str:
+    """A cron line's first turn after a moment, as stored; InvalidValue: it has none."""
     turn = next_turn(parse_cron(cron), now)
-    return None if turn == math.inf else iso(turn)
+    if turn == math.inf:
+        raise InvalidValue(f"{cron!r} never comes", "choose another time")
+    return iso(turn)
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -3308,7 +3298,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     """
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
-    is_due = schedule.next_run is not None and schedule.next_run <= iso(now)
+    is_due = schedule.next_run <= iso(now)
     if is_due and _is_over(store, schedule.last_job):
         jobs = Batch(store, now).add([spec_of(schedule.job, now)])
         last_job = jobs[0].seq
