@@ -178,6 +178,7 @@ SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks 
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
+FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
@@ -1821,7 +1822,11 @@ class Sql:
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
-    SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
+    SET_META = """
+        INSERT INTO meta (key, value)
+        VALUES (:key, :value)
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """
     META = "SELECT value FROM meta WHERE key = :key"
 
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
@@ -2188,6 +2193,18 @@ class Sql:
            AND (:queue IS NULL OR queue = :queue)
          GROUP BY kind
         """
+
+    FIRST_FINE = """
+        SELECT MIN(minute)
+          FROM tallies
+         WHERE minute > :after AND minute < :before
+        """
+    TALLIES_BETWEEN = """
+        SELECT queue, kind, bucket, n, total
+          FROM tallies
+         WHERE minute BETWEEN :first AND :last
+        """
+    DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
     # statement finds, the statement. Nothing is found in a sound queue.
@@ -3284,6 +3301,23 @@ def rerank(store: Store) -> None:
         store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
 
 
+def old_minute(store: Store, now: float) -> int | None:
+    """The first minute whose counters are to be put together by the hour, or None."""
+    before = int(now // 3600) * 60 - FINE_MINUTES
+    row = store.row(Sql.FIRST_FINE, after=int(store.meta("folded") or 0), before=before)
+    return row[0] if row else None
+
+
+def fold(store: Store, minute: int) -> None:
+    """Put the counters of that minute's hour into its first minute."""
+    hour = minute - minute % 60
+    rest = {"first": hour + 1, "last": hour + 59}
+    store.many(Sql.TALLY, [(hour, *row)
+                           for row in store.rows(Sql.TALLIES_BETWEEN, **rest)])
+    store.do(Sql.DELETE_TALLIES, rest)
+    store.do(Sql.SET_META, {"key": "folded", "value": str(hour + 59)})
+
+
 def _is_over(store: Store, seq: int | None) -> bool:
     """Whether a schedule's last job is over; also if there is none any more."""
     found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
@@ -3651,7 +3685,8 @@ class Queue:
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
-        Counted by the minute, so the start is rounded down to a full one.
+        Counted by the minute (what is older than eight days: by the hour), so the
+        start is rounded down to a full one.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -4284,12 +4319,20 @@ class Claims:
                     store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
 
     def expiry(self) -> Iterator[list[Job]]:
-        """Delete what is over for longer than the configuration keeps it, in steps."""
+        """Delete what is over for longer than the configuration keeps it, and put the
+        counters of old minutes together by the hour: in steps.
+        """
         settings = self._store.settings()
         for state, kept in ((COMPLETED, settings.retention_completed),
                             (DEAD, settings.retention_dead)):
             if kept is not None:
                 yield from self._queue.sweep("delete", state, kept)
+        while old_minute(self._store, self._clock()) is not None:
+            with self._store.transaction() as store:
+                minute = old_minute(store, self._clock())
+                if minute is not None:      # else another pool was faster
+                    fold(store, minute)
+            yield []
 
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
@@ -5415,7 +5458,7 @@ class Pool:
         """One step of retention, so that jobs never wait for it long."""
         if time.monotonic() >= self._expire_at:
             self._expire_at = math.inf      # also if it fails: then at the next beat
-            if next(self._expiry, None):
+            if next(self._expiry, None) is not None:
                 self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:

@@ -1305,6 +1305,26 @@ class Turns(TestCase):
         self.clock.now -= 86400
         self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
 
+    def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for _ in range(300):
+            queue.enqueue("x")
+            self.clock.now += 60
+        ever = queue.stats()[""]
+        self.clock.now += 8 * 86400 - 3600
+        since = queue.stats(9 * 86400)[""]
+
+        steps = len(list(claims.expiry()))
+
+        minutes = [row[0] for row in queue.store.rows(
+            "SELECT DISTINCT minute FROM tallies WHERE minute > 0 ORDER BY 1")]
+        self.assertEqual(steps, 4)
+        self.assertEqual([minute % 60 for minute in minutes[:5]], [0, 0, 0, 0, 0])
+        self.assertEqual(len(minutes), 4 + 60)
+        self.assertEqual((queue.stats()[""], queue.stats(9 * 86400)[""]), (ever, since))
+        self.assertEqual(list(claims.expiry()), [])
+
     def test_a_pool_that_is_to_stop_claims_no_more(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
