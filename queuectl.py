@@ -3739,19 +3739,21 @@ class Queue:
         NoSuchJob, and WrongState for one that is over.
         """
         with self.store.transaction() as store:
-            now = self.clock()
-            jobs = [self._cancel(store.job(job_id), now)
-                    for job_id in dict.fromkeys(job_ids)]
+            jobs = self._cancel([store.job(job_id)
+                                 for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_ORDERS)
         return jobs
 
-    def _cancel(self, job: Job, now: float) -> Job:
-        if job.state == PROCESSING:
-            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim,
-                                     "wish": CANCEL})
-            return job._replace(wish=CANCEL)
-        return move(self.store, [Change("cancel", job, job._replace(
-            finished_at=iso(now)))], now)[0]
+    def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
+        now = self.clock()
+        running = [job for job in jobs if job.state == PROCESSING]
+        self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
+                                   for job in running])
+        moved = move(self.store, [Change("cancel", job, job._replace(
+            finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
+        now_so = {job.seq: job for job in (
+            *moved, *(job._replace(wish=CANCEL) for job in running))}
+        return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
         """Delete jobs with their history; all or none. WrongState for a running one."""
@@ -3831,8 +3833,7 @@ class Queue:
         return self._retry([job for job in free if job.state != PROCESSING])
 
     def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
-        now = self.clock()
-        return [self._cancel(job, now) for job in jobs if job.state not in OVER]
+        return self._cancel([job for job in jobs if job.state not in OVER])
 
     def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
         """Delete those that nothing needs: not running, and no other waits for them."""
