@@ -3022,9 +3022,10 @@ MUTANTS = (
     ("stuck", "jobs are not let go on when what they wait for is completed", (
         ("if COMPLETED in (change.before.state, job.state)], now)", "if False], now)"),)),
     ("acknowledged", "a cancelled job is not moved", (
-        ('return move(self.store, [Change("cancel", job, job._replace(\n'
-         "            finished_at=iso(now)))], now)[0]",
-         "return job._replace(state=CANCELLED)"),)),
+        ('moved = move(self.store, [Change("cancel", job, job._replace(\n'
+         "            finished_at=iso(now))) for job in jobs if job.state != PROCESSING],"
+         " now)", "moved = [job._replace(state=CANCELLED) for job in jobs"
+         " if job.state != PROCESSING]"),)),
 )
 
 
