@@ -861,7 +861,9 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
-    close = difflib.get_close_matches(word, list(words), 1, 0.6)
+    words = list(words)
+    close = [one for one in words if sorted(one) == sorted(word)] \
+        or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
 
 
@@ -1508,6 +1510,14 @@ EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", 
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
+def _take_delay(checked: dict[str, Any], now: float) -> None:
+    """Let a delay stand for the time at which it is over."""
+    if "delay" in checked:
+        if "run_at" in checked:
+            raise InvalidJob("delay", "delay and run_at are both given", "give one")
+        checked["run_at"] = now + checked.pop("delay")
+
+
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     """The checked job of a JSON object's keys; InvalidJob names the key at fault.
 
@@ -1524,10 +1534,7 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
             raise InvalidJob(key, f"{key} is given twice", "give it once")
         if check is not None and value is not None:
             checked[key] = check(key, value, now)
-    if "delay" in checked:
-        if "run_at" in checked:
-            raise InvalidJob("delay", "delay and run_at are both given", "give one")
-        checked["run_at"] = now + checked.pop("delay")
+    _take_delay(checked, now)
     if "command" not in checked:
         raise InvalidJob("command", "the job has no command",
                          'give {"command": "..."} at least')
@@ -3283,6 +3290,10 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
     if before.gate is None:
         raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
                          "it must be " + " or ".join(WAITING))
+    if after.state == FAILED and after.attempts >= after.max_retries:
+        raise InvalidJob("max_retries", f"max_retries: {after.id} has failed "
+                         f"{after.attempts} times already",
+                         f"use at least {after.attempts + 1}")
     after = after._replace(
         updated_at=iso(now), gate=gate_of(store, after, now),
         rank=rank_of(after.priority, after.run_at, store.settings()))
@@ -3776,8 +3787,7 @@ class Queue:
                 raise InvalidJob(key, f"{key} cannot be edited",
                                  "these can: " + ", ".join(EDITABLE))
         changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
-        if "delay" in changes:
-            changes["run_at"] = now + changes.pop("delay")
+        _take_delay(changes, now)
         if "run_at" in changes:
             changes["run_at"] = iso_up(changes["run_at"])
         with self.store.transaction() as store:
@@ -5843,6 +5853,7 @@ class Pool:
         _refuse_platform()
         _allow_descriptors(self._options.slots)
         _keep_descriptors()
+        restore = self._catch_signals()     # at once: who is told to go exits with 0
         self._home = _home()
         store = self._queue.store
         self._settings = store.settings()
@@ -5851,12 +5862,16 @@ class Pool:
         self._listen(self._wakeup.reader, self._wakeup.clear)
         if self._bell:
             self._listen(self._bell.fileno(), self._hear)
-        self._worker = self._claims.register(
-            self._bell.getsockname()[1] if self._bell else None)
+        try:
+            self._worker = self._claims.register(
+                self._bell.getsockname()[1] if self._bell else None)
+        except BaseException:
+            restore()
+            self._close()
+            raise
         self._known.add(self._worker.id)
         self._queue.wake(NEW_ORDERS)        # the others are to watch this one
         store.patience = TURN_PATIENCE      # this thread has other things to do
-        restore = self._catch_signals()
         try:
             yield
         finally:
@@ -6037,12 +6052,16 @@ def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
 
 
 def _past(text: str, now: float) -> float:
-    """A time, or a duration ago."""
-    try:
-        return now - parse_duration(text) if text[-1:] in "smhd" \
-            else parse_time(text, now)
-    except InvalidValue:
-        return parse_time(text, now)
+    """A time that has been, or a duration ago; of HH:MM the last one."""
+    if re.fullmatch(_DURATION, text):
+        return now - parse_duration(text)
+    moment = parse_time(text, now)
+    if moment > now and ":" in text[:3]:
+        moment -= 86400
+    if moment > now:
+        raise InvalidValue(f"{text!r} is in the future",
+                           "give a time that has been, or a duration: 1h")
+    return moment
 
 
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
@@ -6206,22 +6225,24 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
     The last may lack its end. Of one that is too long for any job the beginning serves,
-    to be refused.
+    to be refused. Who interrupts gets what has been read first.
     """
-    rest, lines, due = b"", list[bytes](), math.inf
-    while True:
-        if lines and (len(lines) >= STREAM_BATCH
-                      or not _has_more(fd, due - time.monotonic())):
+    rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
+    while piece:
+        try:
+            if not lines or (len(lines) < STREAM_BATCH
+                             and _has_more(fd, due - time.monotonic())):
+                piece = os.read(fd, READ_SIZE)
+                *whole, rest = (rest + piece).split(b"\n")
+                rest = rest[:MAX_LINE]
+                due = due if lines or not whole else time.monotonic() + STREAM_PAUSE
+                lines += whole
+                continue
+        except KeyboardInterrupt:
             yield lines
-            lines, due = [], math.inf
-        piece = os.read(fd, READ_SIZE)
-        if not piece:
-            break
-        *whole, rest = (rest + piece).split(b"\n")
-        rest = rest[:MAX_LINE]
-        if whole and not lines:
-            due = time.monotonic() + STREAM_PAUSE
-        lines += whole
+            raise
+        yield lines
+        lines, due = [], math.inf
     if lines or rest:
         yield [*lines, rest]
 
@@ -6238,12 +6259,16 @@ class Stream:
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room."""
         given = [one for line in lines for one in self._specs_of(line)]
+        complained = False
         while given:
             try:
                 return self._queue.enqueue_many([spec for _, spec in given])
             except (Busy, Unwritable) as error:     # these lines cannot come again
-                self._refuse(error)
-                time.sleep(SYNC_PAUSE)
+                if not complained:
+                    self._refuse(type(error)(
+                        error.message, f"{len(given)} lines are held, to try again"))
+                complained = True
+                self._rest(given)
             except QueueError as error:
                 if error.item is None:
                     raise
@@ -6251,6 +6276,16 @@ class Stream:
                 self._pass_over(error)
                 del given[error.item]
         return []
+
+    def _rest(self, given: Sequence[tuple[int, Spec]]) -> None:
+        """A pause before the next try; who interrupts it is told what he gives up."""
+        try:
+            time.sleep(SYNC_PAUSE)
+        except KeyboardInterrupt:
+            self._refuse(NotFinished(
+                f"interrupted: {len(given)} lines were read and not added, from line "
+                f"{given[0][0]} on", "give them again"))
+            raise
 
     def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
         self._read += 1
@@ -6277,6 +6312,8 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
                          "`queuectl wait --all` waits")
     if sys.stdin is None:
         raise Unreadable("stdin is closed", "give a pipe")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
     stream = Stream(queue, _flag_fields(args),
                     lambda error: _report(error, args.json))
     for lines in _line_batches(sys.stdin.fileno()):
@@ -6306,12 +6343,31 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
     return show
 
 
+def _watchful_bar(queue: Queue, screen: Screen,
+                  looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
+    """A bar that also says once why nothing runs, if jobs wait for what will not come.
+    """
+    bar, said = _bar(screen), set[str]()
+
+    def show(progress: Progress) -> None:
+        """Draw it, and look at what keeps the jobs waiting where none runs."""
+        if progress.waiting and not progress.running:
+            for job_id, why in queue.why_waiting(looked_at()).items():
+                if "due " not in why and why != "waits for a slot" and why not in said:
+                    said.add(why)
+                    screen.note(f"{job_id} waits: {why}")
+        bar(progress)
+    return show
+
+
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
     """Wait until jobs are over, and say how it went."""
     began = time.monotonic()
+    bar = _watchful_bar(queue, screen, lambda: [
+        job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
     with screen.drawing():
-        jobs = queue.wait(*job_ids, timeout=timeout, tell=_bar(screen))
+        jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
     took = span(time.monotonic() - began)
     if len(jobs) == 1:
         ending = f" ({jobs[0].error})" if jobs[0].error else ""
@@ -6354,11 +6410,16 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         except QueueError as error:
             _name_line(error, [line for line, _ in given])
             raise
-    _say_added(jobs, is_batch, args, screen)
-    if jobs and not args.quiet:
-        _note_no_worker(queue, screen)
-    return _await(queue, screen, [job.id for job in jobs], None) \
-        if jobs and args.wait else EX_OK
+    if not (args.wait and args.json):
+        _say_added(jobs, is_batch, args, screen)
+    if not jobs or not args.wait:
+        if jobs and not args.quiet:
+            _note_no_worker(queue, screen)
+        return EX_OK
+    status = _await(queue, screen, [job.id for job in jobs], None)
+    if args.json:   # as they are when they are over
+        _say_added([queue.job(job.id) for job in jobs], is_batch, args, screen)
+    return status
 
 
 def _since(now: Progress, first: Progress) -> Progress:
@@ -6615,8 +6676,10 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     for place, job_id in enumerate(args.ids):
         run = queue.run(job_id, args.attempt)
         output = _tail(readable(run.output, run.output_bytes), args.tail)
-        screen.raw(output if len(args.ids) == 1
-                   else prefixed(job_id, output, place, screen.style()))
+        if len(args.ids) > 1:
+            ending = b"\n" if output and not output.endswith(b"\n") else b""
+            output = prefixed(job_id, output + ending, place, screen.style())
+        screen.raw(output)
     return EX_OK
 
 
@@ -6625,18 +6688,22 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
     is_wide = args.all or any(filters.values())
     if bool(args.ids) == is_wide:
-        raise UsageError("wait for which jobs?",
+        raise UsageError("ids and a choice are both given" if is_wide
+                         else "it is not said which jobs",
                          "give ids, or --all, --queue, --tag or --search")
     job_ids = args.ids
     if args.tag or args.search:
         job_ids = [job.id for job in queue.pages(
             state=(*WAITING, PROCESSING), **filters)]
-    if not args.quiet:
-        _note_no_worker(queue, screen)
-    if job_ids or args.tag or args.search:
+    if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
+    if args.tag or args.search:
+        screen.note("no such jobs that are not over")
+        return EX_OK
+    bar = _watchful_bar(queue, screen, lambda: queue.jobs(
+        WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     with screen.drawing():
-        done = queue.wait_all(args.queue, args.timeout, _bar(screen))
+        done = queue.wait_all(args.queue, args.timeout, bar)
     screen.note(f"nothing is left: {done.completed} completed, "
                 f"{done.unwell} dead or cancelled meanwhile")
     return EX_NO if done.unwell else EX_OK
@@ -6657,9 +6724,14 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
     n, first = 0, ""
-    for job in jobs:
-        n, first = n + 1, first or job.id
-    screen.note(f"{first} {SAID[verb]}" if n == 1 else f"{n:,} jobs {SAID[verb]}")
+    try:
+        for job in jobs:
+            n, first = n + 1, first or job.id
+    except KeyboardInterrupt:
+        screen.note(f"interrupted: {n:,} jobs {SAID[verb]}")
+        raise
+    screen.note(f"{first} {SAID[verb]}" if n == 1 else
+                f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
     return EX_OK
 
 
@@ -6675,7 +6747,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
     given = [args.all, getattr(args, "state", None), *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        raise UsageError("which jobs?" if not is_wide else "ids and a choice are given",
+        raise UsageError("ids and a choice are both given" if is_wide
+                         else "it is not said which jobs",
                          "give ids, or --all, --state, --queue, --tag or --search")
     return is_wide
 
@@ -6683,8 +6756,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     for state in given or ():
         if state not in ALLOWED[verb]:
-            raise UsageError(f"`{verb}` does not apply to {state} jobs",
-                             "it does to " + ", ".join(ALLOWED[verb]))
+            raise UsageError(f"{state} jobs cannot be {SAID[verb]}",
+                             "these can: " + ", ".join(ALLOWED[verb]))
     return tuple(given or USUAL[verb])
 
 
@@ -6766,10 +6839,26 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     return list(jobs)
 
 
+def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Cancel all that fit; then wait until those that ran have been ended."""
+    running: list[Job] = []
+
+    def noted() -> Iterator[Job]:
+        """What is cancelled, as it is; the running ones are kept for later."""
+        for job in _wide("cancel", args, queue, screen):
+            if job.state == PROCESSING:
+                running.append(job)
+            yield job
+    status = _say_jobs(noted(), "cancel", args, screen)
+    _await_ends(queue, running, screen)
+    return status
+
+
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended."""
-    jobs = list(_wide("cancel", args, queue, screen)) if _is_wide(args) \
-        else queue.cancel(*args.ids)
+    if _is_wide(args):
+        return _cancel_wide(args, queue, screen)
+    jobs = queue.cancel(*args.ids)
     ended = {job.id: job for job in _await_ends(
         queue, [job for job in jobs if job.state == PROCESSING], screen)}
     jobs = [ended.get(job.id, job) for job in jobs]
@@ -6801,15 +6890,14 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete {amounts}.", args)
-    deleted = 0 if is_dry else sum(1 for _ in _swept(
-        "delete", args, queue, screen, states))
-    if args.json:
-        screen.out(dumps({"deleted": deleted}))
-    elif is_dry:
+    if is_dry:
         screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
-    else:
-        screen.note(f"{deleted:,} job{'s' * (deleted != 1)} deleted")
-    return EX_OK
+        return EX_OK
+    jobs = _swept("delete", args, queue, screen, states)
+    if args.json:
+        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+        return EX_OK
+    return _say_jobs(jobs, "delete", args, screen)
 
 
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -6827,7 +6915,9 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs]))
     else:
-        changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+        changed = ", ".join(
+            f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
+            else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
         screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
     return EX_OK
 
@@ -6862,20 +6952,27 @@ def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
     return _purge(args, queue, screen, (DEAD,))
 
 
+def _named_queues(queues: Sequence[str] | None) -> str:
+    if not queues:
+        return "all queues"
+    return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
-    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
-                + " paused; what runs goes on, `queuectl resume` ends the pause")
+    screen.note(f"{_named_queues(args.queue)} paused; what runs goes on, "
+                "`queuectl resume` ends the pause")
     return EX_OK
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
-    left = ["all" if name == EVERY_QUEUE else name for name in queue.status().paused]
-    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
-                + " resumed" + (f"; still paused: {', '.join(left)}" if left else ""))
+    left = ["all queues, by a pause of all" if name == EVERY_QUEUE else name
+            for name in queue.status().paused]
+    screen.note(f"{_named_queues(args.queue)} resumed"
+                + (f"; still paused: {', '.join(left)}" if left else ""))
     return EX_OK
 
 
@@ -6905,9 +7002,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
                          "write -- PROG ARG... or a shell command in quotes")
-    command = shlex.join(args.words) if args.words else args.job
-    schedule = queue.add_schedule(args.name, args.cron, command=command,
-                                  **_flag_fields(args))
+    given = [{"command": shlex.join(args.words)}] if args.words else fields_of(args.job)
+    if len(given) != 1:
+        raise UsageError("a schedule has one job", "add a schedule for each")
+    schedule = queue.add_schedule(args.name, args.cron,
+                                  **{**given[0], **_flag_fields(args)})
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
     _note_no_worker(queue, screen)
@@ -7154,7 +7253,8 @@ COMMANDS = (
         ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
     Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
           (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
-    Entry(("purge",), cmd_purge, "delete jobs that are over", READS, (
+    Entry(("purge",), cmd_purge,
+          "delete jobs that are over, or that are in the states named", READS, (
         *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
         _YES, _JSON_FLAG),
         ("purge --state completed --older-than 7d", "purge --dry-run")),
@@ -7227,6 +7327,10 @@ COMMANDS = (
 # What a group of commands does when it is named alone.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
          "schedule": "list"}
+TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
+          "worker": "Workers run jobs in their slots",
+          "config": "Settings, kept in the database", "queue": "Queues of jobs",
+          "schedule": "Jobs that come again and again"}
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -7248,14 +7352,14 @@ def _add_db(parser: argparse.ArgumentParser) -> None:
                         help="the database (default: $QUEUECTL_DB, else queue.db)")
 
 
-def _overview(title: str, entries: Sequence[Entry]) -> Parser:
+def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands."""
     parser = Parser(
-        prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="queuectl [--db PATH] COMMAND ...",
+        prog=name, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{name} [--db PATH] COMMAND ...",
         description=f"{title}.\n\ncommands:\n" + "\n".join(
             f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
-        epilog="`queuectl COMMAND --help` says more. Without a command: status.")
+        epilog=f"`{name} COMMAND --help` says more. Without a command: {alone}.")
     _add_db(parser)
     parser.add_argument("--version", action="version",
                         version=f"queuectl {__version__}")
@@ -7301,7 +7405,8 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
     if len(found[0].words) == 1:
         return found[0], 1
     if following in ("-h", "--help"):
-        _overview(f"queuectl {name}", found).parse_args(["--help"])
+        _overview(f"queuectl {name}", TITLES[name], ALONE[name], found).parse_args(
+            ["--help"])
     if following is None or following.startswith("-"):
         return next(entry for entry in found if entry.words[1] == ALONE[name]), 1
     for entry in found:
@@ -7309,7 +7414,8 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
             return entry, 2
     subs = [entry.words[1] for entry in found]
     raise UsageError(f"there is no command `{name} {following}`",
-                     nearest(following, subs) or "there are: " + ", ".join(subs))
+                     nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
+                     or "there are: " + ", ".join(subs))
 
 
 def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
@@ -7317,8 +7423,8 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
     words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         if words[at] in ("-h", "--help", "--version"):
-            _overview("A background job queue for the command line",
-                      COMMANDS).parse_args([words[at]])
+            _overview("queuectl", "A background job queue for the command line",
+                      "status", COMMANDS).parse_args([words[at]])
         at += 2 if words[at] == "--db" else 1
     if at >= len(words):
         return _find("status", None)[0], words
@@ -7328,9 +7434,11 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
     """What to say of words that a command does not take."""
-    flags = [name for one in entry.options for name in one.names if name[0] == "-"]
-    hint = nearest(extra[0].partition("=")[0], [*flags, "--db"]) \
-        if extra[0].startswith("--") else ""
+    flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
+    flag = extra[0].partition("=")[0]
+    known = {name for one in COMMANDS for flag in one.options for name in flag.names}
+    hint = nearest(flag, [*flags, "--db"]) \
+        if flag.startswith("--") and flag not in known else ""
     if not hint and entry.run is cmd_enqueue:
         hint = "put a command of several words in quotes, or -- before it"
     return UsageError(f"unexpected: {' '.join(extra)}",
