@@ -165,9 +165,11 @@ BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gi
 POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
 TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
+BRIEF = 0.2            # seconds that a mere glance waits for a lock
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
+NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
@@ -2527,6 +2529,61 @@ def ring(ports: Iterable[int], message: bytes) -> None:
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
 
 
+# What a service manager tells its service, and nobody else.
+SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
+
+
+class Notifier:
+    """What a pool tells the service manager that started it, as sd_notify(3) does.
+
+    Silent where there is none. A manager that does not listen loses a word, and holds
+    the pool up for NOTIFY_PATIENCE at most.
+    """
+
+    def __init__(self, environ: Mapping[bytes, bytes]) -> None:
+        address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
+        # A leading @ is the kernel's name space without files, where it is a NUL.
+        self._address = b"\0" + address[1:] if address[:1] == b"@" else address
+        self.interval = math.inf    # seconds between two signs of life
+        if usec.isdigit() and int(usec) and pid in (b"", b"%d" % os.getpid()):
+            self.interval = int(usec) / 2e6
+        self.beat_at = math.inf     # monotonic: the next sign of life, once it is ready
+        self._status, self._status_at = "", 0.0
+        self._is_stopping = False
+
+    def ready(self) -> None:
+        """Say that the pool works, and from now on that it lives."""
+        if self._address:
+            self._tell("READY=1")
+            if self.interval < math.inf:
+                self.beat_at = time.monotonic()
+
+    def stopping(self) -> None:
+        """Say, once, that the pool is leaving."""
+        if self._address and not self._is_stopping:
+            self._is_stopping = True
+            self._tell("STOPPING=1")
+
+    def step(self, status: Callable[[], str]) -> None:
+        """Say, when it is due, that the loop goes on, and how it stands."""
+        if not self._address:
+            return
+        now = time.monotonic()
+        if now >= self.beat_at:
+            self._tell("WATCHDOG=1")
+            self.beat_at = now + self.interval
+        if now >= self._status_at + FALLBACK_POLL and status() != self._status:
+            self._status, self._status_at = status(), now
+            self._tell(f"STATUS={self._status}")
+
+    def _tell(self, text: str) -> None:
+        import socket  # a pool has it already
+        with contextlib.suppress(OSError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(NOTIFY_PATIENCE)
+            sender.sendto(text.encode(), self._address)
+
+
 # ---- 8 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
 # transaction that its caller has begun.
@@ -4370,7 +4427,10 @@ class Pool:
                  say: Callable[[str], None] = lambda line: None) -> None:
         self._queue, self._options, self._say = queue, options, say
         self._claims = Claims(queue, options)
+        self._notifier = Notifier(os.environb)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
+        for name in SERVICE_NAMES:      # a job is no service
+            self._environ.pop(name, None)
         self._bell: socket.socket | None = None
         self._wakeup = Wakeup()
         self._over: list[Ending] = []                   # by the ender; append is atomic
@@ -4427,6 +4487,7 @@ class Pool:
 
     def _step(self) -> bool:
         """Do all there is to do now; whether the pool may go."""
+        self._notifier.step(self._standing)
         self._heed_signals()
         self._collect()
         self._heed_times()
@@ -4752,6 +4813,7 @@ class Pool:
         if self._leaving is None and self._options.grace is not None:
             self._grace_ends = time.monotonic() + self._options.grace
         self._leaving = how
+        self._notifier.stopping()
         running = len(self._rides)
         if how == NOW:
             self._say(f"{why}: ending and handing back {running} running")
@@ -4817,6 +4879,7 @@ class Pool:
             return 0.0
         now = time.monotonic()
         wake_at = [ride.command.ends_at for ride in self._rides.values()]
+        wake_at.append(self._notifier.beat_at)
         if any(ride.command.watch < 0 for ride in self._rides.values()):
             wake_at.append(now + RESCUE_TICK)
         if self._ready:
@@ -4865,9 +4928,11 @@ class Pool:
         self._queue.wake(NEW_ORDERS)        # the others are to watch this one
         store.patience = TURN_PATIENCE      # this thread has other things to do
         restore = self._catch_signals()
+        self._notifier.ready()
         try:
             yield
         finally:
+            self._notifier.stopping()
             store.patience = POOL_PATIENCE
             with contextlib.suppress(QueueError):
                 self._claims.leave()
@@ -4909,9 +4974,19 @@ class Pool:
         return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
                 f"{queues}, {self._queue.path}")
 
+    def _standing(self) -> str:
+        """The line that a service manager shows."""
+        running, slots = len(self._rides), self._options.slots
+        if self._leaving:
+            return f"finishing {running} running{self._tale()}"
+        return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._tale()}"
+
     def _farewell(self) -> str:
+        return f"worker {self._worker.name} stopped{self._tale()}"
+
+    def _tale(self) -> str:
         done = ", ".join(f"{n} {state}" for state, n in self._done.items())
-        return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
+        return f": {done}" if done else ""
 
 
 # ---- 15 CLI ------------------------------------------------------------------

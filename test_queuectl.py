@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -516,6 +517,66 @@ class Hosts(TestCase):
 
         wait_for(lambda: done, "the other")
         self.assertEqual([ending.claim for ending in done], [2])
+
+
+class Manager:
+    """A service manager, as far as sd_notify goes: a socket that keeps what it hears."""
+
+    def __init__(self, address):
+        self.said = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self._socket.setblocking(False)
+
+    def close(self):
+        self._socket.close()
+
+    def hear(self):
+        """All that was said until now, in its order."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.said.append(self._socket.recv(4096).decode())
+        return self.said
+
+
+class Notices(TestCase):
+    def a_manager(self, address):
+        manager = Manager(address)
+        self.addCleanup(manager.close)
+        return manager
+
+    def test_a_manager_hears_each_thing_when_it_is_due(self):
+        name = f"queuectl-{os.getpid()}".encode()
+        for address, told in ((os.fsencode(self.path_of("a socket")),) * 2,
+                              (b"\0" + name, b"@" + name)):
+            with self.subTest(told):
+                manager = self.a_manager(address)
+                notifier = queuectl.Notifier({b"NOTIFY_SOCKET": told,
+                                              b"WATCHDOG_USEC": b"60000000"})
+                notifier.step(lambda: "waiting")    # not ready yet: no sign of life
+                notifier.ready()
+                for _ in range(3):
+                    notifier.step(lambda: "waiting")
+                for _ in range(2):
+                    notifier.stopping()
+                self.assertEqual(manager.hear(), ["STATUS=waiting", "READY=1",
+                                                  "WATCHDOG=1", "STOPPING=1"])
+                self.assertEqual(notifier.interval, 30)
+
+    def test_signs_of_life_are_for_who_asked_this_process_for_them(self):
+        own, other = b"%d" % os.getpid(), b"1"
+        for environ, interval in (
+                ({}, float("inf")), ({b"WATCHDOG_USEC": b"3000000"}, 1.5),
+                ({b"WATCHDOG_USEC": b"3000000", b"WATCHDOG_PID": own}, 1.5),
+                ({b"WATCHDOG_USEC": b"3000000", b"WATCHDOG_PID": other}, float("inf")),
+                ({b"WATCHDOG_USEC": b"0"}, float("inf")),
+                ({b"WATCHDOG_USEC": b"soon"}, float("inf"))):
+            with self.subTest(environ):
+                self.assertEqual(queuectl.Notifier(environ).interval, interval)
+
+    def test_a_manager_that_is_gone_stops_nobody(self):
+        for address in (b"/nowhere/at/all", b"relative", b"x" * 200):
+            queuectl.Notifier({b"NOTIFY_SOCKET": address}).ready()
 
 
 # ---- 8 Ledger, 9 Queue -------------------------------------------------------
