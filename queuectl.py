@@ -160,6 +160,7 @@ TALLIED = ("complete", "fail", "bury", "cancel")
 
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
 DEFAULT_QUEUE = "default"
+HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these call no hooks
 
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
@@ -177,8 +178,13 @@ NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
-REMOVE_BATCH = 100     # jobs deleted in one transaction: some 10 ms of write lock
-REMOVE_PAUSE = 0.003   # seconds between two such: who waits for the lock looks each ms
+SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
+SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
+CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
+WATCH_TICK = 0.02      # seconds between two looks whether something was committed
+EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
+STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
+STREAM_BATCH = 1000    # lines of a stream in one transaction at most
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
 MAX_AHEAD = 64         # jobs that are claimed ahead at most
@@ -189,6 +195,7 @@ MAX_SLOTS = 512        # of one pool
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
 MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
+MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
@@ -326,9 +333,28 @@ class NoSuchWorker(QueueError):
     code = "no-such-worker"
 
 
+class NoSuchSchedule(QueueError):
+    """No schedule has that name."""
+    code = "no-such-schedule"
+
+    def __init__(self, name: str, hint: str = "") -> None:
+        super().__init__(f"there is no schedule {name!r}",
+                         hint or "`queuectl schedule list` shows them")
+
+
+class ScheduleExists(QueueError):
+    """A schedule of that name is there already."""
+    code = "schedule-exists"
+
+
 class NotFinished(QueueError):
     """Something did not end in the time that was given."""
     code = "not-finished"
+
+
+class Declined(QueueError):
+    """A person was asked and did not say yes."""
+    code = "declined"
 
 
 class Unreadable(QueueError):
@@ -418,6 +444,56 @@ class Event(NamedTuple):
     target: str
     at: str
     reason: str
+    seq: int = 0                # grows in the order of the commits
+
+
+class Schedule(NamedTuple):
+    """One row of `schedules`: a job that comes again and again."""
+    name: str
+    cron: str                   # five fields or @daily and the like, in local time
+    job: Mapping[str, Any]      # the keys of a job object
+    paused: bool
+    created_at: str
+    next_run: str | None        # None: it never comes again
+    last_run: str | None        # when its last job was enqueued
+    last_job: int | None        # Job.seq of that
+
+
+class Cron(NamedTuple):
+    """A schedule: the values of its five fields, each sorted."""
+    minutes: tuple[int, ...]
+    hours: tuple[int, ...]
+    days: tuple[int, ...]       # of the month
+    months: tuple[int, ...]
+    weekdays: tuple[int, ...]   # 0: Sunday
+    is_either: bool             # neither day field begins with *: one of them is enough
+    is_wild: bool               # minute or hour begins with *: an interval, not a time
+
+
+class QueueView(NamedTuple):
+    """A queue: what was set for it, and how many jobs of each state it has."""
+    name: str
+    paused: bool
+    limit: int                  # jobs at once; 0: no limit
+    counts: dict[str, int]      # all states are there
+
+
+class Progress(NamedTuple):
+    """How far the jobs have come; what is over counts from the database's making."""
+    waiting: int
+    running: int
+    completed: int
+    unwell: int                 # dead or cancelled
+
+    @property
+    def over(self) -> int:
+        """How many are over, however they ended."""
+        return self.completed + self.unwell
+
+    @property
+    def left(self) -> int:
+        """How many are not over."""
+        return self.waiting + self.running
 
 
 class Outcome(NamedTuple):
@@ -570,6 +646,13 @@ class WorkerView(NamedTuple):
     worker: Worker
     is_alive: bool | None
     running: list[Job]
+
+
+class Scene(NamedTuple):
+    """What matters to every job that waits."""
+    pools: list[Worker]
+    queues: dict[str, QueueView]
+    all_paused: bool
 
 
 class Status(NamedTuple):
@@ -732,12 +815,14 @@ def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text in ("none", "") else parse(text)
 
 
-def _at_least(least: float) -> Callable[[str], float]:
-    """A parser of durations that are not too short to work."""
+def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
+    """A parser of durations that are neither too short nor too long to work."""
     def parse(text: str) -> float:
         seconds = parse_duration(text)
         if seconds < least:
             raise InvalidValue(f"{text!r} is too short", f"use at least {least}s")
+        if seconds > most:
+            raise InvalidValue(f"{text!r} is too long", f"use at most {span(most)}")
         return seconds
     return parse
 
@@ -766,21 +851,18 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
                                    "completed jobs are deleted after this time"),
     "retention-dead": Setting("none", _off_or(parse_duration),
                               "dead jobs are deleted after this time"),
-    "heartbeat": Setting("5s", _at_least(0.1),
+    "heartbeat": Setting("5s", _between(0.1),
                          "how often a worker shows that it lives"),
-    "lease": Setting("30s", _at_least(1),
+    "lease": Setting("30s", _between(1),
                      "one silent for this long (3 heartbeats at least) loses its jobs"),
     "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
                            "lost runs after which a job is dead"),
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
     "on-dead": Setting("none", _off_or(str), "shell command after each death"),
     "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
-    "priority-ageing": Setting("none", _off_or(_at_least(1)),
+    "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
                                "a waiting job counts one priority higher after each"),
 }
-# Keys of the contract whose behaviour is not built yet: not offered until they work.
-UNBUILT = ("retention-completed", "retention-dead", "on-completed", "on-dead",
-           "on-idle", "priority-ageing")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -793,9 +875,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def setting_key(key: str) -> str:
     """The key as the table has it, from either spelling; else NoSuchSetting."""
     name = key.replace("_", "-")
-    offered = [known for known in SETTINGS if known not in UNBUILT]
-    if name not in offered:
-        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, offered)
+    if name not in SETTINGS:
+        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, SETTINGS)
                             or "`queuectl config list` shows them")
     return name
 
@@ -1040,6 +1121,286 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread(buckets["wait_time"], totals["wait_time"]))
 
 
+class CronField(NamedTuple):
+    """What one field of a cron line takes."""
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()
+
+
+CRON_FIELDS = (
+    CronField("minute", 0, 59), CronField("hour", 0, 23),
+    CronField("day of month", 1, 31),
+    CronField("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
+                               "jul", "aug", "sep", "oct", "nov", "dec")),
+    CronField("day of week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
+CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+              "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+              "@hourly": "0 * * * *"}
+LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
+DAY = 86400             # seconds; no zone has changed its clocks twice within one
+EPOCH_DAY = EPOCH.toordinal()
+LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar, nearly
+CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
+
+
+def _cron_value(text: str, field: CronField) -> int:
+    if text.lower() in field.names:
+        return field.low + field.names.index(text.lower())
+    if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
+        return int(text)
+    names = f" or {field.names[0]} to {field.names[-1]}" if field.names else ""
+    raise InvalidValue(f"the {field.name} field does not take {text!r}",
+                       f"use {field.low} to {field.high}{names}, or *; "
+                       "lists, ranges and steps as 1,3 or 1-5 or */2")
+
+
+def _cron_span(text: str, field: CronField) -> tuple[int, int]:
+    """The ends of `*`, `1-5` or `5`."""
+    low, dash, high = text.partition("-")
+    if text == "*":
+        return field.low, field.high
+    first = _cron_value(low, field)
+    last = _cron_value(high, field) if dash else first
+    if first > last:
+        ends = field.names or (str(field.low), str(field.high))
+        raise InvalidValue(f"{text!r} in the {field.name} field runs backwards",
+                           f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
+    return first, last
+
+
+def _cron_part(text: str, field: CronField) -> range:
+    """The values of one item of a field's list: a span, or a span with a step."""
+    span, slash, step = text.partition("/")
+    first, last = _cron_span(span, field)
+    if not slash:
+        return range(first, last + 1)
+    if span != "*" and "-" not in span:
+        raise InvalidValue(f"{text!r} in the {field.name} field is a step without a "
+                           "range", f"use {span}-{field.high}/{step}")
+    most = field.high - field.low + 1   # a longer one is surely meant otherwise
+    if not re.fullmatch("[0-9]{1,2}", step) or not 1 <= int(step) <= most:
+        raise InvalidValue(f"the {field.name} field does not take the step of {text!r}",
+                           f"use 1 to {most}")
+    return range(first, last + 1, int(step))
+
+
+def _cron_texts(text: str) -> list[str]:
+    """The five fields as text."""
+    line = text.strip()
+    if line.lower() == "@reboot":
+        raise InvalidValue("'@reboot' is not a time", "put `queuectl enqueue` where "
+                           "the worker is started at boot, as in its service unit")
+    if line.startswith("@") and line.lower() not in CRON_NAMES:
+        raise InvalidValue(f"{line!r} is not a schedule",
+                           f"use {', '.join(CRON_NAMES)}")
+    texts = CRON_NAMES.get(line.lower(), line).split()
+    if len(texts) != len(CRON_FIELDS):
+        raise InvalidValue(
+            f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not 5",
+            "use minute, hour, day of month, month, day of week, as '30 2 * * mon-fri'")
+    return texts
+
+
+def parse_cron(text: str) -> Cron:
+    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
+    texts = _cron_texts(text)
+    minutes, hours, days, months, weekdays = (
+        {value for part in text.split(",") for value in _cron_part(part, field)}
+        for text, field in zip(texts, CRON_FIELDS))
+    minute, hour, day, _, weekday = (text.startswith("*") for text in texts)
+    is_either = not day and not weekday
+    if not is_either and min(days) > max(LONGEST[month - 1] for month in months):
+        raise InvalidValue(f"{text.strip()!r} never comes: no such month has a day "
+                           f"{min(days)}", "choose another day or month")
+    return Cron(*(tuple(sorted(values)) for values in (
+        minutes, hours, days, months, {weekday % 7 for weekday in weekdays})),
+        is_either, minute or hour)
+
+
+# Turns are found in two steps. The calendar alone tells on which local dates the cron
+# comes, which passes over years quickly. Around such a date the zone's clock is laid
+# out as stretches of constant offset from UTC, and each stretch is searched for local
+# minutes that match. Between two stretches the clock jumps; what then happens is, in
+# the words of cron(8) and by the numbers of its source:
+#   - a fixed time that is skipped comes at the jump; one that is repeated comes once;
+#   - a wild one follows the clock: skipped is skipped, repeated comes again
+#     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
+#   - from 3 hours forwards, or more than 3 back, the new time is used as it is.
+# What is made up at one jump is one turn, so turns are distinct moments.
+
+def _is_cron_day(cron: Cron, day: int) -> bool:
+    """Whether the cron comes on a local date, given as days since 1970."""
+    date = datetime.date.fromordinal(EPOCH_DAY + day)
+    if date.month not in cron.months:
+        return False
+    in_month = date.day in cron.days
+    in_week = date.isoweekday() % 7 in cron.weekdays
+    return in_month or in_week if cron.is_either else in_month and in_week
+
+
+def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
+    """The matching local minutes, as minutes since 1970, both ends included."""
+    return (minute
+            for day in range(first // 1440, last // 1440 + 1) if _is_cron_day(cron, day)
+            for hour in cron.hours for part in cron.minutes
+            if first <= (minute := (day * 24 + hour) * 60 + part) <= last)
+
+
+def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
+    """Seconds by which local clocks are ahead of UTC; zone None: the process's own."""
+    utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
+    offset = utc.astimezone(zone).utcoffset()
+    return round(offset.total_seconds()) if offset else 0
+
+
+def _stretches(start: int, end: int,
+               zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
+    """From, to (excluded) and offset of each time in which clocks were not changed."""
+    offset = _utc_offset(start, zone)
+    for low in range(start, end, DAY):
+        high = min(low + DAY, end)
+        if _utc_offset(high, zone) == offset:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _utc_offset(middle, zone) == offset:
+                low = middle
+            else:
+                high = middle
+        yield start, high, offset
+        start, offset = high, _utc_offset(high, zone)
+    yield start, end, offset
+
+
+def _turns(cron: Cron, after: int, until: int,
+           zone: datetime.tzinfo | None) -> Iterator[int]:
+    """The turns after one moment and up to another, in order.
+
+    It starts a day early, to know what a jump of the clock has made up or repeats.
+    """
+    near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
+    seen, turn = None, after
+    for start, end, offset in _stretches(after - DAY, until + 1, zone):
+        first, last = (start + offset) // 60, (end - 1 + offset) // 60
+        if seen is not None and first - seen in near:
+            first = seen + 1
+        seen = max(last, first - 1)
+        if start <= after:
+            first = max(first, (after + offset) // 60 + 1)
+        for minute in _cron_minutes(cron, first, last):
+            moment = max(minute * 60 - offset, start)
+            if moment > turn:
+                yield moment
+                turn = moment
+
+
+def _turns_near(cron: Cron, day: int, after: int, until: int,
+                zone: datetime.tzinfo | None) -> Iterator[int]:
+    """As `_turns`, no further from a local date than any zone can be from UTC."""
+    return _turns(cron, max(after, (day - 1) * DAY), min(until, (day + 2) * DAY), zone)
+
+
+def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
+    """The first turn after a moment, in epoch seconds.
+
+    math.inf: never, as an interval that lies where the zone always skips an hour.
+    """
+    since = math.floor(after)
+    first = since // DAY - 1
+    for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
+        if _is_cron_day(cron, day):
+            for turn in _turns_near(cron, day, since, (day + 2) * DAY, zone):
+                return float(turn)
+    return math.inf
+
+
+def last_turn_before(cron: Cron, now: float, after: float,
+                     zone: datetime.tzinfo | None = None) -> float | None:
+    """The latest turn after `after` and up to `now`, or None."""
+    since, until = math.floor(after), math.floor(now)
+    for day in range(until // DAY + 1, since // DAY - 2, -1):
+        if _is_cron_day(cron, day):
+            turns = list(_turns_near(cron, day, since, until, zone))
+            if turns:
+                return float(turns[-1])
+    return None
+
+
+def _listed(values: tuple[int, ...], show: Callable[[int], str] = str) -> str:
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`."""
+    step = values[1] - values[0] if len(values) > 4 else 1
+    if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
+        return f"{show(values[0])}, {show(values[1])} ... {show(values[-1])}"
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][-1] == value - 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(f"{show(run[0])}-{show(run[-1])}" if len(run) > 2
+                     else ", ".join(map(show, run)) for run in runs)
+
+
+def _counted(unit: str, values: tuple[int, ...]) -> str:
+    """`hour 5`, `hours 5-7`."""
+    return f"{unit}{'s' * (len(values) > 1)} {_listed(values)}"
+
+
+def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
+    """`every minute`, `every 5 minutes`; "" if the values are not so regular."""
+    step = whole // len(values)
+    if values != tuple(range(0, whole, step)) or step == whole:
+        return ""
+    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
+
+
+def _time_words(cron: Cron) -> str:
+    minutely = _every(cron.minutes, 60, "minute")
+    hourly = _every(cron.hours, 24, "hour")
+    if cron.minutes == (0,) and hourly:
+        return hourly
+    if len(cron.minutes) * len(cron.hours) <= 4:
+        return "at " + ", ".join(f"{hour:02}:{minute:02}"
+                                 for hour in cron.hours for minute in cron.minutes)
+    words = minutely or f"at {_counted('minute', cron.minutes)}"
+    if hourly == "every hour":
+        return words if minutely else f"{words} of every hour"
+    return f"{words} of {_counted('hour', cron.hours)}"
+
+
+def _day_words(cron: Cron) -> str:
+    def weekday(number: int) -> str:
+        """Its name, as in `Mon`; 7 is Sunday as well."""
+        return CRON_FIELDS[4].names[number % 7].title()
+    in_week = _listed(tuple(sorted(day or 7 for day in cron.weekdays)), weekday)
+    month = _listed(cron.months,
+                    lambda number: CRON_FIELDS[3].names[number - 1].title())
+    in_year = "" if len(cron.months) == 12 else month
+    in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
+    if cron.is_either:
+        return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
+    if len(cron.days) < 31:
+        return f"on {in_month}" + (f" if {in_week}" if len(cron.weekdays) < 7 else "")
+    words = f"on {in_week}" if len(cron.weekdays) < 7 else "every day"
+    return f"{words} in {in_year}" if in_year else words
+
+
+def cron_words(cron: Cron) -> str:
+    """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
+    times, days = _time_words(cron), _day_words(cron)
+    if days.startswith("every day") and not re.match("at [0-9]", times):
+        days = days[len("every day"):].strip()
+    return f"{times} {days}".strip()
+
+
+def turn_after(cron: str, now: float) -> str | None:
+    """The first turn of a cron line after a moment, as stored; None: never again."""
+    turn = next_turn(parse_cron(cron), now)
+    return None if turn == math.inf else iso(turn)
+
+
 # ---- 4 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
 
@@ -1160,6 +1521,9 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
         "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
+# What a person may change while a job waits.
+EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
+SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
@@ -1253,6 +1617,13 @@ def _decoded(line: bytes) -> str:
                          "convert the file with iconv -t UTF-8") from None
 
 
+def fields_of_line(line: bytes, number: int) -> list[dict[str, Any]]:
+    """The job objects of one line; none of a blank one or a remark."""
+    with at_line(number):
+        text = _decoded(line)
+        return fields_of(text) if text and not text.startswith("#") else []
+
+
 def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """The job objects of a file with their line numbers; errors begin `line N:`."""
     if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
@@ -1261,11 +1632,8 @@ def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from enumerate(whole, 1)
             return
     for number, line in enumerate(content.split(b"\n"), 1):
-        with at_line(number):
-            text = _decoded(line)
-            if text and not text.startswith("#"):
-                for fields in fields_of(text):
-                    yield number, fields
+        for fields in fields_of_line(line, number):
+            yield number, fields
 
 
 # ---- 5 SQL -------------------------------------------------------------------
@@ -1289,6 +1657,8 @@ ORDERS = {
     "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
     "finished": Order("finished_at DESC, seq DESC",
                       lambda job: (job.finished_at or "", job.seq), True),
+    "ended":    Order("finished_at, seq",
+                      lambda job: (job.finished_at or "", job.seq)),
     "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
     "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
 }
@@ -1497,27 +1867,42 @@ class Sql:
            AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
         """
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
-    LIST = "SELECT * FROM jobs WHERE seq < :before"
-    LIST_SORTED = "SELECT * FROM jobs WHERE +seq < :before"     # not by that index
+    JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+    LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
+    BEFORE_SEQ = "FROM jobs WHERE seq < :before"
+    BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
     FILTERS = {
         "state": "state = :state",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
         "search": r"(command LIKE :search ESCAPE '\' OR id LIKE :search ESCAPE '\')",
         "ended_before": "finished_at < :ended_before",
+        "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
     }
     PAGE = "LIMIT :limit"
 
     @classmethod
     def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
         """A statement of constant parts, for the filters that have values."""
-        clauses = [cls.LIST if order.startswith("seq") else cls.LIST_SORTED]
+        from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
+        where = cls._fitting(from_jobs, state, values)
+        return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
+
+    @classmethod
+    def counting(cls, state: str | None, values: Mapping[str, Any]) -> str:
+        """As `listing`, for the number of jobs that fit."""
+        return f"{cls.COUNT} {cls._fitting(cls.BEFORE_SEQ, state, values)}"
+
+    @classmethod
+    def _fitting(cls, from_jobs: str, state: str | None,
+                 values: Mapping[str, Any]) -> str:
+        clauses = [from_jobs]
         if state is not None:
             clauses.append(cls.FILTERS["state"])
         if state in OVER:       # the literals of jobs_by_end
             clauses.append("gate IS NULL AND claim IS NULL")
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
-        return f"{' AND '.join(clauses)} ORDER BY {order} {cls.PAGE}"
+        return " AND ".join(clauses)
 
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     NEXT_DUE = """
@@ -1527,7 +1912,12 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
-    DUE_AT = "SELECT MIN(run_at) FROM jobs WHERE gate = 'time'"
+    DUE_AT = """
+        SELECT MIN(at)
+          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
+                 UNION ALL
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0)
+        """
 
     # The one statement that changes a state. State alone would let a late worker end
     # a later claim; the claim's number is the fence (I1, I3).
@@ -1564,6 +1954,17 @@ class Sql:
          WHERE events.job = :job
          ORDER BY events.seq
         """
+    EVENTS_AFTER = """
+        SELECT jobs.id, "from", "to", at, reason, events.seq
+          FROM events
+          JOIN jobs ON jobs.seq = events.job
+         WHERE events.seq > :after
+           AND at >= :since
+           AND (:queue IS NULL OR jobs.queue = :queue)
+         ORDER BY events.seq
+         LIMIT :limit
+        """
+    LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
     # Dependencies: a row as long as the job that is needed is there.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
@@ -1582,6 +1983,22 @@ class Sql:
            AND jobs.gate IS NOT NULL
         """
     SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
+    EDIT = """
+        UPDATE jobs
+           SET command = :command, priority = :priority, run_at = :run_at,
+               max_retries = :max_retries, timeout = :timeout, queue = :queue,
+               gate = :gate, rank = :rank, updated_at = :updated_at
+         WHERE seq = :seq
+           AND gate IS NOT NULL
+        """
+    # As `rank_of` has it; a whole second is 1000, a day 86400000 of these.
+    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
+    RANK_BY_AGE = """
+        UPDATE jobs
+           SET rank = CAST(ROUND((julianday(run_at) - 2440587.5) * 86400000) AS INTEGER)
+                      - priority * :worth
+         WHERE gate IS NOT NULL
+        """
 
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
@@ -1641,6 +2058,7 @@ class Sql:
     ANY_OPEN = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
+            OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
         """
     BEFORE = """
         SELECT COUNT(*)
@@ -1682,6 +2100,42 @@ class Sql:
     MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
 
     QUEUES = "SELECT name, paused, job_limit FROM queues"
+    SET_PAUSED = """
+        INSERT INTO queues (name, paused)
+        VALUES (:name, :paused)
+            ON CONFLICT (name) DO UPDATE SET paused = excluded.paused
+        """
+    SET_LIMIT = """
+        INSERT INTO queues (name, job_limit)
+        VALUES (:name, :job_limit)
+            ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
+        """
+    FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
+
+    # Schedules: few; the turn that is taken is the one that is written (one a turn).
+    INSERT_SCHEDULE = """
+        INSERT INTO schedules (name, cron, job, created_at, next_run)
+        VALUES (:name, :cron, :job, :created_at, :next_run)
+        """
+    SCHEDULES = "SELECT * FROM schedules ORDER BY name"
+    SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
+    SCHEDULES_DUE = """
+        SELECT *
+          FROM schedules
+         WHERE paused = 0
+           AND (next_run <= :now OR last_run > :ahead)
+        """
+    SET_TURN = """
+        UPDATE schedules
+           SET next_run = :next_run, last_run = :last_run, last_job = :last_job
+         WHERE name = :name
+        """
+    PAUSE_SCHEDULE = """
+        UPDATE schedules
+           SET paused = :paused, next_run = :next_run
+         WHERE name = :name
+        """
+    DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
     # Pools.
     INSERT_WORKER = """
@@ -1777,6 +2231,14 @@ class Sql:
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
+        """
+    OVER_EVER = """
+        SELECT kind, SUM(n)
+          FROM tallies
+         WHERE minute = 0
+           AND kind IN ('complete', 'bury', 'cancel')
+           AND (:queue IS NULL OR queue = :queue)
+         GROUP BY kind
         """
 
     # What must hold between the tables: the code, what is wrong with each row that a
@@ -2250,6 +2712,13 @@ class Store:
         """The change that this transaction has noted and not written yet."""
         return self._counts.get((queue, state), 0)
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """The number of jobs by queue and state, with what this transaction noted."""
+        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
+        for key, change in self._counts.items():
+            counts[key] = counts.get(key, 0) + change
+        return counts
+
     def tally(self, now: float, queue: str, kind: str, change: int = 1,
               value: float | None = None) -> None:
         """Note that something happened `change` times, or once for `value` seconds."""
@@ -2312,6 +2781,11 @@ class Store:
         """The rows of all pools, dead or alive."""
         return [Worker(*row)._replace(queues=_words(row[7]))
                 for row in self.rows(Sql.WORKERS)]
+
+    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
+        """The schedules a statement selects, by default all."""
+        return [Schedule(*row)._replace(job=json.loads(row[2]), paused=bool(row[3]))
+                for row in self.rows(sql, **values)]
 
     def settings(self) -> Settings:
         """The configuration in force; parsed anew only if it was changed."""
@@ -2657,93 +3131,6 @@ def gate_of(store: Store, job: Job, now: float) -> str:
     return TIMED if job.run_at > iso(now) else OPEN
 
 
-def _moved(store: Store, change: Change, now: float) -> Job:
-    """The job as it will stand; WrongState if the verb does not apply to it."""
-    verb, before, after, _ = change
-    step = MOVES[verb]
-    if before.state not in step.sources:
-        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
-                         "it must be " + " or ".join(step.sources))
-    is_run = step.target == PROCESSING
-    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
-                           claim=after.claim if is_run else None,
-                           worker=after.worker if is_run else None)
-    if step.target in WAITING:
-        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
-            after.priority, after.run_at, store.settings()))
-    return after
-
-
-def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
-    """Why jobs could not wait again: another one has the unique key."""
-    for job in jobs:
-        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
-            if holder.seq != job.seq:
-                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
-                             f"unique key {job.unique!r} and is not over",
-                             "wait for that job, or cancel it")
-    return InUse("two of these jobs have the same unique key", "name one of them")
-
-
-def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
-    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
-    try:
-        changed = store.many(Sql.MOVE, [
-            {**job._asdict(), "source": before.state, "held": before.claim}
-            for (_, before, _, _), job in zip(changes, jobs)])
-    except sqlite3.IntegrityError:
-        raise _taken_key(store, jobs) from None
-    assert changed == len(jobs), f"the fence failed for one of {changes}"
-
-
-def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
-    """The waiting jobs that come after these."""
-    return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
-
-
-def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Let the jobs go on that came after these; or hold them, if these run again."""
-    for dependent in _dependents(store, jobs) if jobs else ():
-        gate = gate_of(store, dependent, now)
-        if gate != dependent.gate:
-            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
-
-
-def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
-    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
-    jobs = [_moved(store, change, now) for change in changes]
-    _write_moves(store, changes, jobs)
-    store.many(Sql.INSERT_EVENT, [
-        {"job": job.seq, "source": change.before.state, "target": job.state,
-         "at": job.updated_at,
-         "reason": None if change.reason in ("", MOVES[change.verb].because)
-         else change.reason}
-        for change, job in zip(changes, jobs)])
-    for change, job in zip(changes, jobs):
-        store.count(job.queue, change.before.state, -1)
-        store.count(job.queue, job.state, +1)
-        if change.verb in TALLIED:
-            store.tally(now, job.queue, change.verb)
-    _regate_dependents(store, [
-        job for change, job in zip(changes, jobs)
-        if COMPLETED in (change.before.state, job.state)], now)
-    return jobs
-
-
-def remove(store: Store, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; InUse if another needs it."""
-    if job.state == PROCESSING:
-        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
-    needing = _dependents(store, [job])
-    if needing and job.state != COMPLETED:
-        raise InUse(f"{needing[0].id} waits for {job.id}",
-                    f"`queuectl cancel {needing[0].id}` first")
-    for statement in Sql.DELETE_JOB:
-        store.do(statement, {"seq": job.seq})
-    store.count(job.queue, job.state, -1)
-    store.tally(now, job.queue, "delete")
-
-
 def _blocked_if(job: Job, blocked: set[int]) -> Job:
     return job._replace(gate=BLOCKED) if job.seq in blocked else job
 
@@ -2887,6 +3274,171 @@ class Batch:
             store.tally(self._now, job.queue, "enqueue")
 
 
+def _moved(store: Store, change: Change, now: float) -> Job:
+    """The job as it will stand; WrongState if the verb does not apply to it."""
+    verb, before, after, _ = change
+    step = MOVES[verb]
+    if before.state not in step.sources:
+        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
+                         "it must be " + " or ".join(step.sources))
+    is_run = step.target == PROCESSING
+    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
+                           claim=after.claim if is_run else None,
+                           worker=after.worker if is_run else None)
+    if step.target in WAITING:
+        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
+            after.priority, after.run_at, store.settings()))
+    return after
+
+
+def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
+    """Why jobs could not wait again: another one has the unique key."""
+    for job in jobs:
+        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
+            if holder.seq != job.seq:
+                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
+                             f"unique key {job.unique!r} and is not over",
+                             "wait for that job, or cancel it")
+    return InUse("two of these jobs have the same unique key", "name one of them")
+
+
+def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
+    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
+    try:
+        changed = store.many(Sql.MOVE, [
+            {**job._asdict(), "source": before.state, "held": before.claim}
+            for (_, before, _, _), job in zip(changes, jobs)])
+    except sqlite3.IntegrityError:
+        raise _taken_key(store, jobs) from None
+    assert changed == len(jobs), f"the fence failed for one of {changes}"
+
+
+def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
+    """The waiting jobs that come after these."""
+    return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
+
+
+def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
+    """Let the jobs go on that came after these; or hold them, if these run again."""
+    for dependent in _dependents(store, jobs) if jobs else ():
+        gate = gate_of(store, dependent, now)
+        if gate != dependent.gate:
+            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+
+
+def _hook(command: str, job: Job, folder: str) -> Spec:
+    """The job of a hook: a shell command that is told of another job by variables."""
+    return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
+        "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+        "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
+        "QUEUECTL_ERROR": job.error or ""})
+
+
+def _is_idle(store: Store) -> bool:
+    """Whether no job is left to do; those of hooks do not count."""
+    return not any(n > 0 for (queue, state), n in store.counts().items()
+                   if queue != HOOKS_QUEUE and state not in OVER)
+
+
+def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
+    """Enqueue what the configuration wants to follow these changes."""
+    settings = store.settings()
+    commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
+    if not (any(commands.values()) or settings.on_idle):
+        return
+    jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
+    wanted = [(commands.get(job.state), job) for job in jobs]
+    if jobs and settings.on_idle and _is_idle(store):
+        wanted.append((settings.on_idle, jobs[-1]))
+    Batch(store, now).add([_hook(command, job, os.path.dirname(store.path))
+                           for command, job in wanted if command])
+
+
+def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
+    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
+    jobs = [_moved(store, change, now) for change in changes]
+    _write_moves(store, changes, jobs)
+    store.many(Sql.INSERT_EVENT, [
+        {"job": job.seq, "source": change.before.state, "target": job.state,
+         "at": job.updated_at,
+         "reason": None if change.reason in ("", MOVES[change.verb].because)
+         else change.reason}
+        for change, job in zip(changes, jobs)])
+    for change, job in zip(changes, jobs):
+        store.count(job.queue, change.before.state, -1)
+        store.count(job.queue, job.state, +1)
+        if change.verb in TALLIED:
+            store.tally(now, job.queue, change.verb)
+    _regate_dependents(store, [
+        job for change, job in zip(changes, jobs)
+        if COMPLETED in (change.before.state, job.state)], now)
+    _add_hooks(store, jobs, now)
+    return jobs
+
+
+def remove(store: Store, job: Job, now: float) -> None:
+    """Delete a job that is not running, with its history; InUse if another needs it."""
+    if job.state == PROCESSING:
+        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
+    needing = _dependents(store, [job])
+    if needing and job.state != COMPLETED:
+        raise InUse(f"{needing[0].id} waits for {job.id}",
+                    f"`queuectl cancel {needing[0].id}` first")
+    for statement in Sql.DELETE_JOB:
+        store.do(statement, {"seq": job.seq})
+    store.count(job.queue, job.state, -1)
+    store.tally(now, job.queue, "delete")
+
+
+def edit(store: Store, before: Job, after: Job, now: float) -> Job:
+    """Write what a person has changed in a waiting job; WrongState for any other."""
+    if before.gate is None:
+        raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
+                         "it must be " + " or ".join(WAITING))
+    after = after._replace(
+        updated_at=iso(now), gate=gate_of(store, after, now),
+        rank=rank_of(after.priority, after.run_at, store.settings()))
+    store.do(Sql.EDIT, after._asdict())
+    store.count(before.queue, before.state, -1)
+    store.count(after.queue, after.state, +1)
+    return after
+
+
+def rerank(store: Store) -> None:
+    """Give all waiting jobs their place anew, after a change of priority-ageing."""
+    ageing = store.settings().priority_ageing
+    if ageing is None:
+        store.do(Sql.RANK_BY_PRIORITY, {})
+    else:
+        store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
+
+
+def _is_over(store: Store, seq: int | None) -> bool:
+    """Whether a schedule's last job is over; also if there is none any more."""
+    found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
+    return all(job.state in OVER for job in found)
+
+
+def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
+    """Take a schedule's turn, unless its last job is not over; what was added.
+
+    A clock that was far ahead has left turns far ahead: these are reckoned anew.
+    Debian's cron(8) holds a change of three hours or more for a correction, too.
+    """
+    jobs: list[Job] = []
+    last_run, last_job = schedule.last_run, schedule.last_job
+    is_due = schedule.next_run is not None and schedule.next_run <= iso(now)
+    if is_due and _is_over(store, schedule.last_job):
+        jobs = Batch(store, now).add([spec_of(schedule.job, now)])
+        last_job = jobs[0].seq
+    if jobs or not is_due:
+        last_run = iso(now)
+    store.do(Sql.SET_TURN, {
+        "name": schedule.name, "last_run": last_run, "last_job": last_job,
+        "next_run": turn_after(schedule.cron, now)})
+    return jobs
+
+
 # ---- 9 Queue -----------------------------------------------------------------
 
 def current_directory() -> str:
@@ -2898,6 +3450,33 @@ def current_directory() -> str:
     except UnicodeError:
         raise InvalidJob("cwd", "the current directory's name is not UTF-8",
                          "give a cwd") from None
+
+
+def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
+    """How far some jobs are: those just seen, and those that are over."""
+    states = [job.state for job in seen]
+    completed = sum(job.state == COMPLETED for job in over.values())
+    return Progress(sum(state in WAITING for state in states),
+                    states.count(PROCESSING), completed, len(over) - completed)
+
+
+def _states(state: str | Sequence[str]) -> list[str | None]:
+    """The states that are asked for, each once; [None]: any. InvalidValue."""
+    states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
+    for name in states:
+        if name not in STATES:
+            raise InvalidValue(f"there is no state {name!r}",
+                               nearest(name, STATES) or "use " + ", ".join(STATES))
+    return [*states] or [None]
+
+
+def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of filters, as the statements take them."""
+    values = {"before": END_OF_TIME, **{
+        key: value for key, value in filters.items() if value is not None}}
+    if "search" in values:
+        values["search"] = like_pattern(values["search"])
+    return values
 
 
 class Queue:
@@ -2963,23 +3542,20 @@ class Queue:
         """
         if sort not in ORDERS:
             raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
-        for name in states:
-            if name not in STATES:
-                raise InvalidValue(f"there is no state {name!r}",
-                                   nearest(name, STATES) or "use " + ", ".join(STATES))
-        values = {"before": END_OF_TIME, "limit": limit or -1, **{
-            key: value for key, value in filters.items() if value is not None}}
-        if "search" in values:
-            values["search"] = like_pattern(values["search"])
+        values, states = _bound(filters), _states(state)
         # One indexed read a state; together they are put in order anew.
-        every: list[str | None] = [*states] or [None]
-        found = [job for name in every
+        found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
-                                            state=name, **values)]
+                                            state=name, limit=limit or -1, **values)]
         if len(states) > 1:
             found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
         return found[:limit or None]
+
+    def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
+        """How many jobs fit; filters as in `jobs`."""
+        values = _bound(filters)
+        return sum(self.store.rows(Sql.counting(name, values), state=name,
+                                   **values)[0][0] for name in _states(state))
 
     def pages(self, limit: int = 0, **filters: Any) -> Iterator[Job]:
         """As `jobs`, newest first, read by the thousand to spare memory."""
@@ -3013,6 +3589,23 @@ class Queue:
                 for id, source, target, at, reason
                 in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
 
+    def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
+                     queue: str | None = None, since: str = "") -> list[Event]:
+        """The changes after the `seq`-th, oldest first; `since` is a stored time.
+
+        Those of a job go when it is deleted. A commit's come after those of all earlier
+        commits, so the last one's `seq` is the place to go on from.
+        """
+        return [Event(id, source, target, at, reason or usual_reason(source, target),
+                      number)
+                for id, source, target, at, reason, number in self.store.rows(
+                    Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
+
+    def last_event(self) -> int:
+        """The `seq` of the latest change of all; 0: there was none yet."""
+        row = self.store.row(Sql.LAST_EVENT)
+        return int(row[0]) if row else 0
+
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """How many jobs there are in each state."""
         counts = dict.fromkeys(STATES, 0)
@@ -3027,6 +3620,90 @@ class Queue:
         paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
         return Status(self.counts(), self.workers(), paused, due[0] if due else None,
                       self.path)
+
+    def queues(self) -> list[QueueView]:
+        """The queues that have jobs, a limit or a pause; the default one always."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, state, n in self.store.rows(Sql.COUNTS):
+            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
+        known = {name: (bool(paused), limit)
+                 for name, paused, limit in self.store.rows(Sql.QUEUES)}
+        names = sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})
+        return [QueueView(name, *known.get(name, (False, 0)), counts.get(
+            name, dict.fromkeys(STATES, 0))) for name in names]
+
+    def progress(self, queue: str | None = None) -> Progress:
+        """How far the jobs of a queue, or of all, have come."""
+        counts = self.counts(queue)
+        over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
+        return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
+                        over.get("complete", 0),
+                        over.get("bury", 0) + over.get("cancel", 0))
+
+    def await_change(self, seen: int, timeout: float) -> int:
+        """Wait until another process has committed something, so many seconds at most.
+
+        `seen` is what `store.changes()` said before the last read; the number now.
+        """
+        end = time.monotonic() + timeout
+        while self.store.changes() == seen and time.monotonic() < end:
+            time.sleep(min(WATCH_TICK, max(0.0, end - time.monotonic())))
+        return self.store.changes()
+
+    def wait(self, *job_ids: str, timeout: float | None = None,
+             tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
+        """Return when these jobs are over, as they are then.
+
+        NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
+        not there (any more). `tell` hears how far they are, whenever that changes.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        jobs = dict.fromkeys(job_ids, None)
+        over: dict[str, Job] = {}
+        while True:
+            seen, began = self.store.changes(), time.monotonic()
+            left = self._named([job_id for job_id in jobs if job_id not in over])
+            over.update((job.id, job) for job in left if job.state in OVER)
+            tell(_progress_of(left, over))
+            if len(over) == len(jobs):
+                return [over[job_id] for job_id in jobs]
+            now = time.monotonic()
+            if now >= end:
+                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs are "
+                                  "not over yet", "wait longer, or look at `list`")
+            # To look at very many must not become all that this machine does.
+            time.sleep(min(5 * (now - began), max(0.0, end - now)))
+            self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
+
+    def _named(self, job_ids: Sequence[str]) -> list[Job]:
+        """The jobs of these ids, in their order; NoSuchJob."""
+        found = {job.id: job for job in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
+        for job_id in job_ids:
+            if job_id not in found:
+                raise NoSuchJob(job_id)
+        return [found[job_id] for job_id in job_ids]
+
+    def wait_all(self, queue: str | None = None, timeout: float | None = None,
+                 tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+        """Return when no job (of the queue) is left; what came of them meanwhile.
+
+        NotFinished after `timeout` seconds (None: never).
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        first = self.progress(queue)
+        while True:
+            seen = self.store.changes()
+            now = self.progress(queue)
+            since = now._replace(completed=now.completed - first.completed,
+                                 unwell=now.unwell - first.unwell)
+            tell(since)
+            if not now.left:
+                return since
+            if time.monotonic() >= end:
+                raise NotFinished(f"{now.left} jobs are not over yet",
+                                  "wait longer, or look at `list`")
+            self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not."""
@@ -3053,16 +3730,7 @@ class Queue:
         """Why a waiting job does not run, in words; nothing for any other."""
         if job.gate is None:
             return []
-        reasons = self._blocking(job)
-        if job.gate == TIMED:
-            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
-                if job.state == FAILED else ""
-            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
-        pools = [view.worker for view in self.workers()]
-        if not pools:
-            reasons.append("no worker is running")
-        elif not any(not w.queues or job.queue in w.queues for w in pools):
-            reasons.append(f"no worker takes queue `{job.queue}`")
+        reasons = self._hindrances(job, self._scene())
         if not reasons:
             row = self.store.row(Sql.BEFORE, rank=job.rank, run_at=job.run_at,
                                  seq=job.seq)
@@ -3070,21 +3738,44 @@ class Queue:
             reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
         return reasons
 
-    def _blocking(self, job: Job) -> list[str]:
-        """The unfinished jobs it comes after; its queue's pause and limit."""
-        reasons = []
-        for needed in job.after if job.gate == BLOCKED else ():
-            found = self.store.jobs(Sql.JOB, id=needed)
-            state = found[0].state if found else "deleted"
-            if state != COMPLETED:
-                reasons.append(f"after {needed} ({state})")
-        for name, paused, limit in self.store.rows(Sql.QUEUES):
-            if name in (job.queue, EVERY_QUEUE) and paused:
-                reasons.append("all queues are paused" if name == EVERY_QUEUE
-                               else f"queue `{name}` is paused")
-            if name == job.queue and limit and self.counts(name)[PROCESSING] >= limit:
-                reasons.append(f"queue `{name}` is at its limit {limit}")
+    def why_waiting(self, jobs: Iterable[Job]) -> dict[str, str]:
+        """As `waiting_for`, in a line for each of many: what hinders it, by its id."""
+        scene = self._scene()
+        return {job.id: ", ".join(self._hindrances(job, scene)) or "waits for a slot"
+                for job in jobs if job.gate is not None}
+
+    def _scene(self) -> Scene:
+        return Scene([view.worker for view in self.workers()],
+                     {view.name: view for view in self.queues()},
+                     any(name == EVERY_QUEUE and paused
+                         for name, paused, _ in self.store.rows(Sql.QUEUES)))
+
+    def _hindrances(self, job: Job, scene: Scene) -> list[str]:
+        """What keeps it from running, whatever else waits."""
+        reasons = self._needs_of(job)
+        if scene.all_paused:
+            reasons.append("all queues are paused")
+        queue = scene.queues.get(job.queue)
+        if queue and queue.paused:
+            reasons.append(f"queue `{job.queue}` is paused")
+        if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
+            reasons.append(f"queue `{job.queue}` is at its limit {queue.limit}")
+        if job.gate == TIMED:
+            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
+                if job.state == FAILED else ""
+            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
+        if not scene.pools:
+            reasons.append("no worker is running")
+        elif not any(not w.queues or job.queue in w.queues for w in scene.pools):
+            reasons.append(f"no worker takes queue `{job.queue}`")
         return reasons
+
+    def _needs_of(self, job: Job) -> list[str]:
+        """The jobs it comes after that are not completed."""
+        needed = {one.id: one.state for one in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
+        return [f"after {job_id} ({needed.get(job_id, 'deleted')})"
+                for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
@@ -3114,15 +3805,13 @@ class Queue:
         self.wake(NEW_JOBS)
         return jobs
 
-    def retry_dead(self, *job_ids: str, queue: str | None = None,
-                   search: str | None = None) -> list[Job]:
-        """Put dead jobs back: those named, or without names all that fit and whose
-        unique key nobody has taken since.
+    def retry_dead(self, *job_ids: str) -> list[Job]:
+        """Put these dead jobs back, all or none; WrongState for one that is not dead.
+
+        See `sweep` for all that fit.
         """
         with self.store.transaction() as store:
-            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)] \
-                if job_ids else \
-                self._free_dead(self.jobs(DEAD, queue=queue, search=search))
+            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in dead:
                 if job.state != DEAD:
                     raise WrongState(f"{job.id} is {job.state}, not dead",
@@ -3130,18 +3819,6 @@ class Queue:
             jobs = self._retry(dead)
         self.wake(NEW_JOBS)
         return jobs
-
-    def _free_dead(self, dead: Iterable[Job]) -> list[Job]:
-        """Those that may wait again: of a unique key the newest, if no other has it."""
-        free, taken = [], set()
-        for job in dead:
-            if job.unique is not None and job.unique not in taken:
-                taken.add(job.unique)
-                if self.store.row(Sql.JOB_BY_UNIQUE, unique=job.unique) is None:
-                    free.append(job)
-            elif job.unique is None:
-                free.append(job)
-        return free
 
     def _retry(self, jobs: Sequence[Job]) -> list[Job]:
         now = self.clock()
@@ -3179,27 +3856,179 @@ class Queue:
                 remove(store, job, now)
         return jobs
 
-    def purge_dead(self, older_than: float = 0) -> int:
-        """Delete jobs that have been dead for that many seconds; how many.
+    def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
+        """Change waiting jobs: all of them or none; those of EDITABLE, by name.
 
-        In small transactions, so that nobody waits long for the lock. Jobs that
-        others wait for stay.
+        Raises NoSuchJob, InvalidJob (with the `key` at fault), and WrongState for a job
+        that runs or is over.
         """
-        now, deleted, kept = self.clock(), 0, 0
-        limit = iso(now - older_than + 0.001)
+        now = self.clock()
+        for key in fields:
+            if key not in EDITABLE:
+                raise InvalidJob(key, f"{key} cannot be edited",
+                                 "these can: " + ", ".join(EDITABLE))
+        changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
+        if "delay" in changes:
+            changes["run_at"] = now + changes.pop("delay")
+        if "run_at" in changes:
+            changes["run_at"] = iso_up(changes["run_at"])
+        with self.store.transaction() as store:
+            now = self.clock()  # now: the wait for the lock may have been long
+            jobs = [edit(store, job, job._replace(**changes), now)
+                    for job in map(store.job, dict.fromkeys(job_ids))]
+        self.wake(NEW_JOBS)
+        return jobs
+
+    def sweep(self, verb: str, state: str | Sequence[str] = (),
+              older_than: float | None = None, **filters: Any) -> Iterator[list[Job]]:
+        """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions.
+
+        After each come the jobs that it has changed: so others are never kept waiting
+        for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
+        are passed over: those that run (unless they are to be cancelled), those whose
+        unique key another has, those that others wait for. `older_than`: only those
+        that have been over for so many seconds. Filters as in `jobs`.
+        """
+        change = {"retry": self._retry_free, "cancel": self._cancel_all,
+                  "delete": self._delete_free}[verb]
+        sort, found = "newest", list[Job]()
+        if older_than is not None:
+            sort = "ended"
+            filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
-            with self.store.transaction() as store:
-                batch = self.jobs(DEAD, "oldest", REMOVE_BATCH + kept,
-                                  ended_before=limit)[kept:]
-                for job in batch:
-                    try:
-                        remove(store, job, now)
-                        deleted += 1
-                    except InUse:
-                        kept += 1
-            if len(batch) < REMOVE_BATCH:
-                return deleted
-            time.sleep(REMOVE_PAUSE)
+            with self.store.transaction():
+                found = self.jobs(state, sort, SWEEP_BATCH, **filters)
+                changed = change(found)
+            if changed:
+                self.wake(NEW_ORDERS)
+                yield changed
+            if len(found) < SWEEP_BATCH:
+                return
+            if sort == "newest":
+                filters["before"] = found[-1].seq
+            else:
+                filters["ended_at"] = found[-1].finished_at
+                filters["ended_seq"] = found[-1].seq
+            time.sleep(SWEEP_PAUSE)
+
+    def _retry_free(self, jobs: Iterable[Job]) -> list[Job]:
+        """Retry those that may wait again: of a unique key the newest, if it is free.
+        """
+        free, taken = list[Job](), set[str]()
+        for job in jobs:
+            if job.unique is None:
+                free.append(job)
+            elif job.unique not in taken:
+                taken.add(job.unique)
+                holders = self.store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)
+                free += [job] if all(one.seq == job.seq for one in holders) else []
+        return self._retry([job for job in free if job.state != PROCESSING])
+
+    def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
+        now = self.clock()
+        return [self._cancel(job, now) for job in jobs if job.state not in OVER]
+
+    def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
+        """Delete those that nothing needs: not running, and no other waits for them."""
+        now, deleted = self.clock(), list[Job]()
+        for job in jobs:
+            with contextlib.suppress(InUse, WrongState):
+                remove(self.store, job, now)
+                deleted.append(job)
+        return deleted
+
+    # Queues.
+
+    def pause(self, *queues: str) -> None:
+        """Claim no more from these queues, or from any if none is named."""
+        self._set_paused(queues, True)
+
+    def resume(self, *queues: str) -> None:
+        """Claim again from these queues; without names, end the pause of all."""
+        self._set_paused(queues, False)
+
+    def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
+        names = [_check_name("queue", queue, 0.0) for queue in queues] or [EVERY_QUEUE]
+        with self.store.transaction() as store:
+            for name in names:
+                store.do(Sql.SET_PAUSED, {"name": name, "paused": paused})
+            store.do(Sql.FORGET_QUEUES, {})
+        self.wake(NEW_JOBS)
+
+    def limit_queue(self, queue: str, limit: int) -> None:
+        """Let at most so many jobs of a queue run at once; 0: any number."""
+        name = _check_name("queue", queue, 0.0)
+        if not 0 <= limit <= MAX_RETRIES:
+            raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
+        with self.store.transaction() as store:
+            store.do(Sql.SET_LIMIT, {"name": name, "job_limit": limit})
+            store.do(Sql.FORGET_QUEUES, {})
+        self.wake(NEW_JOBS)
+
+    # Schedules.
+
+    def schedules(self) -> list[Schedule]:
+        """All schedules, by name."""
+        return self.store.schedules()
+
+    def schedule(self, name: str) -> Schedule:
+        """The schedule of that name, else NoSuchSchedule."""
+        found = self.store.schedules(Sql.SCHEDULE, name=name)
+        if not found:
+            raise NoSuchSchedule(name, nearest(
+                name, [one.name for one in self.schedules()]))
+        return found[0]
+
+    def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
+        """Have a job enqueued at each turn of a cron line; `fields` are the job's.
+
+        Raises InvalidValue for the cron line, InvalidJob, ScheduleExists.
+        """
+        now = self.clock()
+        _check_name("name", name, now)
+        fields = {"cwd": current_directory(), **fields,
+                  "tags": [*_check_names("tags", fields.get("tags") or (), now),
+                           f"{SCHEDULE_TAG}{name}"]}
+        for key in set(fields) & {"id", "after", "run_at", "delay"}:
+            raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
+        spec_of(fields, now)
+        with self.store.transaction() as store:
+            if store.schedules(Sql.SCHEDULE, name=name):
+                raise ScheduleExists(f"there is a schedule {name!r} already",
+                                     f"`queuectl schedule remove {name}` first")
+            store.do(Sql.INSERT_SCHEDULE, {
+                "name": name, "cron": cron, "job": json.dumps(fields),
+                "created_at": iso(now), "next_run": turn_after(cron, now)})
+        self.wake(NEW_JOBS)
+        return self.schedule(name)
+
+    def remove_schedule(self, name: str) -> Schedule:
+        """Forget a schedule; its jobs stay."""
+        with self.store.transaction() as store:
+            schedule = self.schedule(name)
+            store.do(Sql.DELETE_SCHEDULE, {"name": name})
+        return schedule
+
+    def pause_schedule(self, name: str, paused: bool = True) -> Schedule:
+        """Let a schedule rest, or go on: turns of the time of rest are not made up."""
+        with self.store.transaction() as store:
+            schedule = self.schedule(name)
+            store.do(Sql.PAUSE_SCHEDULE, {
+                "name": name, "paused": paused,
+                "next_run": turn_after(schedule.cron, self.clock())})
+        self.wake(NEW_JOBS)
+        return self.schedule(name)
+
+    def run_schedule(self, name: str) -> Job:
+        """Enqueue a schedule's job now, beside its turns."""
+        with self.store.transaction() as store:
+            now, schedule = self.clock(), self.schedule(name)
+            job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
+            store.do(Sql.SET_TURN, {
+                "name": name, "next_run": schedule.next_run, "last_run": iso(now),
+                "last_job": job.seq})
+        self.wake(NEW_JOBS)
+        return job
 
     # Configuration.
 
@@ -3214,6 +4043,8 @@ class Queue:
         SETTINGS[name].parse(value)
         with self.store.transaction() as store:
             store.do(Sql.SET, {"key": name, "value": value.strip() or "none"})
+            if name == "priority-ageing":
+                rerank(store)
         self.wake(NEW_ORDERS)
 
     def reset(self, key: str) -> None:
@@ -3221,6 +4052,8 @@ class Queue:
         name = setting_key(key)
         with self.store.transaction() as store:
             store.do(Sql.UNSET, {"key": name})
+            if name == "priority-ageing":
+                rerank(store)
         self.wake(NEW_ORDERS)
 
     # Pools, from outside.
@@ -3257,6 +4090,7 @@ class Claims:
     """The promises to one pool; used by its one database thread only (I9)."""
 
     def __init__(self, queue: Queue, options: PoolOptions) -> None:
+        self._queue = queue
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._options = options
         self.worker: Worker | None = None
@@ -3341,6 +4175,7 @@ class Claims:
                     for claim, outcome in ended.items() if claim in mine], now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
+                self._fire(now)
                 behind = self._let_in(now)
                 stop = self._wish()
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
@@ -3386,6 +4221,12 @@ class Claims:
             self._store.do(Sql.INSERT_WORKER, {
                 **self.worker._asdict(), "queues": _json(self.worker.queues),
                 "heartbeat_at": iso(now)})
+
+    def _fire(self, now: float) -> None:
+        """Add the jobs of schedules whose turn has come."""
+        for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
+                                              ahead=iso(now + CLOCK_CORRECTION)):
+            fire(self._store, schedule, now)
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -3570,6 +4411,14 @@ class Claims:
             with self._store.transaction() as store:
                 for worker in dead:
                     store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+
+    def expiry(self) -> Iterator[list[Job]]:
+        """Delete what is over for longer than the configuration keeps it, in steps."""
+        settings = self._store.settings()
+        for state, kept in ((COMPLETED, settings.retention_completed),
+                            (DEAD, settings.retention_dead)):
+            if kept is not None:
+                yield from self._queue.sweep("delete", state, kept)
 
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
@@ -3784,6 +4633,27 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
             "heartbeat_at": worker.heartbeat_at}
 
 
+def queue_object(view: QueueView) -> dict[str, Any]:
+    """A queue as JSON shows it."""
+    return {"name": view.name, "paused": view.paused, "limit": view.limit,
+            "jobs": view.counts}
+
+
+def schedule_object(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as JSON shows it."""
+    return {"name": schedule.name, "cron": schedule.cron,
+            "command": schedule.job.get("command"),
+            "queue": schedule.job.get("queue", DEFAULT_QUEUE),
+            "paused": schedule.paused, "next_run": schedule.next_run,
+            "last_run": schedule.last_run}
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """A change as JSON shows it."""
+    return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
+            "reason": event.reason}
+
+
 def status_object(status: Status) -> dict[str, Any]:
     """The first screen as JSON."""
     return {"jobs": {**status.counts, "total": sum(status.counts.values())},
@@ -3890,8 +4760,23 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.finished_at, now)
 
 
-def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
-    """Aligned lines, the command last and cut to the width; columns only if used."""
+def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+    """Aligned columns under a head; the last is cut to what the window leaves it."""
+    widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
+    room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
+    lines = ["  ".join([
+        *(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)),
+        cut(row[-1], room)]).rstrip() for row in rows]
+    return [style.paint(lines[0], DIM), *lines[1:]]
+
+
+def job_table(jobs: Sequence[Job], style: Style,
+              why: Mapping[str, str] | None = None) -> list[str]:
+    """Aligned lines, the command last and cut to the width; columns only if used.
+
+    `why`: what each of them waits for, by its id.
+    """
+    reasons = why or {}
     shades = STATE_COLOURS
     offered = (
         Column("ID", lambda job: job.id, lambda job: BOLD),
@@ -3906,7 +4791,10 @@ def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
                is_used=lambda job: job.crashes > 0),
         Column("TAGS", lambda job: ",".join(job.tags),
                is_used=lambda job: bool(job.tags)),
-        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM),
+        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM,
+               is_used=lambda job: not reasons),
+        Column("WHY", lambda job: cut(reasons.get(job.id, ""), 40),
+               is_used=lambda job: bool(reasons)),
     )
     used = [column for column in offered if any(map(column.is_used, jobs))]
     widths = [max(len(column.head), *(len(column.cell(job)) for job in jobs))
@@ -3966,6 +4854,63 @@ def status_lines(status: Status, style: Style) -> list[str]:
         lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
                                  STATE_COLOURS[DEAD]))
     return [*lines, style.paint("database  " + status.database, DIM)]
+
+
+def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
+    """The queues, one on a line."""
+    states = [state for state in STATES
+              if any(view.counts[state] for view in views)] or [PENDING]
+    head = ["QUEUE", "LIMIT", *(state.upper() for state in states), "NOTE"]
+    return grid([head, *(
+        [view.name, str(view.limit or "-"),
+         *(str(view.counts[state]) for state in states),
+         "paused" if view.paused else ""] for view in views)], style)
+
+
+def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
+    """The schedules, one on a line."""
+    return grid([["NAME", "CRON", "NEXT", "LAST", "QUEUE", "COMMAND"], *(
+        [one.name, one.cron, "paused" if one.paused else ago(one.next_run, style.now),
+         ago(one.last_run, style.now), str(one.job.get("queue", DEFAULT_QUEUE)),
+         one_line(str(one.job.get("command")))] for one in schedules)], style)
+
+
+def turn_lines(schedule: Schedule, now: float) -> list[str]:
+    """When a schedule comes: in words, and its next turns by the local clock."""
+    cron, turns = parse_cron(schedule.cron), [now]
+    while len(turns) < 4 and turns[-1] < math.inf:
+        turns.append(next_turn(cron, turns[-1]))
+    shown = [time.strftime("%a %Y-%m-%d %H:%M %Z", time.localtime(turn))
+             for turn in turns[1:] if turn < math.inf]
+    return [f"{schedule.name}: {cron_words(cron)}", "next: " + ", ".join(shown)]
+
+
+def event_line(event: Event, style: Style) -> str:
+    """A change of a job's state on one line."""
+    to = style.paint(event.target, STATE_COLOURS[event.target])
+    return (f"{event.at}  {style.paint(event.id, BOLD)}  {event.source or '-'} -> {to}"
+            f"  {one_line(event.reason)}")
+
+
+def progress_line(progress: Progress, seconds: float, width: int) -> str:
+    """A bar, and beside it: done, running, gone wrong, the rate, the time left."""
+    done, left = progress.over, progress.left
+    total, rate = done + left, done / seconds if seconds > 0 else 0.0
+    words = f" {done:,}/{total:,}  {progress.running} running"
+    if progress.unwell:
+        words += f"  {progress.unwell:,} dead or cancelled"
+    if done and left:
+        words += f"  {rate:.3g}/s  {span(math.ceil(left / rate))} left"
+    size = max(10, min(40, width - len(words) - 3))
+    filled = size * done // total if total else size
+    return cut(f"[{'#' * filled}{'.' * (size - filled)}]{words}", width - 1)
+
+
+def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
+    """Whole lines of a job's output, each with the job before it, in its colour."""
+    shades = list(STATE_COLOURS.values())
+    prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
+    return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
 
 
 def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
@@ -4613,6 +5558,8 @@ class Pool:
         self._orders = True     # there may be something else to read
         self._peek = False      # somebody reads along
         self._beat_at = 0.0     # monotonic: the next heartbeat
+        self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
+        self._expire_at = math.inf                      # monotonic: the next of them
         self._due_at: float | None = None               # epoch: the next due job
         self._retry_at = 0.0    # monotonic: no turn before; the last one failed
         self._failing_since: float | None = None        # monotonic: turns fail
@@ -4655,8 +5602,10 @@ class Pool:
                 if time.monotonic() >= self._beat_at:
                     self._watch()
                     self._beat_at = time.monotonic() + self._settings.heartbeat
+                    self._expiry, self._expire_at = self._claims.expiry(), 0.0
                 if has_orders:      # a new worker gives them, too
                     self._watch_peers()
+            self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
             self._complain(error)
@@ -4689,6 +5638,13 @@ class Pool:
         if not self._look:
             self._due_at = self._claims.next_due()  # what came may be for later
         return self._look
+
+    def _expire(self) -> None:
+        """One step of retention, so that jobs never wait for it long."""
+        if time.monotonic() >= self._expire_at:
+            self._expire_at = math.inf      # also if it fails: then at the next beat
+            if next(self._expiry, None):
+                self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:
         """When ends are to be recorded: at once, unless all slots have work anyway."""
@@ -4813,6 +5769,8 @@ class Pool:
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
                "QUEUECTL_SLOT": str(slot),
                "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+        if job.queue == HOOKS_QUEUE:    # it is told of the job that it follows
+            own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
@@ -5046,7 +6004,7 @@ class Pool:
         room = self._room()
         if (self._look and room) or self._orders or self._peek:
             return 0.0
-        wake_at += [self._beat_at, self._grace_ends, self._record_at(),
+        wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
                     now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
@@ -5148,14 +6106,26 @@ class Pool:
 
 # ---- 15 CLI ------------------------------------------------------------------
 
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether it is a terminal on which one may draw."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") \
+        and os.environ.get("TERM") != "dumb"
+
+
 class Screen:
-    """Where a command writes: results to stdout, words about them to stderr."""
+    """Where a command writes: results to stdout, words about them to stderr.
+
+    On a terminal a line that is drawn in place may stand below: how far something is.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        self._drawn, self._drawn_at = "", -math.inf
+        self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
         """Print results."""
+        self._erase()
         for line in lines:
             print(line)
 
@@ -5168,22 +6138,74 @@ class Screen:
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
+            self._erase()
             with contextlib.suppress(OSError, ValueError):  # what it is about is done
                 print(text, file=sys.stderr)
 
     def log(self, text: str) -> None:
         """A worker's line, with the time. A terminal that is gone stops no worker."""
+        drawn = self._drawn
         with contextlib.suppress(OSError, ValueError):
+            self._erase()
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            self._draw(drawn)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[Callable[[str], None]]:
+        """Let a line be drawn in place; it is gone at the end."""
+        try:
+            yield self.show
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                self._erase()
+
+    def show(self, text: str) -> None:
+        """Draw a line in place, some ten times a second; nothing but on a terminal."""
+        if self.draws and time.monotonic() >= self._drawn_at + 0.1:
+            self._drawn_at = time.monotonic()
+            self._erase()
+            self._draw(text)
+
+    def _draw(self, text: str) -> None:
+        self._drawn = text
+        if text:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._drawn = ""
+
+    @staticmethod
+    def height() -> int:
+        """The lines of the terminal."""
+        import shutil
+        return shutil.get_terminal_size().lines
+
+    @staticmethod
+    def width() -> int:
+        """The columns of the terminal."""
+        import shutil  # 4 ms, and only on a terminal
+        return shutil.get_terminal_size().columns
 
     @staticmethod
     def style() -> Style:
         """Colours and the width, if stdout is a terminal."""
         if not sys.stdout.isatty():
             return Style(False, 0, time.time())
-        import shutil  # 4 ms, and only on a terminal
-        colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        return Style(colour, shutil.get_terminal_size().columns, time.time())
+        return Style(_is_terminal(sys.stdout), Screen.width(), time.time())
+
+
+def _report(error: QueueError, as_json: bool) -> int:
+    """The one place where a refusal becomes a line and an exit status."""
+    if as_json:
+        print(dumps({"error": {"code": error.code, "message": error.message,
+                               "hint": error.hint}}, None), file=sys.stderr)
+    else:
+        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+    return error.exit_status
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -5197,56 +6219,109 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class Option(NamedTuple):
-    """One argument of a command, as argparse takes it."""
+    """One argument of a command, as argparse takes it, and its group in the help."""
     names: tuple[str, ...]
     settings: dict[str, Any]
+    group: str
 
 
-def option(*names: str, **settings: Any) -> Option:
+def option(*names: str, group: str = "", **settings: Any) -> Option:
     """An argument of a command."""
-    return Option(names, settings)
+    return Option(names, settings, group)
 
 
-_DUR = {"type": _typed(parse_duration), "metavar": "DUR"}
-_NAME_ARG = {"type": _typed(lambda text: _check_name("name", text, 0.0))}
-_COUNT = {"type": _typed(parse_whole), "metavar": "N"}
-_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else")
-_IDS = option("ids", nargs="+", metavar="ID")
+def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    return tuple(one._replace(group=group) for one in options)
+
+
+def _past(text: str, now: float) -> float:
+    """A time, or a duration ago."""
+    try:
+        return now - parse_duration(text) if text[-1:] in "smhd" \
+            else parse_time(text, now)
+    except InvalidValue:
+        return parse_time(text, now)
+
+
+_DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
+_NAME_ARG: dict[str, Any] = {
+    "type": _typed(lambda text: _check_name("name", text, 0.0))}
+_COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
+_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else",
+                    group="output")
+_IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
+_STATE_FLAG = option("--state", "-s", action="append", choices=STATES, metavar="S",
+                     help="one of " + ", ".join(STATES) + "; again and again for more")
+_TEXT_FLAGS = (
+    option("--queue", metavar="Q", help="those of a queue"),
+    option("--tag", metavar="T", help="those with a tag"),
+    option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
+_YES = option("--yes", "-y", action="store_true", help="do not ask", group="other")
+_ALL = option("--all", action="store_true", help="all that it applies to")
+# What stands for the ids of many jobs.
+_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
 # The flags of `enqueue` that are fields of a job, under the field's name.
 _JOB_FLAGS = (
-    option("--command", metavar="C", help="the shell command"),
-    option("--id", metavar="ID", help="a name of your own (default: job-N)"),
-    option("--priority", "-p", type=_typed(lambda text: parse_whole(
-        text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
-        help="higher first (default: 0)"),
-    option("--delay", **_DUR, help="not before this time has passed"),
-    option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
-           metavar="TIME", help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
-    option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
-    option("--timeout", **_DUR, help="end a run after this time; 0: never"),
-    option("--backoff-base", **_DUR, help="wait after the first failure, then doubled"),
-    option("--queue", metavar="Q", help="default: default"),
-    option("--after", action="append", metavar="ID",
-           help="run once that job is completed"),
-    option("--unique", metavar="KEY", help="not if a job with this key is unfinished"),
-    option("--tag", action="append", dest="tags", metavar="T", help="a label"),
-    option("--env", action="append", metavar="K=V", help="a variable for the command"),
-    option("--cwd", metavar="DIR", help="where it runs (default: here)"),
+    *_grouped(
+        "the job",
+        option("--command", metavar="C", help="the shell command"),
+        option("--id", metavar="ID", help="a name of your own (default: job-N)"),
+        option("--queue", metavar="Q", help="default: default"),
+        option("--tag", action="append", dest="tags", metavar="T",
+               help="a label; again and again"),
+        option("--unique", metavar="KEY",
+               help="not if a job with this key is unfinished"),
+        option("--env", action="append", metavar="K=V",
+               help="a variable for the command; again and again"),
+        option("--cwd", metavar="DIR", help="where it runs (default: here)")),
+    *_grouped(
+        "when it runs",
+        option("--priority", "-p", type=_typed(lambda text: parse_whole(
+            text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
+            help="higher first (default: 0)"),
+        option("--delay", **_DUR, help="not before this time has passed"),
+        option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
+               metavar="TIME",
+               help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
+        option("--after", action="append", metavar="ID",
+               help="run once that job is completed; again and again")),
+    *_grouped(
+        "how it ends",
+        option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
+        option("--timeout", **_DUR, help="end a run after this time; 0: never"),
+        option("--backoff-base", **_DUR,
+               help="wait after the first failure, then doubled")),
 )
 
+_QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
+                      help="only this queue; again and again for more (default: all)")
 # The flags of `worker start` that a service may have as well.
 _POOL_FLAGS = (
     option("--count", "-c", default=1, metavar="N",
            type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
            help="jobs at once (default: 1)"),
-    option("--timeout", **_DUR, help="for jobs that set none"),
-    option("--backoff-base", **_DUR, help="for jobs that set none"),
-    option("--queue", action="append", metavar="Q", **_NAME_ARG,
-           help="only this queue; again and again for more"),
-    option("--grace", **_DUR, help="when stopping, hand back what runs longer"),
+    _QUEUES_FLAG,
     option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"),
+    *_grouped(
+        "for jobs that set none",
+        option("--timeout", **_DUR, help="end a run after this time"),
+        option("--backoff-base", **_DUR, help="wait after the first failure")),
+    *_grouped(
+        "when it exits",
+        option("--grace", **_DUR, help="when stopping, hand back what runs longer")),
 )
+
+
+def _field_of(flag: Option) -> str:
+    """The field of a job that a flag sets."""
+    name: str = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
+    return name
+
+
+_EDIT_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) in EDITABLE)
+_SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
+    "command", "id", "delay", "run_at", "after"))
 
 
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
@@ -5261,13 +6336,10 @@ def _env_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    fields = {}
-    for flag in _JOB_FLAGS:
-        name = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
-        value = getattr(args, name)
-        if value is not None:
-            fields[name] = _env_of(value) if name == "env" else value
-    return fields
+    given = {name: getattr(args, name, None) for name in map(_field_of, _JOB_FLAGS)}
+    if given["env"] is not None:
+        given["env"] = _env_of(given["env"])
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
@@ -5312,10 +6384,19 @@ def _given_jobs(
     return False, [(0, {})]
 
 
+def _name_line(error: QueueError, lines: Sequence[int]) -> None:
+    """Put the line of the job at fault before an error's message; 0 is none."""
+    if error.item is not None and lines[error.item]:
+        error.args = (f"line {lines[error.item]}: {error}",)
+        error.message = f"line {lines[error.item]}: {error.message}"
+
+
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
     specs, ignored = [], set()
-    for line, fields in given:
+    for number, (line, fields) in enumerate(given):
+        if number % 1000 == 999:
+            screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_line(line):
             if "delay" in flags or "run_at" in flags:
                 fields = {key: value for key, value in fields.items()
@@ -5328,17 +6409,137 @@ def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any]
     return specs
 
 
-def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add jobs and say their ids."""
-    is_batch, given = _given_jobs(args)
-    specs = _specs(given, _flag_fields(args), queue.clock(), screen)
-    try:
-        jobs = queue.enqueue_many(specs)
-    except QueueError as error:
-        if error.item is not None and given[error.item][0]:
-            error.args = (f"line {given[error.item][0]}: {error}",)
-            error.message = f"line {given[error.item][0]}: {error.message}"
-        raise
+def _has_more(fd: int, seconds: float) -> bool:
+    """Whether there is something to read within that time."""
+    if seconds <= 0 or not hasattr(select, "poll"):
+        return False
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(math.ceil(seconds * 1000)))
+
+
+def _line_batches(fd: int) -> Iterator[list[bytes]]:
+    """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
+
+    The last may lack its end. Of one that is too long for any job the beginning serves,
+    to be refused.
+    """
+    rest, lines, due = b"", list[bytes](), math.inf
+    while True:
+        if lines and (len(lines) >= STREAM_BATCH
+                      or not _has_more(fd, due - time.monotonic())):
+            yield lines
+            lines, due = [], math.inf
+        piece = os.read(fd, READ_SIZE)
+        if not piece:
+            break
+        *whole, rest = (rest + piece).split(b"\n")
+        rest = rest[:MAX_LINE]
+        if whole and not lines:
+            due = time.monotonic() + STREAM_PAUSE
+        lines += whole
+    if lines or rest:
+        yield [*lines, rest]
+
+
+class Stream:
+    """Jobs from lines that come one by one: a bad one is said and passed over."""
+
+    def __init__(self, queue: Queue, flags: Mapping[str, Any],
+                 refuse: Callable[[QueueError], object]) -> None:
+        self._queue, self._flags, self._refuse = queue, flags, refuse
+        self._read = 0          # lines
+        self.refused = 0
+
+    def add(self, lines: Sequence[bytes]) -> list[Job]:
+        """The jobs of these lines, committed; on a full disk it waits for room."""
+        given = [one for line in lines for one in self._specs_of(line)]
+        while given:
+            try:
+                return self._queue.enqueue_many([spec for _, spec in given])
+            except (Busy, Unwritable) as error:     # these lines cannot come again
+                self._refuse(error)
+                time.sleep(SYNC_PAUSE)
+            except QueueError as error:
+                if error.item is None:
+                    raise
+                _name_line(error, [number for number, _ in given])
+                self._pass_over(error)
+                del given[error.item]
+        return []
+
+    def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
+        self._read += 1
+        try:
+            with at_line(self._read):
+                return [(self._read, spec_of({**fields, **self._flags},
+                                             self._queue.clock()))
+                        for fields in fields_of_line(line, 0)]
+        except QueueError as error:
+            self._pass_over(error)
+            return []
+
+    def _pass_over(self, error: QueueError) -> None:
+        self.refused += 1
+        self._refuse(error)
+
+
+def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add the lines of stdin as they come; 1 if any of them was bad."""
+    if args.job not in (None, "-") or args.file or args.words or args.command:
+        raise UsageError("--stream reads stdin alone", "give no other job")
+    if args.wait:
+        raise UsageError("--stream and --wait do not go together",
+                         "`queuectl wait --all` waits")
+    if sys.stdin is None:
+        raise Unreadable("stdin is closed", "give a pipe")
+    stream = Stream(queue, _flag_fields(args),
+                    lambda error: _report(error, args.json))
+    for lines in _line_batches(sys.stdin.fileno()):
+        jobs = stream.add(lines)
+        screen.out(*(dumps(job_object(job), None) if args.json else job.id
+                     for job in jobs))
+        sys.stdout.flush()
+    return EX_NO if stream.refused else EX_OK
+
+
+def _exit_status(jobs: Sequence[Job]) -> int:
+    """One job's own exit status; of several 0 if all are completed, else 1."""
+    if all(job.state == COMPLETED for job in jobs):
+        return EX_OK
+    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
+
+
+def _bar(screen: Screen) -> Callable[[Progress], None]:
+    """What draws how far jobs are, with the rate since now."""
+    began = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        """Draw it now, if it is time."""
+        if screen.draws:
+            screen.show(progress_line(progress, time.monotonic() - began,
+                                      screen.width()))
+    return show
+
+
+def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
+           timeout: float | None) -> int:
+    """Wait until jobs are over, and say how it went."""
+    began = time.monotonic()
+    with screen.drawing():
+        jobs = queue.wait(*job_ids, timeout=timeout, tell=_bar(screen))
+    took = span(time.monotonic() - began)
+    if len(jobs) == 1:
+        ending = f" ({jobs[0].error})" if jobs[0].error else ""
+        screen.note(f"{jobs[0].id} {jobs[0].state}{ending}")
+    else:
+        done = sum(job.state == COMPLETED for job in jobs)
+        screen.note(f"{done} of {len(jobs)} jobs completed, after {took}")
+    return _exit_status(jobs)
+
+
+def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
+               screen: Screen) -> None:
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
                          else job_object(jobs[0])))
@@ -5349,9 +6550,37 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
-    if jobs and not args.quiet and not queue.workers():
+    sys.stdout.flush()
+
+
+def _note_no_worker(queue: Queue, screen: Screen) -> None:
+    if not queue.workers():
         screen.note("no worker is running; `queuectl worker start` starts one")
-    return EX_OK
+
+
+def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add jobs and say their ids."""
+    if args.stream:
+        return _enqueue_stream(args, queue, screen)
+    is_batch, given = _given_jobs(args)
+    with screen.drawing():
+        specs = _specs(given, _flag_fields(args), queue.clock(), screen)
+        try:
+            jobs = queue.enqueue_many(specs)
+        except QueueError as error:
+            _name_line(error, [line for line, _ in given])
+            raise
+    _say_added(jobs, is_batch, args, screen)
+    if jobs and not args.quiet:
+        _note_no_worker(queue, screen)
+    return _await(queue, screen, [job.id for job in jobs], None) \
+        if jobs and args.wait else EX_OK
+
+
+def _since(now: Progress, first: Progress) -> Progress:
+    """What has come of jobs since an earlier moment."""
+    return now._replace(completed=now.completed - first.completed,
+                        unwell=now.unwell - first.unwell)
 
 
 def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -5362,7 +6591,16 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     # eighth of a pool's time. What a job leaves is freed without that.
     gc.freeze()
     gc.set_threshold(100_000)
-    return Pool(queue, options, screen.log).run()
+    bar = _bar(screen)
+
+    def say(line: str) -> None:
+        """Log a line; below it stands how far the jobs are."""
+        screen.log(line)
+        if args.drain and screen.draws:
+            with contextlib.suppress(QueueError):   # it is but a picture
+                bar(_since(queue.progress(), first))
+    first = queue.progress()
+    return Pool(queue, options, say).run()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -5396,21 +6634,31 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     return EX_OK
 
 
-def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the first screen."""
+def _status_lines(args: argparse.Namespace, queue: Queue,
+                  screen: Screen) -> list[str]:
     status = queue.status()
     if args.json:
-        screen.out(dumps(status_object(status)))
-    else:
-        screen.out(*status_lines(status, screen.style()))
+        return [dumps(status_object(status), 2 if args.watch is None else None)]
+    return status_lines(status, screen.style())
+
+
+def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the first screen; with --watch again whenever something has changed."""
+    seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+    screen.out(*lines)
+    in_place = _is_terminal(sys.stdout) and not args.json
+    while args.watch is not None:
+        sys.stdout.flush()
+        queue.await_change(seen, args.watch)
+        time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
+        seen, above = queue.store.changes(), len(lines)
+        lines = _status_lines(args, queue, screen)
+        if in_place:
+            lines = lines[:max(1, screen.height() - 1)]
+            screen.out("\033[" + f"{above}A\033[J" + "\n".join(lines))
+        else:
+            screen.out(*([] if args.json else [""]), *lines)
     return EX_OK
-
-
-def _print_jobs(jobs: Sequence[Job], screen: Screen, empty: str) -> None:
-    if jobs:
-        screen.out(*job_table(jobs, screen.style()))
-    else:
-        screen.note(empty)
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
@@ -5430,7 +6678,7 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def _listed(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
     found = job_object(job)
     if args.show_output:
         found["output"] = _output_of(queue, job).decode("utf-8", "replace")
@@ -5446,7 +6694,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
             if len(states) > 1 or args.sort != "newest" \
             else queue.pages(limit, state=states, **filters)
-        _print_array((_listed(queue, job, args) for job in found), screen)
+        _print_array((_list_object(queue, job, args) for job in found), screen)
         return EX_OK
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
@@ -5456,7 +6704,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             screen.out(*job_table([job], screen.style())[1:])
             screen.raw(_output_of(queue, job))
     else:
-        _print_jobs(shown, screen, "no such jobs")
+        why = queue.why_waiting(shown) if states and {*states} <= {*WAITING} else {}
+        if shown:
+            screen.out(*job_table(shown, screen.style(), why))
+        else:
+            screen.note("no such jobs" if any((*filters.values(), states))
+                        else "no jobs; `queuectl enqueue 'echo hi'` adds one")
     if len(jobs) > len(shown):
         screen.note(f"the newest {limit} are shown; --limit 0 shows all")
     return EX_OK
@@ -5478,16 +6731,11 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
-def _fresh_run(queue: Queue, job_id: str, number: int | None) -> Run:
-    """A run with its output as of now: one that is under way is asked for it."""
-    run = queue.run(job_id, number)
-    if run.outcome is None:
-        seen, end = queue.store.changes(), time.monotonic() + 0.5
-        queue.wake(PEEK)
-        while queue.store.changes() == seen and time.monotonic() < end:
-            time.sleep(0.005)
-        run = queue.run(job_id, run.number)
-    return run
+def _peek(queue: Queue) -> None:
+    """Have the pools store what running commands have printed so far."""
+    seen = queue.store.changes()
+    queue.wake(PEEK)
+    queue.await_change(seen, 0.5)
 
 
 def _tail(output: bytes, lines: int | None) -> bytes:
@@ -5496,57 +6744,210 @@ def _tail(output: bytes, lines: int | None) -> bytes:
     return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
 
 
+class Follower:
+    """The output of one job as it comes, through its retries, to its end.
+
+    `number`: only of that run; None: from the last one on. `lines`: of what is there
+    already only so many of the last; None: all.
+    """
+
+    def __init__(self, queue: Queue, job_id: str, number: int | None = None,
+                 lines: int | None = None) -> None:
+        self.job_id, self.is_over = job_id, False
+        self._queue, self._only, self._lines = queue, number, lines
+        self._number, self._seen, self._is_first = number, 0, True
+
+    def step(self) -> tuple[bytes, str]:
+        """What is new, and a remark on a run that has ended before a retry, or ""."""
+        job, run = self._queue.job(self.job_id), self._run()
+        if run is None:
+            self.is_over = job.state in OVER
+            if self.is_over:
+                self._queue.run(self.job_id, self._number)  # says that there is none
+            return b"", ""
+        fresh = since(run.output, run.output_bytes, self._seen)
+        if self._is_first:
+            fresh = _tail(readable(run.output, run.output_bytes), self._lines)
+        self._number, self._seen, self._is_first = run.number, run.output_bytes, False
+        if run.outcome is None:
+            return fresh, ""
+        is_last = run.number == self._queue.run(self.job_id).number
+        self.is_over = self._only is not None or (job.state in OVER and is_last)
+        if self.is_over:
+            return fresh, ""
+        self._number, self._seen = run.number + 1, 0
+        return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
+
+    def _run(self) -> Run | None:
+        """The run to look at; None: it has not begun."""
+        runs = [run for run in self._queue.runs(self.job_id)
+                if self._number is None or run.number >= self._number]
+        if not runs:
+            return None
+        return runs[-1 if self._number is None else 0]
+
+
+def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
+                   screen: Screen) -> None:
+    """Print what is new; of several jobs (`place`) only whole lines, with the job."""
+    fresh, remark = follower.step()
+    if place is not None:
+        fresh = pending.pop(follower.job_id, b"") + fresh
+        if not (follower.is_over or remark):
+            whole, newline, rest = fresh.rpartition(b"\n")
+            fresh, pending[follower.job_id] = whole + newline, rest
+        elif fresh and not fresh.endswith(b"\n"):
+            fresh += b"\n"
+        fresh = prefixed(follower.job_id, fresh, place, screen.style())
+    if fresh:
+        screen.raw(fresh)
+    if remark:
+        screen.note(remark)
+
+
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print as it comes, through retries, until the job (or that run) is over."""
-    number, seen, is_first = args.attempt, 0, True
-    while True:
-        job = queue.job(args.id)
-        runs = [run for run in queue.runs(args.id)
-                if args.attempt in (None, run.number)
-                and (number is None or run.number >= number)]
-        if runs:
-            run = _fresh_run(queue, args.id, runs[-1 if number is None else 0].number)
-            number = run.number
-            fresh = since(run.output, run.output_bytes, seen)
-            screen.raw(_tail(readable(run.output, run.output_bytes), args.tail)
-                       if is_first else fresh)
-            seen, is_first = run.output_bytes, False
-            if run.outcome is not None:
-                if (job.state in OVER and run.number == queue.run(args.id).number) \
-                        or args.attempt is not None:
-                    return EX_OK
-                screen.note(f"-- run {run.number} of {job.id}: {run.outcome}")
-                number, seen = run.number + 1, 0
-        elif job.state in OVER:
-            queue.run(args.id, args.attempt)    # says that there is none
-            return EX_OK
-        time.sleep(0.1)
+    """Print what jobs print as it comes, until they (or that run) are over."""
+    ids = list(dict.fromkeys(args.ids))
+    places = {job_id: place if len(ids) > 1 else None
+              for place, job_id in enumerate(ids)}
+    left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
+    pending: dict[str, bytes] = {}
+    while left:
+        if any(queue.job(one.job_id).state == PROCESSING for one in left):
+            _peek(queue)
+        for one in left:
+            _show_followed(one, places[one.job_id], pending, screen)
+        left = [one for one in left if not one.is_over]
+        time.sleep(0.1 if left else 0)
+    return EX_OK
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what a job printed."""
+    """Print what jobs printed."""
     if args.follow:
         return _follow(args, queue, screen)
-    run = _fresh_run(queue, args.id, args.attempt)
-    screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
+    if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
+        _peek(queue)
+    for place, job_id in enumerate(args.ids):
+        run = queue.run(job_id, args.attempt)
+        output = _tail(readable(run.output, run.output_bytes), args.tail)
+        screen.raw(output if len(args.ids) == 1
+                   else prefixed(job_id, output, place, screen.style()))
     return EX_OK
 
 
-def _say_jobs(jobs: Sequence[Job], verb: str, args: argparse.Namespace,
+def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Wait until jobs are over; a single one's own exit status."""
+    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    is_wide = args.all or any(filters.values())
+    if bool(args.ids) == is_wide:
+        raise UsageError("wait for which jobs?",
+                         "give ids, or --all, --queue, --tag or --search")
+    job_ids = args.ids
+    if args.tag or args.search:
+        job_ids = [job.id for job in queue.pages(
+            state=(*WAITING, PROCESSING), **filters)]
+    if not args.quiet:
+        _note_no_worker(queue, screen)
+    if job_ids or args.tag or args.search:
+        return _await(queue, screen, job_ids, args.timeout)
+    with screen.drawing():
+        done = queue.wait_all(args.queue, args.timeout, _bar(screen))
+    screen.note(f"nothing is left: {done.completed} completed, "
+                f"{done.unwell} dead or cancelled meanwhile")
+    return EX_NO if done.unwell else EX_OK
+
+
+# What a verb applies to where no state is named, and where one is.
+USUAL = {"retry": (FAILED, DEAD, CANCELLED), "cancel": (*WAITING, PROCESSING),
+         "delete": OVER}
+ALLOWED = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
+           "delete": (*WAITING, *OVER)}
+SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
+
+
+def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs."""
+    """Report what was done to jobs, as it is done."""
     if args.json:
-        screen.out(dumps([job_object(job) for job in jobs]))
-    elif len(jobs) == 1:
-        screen.note(f"{jobs[0].id} {verb}")
-    else:
-        screen.note(f"{len(jobs)} jobs {verb}")
+        _print_array((job_object(job) for job in jobs), screen)
+        return EX_OK
+    n, first = 0, ""
+    for job in jobs:
+        n, first = n + 1, first or job.id
+    screen.note(f"{first} {SAID[verb]}" if n == 1 else f"{n:,} jobs {SAID[verb]}")
     return EX_OK
+
+
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The filters that stand for ids."""
+    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
+
+
+def _is_wide(args: argparse.Namespace) -> bool:
+    """Whether jobs are chosen by what they are and not by ids; UsageError if by both
+    or neither.
+    """
+    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
+    is_wide = any(one not in (None, False) for one in given)
+    if bool(args.ids) == is_wide:
+        raise UsageError("which jobs?" if not is_wide else "ids and a choice are given",
+                         "give ids, or --all, --state, --queue, --tag or --search")
+    return is_wide
+
+
+def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    for state in given or ():
+        if state not in ALLOWED[verb]:
+            raise UsageError(f"`{verb}` does not apply to {state} jobs",
+                             "it does to " + ", ".join(ALLOWED[verb]))
+    return tuple(given or USUAL[verb])
+
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    """Ask before a wide step, where a person sits at a terminal; Declined."""
+    if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
+                                     and sys.stderr.isatty()):
+        return
+    print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Declined("nothing was changed", "answer y, or give --yes")
+
+
+def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    counted = [(queue.count(state, **filters), state) for state in states]
+    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
+
+
+def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
+           states: Sequence[str]) -> Iterator[Job]:
+    """Do it to all that fit, in small transactions; who interrupts keeps what is done.
+    """
+    done = 0
+    with screen.drawing() as show:
+        for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
+                                 **_filters(args)):
+            done += len(batch)
+            show(f"{done:,} jobs {SAID[verb]} ...")
+            yield from batch
+
+
+def _wide(verb: str, args: argparse.Namespace, queue: Queue,
+          screen: Screen) -> Iterator[Job]:
+    """All jobs that the flags describe, changed; on a terminal after a question."""
+    states = _chosen_states(verb, args.state)
+    amounts = _amounts(queue, states, _filters(args))
+    if amounts and verb != "retry":
+        _confirm(f"This will {verb} {amounts}.", args)
+    return _swept(verb, args, queue, screen, states)
 
 
 def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Run jobs again from now."""
-    return _say_jobs(queue.retry(*args.ids), "pending again", args, screen)
+    jobs = _wide("retry", args, queue, screen) if _is_wide(args) \
+        else queue.retry(*args.ids)
+    return _say_jobs(jobs, "retry", args, screen)
 
 
 def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
@@ -5560,9 +6961,8 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
         time.sleep(RESCUE_TICK)
 
 
-def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended."""
-    jobs = queue.cancel(*args.ids)
+def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
+    """Wait until running jobs that were cancelled have been ended; as they are then."""
     claims = Claims(queue, PoolOptions())
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
@@ -5579,18 +6979,73 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             raise NotFinished("a running job has not ended yet",
                               "its worker will record it; `queuectl status` shows both")
         time.sleep(RESCUE_TICK)
+    return list(jobs)
+
+
+def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Cancel jobs; wait until running ones have been ended."""
+    jobs = list(_wide("cancel", args, queue, screen)) if _is_wide(args) \
+        else queue.cancel(*args.ids)
+    ended = {job.id: job for job in _await_ends(
+        queue, [job for job in jobs if job.state == PROCESSING], screen)}
+    jobs = [ended.get(job.id, job) for job in jobs]
     late = [job for job in jobs if job.state != CANCELLED]
     for job in late:
         screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    if len(late) == len(jobs):
+    if late and len(late) == len(jobs):
         return EX_NO
-    return _say_jobs([job for job in jobs if job not in late], "cancelled", args,
+    return _say_jobs((job for job in jobs if job.state == CANCELLED), "cancel", args,
                      screen)
 
 
 def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete jobs that do not run."""
-    return _say_jobs(queue.delete(*args.ids), "deleted", args, screen)
+    jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
+        else queue.delete(*args.ids)
+    return _say_jobs(jobs, "delete", args, screen)
+
+
+def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
+           states: Sequence[str], is_dry: bool = False) -> int:
+    """Delete all jobs that fit, and say how many."""
+    filters = _filters(args)
+    if args.older_than is not None:
+        if {*states} & {*WAITING}:
+            raise UsageError("--older-than counts from a job's end",
+                             "it fits " + ", ".join(OVER))
+        filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    amounts = _amounts(queue, states, filters)
+    if amounts and not is_dry:
+        _confirm(f"This will delete {amounts}.", args)
+    deleted = 0 if is_dry else sum(1 for _ in _swept(
+        "delete", args, queue, screen, states))
+    if args.json:
+        screen.out(dumps({"deleted": deleted}))
+    elif is_dry:
+        screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
+    else:
+        screen.note(f"{deleted:,} job{'s' * (deleted != 1)} deleted")
+    return EX_OK
+
+
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Delete jobs that are over, or in other states that are named."""
+    return _purge(args, queue, screen, _chosen_states("delete", args.state),
+                  args.dry_run)
+
+
+def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Change waiting jobs."""
+    fields = _flag_fields(args)
+    if not fields:
+        raise UsageError("nothing to change", "give a flag, as --priority 5")
+    jobs = queue.edit(*args.ids, **fields)
+    if args.json:
+        screen.out(dumps([job_object(job) for job in jobs]))
+    else:
+        changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+        screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
+    return EX_OK
 
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -5613,38 +7068,139 @@ def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Put dead jobs back."""
-    filters = (args.queue, args.search)
-    if bool(args.ids) == (args.all or filters != (None, None)):
-        raise UsageError("which dead jobs?", "give ids, or --all, --queue or --search")
-    jobs = queue.retry_dead(*args.ids, queue=args.queue, search=args.search)
-    return _say_jobs(jobs, "pending again", args, screen)
+    jobs = _swept("retry", args, queue, screen, (DEAD,)) if _is_wide(args) \
+        else queue.retry_dead(*args.ids)
+    return _say_jobs(jobs, "retry", args, screen)
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete dead jobs."""
-    deleted = queue.purge_dead(args.older_than or 0.0)
-    if args.json:
-        screen.out(dumps({"deleted": deleted}))
-    else:
-        screen.note(f"{deleted} dead job{'s' * (deleted != 1)} deleted")
+    return _purge(args, queue, screen, (DEAD,))
+
+
+def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Stop the claiming of jobs; what runs goes on."""
+    queue.pause(*args.queue or ())
+    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
+                + " paused; what runs goes on, `queuectl resume` ends the pause")
     return EX_OK
+
+
+def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let jobs be claimed again."""
+    queue.resume(*args.queue or ())
+    left = ["all" if name == EVERY_QUEUE else name for name in queue.status().paused]
+    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
+                + " resumed" + (f"; still paused: {', '.join(left)}" if left else ""))
+    return EX_OK
+
+
+def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the queues."""
+    views = queue.queues()
+    if args.json:
+        screen.out(dumps([queue_object(view) for view in views]))
+    else:
+        screen.out(*queue_lines(views, screen.style()))
+        if EVERY_QUEUE in queue.status().paused:
+            screen.note("all queues are paused; `queuectl resume` ends that")
+    return EX_OK
+
+
+def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Limit how many jobs of a queue run at once."""
+    queue.limit_queue(args.queue, args.limit)
+    screen.note(f"queue {args.queue}: " + (
+        f"at most {args.limit} at once" if args.limit else "no limit"))
+    return EX_OK
+
+
+def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add a job that comes again and again."""
+    import shlex  # 1 ms
+    if bool(args.words) == bool(args.job):
+        raise UsageError("a schedule needs one command",
+                         "write -- PROG ARG... or a shell command in quotes")
+    command = shlex.join(args.words) if args.words else args.job
+    schedule = queue.add_schedule(args.name, args.cron, command=command,
+                                  **_flag_fields(args))
+    for line in turn_lines(schedule, queue.clock()):
+        screen.note(line)
+    _note_no_worker(queue, screen)
+    return EX_OK
+
+
+def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the schedules."""
+    schedules = queue.schedules()
+    if args.json:
+        screen.out(dumps([schedule_object(one) for one in schedules]))
+    elif schedules:
+        screen.out(*schedule_lines(schedules, screen.style()))
+    else:
+        screen.note("no schedules; `queuectl schedule add NAME CRON -- PROG ARG...` "
+                    "adds one")
+    return EX_OK
+
+
+def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Forget a schedule; its jobs stay."""
+    screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
+    return EX_OK
+
+
+def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let a schedule rest."""
+    screen.note(f"{queue.pause_schedule(args.name).name} paused")
+    return EX_OK
+
+
+def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let a schedule go on; what it missed is not made up."""
+    schedule = queue.pause_schedule(args.name, False)
+    for line in turn_lines(schedule, queue.clock()):
+        screen.note(line)
+    return EX_OK
+
+
+def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Enqueue a schedule's job now, beside its turns."""
+    screen.out(queue.run_schedule(args.name).id)
+    return EX_OK
+
+
+def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the changes of jobs' states, oldest first."""
+    after, since_when = 0, "" if args.since is None else iso(args.since)
+    while True:
+        seen, newest = queue.store.changes(), queue.last_event()
+        page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
+        screen.out(*(dumps(event_object(one), None) if args.json
+                     else event_line(one, screen.style()) for one in page))
+        if len(page) == PAGE_SIZE:
+            after = page[-1].seq
+            continue
+        if not args.follow:
+            return EX_OK
+        sys.stdout.flush()
+        after = max([newest, *(one.seq for one in page[-1:])])
+        queue.await_change(seen, FALLBACK_POLL)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print all settings."""
     stored = queue.store.stored_settings()
-    offered = {key: setting for key, setting in SETTINGS.items() if key not in UNBUILT}
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
                                 "default": setting.default, "meaning": setting.meaning}
-                          for key, setting in offered.items()}))
+                          for key, setting in SETTINGS.items()}))
         return EX_OK
     style = screen.style()
-    screen.out(style.paint(f"{'KEY':<15} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
-    for key, setting in offered.items():
+    screen.out(style.paint(f"{'KEY':<19} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
+    for key, setting in SETTINGS.items():
         value = stored.get(key, setting.default)
         shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
-        screen.out(f"{key:<15} {shown} {setting.default:<8} {setting.meaning}")
+        screen.out(f"{key:<19} {shown} {setting.default:<8} {setting.meaning}")
     return EX_OK
 
 
@@ -5870,13 +7426,24 @@ NEITHER = None      # it does not open the database
 
 
 class Entry(NamedTuple):
-    """One command: words, function, one sentence, whether it makes a database."""
+    """One command: its words, its function, one sentence, whether it makes a database,
+    its arguments, and examples for its help, without the `queuectl` before them.
+    """
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Queue, Screen], int]
     help: str
     creates: bool | None
     options: tuple[Option, ...] = ()
+    examples: tuple[str, ...] = ()
 
+
+_NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
+_LIMIT_FLAG = option("--limit", **_COUNT, group="output",
+                     help="0: all (default: 50; with --json all)")
+_OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
+                     help="only those that have been over for so long")
+_DRY_FLAG = option("--dry-run", action="store_true", group="other",
+                   help="only say what would be deleted")
 
 COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
@@ -5884,82 +7451,158 @@ COMMANDS = (
                help="a shell command, a JSON object or array, @FILE, or - for stdin; "
                     "-- PROG ARG... adds words as they are"),
         option("--file", metavar="F", help="one job a line: JSON or a shell command"),
+        option("--stream", action="store_true",
+               help="the lines of stdin as they come, for as long as they come"),
         *_JOB_FLAGS,
-        option("--quiet", "-q", action="store_true", help="print ids only"),
-        _JSON_FLAG)),
+        option("--wait", action="store_true", group="output",
+               help="until it is over; exit with the job's own status"),
+        option("--quiet", "-q", action="store_true", help="print ids only",
+               group="output"),
+        _JSON_FLAG),
+        ("enqueue 'make -C /src test' --priority 5 --timeout 30m",
+         "enqueue -- convert 'my photo.png' out.jpg")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
         *_POOL_FLAGS,
-        option("--drain", action="store_true",
-               help="exit once nothing is running, due or waiting for a retry"),
-        option("--max-jobs", **_COUNT, help="exit after so many runs"))),
+        *_grouped(
+            "when it exits",
+            option("--drain", action="store_true",
+                   help="once nothing is running, due or waiting for a retry"),
+            option("--max-jobs", **_COUNT, help="after so many runs"))),
+        ("worker start --count 4", "worker start --queue gpu --drain")),
     Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
-        option("names", nargs="*", metavar="NAME"),
+        option("names", nargs="*", metavar="NAME", help="default: all"),
         option("--now", action="store_true", help="end running jobs and put them back"),
-        option("--timeout", **_DUR, help="wait no longer"))),
+        option("--timeout", **_DUR, help="wait no longer")),
+        ("worker stop", "worker stop --now")),
     Entry(("worker", "list"), cmd_worker_list, "show the workers", READS,
-          (_JSON_FLAG,)),
-    Entry(("status",), cmd_status, "show counts, workers, what is next", READS,
-          (_JSON_FLAG,)),
+          (_JSON_FLAG,), ("worker list", "worker list --json")),
+    Entry(("status",), cmd_status, "show counts, workers, what is next", READS, (
+        option("--watch", nargs="?", const=1.0, **{**_DUR, "metavar": "SECONDS"},
+               group="output",
+               help="again whenever something changes, and each SECONDS (1)"),
+        _JSON_FLAG), ("status", "status --watch")),
     Entry(("list",), cmd_list, "show jobs, newest first", READS, (
-        option("--state", "-s", action="append", choices=STATES, metavar="S",
-               help="one of " + ", ".join(STATES) + "; again and again for more"),
-        option("--queue", metavar="Q"), option("--tag", metavar="T"),
-        option("--search", metavar="TEXT", help="in the id or the command"),
-        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
+        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS),
+        _LIMIT_FLAG,
         option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
-               help="one of " + ", ".join(ORDERS)),
-        option("--show-output", "-o", action="store_true",
+               help="one of " + ", ".join(ORDERS), group="output"),
+        option("--show-output", "-o", action="store_true", group="output",
                help="with what each printed"),
-        _JSON_FLAG)),
-    Entry(("show",), cmd_show, "show one job whole", READS, (
-        option("id", metavar="ID"), _JSON_FLAG)),
-    Entry(("logs",), cmd_logs, "print what a job printed", READS, (
-        option("id", metavar="ID"),
+        _JSON_FLAG),
+        ("list --state pending", "list --state dead --tag nightly --json")),
+    Entry(("show",), cmd_show, "show one job whole, and why it does not run", READS, (
+        option("id", metavar="ID"), _JSON_FLAG), ("show job-1", "show job-1 --json")),
+    Entry(("logs",), cmd_logs, "print what jobs printed", READS, (
+        option("ids", nargs="+", metavar="ID",
+               help="of several each line has its job before it"),
         option("--follow", "-f", action="store_true", help="as it comes, to the end"),
         option("--attempt", **_COUNT, help="of the N-th run (default: the last)"),
-        option("--tail", **_COUNT, help="only the last N lines"))),
-    Entry(("retry",), cmd_retry, "run jobs again from now", READS, (_IDS, _JSON_FLAG)),
+        option("--tail", **_COUNT, help="only the last N lines")),
+        ("logs job-1 --tail 20", "logs -f job-1 job-2")),
+    Entry(("wait",), cmd_wait, "wait until jobs are over", READS, (
+        _IDS,
+        *_grouped("instead of ids",
+                  option("--all", action="store_true",
+                         help="until none is left, whatever is added meanwhile"),
+                  *_TEXT_FLAGS),
+        option("--timeout", **_DUR, help="wait no longer", group="other"),
+        option("--quiet", "-q", action="store_true", help="say nothing",
+               group="other")),
+        ("wait job-1", "wait --all --timeout 1h")),
+    Entry(("retry",), cmd_retry, "run jobs again from now", READS,
+          (*_WHICH, _YES, _JSON_FLAG),
+          ("retry job-1", "retry --state dead --queue gpu")),
     Entry(("cancel",), cmd_cancel, "cancel jobs; running ones are ended", READS,
-          (_IDS, _JSON_FLAG)),
+          (*_WHICH, _YES, _JSON_FLAG), ("cancel job-1 job-2", "cancel --tag nightly")),
+    Entry(("edit",), cmd_edit, "change waiting jobs", READS, (
+        option("ids", nargs="+", metavar="ID"), *_EDIT_FLAGS, _JSON_FLAG),
+        ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
     Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
-          (_IDS, _JSON_FLAG)),
-    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS, (
-        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
-        _JSON_FLAG)),
+          (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
+    Entry(("purge",), cmd_purge, "delete jobs that are over", READS, (
+        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
+        _YES, _JSON_FLAG),
+        ("purge --state completed --older-than 7d", "purge --dry-run")),
+    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS,
+          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json")),
     Entry(("dlq", "retry"), cmd_dlq_retry, "put dead jobs back", READS, (
-        option("ids", nargs="*", metavar="ID"),
-        option("--all", action="store_true", help="all of them"),
-        option("--queue", metavar="Q", help="those of a queue"),
-        option("--search", metavar="TEXT", help="those with TEXT in id or command"),
-        _JSON_FLAG)),
+        _IDS, *_grouped("instead of ids", _ALL, *_TEXT_FLAGS), _JSON_FLAG),
+        ("dlq retry job-1", "dlq retry --all")),
     Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
-        option("--older-than", **_DUR, help="only those dead for longer"), _JSON_FLAG)),
-    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
-          (_JSON_FLAG,)),
-    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
-        option("key", metavar="KEY"),)),
-    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
-        option("key", metavar="KEY"), option("value", metavar="VALUE"))),
-    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
-        option("key", metavar="KEY"),)),
+        *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
+        ("dlq purge --older-than 30d", "dlq purge --yes")),
+    Entry(("pause",), cmd_pause, "claim no more jobs; it lasts over restarts", CREATES,
+          (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
+    Entry(("resume",), cmd_resume, "claim jobs again", READS, (_QUEUES_FLAG,),
+          ("resume", "resume --queue gpu")),
+    Entry(("queue", "list"), cmd_queue_list, "show the queues", READS, (_JSON_FLAG,),
+          ("queue list", "queue list --json")),
+    Entry(("queue", "set"), cmd_queue_set, "limit how many jobs of a queue run at once",
+          CREATES, (
+        option("queue", metavar="Q"),
+        option("--limit", **_COUNT, required=True, help="0: no limit")),
+        ("queue set gpu --limit 1", "queue set gpu --limit 0")),
+    Entry(("schedule", "add"), cmd_schedule_add, "add a job that comes again and again",
+          CREATES, (
+        _NAME_OF_SCHEDULE,
+        option("cron", metavar="CRON",
+               help="minute hour day month weekday, in local time; or @daily ..."),
+        option("job", nargs="?", metavar="COMMAND",
+               help="a shell command; -- PROG ARG... takes words as they are"),
+        *_SCHEDULE_FLAGS),
+        ("schedule add nightly '30 2 * * *' -- backup /home",
+         "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
+    Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
+          (_JSON_FLAG,), ("schedule list", "schedule list --json")),
+    Entry(("schedule", "remove"), cmd_schedule_remove,
+          "forget a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
+          ("schedule remove nightly",)),
+    Entry(("schedule", "pause"), cmd_schedule_pause, "let a schedule rest", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule pause nightly",)),
+    Entry(("schedule", "resume"), cmd_schedule_resume, "let a schedule go on", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule resume nightly",)),
+    Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
-        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG),
+        ("stats", "stats --since 1h")),
+    Entry(("events",), cmd_events, "show the changes of jobs' states, oldest first",
+          READS, (
+        option("--follow", "-f", action="store_true", help="go on as they come"),
+        option("--since", type=_typed(lambda text: _past(text, time.time())),
+               metavar="TIME", help="from then on; DUR: so long ago"),
+        option("--queue", metavar="Q", help="those of a queue"), _JSON_FLAG),
+        ("events --since 1h", "events --follow --json")),
+    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
+          (_JSON_FLAG,), ("config", "config list --json")),
+    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
+        option("key", metavar="KEY"),), ("config get max-retries",)),
+    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
+        option("key", metavar="KEY"), option("value", metavar="VALUE")),
+        ("config set max-retries 5",
+         "config set on-dead 'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'")),
+    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
+        option("key", metavar="KEY"),), ("config unset max-retries",)),
     Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
-        option("file", metavar="FILE", help="an older backup there is replaced"),)),
+        option("file", metavar="FILE", help="an older backup there is replaced"),),
+        ("backup /mnt/usb/queue.db",)),
     Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
-          READS, (_JSON_FLAG,)),
+          READS, (_JSON_FLAG,), ("check", "check --json")),
     Entry(("completion",), cmd_completion, "print a completion script for a shell",
           NEITHER, (
         option("shell", choices=tuple(SHELLS), metavar="SHELL",
-               help="one of " + ", ".join(SHELLS)),)),
+               help="one of " + ", ".join(SHELLS)),),
+        tuple(f"completion {shell}" for shell in SHELLS)),
     Entry(("systemd",), cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
           (*_POOL_FLAGS,
            option("--user", action="store_true",
-                  help="a unit of your own, not of the system"))),
+                  help="a unit of your own, not of the system")),
+          ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
 # What a group of commands does when it is named alone.
-ALONE = {"dlq": "list", "worker": "list", "config": "list"}
+ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
+         "schedule": "list"}
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -6040,12 +7683,7 @@ def _takes_value(one: Option) -> bool:
 
 
 def _flag_named(name: str, options: Sequence[Option]) -> Option | None:
-    """The flag of that name, which may be cut short."""
-    flags = [one for one in options if one.names[0].startswith("-")]
-    exact = [one for one in flags if name in one.names]
-    alike = exact or [one for one in flags if name.startswith("--")
-                      and any(full.startswith(name) for full in one.names)]
-    return alike[0] if len(alike) == 1 else None
+    return next((one for one in options if name in one.names), None)
 
 
 def _next_argument(options: Sequence[Option],
@@ -6146,8 +7784,7 @@ def _kind_of(entry: Entry | None, one: Option) -> str:
 def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
     """Values that are the same in each queue."""
     if kind == "KEY":
-        return tuple(Choice(key, setting.meaning) for key, setting in SETTINGS.items()
-                     if key not in UNBUILT)
+        return tuple(Choice(key, setting.meaning) for key, setting in SETTINGS.items())
     return tuple(Choice(word) for word in one.settings.get("choices", ()))
 
 
@@ -6295,19 +7932,38 @@ def _overview(title: str, entries: Sequence[Entry]) -> Parser:
         prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="queuectl [--db PATH] COMMAND ...",
         description=f"{title}.\n\ncommands:\n" + "\n".join(
-            f"  {' '.join(entry.words):<14} {entry.help}" for entry in entries),
+            f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
         epilog="`queuectl COMMAND --help` says more. Without a command: status.")
     for one in (_DB, _VERSION):
         parser.add_argument(*one.names, **one.settings)
     return parser
 
 
+def _shown_word(word: Option) -> str:
+    """A word of a command as its usage shows it: ID, [JOB], ID ..."""
+    shown = str(word.settings.get("metavar"))
+    return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(
+        word.settings.get("nargs", ""), shown)
+
+
 def command_parser(entry: Entry) -> Parser:
     """The parser of one command; to make all of them would take as long as the rest."""
-    parser = Parser(prog="queuectl " + " ".join(entry.words),
-                    description=entry.help + ".")
-    for one in (_DB, *entry.options):
-        parser.add_argument(*one.names, **one.settings)
+    name = "queuectl " + " ".join(entry.words)
+    words = " ".join(_shown_word(one) for one in entry.options
+                     if not one.names[0].startswith("-"))
+    parser = Parser(
+        prog=name, allow_abbrev=False, usage=f"{name} [OPTION ...] {words}".rstrip(),
+        description=entry.help[0].upper() + entry.help[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(
+            f"  queuectl {example}" for example in entry.examples))
+    groups = {"": parser}
+    for one in entry.options:
+        if one.group not in groups:
+            groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
+                one.group)
+        groups[one.group].add_argument(*one.names, **one.settings)
+    parser.add_argument(*_DB.names, **_DB.settings)
     parser.set_defaults(entry=entry, words=None)
     return parser
 
@@ -6347,19 +8003,27 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
     return entry, words[:at] + words[at + taken:]
 
 
+def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
+    """What to say of words that a command does not take."""
+    flags = [name for one in entry.options for name in one.names if name[0] == "-"]
+    hint = nearest(extra[0].partition("=")[0], [*flags, "--db"]) \
+        if extra[0].startswith("--") else ""
+    if not hint and entry.run is cmd_enqueue:
+        hint = "put a command of several words in quotes, or -- before it"
+    return UsageError(f"unexpected: {' '.join(extra)}",
+                      hint or f"`queuectl {' '.join(entry.words)} --help` says more")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--` of `enqueue` stays as it is."""
     entry, words = _split(argv)
     rest = None
-    if entry.run is cmd_enqueue and "--" in words:
+    if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
     args, extra = command_parser(entry).parse_known_args(words)
     if extra:
-        hint = "put a command of several words in quotes, or -- before it" \
-            if entry.run is cmd_enqueue \
-            else f"`queuectl {' '.join(entry.words)} --help` says more"
-        raise UsageError(f"unexpected: {' '.join(extra)}", hint)
+        raise _unexpected(entry, extra)
     args.words = rest
     return args
 
@@ -6381,16 +8045,6 @@ def _run(argv: Sequence[str]) -> int:
         status: int = args.entry.run(args, queue, screen)
     sys.stdout.flush()
     return status
-
-
-def _report(error: QueueError, as_json: bool) -> int:
-    """The one place where a refusal becomes a line and an exit status."""
-    if as_json:
-        print(dumps({"error": {"code": error.code, "message": error.message,
-                               "hint": error.hint}}, None), file=sys.stderr)
-    else:
-        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
-    return error.exit_status
 
 
 def _open_standard_streams() -> None:
