@@ -7366,14 +7366,14 @@ function __queuectl_complete
     for line in ($run __complete -- $words "$word" 2>/dev/null)
         set -l parts (string split \\t -- $line)
         if test -n "$parts[1]"
-            printf '%s\n' $line
+            printf '%s\\n' $line
         else
             set -l start (math 1 + (string length -- "$parts[3]"))
             set -l typed (string sub -s $start -- "$word")
             if test $parts[2] = dirs
-                printf "$parts[3]%s\n" (__fish_complete_directories "$typed" '')
+                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
             else
-                printf "$parts[3]%s\n" (__fish_complete_path "$typed")
+                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
             end
         end
     end
