@@ -5161,23 +5161,41 @@ class BadGround(Processes):
 class Anywhere(Processes):
     """One walk, however the program is started and whatever surrounds it."""
 
-    def walk(self, argv, folder=None, **options):
-        """Enqueue, work, and read what was printed."""
-        folder = folder or self.dir
+    def walk(self, argv, **options):
+        """Enqueue, work, and read what was printed; in a new directory, if in none."""
+        folder = options.pop("cwd", None) or tempfile.mkdtemp(dir=self.dir)
         said = []
         for line in (["enqueue", "printf 'h\\303\\251'"], ["worker", "start", "--drain"],
-                     ["logs", "job-1"], ["status"]):
-            done = subprocess.run([*argv, *line], cwd=folder, timeout=60, check=False,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, **options)
+                     ["logs", "job-1"]):
+            done = subprocess.run([*argv, *line], **{
+                "cwd": folder, "timeout": 60, "stdin": subprocess.DEVNULL, **options},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
             self.assertEqual((done.returncode, b"Traceback" in done.stderr),
                              (0, False), done.stderr.decode())
             said.append(done.stdout)
-        self.assertEqual(said[:3], [b"job-1\n", b"", "h\u00e9".encode()])
-        self.assertIn(b"1 completed", said[3])
-        for name in os.listdir(folder):
-            if name.startswith("queue.db"):
-                os.unlink(os.path.join(folder, name))
+        self.assertEqual(said, [b"job-1\n", b"", "h\u00e9".encode()])
+
+    def walks(self, *cells):
+        """Walk in each of (argv, options), two at once."""
+        with futures.ThreadPoolExecutor(2) as executor:
+            walks = [(argv, options, executor.submit(self.walk, argv, **options))
+                     for argv, options in cells]
+        for argv, options, walk in walks:
+            with self.subTest(argv=argv, **options):
+                walk.result()
+
+    def other_user(self):
+        """(a Python, options of `subprocess`) of one who may not write everywhere."""
+        if os.geteuid():
+            return sys.executable, {}
+        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+        os.chown(self.dir, 65534, 65534)
+        for python in (sys.executable, shutil.which("python3", path=os.defpath)):
+            with contextlib.suppress(OSError, TypeError):
+                if not subprocess.call([python, "-c", "import sqlite3"], cwd=self.dir,
+                                       stderr=subprocess.DEVNULL, **nobody):
+                    return python, nobody
+        self.skipTest("there is no Python here that another user may run")
 
     def test_however_it_is_started(self):
         module = os.path.abspath(MODULE)
@@ -5188,40 +5206,89 @@ class Anywhere(Processes):
         zipapp.create_archive(self.path_of("source"), archive, main="queuectl:main")
         here = {**os.environ, "PYTHONPATH": os.path.dirname(module)}
         python = sys.executable
-        for argv, options in (
-                ([python, module], {}), ([python, link], {}), ([python, archive], {}),
-                ([python, "-m", "queuectl"], {"env": here}),
-                ([python, "-c", "import sys, queuectl; sys.exit(queuectl.main())"],
-                 {"env": here}),
-                *(([python, *flags, module], {}) for flags in (
-                    ["-I"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]))):
-            with self.subTest(argv):
-                self.walk(argv, **options)
+        self.walks(
+            ([python, link], {}), ([python, archive], {}),
+            ([python, "-m", "queuectl"], {"env": here}),
+            ([python, "-c", "import sys, queuectl; sys.exit(queuectl.main())"],
+             {"env": here}),
+            *(([python, *flags, module], {}) for flags in (
+                ["-I"], ["-O", "-B"], ["-OO"], ["-W", "error", "-X", "dev"])))
 
     def test_whatever_surrounds_it(self):
         argv = [sys.executable, os.path.abspath(MODULE)]
         nothing = {"PATH": os.environ.get("PATH", os.defpath)}
-        for env in (nothing, {**nothing, "LC_ALL": "C"}, {**nothing, "LC_ALL": "POSIX",
-                    "PYTHONUTF8": "0"}, {**nothing, "HOME": "/nonexistent"},
-                    {**nothing, "TERM": "dumb", "NO_COLOR": "1"}):
-            with self.subTest(env):
-                self.walk(argv, env=env)
-        for umask in (0o077, 0o022, 0o000):
-            with self.subTest(umask=oct(umask)):
-                self.walk(argv, preexec_fn=functools.partial(os.umask, umask))
         odd = self.path_of("a b's \u00e4\u4e2d")
         os.mkdir(odd)
-        with self.subTest(odd):
-            shutil.copy(MODULE, os.path.join(odd, "queuectl.py"))
-            self.walk([sys.executable, "queuectl.py"], folder=odd)
+        shutil.copy(MODULE, os.path.join(odd, "queuectl.py"))
+        self.walks(
+            # A umask is the process's, not the thread's: a shell sets it.
+            *((["sh", "-c", f'umask {umask}; exec "$@"', "sh", *argv],
+               {"env": {**nothing, **env}}) for umask, env in (
+                ("077", {}), ("022", {"LC_ALL": "C"}),
+                ("022", {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}),
+                ("000", {"HOME": "/nonexistent", "TERM": "dumb", "NO_COLOR": "1"}))),
+            ([sys.executable, "queuectl.py"], {"cwd": odd}))
 
-    def test_from_a_source_that_cannot_be_written(self):
+    def test_without_a_terminal_or_even_standard_streams(self):
+        argv = [sys.executable, os.path.abspath(MODULE)]
+        self.walks(*((["sh", "-c", f'exec "$@" {closed}', "sh", *argv],
+                      {"start_new_session": True}) for closed in ("<&-", "<&- 2>&-")))
+
+    def test_without_a_network_even_loopback(self):
+        alone = ["unshare", "--net"] if not os.geteuid() else \
+            ["unshare", "--net", "--map-root-user"]
+        if not shutil.which("unshare") or subprocess.call(
+                [*alone, "true"], stderr=subprocess.DEVNULL):
+            self.skipTest("a network cannot be taken away here")
+        self.walk([*alone, sys.executable, os.path.abspath(MODULE)])
+        plainly = self.command
+        self.command = lambda *argv: [*alone, *plainly(*argv)]
+        Queue(self.path).close()
+        pool = self.worker()
+        wait_for(self.pools, "a pool")
+        for line in (["enqueue", "true"], ["wait", "job-1"], ["worker", "stop"]):
+            # Nothing can wake the pool up: it looks by itself.
+            self.assertEqual(self.call(*line)[0], 0)
+        self.assertEqual(pool.wait(DEADLINE), 0)
+
+    def pools(self):
+        with Queue(self.path, create=False) as queue:
+            return queue.workers()
+
+    def test_from_a_source_and_a_home_that_cannot_be_written(self):
         source = self.path_of("source")
         os.mkdir(source)
         shutil.copy(MODULE, source)
+        os.chmod(os.path.join(source, "queuectl.py"), 0o444)
         os.chmod(source, 0o555)
         self.addCleanup(os.chmod, source, 0o755)
-        self.walk([sys.executable, os.path.join(source, "queuectl.py")])
+        python, user = self.other_user()
+        options = {"env": {"PATH": os.defpath, "HOME": source, "PYTHONPATH": source},
+                   **user}
+        for argv in ([python, os.path.join(source, "queuectl.py")],
+                     [python, "-m", "queuectl"]):
+            with self.subTest(argv):
+                folder = tempfile.mkdtemp(dir=self.dir)
+                if user:
+                    os.chown(folder, user["user"], user["group"])
+                self.walk(argv, cwd=folder, **options)
+        self.assertEqual(os.listdir(source), ["queuectl.py"])
+
+    def test_imported_by_a_thread(self):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", """
+import sys, threading
+def work():
+    sys.path.insert(0, sys.argv[1])
+    import queuectl
+    with queuectl.Queue(sys.argv[2]) as one, queuectl.Queue(sys.argv[2]) as two:
+        print(one.enqueue("true").id, two.job("job-1").state)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+""", os.path.dirname(os.path.abspath(MODULE)), self.path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        self.assertEqual(done.stdout, b"job-1 pending\n")
 
     def test_it_works_in_threads_and_twice_on_one_file(self):
         with Queue(self.path) as one, Queue(self.path) as two, \
@@ -5251,7 +5318,7 @@ class Anywhere(Processes):
 WITHOUT_LINUX = """
 import builtins, fcntl, os, sys
 for module, name in ((fcntl, "F_OFD_SETLK"), (fcntl, "F_OFD_GETLK"),
-                     (os, "pidfd_open"), (os, "waitid")):
+                     (os, "pidfd_open"), (os, "waitid"), (os, "posix_spawn")):
     if hasattr(module, name):
         delattr(module, name)
 plainly = builtins.open
@@ -5268,7 +5335,7 @@ sys.exit(queuectl.main())
 
 @unittest.skipUnless(shutil.which("ps"), "there is no ps here")
 class ElsewherePosix(Processes):
-    """What macOS and BSD have not is taken away: OFD locks, pidfd, waitid, /proc."""
+    """What others have not is taken away: OFD locks, pidfd, waitid, /proc, posix_spawn."""
 
     def command(self, *argv):
         place = os.path.dirname(os.path.abspath(MODULE))
