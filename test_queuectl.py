@@ -909,7 +909,8 @@ class Statements(TestCase):
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE BEFORE"),
-        ("jobs_in_queue",  "QUEUE_LINE ANY_OPEN ANY_OPEN_IN"),
+        ("jobs_in_queue",  "QUEUE_LINE ANY_OPEN_IN"),
+        ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
