@@ -8215,7 +8215,9 @@ def _open_standard_streams() -> None:
                 os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # text is UTF-8, whatever the locale
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(     # and a line of the log is written at once
+                encoding="utf-8", errors="backslashreplace",
+                line_buffering=True if stream is sys.stderr else None)
 
 
 def _as_utf8(word: str) -> str:
