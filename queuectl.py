@@ -2352,7 +2352,8 @@ def refusal(error: Exception, path: str) -> QueueError | None:
         # Python 3.9 has no words for text that is damaged.
         return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
                        f"read with `sqlite3 {path} .recover`")
-    if "readonly" in said or "unable to open" in said or "disk i/o" in said:
+    if any(words in said for words in (     # the last are PyPy's
+            "readonly", "unable to open", "disk i/o", "could not open")):
         return Unwritable(f"cannot use {path} ({error})",
                           "check the disk and who may write the file and its directory")
     if "too big" in said:

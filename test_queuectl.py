@@ -4171,7 +4171,7 @@ class CrashPoints(unittest.TestCase):
     def test_a_foreign_file_whose_tables_are_in_its_wal_is_left_as_it_is(self):
         path = os.path.join(self.ground.place, "foreign.db")
         with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA journal_mode = WAL").fetchall()
             db.execute("CREATE TABLE t (x)")
             for name in (path, path + "-wal"):
                 shutil.copy(name, name.replace("foreign", "left"))
@@ -5157,6 +5157,8 @@ class BadGround(Processes):
         """The exit status and stderr of one that has begun."""
         return process.wait(DEADLINE), process.communicate()[1]
 
+    @unittest.skipIf(sys.implementation.name == "pypy",
+                     "PyPy's sqlite3 has no words for a backup that fails")
     def test_an_upgrade_without_room_for_its_backup_is_refused(self):
         place = self.small_disk("1m")
         self.call("enqueue", "-", input=b"".join(
