@@ -2099,6 +2099,8 @@ class Program(Processes):
         self.assertEqual(code, 0)
         self.assertIn(self.read("pid").strip(), found[0]["message"])
 
+    @unittest.skipUnless(hasattr(os, "pidfd_open"),
+                         "without pidfds a loss is met at the next heartbeat")
     def test_a_worker_that_has_just_come_is_missed_at_once(self):
         self.call("config", "set", "heartbeat", "1h")
         self.worker("--name", "old", "--queue", "another")
@@ -5035,7 +5037,7 @@ class BadGround(Processes):
             self.path = self.path_of(f"{mode}.db")
             db = sqlite3.connect(self.path, isolation_level=None)
             self.addCleanup(db.close)
-            db.execute(f"PRAGMA journal_mode = {mode}")
+            db.execute(f"PRAGMA journal_mode = {mode}").fetchall()
             db.execute("CREATE TABLE jobs (id, state)")
             self.assert_left("not-a-queue", "is not a queuectl database")
 
@@ -5053,7 +5055,7 @@ class BadGround(Processes):
 
     def test_a_newer_format_is_left_with_what_a_killed_worker_of_it_left(self):
         db = self.a_newer_queue()
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         db.execute("INSERT INTO settings VALUES ('newer', '1')")
         os.mkdir(self.path_of("left"))
         for suffix in ("", "-wal"):
