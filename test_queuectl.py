@@ -5283,8 +5283,8 @@ class Anywhere(Processes):
         os.chmod(source, 0o555)
         self.addCleanup(os.chmod, source, 0o755)
         python, user = self.other_user()
-        options = {"env": {"PATH": os.defpath, "HOME": source, "PYTHONPATH": source},
-                   **user}
+        options = {"env": {"PATH": os.defpath, "LC_ALL": "C.UTF-8",
+                           "HOME": source, "PYTHONPATH": source}, **user}
         for argv in ([python, os.path.join(source, "queuectl.py")],
                      [python, "-m", "queuectl"]):
             with self.subTest(argv):
