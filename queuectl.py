@@ -67,7 +67,8 @@ Contents: `grep -n '^# ----' queuectl.py`
     12 Views        records as text or JSON
     13 Runner       one command, one process tree, one outcome
     14 Pool         slots, signals, shutdown, rescue
-    15 CLI          the command line
+    15 Web          requests to replies; then what listens
+    16 CLI          the command line
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     import concurrent.futures as futures
     import queue as queues
     import socket
+    import ssl
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO
@@ -187,7 +189,7 @@ MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
-PAGE = 4096            # bytes of a page of the database, SQLite's default
+FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
 
@@ -409,6 +411,26 @@ class Event(NamedTuple):
     target: str
     at: str
     reason: str
+    seq: int = 0                # only grows, from change to change
+
+
+class QueueView(NamedTuple):
+    """A queue: its pause, its limit, and its jobs by state."""
+    name: str
+    paused: bool
+    limit: int                  # jobs that may run at once; 0: no limit
+    counts: dict[str, int]
+
+
+class Schedule(NamedTuple):
+    """One row of `schedules`, as people see it."""
+    name: str
+    cron: str
+    command: str
+    queue: str
+    paused: bool
+    next_run: str | None
+    last_run: str | None
 
 
 class Outcome(NamedTuple):
@@ -548,6 +570,16 @@ class Summary(NamedTuple):
     wait_time: Spread       # from due to started
 
 
+class Minute(NamedTuple):
+    """What was done in one minute."""
+    at: str
+    completed: int
+    failed: int             # jobs that died
+    retried: int            # failed attempts that were followed by a wait
+    wait_time: Spread
+    run_time: Spread
+
+
 class Finding(NamedTuple):
     """Something that `check` has to say."""
     level: str                  # PROBLEM, WARNING or NOTE
@@ -561,6 +593,16 @@ class WorkerView(NamedTuple):
     worker: Worker
     is_alive: bool | None
     running: list[Job]
+
+
+class Scrape(NamedTuple):
+    """What the metrics tell, all of one moment."""
+    jobs: dict[tuple[str, str], int]                    # by queue and state
+    tallies: list[tuple[str, str, int, int, float]]     # of all time
+    oldest: dict[str, float]        # seconds since the first in line became due
+    paused: dict[str, bool]         # by queue
+    workers: list[WorkerView]
+    database_bytes: int
 
 
 class Status(NamedTuple):
@@ -1029,6 +1071,25 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         counts.get("bury", 0), counts.get("cancel", 0), counts.get(f"run:{LOST}", 0),
         spread(buckets["run_time"], totals["run_time"]),
         spread(buckets["wait_time"], totals["wait_time"]))
+
+
+# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes.
+METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
+                 300.0, 1000.0, 3000.0, 10000.0)     # seconds
+METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
+
+
+def cumulated(buckets: Mapping[int, int]) -> list[int]:
+    """How many values lie below each of METRIC_BOUNDS; and how many there are."""
+    return [sum(n for bucket, n in buckets.items() if bucket <= last)
+            for last in METRIC_BUCKETS] + [sum(buckets.values())]
+
+
+def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
+    """Put the tallies of one minute together; `at` counts minutes from the epoch."""
+    done = summary(rows)
+    return Minute(iso(at * 60), done.completed, done.died, done.retried,
+                  done.wait_time, done.run_time)
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -1511,6 +1572,18 @@ class Sql:
         return f"{' AND '.join(clauses)} ORDER BY {order} {cls.PAGE}"
 
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
+    COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
+    OLDEST_DUE = """
+        SELECT queue, MIN(run_at)
+          FROM (SELECT queue, run_at
+                  FROM jobs
+                 WHERE gate = 'open'
+                 UNION ALL
+                SELECT queue, run_at
+                  FROM jobs
+                 WHERE gate = 'time' AND run_at <= :now)
+         GROUP BY queue
+        """
     NEXT_DUE = """
         SELECT *
           FROM jobs
@@ -1555,6 +1628,17 @@ class Sql:
          WHERE events.job = :job
          ORDER BY events.seq
         """
+
+    EVENTS_SINCE = """
+        SELECT jobs.id, "from", "to", at, reason, events.seq
+          FROM events
+          JOIN jobs ON jobs.seq = events.job
+         WHERE events.seq > :seq
+           AND (:queue IS NULL OR jobs.queue = :queue)
+         ORDER BY events.seq
+         LIMIT :limit
+        """
+    LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
     # Dependencies: a row as long as the job that is needed is there.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
@@ -1673,6 +1757,16 @@ class Sql:
     MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
 
     QUEUES = "SELECT name, paused, job_limit FROM queues"
+    PAUSE = """
+        INSERT INTO queues (name, paused)
+        VALUES (:name, :paused)
+            ON CONFLICT (name) DO UPDATE SET paused = excluded.paused
+        """
+    SCHEDULES = """
+        SELECT name, cron, job, paused, next_run, last_run
+          FROM schedules
+         ORDER BY name
+        """
 
     # Pools.
     INSERT_WORKER = """
@@ -1735,6 +1829,14 @@ class Sql:
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
+        """
+
+    TALLIES_BY_MINUTE = """
+        SELECT minute, kind, bucket, SUM(n), SUM(total)
+          FROM tallies
+         WHERE minute >= :first AND minute <= :last
+           AND (:queue IS NULL OR queue = :queue)
+         GROUP BY minute, kind, bucket
         """
 
     # What must hold between the tables: the code, what is wrong with each row that a
@@ -1983,7 +2085,7 @@ class Store:
         another connection in this process.
         """
         size = os.stat(self.path).st_size
-        if size == 0 or (size <= PAGE and os.path.exists(f"{self.path}-journal")):
+        if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
             self._refuse_empty(create)      # a first page that may have to be undone
             return
         has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
@@ -2301,6 +2403,14 @@ class Store:
         """On a full disk: move the WAL into the file, which may have room for it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.execute(Sql.EMPTY_WAL).fetchall()
+
+    def size(self) -> int:
+        """The bytes that the file and its WAL take."""
+        found = 0
+        for name in (self.path, self.path + "-wal"):
+            with contextlib.suppress(OSError):
+                found += os.stat(name).st_size
+        return found
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
@@ -2887,12 +2997,36 @@ class Queue:
             raise NoSuchRun(f"{job_id} {what}", f"`queuectl show {job_id}` says more")
         return Run(*row)
 
+    def fresh_run(self, job_id: str, number: int | None = None,
+                  patience: float = 0.5) -> Run:
+        """A run with its output as of now: one that is under way is asked for it."""
+        run = self.run(job_id, number)
+        if run.outcome is None:
+            seen, end = self.store.changes(), time.monotonic() + patience
+            self.wake(PEEK)
+            while self.store.changes() == seen and time.monotonic() < end:
+                time.sleep(0.005)
+            run = self.run(job_id, run.number)
+        return run
+
     def events(self, job_id: str) -> list[Event]:
         """The changes of a job's state, oldest first."""
         job = self.store.job(job_id)
         return [Event(id, source, target, at, reason or usual_reason(source, target))
                 for id, source, target, at, reason
                 in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
+
+    def events_since(self, seq: int, limit: int = PAGE_SIZE,
+                     queue: str | None = None) -> list[Event]:
+        """The changes of state after that one, of all jobs, oldest first."""
+        return [Event(id, source, target, at, reason or usual_reason(source, target), n)
+                for id, source, target, at, reason, n in self.store.rows(
+                    Sql.EVENTS_SINCE, seq=seq, limit=limit, queue=queue)]
+
+    def last_event(self) -> int:
+        """The number of the newest change of state; 0: there was none yet."""
+        row = self.store.row(Sql.LAST_EVENT)
+        return row[0] if row else 0
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """How many jobs there are in each state."""
@@ -2982,7 +3116,68 @@ class Queue:
                 **{queue: summary(row[1:] for row in rows
                                   if row[0] == queue) for queue in queues}}
 
+    def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
+        """What was done in each of the last minutes, oldest first, the current last."""
+        last = int(self.clock() // 60)
+        first = max(1, last - minutes + 1)
+        found: dict[int, list[tuple[str, int, int, float]]] = {
+            minute: [] for minute in range(first, last + 1)}
+        for minute, *tally in self.store.rows(Sql.TALLIES_BY_MINUTE, first=first,
+                                              last=last, queue=queue):
+            found[minute].append(tuple(tally))
+        return [minute_of(minute, rows) for minute, rows in found.items()]
+
+    def queues(self) -> list[QueueView]:
+        """All queues that have jobs, a pause or a limit, by name."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, state, n in self.store.rows(Sql.COUNTS):
+            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
+        marks = {name: (bool(paused), limit) for name, paused, limit
+                 in self.store.rows(Sql.QUEUES) if name != EVERY_QUEUE}
+        return [QueueView(name, *marks.get(name, (False, 0)),
+                          counts.get(name) or dict.fromkeys(STATES, 0))
+                for name in sorted(counts.keys() | marks.keys())]
+
+    def schedules(self) -> list[Schedule]:
+        """The recurring jobs, by name."""
+        found = []
+        for name, cron, job, paused, next_run, last_run in self.store.rows(
+                Sql.SCHEDULES):
+            fields = json.loads(job)
+            found.append(Schedule(name, cron, fields["command"],
+                                  fields.get("queue", DEFAULT_QUEUE), bool(paused),
+                                  next_run, last_run))
+        return found
+
+    def scrape(self) -> Scrape:
+        """What the metrics tell, read in one snapshot."""
+        now = self.clock()
+        with self.store.snapshot():
+            jobs = {(queue, state): n for queue, state, n
+                    in self.store.rows(Sql.COUNTS_KNOWN)}
+            tallies = self.store.rows(Sql.TALLIES_EVER)
+            oldest = {queue: max(0.0, now - epoch(run_at)) for queue, run_at
+                      in self.store.rows(Sql.OLDEST_DUE, now=iso(now))}
+            paused = {name: bool(paused) for name, paused, _
+                      in self.store.rows(Sql.QUEUES)}
+            workers = self.workers()
+        return Scrape(jobs, tallies, oldest, paused, workers, self.store.size())
+
     # Changing.
+
+    def pause(self, queue: str | None = None) -> None:
+        """Let no more jobs of that queue, or of any, be claimed."""
+        self._set_paused(queue, True)
+
+    def resume(self, queue: str | None = None) -> None:
+        """Let the jobs of that queue, or of all, be claimed again."""
+        self._set_paused(queue, False)
+
+    def _set_paused(self, queue: str | None, is_paused: bool) -> None:
+        with self.store.transaction() as store:
+            store.do(Sql.PAUSE, {"name": queue or EVERY_QUEUE,
+                                 "paused": int(is_paused)})
+        self.wake(NEW_ORDERS)
 
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none.
@@ -3674,6 +3869,33 @@ def status_object(status: Status) -> dict[str, Any]:
             "database": status.database}
 
 
+def show_object(job: Job, runs: Sequence[Run],
+                reasons: Sequence[str]) -> dict[str, Any]:
+    """One job whole, as JSON."""
+    return {**job_object(job), "waiting_for": list(reasons),
+            "runs": [run_object(run) for run in runs]}
+
+
+def queue_object(view: QueueView) -> dict[str, Any]:
+    """A queue as JSON shows it."""
+    return {"name": view.name, "paused": view.paused, "limit": view.limit,
+            "jobs": view.counts}
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """A change of state as JSON shows it."""
+    return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
+            "reason": event.reason}
+
+
+def minute_object(minute: Minute) -> dict[str, Any]:
+    """What was done in a minute, as JSON; times in seconds."""
+    return {"at": minute.at, "completed": minute.completed, "failed": minute.failed,
+            "retried": minute.retried,
+            "wait_p50": minute.wait_time.p50, "wait_p95": minute.wait_time.p95,
+            "run_p50": minute.run_time.p50, "run_p95": minute.run_time.p95}
+
+
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
     """What `check` found, each with what to do; and the verdict."""
     shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
@@ -3703,6 +3925,12 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
             "throughput": summary.completed / seconds if seconds > 0 else None,
             "run_time": spread_object(summary.run_time),
             "wait_time": spread_object(summary.wait_time)}
+
+
+def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
+    """What was done, for all queues and for each, as JSON."""
+    shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
+    return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
@@ -3974,6 +4202,98 @@ def settled_line(settled: Settled, now: float) -> str:
         CANCELLED: f"{job.id} cancelled after {took}",
         PENDING: f"{job.id} handed back after {took}",
     }[job.state]
+
+
+class Family(NamedTuple):
+    """One metric with its samples: suffix of the name, labels, value."""
+    name: str
+    kind: str
+    help: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+def _histogram(name: str, help: str, kind: str, scrape: Scrape,
+               queues: Sequence[str]) -> Family:
+    """The tallies of one kind as a histogram for each queue."""
+    samples: list[tuple[str, dict[str, str], float]] = []
+    for queue in queues:
+        rows = [row for row in scrape.tallies if row[:2] == (queue, kind)]
+        counts = cumulated({bucket: n for _, _, bucket, n, _ in rows})
+        for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
+            samples.append(("_bucket", {"queue": queue, "le": bound}, n))
+        samples.append(("_sum", {"queue": queue}, sum(row[4] for row in rows)))
+        samples.append(("_count", {"queue": queue}, counts[-1]))
+    return Family(name, "histogram", help, samples)
+
+
+def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
+    ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
+    stopped = scrape.paused.get(EVERY_QUEUE, False)
+    return [
+        Family("queuectl_jobs", "gauge", "Jobs that are there now.", [
+            ("", {"queue": queue, "state": state}, scrape.jobs.get((queue, state), 0))
+            for queue in queues for state in STATES]),
+        Family("queuectl_jobs_completed", "counter", "Jobs that were completed.", [
+            ("_total", {"queue": queue}, ever.get((queue, "complete"), 0))
+            for queue in queues]),
+        Family("queuectl_attempts", "counter", "Runs that ended, by how they ended.", [
+            ("_total", {"queue": queue, "outcome": outcome},
+             ever.get((queue, f"run:{outcome}"), 0))
+            for queue in queues for outcome in OUTCOMES]),
+        _histogram("queuectl_job_duration_seconds", "Time that a run took.",
+                   "run_time", scrape, queues),
+        _histogram("queuectl_job_wait_seconds", "Time from due to started.",
+                   "wait_time", scrape, queues),
+        Family("queuectl_oldest_pending_seconds", "gauge",
+               "Time for which the first in line has been due.", [
+                   ("", {"queue": queue}, scrape.oldest.get(queue, 0))
+                   for queue in queues]),
+        Family("queuectl_queue_paused", "gauge", "1 if nothing of it is claimed.", [
+            ("", {"queue": queue}, int(stopped or scrape.paused.get(queue, False)))
+            for queue in queues])]
+
+
+def metric_families(scrape: Scrape) -> list[Family]:
+    """All metrics; those of a queue stay once it was there."""
+    queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
+                     *(row[0] for row in scrape.tallies), *scrape.paused}
+                    - {EVERY_QUEUE})
+    slots = sum(view.worker.slots for view in scrape.workers)
+    busy = sum(len(view.running) for view in scrape.workers)
+    return [
+        *_job_families(scrape, queues),
+        Family("queuectl_workers", "gauge", "Workers that run.",
+               [("", {}, len(scrape.workers))]),
+        Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
+            ("", {"state": "busy"}, busy),
+            ("", {"state": "idle"}, max(0, slots - busy))]),
+        Family("queuectl_database_bytes", "gauge", "Size of the file with its WAL.",
+               [("", {}, scrape.database_bytes)]),
+        Family("queuectl_build", "info", "The version that answers.",
+               [("_info", {"version": __version__}, 1)])]
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    def _escaped(text: str) -> str:
+        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
+    return f"{{{inner}}}" if inner else ""
+
+
+def metrics_text(families: Iterable[Family], is_open: bool) -> str:
+    """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
+
+    The older format knows no kind `info`, and names a counter with its `_total`.
+    """
+    lines = []
+    for name, kind, help, samples in families:
+        told = name if is_open else name + {"counter": "_total", "info": "_info"}.get(
+            kind, "")
+        shown = "gauge" if kind == "info" and not is_open else kind
+        lines += [f"# HELP {told} {help}", f"# TYPE {told} {shown}"]
+        lines += [f"{name}{suffix}{_labelled(labels)} {value!r}"
+                  for suffix, labels, value in samples]
+    return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
 
 
 # ---- 13 Runner ---------------------------------------------------------------
@@ -4914,7 +5234,1647 @@ class Pool:
         return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
 
 
-# ---- 15 CLI ------------------------------------------------------------------
+# ---- 15 Web ------------------------------------------------------------------
+# A dashboard that can enqueue runs shell commands, and any user of the machine and any
+# page in a browser can send it something. So a request must name this host, come from
+# no other page, and bring a token; only then is it looked at. First requests become
+# replies, without a socket; then comes what listens.
+
+MAX_BODY = 10 << 20         # bytes
+MAX_HEAD = 32 << 10         # bytes of request line and headers
+MAX_TARGET = 8 << 10        # bytes of path and query
+MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
+MAX_SEARCH = 256            # characters
+MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
+MAX_MINUTES = 1440          # of history: a day
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_STREAMS = 32            # of these, that stay open for events
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be silent between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+STOP_SECONDS = 1            # for what is being answered when the server stops
+FEED_TICK = 0.2             # seconds between two looks of the feed
+STATUS_PAUSE = 0.5          # seconds between two status events
+STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
+FEED_BATCH = 1000           # changes told one by one; of more, that there were many
+FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+KEEP_ALIVE = 15             # seconds of silence in a stream
+
+FULL, READ = ROLES = ("full", "read")
+JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
+EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+# ---- page begins
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>queuectl</title>
+<link rel="icon" href="data:,">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem; color-scheme: light dark; }
+</style>
+</head>
+<body>
+<h1>queuectl</h1>
+<pre id="status">...</pre>
+<script>
+const source = new EventSource("/api/events");
+source.addEventListener("status", (event) => {
+  document.getElementById("status").textContent =
+    JSON.stringify(JSON.parse(event.data), null, 2);
+});
+</script>
+</body>
+</html>
+'''
+# ---- page ends
+
+
+class Request(NamedTuple):
+    """What a client asks."""
+    method: str
+    target: str                     # path and query, as sent
+    headers: Mapping[str, str]      # names in lower case
+    body: bytes = b""
+    peer: str = ""                  # the client's address
+
+
+class Reply(NamedTuple):
+    """What it is answered."""
+    status: int
+    body: bytes = b""
+    kind: str = JSON_TYPE
+    headers: tuple[tuple[str, str], ...] = ()
+    said: str = ""                  # for the log: what was changed, or was not
+    follows: int | None = None      # send events after that one; -1: from now on
+
+
+class Site(NamedTuple):
+    """Who may do what here."""
+    token: str                      # "": nobody is asked for one
+    read_token: str = ""            # "": there is none
+    hosts: frozenset[str] = frozenset()
+    is_wide: bool = False           # listens on all addresses: any IP is a good Host
+    is_secure: bool = False         # speaks TLS
+    is_read_only: bool = False
+    cookie: str = "queuectl"        # ports share cookies, so its name tells ours
+
+
+class WebRefusal(QueueError):
+    """A request is refused before the queue is asked."""
+    code = "refused"
+
+    def __init__(self, status: int, message: str, hint: str = "",
+                 *headers: tuple[str, str]) -> None:
+        super().__init__(message, hint)
+        self.status, self.headers = status, headers
+
+
+# Refusals of the queue by their code; what is not here is no fault of the client.
+REFUSAL_STATUS = {
+    "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
+    "no-such-schedule": 404, "job-exists": 409, "wrong-state": 409, "in-use": 409,
+    "invalid-job": 400, "invalid-value": 400, "usage": 400, "no-such-setting": 400,
+    "disk-full": 507}
+
+
+def refusal_reply(error: QueueError) -> Reply:
+    """A refusal as JSON, with the key at fault where there is one."""
+    status = REFUSAL_STATUS.get(error.code, 503)
+    headers: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, WebRefusal):
+        status, headers = error.status, error.headers
+    elif status == 503:
+        headers = (("Retry-After", "2"),)
+    told: dict[str, Any] = {"error": error.message}
+    if error.hint:
+        told["hint"] = error.hint
+    if isinstance(error, InvalidJob):
+        told["key"] = error.key
+    if error.item is not None:
+        told["item"] = error.item
+    return Reply(status, dumps(told, None).encode(), headers=headers)
+
+
+# Parameters: read from a request by the same table that describes them.
+
+class Param(NamedTuple):
+    """One parameter of a query: its parser, and what it may be as JSON schema."""
+    name: str
+    parse: Callable[[str], Any]
+    schema: dict[str, Any]
+    help: str
+    is_list: bool = False
+
+
+def _a_name(text: str) -> str:
+    if not re.fullmatch(_NAME, text):
+        raise InvalidValue(f"{text!r} is not a name", NAME_FORM)
+    return text
+
+
+def _a_state(text: str) -> str:
+    if text not in STATES:
+        raise InvalidValue(f"there is no state {text!r}", "use " + ", ".join(STATES))
+    return text
+
+
+def _a_search(text: str) -> str:
+    if not is_text(text) or len(text) > MAX_SEARCH:
+        raise InvalidValue("that is no text to search for",
+                           f"use at most {MAX_SEARCH} characters, without NUL")
+    return text
+
+
+def _a_cursor(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise InvalidValue(f"{text!r} is not a cursor", "use `next` of the page before")
+    return int(text)
+
+
+def _whole_param(name: str, least: int, most: int, help: str) -> Param:
+    return Param(name, lambda text: parse_whole(text, least, most),
+                 {"type": "integer", "minimum": least, "maximum": most}, help)
+
+
+NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
+_QUEUE_PARAM = Param("queue", _a_name, NAME_SCHEMA, "only of this queue")
+_LIST_PARAMS = (
+    Param("state", _a_state, {"type": "array", "items": {
+        "type": "string", "enum": list(STATES)}}, "again and again for more", True),
+    _QUEUE_PARAM,
+    Param("tag", _a_name, NAME_SCHEMA, "only with this tag"),
+    Param("search", _a_search, {"type": "string", "minLength": 1,
+                                "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]+$"},
+          "text in the id or the command"),
+    _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
+    Param("after", _a_cursor, {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+          "`next` of the page before"),
+)
+_OUTPUT_PARAMS = (
+    _whole_param("run", 1, 10**9, "number of the run; usually the last"),
+    _whole_param("offset", 0, 10**12, "only what comes after so many bytes"),
+)
+
+
+def _query_fields(query: str) -> list[tuple[str, str]]:
+    import urllib.parse  # 4 ms, and only in a server
+    try:
+        return urllib.parse.parse_qsl(query, encoding="utf-8", errors="strict",
+                                      max_num_fields=64)
+    except ValueError:
+        raise WebRefusal(400, "the query cannot be read",
+                         "use at most 64 fields, in UTF-8") from None
+
+
+def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
+    """The values of a query, checked; what is left blank is not given."""
+    known = {param.name: param for param in params}
+    values: dict[str, Any] = {}
+    for name, text in _query_fields(query):
+        param = known.get(name)
+        if param is None:
+            raise WebRefusal(400, f"unknown parameter {name!r}", "there are: "
+                             + ", ".join(known) if known else "there is none here")
+        try:
+            value = param.parse(text)
+        except InvalidValue as error:
+            raise WebRefusal(400, f"{name}: {error.message}", error.hint) from None
+        if param.is_list:
+            values.setdefault(name, []).append(value)
+        elif name in values:
+            raise WebRefusal(400, f"{name} is given twice", "give it once")
+        else:
+            values[name] = value
+    return values
+
+
+class Call(NamedTuple):
+    """A request that was let in: who asks for what."""
+    site: Site
+    request: Request
+    role: str
+    how: str                    # "cookie", "token", or "nobody asked"
+    params: dict[str, Any]
+    job_id: str                 # in the path; "": none
+
+
+# What each route answers.
+
+def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
+    return Reply(status, dumps(value, None).encode(), said=said)
+
+
+def _bounded_int(digits: str) -> int:
+    """The number; reading a million digits would take minutes."""
+    if len(digits) > 40:
+        raise ValueError("a number of more than 40 digits")
+    return int(digits)
+
+
+def json_body(request: Request) -> Any:
+    """The body as JSON; None if there is none."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON_TYPE and (kind or request.body):
+        raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
+                         f"send Content-Type: {JSON_TYPE}")
+    if not request.body:
+        return None
+    try:
+        return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int)
+    except (ValueError, RecursionError) as error:
+        raise WebRefusal(400, f"the body is not JSON ({error})") from None
+
+
+def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
+    """A body that is an object, or none, which is an empty one."""
+    fields = json_body(request)
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise WebRefusal(400, "the body is not an object", "send {} at least")
+    for key in fields:
+        if key not in keys:
+            raise InvalidJob(str(key), f"unknown key {key!r}", "there are: "
+                             + ", ".join(keys) if keys else "there is none here")
+    return fields
+
+
+def get_page(queue: Queue, call: Call) -> Reply:
+    """The dashboard."""
+    return Reply(200, PAGE.encode(), PAGE_TYPE)
+
+
+def get_session(queue: Queue, call: Call) -> Reply:
+    """Who is asking, and of what."""
+    return _json_reply({"role": call.role, "version": __version__,
+                        "database": queue.path})
+
+
+def get_status(queue: Queue, call: Call) -> Reply:
+    """Counts, workers, what is next."""
+    return _json_reply(status_object(queue.status()))
+
+
+def get_stats(queue: Queue, call: Call) -> Reply:
+    """Throughput, success and times."""
+    duration = call.params.get("since")
+    return _json_reply(stats_object(queue.stats(duration),
+                                    min(queue.age(), duration or math.inf)))
+
+
+def get_history(queue: Queue, call: Call) -> Reply:
+    """What was done, minute by minute."""
+    minutes = queue.history(call.params.get("minutes", 60), call.params.get("queue"))
+    return _json_reply({"minutes": [minute_object(minute) for minute in minutes]})
+
+
+def get_workers(queue: Queue, call: Call) -> Reply:
+    """The workers, and what each runs."""
+    return _json_reply([worker_object(view) for view in queue.workers()])
+
+
+def get_queues(queue: Queue, call: Call) -> Reply:
+    """The queues, with pause, limit and counts."""
+    return _json_reply([queue_object(view) for view in queue.queues()])
+
+
+def get_schedules(queue: Queue, call: Call) -> Reply:
+    """The recurring jobs."""
+    return _json_reply([one._asdict() for one in queue.schedules()])
+
+
+def get_jobs(queue: Queue, call: Call) -> Reply:
+    """A page of jobs, newest first."""
+    wanted = call.params
+    limit = wanted.get("limit", USUAL_PAGE)
+    jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
+                      before=wanted.get("after"), queue=wanted.get("queue"),
+                      tag=wanted.get("tag"), search=wanted.get("search"))
+    return _json_reply({"jobs": [job_object(job) for job in jobs[:limit]],
+                        "next": str(jobs[limit - 1].seq) if len(jobs) > limit
+                        else None})
+
+
+def get_job(queue: Queue, call: Call) -> Reply:
+    """One job whole."""
+    job = queue.job(call.job_id)
+    return _json_reply(show_object(job, queue.runs(job.id), queue.waiting_for(job)))
+
+
+def get_output(queue: Queue, call: Call) -> Reply:
+    """What a run printed, up to now; of a job that has not run yet nothing."""
+    number, offset = call.params.get("run"), call.params.get("offset", 0)
+    queue.job(call.job_id)
+    try:
+        run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
+    except NoSuchRun:
+        if number is not None:
+            raise
+        return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
+    output = since(run.output, run.output_bytes, offset) if offset \
+        else readable(run.output, run.output_bytes)
+    return Reply(200, output, TEXT_TYPE, (("X-Run", str(run.number)),
+                                          ("X-Total-Bytes", str(run.output_bytes))))
+
+
+def _web_spec(fields: Any, item: int | None, now: float) -> Spec:
+    if not isinstance(fields, dict):
+        raise InvalidJob("command", "a job is a JSON object",
+                         'it looks like {"command": "echo hi"}')
+    with at_item(item) if item is not None else contextlib.nullcontext():
+        return spec_of(fields, now)
+
+
+def _count_of(jobs: Sequence[Job]) -> str:
+    return f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
+
+
+def post_jobs(queue: Queue, call: Call) -> Reply:
+    """Add a job, or an array of them: all or none."""
+    given, now = json_body(call.request), queue.clock()
+    if not isinstance(given, list):
+        job = queue.enqueue_many([_web_spec(given, None, now)])[0]
+        return _json_reply(job_object(job), 201, job.id)
+    if len(given) > MAX_BATCH:
+        raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
+    jobs = queue.enqueue_many([_web_spec(one, item, now)
+                               for item, one in enumerate(given)])
+    return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
+
+
+def post_retry(queue: Queue, call: Call) -> Reply:
+    """Run a job again from now."""
+    _object_body(call.request, ())
+    job = queue.retry(call.job_id)[0]
+    return _json_reply(job_object(job), said=job.state)
+
+
+def post_cancel(queue: Queue, call: Call) -> Reply:
+    """Cancel a job; one that runs is ended soon, and comes back as it is now."""
+    _object_body(call.request, ())
+    job = queue.cancel(call.job_id)[0]
+    return _json_reply(job_object(job), said=job.state)
+
+
+def delete_job(queue: Queue, call: Call) -> Reply:
+    """Delete a job that does not run, with its history."""
+    _object_body(call.request, ())
+    return _json_reply(job_object(queue.delete(call.job_id)[0]), said="deleted")
+
+
+def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidJob(key, f"{key} is not text")
+    try:
+        return check(value)
+    except InvalidValue as error:
+        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+
+
+def post_dlq_retry(queue: Queue, call: Call) -> Reply:
+    """Put dead jobs back: those named, or all that fit."""
+    fields = _object_body(call.request, ("ids", "queue", "search"))
+    wanted = {key: value for key, value in fields.items() if value is not None}
+    ids = _check_names("ids", wanted.pop("ids"), 0.0) if "ids" in wanted else None
+    for key, check in (("queue", _a_name), ("search", _a_search)):
+        if key in wanted:
+            wanted[key] = _in_body(key, check, wanted[key])
+    if ids is not None and wanted:
+        raise InvalidJob("ids", "ids and a filter are both given", "give one")
+    jobs = [] if ids == () else queue.retry_dead(*(ids or ()), **wanted)
+    return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
+
+
+def _named_queue(call: Call) -> str | None:
+    value = _object_body(call.request, ("queue",)).get("queue")
+    return None if value is None else _in_body("queue", _a_name, value)
+
+
+def post_pause(queue: Queue, call: Call) -> Reply:
+    """Let no more jobs start, of a queue or of any; what runs goes on."""
+    name = _named_queue(call)
+    queue.pause(name)
+    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+
+
+def post_resume(queue: Queue, call: Call) -> Reply:
+    """Let jobs start again, of a queue or of all that are not paused themselves."""
+    name = _named_queue(call)
+    queue.resume(name)
+    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+
+
+def get_events(queue: Queue, call: Call) -> Reply:
+    """Changes of state and of the status, as they come."""
+    last = call.request.headers.get("last-event-id", "")
+    seq = int(last) if re.fullmatch("[0-9]{1,18}", last) else -1
+    return Reply(200, b"", EVENTS_TYPE, follows=seq)
+
+
+def get_health(queue: Queue, call: Call) -> Reply:
+    """Whether the database answers."""
+    queue.last_event()
+    return _json_reply({"status": "ok"})
+
+
+def _wants_open_metrics(accept: str) -> bool:
+    """Whether OpenMetrics is named, and not liked less than plain text."""
+    liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for part in accept.lower().split(","):
+        kind, _, rest = part.strip().partition(";")
+        weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)", rest)
+        kind = kind.strip()
+        if kind in liked:
+            liked[kind] = max(liked[kind], float(weight[1]) if weight else 1.0)
+    return 0 < liked["application/openmetrics-text"] >= liked["text/plain"]
+
+
+def get_metrics(queue: Queue, call: Call) -> Reply:
+    """The metrics for Prometheus, in one of its formats."""
+    is_open = _wants_open_metrics(call.request.headers.get("accept", ""))
+    text = metrics_text(metric_families(queue.scrape()), is_open)
+    return Reply(200, text.encode(), OPEN_METRICS_TYPE if is_open else METRICS_TYPE,
+                 (("Vary", "Accept"),))
+
+
+class Route(NamedTuple):
+    """One thing that can be asked."""
+    method: str
+    path: str                   # ID stands for a job's id
+    answer: Callable[[Queue, Call], Reply]
+    reply: str                  # the schema of its JSON, or its media type
+    params: tuple[Param, ...] = ()
+    body: str = ""              # the schema of the JSON that it takes; "": none
+    refusals: tuple[int, ...] = ()      # beside those that any route may have
+
+
+DESCRIBED = (
+    Route("GET", "/", get_page, PAGE_TYPE),
+    Route("GET", "/api/session", get_session, "Session"),
+    Route("GET", "/api/status", get_status, "Status"),
+    Route("GET", "/api/stats", get_stats, "Stats", (
+        Param("since", parse_duration, {"type": "string", "pattern": (
+            f"^({_DURATION}|{_NUMBER})$"), "maxLength": 20}, "only the last DUR"),)),
+    Route("GET", "/api/history", get_history, "History", (
+        _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
+    Route("GET", "/api/workers", get_workers, "[Worker]"),
+    Route("GET", "/api/queues", get_queues, "[Queue]"),
+    Route("GET", "/api/schedules", get_schedules, "[Schedule]"),
+    Route("GET", "/api/jobs", get_jobs, "Page", _LIST_PARAMS),
+    Route("POST", "/api/jobs", post_jobs, "Job|[Job]", (), "NewJob|[NewJob]", (409,)),
+    Route("GET", "/api/jobs/ID", get_job, "WholeJob", (), "", (404,)),
+    Route("GET", "/api/jobs/ID/output", get_output, TEXT_TYPE, _OUTPUT_PARAMS, "",
+          (404,)),
+    Route("POST", "/api/jobs/ID/retry", post_retry, "Job", (), "Nothing", (404, 409)),
+    Route("POST", "/api/jobs/ID/cancel", post_cancel, "Job", (), "Nothing", (404, 409)),
+    Route("DELETE", "/api/jobs/ID", delete_job, "Job", (), "", (404, 409)),
+    Route("POST", "/api/dlq/retry", post_dlq_retry, "[Job]", (), "WhichDead",
+          (404, 409)),
+    Route("POST", "/api/pause", post_pause, "Paused", (), "WhichQueue"),
+    Route("POST", "/api/resume", post_resume, "Paused", (), "WhichQueue"),
+    Route("GET", "/api/events", get_events, EVENTS_TYPE),
+    Route("GET", "/healthz", get_health, "Health"),
+    Route("GET", "/metrics", get_metrics, METRICS_TYPE),
+)
+PUBLIC = ("/healthz", "/metrics")       # they tell no command
+
+
+# The description of all that, as OpenAPI.
+
+def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties),
+            "required": list(properties)}
+
+
+def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": dict(items)}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+_TEXT, _WHOLE, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+_NUMBER_SCHEMA = {"type": "number"}
+_STAMP = {"type": "string", "format": "date-time"}
+_AMOUNT = {"type": "integer", "minimum": 0}
+_STATE_SCHEMA = {"type": "string", "enum": list(STATES)}
+_NAMES_SCHEMA = _array_of(NAME_SCHEMA)
+_ENV_SCHEMA = {"type": "object", "additionalProperties": {"type": "string"}}
+_JOB_SCHEMA = _object_schema({
+    "id": NAME_SCHEMA, "command": _TEXT, "state": _STATE_SCHEMA, "attempts": _AMOUNT,
+    "max_retries": _AMOUNT, "created_at": _STAMP, "updated_at": _STAMP,
+    "queue": NAME_SCHEMA, "priority": _WHOLE, "run_at": _STAMP,
+    "timeout": _or_null(_NUMBER_SCHEMA), "backoff_base": _or_null(_NUMBER_SCHEMA),
+    "after": _NAMES_SCHEMA, "unique": _or_null(_TEXT), "tags": _NAMES_SCHEMA,
+    "env": _ENV_SCHEMA, "cwd": _TEXT, "crashes": _AMOUNT, "worker": _or_null(_TEXT),
+    "started_at": _or_null(_STAMP), "finished_at": _or_null(_STAMP),
+    "exit_code": _or_null(_WHOLE), "error": _or_null(_TEXT)})
+_RUN_SCHEMA = _object_schema({
+    "number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
+    "finished_at": _or_null(_STAMP), "duration": _or_null(_NUMBER_SCHEMA),
+    "outcome": _or_null(_TEXT), "exit_code": _or_null(_WHOLE),
+    "error": _or_null(_TEXT), "output": _TEXT})
+_WORKER_SCHEMA = _object_schema({
+    "name": _TEXT, "host": _TEXT, "pid": _AMOUNT, "slots": _AMOUNT,
+    "running": _array_of(_TEXT), "queues": _array_of(_TEXT), "started_at": _STAMP,
+    "heartbeat_at": _STAMP})
+_COUNTS_SCHEMA = _object_schema(dict.fromkeys(STATES, _AMOUNT))
+_SPREAD_SCHEMA = _object_schema({"count": _AMOUNT, **dict.fromkeys(
+    ("mean", "p50", "p95", "p99"), _or_null(_NUMBER_SCHEMA))})
+_SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
+                             "lost"), _AMOUNT),
+            "success_rate": _or_null(_NUMBER_SCHEMA),
+            "throughput": _or_null(_NUMBER_SCHEMA),
+            "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
+_SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
+                "maximum": MAX_DURATION, "pattern": f"^({_DURATION})$", "maxLength": 12}
+_GIVEN_TEXT = {"type": ["string", "null"], "pattern": "^[^\\u0000]*[^\\u0000\\s]",
+               "minLength": 1}
+_NEW_JOB_SCHEMA = {
+    "type": "object", "required": ["command"], "additionalProperties": False,
+    "properties": {
+        "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
+                    "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
+        "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
+        "priority": {"type": ["integer", "null"], "minimum": -MAX_PRIORITY,
+                     "maximum": MAX_PRIORITY},
+        "run_at": {"type": ["string", "number", "null"], "minimum": 0,
+                   "maximum": MAX_DURATION, "format": "date-time"},
+        "delay": _SPAN_SCHEMA,
+        "max_retries": {"type": ["integer", "null"], "minimum": 0,
+                        "maximum": MAX_RETRIES},
+        "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
+        "after": {"type": ["array", "null"], "items": NAME_SCHEMA},
+        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+                   "pattern": "^[^\\u0000]+$"},
+        "tags": {"type": ["array", "null"], "items": NAME_SCHEMA},
+        "env": {"type": ["object", "null"], "additionalProperties": {
+            "type": "string", "pattern": "^[^\\u0000]*$"},
+            "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
+        "cwd": {"type": ["string", "null"], "minLength": 1,
+                "pattern": "^[^\\u0000]+$"},
+        **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "Error": {"type": "object", "required": ["error"], "properties": {
+        "error": _TEXT, "hint": _TEXT, "key": _TEXT, "item": _AMOUNT}},
+    "Session": _object_schema({"role": {"type": "string", "enum": list(ROLES)},
+                               "version": _TEXT, "database": _TEXT}),
+    "Status": _object_schema({
+        "jobs": _object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
+        "workers": _array_of(_WORKER_SCHEMA), "paused": _array_of(_TEXT),
+        "next_due": _or_null(_STAMP), "database": _TEXT}),
+    "Stats": _object_schema({"seconds": _NUMBER_SCHEMA, **_SUMMARY, "queues": {
+        "type": "object", "additionalProperties": _object_schema(_SUMMARY)}}),
+    "History": _object_schema({"minutes": _array_of(_object_schema({
+        "at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT, "retried": _AMOUNT,
+        **dict.fromkeys(("wait_p50", "wait_p95", "run_p50", "run_p95"),
+                        _or_null(_NUMBER_SCHEMA))}))}),
+    "Worker": _WORKER_SCHEMA,
+    "Queue": _object_schema({"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
+                             "jobs": _COUNTS_SCHEMA}),
+    "Schedule": _object_schema({
+        "name": _TEXT, "cron": _TEXT, "command": _TEXT, "queue": _TEXT,
+        "paused": _FLAG, "next_run": _or_null(_STAMP), "last_run": _or_null(_STAMP)}),
+    "Job": _JOB_SCHEMA,
+    "WholeJob": _object_schema({**_JOB_SCHEMA["properties"],
+                                "waiting_for": _array_of(_TEXT),
+                                "runs": _array_of(_RUN_SCHEMA)}),
+    "Page": _object_schema({"jobs": _array_of(_JOB_SCHEMA), "next": _or_null(_TEXT)}),
+    "Paused": _object_schema({"paused": _array_of(_TEXT)}),
+    "Health": _object_schema({"status": {"const": "ok"}}),
+    "NewJob": _NEW_JOB_SCHEMA,
+    "Nothing": {"type": "object", "additionalProperties": False},
+    "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
+        "queue": _or_null(NAME_SCHEMA)}},
+    "WhichDead": {"type": "object", "additionalProperties": False, "properties": {
+        "ids": {"type": ["array", "null"], "items": NAME_SCHEMA},
+        "queue": _or_null(NAME_SCHEMA),
+        "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
+                   "pattern": "^[^\\u0000]*$"}}},
+}
+REFUSALS = {
+    400: "The request, a parameter or the body is not as described.",
+    401: "No token, or not the right one.",
+    403: "A foreign Host or Origin, or a change by who may only read.",
+    404: "There is no such job.", 405: "That path has no such method.",
+    408: "The request did not come in time.", 409: "The job's state does not allow it.",
+    411: "A body without its length.", 413: f"A body over {MAX_BODY} bytes.",
+    414: f"Path and query over {MAX_TARGET} bytes.",
+    415: "A body that is not JSON.", 431: f"Headers over {MAX_HEAD} bytes.",
+    503: "The database does not answer, or there are too many clients.",
+    507: "There is no room on the disk.",
+}
+
+
+def _schema_named(name: str) -> dict[str, Any]:
+    """The schema of `Job`, `[Job]`, or `Job|[Job]`."""
+    if "|" in name:
+        return {"oneOf": [_schema_named(one) for one in name.split("|")]}
+    if name.startswith("["):
+        return {"type": "array", "items": _schema_named(name[1:-1]),
+                **({"maxItems": MAX_BATCH} if name == "[NewJob]" else {})}
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _replies_of(route: Route) -> dict[str, Any]:
+    """The answers that a route may give, by status."""
+    kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
+        else (JSON_TYPE, _schema_named(route.reply))
+    content: dict[str, Any] = {kind: {"schema": schema}}
+    if route.answer is get_metrics:
+        content[OPEN_METRICS_TYPE.partition(";")[0]] = {"schema": _TEXT}
+    statuses = {400, 401, 403, 405, 408, 414, 431, 503, *route.refusals}
+    if route.method != "GET":
+        statuses |= {411, 413, 415, 507}
+    done = "201" if route.answer is post_jobs else "200"
+    return {done: {"description": "Done.", "content": content}, **{
+        str(status): {"description": REFUSALS[status], "content": {
+            JSON_TYPE: {"schema": _schema_named("Error")}}}
+        for status in sorted(statuses)}}
+
+
+def _parameters_of(route: Route) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"name": param.name, "in": "query", "description": param.help,
+         "schema": param.schema} for param in route.params]
+    if "/ID" in route.path:
+        found.append({"name": "ID", "in": "path", "required": True,
+                      "schema": NAME_SCHEMA})
+    return found
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "operationId": route.answer.__name__,
+        "summary": (route.answer.__doc__ or "").strip(),
+        "parameters": _parameters_of(route), "responses": _replies_of(route)}
+    if route.body:
+        told["requestBody"] = {"required": route.answer is post_jobs, "content": {
+            JSON_TYPE: {"schema": _schema_named(route.body)}}}
+    if route.path in PUBLIC:
+        told["security"] = []
+    return told
+
+
+def description(routes: Iterable[Route]) -> dict[str, Any]:
+    """The API as OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
+        path[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "queuectl", "version": __version__},
+        "paths": paths, "security": [{"token": []}],
+        "components": {"schemas": SCHEMAS, "securitySchemes": {
+            "token": {"type": "http", "scheme": "bearer"}}}}
+
+
+def get_openapi(queue: Queue, call: Call) -> Reply:
+    """This API, described."""
+    return _json_reply(description(DESCRIBED))
+
+
+ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
+
+
+# Who is let in.
+
+def _host_of(request: Request) -> str:
+    """The name by which the client calls this host, without the port."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
+                         request.headers.get("host", ""))
+    if match is None:
+        raise WebRefusal(400, "the request names no Host")
+    return match[1].lower()
+
+
+def _check_host(site: Site, request: Request) -> None:
+    """Refuse names that are not ours: a foreign one may be made to lead here."""
+    host = _host_of(request)
+    is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
+    if host not in site.hosts and not (site.is_wide and is_address):
+        raise WebRefusal(403, f"this is not {host}",
+                         "use the host that `queuectl web` printed, or give it --host")
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what another site's page has sent."""
+    origin = request.headers.get("origin")
+    if origin is not None:
+        scheme, _, place = origin.partition("://")
+        if scheme not in ("http", "https") or \
+                place.lower() != request.headers.get("host", "").lower():
+            raise WebRefusal(403, "another site's page has sent this")
+    if request.method not in ("GET", "HEAD") and request.headers.get(
+            "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise WebRefusal(403, "another site's page has sent this")
+
+
+def cookie_value(token: str) -> str:
+    """What a browser keeps: it proves the token, and does not tell it."""
+    import hmac
+    return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
+
+
+def _cookie_of(site: Site, request: Request) -> str | None:
+    for part in request.headers.get("cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == site.cookie:
+            return value
+    return None
+
+
+def _role_of_token(site: Site, given: str,
+                   made: Callable[[str], str] = str) -> str | None:
+    """The role of who has that token, or what is made of it; in constant time."""
+    import hmac
+    found = None
+    for role, token in ((FULL, site.token), (READ, site.read_token)):
+        if token and hmac.compare_digest(given.encode(), made(token).encode()):
+            found = role
+    return found
+
+
+def role_of(site: Site, request: Request) -> tuple[str | None, str]:
+    """What the client may do, and by what it has proved that."""
+    if not site.token:
+        return FULL, "no token"
+    header = request.headers.get("authorization")
+    if header is not None:
+        scheme, _, token = header.partition(" ")
+        return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
+                else None), "bearer"
+    cookie = _cookie_of(site, request)
+    return (None if cookie is None else
+            _role_of_token(site, cookie, cookie_value)), "cookie"
+
+
+def _no_token() -> WebRefusal:
+    return WebRefusal(401, "that needs a token", "open the URL that `queuectl web` "
+                      "printed, or send Authorization: Bearer TOKEN",
+                      ("WWW-Authenticate", 'Bearer realm="queuectl"'))
+
+
+def _log_in(site: Site, token: str) -> Reply:
+    """Swap the token in the URL for a cookie: it shall not stay in the history."""
+    if site.token and _role_of_token(site, token) is None:
+        raise _no_token()
+    cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
+              + ("; Secure" if site.is_secure else ""))
+    return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
+
+
+def _path_of(request: Request) -> tuple[str, str]:
+    """Path and query of a request's target."""
+    if len(request.target) > MAX_TARGET:
+        raise WebRefusal(414, f"path and query are over {MAX_TARGET} bytes")
+    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
+        raise WebRefusal(400, "that is not a path", "it begins with / and is ASCII")
+    path, _, query = request.target.partition("?")
+    return path, query
+
+
+def _job_in(pattern: str, path: str) -> str | None:
+    """The job's id in a path, "" where it has none; None if it is another path."""
+    if "/ID" not in pattern:
+        return "" if path == pattern else None
+    before, after = pattern.split("ID")
+    inner = path[len(before):len(path) - len(after)]
+    if not path.startswith(before) or not path.endswith(after) or not inner \
+            or "/" in inner:
+        return None
+    return inner
+
+
+def _job_id(given: str) -> str:
+    """An id out of a path: decoded once; NoSuchJob for what can be none."""
+    import urllib.parse
+    job_id = urllib.parse.unquote(given, errors="replace")
+    if given and not re.fullmatch(_NAME, job_id):
+        raise NoSuchJob(job_id)
+    return job_id
+
+
+def find_route(method: str, path: str) -> tuple[Route, str]:
+    """The route, and the job's id as it stands in the path; else 404 or 405."""
+    fits = [(route, given) for route in ROUTES
+            for given in [_job_in(route.path, path)] if given is not None]
+    if not fits:
+        raise WebRefusal(404, "there is nothing at that path",
+                         "/api/openapi.json lists what there is")
+    for route, given in fits:
+        if route.method == ("GET" if method == "HEAD" else method):
+            return route, given
+    methods = [route.method for route, _ in fits]
+    allowed = ", ".join([*methods, *["HEAD"] * ("GET" in methods)])
+    raise WebRefusal(405, f"{method} is not for that path", f"use {allowed}",
+                     ("Allow", allowed))
+
+
+def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
+    """Who may come in, and for what: all that can be said before the body is read.
+
+    A reply for who only logs in; WebRefusal for who may not.
+    """
+    path, query = _path_of(request)
+    _check_host(site, request)
+    _check_origin(request)
+    if path == "/" and request.method in ("GET", "HEAD"):
+        token = dict(_query_fields(query)).get("token")
+        if token is not None:
+            return _log_in(site, token)
+        query = ""      # the page's own affair
+    role, how = role_of(site, request)
+    if role is None and path not in PUBLIC:
+        raise _no_token()
+    route, given = find_route(request.method, path)
+    if site.is_read_only:
+        role = READ
+    if route.method != "GET" and role != FULL:
+        raise WebRefusal(403, "only looking is allowed here" if site.is_read_only
+                         else "this token may only read")
+    params = read_params(route.params, query)
+    return route, Call(site, request, role or READ, how, params, _job_id(given))
+
+
+def log_line(route: Route, call: Call, reply: Reply) -> str:
+    """What was changed, or was not: by whom, from where, with what result."""
+    path = call.request.target.partition("?")[0]
+    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
+    return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
+                    f"{call.request.peer}: {reply.status} {cut(said, 200)}").rstrip()
+
+
+def respond(site: Site, queue: Queue, request: Request) -> Reply:
+    """One request, one reply; no sockets here. A change has something to be `said`."""
+    try:
+        admitted = admit(site, request)
+    except QueueError as error:
+        return refusal_reply(error)
+    if isinstance(admitted, Reply):
+        return admitted
+    route, call = admitted
+    try:
+        reply = route.answer(queue, call)
+    except QueueError as error:
+        reply = refusal_reply(error)
+    if route.method == "GET":
+        return reply
+    return reply._replace(said=log_line(route, call, reply))
+
+
+@functools.lru_cache(maxsize=4)
+def page_policy(page: str) -> str:
+    """The CSP under which the page's own style and script run, and nothing else."""
+    import base64
+    import hashlib
+
+    def _hashes(tag: str) -> str:
+        return " ".join("'sha256-" + base64.b64encode(hashlib.sha256(
+            text.encode()).digest()).decode() + "'"
+            for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
+    return (f"default-src 'none'; style-src {_hashes('style')}; "
+            f"script-src {_hashes('script')}; connect-src 'self'; "
+            "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+def head_of(reply: Reply, phrase: str, is_last: bool) -> bytes:
+    """The head of a reply, with what keeps browsers from being too helpful."""
+    lines = [
+        f"HTTP/1.1 {reply.status} {phrase}", f"Content-Type: {reply.kind}",
+        *(f"{name}: {value}" for name, value in reply.headers),
+        "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
+        "Referrer-Policy: no-referrer", "X-Frame-Options: DENY",
+        "Cross-Origin-Opener-Policy: same-origin",
+        "Cross-Origin-Resource-Policy: same-origin",
+        f"Content-Security-Policy: {page_policy(PAGE)}"]
+    if reply.follows is None:
+        lines.append(f"Content-Length: {len(reply.body)}")
+    if is_last:
+        lines.append("Connection: close")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class Queues:
+    """Open databases, each lent to one request at a time: nobody waits for another.
+
+    So a change that waits for the write lock holds up no reader.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()       # guards the list, for moments
+        self._free: list[Queue] = []
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Queue]:
+        """A queue for one request; NoQueue and others if it cannot be opened."""
+        with self._lock:
+            queue = self._free.pop() if self._free else None
+        if queue is not None and not queue.store.is_in_place():
+            queue.close()
+            queue = None
+        if queue is None:
+            queue = Queue(self._path, create=False)
+            queue.store.patience = WEB_PATIENCE
+        try:
+            yield queue
+        finally:
+            with self._lock:
+                is_spare = len(self._free) < SPARE_QUEUES
+                if is_spare:
+                    self._free.append(queue)
+            if not is_spare:
+                queue.close()
+
+
+# Events: one thread looks at the database for all that listen.
+
+def sse(event: str, value: Any, seq: int | None = None) -> bytes:
+    """One server-sent event."""
+    head = "" if seq is None else f"id: {seq}\n"
+    return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
+
+
+def told_changes(events: Sequence[Event]) -> bytes:
+    """Changes of state as server-sent events."""
+    return b"".join(sse("change", event_object(event), event.seq) for event in events)
+
+
+class Stream:
+    """What the feed has for one client: a bounded buffer between two threads."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start      # the last change before those that the feed brings
+        self._has_more = threading.Condition()
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._is_over = False
+
+    def put(self, piece: bytes) -> bool:
+        """Add to it; False if the client is so far behind that it is dropped."""
+        with self._has_more:
+            self._size += len(piece)
+            if self._size > FEED_BUFFER:
+                self._is_over, self._pieces = True, []
+            else:
+                self._pieces.append(piece)
+            self._has_more.notify()
+            return not self._is_over
+
+    def end(self) -> None:
+        """Let the client's thread go."""
+        with self._has_more:
+            self._is_over = True
+            self._has_more.notify()
+
+    def take(self, seconds: float) -> bytes | None:
+        """What has come; b"" after so many seconds of silence, None at the end."""
+        with self._has_more:
+            if not self._pieces and not self._is_over:
+                self._has_more.wait(seconds)
+            taken, self._pieces, self._size = b"".join(self._pieces), [], 0
+            return None if self._is_over else taken
+
+
+class Watch:
+    """What has changed since the last look, as server-sent events."""
+
+    def __init__(self, queue: Queue, seq: int) -> None:
+        self._queue, self.seq = queue, seq
+        self._seen = -1             # the database's own number of its last change
+        self._is_stale = False      # something has changed since the last status
+        self._status, self._status_at = b"", -math.inf
+
+    def look(self, now: float) -> bytes:
+        """The changes, and at times the status; `now` is a monotonic clock's."""
+        changes = self._queue.store.changes()
+        news = b""
+        if changes != self._seen:
+            self._seen, self._is_stale = changes, True
+            news = self._changes()
+        pause = STATUS_PAUSE if self._is_stale else STATUS_EVERY
+        if now < self._status_at + pause:
+            return news
+        status = sse("status", status_object(self._queue.status()))
+        is_new, self._status = status != self._status, status
+        self._status_at, self._is_stale = now, False
+        return news + status if is_new else news
+
+    def _changes(self) -> bytes:
+        events = self._queue.events_since(self.seq, FEED_BATCH + 1)
+        if len(events) > FEED_BATCH:
+            self.seq = self._queue.last_event()
+            return sse("resync", {}, self.seq)
+        if events:
+            self.seq = events[-1].seq
+        return told_changes(events)
+
+
+class Feed:
+    """Tells all streams what changes: one thread, as long as there is a stream.
+
+    It ends with the last stream, or if the database fails; then the streams end too,
+    and their clients come again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()   # guards all of these, for moments
+        self._streams: set[Stream] = set()
+        self._is_watching = self._is_over = False
+        self._seq = 0                   # the last change that was told
+
+    def join(self, queue: Queue) -> Stream:
+        """A new stream; WebRefusal if there are as many as there may be."""
+        with self._lock:
+            if len(self._streams) >= MAX_STREAMS or self._is_over:
+                raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
+                                 "close one", ("Retry-After", "10"))
+            if not self._is_watching:
+                self._seq = queue.last_event()
+                self._is_watching = True
+                threading.Thread(target=self._watch, daemon=True).start()
+            stream = Stream(self._seq)
+            self._streams.add(stream)
+        return stream
+
+    def leave(self, stream: Stream) -> None:
+        """Forget a stream whose client is gone."""
+        with self._lock:
+            self._streams.discard(stream)
+
+    def stop(self) -> None:
+        """End all streams, for good."""
+        with self._lock:
+            self._is_over = True
+            for stream in self._streams:
+                stream.end()
+
+    def _tell(self, piece: bytes, seq: int) -> None:
+        with self._lock:
+            self._seq = seq
+            self._streams = {stream for stream in self._streams if stream.put(piece)}
+
+    def _watch(self) -> None:
+        """Look again and again; started by `join`, ends when nobody listens."""
+        is_wanted = True
+        try:
+            with Queue(self._path, create=False) as queue:
+                watch = Watch(queue, self._seq)
+                while is_wanted and queue.store.is_in_place():
+                    piece = watch.look(time.monotonic())
+                    if piece:
+                        self._tell(piece, watch.seq)
+                    time.sleep(FEED_TICK)
+                    is_wanted = self._is_wanted()
+        except QueueError:
+            pass        # the streams end; who comes again is told why
+        finally:
+            if is_wanted:
+                self._fail()
+
+    def _is_wanted(self) -> bool:
+        with self._lock:
+            self._is_watching = bool(self._streams) and not self._is_over
+            return self._is_watching
+
+    def _fail(self) -> None:
+        with self._lock:
+            self._is_watching = False
+            for stream in self._streams:
+                stream.end()
+
+
+# What listens. Whoever connects gets a thread, few bytes and little time, until it
+# has shown a token; when the threads are all taken, the most silent one makes room.
+
+class HeadTooLarge(Exception):
+    """A client sends more before its body than it may."""
+
+
+class Reader:
+    """What a client sends: bounded in bytes and in time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._left, self._ends_at = 0, 0.0
+
+    def allow(self, size: int, seconds: float) -> None:
+        """From now on it may send so many bytes of head, for so many seconds."""
+        self._left, self._ends_at = size, time.monotonic() + seconds
+
+    def wait(self, seconds: float) -> bool:
+        """Whether anything comes in that time."""
+        self.allow(0, seconds)
+        return bool(self._buffer) or self._more()
+
+    def readline(self, limit: int = -1) -> bytes:
+        """A line of the head, as http.client asks for it; the rest at its end."""
+        while b"\n" not in self._buffer and len(self._buffer) <= self._left \
+                and self._more():
+            pass
+        size = self._buffer.find(b"\n") + 1 or len(self._buffer)
+        self._left -= size
+        if self._left < 0:
+            raise HeadTooLarge
+        return self._take(size)
+
+    def read(self, size: int) -> bytes:
+        """So many bytes; fewer only at the end."""
+        while len(self._buffer) < size and self._more():
+            pass
+        return self._take(size)
+
+    def drain(self, seconds: float) -> None:
+        """Read and forget what still comes."""
+        self.allow(0, seconds)
+        self._buffer.clear()
+        while self._more():
+            self._buffer.clear()
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+    def _more(self) -> bool:
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        piece = self._sock.recv(READ_SIZE)
+        self._buffer += piece
+        return bool(piece)
+
+
+class Connections:
+    """Who is connected, the one that has been silent for longest first.
+
+    At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
+    of idle ones keeps others out. One that is being answered is never cut off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()       # guards these, for moments
+        self._silent: dict[socket.socket, None] = {}
+        self._busy: set[socket.socket] = set()
+        self._cut_off: set[socket.socket] = set()   # whose threads still end
+
+    def enter(self, sock: socket.socket) -> bool:
+        """Take one in; False if all others are being answered."""
+        with self._lock:
+            full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
+            if full and (not self._silent or len(self._cut_off) >= MAX_CONNECTIONS):
+                return False
+            if full:
+                self._cut(next(iter(self._silent)))
+            self._silent[sock] = None
+            return True
+
+    def _cut(self, sock: socket.socket) -> None:
+        import socket as sockets
+        del self._silent[sock]
+        self._cut_off.add(sock)
+        with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
+            sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
+
+    def is_asking(self, sock: socket.socket) -> bool:
+        """Note that it has sent a request; False if it was cut off meanwhile."""
+        with self._lock:
+            if sock not in self._silent:
+                return False
+            del self._silent[sock]
+            self._busy.add(sock)
+            return True
+
+    def is_answered(self, sock: socket.socket) -> None:
+        """Note that it is silent again."""
+        with self._lock:
+            self._busy.discard(sock)
+            self._silent[sock] = None
+
+    def leave(self, sock: socket.socket) -> None:
+        """Forget one that is closed."""
+        with self._lock:
+            self._silent.pop(sock, None)
+            self._busy.discard(sock)
+            self._cut_off.discard(sock)
+
+    def cut_silent(self) -> int:
+        """Cut off all that are silent; how many are being answered."""
+        with self._lock:
+            for sock in list(self._silent):
+                self._cut(sock)
+            return len(self._busy)
+
+
+def _is_gone_away(sock: socket.socket) -> bool:
+    """Whether the client has closed its side; on a stream it has nothing to say."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    if not poller.poll(0):
+        return False
+    import socket as sockets
+    with contextlib.suppress(OSError):
+        said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
+        return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
+    return True
+
+
+def _body_size(headers: Mapping[str, str]) -> int:
+    """How long the body is; WebRefusal if that is not told, or too much."""
+    if "transfer-encoding" in headers:
+        raise WebRefusal(411, "the body comes in chunks", "send Content-Length")
+    size = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise WebRefusal(400, "Content-Length is not a number")
+    if int(size) > MAX_BODY:
+        raise WebRefusal(413, f"the body is over {MAX_BODY} bytes",
+                         "send it in parts")
+    return int(size)
+
+
+# Of these a second one is a trick, not a mistake.
+_SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
+           "content-type")
+
+
+def _headers_of(message: Any) -> dict[str, str]:
+    """The headers by lower-case name; WebRefusal if they can be read in two ways."""
+    headers: dict[str, str] = {}
+    for name, value in message.items():
+        name, value = name.lower(), str(value).strip()
+        if name in headers and name in _SINGLE:
+            raise WebRefusal(400, f"{name} is sent twice")
+        headers[name] = f"{headers[name]}; {value}" if name in headers else value
+    if message.defects or message.get_payload():
+        raise WebRefusal(400, "the headers cannot be read")
+    return headers
+
+
+class Service:
+    """The way of a connection's requests to their replies.
+
+    `handler` is http.server's, which reads the head; one for each connection, in a
+    thread of its own.
+    """
+
+    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
+        self._site, self._log = site, log
+        self._queues, self._feed = Queues(path), Feed(path)
+        self.connections = Connections()
+
+    def converse(self, handler: Any) -> None:
+        """Read one request and answer it; whatever goes wrong ends the connection."""
+        sock, reader = handler.request, handler.rfile
+        handler.close_connection = True
+        try:
+            if not reader.wait(KEEP_SECONDS):
+                return
+            reader.allow(MAX_HEAD, HEAD_SECONDS)
+            self._answer_next(handler, sock, reader)
+        except HeadTooLarge:
+            self._refuse(handler, WebRefusal(431, "the headers are too large"))
+        except TimeoutError:
+            if handler.raw_requestline:     # else it was silent, as it may be
+                self._refuse(handler, WebRefusal(408, "the request is too slow"))
+        except (OSError, ValueError):   # ValueError: TLS on a socket that was closed
+            pass
+        except Exception:   # a mistake of ours: this client is told, others go on
+            import traceback
+            self._log("web: internal error\n" + traceback.format_exc())
+            self._refuse(handler, WebRefusal(500, "internal error"))
+
+    def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
+        handler.raw_requestline = reader.readline(MAX_HEAD)
+        if not handler.parse_request():     # it has refused that itself
+            return
+        try:
+            if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
+                raise WebRefusal(400, "that is not HTTP/1.1")
+            request = Request(handler.command, handler.path,
+                              _headers_of(handler.headers), b"",
+                              str(handler.client_address[0]))
+            if not self.connections.is_asking(sock):
+                return
+            request = self._with_body(handler, reader, request)
+        except WebRefusal as refusal:
+            self._refuse(handler, refusal)
+            return
+        self._reply(handler, request)
+        self.connections.is_answered(sock)
+        handler.raw_requestline = b""
+
+    def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
+        """The request with its body, which only who is let in may send."""
+        size = _body_size(request.headers)
+        is_kept = request.headers.get("connection", "").lower() != "close" \
+            and handler.request_version == "HTTP/1.1"
+        if size:
+            with contextlib.suppress(NoSuchJob):    # told once the body is read
+                admit(self._site, request)
+            if request.headers.get("expect", "").lower() == "100-continue":
+                handler.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            reader.allow(0, BODY_SECONDS)
+            body = reader.read(size)
+            if len(body) < size:
+                raise WebRefusal(400, "the body ends too soon")
+            request = request._replace(body=body)
+        handler.close_connection = not is_kept
+        return request
+
+    def _reply(self, handler: Any, request: Request) -> None:
+        stream, caught_up = None, b""
+        try:
+            with self._queues.lend() as queue:
+                reply = respond(self._site, queue, request)
+                stream = self._feed.join(queue) if reply.follows is not None \
+                    and request.method == "GET" else None
+                if stream is not None:
+                    caught_up = self._catch_up(queue, reply.follows or 0, stream)
+        except QueueError as error:
+            reply = refusal_reply(error)
+        if reply.said:
+            self._log(reply.said)
+        if stream is None:
+            self._send(handler, reply, with_body=request.method != "HEAD")
+            return
+        try:
+            handler.close_connection = True
+            self._send(handler, reply)
+            self._stream(handler.request, caught_up, stream)
+        finally:
+            self._feed.leave(stream)
+
+    def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
+        """Answer what could not be read to its end, and hang up."""
+        handler.close_connection = True
+        with contextlib.suppress(OSError, ValueError):
+            self._send(handler, refusal_reply(refusal))
+            handler.request.shutdown(1)     # SHUT_WR: the client may still send
+            handler.rfile.drain(LINGER_SECONDS)
+
+    def refuse(self, handler: Any, status: int, message: str | None) -> None:
+        """Answer a head that http.server could not read."""
+        self._refuse(handler, WebRefusal(
+            status if status in REFUSALS else 400, message or "that cannot be read"))
+
+    def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
+        phrase = handler.responses.get(reply.status, ("",))[0]
+        head = head_of(reply, phrase, handler.close_connection)
+        whole = memoryview(head + (reply.body if with_body else b""))
+        handler.request.settimeout(SEND_SECONDS)
+        for at in range(0, len(whole), READ_SIZE):
+            handler.request.sendall(whole[at:at + READ_SIZE])
+
+    # Event streams.
+
+    @staticmethod
+    def _catch_up(queue: Queue, last: int, stream: Stream) -> bytes:
+        """What a client that comes back has missed, and how things stand now."""
+        events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
+        events = [event for event in events if event.seq <= stream.start]
+        missed = told_changes(events)
+        if last > stream.start or len(events) > FEED_BATCH:
+            missed = sse("resync", {})
+        return (b"retry: 2000\n\n" + missed
+                + sse("status", status_object(queue.status()), stream.start))
+
+    @staticmethod
+    def _stream(sock: socket.socket, begin: bytes, stream: Stream) -> None:
+        """Send what comes, until either side has enough."""
+        piece: bytes | None = begin
+        silent_since = time.monotonic()
+        while piece is not None and not _is_gone_away(sock):
+            if piece or time.monotonic() >= silent_since + KEEP_ALIVE:
+                sock.settimeout(SEND_SECONDS)
+                sock.sendall(piece or b":\n\n")
+                silent_since = time.monotonic()
+            piece = stream.take(1.0)
+
+    def stop(self) -> None:
+        """End the streams and the silent; give the others a moment."""
+        self._feed.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self.connections.cut_silent() and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _handler_class(service: Service, is_tls: bool) -> type:
+    """What http.server makes for each connection, in its thread."""
+    import http.server      # 40 ms, and only in a server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """A connection: http.server reads its heads, the service does the rest."""
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            """Begin."""
+            self.raw_requestline = b""
+            self.rfile = Reader(self.request)   # type: ignore[assignment]
+            if is_tls:      # here, and not where all others would wait for it
+                self.request.settimeout(HEAD_SECONDS)
+                self.request.do_handshake()
+
+        def handle_one_request(self) -> None:
+            """Have the service read and answer one request."""
+            service.converse(self)
+
+        def handle_expect_100(self) -> bool:
+            """Do nothing yet: the body is asked for once the request is let in."""
+            return True
+
+        def send_error(self, code: int, message: str | None = None,
+                       explain: str | None = None) -> None:
+            """Refuse a head that http.server could not read."""
+            service.refuse(self, code, message)
+
+        def finish(self) -> None:
+            """Nothing is buffered."""
+
+    return Handler
+
+
+BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+              b"Retry-After: 5\r\nContent-Length: 31\r\nConnection: close\r\n\r\n"
+              b'{"error": "too many connected"}')
+
+
+def make_listener(service: Service, family: int, address: tuple[Any, ...],
+                  tls: ssl.SSLContext | None) -> Any:
+    """What accepts connections; OSError if it cannot have that address."""
+    import socketserver
+
+    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        """The socket that listens; each connection has a thread."""
+
+        address_family = family
+        allow_reuse_address = True
+        daemon_threads, block_on_close = True, False
+        request_queue_size = 128
+
+        def get_request(self) -> Any:
+            """Accept one; TLS begins later, in its own thread."""
+            sock, client = self.socket.accept()
+            return (sock if tls is None else tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False)), client
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            """Take it in, if there is room."""
+            if service.connections.enter(request):
+                return True
+            if tls is None:
+                request.setblocking(False)
+                request.send(BUSY_REPLY)
+            return False
+
+        def shutdown_request(self, request: Any) -> None:
+            """Close it."""
+            service.connections.leave(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client has gone away, or cannot speak TLS."""
+
+    return Listener(address, _handler_class(service, tls is not None))
+
+
+class WebOptions(NamedTuple):
+    """What `web` was asked to do."""
+    host: str
+    port: int
+    is_read_only: bool
+    needs_token: bool
+    tls_cert: str | None
+    tls_key: str | None
+
+
+def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """Family and address to listen on; IPv4 first, where a name has both."""
+    import socket as sockets
+    try:
+        found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM,
+                                    flags=sockets.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise InvalidValue(f"there is no host {host!r}",
+                           "give --host an address of this machine") from None
+    family, _, _, _, address = min(found, key=lambda one: one[0] != sockets.AF_INET)
+    return int(family), address
+
+
+def _token_of(environ: Mapping[str, str], name: str) -> str:
+    token = environ.get(name, "")
+    if not re.fullmatch("[!-~]*", token):
+        raise InvalidValue(f"{name} has blanks or odd characters in it",
+                           "use letters and digits")
+    return token
+
+
+def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
+            names: Iterable[str]) -> Site:
+    """Who may do what; `names` are this machine's own, `address` what is listened on.
+    """
+    import ipaddress    # 4 ms
+    there = ipaddress.ip_address(address.partition("%")[0])
+    if not options.needs_token and not there.is_loopback:
+        raise UsageError(f"without a token anybody who reaches {options.host} could "
+                         "run commands", "drop --no-auth, or --host")
+    token, read_token = (_token_of(environ, name) for name in
+                         ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN"))
+    if token and token == read_token:
+        raise InvalidValue("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
+                           "give two, or one")
+    given = f"[{options.host}]" if ":" in options.host else options.host
+    own = [name for whole in names for name in (whole, whole.partition(".")[0])]
+    return Site(
+        (token or os.urandom(24).hex()) if options.needs_token else "",
+        read_token if options.needs_token else "",
+        frozenset(name.lower() for name in (
+            "localhost", "127.0.0.1", "[::1]", given,
+            *(own if there.is_unspecified else ())) if name),
+        there.is_unspecified, options.tls_cert is not None, options.is_read_only,
+        f"queuectl_{options.port}")
+
+
+def tls_context(options: WebOptions) -> ssl.SSLContext | None:
+    """The certificate as asked for, or None; Unreadable if it cannot be used."""
+    if options.tls_cert is None:
+        if options.tls_key is not None:
+            raise UsageError("--tls-key is given without --tls-cert", "give both")
+        return None
+    import ssl  # 9 ms, and only with a certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
+    except (OSError, ValueError) as error:  # ValueError: it wants a password
+        raise Unreadable(f"cannot use the certificate {options.tls_cert} ({error})",
+                         "give PEM files, the key without a password") from None
+    return context
+
+
+def listen(service: Service, options: WebOptions, family: int,
+           address: tuple[Any, ...]) -> Any:
+    """The listener; a refusal in words if the address is not to be had."""
+    try:
+        return make_listener(service, family, address, tls_context(options))
+    except OSError as error:
+        place = f"port {options.port} of {options.host}"
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(f"{place} is in use",
+                        "give another --port, or end what listens there") from None
+        raise Unsupported(f"cannot listen on {place} ({error.strerror})",
+                          "give another --host or --port") from None
+
+
+def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP; for the main thread.
+
+    The listener runs in a thread of its own, so that this one is free for signals.
+    """
+    import queue
+    inbox: queues.SimpleQueue[int] = queue.SimpleQueue()
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: inbox.put(number))
+              for number in caught}
+    threading.Thread(target=listener.serve_forever, args=(0.1,), daemon=True).start()
+    try:
+        announce()
+        inbox.get()
+    finally:
+        listener.shutdown()
+        listener.server_close()
+        service.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def printed_url(site: Site, host: str, port: int) -> str:
+    """The URL that logs in; of a host that stands for all, this machine's name."""
+    import urllib.parse
+    name = os.uname().nodename if site.is_wide else host
+    name = f"[{name}]" if ":" in name else name
+    query = f"?token={urllib.parse.quote(site.token, safe='')}" if site.token else ""
+    return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
+
+
+# ---- 16 CLI ------------------------------------------------------------------
 
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr."""
@@ -5222,8 +7182,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     job, runs = queue.job(args.id), queue.runs(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
-        screen.out(dumps({**job_object(job), "waiting_for": reasons,
-                          "runs": [run_object(run) for run in runs]}))
+        screen.out(dumps(show_object(job, runs, reasons)))
         return EX_OK
     screen.out(*show_lines(job, runs, reasons, screen.style()))
     output = _output_of(queue, job)
@@ -5231,18 +7190,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         screen.out("", screen.style().paint(f"OUTPUT of run {runs[-1].number}", DIM))
         screen.raw(output if output.endswith(b"\n") else output + b"\n")
     return EX_OK
-
-
-def _fresh_run(queue: Queue, job_id: str, number: int | None) -> Run:
-    """A run with its output as of now: one that is under way is asked for it."""
-    run = queue.run(job_id, number)
-    if run.outcome is None:
-        seen, end = queue.store.changes(), time.monotonic() + 0.5
-        queue.wake(PEEK)
-        while queue.store.changes() == seen and time.monotonic() < end:
-            time.sleep(0.005)
-        run = queue.run(job_id, run.number)
-    return run
 
 
 def _tail(output: bytes, lines: int | None) -> bytes:
@@ -5260,7 +7207,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
                 if args.attempt in (None, run.number)
                 and (number is None or run.number >= number)]
         if runs:
-            run = _fresh_run(queue, args.id, runs[-1 if number is None else 0].number)
+            run = queue.fresh_run(args.id, runs[-1 if number is None else 0].number)
             number = run.number
             fresh = since(run.output, run.output_bytes, seen)
             screen.raw(_tail(readable(run.output, run.output_bytes), args.tail)
@@ -5282,7 +7229,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print what a job printed."""
     if args.follow:
         return _follow(args, queue, screen)
-    run = _fresh_run(queue, args.id, args.attempt)
+    run = queue.fresh_run(args.id, args.attempt)
     screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
     return EX_OK
 
@@ -5430,9 +7377,7 @@ def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     stats = queue.stats(args.since)
     seconds = min(queue.age(), args.since or math.inf)
     if args.json:
-        shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
-        screen.out(dumps({"seconds": round(seconds, 3), **shown.pop(""),
-                          "queues": shown}))
+        screen.out(dumps(stats_object(stats, seconds)))
     else:
         screen.out(*stats_lines(stats, seconds, screen.style()))
     return EX_OK
@@ -5456,6 +7401,25 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     with Queue(args.file, create=False) as copy:
         jobs = sum(copy.counts().values())
     screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
+    return EX_OK
+
+
+def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Serve the dashboard, the API and the metrics until told to stop."""
+    options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
+                         args.tls_cert, args.tls_key)
+    family, address = resolved(options.host, options.port)
+    site = site_of(options, address[0], os.environ, [queue.host.name])
+    service = Service(site, queue.path, screen.log)
+    listener = listen(service, options, family, address)
+    if options.tls_cert is None and options.host not in ("localhost", "::1") \
+            and not address[0].startswith("127."):
+        screen.note("warning: without --tls-cert anybody on the way can read the token")
+
+    def _announce() -> None:
+        screen.out(printed_url(site, options.host, listener.server_address[1]))
+        sys.stdout.flush()
+    serve(listener, service, _announce)
     return EX_OK
 
 
@@ -5546,6 +7510,17 @@ COMMANDS = (
         option("key", metavar="KEY"),)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
         option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+    Entry(("web",), cmd_web, "serve the dashboard, the API and the metrics", CREATES, (
+        option("--host", default="127.0.0.1", metavar="HOST",
+               help="where to listen (default: 127.0.0.1, for this machine alone)"),
+        option("--port", "-p", default=8080, metavar="N",
+               type=_typed(lambda text: parse_whole(text, 0, 65535)),
+               help="default: 8080; 0: any that is free"),
+        option("--read-only", action="store_true", help="nothing can be changed"),
+        option("--no-auth", action="store_true",
+               help="ask for no token; for this machine alone"),
+        option("--tls-cert", metavar="F", help="speak TLS with this certificate (PEM)"),
+        option("--tls-key", metavar="F", help="and its key, if it is not in there"))),
     Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
         option("file", metavar="FILE", help="an older backup there is replaced"),)),
     Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",

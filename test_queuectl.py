@@ -949,7 +949,7 @@ class Views(TestCase):
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
 
-# ---- 15 CLI ------------------------------------------------------------------
+# ---- 16 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
