@@ -158,6 +158,7 @@ TALLIED = ("complete", "fail", "bury", "cancel")
 
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
 DEFAULT_QUEUE = "default"
+HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these call no hooks
 
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
@@ -173,8 +174,11 @@ RESCUE_TICK = 0.02     # seconds between two looks at processes that are being e
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
-REMOVE_BATCH = 100     # jobs deleted in one transaction: some 10 ms of write lock
-REMOVE_PAUSE = 0.003   # seconds between two such: who waits for the lock looks each ms
+SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
+SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
+CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
+WATCH_TICK = 0.02      # seconds between two looks whether something was committed
+EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
 MAX_AHEAD = 64         # jobs that are claimed ahead at most
@@ -319,6 +323,20 @@ class NoSuchWorker(QueueError):
     code = "no-such-worker"
 
 
+class NoSuchSchedule(QueueError):
+    """No schedule has that name."""
+    code = "no-such-schedule"
+
+    def __init__(self, name: str, hint: str = "") -> None:
+        super().__init__(f"there is no schedule {name!r}",
+                         hint or "`queuectl schedule list` shows them")
+
+
+class ScheduleExists(QueueError):
+    """A schedule of that name is there already."""
+    code = "schedule-exists"
+
+
 class NotFinished(QueueError):
     """Something did not end in the time that was given."""
     code = "not-finished"
@@ -411,26 +429,56 @@ class Event(NamedTuple):
     target: str
     at: str
     reason: str
-    seq: int = 0                # only grows, from change to change
-
-
-class QueueView(NamedTuple):
-    """A queue: its pause, its limit, and its jobs by state."""
-    name: str
-    paused: bool
-    limit: int                  # jobs that may run at once; 0: no limit
-    counts: dict[str, int]
+    seq: int = 0                # grows in the order of the commits
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`, as people see it."""
+    """One row of `schedules`: a job that comes again and again."""
     name: str
-    cron: str
-    command: str
-    queue: str
+    cron: str                   # five fields or @daily and the like, in local time
+    job: Mapping[str, Any]      # the keys of a job object
     paused: bool
-    next_run: str | None
-    last_run: str | None
+    created_at: str
+    next_run: str | None        # None: it never comes again
+    last_run: str | None        # when its last job was enqueued
+    last_job: int | None        # Job.seq of that
+
+
+class Cron(NamedTuple):
+    """A schedule: the values of its five fields, each sorted."""
+    minutes: tuple[int, ...]
+    hours: tuple[int, ...]
+    days: tuple[int, ...]       # of the month
+    months: tuple[int, ...]
+    weekdays: tuple[int, ...]   # 0: Sunday
+    is_either: bool             # neither day field begins with *: one of them is enough
+    is_wild: bool               # minute or hour begins with *: an interval, not a time
+
+
+class QueueView(NamedTuple):
+    """A queue: what was set for it, and how many jobs of each state it has."""
+    name: str
+    paused: bool
+    limit: int                  # jobs at once; 0: no limit
+    counts: dict[str, int]      # all states are there
+
+
+class Progress(NamedTuple):
+    """How far the jobs have come; what is over counts from the database's making."""
+    waiting: int
+    running: int
+    completed: int
+    unwell: int                 # dead or cancelled
+
+    @property
+    def over(self) -> int:
+        """How many are over, however they ended."""
+        return self.completed + self.unwell
+
+    @property
+    def left(self) -> int:
+        """How many are not over."""
+        return self.waiting + self.running
 
 
 class Outcome(NamedTuple):
@@ -605,6 +653,13 @@ class Scrape(NamedTuple):
     database_bytes: int
 
 
+class Scene(NamedTuple):
+    """What matters to every job that waits."""
+    pools: list[Worker]
+    queues: dict[str, QueueView]
+    all_paused: bool
+
+
 class Status(NamedTuple):
     """The first screen."""
     counts: dict[str, int]          # by state; all states are there
@@ -765,12 +820,14 @@ def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text in ("none", "") else parse(text)
 
 
-def _at_least(least: float) -> Callable[[str], float]:
-    """A parser of durations that are not too short to work."""
+def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
+    """A parser of durations that are neither too short nor too long to work."""
     def parse(text: str) -> float:
         seconds = parse_duration(text)
         if seconds < least:
             raise InvalidValue(f"{text!r} is too short", f"use at least {least}s")
+        if seconds > most:
+            raise InvalidValue(f"{text!r} is too long", f"use at most {span(most)}")
         return seconds
     return parse
 
@@ -799,21 +856,18 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
                                    "completed jobs are deleted after this time"),
     "retention-dead": Setting("none", _off_or(parse_duration),
                               "dead jobs are deleted after this time"),
-    "heartbeat": Setting("5s", _at_least(0.1),
+    "heartbeat": Setting("5s", _between(0.1),
                          "how often a worker shows that it lives"),
-    "lease": Setting("30s", _at_least(1),
+    "lease": Setting("30s", _between(1),
                      "one silent for this long (3 heartbeats at least) loses its jobs"),
     "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
                            "lost runs after which a job is dead"),
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
     "on-dead": Setting("none", _off_or(str), "shell command after each death"),
     "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
-    "priority-ageing": Setting("none", _off_or(_at_least(1)),
+    "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
                                "a waiting job counts one priority higher after each"),
 }
-# Keys of the contract whose behaviour is not built yet: not offered until they work.
-UNBUILT = ("retention-completed", "retention-dead", "on-completed", "on-dead",
-           "on-idle", "priority-ageing")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -826,9 +880,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def setting_key(key: str) -> str:
     """The key as the table has it, from either spelling; else NoSuchSetting."""
     name = key.replace("_", "-")
-    offered = [known for known in SETTINGS if known not in UNBUILT]
-    if name not in offered:
-        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, offered)
+    if name not in SETTINGS:
+        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, SETTINGS)
                             or "`queuectl config list` shows them")
     return name
 
@@ -1092,6 +1145,286 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
                   done.wait_time, done.run_time)
 
 
+class CronField(NamedTuple):
+    """What one field of a cron line takes."""
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()
+
+
+CRON_FIELDS = (
+    CronField("minute", 0, 59), CronField("hour", 0, 23),
+    CronField("day of month", 1, 31),
+    CronField("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
+                               "jul", "aug", "sep", "oct", "nov", "dec")),
+    CronField("day of week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
+CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+              "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+              "@hourly": "0 * * * *"}
+LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
+DAY = 86400             # seconds; no zone has changed its clocks twice within one
+EPOCH_DAY = EPOCH.toordinal()
+LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar, nearly
+CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
+
+
+def _cron_value(text: str, field: CronField) -> int:
+    if text.lower() in field.names:
+        return field.low + field.names.index(text.lower())
+    if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
+        return int(text)
+    names = f" or {field.names[0]} to {field.names[-1]}" if field.names else ""
+    raise InvalidValue(f"the {field.name} field does not take {text!r}",
+                       f"use {field.low} to {field.high}{names}, or *; "
+                       "lists, ranges and steps as 1,3 or 1-5 or */2")
+
+
+def _cron_span(text: str, field: CronField) -> tuple[int, int]:
+    """The ends of `*`, `1-5` or `5`."""
+    low, dash, high = text.partition("-")
+    if text == "*":
+        return field.low, field.high
+    first = _cron_value(low, field)
+    last = _cron_value(high, field) if dash else first
+    if first > last:
+        ends = field.names or (str(field.low), str(field.high))
+        raise InvalidValue(f"{text!r} in the {field.name} field runs backwards",
+                           f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
+    return first, last
+
+
+def _cron_part(text: str, field: CronField) -> range:
+    """The values of one item of a field's list: a span, or a span with a step."""
+    span, slash, step = text.partition("/")
+    first, last = _cron_span(span, field)
+    if not slash:
+        return range(first, last + 1)
+    if span != "*" and "-" not in span:
+        raise InvalidValue(f"{text!r} in the {field.name} field is a step without a "
+                           "range", f"use {span}-{field.high}/{step}")
+    most = field.high - field.low + 1   # a longer one is surely meant otherwise
+    if not re.fullmatch("[0-9]{1,2}", step) or not 1 <= int(step) <= most:
+        raise InvalidValue(f"the {field.name} field does not take the step of {text!r}",
+                           f"use 1 to {most}")
+    return range(first, last + 1, int(step))
+
+
+def _cron_texts(text: str) -> list[str]:
+    """The five fields as text."""
+    line = text.strip()
+    if line.lower() == "@reboot":
+        raise InvalidValue("'@reboot' is not a time", "put `queuectl enqueue` where "
+                           "the worker is started at boot, as in its service unit")
+    if line.startswith("@") and line.lower() not in CRON_NAMES:
+        raise InvalidValue(f"{line!r} is not a schedule",
+                           f"use {', '.join(CRON_NAMES)}")
+    texts = CRON_NAMES.get(line.lower(), line).split()
+    if len(texts) != len(CRON_FIELDS):
+        raise InvalidValue(
+            f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not 5",
+            "use minute, hour, day of month, month, day of week, as '30 2 * * mon-fri'")
+    return texts
+
+
+def parse_cron(text: str) -> Cron:
+    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
+    texts = _cron_texts(text)
+    minutes, hours, days, months, weekdays = (
+        {value for part in text.split(",") for value in _cron_part(part, field)}
+        for text, field in zip(texts, CRON_FIELDS))
+    minute, hour, day, _, weekday = (text.startswith("*") for text in texts)
+    is_either = not day and not weekday
+    if not is_either and min(days) > max(LONGEST[month - 1] for month in months):
+        raise InvalidValue(f"{text.strip()!r} never comes: no such month has a day "
+                           f"{min(days)}", "choose another day or month")
+    return Cron(*(tuple(sorted(values)) for values in (
+        minutes, hours, days, months, {weekday % 7 for weekday in weekdays})),
+        is_either, minute or hour)
+
+
+# Turns are found in two steps. The calendar alone tells on which local dates the cron
+# comes, which passes over years quickly. Around such a date the zone's clock is laid
+# out as stretches of constant offset from UTC, and each stretch is searched for local
+# minutes that match. Between two stretches the clock jumps; what then happens is, in
+# the words of cron(8) and by the numbers of its source:
+#   - a fixed time that is skipped comes at the jump; one that is repeated comes once;
+#   - a wild one follows the clock: skipped is skipped, repeated comes again
+#     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
+#   - from 3 hours forwards, or more than 3 back, the new time is used as it is.
+# What is made up at one jump is one turn, so turns are distinct moments.
+
+def _is_cron_day(cron: Cron, day: int) -> bool:
+    """Whether the cron comes on a local date, given as days since 1970."""
+    date = datetime.date.fromordinal(EPOCH_DAY + day)
+    if date.month not in cron.months:
+        return False
+    in_month = date.day in cron.days
+    in_week = date.isoweekday() % 7 in cron.weekdays
+    return in_month or in_week if cron.is_either else in_month and in_week
+
+
+def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
+    """The matching local minutes, as minutes since 1970, both ends included."""
+    return (minute
+            for day in range(first // 1440, last // 1440 + 1) if _is_cron_day(cron, day)
+            for hour in cron.hours for part in cron.minutes
+            if first <= (minute := (day * 24 + hour) * 60 + part) <= last)
+
+
+def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
+    """Seconds by which local clocks are ahead of UTC; zone None: the process's own."""
+    utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
+    offset = utc.astimezone(zone).utcoffset()
+    return round(offset.total_seconds()) if offset else 0
+
+
+def _stretches(start: int, end: int,
+               zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
+    """From, to (excluded) and offset of each time in which clocks were not changed."""
+    offset = _utc_offset(start, zone)
+    for low in range(start, end, DAY):
+        high = min(low + DAY, end)
+        if _utc_offset(high, zone) == offset:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _utc_offset(middle, zone) == offset:
+                low = middle
+            else:
+                high = middle
+        yield start, high, offset
+        start, offset = high, _utc_offset(high, zone)
+    yield start, end, offset
+
+
+def _turns(cron: Cron, after: int, until: int,
+           zone: datetime.tzinfo | None) -> Iterator[int]:
+    """The turns after one moment and up to another, in order.
+
+    It starts a day early, to know what a jump of the clock has made up or repeats.
+    """
+    near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
+    seen, turn = None, after
+    for start, end, offset in _stretches(after - DAY, until + 1, zone):
+        first, last = (start + offset) // 60, (end - 1 + offset) // 60
+        if seen is not None and first - seen in near:
+            first = seen + 1
+        seen = max(last, first - 1)
+        if start <= after:
+            first = max(first, (after + offset) // 60 + 1)
+        for minute in _cron_minutes(cron, first, last):
+            moment = max(minute * 60 - offset, start)
+            if moment > turn:
+                yield moment
+                turn = moment
+
+
+def _turns_near(cron: Cron, day: int, after: int, until: int,
+                zone: datetime.tzinfo | None) -> Iterator[int]:
+    """As `_turns`, no further from a local date than any zone can be from UTC."""
+    return _turns(cron, max(after, (day - 1) * DAY), min(until, (day + 2) * DAY), zone)
+
+
+def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
+    """The first turn after a moment, in epoch seconds.
+
+    math.inf: never, as an interval that lies where the zone always skips an hour.
+    """
+    since = math.floor(after)
+    first = since // DAY - 1
+    for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
+        if _is_cron_day(cron, day):
+            for turn in _turns_near(cron, day, since, (day + 2) * DAY, zone):
+                return float(turn)
+    return math.inf
+
+
+def last_turn_before(cron: Cron, now: float, after: float,
+                     zone: datetime.tzinfo | None = None) -> float | None:
+    """The latest turn after `after` and up to `now`, or None."""
+    since, until = math.floor(after), math.floor(now)
+    for day in range(until // DAY + 1, since // DAY - 2, -1):
+        if _is_cron_day(cron, day):
+            turns = list(_turns_near(cron, day, since, until, zone))
+            if turns:
+                return float(turns[-1])
+    return None
+
+
+def _listed(values: tuple[int, ...], show: Callable[[int], str] = str) -> str:
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`."""
+    step = values[1] - values[0] if len(values) > 4 else 1
+    if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
+        return f"{show(values[0])}, {show(values[1])} ... {show(values[-1])}"
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][-1] == value - 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(f"{show(run[0])}-{show(run[-1])}" if len(run) > 2
+                     else ", ".join(map(show, run)) for run in runs)
+
+
+def _counted(unit: str, values: tuple[int, ...]) -> str:
+    """`hour 5`, `hours 5-7`."""
+    return f"{unit}{'s' * (len(values) > 1)} {_listed(values)}"
+
+
+def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
+    """`every minute`, `every 5 minutes`; "" if the values are not so regular."""
+    step = whole // len(values)
+    if values != tuple(range(0, whole, step)) or step == whole:
+        return ""
+    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
+
+
+def _time_words(cron: Cron) -> str:
+    minutely = _every(cron.minutes, 60, "minute")
+    hourly = _every(cron.hours, 24, "hour")
+    if cron.minutes == (0,) and hourly:
+        return hourly
+    if len(cron.minutes) * len(cron.hours) <= 4:
+        return "at " + ", ".join(f"{hour:02}:{minute:02}"
+                                 for hour in cron.hours for minute in cron.minutes)
+    words = minutely or f"at {_counted('minute', cron.minutes)}"
+    if hourly == "every hour":
+        return words if minutely else f"{words} of every hour"
+    return f"{words} of {_counted('hour', cron.hours)}"
+
+
+def _day_words(cron: Cron) -> str:
+    def weekday(number: int) -> str:
+        """Its name, as in `Mon`; 7 is Sunday as well."""
+        return CRON_FIELDS[4].names[number % 7].title()
+    in_week = _listed(tuple(sorted(day or 7 for day in cron.weekdays)), weekday)
+    month = _listed(cron.months,
+                    lambda number: CRON_FIELDS[3].names[number - 1].title())
+    in_year = "" if len(cron.months) == 12 else month
+    in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
+    if cron.is_either:
+        return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
+    if len(cron.days) < 31:
+        return f"on {in_month}" + (f" if {in_week}" if len(cron.weekdays) < 7 else "")
+    words = f"on {in_week}" if len(cron.weekdays) < 7 else "every day"
+    return f"{words} in {in_year}" if in_year else words
+
+
+def cron_words(cron: Cron) -> str:
+    """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
+    times, days = _time_words(cron), _day_words(cron)
+    if days.startswith("every day") and not re.match("at [0-9]", times):
+        days = days[len("every day"):].strip()
+    return f"{times} {days}".strip()
+
+
+def turn_after(cron: str, now: float) -> str | None:
+    """The first turn of a cron line after a moment, as stored; None: never again."""
+    turn = next_turn(parse_cron(cron), now)
+    return None if turn == math.inf else iso(turn)
+
+
 # ---- 4 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
 
@@ -1212,6 +1545,9 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
         "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
+# What a person may change while a job waits.
+EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
+SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
@@ -1341,6 +1677,8 @@ ORDERS = {
     "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
     "finished": Order("finished_at DESC, seq DESC",
                       lambda job: (job.finished_at or "", job.seq), True),
+    "ended":    Order("finished_at, seq",
+                      lambda job: (job.finished_at or "", job.seq)),
     "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
     "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
 }
@@ -1549,27 +1887,42 @@ class Sql:
            AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
         """
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
-    LIST = "SELECT * FROM jobs WHERE seq < :before"
-    LIST_SORTED = "SELECT * FROM jobs WHERE +seq < :before"     # not by that index
+    JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+    LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
+    BEFORE_SEQ = "FROM jobs WHERE seq < :before"
+    BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
     FILTERS = {
         "state": "state = :state",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
         "search": r"(command LIKE :search ESCAPE '\' OR id LIKE :search ESCAPE '\')",
         "ended_before": "finished_at < :ended_before",
+        "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
     }
     PAGE = "LIMIT :limit"
 
     @classmethod
     def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
         """A statement of constant parts, for the filters that have values."""
-        clauses = [cls.LIST if order.startswith("seq") else cls.LIST_SORTED]
+        from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
+        where = cls._fitting(from_jobs, state, values)
+        return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
+
+    @classmethod
+    def counting(cls, state: str | None, values: Mapping[str, Any]) -> str:
+        """As `listing`, for the number of jobs that fit."""
+        return f"{cls.COUNT} {cls._fitting(cls.BEFORE_SEQ, state, values)}"
+
+    @classmethod
+    def _fitting(cls, from_jobs: str, state: str | None,
+                 values: Mapping[str, Any]) -> str:
+        clauses = [from_jobs]
         if state is not None:
             clauses.append(cls.FILTERS["state"])
         if state in OVER:       # the literals of jobs_by_end
             clauses.append("gate IS NULL AND claim IS NULL")
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
-        return f"{' AND '.join(clauses)} ORDER BY {order} {cls.PAGE}"
+        return " AND ".join(clauses)
 
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
@@ -1591,7 +1944,12 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
-    DUE_AT = "SELECT MIN(run_at) FROM jobs WHERE gate = 'time'"
+    DUE_AT = """
+        SELECT MIN(at)
+          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
+                 UNION ALL
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0)
+        """
 
     # The one statement that changes a state. State alone would let a late worker end
     # a later claim; the claim's number is the fence (I1, I3).
@@ -1628,12 +1986,12 @@ class Sql:
          WHERE events.job = :job
          ORDER BY events.seq
         """
-
-    EVENTS_SINCE = """
+    EVENTS_AFTER = """
         SELECT jobs.id, "from", "to", at, reason, events.seq
           FROM events
           JOIN jobs ON jobs.seq = events.job
-         WHERE events.seq > :seq
+         WHERE events.seq > :after
+           AND at >= :since
            AND (:queue IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq
          LIMIT :limit
@@ -1657,6 +2015,22 @@ class Sql:
            AND jobs.gate IS NOT NULL
         """
     SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
+    EDIT = """
+        UPDATE jobs
+           SET command = :command, priority = :priority, run_at = :run_at,
+               max_retries = :max_retries, timeout = :timeout, queue = :queue,
+               gate = :gate, rank = :rank, updated_at = :updated_at
+         WHERE seq = :seq
+           AND gate IS NOT NULL
+        """
+    # As `rank_of` has it; a whole second is 1000, a day 86400000 of these.
+    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
+    RANK_BY_AGE = """
+        UPDATE jobs
+           SET rank = CAST(ROUND((julianday(run_at) - 2440587.5) * 86400000) AS INTEGER)
+                      - priority * :worth
+         WHERE gate IS NOT NULL
+        """
 
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
@@ -1716,6 +2090,7 @@ class Sql:
     ANY_OPEN = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
+            OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
         """
     BEFORE = """
         SELECT COUNT(*)
@@ -1757,16 +2132,42 @@ class Sql:
     MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
 
     QUEUES = "SELECT name, paused, job_limit FROM queues"
-    PAUSE = """
+    SET_PAUSED = """
         INSERT INTO queues (name, paused)
         VALUES (:name, :paused)
             ON CONFLICT (name) DO UPDATE SET paused = excluded.paused
         """
-    SCHEDULES = """
-        SELECT name, cron, job, paused, next_run, last_run
-          FROM schedules
-         ORDER BY name
+    SET_LIMIT = """
+        INSERT INTO queues (name, job_limit)
+        VALUES (:name, :job_limit)
+            ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
         """
+    FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
+
+    # Schedules: few; the turn that is taken is the one that is written (one a turn).
+    INSERT_SCHEDULE = """
+        INSERT INTO schedules (name, cron, job, created_at, next_run)
+        VALUES (:name, :cron, :job, :created_at, :next_run)
+        """
+    SCHEDULES = "SELECT * FROM schedules ORDER BY name"
+    SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
+    SCHEDULES_DUE = """
+        SELECT *
+          FROM schedules
+         WHERE paused = 0
+           AND (next_run <= :now OR last_run > :ahead)
+        """
+    SET_TURN = """
+        UPDATE schedules
+           SET next_run = :next_run, last_run = :last_run, last_job = :last_job
+         WHERE name = :name
+        """
+    PAUSE_SCHEDULE = """
+        UPDATE schedules
+           SET paused = :paused, next_run = :next_run
+         WHERE name = :name
+        """
+    DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
     # Pools.
     INSERT_WORKER = """
@@ -1829,6 +2230,14 @@ class Sql:
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
+        """
+    OVER_EVER = """
+        SELECT kind, SUM(n)
+          FROM tallies
+         WHERE minute = 0
+           AND kind IN ('complete', 'bury', 'cancel')
+           AND (:queue IS NULL OR queue = :queue)
+         GROUP BY kind
         """
 
     TALLIES_BY_MINUTE = """
@@ -2310,6 +2719,13 @@ class Store:
         """The change that this transaction has noted and not written yet."""
         return self._counts.get((queue, state), 0)
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """The number of jobs by queue and state, with what this transaction noted."""
+        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
+        for key, change in self._counts.items():
+            counts[key] = counts.get(key, 0) + change
+        return counts
+
     def tally(self, now: float, queue: str, kind: str, change: int = 1,
               value: float | None = None) -> None:
         """Note that something happened `change` times, or once for `value` seconds."""
@@ -2372,6 +2788,11 @@ class Store:
         """The rows of all pools, dead or alive."""
         return [Worker(*row)._replace(queues=_words(row[7]))
                 for row in self.rows(Sql.WORKERS)]
+
+    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
+        """The schedules a statement selects, by default all."""
+        return [Schedule(*row)._replace(job=json.loads(row[2]), paused=bool(row[3]))
+                for row in self.rows(sql, **values)]
 
     def settings(self) -> Settings:
         """The configuration in force; parsed anew only if it was changed."""
@@ -2648,93 +3069,6 @@ def gate_of(store: Store, job: Job, now: float) -> str:
     return TIMED if job.run_at > iso(now) else OPEN
 
 
-def _moved(store: Store, change: Change, now: float) -> Job:
-    """The job as it will stand; WrongState if the verb does not apply to it."""
-    verb, before, after, _ = change
-    step = MOVES[verb]
-    if before.state not in step.sources:
-        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
-                         "it must be " + " or ".join(step.sources))
-    is_run = step.target == PROCESSING
-    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
-                           claim=after.claim if is_run else None,
-                           worker=after.worker if is_run else None)
-    if step.target in WAITING:
-        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
-            after.priority, after.run_at, store.settings()))
-    return after
-
-
-def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
-    """Why jobs could not wait again: another one has the unique key."""
-    for job in jobs:
-        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
-            if holder.seq != job.seq:
-                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
-                             f"unique key {job.unique!r} and is not over",
-                             "wait for that job, or cancel it")
-    return InUse("two of these jobs have the same unique key", "name one of them")
-
-
-def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
-    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
-    try:
-        changed = store.many(Sql.MOVE, [
-            {**job._asdict(), "source": before.state, "held": before.claim}
-            for (_, before, _, _), job in zip(changes, jobs)])
-    except sqlite3.IntegrityError:
-        raise _taken_key(store, jobs) from None
-    assert changed == len(jobs), f"the fence failed for one of {changes}"
-
-
-def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
-    """The waiting jobs that come after these."""
-    return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
-
-
-def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Let the jobs go on that came after these; or hold them, if these run again."""
-    for dependent in _dependents(store, jobs) if jobs else ():
-        gate = gate_of(store, dependent, now)
-        if gate != dependent.gate:
-            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
-
-
-def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
-    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
-    jobs = [_moved(store, change, now) for change in changes]
-    _write_moves(store, changes, jobs)
-    store.many(Sql.INSERT_EVENT, [
-        {"job": job.seq, "source": change.before.state, "target": job.state,
-         "at": job.updated_at,
-         "reason": None if change.reason in ("", MOVES[change.verb].because)
-         else change.reason}
-        for change, job in zip(changes, jobs)])
-    for change, job in zip(changes, jobs):
-        store.count(job.queue, change.before.state, -1)
-        store.count(job.queue, job.state, +1)
-        if change.verb in TALLIED:
-            store.tally(now, job.queue, change.verb)
-    _regate_dependents(store, [
-        job for change, job in zip(changes, jobs)
-        if COMPLETED in (change.before.state, job.state)], now)
-    return jobs
-
-
-def remove(store: Store, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; InUse if another needs it."""
-    if job.state == PROCESSING:
-        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
-    needing = _dependents(store, [job])
-    if needing and job.state != COMPLETED:
-        raise InUse(f"{needing[0].id} waits for {job.id}",
-                    f"`queuectl cancel {needing[0].id}` first")
-    for statement in Sql.DELETE_JOB:
-        store.do(statement, {"seq": job.seq})
-    store.count(job.queue, job.state, -1)
-    store.tally(now, job.queue, "delete")
-
-
 def _blocked_if(job: Job, blocked: set[int]) -> Job:
     return job._replace(gate=BLOCKED) if job.seq in blocked else job
 
@@ -2878,6 +3212,171 @@ class Batch:
             store.tally(self._now, job.queue, "enqueue")
 
 
+def _moved(store: Store, change: Change, now: float) -> Job:
+    """The job as it will stand; WrongState if the verb does not apply to it."""
+    verb, before, after, _ = change
+    step = MOVES[verb]
+    if before.state not in step.sources:
+        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
+                         "it must be " + " or ".join(step.sources))
+    is_run = step.target == PROCESSING
+    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
+                           claim=after.claim if is_run else None,
+                           worker=after.worker if is_run else None)
+    if step.target in WAITING:
+        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
+            after.priority, after.run_at, store.settings()))
+    return after
+
+
+def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
+    """Why jobs could not wait again: another one has the unique key."""
+    for job in jobs:
+        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
+            if holder.seq != job.seq:
+                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
+                             f"unique key {job.unique!r} and is not over",
+                             "wait for that job, or cancel it")
+    return InUse("two of these jobs have the same unique key", "name one of them")
+
+
+def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
+    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
+    try:
+        changed = store.many(Sql.MOVE, [
+            {**job._asdict(), "source": before.state, "held": before.claim}
+            for (_, before, _, _), job in zip(changes, jobs)])
+    except sqlite3.IntegrityError:
+        raise _taken_key(store, jobs) from None
+    assert changed == len(jobs), f"the fence failed for one of {changes}"
+
+
+def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
+    """The waiting jobs that come after these."""
+    return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
+
+
+def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
+    """Let the jobs go on that came after these; or hold them, if these run again."""
+    for dependent in _dependents(store, jobs) if jobs else ():
+        gate = gate_of(store, dependent, now)
+        if gate != dependent.gate:
+            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+
+
+def _hook(command: str, job: Job, folder: str) -> Spec:
+    """The job of a hook: a shell command that is told of another job by variables."""
+    return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
+        "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+        "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
+        "QUEUECTL_ERROR": job.error or ""})
+
+
+def _is_idle(store: Store) -> bool:
+    """Whether no job is left to do; those of hooks do not count."""
+    return not any(n > 0 for (queue, state), n in store.counts().items()
+                   if queue != HOOKS_QUEUE and state not in OVER)
+
+
+def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
+    """Enqueue what the configuration wants to follow these changes."""
+    settings = store.settings()
+    commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
+    if not (any(commands.values()) or settings.on_idle):
+        return
+    jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
+    wanted = [(commands.get(job.state), job) for job in jobs]
+    if jobs and settings.on_idle and _is_idle(store):
+        wanted.append((settings.on_idle, jobs[-1]))
+    Batch(store, now).add([_hook(command, job, os.path.dirname(store.path))
+                           for command, job in wanted if command])
+
+
+def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
+    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
+    jobs = [_moved(store, change, now) for change in changes]
+    _write_moves(store, changes, jobs)
+    store.many(Sql.INSERT_EVENT, [
+        {"job": job.seq, "source": change.before.state, "target": job.state,
+         "at": job.updated_at,
+         "reason": None if change.reason in ("", MOVES[change.verb].because)
+         else change.reason}
+        for change, job in zip(changes, jobs)])
+    for change, job in zip(changes, jobs):
+        store.count(job.queue, change.before.state, -1)
+        store.count(job.queue, job.state, +1)
+        if change.verb in TALLIED:
+            store.tally(now, job.queue, change.verb)
+    _regate_dependents(store, [
+        job for change, job in zip(changes, jobs)
+        if COMPLETED in (change.before.state, job.state)], now)
+    _add_hooks(store, jobs, now)
+    return jobs
+
+
+def remove(store: Store, job: Job, now: float) -> None:
+    """Delete a job that is not running, with its history; InUse if another needs it."""
+    if job.state == PROCESSING:
+        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
+    needing = _dependents(store, [job])
+    if needing and job.state != COMPLETED:
+        raise InUse(f"{needing[0].id} waits for {job.id}",
+                    f"`queuectl cancel {needing[0].id}` first")
+    for statement in Sql.DELETE_JOB:
+        store.do(statement, {"seq": job.seq})
+    store.count(job.queue, job.state, -1)
+    store.tally(now, job.queue, "delete")
+
+
+def edit(store: Store, before: Job, after: Job, now: float) -> Job:
+    """Write what a person has changed in a waiting job; WrongState for any other."""
+    if before.gate is None:
+        raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
+                         "it must be " + " or ".join(WAITING))
+    after = after._replace(
+        updated_at=iso(now), gate=gate_of(store, after, now),
+        rank=rank_of(after.priority, after.run_at, store.settings()))
+    store.do(Sql.EDIT, after._asdict())
+    store.count(before.queue, before.state, -1)
+    store.count(after.queue, after.state, +1)
+    return after
+
+
+def rerank(store: Store) -> None:
+    """Give all waiting jobs their place anew, after a change of priority-ageing."""
+    ageing = store.settings().priority_ageing
+    if ageing is None:
+        store.do(Sql.RANK_BY_PRIORITY, {})
+    else:
+        store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
+
+
+def _is_over(store: Store, seq: int | None) -> bool:
+    """Whether a schedule's last job is over; also if there is none any more."""
+    found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
+    return all(job.state in OVER for job in found)
+
+
+def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
+    """Take a schedule's turn, unless its last job is not over; what was added.
+
+    A clock that was far ahead has left turns far ahead: these are reckoned anew.
+    Debian's cron(8) holds a change of three hours or more for a correction, too.
+    """
+    jobs: list[Job] = []
+    last_run, last_job = schedule.last_run, schedule.last_job
+    is_due = schedule.next_run is not None and schedule.next_run <= iso(now)
+    if is_due and _is_over(store, schedule.last_job):
+        jobs = Batch(store, now).add([spec_of(schedule.job, now)])
+        last_job = jobs[0].seq
+    if jobs or not is_due:
+        last_run = iso(now)
+    store.do(Sql.SET_TURN, {
+        "name": schedule.name, "last_run": last_run, "last_job": last_job,
+        "next_run": turn_after(schedule.cron, now)})
+    return jobs
+
+
 # ---- 9 Queue -----------------------------------------------------------------
 
 def current_directory() -> str:
@@ -2889,6 +3388,33 @@ def current_directory() -> str:
     except UnicodeError:
         raise InvalidJob("cwd", "the current directory's name is not UTF-8",
                          "give a cwd") from None
+
+
+def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
+    """How far some jobs are: those just seen, and those that are over."""
+    states = [job.state for job in seen]
+    completed = sum(job.state == COMPLETED for job in over.values())
+    return Progress(sum(state in WAITING for state in states),
+                    states.count(PROCESSING), completed, len(over) - completed)
+
+
+def _states(state: str | Sequence[str]) -> list[str | None]:
+    """The states that are asked for, each once; [None]: any. InvalidValue."""
+    states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
+    for name in states:
+        if name not in STATES:
+            raise InvalidValue(f"there is no state {name!r}",
+                               nearest(name, STATES) or "use " + ", ".join(STATES))
+    return [*states] or [None]
+
+
+def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of filters, as the statements take them."""
+    values = {"before": END_OF_TIME, **{
+        key: value for key, value in filters.items() if value is not None}}
+    if "search" in values:
+        values["search"] = like_pattern(values["search"])
+    return values
 
 
 class Queue:
@@ -2954,23 +3480,20 @@ class Queue:
         """
         if sort not in ORDERS:
             raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
-        for name in states:
-            if name not in STATES:
-                raise InvalidValue(f"there is no state {name!r}",
-                                   nearest(name, STATES) or "use " + ", ".join(STATES))
-        values = {"before": END_OF_TIME, "limit": limit or -1, **{
-            key: value for key, value in filters.items() if value is not None}}
-        if "search" in values:
-            values["search"] = like_pattern(values["search"])
+        values, states = _bound(filters), _states(state)
         # One indexed read a state; together they are put in order anew.
-        every: list[str | None] = [*states] or [None]
-        found = [job for name in every
+        found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
-                                            state=name, **values)]
+                                            state=name, limit=limit or -1, **values)]
         if len(states) > 1:
             found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
         return found[:limit or None]
+
+    def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
+        """How many jobs fit; filters as in `jobs`."""
+        values = _bound(filters)
+        return sum(self.store.rows(Sql.counting(name, values), state=name,
+                                   **values)[0][0] for name in _states(state))
 
     def pages(self, limit: int = 0, **filters: Any) -> Iterator[Job]:
         """As `jobs`, newest first, read by the thousand to spare memory."""
@@ -3016,17 +3539,22 @@ class Queue:
                 for id, source, target, at, reason
                 in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
 
-    def events_since(self, seq: int, limit: int = PAGE_SIZE,
-                     queue: str | None = None) -> list[Event]:
-        """The changes of state after that one, of all jobs, oldest first."""
-        return [Event(id, source, target, at, reason or usual_reason(source, target), n)
-                for id, source, target, at, reason, n in self.store.rows(
-                    Sql.EVENTS_SINCE, seq=seq, limit=limit, queue=queue)]
+    def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
+                     queue: str | None = None, since: str = "") -> list[Event]:
+        """The changes after the `seq`-th, oldest first; `since` is a stored time.
+
+        Those of a job go when it is deleted. A commit's come after those of all earlier
+        commits, so the last one's `seq` is the place to go on from.
+        """
+        return [Event(id, source, target, at, reason or usual_reason(source, target),
+                      number)
+                for id, source, target, at, reason, number in self.store.rows(
+                    Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
-        """The number of the newest change of state; 0: there was none yet."""
+        """The `seq` of the latest change of all; 0: there was none yet."""
         row = self.store.row(Sql.LAST_EVENT)
-        return row[0] if row else 0
+        return int(row[0]) if row else 0
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """How many jobs there are in each state."""
@@ -3042,6 +3570,90 @@ class Queue:
         paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
         return Status(self.counts(), self.workers(), paused, due[0] if due else None,
                       self.path)
+
+    def queues(self) -> list[QueueView]:
+        """The queues that have jobs, a limit or a pause; the default one always."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, state, n in self.store.rows(Sql.COUNTS):
+            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
+        known = {name: (bool(paused), limit)
+                 for name, paused, limit in self.store.rows(Sql.QUEUES)}
+        names = sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})
+        return [QueueView(name, *known.get(name, (False, 0)), counts.get(
+            name, dict.fromkeys(STATES, 0))) for name in names]
+
+    def progress(self, queue: str | None = None) -> Progress:
+        """How far the jobs of a queue, or of all, have come."""
+        counts = self.counts(queue)
+        over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
+        return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
+                        over.get("complete", 0),
+                        over.get("bury", 0) + over.get("cancel", 0))
+
+    def await_change(self, seen: int, timeout: float) -> int:
+        """Wait until another process has committed something, so many seconds at most.
+
+        `seen` is what `store.changes()` said before the last read; the number now.
+        """
+        end = time.monotonic() + timeout
+        while self.store.changes() == seen and time.monotonic() < end:
+            time.sleep(min(WATCH_TICK, max(0.0, end - time.monotonic())))
+        return self.store.changes()
+
+    def wait(self, *job_ids: str, timeout: float | None = None,
+             tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
+        """Return when these jobs are over, as they are then.
+
+        NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
+        not there (any more). `tell` hears how far they are, whenever that changes.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        jobs = dict.fromkeys(job_ids, None)
+        over: dict[str, Job] = {}
+        while True:
+            seen, began = self.store.changes(), time.monotonic()
+            left = [job for job in self._named([id for id in jobs if id not in over])]
+            over.update((job.id, job) for job in left if job.state in OVER)
+            tell(_progress_of(left, over))
+            if len(over) == len(jobs):
+                return [over[job_id] for job_id in jobs]
+            now = time.monotonic()
+            if now >= end:
+                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs are "
+                                  "not over yet", "wait longer, or look at `list`")
+            # To look at very many must not become all that this machine does.
+            time.sleep(min(5 * (now - began), max(0.0, end - now)))
+            self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
+
+    def _named(self, job_ids: Sequence[str]) -> list[Job]:
+        """The jobs of these ids, in their order; NoSuchJob."""
+        found = {job.id: job for job in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
+        for job_id in job_ids:
+            if job_id not in found:
+                raise NoSuchJob(job_id)
+        return [found[job_id] for job_id in job_ids]
+
+    def wait_all(self, queue: str | None = None, timeout: float | None = None,
+                 tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+        """Return when no job (of the queue) is left; what came of them meanwhile.
+
+        NotFinished after `timeout` seconds (None: never).
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        first = self.progress(queue)
+        while True:
+            seen = self.store.changes()
+            now = self.progress(queue)
+            since = now._replace(completed=now.completed - first.completed,
+                                 unwell=now.unwell - first.unwell)
+            tell(since)
+            if not now.left:
+                return since
+            if time.monotonic() >= end:
+                raise NotFinished(f"{now.left} jobs are not over yet",
+                                  "wait longer, or look at `list`")
+            self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not."""
@@ -3068,16 +3680,7 @@ class Queue:
         """Why a waiting job does not run, in words; nothing for any other."""
         if job.gate is None:
             return []
-        reasons = self._blocking(job)
-        if job.gate == TIMED:
-            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
-                if job.state == FAILED else ""
-            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
-        pools = [view.worker for view in self.workers()]
-        if not pools:
-            reasons.append("no worker is running")
-        elif not any(not w.queues or job.queue in w.queues for w in pools):
-            reasons.append(f"no worker takes queue `{job.queue}`")
+        reasons = self._hindrances(job, self._scene())
         if not reasons:
             row = self.store.row(Sql.BEFORE, rank=job.rank, run_at=job.run_at,
                                  seq=job.seq)
@@ -3085,21 +3688,44 @@ class Queue:
             reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
         return reasons
 
-    def _blocking(self, job: Job) -> list[str]:
-        """The unfinished jobs it comes after; its queue's pause and limit."""
-        reasons = []
-        for needed in job.after if job.gate == BLOCKED else ():
-            found = self.store.jobs(Sql.JOB, id=needed)
-            state = found[0].state if found else "deleted"
-            if state != COMPLETED:
-                reasons.append(f"after {needed} ({state})")
-        for name, paused, limit in self.store.rows(Sql.QUEUES):
-            if name in (job.queue, EVERY_QUEUE) and paused:
-                reasons.append("all queues are paused" if name == EVERY_QUEUE
-                               else f"queue `{name}` is paused")
-            if name == job.queue and limit and self.counts(name)[PROCESSING] >= limit:
-                reasons.append(f"queue `{name}` is at its limit {limit}")
+    def why_waiting(self, jobs: Iterable[Job]) -> dict[str, str]:
+        """As `waiting_for`, in a line for each of many: what hinders it, by its id."""
+        scene = self._scene()
+        return {job.id: ", ".join(self._hindrances(job, scene)) or "waits for a slot"
+                for job in jobs if job.gate is not None}
+
+    def _scene(self) -> Scene:
+        return Scene([view.worker for view in self.workers()],
+                     {view.name: view for view in self.queues()},
+                     any(name == EVERY_QUEUE and paused
+                         for name, paused, _ in self.store.rows(Sql.QUEUES)))
+
+    def _hindrances(self, job: Job, scene: Scene) -> list[str]:
+        """What keeps it from running, whatever else waits."""
+        reasons = self._needs_of(job)
+        if scene.all_paused:
+            reasons.append("all queues are paused")
+        queue = scene.queues.get(job.queue)
+        if queue and queue.paused:
+            reasons.append(f"queue `{job.queue}` is paused")
+        if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
+            reasons.append(f"queue `{job.queue}` is at its limit {queue.limit}")
+        if job.gate == TIMED:
+            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
+                if job.state == FAILED else ""
+            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
+        if not scene.pools:
+            reasons.append("no worker is running")
+        elif not any(not w.queues or job.queue in w.queues for w in scene.pools):
+            reasons.append(f"no worker takes queue `{job.queue}`")
         return reasons
+
+    def _needs_of(self, job: Job) -> list[str]:
+        """The jobs it comes after that are not completed."""
+        needed = {one.id: one.state for one in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
+        return [f"after {job_id} ({needed.get(job_id, 'deleted')})"
+                for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
@@ -3127,28 +3753,6 @@ class Queue:
             found[minute].append(tuple(tally))
         return [minute_of(minute, rows) for minute, rows in found.items()]
 
-    def queues(self) -> list[QueueView]:
-        """All queues that have jobs, a pause or a limit, by name."""
-        counts: dict[str, dict[str, int]] = {}
-        for name, state, n in self.store.rows(Sql.COUNTS):
-            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
-        marks = {name: (bool(paused), limit) for name, paused, limit
-                 in self.store.rows(Sql.QUEUES) if name != EVERY_QUEUE}
-        return [QueueView(name, *marks.get(name, (False, 0)),
-                          counts.get(name) or dict.fromkeys(STATES, 0))
-                for name in sorted(counts.keys() | marks.keys())]
-
-    def schedules(self) -> list[Schedule]:
-        """The recurring jobs, by name."""
-        found = []
-        for name, cron, job, paused, next_run, last_run in self.store.rows(
-                Sql.SCHEDULES):
-            fields = json.loads(job)
-            found.append(Schedule(name, cron, fields["command"],
-                                  fields.get("queue", DEFAULT_QUEUE), bool(paused),
-                                  next_run, last_run))
-        return found
-
     def scrape(self) -> Scrape:
         """What the metrics tell, read in one snapshot."""
         now = self.clock()
@@ -3165,20 +3769,6 @@ class Queue:
 
     # Changing.
 
-    def pause(self, queue: str | None = None) -> None:
-        """Let no more jobs of that queue, or of any, be claimed."""
-        self._set_paused(queue, True)
-
-    def resume(self, queue: str | None = None) -> None:
-        """Let the jobs of that queue, or of all, be claimed again."""
-        self._set_paused(queue, False)
-
-    def _set_paused(self, queue: str | None, is_paused: bool) -> None:
-        with self.store.transaction() as store:
-            store.do(Sql.PAUSE, {"name": queue or EVERY_QUEUE,
-                                 "paused": int(is_paused)})
-        self.wake(NEW_ORDERS)
-
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none.
 
@@ -3190,15 +3780,13 @@ class Queue:
         self.wake(NEW_JOBS)
         return jobs
 
-    def retry_dead(self, *job_ids: str, queue: str | None = None,
-                   search: str | None = None) -> list[Job]:
-        """Put dead jobs back: those named, or without names all that fit and whose
-        unique key nobody has taken since.
+    def retry_dead(self, *job_ids: str) -> list[Job]:
+        """Put these dead jobs back, all or none; WrongState for one that is not dead.
+
+        See `sweep` for all that fit.
         """
         with self.store.transaction() as store:
-            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)] \
-                if job_ids else \
-                self._free_dead(self.jobs(DEAD, queue=queue, search=search))
+            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in dead:
                 if job.state != DEAD:
                     raise WrongState(f"{job.id} is {job.state}, not dead",
@@ -3206,18 +3794,6 @@ class Queue:
             jobs = self._retry(dead)
         self.wake(NEW_JOBS)
         return jobs
-
-    def _free_dead(self, dead: Iterable[Job]) -> list[Job]:
-        """Those that may wait again: of a unique key the newest, if no other has it."""
-        free, taken = [], set()
-        for job in dead:
-            if job.unique is not None and job.unique not in taken:
-                taken.add(job.unique)
-                if self.store.row(Sql.JOB_BY_UNIQUE, unique=job.unique) is None:
-                    free.append(job)
-            elif job.unique is None:
-                free.append(job)
-        return free
 
     def _retry(self, jobs: Sequence[Job]) -> list[Job]:
         now = self.clock()
@@ -3255,27 +3831,179 @@ class Queue:
                 remove(store, job, now)
         return jobs
 
-    def purge_dead(self, older_than: float = 0) -> int:
-        """Delete jobs that have been dead for that many seconds; how many.
+    def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
+        """Change waiting jobs: all of them or none; those of EDITABLE, by name.
 
-        In small transactions, so that nobody waits long for the lock. Jobs that
-        others wait for stay.
+        Raises NoSuchJob, InvalidJob (with the `key` at fault), and WrongState for a job
+        that runs or is over.
         """
-        now, deleted, kept = self.clock(), 0, 0
-        limit = iso(now - older_than + 0.001)
+        now = self.clock()
+        for key in fields:
+            if key not in EDITABLE:
+                raise InvalidJob(key, f"{key} cannot be edited",
+                                 "these can: " + ", ".join(EDITABLE))
+        changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
+        if "delay" in changes:
+            changes["run_at"] = now + changes.pop("delay")
+        if "run_at" in changes:
+            changes["run_at"] = iso_up(changes["run_at"])
+        with self.store.transaction() as store:
+            now = self.clock()  # now: the wait for the lock may have been long
+            jobs = [edit(store, job, job._replace(**changes), now)
+                    for job in map(store.job, dict.fromkeys(job_ids))]
+        self.wake(NEW_JOBS)
+        return jobs
+
+    def sweep(self, verb: str, state: str | Sequence[str] = (),
+              older_than: float | None = None, **filters: Any) -> Iterator[list[Job]]:
+        """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions.
+
+        After each come the jobs that it has changed: so others are never kept waiting
+        for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
+        are passed over: those that run (unless they are to be cancelled), those whose
+        unique key another has, those that others wait for. `older_than`: only those
+        that have been over for so many seconds. Filters as in `jobs`.
+        """
+        change = {"retry": self._retry_free, "cancel": self._cancel_all,
+                  "delete": self._delete_free}[verb]
+        sort, found = "newest", list[Job]()
+        if older_than is not None:
+            sort = "ended"
+            filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
-            with self.store.transaction() as store:
-                batch = self.jobs(DEAD, "oldest", REMOVE_BATCH + kept,
-                                  ended_before=limit)[kept:]
-                for job in batch:
-                    try:
-                        remove(store, job, now)
-                        deleted += 1
-                    except InUse:
-                        kept += 1
-            if len(batch) < REMOVE_BATCH:
-                return deleted
-            time.sleep(REMOVE_PAUSE)
+            with self.store.transaction():
+                found = self.jobs(state, sort, SWEEP_BATCH, **filters)
+                changed = change(found)
+            if changed:
+                self.wake(NEW_ORDERS)
+                yield changed
+            if len(found) < SWEEP_BATCH:
+                return
+            if sort == "newest":
+                filters["before"] = found[-1].seq
+            else:
+                filters["ended_at"] = found[-1].finished_at
+                filters["ended_seq"] = found[-1].seq
+            time.sleep(SWEEP_PAUSE)
+
+    def _retry_free(self, jobs: Iterable[Job]) -> list[Job]:
+        """Retry those that may wait again: of a unique key the newest, if it is free.
+        """
+        free, taken = list[Job](), set[str]()
+        for job in jobs:
+            if job.unique is None:
+                free.append(job)
+            elif job.unique not in taken:
+                taken.add(job.unique)
+                holders = self.store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)
+                free += [job] if all(one.seq == job.seq for one in holders) else []
+        return self._retry([job for job in free if job.state != PROCESSING])
+
+    def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
+        now = self.clock()
+        return [self._cancel(job, now) for job in jobs if job.state not in OVER]
+
+    def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
+        """Delete those that nothing needs: not running, and no other waits for them."""
+        now, deleted = self.clock(), list[Job]()
+        for job in jobs:
+            with contextlib.suppress(InUse, WrongState):
+                remove(self.store, job, now)
+                deleted.append(job)
+        return deleted
+
+    # Queues.
+
+    def pause(self, *queues: str) -> None:
+        """Claim no more from these queues, or from any if none is named."""
+        self._set_paused(queues, True)
+
+    def resume(self, *queues: str) -> None:
+        """Claim again from these queues; without names, end the pause of all."""
+        self._set_paused(queues, False)
+
+    def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
+        names = [_check_name("queue", queue, 0.0) for queue in queues] or [EVERY_QUEUE]
+        with self.store.transaction() as store:
+            for name in names:
+                store.do(Sql.SET_PAUSED, {"name": name, "paused": paused})
+            store.do(Sql.FORGET_QUEUES, {})
+        self.wake(NEW_JOBS)
+
+    def limit_queue(self, queue: str, limit: int) -> None:
+        """Let at most so many jobs of a queue run at once; 0: any number."""
+        name = _check_name("queue", queue, 0.0)
+        if not 0 <= limit <= MAX_RETRIES:
+            raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
+        with self.store.transaction() as store:
+            store.do(Sql.SET_LIMIT, {"name": name, "job_limit": limit})
+            store.do(Sql.FORGET_QUEUES, {})
+        self.wake(NEW_JOBS)
+
+    # Schedules.
+
+    def schedules(self) -> list[Schedule]:
+        """All schedules, by name."""
+        return self.store.schedules()
+
+    def schedule(self, name: str) -> Schedule:
+        """The schedule of that name, else NoSuchSchedule."""
+        found = self.store.schedules(Sql.SCHEDULE, name=name)
+        if not found:
+            raise NoSuchSchedule(name, nearest(
+                name, [one.name for one in self.schedules()]))
+        return found[0]
+
+    def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
+        """Have a job enqueued at each turn of a cron line; `fields` are the job's.
+
+        Raises InvalidValue for the cron line, InvalidJob, ScheduleExists.
+        """
+        now = self.clock()
+        _check_name("name", name, now)
+        fields = {"cwd": current_directory(), **fields,
+                  "tags": [*_check_names("tags", fields.get("tags") or (), now),
+                           f"{SCHEDULE_TAG}{name}"]}
+        for key in set(fields) & {"id", "after", "run_at", "delay"}:
+            raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
+        spec_of(fields, now)
+        with self.store.transaction() as store:
+            if store.schedules(Sql.SCHEDULE, name=name):
+                raise ScheduleExists(f"there is a schedule {name!r} already",
+                                     f"`queuectl schedule remove {name}` first")
+            store.do(Sql.INSERT_SCHEDULE, {
+                "name": name, "cron": cron, "job": json.dumps(fields),
+                "created_at": iso(now), "next_run": turn_after(cron, now)})
+        self.wake(NEW_JOBS)
+        return self.schedule(name)
+
+    def remove_schedule(self, name: str) -> Schedule:
+        """Forget a schedule; its jobs stay."""
+        with self.store.transaction() as store:
+            schedule = self.schedule(name)
+            store.do(Sql.DELETE_SCHEDULE, {"name": name})
+        return schedule
+
+    def pause_schedule(self, name: str, paused: bool = True) -> Schedule:
+        """Let a schedule rest, or go on: turns of the time of rest are not made up."""
+        with self.store.transaction() as store:
+            schedule = self.schedule(name)
+            store.do(Sql.PAUSE_SCHEDULE, {
+                "name": name, "paused": paused,
+                "next_run": turn_after(schedule.cron, self.clock())})
+        self.wake(NEW_JOBS)
+        return self.schedule(name)
+
+    def run_schedule(self, name: str) -> Job:
+        """Enqueue a schedule's job now, beside its turns."""
+        with self.store.transaction() as store:
+            now, schedule = self.clock(), self.schedule(name)
+            job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
+            store.do(Sql.SET_TURN, {
+                "name": name, "next_run": schedule.next_run, "last_run": iso(now),
+                "last_job": job.seq})
+        self.wake(NEW_JOBS)
+        return job
 
     # Configuration.
 
@@ -3290,6 +4018,8 @@ class Queue:
         SETTINGS[name].parse(value)
         with self.store.transaction() as store:
             store.do(Sql.SET, {"key": name, "value": value.strip() or "none"})
+            if name == "priority-ageing":
+                rerank(store)
         self.wake(NEW_ORDERS)
 
     def reset(self, key: str) -> None:
@@ -3297,6 +4027,8 @@ class Queue:
         name = setting_key(key)
         with self.store.transaction() as store:
             store.do(Sql.UNSET, {"key": name})
+            if name == "priority-ageing":
+                rerank(store)
         self.wake(NEW_ORDERS)
 
     # Pools, from outside.
@@ -3333,6 +4065,7 @@ class Claims:
     """The promises to one pool; used by its one database thread only (I9)."""
 
     def __init__(self, queue: Queue, options: PoolOptions) -> None:
+        self._queue = queue
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._options = options
         self.worker: Worker | None = None
@@ -3417,6 +4150,7 @@ class Claims:
                     for claim, outcome in ended.items() if claim in mine], now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
+                self._fire(now)
                 behind = self._let_in(now)
                 stop = self._wish()
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
@@ -3462,6 +4196,12 @@ class Claims:
             self._store.do(Sql.INSERT_WORKER, {
                 **self.worker._asdict(), "queues": _json(self.worker.queues),
                 "heartbeat_at": iso(now)})
+
+    def _fire(self, now: float) -> None:
+        """Add the jobs of schedules whose turn has come."""
+        for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
+                                              ahead=iso(now + CLOCK_CORRECTION)):
+            fire(self._store, schedule, now)
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -3646,6 +4386,14 @@ class Claims:
             with self._store.transaction() as store:
                 for worker in dead:
                     store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+
+    def expiry(self) -> Iterator[list[Job]]:
+        """Delete what is over for longer than the configuration keeps it, in steps."""
+        settings = self._store.settings()
+        for state, kept in ((COMPLETED, settings.retention_completed),
+                            (DEAD, settings.retention_dead)):
+            if kept is not None:
+                yield from self._queue.sweep("delete", state, kept)
 
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
@@ -3886,6 +4634,15 @@ def event_object(event: Event) -> dict[str, Any]:
     """A change of state as JSON shows it."""
     return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
             "reason": event.reason}
+
+
+def schedule_object(schedule: Schedule) -> dict[str, Any]:
+    """A recurring job as JSON shows it."""
+    return {"name": schedule.name, "cron": schedule.cron,
+            "command": schedule.job["command"],
+            "queue": schedule.job.get("queue", DEFAULT_QUEUE),
+            "paused": schedule.paused, "next_run": schedule.next_run,
+            "last_run": schedule.last_run}
 
 
 def minute_object(minute: Minute) -> dict[str, Any]:
@@ -4716,6 +5473,8 @@ class Pool:
         self._orders = True     # there may be something else to read
         self._peek = False      # somebody reads along
         self._beat_at = 0.0     # monotonic: the next heartbeat
+        self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
+        self._expire_at = math.inf                      # monotonic: the next of them
         self._due_at: float | None = None               # epoch: the next due job
         self._retry_at = 0.0    # monotonic: no turn before; the last one failed
         self._failing_since: float | None = None        # monotonic: turns fail
@@ -4757,8 +5516,10 @@ class Pool:
                 if time.monotonic() >= self._beat_at:
                     self._watch()
                     self._beat_at = time.monotonic() + self._settings.heartbeat
+                    self._expiry, self._expire_at = self._claims.expiry(), 0.0
                 if has_orders:      # a new worker gives them, too
                     self._watch_peers()
+            self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
             self._complain(error)
@@ -4791,6 +5552,13 @@ class Pool:
         if not self._look:
             self._due_at = self._claims.next_due()  # what came may be for later
         return self._look
+
+    def _expire(self) -> None:
+        """One step of retention, so that jobs never wait for it long."""
+        if time.monotonic() >= self._expire_at:
+            self._expire_at = math.inf      # also if it fails: then at the next beat
+            if next(self._expiry, None):
+                self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:
         """When ends are to be recorded: at once, unless all slots have work anyway."""
@@ -4915,6 +5683,8 @@ class Pool:
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
                "QUEUECTL_SLOT": str(slot),
                "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+        if job.queue == HOOKS_QUEUE:    # it is told of the job that it follows
+            own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
@@ -5146,7 +5916,7 @@ class Pool:
         room = self._room()
         if (self._look and room) or self._orders or self._peek:
             return 0.0
-        wake_at += [self._beat_at, self._grace_ends, self._record_at(),
+        wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
                     now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
@@ -5343,9 +6113,9 @@ class WebRefusal(QueueError):
 # Refusals of the queue by their code; what is not here is no fault of the client.
 REFUSAL_STATUS = {
     "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
-    "no-such-schedule": 404, "job-exists": 409, "wrong-state": 409, "in-use": 409,
-    "invalid-job": 400, "invalid-value": 400, "usage": 400, "no-such-setting": 400,
-    "disk-full": 507}
+    "no-such-schedule": 404, "job-exists": 409, "schedule-exists": 409,
+    "wrong-state": 409, "in-use": 409, "invalid-job": 400, "invalid-value": 400,
+    "usage": 400, "no-such-setting": 400, "disk-full": 507}
 
 
 def refusal_reply(error: QueueError) -> Reply:
@@ -5551,7 +6321,7 @@ def get_queues(queue: Queue, call: Call) -> Reply:
 
 def get_schedules(queue: Queue, call: Call) -> Reply:
     """The recurring jobs."""
-    return _json_reply([one._asdict() for one in queue.schedules()])
+    return _json_reply([schedule_object(one) for one in queue.schedules()])
 
 
 def get_jobs(queue: Queue, call: Call) -> Reply:
@@ -5652,7 +6422,8 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             wanted[key] = _in_body(key, check, wanted[key])
     if ids is not None and wanted:
         raise InvalidJob("ids", "ids and a filter are both given", "give one")
-    jobs = [] if ids == () else queue.retry_dead(*(ids or ()), **wanted)
+    jobs = queue.retry_dead(*ids) if ids is not None else [
+        job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch]
     return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
 
 
@@ -5664,14 +6435,14 @@ def _named_queue(call: Call) -> str | None:
 def post_pause(queue: Queue, call: Call) -> Reply:
     """Let no more jobs start, of a queue or of any; what runs goes on."""
     name = _named_queue(call)
-    queue.pause(name)
+    queue.pause(*([name] if name else []))
     return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
 
 
 def post_resume(queue: Queue, call: Call) -> Reply:
     """Let jobs start again, of a queue or of all that are not paused themselves."""
     name = _named_queue(call)
-    queue.resume(name)
+    queue.resume(*([name] if name else []))
     return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
 
 
@@ -7145,7 +7916,7 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def _listed(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
     found = job_object(job)
     if args.show_output:
         found["output"] = _output_of(queue, job).decode("utf-8", "replace")
@@ -7161,7 +7932,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
             if len(states) > 1 or args.sort != "newest" \
             else queue.pages(limit, state=states, **filters)
-        _print_array((_listed(queue, job, args) for job in found), screen)
+        _print_array((_list_object(queue, job, args) for job in found), screen)
         return EX_OK
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
@@ -7318,13 +8089,15 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
     filters = (args.queue, args.search)
     if bool(args.ids) == (args.all or filters != (None, None)):
         raise UsageError("which dead jobs?", "give ids, or --all, --queue or --search")
-    jobs = queue.retry_dead(*args.ids, queue=args.queue, search=args.search)
+    jobs = queue.retry_dead(*args.ids) if args.ids else [
+        job for batch in queue.sweep("retry", DEAD, queue=args.queue,
+                                     search=args.search) for job in batch]
     return _say_jobs(jobs, "pending again", args, screen)
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete dead jobs."""
-    deleted = queue.purge_dead(args.older_than or 0.0)
+    deleted = sum(map(len, queue.sweep("delete", DEAD, args.older_than)))
     if args.json:
         screen.out(dumps({"deleted": deleted}))
     else:
@@ -7335,18 +8108,17 @@ def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print all settings."""
     stored = queue.store.stored_settings()
-    offered = {key: setting for key, setting in SETTINGS.items() if key not in UNBUILT}
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
                                 "default": setting.default, "meaning": setting.meaning}
-                          for key, setting in offered.items()}))
+                          for key, setting in SETTINGS.items()}))
         return EX_OK
     style = screen.style()
-    screen.out(style.paint(f"{'KEY':<15} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
-    for key, setting in offered.items():
+    screen.out(style.paint(f"{'KEY':<19} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
+    for key, setting in SETTINGS.items():
         value = stored.get(key, setting.default)
         shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
-        screen.out(f"{key:<15} {shown} {setting.default:<8} {setting.meaning}")
+        screen.out(f"{key:<19} {shown} {setting.default:<8} {setting.meaning}")
     return EX_OK
 
 

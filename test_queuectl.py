@@ -106,6 +106,11 @@ def run_cli(*argv):
     return code, out.getvalue(), err.getvalue()
 
 
+def swept(queue, verb, state=(), **filters):
+    """The ids of all jobs that a sweep has changed."""
+    return [job.id for batch in queue.sweep(verb, state, **filters) for job in batch]
+
+
 # ---- 0 Architecture ----------------------------------------------------------
 
 class Architecture(unittest.TestCase):
@@ -324,7 +329,8 @@ class Statements(TestCase):
     def statements(self):
         for name, text in vars(queuectl.Sql).items():
             if name.isupper() and isinstance(text, str) \
-                    and name not in ("SCHEMA", "PAGE"):
+                    and name not in ("SCHEMA", "LIST", "COUNT", "PAGE") \
+                    and not text.startswith("FROM"):
                 yield name, text
         for text in queuectl.Sql.DELETE_JOB:
             yield "DELETE_JOB", text
@@ -349,6 +355,8 @@ class Statements(TestCase):
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LINE QUEUE_LINE LAST_RUN RUNS RUN"),
         ("events_by_job",  "EVENTS_OF"),
+        ("autoindex_jobs", "JOBS_NAMED"),
+        ("PRIMARY KEY",    "EVENTS_AFTER"),
         ("PRIMARY KEY",    "MOVE WISH SET_GATE JOB_BY_SEQ BEGIN_RUN END_RUN SAVE_OUTPUT "
                            "RUN_BY_CLAIM DEPENDENTS BEAT WORKER_WISH TALLIES_EVER"),
         ("autoindex_jobs", "JOB SEQ_OF"),
@@ -368,15 +376,17 @@ class Statements(TestCase):
                     self.assertNotIn("TEMP B-TREE", " ".join(plan))
                     for step in plan:   # what is gone through whole is short, or one row
                         if step.startswith("SCAN"):
-                            self.assertRegex(
-                                step, "USING (COVERING )?INDEX|CONSTANT ROW|json_each")
-
+                            self.assertRegex(step, "USING (COVERING )?INDEX|"
+                                                   "CONSTANT ROW|json_each|schedules")
 
     def test_the_dead_are_listed_and_purged_by_an_index(self):
         db = sqlite3.connect(self.a_queue().path)
         self.addCleanup(db.close)
         for order, values in (("finished", {}), ("newest", {}),
-                              ("finished", {"ended_before": ""})):
+                              ("finished", {"ended_before": ""}),
+                              ("ended", {"ended_before": ""}),
+                              ("ended", {"ended_before": "", "ended_at": "",
+                                         "ended_seq": 1})):
             text = queuectl.Sql.listing(DEAD, queuectl.ORDERS[order].sql, values)
             plan = " ".join(row[3] for row in db.execute(
                 "EXPLAIN QUERY PLAN " + text, {**values, "state": "", "before": 1,
@@ -606,7 +616,7 @@ class Promises(TestCase):
         claims = self.a_pool(queue)
         for state in (*STATES[1:], PENDING):    # a pending one would be claimed first
             self.in_state(queue, claims, state)
-        queue.retry_dead()
+        swept(queue, "retry", DEAD)
         for state, n in queue.counts().items():
             self.assertEqual(n, len(queue.jobs(state)), state)
 
@@ -639,8 +649,8 @@ class Promises(TestCase):
             queue.enqueue("x", id=name, unique="k", max_retries=1)
             claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
 
-        self.assertEqual([job.id for job in queue.retry_dead()], ["new"])
-        self.assertEqual(queue.retry_dead(), [])
+        self.assertEqual(swept(queue, "retry", DEAD), ["new"])
+        self.assertEqual(swept(queue, "retry", DEAD), [])
         with self.assertRaises(queuectl.InUse):
             queue.retry_dead("old")
 
@@ -682,8 +692,8 @@ class Promises(TestCase):
         self.in_state(queue, self.a_pool(queue, name="other"), DEAD)
         queue.enqueue("y", after=[job.id])
 
-        self.assertEqual(queue.purge_dead(older_than=3600), 0)
-        self.assertEqual(queue.purge_dead(), 1)
+        self.assertEqual(swept(queue, "delete", DEAD, older_than=3600), [])
+        self.assertEqual(len(swept(queue, "delete", DEAD)), 1)
         self.assertEqual(queue.job(job.id).state, DEAD)
 
     def test_a_setting_takes_effect_at_once_and_only_if_valid(self):
@@ -2350,7 +2360,7 @@ class World:
 
     def step_purge(self):
         dead = [job.id for job in self.queue.jobs(DEAD)]
-        self.queue.purge_dead()
+        swept(self.queue, "delete", DEAD)
         left = {job.id for job in self.queue.jobs(DEAD)}
         self.told.append(Told("delete", tuple(id for id in dead if id not in left), 0))
 
