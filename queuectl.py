@@ -6136,10 +6136,17 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(status, dumps(told, None).encode(), headers=headers)
 
 
+# Durations, as far as the API's description goes; none is over MAX_DURATION.
+_SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
+SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
+
 # Parameters: read from a request by the same table that describes them.
 
 class Param(NamedTuple):
-    """One parameter of a query: its parser, and what it may be as JSON schema."""
+    """One parameter of a query: its parser, and what it may be as JSON schema.
+
+    Text may be blank, which is as good as not given; so the forms below allow it.
+    """
     name: str
     parse: Callable[[str], Any]
     schema: dict[str, Any]
@@ -6157,6 +6164,12 @@ def _a_state(text: str) -> str:
     if text not in STATES:
         raise InvalidValue(f"there is no state {text!r}", "use " + ", ".join(STATES))
     return text
+
+
+def _a_span(text: str) -> float:
+    if not re.fullmatch(SPAN_FORM, text):
+        raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+    return parse_duration(text)
 
 
 def _a_search(text: str) -> str:
@@ -6178,37 +6191,38 @@ def _whole_param(name: str, least: int, most: int, help: str) -> Param:
 
 
 NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
-_QUEUE_PARAM = Param("queue", _a_name, NAME_SCHEMA, "only of this queue")
+_BLANK_OR_NAME = {"type": "string", "pattern": f"^({_NAME})?$"}
+_QUEUE_PARAM = Param("queue", _a_name, _BLANK_OR_NAME, "only of this queue")
 _LIST_PARAMS = (
     Param("state", _a_state, {"type": "array", "items": {
-        "type": "string", "enum": list(STATES)}}, "again and again for more", True),
+        "type": "string", "enum": [*STATES, ""]}}, "again and again for more", True),
     _QUEUE_PARAM,
-    Param("tag", _a_name, NAME_SCHEMA, "only with this tag"),
-    Param("search", _a_search, {"type": "string", "minLength": 1,
-                                "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]+$"},
+    Param("tag", _a_name, _BLANK_OR_NAME, "only with this tag"),
+    Param("search", _a_search, {"type": "string", "maxLength": MAX_SEARCH,
+                                "pattern": "^[^\\u0000]*$"},
           "text in the id or the command"),
     _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
-    Param("after", _a_cursor, {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+    Param("after", _a_cursor, {"type": "string", "pattern": "^([1-9][0-9]{0,17})?$"},
           "`next` of the page before"),
 )
 _OUTPUT_PARAMS = (
     _whole_param("run", 1, 10**9, "number of the run; usually the last"),
-    _whole_param("offset", 0, 10**12, "only what comes after so many bytes"),
+    _whole_param("offset", 0, 10**12 - 1, "only what comes after so many bytes"),
 )
 
 
 def _query_fields(query: str) -> list[tuple[str, str]]:
     import urllib.parse  # 4 ms, and only in a server
     try:
-        return urllib.parse.parse_qsl(query, encoding="utf-8", errors="strict",
-                                      max_num_fields=64)
+        return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
+                                      errors="strict", max_num_fields=64)
     except ValueError:
         raise WebRefusal(400, "the query cannot be read",
                          "use at most 64 fields, in UTF-8") from None
 
 
 def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
-    """The values of a query, checked; what is left blank is not given."""
+    """The values of a query, checked; text that is left blank is not given."""
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
     for name, text in _query_fields(query):
@@ -6216,6 +6230,8 @@ def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
         if param is None:
             raise WebRefusal(400, f"unknown parameter {name!r}", "there are: "
                              + ", ".join(known) if known else "there is none here")
+        if not text and param.schema["type"] != "integer":
+            continue
         try:
             value = param.parse(text)
         except InvalidValue as error:
@@ -6252,25 +6268,30 @@ def _bounded_int(digits: str) -> int:
     return int(digits)
 
 
+def _number(text: str) -> float:
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    value = float(text)
+    return int(value) if abs(value) < 1e15 and value.is_integer() else value
+
+
 def json_body(request: Request) -> Any:
-    """The body as JSON; None if there is none."""
+    """The body as JSON; an empty object if there is none."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE and (kind or request.body):
         raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
                          f"send Content-Type: {JSON_TYPE}")
     if not request.body:
-        return None
+        return {}
     try:
-        return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int)
+        return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
+                          parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise WebRefusal(400, f"the body is not JSON ({error})") from None
 
 
 def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
-    """A body that is an object, or none, which is an empty one."""
+    """A body that is an object of no other keys."""
     fields = json_body(request)
-    if fields is None:
-        return {}
     if not isinstance(fields, dict):
         raise WebRefusal(400, "the body is not an object", "send {} at least")
     for key in fields:
@@ -6415,15 +6436,16 @@ def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
 def post_dlq_retry(queue: Queue, call: Call) -> Reply:
     """Put dead jobs back: those named, or all that fit."""
     fields = _object_body(call.request, ("ids", "queue", "search"))
-    wanted = {key: value for key, value in fields.items() if value is not None}
-    ids = _check_names("ids", wanted.pop("ids"), 0.0) if "ids" in wanted else None
-    for key, check in (("queue", _a_name), ("search", _a_search)):
-        if key in wanted:
-            wanted[key] = _in_body(key, check, wanted[key])
-    if ids is not None and wanted:
-        raise InvalidJob("ids", "ids and a filter are both given", "give one")
-    jobs = queue.retry_dead(*ids) if ids is not None else [
-        job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch]
+    if "ids" in fields:
+        if len(fields) > 1:
+            raise InvalidJob("ids", "ids and a filter are both given", "give one")
+        jobs = queue.retry_dead(*_check_names("ids", fields["ids"], 0.0))
+    else:
+        wanted: dict[str, Any] = {
+            key: _in_body(key, check, fields[key])
+            for key, check in (("queue", _a_name), ("search", _a_search))
+            if fields.get(key) is not None}
+        jobs = [job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch]
     return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
 
 
@@ -6495,8 +6517,8 @@ DESCRIBED = (
     Route("GET", "/api/session", get_session, "Session"),
     Route("GET", "/api/status", get_status, "Status"),
     Route("GET", "/api/stats", get_stats, "Stats", (
-        Param("since", parse_duration, {"type": "string", "pattern": (
-            f"^({_DURATION}|{_NUMBER})$"), "maxLength": 20}, "only the last DUR"),)),
+        Param("since", _a_span, {"type": "string", "pattern": f"^({SPAN_FORM})?$"},
+              "only the last DUR"),)),
     Route("GET", "/api/history", get_history, "History", (
         _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
     Route("GET", "/api/workers", get_workers, "[Worker]"),
@@ -6570,11 +6592,23 @@ _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancel
             "throughput": _or_null(_NUMBER_SCHEMA),
             "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
 _SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
-                "maximum": MAX_DURATION, "pattern": f"^({_DURATION})$", "maxLength": 12}
-_GIVEN_TEXT = {"type": ["string", "null"], "pattern": "^[^\\u0000]*[^\\u0000\\s]",
-               "minLength": 1}
+                "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"}
+_DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
+              "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
+_GIVEN_NAMES = {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
+                "pattern": f"^{_NAME}$"}
+_NO_NUL = "^[^\\u0000]+$"
+
+
+def _not_both(one: str, other: str) -> dict[str, Any]:
+    """Of the two at most one is given; null is not given."""
+    return {"not": {"required": [one, other], "properties": {
+        key: {"not": {"type": "null"}} for key in (one, other)}}}
+
+
 _NEW_JOB_SCHEMA = {
     "type": "object", "required": ["command"], "additionalProperties": False,
+    **_not_both("delay", "run_at"),
     "properties": {
         "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
                     "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
@@ -6582,20 +6616,18 @@ _NEW_JOB_SCHEMA = {
         "priority": {"type": ["integer", "null"], "minimum": -MAX_PRIORITY,
                      "maximum": MAX_PRIORITY},
         "run_at": {"type": ["string", "number", "null"], "minimum": 0,
-                   "maximum": MAX_DURATION, "format": "date-time"},
+                   "maximum": MAX_DURATION, "pattern": _DATE_FORM},
         "delay": _SPAN_SCHEMA,
         "max_retries": {"type": ["integer", "null"], "minimum": 0,
                         "maximum": MAX_RETRIES},
         "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
-        "after": {"type": ["array", "null"], "items": NAME_SCHEMA},
+        "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
         "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
-                   "pattern": "^[^\\u0000]+$"},
-        "tags": {"type": ["array", "null"], "items": NAME_SCHEMA},
+                   "pattern": _NO_NUL},
         "env": {"type": ["object", "null"], "additionalProperties": {
             "type": "string", "pattern": "^[^\\u0000]*$"},
             "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
-        "cwd": {"type": ["string", "null"], "minLength": 1,
-                "pattern": "^[^\\u0000]+$"},
+        "cwd": {"type": ["string", "null"], "minLength": 1, "pattern": _NO_NUL},
         **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": {"type": "object", "required": ["error"], "properties": {
@@ -6629,11 +6661,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Nothing": {"type": "object", "additionalProperties": False},
     "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
         "queue": _or_null(NAME_SCHEMA)}},
-    "WhichDead": {"type": "object", "additionalProperties": False, "properties": {
-        "ids": {"type": ["array", "null"], "items": NAME_SCHEMA},
-        "queue": _or_null(NAME_SCHEMA),
-        "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
-                   "pattern": "^[^\\u0000]*$"}}},
+    "WhichDead": {"oneOf": [
+        {"type": "object", "additionalProperties": False, "required": ["ids"],
+         "properties": {"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
+                                "pattern": f"^{_NAME}$"}}},
+        {"type": "object", "additionalProperties": False, "properties": {
+            "queue": _or_null(NAME_SCHEMA),
+            "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
+                       "pattern": "^[^\\u0000]*$"}}}]},
 }
 REFUSALS = {
     400: "The request, a parameter or the body is not as described.",
@@ -6647,6 +6682,13 @@ REFUSALS = {
     503: "The database does not answer, or there are too many clients.",
     507: "There is no room on the disk.",
 }
+
+
+_SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
+    "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
+    "the `id` of the last event that the client has; what it missed comes first"}
+_TOKEN_QUERY = {"name": "token", "in": "query", "schema": {"type": "string"},
+                "description": "swapped for a cookie"}
 
 
 def _schema_named(name: str) -> dict[str, Any]:
@@ -6670,7 +6712,13 @@ def _replies_of(route: Route) -> dict[str, Any]:
     if route.method != "GET":
         statuses |= {411, 413, 415, 507}
     done = "201" if route.answer is post_jobs else "200"
-    return {done: {"description": "Done.", "content": content}, **{
+    found: dict[str, Any] = {done: {"description": "Done.", "content": content}}
+    if route.answer is get_page:
+        found["303"] = {"description": "The token was good, a cookie is set."}
+    if route.answer is get_output:
+        found[done]["headers"] = {name: {"schema": _AMOUNT}
+                                  for name in ("X-Run", "X-Total-Bytes")}
+    return {**found, **{
         str(status): {"description": REFUSALS[status], "content": {
             JSON_TYPE: {"schema": _schema_named("Error")}}}
         for status in sorted(statuses)}}
@@ -6683,7 +6731,8 @@ def _parameters_of(route: Route) -> list[dict[str, Any]]:
     if "/ID" in route.path:
         found.append({"name": "ID", "in": "path", "required": True,
                       "schema": NAME_SCHEMA})
-    return found
+    found += [_SEQ_HEADER] if route.answer is get_events else []
+    return found + ([_TOKEN_QUERY] if route.answer is get_page else [])
 
 
 def _operation(route: Route) -> dict[str, Any]:
