@@ -6379,12 +6379,20 @@ def get_output(queue: Queue, call: Call) -> Reply:
                                           ("X-Total-Bytes", str(run.output_bytes))))
 
 
-def _web_spec(fields: Any, item: int | None, now: float) -> Spec:
+def _web_spec(fields: Any, now: float) -> Spec:
     if not isinstance(fields, dict):
         raise InvalidJob("command", "a job is a JSON object",
                          'it looks like {"command": "echo hi"}')
-    with at_item(item) if item is not None else contextlib.nullcontext():
-        return spec_of(fields, now)
+    return spec_of(fields, now)
+
+
+def _add(queue: Queue, given: Sequence[Any]) -> list[Job]:
+    """Add jobs as they were sent: all or none."""
+    specs, now = [], queue.clock()
+    for item, fields in enumerate(given):
+        with at_item(item):
+            specs.append(_web_spec(fields, now))
+    return queue.enqueue_many(specs)
 
 
 def _count_of(jobs: Sequence[Job]) -> str:
@@ -6393,15 +6401,18 @@ def _count_of(jobs: Sequence[Job]) -> str:
 
 def post_jobs(queue: Queue, call: Call) -> Reply:
     """Add a job, or an array of them: all or none."""
-    given, now = json_body(call.request), queue.clock()
-    if not isinstance(given, list):
-        job = queue.enqueue_many([_web_spec(given, None, now)])[0]
-        return _json_reply(job_object(job), 201, job.id)
-    if len(given) > MAX_BATCH:
-        raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
-    jobs = queue.enqueue_many([_web_spec(one, item, now)
-                               for item, one in enumerate(given)])
-    return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
+    given = json_body(call.request)
+    if isinstance(given, list):
+        if len(given) > MAX_BATCH:
+            raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
+        jobs = _add(queue, given)
+        return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
+    try:
+        job = _add(queue, [given])[0]
+    except QueueError as error:
+        error.item = None       # it is the only one
+        raise
+    return _json_reply(job_object(job), 201, job.id)
 
 
 def post_retry(queue: Queue, call: Call) -> Reply:

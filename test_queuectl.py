@@ -959,6 +959,559 @@ class Views(TestCase):
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
 
+# ---- 15 Web ------------------------------------------------------------------
+
+TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
+SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
+JSON = "application/json"
+
+
+def misfit(value, schema, where=""):
+    """Why a value is not as its JSON schema says, or None; for what SCHEMAS use."""
+    if "$ref" in schema:
+        return misfit(value, queuectl.SCHEMAS[schema["$ref"].rpartition("/")[2]], where)
+    if "oneOf" in schema:
+        fitting = [one for one in schema["oneOf"] if misfit(value, one) is None]
+        return None if len(fitting) == 1 else f"{where} fits {len(fitting)} of oneOf"
+    kinds = schema.get("type", [])
+    kind = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array",
+            dict: "object", type(None): "null"}[type(value)]
+    if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
+        return f"{where} is {kind}, not {kinds}"
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        return f"{where}: {value!r} is not {schema['pattern']}"
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return f"{where}: {value!r} is not one of them"
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        missing = set(schema.get("required", ())) - set(value)
+        return f"{where} lacks {missing}" if missing else next(filter(None, (
+            misfit(inner, known.get(key, schema.get("additionalProperties") or {}),
+                   f"{where}.{key}") for key, inner in value.items())), None)
+    if isinstance(value, list):
+        return next(filter(None, (misfit(inner, schema.get("items", {}), f"{where}[]")
+                                  for inner in value)), None)
+    return None
+
+
+class Web(TestCase):
+    """Requests become replies; there is no socket here."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = self.a_queue()
+
+    def ask(self, method, target, body=None, site=SITE, **headers):
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body).encode()
+        given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}",
+                 **({"content-type": JSON} if body else {}),
+                 **{name.replace("_", "-"): text for name, text in headers.items()}}
+        return queuectl.respond(site, self.queue, queuectl.Request(
+            method, target, {name: text for name, text in given.items()
+                             if text is not None}, body or b"", "127.0.0.1"))
+
+    def told(self, method, target, body=None, status=200, **headers):
+        """The JSON of a reply, whose status must be that."""
+        reply = self.ask(method, target, body, **headers)
+        self.assertEqual(reply.status, status, reply.body)
+        return json.loads(reply.body)
+
+    def a_dead_job(self, job_id="dead", **fields):
+        claims = self.a_pool(self.queue, name=f"w-{job_id}")
+        self.queue.enqueue("exit 3", id=job_id, max_retries=1, **fields)
+        claim = self.claim_one(self.queue, claims).claim
+        claims.turn({claim: Outcome("failed", 3, "exit status 3", 0.5, b"one\ntwo\n", 8)},
+                    {}, [])
+
+    def test_every_answer_is_as_it_is_described(self):
+        self.a_dead_job()
+        self.queue.enqueue("echo hi", id="one", queue="gpu", tags=["t"], env={"A": "b"})
+        self.queue.add_schedule("nightly", "@daily", command="date")
+        self.queue.limit_queue("gpu", 2)
+        bodies = {"NewJob|[NewJob]": {"command": "x"}, "WhichDead": {},
+                  "WhichQueue": {"queue": "gpu"}, "Nothing": {}, "": None}
+        paths = queuectl.description(queuectl.DESCRIBED)["paths"]
+        for route in queuectl.ROUTES:
+            with self.subTest(route.method + " " + route.path):
+                job = "dead" if route.path.endswith("retry") else "one"
+                reply = self.ask(route.method, route.path.replace("ID", job),
+                                 bodies[route.body])
+                if route not in queuectl.DESCRIBED:
+                    continue
+                told = paths[route.path.replace("/ID", "/{ID}")][route.method.lower()]
+                content = told["responses"][str(reply.status)]["content"]
+                schema = content[reply.kind.partition(";")[0]]["schema"]
+                if reply.kind == JSON:
+                    self.assertIsNone(misfit(json.loads(reply.body), schema))
+                self.assertEqual(reply.said != "", route.method != "GET")
+
+    def test_answers_are_what_the_commands_print(self):
+        self.a_dead_job()
+        self.queue.enqueue("sleep 1", id="one")
+        for target, argv in (("status", ("status",)), ("workers", ("worker", "list")),
+                             ("jobs/dead", ("show", "dead")), ("jobs/one", ("show", "one"))):
+            printed = json.loads(run_cli("--db", self.path, *argv, "--json")[1])
+            self.assertEqual(self.told("GET", f"/api/{target}"), printed)
+        printed = json.loads(run_cli("--db", self.path, "list", "--json")[1])
+        self.assertEqual(self.told("GET", "/api/jobs"), {"jobs": printed, "next": None})
+
+    def test_who_may_do_what(self):
+        self.a_dead_job()
+        bearer, cookie = "Bearer {}".format, "x=1; queuectl={}".format
+        made = queuectl.cookie_value
+        for headers, role in (
+                ({"authorization": bearer(TOKEN)}, "full"),
+                ({"authorization": f"bearer  {TOKEN}"}, "full"),
+                ({"authorization": bearer(READ_TOKEN)}, "read"),
+                ({"authorization": None, "cookie": cookie(made(TOKEN))}, "full"),
+                ({"authorization": None, "cookie": cookie(made(READ_TOKEN))}, "read"),
+                ({"authorization": None}, None),
+                ({"authorization": bearer(TOKEN[:-1])}, None),
+                ({"authorization": bearer("")}, None), ({"authorization": TOKEN}, None),
+                ({"authorization": bearer("\xe9")}, None),
+                ({"authorization": f"Basic {TOKEN}"}, None),
+                ({"authorization": bearer("x"), "cookie": cookie(made(TOKEN))}, None),
+                ({"authorization": None, "cookie": cookie(TOKEN)}, None),
+                ({"authorization": None, "cookie": f"queuectl_1={made(TOKEN)}"}, None)):
+            with self.subTest(headers=headers):
+                for target in ("/", "/api/jobs", "/api/jobs/dead", "/api/nothing"):
+                    status = 401 if role is None else 404 if "nothing" in target else 200
+                    self.assertEqual(self.ask("GET", target, **headers).status, status)
+                status = {"full": 200, "read": 403, None: 401}[role]
+                self.assertEqual(self.ask("POST", "/api/jobs/dead/retry",
+                                          **headers).status, status)
+                for target in ("/healthz", "/metrics"):
+                    self.assertEqual(self.ask("GET", target, **headers).status, 200)
+                if role:
+                    self.assertEqual(self.told("GET", "/api/session", **headers)["role"],
+                                     role)
+        for site, status in ((SITE._replace(is_read_only=True), 403),
+                             (SITE._replace(token="", read_token=""), 200)):
+            self.assertEqual(self.ask("POST", "/api/pause", {}, site, authorization=bearer(
+                TOKEN) if site.token else None).status, status)
+        self.assertIn(("WWW-Authenticate", 'Bearer realm="queuectl"'),
+                      self.ask("GET", "/", authorization=None).headers)
+
+    def test_the_token_in_the_url_becomes_a_cookie(self):
+        for token, secure in ((TOKEN, False), (READ_TOKEN, True)):
+            site = SITE._replace(is_secure=secure, cookie="queuectl_1")
+            reply = self.ask("GET", f"/?token={token}", site=site, authorization=None)
+            headers = dict(reply.headers)
+            self.assertEqual((reply.status, headers["Location"]), (303, "/"))
+            cookie, *flags = headers["Set-Cookie"].split("; ")
+            self.assertEqual(flags, ["Path=/", "HttpOnly", "SameSite=Strict",
+                                     *["Secure"] * secure])
+            self.assertNotIn(token, cookie)
+            self.assertEqual(self.ask("GET", "/", site=site, authorization=None,
+                                      cookie=cookie).status, 200)
+        for target in ("/?token=", "/?token=x", f"/api/jobs?token={TOKEN}"):
+            self.assertIn(self.ask("GET", target, authorization=None).status, (401,))
+
+    def test_foreign_hosts_and_pages_are_refused(self):
+        wide = SITE._replace(is_wide=True)
+        for site, headers, status in (
+                (SITE, {"host": "LOCALHOST"}, 200), (SITE, {"host": "127.0.0.1:99"}, 200),
+                (SITE, {"host": "[::1]:8080"}, 200), (SITE, {"host": "localhost."}, 200),
+                (SITE, {"host": "evil.example"}, 403), (SITE, {"host": None}, 400),
+                (SITE, {"host": "localhost.evil.example"}, 403),
+                (SITE, {"host": "localhost:8080:80"}, 400), (SITE, {"host": ""}, 400),
+                (SITE, {"host": "localhost@evil"}, 400), (SITE, {"host": "10.0.0.1"}, 403),
+                (wide, {"host": "10.0.0.1:8080"}, 200), (wide, {"host": "[fe80::1]"}, 200),
+                (wide, {"host": "evil.example"}, 403),
+                (SITE, {"origin": "http://localhost:8080"}, 200),
+                (SITE, {"origin": "https://localhost:8080"}, 200),  # a proxy speaks TLS
+                (SITE, {"origin": "http://localhost"}, 403), (SITE, {"origin": "null"}, 403),
+                (SITE, {"origin": "http://evil.example"}, 403),
+                (SITE, {"origin": "file://localhost:8080"}, 403),
+                (SITE, {"origin": "http://localhost:8080.evil.example"}, 403),
+                (SITE, {"sec_fetch_site": "same-origin"}, 200),
+                (SITE, {"sec_fetch_site": "cross-site"}, 403),
+                (SITE, {"sec_fetch_site": "same-site"}, 403)):
+            with self.subTest(headers):
+                self.assertEqual(self.ask("POST", "/api/resume", {}, site,
+                                          **headers).status, status)
+                if "sec_fetch_site" not in headers:
+                    self.assertEqual(self.ask("GET", "/metrics", None, site,
+                                              **headers).status, status)
+
+    def test_what_is_wrong_is_refused_with_the_right_status(self):
+        self.queue.enqueue("x", id="one")
+        form = "application/x-www-form-urlencoded"
+        deep = b"[" * 100_000
+        for method, target, body, headers, status in (
+                ("GET", "/nothing", None, {}, 404), ("GET", "/api/jobs/", None, {}, 404),
+                ("GET", "/api/jobs/nope", None, {}, 404), ("GET", "//", None, {}, 404),
+                ("GET", "/api/jobs/a%2Fb", None, {}, 404), ("PUT", "/x", None, {}, 404),
+                ("GET", "/api/jobs/..%2F..%2Fetc%2Fpasswd", None, {}, 404),
+                ("GET", "/api/../api/jobs", None, {}, 404),
+                ("GET", "/api/jobs/%6Fne", None, {}, 200),      # decoded once
+                ("GET", "/api/jobs/%256Fne", None, {}, 404),    # and not twice
+                ("GET", "/api/jobs/%ff%00", None, {}, 404),
+                ("GET", "/api/jobs/one/output", None, {}, 200),
+                ("GET", "/api/jobs/one/output?run=1", None, {}, 404),
+                ("GET", "http://localhost/api/jobs", None, {}, 400),
+                ("GET", "*", None, {}, 400), ("GET", "/\xe9", None, {}, 400),
+                ("GET", "/api/jobs#x", None, {}, 400), ("GET", "/" + "x" * 9000, None, {}, 414),
+                ("GET", "/api/jobs?limit=0", None, {}, 400),
+                ("GET", "/api/jobs?limit=1001", None, {}, 400),
+                ("GET", "/api/jobs?limit=1e1", None, {}, 400),
+                ("GET", "/api/jobs?limit=1&limit=2", None, {}, 400),
+                ("GET", "/api/jobs?state=bad", None, {}, 400),
+                ("GET", "/api/jobs?stat=dead", None, {}, 400),
+                ("GET", "/api/jobs?after=job-1", None, {}, 400),
+                ("GET", "/api/jobs?queue=a%20b", None, {}, 400),
+                ("GET", "/api/jobs?search=%00", None, {}, 400),
+                ("GET", "/api/jobs?search=%ff", None, {}, 400),
+                ("GET", "/api/jobs?search=" + "x" * 257, None, {}, 400),
+                ("GET", "/api/jobs?" + "&" * 100, None, {}, 400),
+                ("GET", "/api/jobs?state=&queue=&tag=&search=&after=", None, {}, 200),
+                ("GET", "/api/history?minutes=1441", None, {}, 400),
+                ("GET", "/api/stats?since=soon", None, {}, 400),
+                ("GET", "/api/stats?since=1h30m", None, {}, 200),
+                ("DELETE", "/api/jobs", None, {}, 405), ("PUT", "/api/jobs", {}, {}, 405),
+                ("OPTIONS", "/api/jobs", None, {}, 405), ("TRACE", "/", None, {}, 405),
+                ("POST", "/healthz", {}, {}, 405), ("GET", "/api/pause", None, {}, 405),
+                ("HEAD", "/api/status", None, {}, 200), ("HEAD", "/", None, {}, 200),
+                ("POST", "/api/jobs", b"command=x", {"content_type": form}, 415),
+                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": "text/plain"}, 415),
+                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": None}, 415),
+                ("POST", "/api/jobs/one/cancel", None, {"content_type": form}, 415),
+                ("POST", "/api/jobs", b"{", {}, 400), ("POST", "/api/jobs", b"\xff", {}, 400),
+                ("POST", "/api/jobs", deep, {}, 400), ("POST", "/api/jobs", b"1", {}, 400),
+                ("POST", "/api/jobs", b'{"priority":' + b"9" * 5000 + b"}", {}, 400),
+                ("POST", "/api/jobs", b'{"command":"x","timeout":NaN}', {}, 400),
+                ("POST", "/api/jobs", [[]], {}, 400), ("POST", "/api/jobs", [None], {}, 400),
+                ("POST", "/api/jobs", [{"command": "x"}] * 10_001, {}, 400),
+                ("POST", "/api/jobs/one/cancel", {"x": 1}, {}, 400),
+                ("POST", "/api/jobs/one/cancel", b"null", {}, 400),
+                ("POST", "/api/pause", {"queue": "a b"}, {}, 400),
+                ("POST", "/api/pause", {"queue": 1}, {}, 400),
+                ("POST", "/api/pause", [], {}, 400),
+                ("POST", "/api/dlq/retry", {"ids": ["one"]}, {}, 409),
+                ("POST", "/api/dlq/retry", {"ids": ["nope"]}, {}, 404),
+                ("POST", "/api/dlq/retry", {"ids": None}, {}, 400),
+                ("POST", "/api/dlq/retry", {"ids": [], "queue": "q"}, {}, 400),
+                ("POST", "/api/dlq/retry", {"search": 1}, {}, 400),
+                ("POST", "/api/jobs/nope/retry", None, {}, 404),
+                ("DELETE", "/api/jobs/nope", None, {}, 404)):
+            with self.subTest(f"{method} {target[:60]} {str(body)[:40]} {headers}"):
+                reply = self.ask(method, target, body, **headers)
+                self.assertEqual(reply.status, status, reply.body[:200])
+                if status >= 400:
+                    self.assertIsNone(misfit(json.loads(reply.body),
+                                             queuectl.SCHEMAS["Error"]))
+                self.assertEqual(status == 405, "Allow" in dict(reply.headers))
+        self.assertEqual(dict(self.ask("PUT", "/api/jobs", {}).headers)["Allow"],
+                         "GET, POST, HEAD")
+        self.assertEqual([job.id for job in self.queue.jobs()], ["one"])
+
+    def test_jobs_are_added_and_a_mistake_is_named(self):
+        one = self.told("POST", "/api/jobs", {"command": "a", "priority": 5.0}, 201)
+        self.assertEqual((one["id"], one["priority"]), ("job-1", 5))
+        two = self.told("POST", "/api/jobs", [
+            {"command": "b", "id": "b"}, {"command": "c", "after": ["b"]}], 201)
+        self.assertEqual([job["id"] for job in two], ["b", "job-3"])
+        self.assertEqual(self.told("POST", "/api/jobs", [], 201), [])
+        for body, status, key, item in (
+                ({"command": "x", "priority": "high"}, 400, "priority", None),
+                ({"priority": 1}, 400, "command", None), ({"comand": "x"}, 400, "comand", None),
+                ({"command": "x", "after": ["nope"]}, 400, "after", None),
+                ({"command": "x", "id": "b"}, 409, None, None),
+                ([{"command": "x"}, {"command": "y", "timeout": -1}], 400, "timeout", 1),
+                ([{"command": "x"}, {"command": "y", "id": "b"}], 409, None, 1)):
+            told = self.told("POST", "/api/jobs", body, status)
+            self.assertEqual((told.get("key"), told.get("item")), (key, item), told)
+        self.assertEqual(len(self.queue.jobs()), 3)
+
+    def test_jobs_come_in_pages(self):
+        for n in range(5):
+            self.queue.enqueue(f"echo {n}", id=f"n{n}", queue="ab"[n % 2], tags=[f"t{n}"])
+        self.queue.cancel("n0", "n1")
+        seen, cursor = [], ""
+        while cursor is not None:
+            page = self.told("GET", f"/api/jobs?limit=2&after={cursor}")
+            seen, cursor = seen + [job["id"] for job in page["jobs"]], page["next"]
+        self.assertEqual(seen, ["n4", "n3", "n2", "n1", "n0"])
+        for query, ids in (("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
+                           ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
+                           ("search=echo%204", "n4"), ("search=N3", "n3"),
+                           ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
+            found = self.told("GET", f"/api/jobs?{query}")["jobs"]
+            self.assertEqual([job["id"] for job in found], ids.split(), query)
+
+    def test_jobs_are_retried_cancelled_and_deleted(self):
+        self.a_dead_job()
+        self.a_dead_job("other", queue="q")
+        self.assertEqual([job["id"] for job in self.told(
+            "POST", "/api/dlq/retry", {"queue": "q"})], ["other"])
+        self.assertEqual([job["id"] for job in self.told(
+            "POST", "/api/dlq/retry", {"ids": ["dead"]})], ["dead"])
+        self.assertEqual(self.told("POST", "/api/dlq/retry"), [])
+        self.assertEqual(self.told("POST", "/api/jobs/dead/cancel")["state"], CANCELLED)
+        self.told("POST", "/api/jobs/dead/cancel", status=409)
+        self.assertEqual(self.told("POST", "/api/jobs/dead/retry")["state"], PENDING)
+        claims = self.a_pool(self.queue)
+        self.claim_one(self.queue, claims)
+        running = self.queue.jobs(PROCESSING)[0].id
+        self.told("DELETE", f"/api/jobs/{running}", status=409)
+        self.assertEqual(self.told("POST", f"/api/jobs/{running}/cancel")["state"],
+                         PROCESSING)
+        for job in self.queue.jobs(PENDING):
+            self.assertEqual(self.told("DELETE", f"/api/jobs/{job.id}")["id"], job.id)
+            self.told("GET", f"/api/jobs/{job.id}", status=404)
+
+    def test_queues_pause_and_resume(self):
+        self.queue.enqueue("x", queue="gpu")
+        self.assertEqual(self.told("POST", "/api/pause", {"queue": "gpu"}),
+                         {"paused": ["gpu"]})
+        self.assertIn(("gpu", True), [(one["name"], one["paused"]) for one in
+                                      self.told("GET", "/api/queues")])
+        self.assertEqual(sorted(self.told("POST", "/api/pause", {})["paused"]), ["*", "gpu"])
+        self.assertNotIn("*", [one["name"] for one in self.told("GET", "/api/queues")])
+        self.told("POST", "/api/resume", {"queue": "gpu"})
+        self.assertEqual(self.told("POST", "/api/resume"), {"paused": []})
+
+    def test_output_is_followed_by_its_offset(self):
+        self.a_dead_job()
+        self.queue.enqueue("x", id="new")
+        for target, body, run, total in (("dead/output", b"one\ntwo\n", "1", "8"),
+                                         ("dead/output?run=1&offset=4", b"two\n", "1", "8"),
+                                         ("dead/output?offset=99", b"", "1", "8"),
+                                         ("new/output", b"", "0", "0")):
+            reply = self.ask("GET", f"/api/jobs/{target}")
+            self.assertEqual((reply.status, reply.body, reply.kind), (
+                200, body, "text/plain; charset=utf-8"))
+            self.assertEqual(dict(reply.headers), {"X-Run": run, "X-Total-Bytes": total})
+
+    def test_history_tells_each_minute(self):
+        self.a_dead_job()
+        self.clock.now += 120
+        minutes = self.told("GET", "/api/history?minutes=4")["minutes"]
+        self.assertEqual([one["failed"] for one in minutes], [0, 1, 0, 0])
+        self.assertEqual((minutes[1]["run_p50"], minutes[0]["run_p50"]), (0.5, None))
+        self.assertEqual(len(self.told("GET", "/api/history?queue=no")["minutes"]), 60)
+
+    def test_a_change_leaves_one_line_and_a_look_none(self):
+        self.queue.enqueue("x", id="one")
+        for method, target, body, line in (
+                ("POST", "/api/jobs", {"command": "\x1b[31mevil\nline", "id": "two"},
+                 "web: POST /api/jobs by bearer from 127.0.0.1: 201 two"),
+                ("POST", "/api/jobs/one/cancel", None, "web: POST /api/jobs/one/cancel by "
+                 "bearer from 127.0.0.1: 200 cancelled"),
+                ("POST", "/api/pause?x=%0A", {}, ""), ("GET", "/api/jobs", None, ""),
+                ("POST", "/api/pause", {"queue": "\x1b\n"}, "web: POST /api/pause by bearer "
+                 "from 127.0.0.1: 400 queue: '\\x1b\\n' is not a name"),
+                ("DELETE", "/api/jobs/one", None, "web: DELETE /api/jobs/one by bearer from "
+                 "127.0.0.1: 200 deleted")):
+            self.assertEqual(self.ask(method, target, body).said, line)
+
+    def test_a_database_that_does_not_answer_is_503(self):
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("BEGIN IMMEDIATE")
+        self.queue.store.patience = 0.01
+        reply = self.ask("POST", "/api/jobs", {"command": "x"})
+        self.assertEqual((reply.status, "Retry-After" in dict(reply.headers)), (503, True))
+        self.assertEqual(self.ask("GET", "/api/status").status, 200)
+        other.execute("ROLLBACK")
+        self.queue.close()
+        self.assertEqual(self.ask("GET", "/healthz").status, 503)
+
+    def test_the_page_runs_under_its_policy_and_needs_nothing_from_elsewhere(self):
+        page, policy = queuectl.PAGE, queuectl.page_policy(queuectl.PAGE)
+        for tag in ("style", "script"):
+            self.assertEqual(len(re.findall(f"<{tag}[ >]", page)), 1)
+        self.assertEqual(policy.count("sha256-"), 2)
+        self.assertNotIn("unsafe", policy)
+        self.assertIsNone(re.search(r"<[^>]*\son[a-z]+=", page), "an inline handler")
+        self.assertIsNone(re.search(r"""(src|href)=["'](?!data:|#|/)""", page))
+        self.assertNotIn("innerHTML", page)
+        head = queuectl.head_of(self.ask("GET", "/"), "OK", False).decode()
+        for header in ("X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
+                       "Cache-Control: no-store", "Cross-Origin-Opener-Policy: same-origin",
+                       "Cross-Origin-Resource-Policy: same-origin",
+                       "Content-Security-Policy: default-src 'none'"):
+            self.assertIn(f"\r\n{header}", head)
+
+    def test_who_listens_on_what(self):
+        options = queuectl.WebOptions("127.0.0.1", 8080, False, True, None, None)
+        site = queuectl.site_of(options, "127.0.0.1", {}, ["lab.example"])
+        self.assertRegex(site.token, "^[0-9a-f]{48}$")
+        self.assertNotIn("lab", site.hosts)
+        wide = queuectl.site_of(options._replace(host="0.0.0.0"), "0.0.0.0",
+                                {"QUEUECTL_TOKEN": "t"}, ["lab.example"])
+        self.assertEqual((wide.token, wide.is_wide), ("t", True))
+        self.assertLessEqual({"lab", "lab.example", "localhost"}, wide.hosts)
+        free = options._replace(needs_token=False)
+        self.assertEqual(queuectl.site_of(free, "::1", {}, []).token, "")
+        for options, address, environ in (
+                (free, "0.0.0.0", {}), (free, "10.0.0.1", {}),
+                (options, "::1", {"QUEUECTL_TOKEN": "a b"}),
+                (options, "::1", {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
+            with self.assertRaises(queuectl.QueueError):
+                queuectl.site_of(options, address, environ, [])
+
+    def test_a_stream_that_is_too_far_behind_is_dropped(self):
+        stream = queuectl.Stream(0)
+        self.assertTrue(stream.put(b"x"))
+        self.assertEqual(stream.take(0), b"x")
+        self.assertEqual(stream.take(0.001), b"")
+        self.assertFalse(stream.put(b"x" * (queuectl.FEED_BUFFER + 1)))
+        self.assertIsNone(stream.take(0))
+
+    def test_a_watch_tells_changes_or_that_there_were_too_many(self):
+        watch = queuectl.Watch(Queue(self.path), self.queue.last_event())
+        self.addCleanup(watch._queue.close)
+        self.assertIn(b"event: status", watch.look(0.0))
+        self.queue.enqueue("x", id="one")
+        news = watch.look(0.1).decode()
+        self.assertEqual(news, 'id: 1\nevent: change\ndata: {"id": "one", "from": null, '
+                         f'"to": "pending", "at": "{queuectl.iso(NOON)}", "reason": '
+                         '"enqueued"}\n\n')
+        self.assertRegex(watch.look(0.6).decode(), '^event: status\ndata: .*"pending": 1')
+        self.assertEqual(watch.look(6.0), b"")
+        self.queue.enqueue_many([Spec("x")] * (queuectl.FEED_BATCH + 1))
+        self.assertTrue(watch.look(7.0).startswith(b"id: 1002\nevent: resync\ndata: {}\n\n"))
+
+
+SAMPLE = r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)$'
+
+
+def parse_metrics(text):
+    """({family: kind}, {(name, labels): value}) of either format; AssertionError."""
+    is_open, kinds, samples, family = text.endswith("\n# EOF\n"), {}, {}, None
+    lines = text.splitlines()
+    for line in lines[:-1] if is_open else lines:
+        if line.startswith("# HELP "):
+            family = line.split(" ")[2]
+            assert family not in kinds, f"{family} comes twice"
+        elif line.startswith("# TYPE "):
+            _, _, name, kinds[family] = line.split(" ")
+            assert name == family
+        else:
+            match = re.match(SAMPLE, line)
+            assert match, line
+            suffixes = {"counter": ("_total",) if is_open else ("",), "info": ("_info",),
+                        "histogram": ("_bucket", "_sum", "_count")}
+            assert match[1] in [family + end for end in suffixes.get(kinds[family], ("",))]
+            labels = tuple(sorted(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', match[2] or "")))
+            assert (match[1], labels) not in samples, line
+            samples[match[1], labels] = float(match[3])
+    return kinds, samples
+
+
+def check_histograms(test, kinds, samples):
+    """Buckets only grow, and the last one holds all."""
+    for family in (name for name, kind in kinds.items() if kind == "histogram"):
+        for (name, labels), count in samples.items():
+            if name == family + "_count":
+                buckets = [n for (other, found), n in samples.items()
+                           if other == family + "_bucket" and set(labels) <= set(found)]
+                test.assertEqual(buckets, sorted(buckets))
+                test.assertEqual((buckets[-1], len(buckets)), (count, 17))
+
+
+class Metrics(TestCase):
+    def scrape(self, queue, is_open=False):
+        return queuectl.metrics_text(queuectl.metric_families(queue.scrape()), is_open)
+
+    def a_busy_hour(self, queue, claims, jobs=4):
+        for n in range(jobs):
+            queue.enqueue("x", queue=("default", "gpu")[n % 2], max_retries=2)
+        for outcome in ("completed", "failed", "timeout", "lost"):
+            claimed = claims.turn({}, {}, [1]).claimed
+            self.clock.now += 7
+            claims.turn({one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
+                         for one in claimed}, {}, [])
+
+    def test_both_formats_hold_the_metrics_of_the_contract(self):
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue))
+        for is_open in (False, True):
+            kinds, samples = parse_metrics(self.scrape(queue, is_open))
+            check_histograms(self, kinds, samples)
+            self.assertEqual({name for name, _ in samples}, {
+                "queuectl_jobs", "queuectl_jobs_completed_total", "queuectl_attempts_total",
+                *(f"queuectl_job_{what}_seconds_{part}" for what in ("duration", "wait")
+                  for part in ("bucket", "sum", "count")),
+                "queuectl_oldest_pending_seconds", "queuectl_workers",
+                "queuectl_worker_slots", "queuectl_queue_paused",
+                "queuectl_database_bytes", "queuectl_build_info"})
+            self.assertEqual(kinds["queuectl_attempts" + "_total" * (not is_open)], "counter")
+            self.assertEqual(samples["queuectl_attempts_total", (
+                ("outcome", "timeout"), ("queue", "default"))], 1)
+            self.assertEqual(samples["queuectl_jobs", (
+                ("queue", "gpu"), ("state", "cancelled"))], 0)
+
+    def test_the_parsers_of_prometheus_take_both(self):
+        try:
+            from prometheus_client import openmetrics, parser
+            import prometheus_client.openmetrics.parser
+        except ImportError:
+            self.skipTest("prometheus_client is not installed")
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue))
+        old = list(parser.text_string_to_metric_families(self.scrape(queue)))
+        new = list(openmetrics.parser.text_string_to_metric_families(
+            self.scrape(queue, True)))
+        self.assertEqual(len(new), 11)
+        self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
+                          for family in old for one in family.samples},
+                         {(one.name, *sorted(one.labels.items())): one.value
+                          for family in new for one in family.samples})
+
+    def test_the_format_is_chosen_by_accept(self):
+        wants = queuectl._wants_open_metrics
+        self.assertTrue(wants("application/openmetrics-text;version=1.0.0;q=0.5,"
+                              "text/plain;version=0.0.4;q=0.3,*/*;q=0.1"))
+        self.assertTrue(wants("application/openmetrics-text; version=1.0.0"))
+        for accept in ("", "*/*", "text/plain", "application/openmetrics-text;q=0",
+                       "text/plain;q=0.9, application/openmetrics-text;q=0.8"):
+            self.assertFalse(wants(accept), accept)
+
+    def test_labels_are_escaped(self):
+        family = queuectl.Family("f", "gauge", "h", [("", {"l": 'a"b\\c\nd'}, 1)])
+        self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family], False))
+
+    def test_they_are_equal_to_status(self):
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue), 12)
+        queue.enqueue("x", delay=100)
+        queue.pause("gpu")
+        self.clock.now += 3
+        samples, status = parse_metrics(self.scrape(queue))[1], queue.status()
+        for state in STATES:
+            self.assertEqual(sum(n for (name, labels), n in samples.items()
+                                 if name == "queuectl_jobs" and ("state", state) in labels),
+                             status.counts[state])
+        busy = sum(len(view.running) for view in status.workers)
+        self.assertEqual(samples["queuectl_worker_slots", (("state", "busy"),)], busy)
+        self.assertEqual(samples["queuectl_workers", ()], len(status.workers))
+        self.assertEqual(samples["queuectl_queue_paused", (("queue", "gpu"),)], 1)
+        self.assertEqual(samples["queuectl_queue_paused", (("queue", "default"),)], 0)
+        self.assertGreaterEqual(samples["queuectl_oldest_pending_seconds",
+                                        (("queue", "default"),)], 3)
+
+    def test_counters_never_fall_in_a_day_of_purges_and_restarts(self):
+        last, kinds = {}, {}
+        for hour in range(24):
+            with Queue(self.path, clock=self.clock) as queue:
+                self.a_busy_hour(queue, self.a_pool(queue, name=f"w{hour}"), 1 + hour % 5)
+                if hour % 3 == 2:
+                    for _ in queue.sweep("delete", (COMPLETED, DEAD), 0):
+                        pass
+                kinds, now = parse_metrics(self.scrape(queue))
+                check_histograms(self, kinds, now)
+            self.assertLessEqual(set(last), set(now))
+            for key, value in last.items():
+                if re.search("_(total|bucket|sum|count)$", key[0]):
+                    self.assertGreaterEqual(now[key], value, key)
+            last = now
+            self.clock.now += 3600
+        self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
+
+
 # ---- 16 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
