@@ -7216,10 +7216,10 @@ class Reader:
         return bool(self._buffer) or self._more()
 
     def readline(self, limit: int = -1) -> bytes:
-        """A line of the head, as http.client asks for it; the rest at its end."""
-        while b"\n" not in self._buffer and len(self._buffer) <= self._left \
-                and self._more():
-            pass
+        """A line of the head, as http.client asks for it: a whole one."""
+        while b"\n" not in self._buffer and len(self._buffer) <= self._left:
+            if not self._more():
+                raise ConnectionError   # half a head may say the opposite of a whole
         size = self._buffer.find(b"\n") + 1 or len(self._buffer)
         self._left -= size
         if self._left < 0:
@@ -7674,26 +7674,44 @@ def listen(service: Service, options: WebOptions, family: int,
                           "give another --host or --port") from None
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[int]:
+    """A descriptor that can be read from once SIGINT, SIGTERM or SIGHUP has come.
+
+    For the main thread. Where it just waited for its handler to run, a signal that
+    strikes another thread would not wake it (seen).
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    caught = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in caught}
+    old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; for the main thread.
+    """Serve until a signal says to stop; for the main thread.
 
     The listener runs in a thread of its own, so that this one is free for signals.
     """
-    import queue
-    inbox: queues.SimpleQueue[int] = queue.SimpleQueue()
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: inbox.put(number))
-              for number in caught}
-    threading.Thread(target=listener.serve_forever, args=(0.1,), daemon=True).start()
-    try:
-        announce()
-        inbox.get()
-    finally:
-        listener.shutdown()
-        listener.server_close()
-        service.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop_signals() as stopped:
+        threading.Thread(target=listener.serve_forever, args=(0.1,),
+                         daemon=True).start()
+        try:
+            announce()
+            select.select([stopped], [], [])
+        finally:
+            listener.shutdown()
+            listener.server_close()
+            service.stop()
 
 
 def printed_url(site: Site, host: str, port: int) -> str:

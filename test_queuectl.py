@@ -7,6 +7,7 @@ import ast
 import collections
 import contextlib
 import functools
+import http.client
 import inspect
 import io
 import json
@@ -17,7 +18,9 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -1446,15 +1449,14 @@ class Metrics(TestCase):
 
     def test_the_parsers_of_prometheus_take_both(self):
         try:
-            from prometheus_client import openmetrics, parser
-            import prometheus_client.openmetrics.parser
+            from prometheus_client import parser
+            from prometheus_client.openmetrics import parser as open_parser
         except ImportError:
             self.skipTest("prometheus_client is not installed")
         queue = self.a_queue()
         self.a_busy_hour(queue, self.a_pool(queue))
         old = list(parser.text_string_to_metric_families(self.scrape(queue)))
-        new = list(openmetrics.parser.text_string_to_metric_families(
-            self.scrape(queue, True)))
+        new = list(open_parser.text_string_to_metric_families(self.scrape(queue, True)))
         self.assertEqual(len(new), 11)
         self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
                           for family in old for one in family.samples},
@@ -2056,6 +2058,337 @@ class Program(Processes):
                 wanted = hashlib.sha256(file.read()).hexdigest()
             self.assertEqual(self.runs(name)[0].output.split()[0].decode(), wanted)
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
+
+
+class WebServer(Processes):
+    """`web` as a process: sockets, time and malice."""
+
+    def web(self, *argv, token=TOKEN, read_token=""):
+        """A server; (process, port)."""
+        self.log = open(self.path_of("web.log"), "ab")
+        self.addCleanup(self.log.close)
+        process = subprocess.Popen(
+            self.command("web", "--port", "0", *argv), cwd=self.dir, stderr=self.log,
+            stdout=subprocess.PIPE, env={**os.environ, "QUEUECTL_TOKEN": token,
+                                         "QUEUECTL_READ_TOKEN": read_token})
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        self.url = process.stdout.readline().decode().strip()
+        return process, int(re.search(r":(\d+)/", self.url)[1])
+
+    def connect(self, port, tls=None):
+        sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.addCleanup(sock.close)
+        return sock if tls is None else tls.wrap_socket(sock, server_hostname="localhost")
+
+    def request(self, port, method, path, body=None, tls=None, **headers):
+        """(status, headers, body) by http.client, which is another's reading of HTTP."""
+        client = (http.client.HTTPConnection("localhost", port, timeout=10) if tls is None
+                  else http.client.HTTPSConnection("localhost", port, timeout=10,
+                                                   context=tls))
+        with contextlib.closing(client):
+            client.request(method, path, None if body is None else json.dumps(body), {
+                "Authorization": f"Bearer {TOKEN}", **({} if body is None else {"Content-Type": JSON}),
+                **{name.replace("_", "-"): text for name, text in headers.items()}})
+            reply = client.getresponse()
+            return reply.status, reply.headers, reply.read()
+
+    def say(self, port, *pieces):
+        """The status that raw bytes are answered with; 0: closed without a word."""
+        sock = self.connect(port)
+        with contextlib.suppress(OSError):      # it may hang up before all is sent
+            for piece in pieces:
+                sock.sendall(piece)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(65536):
+                said += piece
+        if said.startswith(b"HTTP/1.1 4"):
+            head, _, body = said.partition(b"\r\n\r\n")
+            self.assertIn("error", json.loads(body[:int(re.search(
+                rb"Content-Length: (\d+)", head)[1])]))
+        return int(said.split()[1]) if said else 0
+
+    def events(self, port, last=None):
+        """An open stream; its lines come from the iterator."""
+        client = http.client.HTTPConnection("localhost", port, timeout=10)
+        self.addCleanup(client.close)
+        client.request("GET", "/api/events", headers={
+            "Authorization": f"Bearer {TOKEN}",
+            **({} if last is None else {"Last-Event-ID": str(last)})})
+        reply = client.getresponse()
+        self.addCleanup(reply.close)
+        return reply
+
+    def until(self, stream, text):
+        """The lines of a stream up to one that holds the text."""
+        seen = []
+        for line in stream:
+            seen.append(line.decode())
+            if text in seen[-1]:
+                return "".join(seen)
+        raise AssertionError(f"no {text} in {''.join(seen)}")
+
+    def test_a_browser_logs_in_by_the_printed_url(self):
+        _, port = self.web()
+        self.assertEqual(self.url, f"http://127.0.0.1:{port}/?token={TOKEN}")
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        self.addCleanup(client.close)
+        client.request("GET", f"/?token={TOKEN}")
+        reply = client.getresponse()
+        reply.read()
+        cookie = reply.headers["Set-Cookie"].split(";")[0]
+        self.assertEqual((reply.status, reply.headers["Location"]), (303, "/"))
+        self.assertTrue(cookie.startswith("queuectl_"))
+        for method in ("HEAD", "GET"):      # over the same connection
+            client.request(method, "/", headers={"Cookie": cookie})
+            reply = client.getresponse()
+            self.assertEqual(reply.status, 200)
+            self.assertEqual(reply.read().decode(), queuectl.PAGE if method == "GET" else "")
+            self.assertEqual(int(reply.headers["Content-Length"]),
+                             len(queuectl.PAGE.encode()))
+
+    def test_tokens_are_fresh_and_roles_hold(self):
+        urls = set()
+        for _ in range(2):
+            _, port = self.web(token="")
+            urls.add(re.search("token=([0-9a-f]{48})$", self.url)[1])
+        self.assertEqual(len(urls), 2)
+        self.assertEqual(self.request(port, "GET", "/api/jobs")[0], 401)
+        _, port = self.web(read_token=READ_TOKEN)
+        reader = {"Authorization": f"Bearer {READ_TOKEN}"}
+        self.assertEqual(self.request(port, "GET", "/api/jobs", **reader)[0], 200)
+        self.assertEqual(self.request(port, "POST", "/api/pause", {}, **reader)[0], 403)
+
+    def test_raw_attacks(self):
+        _, port = self.web()
+        self.request(port, "POST", "/api/jobs", {"command": "x", "id": "one"})
+        host = b"Host: localhost\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
+        post = b"POST /api/jobs HTTP/1.1\r\nContent-Type: application/json\r\n" + host
+        get = b"GET /api/status HTTP/1.1\r\n" + host
+        for name, said, status in (
+                ("nothing", b"", 0), ("garbage", b"\x16\x03\x01\x00\xff\r\n\r\n", 400),
+                ("a half head", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", 0),
+                ("one word", b"GET\r\n\r\n", 400), ("four words", b"GET / a HTTP/1.1\r\n\r\n", 400),
+                ("HTTP/0.9", b"GET /\r\n\r\n", 400), ("HTTP/2", b"GET / HTTP/2.0\r\n\r\n", 400),
+                ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+                ("HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + host + b"\r\n", 200),
+                ("two Hosts", b"GET / HTTP/1.1\r\nHost: evil\r\n" + host + b"\r\n", 400),
+                ("a folded header", get + b"X: a\r\n Origin: b\r\n\r\n", 200),
+                ("a line without a colon", get + b"what\r\nOrigin: null\r\n\r\n", 400),
+                ("an endless line", b"GET /" + b"a" * 200_000, 431),
+                ("an endless header", get + b"X: " + b"a" * 200_000, 431),
+                ("a thousand headers", get + b"X: a\r\n" * 1000 + b"\r\n", 431),
+                ("endless headers", get + b"X: aaaaaaaaaaaaaaaaaaaaaa\r\n" * 9000, 431),
+                ("a body bomb", post + b"Content-Length: 99999999\r\n\r\n" + b"[" * 99999, 413),
+                ("a huge number", post + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n", 400),
+                ("a negative length", post + b"Content-Length: -1\r\n\r\n{}", 400),
+                ("two lengths", post + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}1", 400),
+                ("chunks", post + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+                ("both", post + b"Transfer-Encoding: x\r\nContent-Length: 2\r\n\r\n{}", 411),
+                ("a lying length", post + b'Content-Length: 99\r\n\r\n{"command":"x"}', 400),
+                ("no length", post + b'\r\n{"command":"x"}', 400),
+                ("a form", b"POST /api/jobs HTTP/1.1\r\nContent-Type: application/x-www-form-"
+                 b"urlencoded\r\nContent-Length: 9\r\n" + host + b"\r\ncommand=x", 415),
+                ("a simple request", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-"
+                 b"Type: text/plain\r\nOrigin: null\r\nContent-Length: 2\r\n\r\n{}", 403),
+                ("no token, and a body", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\n"
+                 b"Content-Length: 9999999\r\n\r\n" + b"x" * 99999, 401),
+                ("rebinding", b"GET /api/status HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+                ("a path upwards", b"GET /../../etc/passwd HTTP/1.1\r\n" + host + b"\r\n", 404),
+                ("a full URL", b"GET http://evil/ HTTP/1.1\r\n" + host + b"\r\n", 400),
+                ("CONNECT", b"CONNECT evil:80 HTTP/1.1\r\n" + host + b"\r\n", 400),
+                ("TRACE", b"TRACE /api/status HTTP/1.1\r\n" + host + b"\r\n", 405),
+                ("a NUL", b"GET /\0 HTTP/1.1\r\n" + host + b"\r\n", 400)):
+            with self.subTest(name):
+                self.assertEqual(self.say(port, said), status)
+        self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+        with Queue(self.path) as queue:
+            self.assertEqual([job.id for job in queue.jobs()], ["one"])
+        self.assertNotIn("internal", self.read("web.log"))
+
+    def test_slow_silent_and_idle_clients_hold_up_nobody(self):
+        _, port = self.web()
+        idle = [self.connect(port) for _ in range(200)]
+        for number, sock in enumerate(idle[100:]):
+            with contextlib.suppress(OSError):      # may be cut off to make room
+                sock.sendall((b"G", b"GET / HTTP/1.1\r\nHost: loc", b"POST /api/jobs HTTP/1.1"
+                              b"\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")[number % 3])
+        slow = [self.connect(port) for _ in range(20)]
+        for sock in slow:   # let in, but their bodies do not come
+            sock.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                         + TOKEN.encode() + b"\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: 99\r\n\r\n{")
+        began = time.monotonic()
+        for _ in range(10):
+            self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+        self.assertLess(time.monotonic() - began, 3)
+        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"})[0], 201)
+
+    def test_more_than_all_threads_busy_is_503(self):
+        process, port = self.web()
+        busy = (b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                + TOKEN.encode() + b"\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 99\r\n\r\n{")
+        for _ in range(queuectl.MAX_CONNECTIONS):
+            self.connect(port).sendall(busy)
+
+        def threads():
+            with open(f"/proc/{process.pid}/status") as file:
+                return int(re.search(r"Threads:\s+(\d+)", file.read())[1])
+        if os.path.exists("/proc/self/status"):
+            wait_for(lambda: threads() > queuectl.MAX_CONNECTIONS, "busy threads")
+        wait_for(lambda: self.say(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                 == 503, "a refusal")
+
+    def test_events_come_live_and_what_was_missed_comes_after(self):
+        _, port = self.web()
+        stream = self.events(port)
+        self.assertEqual(stream.headers["Content-Type"], "text/event-stream")
+        self.until(stream, '"total": 0')
+        self.request(port, "POST", "/api/jobs", {"command": "echo hi", "id": "one"})
+        self.assertRegex(self.until(stream, '"to": "pending"'),
+                         r'id: 1\nevent: change\ndata: \{"id": "one", "from": null')
+        self.until(stream, '"pending": 1')
+        self.drain()
+        self.assertIn("id: 2\n", self.until(stream, '"to": "completed"'))
+        self.until(stream, '"completed": 1')
+        again = self.until(self.events(port, 1), "event: status")
+        self.assertRegex(again, r"(?s)^retry: \d+\n\nid: 2\nevent: change\n.*id: 3\n.*"
+                         r"id: 3\nevent: status")
+        self.assertNotIn("id: 1\n", again)
+        self.assertIn("resync", self.until(self.events(port, 99), "event: status"))
+
+    def test_streams_are_limited_and_their_ends_are_noticed(self):
+        _, port = self.web()
+        streams = [self.events(port) for _ in range(queuectl.MAX_STREAMS)]
+        self.assertEqual({stream.status for stream in streams}, {200})
+        refused = self.events(port)
+        self.assertEqual((refused.status, "Retry-After" in refused.headers), (503, True))
+        for stream in streams:
+            stream.close()
+        self.doCleanups()
+
+    def test_it_stops_at_once_with_streams_open(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process, port = self.web()
+            stream = self.events(port)
+            self.until(stream, "event: status")
+            idle = self.connect(port)
+            began = time.monotonic()
+            process.send_signal(number)
+            self.assertEqual(process.wait(10), 0)
+            self.assertLess(time.monotonic() - began, 1.5)
+            self.assertNotIn(b"Traceback", stream.read())
+            with contextlib.suppress(ConnectionResetError):     # nobody had accepted it
+                self.assertEqual(idle.recv(1), b"")
+        self.assertEqual(self.read("web.log"), "")
+
+    def test_reads_go_on_while_another_holds_the_write_lock(self):
+        _, port = self.web()
+        self.enqueue("x", "--id", "one")
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("BEGIN IMMEDIATE")
+        with futures.ThreadPoolExecutor(1) as pool:
+            change = pool.submit(self.request, port, "POST", "/api/jobs/one/cancel")
+            for target in ("/api/status", "/api/jobs", "/api/jobs/one", "/metrics", "/healthz"):
+                began = time.monotonic()
+                self.assertEqual(self.request(port, "GET", target)[0], 200)
+                self.assertLess(time.monotonic() - began, 1)
+            self.assertFalse(change.done())
+            other.execute("ROLLBACK")
+            self.assertEqual(change.result()[0], 200)
+
+    def test_each_change_is_one_line_of_the_log(self):
+        _, port = self.web()
+        for method, path, body in (("POST", "/api/jobs", {"command": "x"}),
+                                   ("GET", "/api/jobs", None), ("GET", "/nothing", None),
+                                   ("POST", "/api/jobs/job-1/cancel", None),
+                                   ("POST", "/api/jobs/job-1/cancel", None)):
+            self.request(port, method, path, body)
+        self.request(port, "POST", "/api/pause", {}, Authorization="Bearer x")
+        lines = self.read("web.log").splitlines()
+        self.assertEqual([line.split(" ", 1)[1] for line in lines], [
+            "web: POST /api/jobs by bearer from 127.0.0.1: 201 job-1",
+            "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled",
+            "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 409 job-1 is "
+            "cancelled, so `cancel` does not apply"])
+
+    def test_what_cannot_be_served_is_refused_in_a_line(self):
+        _, port = self.web()
+        for argv, status in ((("--port", str(port)), 1), (("--host", "0.0.0.0", "--no-auth"), 2),
+                             (("--host", "x" * 64), 1), (("--tls-key", "x"), 2),
+                             (("--tls-cert", "/nope"), 1), (("--host", "192.0.2.1"), 1),
+                             (("--port", "70000"), 2)):
+            with self.subTest(argv):
+                code, out, err = run_cli("--db", self.path, "web", *argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+                self.assertRegex(err, "^queuectl: error: .*; ")
+
+    def test_a_database_that_goes_away_and_comes_back(self):
+        _, port = self.web()
+        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path + end, self.path_of("away" + end))
+        for target in ("/healthz", "/metrics", "/api/status", "/api/events"):
+            self.assertEqual(self.request(port, "GET", target)[0], 503)
+        self.enqueue("x")
+        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+
+    def test_tls(self):
+        if shutil.which("openssl") is None:
+            self.skipTest("openssl is not installed: no certificate can be made")
+        cert, key = self.path_of("cert.pem"), self.path_of("key.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
+                        "1", "-subj", "/CN=localhost", "-addext",
+                        "subjectAltName=DNS:localhost", "-out", cert, "-keyout", key],
+                       check=True, stderr=subprocess.DEVNULL)
+        process, port = self.web("--tls-cert", cert, "--tls-key", key)
+        self.assertTrue(self.url.startswith("https://"))
+        silent = [self.connect(port) for _ in range(20)]    # never shake hands
+        context = ssl.create_default_context(cafile=cert)
+        status, headers, _ = self.request(port, "GET", f"/?token={TOKEN}", tls=context)
+        self.assertEqual(status, 303)
+        self.assertIn("; Secure", headers["Set-Cookie"])
+        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"},
+                                      tls=context, Origin=f"https://localhost:{port}")[0], 201)
+        self.assertEqual(self.say(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 0)
+        stream = self.connect(port, context)
+        self.addCleanup(stream.close)
+        stream.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                       + TOKEN.encode() + b"\r\n\r\n")
+        with stream.makefile("rb") as lines:
+            self.until(lines, '"total": 1')
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(10), 0)
+        del silent
+
+    def test_twenty_scrapes_at_once_under_load_are_each_consistent(self):
+        _, port = self.web()
+        self.call("enqueue", "-", input=b"true\n" * 200)
+        pool = self.worker("-c", "4", "--drain")
+        rounds = 0
+        with futures.ThreadPoolExecutor(20) as threads:
+            while pool.poll() is None or not rounds:
+                scrapes = list(threads.map(lambda _: self.request(
+                    port, "GET", "/metrics")[2].decode(), range(20)))
+                rounds += 1
+                for text in scrapes:
+                    kinds, samples = parse_metrics(text)
+                    check_histograms(self, kinds, samples)
+                    jobs = {dict(labels)["state"]: n for (name, labels), n in samples.items()
+                            if name == "queuectl_jobs"}
+                    done = samples["queuectl_jobs_completed_total", (("queue", "default"),)]
+                    self.assertEqual(sum(jobs.values()), 200)
+                    self.assertEqual(jobs[COMPLETED], done)
+                    self.assertEqual(done, samples["queuectl_attempts_total", (
+                        ("outcome", "completed"), ("queue", "default"))])
+                    self.assertEqual(done, samples[
+                        "queuectl_job_duration_seconds_count", (("queue", "default"),)])
 
 
 # ---- Chaos -------------------------------------------------------------------
