@@ -24,7 +24,8 @@ Words
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
-    turn      one transaction of a pool: record what ended, claim what is due
+    turn      one transaction of a pool: record what ended, claim what is due;
+              of a schedule: one of the moments at which its job is enqueued
 
 Life cycle
 
@@ -179,6 +180,9 @@ SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks 
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
+FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
+STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
+STREAM_BATCH = 1000    # lines of a stream in one transaction at most
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
 MAX_AHEAD = 64         # jobs that are claimed ahead at most
@@ -189,6 +193,7 @@ MAX_SLOTS = 512        # of one pool
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
 MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
+MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
@@ -342,6 +347,11 @@ class NotFinished(QueueError):
     code = "not-finished"
 
 
+class Declined(QueueError):
+    """A person was asked and did not say yes."""
+    code = "declined"
+
+
 class Unreadable(QueueError):
     """A file or stdin with jobs cannot be read."""
     code = "unreadable"
@@ -439,7 +449,7 @@ class Schedule(NamedTuple):
     job: Mapping[str, Any]      # the keys of a job object
     paused: bool
     created_at: str
-    next_run: str | None        # None: it never comes again
+    next_run: str
     last_run: str | None        # when its last job was enqueued
     last_job: int | None        # Job.seq of that
 
@@ -1231,16 +1241,16 @@ def parse_cron(text: str) -> Cron:
     """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
     texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
-        {value for part in text.split(",") for value in _cron_part(part, field)}
+        tuple(sorted({value for part in text.split(",")
+                      for value in _cron_part(part, field)}))
         for text, field in zip(texts, CRON_FIELDS))
-    minute, hour, day, _, weekday = (text.startswith("*") for text in texts)
-    is_either = not day and not weekday
-    if not is_either and min(days) > max(LONGEST[month - 1] for month in months):
-        raise InvalidValue(f"{text.strip()!r} never comes: no such month has a day "
-                           f"{min(days)}", "choose another day or month")
-    return Cron(*(tuple(sorted(values)) for values in (
-        minutes, hours, days, months, {weekday % 7 for weekday in weekdays})),
-        is_either, minute or hour)
+    starred = [text.startswith("*") for text in texts]
+    is_either = not starred[2] and not starred[4]
+    if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
+        raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
+                           f"{days[0]}", "choose another day or month")
+    return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
+                is_either, starred[0] or starred[1])
 
 
 # Turns are found in two steps. The calendar alone tells on which local dates the cron
@@ -1266,10 +1276,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
     """The matching local minutes, as minutes since 1970, both ends included."""
-    return (minute
-            for day in range(first // 1440, last // 1440 + 1) if _is_cron_day(cron, day)
-            for hour in cron.hours for part in cron.minutes
-            if first <= (minute := (day * 24 + hour) * 60 + part) <= last)
+    hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
+             if _is_cron_day(cron, day) for hour in cron.hours)
+    return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
+            for minute in cron.minutes if first <= hour * 60 + minute <= last)
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
@@ -1300,24 +1310,21 @@ def _stretches(start: int, end: int,
 
 def _turns(cron: Cron, after: int, until: int,
            zone: datetime.tzinfo | None) -> Iterator[int]:
-    """The turns after one moment and up to another, in order.
+    """The turns after one moment and up to another, in order; some more than once.
 
-    It starts a day early, to know what a jump of the clock has made up or repeats.
+    It begins a day early, to know of a jump what was seen on the clock before it.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
-    seen, turn = None, after
+    seen = None
     for start, end, offset in _stretches(after - DAY, until + 1, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
             first = seen + 1
-        seen = max(last, first - 1)
+        seen = last
         if start <= after:
             first = max(first, (after + offset) // 60 + 1)
         for minute in _cron_minutes(cron, first, last):
-            moment = max(minute * 60 - offset, start)
-            if moment > turn:
-                yield moment
-                turn = moment
+            yield max(minute * 60 - offset, start)
 
 
 def _turns_near(cron: Cron, day: int, after: int, until: int,
@@ -1340,36 +1347,27 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     return math.inf
 
 
-def last_turn_before(cron: Cron, now: float, after: float,
-                     zone: datetime.tzinfo | None = None) -> float | None:
-    """The latest turn after `after` and up to `now`, or None."""
-    since, until = math.floor(after), math.floor(now)
-    for day in range(until // DAY + 1, since // DAY - 2, -1):
-        if _is_cron_day(cron, day):
-            turns = list(_turns_near(cron, day, since, until, zone))
-            if turns:
-                return float(turns[-1])
-    return None
-
-
-def _listed(values: tuple[int, ...], show: Callable[[int], str] = str) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`."""
+def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`."""
+    def name(value: int) -> str:
+        """What it is called."""
+        return names[value].title() if names else str(value)
     step = values[1] - values[0] if len(values) > 4 else 1
     if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
-        return f"{show(values[0])}, {show(values[1])} ... {show(values[-1])}"
+        return f"{name(values[0])}, {name(values[1])} ... {name(values[-1])}"
     runs: list[list[int]] = []
     for value in values:
         if runs and runs[-1][-1] == value - 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ", ".join(f"{show(run[0])}-{show(run[-1])}" if len(run) > 2
-                     else ", ".join(map(show, run)) for run in runs)
+    return ", ".join(f"{name(run[0])}-{name(run[-1])}" if len(run) > 2
+                     else ", ".join(map(name, run)) for run in runs)
 
 
 def _counted(unit: str, values: tuple[int, ...]) -> str:
     """`hour 5`, `hours 5-7`."""
-    return f"{unit}{'s' * (len(values) > 1)} {_listed(values)}"
+    return f"{unit}{'s' * (len(values) > 1)} {_spelt(values)}"
 
 
 def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
@@ -1395,13 +1393,12 @@ def _time_words(cron: Cron) -> str:
 
 
 def _day_words(cron: Cron) -> str:
-    def weekday(number: int) -> str:
-        """Its name, as in `Mon`; 7 is Sunday as well."""
-        return CRON_FIELDS[4].names[number % 7].title()
-    in_week = _listed(tuple(sorted(day or 7 for day in cron.weekdays)), weekday)
-    month = _listed(cron.months,
-                    lambda number: CRON_FIELDS[3].names[number - 1].title())
-    in_year = "" if len(cron.months) == 12 else month
+    sunday, *others = CRON_FIELDS[4].names
+    in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
+                     (*others, sunday))
+    in_year = _spelt(cron.months, ("", *CRON_FIELDS[3].names))
+    if len(cron.months) == 12:
+        in_year = ""
     in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
     if cron.is_either:
         return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
@@ -1414,15 +1411,17 @@ def _day_words(cron: Cron) -> str:
 def cron_words(cron: Cron) -> str:
     """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
     times, days = _time_words(cron), _day_words(cron)
-    if days.startswith("every day") and not re.match("at [0-9]", times):
-        days = days[len("every day"):].strip()
+    if not re.match("at [0-9]", times):     # `every 5 minutes` is every day
+        days = re.sub("^every day ?", "", days)
     return f"{times} {days}".strip()
 
 
-def turn_after(cron: str, now: float) -> str | None:
-    """The first turn of a cron line after a moment, as stored; None: never again."""
+def turn_after(cron: str, now: float) -> str:
+    """A cron line's first turn after a moment, as stored; InvalidValue: it has none."""
     turn = next_turn(parse_cron(cron), now)
-    return None if turn == math.inf else iso(turn)
+    if turn == math.inf:
+        raise InvalidValue(f"{cron!r} never comes", "choose another time")
+    return iso(turn)
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -1641,6 +1640,13 @@ def _decoded(line: bytes) -> str:
                          "convert the file with iconv -t UTF-8") from None
 
 
+def fields_of_line(line: bytes, number: int) -> list[dict[str, Any]]:
+    """The job objects of one line; none of a blank one or a remark."""
+    with at_line(number):
+        text = _decoded(line)
+        return fields_of(text) if text and not text.startswith("#") else []
+
+
 def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """The job objects of a file with their line numbers; errors begin `line N:`."""
     if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
@@ -1649,11 +1655,8 @@ def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from enumerate(whole, 1)
             return
     for number, line in enumerate(content.split(b"\n"), 1):
-        with at_line(number):
-            text = _decoded(line)
-            if text and not text.startswith("#"):
-                for fields in fields_of(text):
-                    yield number, fields
+        for fields in fields_of_line(line, number):
+            yield number, fields
 
 
 # ---- 5 SQL -------------------------------------------------------------------
@@ -1860,7 +1863,11 @@ class Sql:
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
-    SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
+    SET_META = """
+        INSERT INTO meta (key, value)
+        VALUES (:key, :value)
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """
     META = "SELECT value FROM meta WHERE key = :key"
 
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
@@ -2247,6 +2254,19 @@ class Sql:
            AND (:queue IS NULL OR queue = :queue)
          GROUP BY minute, kind, bucket
         """
+
+
+    FIRST_FINE = """
+        SELECT MIN(minute)
+          FROM tallies
+         WHERE minute > :after AND minute < :before
+        """
+    TALLIES_BETWEEN = """
+        SELECT queue, kind, bucket, n, total
+          FROM tallies
+         WHERE minute BETWEEN :first AND :last
+        """
+    DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
     # statement finds, the statement. Nothing is found in a sound queue.
@@ -3351,6 +3371,23 @@ def rerank(store: Store) -> None:
         store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
 
 
+def old_minute(store: Store, now: float) -> int | None:
+    """The first minute whose counters are to be put together by the hour, or None."""
+    before = int(now // 3600) * 60 - FINE_MINUTES
+    row = store.row(Sql.FIRST_FINE, after=int(store.meta("folded") or 0), before=before)
+    return row[0] if row else None
+
+
+def fold(store: Store, minute: int) -> None:
+    """Put the counters of that minute's hour into its first minute."""
+    hour = minute - minute % 60
+    rest = {"first": hour + 1, "last": hour + 59}
+    store.many(Sql.TALLY, [(hour, *row)
+                           for row in store.rows(Sql.TALLIES_BETWEEN, **rest)])
+    store.do(Sql.DELETE_TALLIES, rest)
+    store.do(Sql.SET_META, {"key": "folded", "value": str(hour + 59)})
+
+
 def _is_over(store: Store, seq: int | None) -> bool:
     """Whether a schedule's last job is over; also if there is none any more."""
     found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
@@ -3365,7 +3402,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     """
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
-    is_due = schedule.next_run is not None and schedule.next_run <= iso(now)
+    is_due = schedule.next_run <= iso(now)
     if is_due and _is_over(store, schedule.last_job):
         jobs = Batch(store, now).add([spec_of(schedule.job, now)])
         last_job = jobs[0].seq
@@ -3525,10 +3562,9 @@ class Queue:
         """A run with its output as of now: one that is under way is asked for it."""
         run = self.run(job_id, number)
         if run.outcome is None:
-            seen, end = self.store.changes(), time.monotonic() + patience
+            seen = self.store.changes()
             self.wake(PEEK)
-            while self.store.changes() == seen and time.monotonic() < end:
-                time.sleep(0.005)
+            self.await_change(seen, patience)
             run = self.run(job_id, run.number)
         return run
 
@@ -3612,7 +3648,7 @@ class Queue:
         over: dict[str, Job] = {}
         while True:
             seen, began = self.store.changes(), time.monotonic()
-            left = [job for job in self._named([id for id in jobs if id not in over])]
+            left = self._named([job_id for job_id in jobs if job_id not in over])
             over.update((job.id, job) for job in left if job.state in OVER)
             tell(_progress_of(left, over))
             if len(over) == len(jobs):
@@ -3730,7 +3766,8 @@ class Queue:
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
-        Counted by the minute, so the start is rounded down to a full one.
+        Counted by the minute (what is older than eight days: by the hour), so the
+        start is rounded down to a full one.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -3808,19 +3845,21 @@ class Queue:
         NoSuchJob, and WrongState for one that is over.
         """
         with self.store.transaction() as store:
-            now = self.clock()
-            jobs = [self._cancel(store.job(job_id), now)
-                    for job_id in dict.fromkeys(job_ids)]
+            jobs = self._cancel([store.job(job_id)
+                                 for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_ORDERS)
         return jobs
 
-    def _cancel(self, job: Job, now: float) -> Job:
-        if job.state == PROCESSING:
-            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim,
-                                     "wish": CANCEL})
-            return job._replace(wish=CANCEL)
-        return move(self.store, [Change("cancel", job, job._replace(
-            finished_at=iso(now)))], now)[0]
+    def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
+        now = self.clock()
+        running = [job for job in jobs if job.state == PROCESSING]
+        self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
+                                   for job in running])
+        moved = move(self.store, [Change("cancel", job, job._replace(
+            finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
+        now_so = {job.seq: job for job in (
+            *moved, *(job._replace(wish=CANCEL) for job in running))}
+        return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
         """Delete jobs with their history; all or none. WrongState for a running one."""
@@ -3900,8 +3939,7 @@ class Queue:
         return self._retry([job for job in free if job.state != PROCESSING])
 
     def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
-        now = self.clock()
-        return [self._cancel(job, now) for job in jobs if job.state not in OVER]
+        return self._cancel([job for job in jobs if job.state not in OVER])
 
     def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
         """Delete those that nothing needs: not running, and no other waits for them."""
@@ -4388,12 +4426,20 @@ class Claims:
                     store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
 
     def expiry(self) -> Iterator[list[Job]]:
-        """Delete what is over for longer than the configuration keeps it, in steps."""
+        """Delete what is over for longer than the configuration keeps it, and put the
+        counters of old minutes together by the hour: in steps.
+        """
         settings = self._store.settings()
         for state, kept in ((COMPLETED, settings.retention_completed),
                             (DEAD, settings.retention_dead)):
             if kept is not None:
                 yield from self._queue.sweep("delete", state, kept)
+        while old_minute(self._store, self._clock()) is not None:
+            with self._store.transaction() as store:
+                minute = old_minute(store, self._clock())
+                if minute is not None:      # else another pool was faster
+                    fold(store, minute)
+            yield []
 
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
@@ -4608,6 +4654,27 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
             "heartbeat_at": worker.heartbeat_at}
 
 
+def queue_object(view: QueueView) -> dict[str, Any]:
+    """A queue as JSON shows it."""
+    return {"name": view.name, "paused": view.paused, "limit": view.limit,
+            "jobs": view.counts}
+
+
+def schedule_object(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as JSON shows it."""
+    return {"name": schedule.name, "cron": schedule.cron,
+            "command": schedule.job.get("command"),
+            "queue": schedule.job.get("queue", DEFAULT_QUEUE),
+            "paused": schedule.paused, "next_run": schedule.next_run,
+            "last_run": schedule.last_run}
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """A change as JSON shows it."""
+    return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
+            "reason": event.reason}
+
+
 def status_object(status: Status) -> dict[str, Any]:
     """The first screen as JSON."""
     return {"jobs": {**status.counts, "total": sum(status.counts.values())},
@@ -4622,27 +4689,6 @@ def show_object(job: Job, runs: Sequence[Run],
     """One job whole, as JSON."""
     return {**job_object(job), "waiting_for": list(reasons),
             "runs": [run_object(run) for run in runs]}
-
-
-def queue_object(view: QueueView) -> dict[str, Any]:
-    """A queue as JSON shows it."""
-    return {"name": view.name, "paused": view.paused, "limit": view.limit,
-            "jobs": view.counts}
-
-
-def event_object(event: Event) -> dict[str, Any]:
-    """A change of state as JSON shows it."""
-    return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
-            "reason": event.reason}
-
-
-def schedule_object(schedule: Schedule) -> dict[str, Any]:
-    """A recurring job as JSON shows it."""
-    return {"name": schedule.name, "cron": schedule.cron,
-            "command": schedule.job["command"],
-            "queue": schedule.job.get("queue", DEFAULT_QUEUE),
-            "paused": schedule.paused, "next_run": schedule.next_run,
-            "last_run": schedule.last_run}
 
 
 def minute_object(minute: Minute) -> dict[str, Any]:
@@ -4756,8 +4802,23 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.finished_at, now)
 
 
-def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
-    """Aligned lines, the command last and cut to the width; columns only if used."""
+def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+    """Aligned columns under a head; the last is cut to what the window leaves it."""
+    widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
+    room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
+    lines = ["  ".join([
+        *(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)),
+        cut(row[-1], room)]).rstrip() for row in rows]
+    return [style.paint(lines[0], DIM), *lines[1:]]
+
+
+def job_table(jobs: Sequence[Job], style: Style,
+              why: Mapping[str, str] | None = None) -> list[str]:
+    """Aligned lines, the command last and cut to the width; columns only if used.
+
+    `why`: what each of them waits for, by its id.
+    """
+    reasons = why or {}
     shades = STATE_COLOURS
     offered = (
         Column("ID", lambda job: job.id, lambda job: BOLD),
@@ -4772,7 +4833,10 @@ def job_table(jobs: Sequence[Job], style: Style) -> list[str]:
                is_used=lambda job: job.crashes > 0),
         Column("TAGS", lambda job: ",".join(job.tags),
                is_used=lambda job: bool(job.tags)),
-        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM),
+        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM,
+               is_used=lambda job: not reasons),
+        Column("WHY", lambda job: cut(reasons.get(job.id, ""), 40),
+               is_used=lambda job: bool(reasons)),
     )
     used = [column for column in offered if any(map(column.is_used, jobs))]
     widths = [max(len(column.head), *(len(column.cell(job)) for job in jobs))
@@ -4832,6 +4896,63 @@ def status_lines(status: Status, style: Style) -> list[str]:
         lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
                                  STATE_COLOURS[DEAD]))
     return [*lines, style.paint("database  " + status.database, DIM)]
+
+
+def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
+    """The queues, one on a line."""
+    states = [state for state in STATES
+              if any(view.counts[state] for view in views)] or [PENDING]
+    head = ["QUEUE", "LIMIT", *(state.upper() for state in states), "NOTE"]
+    return grid([head, *(
+        [view.name, str(view.limit or "-"),
+         *(str(view.counts[state]) for state in states),
+         "paused" if view.paused else ""] for view in views)], style)
+
+
+def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
+    """The schedules, one on a line."""
+    return grid([["NAME", "CRON", "NEXT", "LAST", "QUEUE", "COMMAND"], *(
+        [one.name, one.cron, "paused" if one.paused else ago(one.next_run, style.now),
+         ago(one.last_run, style.now), str(one.job.get("queue", DEFAULT_QUEUE)),
+         one_line(str(one.job.get("command")))] for one in schedules)], style)
+
+
+def turn_lines(schedule: Schedule, now: float) -> list[str]:
+    """When a schedule comes: in words, and its next turns by the local clock."""
+    cron, turns = parse_cron(schedule.cron), [now]
+    while len(turns) < 4 and turns[-1] < math.inf:
+        turns.append(next_turn(cron, turns[-1]))
+    shown = [time.strftime("%a %Y-%m-%d %H:%M %Z", time.localtime(turn))
+             for turn in turns[1:] if turn < math.inf]
+    return [f"{schedule.name}: {cron_words(cron)}", "next: " + ", ".join(shown)]
+
+
+def event_line(event: Event, style: Style) -> str:
+    """A change of a job's state on one line."""
+    to = style.paint(event.target, STATE_COLOURS[event.target])
+    return (f"{event.at}  {style.paint(event.id, BOLD)}  {event.source or '-'} -> {to}"
+            f"  {one_line(event.reason)}")
+
+
+def progress_line(progress: Progress, seconds: float, width: int) -> str:
+    """A bar, and beside it: done, running, gone wrong, the rate, the time left."""
+    done, left = progress.over, progress.left
+    total, rate = done + left, done / seconds if seconds > 0 else 0.0
+    words = f" {done:,}/{total:,}  {progress.running} running"
+    if progress.unwell:
+        words += f"  {progress.unwell:,} dead or cancelled"
+    if done and left:
+        words += f"  {rate:.3g}/s  {span(math.ceil(left / rate))} left"
+    size = max(10, min(40, width - len(words) - 3))
+    filled = size * done // total if total else size
+    return cut(f"[{'#' * filled}{'.' * (size - filled)}]{words}", width - 1)
+
+
+def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
+    """Whole lines of a job's output, each with the job before it, in its colour."""
+    shades = list(STATE_COLOURS.values())
+    prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
+    return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
 
 
 def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
@@ -5557,7 +5678,7 @@ class Pool:
         """One step of retention, so that jobs never wait for it long."""
         if time.monotonic() >= self._expire_at:
             self._expire_at = math.inf      # also if it fails: then at the next beat
-            if next(self._expiry, None):
+            if next(self._expiry, None) is not None:
                 self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:
@@ -7046,7 +7167,7 @@ def told_changes(events: Sequence[Event]) -> bytes:
     return b"".join(sse("change", event_object(event), event.seq) for event in events)
 
 
-class Stream:
+class Subscriber:
     """What the feed has for one client: a bounded buffer between two threads."""
 
     def __init__(self, start: int) -> None:
@@ -7126,11 +7247,11 @@ class Feed:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()   # guards all of these, for moments
-        self._streams: set[Stream] = set()
+        self._streams: set[Subscriber] = set()
         self._is_watching = self._is_over = False
         self._seq = 0                   # the last change that was told
 
-    def join(self, queue: Queue) -> Stream:
+    def join(self, queue: Queue) -> Subscriber:
         """A new stream; WebRefusal if there are as many as there may be."""
         with self._lock:
             if len(self._streams) >= MAX_STREAMS or self._is_over:
@@ -7140,11 +7261,11 @@ class Feed:
                 self._seq = queue.last_event()
                 self._is_watching = True
                 threading.Thread(target=self._watch, daemon=True).start()
-            stream = Stream(self._seq)
+            stream = Subscriber(self._seq)
             self._streams.add(stream)
         return stream
 
-    def leave(self, stream: Stream) -> None:
+    def leave(self, stream: Subscriber) -> None:
         """Forget a stream whose client is gone."""
         with self._lock:
             self._streams.discard(stream)
@@ -7477,7 +7598,7 @@ class Service:
     # Event streams.
 
     @staticmethod
-    def _catch_up(queue: Queue, last: int, stream: Stream) -> bytes:
+    def _catch_up(queue: Queue, last: int, stream: Subscriber) -> bytes:
         """What a client that comes back has missed, and how things stand now."""
         events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
         events = [event for event in events if event.seq <= stream.start]
@@ -7488,7 +7609,7 @@ class Service:
                 + sse("status", status_object(queue.status()), stream.start))
 
     @staticmethod
-    def _stream(sock: socket.socket, begin: bytes, stream: Stream) -> None:
+    def _stream(sock: socket.socket, begin: bytes, stream: Subscriber) -> None:
         """Send what comes, until either side has enough."""
         piece: bytes | None = begin
         silent_since = time.monotonic()
@@ -7725,14 +7846,26 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 # ---- 16 CLI ------------------------------------------------------------------
 
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether it is a terminal on which one may draw."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") \
+        and os.environ.get("TERM") != "dumb"
+
+
 class Screen:
-    """Where a command writes: results to stdout, words about them to stderr."""
+    """Where a command writes: results to stdout, words about them to stderr.
+
+    On a terminal a line that is drawn in place may stand below: how far something is.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        self._drawn, self._drawn_at = "", -math.inf
+        self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
         """Print results."""
+        self._erase()
         for line in lines:
             print(line)
 
@@ -7745,22 +7878,74 @@ class Screen:
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
+            self._erase()
             with contextlib.suppress(OSError, ValueError):  # what it is about is done
                 print(text, file=sys.stderr)
 
     def log(self, text: str) -> None:
         """A worker's line, with the time. A terminal that is gone stops no worker."""
+        drawn = self._drawn
         with contextlib.suppress(OSError, ValueError):
+            self._erase()
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            self._draw(drawn)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[Callable[[str], None]]:
+        """Let a line be drawn in place; it is gone at the end."""
+        try:
+            yield self.show
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                self._erase()
+
+    def show(self, text: str) -> None:
+        """Draw a line in place, some ten times a second; nothing but on a terminal."""
+        if self.draws and time.monotonic() >= self._drawn_at + 0.1:
+            self._drawn_at = time.monotonic()
+            self._erase()
+            self._draw(text)
+
+    def _draw(self, text: str) -> None:
+        self._drawn = text
+        if text:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._drawn = ""
+
+    @staticmethod
+    def height() -> int:
+        """The lines of the terminal."""
+        import shutil
+        return shutil.get_terminal_size().lines
+
+    @staticmethod
+    def width() -> int:
+        """The columns of the terminal."""
+        import shutil  # 4 ms, and only on a terminal
+        return shutil.get_terminal_size().columns
 
     @staticmethod
     def style() -> Style:
         """Colours and the width, if stdout is a terminal."""
         if not sys.stdout.isatty():
             return Style(False, 0, time.time())
-        import shutil  # 4 ms, and only on a terminal
-        colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        return Style(colour, shutil.get_terminal_size().columns, time.time())
+        return Style(_is_terminal(sys.stdout), Screen.width(), time.time())
+
+
+def _report(error: QueueError, as_json: bool) -> int:
+    """The one place where a refusal becomes a line and an exit status."""
+    if as_json:
+        print(dumps({"error": {"code": error.code, "message": error.message,
+                               "hint": error.hint}}, None), file=sys.stderr)
+    else:
+        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+    return error.exit_status
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -7774,43 +7959,91 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class Option(NamedTuple):
-    """One argument of a command, as argparse takes it."""
+    """One argument of a command, as argparse takes it, and its group in the help."""
     names: tuple[str, ...]
     settings: dict[str, Any]
+    group: str
 
 
-def option(*names: str, **settings: Any) -> Option:
+def option(*names: str, group: str = "", **settings: Any) -> Option:
     """An argument of a command."""
-    return Option(names, settings)
+    return Option(names, settings, group)
 
 
-_DUR = {"type": _typed(parse_duration), "metavar": "DUR"}
-_NAME_ARG = {"type": _typed(lambda text: _check_name("name", text, 0.0))}
-_COUNT = {"type": _typed(parse_whole), "metavar": "N"}
-_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else")
-_IDS = option("ids", nargs="+", metavar="ID")
+def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    return tuple(one._replace(group=group) for one in options)
+
+
+def _past(text: str, now: float) -> float:
+    """A time, or a duration ago."""
+    try:
+        return now - parse_duration(text) if text[-1:] in "smhd" \
+            else parse_time(text, now)
+    except InvalidValue:
+        return parse_time(text, now)
+
+
+_DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
+_NAME_ARG: dict[str, Any] = {
+    "type": _typed(lambda text: _check_name("name", text, 0.0))}
+_COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
+_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else",
+                    group="output")
+_IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
+_STATE_FLAG = option("--state", "-s", action="append", choices=STATES, metavar="S",
+                     help="one of " + ", ".join(STATES) + "; again and again for more")
+_TEXT_FLAGS = (
+    option("--queue", metavar="Q", help="those of a queue"),
+    option("--tag", metavar="T", help="those with a tag"),
+    option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
+_YES = option("--yes", "-y", action="store_true", help="do not ask", group="other")
+_ALL = option("--all", action="store_true", help="all that it applies to")
+# What stands for the ids of many jobs.
+_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
 # The flags of `enqueue` that are fields of a job, under the field's name.
 _JOB_FLAGS = (
-    option("--command", metavar="C", help="the shell command"),
-    option("--id", metavar="ID", help="a name of your own (default: job-N)"),
-    option("--priority", "-p", type=_typed(lambda text: parse_whole(
-        text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
-        help="higher first (default: 0)"),
-    option("--delay", **_DUR, help="not before this time has passed"),
-    option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
-           metavar="TIME", help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
-    option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
-    option("--timeout", **_DUR, help="end a run after this time; 0: never"),
-    option("--backoff-base", **_DUR, help="wait after the first failure, then doubled"),
-    option("--queue", metavar="Q", help="default: default"),
-    option("--after", action="append", metavar="ID",
-           help="run once that job is completed"),
-    option("--unique", metavar="KEY", help="not if a job with this key is unfinished"),
-    option("--tag", action="append", dest="tags", metavar="T", help="a label"),
-    option("--env", action="append", metavar="K=V", help="a variable for the command"),
-    option("--cwd", metavar="DIR", help="where it runs (default: here)"),
+    *_grouped(
+        "the job",
+        option("--command", metavar="C", help="the shell command"),
+        option("--id", metavar="ID", help="a name of your own (default: job-N)"),
+        option("--queue", metavar="Q", help="default: default"),
+        option("--tag", action="append", dest="tags", metavar="T",
+               help="a label; again and again"),
+        option("--unique", metavar="KEY",
+               help="not if a job with this key is unfinished"),
+        option("--env", action="append", metavar="K=V",
+               help="a variable for the command; again and again"),
+        option("--cwd", metavar="DIR", help="where it runs (default: here)")),
+    *_grouped(
+        "when it runs",
+        option("--priority", "-p", type=_typed(lambda text: parse_whole(
+            text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
+            help="higher first (default: 0)"),
+        option("--delay", **_DUR, help="not before this time has passed"),
+        option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
+               metavar="TIME",
+               help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
+        option("--after", action="append", metavar="ID",
+               help="run once that job is completed; again and again")),
+    *_grouped(
+        "how it ends",
+        option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
+        option("--timeout", **_DUR, help="end a run after this time; 0: never"),
+        option("--backoff-base", **_DUR,
+               help="wait after the first failure, then doubled")),
 )
+
+
+def _field_of(flag: Option) -> str:
+    """The field of a job that a flag sets."""
+    name: str = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
+    return name
+
+
+_EDIT_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) in EDITABLE)
+_SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
+    "command", "id", "delay", "run_at", "after"))
 
 
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
@@ -7825,13 +8058,10 @@ def _env_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    fields = {}
-    for flag in _JOB_FLAGS:
-        name = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
-        value = getattr(args, name)
-        if value is not None:
-            fields[name] = _env_of(value) if name == "env" else value
-    return fields
+    given = {name: getattr(args, name, None) for name in map(_field_of, _JOB_FLAGS)}
+    if given["env"] is not None:
+        given["env"] = _env_of(given["env"])
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
@@ -7876,10 +8106,19 @@ def _given_jobs(
     return False, [(0, {})]
 
 
+def _name_line(error: QueueError, lines: Sequence[int]) -> None:
+    """Put the line of the job at fault before an error's message; 0 is none."""
+    if error.item is not None and lines[error.item]:
+        error.args = (f"line {lines[error.item]}: {error}",)
+        error.message = f"line {lines[error.item]}: {error.message}"
+
+
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
     specs, ignored = [], set()
-    for line, fields in given:
+    for number, (line, fields) in enumerate(given):
+        if number % 1000 == 999:
+            screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_line(line):
             if "delay" in flags or "run_at" in flags:
                 fields = {key: value for key, value in fields.items()
@@ -7892,17 +8131,137 @@ def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any]
     return specs
 
 
-def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add jobs and say their ids."""
-    is_batch, given = _given_jobs(args)
-    specs = _specs(given, _flag_fields(args), queue.clock(), screen)
-    try:
-        jobs = queue.enqueue_many(specs)
-    except QueueError as error:
-        if error.item is not None and given[error.item][0]:
-            error.args = (f"line {given[error.item][0]}: {error}",)
-            error.message = f"line {given[error.item][0]}: {error.message}"
-        raise
+def _has_more(fd: int, seconds: float) -> bool:
+    """Whether there is something to read within that time."""
+    if seconds <= 0 or not hasattr(select, "poll"):
+        return False
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(math.ceil(seconds * 1000)))
+
+
+def _line_batches(fd: int) -> Iterator[list[bytes]]:
+    """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
+
+    The last may lack its end. Of one that is too long for any job the beginning serves,
+    to be refused.
+    """
+    rest, lines, due = b"", list[bytes](), math.inf
+    while True:
+        if lines and (len(lines) >= STREAM_BATCH
+                      or not _has_more(fd, due - time.monotonic())):
+            yield lines
+            lines, due = [], math.inf
+        piece = os.read(fd, READ_SIZE)
+        if not piece:
+            break
+        *whole, rest = (rest + piece).split(b"\n")
+        rest = rest[:MAX_LINE]
+        if whole and not lines:
+            due = time.monotonic() + STREAM_PAUSE
+        lines += whole
+    if lines or rest:
+        yield [*lines, rest]
+
+
+class Stream:
+    """Jobs from lines that come one by one: a bad one is said and passed over."""
+
+    def __init__(self, queue: Queue, flags: Mapping[str, Any],
+                 refuse: Callable[[QueueError], object]) -> None:
+        self._queue, self._flags, self._refuse = queue, flags, refuse
+        self._read = 0          # lines
+        self.refused = 0
+
+    def add(self, lines: Sequence[bytes]) -> list[Job]:
+        """The jobs of these lines, committed; on a full disk it waits for room."""
+        given = [one for line in lines for one in self._specs_of(line)]
+        while given:
+            try:
+                return self._queue.enqueue_many([spec for _, spec in given])
+            except (Busy, Unwritable) as error:     # these lines cannot come again
+                self._refuse(error)
+                time.sleep(SYNC_PAUSE)
+            except QueueError as error:
+                if error.item is None:
+                    raise
+                _name_line(error, [number for number, _ in given])
+                self._pass_over(error)
+                del given[error.item]
+        return []
+
+    def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
+        self._read += 1
+        try:
+            with at_line(self._read):
+                return [(self._read, spec_of({**fields, **self._flags},
+                                             self._queue.clock()))
+                        for fields in fields_of_line(line, 0)]
+        except QueueError as error:
+            self._pass_over(error)
+            return []
+
+    def _pass_over(self, error: QueueError) -> None:
+        self.refused += 1
+        self._refuse(error)
+
+
+def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add the lines of stdin as they come; 1 if any of them was bad."""
+    if args.job not in (None, "-") or args.file or args.words or args.command:
+        raise UsageError("--stream reads stdin alone", "give no other job")
+    if args.wait:
+        raise UsageError("--stream and --wait do not go together",
+                         "`queuectl wait --all` waits")
+    if sys.stdin is None:
+        raise Unreadable("stdin is closed", "give a pipe")
+    stream = Stream(queue, _flag_fields(args),
+                    lambda error: _report(error, args.json))
+    for lines in _line_batches(sys.stdin.fileno()):
+        jobs = stream.add(lines)
+        screen.out(*(dumps(job_object(job), None) if args.json else job.id
+                     for job in jobs))
+        sys.stdout.flush()
+    return EX_NO if stream.refused else EX_OK
+
+
+def _exit_status(jobs: Sequence[Job]) -> int:
+    """One job's own exit status; of several 0 if all are completed, else 1."""
+    if all(job.state == COMPLETED for job in jobs):
+        return EX_OK
+    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
+
+
+def _bar(screen: Screen) -> Callable[[Progress], None]:
+    """What draws how far jobs are, with the rate since now."""
+    began = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        """Draw it now, if it is time."""
+        if screen.draws:
+            screen.show(progress_line(progress, time.monotonic() - began,
+                                      screen.width()))
+    return show
+
+
+def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
+           timeout: float | None) -> int:
+    """Wait until jobs are over, and say how it went."""
+    began = time.monotonic()
+    with screen.drawing():
+        jobs = queue.wait(*job_ids, timeout=timeout, tell=_bar(screen))
+    took = span(time.monotonic() - began)
+    if len(jobs) == 1:
+        ending = f" ({jobs[0].error})" if jobs[0].error else ""
+        screen.note(f"{jobs[0].id} {jobs[0].state}{ending}")
+    else:
+        done = sum(job.state == COMPLETED for job in jobs)
+        screen.note(f"{done} of {len(jobs)} jobs completed, after {took}")
+    return _exit_status(jobs)
+
+
+def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
+               screen: Screen) -> None:
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
                          else job_object(jobs[0])))
@@ -7913,9 +8272,37 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
-    if jobs and not args.quiet and not queue.workers():
+    sys.stdout.flush()
+
+
+def _note_no_worker(queue: Queue, screen: Screen) -> None:
+    if not queue.workers():
         screen.note("no worker is running; `queuectl worker start` starts one")
-    return EX_OK
+
+
+def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add jobs and say their ids."""
+    if args.stream:
+        return _enqueue_stream(args, queue, screen)
+    is_batch, given = _given_jobs(args)
+    with screen.drawing():
+        specs = _specs(given, _flag_fields(args), queue.clock(), screen)
+        try:
+            jobs = queue.enqueue_many(specs)
+        except QueueError as error:
+            _name_line(error, [line for line, _ in given])
+            raise
+    _say_added(jobs, is_batch, args, screen)
+    if jobs and not args.quiet:
+        _note_no_worker(queue, screen)
+    return _await(queue, screen, [job.id for job in jobs], None) \
+        if jobs and args.wait else EX_OK
+
+
+def _since(now: Progress, first: Progress) -> Progress:
+    """What has come of jobs since an earlier moment."""
+    return now._replace(completed=now.completed - first.completed,
+                        unwell=now.unwell - first.unwell)
 
 
 def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -7926,7 +8313,16 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     # eighth of a pool's time. What a job leaves is freed without that.
     gc.freeze()
     gc.set_threshold(100_000)
-    return Pool(queue, options, screen.log).run()
+    bar = _bar(screen)
+
+    def say(line: str) -> None:
+        """Log a line; below it stands how far the jobs are."""
+        screen.log(line)
+        if args.drain and screen.draws:
+            with contextlib.suppress(QueueError):   # it is but a picture
+                bar(_since(queue.progress(), first))
+    first = queue.progress()
+    return Pool(queue, options, say).run()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -7960,21 +8356,31 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     return EX_OK
 
 
-def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the first screen."""
+def _status_lines(args: argparse.Namespace, queue: Queue,
+                  screen: Screen) -> list[str]:
     status = queue.status()
     if args.json:
-        screen.out(dumps(status_object(status)))
-    else:
-        screen.out(*status_lines(status, screen.style()))
+        return [dumps(status_object(status), 2 if args.watch is None else None)]
+    return status_lines(status, screen.style())
+
+
+def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the first screen; with --watch again whenever something has changed."""
+    seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+    screen.out(*lines)
+    in_place = _is_terminal(sys.stdout) and not args.json
+    while args.watch is not None:
+        sys.stdout.flush()
+        queue.await_change(seen, args.watch)
+        time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
+        seen, above = queue.store.changes(), len(lines)
+        lines = _status_lines(args, queue, screen)
+        if in_place:
+            lines = lines[:max(1, screen.height() - 1)]
+            screen.out("\033[" + f"{above}A\033[J" + "\n".join(lines))
+        else:
+            screen.out(*([] if args.json else [""]), *lines)
     return EX_OK
-
-
-def _print_jobs(jobs: Sequence[Job], screen: Screen, empty: str) -> None:
-    if jobs:
-        screen.out(*job_table(jobs, screen.style()))
-    else:
-        screen.note(empty)
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
@@ -8020,7 +8426,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             screen.out(*job_table([job], screen.style())[1:])
             screen.raw(_output_of(queue, job))
     else:
-        _print_jobs(shown, screen, "no such jobs")
+        why = queue.why_waiting(shown) if states and {*states} <= {*WAITING} else {}
+        if shown:
+            screen.out(*job_table(shown, screen.style(), why))
+        else:
+            screen.note("no such jobs" if any((*filters.values(), states))
+                        else "no jobs; `queuectl enqueue 'echo hi'` adds one")
     if len(jobs) > len(shown):
         screen.note(f"the newest {limit} are shown; --limit 0 shows all")
     return EX_OK
@@ -8041,63 +8452,223 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
+def _peek(queue: Queue) -> None:
+    """Have the pools store what running commands have printed so far."""
+    seen = queue.store.changes()
+    queue.wake(PEEK)
+    queue.await_change(seen, 0.5)
+
+
 def _tail(output: bytes, lines: int | None) -> bytes:
     if lines is None:
         return output
     return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
 
 
+class Follower:
+    """The output of one job as it comes, through its retries, to its end.
+
+    `number`: only of that run; None: from the last one on. `lines`: of what is there
+    already only so many of the last; None: all.
+    """
+
+    def __init__(self, queue: Queue, job_id: str, number: int | None = None,
+                 lines: int | None = None) -> None:
+        self.job_id, self.is_over = job_id, False
+        self._queue, self._only, self._lines = queue, number, lines
+        self._number, self._seen, self._is_first = number, 0, True
+
+    def step(self) -> tuple[bytes, str]:
+        """What is new, and a remark on a run that has ended before a retry, or ""."""
+        job, run = self._queue.job(self.job_id), self._run()
+        if run is None:
+            self.is_over = job.state in OVER
+            if self.is_over:
+                self._queue.run(self.job_id, self._number)  # says that there is none
+            return b"", ""
+        fresh = since(run.output, run.output_bytes, self._seen)
+        if self._is_first:
+            fresh = _tail(readable(run.output, run.output_bytes), self._lines)
+        self._number, self._seen, self._is_first = run.number, run.output_bytes, False
+        if run.outcome is None:
+            return fresh, ""
+        is_last = run.number == self._queue.run(self.job_id).number
+        self.is_over = self._only is not None or (job.state in OVER and is_last)
+        if self.is_over:
+            return fresh, ""
+        self._number, self._seen = run.number + 1, 0
+        return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
+
+    def _run(self) -> Run | None:
+        """The run to look at; None: it has not begun."""
+        runs = [run for run in self._queue.runs(self.job_id)
+                if self._number is None or run.number >= self._number]
+        if not runs:
+            return None
+        return runs[-1 if self._number is None else 0]
+
+
+def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
+                   screen: Screen) -> None:
+    """Print what is new; of several jobs (`place`) only whole lines, with the job."""
+    fresh, remark = follower.step()
+    if place is not None:
+        fresh = pending.pop(follower.job_id, b"") + fresh
+        if not (follower.is_over or remark):
+            whole, newline, rest = fresh.rpartition(b"\n")
+            fresh, pending[follower.job_id] = whole + newline, rest
+        elif fresh and not fresh.endswith(b"\n"):
+            fresh += b"\n"
+        fresh = prefixed(follower.job_id, fresh, place, screen.style())
+    if fresh:
+        screen.raw(fresh)
+    if remark:
+        screen.note(remark)
+
+
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print as it comes, through retries, until the job (or that run) is over."""
-    number, seen, is_first = args.attempt, 0, True
-    while True:
-        job = queue.job(args.id)
-        runs = [run for run in queue.runs(args.id)
-                if args.attempt in (None, run.number)
-                and (number is None or run.number >= number)]
-        if runs:
-            run = queue.fresh_run(args.id, runs[-1 if number is None else 0].number)
-            number = run.number
-            fresh = since(run.output, run.output_bytes, seen)
-            screen.raw(_tail(readable(run.output, run.output_bytes), args.tail)
-                       if is_first else fresh)
-            seen, is_first = run.output_bytes, False
-            if run.outcome is not None:
-                if (job.state in OVER and run.number == queue.run(args.id).number) \
-                        or args.attempt is not None:
-                    return EX_OK
-                screen.note(f"-- run {run.number} of {job.id}: {run.outcome}")
-                number, seen = run.number + 1, 0
-        elif job.state in OVER:
-            queue.run(args.id, args.attempt)    # says that there is none
-            return EX_OK
-        time.sleep(0.1)
+    """Print what jobs print as it comes, until they (or that run) are over."""
+    ids = list(dict.fromkeys(args.ids))
+    places = {job_id: place if len(ids) > 1 else None
+              for place, job_id in enumerate(ids)}
+    left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
+    pending: dict[str, bytes] = {}
+    while left:
+        if any(queue.job(one.job_id).state == PROCESSING for one in left):
+            _peek(queue)
+        for one in left:
+            _show_followed(one, places[one.job_id], pending, screen)
+        left = [one for one in left if not one.is_over]
+        time.sleep(0.1 if left else 0)
+    return EX_OK
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what a job printed."""
+    """Print what jobs printed."""
     if args.follow:
         return _follow(args, queue, screen)
-    run = queue.fresh_run(args.id, args.attempt)
-    screen.raw(_tail(readable(run.output, run.output_bytes), args.tail))
+    if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
+        _peek(queue)
+    for place, job_id in enumerate(args.ids):
+        run = queue.run(job_id, args.attempt)
+        output = _tail(readable(run.output, run.output_bytes), args.tail)
+        screen.raw(output if len(args.ids) == 1
+                   else prefixed(job_id, output, place, screen.style()))
     return EX_OK
 
 
-def _say_jobs(jobs: Sequence[Job], verb: str, args: argparse.Namespace,
+def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Wait until jobs are over; a single one's own exit status."""
+    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    is_wide = args.all or any(filters.values())
+    if bool(args.ids) == is_wide:
+        raise UsageError("wait for which jobs?",
+                         "give ids, or --all, --queue, --tag or --search")
+    job_ids = args.ids
+    if args.tag or args.search:
+        job_ids = [job.id for job in queue.pages(
+            state=(*WAITING, PROCESSING), **filters)]
+    if not args.quiet:
+        _note_no_worker(queue, screen)
+    if job_ids or args.tag or args.search:
+        return _await(queue, screen, job_ids, args.timeout)
+    with screen.drawing():
+        done = queue.wait_all(args.queue, args.timeout, _bar(screen))
+    screen.note(f"nothing is left: {done.completed} completed, "
+                f"{done.unwell} dead or cancelled meanwhile")
+    return EX_NO if done.unwell else EX_OK
+
+
+# What a verb applies to where no state is named, and where one is.
+USUAL = {"retry": (FAILED, DEAD, CANCELLED), "cancel": (*WAITING, PROCESSING),
+         "delete": OVER}
+ALLOWED = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
+           "delete": (*WAITING, *OVER)}
+SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
+
+
+def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs."""
+    """Report what was done to jobs, as it is done."""
     if args.json:
-        screen.out(dumps([job_object(job) for job in jobs]))
-    elif len(jobs) == 1:
-        screen.note(f"{jobs[0].id} {verb}")
-    else:
-        screen.note(f"{len(jobs)} jobs {verb}")
+        _print_array((job_object(job) for job in jobs), screen)
+        return EX_OK
+    n, first = 0, ""
+    for job in jobs:
+        n, first = n + 1, first or job.id
+    screen.note(f"{first} {SAID[verb]}" if n == 1 else f"{n:,} jobs {SAID[verb]}")
     return EX_OK
+
+
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The filters that stand for ids."""
+    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
+
+
+def _is_wide(args: argparse.Namespace) -> bool:
+    """Whether jobs are chosen by what they are and not by ids; UsageError if by both
+    or neither.
+    """
+    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
+    is_wide = any(one not in (None, False) for one in given)
+    if bool(args.ids) == is_wide:
+        raise UsageError("which jobs?" if not is_wide else "ids and a choice are given",
+                         "give ids, or --all, --state, --queue, --tag or --search")
+    return is_wide
+
+
+def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    for state in given or ():
+        if state not in ALLOWED[verb]:
+            raise UsageError(f"`{verb}` does not apply to {state} jobs",
+                             "it does to " + ", ".join(ALLOWED[verb]))
+    return tuple(given or USUAL[verb])
+
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    """Ask before a wide step, where a person sits at a terminal; Declined."""
+    if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
+                                     and sys.stderr.isatty()):
+        return
+    print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Declined("nothing was changed", "answer y, or give --yes")
+
+
+def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    counted = [(queue.count(state, **filters), state) for state in states]
+    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
+
+
+def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
+           states: Sequence[str]) -> Iterator[Job]:
+    """Do it to all that fit, in small transactions; who interrupts keeps what is done.
+    """
+    done = 0
+    with screen.drawing() as show:
+        for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
+                                 **_filters(args)):
+            done += len(batch)
+            show(f"{done:,} jobs {SAID[verb]} ...")
+            yield from batch
+
+
+def _wide(verb: str, args: argparse.Namespace, queue: Queue,
+          screen: Screen) -> Iterator[Job]:
+    """All jobs that the flags describe, changed; on a terminal after a question."""
+    states = _chosen_states(verb, args.state)
+    amounts = _amounts(queue, states, _filters(args))
+    if amounts and verb != "retry":
+        _confirm(f"This will {verb} {amounts}.", args)
+    return _swept(verb, args, queue, screen, states)
 
 
 def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Run jobs again from now."""
-    return _say_jobs(queue.retry(*args.ids), "pending again", args, screen)
+    jobs = _wide("retry", args, queue, screen) if _is_wide(args) \
+        else queue.retry(*args.ids)
+    return _say_jobs(jobs, "retry", args, screen)
 
 
 def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
@@ -8111,9 +8682,8 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
         time.sleep(RESCUE_TICK)
 
 
-def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended."""
-    jobs = queue.cancel(*args.ids)
+def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
+    """Wait until running jobs that were cancelled have been ended; as they are then."""
     claims = Claims(queue, PoolOptions())
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
@@ -8130,18 +8700,73 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             raise NotFinished("a running job has not ended yet",
                               "its worker will record it; `queuectl status` shows both")
         time.sleep(RESCUE_TICK)
+    return list(jobs)
+
+
+def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Cancel jobs; wait until running ones have been ended."""
+    jobs = list(_wide("cancel", args, queue, screen)) if _is_wide(args) \
+        else queue.cancel(*args.ids)
+    ended = {job.id: job for job in _await_ends(
+        queue, [job for job in jobs if job.state == PROCESSING], screen)}
+    jobs = [ended.get(job.id, job) for job in jobs]
     late = [job for job in jobs if job.state != CANCELLED]
     for job in late:
         screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    if len(late) == len(jobs):
+    if late and len(late) == len(jobs):
         return EX_NO
-    return _say_jobs([job for job in jobs if job not in late], "cancelled", args,
+    return _say_jobs((job for job in jobs if job.state == CANCELLED), "cancel", args,
                      screen)
 
 
 def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete jobs that do not run."""
-    return _say_jobs(queue.delete(*args.ids), "deleted", args, screen)
+    jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
+        else queue.delete(*args.ids)
+    return _say_jobs(jobs, "delete", args, screen)
+
+
+def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
+           states: Sequence[str], is_dry: bool = False) -> int:
+    """Delete all jobs that fit, and say how many."""
+    filters = _filters(args)
+    if args.older_than is not None:
+        if {*states} & {*WAITING}:
+            raise UsageError("--older-than counts from a job's end",
+                             "it fits " + ", ".join(OVER))
+        filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    amounts = _amounts(queue, states, filters)
+    if amounts and not is_dry:
+        _confirm(f"This will delete {amounts}.", args)
+    deleted = 0 if is_dry else sum(1 for _ in _swept(
+        "delete", args, queue, screen, states))
+    if args.json:
+        screen.out(dumps({"deleted": deleted}))
+    elif is_dry:
+        screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
+    else:
+        screen.note(f"{deleted:,} job{'s' * (deleted != 1)} deleted")
+    return EX_OK
+
+
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Delete jobs that are over, or in other states that are named."""
+    return _purge(args, queue, screen, _chosen_states("delete", args.state),
+                  args.dry_run)
+
+
+def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Change waiting jobs."""
+    fields = _flag_fields(args)
+    if not fields:
+        raise UsageError("nothing to change", "give a flag, as --priority 5")
+    jobs = queue.edit(*args.ids, **fields)
+    if args.json:
+        screen.out(dumps([job_object(job) for job in jobs]))
+    else:
+        changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+        screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
+    return EX_OK
 
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -8164,23 +8789,123 @@ def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Put dead jobs back."""
-    filters = (args.queue, args.search)
-    if bool(args.ids) == (args.all or filters != (None, None)):
-        raise UsageError("which dead jobs?", "give ids, or --all, --queue or --search")
-    jobs = queue.retry_dead(*args.ids) if args.ids else [
-        job for batch in queue.sweep("retry", DEAD, queue=args.queue,
-                                     search=args.search) for job in batch]
-    return _say_jobs(jobs, "pending again", args, screen)
+    jobs = _swept("retry", args, queue, screen, (DEAD,)) if _is_wide(args) \
+        else queue.retry_dead(*args.ids)
+    return _say_jobs(jobs, "retry", args, screen)
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete dead jobs."""
-    deleted = sum(map(len, queue.sweep("delete", DEAD, args.older_than)))
-    if args.json:
-        screen.out(dumps({"deleted": deleted}))
-    else:
-        screen.note(f"{deleted} dead job{'s' * (deleted != 1)} deleted")
+    return _purge(args, queue, screen, (DEAD,))
+
+
+def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Stop the claiming of jobs; what runs goes on."""
+    queue.pause(*args.queue or ())
+    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
+                + " paused; what runs goes on, `queuectl resume` ends the pause")
     return EX_OK
+
+
+def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let jobs be claimed again."""
+    queue.resume(*args.queue or ())
+    left = ["all" if name == EVERY_QUEUE else name for name in queue.status().paused]
+    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
+                + " resumed" + (f"; still paused: {', '.join(left)}" if left else ""))
+    return EX_OK
+
+
+def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the queues."""
+    views = queue.queues()
+    if args.json:
+        screen.out(dumps([queue_object(view) for view in views]))
+    else:
+        screen.out(*queue_lines(views, screen.style()))
+        if EVERY_QUEUE in queue.status().paused:
+            screen.note("all queues are paused; `queuectl resume` ends that")
+    return EX_OK
+
+
+def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Limit how many jobs of a queue run at once."""
+    queue.limit_queue(args.queue, args.limit)
+    screen.note(f"queue {args.queue}: " + (
+        f"at most {args.limit} at once" if args.limit else "no limit"))
+    return EX_OK
+
+
+def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add a job that comes again and again."""
+    import shlex  # 1 ms
+    if bool(args.words) == bool(args.job):
+        raise UsageError("a schedule needs one command",
+                         "write -- PROG ARG... or a shell command in quotes")
+    command = shlex.join(args.words) if args.words else args.job
+    schedule = queue.add_schedule(args.name, args.cron, command=command,
+                                  **_flag_fields(args))
+    for line in turn_lines(schedule, queue.clock()):
+        screen.note(line)
+    _note_no_worker(queue, screen)
+    return EX_OK
+
+
+def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the schedules."""
+    schedules = queue.schedules()
+    if args.json:
+        screen.out(dumps([schedule_object(one) for one in schedules]))
+    elif schedules:
+        screen.out(*schedule_lines(schedules, screen.style()))
+    else:
+        screen.note("no schedules; `queuectl schedule add NAME CRON -- PROG ARG...` "
+                    "adds one")
+    return EX_OK
+
+
+def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Forget a schedule; its jobs stay."""
+    screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
+    return EX_OK
+
+
+def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let a schedule rest."""
+    screen.note(f"{queue.pause_schedule(args.name).name} paused")
+    return EX_OK
+
+
+def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Let a schedule go on; what it missed is not made up."""
+    schedule = queue.pause_schedule(args.name, False)
+    for line in turn_lines(schedule, queue.clock()):
+        screen.note(line)
+    return EX_OK
+
+
+def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Enqueue a schedule's job now, beside its turns."""
+    screen.out(queue.run_schedule(args.name).id)
+    return EX_OK
+
+
+def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print the changes of jobs' states, oldest first."""
+    after, since_when = 0, "" if args.since is None else iso(args.since)
+    while True:
+        seen, newest = queue.store.changes(), queue.last_event()
+        page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
+        screen.out(*(dumps(event_object(one), None) if args.json
+                     else event_line(one, screen.style()) for one in page))
+        if len(page) == PAGE_SIZE:
+            after = page[-1].seq
+            continue
+        if not args.follow:
+            return EX_OK
+        sys.stdout.flush()
+        after = max([newest, *(one.seq for one in page[-1:])])
+        queue.await_change(seen, FALLBACK_POLL)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -8277,13 +9002,26 @@ CREATES, READS = True, False
 
 
 class Entry(NamedTuple):
-    """One command: words, function, one sentence, whether it makes a database."""
+    """One command: its words, its function, one sentence, whether it makes a database,
+    its arguments, and examples for its help, without the `queuectl` before them.
+    """
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Queue, Screen], int]
     help: str
     creates: bool
     options: tuple[Option, ...] = ()
+    examples: tuple[str, ...] = ()
 
+
+_NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
+_QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
+                      help="only this queue; again and again for more (default: all)")
+_LIMIT_FLAG = option("--limit", **_COUNT, group="output",
+                     help="0: all (default: 50; with --json all)")
+_OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
+                     help="only those that have been over for so long")
+_DRY_FLAG = option("--dry-run", action="store_true", group="other",
+                   help="only say what would be deleted")
 
 COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
@@ -8291,75 +9029,149 @@ COMMANDS = (
                help="a shell command, a JSON object or array, @FILE, or - for stdin; "
                     "-- PROG ARG... adds words as they are"),
         option("--file", metavar="F", help="one job a line: JSON or a shell command"),
+        option("--stream", action="store_true",
+               help="the lines of stdin as they come, for as long as they come"),
         *_JOB_FLAGS,
-        option("--quiet", "-q", action="store_true", help="print ids only"),
-        _JSON_FLAG)),
+        option("--wait", action="store_true", group="output",
+               help="until it is over; exit with the job's own status"),
+        option("--quiet", "-q", action="store_true", help="print ids only",
+               group="output"),
+        _JSON_FLAG),
+        ("enqueue 'make -C /src test' --priority 5 --timeout 30m",
+         "enqueue -- convert 'my photo.png' out.jpg")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
         option("--count", "-c", default=1, metavar="N",
                type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
                help="jobs at once (default: 1)"),
-        option("--timeout", **_DUR, help="for jobs that set none"),
-        option("--backoff-base", **_DUR, help="for jobs that set none"),
-        option("--queue", action="append", metavar="Q", **_NAME_ARG,
-               help="only this queue; again and again for more"),
-        option("--drain", action="store_true",
-               help="exit once nothing is running, due or waiting for a retry"),
-        option("--max-jobs", **_COUNT, help="exit after so many runs"),
-        option("--grace", **_DUR, help="when stopping, hand back what runs longer"),
-        option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"))),
+        _QUEUES_FLAG,
+        option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"),
+        *_grouped(
+            "when it exits",
+            option("--drain", action="store_true",
+                   help="once nothing is running, due or waiting for a retry"),
+            option("--max-jobs", **_COUNT, help="after so many runs"),
+            option("--grace", **_DUR,
+                   help="when stopping, hand back what runs longer")),
+        *_grouped(
+            "for jobs that set none",
+            option("--timeout", **_DUR, help="end a run after this time"),
+            option("--backoff-base", **_DUR, help="wait after the first failure"))),
+        ("worker start --count 4", "worker start --queue gpu --drain")),
     Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
-        option("names", nargs="*", metavar="NAME"),
+        option("names", nargs="*", metavar="NAME", help="default: all"),
         option("--now", action="store_true", help="end running jobs and put them back"),
-        option("--timeout", **_DUR, help="wait no longer"))),
+        option("--timeout", **_DUR, help="wait no longer")),
+        ("worker stop", "worker stop --now")),
     Entry(("worker", "list"), cmd_worker_list, "show the workers", READS,
-          (_JSON_FLAG,)),
-    Entry(("status",), cmd_status, "show counts, workers, what is next", READS,
-          (_JSON_FLAG,)),
+          (_JSON_FLAG,), ("worker list", "worker list --json")),
+    Entry(("status",), cmd_status, "show counts, workers, what is next", READS, (
+        option("--watch", nargs="?", const=1.0, **{**_DUR, "metavar": "SECONDS"},
+               group="output",
+               help="again whenever something changes, and each SECONDS (1)"),
+        _JSON_FLAG), ("status", "status --watch")),
     Entry(("list",), cmd_list, "show jobs, newest first", READS, (
-        option("--state", "-s", action="append", choices=STATES, metavar="S",
-               help="one of " + ", ".join(STATES) + "; again and again for more"),
-        option("--queue", metavar="Q"), option("--tag", metavar="T"),
-        option("--search", metavar="TEXT", help="in the id or the command"),
-        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
+        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS),
+        _LIMIT_FLAG,
         option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
-               help="one of " + ", ".join(ORDERS)),
-        option("--show-output", "-o", action="store_true",
+               help="one of " + ", ".join(ORDERS), group="output"),
+        option("--show-output", "-o", action="store_true", group="output",
                help="with what each printed"),
-        _JSON_FLAG)),
-    Entry(("show",), cmd_show, "show one job whole", READS, (
-        option("id", metavar="ID"), _JSON_FLAG)),
-    Entry(("logs",), cmd_logs, "print what a job printed", READS, (
-        option("id", metavar="ID"),
+        _JSON_FLAG),
+        ("list --state pending", "list --state dead --tag nightly --json")),
+    Entry(("show",), cmd_show, "show one job whole, and why it does not run", READS, (
+        option("id", metavar="ID"), _JSON_FLAG), ("show job-1", "show job-1 --json")),
+    Entry(("logs",), cmd_logs, "print what jobs printed", READS, (
+        option("ids", nargs="+", metavar="ID",
+               help="of several each line has its job before it"),
         option("--follow", "-f", action="store_true", help="as it comes, to the end"),
         option("--attempt", **_COUNT, help="of the N-th run (default: the last)"),
-        option("--tail", **_COUNT, help="only the last N lines"))),
-    Entry(("retry",), cmd_retry, "run jobs again from now", READS, (_IDS, _JSON_FLAG)),
+        option("--tail", **_COUNT, help="only the last N lines")),
+        ("logs job-1 --tail 20", "logs -f job-1 job-2")),
+    Entry(("wait",), cmd_wait, "wait until jobs are over", READS, (
+        _IDS,
+        *_grouped("instead of ids",
+                  option("--all", action="store_true",
+                         help="until none is left, whatever is added meanwhile"),
+                  *_TEXT_FLAGS),
+        option("--timeout", **_DUR, help="wait no longer", group="other"),
+        option("--quiet", "-q", action="store_true", help="say nothing",
+               group="other")),
+        ("wait job-1", "wait --all --timeout 1h")),
+    Entry(("retry",), cmd_retry, "run jobs again from now", READS,
+          (*_WHICH, _YES, _JSON_FLAG),
+          ("retry job-1", "retry --state dead --queue gpu")),
     Entry(("cancel",), cmd_cancel, "cancel jobs; running ones are ended", READS,
-          (_IDS, _JSON_FLAG)),
+          (*_WHICH, _YES, _JSON_FLAG), ("cancel job-1 job-2", "cancel --tag nightly")),
+    Entry(("edit",), cmd_edit, "change waiting jobs", READS, (
+        option("ids", nargs="+", metavar="ID"), *_EDIT_FLAGS, _JSON_FLAG),
+        ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
     Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
-          (_IDS, _JSON_FLAG)),
-    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS, (
-        option("--limit", **_COUNT, help="0: all (default: 50; with --json all)"),
-        _JSON_FLAG)),
+          (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
+    Entry(("purge",), cmd_purge, "delete jobs that are over", READS, (
+        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
+        _YES, _JSON_FLAG),
+        ("purge --state completed --older-than 7d", "purge --dry-run")),
+    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS,
+          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json")),
     Entry(("dlq", "retry"), cmd_dlq_retry, "put dead jobs back", READS, (
-        option("ids", nargs="*", metavar="ID"),
-        option("--all", action="store_true", help="all of them"),
-        option("--queue", metavar="Q", help="those of a queue"),
-        option("--search", metavar="TEXT", help="those with TEXT in id or command"),
-        _JSON_FLAG)),
+        _IDS, *_grouped("instead of ids", _ALL, *_TEXT_FLAGS), _JSON_FLAG),
+        ("dlq retry job-1", "dlq retry --all")),
     Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
-        option("--older-than", **_DUR, help="only those dead for longer"), _JSON_FLAG)),
-    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
-          (_JSON_FLAG,)),
-    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
-        option("key", metavar="KEY"),)),
-    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
-        option("key", metavar="KEY"), option("value", metavar="VALUE"))),
-    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
-        option("key", metavar="KEY"),)),
+        *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
+        ("dlq purge --older-than 30d", "dlq purge --yes")),
+    Entry(("pause",), cmd_pause, "claim no more jobs; it lasts over restarts", CREATES,
+          (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
+    Entry(("resume",), cmd_resume, "claim jobs again", READS, (_QUEUES_FLAG,),
+          ("resume", "resume --queue gpu")),
+    Entry(("queue", "list"), cmd_queue_list, "show the queues", READS, (_JSON_FLAG,),
+          ("queue list", "queue list --json")),
+    Entry(("queue", "set"), cmd_queue_set, "limit how many jobs of a queue run at once",
+          CREATES, (
+        option("queue", metavar="Q"),
+        option("--limit", **_COUNT, required=True, help="0: no limit")),
+        ("queue set gpu --limit 1", "queue set gpu --limit 0")),
+    Entry(("schedule", "add"), cmd_schedule_add, "add a job that comes again and again",
+          CREATES, (
+        _NAME_OF_SCHEDULE,
+        option("cron", metavar="CRON",
+               help="minute hour day month weekday, in local time; or @daily ..."),
+        option("job", nargs="?", metavar="COMMAND",
+               help="a shell command; -- PROG ARG... takes words as they are"),
+        *_SCHEDULE_FLAGS),
+        ("schedule add nightly '30 2 * * *' -- backup /home",
+         "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
+    Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
+          (_JSON_FLAG,), ("schedule list", "schedule list --json")),
+    Entry(("schedule", "remove"), cmd_schedule_remove,
+          "forget a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
+          ("schedule remove nightly",)),
+    Entry(("schedule", "pause"), cmd_schedule_pause, "let a schedule rest", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule pause nightly",)),
+    Entry(("schedule", "resume"), cmd_schedule_resume, "let a schedule go on", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule resume nightly",)),
+    Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
+          (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
-        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG)),
+        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG),
+        ("stats", "stats --since 1h")),
+    Entry(("events",), cmd_events, "show the changes of jobs' states, oldest first",
+          READS, (
+        option("--follow", "-f", action="store_true", help="go on as they come"),
+        option("--since", type=_typed(lambda text: _past(text, time.time())),
+               metavar="TIME", help="from then on; DUR: so long ago"),
+        option("--queue", metavar="Q", help="those of a queue"), _JSON_FLAG),
+        ("events --since 1h", "events --follow --json")),
+    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
+          (_JSON_FLAG,), ("config", "config list --json")),
+    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
+        option("key", metavar="KEY"),), ("config get max-retries",)),
+    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
+        option("key", metavar="KEY"), option("value", metavar="VALUE")),
+        ("config set max-retries 5",
+         "config set on-dead 'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'")),
+    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
+        option("key", metavar="KEY"),), ("config unset max-retries",)),
     Entry(("web",), cmd_web, "serve the dashboard, the API and the metrics", CREATES, (
         option("--host", default="127.0.0.1", metavar="HOST",
                help="where to listen (default: 127.0.0.1, for this machine alone)"),
@@ -8370,14 +9182,18 @@ COMMANDS = (
         option("--no-auth", action="store_true",
                help="ask for no token; for this machine alone"),
         option("--tls-cert", metavar="F", help="speak TLS with this certificate (PEM)"),
-        option("--tls-key", metavar="F", help="and its key, if it is not in there"))),
+        option("--tls-key", metavar="F", help="and its key, if it is not in there")),
+        ("web", "web --port 9000 --read-only",
+         "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem")),
     Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
-        option("file", metavar="FILE", help="an older backup there is replaced"),)),
+        option("file", metavar="FILE", help="an older backup there is replaced"),),
+        ("backup /mnt/usb/queue.db",)),
     Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
-          READS, (_JSON_FLAG,)),
+          READS, (_JSON_FLAG,), ("check", "check --json")),
 )
 # What a group of commands does when it is named alone.
-ALONE = {"dlq": "list", "worker": "list", "config": "list"}
+ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
+         "schedule": "list"}
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -8405,7 +9221,7 @@ def _overview(title: str, entries: Sequence[Entry]) -> Parser:
         prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="queuectl [--db PATH] COMMAND ...",
         description=f"{title}.\n\ncommands:\n" + "\n".join(
-            f"  {' '.join(entry.words):<14} {entry.help}" for entry in entries),
+            f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
         epilog="`queuectl COMMAND --help` says more. Without a command: status.")
     _add_db(parser)
     parser.add_argument("--version", action="version",
@@ -8413,13 +9229,31 @@ def _overview(title: str, entries: Sequence[Entry]) -> Parser:
     return parser
 
 
+def _shown_word(word: Option) -> str:
+    """A word of a command as its usage shows it: ID, [JOB], ID ..."""
+    shown = str(word.settings.get("metavar"))
+    return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(
+        word.settings.get("nargs", ""), shown)
+
+
 def command_parser(entry: Entry) -> Parser:
     """The parser of one command; to make all of them would take as long as the rest."""
-    parser = Parser(prog="queuectl " + " ".join(entry.words),
-                    description=entry.help + ".")
-    _add_db(parser)
+    name = "queuectl " + " ".join(entry.words)
+    words = " ".join(_shown_word(one) for one in entry.options
+                     if not one.names[0].startswith("-"))
+    parser = Parser(
+        prog=name, allow_abbrev=False, usage=f"{name} [OPTION ...] {words}".rstrip(),
+        description=entry.help[0].upper() + entry.help[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(
+            f"  queuectl {example}" for example in entry.examples))
+    groups = {"": parser}
     for one in entry.options:
-        parser.add_argument(*one.names, **one.settings)
+        if one.group not in groups:
+            groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
+                one.group)
+        groups[one.group].add_argument(*one.names, **one.settings)
+    _add_db(parser)
     parser.set_defaults(entry=entry, words=None)
     return parser
 
@@ -8459,19 +9293,27 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
     return entry, words[:at] + words[at + taken:]
 
 
+def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
+    """What to say of words that a command does not take."""
+    flags = [name for one in entry.options for name in one.names if name[0] == "-"]
+    hint = nearest(extra[0].partition("=")[0], [*flags, "--db"]) \
+        if extra[0].startswith("--") else ""
+    if not hint and entry.run is cmd_enqueue:
+        hint = "put a command of several words in quotes, or -- before it"
+    return UsageError(f"unexpected: {' '.join(extra)}",
+                      hint or f"`queuectl {' '.join(entry.words)} --help` says more")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--` of `enqueue` stays as it is."""
     entry, words = _split(argv)
     rest = None
-    if entry.run is cmd_enqueue and "--" in words:
+    if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
     args, extra = command_parser(entry).parse_known_args(words)
     if extra:
-        hint = "put a command of several words in quotes, or -- before it" \
-            if entry.run is cmd_enqueue \
-            else f"`queuectl {' '.join(entry.words)} --help` says more"
-        raise UsageError(f"unexpected: {' '.join(extra)}", hint)
+        raise _unexpected(entry, extra)
     args.words = rest
     return args
 
@@ -8491,16 +9333,6 @@ def _run(argv: Sequence[str]) -> int:
         status: int = args.entry.run(args, queue, screen)
     sys.stdout.flush()
     return status
-
-
-def _report(error: QueueError, as_json: bool) -> int:
-    """The one place where a refusal becomes a line and an exit status."""
-    if as_json:
-        print(dumps({"error": {"code": error.code, "message": error.message,
-                               "hint": error.hint}}, None), file=sys.stderr)
-    else:
-        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
-    return error.exit_status
 
 
 def _open_standard_streams() -> None:
