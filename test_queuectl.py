@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import http.client
+import importlib.util
 import inspect
 import io
 import json
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -5608,6 +5610,56 @@ class BadGround(Processes):
         self.assertEqual(self.format_of(self.path), (2, True, ids))
 
 
+# ---- Fuzz --------------------------------------------------------------------
+
+# An id that a job is to come `after` must be there: no schema can say that.
+FUZZ_SETTINGS = """
+[[operations]]
+include-name = "POST /api/jobs"
+checks.positive_data_acceptance.enabled = false
+"""
+
+
+def fuzz(cases, seed):
+    """Have schemathesis try the API by its own description; 0 or 1.
+
+    No worker runs there, so no command that it makes up is ever run.
+    """
+    if importlib.util.find_spec("schemathesis") is None:
+        print("skipped: schemathesis is not installed (pip install schemathesis)")
+        return 0
+    with tempfile.TemporaryDirectory() as here:
+        with open(os.path.join(here, "schemathesis.toml"), "w") as file:
+            file.write(FUZZ_SETTINGS)
+        with open(os.path.join(here, "log"), "wb") as log:
+            server = subprocess.Popen(
+                [sys.executable, MODULE, "web", "--port", "0"], cwd=here, stderr=log,
+                stdout=subprocess.PIPE, env={**os.environ, "QUEUECTL_TOKEN": TOKEN})
+        with server.stdout:
+            url = server.stdout.readline().decode().partition("?")[0]
+        made, failed, share = 0, 0, max(10, cases // 40)
+        while made < cases and not failed:
+            done = subprocess.run(
+                [sys.executable, "-m", "schemathesis.cli", "run",
+                 f"{url}api/openapi.json", "--header", f"Authorization: Bearer {TOKEN}",
+                 "--exclude-path", "/api/events", "--max-examples", str(share),
+                 "--request-timeout", "10", "--seed", f"{seed}{made}", "--no-color",
+                 "--generation-database", "none"], cwd=here, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            said = done.stdout.decode("utf-8", "replace")
+            found = re.search(r"(\d+) generated", said)
+            failed, made = done.returncode, made + (int(found[1]) if found else cases)
+            if failed:
+                print(said[-20_000:])
+        server.send_signal(signal.SIGTERM)
+        failed = failed or server.wait(10)
+        with open(os.path.join(here, "log")) as log:
+            broken = log.read().count("internal error")
+    print(f"{made} cases, {broken} internal errors: {'NOT ' * bool(failed or broken)}as "
+          "described")
+    return 1 if failed or broken else 0
+
+
 # ---- Long runs ---------------------------------------------------------------
 
 LOCK_HELD_LONG = 30     # seconds: as long as the default lease
@@ -5885,11 +5937,11 @@ class Bench:
         return self.seconds(*self.argv(path, *words), **options)
 
     @contextlib.contextmanager
-    def process(self, *argv):
+    def process(self, *argv, stdout=subprocess.DEVNULL, env=None):
         """One that runs meanwhile; it is ended if it has not."""
         process = subprocess.Popen(
-            argv, env=self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            argv, env=env or self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=subprocess.DEVNULL)
         try:
             yield process
         finally:
@@ -6484,11 +6536,92 @@ def bench_recovery(bench):
         bench.tell("... the longest", waits, ("<=", WELL_UNDER), " s", max)
 
 
+# web: what an open dashboard costs the pool, and how long it lets people wait meanwhile.
+
+STREAMS = 20
+ASK_PAUSE = 0.01            # seconds between two requests
+ASKED = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
+
+
+@contextlib.contextmanager
+def web_server(bench, path):
+    """A server: its port."""
+    with bench.process(*bench.argv(path, "web", "--port", "0"), stdout=subprocess.PIPE,
+                       env={**bench.env, "QUEUECTL_TOKEN": TOKEN}) as process:
+        with process.stdout:
+            url = process.stdout.readline().decode()
+        yield int(re.search(r":(\d+)/", url)[1])
+
+
+@contextlib.contextmanager
+def open_streams(port, count):
+    """So many event streams, all read by one thread."""
+    socks, poller, is_over = [], select.poll(), threading.Event()
+    for _ in range(count):
+        socks.append(socket.create_connection(("127.0.0.1", port)))
+        socks[-1].sendall(ASKED % (b"/api/events", TOKEN.encode()))
+        poller.register(socks[-1], select.POLLIN)
+    by_fd = {sock.fileno(): sock for sock in socks}
+
+    def read():
+        while not is_over.is_set():
+            for fd, _ in poller.poll(100):
+                assert by_fd[fd].recv(1 << 20), "a stream was dropped"
+    with futures.ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        try:
+            yield
+        finally:
+            is_over.set()
+            reading.result()
+            for sock in socks:
+                sock.close()
+
+
+def ask_for(port, path, seconds):
+    """The times of answers, asked for again and again."""
+    times, end = [], time.monotonic() + seconds
+    with contextlib.closing(http.client.HTTPConnection("localhost", port)) as client:
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            client.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+            reply = client.getresponse()
+            assert reply.status == 200 and reply.read()
+            times.append((time.monotonic() - begun) * 1000)
+            time.sleep(ASK_PAUSE)
+    return times
+
+
+def bench_web(bench):
+    jobs, slots, times = bench.size(DRAIN_JOBS, 50), 4, {"/": [], "/api/status": []}
+
+    def watched():
+        path = bench.filled(jobs)
+        with web_server(bench, path) as port, open_streams(port, STREAMS):
+            return jobs / bench.drained(path, slots)
+    rates = in_turn({"alone": lambda: jobs / bench.drained(bench.filled(jobs), slots),
+                     "watched": watched})
+    bench.tell(f"drain with {STREAMS} event streams open against without",
+               ratios(rates["watched"], rates["alone"]), (">=", 0.9))
+    for _ in range(PAIRS):
+        path = bench.filled(jobs)
+        with web_server(bench, path) as port, open_streams(port, STREAMS), \
+                futures.ThreadPoolExecutor(1) as thread:
+            draining = thread.submit(bench.drained, path, slots)
+            while not draining.done():
+                for target, taken in times.items():
+                    taken += ask_for(port, target, 0.2)
+    for target, taken in times.items():
+        bench.tell(f"answers of {target} meanwhile, 99 of 100", taken, ("<=", 100), " ms",
+                   of=p99)
+
+
 MEASURES = {
     "drain": bench_drain, "pools": bench_pools, "enqueue": bench_enqueue,
     "batch": bench_batch, "latency": bench_latency, "idle": bench_idle,
     "turn": bench_turn, "views": bench_views, "memory": bench_memory,
-    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery}
+    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery,
+    "web": bench_web}
 
 
 def bench(names, scale):
@@ -6542,12 +6675,13 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--bench`, `--chaos`, `--crash-points`; without a flag the tests."""
+    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`; without a flag the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
     parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
                         metavar="SHARE")
+    parser.add_argument("--fuzz", type=int, nargs="?", const=5000, metavar="CASES")
     parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
@@ -6558,6 +6692,8 @@ def main():
         return bench(args.bench, args.scale)
     if args.chaos is not None:
         return chaos(args.chaos, args.seed)
+    if args.fuzz is not None:
+        return fuzz(args.fuzz, args.seed)
     if args.crash_points is not None:
         return crash_points(args.crash_points, args.seed)
     return unittest.main(argv=[sys.argv[0], *rest])
