@@ -5090,18 +5090,29 @@ class Family(NamedTuple):
     samples: list[tuple[str, dict[str, str], float]]
 
 
-def _histogram(name: str, help: str, kind: str, scrape: Scrape,
-               queues: Sequence[str]) -> Family:
-    """The tallies of one kind as a histogram for each queue."""
+def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
+               totals: Mapping[str, float]) -> Family:
+    """The buckets of each queue as a histogram."""
     samples: list[tuple[str, dict[str, str], float]] = []
-    for queue in queues:
-        rows = [row for row in scrape.tallies if row[:2] == (queue, kind)]
-        counts = cumulated({bucket: n for _, _, bucket, n, _ in rows})
+    for queue, buckets in tallies.items():
+        counts = cumulated(buckets)
         for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
             samples.append(("_bucket", {"queue": queue, "le": bound}, n))
-        samples.append(("_sum", {"queue": queue}, sum(row[4] for row in rows)))
+        samples.append(("_sum", {"queue": queue}, totals[queue]))
         samples.append(("_count", {"queue": queue}, counts[-1]))
     return Family(name, "histogram", help, samples)
+
+
+def _time_family(name: str, help: str, kind: str, scrape: Scrape,
+                 queues: Sequence[str]) -> Family:
+    """The durations of one kind, for each queue."""
+    tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
+    totals = dict.fromkeys(queues, 0.0)
+    for queue, one, bucket, n, total in scrape.tallies:
+        if one == kind:
+            tallies[queue][bucket] = n
+            totals[queue] += total
+    return _histogram(name, help, tallies, totals)
 
 
 def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
@@ -5118,10 +5129,10 @@ def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
             ("_total", {"queue": queue, "outcome": outcome},
              ever.get((queue, f"run:{outcome}"), 0))
             for queue in queues for outcome in OUTCOMES]),
-        _histogram("queuectl_job_duration_seconds", "Time that a run took.",
-                   "run_time", scrape, queues),
-        _histogram("queuectl_job_wait_seconds", "Time from due to started.",
-                   "wait_time", scrape, queues),
+        _time_family("queuectl_job_duration_seconds", "Time that a run took.",
+                     "run_time", scrape, queues),
+        _time_family("queuectl_job_wait_seconds", "Time from due to started.",
+                     "wait_time", scrape, queues),
         Family("queuectl_oldest_pending_seconds", "gauge",
                "Time for which the first in line has been due.", [
                    ("", {"queue": queue}, scrape.oldest.get(queue, 0))
@@ -6148,6 +6159,7 @@ BODY_SECONDS = 60           # for a whole body
 KEEP_SECONDS = 60           # that a connection may be silent between requests
 SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
 LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
 STOP_SECONDS = 1            # for what is being answered when the server stops
 FEED_TICK = 0.2             # seconds between two looks of the feed
 STATUS_PAUSE = 0.5          # seconds between two status events
@@ -7336,6 +7348,10 @@ class Reader:
         self.allow(0, seconds)
         return bool(self._buffer) or self._more()
 
+    def has_part(self) -> bool:
+        """Whether something has come that is not read yet."""
+        return bool(self._buffer)
+
     def readline(self, limit: int = -1) -> bytes:
         """A line of the head, as http.client asks for it: a whole one."""
         while b"\n" not in self._buffer and len(self._buffer) <= self._left:
@@ -7369,8 +7385,12 @@ class Reader:
         left = self._ends_at - time.monotonic()
         if left <= 0:
             raise TimeoutError
+        import socket as sockets
         self._sock.settimeout(left)
-        piece = self._sock.recv(READ_SIZE)
+        try:
+            piece = self._sock.recv(READ_SIZE)
+        except sockets.timeout:     # on Python 3.9 it is no TimeoutError yet
+            raise TimeoutError from None
         self._buffer += piece
         return bool(piece)
 
@@ -7379,7 +7399,8 @@ class Connections:
     """Who is connected, the one that has been silent for longest first.
 
     At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
-    of idle ones keeps others out. One that is being answered is never cut off.
+    of idle ones keeps others out. One that has shown a token is busy, and not cut off,
+    until it is answered.
     """
 
     def __init__(self) -> None:
@@ -7389,7 +7410,7 @@ class Connections:
         self._cut_off: set[socket.socket] = set()   # whose threads still end
 
     def enter(self, sock: socket.socket) -> bool:
-        """Take one in; False if all others are being answered."""
+        """Take one in; False if all others are busy."""
         with self._lock:
             full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
             if full and (not self._silent or len(self._cut_off) >= MAX_CONNECTIONS):
@@ -7406,20 +7427,21 @@ class Connections:
         with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
-    def is_asking(self, sock: socket.socket) -> bool:
-        """Note that it has sent a request; False if it was cut off meanwhile."""
+    def is_asking(self, sock: socket.socket) -> None:
+        """Note that it has shown a token; ConnectionError if it was cut off before."""
         with self._lock:
             if sock not in self._silent:
-                return False
+                raise ConnectionError
             del self._silent[sock]
             self._busy.add(sock)
-            return True
 
     def is_answered(self, sock: socket.socket) -> None:
-        """Note that it is silent again."""
+        """Note that it is silent again, if it was not cut off meanwhile."""
         with self._lock:
-            self._busy.discard(sock)
-            self._silent[sock] = None
+            if sock not in self._cut_off:
+                self._busy.discard(sock)
+                self._silent.pop(sock, None)    # to the end of the line
+                self._silent[sock] = None
 
     def leave(self, sock: socket.socket) -> None:
         """Forget one that is closed."""
@@ -7504,14 +7526,10 @@ class Service:
         except HeadTooLarge:
             self._refuse(handler, WebRefusal(431, "the headers are too large"))
         except TimeoutError:
-            if handler.raw_requestline:     # else it was silent, as it may be
+            if handler.raw_requestline or reader.has_part():    # else it was silent
                 self._refuse(handler, WebRefusal(408, "the request is too slow"))
         except (OSError, ValueError):   # ValueError: TLS on a socket that was closed
             pass
-        except Exception:   # a mistake of ours: this client is told, others go on
-            import traceback
-            self._log("web: internal error\n" + traceback.format_exc())
-            self._refuse(handler, WebRefusal(500, "internal error"))
 
     def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
         handler.raw_requestline = reader.readline(MAX_HEAD)
@@ -7523,8 +7541,8 @@ class Service:
             request = Request(handler.command, handler.path,
                               _headers_of(handler.headers), b"",
                               str(handler.client_address[0]))
-            if not self.connections.is_asking(sock):
-                return
+            if role_of(self._site, request)[0] is not None:
+                self.connections.is_asking(sock)
             request = self._with_body(handler, reader, request)
         except WebRefusal as refusal:
             self._refuse(handler, refusal)
@@ -7555,7 +7573,7 @@ class Service:
         stream, caught_up = None, b""
         try:
             with self._queues.lend() as queue:
-                reply = respond(self._site, queue, request)
+                reply = self._answered(queue, request)
                 stream = self._feed.join(queue) if reply.follows is not None \
                     and request.method == "GET" else None
                 if stream is not None:
@@ -7574,11 +7592,20 @@ class Service:
         finally:
             self._feed.leave(stream)
 
+    def _answered(self, queue: Queue, request: Request) -> Reply:
+        try:
+            return respond(self._site, queue, request)
+        except Exception:   # a mistake of ours: this client is told, others go on
+            import traceback
+            self._log("web: internal error\n" + traceback.format_exc())
+            return refusal_reply(WebRefusal(500, "internal error"))
+
     def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
         """Answer what could not be read to its end, and hang up."""
         handler.close_connection = True
         with contextlib.suppress(OSError, ValueError):
             self._send(handler, refusal_reply(refusal))
+            self.connections.is_answered(handler.request)
             handler.request.shutdown(1)     # SHUT_WR: the client may still send
             handler.rfile.drain(LINGER_SECONDS)
 
@@ -7683,7 +7710,11 @@ def make_listener(service: Service, family: int, address: tuple[Any, ...],
 
         def get_request(self) -> Any:
             """Accept one; TLS begins later, in its own thread."""
-            sock, client = self.socket.accept()
+            try:
+                sock, client = self.socket.accept()
+            except OSError:     # out of descriptors: that will not pass at once
+                time.sleep(ACCEPT_PAUSE)
+                raise
             return (sock if tls is None else tls.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False)), client
 
@@ -7692,8 +7723,9 @@ def make_listener(service: Service, family: int, address: tuple[Any, ...],
             if service.connections.enter(request):
                 return True
             if tls is None:
-                request.setblocking(False)
-                request.send(BUSY_REPLY)
+                with contextlib.suppress(OSError):
+                    request.setblocking(False)
+                    request.send(BUSY_REPLY)
             return False
 
         def shutdown_request(self, request: Any) -> None:
@@ -7761,7 +7793,7 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
             "localhost", "127.0.0.1", "[::1]", given,
             *(own if there.is_unspecified else ())) if name),
         there.is_unspecified, options.tls_cert is not None, options.is_read_only,
-        f"queuectl_{options.port}")
+        f"queuectl_{options.port or os.urandom(4).hex()}")
 
 
 def tls_context(options: WebOptions) -> ssl.SSLContext | None:

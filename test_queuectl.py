@@ -1934,6 +1934,52 @@ class Web(TestCase):
             with self.assertRaises(queuectl.QueueError):
                 queuectl.site_of(given, address, environ, [])
 
+    def test_a_reader_bounds_bytes_and_time(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        reader = queuectl.Reader(ours)
+        theirs.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nhalf a line")
+        self.assertTrue(reader.wait(1))
+        reader.allow(100, 0.05)
+        self.assertEqual(reader.readline(), b"GET / HTTP/1.1\r\n")
+        self.assertEqual(reader.readline(), b"Host: x\r\n")
+        with self.assertRaises(TimeoutError):
+            reader.readline()
+        theirs.sendall(b"x" * 200)
+        reader.allow(100, 1)
+        with self.assertRaises(queuectl.HeadTooLarge):
+            reader.readline()
+        theirs.close()
+        reader.allow(1000, 1)
+        with self.assertRaises(ConnectionError):
+            reader.readline()
+
+    def test_the_most_silent_makes_room_and_the_busy_stay(self):
+        connections, pairs = queuectl.Connections(), [socket.socketpair() for _ in range(3)]
+        for sock in [one for pair in pairs for one in pair]:
+            self.addCleanup(sock.close)
+        first, second, third = (pair[0] for pair in pairs)
+        connections._silent = dict.fromkeys(range(queuectl.MAX_CONNECTIONS - 2))
+        for sock in (first, second):
+            self.assertTrue(connections.enter(sock))
+            connections.is_asking(sock)
+        connections._silent = {second: None}
+        connections._busy = {first, *range(queuectl.MAX_CONNECTIONS - 2)}
+        self.assertTrue(connections.enter(third))
+        self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
+        with self.assertRaises(ConnectionError):
+            connections.is_asking(second)
+        connections.is_answered(second)
+        self.assertNotIn(second, connections._silent)
+        connections.is_asking(third)
+        self.assertFalse(connections.enter(second))
+
+    def test_the_refusal_of_one_too_many_is_whole(self):
+        head, _, body = queuectl.BUSY_REPLY.partition(b"\r\n\r\n")
+        self.assertIn(f"Content-Length: {len(body)}\r\n".encode(), head)
+        self.assertIn("error", json.loads(body))
+
     def test_a_stream_that_is_too_far_behind_is_dropped(self):
         stream = queuectl.Subscriber(0)
         self.assertTrue(stream.put(b"x"))
