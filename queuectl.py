@@ -6151,6 +6151,7 @@ MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
 MAX_CONNECTIONS = 100       # each has a thread
 MAX_STREAMS = 32            # of these, that stay open for events
+MAX_STRANGERS = 2           # of these, that are answered at once without a token
 SPARE_QUEUES = 8            # open databases that are kept for the next request
 WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
@@ -6158,6 +6159,7 @@ HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
 BODY_SECONDS = 60           # for a whole body
 KEEP_SECONDS = 60           # that a connection may be silent between requests
 SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
 LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
 ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
 STOP_SECONDS = 1            # for what is being answered when the server stops
@@ -7413,7 +7415,7 @@ class Connections:
         """Take one in; False if all others are busy."""
         with self._lock:
             full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
-            if full and (not self._silent or len(self._cut_off) >= MAX_CONNECTIONS):
+            if full and (not self._silent or len(self._cut_off) >= 2 * MAX_CONNECTIONS):
                 return False
             if full:
                 self._cut(next(iter(self._silent)))
@@ -7434,6 +7436,12 @@ class Connections:
                 raise ConnectionError
             del self._silent[sock]
             self._busy.add(sock)
+
+    def check(self, sock: socket.socket) -> None:
+        """ConnectionError if it was cut off: then to answer it is of no use."""
+        with self._lock:
+            if sock in self._cut_off:
+                raise ConnectionError
 
     def is_answered(self, sock: socket.socket) -> None:
         """Note that it is silent again, if it was not cut off meanwhile."""
@@ -7513,6 +7521,8 @@ class Service:
         self._site, self._log = site, log
         self._queues, self._feed = Queues(path), Feed(path)
         self.connections = Connections()
+        # A crowd that asks for metrics must not take the whole interpreter.
+        self._strangers = threading.Semaphore(MAX_STRANGERS)
 
     def converse(self, handler: Any) -> None:
         """Read one request and answer it; whatever goes wrong ends the connection."""
@@ -7541,15 +7551,31 @@ class Service:
             request = Request(handler.command, handler.path,
                               _headers_of(handler.headers), b"",
                               str(handler.client_address[0]))
-            if role_of(self._site, request)[0] is not None:
+            is_known = role_of(self._site, request)[0] is not None
+            if is_known:
                 self.connections.is_asking(sock)
             request = self._with_body(handler, reader, request)
         except WebRefusal as refusal:
             self._refuse(handler, refusal)
             return
-        self._reply(handler, request)
+        with contextlib.nullcontext() if is_known else self._turn_of(sock):
+            reply, stream, begin = self._reply(request)
+        if reply.said:
+            self._log(reply.said)
+        self._deliver(handler, reply, stream, begin, request.method != "HEAD")
         self.connections.is_answered(sock)
         handler.raw_requestline = b""
+
+    @contextlib.contextmanager
+    def _turn_of(self, sock: socket.socket) -> Iterator[None]:
+        """The turn of one who has shown no token; it may be cut off before that."""
+        while not self._strangers.acquire(timeout=STRANGER_TICK):
+            self.connections.check(sock)
+        try:
+            self.connections.check(sock)
+            yield
+        finally:
+            self._strangers.release()
 
     def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
         """The request with its body, which only who is let in may send."""
@@ -7569,26 +7595,27 @@ class Service:
         handler.close_connection = not is_kept
         return request
 
-    def _reply(self, handler: Any, request: Request) -> None:
-        stream, caught_up = None, b""
+    def _reply(self, request: Request) -> tuple[Reply, Subscriber | None, bytes]:
+        """The reply; and where events are to follow, their stream and its begin."""
         try:
             with self._queues.lend() as queue:
                 reply = self._answered(queue, request)
-                stream = self._feed.join(queue) if reply.follows is not None \
-                    and request.method == "GET" else None
-                if stream is not None:
-                    caught_up = self._catch_up(queue, reply.follows or 0, stream)
+                if reply.follows is None or request.method == "HEAD":
+                    return reply, None, b""
+                stream = self._feed.join(queue)
+                return reply, stream, self._catch_up(queue, reply.follows, stream)
         except QueueError as error:
-            reply = refusal_reply(error)
-        if reply.said:
-            self._log(reply.said)
+            return refusal_reply(error), None, b""
+
+    def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
+                 begin: bytes, with_body: bool) -> None:
         if stream is None:
-            self._send(handler, reply, with_body=request.method != "HEAD")
+            self._send(handler, reply, with_body)
             return
         try:
             handler.close_connection = True
             self._send(handler, reply)
-            self._stream(handler.request, caught_up, stream)
+            self._stream(handler.request, begin, stream)
         finally:
             self._feed.leave(stream)
 
