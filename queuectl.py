@@ -6151,7 +6151,8 @@ MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
 MAX_CONNECTIONS = 100       # each has a thread
 MAX_STREAMS = 32            # of these, that stay open for events
-MAX_STRANGERS = 2           # of these, that are answered at once without a token
+MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
+STRANGER_TURNS = 2          # and that are answered at once
 SPARE_QUEUES = 8            # open databases that are kept for the next request
 WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
@@ -7523,6 +7524,7 @@ class Service:
         self.connections = Connections()
         # A crowd that asks for metrics must not take the whole interpreter.
         self._strangers = threading.Semaphore(MAX_STRANGERS)
+        self._turns = threading.Semaphore(STRANGER_TURNS)
 
     def converse(self, handler: Any) -> None:
         """Read one request and answer it; whatever goes wrong ends the connection."""
@@ -7555,11 +7557,11 @@ class Service:
             if is_known:
                 self.connections.is_asking(sock)
             request = self._with_body(handler, reader, request)
+            with contextlib.nullcontext() if is_known else self._turn_of(sock):
+                reply, stream, begin = self._reply(request)
         except WebRefusal as refusal:
             self._refuse(handler, refusal)
             return
-        with contextlib.nullcontext() if is_known else self._turn_of(sock):
-            reply, stream, begin = self._reply(request)
         if reply.said:
             self._log(reply.said)
         self._deliver(handler, reply, stream, begin, request.method != "HEAD")
@@ -7569,11 +7571,17 @@ class Service:
     @contextlib.contextmanager
     def _turn_of(self, sock: socket.socket) -> Iterator[None]:
         """The turn of one who has shown no token; it may be cut off before that."""
-        while not self._strangers.acquire(timeout=STRANGER_TICK):
-            self.connections.check(sock)
+        if not self._strangers.acquire(blocking=False):
+            raise WebRefusal(503, "too many ask without a token", "come again later",
+                             ("Retry-After", "5"))
         try:
-            self.connections.check(sock)
-            yield
+            while not self._turns.acquire(timeout=STRANGER_TICK):
+                self.connections.check(sock)
+            try:
+                self.connections.check(sock)
+                yield
+            finally:
+                self._turns.release()
         finally:
             self._strangers.release()
 

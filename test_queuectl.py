@@ -33,6 +33,7 @@ import threading
 import time
 import types
 import unittest
+import zipapp
 import zoneinfo
 from concurrent import futures
 from typing import Callable, NamedTuple
@@ -5704,6 +5705,135 @@ def fuzz(cases, seed):
     print(f"{made} cases, {broken} internal errors: {'NOT ' * bool(failed or broken)}as "
           "described")
     return 1 if failed or broken else 0
+# ---- Anywhere ----------------------------------------------------------------
+
+class Anywhere(Processes):
+    """One walk, however the program is started and whatever surrounds it."""
+
+    def walk(self, argv, folder=None, **options):
+        """Enqueue, work, and read what was printed."""
+        folder = folder or self.dir
+        said = []
+        for line in (["enqueue", "printf 'h\\303\\251'"], ["worker", "start", "--drain"],
+                     ["logs", "job-1"], ["status"]):
+            done = subprocess.run([*argv, *line], cwd=folder, timeout=60, check=False,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, **options)
+            self.assertEqual((done.returncode, b"Traceback" in done.stderr),
+                             (0, False), done.stderr.decode())
+            said.append(done.stdout)
+        self.assertEqual(said[:3], [b"job-1\n", b"", "h\u00e9".encode()])
+        self.assertIn(b"1 completed", said[3])
+        for name in os.listdir(folder):
+            if name.startswith("queue.db"):
+                os.unlink(os.path.join(folder, name))
+
+    def test_however_it_is_started(self):
+        module = os.path.abspath(MODULE)
+        link, archive = self.path_of("link"), self.path_of("queuectl.pyz")
+        os.symlink(module, link)
+        os.mkdir(self.path_of("source"))
+        shutil.copy(module, self.path_of("source/queuectl.py"))
+        zipapp.create_archive(self.path_of("source"), archive, main="queuectl:main")
+        here = {**os.environ, "PYTHONPATH": os.path.dirname(module)}
+        python = sys.executable
+        for argv, options in (
+                ([python, module], {}), ([python, link], {}), ([python, archive], {}),
+                ([python, "-m", "queuectl"], {"env": here}),
+                ([python, "-c", "import sys, queuectl; sys.exit(queuectl.main())"],
+                 {"env": here}),
+                *(([python, *flags, module], {}) for flags in (
+                    ["-I"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]))):
+            with self.subTest(argv):
+                self.walk(argv, **options)
+
+    def test_whatever_surrounds_it(self):
+        argv = [sys.executable, os.path.abspath(MODULE)]
+        nothing = {"PATH": os.environ.get("PATH", os.defpath)}
+        for env in (nothing, {**nothing, "LC_ALL": "C"}, {**nothing, "LC_ALL": "POSIX",
+                    "PYTHONUTF8": "0"}, {**nothing, "HOME": "/nonexistent"},
+                    {**nothing, "TERM": "dumb", "NO_COLOR": "1"}):
+            with self.subTest(env):
+                self.walk(argv, env=env)
+        for umask in (0o077, 0o022, 0o000):
+            with self.subTest(umask=oct(umask)):
+                self.walk(argv, preexec_fn=functools.partial(os.umask, umask))
+        odd = self.path_of("a b's \u00e4\u4e2d")
+        os.mkdir(odd)
+        with self.subTest(odd):
+            shutil.copy(MODULE, os.path.join(odd, "queuectl.py"))
+            self.walk([sys.executable, "queuectl.py"], folder=odd)
+
+    def test_from_a_source_that_cannot_be_written(self):
+        source = self.path_of("source")
+        os.mkdir(source)
+        shutil.copy(MODULE, source)
+        os.chmod(source, 0o555)
+        self.addCleanup(os.chmod, source, 0o755)
+        self.walk([sys.executable, os.path.join(source, "queuectl.py")])
+
+    def test_it_works_in_threads_and_twice_on_one_file(self):
+        with Queue(self.path) as one, Queue(self.path) as two, \
+                futures.ThreadPoolExecutor(4) as executor:
+            ids = list(executor.map(lambda n: (one, two)[n % 2].enqueue("true").id,
+                                    range(40)))
+            self.assertEqual(len(set(ids)), 40)
+            self.assertEqual(one.counts(), two.counts())
+
+    def test_after_a_fork_it_refuses_in_words(self):
+        with Queue(self.path) as queue:
+            reader, writer = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    queue.enqueue("true")
+                except queuectl.Unsupported as error:
+                    os.write(writer, str(error).encode())
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            os.close(writer)
+            with open(reader, "rb") as said:
+                self.assertIn(b"before a fork", said.read())
+
+
+WITHOUT_LINUX = """
+import builtins, fcntl, os, sys
+for module, name in ((fcntl, "F_OFD_SETLK"), (fcntl, "F_OFD_GETLK"),
+                     (os, "pidfd_open"), (os, "waitid")):
+    if hasattr(module, name):
+        delattr(module, name)
+plainly = builtins.open
+def without_proc(path, *rest, **options):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "there is no /proc", path)
+    return plainly(path, *rest, **options)
+builtins.open = without_proc
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+sys.exit(queuectl.main())
+"""
+
+
+@unittest.skipUnless(shutil.which("ps"), "there is no ps here")
+class ElsewherePosix(Processes):
+    """What macOS and BSD have not is taken away: OFD locks, pidfd, waitid, /proc."""
+
+    def command(self, *argv):
+        place = os.path.dirname(os.path.abspath(MODULE))
+        start = [sys.executable, "-c", WITHOUT_LINUX, place]
+        return [*start, "--db", self.path, *argv]
+
+    test_the_first_walk = Program.test_the_first_walk
+    test_three_pools_run_each_job_once = Program.test_three_pools_run_each_job_once
+    test_a_time_out_ends_a_tree = Program.test_a_time_out_ends_a_tree_that_will_not_go
+    test_a_lost_worker_is_charged_as_a_crash = \
+        Program.test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first
+    test_the_second_signal_hands_the_job_back = \
+        Program.test_the_second_signal_hands_the_job_back_uncharged
+    test_cancel_ends_a_running_job = \
+        Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
+    test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
 
 
 # ---- Long runs ---------------------------------------------------------------
