@@ -1933,15 +1933,33 @@ class Sql:
 
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
+    # From one rank to the next by the index: a scan of all that wait would be long.
+    OLDEST_OPEN = """
+        WITH RECURSIVE ranks (rank) AS (
+            SELECT MIN(rank)
+              FROM jobs
+             WHERE gate = 'open' AND queue = :queue
+             UNION ALL
+            SELECT (SELECT MIN(jobs.rank)
+                      FROM jobs
+                     WHERE gate = 'open' AND queue = :queue
+                       AND jobs.rank > ranks.rank)
+              FROM ranks
+             WHERE rank IS NOT NULL
+             LIMIT 1000)
+        SELECT MIN((SELECT MIN(run_at)
+                      FROM jobs
+                     WHERE gate = 'open' AND queue = :queue
+                       AND jobs.rank = ranks.rank))
+          FROM ranks
+        """
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
                   FROM jobs
-                 WHERE gate = 'open'
-                 UNION ALL
-                SELECT queue, run_at
-                  FROM jobs
-                 WHERE gate = 'time' AND run_at <= :now)
+                 WHERE gate = 'time' AND run_at <= :now
+                 ORDER BY run_at
+                 LIMIT 1000)
          GROUP BY queue
         """
     NEXT_DUE = """
@@ -3790,6 +3808,15 @@ class Queue:
             found[minute].append(tuple(tally))
         return [minute_of(minute, rows) for minute, rows in found.items()]
 
+    def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
+        """For how many seconds the first in line of each queue have been due."""
+        due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
+        first = {queue: min(filter(None, (
+            due.get(queue), *(row[0] for row in self.store.rows(
+                Sql.OLDEST_OPEN, queue=queue)))), default=None) for queue in queues}
+        return {queue: max(0.0, now - epoch(run_at)) for queue, run_at in first.items()
+                if run_at is not None}
+
     def scrape(self) -> Scrape:
         """What the metrics tell, read in one snapshot."""
         now = self.clock()
@@ -3797,8 +3824,8 @@ class Queue:
             jobs = {(queue, state): n for queue, state, n
                     in self.store.rows(Sql.COUNTS_KNOWN)}
             tallies = self.store.rows(Sql.TALLIES_EVER)
-            oldest = {queue: max(0.0, now - epoch(run_at)) for queue, run_at
-                      in self.store.rows(Sql.OLDEST_DUE, now=iso(now))}
+            oldest = self._oldest({queue for (queue, state), n in jobs.items()
+                                   if n and state in WAITING}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
             workers = self.workers()

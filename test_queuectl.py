@@ -2121,6 +2121,19 @@ class Metrics(TestCase):
         self.assertGreaterEqual(samples["queuectl_oldest_pending_seconds",
                                         (("queue", "default"),)], 3)
 
+    def test_the_oldest_is_of_any_priority_and_also_what_no_pool_has_let_in(self):
+        queue = self.a_queue()
+        for name, priority in (("a", 0), ("b", 5), ("a", -3), ("a", 7)):
+            queue.enqueue("x", queue=name, priority=priority)
+            self.clock.now += 10
+        queue.enqueue("x", queue="c", delay=5)
+        queue.enqueue("x", queue="d", delay=500)
+        self.clock.now += 9
+        samples = parse_metrics(self.scrape(queue))[1]
+        self.assertEqual({dict(labels)["queue"]: seconds for (name, labels), seconds
+                          in samples.items() if name == "queuectl_oldest_pending_seconds"},
+                         {"a": 49, "b": 39, "c": 4, "d": 0, "default": 0})
+
     def test_counters_never_fall_in_a_day_of_purges_and_restarts(self):
         last, kinds = {}, {}
         for hour in range(24):
