@@ -52,6 +52,9 @@ Invariants
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a pool touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
+    (I10) No request over HTTP is looked at before it has named this host, shown a token
+         and come from no other page; none holds a transaction while it waits for the
+         network.
 
 Contents: `grep -n '^# ----' queuectl.py`
      1 Vocabulary   states, moves, limits, errors
@@ -7393,10 +7396,11 @@ def page_policy(page: str) -> str:
             "frame-ancestors 'none'")
 
 
-def head_of(reply: Reply, phrase: str, is_last: bool) -> bytes:
+def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
     """The head of a reply, with what keeps browsers from being too helpful."""
     lines = [
-        f"HTTP/1.1 {reply.status} {phrase}", f"Content-Type: {reply.kind}",
+        f"HTTP/1.1 {reply.status} {phrase}", f"Date: {date}",
+        f"Content-Type: {reply.kind}",
         *(f"{name}: {value}" for name, value in reply.headers),
         "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer", "X-Frame-Options: DENY",
@@ -7925,7 +7929,8 @@ class Service:
 
     def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
         phrase = handler.responses.get(reply.status, ("",))[0]
-        head = head_of(reply, phrase, handler.close_connection)
+        head = head_of(reply, phrase, handler.date_time_string(),
+                       handler.close_connection)
         whole = memoryview(head + (reply.body if with_body else b""))
         handler.request.settimeout(SEND_SECONDS)
         for at in range(0, len(whole), READ_SIZE):
