@@ -1878,6 +1878,8 @@ class Web(TestCase):
             told = self.told("POST", "/api/jobs", body, status)
             self.assertEqual((told.get("key"), told.get("item")), (key, item), told)
         self.assertEqual(len(self.queue.jobs()), 3)
+        long = b'{"command": "x", "priority": ' + b"9" * 99 + b"}"
+        self.assertIn("40 digits", self.told("POST", "/api/jobs", long, 400)["error"])
 
     def test_jobs_come_in_pages(self):
         for n in range(5):
@@ -2043,6 +2045,8 @@ class Web(TestCase):
         self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
         with self.assertRaises(ConnectionError):
             connections.is_asking(second)
+        with self.assertRaises(ConnectionError):
+            connections.check(second)
         connections.is_answered(second)
         self.assertNotIn(second, connections._silent)
         connections.is_asking(third)
