@@ -31,7 +31,7 @@ from typing import Callable, NamedTuple
 
 import queuectl
 from queuectl import (
-    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES,
+    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
     Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
@@ -89,6 +89,11 @@ class TestCase(unittest.TestCase):
     def claim_one(self, queue, claims):
         return claims.turn({}, {}, [1]).claimed[0]
 
+    def assert_sound(self, queue):
+        """No counter, gate, event or claim is wrong."""
+        self.assertEqual([finding for finding in queuectl.Inspection(queue).findings()
+                          if finding.level == queuectl.PROBLEM], [])
+
 
 def is_running(pid):
     """Whether the process lives; a zombie whose parent does not reap it does not."""
@@ -106,7 +111,7 @@ def run_cli(*argv):
     return code, out.getvalue(), err.getvalue()
 
 
-def swept(queue, verb, state=(), **filters):
+def swept(queue, verb, state=(), /, **filters):
     """The ids of all jobs that a sweep has changed."""
     return [job.id for batch in queue.sweep(verb, state, **filters) for job in batch]
 
@@ -716,6 +721,445 @@ class Promises(TestCase):
         self.assertEqual(found, sorted(found, reverse=True))
         self.assertEqual([j.seq for j in queue.pages(state=COMPLETED, limit=2)],
                          [j.seq for j in queue.jobs(COMPLETED, limit=2)])
+
+    # Sweeps.
+
+    def test_a_sweep_takes_the_newest_first_and_in_batches(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (2 * SWEEP_BATCH + 5))
+        batches = [[job.seq for job in batch] for batch in queue.sweep("cancel")]
+
+        self.assertEqual([len(batch) for batch in batches], [SWEEP_BATCH, SWEEP_BATCH, 5])
+        self.assertEqual([seq for batch in batches for seq in batch],
+                         list(range(2 * SWEEP_BATCH + 5, 0, -1)))
+        self.assertEqual(queue.counts()[CANCELLED], 2 * SWEEP_BATCH + 5)
+        self.assert_sound(queue)
+
+    def test_a_sweep_changes_only_what_fits(self):
+        queue = self.a_queue()
+        queue.enqueue_many([
+            Spec("make a", id="a", queue="q", tags=("t",)), Spec("make b", id="b"),
+            Spec("rm 100%", id="c", tags=("t", "u")), Spec("rm b", id="d", queue="q")])
+        queue.cancel("d")
+        for filters, state, wanted in (
+                ({"queue": "q"}, (PENDING,), ["a"]), ({"tag": "t"}, (), ["c", "a"]),
+                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "0%"}, (), ["c"]),
+                ({"queue": "q"}, (PENDING, CANCELLED), ["d", "a"]),
+                ({"queue": "q", "search": "rm"}, (), ["d"]), ({"queue": "no"}, (), []),
+                ({"queue": None, "tag": None, "search": None}, CANCELLED, ["d"])):
+            with self.subTest(filters=filters, state=state):
+                self.assertEqual(queue.count(state, **filters), len(wanted))
+                self.assertEqual(swept(queue, "retry", state, **filters), wanted)
+                with contextlib.suppress(queuectl.WrongState):
+                    queue.cancel("d")
+        with self.assertRaisesRegex(queuectl.InvalidValue, "did you mean `dead`"):
+            swept(queue, "delete", "deda")
+
+    def test_a_sweep_of_what_ended_long_ago_begins_with_the_oldest_end(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id=name) for name in "abcd"])
+        for name in "cabd":
+            queue.cancel(name)
+            self.clock.now += 10
+        self.clock.now += 60            # c ended 100 s ago, then a, b and d 10 s each
+
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["c", "a", "b"])
+        self.assertEqual([job.id for job in queue.jobs()], ["d"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_gets_past_a_batch_that_ended_in_one_moment(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 7))
+        swept(queue, "cancel")
+        self.clock.now += 60
+
+        self.assertEqual(swept(queue, "retry", CANCELLED, older_than=59),
+                         [f"job-{n}" for n in range(1, SWEEP_BATCH + 8)])
+        self.assert_sound(queue)
+
+    def test_a_sweep_passes_over_what_it_may_not_change(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="free", priority=-1)
+        queue.cancel("free")
+        queue.enqueue("x", id="runs")
+        self.claim_one(queue, claims)
+        needed = [f"needed-{n}" for n in range(SWEEP_BATCH + 3)]
+        queue.enqueue_many([Spec("x", id=name) for name in needed]
+                           + [Spec("y", id="last", after=tuple(needed))])
+
+        self.assertEqual(swept(queue, "delete", search="x"), ["free"])
+        self.assertEqual(swept(queue, "retry", (PROCESSING, CANCELLED)), [])
+        self.assertEqual(swept(queue, "delete"), ["last", *reversed(needed)])
+        self.assertEqual([job.id for job in queue.jobs()], ["runs"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_has_running_jobs_cancelled_by_their_worker(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="runs"), Spec("x", id="waits")])
+        claim = self.claim_one(queue, claims)
+
+        self.assertEqual(swept(queue, "cancel"), ["waits", "runs"])
+        self.assertEqual(queue.job("runs").state, PROCESSING)
+        self.assertEqual(claims.turn({}, {}, []).mine, {claim.claim: queuectl.CANCEL})
+
+    def test_who_stops_a_sweep_keeps_what_is_done(self):
+        queue, other = self.a_queue(), self.a_queue()
+        other.store.patience = 0.0
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 50))
+        sweep = queue.sweep("cancel")
+        next(sweep)
+        other.enqueue("between two batches nobody has to wait")
+        sweep.close()
+
+        self.assertEqual((queue.counts()[CANCELLED], queue.counts()[PENDING]),
+                         (SWEEP_BATCH, 51))
+        self.assert_sound(queue)
+
+    # Editing.
+
+    def test_what_is_edited_takes_effect(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        for fields, wanted in (
+                ({"command": "y"}, {"command": "y"}), ({"timeout": "1m"}, {"timeout": 60}),
+                ({"max_retries": 9}, {"max_retries": 9}),
+                ({"priority": 5}, {"priority": 5, "rank": -5}),
+                ({"delay": 60}, {"run_at": queuectl.iso(NOON + 60), "gate": "time"}),
+                ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "gate": "open"}),
+                ({"queue": "q"}, {"queue": "q"})):
+            with self.subTest(fields):
+                job = queue.edit("a", **fields)[0]
+                self.assertEqual({key: getattr(job, key) for key in wanted}, wanted)
+                self.assertEqual(queue.job("a"), job)
+        self.assertEqual(queue.counts("q")[PENDING], 1)
+        self.assertEqual(sum(queue.counts("default").values()), 0)
+        self.assert_sound(queue)
+
+    def test_an_edited_job_waits_on_for_those_it_comes_after(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
+        queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
+
+        self.assertEqual(queue.job("b").gate, "after")
+        self.assertEqual(self.claim_one(queue, self.a_pool(queue)).job.id, "a")
+        self.assert_sound(queue)
+
+    def test_an_edit_that_is_refused_changes_nothing(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        over = self.in_state(queue, claims, COMPLETED).id
+        runs = self.in_state(queue, claims, PROCESSING).id
+        job = queue.enqueue("x", id="waits")
+        for ids, fields, error in (
+                ([runs], {"priority": 1}, queuectl.WrongState),
+                (["waits", over], {"priority": 1}, queuectl.WrongState),
+                (["waits", "gone"], {"priority": 1}, queuectl.NoSuchJob),
+                (["waits"], {"priority": "high"}, queuectl.InvalidJob),
+                (["waits"], {"queue": ""}, queuectl.InvalidJob),
+                (["waits"], {"priority": 1, "id": "other"}, queuectl.InvalidJob)):
+            with self.subTest(ids=ids, fields=fields):
+                with self.assertRaises(error):
+                    queue.edit(*ids, **fields)
+                self.assertEqual(queue.job("waits"), job)
+        self.assert_sound(queue)
+
+    # The order of those that wait.
+
+    def test_a_change_of_ageing_gives_all_that_wait_the_rank_of_new_ones(self):
+        chance = random.Random("rank")
+        queue = self.a_queue()
+        times = ["0001-01-01T00:00:00.000Z", "9999-12-31T23:59:59.000Z"]
+        times += [queuectl.iso(chance.uniform(-1e9, 4e9)) for _ in range(200)]
+        queue.enqueue_many([Spec("x", run_at=queuectl.epoch(at), priority=chance.choice((
+            0, 1, -1, 10**9, -10**9, chance.randint(-99, 99)))) for at in times])
+        queue.enqueue("x", id="over")
+        queue.cancel("over")
+        for value in ("1s", "90.0015s", "30d", "none", "7m"):
+            with self.subTest(value):
+                queue.configure("priority-ageing", value)
+                now = queue.store.settings()
+                self.assertEqual(
+                    [job.rank for job in queue.jobs(PENDING)],
+                    [queuectl.rank_of(job.priority, job.run_at, now)
+                     for job in queue.jobs(PENDING)])
+        queue.reset("priority-ageing")
+        self.assertEqual([job.rank for job in queue.jobs(PENDING)],
+                         [-job.priority for job in queue.jobs(PENDING)])
+
+    # Pauses and limits, as they are shown.
+
+    def test_a_pause_outlasts_the_queue_object_and_what_is_usual_is_not_kept(self):
+        with Queue(self.path) as queue:
+            queue.pause("a", "b")
+            queue.pause()
+            queue.limit_queue("c", 2)
+        queue = self.a_queue()
+        self.assertEqual(queue.status().paused, ["*", "a", "b"])
+        self.assertEqual([(view.name, view.paused, view.limit) for view in queue.queues()],
+                         [("a", True, 0), ("b", True, 0), ("c", False, 2),
+                          ("default", False, 0)])
+
+        queue.resume()
+        self.assertEqual(queue.status().paused, ["a", "b"])
+        queue.resume("a", "b")
+        queue.limit_queue("c", 0)
+        self.assertEqual([view.name for view in queue.queues()], ["default"])
+        for call in (lambda: queue.pause("*"), lambda: queue.limit_queue("c", -1),
+                     lambda: queue.limit_queue("", 1)):
+            with self.assertRaises(queuectl.QueueError):
+                call()
+
+    def test_a_waiting_job_says_all_that_hinders_it(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="dead")
+        queue.cancel("dead")
+        queue.enqueue("x", id="full")
+        pool = self.a_pool(queue, name="p", queues=("q", "full"))
+        queue.edit("full", queue="full")
+        self.claim_one(queue, pool)
+        queue.limit_queue("full", 1)
+        queue.pause("halt")
+        for fields, wanted in (
+                ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
+                ({"queue": "q"}, ["behind 2 other jobs"]),
+                ({"queue": "q", "delay": 120}, ["due in 2m"]),
+                ({"queue": "q", "after": ["dead"]}, ["after dead (cancelled)"]),
+                ({"queue": "full"}, ["queue `full` is at its limit 1"]),
+                ({"queue": "other"}, ["no worker takes queue `other`"]),
+                ({"queue": "halt", "delay": 60}, [
+                    "queue `halt` is paused", "due in 1m", "no worker takes queue `halt`"])):
+            with self.subTest(fields):
+                job = queue.enqueue("x", **fields)
+                self.assertEqual(queue.waiting_for(job), wanted)
+                in_line = ["waits for a slot"] if wanted[0].startswith(
+                    ("next", "behind")) else wanted
+                self.assertEqual(queue.why_waiting([job, queue.job("full")]),
+                                 {job.id: ", ".join(in_line)})
+        queue.pause()
+        pool.leave()
+        job = queue.enqueue("x")
+        self.assertEqual(queue.waiting_for(job),
+                         ["all queues are paused", "no worker is running"])
+        self.assertEqual(queue.waiting_for(queue.job("full")), [])
+
+    def test_a_failed_job_says_which_retry_it_waits_for(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", max_retries=3, backoff_base=120)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        self.assertEqual(queue.waiting_for(queue.job("job-1")), ["due in 2m (retry 1 of 2)"])
+
+    # What has changed.
+
+    def test_changes_come_in_order_each_once_from_any_place_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 0))
+        queue.enqueue("x", id="a", queue="q", max_retries=1)
+        claim = self.claim_one(queue, claims).claim
+        self.clock.now += 60
+        queue.enqueue("x", id="b")
+        claims.turn({claim: Outcome("failed", 7, "exit status 7")}, {}, [])
+        queue.cancel("b")
+        queue.retry("a")
+        found = [(e.id, e.source, e.target, e.reason) for e in queue.events_since()]
+
+        self.assertEqual(found, [
+            ("a", None, PENDING, "enqueued"),
+            ("a", PENDING, PROCESSING, "claimed by a worker"),
+            ("b", None, PENDING, "enqueued"),
+            ("a", PROCESSING, DEAD, "exit status 7"),
+            ("b", PENDING, CANCELLED, "cancelled"),
+            ("a", DEAD, PENDING, "retried by a person")])
+        self.assertEqual([e.target for e in queue.events_since(queue="q")],
+                         [PENDING, PROCESSING, DEAD, PENDING])
+        self.assertEqual(len(queue.events_since(since=queuectl.iso(NOON + 60))), 4)
+        self.assertEqual([e.seq for e in queue.events_since(limit=2)], [1, 2])
+        self.assertEqual([e.seq for e in queue.events_since(4)], [5, 6])
+        self.assertEqual(queue.events_since(queue.last_event()), [])
+        for job_id in "ab":
+            self.assertEqual([e._replace(seq=0) for e in queue.events_since()
+                              if e.id == job_id], queue.events(job_id))
+
+    def test_the_changes_of_deleted_jobs_go_and_no_number_comes_again(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.delete("a")
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 1))
+        queue.enqueue("x", id="b")
+        self.assertEqual([e.seq for e in queue.events_since()], [2])
+
+    def test_who_awaits_a_change_hears_of_the_next_commit_or_of_none(self):
+        queue, other = self.a_queue(), self.a_queue()
+        seen = queue.store.changes()
+        self.assertEqual(queue.await_change(seen, 0.0), seen)
+        other.enqueue("x")
+        self.assertNotEqual(queue.await_change(seen, DEADLINE), seen)
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_last_job_and_tells_how_far_they_are(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b"), Spec("x", id="c")])
+        other.cancel("a")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) == 1:
+                other.cancel("b")
+            elif len(told) == 2:
+                claims = self.a_pool(other)
+                claims.turn({self.claim_one(other, claims).claim: Outcome("completed", 0)},
+                            {}, [])
+        jobs = queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
+        self.assertEqual([(job.id, job.state) for job in jobs],
+                         [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
+        self.assertEqual(told, [queuectl.Progress(2, 0, 0, 1), queuectl.Progress(1, 0, 0, 2),
+                                queuectl.Progress(0, 0, 1, 2)])
+        self.assertEqual((told[0].over, told[0].left), (1, 2))
+
+    def test_a_job_that_was_over_counts_though_it_is_retried_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        other.cancel("a")
+        steps = [lambda: other.retry("a"), lambda: other.cancel("b")]
+        jobs = queue.wait("a", "b", timeout=DEADLINE,
+                          tell=lambda progress: steps.pop(0)() if steps else None)
+        self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
+
+    def test_waiting_in_vain_is_refused(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue("x", id="a")
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs are not over"):
+            queue.wait("a", timeout=0)
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 jobs are not over"):
+            queue.wait_all(timeout=0)
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", "gone")
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
+                queuectl.Sql.SEQ_OF, id="a") and other.delete("a"))
+        self.assertEqual(queue.wait(), [])
+
+    def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="before"), Spec("x", id="a", queue="q"),
+                            Spec("x", id="b", queue="q"), Spec("x", id="c")])
+        other.cancel("before")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) < 3:
+                other.cancel("ab"[len(told) - 1])
+        wanted = queuectl.Progress(0, 0, 0, 2)
+        self.assertEqual(queue.wait_all("q", DEADLINE, tell), wanted)
+        self.assertEqual(told[0], queuectl.Progress(2, 0, 0, 0))
+        with self.assertRaises(queuectl.NotFinished):
+            queue.wait_all(timeout=0)       # c is left
+        self.assertEqual(queue.progress(), queuectl.Progress(1, 0, 0, 3))
+        self.assertEqual(queue.progress("q"), wanted)
+
+    # Hooks.
+
+    def hooks(self, queue):
+        return [(job.command, job.env["QUEUECTL_JOB_ID"], job.env["QUEUECTL_STATE"],
+                 job.env["QUEUECTL_EXIT_CODE"], job.env["QUEUECTL_ERROR"])
+                for job in queue.jobs(queue="hooks", sort="oldest")]
+
+    def end_one(self, queue, claims, kind, exit_code=None, error=None):
+        claim = self.claim_one(queue, claims).claim
+        outcome = Outcome(kind, exit_code, error, 0.1)
+        for _ in range(2):      # it may be told of twice
+            claims.turn({claim: outcome}, {}, [])
+
+    def test_a_hook_follows_its_kind_of_end_once_and_is_told_of_it(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-completed", "good")
+        queue.configure("on-dead", "bad")
+        for name, kind, code, error, wanted in (
+                ("a", "completed", 0, None, [("good", "a", COMPLETED, "0", "")]),
+                ("b", "failed", 3, "exit status 3", []),
+                ("b", "failed", 4, "it: 'ünï'", [("bad", "b", DEAD, "4", "it: 'ünï'")]),
+                ("c", "failed", None, "no cwd", []),
+                ("c", "cancelled", None, "cancelled", []),
+                ("d", "released", None, None, []),
+                ("e", "lost", None, "its worker was lost", [
+                    ("bad", "e", DEAD, "", "its worker was lost")])):
+            with self.subTest(name=name, kind=kind):
+                queue.configure("crash-limit", "1")
+                if not queue.store.row(queuectl.Sql.SEQ_OF, id=name):
+                    queue.enqueue("x", id=name, max_retries=2, backoff_base=0, priority=1)
+                before = len(self.hooks(queue))
+                self.end_one(queue, claims, kind, code, error)
+                self.assertEqual(self.hooks(queue)[before:], wanted)
+                if name == "d":
+                    queue.cancel("d")
+        self.assertEqual(queue.jobs(queue="hooks")[0].cwd, os.path.dirname(queue.path))
+        self.assert_sound(queue)
+
+    def test_the_jobs_of_hooks_call_no_hooks(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for key in ("on-completed", "on-dead", "on-idle"):
+            queue.configure(key, key)
+        queue.enqueue("x", id="a")
+        self.end_one(queue, claims, "completed", 0)
+        self.assertEqual([hook[0] for hook in self.hooks(queue)],
+                         ["on-completed", "on-idle"])
+        self.end_one(queue, claims, "completed", 0)
+        queue.edit("job-3", max_retries=1)
+        self.end_one(queue, claims, "failed", 1)
+
+        self.assertEqual(len(self.hooks(queue)), 2)
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    def test_a_hook_is_added_with_the_change_or_not_at_all(self):
+        queue = self.a_queue()
+        queue.configure("on-idle", "idle")
+        job = queue.enqueue("x")
+        with self.assertRaises(ZeroDivisionError), queue.store.transaction() as store:
+            queuectl.move(store, [queuectl.Change("cancel", job, job)], NOON)
+            self.assertEqual(len(self.hooks(queue)), 1)
+            raise ZeroDivisionError     # as if the process were killed
+        self.assertEqual((queue.job("job-1").state, self.hooks(queue)), (PENDING, []))
+
+    def test_the_idle_hook_comes_when_nothing_is_left_and_only_then(self):
+        for number, (others, kind, is_idle) in enumerate((
+                ([], "completed", True), ([], "failed", True), ([], "cancelled", True),
+                ([], "released", False), ([{}], "completed", False),
+                ([{"delay": 3600}], "completed", False),
+                ([{"queue": "hooks"}], "completed", True),
+                ([{"after": ["a"]}], "failed", False))):
+            with self.subTest(others=others, kind=kind):
+                self.path = self.path_of(f"{number}.db")
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("on-idle", "idle")
+                queue.enqueue("x", id="a", priority=1, max_retries=1)
+                for other in others:
+                    queue.enqueue("y", **other)
+                self.end_one(queue, claims, kind, 1)
+                self.assertEqual([job.command for job in queue.jobs(search="idle")],
+                                 ["idle"] * is_idle)
+
+    def test_the_idle_hook_comes_once_for_all_that_end_together(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-idle", "idle")
+        queue.enqueue_many([Spec("x", id=name) for name in "abc"])
+        runs = claims.turn({}, {}, [1, 2]).claimed
+        claims.turn({run.claim: Outcome("completed", 0) for run in runs}, {}, [])
+        self.assertEqual(self.hooks(queue), [])
+        queue.cancel("c")
+        self.assertEqual(self.hooks(queue), [("idle", "c", CANCELLED, "", "")])
+        queue.enqueue("x", id="d")
+        queue.cancel("d")
+        self.assertEqual(len(self.hooks(queue)), 2)
 
 
 # ---- 10 Claims ---------------------------------------------------------------
