@@ -904,8 +904,8 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """
     if settings.priority_ageing is None:
         return -priority
-    worth = priority * settings.priority_ageing     # seconds
-    return round(epoch(run_at) * 1000) - round(worth * 1000)
+    worth = round(settings.priority_ageing * 1000)  # of one priority; see RANK_BY_AGE
+    return round(epoch(run_at) * 1000) - priority * worth
 
 
 def judged(job: Job, outcome: Outcome) -> Outcome:
