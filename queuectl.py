@@ -2114,7 +2114,7 @@ class Sql:
         SELECT *
           FROM schedules
          WHERE paused = 0
-           AND (next_run <= :now OR last_run > :ahead)
+           AND (next_run <= :now OR COALESCE(last_run, created_at) > :ahead)
         """
     SET_TURN = """
         UPDATE schedules
