@@ -1328,6 +1328,367 @@ class Turns(TestCase):
         with self.assertRaises(queuectl.InUse):
             self.a_pool(queue, name="a")
 
+    # Pauses, limits, ageing.
+
+    def claimed_ids(self, claims, free=(1, 2, 3, 4)):
+        return [one.job.id for one in claims.turn({}, {}, free).claimed]
+
+    def test_a_paused_queue_waits_and_what_runs_goes_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.enqueue("x", id="runs", priority=9)
+        claim = self.claim_one(queue, claims).claim
+        queue.pause("a")
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        self.assertTrue(queue.status().paused)
+        settled = claims.turn({claim: Outcome("completed", 0)}, {}, [1]).settled
+        self.assertEqual([one.job.state for one in settled], [COMPLETED])
+
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_a_pause_of_all_and_that_of_a_queue_are_two_things(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.pause()
+        queue.resume("a", "b")
+        self.assertEqual(self.claimed_ids(claims), [])
+        queue.pause("a")
+        queue.resume()
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_what_a_paused_queue_holds_keeps_no_pool_from_draining(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", queue="a")
+        self.assertFalse(claims.is_drained())
+        queue.pause("a")
+        self.assertTrue(claims.is_drained())
+
+    def test_no_more_of_a_queue_run_than_its_limit_in_all_pools_together(self):
+        queue = self.a_queue()
+        one, two = self.a_pool(queue, name="one"), self.a_pool(queue, name="two")
+        queue.limit_queue("q", 2)
+        queue.enqueue_many([Spec("x", id=name, queue="q") for name in "abcde"])
+        first = one.turn({}, {}, [1]).claimed[0]
+        self.assertEqual(self.claimed_ids(two, [1, 2, 3]), ["b"])
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+
+        turn = one.turn({first.claim: Outcome("completed", 0)}, {}, [1, 2, 3])
+        self.assertEqual([claim.job.id for claim in turn.claimed], ["c"])
+        queue.limit_queue("q", 1)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+        queue.limit_queue("q", 0)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), ["d", "e"])
+
+    def test_without_ageing_a_high_job_always_goes_first(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="low")
+        self.clock.now += 86400
+        queue.enqueue("x", id="high", priority=1)
+        self.assertEqual(self.claimed_ids(claims, [1]), ["high"])
+
+    def test_with_ageing_a_low_job_goes_before_a_high_one_that_came_too_late(self):
+        for gap, first in ((299.9, "high"), (300.1, "low")):
+            with self.subTest(gap):
+                self.path, self.clock.now = self.path_of(f"{gap}.db"), NOON
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("priority-ageing", "1m")
+                queue.enqueue("x", id="low", priority=-1)
+                self.clock.now += gap
+                queue.enqueue("x", id="high", priority=4)
+                self.assertEqual(self.claimed_ids(claims, [1]), [first])
+
+    def test_with_ageing_a_steady_stream_of_high_jobs_starves_no_low_one(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("priority-ageing", "2s")
+        queue.enqueue("x", id="low")
+        taken = []
+        for _ in range(25):
+            queue.enqueue_many([Spec("x", priority=5)] * 2)     # more than one can do
+            self.clock.now += 1
+            one = self.claim_one(queue, claims)
+            taken.append(one.job.id)
+            claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+        # Before it go those that were due in the first 5 x 2 seconds, and no other.
+        self.assertEqual(taken.index("low"), 20)
+
+    def test_the_order_of_those_that_wait_never_changes_with_time(self):
+        chance = random.Random("order")
+        specs = [Spec("x", id=f"j{n}", priority=chance.randint(-9, 9),
+                      run_at=NOON - chance.uniform(0, 600)) for n in range(40)]
+        orders = []
+        for hours in (0, 1000):
+            self.path, self.clock.now = self.path_of(f"{hours}.db"), NOON
+            queue = self.a_queue()
+            queue.configure("priority-ageing", "1m")
+            queue.enqueue_many(specs)
+            self.clock.now += hours * 3600
+            orders.append(self.claimed_ids(self.a_pool(queue), range(1, 41)))
+
+        aged = sorted(specs, key=lambda spec: spec.run_at - 60 * spec.priority)
+        self.assertEqual(orders, [[spec.id for spec in aged]] * 2)
+
+    def test_what_was_in_line_before_ageing_takes_its_new_place_at_once(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="low", run_at=NOON - 600)
+        queue.enqueue("x", id="high", priority=1)
+        queue.configure("priority-ageing", "1m")
+        self.assertEqual(self.claimed_ids(self.a_pool(queue), [1]), ["low"])
+
+    # Retention.
+
+    def test_what_is_over_for_longer_than_it_is_kept_goes(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 1)}, {}, [])
+        queue.enqueue("x", id="gone")
+        queue.cancel("gone")
+        self.clock.now += 3600
+        for key, value, wanted in (
+                ("retention-completed", "2h", []), ("retention-completed", "59m", ["good"]),
+                ("retention-dead", "61m", []), ("retention-dead", "1h", ["bad"])):
+            with self.subTest(key=key, value=value):
+                queue.configure(key, value)
+                self.assertEqual([job.id for jobs in claims.expiry() for job in jobs],
+                                 wanted)
+        self.assertEqual([job.id for job in queue.jobs()], ["gone"])
+        self.assert_sound(queue)
+
+    # Schedules. NOON is the beginning of an hour, in any zone of whole hours.
+
+    def ticks(self, *pools):
+        """The jobs that schedules add in a turn of each pool; they end at once."""
+        before = pools[0]._queue.last_event()
+        for claims in pools:
+            claims.turn({}, {}, [])
+        added = [event.id for event in pools[0]._queue.events_since(before)]
+        for claims in pools:
+            taken = claims.turn({}, {}, [1, 2, 3, 4]).claimed
+            claims.turn({one.claim: Outcome("completed", 0) for one in taken}, {}, [])
+        return added
+
+    def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
+        queue, other = self.a_queue(), Queue(self.path, clock=lambda: self.clock.now - 0.7)
+        self.addCleanup(other.close)
+        pools = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
+        queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
+                           tags=["own"], env={"A": "b"})
+        added = []
+        for _ in range(3600):
+            self.clock.now += 1
+            if any(claims.is_work_there() for claims in pools):
+                added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
+
+        self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
+        job = queue.job("job-1")
+        self.assertEqual((job.command, job.queue, job.priority, job.tags, job.env, job.cwd),
+                         ("x", "q", 3, ("own", "schedule:s"), {"A": "b"}, os.getcwd()))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+        self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
+
+    def test_a_pool_sleeps_until_the_next_turn_of_a_schedule(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertIsNone(claims.next_due())
+        queue.add_schedule("s", "30 * * * *", command="x")
+        self.assertEqual(claims.next_due(), NOON + 1800)
+        self.assertFalse(claims.is_work_there())
+        self.clock.now += 1800
+        self.assertTrue(claims.is_work_there())
+        queue.pause_schedule("s")
+        self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
+
+    def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now = NOON + 601
+        self.assertEqual(len(self.ticks(claims)), 1)
+        self.clock.now = NOON + 540
+        added = []
+        while self.clock.now < NOON + 1190:
+            self.clock.now += 10
+            added += self.ticks(claims)
+        self.assertEqual(added, [])
+        self.clock.now = NOON + 1200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_clock_that_was_a_day_ahead_stops_no_schedule_for_a_day(self):
+        for has_run in (True, False):
+            with self.subTest(has_run=has_run):
+                self.path, self.clock.now = self.path_of(f"{has_run}.db"), NOON + 86400
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.add_schedule("s", "*/10 * * * *", command="x")
+                self.clock.now += 600 * has_run
+                self.assertEqual(len(self.ticks(claims)), int(has_run))
+                self.clock.now = NOON + 1
+                self.assertEqual(self.ticks(claims), [])
+                self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 600))
+                self.clock.now = NOON + 601
+                self.assertEqual([len(self.ticks(claims)) for _ in "ab"], [1, 0])
+
+    def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for name, cron in (("often", "*/10 * * * *"), ("daily", "0 0 * * *"),
+                           ("seldom", "@yearly")):
+            queue.add_schedule(name, cron, command=name)
+        self.clock.now += 3 * 86400 + 5
+        self.assertEqual(sorted(queue.job(job_id).command for job_id in self.ticks(*pools)),
+                         ["daily", "often"])
+        self.assertEqual(self.ticks(*pools), [])
+        self.assertEqual(queue.schedule("often").next_run,
+                         queuectl.iso(NOON + 3 * 86400 + 600))
+
+    def test_a_turn_whose_last_job_is_not_over_is_skipped(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x", max_retries=2,
+                           backoff_base=3600)
+        turn, jobs = NOON, []
+        for act in (lambda: None, lambda: None,     # it waits
+                    lambda: self.claim_one(queue, claims),
+                    lambda: claims.turn({1: Outcome("failed", 1)}, {}, []),
+                    lambda: queue.cancel("job-1"), lambda: queue.delete("job-2")):
+            turn += 600
+            self.clock.now = turn
+            act()
+            claims.turn({}, {}, [])
+            jobs.append(queue.store.row(queuectl.Sql.LAST_SEQ)[0])
+            self.assertGreater(queue.schedule("s").next_run, queuectl.iso(turn))
+        self.assertEqual(jobs, [1, 1, 1, 1, 2, 3])
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+
+    def test_a_schedule_that_rested_makes_nothing_up(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        self.clock.now += 3605
+        self.assertEqual((queue.schedule("s").paused, self.ticks(claims)), (True, []))
+        resumed = queue.pause_schedule("s", False)
+        self.assertEqual((resumed.paused, resumed.next_run),
+                         (False, queuectl.iso(NOON + 4200)))
+        self.assertEqual(self.ticks(claims), [])
+        self.clock.now = NOON + 4200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_schedule_run_by_hand_runs_beside_its_turns(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        job = queue.run_schedule("s")
+        self.assertEqual((job.command, job.tags), ("x", ("schedule:s",)))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON))
+        queue.pause_schedule("s", False)
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(len(queue.jobs()), 1)      # that one is not over
+        queue.cancel(job.id)
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), ["job-2"])
+
+    def test_a_removed_schedule_comes_no_more_and_its_jobs_stay(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.remove_schedule("s").name, "s")
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), [])
+        self.assertEqual(queue.job("job-1").tags, ("schedule:s",))
+        for call in (queue.remove_schedule, queue.pause_schedule, queue.run_schedule):
+            with self.assertRaises(queuectl.NoSuchSchedule):
+                call("s")
+
+    def test_a_schedule_that_cannot_be_is_refused_and_not_kept(self):
+        queue = self.a_queue()
+        queue.add_schedule("nightly", "@daily", command="x")
+        for name, cron, fields, error in (
+                ("nightly", "@hourly", {"command": "x"}, queuectl.ScheduleExists),
+                ("s", "61 * * * *", {"command": "x"}, queuectl.InvalidValue),
+                ("s", "@daily", {"command": ""}, queuectl.InvalidJob),
+                ("s", "@daily", {}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "id": "a"}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "after": ["a"]}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "delay": 1}, queuectl.InvalidJob),
+                ("a b", "@daily", {"command": "x"}, queuectl.InvalidJob)):
+            with self.subTest(name=name, cron=cron, fields=fields), \
+                    self.assertRaises(error):
+                queue.add_schedule(name, cron, **fields)
+        self.assertEqual([one.name for one in queue.schedules()], ["nightly"])
+        with self.assertRaisesRegex(queuectl.NoSuchSchedule, "did you mean `nightly`"):
+            queue.schedule("nightyl")
+
+    # The zones by their rules as POSIX writes them, so no database of zones is needed;
+    # the noons of the days before the two changes, by the local clock; how often the
+    # minute is 0 in the 48 hours from there on.
+    ZONES = (
+        ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
+        ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
+        ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0", (2027, 4, 3), (2027, 10, 2), 47),
+    )                                                                       # Lord Howe
+
+    def local_zone(self, zone):
+        """The local time of this process, until the test ends."""
+        before = os.environ.get("TZ")
+
+        def put_back():
+            os.environ.pop("TZ")
+            if before is not None:
+                os.environ["TZ"] = before
+            time.tzset()
+        self.addCleanup(put_back)
+        os.environ["TZ"] = zone
+        time.tzset()
+
+    def test_on_the_days_of_daylight_saving_each_turn_brings_one_job(self):
+        """Two pools, minute by minute, for 48 hours from noon."""
+        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
+        memory = memory_directory()
+        self.addCleanup(shutil.rmtree, memory)
+        for zone, *noons, hours in self.ZONES:
+            for noon in noons:
+                with self.subTest(zone=zone, noon=noon):
+                    self.path = os.path.join(memory, f"{zone[:4]}{noon}.db")
+                    self.local_zone(zone)
+                    added = self.turns_from(noon, (*fixed, "*/15 * * * *", "0 * * * *"))
+                    nights = [time.localtime(time.mktime(
+                        (*noon[:2], noon[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday
+                        for n in (1, 2)]
+                    for cron in fixed:
+                        self.assertEqual([at.tm_yday for at in added[cron]], nights, cron)
+                    self.assertEqual(len(added["*/15 * * * *"]), 48 * 4)
+                    self.assertEqual(len(added["0 * * * *"]), hours)
+
+    def turns_from(self, day, crons):
+        """When each of these schedules has a job in the 48 hours from a local noon."""
+        self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for number, cron in enumerate(crons):
+            queue.add_schedule(f"s{number}", cron, command=cron)
+        added = {cron: [] for cron in crons}
+        for _ in range(48 * 60):
+            self.clock.now += 60
+            if pools[0].is_work_there():
+                for job_id in self.ticks(*pools):
+                    added[queue.job(job_id).command].append(time.localtime(self.clock.now))
+        return added
+
 
 # ---- 11 Check ----------------------------------------------------------------
 
