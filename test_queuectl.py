@@ -1763,6 +1763,101 @@ class Views(TestCase):
                 queuectl.settled_line(settled[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
+    PLAIN = queuectl.Style(False, 0, NOON)
+    COLOURED = queuectl.Style(True, 40, NOON)
+
+    def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
+        P = queuectl.Progress
+        for progress, seconds, width, line in (
+                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
+                (P(6, 2, 2, 0), 4.0, 50,
+                 "[##............] 2/10  2 running  0.5/s  16s left"),
+                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
+                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
+                (P(0, 0, 3, 1), 2.0, 60,
+                 "[#####################] 4/4  0 running  1 dead or cancelled"),
+                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
+                 "2 dead or cancelled  1/s  1s left"),
+                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
+                 "  4 running  100/s  16m 31s left"),
+                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
+            with self.subTest(progress=progress, width=width):
+                shown = queuectl.progress_line(progress, seconds, width)
+                self.assertEqual(shown, line)
+                self.assertLess(queuectl.columns(shown), width)
+
+    def test_columns_stand_in_line_whatever_the_width_of_letters(self):
+        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
+                ("a", "4", "日本語" * 9))
+        self.assertEqual(queuectl.grid(rows, self.PLAIN), [
+            "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
+        shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
+        self.assertEqual(shown[3], "a     4   日本語日本語日…")
+        self.assertLessEqual(queuectl.columns(shown[3]), 25)
+
+    def test_queues_are_shown_with_the_states_that_occur(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
+        queue.cancel("a")
+        queue.pause("q")
+        queue.limit_queue("gpu", 12)
+        self.assertEqual(queuectl.queue_lines(queue.queues(), self.PLAIN), [
+            "QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
+            "default  -      0        0",
+            "gpu      12     1        0",
+            "q        -      0        1          paused"])
+        self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
+            "name": "q", "paused": True, "limit": 0,
+            "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+
+    def test_schedules_are_shown_with_what_comes_and_what_was(self):
+        queue = self.a_queue()
+        queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
+        queue.add_schedule("rests", "@daily", command="x")
+        queue.pause_schedule("rests")
+        queue.run_schedule("a")
+        self.clock.now += 120
+        style = self.PLAIN._replace(now=self.clock.now)
+        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
+            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
+            "a      */10 * * * *  in 8m   2m ago  q        make; all",
+            "rests  @daily        paused  -       default  x"])
+        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
+            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
+            "paused": False, "next_run": queuectl.iso(NOON + 600),
+            "last_run": queuectl.iso(NOON)})
+
+    def test_the_next_turns_are_told_in_words_and_times(self):
+        queue = self.a_queue()
+        zone = time.strftime("%Z", time.localtime(NOON))
+        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
+        words, times = queuectl.turn_lines(schedule, NOON)
+        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
+        self.assertEqual(times, "next: " + ", ".join(time.strftime(
+            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
+            for n in (1, 2, 3)))
+
+    def test_a_change_is_one_line_that_no_terminal_obeys(self):
+        event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
+        self.assertEqual(queuectl.event_line(event, self.PLAIN),
+                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
+        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
+                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
+                         "\x1b[31mdead\x1b[0m  a [2J; b")
+        self.assertEqual(queuectl.event_object(event), {
+            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
+            "reason": "a\x1b[2J\nb"})
+
+    def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
+        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
+                         b"a | one\na | \na | two\xff")
+        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
+        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
+                   for place in range(7)]
+        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
+        self.assertEqual(len(set(colours)), 6)
+        self.assertEqual(colours[6], colours[0])
+
 
 # ---- 15 CLI ------------------------------------------------------------------
 
