@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -1955,6 +1956,368 @@ class CommandLine(TestCase):
             code, out, _ = run_cli(*entry.words, "--help")
             self.assertEqual(code, 0)
             self.assertIn(entry.help[1:], " ".join(out.split()))
+
+    def test_every_help_shows_its_groups_and_examples_that_parse(self):
+        for entry in queuectl.COMMANDS:
+            with self.subTest(entry.words):
+                shown = " ".join(run_cli(*entry.words, "--help")[1].split())
+                self.assertTrue(entry.examples)
+                for one in entry.options:
+                    self.assertIn(f"{one.group}: ".lstrip(), shown)
+                    for name in one.names:
+                        if name.startswith("--"):
+                            self.assertIn(name, shown)
+                for example in entry.examples:
+                    self.assertIn(f"queuectl {' '.join(example.split())}", shown)
+                    words = shlex.split(example)
+                    self.assertIs(queuectl._parse(words).entry, entry)
+
+    def test_examples_that_harm_nobody_run(self):
+        self.cli("enqueue", "x", "--id", "job-1")
+        for entry in queuectl.COMMANDS:
+            for example in entry.examples:
+                words = shlex.split(example)
+                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
+                        or {"--watch", "--follow"} & {*words}:
+                    continue
+                with self.subTest(example):
+                    code, _, err = self.cli(*words)
+                    self.assertIn(code, (0, 1), err)
+                    if code:    # what it asks of is not there
+                        self.assertRegex(err, "there is no|no job|no schedule|not dead|is ")
+
+    def test_a_mistyped_flag_names_the_nearest_and_an_abbreviation_is_none(self):
+        for argv, hint in ((("list", "--stat", "dead"), "--state"),
+                           (("list", "--stat=dead"), "--state"),
+                           (("enqueue", "--prio", "5", "x"), "--priority"),
+                           (("enqueue", "x", "--qeue", "q"), "--queue"),
+                           (("purge", "--dry-rn"), "--dry-run"),
+                           (("status", "--bd", "x"), "--db"),
+                           (("queue", "lst"), "list"), (("schedul", "list"), "schedule"),
+                           (("edit", "job-1", "--max-retry", "1"), "--max-retries")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn(f"did you mean `{hint}`?", err)
+        self.assertFalse(os.path.exists(self.path))
+        self.assertIn("in quotes, or --", self.cli("enqueue", "echo", "hi")[2])
+
+    # Choosing jobs.
+
+    def some_jobs(self):
+        """Two pending jobs and one of each of completed, dead and cancelled."""
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 3)}, {}, [])
+        queue.enqueue_many([Spec("x", id="gone"), Spec("make", id="a", tags=("t",)),
+                            Spec("make", id="b", queue="q")])
+        queue.cancel("gone")
+        claims.leave()
+        return queue
+
+    def test_ids_or_a_choice_and_never_both_or_neither(self):
+        self.some_jobs()
+        for argv in (("retry",), ("cancel", "a", "--all"), ("delete", "a", "--tag", "t"),
+                     ("dlq", "retry"), ("dlq", "retry", "bad", "--all"), ("wait",),
+                     ("wait", "a", "--all"), ("cancel", "--state", "dead"),
+                     ("retry", "-s", "processing"), ("delete", "-s", "processing"),
+                     ("purge", "-s", "processing"),
+                     ("purge", "-s", "pending", "--older-than", "1d"),
+                     ("purge", "-s", "dead", "-s", "failed", "--older-than", "1d"),
+                     ("edit", "a"), ("edit", "--priority", "1")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""), err)
+        self.assertEqual(len(json.loads(self.cli("list", "--json")[1])), 5)
+
+    def test_a_choice_changes_all_that_fit_and_says_how_many(self):
+        for argv, said, left in (
+                (("retry", "--all"), "2 jobs pending again", {"good": COMPLETED}),
+                (("retry", "--state", "dead"), "bad pending again",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("cancel", "--search", "make"), "2 jobs cancelled",
+                 {"a": CANCELLED, "b": CANCELLED}),
+                (("cancel", "--tag", "t"), "a cancelled", {"a": CANCELLED, "b": PENDING}),
+                (("delete", "--queue", "q", "-s", "pending"), "b deleted", {"a": PENDING}),
+                (("delete", "--all"), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("delete", "--tag", "no"), "0 jobs deleted", {"bad": DEAD}),
+                (("dlq", "retry", "--all"), "bad pending again", {"bad": PENDING}),
+                (("dlq", "retry", "--queue", "q"), "0 jobs pending again", {"bad": DEAD}),
+                (("dlq", "purge"), "1 job deleted", {"good": COMPLETED}),
+                (("purge",), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("purge", "-s", "pending", "-s", "dead"), "3 jobs deleted",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("purge", "--older-than", "1h"), "0 jobs deleted", {"bad": DEAD}),
+                (("purge", "--dry-run"), "would delete 1 completed, 1 dead, 1 cancelled",
+                 {"bad": DEAD, "good": COMPLETED}),
+                (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
+                 {"a": PENDING})):
+            with self.subTest(argv):
+                self.path = self.path_of("-".join(argv))
+                queue = self.some_jobs()
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out, err), (0, "", said + "\n"))
+                states = {job.id: job.state for job in queue.jobs()}
+                self.assertEqual({name: states[name] for name in left}, left)
+                self.assert_sound(queue)
+
+    def test_what_was_swept_is_printed_as_json(self):
+        self.some_jobs()
+        out = self.cli("cancel", "--all", "--json")[1]
+        self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
+                         [("b", CANCELLED), ("a", CANCELLED)])
+        self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
+        self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
+
+    def test_an_edit_says_what_it_changed(self):
+        self.some_jobs()
+        code, out, err = self.cli("edit", "a", "b", "--priority", "5", "--queue", "z")
+        self.assertEqual((code, out), (0, ""))
+        self.assertIn("a, b: ", err)
+        jobs = json.loads(self.cli("edit", "a", "--run-at", "2031-01-01T00:00:00Z",
+                                   "--json")[1])
+        self.assertEqual([(job["id"], job["priority"], job["queue"], job["run_at"])
+                          for job in jobs], [("a", 5, "z", "2031-01-01T00:00:00.000Z")])
+        code, _, err = self.cli("edit", "good", "--priority", "1", "--json")
+        self.assertEqual((code, json.loads(err)["error"]["code"]), (1, "wrong-state"))
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_status_of_the_one_job(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, outcome, status in (
+                ("ok", Outcome("completed", 0), 0), ("own", Outcome("failed", 7), 7),
+                ("signal", Outcome("failed", 137, "killed by SIGKILL"), 137),
+                ("late", Outcome("timeout", 124, "timed out"), 124),
+                ("unstarted", Outcome("failed", None, "no directory"), 1),
+                ("gone", Outcome("cancelled", None), 1)):
+            with self.subTest(name):
+                queue.enqueue("x", id=name, max_retries=1)
+                claims.turn({self.claim_one(queue, claims).claim: outcome}, {}, [])
+                code, out, err = self.cli("wait", name)
+                self.assertEqual((code, out), (status, ""))
+                self.assertIn(f"{name} {queue.job(name).state}", err)
+                self.assertEqual(self.cli("wait", name, "-q"), (status, "", ""))
+        self.assertEqual(self.cli("wait", "ok", "ok")[0], 0)
+        code, _, err = self.cli("wait", "ok", "own")
+        self.assertEqual(code, 1)
+        self.assertIn("1 of 2 jobs completed", err)
+        self.assertEqual(self.cli("wait", "--all")[0], 0)       # nothing was left
+        self.assertEqual(self.cli("wait", "--tag", "none")[0], 0)
+        self.assertEqual(self.cli("wait", "nope")[0], 1)
+
+    def test_waiting_too_long_is_no_success_and_a_missing_worker_is_said(self):
+        self.some_jobs()
+        for argv in (("wait", "a"), ("wait", "--all"), ("wait", "--queue", "q"),
+                     ("wait", "--tag", "t"), ("wait", "a", "b")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv, "--timeout", "10ms")
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn("no worker is running; `queuectl worker start`", err)
+                self.assertIn("not over yet; wait longer", err)
+        self.assertEqual(queuectl.NotFinished.code, "not-finished")
+        self.assertIn("no worker is running", self.cli("enqueue", "x")[2])
+        self.assertEqual(self.cli("enqueue", "x", "-q")[2], "")
+
+    # Queues, schedules, changes.
+
+    def test_queues_are_paused_limited_and_listed(self):
+        for argv, said in (
+                (("pause", "--queue", "a", "--queue", "b"), "queue a, b paused;"),
+                (("pause",), "all queues paused;"),
+                (("resume", "--queue", "a"), "queue a resumed; still paused: all, b"),
+                (("queue", "list"), "all queues are paused; `queuectl resume` ends that"),
+                (("resume",), "all queues resumed; still paused: b"),
+                (("queue", "set", "gpu", "--limit", "2"), "queue gpu: at most 2 at once"),
+                (("queue", "set", "b", "--limit", "1"), "queue b: at most 1 at once"),
+                (("queue", "set", "b", "--limit", "0"), "queue b: no limit")):
+            with self.subTest(argv):
+                code, _, err = self.cli(*argv)
+                self.assertEqual(code, 0)
+                self.assertIn(said, err)
+        shown = json.loads(self.cli("queue", "list", "--json")[1])
+        self.assertEqual([(one["name"], one["paused"], one["limit"]) for one in shown],
+                         [("b", True, 0), ("default", False, 0), ("gpu", False, 2)])
+        self.assertEqual(json.loads(self.cli("status", "--json")[1])["paused"], ["b"])
+        for argv in (("queue", "set", "gpu"), ("queue", "set", "gpu", "--limit", "-1"),
+                     ("pause", "--queue", "a b")):
+            self.assertEqual(self.cli(*argv)[0], 2)
+
+    def test_a_schedule_is_added_shown_and_taken_away(self):
+        code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
+                                  "--priority", "4", "--", "sh", "-c", "a && b")
+        self.assertEqual((code, out), (0, ""))
+        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
+                              "no worker is running")
+        shown = json.loads(self.cli("schedule", "list", "--json")[1])
+        self.assertEqual(tuple(shown[0]), ("name", "cron", "command", "queue", "paused",
+                                           "next_run", "last_run"))
+        self.assertEqual(shown[0]["command"], "sh -c 'a && b'")
+        job_id = self.cli("schedule", "run", "night")[1].strip()
+        job = json.loads(self.cli("show", job_id, "--json")[1])
+        self.assertEqual((job["command"], job["queue"], job["priority"], job["tags"]),
+                         ("sh -c 'a && b'", "q", 4, ["schedule:night"]))
+        self.assertEqual(self.cli("schedule", "pause", "night")[2], "night paused\n")
+        self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +paused ")
+        self.assertIn("next: ", self.cli("schedule", "resume", "night")[2])
+        self.assertIn("removed", self.cli("schedule", "remove", "night")[2])
+        self.assertIn("no schedules", self.cli("schedule", "list")[2])
+        self.assertEqual(self.cli("show", job_id)[0], 0)
+
+    def test_a_schedule_that_is_wrong_is_refused(self):
+        self.cli("schedule", "add", "night", "@daily", "x")
+        for argv, status in ((("add", "night", "@daily", "x"), 1),
+                             (("add", "b", "61 * * * *", "x"), 1),
+                             (("add", "b", "@daily"), 2), (("add", "b"), 2),
+                             (("add", "b", "@daily", "x", "--", "y"), 2),
+                             (("add", "b", "@daily", "x", "--id", "i"), 2),
+                             (("remove", "nigth"), 1), (("run", "x"), 1), (("pause",), 2)):
+            with self.subTest(argv):
+                code, out, err = self.cli("schedule", *argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+        self.assertEqual(len(json.loads(self.cli("schedule", "list", "--json")[1])), 1)
+
+    def test_changes_are_printed_oldest_first(self):
+        queue = self.some_jobs()
+        lines = [json.loads(line) for line in self.cli("events", "--json")[1].splitlines()]
+        self.assertEqual(lines, [queuectl.event_object(e) for e in queue.events_since()])
+        self.assertEqual(tuple(lines[0]), ("id", "from", "to", "at", "reason"))
+        self.assertEqual([line.split("  ")[1:3] for line
+                          in self.cli("events", "--queue", "q")[1].splitlines()],
+                         [["b", "- -> pending"]])
+        for since, n in (("1h", len(lines)), ("+1h", 0), ("2020-01-01", len(lines))):
+            self.assertEqual(len(self.cli("events", "--since", since)[1].splitlines()), n)
+        self.assertEqual(self.cli("events", "--since", "soon")[0], 2)
+
+    # Following what jobs print.
+
+    def printed(self, text):
+        output = Output(1 << 16)
+        output.feed(text)
+        return output
+
+    def test_a_follower_goes_through_the_retries_to_the_end(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a", max_retries=2, backoff_base=0)
+        follower = queuectl.Follower(queue, "a")
+        last, early = queuectl.Follower(queue, "a"), queuectl.Follower(queue, "a", 1)
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"one\ntw")}, [])
+        self.assertEqual(follower.step(), (b"one\ntw", ""))
+        self.assertEqual(follower.step(), (b"", ""))
+        claims.turn({claim: Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8)}, {}, [])
+        self.assertEqual(follower.step(), (b"o\n", "-- run 1 of a: failed"))
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        self.assertEqual((early.step(), early.is_over), ((b"one\ntwo\n", ""), True))
+
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({claim: Outcome("completed", 0, None, 0.1, b"done", 4)}, {}, [])
+        self.assertEqual((follower.step(), follower.is_over), ((b"done", ""), True))
+        self.assertEqual((last.step(), last.is_over), ((b"done", ""), True))
+
+    def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a")
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n")}, [])
+        followers = [queuectl.Follower(queue, "a", lines=n) for n in (0, 2, 9, None)]
+        self.assertEqual([one.step()[0] for one in followers],
+                         [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n4\n5\n")}, [])
+        self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
+
+    def test_to_follow_what_never_ran_ends_in_words(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.cancel("a")
+        code, _, err = self.cli("logs", "-f", "a")
+        self.assertEqual(code, 1)
+        self.assertIn("a has not run yet", err)
+
+    # Streams.
+
+    def a_file(self, content):
+        with open(self.path_of("lines"), "wb") as file:
+            file.write(content)
+        fd = os.open(self.path_of("lines"), os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def test_lines_come_as_they_are_written_and_the_last_needs_no_end(self):
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        batches = queuectl._line_batches(read_end)
+        os.write(write_end, b"a\r\n\nb\nc")
+        self.assertEqual(next(batches), [b"a\r", b"", b"b"])
+        os.write(write_end, b"d\n")
+        self.assertEqual(next(batches), [b"cd"])
+        os.write(write_end, b"e")
+        os.close(write_end)
+        self.assertEqual(list(batches), [[b"e"]])
+
+    def test_many_lines_at_once_are_taken_in_bounded_batches(self):
+        batches = list(queuectl._line_batches(self.a_file(b"x\n" * 200_000)))
+        sizes = [len(batch) for batch in batches]
+        self.assertLess(max(sizes), queuectl.STREAM_BATCH + queuectl.READ_SIZE)
+        self.assertEqual(sum(line == b"x" for batch in batches for line in batch), 200_000)
+
+    def test_of_an_endless_line_only_what_can_be_refused_is_kept(self):
+        content = b"x" * (queuectl.MAX_LINE + 3 * queuectl.READ_SIZE) + b"\necho ok\n"
+        first, second = [line for batch in queuectl._line_batches(self.a_file(content))
+                         for line in batch if line]
+        self.assertLess(len(first), queuectl.MAX_LINE + 2 * queuectl.READ_SIZE)
+        self.assertEqual(second, b"echo ok")
+
+        queue, refused = self.a_queue(), []
+        stream = queuectl.Stream(queue, {}, refused.append)
+        self.assertEqual([job.command for job in stream.add([first, second])], ["echo ok"])
+        self.assertRegex(str(refused[0]), "^line 1: command")
+
+    def test_bad_lines_of_a_stream_are_numbered_and_passed_over(self):
+        queue, refused = self.a_queue(), []
+        queue.enqueue("x", id="taken")
+        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append)
+        jobs = stream.add([
+            b"echo a", b"# a comment", b"", b"{bad}", b'{"command": "b", "id": "taken"}',
+            b'[{"command": "c", "id": "c"}, {"command": "d", "id": "d"}]'])
+        jobs += stream.add([b'[{"command": "e"}, {"command": ""}]', b"\xff",
+                            b'{"command": "f", "id": "c"}', b"echo g", b""])
+
+        self.assertEqual([(job.command, job.queue) for job in jobs],
+                         [("echo a", "q"), ("c", "q"), ("d", "q"), ("echo g", "q")])
+        self.assertEqual([str(error).partition(": ")[0] for error in refused],
+                         ["line 4", "line 5", "line 7", "line 8", "line 9"])
+        self.assertEqual(stream.refused, 5)
+        self.assertEqual([job.id for job in queue.jobs(queue="q", sort="oldest")],
+                         [job.id for job in jobs])
+
+    def test_a_stream_waits_for_a_database_that_is_busy(self):
+        queue = self.a_queue()
+        queue.store.patience = 0.01
+        rival = sqlite3.connect(queue.path, isolation_level=None)
+        self.addCleanup(rival.close)
+        rival.execute("BEGIN IMMEDIATE")
+        refused = []
+
+        def refuse(error):
+            refused.append(error.code)
+            rival.execute("ROLLBACK")
+        stream = queuectl.Stream(queue, {}, refuse)
+        self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
+        self.assertEqual((refused, stream.refused), (["busy"], 0))
+
+    def test_a_stream_takes_no_other_source(self):
+        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
+                     ("@f",)):
+            with self.subTest(argv):
+                self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
 
 
 # ---- Real processes ----------------------------------------------------------
