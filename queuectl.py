@@ -6350,7 +6350,8 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
             with contextlib.suppress(QueueError):   # it is but a picture
                 bar(_since(queue.progress(), first))
     first = queue.progress()
-    return Pool(queue, options, say).run()
+    with screen.drawing():      # the shell goes on where the bar was
+        return Pool(queue, options, say).run()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
