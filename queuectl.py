@@ -6393,23 +6393,32 @@ def _status_lines(args: argparse.Namespace, queue: Queue,
     return status_lines(status, screen.style())
 
 
+def _picture(lines: Sequence[str], above: int) -> str:
+    """Lines to be drawn in the place of the last picture, of `above` lines.
+
+    Too long ones end at the window's edge: wrapped they would be two.
+    """
+    place = f"\033[{above}A\033[J" if above else ""
+    return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed."""
-    seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
-    screen.out(*lines)
-    in_place = _is_terminal(sys.stdout) and not args.json
-    while args.watch is not None:
+    in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
+    above = 0
+    while True:
+        seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+        if in_place:
+            lines = lines[:max(1, screen.height() - 1)]
+            screen.out(_picture(lines, above))
+        else:
+            screen.out(*([""] if above and not args.json else []), *lines)
+        if args.watch is None:
+            return EX_OK
+        above = len(lines)
         sys.stdout.flush()
         queue.await_change(seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
-        seen, above = queue.store.changes(), len(lines)
-        lines = _status_lines(args, queue, screen)
-        if in_place:
-            lines = lines[:max(1, screen.height() - 1)]
-            screen.out("\033[" + f"{above}A\033[J" + "\n".join(lines))
-        else:
-            screen.out(*([] if args.json else [""]), *lines)
-    return EX_OK
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
