@@ -6591,8 +6591,10 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     for place, job_id in enumerate(args.ids):
         run = queue.run(job_id, args.attempt)
         output = _tail(readable(run.output, run.output_bytes), args.tail)
-        screen.raw(output if len(args.ids) == 1
-                   else prefixed(job_id, output, place, screen.style()))
+        if len(args.ids) > 1:
+            output += b"" if output.endswith(b"\n") or not output else b"\n"
+            output = prefixed(job_id, output, place, screen.style())
+        screen.raw(output)
     return EX_OK
 
 
