@@ -6,15 +6,19 @@ import argparse
 import ast
 import collections
 import contextlib
+import fcntl
 import functools
 import inspect
 import io
+import itertools
 import json
 import linecache
 import os
+import pty
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -23,6 +27,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -2378,6 +2383,101 @@ class Processes(TestCase):
             return file.read()
 
 
+class Picture:
+    """What a terminal shows of what was written to it; only what we ourselves use."""
+
+    def __init__(self, width):
+        self.lines, self._width, self._row, self._column = [""], width, 0, 0
+        self._wraps, self._rest = True, ""
+
+    def write(self, text):
+        parts = re.split(r"(\x1b\[[?0-9;]*[a-zA-Z]|[\r\n])", self._rest + text)
+        parts, self._rest = (parts[:-1], parts[-1]) if "\x1b" in parts[-1] else (parts, "")
+        for part in parts:
+            self._obey(part)
+
+    def _obey(self, part):
+        if part == "\r":
+            self._column = 0
+        elif part == "\n":
+            self._go_down()
+        elif part == "\x1b[J":
+            del self.lines[self._row + 1:]
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part == "\x1b[K":
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part in ("\x1b[?7l", "\x1b[?7h"):
+            self._wraps = part.endswith("h")
+        elif re.fullmatch(r"\x1b\[\d+A", part):
+            self._row = max(0, self._row - int(part[2:-1]))
+        elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
+            for char in part:
+                self._put(char)
+
+    def _go_down(self):
+        self._row += 1
+        if self._row == len(self.lines):
+            self.lines.append("")
+
+    def _put(self, char):
+        if self._column == self._width:
+            if not self._wraps:
+                return
+            self._column = 0
+            self._go_down()
+        line = self.lines[self._row].ljust(self._column)
+        self.lines[self._row] = line[:self._column] + char + line[self._column + 1:]
+        self._column += 1
+
+
+class Terminal:
+    """A program on a terminal of its own: what it writes, and what is typed."""
+
+    def __init__(self, argv, directory, size, environ):
+        self.text, self.picture = "", Picture(size[1])
+        self._main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        inherited = {name: value for name, value in os.environ.items()
+                     if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            argv, cwd=directory, stdin=side, stdout=side, stderr=side,
+            env={**inherited, "TERM": "xterm", **environ}, start_new_session=True,
+            preexec_fn=functools.partial(fcntl.ioctl, side, termios.TIOCSCTTY, 0))
+        os.close(side)
+
+    def type(self, keys):
+        os.write(self._main, keys)
+
+    def until(self, condition):
+        """Read until the condition holds of the text."""
+        wait_for(lambda: condition(self.text) or (self._read() and False),
+                 "the screen")
+
+    def end(self):
+        """Read to the end; the exit status."""
+        while self._read(DEADLINE):
+            pass
+        return self.process.wait(DEADLINE)
+
+    def _read(self, seconds=0.05):
+        """Read what is there; whether there may be more."""
+        if not select.select([self._main], [], [], seconds)[0]:
+            return False
+        try:
+            piece = os.read(self._main, 65536).decode("utf-8", "replace")
+        except OSError:     # EIO: nobody has the other side any more
+            return False
+        self.text += piece.replace("\r\n", "\n")
+        self.picture.write(piece)
+        return bool(piece)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._main)
+
+
 class Program(Processes):
     """The program as its users meet it: other processes, real signals."""
 
@@ -2766,6 +2866,300 @@ class Program(Processes):
                 wanted = hashlib.sha256(file.read()).hexdigest()
             self.assertEqual(self.runs(name)[-1].output.split()[0].decode(), wanted)
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
+
+    # Waiting, hooks, schedules, retention: by a real pool.
+
+    def test_enqueue_wait_ends_as_the_job_did(self):
+        self.worker("-c", "4", "--name", "w")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        for command, flags, status in (
+                ("echo hi", (), 0), ("exit 7", (), 7), ("kill -9 $$", (), 137),
+                ("sleep 100", ("--timeout", "100ms"), 124),
+                ('[{"command": "true"}, {"command": "exit 3"}]', (), 1)):
+            with self.subTest(command):
+                code, out, err = self.call("enqueue", command, "--max-retries", "1",
+                                           "--wait", *flags)
+                self.assertEqual((code, out.count("\n")), (status, 1), err)
+                self.assertNotIn("no worker", err)
+        self.assertIn("1 of 2 jobs completed", err)
+
+    def test_a_hook_s_command_is_told_of_the_job_that_it_follows(self):
+        self.call("config", "set", "on-dead", "echo $QUEUECTL_JOB_ID $QUEUECTL_STATE "
+                  "$QUEUECTL_EXIT_CODE $QUEUECTL_ERROR $QUEUECTL_QUEUE >> told")
+        self.call("config", "set", "on-idle", "echo idle $QUEUECTL_JOB_ID >> told")
+        self.enqueue("exit 3", "--id", "bad", "--max-retries", "1")
+        self.drain()
+
+        self.assertRegex(self.read("told"), r"bad dead 3 .*3.* hooks\nidle bad\n")
+        self.assertEqual({job["queue"]: job["state"] for job in json.loads(
+            self.call("list", "--json")[1])}, {"hooks": COMPLETED, "default": DEAD})
+
+    def test_a_schedule_s_job_runs_where_it_was_added(self):
+        os.mkdir(self.path_of("here"))
+        subprocess.run(self.command("schedule", "add", "s", "@yearly", "--env", "A=b",
+                                    "--", "sh", "-c", "echo $A > ran"),
+                       cwd=self.path_of("here"), stderr=subprocess.DEVNULL, check=True)
+        self.call("schedule", "run", "s")
+        self.drain()
+        self.assertEqual(self.read("here/ran"), "b\n")
+
+    def test_a_pool_deletes_what_is_over_for_long_enough(self):
+        for key, value in (("heartbeat", "100ms"), ("retention-completed", "200ms"),
+                           ("retention-dead", "1d")):
+            self.call("config", "set", key, value)
+        self.call("enqueue", "-", input=b"true\n" * 150)
+        self.enqueue("exit 1", "--id", "bad", "--max-retries", "1")
+        self.worker("-c", "2")
+        self.wait_state("bad", DEAD)
+        with Queue(self.path) as queue:
+            wait_for(lambda: not queue.counts()[COMPLETED], "the deletion")
+            self.assertEqual([job.id for job in queue.jobs()], ["bad"])
+            self.assert_sound(queue)
+
+    def test_an_idle_worker_is_woken_by_an_edit_a_resume_and_a_higher_limit(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.configure("heartbeat", "1h")
+        queue.pause("halt")
+        queue.limit_queue("one", 1)
+        queue.enqueue_many([
+            Spec("true", id="later", run_at=time.time() + 3600, cwd=self.dir),
+            Spec("true", id="halted", queue="halt", cwd=self.dir),
+            Spec("while [ ! -e go ]; do sleep .05; done", id="first", queue="one",
+                 cwd=self.dir), Spec("touch go", id="second", queue="one", cwd=self.dir)])
+        self.worker("-c", "2")
+        self.wait_state("first", PROCESSING)
+        for call, job_id in ((lambda: queue.edit("later", delay=0), "later"),
+                             (lambda: queue.resume("halt"), "halted"),
+                             (lambda: queue.limit_queue("one", 2), "second")):
+            with self.subTest(job_id):
+                self.assertEqual(queue.job(job_id).state, PENDING)
+                call()
+                self.wait_state(job_id, COMPLETED)
+
+    # Programs that read and write as things happen.
+
+    def running(self, *argv, **options):
+        process = subprocess.Popen(self.command(*argv), cwd=self.dir,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, **options)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        self.addCleanup(process.stdin.close)
+        return process
+
+    def test_a_line_of_a_stream_starts_at_once(self):
+        self.worker("-c", "2")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        stream = self.running("enqueue", "--stream")
+        takes = []
+        for number in range(5):
+            begun = time.monotonic()
+            stream.stdin.write(b"touch ran-%d\n" % number)
+            stream.stdin.flush()
+            self.assertEqual(stream.stdout.readline(), b"job-%d\n" % (number + 1))
+            name = self.path_of(f"ran-{number}")
+            wait_for(functools.partial(os.path.exists, name), name)
+            takes.append(time.monotonic() - begun)
+        stream.stdin.close()
+
+        self.assertEqual(stream.wait(DEADLINE), 0)
+        self.assertLess(sorted(takes)[1], 0.5)      # another may hold up some of them
+
+    def test_a_stream_says_its_bad_lines_and_ends_with_one(self):
+        code, out, err = self.call("enqueue", "--stream", "--tag", "t", "--json",
+                                   input=b'true\n{"command": 5}\n\n# no\n[{"command": "a"}]'
+                                         b'\n{"id": "x"}\nfalse')
+        jobs = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(code, 1)
+        self.assertEqual([(job["command"], job["tags"]) for job in jobs],
+                         [("true", ["t"]), ("a", ["t"]), ("false", ["t"])])
+        self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
+                          for line in err.splitlines()], ["line 2", "line 6"])
+        self.assertEqual(self.call("enqueue", "--stream", input=b"")[:2], (0, ""))
+        self.assertEqual(self.call("enqueue", "--stream", stdin=subprocess.DEVNULL)[0], 0)
+
+    def test_who_follows_the_changes_sees_each_once(self):
+        self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
+        follower = self.running("events", "--follow", "--json")
+        seen = [json.loads(follower.stdout.readline())]
+        pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
+        self.call("enqueue", "-", input=b"true\n" * 60)
+        for pool in pools:
+            self.assertEqual(pool.wait(60), 0)
+        self.drain()
+        with Queue(self.path) as queue:
+            wanted = [queuectl.event_object(one) for one in queue.events_since()]
+        seen += [json.loads(follower.stdout.readline()) for _ in wanted[1:]]
+        follower.send_signal(signal.SIGINT)
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(seen, wanted)
+        self.assertEqual((follower.returncode, rest, err), (130, b"", b""))
+
+    def test_logs_of_several_jobs_are_told_apart_line_by_line(self):
+        self.enqueue("printf 'one\\ntw'; while [ ! -e go ]; do sleep .05; done; "
+                     "printf 'o\\nend'; touch gone", "--id", "a")
+        self.enqueue("while [ ! -e gone ]; do sleep .05; done; echo b; [ -e again ] && "
+                     "exit 0; touch again; exit 1", "--id", "b", "--backoff-base", "10ms")
+        follower = self.running("logs", "-f", "b", "a")
+        self.worker("-c", "2")
+        self.assertEqual(follower.stdout.readline(), b"a | one\n")
+        open(self.path_of("go"), "w").close()
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(follower.returncode, 0)
+        self.assertEqual(sorted(rest.splitlines()),
+                         [b"a | end", b"a | two", b"b | b", b"b | b"])
+        self.assertEqual(err, b"-- run 1 of b: failed\n")
+        self.assertEqual(self.call("logs", "a", "b")[1],
+                         "a | one\na | two\na | end\nb | b\n")
+
+    # On a terminal.
+
+    def terminal(self, *argv, size=(24, 80), **environ):
+        terminal = Terminal(self.command(*argv), self.dir, size, environ)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def test_a_watched_status_is_drawn_anew_in_its_place(self):
+        self.enqueue("true")
+        for size in ((24, 200), (24, 30), (2, 80)):
+            with self.subTest(size):
+                watch = self.terminal("status", "--watch", size=size)
+                watch.until(lambda text: "1 pending" in text)
+                job_id = self.enqueue("true")
+                watch.until(lambda text: "2 pending" in text)
+                watch.type(b"\x03")
+                self.assertEqual(watch.end(), 130)
+                self.assertNotIn("Traceback", watch.text)
+                shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
+                self.assertEqual(shown[:3], ["jobs", "workers", "database"][:size[0] - 1])
+                self.assertNotIn("1 pending", "".join(watch.picture.lines))
+                self.call("delete", job_id)
+
+    def test_a_watched_status_is_plain_lines_where_one_cannot_draw(self):
+        self.enqueue("true")
+        watch = self.running("status", "--watch", "0.1", "--json")
+        for _ in range(2):
+            self.assertEqual(json.loads(watch.stdout.readline())["jobs"]["pending"], 1)
+        for environ in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            watch = self.terminal("status", "--watch", "0.1", **environ)
+            watch.until(lambda text: text.count("database") == 2)
+            self.assertNotIn("\x1b", watch.text)
+
+    def test_waiting_draws_a_bar_on_a_terminal_and_takes_it_away(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        for argv, said in ((("wait", "a", "b"), "0 of 2 jobs completed"),
+                           (("wait", "--all"), "2 dead or cancelled meanwhile")):
+            with self.subTest(argv):
+                wait = self.terminal(*argv)
+                wait.until(lambda text: "] 0/2  0 running" in text)
+                queue.cancel("a")
+                wait.until(lambda text: "] 1/2  0 running  1 dead or cancelled" in text)
+                queue.cancel("b")
+                self.assertEqual(wait.end(), 1)
+                self.assertNotIn("]", "".join(wait.picture.lines))
+                self.assertIn(said, wait.text)
+                queue.retry("a", "b")
+
+    def test_a_draining_worker_draws_its_bar_below_its_lines(self):
+        self.enqueue("while [ ! -e go ]; do sleep .05; done", "--id", "a")
+        self.enqueue("true", "--id", "b", "--after", "a")
+        drain = self.terminal("worker", "start", "--drain")
+        drain.until(lambda text: re.search(r"started.*\n.*\[\.+\] 0/2", text))
+        open(self.path_of("go"), "w").close()
+        self.assertEqual(drain.end(), 0)
+        lines = drain.picture.lines
+
+        self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
+        self.assertEqual(lines[-1], "")     # where the shell goes on
+        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines[:-1]))
+
+    def test_nothing_is_drawn_where_nobody_looks_or_wants_it(self):
+        self.enqueue("true", "--id", "a")
+        for argv, environ in ((("wait", "a"), {"NO_COLOR": "1"}),
+                              (("wait", "--all"), {"TERM": "dumb"}),
+                              (("wait", "a", "-q"), {})):
+            with self.subTest(argv):
+                wait = self.terminal(*argv, "--timeout", "200ms", **environ)
+                self.assertEqual(wait.end(), 1)
+                self.assertNotRegex(wait.text, r"0/1|\x1b")
+        code, out, err = self.call("wait", "--all", "--timeout", "200ms")
+        self.assertEqual((code, out), (1, ""))
+        self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
+
+    def test_a_wide_step_is_taken_after_a_yes(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x"), Spec("x")])
+        for argv, answer, left in (
+                (("cancel", "--all"), b"n\n", 2), (("cancel", "--all"), b"\n", 2),
+                (("delete", "--state", "pending"), b"nyes\n", 2),
+                (("purge", "-s", "pending", "--search", "x"), b"\x04", 2),
+                (("cancel", "--all"), b"Y\n", 0)):
+            with self.subTest(argv=argv, answer=answer):
+                asked = self.terminal(*argv)
+                asked.until(lambda text: "Go on? [y/N]" in text)
+                asked.type(answer)
+                self.assertEqual((asked.end(), queue.counts()[PENDING]),
+                                 (1 if left else 0, left))
+                self.assertRegex(asked.text, r"^This will \w+ 2 pending\.")
+                self.assertEqual("error: nothing was changed; answer y, or give --yes"
+                                 in asked.text, left > 0)
+        self.assertEqual(queuectl.Declined.code, "declined")
+
+    def test_no_question_is_asked_that_the_answer_is_known_to(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
+                     ("purge", "--queue", "none"), ("retry", "--all")):
+            with self.subTest(argv):
+                queue.cancel(queue.enqueue("x").id)
+                done = self.terminal(*argv)
+                self.assertEqual(done.end(), 0)
+                self.assertNotIn("Go on?", done.text)
+        queue.enqueue("x")
+        self.assertEqual(self.call("cancel", "--all")[0], 0)     # no person is there
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    # Never two at once.
+
+    def test_a_limit_holds_in_three_pools_that_are_killed_again_and_again(self):
+        chance = random.Random("limit")
+        for key, value in (("crash-limit", "1000"), ("heartbeat", "200ms"),
+                           ("kill-grace", "100ms")):
+            self.call("config", "set", key, value)
+        self.call("queue", "set", "one", "--limit", "1")
+        self.call("enqueue", "--queue", "one", "-", input=(
+            "exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
+            "sleep 0.03; echo $QUEUECTL_JOB_ID >> ran\n" * 40).encode())
+        starts = itertools.count()
+
+        def start():
+            return self.worker("-c", "4", "--name", f"w{next(starts)}")
+        pools = [start() for _ in range(3)]
+        with Queue(self.path) as queue:
+            for _ in range(6):
+                done = queue.counts()[COMPLETED]
+                wait_for(lambda done=done: queue.counts()[COMPLETED] >= done + 3
+                         and queue.counts()[PROCESSING], "some progress")
+                running = {worker.worker.pid: worker.running for worker in queue.workers()}
+                pools.sort(key=lambda pool, running=running: not running.get(pool.pid))
+                victim = pools.pop(chance.choice((0, 0, 1)))    # mostly the busy one
+                victim.kill()
+                victim.wait()
+                pools.append(start())
+            wait_for(lambda: queue.counts()[COMPLETED] == 40, "the end")
+            crashes = sum(job.crashes for job in queue.jobs())
+            self.assert_sound(queue)
+
+        self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
+        self.assertGreater(crashes, 2)
+        self.assertEqual(len(set(self.read("ran").split())), 40)
 
 
 # ---- Chaos -------------------------------------------------------------------
