@@ -2907,7 +2907,7 @@ class Program(Processes):
         for key, value in (("heartbeat", "100ms"), ("retention-completed", "200ms"),
                            ("retention-dead", "1d")):
             self.call("config", "set", key, value)
-        self.call("enqueue", "-", input=b"true\n" * 150)
+        self.call("enqueue", "-", input=b"true\n" * 30)
         self.enqueue("exit 1", "--id", "bad", "--max-retries", "1")
         self.worker("-c", "2")
         self.wait_state("bad", DEAD)
@@ -2985,7 +2985,7 @@ class Program(Processes):
         follower = self.running("events", "--follow", "--json")
         seen = [json.loads(follower.stdout.readline())]
         pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
-        self.call("enqueue", "-", input=b"true\n" * 60)
+        self.call("enqueue", "-", input=b"true\n" * 30)
         for pool in pools:
             self.assertEqual(pool.wait(60), 0)
         self.drain()
@@ -3069,7 +3069,7 @@ class Program(Processes):
     def test_a_draining_worker_draws_its_bar_below_its_lines(self):
         self.enqueue("while [ ! -e go ]; do sleep .05; done", "--id", "a")
         self.enqueue("true", "--id", "b", "--after", "a")
-        drain = self.terminal("worker", "start", "--drain")
+        drain = self.terminal("worker", "start", "--drain", size=(24, 200))
         drain.until(lambda text: re.search(r"started.*\n.*\[\.+\] 0/2", text))
         open(self.path_of("go"), "w").close()
         self.assertEqual(drain.end(), 0)
