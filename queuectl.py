@@ -24,7 +24,8 @@ Words
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
-    turn      one transaction of a pool: record what ended, claim what is due
+    turn      one transaction of a pool: record what ended, claim what is due;
+              of a schedule: one of the moments at which its job is enqueued
 
 Life cycle
 
@@ -177,6 +178,7 @@ SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks 
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
+FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
 QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
@@ -445,7 +447,7 @@ class Schedule(NamedTuple):
     job: Mapping[str, Any]      # the keys of a job object
     paused: bool
     created_at: str
-    next_run: str | None        # None: it never comes again
+    next_run: str
     last_run: str | None        # when its last job was enqueued
     last_job: int | None        # Job.seq of that
 
@@ -1198,16 +1200,16 @@ def parse_cron(text: str) -> Cron:
     """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
     texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
-        {value for part in text.split(",") for value in _cron_part(part, field)}
+        tuple(sorted({value for part in text.split(",")
+                      for value in _cron_part(part, field)}))
         for text, field in zip(texts, CRON_FIELDS))
-    minute, hour, day, _, weekday = (text.startswith("*") for text in texts)
-    is_either = not day and not weekday
-    if not is_either and min(days) > max(LONGEST[month - 1] for month in months):
-        raise InvalidValue(f"{text.strip()!r} never comes: no such month has a day "
-                           f"{min(days)}", "choose another day or month")
-    return Cron(*(tuple(sorted(values)) for values in (
-        minutes, hours, days, months, {weekday % 7 for weekday in weekdays})),
-        is_either, minute or hour)
+    starred = [text.startswith("*") for text in texts]
+    is_either = not starred[2] and not starred[4]
+    if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
+        raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
+                           f"{days[0]}", "choose another day or month")
+    return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
+                is_either, starred[0] or starred[1])
 
 
 # Turns are found in two steps. The calendar alone tells on which local dates the cron
@@ -1233,10 +1235,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
     """The matching local minutes, as minutes since 1970, both ends included."""
-    return (minute
-            for day in range(first // 1440, last // 1440 + 1) if _is_cron_day(cron, day)
-            for hour in cron.hours for part in cron.minutes
-            if first <= (minute := (day * 24 + hour) * 60 + part) <= last)
+    hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
+             if _is_cron_day(cron, day) for hour in cron.hours)
+    return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
+            for minute in cron.minutes if first <= hour * 60 + minute <= last)
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
@@ -1267,24 +1269,21 @@ def _stretches(start: int, end: int,
 
 def _turns(cron: Cron, after: int, until: int,
            zone: datetime.tzinfo | None) -> Iterator[int]:
-    """The turns after one moment and up to another, in order.
+    """The turns after one moment and up to another, in order; some more than once.
 
-    It starts a day early, to know what a jump of the clock has made up or repeats.
+    It begins a day early, to know of a jump what was seen on the clock before it.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
-    seen, turn = None, after
+    seen = None
     for start, end, offset in _stretches(after - DAY, until + 1, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
             first = seen + 1
-        seen = max(last, first - 1)
+        seen = last
         if start <= after:
             first = max(first, (after + offset) // 60 + 1)
         for minute in _cron_minutes(cron, first, last):
-            moment = max(minute * 60 - offset, start)
-            if moment > turn:
-                yield moment
-                turn = moment
+            yield max(minute * 60 - offset, start)
 
 
 def _turns_near(cron: Cron, day: int, after: int, until: int,
@@ -1307,36 +1306,27 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     return math.inf
 
 
-def last_turn_before(cron: Cron, now: float, after: float,
-                     zone: datetime.tzinfo | None = None) -> float | None:
-    """The latest turn after `after` and up to `now`, or None."""
-    since, until = math.floor(after), math.floor(now)
-    for day in range(until // DAY + 1, since // DAY - 2, -1):
-        if _is_cron_day(cron, day):
-            turns = list(_turns_near(cron, day, since, until, zone))
-            if turns:
-                return float(turns[-1])
-    return None
-
-
-def _listed(values: tuple[int, ...], show: Callable[[int], str] = str) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`."""
+def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`."""
+    def name(value: int) -> str:
+        """What it is called."""
+        return names[value].title() if names else str(value)
     step = values[1] - values[0] if len(values) > 4 else 1
     if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
-        return f"{show(values[0])}, {show(values[1])} ... {show(values[-1])}"
+        return f"{name(values[0])}, {name(values[1])} ... {name(values[-1])}"
     runs: list[list[int]] = []
     for value in values:
         if runs and runs[-1][-1] == value - 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ", ".join(f"{show(run[0])}-{show(run[-1])}" if len(run) > 2
-                     else ", ".join(map(show, run)) for run in runs)
+    return ", ".join(f"{name(run[0])}-{name(run[-1])}" if len(run) > 2
+                     else ", ".join(map(name, run)) for run in runs)
 
 
 def _counted(unit: str, values: tuple[int, ...]) -> str:
     """`hour 5`, `hours 5-7`."""
-    return f"{unit}{'s' * (len(values) > 1)} {_listed(values)}"
+    return f"{unit}{'s' * (len(values) > 1)} {_spelt(values)}"
 
 
 def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
@@ -1362,13 +1352,12 @@ def _time_words(cron: Cron) -> str:
 
 
 def _day_words(cron: Cron) -> str:
-    def weekday(number: int) -> str:
-        """Its name, as in `Mon`; 7 is Sunday as well."""
-        return CRON_FIELDS[4].names[number % 7].title()
-    in_week = _listed(tuple(sorted(day or 7 for day in cron.weekdays)), weekday)
-    month = _listed(cron.months,
-                    lambda number: CRON_FIELDS[3].names[number - 1].title())
-    in_year = "" if len(cron.months) == 12 else month
+    sunday, *others = CRON_FIELDS[4].names
+    in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
+                     (*others, sunday))
+    in_year = _spelt(cron.months, ("", *CRON_FIELDS[3].names))
+    if len(cron.months) == 12:
+        in_year = ""
     in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
     if cron.is_either:
         return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
@@ -1381,15 +1370,17 @@ def _day_words(cron: Cron) -> str:
 def cron_words(cron: Cron) -> str:
     """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
     times, days = _time_words(cron), _day_words(cron)
-    if days.startswith("every day") and not re.match("at [0-9]", times):
-        days = days[len("every day"):].strip()
+    if not re.match("at [0-9]", times):     # `every 5 minutes` is every day
+        days = re.sub("^every day ?", "", days)
     return f"{times} {days}".strip()
 
 
-def turn_after(cron: str, now: float) -> str | None:
-    """The first turn of a cron line after a moment, as stored; None: never again."""
+def turn_after(cron: str, now: float) -> str:
+    """A cron line's first turn after a moment, as stored; InvalidValue: it has none."""
     turn = next_turn(parse_cron(cron), now)
-    return None if turn == math.inf else iso(turn)
+    if turn == math.inf:
+        raise InvalidValue(f"{cron!r} never comes", "choose another time")
+    return iso(turn)
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -1831,7 +1822,11 @@ class Sql:
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
-    SET_META = "INSERT INTO meta (key, value) VALUES (:key, :value)"
+    SET_META = """
+        INSERT INTO meta (key, value)
+        VALUES (:key, :value)
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """
     META = "SELECT value FROM meta WHERE key = :key"
 
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
@@ -2198,6 +2193,18 @@ class Sql:
            AND (:queue IS NULL OR queue = :queue)
          GROUP BY kind
         """
+
+    FIRST_FINE = """
+        SELECT MIN(minute)
+          FROM tallies
+         WHERE minute > :after AND minute < :before
+        """
+    TALLIES_BETWEEN = """
+        SELECT queue, kind, bucket, n, total
+          FROM tallies
+         WHERE minute BETWEEN :first AND :last
+        """
+    DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
     # statement finds, the statement. Nothing is found in a sound queue.
@@ -3294,6 +3301,23 @@ def rerank(store: Store) -> None:
         store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
 
 
+def old_minute(store: Store, now: float) -> int | None:
+    """The first minute whose counters are to be put together by the hour, or None."""
+    before = int(now // 3600) * 60 - FINE_MINUTES
+    row = store.row(Sql.FIRST_FINE, after=int(store.meta("folded") or 0), before=before)
+    return row[0] if row else None
+
+
+def fold(store: Store, minute: int) -> None:
+    """Put the counters of that minute's hour into its first minute."""
+    hour = minute - minute % 60
+    rest = {"first": hour + 1, "last": hour + 59}
+    store.many(Sql.TALLY, [(hour, *row)
+                           for row in store.rows(Sql.TALLIES_BETWEEN, **rest)])
+    store.do(Sql.DELETE_TALLIES, rest)
+    store.do(Sql.SET_META, {"key": "folded", "value": str(hour + 59)})
+
+
 def _is_over(store: Store, seq: int | None) -> bool:
     """Whether a schedule's last job is over; also if there is none any more."""
     found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
@@ -3308,7 +3332,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     """
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
-    is_due = schedule.next_run is not None and schedule.next_run <= iso(now)
+    is_due = schedule.next_run <= iso(now)
     if is_due and _is_over(store, schedule.last_job):
         jobs = Batch(store, now).add([spec_of(schedule.job, now)])
         last_job = jobs[0].seq
@@ -3661,7 +3685,8 @@ class Queue:
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
-        Counted by the minute, so the start is rounded down to a full one.
+        Counted by the minute (what is older than eight days: by the hour), so the
+        start is rounded down to a full one.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -3714,19 +3739,21 @@ class Queue:
         NoSuchJob, and WrongState for one that is over.
         """
         with self.store.transaction() as store:
-            now = self.clock()
-            jobs = [self._cancel(store.job(job_id), now)
-                    for job_id in dict.fromkeys(job_ids)]
+            jobs = self._cancel([store.job(job_id)
+                                 for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_ORDERS)
         return jobs
 
-    def _cancel(self, job: Job, now: float) -> Job:
-        if job.state == PROCESSING:
-            self.store.do(Sql.WISH, {"seq": job.seq, "claim": job.claim,
-                                     "wish": CANCEL})
-            return job._replace(wish=CANCEL)
-        return move(self.store, [Change("cancel", job, job._replace(
-            finished_at=iso(now)))], now)[0]
+    def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
+        now = self.clock()
+        running = [job for job in jobs if job.state == PROCESSING]
+        self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
+                                   for job in running])
+        moved = move(self.store, [Change("cancel", job, job._replace(
+            finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
+        now_so = {job.seq: job for job in (
+            *moved, *(job._replace(wish=CANCEL) for job in running))}
+        return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
         """Delete jobs with their history; all or none. WrongState for a running one."""
@@ -3806,8 +3833,7 @@ class Queue:
         return self._retry([job for job in free if job.state != PROCESSING])
 
     def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
-        now = self.clock()
-        return [self._cancel(job, now) for job in jobs if job.state not in OVER]
+        return self._cancel([job for job in jobs if job.state not in OVER])
 
     def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
         """Delete those that nothing needs: not running, and no other waits for them."""
@@ -4294,12 +4320,20 @@ class Claims:
                     store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
 
     def expiry(self) -> Iterator[list[Job]]:
-        """Delete what is over for longer than the configuration keeps it, in steps."""
+        """Delete what is over for longer than the configuration keeps it, and put the
+        counters of old minutes together by the hour: in steps.
+        """
         settings = self._store.settings()
         for state, kept in ((COMPLETED, settings.retention_completed),
                             (DEAD, settings.retention_dead)):
             if kept is not None:
                 yield from self._queue.sweep("delete", state, kept)
+        while old_minute(self._store, self._clock()) is not None:
+            with self._store.transaction() as store:
+                minute = old_minute(store, self._clock())
+                if minute is not None:      # else another pool was faster
+                    fold(store, minute)
+            yield []
 
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
@@ -5425,7 +5459,7 @@ class Pool:
         """One step of retention, so that jobs never wait for it long."""
         if time.monotonic() >= self._expire_at:
             self._expire_at = math.inf      # also if it fails: then at the next beat
-            if next(self._expiry, None):
+            if next(self._expiry, None) is not None:
                 self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:

@@ -6,6 +6,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import datetime
 import fcntl
 import functools
 import inspect
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import linecache
+import math
 import os
 import pty
 import random
@@ -32,6 +34,8 @@ import threading
 import time
 import types
 import unittest
+import zipapp
+import zoneinfo
 from concurrent import futures
 from typing import Callable, NamedTuple
 
@@ -286,6 +290,560 @@ class Rules(TestCase):
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.5), 0.5, delta=0.05)
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
         self.assertIsNone(queuectl.percentile({}, 0.5))
+
+
+HAS_ZONES = "Europe/Berlin" in zoneinfo.available_timezones()
+UTC = datetime.timezone.utc
+
+# Zone, first and last day of a span that holds changes of its clocks.
+ZONE_CHANGES = (
+    ("Europe/Berlin", "2024-03-30", "2024-04-01"),
+    ("Europe/Berlin", "2024-10-26", "2024-10-28"),
+    ("America/New_York", "2024-03-09", "2024-03-11"),
+    ("America/New_York", "2024-11-02", "2024-11-04"),
+    ("Australia/Lord_Howe", "2024-04-06", "2024-04-08"),    # half an hour
+    ("Australia/Lord_Howe", "2024-10-05", "2024-10-07"),
+    ("America/Sao_Paulo", "2018-11-03", "2018-11-05"),      # midnight is skipped
+    ("America/Sao_Paulo", "2018-02-17", "2018-02-19"),      # 23:00 to 24:00 twice
+    ("Antarctica/Troll", "2024-03-30", "2024-04-01"),       # two hours
+    ("Antarctica/Troll", "2024-10-26", "2024-10-28"),
+    ("Pacific/Apia", "2011-12-29", "2012-01-01"),           # a day is skipped
+    ("Pacific/Apia", "2012-03-31", "2012-04-02"),
+    ("Europe/Dublin", "2024-03-30", "2024-04-01"),          # winter is the odd time
+    ("Europe/Dublin", "2024-10-26", "2024-10-28"),
+    ("Antarctica/Casey", "2018-03-10", "2018-03-12"),       # three hours back
+    ("Antarctica/Casey", "2018-10-06", "2018-10-08"),       # three hours on
+    ("Asia/Kathmandu", "1985-12-31", "1986-01-02"),         # 15 minutes on
+    ("Pacific/Kwajalein", "1993-08-20", "1993-08-23"),
+)
+WILD, FIXED = "*/10 * * * *", "5,30 0-5 * * *"
+MANY = 150      # turns that are walked over at most
+
+
+def stamp(text: str, zone: datetime.tzinfo = UTC) -> float:
+    """Epoch seconds of a local time; of a repeated one the first."""
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
+
+
+class JumpyZone(datetime.tzinfo):
+    """A zone whose clock is set on by some minutes at one moment."""
+
+    def __init__(self, at: float, minutes: int) -> None:
+        self.at = at
+        self.offsets = (datetime.timedelta(minutes=-(minutes // 2)),
+                        datetime.timedelta(minutes=minutes - minutes // 2))
+
+    def fromutc(self, when):
+        is_later = when.replace(tzinfo=UTC).timestamp() >= self.at
+        return (when + self.offsets[is_later]).replace(fold=is_later)
+
+    def utcoffset(self, when):
+        return self.offsets[when.fold]
+
+
+def random_field(dice: random.Random, low: int, high: int) -> tuple[str, set[int]]:
+    """A field of a cron line and the values that it stands for."""
+    kind, full = dice.randrange(8), range(low, high + 1)
+    if kind < 2:
+        return "*", set(full)
+    if kind == 2:
+        step = dice.randint(1, len(full))
+        return f"*/{step}", set(full[::step])
+    first, last = sorted(dice.choices(full, k=2))
+    if kind == 3:
+        return f"{first}-{last}", set(range(first, last + 1))
+    if kind == 4:
+        step = dice.randint(1, len(full))
+        return f"{first}-{last}/{step}", set(range(first, last + 1, step))
+    if kind == 5:
+        return f"{last},{first}-{last}", set(range(first, last + 1))
+    values = dice.choices(full, k=dice.choice((1, 1, 3)))
+    return ",".join(map(str, values)), set(values)
+
+
+def random_cron(dice: random.Random, days: bool = True) -> tuple[str, list[set[int]]]:
+    """A cron line and the values of its fields; `days`: not on every day."""
+    ranges = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+    fields = [random_field(dice, low, high) for low, high in ranges]
+    if not days:
+        fields[2:] = [("*", set(range(low, high + 1))) for low, high in ranges[2:]]
+    return " ".join(text for text, _ in fields), [values for _, values in fields]
+
+
+def comes(line: str, values: list[set[int]], minute: int) -> bool:
+    """Whether a cron line matches a local minute since 1970, as find_jobs of cron.c."""
+    if minute % 60 not in values[0] or minute // 60 % 24 not in values[1]:
+        return False
+    when = datetime.date(1970, 1, 1) + datetime.timedelta(days=minute // 1440)
+    texts = line.split()
+    in_month = when.day in values[2]
+    in_week = when.isoweekday() in values[4] or (
+        when.isoweekday() == 7 and 0 in values[4])
+    if texts[2][0] == "*" or texts[4][0] == "*":
+        is_day = in_month and in_week
+    else:
+        is_day = in_month or in_week
+    return is_day and when.month in values[3]
+
+
+def ticks(start: int, end: int, zone: datetime.tzinfo) -> list[tuple[int, list, list]]:
+    """The main loop of Debian's cron, minute by minute: when it wakes up in (start,
+    end], the local minutes for which it runs wildcard jobs, and those for fixed times.
+
+    Only the clock is read better: cron.c asks for the offset when tm_isdst has changed.
+    """
+    virtual = running = None
+    found = []
+    for moment in range(start - 2 * 86400, end + 1, 60):
+        local = datetime.datetime.fromtimestamp(moment, zone)
+        clock = int(moment + local.utcoffset().total_seconds()) // 60
+        if clock == running:
+            continue
+        running = clock
+        diff = clock - (clock - 1 if virtual is None else virtual)
+        wild, fixed = [clock], []
+        if diff == 1:
+            virtual, fixed = clock, [clock]
+        elif 0 < diff <= 5:
+            wild = fixed = list(range(virtual + 1, clock + 1))
+            virtual = clock
+        elif 5 < diff <= 180:
+            fixed = list(range(virtual + 1, clock + 1))
+            virtual = clock
+        elif not -180 < diff <= 0:
+            virtual, fixed = clock, [clock]
+        if moment > start:
+            found.append((moment, wild, fixed))
+    return found
+
+
+def debian(line: str, values: list[set[int]],
+           woken: list[tuple[int, list, list]]) -> list[float]:
+    """The turns of a cron line by Debian's cron."""
+    kind = 1 if line[0] == "*" or line.split()[1][0] == "*" else 2
+    return [float(tick[0]) for tick in woken
+            if any(comes(line, values, minute) for minute in tick[kind])]
+
+
+def walk(line: str, start: float, end: float,
+         zone: datetime.tzinfo | None = None) -> list[float]:
+    """The turns in (start, end] by `next_turn`, at most MANY."""
+    cron, turns = queuectl.parse_cron(line), []
+    turn = queuectl.next_turn(cron, start, zone)
+    while turn <= end and len(turns) < MANY:
+        turns.append(turn)
+        turn = queuectl.next_turn(cron, turn, zone)
+    return turns
+
+
+@unittest.skipUnless(HAS_ZONES, "there are no time zones on this machine")
+class Cron(unittest.TestCase):
+    berlin = zoneinfo.ZoneInfo("Europe/Berlin") if HAS_ZONES else None
+
+    def local(self, line: str, day: str, zone: str = "Europe/Berlin") -> list[str]:
+        """The turns of a local day, as HH:MM and offset."""
+        place = zoneinfo.ZoneInfo(zone)
+        after = stamp(day, place) - 1
+        return [datetime.datetime.fromtimestamp(turn, place).strftime("%H:%M%z")[:8]
+                for turn in walk(line, after, stamp(f"{day}T23:59:59", place), place)]
+
+    # -- parsing
+
+    def test_a_field_is_read_as_debian_reads_it(self):
+        table = (
+            ("minutes", "*/20 * * * *", (0, 20, 40)),
+            ("minutes", "10-40/10 * * * *", (10, 20, 30, 40)),
+            ("minutes", "5,1,5,03 * * * *", (1, 3, 5)),
+            ("minutes", "*/60 * * * *", (0,)),
+            ("minutes", "58-59,*/30 * * * *", (0, 30, 58, 59)),
+            ("hours", "0 23 * * *", (23,)),
+            ("hours", "0 */24 * * *", (0,)),
+            ("days", "0 0 */15 * *", (1, 16, 31)),
+            ("months", "0 0 1 jan,MAR-May *", (1, 3, 4, 5)),
+            ("months", "0 0 1 jan-dec/6 *", (1, 7)),
+            ("months", "0 0 1 11-Dec *", (11, 12)),
+            ("weekdays", "0 0 * * 0", (0,)),
+            ("weekdays", "0 0 * * 7", (0,)),
+            ("weekdays", "0 0 * * 5-7", (0, 5, 6)),
+            ("weekdays", "0 0 * * Sun-SAT", (0, 1, 2, 3, 4, 5, 6)),
+            ("weekdays", "0 0 * * 1-7/2", (0, 1, 3, 5)),
+            ("weekdays", "0 0 * * */7", (0,)),
+            ("weekdays", " 0\t0 *  * tue,fri ", (2, 5)),
+        )
+        for field, line, values in table:
+            with self.subTest(line):
+                self.assertEqual(getattr(queuectl.parse_cron(line), field), values)
+
+    def test_a_star_at_the_beginning_of_a_field_is_what_counts(self):
+        table = (   # is_either, is_wild
+            ("0 0 1 * 1", True, False),
+            ("0 0 1-31 * 0-6", True, False),
+            ("0 0 */2 * 1", False, False),
+            ("0 0 1 * */2", False, False),
+            ("0 0 1 * *", False, False),
+            ("0 0 1,* * 1", True, False),
+            ("*/5 0 1 * 1", True, True),
+            ("0 */5 1 * 1", True, True),
+            ("0-59 0-23 1 * 1", True, False),
+            ("0,* 0 * * *", False, False),
+            ("*,0 0 * * *", False, True),
+        )
+        for line, is_either, is_wild in table:
+            with self.subTest(line):
+                cron = queuectl.parse_cron(line)
+                self.assertEqual((cron.is_either, cron.is_wild), (is_either, is_wild))
+
+    def test_a_name_stands_for_five_fields(self):
+        table = (
+            ("@yearly", "0 0 1 1 *"), ("@annually", "0 0 1 1 *"),
+            ("@monthly", "0 0 1 * *"), ("@weekly", "0 0 * * 0"),
+            ("@daily", "0 0 * * *"), ("@midnight", "0 0 * * *"),
+            ("@hourly", "0 * * * *"), (" @Daily ", "0 0 * * *"),
+        )
+        for name, line in table:
+            with self.subTest(name):
+                self.assertEqual(queuectl.parse_cron(name), queuectl.parse_cron(line))
+
+    def test_a_mistake_is_named_with_its_field_and_with_what_to_write(self):
+        table = (
+            ("60 * * * *", "minute field does not take '60'", "0 to 59, or"),
+            ("* 24 * * *", "hour field does not take '24'", "0 to 23, or"),
+            ("* * 0 * *", "day of month field does not take '0'", "1 to 31, or"),
+            ("* * 32 * *", "day of month field does not take '32'", "1 to 31, or"),
+            ("* * * 13 *", "month field does not take '13'", "1 to 12 or jan to dec"),
+            ("* * * 0 *", "month field does not take '0'", "1 to 12 or jan to dec"),
+            ("* * * * 8", "day of week field does not take '8'", "0 to 7 or sun to"),
+            ("* * * * Friday", "week field does not take 'Friday'", "sun to sat"),
+            ("* jan * * *", "hour field does not take 'jan'", "0 to 23"),
+            ("* * * mon *", "month field does not take 'mon'", "jan to dec"),
+            ("-5 * * * *", "minute field does not take ''", "0 to 59"),
+            ("5- * * * *", "minute field does not take ''", "0 to 59"),
+            ("1,,2 * * * *", "minute field does not take ''", "1,3 or 1-5 or */2"),
+            ("1-2-3 * * * *", "minute field does not take '2-3'", "0 to 59"),
+            ("*-5 * * * *", "minute field does not take '*'", "0 to 59"),
+            ("*5 * * * *", "minute field does not take '*5'", "0 to 59"),
+            ("1.5 * * * *", "minute field does not take '1.5'", "0 to 59"),
+            ("+5 * * * *", "minute field does not take '+5'", "0 to 59"),
+            ("\u0665 * * * *", "minute field does not take '\u0665'", "0 to 59"),
+            ("* * L * *", "day of month field does not take 'L'", "1 to 31"),
+            ("* 22-2 * * *", "'22-2' in the hour field runs backwards",
+             "use two: 22-23,0-2"),
+            ("* * * * Fri-mon", "'Fri-mon' in the day of week field runs backwards",
+             "use two: Fri-sat,sun-mon"),
+            ("5/15 * * * *", "'5/15' in the minute field is a step without a range",
+             "use 5-59/15"),
+            ("*/0 * * * *", "minute field does not take the step of '*/0'", "1 to 60"),
+            ("*/61 * * * *", "field does not take the step of '*/61'", "1 to 60"),
+            ("* 1-5/25 * * *", "hour field does not take the step of '1-5/25'",
+             "1 to 24"),
+            ("0 0 */32 * *", "month field does not take the step of '*/32'", "1 to 31"),
+            ("*/ * * * *", "minute field does not take the step of '*/'", "1 to 60"),
+            ("*/2/3 * * * *", "minute field does not take the step of '*/2/3'",
+             "1 to 60"),
+            ("", "'' has 0 fields, not 5", "minute, hour, day of month"),
+            ("*", "'*' has 1 field, not 5", "minute, hour, day of month"),
+            ("0 0 * * * *", "'0 0 * * * *' has 6 fields, not 5", "30 2 * * mon-fri"),
+            ("@reboot", "'@reboot' is not a time", "`queuectl enqueue`"),
+            ("@dayly", "'@dayly' is not a schedule", "@monthly, @weekly, @daily"),
+            ("@daily x", "'@daily x' is not a schedule", "@daily"),
+            ("0 0 31 2 *", "'0 0 31 2 *' never comes: no month of it has a day 31",
+             "another day or month"),
+            ("0 0 30-31 feb */2", "never comes: no month of it has a day 30", "month"),
+            ("0 0 31 4,6,9,11 *", "never comes: no month of it has a day 31", "month"),
+        )
+        for line, message, hint in table:
+            with self.subTest(line), self.assertRaises(queuectl.InvalidValue) as caught:
+                queuectl.parse_cron(line)
+            self.assertIn(message, caught.exception.message)
+            self.assertIn(hint, caught.exception.hint)
+
+    def test_a_day_is_taken_if_its_month_can_have_it(self):
+        for month in range(1, 13):
+            for day in range(28, 32):
+                line = f"0 0 {day} {month} *"
+                with self.subTest(line):
+                    try:
+                        datetime.date(2024, month, day)
+                    except ValueError:
+                        self.assertRaises(
+                            queuectl.InvalidValue, queuectl.parse_cron, line)
+                    else:
+                        turn = queuectl.next_turn(queuectl.parse_cron(line), 0, UTC)
+                        self.assertLess(turn, math.inf)
+        self.assertEqual(queuectl.parse_cron("0 0 31 2,3 *").months, (2, 3))
+        self.assertTrue(queuectl.parse_cron("0 0 31 2 mon").is_either)
+
+    def test_what_the_hint_about_a_range_says_can_be_written(self):
+        table = (("fri-sat,sun-mon", (0, 1, 5, 6)), ("6-sat,sun-0", (0, 6)))
+        for text, weekdays in table:
+            with self.subTest(text):
+                cron = queuectl.parse_cron(f"0 0 * * {text}")
+                self.assertEqual(cron.weekdays, weekdays)
+
+    # -- turns
+
+    def test_the_next_turn_is_strictly_after_the_moment(self):
+        table = (
+            ("*/5 * * * *", "2024-05-01T10:00", "2024-05-01T10:05"),
+            ("*/5 * * * *", "2024-05-01T09:59:59.999", "2024-05-01T10:00"),
+            ("*/5 * * * *", "2024-05-01T10:00:00.001", "2024-05-01T10:05"),
+            ("30 2 * * *", "2024-05-01T02:30", "2024-05-02T02:30"),
+            ("0 0 1 * *", "2024-12-31T23:59:59", "2025-01-01T00:00"),
+            ("59 23 31 12 *", "2024-12-31T23:59", "2025-12-31T23:59"),
+            ("0 9 * * mon-fri", "2024-05-03T09:00", "2024-05-06T09:00"),
+            ("0 0 13 * fri", "2024-05-10T00:00", "2024-05-13T00:00"),
+            ("0 0 13 * fri", "2024-05-13T00:00", "2024-05-17T00:00"),
+            ("0 0 */13 * 5", "2024-05-01T00:00", "2024-06-14T00:00"),
+            ("0 0 29 2 *", "2096-03-01T00:00", "2104-02-29T00:00"),
+            ("0 0 29 2 */7", "2024-01-01T00:00", "2032-02-29T00:00"),
+            ("0 0 29 2 */7", "2072-01-01T00:00", "2088-02-29T00:00"),
+            ("0 0 29 2 */7", "2088-03-01T00:00", "2128-02-29T00:00"),
+            ("0 0 * * *", "1969-12-30T12:00", "1969-12-31T00:00"),
+        )
+        for line, after, turn in table:
+            for zone in (UTC, self.berlin, zoneinfo.ZoneInfo("Pacific/Kiritimati"),
+                         zoneinfo.ZoneInfo("Pacific/Pago_Pago")):
+                with self.subTest(line, after=after, zone=zone):
+                    self.assertEqual(queuectl.next_turn(
+                        queuectl.parse_cron(line), stamp(after, zone), zone),
+                        stamp(turn, zone))
+
+    def test_a_fixed_time_that_is_skipped_comes_at_the_jump_and_only_once(self):
+        table = (
+            ("30 2 * * *", ["03:00+02"]),
+            ("0,30 2 * * *", ["03:00+02"]),
+            ("0 2,3 * * *", ["03:00+02"]),
+            ("30 2,3 * * *", ["03:00+02", "03:30+02"]),
+            ("30 1,4 * * *", ["01:30+01", "04:30+02"]),
+            ("@daily", ["00:00+01"]),
+        )
+        for line, turns in table:
+            with self.subTest(line):
+                self.assertEqual(self.local(line, "2024-03-31"), turns)
+        self.assertEqual(self.local("10 0 * * *", "2018-11-04", "America/Sao_Paulo"),
+                         ["01:00-02"])
+        self.assertEqual(self.local("15 2 * * *", "2024-10-06", "Australia/Lord_Howe"),
+                         ["02:30+11"])
+
+    def test_a_fixed_time_that_is_repeated_comes_the_first_time_only(self):
+        table = (
+            ("30 2 * * *", ["02:30+02"]),
+            ("0 2-3 * * *", ["02:00+02", "03:00+01"]),
+            ("59 2 * * *", ["02:59+02"]),
+            ("0 3 * * *", ["03:00+01"]),
+        )
+        for line, turns in table:
+            with self.subTest(line):
+                self.assertEqual(self.local(line, "2024-10-27"), turns)
+        self.assertEqual(self.local("30 23 * * *", "2018-02-17", "America/Sao_Paulo"),
+                         ["23:30-02"])
+
+    def test_a_wild_one_follows_the_clock(self):
+        spring = self.local("*/30 * * * *", "2024-03-31")
+        autumn = self.local("*/30 * * * *", "2024-10-27")
+
+        self.assertEqual(spring[2:6], ["01:00+01", "01:30+01", "03:00+02", "03:30+02"])
+        self.assertEqual(autumn[4:9], ["02:00+02", "02:30+02", "02:00+01", "02:30+01",
+                                       "03:00+01"])
+        self.assertEqual(self.local("*/30 2 * * *", "2024-03-31"), [])
+        self.assertEqual(len(self.local("0 * * * *", "2024-10-27")), 25)
+        self.assertEqual(len(self.local("@daily", "2024-10-27")), 1)
+
+    def test_a_jump_of_three_hours_is_a_correction_of_the_clock(self):
+        jump = int(stamp("2024-05-01T12:00"))
+        table = (   # minutes that the clock is set on, turns of a time within these
+            (179, 1), (180, 0), (240, 0), (-180, 1), (-181, 2), (-240, 2))
+        for minutes, count in table:
+            zone = JumpyZone(jump, minutes)
+            within = jump + zone.offsets[0].total_seconds() + 60 * (minutes // 2)
+            line = f"{time.gmtime(within).tm_min} {time.gmtime(within).tm_hour} * * *"
+            span = abs(minutes) * 60
+            with self.subTest(minutes=minutes):
+                self.assertEqual(len(walk(line, jump - span, jump + span, zone)), count)
+
+    def test_a_jump_of_a_few_minutes_is_taken_for_waking_up_late(self):
+        jump = int(stamp("2024-05-01T12:00"))
+        for minutes, is_made_up in ((1, True), (4, True), (5, False)):
+            zone = JumpyZone(jump, minutes)
+            skipped = time.gmtime(jump + zone.offsets[0].total_seconds())
+            with self.subTest(minutes=minutes):
+                turns = walk(f"{skipped.tm_min} * * * *", jump - 60, jump + 60, zone)
+                self.assertEqual(turns, [jump] if is_made_up else [])
+
+    def test_of_a_skipped_day_nothing_is_made_up(self):
+        apia = zoneinfo.ZoneInfo("Pacific/Apia")
+        days = [datetime.datetime.fromtimestamp(turn, apia).day for turn in walk(
+            "30 12 * * *", stamp("2011-12-28", apia), stamp("2012-01-02", apia), apia)]
+
+        self.assertEqual(days, [28, 29, 31, 1])
+
+    def test_turns_are_those_of_debians_loop(self):
+        dice = random.Random(7)
+        for name, first, last in ZONE_CHANGES:
+            zone = zoneinfo.ZoneInfo(name)
+            start, end = int(stamp(first, zone)), int(stamp(last, zone)) + 86400
+            woken = ticks(start, end, zone)
+            for number in range(16):
+                line, values = random_cron(dice, days=number % 3 == 0)
+                with self.subTest(line, zone=name, day=first):
+                    self.agree(line, debian(line, values, woken), start, end, zone)
+
+    def test_turns_are_those_of_debians_loop_whatever_the_jump(self):
+        dice = random.Random(8)
+        for minutes in (-1500, -240, -181, -180, -179, -60, -5, -1, 1, 3, 4, 5, 6, 20,
+                        90, 178, 179, 180, 181, 1440):
+            jump = int(stamp("2024-05-01")) + 60 * dice.randrange(1440)
+            zone, start, end = JumpyZone(jump, minutes), jump - 7200, jump + 90000
+            woken = ticks(start, end, zone)
+            for number in range(8):
+                line, values = random_cron(dice, days=number % 4 == 0)
+                with self.subTest(line, minutes=minutes):
+                    self.agree(line, debian(line, values, woken), start, end, zone)
+
+    def agree(self, line: str, turns: list[float], start: int, end: int,
+              zone: datetime.tzinfo) -> None:
+        """Compare with the reference: walked, asked at any moment."""
+        try:
+            cron = queuectl.parse_cron(line)
+        except queuectl.InvalidValue as error:
+            self.assertIn("never comes", str(error))
+            return
+        dice = random.Random(line)
+        self.assertEqual(walk(line, start, end, zone), turns[:MANY])
+        for moment in (dice.uniform(start, end) for _ in range(6)):
+            later = [turn for turn in turns if turn > moment]
+            if later:
+                self.assertEqual(queuectl.next_turn(cron, moment, zone), later[0])
+
+    def test_a_walk_over_years_meets_each_fixed_day_once(self):
+        for name in ("Europe/Berlin", "America/Sao_Paulo", "Australia/Lord_Howe"):
+            zone = zoneinfo.ZoneInfo(name)
+            start, end = stamp("2018-01-01", zone), stamp("2019-01-01", zone)
+            for line in ("0 0 * * *", "30 2 * * *", "59 23 * * *"):
+                with self.subTest(line, zone=name):
+                    days = {datetime.datetime.fromtimestamp(turn, zone).date()
+                            for turn in walk(line, start - 1, end - 1, zone)}
+                    self.assertEqual(len(days), 365)
+                    self.assertEqual(len(walk(line, start - 1, end - 1, zone)), 365)
+
+    def test_what_the_zone_always_skips_never_comes(self):
+        cron = queuectl.parse_cron("*/60 2 25-31 3 */7")    # last Sunday of March
+
+        self.assertEqual(queuectl.next_turn(cron, stamp("2024-01-01"), self.berlin),
+                         math.inf)
+        self.assertLess(queuectl.next_turn(cron, stamp("2024-01-01"), UTC), math.inf)
+
+    def test_after_the_end_of_the_calendar_nothing_comes(self):
+        cron = queuectl.parse_cron("* * * * *")
+
+        for after in (stamp("9999-12-30T10:00"), 1e12, 1e15):
+            with self.subTest(after=after):
+                self.assertEqual(queuectl.next_turn(cron, after, UTC), math.inf)
+        self.assertEqual(queuectl.next_turn(cron, stamp("9999-12-20"), UTC),
+                         stamp("9999-12-20T00:01"))
+
+    def test_an_offset_of_odd_seconds_makes_no_turn_twice(self):
+        monrovia = zoneinfo.ZoneInfo("Africa/Monrovia")     # 44:30 behind, until 1972
+        jump = stamp("1972-01-07T00:44:30")
+        turns = walk("* * * * *", jump - 90, jump + 90, monrovia)
+
+        self.assertEqual([turn - jump for turn in turns], [-60, 0, 30, 90])
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
+    def test_without_a_zone_the_process_s_own_is_taken(self):
+        spans, expected = [], []
+        for name, first, last in ZONE_CHANGES:
+            zone = zoneinfo.ZoneInfo(name)
+            for line in (WILD, FIXED):
+                span = (line, stamp(first, zone), stamp(last, zone) + 86400)
+                spans.append((name, span))
+                expected.append(walk(*span, zone))
+        program = (
+            "import json, os, sys, time, test_queuectl\n"
+            "for zone, span in json.load(sys.stdin):\n"
+            "    os.environ['TZ'] = zone\n"
+            "    time.tzset()\n"
+            "    print(test_queuectl.walk(*span))\n")
+
+        child = subprocess.run(
+            [sys.executable, "-c", program], input=json.dumps(spans), text=True,
+            capture_output=True, check=True, env={**os.environ, "TZ": "UTC"},
+            cwd=os.path.dirname(os.path.abspath(__file__)))
+
+        for span, line, turns in zip(spans, child.stdout.splitlines(), expected):
+            with self.subTest(span):
+                self.assertEqual(json.loads(line), turns)
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
+    def test_a_zone_that_the_process_changes_is_taken_at_once(self):
+        cron, before = queuectl.parse_cron("0 0 * * *"), os.environ.get("TZ")
+        self.addCleanup(time.tzset)
+        self.addCleanup(lambda: os.environ.pop("TZ") if before is None
+                        else os.environ.update(TZ=before))
+        for zone, turn in (("UTC", "2024-05-02"), ("Asia/Tokyo", "2024-05-01T15:00")):
+            os.environ["TZ"] = zone
+            time.tzset()
+            with self.subTest(zone):
+                self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01")),
+                                 stamp(turn))
+
+    # -- words
+
+    def test_a_schedule_is_said_in_words(self):
+        table = (
+            ("* * * * *", "every minute"),
+            ("*/5 * * * *", "every 5 minutes"),
+            ("0,30 * * * *", "every 30 minutes"),
+            ("*/7 * * * *", "at minutes 0, 7 ... 56 of every hour"),
+            ("*/45 * * * *", "at minutes 0, 45 of every hour"),
+            ("15 * * * *", "at minute 15 of every hour"),
+            ("@hourly", "every hour"),
+            ("0 */2 * * *", "every 2 hours"),
+            ("5 */2 * * *", "at minute 5 of hours 0, 2 ... 22"),
+            ("*/10 9-17 * * 1-5", "every 10 minutes of hours 9-17 on Mon-Fri"),
+            ("*/10 9 * * *", "every 10 minutes of hour 9"),
+            ("30 2 * * *", "at 02:30 every day"),
+            ("0 9,12,15 * * *", "at 09:00, 12:00, 15:00 every day"),
+            ("0,30 8,20 * * *", "at 08:00, 08:30, 20:00, 20:30 every day"),
+            ("0,30 8,9,20 * * *", "every 30 minutes of hours 8, 9, 20"),
+            ("0 9 * * mon-fri", "at 09:00 on Mon-Fri"),
+            ("0 9 * * 0,6", "at 09:00 on Sat, Sun"),
+            ("0 9 * * 5-7", "at 09:00 on Fri-Sun"),
+            ("0 9 * * mon,wed,fri", "at 09:00 on Mon, Wed, Fri"),
+            ("@weekly", "at 00:00 on Sun"),
+            ("@monthly", "at 00:00 on day 1 of every month"),
+            ("@yearly", "at 00:00 on day 1 of Jan"),
+            ("0 0 1,15 * *", "at 00:00 on days 1, 15 of every month"),
+            ("0 0 1,8,15,22 * *", "at 00:00 on days 1, 8, 15, 22 of every month"),
+            ("0 0 */7 * *", "at 00:00 on days 1, 8 ... 29 of every month"),
+            ("0 0 2-31 * *", "at 00:00 on days 2-31 of every month"),
+            ("0 0 1 * */7,1-5", "at 00:00 on day 1 of every month if Mon-Fri, Sun"),
+            ("15 1-3,5-7 * * *", "at minute 15 of hours 1-3, 5-7"),
+            ("0 8,9,11,14,20 * * *", "at minute 0 of hours 8, 9, 11, 14, 20"),
+            ("0 0 13 * fri", "at 00:00 on day 13 of every month, or on Fri"),
+            ("0 0 1-7 jan,dec sun",
+             "at 00:00 on days 1-7 of Jan, Dec, or on Sun in Jan, Dec"),
+            ("0 0 1-7 * */7", "at 00:00 on days 1-7 of every month if Sun"),
+            ("0 0 * 6-8 *", "at 00:00 every day in Jun-Aug"),
+            ("*/5 * * 6 *", "every 5 minutes in Jun"),
+            ("0 9 * 6 1", "at 09:00 on Mon in Jun"),
+        )
+        for line, words in table:
+            with self.subTest(line):
+                self.assertEqual(queuectl.cron_words(queuectl.parse_cron(line)), words)
+
+    def test_the_same_words_mean_the_same_turns(self):
+        dice, said = random.Random(9), {}
+        for _ in range(6000):
+            try:
+                cron = queuectl.parse_cron(random_cron(dice)[0])
+            except queuectl.InvalidValue:
+                continue
+            meaning = cron._replace(is_wild=False)
+            if len(cron.days) == 31 or len(cron.weekdays) == 7:
+                meaning = meaning._replace(is_either=False)
+            self.assertEqual(said.setdefault(queuectl.cron_words(cron), meaning)[:5],
+                             meaning[:5])
 
 
 # ---- 4 Input -----------------------------------------------------------------
@@ -1197,6 +1755,26 @@ class Turns(TestCase):
         queue.enqueue("x")
         self.clock.now -= 86400
         self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+
+    def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for _ in range(300):
+            queue.enqueue("x")
+            self.clock.now += 60
+        ever = queue.stats()[""]
+        self.clock.now += 8 * 86400 - 3600
+        since = queue.stats(9 * 86400)[""]
+
+        steps = len(list(claims.expiry()))
+
+        minutes = [row[0] for row in queue.store.rows(
+            "SELECT DISTINCT minute FROM tallies WHERE minute > 0 ORDER BY 1")]
+        self.assertEqual(steps, 4)
+        self.assertEqual([minute % 60 for minute in minutes[:5]], [0, 0, 0, 0, 0])
+        self.assertEqual(len(minutes), 4 + 60)
+        self.assertEqual((queue.stats()[""], queue.stats(9 * 86400)[""]), (ever, since))
+        self.assertEqual(list(claims.expiry()), [])
 
     def test_a_pool_that_is_to_stop_claims_no_more(self):
         queue = self.a_queue()
@@ -4102,9 +4680,10 @@ MUTANTS = (
     ("stuck", "jobs are not let go on when what they wait for is completed", (
         ("if COMPLETED in (change.before.state, job.state)], now)", "if False], now)"),)),
     ("acknowledged", "a cancelled job is not moved", (
-        ('return move(self.store, [Change("cancel", job, job._replace(\n'
-         "            finished_at=iso(now)))], now)[0]",
-         "return job._replace(state=CANCELLED)"),)),
+        ('moved = move(self.store, [Change("cancel", job, job._replace(\n'
+         "            finished_at=iso(now))) for job in jobs if job.state != PROCESSING],"
+         " now)", "moved = [job._replace(state=CANCELLED) for job in jobs"
+         " if job.state != PROCESSING]"),)),
 )
 
 
@@ -5799,6 +6378,137 @@ class BadGround(Processes):
         self.assertEqual(self.format_of(self.path), (1, False, ids))
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
         self.assertEqual(self.format_of(self.path), (2, True, ids))
+
+
+# ---- Anywhere ----------------------------------------------------------------
+
+class Anywhere(Processes):
+    """One walk, however the program is started and whatever surrounds it."""
+
+    def walk(self, argv, folder=None, **options):
+        """Enqueue, work, and read what was printed."""
+        folder = folder or self.dir
+        said = []
+        for line in (["enqueue", "printf 'h\\303\\251'"], ["worker", "start", "--drain"],
+                     ["logs", "job-1"], ["status"]):
+            done = subprocess.run([*argv, *line], cwd=folder, timeout=60, check=False,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, **options)
+            self.assertEqual((done.returncode, b"Traceback" in done.stderr),
+                             (0, False), done.stderr.decode())
+            said.append(done.stdout)
+        self.assertEqual(said[:3], [b"job-1\n", b"", "h\u00e9".encode()])
+        self.assertIn(b"1 completed", said[3])
+        for name in os.listdir(folder):
+            if name.startswith("queue.db"):
+                os.unlink(os.path.join(folder, name))
+
+    def test_however_it_is_started(self):
+        module = os.path.abspath(MODULE)
+        link, archive = self.path_of("link"), self.path_of("queuectl.pyz")
+        os.symlink(module, link)
+        os.mkdir(self.path_of("source"))
+        shutil.copy(module, self.path_of("source/queuectl.py"))
+        zipapp.create_archive(self.path_of("source"), archive, main="queuectl:main")
+        here = {**os.environ, "PYTHONPATH": os.path.dirname(module)}
+        python = sys.executable
+        for argv, options in (
+                ([python, module], {}), ([python, link], {}), ([python, archive], {}),
+                ([python, "-m", "queuectl"], {"env": here}),
+                ([python, "-c", "import sys, queuectl; sys.exit(queuectl.main())"],
+                 {"env": here}),
+                *(([python, *flags, module], {}) for flags in (
+                    ["-I"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]))):
+            with self.subTest(argv):
+                self.walk(argv, **options)
+
+    def test_whatever_surrounds_it(self):
+        argv = [sys.executable, os.path.abspath(MODULE)]
+        nothing = {"PATH": os.environ.get("PATH", os.defpath)}
+        for env in (nothing, {**nothing, "LC_ALL": "C"}, {**nothing, "LC_ALL": "POSIX",
+                    "PYTHONUTF8": "0"}, {**nothing, "HOME": "/nonexistent"},
+                    {**nothing, "TERM": "dumb", "NO_COLOR": "1"}):
+            with self.subTest(env):
+                self.walk(argv, env=env)
+        for umask in (0o077, 0o022, 0o000):
+            with self.subTest(umask=oct(umask)):
+                self.walk(argv, preexec_fn=functools.partial(os.umask, umask))
+        odd = self.path_of("a b's \u00e4\u4e2d")
+        os.mkdir(odd)
+        with self.subTest(odd):
+            shutil.copy(MODULE, os.path.join(odd, "queuectl.py"))
+            self.walk([sys.executable, "queuectl.py"], folder=odd)
+
+    def test_from_a_source_that_cannot_be_written(self):
+        source = self.path_of("source")
+        os.mkdir(source)
+        shutil.copy(MODULE, source)
+        os.chmod(source, 0o555)
+        self.addCleanup(os.chmod, source, 0o755)
+        self.walk([sys.executable, os.path.join(source, "queuectl.py")])
+
+    def test_it_works_in_threads_and_twice_on_one_file(self):
+        with Queue(self.path) as one, Queue(self.path) as two, \
+                futures.ThreadPoolExecutor(4) as executor:
+            ids = list(executor.map(lambda n: (one, two)[n % 2].enqueue("true").id,
+                                    range(40)))
+            self.assertEqual(len(set(ids)), 40)
+            self.assertEqual(one.counts(), two.counts())
+
+    def test_after_a_fork_it_refuses_in_words(self):
+        with Queue(self.path) as queue:
+            reader, writer = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    queue.enqueue("true")
+                except queuectl.Unsupported as error:
+                    os.write(writer, str(error).encode())
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            os.close(writer)
+            with open(reader, "rb") as said:
+                self.assertIn(b"before a fork", said.read())
+
+
+WITHOUT_LINUX = """
+import builtins, fcntl, os, sys
+for module, name in ((fcntl, "F_OFD_SETLK"), (fcntl, "F_OFD_GETLK"),
+                     (os, "pidfd_open"), (os, "waitid")):
+    if hasattr(module, name):
+        delattr(module, name)
+plainly = builtins.open
+def without_proc(path, *rest, **options):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "there is no /proc", path)
+    return plainly(path, *rest, **options)
+builtins.open = without_proc
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+sys.exit(queuectl.main())
+"""
+
+
+@unittest.skipUnless(shutil.which("ps"), "there is no ps here")
+class ElsewherePosix(Processes):
+    """What macOS and BSD have not is taken away: OFD locks, pidfd, waitid, /proc."""
+
+    def command(self, *argv):
+        place = os.path.dirname(os.path.abspath(MODULE))
+        start = [sys.executable, "-c", WITHOUT_LINUX, place]
+        return [*start, "--db", self.path, *argv]
+
+    test_the_first_walk = Program.test_the_first_walk
+    test_three_pools_run_each_job_once = Program.test_three_pools_run_each_job_once
+    test_a_time_out_ends_a_tree = Program.test_a_time_out_ends_a_tree_that_will_not_go
+    test_a_lost_worker_is_charged_as_a_crash = \
+        Program.test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first
+    test_the_second_signal_hands_the_job_back = \
+        Program.test_the_second_signal_hands_the_job_back_uncharged
+    test_cancel_ends_a_running_job = \
+        Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
+    test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
 
 
 # ---- Long runs ---------------------------------------------------------------
