@@ -1307,7 +1307,7 @@ class Promises(TestCase):
         queue.cancel("d")
         for filters, state, wanted in (
                 ({"queue": "q"}, (PENDING,), ["a"]), ({"tag": "t"}, (), ["c", "a"]),
-                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "0%"}, (), ["c"]),
+                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "%"}, (), ["c"]),
                 ({"queue": "q"}, (PENDING, CANCELLED), ["d", "a"]),
                 ({"queue": "q", "search": "rm"}, (), ["d"]), ({"queue": "no"}, (), []),
                 ({"queue": None, "tag": None, "search": None}, CANCELLED, ["d"])):
@@ -1468,6 +1468,7 @@ class Promises(TestCase):
         queue.resume()
         self.assertEqual(queue.status().paused, ["a", "b"])
         queue.resume("a", "b")
+        self.assertEqual([view.name for view in queue.queues()], ["c", "default"])
         queue.limit_queue("c", 0)
         self.assertEqual([view.name for view in queue.queues()], ["default"])
         for call in (lambda: queue.pause("*"), lambda: queue.limit_queue("c", -1),
@@ -1559,7 +1560,9 @@ class Promises(TestCase):
         queue, other = self.a_queue(), self.a_queue()
         seen = queue.store.changes()
         self.assertEqual(queue.await_change(seen, 0.0), seen)
-        other.enqueue("x")
+        later = threading.Timer(0.05, other.enqueue, ["x"])
+        later.start()
+        self.addCleanup(later.join)
         self.assertNotEqual(queue.await_change(seen, DEADLINE), seen)
 
     # Waiting.
@@ -1610,7 +1613,7 @@ class Promises(TestCase):
 
     def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
         queue, other = self.a_queue(), self.a_queue()
-        queue.enqueue_many([Spec("x", id="before"), Spec("x", id="a", queue="q"),
+        queue.enqueue_many([Spec("x", id="before", queue="q"), Spec("x", id="a", queue="q"),
                             Spec("x", id="b", queue="q"), Spec("x", id="c")])
         other.cancel("before")
         told = []
@@ -1619,13 +1622,12 @@ class Promises(TestCase):
             told.append(progress)
             if len(told) < 3:
                 other.cancel("ab"[len(told) - 1])
-        wanted = queuectl.Progress(0, 0, 0, 2)
-        self.assertEqual(queue.wait_all("q", DEADLINE, tell), wanted)
+        self.assertEqual(queue.wait_all("q", DEADLINE, tell), queuectl.Progress(0, 0, 0, 2))
         self.assertEqual(told[0], queuectl.Progress(2, 0, 0, 0))
         with self.assertRaises(queuectl.NotFinished):
             queue.wait_all(timeout=0)       # c is left
         self.assertEqual(queue.progress(), queuectl.Progress(1, 0, 0, 3))
-        self.assertEqual(queue.progress("q"), wanted)
+        self.assertEqual(queue.progress("q"), queuectl.Progress(0, 0, 0, 3))
 
     # Hooks.
 
@@ -1911,6 +1913,29 @@ class Turns(TestCase):
         self.assertEqual(len(set(got)), 6)
         with self.assertRaises(queuectl.InUse):
             self.a_pool(queue, name="a")
+
+    def test_each_change_that_matters_to_a_pool_rings_its_bell(self):
+        queue = self.a_queue()
+        bell = queuectl._bell()
+        self.addCleanup(bell.close)
+        Claims(queue, PoolOptions()).register(bell.getsockname()[1])
+        queue.enqueue("x", id="a")
+        for call in (lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+                     lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
+                     lambda: queue.cancel("a"), lambda: queue.retry("a"),
+                     lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"),
+                     lambda: queue.add_schedule("s", "@daily", command="x"),
+                     lambda: queue.pause_schedule("s", False),
+                     lambda: queue.run_schedule("s"),
+                     lambda: queue.configure("priority-ageing", "1m"),
+                     lambda: queue.reset("priority-ageing"), queue.stop_workers):
+            with self.subTest(inspect.getsource(call).strip()):
+                with contextlib.suppress(BlockingIOError):
+                    while bell.recv(queuectl.SOCKET_BUFFER):
+                        pass
+                call()
+                self.assertIn(bell.recv(queuectl.SOCKET_BUFFER),
+                              (queuectl.NEW_JOBS, queuectl.NEW_ORDERS))
 
     # Pauses, limits, ageing.
 
@@ -2768,7 +2793,9 @@ class CommandLine(TestCase):
         queue = self.some_jobs()
         lines = [json.loads(line) for line in self.cli("events", "--json")[1].splitlines()]
         self.assertEqual(lines, [queuectl.event_object(e) for e in queue.events_since()])
-        self.assertEqual(tuple(lines[0]), ("id", "from", "to", "at", "reason"))
+        self.assertEqual(list(lines[0].items())[:3],
+                         [("id", "good"), ("from", None), ("to", PENDING)])
+        self.assertEqual(tuple(lines[0])[3:], ("at", "reason"))
         self.assertEqual([line.split("  ")[1:3] for line
                           in self.cli("events", "--queue", "q")[1].splitlines()],
                          [["b", "- -> pending"]])
@@ -3494,27 +3521,6 @@ class Program(Processes):
             self.assertEqual([job.id for job in queue.jobs()], ["bad"])
             self.assert_sound(queue)
 
-    def test_an_idle_worker_is_woken_by_an_edit_a_resume_and_a_higher_limit(self):
-        queue = Queue(self.path)
-        self.addCleanup(queue.close)
-        queue.configure("heartbeat", "1h")
-        queue.pause("halt")
-        queue.limit_queue("one", 1)
-        queue.enqueue_many([
-            Spec("true", id="later", run_at=time.time() + 3600, cwd=self.dir),
-            Spec("true", id="halted", queue="halt", cwd=self.dir),
-            Spec("while [ ! -e go ]; do sleep .05; done", id="first", queue="one",
-                 cwd=self.dir), Spec("touch go", id="second", queue="one", cwd=self.dir)])
-        self.worker("-c", "2")
-        self.wait_state("first", PROCESSING)
-        for call, job_id in ((lambda: queue.edit("later", delay=0), "later"),
-                             (lambda: queue.resume("halt"), "halted"),
-                             (lambda: queue.limit_queue("one", 2), "second")):
-            with self.subTest(job_id):
-                self.assertEqual(queue.job(job_id).state, PENDING)
-                call()
-                self.wait_state(job_id, COMPLETED)
-
     # Programs that read and write as things happen.
 
     def running(self, *argv, **options):
@@ -3643,6 +3649,10 @@ class Program(Processes):
                 self.assertNotIn("]", "".join(wait.picture.lines))
                 self.assertIn(said, wait.text)
                 queue.retry("a", "b")
+        late = self.terminal("wait", "a", "--timeout", "300ms")
+        self.assertEqual(late.end(), 1)
+        self.assertIn("] 0/1", late.text)
+        self.assertNotIn("] 0/1", "".join(late.picture.lines))
 
     def test_a_draining_worker_draws_its_bar_below_its_lines(self):
         self.enqueue("while [ ! -e go ]; do sleep .05; done", "--id", "a")
@@ -3696,6 +3706,7 @@ class Program(Processes):
         for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
                      ("purge", "--queue", "none"), ("retry", "--all")):
             with self.subTest(argv):
+                queue.enqueue("x")
                 queue.cancel(queue.enqueue("x").id)
                 done = self.terminal(*argv)
                 self.assertEqual(done.end(), 0)
