@@ -942,8 +942,8 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """
     if settings.priority_ageing is None:
         return -priority
-    worth = priority * settings.priority_ageing     # seconds
-    return round(epoch(run_at) * 1000) - round(worth * 1000)
+    worth = round(settings.priority_ageing * 1000)  # of one priority; see RANK_BY_AGE
+    return round(epoch(run_at) * 1000) - priority * worth
 
 
 def judged(job: Job, outcome: Outcome) -> Outcome:
@@ -2199,7 +2199,7 @@ class Sql:
         SELECT *
           FROM schedules
          WHERE paused = 0
-           AND (next_run <= :now OR last_run > :ahead)
+           AND (next_run <= :now OR COALESCE(last_run, created_at) > :ahead)
         """
     SET_TURN = """
         UPDATE schedules
@@ -3806,8 +3806,8 @@ class Queue:
                 return [over[job_id] for job_id in jobs]
             now = time.monotonic()
             if now >= end:
-                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs are "
-                                  "not over yet", "wait longer, or look at `list`")
+                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
+                                  "over yet", "wait longer, or look at `list`")
             # To look at very many must not become all that this machine does.
             time.sleep(min(5 * (now - began), max(0.0, end - now)))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -3838,7 +3838,7 @@ class Queue:
             if not now.left:
                 return since
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} jobs are not over yet",
+                raise NotFinished(f"{now.left} jobs not over yet",
                                   "wait longer, or look at `list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
@@ -8642,7 +8642,9 @@ def _watchful_bar(queue: Queue, screen: Screen,
             for job_id, why in queue.why_waiting(looked_at()).items():
                 if "due " not in why and why != "waits for a slot" and why not in said:
                     said.add(why)
-                    screen.note(f"{job_id} waits: {why}")
+                    start = "; `queuectl worker start` starts one"
+                    screen.note(f"{job_id} waits: {why}"
+                                + start * ("no worker is" in why))
         bar(progress)
     return show
 
@@ -8732,7 +8734,8 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
             with contextlib.suppress(QueueError):   # it is but a picture
                 bar(_since(queue.progress(), first))
     first = queue.progress()
-    return Pool(queue, options, say).run()
+    with screen.drawing():      # the shell goes on where the bar was
+        return Pool(queue, options, say).run()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -8774,23 +8777,32 @@ def _status_lines(args: argparse.Namespace, queue: Queue,
     return status_lines(status, screen.style())
 
 
+def _picture(lines: Sequence[str], above: int) -> str:
+    """Lines to be drawn in the place of the last picture, of `above` lines.
+
+    Too long ones end at the window's edge: wrapped they would be two.
+    """
+    place = f"\033[{above}A\033[J" if above else ""
+    return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed."""
-    seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
-    screen.out(*lines)
-    in_place = _is_terminal(sys.stdout) and not args.json
-    while args.watch is not None:
+    in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
+    above = 0
+    while True:
+        seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+        if in_place:
+            lines = lines[:max(1, screen.height() - 1)]
+            screen.out(_picture(lines, above))
+        else:
+            screen.out(*([""] if above and not args.json else []), *lines)
+        if args.watch is None:
+            return EX_OK
+        above = len(lines)
         sys.stdout.flush()
         queue.await_change(seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
-        seen, above = queue.store.changes(), len(lines)
-        lines = _status_lines(args, queue, screen)
-        if in_place:
-            lines = lines[:max(1, screen.height() - 1)]
-            screen.out("\033[" + f"{above}A\033[J" + "\n".join(lines))
-        else:
-            screen.out(*([] if args.json else [""]), *lines)
-    return EX_OK
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:

@@ -7,19 +7,23 @@ import ast
 import collections
 import contextlib
 import datetime
+import fcntl
 import functools
 import http.client
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import linecache
 import math
 import os
+import pty
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +33,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -40,7 +45,7 @@ from typing import Callable, NamedTuple
 
 import queuectl
 from queuectl import (
-    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES,
+    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
     Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
@@ -98,6 +103,11 @@ class TestCase(unittest.TestCase):
     def claim_one(self, queue, claims):
         return claims.turn({}, {}, [1]).claimed[0]
 
+    def assert_sound(self, queue):
+        """No counter, gate, event or claim is wrong."""
+        self.assertEqual([finding for finding in queuectl.Inspection(queue).findings()
+                          if finding.level == queuectl.PROBLEM], [])
+
 
 def is_running(pid):
     """Whether the process lives; a zombie whose parent does not reap it does not."""
@@ -115,7 +125,7 @@ def run_cli(*argv):
     return code, out.getvalue(), err.getvalue()
 
 
-def swept(queue, verb, state=(), **filters):
+def swept(queue, verb, state=(), /, **filters):
     """The ids of all jobs that a sweep has changed."""
     return [job.id for batch in queue.sweep(verb, state, **filters) for job in batch]
 
@@ -1342,6 +1352,447 @@ class Promises(TestCase):
         self.assertEqual([j.seq for j in queue.pages(state=COMPLETED, limit=2)],
                          [j.seq for j in queue.jobs(COMPLETED, limit=2)])
 
+    # Sweeps.
+
+    def test_a_sweep_takes_the_newest_first_and_in_batches(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (2 * SWEEP_BATCH + 5))
+        batches = [[job.seq for job in batch] for batch in queue.sweep("cancel")]
+
+        self.assertEqual([len(batch) for batch in batches], [SWEEP_BATCH, SWEEP_BATCH, 5])
+        self.assertEqual([seq for batch in batches for seq in batch],
+                         list(range(2 * SWEEP_BATCH + 5, 0, -1)))
+        self.assertEqual(queue.counts()[CANCELLED], 2 * SWEEP_BATCH + 5)
+        self.assert_sound(queue)
+
+    def test_a_sweep_changes_only_what_fits(self):
+        queue = self.a_queue()
+        queue.enqueue_many([
+            Spec("make a", id="a", queue="q", tags=("t",)), Spec("make b", id="b"),
+            Spec("rm 100%", id="c", tags=("t", "u")), Spec("rm b", id="d", queue="q")])
+        queue.cancel("d")
+        for filters, state, wanted in (
+                ({"queue": "q"}, (PENDING,), ["a"]), ({"tag": "t"}, (), ["c", "a"]),
+                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "%"}, (), ["c"]),
+                ({"queue": "q"}, (PENDING, CANCELLED), ["d", "a"]),
+                ({"queue": "q", "search": "rm"}, (), ["d"]), ({"queue": "no"}, (), []),
+                ({"queue": None, "tag": None, "search": None}, CANCELLED, ["d"])):
+            with self.subTest(filters=filters, state=state):
+                self.assertEqual(queue.count(state, **filters), len(wanted))
+                self.assertEqual(swept(queue, "retry", state, **filters), wanted)
+                with contextlib.suppress(queuectl.WrongState):
+                    queue.cancel("d")
+        with self.assertRaisesRegex(queuectl.InvalidValue, "did you mean `dead`"):
+            swept(queue, "delete", "deda")
+
+    def test_a_sweep_of_what_ended_long_ago_begins_with_the_oldest_end(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id=name) for name in "abcd"])
+        for name in "cabd":
+            queue.cancel(name)
+            self.clock.now += 10
+        self.clock.now += 60            # c ended 100 s ago, then a, b and d 10 s each
+
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["c", "a", "b"])
+        self.assertEqual([job.id for job in queue.jobs()], ["d"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_gets_past_a_batch_that_ended_in_one_moment(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 7))
+        swept(queue, "cancel")
+        self.clock.now += 60
+
+        self.assertEqual(swept(queue, "retry", CANCELLED, older_than=59),
+                         [f"job-{n}" for n in range(1, SWEEP_BATCH + 8)])
+        self.assert_sound(queue)
+
+    def test_a_sweep_passes_over_what_it_may_not_change(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="free", priority=-1)
+        queue.cancel("free")
+        queue.enqueue("x", id="runs")
+        self.claim_one(queue, claims)
+        needed = [f"needed-{n}" for n in range(SWEEP_BATCH + 3)]
+        queue.enqueue_many([Spec("x", id=name) for name in needed]
+                           + [Spec("y", id="last", after=tuple(needed))])
+
+        self.assertEqual(swept(queue, "delete", search="x"), ["free"])
+        self.assertEqual(swept(queue, "retry", (PROCESSING, CANCELLED)), [])
+        self.assertEqual(swept(queue, "delete"), ["last", *reversed(needed)])
+        self.assertEqual([job.id for job in queue.jobs()], ["runs"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_has_running_jobs_cancelled_by_their_worker(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="runs"), Spec("x", id="waits")])
+        claim = self.claim_one(queue, claims)
+
+        self.assertEqual(swept(queue, "cancel"), ["waits", "runs"])
+        self.assertEqual(queue.job("runs").state, PROCESSING)
+        self.assertEqual(claims.turn({}, {}, []).mine, {claim.claim: queuectl.CANCEL})
+
+    def test_who_stops_a_sweep_keeps_what_is_done(self):
+        queue, other = self.a_queue(), self.a_queue()
+        other.store.patience = 0.0
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 50))
+        sweep = queue.sweep("cancel")
+        next(sweep)
+        other.enqueue("between two batches nobody has to wait")
+        sweep.close()
+
+        self.assertEqual((queue.counts()[CANCELLED], queue.counts()[PENDING]),
+                         (SWEEP_BATCH, 51))
+        self.assert_sound(queue)
+
+    # Editing.
+
+    def test_what_is_edited_takes_effect(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        for fields, wanted in (
+                ({"command": "y"}, {"command": "y"}), ({"timeout": "1m"}, {"timeout": 60}),
+                ({"max_retries": 9}, {"max_retries": 9}),
+                ({"priority": 5}, {"priority": 5, "rank": -5}),
+                ({"delay": 60}, {"run_at": queuectl.iso(NOON + 60), "gate": "time"}),
+                ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "gate": "open"}),
+                ({"queue": "q"}, {"queue": "q"})):
+            with self.subTest(fields):
+                job = queue.edit("a", **fields)[0]
+                self.assertEqual({key: getattr(job, key) for key in wanted}, wanted)
+                self.assertEqual(queue.job("a"), job)
+        self.assertEqual(queue.counts("q")[PENDING], 1)
+        self.assertEqual(sum(queue.counts("default").values()), 0)
+        self.assert_sound(queue)
+
+    def test_an_edited_job_waits_on_for_those_it_comes_after(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
+        queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
+
+        self.assertEqual(queue.job("b").gate, "after")
+        self.assertEqual(self.claim_one(queue, self.a_pool(queue)).job.id, "a")
+        self.assert_sound(queue)
+
+    def test_an_edit_that_is_refused_changes_nothing(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        over = self.in_state(queue, claims, COMPLETED).id
+        runs = self.in_state(queue, claims, PROCESSING).id
+        job = queue.enqueue("x", id="waits")
+        for ids, fields, error in (
+                ([runs], {"priority": 1}, queuectl.WrongState),
+                (["waits", over], {"priority": 1}, queuectl.WrongState),
+                (["waits", "gone"], {"priority": 1}, queuectl.NoSuchJob),
+                (["waits"], {"priority": "high"}, queuectl.InvalidJob),
+                (["waits"], {"queue": ""}, queuectl.InvalidJob),
+                (["waits"], {"priority": 1, "id": "other"}, queuectl.InvalidJob)):
+            with self.subTest(ids=ids, fields=fields):
+                with self.assertRaises(error):
+                    queue.edit(*ids, **fields)
+                self.assertEqual(queue.job("waits"), job)
+        self.assert_sound(queue)
+
+    # The order of those that wait.
+
+    def test_a_change_of_ageing_gives_all_that_wait_the_rank_of_new_ones(self):
+        chance = random.Random("rank")
+        queue = self.a_queue()
+        times = ["0001-01-01T00:00:00.000Z", "9999-12-31T23:59:59.000Z"]
+        times += [queuectl.iso(chance.uniform(-1e9, 4e9)) for _ in range(200)]
+        queue.enqueue_many([Spec("x", run_at=queuectl.epoch(at), priority=chance.choice((
+            0, 1, -1, 10**9, -10**9, chance.randint(-99, 99)))) for at in times])
+        queue.enqueue("x", id="over")
+        queue.cancel("over")
+        for value in ("1s", "90.0015s", "30d", "none", "7m"):
+            with self.subTest(value):
+                queue.configure("priority-ageing", value)
+                now = queue.store.settings()
+                self.assertEqual(
+                    [job.rank for job in queue.jobs(PENDING)],
+                    [queuectl.rank_of(job.priority, job.run_at, now)
+                     for job in queue.jobs(PENDING)])
+        queue.reset("priority-ageing")
+        self.assertEqual([job.rank for job in queue.jobs(PENDING)],
+                         [-job.priority for job in queue.jobs(PENDING)])
+
+    # Pauses and limits, as they are shown.
+
+    def test_a_pause_outlasts_the_queue_object_and_what_is_usual_is_not_kept(self):
+        with Queue(self.path) as queue:
+            queue.pause("a", "b")
+            queue.pause()
+            queue.limit_queue("c", 2)
+        queue = self.a_queue()
+        self.assertEqual(queue.status().paused, ["*", "a", "b"])
+        self.assertEqual([(view.name, view.paused, view.limit) for view in queue.queues()],
+                         [("a", True, 0), ("b", True, 0), ("c", False, 2),
+                          ("default", False, 0)])
+
+        queue.resume()
+        self.assertEqual(queue.status().paused, ["a", "b"])
+        queue.resume("a", "b")
+        self.assertEqual([view.name for view in queue.queues()], ["c", "default"])
+        queue.limit_queue("c", 0)
+        self.assertEqual([view.name for view in queue.queues()], ["default"])
+        for call in (lambda: queue.pause("*"), lambda: queue.limit_queue("c", -1),
+                     lambda: queue.limit_queue("", 1)):
+            with self.assertRaises(queuectl.QueueError):
+                call()
+
+    def test_a_waiting_job_says_all_that_hinders_it(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="dead")
+        queue.cancel("dead")
+        queue.enqueue("x", id="full")
+        pool = self.a_pool(queue, name="p", queues=("q", "full"))
+        queue.edit("full", queue="full")
+        self.claim_one(queue, pool)
+        queue.limit_queue("full", 1)
+        queue.pause("halt")
+        for fields, wanted in (
+                ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
+                ({"queue": "q"}, ["behind 2 other jobs"]),
+                ({"queue": "q", "delay": 120}, ["due in 2m"]),
+                ({"queue": "q", "after": ["dead"]}, ["after dead (cancelled)"]),
+                ({"queue": "full"}, ["queue `full` is at its limit 1"]),
+                ({"queue": "other"}, ["no worker takes queue `other`"]),
+                ({"queue": "halt", "delay": 60}, [
+                    "queue `halt` is paused", "due in 1m", "no worker takes queue `halt`"])):
+            with self.subTest(fields):
+                job = queue.enqueue("x", **fields)
+                self.assertEqual(queue.waiting_for(job), wanted)
+                in_line = ["waits for a slot"] if wanted[0].startswith(
+                    ("next", "behind")) else wanted
+                self.assertEqual(queue.why_waiting([job, queue.job("full")]),
+                                 {job.id: ", ".join(in_line)})
+        queue.pause()
+        pool.leave()
+        job = queue.enqueue("x")
+        self.assertEqual(queue.waiting_for(job),
+                         ["all queues are paused", "no worker is running"])
+        self.assertEqual(queue.waiting_for(queue.job("full")), [])
+
+    def test_a_failed_job_says_which_retry_it_waits_for(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", max_retries=3, backoff_base=120)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        self.assertEqual(queue.waiting_for(queue.job("job-1")), ["due in 2m (retry 1 of 2)"])
+
+    # What has changed.
+
+    def test_changes_come_in_order_each_once_from_any_place_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 0))
+        queue.enqueue("x", id="a", queue="q", max_retries=1)
+        claim = self.claim_one(queue, claims).claim
+        self.clock.now += 60
+        queue.enqueue("x", id="b")
+        claims.turn({claim: Outcome("failed", 7, "exit status 7")}, {}, [])
+        queue.cancel("b")
+        queue.retry("a")
+        found = [(e.id, e.source, e.target, e.reason) for e in queue.events_since()]
+
+        self.assertEqual(found, [
+            ("a", None, PENDING, "enqueued"),
+            ("a", PENDING, PROCESSING, "claimed by a worker"),
+            ("b", None, PENDING, "enqueued"),
+            ("a", PROCESSING, DEAD, "exit status 7"),
+            ("b", PENDING, CANCELLED, "cancelled"),
+            ("a", DEAD, PENDING, "retried by a person")])
+        self.assertEqual([e.target for e in queue.events_since(queue="q")],
+                         [PENDING, PROCESSING, DEAD, PENDING])
+        self.assertEqual(len(queue.events_since(since=queuectl.iso(NOON + 60))), 4)
+        self.assertEqual([e.seq for e in queue.events_since(limit=2)], [1, 2])
+        self.assertEqual([e.seq for e in queue.events_since(4)], [5, 6])
+        self.assertEqual(queue.events_since(queue.last_event()), [])
+        for job_id in "ab":
+            self.assertEqual([e._replace(seq=0) for e in queue.events_since()
+                              if e.id == job_id], queue.events(job_id))
+
+    def test_the_changes_of_deleted_jobs_go_and_no_number_comes_again(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.delete("a")
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 1))
+        queue.enqueue("x", id="b")
+        self.assertEqual([e.seq for e in queue.events_since()], [2])
+
+    def test_who_awaits_a_change_hears_of_the_next_commit_or_of_none(self):
+        queue, other = self.a_queue(), self.a_queue()
+        seen = queue.store.changes()
+        self.assertEqual(queue.await_change(seen, 0.0), seen)
+        later = threading.Timer(0.05, other.enqueue, ["x"])
+        later.start()
+        self.addCleanup(later.join)
+        self.assertNotEqual(queue.await_change(seen, DEADLINE), seen)
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_last_job_and_tells_how_far_they_are(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b"), Spec("x", id="c")])
+        other.cancel("a")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) == 1:
+                other.cancel("b")
+            elif len(told) == 2:
+                claims = self.a_pool(other)
+                claims.turn({self.claim_one(other, claims).claim: Outcome("completed", 0)},
+                            {}, [])
+        jobs = queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
+        self.assertEqual([(job.id, job.state) for job in jobs],
+                         [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
+        self.assertEqual(told, [queuectl.Progress(2, 0, 0, 1), queuectl.Progress(1, 0, 0, 2),
+                                queuectl.Progress(0, 0, 1, 2)])
+        self.assertEqual((told[0].over, told[0].left), (1, 2))
+
+    def test_a_job_that_was_over_counts_though_it_is_retried_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        other.cancel("a")
+        steps = [lambda: other.retry("a"), lambda: other.cancel("b")]
+        jobs = queue.wait("a", "b", timeout=DEADLINE,
+                          tell=lambda progress: steps.pop(0)() if steps else None)
+        self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
+
+    def test_waiting_in_vain_is_refused(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue("x", id="a")
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs are not over"):
+            queue.wait("a", timeout=0)
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 jobs are not over"):
+            queue.wait_all(timeout=0)
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", "gone")
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
+                queuectl.Sql.SEQ_OF, id="a") and other.delete("a"))
+        self.assertEqual(queue.wait(), [])
+
+    def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="before", queue="q"), Spec("x", id="a", queue="q"),
+                            Spec("x", id="b", queue="q"), Spec("x", id="c")])
+        other.cancel("before")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) < 3:
+                other.cancel("ab"[len(told) - 1])
+        self.assertEqual(queue.wait_all("q", DEADLINE, tell), queuectl.Progress(0, 0, 0, 2))
+        self.assertEqual(told[0], queuectl.Progress(2, 0, 0, 0))
+        with self.assertRaises(queuectl.NotFinished):
+            queue.wait_all(timeout=0)       # c is left
+        self.assertEqual(queue.progress(), queuectl.Progress(1, 0, 0, 3))
+        self.assertEqual(queue.progress("q"), queuectl.Progress(0, 0, 0, 3))
+
+    # Hooks.
+
+    def hooks(self, queue):
+        return [(job.command, job.env["QUEUECTL_JOB_ID"], job.env["QUEUECTL_STATE"],
+                 job.env["QUEUECTL_EXIT_CODE"], job.env["QUEUECTL_ERROR"])
+                for job in queue.jobs(queue="hooks", sort="oldest")]
+
+    def end_one(self, queue, claims, kind, exit_code=None, error=None):
+        claim = self.claim_one(queue, claims).claim
+        outcome = Outcome(kind, exit_code, error, 0.1)
+        for _ in range(2):      # it may be told of twice
+            claims.turn({claim: outcome}, {}, [])
+
+    def test_a_hook_follows_its_kind_of_end_once_and_is_told_of_it(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-completed", "good")
+        queue.configure("on-dead", "bad")
+        for name, kind, code, error, wanted in (
+                ("a", "completed", 0, None, [("good", "a", COMPLETED, "0", "")]),
+                ("b", "failed", 3, "exit status 3", []),
+                ("b", "failed", 4, "it: 'ünï'", [("bad", "b", DEAD, "4", "it: 'ünï'")]),
+                ("c", "failed", None, "no cwd", []),
+                ("c", "cancelled", None, "cancelled", []),
+                ("d", "released", None, None, []),
+                ("e", "lost", None, "its worker was lost", [
+                    ("bad", "e", DEAD, "", "its worker was lost")])):
+            with self.subTest(name=name, kind=kind):
+                queue.configure("crash-limit", "1")
+                if not queue.store.row(queuectl.Sql.SEQ_OF, id=name):
+                    queue.enqueue("x", id=name, max_retries=2, backoff_base=0, priority=1)
+                before = len(self.hooks(queue))
+                self.end_one(queue, claims, kind, code, error)
+                self.assertEqual(self.hooks(queue)[before:], wanted)
+                if name == "d":
+                    queue.cancel("d")
+        self.assertEqual(queue.jobs(queue="hooks")[0].cwd, os.path.dirname(queue.path))
+        self.assert_sound(queue)
+
+    def test_the_jobs_of_hooks_call_no_hooks(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for key in ("on-completed", "on-dead", "on-idle"):
+            queue.configure(key, key)
+        queue.enqueue("x", id="a")
+        self.end_one(queue, claims, "completed", 0)
+        self.assertEqual([hook[0] for hook in self.hooks(queue)],
+                         ["on-completed", "on-idle"])
+        self.end_one(queue, claims, "completed", 0)
+        queue.edit("job-3", max_retries=1)
+        self.end_one(queue, claims, "failed", 1)
+
+        self.assertEqual(len(self.hooks(queue)), 2)
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    def test_a_hook_is_added_with_the_change_or_not_at_all(self):
+        queue = self.a_queue()
+        queue.configure("on-idle", "idle")
+        job = queue.enqueue("x")
+        with self.assertRaises(ZeroDivisionError), queue.store.transaction() as store:
+            queuectl.move(store, [queuectl.Change("cancel", job, job)], NOON)
+            self.assertEqual(len(self.hooks(queue)), 1)
+            raise ZeroDivisionError     # as if the process were killed
+        self.assertEqual((queue.job("job-1").state, self.hooks(queue)), (PENDING, []))
+
+    def test_the_idle_hook_comes_when_nothing_is_left_and_only_then(self):
+        for number, (others, kind, is_idle) in enumerate((
+                ([], "completed", True), ([], "failed", True), ([], "cancelled", True),
+                ([], "released", False), ([{}], "completed", False),
+                ([{"delay": 3600}], "completed", False),
+                ([{"queue": "hooks"}], "completed", True),
+                ([{"after": ["a"]}], "failed", False))):
+            with self.subTest(others=others, kind=kind):
+                self.path = self.path_of(f"{number}.db")
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("on-idle", "idle")
+                queue.enqueue("x", id="a", priority=1, max_retries=1)
+                for other in others:
+                    queue.enqueue("y", **other)
+                self.end_one(queue, claims, kind, 1)
+                self.assertEqual([job.command for job in queue.jobs(search="idle")],
+                                 ["idle"] * is_idle)
+
+    def test_the_idle_hook_comes_once_for_all_that_end_together(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-idle", "idle")
+        queue.enqueue_many([Spec("x", id=name) for name in "abc"])
+        runs = claims.turn({}, {}, [1, 2]).claimed
+        claims.turn({run.claim: Outcome("completed", 0) for run in runs}, {}, [])
+        self.assertEqual(self.hooks(queue), [])
+        queue.cancel("c")
+        self.assertEqual(self.hooks(queue), [("idle", "c", CANCELLED, "", "")])
+        queue.enqueue("x", id="d")
+        queue.cancel("d")
+        self.assertEqual(len(self.hooks(queue)), 2)
+
 
 # ---- 10 Claims ---------------------------------------------------------------
 
@@ -1529,6 +1980,390 @@ class Turns(TestCase):
         with self.assertRaises(queuectl.InUse):
             self.a_pool(queue, name="a")
 
+    def test_each_change_that_matters_to_a_pool_rings_its_bell(self):
+        queue = self.a_queue()
+        bell = queuectl._bell()
+        self.addCleanup(bell.close)
+        Claims(queue, PoolOptions()).register(bell.getsockname()[1])
+        queue.enqueue("x", id="a")
+        for call in (lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+                     lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
+                     lambda: queue.cancel("a"), lambda: queue.retry("a"),
+                     lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"),
+                     lambda: queue.add_schedule("s", "@daily", command="x"),
+                     lambda: queue.pause_schedule("s", False),
+                     lambda: queue.run_schedule("s"),
+                     lambda: queue.configure("priority-ageing", "1m"),
+                     lambda: queue.reset("priority-ageing"), queue.stop_workers):
+            with self.subTest(inspect.getsource(call).strip()):
+                with contextlib.suppress(BlockingIOError):
+                    while bell.recv(queuectl.SOCKET_BUFFER):
+                        pass
+                call()
+                self.assertIn(bell.recv(queuectl.SOCKET_BUFFER),
+                              (queuectl.NEW_JOBS, queuectl.NEW_ORDERS))
+
+    # Pauses, limits, ageing.
+
+    def claimed_ids(self, claims, free=(1, 2, 3, 4)):
+        return [one.job.id for one in claims.turn({}, {}, free).claimed]
+
+    def test_a_paused_queue_waits_and_what_runs_goes_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.enqueue("x", id="runs", priority=9)
+        claim = self.claim_one(queue, claims).claim
+        queue.pause("a")
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        self.assertTrue(queue.status().paused)
+        settled = claims.turn({claim: Outcome("completed", 0)}, {}, [1]).settled
+        self.assertEqual([one.job.state for one in settled], [COMPLETED])
+
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_a_pause_of_all_and_that_of_a_queue_are_two_things(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.pause()
+        queue.resume("a", "b")
+        self.assertEqual(self.claimed_ids(claims), [])
+        queue.pause("a")
+        queue.resume()
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_what_a_paused_queue_holds_keeps_no_pool_from_draining(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", queue="a")
+        self.assertFalse(claims.is_drained())
+        queue.pause("a")
+        self.assertTrue(claims.is_drained())
+
+    def test_no_more_of_a_queue_run_than_its_limit_in_all_pools_together(self):
+        queue = self.a_queue()
+        one, two = self.a_pool(queue, name="one"), self.a_pool(queue, name="two")
+        queue.limit_queue("q", 2)
+        queue.enqueue_many([Spec("x", id=name, queue="q") for name in "abcde"])
+        first = one.turn({}, {}, [1]).claimed[0]
+        self.assertEqual(self.claimed_ids(two, [1, 2, 3]), ["b"])
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+
+        turn = one.turn({first.claim: Outcome("completed", 0)}, {}, [1, 2, 3])
+        self.assertEqual([claim.job.id for claim in turn.claimed], ["c"])
+        queue.limit_queue("q", 1)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+        queue.limit_queue("q", 0)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), ["d", "e"])
+
+    def test_without_ageing_a_high_job_always_goes_first(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="low")
+        self.clock.now += 86400
+        queue.enqueue("x", id="high", priority=1)
+        self.assertEqual(self.claimed_ids(claims, [1]), ["high"])
+
+    def test_with_ageing_a_low_job_goes_before_a_high_one_that_came_too_late(self):
+        for gap, first in ((299.9, "high"), (300.1, "low")):
+            with self.subTest(gap):
+                self.path, self.clock.now = self.path_of(f"{gap}.db"), NOON
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("priority-ageing", "1m")
+                queue.enqueue("x", id="low", priority=-1)
+                self.clock.now += gap
+                queue.enqueue("x", id="high", priority=4)
+                self.assertEqual(self.claimed_ids(claims, [1]), [first])
+
+    def test_with_ageing_a_steady_stream_of_high_jobs_starves_no_low_one(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("priority-ageing", "2s")
+        queue.enqueue("x", id="low")
+        taken = []
+        for _ in range(25):
+            queue.enqueue_many([Spec("x", priority=5)] * 2)     # more than one can do
+            self.clock.now += 1
+            one = self.claim_one(queue, claims)
+            taken.append(one.job.id)
+            claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+        # Before it go those that were due in the first 5 x 2 seconds, and no other.
+        self.assertEqual(taken.index("low"), 20)
+
+    def test_the_order_of_those_that_wait_never_changes_with_time(self):
+        chance = random.Random("order")
+        specs = [Spec("x", id=f"j{n}", priority=chance.randint(-9, 9),
+                      run_at=NOON - chance.uniform(0, 600)) for n in range(40)]
+        orders = []
+        for hours in (0, 1000):
+            self.path, self.clock.now = self.path_of(f"{hours}.db"), NOON
+            queue = self.a_queue()
+            queue.configure("priority-ageing", "1m")
+            queue.enqueue_many(specs)
+            self.clock.now += hours * 3600
+            orders.append(self.claimed_ids(self.a_pool(queue), range(1, 41)))
+
+        aged = sorted(specs, key=lambda spec: spec.run_at - 60 * spec.priority)
+        self.assertEqual(orders, [[spec.id for spec in aged]] * 2)
+
+    def test_what_was_in_line_before_ageing_takes_its_new_place_at_once(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="low", run_at=NOON - 600)
+        queue.enqueue("x", id="high", priority=1)
+        queue.configure("priority-ageing", "1m")
+        self.assertEqual(self.claimed_ids(self.a_pool(queue), [1]), ["low"])
+
+    # Retention.
+
+    def test_what_is_over_for_longer_than_it_is_kept_goes(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 1)}, {}, [])
+        queue.enqueue("x", id="gone")
+        queue.cancel("gone")
+        self.clock.now += 3600
+        for key, value, wanted in (
+                ("retention-completed", "2h", []), ("retention-completed", "59m", ["good"]),
+                ("retention-dead", "61m", []), ("retention-dead", "1h", ["bad"])):
+            with self.subTest(key=key, value=value):
+                queue.configure(key, value)
+                self.assertEqual([job.id for jobs in claims.expiry() for job in jobs],
+                                 wanted)
+        self.assertEqual([job.id for job in queue.jobs()], ["gone"])
+        self.assert_sound(queue)
+
+    # Schedules. NOON is the beginning of an hour, in any zone of whole hours.
+
+    def ticks(self, *pools):
+        """The jobs that schedules add in a turn of each pool; they end at once."""
+        before = pools[0]._queue.last_event()
+        for claims in pools:
+            claims.turn({}, {}, [])
+        added = [event.id for event in pools[0]._queue.events_since(before)]
+        for claims in pools:
+            taken = claims.turn({}, {}, [1, 2, 3, 4]).claimed
+            claims.turn({one.claim: Outcome("completed", 0) for one in taken}, {}, [])
+        return added
+
+    def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
+        queue, other = self.a_queue(), Queue(self.path, clock=lambda: self.clock.now - 0.7)
+        self.addCleanup(other.close)
+        pools = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
+        queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
+                           tags=["own"], env={"A": "b"})
+        added = []
+        for _ in range(3600):
+            self.clock.now += 1
+            if any(claims.is_work_there() for claims in pools):
+                added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
+
+        self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
+        job = queue.job("job-1")
+        self.assertEqual((job.command, job.queue, job.priority, job.tags, job.env, job.cwd),
+                         ("x", "q", 3, ("own", "schedule:s"), {"A": "b"}, os.getcwd()))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+        self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
+
+    def test_a_pool_sleeps_until_the_next_turn_of_a_schedule(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertIsNone(claims.next_due())
+        queue.add_schedule("s", "30 * * * *", command="x")
+        self.assertEqual(claims.next_due(), NOON + 1800)
+        self.assertFalse(claims.is_work_there())
+        self.clock.now += 1800
+        self.assertTrue(claims.is_work_there())
+        queue.pause_schedule("s")
+        self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
+
+    def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now = NOON + 601
+        self.assertEqual(len(self.ticks(claims)), 1)
+        self.clock.now = NOON + 540
+        added = []
+        while self.clock.now < NOON + 1190:
+            self.clock.now += 10
+            added += self.ticks(claims)
+        self.assertEqual(added, [])
+        self.clock.now = NOON + 1200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_clock_that_was_a_day_ahead_stops_no_schedule_for_a_day(self):
+        for has_run in (True, False):
+            with self.subTest(has_run=has_run):
+                self.path, self.clock.now = self.path_of(f"{has_run}.db"), NOON + 86400
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.add_schedule("s", "*/10 * * * *", command="x")
+                self.clock.now += 600 * has_run
+                self.assertEqual(len(self.ticks(claims)), int(has_run))
+                self.clock.now = NOON + 1
+                self.assertEqual(self.ticks(claims), [])
+                self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 600))
+                self.clock.now = NOON + 601
+                self.assertEqual([len(self.ticks(claims)) for _ in "ab"], [1, 0])
+
+    def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for name, cron in (("often", "*/10 * * * *"), ("daily", "0 0 * * *"),
+                           ("seldom", "@yearly")):
+            queue.add_schedule(name, cron, command=name)
+        self.clock.now += 3 * 86400 + 5
+        self.assertEqual(sorted(queue.job(job_id).command for job_id in self.ticks(*pools)),
+                         ["daily", "often"])
+        self.assertEqual(self.ticks(*pools), [])
+        self.assertEqual(queue.schedule("often").next_run,
+                         queuectl.iso(NOON + 3 * 86400 + 600))
+
+    def test_a_turn_whose_last_job_is_not_over_is_skipped(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x", max_retries=2,
+                           backoff_base=3600)
+        turn, jobs = NOON, []
+        for act in (lambda: None, lambda: None,     # it waits
+                    lambda: self.claim_one(queue, claims),
+                    lambda: claims.turn({1: Outcome("failed", 1)}, {}, []),
+                    lambda: queue.cancel("job-1"), lambda: queue.delete("job-2")):
+            turn += 600
+            self.clock.now = turn
+            act()
+            claims.turn({}, {}, [])
+            jobs.append(queue.store.row(queuectl.Sql.LAST_SEQ)[0])
+            self.assertGreater(queue.schedule("s").next_run, queuectl.iso(turn))
+        self.assertEqual(jobs, [1, 1, 1, 1, 2, 3])
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+
+    def test_a_schedule_that_rested_makes_nothing_up(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        self.clock.now += 3605
+        self.assertEqual((queue.schedule("s").paused, self.ticks(claims)), (True, []))
+        resumed = queue.pause_schedule("s", False)
+        self.assertEqual((resumed.paused, resumed.next_run),
+                         (False, queuectl.iso(NOON + 4200)))
+        self.assertEqual(self.ticks(claims), [])
+        self.clock.now = NOON + 4200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_schedule_run_by_hand_runs_beside_its_turns(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        job = queue.run_schedule("s")
+        self.assertEqual((job.command, job.tags), ("x", ("schedule:s",)))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON))
+        queue.pause_schedule("s", False)
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(len(queue.jobs()), 1)      # that one is not over
+        queue.cancel(job.id)
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), ["job-2"])
+
+    def test_a_removed_schedule_comes_no_more_and_its_jobs_stay(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.remove_schedule("s").name, "s")
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), [])
+        self.assertEqual(queue.job("job-1").tags, ("schedule:s",))
+        for call in (queue.remove_schedule, queue.pause_schedule, queue.run_schedule):
+            with self.assertRaises(queuectl.NoSuchSchedule):
+                call("s")
+
+    def test_a_schedule_that_cannot_be_is_refused_and_not_kept(self):
+        queue = self.a_queue()
+        queue.add_schedule("nightly", "@daily", command="x")
+        for name, cron, fields, error in (
+                ("nightly", "@hourly", {"command": "x"}, queuectl.ScheduleExists),
+                ("s", "61 * * * *", {"command": "x"}, queuectl.InvalidValue),
+                ("s", "@daily", {"command": ""}, queuectl.InvalidJob),
+                ("s", "@daily", {}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "id": "a"}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "after": ["a"]}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "delay": 1}, queuectl.InvalidJob),
+                ("a b", "@daily", {"command": "x"}, queuectl.InvalidJob)):
+            with self.subTest(name=name, cron=cron, fields=fields), \
+                    self.assertRaises(error):
+                queue.add_schedule(name, cron, **fields)
+        self.assertEqual([one.name for one in queue.schedules()], ["nightly"])
+        with self.assertRaisesRegex(queuectl.NoSuchSchedule, "did you mean `nightly`"):
+            queue.schedule("nightyl")
+
+    # The zones by their rules as POSIX writes them, so no database of zones is needed;
+    # the noons of the days before the two changes, by the local clock; how often the
+    # minute is 0 in the 48 hours from there on.
+    ZONES = (
+        ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
+        ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
+        ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0", (2027, 4, 3), (2027, 10, 2), 47),
+    )                                                                       # Lord Howe
+
+    def local_zone(self, zone):
+        """The local time of this process, until the test ends."""
+        before = os.environ.get("TZ")
+
+        def put_back():
+            os.environ.pop("TZ")
+            if before is not None:
+                os.environ["TZ"] = before
+            time.tzset()
+        self.addCleanup(put_back)
+        os.environ["TZ"] = zone
+        time.tzset()
+
+    def test_on_the_days_of_daylight_saving_each_turn_brings_one_job(self):
+        """Two pools, minute by minute, for 48 hours from noon."""
+        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
+        memory = memory_directory()
+        self.addCleanup(shutil.rmtree, memory)
+        for zone, *noons, hours in self.ZONES:
+            for noon in noons:
+                with self.subTest(zone=zone, noon=noon):
+                    self.path = os.path.join(memory, f"{zone[:4]}{noon}.db")
+                    self.local_zone(zone)
+                    added = self.turns_from(noon, (*fixed, "*/15 * * * *", "0 * * * *"))
+                    nights = [time.localtime(time.mktime(
+                        (*noon[:2], noon[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday
+                        for n in (1, 2)]
+                    for cron in fixed:
+                        self.assertEqual([at.tm_yday for at in added[cron]], nights, cron)
+                    self.assertEqual(len(added["*/15 * * * *"]), 48 * 4)
+                    self.assertEqual(len(added["0 * * * *"]), hours)
+
+    def turns_from(self, day, crons):
+        """When each of these schedules has a job in the 48 hours from a local noon."""
+        self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for number, cron in enumerate(crons):
+            queue.add_schedule(f"s{number}", cron, command=cron)
+        added = {cron: [] for cron in crons}
+        for _ in range(48 * 60):
+            self.clock.now += 60
+            if pools[0].is_work_there():
+                for job_id in self.ticks(*pools):
+                    added[queue.job(job_id).command].append(time.localtime(self.clock.now))
+        return added
+
 
 # ---- 11 Check ----------------------------------------------------------------
 
@@ -1602,6 +2437,101 @@ class Views(TestCase):
             self.assertEqual(
                 queuectl.settled_line(settled[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
+
+    PLAIN = queuectl.Style(False, 0, NOON)
+    COLOURED = queuectl.Style(True, 40, NOON)
+
+    def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
+        P = queuectl.Progress
+        for progress, seconds, width, line in (
+                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
+                (P(6, 2, 2, 0), 4.0, 50,
+                 "[##............] 2/10  2 running  0.5/s  16s left"),
+                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
+                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
+                (P(0, 0, 3, 1), 2.0, 60,
+                 "[#####################] 4/4  0 running  1 dead or cancelled"),
+                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
+                 "2 dead or cancelled  1/s  1s left"),
+                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
+                 "  4 running  100/s  16m 31s left"),
+                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
+            with self.subTest(progress=progress, width=width):
+                shown = queuectl.progress_line(progress, seconds, width)
+                self.assertEqual(shown, line)
+                self.assertLess(queuectl.columns(shown), width)
+
+    def test_columns_stand_in_line_whatever_the_width_of_letters(self):
+        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
+                ("a", "4", "日本語" * 9))
+        self.assertEqual(queuectl.grid(rows, self.PLAIN), [
+            "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
+        shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
+        self.assertEqual(shown[3], "a     4   日本語日本語日…")
+        self.assertLessEqual(queuectl.columns(shown[3]), 25)
+
+    def test_queues_are_shown_with_the_states_that_occur(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
+        queue.cancel("a")
+        queue.pause("q")
+        queue.limit_queue("gpu", 12)
+        self.assertEqual(queuectl.queue_lines(queue.queues(), self.PLAIN), [
+            "QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
+            "default  -      0        0",
+            "gpu      12     1        0",
+            "q        -      0        1          paused"])
+        self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
+            "name": "q", "paused": True, "limit": 0,
+            "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+
+    def test_schedules_are_shown_with_what_comes_and_what_was(self):
+        queue = self.a_queue()
+        queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
+        queue.add_schedule("rests", "@daily", command="x")
+        queue.pause_schedule("rests")
+        queue.run_schedule("a")
+        self.clock.now += 120
+        style = self.PLAIN._replace(now=self.clock.now)
+        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
+            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
+            "a      */10 * * * *  in 8m   2m ago  q        make; all",
+            "rests  @daily        paused  -       default  x"])
+        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
+            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
+            "paused": False, "next_run": queuectl.iso(NOON + 600),
+            "last_run": queuectl.iso(NOON)})
+
+    def test_the_next_turns_are_told_in_words_and_times(self):
+        queue = self.a_queue()
+        zone = time.strftime("%Z", time.localtime(NOON))
+        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
+        words, times = queuectl.turn_lines(schedule, NOON)
+        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
+        self.assertEqual(times, "next: " + ", ".join(time.strftime(
+            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
+            for n in (1, 2, 3)))
+
+    def test_a_change_is_one_line_that_no_terminal_obeys(self):
+        event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
+        self.assertEqual(queuectl.event_line(event, self.PLAIN),
+                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
+        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
+                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
+                         "\x1b[31mdead\x1b[0m  a [2J; b")
+        self.assertEqual(queuectl.event_object(event), {
+            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
+            "reason": "a\x1b[2J\nb"})
+
+    def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
+        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
+                         b"a | one\na | \na | two\xff")
+        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
+        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
+                   for place in range(7)]
+        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
+        self.assertEqual(len(set(colours)), 6)
+        self.assertEqual(colours[6], colours[0])
 
 
     def test_a_unit_file_hands_over_each_word_as_it_stands(self):
@@ -2326,6 +3256,371 @@ class CommandLine(TestCase):
             self.assertEqual(code, 0)
             self.assertIn(entry.help[1:], " ".join(out.split()))
 
+    def test_every_help_shows_its_groups_and_examples_that_parse(self):
+        for entry in queuectl.COMMANDS:
+            with self.subTest(entry.words):
+                shown = " ".join(run_cli(*entry.words, "--help")[1].split())
+                self.assertTrue(entry.examples)
+                for one in entry.options:
+                    self.assertIn(f"{one.group}: ".lstrip(), shown)
+                    for name in one.names:
+                        if name.startswith("--"):
+                            self.assertIn(name, shown)
+                for example in entry.examples:
+                    self.assertIn(f"queuectl {' '.join(example.split())}", shown)
+                    words = shlex.split(example)
+                    self.assertIs(queuectl._parse(words).entry, entry)
+
+    def test_examples_that_harm_nobody_run(self):
+        self.cli("enqueue", "x", "--id", "job-1")
+        for entry in queuectl.COMMANDS:
+            for example in entry.examples:
+                words = shlex.split(example)
+                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
+                        or {"--watch", "--follow"} & {*words}:
+                    continue
+                with self.subTest(example):
+                    code, _, err = self.cli(*words)
+                    self.assertIn(code, (0, 1), err)
+                    if code:    # what it asks of is not there
+                        self.assertRegex(err, "there is no|no job|no schedule|not dead|is ")
+
+    def test_a_mistyped_flag_names_the_nearest_and_an_abbreviation_is_none(self):
+        for argv, hint in ((("list", "--stat", "dead"), "--state"),
+                           (("list", "--stat=dead"), "--state"),
+                           (("enqueue", "--prio", "5", "x"), "--priority"),
+                           (("enqueue", "x", "--qeue", "q"), "--queue"),
+                           (("purge", "--dry-rn"), "--dry-run"),
+                           (("status", "--bd", "x"), "--db"),
+                           (("queue", "lst"), "queue list"), (("schedul", "list"), "schedule"),
+                           (("edit", "job-1", "--max-retry", "1"), "--max-retries")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn(f"did you mean `{hint}`?", err)
+        self.assertFalse(os.path.exists(self.path))
+        self.assertIn("in quotes, or --", self.cli("enqueue", "echo", "hi")[2])
+
+    # Choosing jobs.
+
+    def some_jobs(self):
+        """Two pending jobs and one of each of completed, dead and cancelled."""
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 3)}, {}, [])
+        queue.enqueue_many([Spec("x", id="gone"), Spec("make", id="a", tags=("t",)),
+                            Spec("make", id="b", queue="q")])
+        queue.cancel("gone")
+        claims.leave()
+        return queue
+
+    def test_ids_or_a_choice_and_never_both_or_neither(self):
+        self.some_jobs()
+        for argv in (("retry",), ("cancel", "a", "--all"), ("delete", "a", "--tag", "t"),
+                     ("dlq", "retry"), ("dlq", "retry", "bad", "--all"), ("wait",),
+                     ("wait", "a", "--all"), ("cancel", "--state", "dead"),
+                     ("retry", "-s", "processing"), ("delete", "-s", "processing"),
+                     ("purge", "-s", "processing"),
+                     ("purge", "-s", "pending", "--older-than", "1d"),
+                     ("purge", "-s", "dead", "-s", "failed", "--older-than", "1d"),
+                     ("edit", "a"), ("edit", "--priority", "1")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""), err)
+        self.assertEqual(len(json.loads(self.cli("list", "--json")[1])), 5)
+
+    def test_a_choice_changes_all_that_fit_and_says_how_many(self):
+        for argv, said, left in (
+                (("retry", "--all"), "2 jobs pending again", {"good": COMPLETED}),
+                (("retry", "--state", "dead"), "bad pending again",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("cancel", "--search", "make"), "2 jobs cancelled",
+                 {"a": CANCELLED, "b": CANCELLED}),
+                (("cancel", "--tag", "t"), "a cancelled", {"a": CANCELLED, "b": PENDING}),
+                (("delete", "--queue", "q", "-s", "pending"), "b deleted", {"a": PENDING}),
+                (("delete", "--all"), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("delete", "--tag", "no"), "no such jobs", {"bad": DEAD}),
+                (("dlq", "retry", "--all"), "bad pending again", {"bad": PENDING}),
+                (("dlq", "retry", "--queue", "q"), "no such jobs", {"bad": DEAD}),
+                (("dlq", "purge"), "bad deleted", {"good": COMPLETED}),
+                (("purge",), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("purge", "-s", "pending", "-s", "dead"), "3 jobs deleted",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("purge", "--older-than", "1h"), "no such jobs", {"bad": DEAD}),
+                (("purge", "--dry-run"), "would delete 1 completed, 1 dead, 1 cancelled",
+                 {"bad": DEAD, "good": COMPLETED}),
+                (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
+                 {"a": PENDING})):
+            with self.subTest(argv):
+                self.path = self.path_of("-".join(argv))
+                queue = self.some_jobs()
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out, err), (0, "", said + "\n"))
+                states = {job.id: job.state for job in queue.jobs()}
+                self.assertEqual({name: states[name] for name in left}, left)
+                self.assert_sound(queue)
+
+    def test_what_was_swept_is_printed_as_json(self):
+        self.some_jobs()
+        out = self.cli("cancel", "--all", "--json")[1]
+        self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
+                         [("b", CANCELLED), ("a", CANCELLED)])
+        self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
+        self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
+
+    def test_an_edit_says_what_it_changed(self):
+        self.some_jobs()
+        code, out, err = self.cli("edit", "a", "b", "--priority", "5", "--queue", "z")
+        self.assertEqual((code, out), (0, ""))
+        self.assertIn("a, b: ", err)
+        jobs = json.loads(self.cli("edit", "a", "--run-at", "2031-01-01T00:00:00Z",
+                                   "--json")[1])
+        self.assertEqual([(job["id"], job["priority"], job["queue"], job["run_at"])
+                          for job in jobs], [("a", 5, "z", "2031-01-01T00:00:00.000Z")])
+        code, _, err = self.cli("edit", "good", "--priority", "1", "--json")
+        self.assertEqual((code, json.loads(err)["error"]["code"]), (1, "wrong-state"))
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_status_of_the_one_job(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, outcome, status in (
+                ("ok", Outcome("completed", 0), 0), ("own", Outcome("failed", 7), 7),
+                ("signal", Outcome("failed", 137, "killed by SIGKILL"), 137),
+                ("late", Outcome("timeout", 124, "timed out"), 124),
+                ("unstarted", Outcome("failed", None, "no directory"), 1),
+                ("gone", Outcome("cancelled", None), 1)):
+            with self.subTest(name):
+                queue.enqueue("x", id=name, max_retries=1)
+                claims.turn({self.claim_one(queue, claims).claim: outcome}, {}, [])
+                code, out, err = self.cli("wait", name)
+                self.assertEqual((code, out), (status, ""))
+                self.assertIn(f"{name} {queue.job(name).state}", err)
+                self.assertEqual(self.cli("wait", name, "-q"), (status, "", ""))
+        self.assertEqual(self.cli("wait", "ok", "ok")[0], 0)
+        code, _, err = self.cli("wait", "ok", "own")
+        self.assertEqual(code, 1)
+        self.assertIn("1 of 2 jobs completed", err)
+        self.assertEqual(self.cli("wait", "--all")[0], 0)       # nothing was left
+        self.assertEqual(self.cli("wait", "--tag", "none")[0], 0)
+        self.assertEqual(self.cli("wait", "nope")[0], 1)
+
+    def test_waiting_too_long_is_no_success_and_a_missing_worker_is_said(self):
+        self.some_jobs()
+        for argv in (("wait", "a"), ("wait", "--all"), ("wait", "--queue", "q"),
+                     ("wait", "--tag", "t"), ("wait", "a", "b")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv, "--timeout", "10ms")
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn("no worker is running; `queuectl worker start`", err)
+                self.assertIn("not over yet; wait longer", err)
+        self.assertEqual(queuectl.NotFinished.code, "not-finished")
+        self.assertIn("no worker is running", self.cli("enqueue", "x")[2])
+        self.assertEqual(self.cli("enqueue", "x", "-q")[2], "")
+
+    # Queues, schedules, changes.
+
+    def test_queues_are_paused_limited_and_listed(self):
+        for argv, said in (
+                (("pause", "--queue", "a", "--queue", "b"), "queues a, b paused;"),
+                (("pause",), "all queues paused;"),
+                (("resume", "--queue", "a"),
+                 "queue a resumed; still paused: all queues, by a pause of all, b"),
+                (("queue", "list"), "all queues are paused; `queuectl resume` ends that"),
+                (("resume",), "all queues resumed; still paused: b"),
+                (("queue", "set", "gpu", "--limit", "2"), "queue gpu: at most 2 at once"),
+                (("queue", "set", "b", "--limit", "1"), "queue b: at most 1 at once"),
+                (("queue", "set", "b", "--limit", "0"), "queue b: no limit")):
+            with self.subTest(argv):
+                code, _, err = self.cli(*argv)
+                self.assertEqual(code, 0)
+                self.assertIn(said, err)
+        shown = json.loads(self.cli("queue", "list", "--json")[1])
+        self.assertEqual([(one["name"], one["paused"], one["limit"]) for one in shown],
+                         [("b", True, 0), ("default", False, 0), ("gpu", False, 2)])
+        self.assertEqual(json.loads(self.cli("status", "--json")[1])["paused"], ["b"])
+        for argv in (("queue", "set", "gpu"), ("queue", "set", "gpu", "--limit", "-1"),
+                     ("pause", "--queue", "a b")):
+            self.assertEqual(self.cli(*argv)[0], 2)
+
+    def test_a_schedule_is_added_shown_and_taken_away(self):
+        code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
+                                  "--priority", "4", "--", "sh", "-c", "a && b")
+        self.assertEqual((code, out), (0, ""))
+        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
+                              "no worker is running")
+        shown = json.loads(self.cli("schedule", "list", "--json")[1])
+        self.assertEqual(tuple(shown[0]), ("name", "cron", "command", "queue", "paused",
+                                           "next_run", "last_run"))
+        self.assertEqual(shown[0]["command"], "sh -c 'a && b'")
+        job_id = self.cli("schedule", "run", "night")[1].strip()
+        job = json.loads(self.cli("show", job_id, "--json")[1])
+        self.assertEqual((job["command"], job["queue"], job["priority"], job["tags"]),
+                         ("sh -c 'a && b'", "q", 4, ["schedule:night"]))
+        self.assertEqual(self.cli("schedule", "pause", "night")[2], "night paused\n")
+        self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +paused ")
+        self.assertIn("next: ", self.cli("schedule", "resume", "night")[2])
+        self.assertIn("removed", self.cli("schedule", "remove", "night")[2])
+        self.assertIn("no schedules", self.cli("schedule", "list")[2])
+        self.assertEqual(self.cli("show", job_id)[0], 0)
+
+    def test_a_schedule_that_is_wrong_is_refused(self):
+        self.cli("schedule", "add", "night", "@daily", "x")
+        for argv, status in ((("add", "night", "@daily", "x"), 1),
+                             (("add", "b", "61 * * * *", "x"), 1),
+                             (("add", "b", "@daily"), 2), (("add", "b"), 2),
+                             (("add", "b", "@daily", "x", "--", "y"), 2),
+                             (("add", "b", "@daily", "x", "--id", "i"), 2),
+                             (("remove", "nigth"), 1), (("run", "x"), 1), (("pause",), 2)):
+            with self.subTest(argv):
+                code, out, err = self.cli("schedule", *argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+        self.assertEqual(len(json.loads(self.cli("schedule", "list", "--json")[1])), 1)
+
+    def test_changes_are_printed_oldest_first(self):
+        queue = self.some_jobs()
+        lines = [json.loads(line) for line in self.cli("events", "--json")[1].splitlines()]
+        self.assertEqual(lines, [queuectl.event_object(e) for e in queue.events_since()])
+        self.assertEqual(list(lines[0].items())[:3],
+                         [("id", "good"), ("from", None), ("to", PENDING)])
+        self.assertEqual(tuple(lines[0])[3:], ("at", "reason"))
+        self.assertEqual([line.split("  ")[1:3] for line
+                          in self.cli("events", "--queue", "q")[1].splitlines()],
+                         [["b", "- -> pending"]])
+        for since, n in (("1h", len(lines)), ("+1h", 0), ("2020-01-01", len(lines))):
+            self.assertEqual(len(self.cli("events", "--since", since)[1].splitlines()), n)
+        self.assertEqual(self.cli("events", "--since", "soon")[0], 2)
+
+    # Following what jobs print.
+
+    def printed(self, text):
+        output = Output(1 << 16)
+        output.feed(text)
+        return output
+
+    def test_a_follower_goes_through_the_retries_to_the_end(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a", max_retries=2, backoff_base=0)
+        follower = queuectl.Follower(queue, "a")
+        last, early = queuectl.Follower(queue, "a"), queuectl.Follower(queue, "a", 1)
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"one\ntw")}, [])
+        self.assertEqual(follower.step(), (b"one\ntw", ""))
+        self.assertEqual(follower.step(), (b"", ""))
+        claims.turn({claim: Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8)}, {}, [])
+        self.assertEqual(follower.step(), (b"o\n", "-- run 1 of a: failed"))
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        self.assertEqual((early.step(), early.is_over), ((b"one\ntwo\n", ""), True))
+
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({claim: Outcome("completed", 0, None, 0.1, b"done", 4)}, {}, [])
+        self.assertEqual((follower.step(), follower.is_over), ((b"done", ""), True))
+        self.assertEqual((last.step(), last.is_over), ((b"done", ""), True))
+
+    def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a")
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n")}, [])
+        followers = [queuectl.Follower(queue, "a", lines=n) for n in (0, 2, 9, None)]
+        self.assertEqual([one.step()[0] for one in followers],
+                         [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n4\n5\n")}, [])
+        self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
+
+    def test_to_follow_what_never_ran_ends_in_words(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.cancel("a")
+        code, _, err = self.cli("logs", "-f", "a")
+        self.assertEqual(code, 1)
+        self.assertIn("a has not run yet", err)
+
+    # Streams.
+
+    def a_file(self, content):
+        with open(self.path_of("lines"), "wb") as file:
+            file.write(content)
+        fd = os.open(self.path_of("lines"), os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def test_lines_come_as_they_are_written_and_the_last_needs_no_end(self):
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        batches = queuectl._line_batches(read_end)
+        os.write(write_end, b"a\r\n\nb\nc")
+        self.assertEqual(next(batches), [b"a\r", b"", b"b"])
+        os.write(write_end, b"d\n")
+        self.assertEqual(next(batches), [b"cd"])
+        os.write(write_end, b"e")
+        os.close(write_end)
+        self.assertEqual(list(batches), [[b"e"]])
+
+    def test_many_lines_at_once_are_taken_in_bounded_batches(self):
+        batches = list(queuectl._line_batches(self.a_file(b"x\n" * 200_000)))
+        sizes = [len(batch) for batch in batches]
+        self.assertLess(max(sizes), queuectl.STREAM_BATCH + queuectl.READ_SIZE)
+        self.assertEqual(sum(line == b"x" for batch in batches for line in batch), 200_000)
+
+    def test_of_an_endless_line_only_what_can_be_refused_is_kept(self):
+        content = b"x" * (queuectl.MAX_LINE + 3 * queuectl.READ_SIZE) + b"\necho ok\n"
+        first, second = [line for batch in queuectl._line_batches(self.a_file(content))
+                         for line in batch if line]
+        self.assertLess(len(first), queuectl.MAX_LINE + 2 * queuectl.READ_SIZE)
+        self.assertEqual(second, b"echo ok")
+
+        queue, refused = self.a_queue(), []
+        stream = queuectl.Stream(queue, {}, refused.append)
+        self.assertEqual([job.command for job in stream.add([first, second])], ["echo ok"])
+        self.assertRegex(str(refused[0]), "^line 1: command")
+
+    def test_bad_lines_of_a_stream_are_numbered_and_passed_over(self):
+        queue, refused = self.a_queue(), []
+        queue.enqueue("x", id="taken")
+        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append)
+        jobs = stream.add([
+            b"echo a", b"# a comment", b"", b"{bad}", b'{"command": "b", "id": "taken"}',
+            b'[{"command": "c", "id": "c"}, {"command": "d", "id": "d"}]'])
+        jobs += stream.add([b'[{"command": "e"}, {"command": ""}]', b"\xff",
+                            b'{"command": "f", "id": "c"}', b"echo g", b""])
+
+        self.assertEqual([(job.command, job.queue) for job in jobs],
+                         [("echo a", "q"), ("c", "q"), ("d", "q"), ("echo g", "q")])
+        self.assertEqual([str(error).partition(": ")[0] for error in refused],
+                         ["line 4", "line 5", "line 7", "line 8", "line 9"])
+        self.assertEqual(stream.refused, 5)
+        self.assertEqual([job.id for job in queue.jobs(queue="q", sort="oldest")],
+                         [job.id for job in jobs])
+
+    def test_a_stream_waits_for_a_database_that_is_busy(self):
+        queue = self.a_queue()
+        queue.store.patience = 0.01
+        rival = sqlite3.connect(queue.path, isolation_level=None)
+        self.addCleanup(rival.close)
+        rival.execute("BEGIN IMMEDIATE")
+        refused = []
+
+        def refuse(error):
+            refused.append(error.code)
+            rival.execute("ROLLBACK")
+        stream = queuectl.Stream(queue, {}, refuse)
+        self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
+        self.assertEqual((refused, stream.refused), (["busy"], 0))
+
+    def test_a_stream_takes_no_other_source(self):
+        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
+                     ("@f",)):
+            with self.subTest(argv):
+                self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
+
 
     def test_a_unit_file_is_of_this_program_and_queue_and_makes_none(self):
         code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
@@ -2536,6 +3831,101 @@ class Processes(TestCase):
     def read(self, name):
         with open(self.path_of(name)) as file:
             return file.read()
+
+
+class Picture:
+    """What a terminal shows of what was written to it; only what we ourselves use."""
+
+    def __init__(self, width):
+        self.lines, self._width, self._row, self._column = [""], width, 0, 0
+        self._wraps, self._rest = True, ""
+
+    def write(self, text):
+        parts = re.split(r"(\x1b\[[?0-9;]*[a-zA-Z]|[\r\n])", self._rest + text)
+        parts, self._rest = (parts[:-1], parts[-1]) if "\x1b" in parts[-1] else (parts, "")
+        for part in parts:
+            self._obey(part)
+
+    def _obey(self, part):
+        if part == "\r":
+            self._column = 0
+        elif part == "\n":
+            self._go_down()
+        elif part == "\x1b[J":
+            del self.lines[self._row + 1:]
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part == "\x1b[K":
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part in ("\x1b[?7l", "\x1b[?7h"):
+            self._wraps = part.endswith("h")
+        elif re.fullmatch(r"\x1b\[\d+A", part):
+            self._row = max(0, self._row - int(part[2:-1]))
+        elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
+            for char in part:
+                self._put(char)
+
+    def _go_down(self):
+        self._row += 1
+        if self._row == len(self.lines):
+            self.lines.append("")
+
+    def _put(self, char):
+        if self._column == self._width:
+            if not self._wraps:
+                return
+            self._column = 0
+            self._go_down()
+        line = self.lines[self._row].ljust(self._column)
+        self.lines[self._row] = line[:self._column] + char + line[self._column + 1:]
+        self._column += 1
+
+
+class Terminal:
+    """A program on a terminal of its own: what it writes, and what is typed."""
+
+    def __init__(self, argv, directory, size, environ):
+        self.text, self.picture = "", Picture(size[1])
+        self._main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        inherited = {name: value for name, value in os.environ.items()
+                     if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            argv, cwd=directory, stdin=side, stdout=side, stderr=side,
+            env={**inherited, "TERM": "xterm", **environ}, start_new_session=True,
+            preexec_fn=functools.partial(fcntl.ioctl, side, termios.TIOCSCTTY, 0))
+        os.close(side)
+
+    def type(self, keys):
+        os.write(self._main, keys)
+
+    def until(self, condition):
+        """Read until the condition holds of the text."""
+        wait_for(lambda: condition(self.text) or (self._read() and False),
+                 "the screen")
+
+    def end(self):
+        """Read to the end; the exit status."""
+        while self._read(DEADLINE):
+            pass
+        return self.process.wait(DEADLINE)
+
+    def _read(self, seconds=0.05):
+        """Read what is there; whether there may be more."""
+        if not select.select([self._main], [], [], seconds)[0]:
+            return False
+        try:
+            piece = os.read(self._main, 65536).decode("utf-8", "replace")
+        except OSError:     # EIO: nobody has the other side any more
+            return False
+        self.text += piece.replace("\r\n", "\n")
+        self.picture.write(piece)
+        return bool(piece)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._main)
 
 
 class Program(Processes):
@@ -2927,6 +4317,284 @@ class Program(Processes):
             self.assertEqual(self.runs(name)[-1].output.split()[0].decode(), wanted)
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
 
+    # Waiting, hooks, schedules, retention: by a real pool.
+
+    def test_enqueue_wait_ends_as_the_job_did(self):
+        self.worker("-c", "4", "--name", "w")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        for command, flags, status in (
+                ("echo hi", (), 0), ("exit 7", (), 7), ("kill -9 $$", (), 137),
+                ("sleep 100", ("--timeout", "100ms"), 124),
+                ('[{"command": "true"}, {"command": "exit 3"}]', (), 1)):
+            with self.subTest(command):
+                code, out, err = self.call("enqueue", command, "--max-retries", "1",
+                                           "--wait", *flags)
+                self.assertEqual((code, out.count("\n")), (status, 1), err)
+                self.assertNotIn("no worker", err)
+        self.assertIn("1 of 2 jobs completed", err)
+
+    def test_a_hook_s_command_is_told_of_the_job_that_it_follows(self):
+        self.call("config", "set", "on-dead", "echo $QUEUECTL_JOB_ID $QUEUECTL_STATE "
+                  "$QUEUECTL_EXIT_CODE $QUEUECTL_ERROR $QUEUECTL_QUEUE >> told")
+        self.call("config", "set", "on-idle", "echo idle $QUEUECTL_JOB_ID >> told")
+        self.enqueue("exit 3", "--id", "bad", "--max-retries", "1")
+        self.drain()
+
+        self.assertRegex(self.read("told"), r"bad dead 3 .*3.* hooks\nidle bad\n")
+        self.assertEqual({job["queue"]: job["state"] for job in json.loads(
+            self.call("list", "--json")[1])}, {"hooks": COMPLETED, "default": DEAD})
+
+    def test_a_schedule_s_job_runs_where_it_was_added(self):
+        os.mkdir(self.path_of("here"))
+        subprocess.run(self.command("schedule", "add", "s", "@yearly", "--env", "A=b",
+                                    "--", "sh", "-c", "echo $A > ran"),
+                       cwd=self.path_of("here"), stderr=subprocess.DEVNULL, check=True)
+        self.call("schedule", "run", "s")
+        self.drain()
+        self.assertEqual(self.read("here/ran"), "b\n")
+
+    def test_a_pool_deletes_what_is_over_for_long_enough(self):
+        for key, value in (("heartbeat", "100ms"), ("retention-completed", "200ms"),
+                           ("retention-dead", "1d")):
+            self.call("config", "set", key, value)
+        self.call("enqueue", "-", input=b"true\n" * 30)
+        self.enqueue("exit 1", "--id", "bad", "--max-retries", "1")
+        self.worker("-c", "2")
+        self.wait_state("bad", DEAD)
+        with Queue(self.path) as queue:
+            wait_for(lambda: not queue.counts()[COMPLETED], "the deletion")
+            self.assertEqual([job.id for job in queue.jobs()], ["bad"])
+            self.assert_sound(queue)
+
+    # Programs that read and write as things happen.
+
+    def running(self, *argv, **options):
+        process = subprocess.Popen(self.command(*argv), cwd=self.dir,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, **options)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        self.addCleanup(process.stdin.close)
+        return process
+
+    def test_a_line_of_a_stream_starts_at_once(self):
+        self.worker("-c", "2")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        stream = self.running("enqueue", "--stream")
+        takes = []
+        for number in range(5):
+            begun = time.monotonic()
+            stream.stdin.write(b"touch ran-%d\n" % number)
+            stream.stdin.flush()
+            self.assertEqual(stream.stdout.readline(), b"job-%d\n" % (number + 1))
+            name = self.path_of(f"ran-{number}")
+            wait_for(functools.partial(os.path.exists, name), name)
+            takes.append(time.monotonic() - begun)
+        stream.stdin.close()
+
+        self.assertEqual(stream.wait(DEADLINE), 0)
+        self.assertLess(sorted(takes)[1], 0.5)      # another may hold up some of them
+
+    def test_a_stream_says_its_bad_lines_and_ends_with_one(self):
+        code, out, err = self.call("enqueue", "--stream", "--tag", "t", "--json",
+                                   input=b'true\n{"command": 5}\n\n# no\n[{"command": "a"}]'
+                                         b'\n{"id": "x"}\nfalse')
+        jobs = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(code, 1)
+        self.assertEqual([(job["command"], job["tags"]) for job in jobs],
+                         [("true", ["t"]), ("a", ["t"]), ("false", ["t"])])
+        self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
+                          for line in err.splitlines()], ["line 2", "line 6"])
+        self.assertEqual(self.call("enqueue", "--stream", input=b"")[:2], (0, ""))
+        self.assertEqual(self.call("enqueue", "--stream", stdin=subprocess.DEVNULL)[0], 0)
+
+    def test_who_follows_the_changes_sees_each_once(self):
+        self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
+        follower = self.running("events", "--follow", "--json")
+        seen = [json.loads(follower.stdout.readline())]
+        pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
+        self.call("enqueue", "-", input=b"true\n" * 30)
+        for pool in pools:
+            self.assertEqual(pool.wait(60), 0)
+        self.drain()
+        with Queue(self.path) as queue:
+            wanted = [queuectl.event_object(one) for one in queue.events_since()]
+        seen += [json.loads(follower.stdout.readline()) for _ in wanted[1:]]
+        follower.send_signal(signal.SIGINT)
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(seen, wanted)
+        self.assertEqual((follower.returncode, rest, err), (130, b"", b""))
+
+    def test_logs_of_several_jobs_are_told_apart_line_by_line(self):
+        self.enqueue("printf 'one\\ntw'; while [ ! -e go ]; do sleep .05; done; "
+                     "printf 'o\\nend'; touch gone", "--id", "a")
+        self.enqueue("while [ ! -e gone ]; do sleep .05; done; echo b; [ -e again ] && "
+                     "exit 0; touch again; exit 1", "--id", "b", "--backoff-base", "10ms")
+        follower = self.running("logs", "-f", "b", "a")
+        self.worker("-c", "2")
+        self.assertEqual(follower.stdout.readline(), b"a | one\n")
+        open(self.path_of("go"), "w").close()
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(follower.returncode, 0)
+        self.assertEqual(sorted(rest.splitlines()),
+                         [b"a | end", b"a | two", b"b | b", b"b | b"])
+        self.assertEqual(err, b"-- run 1 of b: failed\n")
+        self.assertEqual(self.call("logs", "a", "b")[1],
+                         "a | one\na | two\na | end\nb | b\n")
+
+    # On a terminal.
+
+    def terminal(self, *argv, size=(24, 80), **environ):
+        terminal = Terminal(self.command(*argv), self.dir, size, environ)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def test_a_watched_status_is_drawn_anew_in_its_place(self):
+        self.enqueue("true")
+        for size in ((24, 200), (24, 30), (2, 80)):
+            with self.subTest(size):
+                watch = self.terminal("status", "--watch", size=size)
+                watch.until(lambda text: "1 pending" in text)
+                job_id = self.enqueue("true")
+                watch.until(lambda text: "2 pending" in text)
+                watch.type(b"\x03")
+                self.assertEqual(watch.end(), 130)
+                self.assertNotIn("Traceback", watch.text)
+                shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
+                self.assertEqual(shown[:3], ["jobs", "workers", "database"][:size[0] - 1])
+                self.assertNotIn("1 pending", "".join(watch.picture.lines))
+                self.call("delete", job_id)
+
+    def test_a_watched_status_is_plain_lines_where_one_cannot_draw(self):
+        self.enqueue("true")
+        watch = self.running("status", "--watch", "0.1", "--json")
+        for _ in range(2):
+            self.assertEqual(json.loads(watch.stdout.readline())["jobs"]["pending"], 1)
+        for environ in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            watch = self.terminal("status", "--watch", "0.1", **environ)
+            watch.until(lambda text: text.count("database") == 2)
+            self.assertNotIn("\x1b", watch.text)
+
+    def test_waiting_draws_a_bar_on_a_terminal_and_takes_it_away(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        for argv, said in ((("wait", "a", "b"), "0 of 2 jobs completed"),
+                           (("wait", "--all"), "2 dead or cancelled meanwhile")):
+            with self.subTest(argv):
+                wait = self.terminal(*argv)
+                wait.until(lambda text: "] 0/2  0 running" in text)
+                queue.cancel("a")
+                wait.until(lambda text: "] 1/2  0 running  1 dead or cancelled" in text)
+                queue.cancel("b")
+                self.assertEqual(wait.end(), 1)
+                self.assertNotIn("]", "".join(wait.picture.lines))
+                self.assertIn(said, wait.text)
+                queue.retry("a", "b")
+        late = self.terminal("wait", "a", "--timeout", "300ms")
+        self.assertEqual(late.end(), 1)
+        self.assertIn("] 0/1", late.text)
+        self.assertNotIn("] 0/1", "".join(late.picture.lines))
+
+    def test_a_draining_worker_draws_its_bar_below_its_lines(self):
+        self.enqueue("while [ ! -e go ]; do sleep .05; done", "--id", "a")
+        self.enqueue("true", "--id", "b", "--after", "a")
+        drain = self.terminal("worker", "start", "--drain", size=(24, 200))
+        drain.until(lambda text: re.search(r"started.*\n.*\[\.+\] 0/2", text))
+        open(self.path_of("go"), "w").close()
+        self.assertEqual(drain.end(), 0)
+        lines = drain.picture.lines
+
+        self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
+        self.assertEqual(lines[-1], "")     # where the shell goes on
+        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines[:-1]))
+
+    def test_nothing_is_drawn_where_nobody_looks_or_wants_it(self):
+        self.enqueue("true", "--id", "a")
+        for argv, environ in ((("wait", "a"), {"NO_COLOR": "1"}),
+                              (("wait", "--all"), {"TERM": "dumb"}),
+                              (("wait", "a", "-q"), {})):
+            with self.subTest(argv):
+                wait = self.terminal(*argv, "--timeout", "200ms", **environ)
+                self.assertEqual(wait.end(), 1)
+                self.assertNotRegex(wait.text, r"0/1|\x1b")
+        code, out, err = self.call("wait", "--all", "--timeout", "200ms")
+        self.assertEqual((code, out), (1, ""))
+        self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
+
+    def test_a_wide_step_is_taken_after_a_yes(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x"), Spec("x")])
+        for argv, answer, left in (
+                (("cancel", "--all"), b"n\n", 2), (("cancel", "--all"), b"\n", 2),
+                (("delete", "--state", "pending"), b"nyes\n", 2),
+                (("purge", "-s", "pending", "--search", "x"), b"\x04", 2),
+                (("cancel", "--all"), b"Y\n", 0)):
+            with self.subTest(argv=argv, answer=answer):
+                asked = self.terminal(*argv)
+                asked.until(lambda text: "Go on? [y/N]" in text)
+                asked.type(answer)
+                self.assertEqual((asked.end(), queue.counts()[PENDING]),
+                                 (1 if left else 0, left))
+                self.assertRegex(asked.text, r"^This will \w+ 2 pending\.")
+                self.assertEqual("error: nothing was changed; answer y, or give --yes"
+                                 in asked.text, left > 0)
+        self.assertEqual(queuectl.Declined.code, "declined")
+
+    def test_no_question_is_asked_that_the_answer_is_known_to(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
+                     ("purge", "--queue", "none"), ("retry", "--all")):
+            with self.subTest(argv):
+                queue.enqueue("x")
+                queue.cancel(queue.enqueue("x").id)
+                done = self.terminal(*argv)
+                self.assertEqual(done.end(), 0)
+                self.assertNotIn("Go on?", done.text)
+        queue.enqueue("x")
+        self.assertEqual(self.call("cancel", "--all")[0], 0)     # no person is there
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    # Never two at once.
+
+    def test_a_limit_holds_in_three_pools_that_are_killed_again_and_again(self):
+        chance = random.Random("limit")
+        for key, value in (("crash-limit", "1000"), ("heartbeat", "200ms"),
+                           ("kill-grace", "100ms")):
+            self.call("config", "set", key, value)
+        self.call("queue", "set", "one", "--limit", "1")
+        self.call("enqueue", "--queue", "one", "-", input=(
+            "exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
+            "sleep 0.03; echo $QUEUECTL_JOB_ID >> ran\n" * 40).encode())
+        starts = itertools.count()
+
+        def start():
+            return self.worker("-c", "4", "--name", f"w{next(starts)}")
+        pools = [start() for _ in range(3)]
+        with Queue(self.path) as queue:
+            for _ in range(6):
+                done = queue.counts()[COMPLETED]
+                wait_for(lambda done=done: queue.counts()[COMPLETED] >= done + 3
+                         and queue.counts()[PROCESSING], "some progress")
+                running = {worker.worker.pid: worker.running for worker in queue.workers()}
+                pools.sort(key=lambda pool, running=running: not running.get(pool.pid))
+                victim = pools.pop(chance.choice((0, 0, 1)))    # mostly the busy one
+                victim.kill()
+                victim.wait()
+                pools.append(start())
+            wait_for(lambda: queue.counts()[COMPLETED] == 40, "the end")
+            crashes = sum(job.crashes for job in queue.jobs())
+            self.assert_sound(queue)
+
+        self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
+        self.assertGreater(crashes, 2)
+        self.assertEqual(len(set(self.read("ran").split())), 40)
+
 
 class WebServer(Processes):
     """`web` as a process: sockets, time and malice."""
@@ -3271,7 +4939,7 @@ class WebServer(Processes):
 
 # ---- Real shells and service managers ----------------------------------------
 
-class Terminal:
+class ShellTerminal:
     """A shell at a terminal: keys in, what it shows out."""
 
     def __init__(self, argv, environ, directory):
@@ -3342,7 +5010,7 @@ class Shells(Processes):
                 "PROMPT": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": self.dir}
 
     def a_terminal(self, shell, *argv):
-        terminal = Terminal([shell, *argv], self.script(shell), self.dir)
+        terminal = ShellTerminal([shell, *argv], self.script(shell), self.dir)
         self.addCleanup(terminal.close)
         return terminal
 
@@ -3376,7 +5044,7 @@ class Shells(Processes):
     def test_zsh_finds_it_by_itself(self):
         environ = self.script("zsh")
         os.rename(self.path_of("completion.zsh"), self.path_of("_queuectl"))
-        terminal = Terminal(["zsh", "-f", "-i"], environ, self.dir)
+        terminal = ShellTerminal(["zsh", "-f", "-i"], environ, self.dir)
         self.addCleanup(terminal.close)
         terminal.press("fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; "
                        "echo 'rea''dy'\r", "\nready")
