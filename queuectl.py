@@ -68,7 +68,9 @@ Contents: `grep -n '^# ----' queuectl.py`
     12 Views        records as text or JSON
     13 Runner       one command, one process tree, one outcome
     14 Pool         slots, signals, shutdown, rescue
-    15 CLI          the command line
+    15 CLI          one small function a command, and the table of all
+    16 Completion   what may come next on a command line
+    17 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ if TYPE_CHECKING:
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO
+
+    Rows = Callable[..., list[tuple[Any, ...]]]     # those that a statement selects
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
@@ -167,9 +171,11 @@ BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gi
 POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
 TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
+BRIEF = 0.2            # seconds that a mere glance waits for a lock
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
+NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
@@ -200,6 +206,9 @@ PAGE = 4096            # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
 
+OFFERED = 200          # ids that completion offers at most
+LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
+STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
 CHECK_SHOWN = 20       # findings of one kind that `check` lists
 WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
 DISK_LOW = 100 << 20   # bytes free on the disk
@@ -861,7 +870,9 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
-    close = difflib.get_close_matches(word, list(words), 1, 0.6)
+    words = list(words)
+    close = [one for one in words if sorted(one) == sorted(word)] \
+        or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
 
 
@@ -1508,6 +1519,14 @@ EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", 
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
+def _take_delay(checked: dict[str, Any], now: float) -> None:
+    """Let a delay stand for the time at which it is over."""
+    if "delay" in checked:
+        if "run_at" in checked:
+            raise InvalidJob("delay", "delay and run_at are both given", "give one")
+        checked["run_at"] = now + checked.pop("delay")
+
+
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     """The checked job of a JSON object's keys; InvalidJob names the key at fault.
 
@@ -1524,10 +1543,7 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
             raise InvalidJob(key, f"{key} is given twice", "give it once")
         if check is not None and value is not None:
             checked[key] = check(key, value, now)
-    if "delay" in checked:
-        if "run_at" in checked:
-            raise InvalidJob("delay", "delay and run_at are both given", "give one")
-        checked["run_at"] = now + checked.pop("delay")
+    _take_delay(checked, now)
     if "command" not in checked:
         raise InvalidJob("command", "the job has no command",
                          'give {"command": "..."} at least')
@@ -2145,6 +2161,39 @@ class Sql:
                             WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
         """
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
+
+    # What may come next on a command line: soon found, in a large queue as well.
+    NEWEST_IDS = """
+        SELECT seq, id, state, substr(command, 1, 80)
+          FROM (SELECT *
+                  FROM jobs
+                 WHERE state = :state
+                 ORDER BY seq DESC
+                 LIMIT :look)
+         WHERE id >= :word AND id < :end
+         LIMIT :limit
+        """
+    IDS_FROM = """
+        SELECT seq, id, state, substr(command, 1, 80)
+          FROM jobs
+         WHERE id >= :word AND id < :end
+         ORDER BY id
+         LIMIT :look
+        """
+    TAGS_FROM = """
+        WITH RECURSIVE found (tag) AS (
+            SELECT MIN(tag) FROM tags WHERE tag >= :word
+             UNION ALL
+            SELECT (SELECT MIN(tags.tag) FROM tags WHERE tags.tag > found.tag)
+              FROM found
+             WHERE found.tag < :end)
+        SELECT tag
+          FROM found
+         WHERE tag < :end
+         LIMIT :limit
+        """
+    WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
+    SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
     # Settings.
     STORED_SETTINGS = "SELECT key, value FROM settings"
@@ -2788,6 +2837,28 @@ class Store:
         return _inode(self.path) == self.inode
 
 
+@contextlib.contextmanager
+def glance(path: str) -> Iterator[Rows]:
+    """A way to ask for rows that neither makes nor upgrades a queue, nor waits long.
+
+    Raises QueueError. The mode is "rw": a connection that may not write leaves an
+    empty WAL behind.
+    """
+    path = os.path.realpath(system_path(path))
+    try:
+        with contextlib.closing(sqlite3.connect(
+                _file_uri(path, "mode=ro&immutable=1"), uri=True)) as peek:
+            peek.execute(Sql.LENIENT)
+            if peek.execute(Sql.KIND).fetchone() != (APPLICATION_ID,):
+                raise NotAQueue(f"{path} is not a queuectl database")
+        with contextlib.closing(sqlite3.connect(
+                _file_uri(path, "mode=rw"), uri=True, timeout=BRIEF)) as db:
+            yield lambda sql, **values: db.execute(sql, values).fetchall()
+    except SqlError as error:
+        raise refusal(error, path) or Unsupported(
+            f"{path} is of another format ({error})", "use its version") from error
+
+
 # ---- 7 Host ------------------------------------------------------------------
 # What this machine's kernel says about pools and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
@@ -3006,6 +3077,61 @@ def ring(ports: Iterable[int], message: bytes) -> None:
 # What a wake-up says: there is a job to claim; there is something else to look at;
 # somebody reads along and wants the output of what runs.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
+
+
+# What a service manager tells its service, and nobody else.
+SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
+
+
+class Notifier:
+    """What a pool tells the service manager that started it, as sd_notify(3) does.
+
+    Silent where there is none. A manager that does not listen loses a word, and holds
+    the pool up for NOTIFY_PATIENCE at most.
+    """
+
+    def __init__(self, environ: Mapping[bytes, bytes]) -> None:
+        address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
+        # A leading @ is the kernel's name space without files, where it is a NUL.
+        self._address = b"\0" + address[1:] if address[:1] == b"@" else address
+        self.interval = math.inf    # seconds between two signs of life
+        if usec.isdigit() and int(usec) and pid in (b"", b"%d" % os.getpid()):
+            self.interval = int(usec) / 2e6
+        self.beat_at = math.inf     # monotonic: the next sign of life, once it is ready
+        self._status, self._status_at = "", 0.0
+        self._is_stopping = False
+
+    def ready(self) -> None:
+        """Say that the pool works, and from now on that it lives."""
+        if self._address:
+            self._tell("READY=1")
+            if self.interval < math.inf:
+                self.beat_at = time.monotonic()
+
+    def stopping(self) -> None:
+        """Say, once, that the pool is leaving."""
+        if self._address and not self._is_stopping:
+            self._is_stopping = True
+            self._tell("STOPPING=1")
+
+    def step(self, status: Callable[[], str]) -> None:
+        """Say, when it is due, that the loop goes on, and how it stands."""
+        if not self._address:
+            return
+        now = time.monotonic()
+        if now >= self.beat_at:
+            self._tell("WATCHDOG=1")
+            self.beat_at = now + self.interval
+        if now >= self._status_at + FALLBACK_POLL and status() != self._status:
+            self._status, self._status_at = status(), now
+            self._tell(f"STATUS={self._status}")
+
+    def _tell(self, text: str) -> None:
+        import socket  # a pool has it already
+        with contextlib.suppress(OSError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(NOTIFY_PATIENCE)
+            sender.sendto(text.encode(), self._address)
 
 
 # ---- 8 Ledger ----------------------------------------------------------------
@@ -3283,6 +3409,10 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
     if before.gate is None:
         raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
                          "it must be " + " or ".join(WAITING))
+    if after.state == FAILED and after.attempts >= after.max_retries:
+        raise InvalidJob("max_retries", f"max_retries: {after.id} has failed "
+                         f"{after.attempts} times already",
+                         f"use at least {after.attempts + 1}")
     after = after._replace(
         updated_at=iso(now), gate=gate_of(store, after, now),
         rank=rank_of(after.priority, after.run_at, store.settings()))
@@ -3776,8 +3906,7 @@ class Queue:
                 raise InvalidJob(key, f"{key} cannot be edited",
                                  "these can: " + ", ".join(EDITABLE))
         changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
-        if "delay" in changes:
-            changes["run_at"] = now + changes.pop("delay")
+        _take_delay(changes, now)
         if "run_at" in changes:
             changes["run_at"] = iso_up(changes["run_at"])
         with self.store.transaction() as store:
@@ -4923,6 +5052,101 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
     return lines
 
 
+def systemd_word(word: str, is_program: bool = False) -> str:
+    """A word of ExecStart= that reaches the program as it stands.
+
+    In the program's own path systemd replaces no $; so it must not be doubled there.
+    """
+    if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
+        return word
+    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
+                      else "\\" + char if char in "\\\"" else char for char in word)
+    escaped = escaped.replace("%", "%%")
+    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
+
+
+# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
+# from them as well.
+UNIT_FILE = """\
+# A worker of {shown}
+#
+# Save this as {place} (a second queue: under
+# another name), then:
+#     {control} daemon-reload
+#     {control} enable --now queuectl.service
+#     journalctl {journal} queuectl.service --follow{linger}
+# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
+
+[Unit]
+Description=queuectl worker, {described}
+
+[Service]
+Type=notify
+NotifyAccess=main{user}
+ExecStart={command}
+# An upgrade of the database makes a backup first.
+TimeoutStartSec=10min
+Restart=on-failure
+RestartSec=5
+# 2: the command line is wrong, and stays so.
+RestartPreventExitStatus=2
+# The worker alone is asked to stop, and sees its jobs to their end. What is left when
+# it has gone, or when TimeoutStopSec= is over, is killed.
+KillMode=mixed
+# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
+# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
+TimeoutStopSec={stop_timeout}
+# A worker that hangs is killed and started anew; its jobs run again.
+WatchdogSec=60
+# A job that is killed for want of memory fails; the worker and the others go on.
+OOMPolicy=continue
+
+# Jobs get this environment, not that of your shell:
+#Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
+
+# If no job needs sudo or another setuid program, nor the rights of root:
+#NoNewPrivileges=yes
+#RestrictSUIDSGID=yes
+#CapabilityBoundingSet=
+#ProtectKernelTunables=yes
+#ProtectKernelModules=yes
+#ProtectKernelLogs=yes
+#ProtectControlGroups=yes
+#ProtectClock=yes
+#LockPersonality=yes
+#RestrictRealtime=yes
+# If jobs write to neither /usr, /boot nor /etc:
+#ProtectSystem=full
+# If jobs share no files in /tmp with others, and the queue is not there:
+#PrivateTmp=yes
+# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
+# worker knows its own; with PrivateNetwork= no wake-up reaches it.
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit_file(command: Sequence[str], path: str, user: str | None,
+              stop_timeout: str) -> str:
+    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
+    program, *arguments = command
+    is_own = user is None
+    shown = one_line(path)
+    return UNIT_FILE.format(
+        shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        place="~/.config/systemd/user/queuectl.service" if is_own
+        else "/etc/systemd/system/queuectl.service",
+        control="systemctl --user" if is_own else "systemctl",
+        journal="--user-unit" if is_own else "--unit",
+        linger="\n#     loginctl enable-linger   (to run while you are logged out)"
+        if is_own else "",
+        user="" if is_own else f"\nUser={user}",
+        command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
+        stop_timeout=stop_timeout,
+        target="default.target" if is_own else "multi-user.target")
+
+
 def short_cause(outcome: Outcome) -> str:
     """Why a run failed, in two words."""
     if outcome.kind == TIMEOUT:
@@ -5349,7 +5573,10 @@ class Pool:
                  say: Callable[[str], None] = lambda line: None) -> None:
         self._queue, self._options, self._say = queue, options, say
         self._claims = Claims(queue, options)
+        self._notifier = Notifier(os.environb)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
+        for name in SERVICE_NAMES:      # a job is no service
+            self._environ.pop(name, None)
         self._bell: socket.socket | None = None
         self._wakeup = Wakeup()
         self._over: list[Ending] = []                   # by the ender; append is atomic
@@ -5408,6 +5635,7 @@ class Pool:
 
     def _step(self) -> bool:
         """Do all there is to do now; whether the pool may go."""
+        self._notifier.step(self._standing)
         self._heed_signals()
         self._collect()
         self._heed_times()
@@ -5744,6 +5972,7 @@ class Pool:
         if self._leaving is None and self._options.grace is not None:
             self._grace_ends = time.monotonic() + self._options.grace
         self._leaving = how
+        self._notifier.stopping()
         running = len(self._rides)
         if how == NOW:
             self._say(f"{why}: ending and handing back {running} running")
@@ -5809,6 +6038,7 @@ class Pool:
             return 0.0
         now = time.monotonic()
         wake_at = [ride.command.ends_at for ride in self._rides.values()]
+        wake_at.append(self._notifier.beat_at)
         if any(ride.command.watch < 0 for ride in self._rides.values()):
             wake_at.append(now + RESCUE_TICK)
         if self._ready:
@@ -5843,6 +6073,7 @@ class Pool:
         _refuse_platform()
         _allow_descriptors(self._options.slots)
         _keep_descriptors()
+        restore = self._catch_signals()     # at once: who is told to go exits with 0
         self._home = _home()
         store = self._queue.store
         self._settings = store.settings()
@@ -5851,15 +6082,21 @@ class Pool:
         self._listen(self._wakeup.reader, self._wakeup.clear)
         if self._bell:
             self._listen(self._bell.fileno(), self._hear)
-        self._worker = self._claims.register(
-            self._bell.getsockname()[1] if self._bell else None)
+        try:
+            self._worker = self._claims.register(
+                self._bell.getsockname()[1] if self._bell else None)
+        except BaseException:
+            restore()
+            self._close()
+            raise
         self._known.add(self._worker.id)
         self._queue.wake(NEW_ORDERS)        # the others are to watch this one
         store.patience = TURN_PATIENCE      # this thread has other things to do
-        restore = self._catch_signals()
+        self._notifier.ready()
         try:
             yield
         finally:
+            self._notifier.stopping()
             store.patience = POOL_PATIENCE
             with contextlib.suppress(QueueError):
                 self._claims.leave()
@@ -5901,9 +6138,19 @@ class Pool:
         return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
                 f"{queues}, {self._queue.path}")
 
+    def _standing(self) -> str:
+        """The line that a service manager shows."""
+        running, slots = len(self._rides), self._options.slots
+        if self._leaving:
+            return f"finishing {running} running{self._tale()}"
+        return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._tale()}"
+
     def _farewell(self) -> str:
+        return f"worker {self._worker.name} stopped{self._tale()}"
+
+    def _tale(self) -> str:
         done = ", ".join(f"{n} {state}" for state, n in self._done.items())
-        return f"worker {self._worker.name} stopped" + (f": {done}" if done else "")
+        return f": {done}" if done else ""
 
 
 # ---- 15 CLI ------------------------------------------------------------------
@@ -6037,12 +6284,16 @@ def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
 
 
 def _past(text: str, now: float) -> float:
-    """A time, or a duration ago."""
-    try:
-        return now - parse_duration(text) if text[-1:] in "smhd" \
-            else parse_time(text, now)
-    except InvalidValue:
-        return parse_time(text, now)
+    """A time that has been, or a duration ago; of HH:MM the last one."""
+    if re.fullmatch(_DURATION, text):
+        return now - parse_duration(text)
+    moment = parse_time(text, now)
+    if moment > now and ":" in text[:3]:
+        moment -= 86400
+    if moment > now:
+        raise InvalidValue(f"{text!r} is in the future",
+                           "give a time that has been, or a duration: 1h")
+    return moment
 
 
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
@@ -6094,6 +6345,24 @@ _JOB_FLAGS = (
         option("--timeout", **_DUR, help="end a run after this time; 0: never"),
         option("--backoff-base", **_DUR,
                help="wait after the first failure, then doubled")),
+)
+
+_QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
+                      help="only this queue; again and again for more (default: all)")
+# The flags of `worker start` that a service may have as well.
+_POOL_FLAGS = (
+    option("--count", "-c", default=1, metavar="N",
+           type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
+           help="jobs at once (default: 1)"),
+    _QUEUES_FLAG,
+    option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"),
+    *_grouped(
+        "for jobs that set none",
+        option("--timeout", **_DUR, help="end a run after this time"),
+        option("--backoff-base", **_DUR, help="wait after the first failure")),
+    *_grouped(
+        "when it exits",
+        option("--grace", **_DUR, help="when stopping, hand back what runs longer")),
 )
 
 
@@ -6206,22 +6475,24 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
     The last may lack its end. Of one that is too long for any job the beginning serves,
-    to be refused.
+    to be refused. Who interrupts gets what has been read first.
     """
-    rest, lines, due = b"", list[bytes](), math.inf
-    while True:
-        if lines and (len(lines) >= STREAM_BATCH
-                      or not _has_more(fd, due - time.monotonic())):
+    rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
+    while piece:
+        try:
+            if not lines or (len(lines) < STREAM_BATCH
+                             and _has_more(fd, due - time.monotonic())):
+                piece = os.read(fd, READ_SIZE)
+                *whole, rest = (rest + piece).split(b"\n")
+                rest = rest[:MAX_LINE]
+                due = due if lines or not whole else time.monotonic() + STREAM_PAUSE
+                lines += whole
+                continue
+        except KeyboardInterrupt:
             yield lines
-            lines, due = [], math.inf
-        piece = os.read(fd, READ_SIZE)
-        if not piece:
-            break
-        *whole, rest = (rest + piece).split(b"\n")
-        rest = rest[:MAX_LINE]
-        if whole and not lines:
-            due = time.monotonic() + STREAM_PAUSE
-        lines += whole
+            raise
+        yield lines
+        lines, due = [], math.inf
     if lines or rest:
         yield [*lines, rest]
 
@@ -6238,12 +6509,16 @@ class Stream:
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room."""
         given = [one for line in lines for one in self._specs_of(line)]
+        complained = False
         while given:
             try:
                 return self._queue.enqueue_many([spec for _, spec in given])
             except (Busy, Unwritable) as error:     # these lines cannot come again
-                self._refuse(error)
-                time.sleep(SYNC_PAUSE)
+                if not complained:
+                    self._refuse(type(error)(
+                        error.message, f"{len(given)} lines are held, to try again"))
+                complained = True
+                self._rest(given)
             except QueueError as error:
                 if error.item is None:
                     raise
@@ -6251,6 +6526,16 @@ class Stream:
                 self._pass_over(error)
                 del given[error.item]
         return []
+
+    def _rest(self, given: Sequence[tuple[int, Spec]]) -> None:
+        """A pause before the next try; who interrupts it is told what he gives up."""
+        try:
+            time.sleep(SYNC_PAUSE)
+        except KeyboardInterrupt:
+            self._refuse(NotFinished(
+                f"interrupted: {len(given)} lines were read and not added, from line "
+                f"{given[0][0]} on", "give them again"))
+            raise
 
     def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
         self._read += 1
@@ -6277,6 +6562,8 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
                          "`queuectl wait --all` waits")
     if sys.stdin is None:
         raise Unreadable("stdin is closed", "give a pipe")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
     stream = Stream(queue, _flag_fields(args),
                     lambda error: _report(error, args.json))
     for lines in _line_batches(sys.stdin.fileno()):
@@ -6306,12 +6593,31 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
     return show
 
 
+def _watchful_bar(queue: Queue, screen: Screen,
+                  looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
+    """A bar that also says once why nothing runs, if jobs wait for what will not come.
+    """
+    bar, said = _bar(screen), set[str]()
+
+    def show(progress: Progress) -> None:
+        """Draw it, and look at what keeps the jobs waiting where none runs."""
+        if progress.waiting and not progress.running:
+            for job_id, why in queue.why_waiting(looked_at()).items():
+                if "due " not in why and why != "waits for a slot" and why not in said:
+                    said.add(why)
+                    screen.note(f"{job_id} waits: {why}")
+        bar(progress)
+    return show
+
+
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
     """Wait until jobs are over, and say how it went."""
     began = time.monotonic()
+    bar = _watchful_bar(queue, screen, lambda: [
+        job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
     with screen.drawing():
-        jobs = queue.wait(*job_ids, timeout=timeout, tell=_bar(screen))
+        jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
     took = span(time.monotonic() - began)
     if len(jobs) == 1:
         ending = f" ({jobs[0].error})" if jobs[0].error else ""
@@ -6354,11 +6660,16 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         except QueueError as error:
             _name_line(error, [line for line, _ in given])
             raise
-    _say_added(jobs, is_batch, args, screen)
-    if jobs and not args.quiet:
-        _note_no_worker(queue, screen)
-    return _await(queue, screen, [job.id for job in jobs], None) \
-        if jobs and args.wait else EX_OK
+    if not (args.wait and args.json):
+        _say_added(jobs, is_batch, args, screen)
+    if not jobs or not args.wait:
+        if jobs and not args.quiet:
+            _note_no_worker(queue, screen)
+        return EX_OK
+    status = _await(queue, screen, [job.id for job in jobs], None)
+    if args.json:   # as they are when they are over
+        _say_added([queue.job(job.id) for job in jobs], is_batch, args, screen)
+    return status
 
 
 def _since(now: Progress, first: Progress) -> Progress:
@@ -6626,8 +6937,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         run = queue.run(job_id, args.attempt)
         output = _tail(readable(run.output, run.output_bytes), args.tail)
         if len(args.ids) > 1:
-            output += b"" if output.endswith(b"\n") or not output else b"\n"
-            output = prefixed(job_id, output, place, screen.style())
+            ending = b"\n" if output and not output.endswith(b"\n") else b""
+            output = prefixed(job_id, output + ending, place, screen.style())
         screen.raw(output)
     return EX_OK
 
@@ -6637,18 +6948,22 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
     is_wide = args.all or any(filters.values())
     if bool(args.ids) == is_wide:
-        raise UsageError("wait for which jobs?",
+        raise UsageError("ids and a choice are both given" if is_wide
+                         else "it is not said which jobs",
                          "give ids, or --all, --queue, --tag or --search")
     job_ids = args.ids
     if args.tag or args.search:
         job_ids = [job.id for job in queue.pages(
             state=(*WAITING, PROCESSING), **filters)]
-    if not args.quiet:
-        _note_no_worker(queue, screen)
-    if job_ids or args.tag or args.search:
+    if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
+    if args.tag or args.search:
+        screen.note("no such jobs that are not over")
+        return EX_OK
+    bar = _watchful_bar(queue, screen, lambda: queue.jobs(
+        WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     with screen.drawing():
-        done = queue.wait_all(args.queue, args.timeout, _bar(screen))
+        done = queue.wait_all(args.queue, args.timeout, bar)
     screen.note(f"nothing is left: {done.completed} completed, "
                 f"{done.unwell} dead or cancelled meanwhile")
     return EX_NO if done.unwell else EX_OK
@@ -6669,9 +6984,14 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
     n, first = 0, ""
-    for job in jobs:
-        n, first = n + 1, first or job.id
-    screen.note(f"{first} {SAID[verb]}" if n == 1 else f"{n:,} jobs {SAID[verb]}")
+    try:
+        for job in jobs:
+            n, first = n + 1, first or job.id
+    except KeyboardInterrupt:
+        screen.note(f"interrupted: {n:,} jobs {SAID[verb]}")
+        raise
+    screen.note(f"{first} {SAID[verb]}" if n == 1 else
+                f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
     return EX_OK
 
 
@@ -6687,7 +7007,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
     given = [args.all, getattr(args, "state", None), *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        raise UsageError("which jobs?" if not is_wide else "ids and a choice are given",
+        raise UsageError("ids and a choice are both given" if is_wide
+                         else "it is not said which jobs",
                          "give ids, or --all, --state, --queue, --tag or --search")
     return is_wide
 
@@ -6695,8 +7016,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     for state in given or ():
         if state not in ALLOWED[verb]:
-            raise UsageError(f"`{verb}` does not apply to {state} jobs",
-                             "it does to " + ", ".join(ALLOWED[verb]))
+            raise UsageError(f"{state} jobs cannot be {SAID[verb]}",
+                             "these can: " + ", ".join(ALLOWED[verb]))
     return tuple(given or USUAL[verb])
 
 
@@ -6778,10 +7099,26 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     return list(jobs)
 
 
+def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Cancel all that fit; then wait until those that ran have been ended."""
+    running: list[Job] = []
+
+    def noted() -> Iterator[Job]:
+        """What is cancelled, as it is; the running ones are kept for later."""
+        for job in _wide("cancel", args, queue, screen):
+            if job.state == PROCESSING:
+                running.append(job)
+            yield job
+    status = _say_jobs(noted(), "cancel", args, screen)
+    _await_ends(queue, running, screen)
+    return status
+
+
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended."""
-    jobs = list(_wide("cancel", args, queue, screen)) if _is_wide(args) \
-        else queue.cancel(*args.ids)
+    if _is_wide(args):
+        return _cancel_wide(args, queue, screen)
+    jobs = queue.cancel(*args.ids)
     ended = {job.id: job for job in _await_ends(
         queue, [job for job in jobs if job.state == PROCESSING], screen)}
     jobs = [ended.get(job.id, job) for job in jobs]
@@ -6813,15 +7150,14 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete {amounts}.", args)
-    deleted = 0 if is_dry else sum(1 for _ in _swept(
-        "delete", args, queue, screen, states))
-    if args.json:
-        screen.out(dumps({"deleted": deleted}))
-    elif is_dry:
+    if is_dry:
         screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
-    else:
-        screen.note(f"{deleted:,} job{'s' * (deleted != 1)} deleted")
-    return EX_OK
+        return EX_OK
+    jobs = _swept("delete", args, queue, screen, states)
+    if args.json:
+        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+        return EX_OK
+    return _say_jobs(jobs, "delete", args, screen)
 
 
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -6839,7 +7175,9 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs]))
     else:
-        changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+        changed = ", ".join(
+            f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
+            else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
         screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
     return EX_OK
 
@@ -6874,20 +7212,27 @@ def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
     return _purge(args, queue, screen, (DEAD,))
 
 
+def _named_queues(queues: Sequence[str] | None) -> str:
+    if not queues:
+        return "all queues"
+    return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
-    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
-                + " paused; what runs goes on, `queuectl resume` ends the pause")
+    screen.note(f"{_named_queues(args.queue)} paused; what runs goes on, "
+                "`queuectl resume` ends the pause")
     return EX_OK
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
-    left = ["all" if name == EVERY_QUEUE else name for name in queue.status().paused]
-    screen.note((f"queue {', '.join(args.queue)}" if args.queue else "all queues")
-                + " resumed" + (f"; still paused: {', '.join(left)}" if left else ""))
+    left = ["all queues, by a pause of all" if name == EVERY_QUEUE else name
+            for name in queue.status().paused]
+    screen.note(f"{_named_queues(args.queue)} resumed"
+                + (f"; still paused: {', '.join(left)}" if left else ""))
     return EX_OK
 
 
@@ -6917,9 +7262,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
                          "write -- PROG ARG... or a shell command in quotes")
-    command = shlex.join(args.words) if args.words else args.job
-    schedule = queue.add_schedule(args.name, args.cron, command=command,
-                                  **_flag_fields(args))
+    given = [{"command": shlex.join(args.words)}] if args.words else fields_of(args.job)
+    if len(given) != 1:
+        raise UsageError("a schedule has one job", "add a schedule for each")
+    schedule = queue.add_schedule(args.name, args.cron,
+                                  **{**given[0], **_flag_fields(args)})
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
     _note_no_worker(queue, screen)
@@ -7056,7 +7403,169 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
+# How each shell asks what may come next. The program that stands on the line answers,
+# or, if that is an alias or a script that would be compiled each time, this very one.
+SHELLS = {"bash": """\
+# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
+# Under another name, as an alias q:  complete -o nosort -F _queuectl q
+_queuectl() {
+    local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
+    # bash has split the words at : = @ as well: put together what no blank parts.
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
+        ((i < COMP_CWORD)) || part=$rest
+        if ((i)) && [[ $rest == "$line" ]]; then words[at]+=$part
+        else words[++at]=$part; fi
+        line=${rest#"$part"}
+    done
+    # It will replace $2 alone; what stands before that is not to come twice.
+    rest=${words[at]%"$2"}
+    [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
+    COMPREPLY=()
+    while IFS= read -r line; do
+        word=${line%%$'\t'*}
+        case $line in
+        '') ;;
+        $'\tfiles\t@') while IFS= read -r word; do
+                printf -v word %q "$word"; COMPREPLY+=("@$word")
+            done <<< "$(compgen -f -- "${words[at]#@}")" ;;
+        $'\tfiles'*) compopt -o default ;;
+        $'\tdirs'*) compopt -o dirnames ;;
+        *) COMPREPLY+=("${word#"$rest"}") ;;
+        esac
+    done <<< "$("${run[@]}" __complete -- "${words[@]:1}" 2>/dev/null)"
+}
+complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
+    complete -F _queuectl queuectl queuectl.py
+""", "zsh": """\
+#compdef queuectl queuectl.py
+# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
+# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
+_queuectl() {
+    local line word
+    local -a run values shown
+    run=("${(Q)words[1]}")
+    [[ $run[1] != *.py ]] && whence -p -- $run[1] >/dev/null || run=(PROGRAM)
+    run+=(__complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX")
+    for line in "${(@f)$("${run[@]}" 2>/dev/null)}"; do
+        word=${line%%$'\t'*}
+        case $line in
+        $'\tfiles'*) compset -P "${(b)line##*$'\t'}"; _files; return ;;
+        $'\tdirs'*) compset -P "${(b)line##*$'\t'}"; _files -/; return ;;
+        *$'\t') values+=("$word") shown+=("$word") ;;
+        *) values+=("$word") shown+=("${(r:24:)word}  ${line#*$'\t'}") ;;
+        esac
+    done
+    compadd -V queuectl -l -d shown -a values
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
+else compdef _queuectl queuectl queuectl.py; fi
+""", "fish": """\
+# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
+#     queuectl completion fish | source
+# Under another name, as an alias q:  complete -c q -w queuectl
+function __queuectl_complete
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    set -l run $words[1]
+    if string match -q '*.py' -- $run; or not command -sq -- $run
+        set run PROGRAM
+    end
+    set -e words[1]
+    for line in ($run __complete -- $words "$word" 2>/dev/null)
+        set -l parts (string split \\t -- $line)
+        if test -n "$parts[1]"
+            printf '%s\\n' $line
+        else
+            set -l start (math 1 + (string length -- "$parts[3]"))
+            set -l typed (string sub -s $start -- "$word")
+            if test $parts[2] = dirs
+                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
+            else
+                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
+            end
+        end
+    end
+end
+complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
+"""}
+# Imported from there it is compiled once.
+BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
+             "sys.exit(queuectl.main())")
+
+
+def program_words() -> tuple[str, str]:
+    """The absolute paths of this Python and of this file."""
+    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
+    """Print a shell's completion script."""
+    import shlex  # 1 ms
+    python, file = program_words()
+    folder, name = os.path.split(file)
+    words = (python, "-c", BY_IMPORT, folder) if name == "queuectl.py" \
+        else (python, file)
+    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(words)).rstrip("\n"))
+    return EX_OK
+
+
+def database_path(args: argparse.Namespace) -> str:
+    """The path of the database that a command line means."""
+    return getattr(args, "db", None) or os.environ.get("QUEUECTL_DB") or "queue.db"
+
+
+def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
+    """The words that give these flags once more; durations in seconds."""
+    for flag in flags:
+        value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one != flag.settings.get("default"):
+                yield flag.names[0]
+                yield f"{one:.3f}".rstrip("0").rstrip(".") if isinstance(one, float) \
+                    else str(one)
+
+
+def _owner(path: str) -> str:
+    """Who owns the file, or will: a name, or a number that has none."""
+    import pwd  # a service manager is there, so this is POSIX
+    try:
+        user = os.stat(path).st_uid
+    except OSError:
+        user = os.getuid()
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _stop_timeout(path: str, grace: float | None) -> str:
+    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
+    if grace is None:
+        return "infinity"
+    stored: dict[str, str] = {}
+    with contextlib.suppress(QueueError), glance(path) as rows:
+        stored = dict(rows(Sql.STORED_SETTINGS))
+    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
+
+
+def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
+    """Print a unit file that runs a worker of this queue."""
+    path = os.path.abspath(system_path(database_path(args)))
+    try:
+        command = (*program_words(), "--db", as_utf8(path), "worker", "start",
+                   *_again(_POOL_FLAGS, args))
+    except UnicodeError:
+        raise Unsupported("a path is not UTF-8, and systemd takes no other",
+                          "rename its directories") from None
+    screen.out(unit_file(
+        command, as_utf8(path), None if args.user else _owner(path),
+        _stop_timeout(path, args.grace)).rstrip("\n"))
+    return EX_OK
+
+
 CREATES, READS = True, False
+NEITHER = None      # it does not open the database
 
 
 class Entry(NamedTuple):
@@ -7066,14 +7575,12 @@ class Entry(NamedTuple):
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Queue, Screen], int]
     help: str
-    creates: bool
+    creates: bool | None
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
 
 
 _NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
-_QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
-                      help="only this queue; again and again for more (default: all)")
 _LIMIT_FLAG = option("--limit", **_COUNT, group="output",
                      help="0: all (default: 50; with --json all)")
 _OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
@@ -7099,22 +7606,12 @@ COMMANDS = (
          "enqueue -- convert 'my photo.png' out.jpg")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
-        option("--count", "-c", default=1, metavar="N",
-               type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
-               help="jobs at once (default: 1)"),
-        _QUEUES_FLAG,
-        option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"),
+        *_POOL_FLAGS,
         *_grouped(
             "when it exits",
             option("--drain", action="store_true",
                    help="once nothing is running, due or waiting for a retry"),
-            option("--max-jobs", **_COUNT, help="after so many runs"),
-            option("--grace", **_DUR,
-                   help="when stopping, hand back what runs longer")),
-        *_grouped(
-            "for jobs that set none",
-            option("--timeout", **_DUR, help="end a run after this time"),
-            option("--backoff-base", **_DUR, help="wait after the first failure"))),
+            option("--max-jobs", **_COUNT, help="after so many runs"))),
         ("worker start --count 4", "worker start --queue gpu --drain")),
     Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
         option("names", nargs="*", metavar="NAME", help="default: all"),
@@ -7166,7 +7663,8 @@ COMMANDS = (
         ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
     Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
           (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
-    Entry(("purge",), cmd_purge, "delete jobs that are over", READS, (
+    Entry(("purge",), cmd_purge,
+          "delete jobs that are over, or that are in the states named", READS, (
         *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
         _YES, _JSON_FLAG),
         ("purge --state completed --older-than 7d", "purge --dry-run")),
@@ -7235,10 +7733,24 @@ COMMANDS = (
         ("backup /mnt/usb/queue.db",)),
     Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
           READS, (_JSON_FLAG,), ("check", "check --json")),
+    Entry(("completion",), cmd_completion, "print a completion script for a shell",
+          NEITHER, (
+        option("shell", choices=tuple(SHELLS), metavar="SHELL",
+               help="one of " + ", ".join(SHELLS)),),
+        tuple(f"completion {shell}" for shell in SHELLS)),
+    Entry(("systemd",), cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
+          (*_POOL_FLAGS,
+           option("--user", action="store_true",
+                  help="a unit of your own, not of the system")),
+          ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
 # What a group of commands does when it is named alone.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
          "schedule": "list"}
+TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
+          "worker": "Workers run jobs in their slots",
+          "config": "Settings, kept in the database", "queue": "Queues of jobs",
+          "schedule": "Jobs that come again and again"}
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -7246,6 +7758,313 @@ There is no queue at {path} yet. Begin with:
     queuectl worker start                    run what is there; Ctrl+C stops
     queuectl --help                          all commands"""
 
+
+_DB = option("--db", metavar="PATH", default=argparse.SUPPRESS,
+             help="the database (default: $QUEUECTL_DB, else queue.db)")
+_VERSION = option("--version", action="version", version=f"queuectl {__version__}",
+                  help="show the version and exit")
+
+
+# ---- 16 Completion -----------------------------------------------------------
+# What may come next on a command line: COMMANDS tells it, a metavar what kind of value
+# an argument takes, and the queue which there are. Nothing here fails for a half-typed
+# line; what is not understood is passed over.
+
+COMPLETE = "__complete"     # the command by which the shells' scripts ask
+_HELP = option("--help", "-h", action="help", help="show what it takes and exit")
+# Kinds of values that the shell itself completes, by metavar.
+FILES, DIRS = "files", "dirs"
+_BY_SHELL = {"F": FILES, "FILE": FILES, "PATH": FILES, "DIR": DIRS}
+_NEW = ("--id", "--unique")     # what these take is not there yet
+# The states of jobs that a command takes, if not all.
+_FITTING = {
+    ("wait",): tuple(state for state in STATES if state not in OVER),
+    ("edit",): WAITING,
+    ("retry",): MOVES["retry"].sources,
+    ("cancel",): MOVES["cancel"].sources,
+    ("delete",): tuple(state for state in STATES if state != PROCESSING),
+    ("dlq", "retry"): (DEAD,),
+}
+
+
+class Choice(NamedTuple):
+    """A word that may come next, and what it means."""
+    word: str
+    meaning: str = ""
+
+
+class Reading(NamedTuple):
+    """The words after a command's name, as far as they are there."""
+    given: list[tuple[Option, str]]     # each argument with its value, in their order
+    awaiting: Option | None             # the flag whose value comes next
+    is_verbatim: bool                   # after `--` all is a command of the user's
+
+
+class Place(NamedTuple):
+    """What may stand where the cursor is."""
+    choices: tuple[Choice, ...] = ()    # known without the queue
+    kind: str = ""                      # else: of what kind
+    word: str = ""                      # its beginning
+    before: str = ""                    # what stands before it, in the same word
+    states: tuple[str, ...] = ()        # those of jobs that fit
+    given: tuple[str, ...] = ()         # values that are there already
+    db: str = ""                        # the database that the line names
+
+
+def unquoted(word: str) -> str:
+    """A word of a line without the quotes and backslashes that are for the shell."""
+    if not any(char in word for char in "\\'\""):
+        return word
+    import shlex  # 1 ms
+    for end in ("", "'", '"'):      # one that is still open
+        with contextlib.suppress(ValueError):
+            return "".join(shlex.split(word + end))
+    return word
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+def _takes_value(one: Option) -> bool:
+    return one.settings.get("action") in (None, "append")
+
+
+def _flag_named(name: str, options: Sequence[Option]) -> Option | None:
+    return next((one for one in options if name in one.names), None)
+
+
+def _next_argument(options: Sequence[Option],
+                   given: Sequence[tuple[Option, str]]) -> Option | None:
+    """The argument that the next word without a dash is for."""
+    taken = [one for one, _ in given]
+    return next((one for one in options if not one.names[0].startswith("-")
+                 and (one not in taken or one.settings.get("nargs") in ("*", "+"))),
+                None)
+
+
+def _read_flag(options: Sequence[Option], word: str,
+               given: list[tuple[Option, str]]) -> Reading:
+    """`--flag`, `--flag=value`, `-f` or `-fvalue`."""
+    name, sign, value = word.partition("=") if word.startswith("--") \
+        else (word[:2], word[2:], word[2:])
+    flag = _flag_named(name, options)
+    if flag is None:
+        return Reading(given, None, False)
+    awaits = _takes_value(flag) and not sign
+    return Reading([*given, (flag, value)], flag if awaits else None, False)
+
+
+def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
+    """Read them as argparse will."""
+    reading = Reading([], None, False)
+    for word in words:
+        given, awaiting, _ = reading
+        if word == "--":
+            return Reading(given, None, True)
+        if awaiting and not (awaiting.settings.get("nargs") == "?" and _is_flag(word)):
+            given[-1] = (awaiting, word)
+            reading = Reading(given, None, False)
+        elif _is_flag(word):
+            reading = _read_flag(options, word, given)
+        else:
+            place = _next_argument(options, given)
+            given += [(place, word)] if place else []
+    return reading
+
+
+def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    """The commands that these words may come to, and the words beside the name."""
+    at = 0
+    while at < len(words) and _is_flag(words[at]):
+        at += 2 if words[at] == "--db" else 1
+    if at >= len(words):
+        return list(COMMANDS), list(words)
+    name, following = words[at], words[at + 1] if at + 1 < len(words) else None
+    found = [entry for entry in COMMANDS if entry.words[0] == name]
+    taken = at + 1
+    if following is not None and found and len(found[0].words) > 1:
+        sub = ALONE.get(name) if _is_flag(following) else following
+        found = [entry for entry in found if entry.words[1] == sub]
+        taken += not _is_flag(following)
+    return found, [*words[:at], *words[taken:]]
+
+
+def _meant(found: Sequence[Entry]) -> Entry | None:
+    """The one command that these come to as the line stands: of a group, the first."""
+    if len({entry.words[0] for entry in found}) != 1:
+        return None
+    return next((entry for entry in found if len(found) == 1
+                 or entry.words[1] == ALONE.get(entry.words[0])), None)
+
+
+def _command_choices(entries: Sequence[Entry]) -> list[Choice]:
+    """The words by which these commands differ; of a group, what belongs to it."""
+    if len({entry.words[0] for entry in entries}) == 1:
+        return [Choice(entry.words[1], entry.help) for entry in entries]
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.words[0], []).append(entry)
+    return [Choice(name, group[0].help if len(group) == 1 else
+                   ", ".join(entry.words[1] for entry in group))
+            for name, group in groups.items()]
+
+
+def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]],
+                  word: str) -> list[Choice]:
+    """Long names, and a short one that is there; none that may not come twice."""
+    taken = [one for one, _ in given if one.settings.get("action") != "append"]
+    return [Choice(name, one.settings.get("help", "")) for one in options
+            if one not in taken for name in one.names
+            if name.startswith("--") or name == word != "-"]
+
+
+def _kind_of(entry: Entry | None, one: Option) -> str:
+    """What kind of thing an argument names; "" for what is new, or of no kind."""
+    metavar = str(one.settings.get("metavar", ""))
+    if one.names[0] in _NEW or (metavar == "KEY" and one.names[0].startswith("-")):
+        return ""
+    if metavar == "NAME":       # a command that makes something gives it a new name
+        return "" if entry is None or entry.creates is not False else entry.words[0]
+    return _BY_SHELL.get(metavar, metavar)
+
+
+def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
+    """Values that are the same in each queue."""
+    if kind == "KEY":
+        return tuple(Choice(key, setting.meaning) for key, setting in SETTINGS.items())
+    return tuple(Choice(word) for word in one.settings.get("choices", ()))
+
+
+def _span(word: str) -> dict[str, str]:
+    """The bounds of what begins with a word; names are ASCII without DEL."""
+    return {"word": word, "end": word + "\x7f"}
+
+
+def _job_choices(rows: Rows, place: Place) -> list[Choice]:
+    """The newest of each state; then those that the index of ids leads to."""
+    found = [row for state in place.states for row in rows(
+        Sql.NEWEST_IDS, state=state, look=LOOKED_AT, limit=OFFERED,
+        **_span(place.word))]
+    found.sort(reverse=True)
+    if place.word and len(found) < OFFERED:
+        found += [row for row in rows(Sql.IDS_FROM, look=LOOKED_AT, **_span(place.word))
+                  if row[2] in place.states]
+    return [Choice(job_id, f"{state}: {command}")
+            for _, job_id, state, command in dict.fromkeys(found)]
+
+
+def _queue_choices(rows: Rows, place: Place) -> list[Choice]:
+    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
+    for name, state, n in rows(Sql.COUNTS):
+        counts.setdefault(name, []).append(f"{n} {state}")
+    counts.pop(EVERY_QUEUE, None)
+    return [Choice(name, ", ".join(counts[name])) for name in sorted(counts)]
+
+
+def _tag_choices(rows: Rows, place: Place) -> list[Choice]:
+    return [Choice(tag) for tag, in rows(Sql.TAGS_FROM, limit=OFFERED,
+                                         **_span(place.word))]
+
+
+def _worker_choices(rows: Rows, place: Place) -> list[Choice]:
+    return [Choice(*row) for row in rows(Sql.WORKER_NAMES)]
+
+
+def _schedule_choices(rows: Rows, place: Place) -> list[Choice]:
+    return [Choice(*row) for row in rows(Sql.SCHEDULE_NAMES)]
+
+
+# Kinds of values that only the queue knows, by metavar; names by their command.
+_IN_QUEUE = {"ID": _job_choices, "Q": _queue_choices, "T": _tag_choices,
+             "worker": _worker_choices, "schedule": _schedule_choices}
+
+
+def _valued(place: Place, entry: Entry | None, reading: Reading, one: Option) -> Place:
+    """The place of an argument's value."""
+    kind = _kind_of(entry, one)
+    if kind == "JOB" and place.word.startswith("@"):
+        return place._replace(kind=FILES, word=place.word[1:], before="@")
+    return place._replace(
+        kind=kind, choices=_fixed_choices(one, kind),
+        states=_FITTING.get(entry.words if entry else (), STATES),
+        given=tuple(value for other, value in reading.given if other == one))
+
+
+def _at_flag(place: Place, entry: Entry | None, reading: Reading,
+             options: Sequence[Option]) -> Place:
+    """The place of a flag, or of the value in `--flag=value`."""
+    name, sign, value = place.word.partition("=")
+    if not sign:
+        return place._replace(choices=tuple(
+            _flag_choices(options, reading.given, place.word)))
+    flag = _flag_named(name, options)
+    if flag is None or not _takes_value(flag):
+        return place
+    return _valued(place._replace(word=value, before=name + sign), entry, reading, flag)
+
+
+def _at_argument(place: Place, entry: Entry | None, reading: Reading,
+                 options: Sequence[Option]) -> Place:
+    """The place of an argument without a name; of flags, where none is known."""
+    one = _next_argument(options, reading.given)
+    if one:
+        place = _valued(place, entry, reading, one)
+        if place.kind in (FILES, DIRS, *_IN_QUEUE) or place.choices:
+            return place
+    if reading.is_verbatim:
+        return place._replace(kind=FILES)
+    return place._replace(choices=tuple(_flag_choices(options, reading.given, "")))
+
+
+def place_of(words: Sequence[str]) -> Place:
+    """What may stand in place of the last of these words, the line's without quotes."""
+    *before, word = words or ("",)
+    found, rest = named_commands(before)
+    entry = _meant(found)
+    options = (*(entry.options if entry else (_VERSION,)), _DB, _HELP)
+    reading = read_words(options, rest)
+    place = Place(word=word, db=next((value for one, value in reversed(reading.given)
+                                      if one == _DB and value), ""))
+    if reading.awaiting and reading.awaiting.settings.get("nargs") != "?":
+        return _valued(place, entry, reading, reading.awaiting)
+    if word.startswith("-") and not reading.is_verbatim:
+        return _at_flag(place, entry, reading, options)
+    if len(found) != 1:
+        return place._replace(choices=tuple(_command_choices(found)))
+    return _at_argument(place, entry, reading, options)
+
+
+def _expanded(path: str) -> str:
+    """A path as the shell would have made it of a word: ~ and $NAME are known."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def choices_at(place: Place) -> list[Choice]:
+    """What may stand there, of the queue that is named, if there is one."""
+    choices = list(place.choices)
+    if not choices and place.kind in _IN_QUEUE:
+        path = _expanded(place.db) or os.environ.get("QUEUECTL_DB") or "queue.db"
+        with contextlib.suppress(QueueError), glance(path) as rows:
+            choices = _IN_QUEUE[place.kind](rows, place)
+    return [choice for choice in choices if choice.word.startswith(place.word)
+            and choice.word not in place.given][:OFFERED]
+
+
+def completion_lines(words: Sequence[str]) -> list[str]:
+    """What a shell's script reads: words with their meanings, parted by a tab.
+
+    One that begins with a tab says that the shell is to complete files or directories,
+    after what stands in the word already.
+    """
+    place = place_of([unquoted(word) for word in words])
+    if place.kind in (FILES, DIRS):
+        return [f"\t{place.kind}\t{place.before}"]
+    return [f"{place.before}{choice.word}\t{cut(one_line(choice.meaning), 60)}"
+            for choice in choices_at(place)]
+
+
+# ---- 17 Main -----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
@@ -7255,22 +8074,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"`{self.prog} --help` says more")
 
 
-def _add_db(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
-                        help="the database (default: $QUEUECTL_DB, else queue.db)")
-
-
-def _overview(title: str, entries: Sequence[Entry]) -> Parser:
+def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands."""
     parser = Parser(
-        prog="queuectl", formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="queuectl [--db PATH] COMMAND ...",
+        prog=name, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{name} [--db PATH] COMMAND ...",
         description=f"{title}.\n\ncommands:\n" + "\n".join(
             f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
-        epilog="`queuectl COMMAND --help` says more. Without a command: status.")
-    _add_db(parser)
-    parser.add_argument("--version", action="version",
-                        version=f"queuectl {__version__}")
+        epilog=f"`{name} COMMAND --help` says more. Without a command: {alone}.")
+    for one in (_DB, _VERSION):
+        parser.add_argument(*one.names, **one.settings)
     return parser
 
 
@@ -7298,7 +8111,7 @@ def command_parser(entry: Entry) -> Parser:
             groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
                 one.group)
         groups[one.group].add_argument(*one.names, **one.settings)
-    _add_db(parser)
+    parser.add_argument(*_DB.names, **_DB.settings)
     parser.set_defaults(entry=entry, words=None)
     return parser
 
@@ -7313,7 +8126,8 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
     if len(found[0].words) == 1:
         return found[0], 1
     if following in ("-h", "--help"):
-        _overview(f"queuectl {name}", found).parse_args(["--help"])
+        _overview(f"queuectl {name}", TITLES[name], ALONE[name], found).parse_args(
+            ["--help"])
     if following is None or following.startswith("-"):
         return next(entry for entry in found if entry.words[1] == ALONE[name]), 1
     for entry in found:
@@ -7321,7 +8135,8 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
             return entry, 2
     subs = [entry.words[1] for entry in found]
     raise UsageError(f"there is no command `{name} {following}`",
-                     nearest(following, subs) or "there are: " + ", ".join(subs))
+                     nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
+                     or "there are: " + ", ".join(subs))
 
 
 def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
@@ -7329,8 +8144,8 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
     words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         if words[at] in ("-h", "--help", "--version"):
-            _overview("A background job queue for the command line",
-                      COMMANDS).parse_args([words[at]])
+            _overview("queuectl", "A background job queue for the command line",
+                      "status", COMMANDS).parse_args([words[at]])
         at += 2 if words[at] == "--db" else 1
     if at >= len(words):
         return _find("status", None)[0], words
@@ -7340,9 +8155,11 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
     """What to say of words that a command does not take."""
-    flags = [name for one in entry.options for name in one.names if name[0] == "-"]
-    hint = nearest(extra[0].partition("=")[0], [*flags, "--db"]) \
-        if extra[0].startswith("--") else ""
+    flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
+    flag = extra[0].partition("=")[0]
+    known = {name for one in COMMANDS for flag in one.options for name in flag.names}
+    hint = nearest(flag, [*flags, "--db"]) \
+        if flag.startswith("--") and flag not in known else ""
     if not hint and entry.run is cmd_enqueue:
         hint = "put a command of several words in quotes, or -- before it"
     return UsageError(f"unexpected: {' '.join(extra)}",
@@ -7365,8 +8182,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(argv: Sequence[str]) -> int:
     args = _parse(argv)
-    path = getattr(args, "db", None) or os.environ.get("QUEUECTL_DB") or "queue.db"
+    path = database_path(args)
     screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
+    if args.entry.creates is NEITHER:
+        return int(args.entry.run(args, None, screen))
     try:
         queue = Queue(path, create=args.entry.creates)
     except NoQueue:
@@ -7428,11 +8247,21 @@ def _answer(words: Sequence[str]) -> int:
                        "--json" in words)
 
 
+def _complete(words: Sequence[str]) -> int:
+    """Say what may come next."""
+    # A key that was pressed half-way through a line must never print a traceback.
+    with contextlib.suppress(Exception):
+        for line in completion_lines([_as_utf8(word) for word in words[1:]]):
+            print(line)
+        sys.stdout.flush()
+    return EX_OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
-    status = _answer(words)
+    status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
     try:
         sys.stderr.flush()
     except (OSError, ValueError):   # a full disk under a log is no failed command

@@ -24,6 +24,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -924,11 +925,12 @@ class Statements(TestCase):
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LINE QUEUE_LINE LAST_RUN RUNS RUN"),
         ("events_by_job",  "EVENTS_OF"),
+        ("jobs_by_state",  "NEWEST_IDS"),
         ("autoindex_jobs", "JOBS_NAMED"),
-        ("PRIMARY KEY",    "EVENTS_AFTER"),
+        ("PRIMARY KEY",    "EVENTS_AFTER TAGS_FROM"),
         ("PRIMARY KEY",    "MOVE WISH SET_GATE JOB_BY_SEQ BEGIN_RUN END_RUN SAVE_OUTPUT "
                            "RUN_BY_CLAIM DEPENDENTS BEAT WORKER_WISH TALLIES_EVER"),
-        ("autoindex_jobs", "JOB SEQ_OF"),
+        ("autoindex_jobs", "JOB SEQ_OF IDS_FROM"),
     )
 
     def test_what_is_asked_often_goes_by_an_index_and_sorts_nothing(self):
@@ -946,7 +948,8 @@ class Statements(TestCase):
                     for step in plan:   # what is gone through whole is short, or one row
                         if step.startswith("SCAN"):
                             self.assertRegex(step, "USING (COVERING )?INDEX|"
-                                                   "CONSTANT ROW|json_each|schedules")
+                                                   "CONSTANT ROW|json_each|schedules|"
+                                                   "SUBQUERY|subquery|found")
 
     def test_the_dead_are_listed_and_purged_by_an_index(self):
         db = sqlite3.connect(self.a_queue().path)
@@ -1095,6 +1098,66 @@ class Hosts(TestCase):
 
         wait_for(lambda: done, "the other")
         self.assertEqual([ending.claim for ending in done], [2])
+
+
+class Manager:
+    """A service manager, as far as sd_notify goes: a socket that keeps what it hears."""
+
+    def __init__(self, address):
+        self.said = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self._socket.setblocking(False)
+
+    def close(self):
+        self._socket.close()
+
+    def hear(self):
+        """All that was said until now, in its order."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.said.append(self._socket.recv(4096).decode())
+        return self.said
+
+
+class Notices(TestCase):
+    def a_manager(self, address):
+        manager = Manager(address)
+        self.addCleanup(manager.close)
+        return manager
+
+    def test_a_manager_hears_each_thing_when_it_is_due(self):
+        name = f"queuectl-{os.getpid()}".encode()
+        for address, told in ((os.fsencode(self.path_of("a socket")),) * 2,
+                              (b"\0" + name, b"@" + name)):
+            with self.subTest(told):
+                manager = self.a_manager(address)
+                notifier = queuectl.Notifier({b"NOTIFY_SOCKET": told,
+                                              b"WATCHDOG_USEC": b"60000000"})
+                notifier.step(lambda: "waiting")    # not ready yet: no sign of life
+                notifier.ready()
+                for _ in range(3):
+                    notifier.step(lambda: "waiting")
+                for _ in range(2):
+                    notifier.stopping()
+                self.assertEqual(manager.hear(), ["STATUS=waiting", "READY=1",
+                                                  "WATCHDOG=1", "STOPPING=1"])
+                self.assertEqual(notifier.interval, 30)
+
+    def test_signs_of_life_are_for_who_asked_this_process_for_them(self):
+        own, other = b"%d" % os.getpid(), b"1"
+        for environ, interval in (
+                ({}, float("inf")), ({b"WATCHDOG_USEC": b"3000000"}, 1.5),
+                ({b"WATCHDOG_USEC": b"3000000", b"WATCHDOG_PID": own}, 1.5),
+                ({b"WATCHDOG_USEC": b"3000000", b"WATCHDOG_PID": other}, float("inf")),
+                ({b"WATCHDOG_USEC": b"0"}, float("inf")),
+                ({b"WATCHDOG_USEC": b"soon"}, float("inf"))):
+            with self.subTest(environ):
+                self.assertEqual(queuectl.Notifier(environ).interval, interval)
+
+    def test_a_manager_that_is_gone_stops_nobody(self):
+        for address in (b"/nowhere/at/all", b"relative", b"x" * 200):
+            queuectl.Notifier({b"NOTIFY_SOCKET": address}).ready()
 
 
 # ---- 8 Ledger, 9 Queue -------------------------------------------------------
@@ -2468,6 +2531,16 @@ class Views(TestCase):
         self.assertEqual(colours[6], colours[0])
 
 
+    def test_a_unit_file_hands_over_each_word_as_it_stands(self):
+        for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
+                            ("a b", '"a b"'), ("100%", '"100%%"'), ("$HOME", '"$$HOME"'),
+                            ('a"b\\c', '"a\\"b\\\\c"'), ("ü;", '"ü;"'), (";", '";"'),
+                            ("a\nb\x7f", '"a\\x0ab\\x7f"'), ("", '""')):
+            with self.subTest(word):
+                self.assertEqual(queuectl.systemd_word(word), there)
+        self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
+
+
 # ---- 15 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
@@ -2601,7 +2674,7 @@ class CommandLine(TestCase):
                            (("enqueue", "x", "--qeue", "q"), "--queue"),
                            (("purge", "--dry-rn"), "--dry-run"),
                            (("status", "--bd", "x"), "--db"),
-                           (("queue", "lst"), "list"), (("schedul", "list"), "schedule"),
+                           (("queue", "lst"), "queue list"), (("schedul", "list"), "schedule"),
                            (("edit", "job-1", "--max-retry", "1"), "--max-retries")):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv)
@@ -2651,14 +2724,14 @@ class CommandLine(TestCase):
                 (("cancel", "--tag", "t"), "a cancelled", {"a": CANCELLED, "b": PENDING}),
                 (("delete", "--queue", "q", "-s", "pending"), "b deleted", {"a": PENDING}),
                 (("delete", "--all"), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
-                (("delete", "--tag", "no"), "0 jobs deleted", {"bad": DEAD}),
+                (("delete", "--tag", "no"), "no such jobs", {"bad": DEAD}),
                 (("dlq", "retry", "--all"), "bad pending again", {"bad": PENDING}),
-                (("dlq", "retry", "--queue", "q"), "0 jobs pending again", {"bad": DEAD}),
-                (("dlq", "purge"), "1 job deleted", {"good": COMPLETED}),
+                (("dlq", "retry", "--queue", "q"), "no such jobs", {"bad": DEAD}),
+                (("dlq", "purge"), "bad deleted", {"good": COMPLETED}),
                 (("purge",), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
                 (("purge", "-s", "pending", "-s", "dead"), "3 jobs deleted",
                  {"good": COMPLETED, "gone": CANCELLED}),
-                (("purge", "--older-than", "1h"), "0 jobs deleted", {"bad": DEAD}),
+                (("purge", "--older-than", "1h"), "no such jobs", {"bad": DEAD}),
                 (("purge", "--dry-run"), "would delete 1 completed, 1 dead, 1 cancelled",
                  {"bad": DEAD, "good": COMPLETED}),
                 (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
@@ -2725,19 +2798,21 @@ class CommandLine(TestCase):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv, "--timeout", "10ms")
                 self.assertEqual((code, out), (1, ""))
-                self.assertIn("no worker is running; `queuectl worker start`", err)
+                self.assertRegex(err, r"^[ab] waits: no worker is running\n")
                 self.assertIn("not over yet; wait longer", err)
         self.assertEqual(queuectl.NotFinished.code, "not-finished")
-        self.assertIn("no worker is running", self.cli("enqueue", "x")[2])
+        self.assertIn("no worker is running; `queuectl worker start`",
+                      self.cli("enqueue", "x")[2])
         self.assertEqual(self.cli("enqueue", "x", "-q")[2], "")
 
     # Queues, schedules, changes.
 
     def test_queues_are_paused_limited_and_listed(self):
         for argv, said in (
-                (("pause", "--queue", "a", "--queue", "b"), "queue a, b paused;"),
+                (("pause", "--queue", "a", "--queue", "b"), "queues a, b paused;"),
                 (("pause",), "all queues paused;"),
-                (("resume", "--queue", "a"), "queue a resumed; still paused: all, b"),
+                (("resume", "--queue", "a"), "queue a resumed; still paused: all queues, "
+                 "by a pause of all, b"),
                 (("queue", "list"), "all queues are paused; `queuectl resume` ends that"),
                 (("resume",), "all queues resumed; still paused: b"),
                 (("queue", "set", "gpu", "--limit", "2"), "queue gpu: at most 2 at once"),
@@ -2930,6 +3005,159 @@ class CommandLine(TestCase):
                 self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
 
 
+    def test_a_unit_file_is_of_this_program_and_queue_and_makes_none(self):
+        code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
+                                "--grace", "1m30s", "--backoff-base", "500ms")
+        self.assertEqual(code, 0)
+        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} "
+                      f'{queuectl.systemd_word(MODULE)} --db "{self.path}" worker start '
+                      "--count 2 --queue a --queue b --backoff-base 0.5 --grace 90\n", out)
+        for line in ("Type=notify", "NotifyAccess=main", "KillMode=mixed",
+                     "TimeoutStopSec=110s", "OOMPolicy=continue", "Restart=on-failure",
+                     "WatchdogSec=60", "WantedBy=multi-user.target"):
+            self.assertIn(f"\n{line}\n", out)
+        self.assertRegex(out, "\nUser=.")
+        self.assertFalse(os.path.exists(self.path))
+
+        self.cli("config", "set", "kill-grace", "1m")
+        self.assertIn("\nTimeoutStopSec=85s\n", self.cli("systemd", "--grace", "10s")[1])
+        own = self.cli("systemd", "--user")[1]
+        self.assertIn("\nTimeoutStopSec=infinity\n", own)
+        self.assertIn("\nWantedBy=default.target\n", own)
+        self.assertNotIn("User=", own)
+
+
+# ---- 16 Completion -----------------------------------------------------------
+
+class Completion(TestCase):
+    def offered(self, *words):
+        """The words that may come next, and the order to complete files, if any."""
+        code, out, err = run_cli(queuectl.COMPLETE, "--", "--db", self.path, *words)
+        self.assertEqual((code, err), (0, ""))
+        return [line.split("\t")[0] or tuple(line.split("\t")[1:])
+                for line in out.splitlines()]
+
+    def test_commands_flags_and_values_come_from_the_table(self):
+        files, states = [("files", "")], list(STATES)
+        for line, words in (
+                ("enq", ["enqueue"]), ("dlq ", ["list", "retry", "purge"]),
+                ("dlq p", ["purge"]), ("nonsense ", []), ("--v", ["--version"]),
+                ("list --sta", ["--state"]), ("list -s", ["-s"]),
+                ("list --state ", states), ("list -s de", ["dead"]),
+                ("list -s dead --state de", []), ("list --state=d", ["--state=dead"]),
+                ("list --stat de", []), ("list -sdead --state de", []),
+                ("list --sort n", ["newest"]), ("list --search ", []),
+                ("dlq --l", ["--limit"]), ("config get kill", ["kill-grace"]),
+                ("config set kill-grace ", ["--help"]), ("list x --h", ["--help"]),
+                ("completion ", list(queuectl.SHELLS)),
+                ("backup ", files), ("backup x ", ["--help"]), ("--db ", files),
+                ("enqueue --file x", files), ("enqueue --cwd ", [("dirs", "")]),
+                ("enqueue --file=x", [("files", "--file=")]),
+                ("enqueue @x", [("files", "@")]), ("enqueue -- ls ", files),
+                ("enqueue --unique ", []), ("enqueue --id ", []),
+                ("worker start --name ", []), ("list --json --js", [])):
+            with self.subTest(line):
+                self.assertEqual(self.offered(*line.split(" ")), words)
+
+    def test_every_command_and_every_long_flag_is_offered(self):
+        self.assertEqual(self.offered(""),
+                         list(dict.fromkeys(e.words[0] for e in queuectl.COMMANDS)))
+        for entry in queuectl.COMMANDS:
+            offered = self.offered(*entry.words, "--")
+            for one in entry.options:
+                for name in one.names:
+                    if name.startswith("--"):
+                        self.assertIn(name, offered, entry.words)
+
+    def test_a_flag_is_offered_again_only_if_it_may_come_again(self):
+        offered = self.offered("enqueue", "--after", "x", "-p", "5", "--cwd=/", "--")
+        self.assertIn("--after", offered)
+        for name in ("--priority", "--cwd"):
+            self.assertNotIn(name, offered)
+
+    def test_ids_are_those_that_fit_the_newest_first(self):
+        queue = self.a_queue()
+        for job_id in ("a:1", "a:2", "b@1"):
+            queue.enqueue("echo hi", id=job_id, max_retries=1)
+        claims = self.a_pool(queue, name="w1")
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        self.claim_one(queue, claims)
+        # a:1 is dead, a:2 runs, b@1 waits.
+        for line, ids in (("show ", ["b@1", "a:2", "a:1"]), ("show a", ["a:2", "a:1"]),
+                          ("show a:1", ["a:1"]), ("show x", []), ("show 'a:1", ["a:1"]),
+                          ("logs a\\:1", ["a:1"]), ("dlq retry ", ["a:1"]),
+                          ("retry ", ["b@1", "a:1"]), ("cancel ", ["b@1", "a:2"]),
+                          ("delete b@1 ", ["a:1"]), ("enqueue --after b@", ["b@1"]),
+                          ("worker stop ", ["w1"]), ("worker stop w1 ", [])):
+            with self.subTest(line):
+                self.assertEqual(self.offered(*line.split(" ")), ids)
+        out = run_cli(queuectl.COMPLETE, "--", "--db", self.path, "show", "b")[1]
+        self.assertEqual(out, "b@1\tpending: echo hi\n")
+
+    def test_an_old_id_is_found_by_its_beginning_and_no_more_are_offered_than_help(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="old")
+        queue.enqueue_many([queuectl.spec_of({"command": "x"}, NOON)
+                            for _ in range(queuectl.LOOKED_AT)])
+        queue.cancel("job-2000", "job-1900")
+        newest = [f"job-{n}" for n in range(2001, 1801, -1)]
+        self.assertEqual(self.offered("show", ""), newest)
+        self.assertEqual(self.offered("show", "ol"), ["old"])
+
+    def test_queues_tags_and_schedules_are_those_that_are_there(self):
+        queue = self.a_queue()
+        for name, tags in (("gpu", ["red", "blue"]), ("cpu", ["red"]), ("cpu", [])):
+            queue.enqueue("x", queue=name, tags=tags)
+        for line, words in (("list --queue ", ["cpu", "gpu"]), ("list --tag ", ["blue", "red"]),
+                            ("list --tag red", ["red"]), ("list --tag x", []),
+                            ("worker start --queue gpu --queue ", ["cpu"])):
+            with self.subTest(line):
+                self.assertEqual(self.offered(*line.split(" ")), words)
+
+    def test_a_new_command_needs_no_word_about_it_here(self):
+        entry = queuectl.Entry(("schedule", "pause"), None, "", queuectl.READS, (
+            queuectl.option("name", metavar="NAME"),
+            queuectl.option("--watch", nargs="?", metavar="SECONDS")))
+        name, watch = entry.options
+        self.assertEqual(queuectl._kind_of(entry, name), "schedule")
+        self.assertEqual(queuectl._kind_of(entry._replace(creates=True), name), "")
+        for words, given in ((["--watch", "5"], [(watch, "5")]),
+                             (["--watch", "--watch"], [(watch, ""), (watch, "")]),
+                             (["x", "y"], [(name, "x")])):
+            self.assertEqual(queuectl.read_words(entry.options, words).given, given)
+        with sqlite3.connect(self.a_queue().path) as db:
+            db.execute("INSERT INTO schedules (name, cron, job, created_at) "
+                       "VALUES ('nightly', '@daily', '', '')")
+        with queuectl.glance(self.path) as rows:
+            self.assertEqual(queuectl._schedule_choices(rows, queuectl.Place()),
+                             [("nightly", "@daily")])
+
+    def test_it_makes_and_changes_nothing_and_never_fails(self):
+        self.assertEqual(self.offered("show", ""), [])
+        self.assertEqual(os.listdir(self.dir), [])
+        older, foreign = self.path_of("older.db"), self.path_of("foreign.db")
+        Queue(older).close()
+        for path, pragma in ((older, "user_version = 0"), (foreign, "user_version = 7")):
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute(f"PRAGMA {pragma}")
+        with open(self.path_of("text.db"), "w") as file:
+            file.write("no database " * 100)
+        before = {name: read_bytes(self.path_of(name)) for name in os.listdir(self.dir)}
+        for name in [*before, "", "gone/x.db"]:
+            for words in (["show", ""], ["\udcff"], []):
+                with self.subTest(name=name, words=words):
+                    self.assertEqual(run_cli(queuectl.COMPLETE, "--", "--db", self.path_of(
+                        name), *words)[0::2], (0, ""))
+        self.assertEqual(before, {name: read_bytes(self.path_of(name))
+                                  for name in os.listdir(self.dir)})
+
+    def test_a_locked_queue_holds_a_key_up_no_longer_than_a_moment(self):
+        queue = self.a_queue()
+        queue.enqueue("x")
+        with queue.store.transaction():
+            self.assertEqual(self.offered("show", ""), ["job-1"])
+
+
 # ---- Real processes ----------------------------------------------------------
 
 class Processes(TestCase):
@@ -3035,7 +3263,7 @@ class Picture:
         self._column += 1
 
 
-class Terminal:
+class OnTerminal:
     """A program on a terminal of its own: what it writes, and what is typed."""
 
     def __init__(self, argv, directory, size, environ):
@@ -3603,7 +3831,7 @@ class Program(Processes):
     # On a terminal.
 
     def terminal(self, *argv, size=(24, 80), **environ):
-        terminal = Terminal(self.command(*argv), self.dir, size, environ)
+        terminal = OnTerminal(self.command(*argv), self.dir, size, environ)
         self.addCleanup(terminal.close)
         return terminal
 
@@ -3749,6 +3977,212 @@ class Program(Processes):
         self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
         self.assertGreater(crashes, 2)
         self.assertEqual(len(set(self.read("ran").split())), 40)
+
+
+# ---- Real shells and service managers ----------------------------------------
+
+class Terminal:
+    """A shell at a terminal: keys in, what it shows out."""
+
+    def __init__(self, argv, environ, directory):
+        import pty
+        self.fd, inner = pty.openpty()
+        self._process = subprocess.Popen(argv, stdin=inner, stdout=inner, stderr=inner,
+                                         env=environ, cwd=directory,
+                                         start_new_session=True)
+        os.close(inner)
+        self.shown = ""
+
+    def press(self, keys, expected):
+        """What is shown until that comes."""
+        self.shown = ""
+        os.write(self.fd, keys.encode())
+        wait_for(lambda: self._read() and expected in self.shown,
+                 f"{expected!r} after {keys!r}")
+
+    def _read(self):
+        if select.select([self.fd], [], [], 0.05)[0]:
+            self.shown += os.read(self.fd, 65536).decode("utf-8", "replace")
+        return self.shown
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self.fd)
+
+
+class Shells(Processes):
+    """The completion scripts, in the shells that are there."""
+
+    # What is typed before the tab key, and what stands there then.
+    LINES = (
+        ("queuectl enq", "queuectl enqueue "),
+        ("queuectl show a", "queuectl show a:b@c "),
+        ("queuectl show a:", "queuectl show a:b@c "),
+        ("queuectl show a:b@", "queuectl show a:b@c "),
+        ("queuectl show 'a:", "queuectl show 'a:b@c' "),
+        ("queuectl list --state=d", "queuectl list --state=dead "),
+        ("./queuectl.py config get kill", "./queuectl.py config get kill-grace "),
+        ("q dlq re", "q dlq retry "),
+        ("queuectl --db 'an other.db' show ", "queuectl --db 'an other.db' show else "),
+        ("queuectl backup an", "queuectl backup an\\ other.db "),
+        ("queuectl enqueue --file=an", "queuectl enqueue --file=an\\ other.db "),
+        ("queuectl enqueue @an", "queuectl enqueue @an\\ other.db "),
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.enqueue("x", "--id", "a:b@c")
+        with Queue(self.path_of("an other.db")) as other:
+            other.enqueue("x", id="else")
+        os.mkdir(self.path_of("bin"))
+        program = f'#!/bin/sh\nexec "{sys.executable}" "{MODULE}" "$@"\n'
+        for name in ("bin/queuectl", "queuectl.py"):
+            with open(self.path_of(name), "w") as file:
+                file.write(program)
+            os.chmod(self.path_of(name), 0o755)
+
+    def script(self, shell):
+        if shutil.which(shell) is None:
+            self.skipTest(f"there is no {shell}")
+        with open(self.path_of(f"completion.{shell}"), "w") as file:
+            file.write(self.call("completion", shell)[1])
+        path = self.path_of("bin") + os.pathsep + os.environ["PATH"]
+        return {**os.environ, "PATH": path, "QUEUECTL_DB": self.path, "PS1": "$ ",
+                "PROMPT": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": self.dir}
+
+    def a_terminal(self, shell, *argv):
+        terminal = Terminal([shell, *argv], self.script(shell), self.dir)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def check_lines(self, terminal):
+        for line, completed in self.LINES:
+            with self.subTest(line):
+                terminal.press(line + "\t", completed)
+                terminal.press("\x15echo cleared\r", "\ncleared")     # Ctrl+U
+
+    def test_bash(self):
+        terminal = self.a_terminal("bash", "--norc", "--noprofile", "-i")
+        terminal.press("source completion.bash; shopt -u hostcomplete; alias q=queuectl; "
+                       "complete -F _queuectl q; echo 'rea''dy'\r", "\nready")
+        self.check_lines(terminal)
+
+    def test_bash_with_the_package_bash_completion(self):
+        package = "/usr/share/bash-completion/bash_completion"
+        if not os.path.exists(package):
+            self.skipTest("there is no package bash-completion")
+        terminal = self.a_terminal("bash", "--norc", "--noprofile", "-i")
+        terminal.press(f"source {package}; source completion.bash; alias q=queuectl; "
+                       "complete -F _queuectl q; echo 'rea''dy'\r", "\nready")
+        self.check_lines(terminal)
+
+    def test_zsh(self):
+        terminal = self.a_terminal("zsh", "-f", "-i")
+        terminal.press("autoload -Uz compinit; compinit -u -D; source completion.zsh; "
+                       "alias q=queuectl; echo 'rea''dy'\r", "\nready")
+        self.check_lines(terminal)
+
+    def test_zsh_finds_it_by_itself(self):
+        environ = self.script("zsh")
+        os.rename(self.path_of("completion.zsh"), self.path_of("_queuectl"))
+        terminal = Terminal(["zsh", "-f", "-i"], environ, self.dir)
+        self.addCleanup(terminal.close)
+        terminal.press("fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; "
+                       "echo 'rea''dy'\r", "\nready")
+        terminal.press("queuectl show a\t", "queuectl show a:b@c ")
+
+    def test_fish(self):
+        """It is asked, not typed to: it wants a better terminal than this one."""
+        environ = self.script("fish")
+        lines = [line for line, _ in self.LINES] + ["queuectl list --", "queuectl show "]
+        asked = "; ".join(f"echo '> {number}'; complete -C {json.dumps(line)}"
+                          for number, line in enumerate(lines))
+        said = subprocess.run(
+            ["fish", "--no-config", "-c", "source completion.fish; alias q queuectl; "
+             + asked], env=environ, cwd=self.dir, stdout=subprocess.PIPE,
+            check=True).stdout.decode()
+
+        answers = [answer.partition("\n")[2] for answer in said.split("> ")[1:]]
+        for (line, completed), answer in zip(self.LINES, answers):
+            last = re.split(r"(?<!\\) ", completed.strip())[-1]
+            with self.subTest(line):
+                self.assertEqual(answer.rstrip("\n").split("\t")[0],
+                                 last.replace("\\ ", " ").strip("'"))
+        self.assertIn("--state\tone of pending", answers[-2])
+        self.assertEqual(answers[-1], "a:b@c\tpending: x\n")
+
+
+class Services(Processes):
+    """A worker under a service manager."""
+
+    def a_service(self, *argv, **environ):
+        address = self.path_of("manager")
+        manager = Manager(address)
+        self.addCleanup(manager.close)
+        worker = self.worker(*argv, env={**os.environ, "NOTIFY_SOCKET": address,
+                                         **environ})
+        wait_for(lambda: "READY=1" in manager.hear(), "readiness")
+        return manager, worker
+
+    def test_a_manager_is_told_what_its_worker_does(self):
+        self.enqueue("env > seen; while [ ! -e go ]; do sleep .05; done")
+        manager, worker = self.a_service("-c", "2", WATCHDOG_USEC="100000")
+        wait_for(lambda: "STATUS=1 of 2 slots busy" in manager.hear(), "the status")
+        self.assertTrue(self.call("worker", "list")[1])     # ready: it is to be seen
+        wait_for(lambda: manager.hear().count("WATCHDOG=1") > 20, "signs of life", 5)
+        self.assertNotIn("STOPPING=1", manager.hear())
+
+        worker.send_signal(signal.SIGTERM)
+        wait_for(lambda: "STOPPING=1" in manager.hear(), "the end")
+        wait_for(lambda: "STATUS=finishing 1 running" in manager.hear(), "the status")
+        open(self.path_of("go"), "w").close()
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(manager.hear().count("STOPPING=1"), 1)
+        self.assertNotRegex(self.read("seen"), "NOTIFY|WATCHDOG")
+
+    def test_a_held_lock_is_no_hang(self):
+        self.enqueue("while [ ! -e go ]; do sleep .05; done")
+        manager, _ = self.a_service(WATCHDOG_USEC="400000")
+        self.wait_state("job-1", PROCESSING)
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            open(self.path_of("go"), "w").close()   # its end is to be recorded now
+            for _ in range(15):
+                manager.hear().clear()
+                wait_for(lambda: "WATCHDOG=1" in manager.hear(), "a sign of life", 1.4)
+            db.execute("ROLLBACK")
+        self.wait_state("job-1", COMPLETED)
+
+    def test_a_worker_that_hangs_gives_no_sign_of_life(self):
+        manager, worker = self.a_service(WATCHDOG_USEC="100000")
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        known = len(manager.hear())
+        time.sleep(0.5)
+        self.assertEqual(len(manager.hear()), known)
+
+    def test_systemd_takes_the_units(self):
+        if shutil.which("systemd-analyze") is None:
+            self.skipTest("there is no systemd-analyze")
+        folder = self.path_of('of 100% $HOME "ü"')
+        os.mkdir(folder)
+        os.mkdir(self.path_of("run"), 0o700)
+        for flags in ((), ("--user", "--grace", "1h"), ("--queue", "a", "--name", "b")):
+            unit = self.path_of("queuectl.service")
+            text = subprocess.run(
+                [sys.executable, MODULE, "--db", os.path.join(folder, "q.db"), "systemd",
+                 *flags], stdout=subprocess.PIPE, check=True).stdout.decode()
+            for shown in (text, re.sub("^#([A-Z])", r"\1", text, flags=re.M)):
+                with open(unit, "w") as file:
+                    file.write(shown)
+                done = subprocess.run(
+                    ["systemd-analyze", "verify", "--user" if "--user" in flags
+                     else "--system", unit], stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, check=False,
+                    env={**os.environ, "XDG_RUNTIME_DIR": self.path_of("run")})
+                with self.subTest(flags):
+                    self.assertEqual((done.returncode, done.stdout), (0, b""))
 
 
 # ---- Chaos -------------------------------------------------------------------
