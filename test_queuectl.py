@@ -2715,6 +2715,8 @@ class CommandLine(TestCase):
         self.assertEqual(len(json.loads(self.cli("list", "--json")[1])), 5)
 
     def test_a_choice_changes_all_that_fit_and_says_how_many(self):
+        memory = memory_directory()
+        self.addCleanup(shutil.rmtree, memory)
         for argv, said, left in (
                 (("retry", "--all"), "2 jobs pending again", {"good": COMPLETED}),
                 (("retry", "--state", "dead"), "bad pending again",
@@ -2737,7 +2739,7 @@ class CommandLine(TestCase):
                 (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
                  {"a": PENDING})):
             with self.subTest(argv):
-                self.path = self.path_of("-".join(argv))
+                self.path = os.path.join(memory, "-".join(argv))
                 queue = self.some_jobs()
                 code, out, err = self.cli(*argv)
                 self.assertEqual((code, out, err), (0, "", said + "\n"))
@@ -2750,6 +2752,8 @@ class CommandLine(TestCase):
         out = self.cli("cancel", "--all", "--json")[1]
         self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
                          [("b", CANCELLED), ("a", CANCELLED)])
+        self.assertEqual(json.loads(self.cli("purge", "--dry-run", "--json")[1]),
+                         {"deleted": 0})
         self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
         self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
 
