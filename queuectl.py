@@ -7152,10 +7152,10 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete {amounts}.", args)
-    if is_dry:
+    if is_dry and not args.json:
         screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
         return EX_OK
-    jobs = _swept("delete", args, queue, screen, states)
+    jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
     if args.json:
         screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
         return EX_OK
