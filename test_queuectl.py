@@ -1663,7 +1663,7 @@ class Promises(TestCase):
     def test_waiting_in_vain_is_refused(self):
         queue, other = self.a_queue(), self.a_queue()
         queue.enqueue("x", id="a")
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs are not over"):
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs not over"):
             queue.wait("a", timeout=0)
         with self.assertRaisesRegex(queuectl.NotFinished, "1 jobs are not over"):
             queue.wait_all(timeout=0)
@@ -2805,7 +2805,7 @@ class CommandLine(TestCase):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv, "--timeout", "10ms")
                 self.assertEqual((code, out), (1, ""))
-                self.assertRegex(err, r"^[ab] waits: no worker is running\n")
+                self.assertRegex(err, r"^[ab] waits: no worker is running; `queuectl worker start` starts one\n")
                 self.assertIn("not over yet; wait longer", err)
         self.assertEqual(queuectl.NotFinished.code, "not-finished")
         self.assertIn("no worker is running; `queuectl worker start`",
