@@ -3736,7 +3736,7 @@ class Queue:
             if not now.left:
                 return since
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} jobs not over yet",
+                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
                                   "wait longer, or look at `list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 

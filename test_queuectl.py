@@ -1665,7 +1665,7 @@ class Promises(TestCase):
         queue.enqueue("x", id="a")
         with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs not over"):
             queue.wait("a", timeout=0)
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 jobs are not over"):
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 job not over"):
             queue.wait_all(timeout=0)
         with self.assertRaises(queuectl.NoSuchJob):
             queue.wait("a", "gone")
