@@ -3838,7 +3838,7 @@ class Queue:
             if not now.left:
                 return since
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} jobs not over yet",
+                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
                                   "wait longer, or look at `list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
@@ -9188,10 +9188,10 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete {amounts}.", args)
-    if is_dry:
+    if is_dry and not args.json:
         screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
         return EX_OK
-    jobs = _swept("delete", args, queue, screen, states)
+    jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
     if args.json:
         screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
         return EX_OK
