@@ -3059,6 +3059,8 @@ class Metrics(TestCase):
             queue.enqueue("x", queue=("default", "gpu")[n % 2], max_retries=2)
         for outcome in ("completed", "failed", "timeout", "lost"):
             claimed = claims.turn({}, {}, [1]).claimed
+            for one in claimed:
+                os.close(one.lock)
             self.clock.now += 7
             claims.turn({one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
                          for one in claimed}, {}, [])
@@ -3147,7 +3149,9 @@ class Metrics(TestCase):
         last, kinds = {}, {}
         for hour in range(24):
             with Queue(self.path, clock=self.clock) as queue:
-                self.a_busy_hour(queue, self.a_pool(queue, name=f"w{hour}"), 1 + hour % 5)
+                claims = self.a_pool(queue, name=f"w{hour}")
+                self.a_busy_hour(queue, claims, 1 + hour % 5)
+                claims.leave()
                 if hour % 3 == 2:
                     for _ in queue.sweep("delete", (COMPLETED, DEAD), 0):
                         pass
