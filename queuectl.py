@@ -6784,6 +6784,7 @@ dialog details > :not(summary) { margin-top: .75rem }
   .notice.bad { top: 3.0625rem }
   .top .path { visibility: hidden }
   .counts { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+  .counts a { padding-inline: .5rem }
   .pair, .row { grid-template-columns: minmax(0, 1fr) }
   .filters > * { flex: 1 1 8rem }
   .filters input[type=search] { flex-basis: 100% }
@@ -6847,11 +6848,17 @@ function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// What had the focus may be gone; then it goes to the nearest heading.
+function rescueFocus() {
+  if (document.activeElement === document.body)
+    $(shown ? "#job h1" : "#jobs-title").focus({ preventScroll: true });
+}
+
 function replaceKeepingFocus(old, fresh) {
   const stops = "a, button";
   const place = $$(stops, old).indexOf(document.activeElement);
   old.replaceWith(fresh);
-  if (place >= 0) ($$(stops, fresh)[place] || $("#jobs-title")).focus();
+  if (place >= 0) $$(stops, fresh)[place]?.focus();
 }
 
 // Make the children of `parent` those of `items`; what has not changed stays in place,
@@ -6875,7 +6882,7 @@ function renderList(parent, items, keyOf, build) {
       parent.insertBefore(node, parent.children[index] || null);
     index += 1;
   }
-  if (had && document.activeElement === document.body) $("#jobs-title").focus();
+  if (had) rescueFocus();
   const none = $(":scope > .none:not(#no-match)", parent.closest(".panel"));
   if (none) none.hidden = items.length > 0;
 }
@@ -7765,7 +7772,8 @@ function swap(node, signature, build) {
   const had = node.contains(document.activeElement);
   node.signature = signature;
   node.replaceChildren(...build());
-  if (had) ($("button", node) || $("#job h1")).focus();
+  if (had) $("button", node)?.focus();
+  if (had) rescueFocus();
 }
 
 function jobActions(job) {
@@ -8190,6 +8198,8 @@ function bind() {
   on(".skip", "click", event => { event.preventDefault(); $("#main").focus(); });
   on("#shortcut", "change", event =>
     stored("shortcut", event.target.checked ? null : "off"));
+  for (const dialog of $$("dialog"))
+    dialog.addEventListener("close", () => setTimeout(rescueFocus));
   for (const button of $$("[data-close]"))
     button.addEventListener("click", () => button.closest("dialog").close());
   addEventListener("hashchange", route);
