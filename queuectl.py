@@ -6822,6 +6822,7 @@ const SLOTS = 12;           // lines a worker shows
 const KEPT = 1 << 20;       // characters of an output that are drawn
 const MINUTE = 60000;
 const SILENT = 30000;       // ms without heartbeat until a worker is called silent
+const PATIENCE = 20000;     // ms until an answer, or any word at all, is missed
 
 // ---- 1 Elements. Data reaches the document as text nodes only. ----
 
@@ -6839,8 +6840,15 @@ function fill(node, attributes, children) {
   return node;
 }
 
-const h = (tag, attributes, ...children) =>
-  fill(document.createElement(tag), attributes, children);
+// h("tag.class.class", { attribute: value, event: function } or nothing, ...children)
+function h(kind, ...rest) {
+  const [tag, ...classes] = kind.split(".");
+  const attributes = rest[0]?.constructor === Object ? rest.shift() : {};
+  const node = fill(document.createElement(tag), attributes, rest);
+  node.classList.add(...classes);
+  return node;
+}
+
 const draw = (tag, attributes, ...children) => fill(
   document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
@@ -6940,7 +6948,7 @@ function tick() {
 }
 
 function stateWord(state, word = state) {
-  return h("span", { class: `state ${state}` }, h("i", { class: "mark" }), word);
+  return h("span", { class: `state ${state}` }, h("i.mark"), word);
 }
 
 // ---- 3 What is known. ----
@@ -6962,6 +6970,8 @@ const boardPath = changes => {
   return wanted.length ? `#/?${new URLSearchParams(wanted)}` : "#/";
 };
 const isFiltered = () => Object.values(filter).some(Boolean);
+const button = (word, click, kind = "", label = null) =>
+  h("button", { type: "button", class: kind, "aria-label": label, click }, word);
 const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
 
 // Why a waiting job does not run, as far as the lists here tell it.
@@ -7016,13 +7026,14 @@ async function refusal(reply) {
 }
 
 async function ask(method, path, body) {
-  const options = { method, cache: "no-store" };
+  const options = { method, cache: "no-store", signal: AbortSignal.timeout(PATIENCE) };
   if (method !== "GET") options.headers = { "Content-Type": "application/json" };
   if (method === "POST") options.body = JSON.stringify(body || {});
   let reply;
   try { reply = await fetch(path, options); }
   catch { throw new Refused("the server does not answer"); }
   noteTime(reply);
+  heard = performance.now();
   if (reply.status === 401) logOut();
   if (!reply.ok) throw await refusal(reply);
   return reply;
@@ -7106,7 +7117,7 @@ async function readJobs() {
 
 // ---- 5 Live: server-sent events. ----
 
-let stream = null, patience = 1000, revival = null;
+let stream = null, patience = 1000, revival = null, heard = 0;
 
 function listen() {
   clearTimeout(revival);
@@ -7116,6 +7127,7 @@ function listen() {
   stream.addEventListener("error", lose);
   stream.addEventListener("status", event => {
     model.status = JSON.parse(event.data);
+    heard = performance.now();
     showStatus(); refreshAll();
   });
   stream.addEventListener("change", event => {
@@ -7140,6 +7152,13 @@ function lose() {
   clearTimeout(revival);
   revival = setTimeout(reconnect, patience);
   patience = Math.min(patience * 2, 15000);
+}
+
+// A quiet stream may be a dead one, which nobody tells us of: ask.
+async function probe() {
+  if (!model.isLive || performance.now() - heard < PATIENCE) return;
+  try { await ask("GET", "/healthz"); }
+  catch { stream.close(); lose(); }
 }
 
 async function reconnect() {
@@ -7270,8 +7289,8 @@ function tileNote(state) {
 function tile({ state, number, isChosen }) {
   return h("a", { href: boardPath({ state: isChosen ? "" : state }),
                   "aria-current": isChosen && "true" },
-    stateWord(state), h("b", {}, number),
-    h("span", { class: "small quiet cut" }, tileNote(state)));
+    stateWord(state), h("b", number),
+    h("span.small.quiet.cut", tileNote(state)));
 }
 
 function showCounts() {
@@ -7414,9 +7433,9 @@ const pairOf = (one, key) => one[`${key}_p50`] === null ? "none" :
   `${span(one[`${key}_p50`])} / ${span(one[`${key}_p95`])}`;
 
 function legend(id, when, entries) {
-  $(`#${id} .legend`).replaceChildren(h("span", {}, when), ...entries.map(
-    ([hue, word, value]) => h("span", {}, h("i", { class: hue }), `${word} `,
-                              h("b", {}, value))));
+  $(`#${id} .legend`).replaceChildren(h("span", when), ...entries.map(
+    ([hue, word, value]) => h("span", h("i", { class: hue }), `${word} `,
+                              h("b", value))));
 }
 
 function readRates(data) {
@@ -7438,10 +7457,9 @@ function readTimes(data) {
 }
 
 function table(heads, rows) {
-  return h("table", {},
-    h("thead", {}, h("tr", {}, heads.map(head => h("th", { scope: "col" }, head)))),
-    h("tbody", {}, rows.map(row =>
-      h("tr", {}, row.map(cell => h("td", {}, cell))))));
+  return h("table",
+    h("thead", h("tr", heads.map(head => h("th", { scope: "col" }, head)))),
+    h("tbody", rows.map(row => h("tr", row.map(cell => h("td", cell))))));
 }
 
 function showFigures(id, data) {
@@ -7487,26 +7505,24 @@ function armChart(id, label) {
 // ---- 8 Short lists, workers, queues, schedules. ----
 
 function brief(job, figure, reason) {
-  return h("div", { class: "brief" },
-    h("span", { class: job.state }, h("i", { class: "mark" }),
-      h("span", { class: "unseen" }, job.state)),
-    jobLink(job.id), h("code", { class: "cut", title: job.command }, job.command),
-    h("span", { class: "quiet small number" }, figure), reason || null);
+  return h("div.brief",
+    h("span", { class: job.state }, h("i.mark"), h("span.unseen", job.state)),
+    jobLink(job.id), h("code.cut", { title: job.command }, job.command),
+    h("span.quiet.small.number", figure), reason || null);
 }
 
 function showLists() {
   renderList($("#waiting"), withReason(model.waiting), job => job.id, job =>
-    h("li", {}, brief(job, job.queue,
-      h("span", { class: "reason cut" }, reasonOf(job)))));
+    h("li", brief(job, job.queue, h("span.reason.cut", reasonOf(job)))));
   renderList($("#failures"), withReason(model.failures), job => job.id, job =>
-    h("li", {}, brief(job, clock("ago", job.updated_at),
+    h("li", brief(job, clock("ago", job.updated_at),
       h("span", { class: `reason cut ${job.state === "dead" ? "bad" : "warn"}`,
                   title: job.error }, reasonOf(job)))));
 }
 
 function slotLine(job) {
   return job.command === undefined
-    ? h("div", { class: "brief" }, stateWord("processing", ""), jobLink(job.id))
+    ? h("div.brief", stateWord("processing", ""), jobLink(job.id))
     : brief(job, clock("elapsed", job.started_at));
 }
 
@@ -7516,17 +7532,15 @@ const silentSince = worker =>
 function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
   const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
     h("i", { class: n < busy && "busy" }));
-  return h("div", { class: "worker" },
-    h("h3", {},
-      h("span", { class: "cut", title: place }, name,
-        h("span", { class: "quiet small" },
-          queues.length ? `, only ${queues.join(", ")}` : "")),
-      h("span", { class: "slots", "aria-hidden": "true" }, squares),
-      h("span", { class: "quiet small" }, `${busy} of ${slots} busy`)),
-    silent && h("p", { class: "reason bad" }, "no heartbeat for ",
-                clock("elapsed", silent)),
+  return h("div.worker",
+    h("h3",
+      h("span.cut", { title: place }, name,
+        h("span.quiet.small", queues.length ? `, only ${queues.join(", ")}` : "")),
+      h("span.slots", { "aria-hidden": "true" }, squares),
+      h("span.quiet.small", `${busy} of ${slots} busy`)),
+    silent && h("p.reason.bad", "no heartbeat for ", clock("elapsed", silent)),
     jobs.map(slotLine),
-    busy > jobs.length && h("p", { class: "reason" }, stateLink("processing",
+    busy > jobs.length && h("p.reason", stateLink("processing",
       `and ${count(busy - jobs.length)} more`)));
 }
 
@@ -7560,15 +7574,13 @@ function queueReason(queue) {
 
 function queueRow({ name, paused, limit, running, waiting, why }) {
   const verb = paused ? "Resume" : "Pause";
-  return h("tr", {},
-    h("td", {}, h("a", { href: boardPath({ queue: name }) }, name),
-      why && h("div", { class: "small warn" }, why)),
-    h("td", { class: "number" }, count(running), limit ? h("span", { class: "quiet" },
-      ` of ${count(limit)}`) : null),
-    h("td", { class: "number" }, count(waiting)),
-    mayChange() && h("td", { class: "number" }, h("button", {
-      type: "button", class: "plain", "aria-label": `${verb} queue ${name}`,
-      click: () => pauseQueue(name, paused) }, verb)));
+  return h("tr",
+    h("td", h("a", { href: boardPath({ queue: name }) }, name),
+      why && h("div.small.warn", why)),
+    h("td.number", count(running), limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
+    h("td.number", count(waiting)),
+    mayChange() && h("td.number",
+      button(verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
 }
 
 function showQueues() {
@@ -7595,13 +7607,13 @@ function options(select, all, names, chosen) {
 
 function showSchedules() {
   renderList($("#schedules"), model.schedules, one => one.name, one =>
-    h("li", { class: "item" },
-      h("div", {}, h("span", { class: "cut" }, one.name),
-        h("span", { class: "small quiet number" },
-          one.paused ? h("span", { class: "warn" }, "paused")
+    h("li.item",
+      h("div", h("span.cut", one.name),
+        h("span.small.quiet.number",
+          one.paused ? h("span.warn", "paused")
             : one.next_run ? clock("due", one.next_run) : "never")),
-      h("p", { class: "small quiet cut", title: one.command },
-        h("code", {}, one.cron), " \u00b7 ", h("code", {}, one.command))));
+      h("p.small.quiet.cut", { title: one.command },
+        h("code", one.cron), " \u00b7 ", h("code", one.command))));
 }
 
 // ---- 9 The table of jobs. ----
@@ -7615,10 +7627,8 @@ function took(job) {
 function rowAction(job) {
   const verb = job.state === "pending" || job.state === "failed" ||
     job.state === "processing" ? "Cancel" : "Retry";
-  return h("button", { type: "button", class: "plain",
-                       "aria-label": `${verb} ${job.id}`,
-                       click: () => (verb === "Cancel" ? cancelJob : retryJob)(job) },
-           verb);
+  const act = verb === "Cancel" ? cancelJob : retryJob;
+  return button(verb, () => act(job), "plain", `${verb} ${job.id}`);
 }
 
 function tagLinks(job) {
@@ -7633,17 +7643,17 @@ function jobRow(job) {
   const tone = { dead: "bad", failed: "warn" }[job.state] || "";
   return h("tr", { role: "row" },
     cell("state", stateWord(job.state)),
-    cell("id", h("div", { class: "cut" }, jobLink(job.id))),
+    cell("id", h("div.cut", jobLink(job.id))),
     cell("command",
-      h("div", { class: "line" },
-        h("code", { class: "cut", title: job.command }, job.command), tagLinks(job)),
+      h("div.line",
+        h("code.cut", { title: job.command }, job.command), tagLinks(job)),
       plain(reason) ? h("div", { class: `reason cut ${tone}`, title: plain(reason) },
                         reason) : null),
-    cell("queue", h("div", { class: "cut quiet" }, job.queue)),
-    cell("tries number", h("span", { class: "quiet" }, job.attempts ?
+    cell("queue", h("div.cut.quiet", job.queue)),
+    cell("tries number", h("span.quiet", job.attempts ?
       `${job.attempts}/${Math.max(1, job.max_retries)}` : "")),
     cell("took number", took(job)),
-    cell("age number", h("span", { class: "quiet" }, clock("ago", job.updated_at))),
+    cell("age number", h("span.quiet", clock("ago", job.updated_at))),
     mayChange() ? cell("act number", rowAction(job)) : null);
 }
 
@@ -7727,9 +7737,9 @@ async function readJob() {
 
 function showNoJob(id) {
   shown.job = null;
-  $("#job").replaceChildren(h("div", { class: "panel begin" },
+  $("#job").replaceChildren(h("div.panel.begin",
     h("h1", { tabindex: "-1" }, `There is no job ${id}`),
-    h("p", {}, h("a", { href: "#/", class: "tag" }, "All jobs"))));
+    h("p", h("a", { href: "#/", class: "tag" }, "All jobs"))));
   showTitle();
 }
 
@@ -7737,25 +7747,25 @@ function showNoJob(id) {
 function buildJobPage() {
   $("#job").replaceChildren(
     h("a", { href: boardPath(filter), class: "quiet" }, "\u2190 All jobs"),
-    h("div", { class: "title" }, h("h1", { tabindex: "-1" }, shown.id),
-      h("span", { id: "job-state" }), h("div", { class: "actions" })),
-    h("div", { class: "split" },
-      h("div", { class: "stack" },
-        h("pre", { class: "command", id: "job-command" }),
-        h("div", { class: "panel why", id: "job-why", hidden: true }),
-        h("section", { class: "panel", "aria-labelledby": "runs-title" },
-          h("header", {}, h("h2", { id: "runs-title" }, "Runs")),
+    h("div.title", h("h1", { tabindex: "-1" }, shown.id),
+      h("span", { id: "job-state" }), h("div.actions")),
+    h("div.split",
+      h("div.stack",
+        h("pre.command", { id: "job-command" }),
+        h("div.panel.why", { id: "job-why", hidden: true }),
+        h("section.panel", { "aria-labelledby": "runs-title" },
+          h("header", h("h2", { id: "runs-title" }, "Runs")),
           h("div", { id: "runs" })),
-        h("div", { class: "panel" },
-          h("header", {}, h("h2", { id: "output-title" }, "Output"),
-            h("span", { class: "quiet small", id: "output-note" }),
-            h("button", { type: "button", class: "plain", id: "to-end", hidden: true,
-                          click: toEnd }, "Go to the end")),
-          h("pre", { class: "output", id: "output", tabindex: "0", role: "region",
-                     "aria-labelledby": "output-title", scroll: noteScroll }))),
-      h("section", { class: "panel", "aria-labelledby": "fields-title" },
-        h("header", {}, h("h2", { id: "fields-title" }, "Details")),
-        h("dl", { class: "fields" }))));
+        h("div.panel",
+          h("header", h("h2", { id: "output-title" }, "Output"),
+            h("span.quiet.small", { id: "output-note" }),
+            h("span", { id: "to-end", hidden: true },
+              button("Go to the end", toEnd, "plain"))),
+          h("pre.output", { id: "output", tabindex: "0", role: "region",
+                            "aria-labelledby": "output-title", scroll: noteScroll }))),
+      h("section.panel", { "aria-labelledby": "fields-title" },
+        h("header", h("h2", { id: "fields-title" }, "Details")),
+        h("dl.fields"))));
 }
 
 function showJob() {
@@ -7777,14 +7787,12 @@ function swap(node, signature, build) {
 }
 
 function jobActions(job) {
-  const button = (word, act, kind) =>
-    h("button", { type: "button", class: kind, click: () => act(shown.job) }, word);
+  const act = (word, work, kind) => button(word, () => work(shown.job), kind);
   const isOver = ["completed", "dead", "cancelled"].includes(job.state);
-  return [job.state === "processing" ? null : button(
-            job.state === "pending" ? "Run now" : "Retry", retryJob),
-          isOver ? null : button("Cancel job", cancelJob),
-          job.state === "processing" ? null : button("Delete", deleteJob, "danger"),
-         ].filter(Boolean);
+  const runs = job.state === "processing";
+  return [!runs && act(job.state === "pending" ? "Run now" : "Retry", retryJob),
+          !isOver && act("Cancel job", cancelJob),
+          !runs && act("Delete", deleteJob, "danger")].filter(Boolean);
 }
 
 function showWhy(job) {
@@ -7794,8 +7802,8 @@ function showWhy(job) {
   const box = $("#job-why");
   box.classList.toggle("bad", isTrouble(job));
   swap(box, JSON.stringify(parts), () => parts.filter(([, lines]) => lines[0])
-    .map(([title, lines]) => h("div", {}, h("h2", { class: "small quiet" }, title),
-                               lines.map(line => h("p", {}, line)))));
+    .map(([title, lines]) => h("div", h("h2.small.quiet", title),
+                               lines.map(line => h("p", line)))));
   box.hidden = !box.children.length;
 }
 
@@ -7816,8 +7824,8 @@ function fieldsOf(job) {
     ["Exit status", job.exit_code === null ? null : String(job.exit_code)],
     ["Time-out", seconds(job.timeout)], ["Backoff", seconds(job.backoff_base)],
     ["After", links], ["Unique key", job.unique], ["Tags", list(job.tags)],
-    ["Directory", h("code", {}, job.cwd)],
-    ["Environment", Object.keys(job.env).length ? h("code", {}, Object.entries(job.env)
+    ["Directory", h("code", job.cwd)],
+    ["Environment", Object.keys(job.env).length ? h("code", Object.entries(job.env)
       .map(([name, value]) => `${name}=${value}`).join(" ")) : null],
   ].filter(([, value]) => value !== null && value !== undefined);
 }
@@ -7825,7 +7833,7 @@ function fieldsOf(job) {
 function showFields(job) {
   const { runs, waiting_for: _, ...fields } = job;
   swap($("#job .fields"), JSON.stringify(fields), () =>
-    fieldsOf(job).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+    fieldsOf(job).flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
 }
 
 const OUTCOMES = { completed: "completed", failed: "failed", timeout: "failed",
@@ -7838,7 +7846,7 @@ function runRow(run, isChosen) {
     cell("", h("a", { href: `${jobPath(shown.id)}?run=${run.number}`, class: "tag",
                       "aria-label": `Output of run ${run.number}` }, `${run.number}`)),
     cell("", stateWord(state, run.outcome || "running"),
-         run.error && h("div", { class: "reason" }, run.error)),
+         run.error && h("div.reason", run.error)),
     cell("number", run.exit_code === null ? "" : `${run.exit_code}`),
     cell("number", run.outcome ? run.duration === null ? "" : span(run.duration)
                                : clock("elapsed", run.started_at)),
@@ -7852,11 +7860,11 @@ function showRuns(job) {
   const chosen = chosenRun();
   const facts = job.runs.map(({ output, ...run }) => run);
   swap($("#runs"), JSON.stringify([facts, chosen && chosen.number]), () =>
-    job.runs.length ? [h("table", {},
-      h("thead", {}, h("tr", {}, heads.map(([head, kind]) =>
+    job.runs.length ? [h("table",
+      h("thead", h("tr", heads.map(([head, kind]) =>
         h("th", { scope: "col", class: kind }, head)))),
-      h("tbody", {}, [...job.runs].reverse().map(run => runRow(run, run === chosen))))]
-      : [h("p", { class: "none" }, "It has not run yet.")]);
+      h("tbody", [...job.runs].reverse().map(run => runRow(run, run === chosen))))]
+      : [h("p.none", "It has not run yet.")]);
 }
 
 // ---- 11 A run's output, followed while it runs. ----
@@ -7939,9 +7947,8 @@ function toEnd() {
 // ---- 12 Actions: each has an answer, a wide or final one a question first. ----
 
 function toast(place, kind, ...parts) {
-  const node = h("div", { class: `toast ${kind}` }, h("span", {}, parts),
-    h("button", { type: "button", class: "plain", click: () => node.remove() },
-      "Dismiss"));
+  const node = h("div", { class: `toast ${kind}` }, h("span", parts),
+    button("Dismiss", () => node.remove(), "plain"));
   place.append(node);
   while (place.children.length > 3) place.firstChild.remove();
   return node;
@@ -8217,7 +8224,9 @@ function start() {
   armChart("rates", "Minute to read, jobs per minute");
   armChart("times", "Minute to read, waiting and run time");
   setInterval(tick, 1000);
-  setInterval(() => { if (model.isLive) { showCharts(); showStatus(); } }, MINUTE / 4);
+  setInterval(() => {
+    if (model.isLive) { showCharts(); showStatus(); probe(); }
+  }, MINUTE / 4);
   reconnect();
 }
 
