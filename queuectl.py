@@ -6554,9 +6554,9 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 ::placeholder { color: var(--quiet); opacity: 1 }
 
 /* A state is a mark and a word. */
-.state { display: inline-flex; align-items: center; gap: .5rem; white-space: nowrap }
+.state { display: inline-flex; align-items: baseline; gap: .5rem; white-space: nowrap }
 .mark {
-  flex: none; display: inline-block; width: .5rem; height: .5rem;
+  flex: none; align-self: center; display: inline-block; width: .5rem; height: .5rem;
   border-radius: 50%; background: currentColor;
 }
 .mark, .plot [class], .legend i { color: var(--hue) }
