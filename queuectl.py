@@ -6461,22 +6461,1961 @@ PAGE = r'''<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
 <title>queuectl</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22
+ viewBox=%220 0 16 16%22%3E%3Crect width=%2216%22 height=%2216%22 rx=%223.5%22
+ fill=%22%233157d5%22/%3E%3Cpath d=%22M4 5h8M4 8h8M4 11h4.5%22 stroke=%22%23fff%22
+ stroke-width=%221.6%22 stroke-linecap=%22round%22/%3E%3C/svg%3E">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem; color-scheme: light dark; }
+/* One accent; it means "runs" and "can be pressed". Other hues are states. */
+:root {
+  color-scheme: light dark;
+  --ground: light-dark(#f7f7f8, #0b0c0e);
+  --panel: light-dark(#fff, #131417);
+  --hover: light-dark(#f4f4f6, #1a1b1f);
+  --line: light-dark(#e4e4e8, #26282d);
+  --edge: light-dark(#8a8d94, #70737c);
+  --ink: light-dark(#17181c, #ededf0);
+  --quiet: light-dark(#5a5d66, #a0a3ac);
+  --accent: light-dark(#3157d5, #8eacff);
+  --on-accent: light-dark(#fff, #0b1020);
+  --tint: light-dark(#eef2fe, #1a2138);
+  --warn: light-dark(#8a5800, #e3ab4d);
+  --bad: light-dark(#c02f28, #ff837b);
+  --s-quiet: light-dark(#7b7e87, #8b8e97);
+  --s-good: light-dark(#1f9460, #45b985);
+  --s-warn: light-dark(#c47d0c, #dfa549);
+  --s-bad: light-dark(#d33f37, #f2716a);
+  --bad-tint: light-dark(#fdf1f0, #2a1718);
+  --warn-tint: light-dark(#fdf6e7, #2a2113);
+  --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas,
+    monospace;
+  --small: .75rem; --text: .8125rem; --large: 1.125rem; --figure: 1.5rem;
+}
+:root[data-theme=light] { color-scheme: light }
+:root[data-theme=dark] { color-scheme: dark }
+* { box-sizing: border-box }
+[hidden] { display: none !important }
+html { scroll-padding-top: 4rem }
+body {
+  margin: 0; background: var(--ground); color: var(--ink);
+  font: 400 var(--text)/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+    "Helvetica Neue", sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1, h2, h3, p, ul, dl, dd, figure, pre { margin: 0; padding: 0; list-style: none }
+h1 { font-size: var(--large); font-weight: 600; letter-spacing: -.01em }
+h2 { font-size: var(--text); font-weight: 600 }
+h3 { font-size: var(--text); font-weight: 500 }
+code, pre, .mono { font-family: var(--mono); font-size: .95em }
+a { color: inherit; text-decoration: none }
+a:hover { text-decoration: underline; text-underline-offset: .2em }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+[tabindex="-1"]:focus { outline: none }
+.quiet { color: var(--quiet) }
+.small { font-size: var(--small) }
+.bad { color: var(--bad) }
+.warn { color: var(--warn) }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap;
+}
+.skip { position: absolute; left: 1rem; top: -4rem; z-index: 9 }
+.skip:focus { top: .5rem; background: var(--panel); padding: .5rem .75rem }
+
+/* Things to press. */
+button, select, input, textarea { font: inherit; color: inherit }
+button, .button {
+  display: inline-flex; align-items: center; justify-content: center;
+  min-height: 2rem; padding: 0 .75rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap;
+}
+button:hover { background: var(--hover) }
+button:disabled { color: var(--quiet); opacity: .6; cursor: default }
+button.primary {
+  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
+  font-weight: 500;
+}
+button.primary:hover { filter: brightness(1.08) }
+button.danger { color: var(--bad) }
+button.plain {
+  min-height: 1.5rem; padding: 0 .375rem; border-color: transparent;
+  background: none; color: var(--quiet); font-size: var(--small);
+}
+button.plain:hover { color: var(--ink); background: var(--hover) }
+select, input, textarea {
+  min-height: 2rem; padding: 0 .5rem; border: 1px solid var(--edge);
+  border-radius: 6px; background: var(--panel); min-width: 0;
+}
+textarea { padding: .375rem .5rem; resize: vertical; width: 100% }
+input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
+::placeholder { color: var(--quiet); opacity: 1 }
+
+/* A state is a mark and a word. */
+.state { display: inline-flex; align-items: baseline; gap: .5rem; white-space: nowrap }
+.mark {
+  flex: none; align-self: center; display: inline-block; width: .5rem; height: .5rem;
+  border-radius: 50%; background: currentColor;
+}
+.mark, .plot [class], .legend i { color: var(--hue) }
+.pending, .cancelled { --hue: var(--s-quiet) }
+.processing, .run { --hue: var(--accent) }
+.completed { --hue: var(--s-good) }
+.failed, .wait { --hue: var(--s-warn) }
+.dead { --hue: var(--s-bad) }
+.pending .mark { background: none; border: 1.5px solid currentColor }
+.cancelled .mark { border-radius: 0; height: 2px }
+.dead .mark { border-radius: 1px }
+.failed .mark { border-radius: 1px; transform: rotate(45deg) scale(.9) }
+.processing .mark { animation: breathe 2s ease-in-out infinite }
+@keyframes breathe { 50% { opacity: .35 } }
+
+/* The frame. */
+.top {
+  display: flex; align-items: center; gap: .75rem; position: sticky; top: 0;
+  z-index: 5; padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--ground);
+  border-bottom: 1px solid var(--line);
+}
+.brand { display: flex; align-items: center; gap: .5rem; font-weight: 600 }
+.brand svg { color: var(--accent); width: 1.125rem; height: 1.125rem }
+.top .path { flex: 1; color: var(--quiet); font-size: var(--small) }
+main, footer { max-width: 90rem; margin: 0 auto; padding: 1rem 1.25rem }
+footer {
+  display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
+  color: var(--quiet); font-size: var(--small);
+}
+footer a { text-decoration: underline; text-underline-offset: .2em }
+footer label { display: flex; gap: .375rem; align-items: center; min-height: 1.5rem }
+.notice {
+  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--warn-tint);
+  border-bottom: 1px solid var(--line);
+}
+.notice.bad {
+  position: sticky; top: 3.3125rem; z-index: 4;
+  background: var(--bad-tint); color: var(--ink)
+}
+body.stale main > * { opacity: .6 }
+.panel {
+  background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+  min-width: 0;
+}
+.panel > header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem;
+  padding: .375rem .875rem; min-height: 2.375rem;
+}
+.panel > header h2 { margin-right: auto }
+.none { padding: .25rem .875rem .875rem; color: var(--quiet) }
+
+/* The board: counts and charts and lists at the left, the machinery at the right. */
+#board { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) }
+#health { display: flex; align-items: center; gap: .625rem; flex-wrap: wrap }
+#health .mark { width: .625rem; height: .625rem }
+#health p { font-size: var(--text); font-weight: 400; letter-spacing: 0 }
+#health a, .reason a, .tag { text-decoration: underline; text-underline-offset: .2em }
+.counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
+  overflow: hidden }
+.counts a { padding: .5rem .875rem .625rem; box-shadow: 0 0 0 1px var(--line) }
+.counts a > * { display: block }
+.counts a > .state { display: flex }
+.counts a:focus-visible { outline-offset: -3px; border-radius: 7px }
+.counts a:hover { text-decoration: none; background: var(--hover) }
+.counts a[aria-current] {
+  background: var(--tint);
+  box-shadow: 0 0 0 1px var(--line), inset 0 -2px var(--accent);
+}
+.counts b { font-size: var(--figure); font-weight: 500;
+  line-height: 1.3; letter-spacing: -.02em }
+.pair { display: grid; gap: .875rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.side { display: grid; gap: .875rem; align-content: start }
+
+/* Charts. */
+.chart { display: flex; flex-direction: column; justify-content: space-between }
+.chart .legend { flex-basis: 100% }
+.pair:has(details[open]) { align-items: start }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
+  color: var(--quiet);
+}
+.legend b { color: var(--ink); font-weight: 500 }
+.legend i { display: inline-block; width: .5rem; height: .5rem; margin-right: .375rem;
+  border-radius: 1px; background: currentColor }
+.plot { position: relative; height: 7.75rem; margin: 0 .875rem; border-radius: 4px }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible }
+.plot text { fill: var(--quiet); font-size: .6875rem }
+.plot .rule { stroke: var(--line) }
+.plot .cursor { stroke: var(--edge) }
+.plot .line { fill: none; stroke: currentColor; stroke-width: 1.5;
+  stroke-linejoin: round; stroke-linecap: round }
+.plot .p95 { stroke-width: 1; stroke-dasharray: 2 2.5 }
+.plot .band { fill: currentColor; opacity: .12 }
+.plot rect, .plot circle { fill: currentColor }
+.plot .partial { opacity: .5 }
+.plot input {
+  position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: crosshair; touch-action: pan-y;
+}
+.plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
+details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small) }
+.figures { padding: .375rem .875rem .625rem }
+.figures summary { width: fit-content; min-height: 1.5rem; line-height: 1.5rem }
+.figures div { max-height: 16rem; overflow: auto }
+.figures table { font-size: var(--small) }
+.figures th, .figures td { text-align: right }
+
+/* Short lists: one line for the job, one for the words. */
+.brief { display: grid; grid-template-columns: .5rem 4.5rem minmax(0, 1fr) auto;
+  gap: 0 .5rem; align-items: baseline; min-height: 1.625rem;
+  padding: .25rem .875rem .3125rem; border-top: 1px solid var(--line) }
+.brief .reason { grid-column: 2 / -1 }
+.reason { font-size: var(--small); color: var(--quiet) }
+.reason.bad { color: var(--bad) }
+.worker { border-top: 1px solid var(--line); padding: .3125rem 0 .4375rem }
+.worker h3 { display: flex; gap: .5rem; align-items: center; padding: 0 .875rem }
+.worker h3 .cut { flex: 1 }
+.worker > p { padding: 0 .875rem }
+.worker .brief { border-top: 0; padding-block: .125rem }
+.slots { display: flex; gap: 2px; flex-wrap: wrap; max-width: 7rem }
+.slots i { width: .5rem; height: .5rem; border-radius: 1px; background: var(--line) }
+.slots i.busy { background: var(--accent) }
+.item { padding: .3125rem .875rem .4375rem; border-top: 1px solid var(--line) }
+.item > div { display: flex; gap: .5rem; justify-content: space-between }
+#queues td { padding-block: .125rem }
+#queues td:first-child { padding-block: .25rem }
+#queues button, .panel > header .plain { margin-right: -.375rem }
+
+/* The table of jobs. */
+.filters { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0 .875rem .75rem }
+.filters input[type=search] { flex: 1 1 14rem }
+.filters input[name=tag] { width: 7.5rem }
+table { width: 100%; border-collapse: collapse; text-align: left }
+th { font-weight: 400; white-space: nowrap; color: var(--quiet);
+  font-size: var(--small) }
+th, td { padding: .3125rem .5rem; border-top: 1px solid var(--line);
+  vertical-align: baseline }
+th:first-child, td:first-child { padding-left: .875rem }
+th:last-child, td:last-child { padding-right: .875rem }
+.number { text-align: right; white-space: nowrap }
+#jobs table { table-layout: fixed }
+#jobs tbody tr:hover { background: var(--hover) }
+#jobs td { height: 2.25rem }
+.c-state { width: 7rem } .c-id { width: 5.5rem } .c-queue { width: 5rem }
+.c-tries { width: 3rem } .c-took { width: 4.5rem } .c-age { width: 4.75rem }
+.c-act { width: 4.25rem }
+.c-act button { margin-right: -.375rem }
+#runs { overflow-x: auto }
+#runs th:nth-child(2) { width: 60% }
+.c-id a, .brief > a { font-family: var(--mono); font-size: .95em }
+.line { display: flex; gap: .5rem; align-items: baseline }
+.line .tag { flex: none; max-width: 7rem; min-width: 1.5rem }
+.pager { display: flex; gap: .5rem; align-items: center; justify-content: flex-end;
+  padding: .5rem .875rem; border-top: 1px solid var(--line) }
+.pager span { margin-right: auto }
+.begin { padding: .5rem .875rem 1.25rem; max-width: 44rem }
+.begin li { margin-top: .75rem }
+.begin pre, .command {
+  padding: .5rem .75rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--ground); white-space: pre-wrap;
+}
+
+/* A job's page. */
+#job { display: grid; gap: .875rem }
+.title { display: flex; flex-wrap: wrap; gap: .5rem .875rem; align-items: center }
+.title h1 { font-family: var(--mono) }
+.title .actions { display: flex; gap: .5rem; margin-left: auto }
+.split { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) 20rem;
+  align-items: start }
+.stack { display: grid; gap: .875rem; min-width: 0 }
+.why { padding: .625rem .875rem; border-left: 3px solid var(--edge) }
+.why.bad { border-left-color: var(--bad); color: var(--ink) }
+.why div + div { margin-top: .5rem }
+.why h2 { font-weight: 400 }
+.fields { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+  padding: 0 .875rem .75rem; gap: .25rem .5rem }
+.fields dt { color: var(--quiet) }
+.output {
+  max-height: 26rem; min-height: 4rem; overflow: auto; padding: .75rem .875rem;
+  border-top: 1px solid var(--line); font-size: var(--small); line-height: 1.55;
+  white-space: pre-wrap; border-radius: 0 0 7px 7px;
+}
+tr[aria-current] { background: var(--tint) }
+
+/* Dialogs and answers. */
+dialog {
+  width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
+  padding: 0; border: 1px solid var(--line); border-radius: 10px;
+  background: var(--panel); color: var(--ink);
+  box-shadow: 0 12px 40px rgb(0 0 0 / .25);
+}
+dialog::backdrop { background: rgb(0 0 0 / .4) }
+dialog form { padding: 1.125rem 1.25rem; display: grid; gap: .875rem }
+dialog h2 { font-size: var(--large) }
+.row { display: grid; gap: .875rem; grid-template-columns: repeat(3, minmax(0, 1fr)) }
+.field { display: grid; gap: .25rem; align-content: start }
+.field input { width: 100% }
+.field .small { color: var(--quiet) }
+.field [aria-invalid=true] { border-color: var(--bad) }
+.buttons { display: flex; justify-content: flex-end; gap: .5rem }
+dialog details > :not(summary) { margin-top: .75rem }
+.toasts { position: fixed; right: 1rem; bottom: 1rem; z-index: 20; display: grid;
+  gap: .5rem; max-width: min(26rem, calc(100vw - 2rem)) }
+.toasts > div { display: grid; gap: .5rem }
+.toast { display: flex; justify-content: space-between; align-items: center;
+  gap: .75rem; padding: .5rem .875rem;
+  border: 1px solid var(--line); border-radius: 8px; background: var(--panel);
+  box-shadow: 0 6px 20px rgb(0 0 0 / .14) }
+.toast.bad { color: var(--ink); border-color: var(--bad) }
+.toast a { text-decoration: underline; text-underline-offset: .2em }
+
+@media (min-width: 68rem) {
+  #board { grid-template-columns: minmax(0, 1fr) 21rem }
+  #health, .counts { grid-column: 1 / -1 }
+  .side { grid-column: 2; grid-row: 3 / span 9 }
+  .pair, #jobs { grid-column: 1 }
+}
+@media (max-width: 62rem) {
+  .split { grid-template-columns: minmax(0, 1fr) }
+}
+@media (max-width: 44rem) {
+  main, footer { padding: .875rem .75rem }
+  .top, .notice { padding: .5rem .75rem }
+  .notice.bad { top: 3.0625rem }
+  .top .path { visibility: hidden }
+  .counts { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+  .counts a { padding-inline: .5rem }
+  .pair, .row { grid-template-columns: minmax(0, 1fr) }
+  .filters > * { flex: 1 1 8rem }
+  .filters input[type=search] { flex-basis: 100% }
+  .title .actions { margin-left: 0; width: 100% }
+  #jobs thead { display: block; position: absolute; width: 1px; height: 1px;
+    overflow: hidden; clip-path: inset(50%) }
+  #jobs table, #jobs tbody { display: block }
+  #jobs tr { display: grid; gap: 0 .5rem; padding: .4375rem .875rem;
+    grid-template-columns: auto auto minmax(0, 1fr) auto; align-items: center;
+    border-top: 1px solid var(--line) }
+  #jobs td { height: auto; padding: 0; border: 0; width: auto }
+  #jobs .c-command { grid-row: 2; grid-column: 1 / -1 }
+  #jobs .c-queue, #jobs .c-tries { grid-row: 3 }
+  #jobs .c-act { grid-row: 3; grid-column: 3 / -1; justify-self: end }
+  #jobs .c-queue { grid-column: 1 }
+  #jobs .c-queue, #jobs .c-id { max-width: 8rem }
+  #jobs .c-tries { grid-column: 2; text-align: left }
+  .wide { display: none }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, *::before { animation: none !important; transition: none !important }
+}
+@media (forced-colors: active) {
+  .mark, .slots i, .meter i, .legend i { forced-color-adjust: none }
+}
 </style>
+<script>
+(() => {
+"use strict";
+
+const STATES = ["pending", "processing", "completed", "failed", "dead", "cancelled"];
+const PAGE = 50;            // jobs in the table, never more in the document
+const SHORT = 4;            // lines in the short lists
+const SLOTS = 12;           // lines a worker shows
+const KEPT = 1 << 20;       // characters of an output that are drawn
+const MINUTE = 60000;
+const SILENT = 30000;       // ms without heartbeat until a worker is called silent
+const PATIENCE = 20000;     // ms until an answer, or any word at all, is missed
+
+// ---- 1 Elements. Data reaches the document as text nodes only. ----
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(2).filter(child =>
+    child !== undefined && child !== null && child !== false && child !== ""));
+  return node;
+}
+
+// h("tag.class.class", { attribute: value, event: function } or nothing, ...children)
+function h(kind, ...rest) {
+  const [tag, ...classes] = kind.split(".");
+  const attributes = rest[0]?.constructor === Object ? rest.shift() : {};
+  const node = fill(document.createElement(tag), attributes, rest);
+  node.classList.add(...classes);
+  return node;
+}
+
+const draw = (tag, attributes, ...children) => fill(
+  document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// What had the focus may be gone; then it goes to the nearest heading.
+function rescueFocus() {
+  if (document.activeElement === document.body)
+    $(shown ? "#job h1" : "#jobs-title").focus({ preventScroll: true });
+}
+
+function replaceKeepingFocus(old, fresh) {
+  const stops = "a, button";
+  const place = $$(stops, old).indexOf(document.activeElement);
+  old.replaceWith(fresh);
+  if (place >= 0) $$(stops, fresh)[place]?.focus();
+}
+
+// Make the children of `parent` those of `items`; what has not changed stays in place,
+// with its focus.
+function renderList(parent, items, keyOf, build) {
+  const wanted = new Map(items.map(item => [keyOf(item), item]));
+  const had = parent.contains(document.activeElement);
+  for (const node of [...parent.children])
+    if (!wanted.has(node.key)) node.remove();
+  const known = new Map([...parent.children].map(node => [node.key, node]));
+  let index = 0;
+  for (const [key, item] of wanted) {
+    const signature = JSON.stringify(item);
+    let node = known.get(key);
+    if (!node || node.signature !== signature) {
+      const fresh = Object.assign(build(item), { key, signature });
+      if (node) replaceKeepingFocus(node, fresh);
+      node = fresh;
+    }
+    if (parent.children[index] !== node)
+      parent.insertBefore(node, parent.children[index] || null);
+    index += 1;
+  }
+  if (had) rescueFocus();
+  const none = $(":scope > .none:not(#no-match)", parent.closest(".panel"));
+  if (none) none.hidden = items.length > 0;
+}
+
+// ---- 2 Words and figures. ----
+
+function span(seconds) {
+  if (seconds < 0.001) return "<1ms";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}ms`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)}s`;
+  return longSpan(Math.round(seconds));
+}
+
+function longSpan(seconds) {
+  const two = number => String(number).padStart(2, "0");
+  if (seconds < 60) return `${seconds}s`;
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (hours < 1) return `${minutes}m ${two(seconds % 60)}s`;
+  if (hours < 24) return `${hours}h ${two(minutes % 60)}m`;
+  return `${Math.floor(hours / 24)}d ${hours % 24}h`;
+}
+
+function ago(seconds) {
+  if (seconds < 60) return seconds < 2 ? "now" : `${Math.floor(seconds)}s ago`;
+  const steps = [[60, "m"], [3600, "h"], [86400, "d"]];
+  const [size, unit] = steps.filter(([size]) => seconds >= size).pop();
+  return `${Math.floor(seconds / size)}${unit} ago`;
+}
+
+const count = number => number.toLocaleString("en-US");
+const many = (number, word, plural = `${word}s`) =>
+  `${count(number)} ${number === 1 ? word : plural}`;
+const clockTime = at => new Date(at).toLocaleTimeString([], {
+  hour: "2-digit", minute: "2-digit", hour12: false });
+const fullTime = at => new Date(at).toLocaleString([], {
+  dateStyle: "medium", timeStyle: "medium", hour12: false });
+
+// Running clocks: elements that say how far a moment is away.
+const CLOCKS = {
+  elapsed: seconds => longSpan(Math.max(0, Math.floor(seconds))),
+  ago: seconds => ago(seconds),
+  due: seconds => seconds > -1 ? "now" : `in ${longSpan(Math.ceil(-seconds))}`,
+};
+const now = () => Date.now() + model.skew;
+const since = at => (now() - Date.parse(at)) / 1000;
+
+function clock(form, at) {
+  return h("time", { datetime: at, "data-clock": form, title: fullTime(at) },
+           CLOCKS[form](since(at)));
+}
+
+function tick() {
+  for (const node of $$("[data-clock]"))
+    setText(node, CLOCKS[node.dataset.clock](since(node.dateTime)));
+}
+
+function stateWord(state, word = state) {
+  return h("span", { class: `state ${state}` }, h("i.mark"), word);
+}
+
+// ---- 3 What is known. ----
+
+const model = {
+  role: null, version: "", skew: 0, isLive: false, wasLive: false, isOut: false,
+  status: null, history: [], queues: [], schedules: [],
+  running: [], waiting: [], failures: [], jobs: [], next: null,
+};
+const NO_FILTER = { state: "", queue: "", tag: "", search: "" };
+let filter = { ...NO_FILTER };
+let cursors = [""];         // of the pages up to this one
+let shown = null;           // the job's page: { id, run, job, ... }; null: the board
+
+const mayChange = () => model.role === "full";
+const jobPath = id => `#/jobs/${encodeURIComponent(id)}`;
+const boardPath = changes => {
+  const wanted = Object.entries({ ...NO_FILTER, ...changes }).filter(([, v]) => v);
+  return wanted.length ? `#/?${new URLSearchParams(wanted)}` : "#/";
+};
+const isFiltered = () => Object.values(filter).some(Boolean);
+const button = (word, click, kind = "", label = null) =>
+  h("button", { type: "button", class: kind, "aria-label": label, click }, word);
+const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
+
+// Why a waiting job does not run, as far as the lists here tell it.
+function waitingReason(job) {
+  const at = model.status;
+  if (!at) return [];
+  const known = [model.jobs, model.waiting, model.failures, model.running].flat();
+  const needed = known.find(one => job.after.includes(one.id) &&
+                                   one.state !== "completed");
+  if (needed) return [`after ${needed.id} (${needed.state})`];
+  const queue = model.queues.find(one => one.name === job.queue);
+  if (at.paused.includes("*")) return ["all queues are paused"];
+  if (at.paused.includes(job.queue)) return [`queue ${job.queue} is paused`];
+  if (Date.parse(job.run_at) > now()) return ["due ", clock("due", job.run_at)];
+  if (!at.workers.length) return ["no worker is running"];
+  if (!at.workers.some(one => !one.queues.length || one.queues.includes(job.queue)))
+    return [`no worker takes queue ${job.queue}`];
+  if (queue && queue.limit && queue.jobs.processing >= queue.limit)
+    return [`queue ${job.queue} is at its limit ${queue.limit}`];
+  if (job.after.length) return [`comes after ${job.after.join(", ")}`];
+  return ["waits for a free slot"];
+}
+
+function reasonOf(job) {
+  if (job.state === "pending") return waitingReason(job);
+  if (job.state === "failed")
+    return ["retry ", clock("due", job.run_at), ": ", job.error || "failed"];
+  if (job.state === "processing") return [`on ${job.worker}`];
+  return job.state === "completed" ? [] : [job.error || ""];
+}
+
+const plain = parts => parts.map(part => part.textContent || part).join("");
+// What a job's line is made from; times run by themselves and need no new line.
+const withReason = jobs => jobs.map(job => ({ ...job, why: plain(reasonOf(job))
+  .replace(/\d+[smhd]( \d+[smhd])?/g, "") }));
+const isTrouble = job => job.state === "dead" || job.state === "failed";
+
+// ---- 4 The server. ----
+
+class Refused extends Error {}
+
+function noteTime(reply) {
+  const skew = Date.parse(reply.headers.get("Date")) - Date.now();
+  model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
+}
+
+async function refusal(reply) {
+  const told = await reply.json().catch(() => ({}));
+  const words = told.error || `the server answered ${reply.status}`;
+  return Object.assign(new Refused(told.hint ? `${words}; ${told.hint}` : words),
+                       { status: reply.status, key: told.key });
+}
+
+async function ask(method, path, body) {
+  const options = { method, cache: "no-store", signal: AbortSignal.timeout(PATIENCE) };
+  if (method !== "GET") options.headers = { "Content-Type": "application/json" };
+  if (method === "POST") options.body = JSON.stringify(body || {});
+  let reply;
+  try { reply = await fetch(path, options); }
+  catch { throw new Refused("the server does not answer"); }
+  noteTime(reply);
+  heard = performance.now();
+  if (reply.status === 401) logOut();
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+
+const get = async path => (await ask("GET", path)).json();
+const jobUrl = (id, rest = "") => `/api/jobs/${encodeURIComponent(id)}${rest}`;
+const jobsUrl = query => "/api/jobs?" +
+  new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+const jobsIn = async (states, limit) => (await get(`/api/jobs?limit=${limit}&` +
+  states.map(state => `state=${state}`).join("&"))).jobs;
+
+// Calls `work` at most once in `pause` ms and never twice at once; of many wishes
+// that come meanwhile, one is kept. Only what a person asked for is urgent.
+function coalesced(work, pause) {
+  let timer = null, isBusy = false, isWanted = false, last = -Infinity;
+  async function run() {
+    timer = null; isBusy = true; isWanted = false;
+    try { await work(); }
+    catch (error) { if (!(error instanceof Refused)) throw error; }
+    finally {
+      isBusy = false; last = performance.now();
+      if (isWanted) wish();
+    }
+  }
+  function wish(isUrgent = false) {
+    if (isBusy) isWanted = true;
+    else if (timer === null || isUrgent) {
+      clearTimeout(timer);
+      const rest = Math.max(0, last + pause - performance.now());
+      timer = setTimeout(run, isUrgent ? 0 : rest);
+    }
+  }
+  return wish;
+}
+
+const refresh = {
+  jobs: coalesced(readJobs, 700),
+  running: coalesced(async () => {
+    model.running = await jobsIn(["processing"], 100);
+    showWorkers();
+  }, 700),
+  lists: coalesced(async () => {
+    [model.waiting, model.failures] = await Promise.all([
+      jobsIn(["pending"], SHORT), jobsIn(["dead", "failed"], SHORT)]);
+    showLists();
+  }, 1000),
+  queues: coalesced(async () => {
+    model.queues = await get("/api/queues");
+    showQueues(); showHealth(); showJobs();
+  }, 1000),
+  history: coalesced(async () => {
+    model.history = (await get("/api/history?minutes=60")).minutes;
+    showCharts(); showStatus();
+  }, 5000),
+  schedules: coalesced(async () => {
+    model.schedules = await get("/api/schedules");
+    showSchedules();
+  }, 10000),
+  job: coalesced(readJob, 300),
+};
+
+function refreshAll(isUrgent) {
+  if (document.hidden || model.isOut) return;
+  if (shown) return refresh.job(isUrgent);
+  for (const name in refresh) if (name !== "job") refresh[name](isUrgent);
+}
+
+async function readJobs() {
+  const asked = JSON.stringify([filter, cursors]);
+  const page = await get(jobsUrl({ ...filter, limit: PAGE, after: cursors.at(-1) }))
+    .catch(error => {
+      if (error.status !== 400) throw error;
+      return { jobs: [], next: null, words: error.message };
+    });
+  if (asked !== JSON.stringify([filter, cursors])) return refresh.jobs(true);
+  setText($("#no-match"), page.words || "No job fits this filter.");
+  [model.jobs, model.next] = [page.jobs, page.next];
+  showJobs();
+}
+
+// ---- 5 Live: server-sent events. ----
+
+let stream = null, patience = 1000, revival = null, heard = 0;
+
+function listen() {
+  clearTimeout(revival);
+  if (stream) stream.close();
+  stream = new EventSource("/api/events");
+  stream.addEventListener("open", found);
+  stream.addEventListener("error", lose);
+  stream.addEventListener("status", event => {
+    model.status = JSON.parse(event.data);
+    heard = performance.now();
+    showStatus(); refreshAll();
+  });
+  stream.addEventListener("change", event => {
+    if (!shown || JSON.parse(event.data).id === shown.id) refreshAll();
+  });
+  stream.addEventListener("resync", () => refreshAll());
+}
+
+function found() {
+  patience = 1000;
+  const isBack = model.wasLive && !model.isLive;
+  model.isLive = model.wasLive = true;
+  showConnection(); refreshAll(true);
+  if (isBack) answer("The server is back; this is how things stand now.");
+}
+
+// The browser tries again by itself, except after some errors: then we do.
+function lose() {
+  model.isLive = false;
+  showConnection();
+  if (stream && stream.readyState !== EventSource.CLOSED) return;
+  clearTimeout(revival);
+  revival = setTimeout(reconnect, patience);
+  patience = Math.min(patience * 2, 15000);
+}
+
+// A quiet stream may be a dead one, which nobody tells us of: ask.
+async function probe() {
+  if (!model.isLive || performance.now() - heard < PATIENCE) return;
+  try { await ask("GET", "/healthz"); }
+  catch { stream.close(); lose(); }
+}
+
+async function reconnect() {
+  try { await enter(); listen(); }
+  catch { if (!model.isOut) lose(); }
+}
+
+async function enter() {
+  const session = await get("/api/session");
+  model.isOut = false;
+  [model.role, model.version] = [session.role, session.version];
+  setText($("#database"), session.database);
+  $("#database").title = session.database;
+  setText($("#version"), `queuectl ${session.version}`);
+  $("#read-only").hidden = mayChange();
+  for (const node of $$(".changes")) node.hidden = !mayChange();
+  route();
+}
+
+function logOut() {
+  model.isOut = true; model.isLive = false;
+  if (stream) stream.close();
+  clearTimeout(revival);
+  $("#board").hidden = $("#job").hidden = true;
+  $("#gate").hidden = false;
+  for (const node of $$(".changes, #read-only")) node.hidden = true;
+  for (const dialog of $$("dialog[open]")) dialog.close();
+  $("#answers").replaceChildren();
+  showConnection();
+}
+
+// ---- 6 The board. ----
+
+function showConnection() {
+  const [state, word] = model.isOut ? ["cancelled", "Logged out"] : model.isLive ?
+    ["completed", "Live"] : [model.wasLive ? "dead" : "pending",
+                             model.wasLive ? "Offline" : "Connecting"];
+  $("#live").className = `state ${state}`;
+  setText($("#live span"), word);
+  const isLost = !model.isLive && model.wasLive && !model.isOut;
+  document.body.classList.toggle("stale", isLost);
+  if ($("#lost").hidden === isLost)
+    setText($("#lost span"), isLost ? "The server does not answer. What you see " +
+      `is from ${fullTime(Date.now())}; trying again.` : "");
+  $("#lost").hidden = !isLost;
+  showTitle();
+}
+
+function showTitle() {
+  const at = model.status;
+  const state = model.isOut ? "logged out" : !model.isLive ? "offline" :
+    shown && shown.job ? `${shown.job.id} ${shown.job.state}` :
+    !at ? "" : at.jobs.processing ? `${count(at.jobs.processing)} running` :
+    at.jobs.dead ? `${count(at.jobs.dead)} dead` : "idle";
+  document.title = state ? `${state} - queuectl` : "queuectl";
+}
+
+function showStatus() {
+  if (!model.status) return;
+  showCounts(); showHealth(); showWorkers(); showQueues(); showLists(); showJobs();
+  showTitle();
+}
+
+const slotsOf = workers => workers.reduce((sum, one) => sum + one.slots, 0);
+const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
+
+// What a person should know, worst first: [level, text or nodes].
+function concerns() {
+  const { jobs, workers, paused } = model.status;
+  const found = [];
+  if (!workers.length && jobs.pending + jobs.failed)
+    found.push(["dead", [`no worker is running and `,
+                         many(jobs.pending + jobs.failed, "job waits", "jobs wait")]]);
+  for (const one of workers.filter(silentSince))
+    found.push(["dead", [`worker ${one.name} is silent`]]);
+  if (jobs.dead)
+    found.push(["failed", [stateLink("dead", many(jobs.dead, "job is", "jobs are") +
+                                             " dead")]]);
+  for (const name of paused)
+    found.push(["failed", [name === "*" ? "all queues are paused"
+                                        : `queue ${name} is paused`]]);
+  return found;
+}
+
+function paceWords() {
+  const full = minutes().slice(-6, -1);
+  const rate = full.reduce((sum, one) => sum + one.completed, 0) / full.length;
+  const { jobs, workers } = model.status, slots = slotsOf(workers);
+  const words = !slots ? jobs.pending ? "" : "no worker is running"
+    : `${count(jobs.processing)} of ${many(slots, "slot")} busy`;
+  const pace = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
+  return rate ? `${words ? `${words}, ` : ""}${pace} completed a minute` : words;
+}
+
+function successWords() {
+  const sum = name => minutes().reduce((total, one) => total + one[name], 0);
+  const [done, dead] = [sum("completed"), sum("failed")];
+  return done + dead ? `${(Math.floor(done / (done + dead) * 1000) / 10)}% this hour`
+                     : "exit status 0";
+}
+
+function showHealth() {
+  if (!model.status) return;
+  const found = concerns();
+  const level = found.some(([one]) => one === "dead") ? "dead" :
+    found.length ? "failed" : "completed";
+  const title = { dead: "Stalled", failed: "Needs attention", completed: "Healthy" };
+  $("#health h1").className = `state ${level}`;
+  setText($("#health h1 span"), title[level]);
+  const parts = found.map(([, text]) => text);
+  if (paceWords()) parts.push([paceWords()]);
+  const text = parts.flatMap((part, n) => n ? [" \u00b7 ", ...part] : part);
+  const line = $("#health p");
+  if (line.textContent !== plain(text)) line.replaceChildren(...text);
+}
+
+function tileNote(state) {
+  const { workers, next_due: due, jobs } = model.status;
+  if (state === "pending" && due && Date.parse(due) > now())
+    return ["next ", clock("due", due)];
+  return [{ pending: jobs.pending ? "wait for a slot" : "nothing waits",
+            processing: workers.length ? `of ${many(slotsOf(workers), "slot")}`
+              : "no worker", completed: successWords(),
+            failed: "will be retried", dead: "need a person",
+            cancelled: "by a person" }[state]];
+}
+
+function tile({ state, number, isChosen }) {
+  return h("a", { href: boardPath({ state: isChosen ? "" : state }),
+                  "aria-current": isChosen && "true" },
+    stateWord(state), h("b", number),
+    h("span.small.quiet.cut", tileNote(state)));
+}
+
+function showCounts() {
+  if (!model.status) return;
+  const tiles = STATES.map(state => ({
+    state, number: count(model.status.jobs[state]), isChosen: filter.state === state,
+    note: plain(tileNote(state)).replace(/ \d+[smhd]/g, "") }));
+  renderList($("#counts"), tiles, one => one.state, tile);
+}
+
+// ---- 7 Charts. ----
+
+const RATES = ["completed", "retried", "failed"];
+const RATE_HUES = { completed: "completed", retried: "failed", failed: "dead" };
+const TIMES = [["run", "run time"], ["wait", "waiting"]];
+const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000];
+const cursor = { rates: null, times: null };    // the minute that is read; null: all
+
+// The last 60 minutes, oldest first, gaps filled; the last one is not over yet.
+function minutes() {
+  const known = new Map(model.history.map(one =>
+    [Math.floor(Date.parse(one.at) / MINUTE), one]));
+  const last = Math.floor(now() / MINUTE);
+  return Array.from({ length: 60 }, (_, n) => last - 59 + n).map(minute => ({
+    completed: 0, retried: 0, failed: 0, run_p50: null, run_p95: null,
+    wait_p50: null, wait_p95: null, ...known.get(minute), at: minute * MINUTE }));
+}
+
+function frame(id) {
+  const box = $(`#${id} .plot`);
+  return { box, width: Math.max(120, box.clientWidth), height: box.clientHeight,
+           left: 34, right: 2, top: 8, bottom: 18 };
+}
+
+const xOf = (at, n) => at.left + (at.width - at.left - at.right) * n / 60;
+const yOf = (at, share) => at.height - at.bottom -
+  (at.height - at.top - at.bottom) * share;
+
+function axes(at, ticks, data) {
+  const rules = ticks.map(([share, label]) => [
+    draw("line", { class: "rule", x1: at.left, x2: at.width - at.right,
+                   y1: yOf(at, share), y2: yOf(at, share) }),
+    draw("text", { x: at.left - 6, y: yOf(at, share) + 3.5, "text-anchor": "end" },
+         label)]);
+  const hours = data.map((one, n) => [one, n])
+    .filter(([one, n]) => n > 1 && n < 57 && one.at / MINUTE % 15 === 0)
+    .map(([one, n]) => draw("text", { x: xOf(at, n), y: at.height - 4,
+                                      "text-anchor": "middle" }, clockTime(one.at)));
+  return [...rules, ...hours];
+}
+
+function niceTop(value) {
+  const step = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
+  return [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= value);
+}
+
+function bars(at, data, top) {
+  const width = Math.max(1, (at.width - at.left - at.right) / 60 - 1);
+  return data.flatMap((one, n) => {
+    let sum = 0;
+    return RATES.filter(name => one[name]).map(name => {
+      const low = yOf(at, sum / top);
+      sum += one[name];
+      const high = Math.min(yOf(at, sum / top), low - 1.5);   // one is seen as well
+      return draw("rect", { class: RATE_HUES[name] + (n === 59 ? " partial" : ""),
+                            x: xOf(at, n) + 0.5, y: high, width, height: low - high });
+    });
+  });
+}
+
+function showRates(data) {
+  const at = frame("rates");
+  const top = niceTop(Math.max(...data.map(one =>
+    one.completed + one.retried + one.failed)));
+  const ticks = [0, 0.5, 1].map(share => [share, count(top * share)]);
+  paint("rates", at, [...axes(at, ticks, data), ...bars(at, data, top)]);
+  readRates(data);
+}
+
+function timeScale(data) {
+  const keys = TIMES.flatMap(([key]) => [`${key}_p50`, `${key}_p95`]);
+  const values = data.flatMap(one => keys.map(key => one[key])).filter(v => v !== null);
+  const low = TICKS.filter(t => t <= Math.min(...values, 1)).pop() || TICKS[0];
+  const high = TICKS.find(t => t >= Math.max(...values, low * 10)) || TICKS.at(-1);
+  const share = value => Math.log(Math.max(value, low) / low) / Math.log(high / low);
+  return { share, ticks: TICKS.filter(t => t >= low && t <= high)
+    .map(t => [share(t), span(t).replace(".0s", "s").replace(/ 00[sm]/, "")]) };
+}
+
+// The stretches of minutes in which something was measured, as lists of indices.
+function stretches(data, key) {
+  const found = [[]];
+  data.forEach((one, n) => one[`${key}_p50`] === null ? found.push([])
+                                                      : found.at(-1).push(n));
+  return found.filter(one => one.length);
+}
+
+function series(at, data, key, share) {
+  const point = (n, name) =>
+    `${(xOf(at, n + 0.5)).toFixed(1)},${yOf(at, share(data[n][name])).toFixed(1)}`;
+  return stretches(data, key).flatMap(run => {
+    const low = run.map(n => point(n, `${key}_p50`));
+    const high = run.map(n => point(n, `${key}_p95`));
+    if (run.length === 1) {
+      const [x, y] = low[0].split(",");
+      return [draw("circle", { class: key, cx: x, cy: y, r: 2 })];
+    }
+    return [
+      draw("polygon", { class: `band ${key}`,
+                        points: [...low, ...high.reverse()].join(" ") }),
+      draw("polyline", { class: `line p95 ${key}`, points: high.join(" ") }),
+      draw("polyline", { class: `line ${key}`, points: low.join(" ") })];
+  });
+}
+
+function showTimes(data) {
+  const at = frame("times"), scale = timeScale(data);
+  const isEmpty = data.every(one => one.run_p50 === null && one.wait_p50 === null);
+  paint("times", at, [...axes(at, scale.ticks, data),
+    isEmpty ? draw("text", { x: at.width / 2, y: at.height / 2,
+                             "text-anchor": "middle" }, "nothing measured yet") : "",
+    ...TIMES.flatMap(([key]) => series(at, data, key, scale.share))]);
+  readTimes(data);
+}
+
+function paint(id, at, shapes) {
+  const mark = draw("line", { class: "cursor", y1: at.top, y2: at.height - at.bottom });
+  const picture = draw("svg", { "aria-hidden": "true" }, shapes, mark);
+  const old = $("svg", at.box);
+  if (old) old.replaceWith(picture); else at.box.prepend(picture);
+  const n = cursor[id];
+  mark.style.display = n === null ? "none" : "";
+  if (n !== null) for (const end of ["x1", "x2"])
+    mark.setAttribute(end, xOf(at, n + 0.5));
+}
+
+const inWords = one => `${one.completed} completed, ${one.retried} retried, ` +
+  `${one.failed} failed`;
+const pairOf = (one, key) => one[`${key}_p50`] === null ? "none" :
+  `${span(one[`${key}_p50`])} / ${span(one[`${key}_p95`])}`;
+
+function legend(id, when, entries) {
+  $(`#${id} .legend`).replaceChildren(h("span", when), ...entries.map(
+    ([hue, word, value]) => h("span", h("i", { class: hue }), `${word} `,
+                              h("b", value))));
+}
+
+function readRates(data) {
+  const one = data[cursor.rates];
+  const sum = name => data.reduce((total, each) => total + each[name], 0);
+  legend("rates", one ? clockTime(one.at) : "last hour", RATES.map(name =>
+    [RATE_HUES[name], name, count(one ? one[name] : sum(name))]));
+  $("#rates input").ariaValueText = one ? `${clockTime(one.at)}: ${inWords(one)}`
+                                        : "last hour";
+}
+
+function readTimes(data) {
+  const latest = data.findLast(one => one.run_p50 !== null || one.wait_p50 !== null);
+  const one = data[cursor.times] || latest;
+  legend("times", one ? `${clockTime(one.at)}, p50 / p95` : "p50 / p95", one ?
+    TIMES.map(([key, word]) => [key, word, pairOf(one, key)]) : []);
+  $("#times input").ariaValueText = one ? `${clockTime(one.at)}: ` +
+    TIMES.map(([key, word]) => `${word} ${pairOf(one, key)}`).join(", ") : "nothing";
+}
+
+function table(heads, rows) {
+  return h("table",
+    h("thead", h("tr", heads.map(head => h("th", { scope: "col" }, head)))),
+    h("tbody", rows.map(row => h("tr", row.map(cell => h("td", cell))))));
+}
+
+function showFigures(id, data) {
+  const [box, newest] = [$(`#${id} details`), [...data].reverse()];
+  if (!box.open) return;
+  $("div", box).replaceChildren(id === "rates" ?
+    table(["Minute", "Completed", "Retried", "Failed"], newest.map(one =>
+      [clockTime(one.at), ...RATES.map(name => count(one[name]))])) :
+    table(["Minute", "Run time p50", "p95", "Waiting p50", "p95"], newest.map(one =>
+      [clockTime(one.at), ...["run_p50", "run_p95", "wait_p50", "wait_p95"].map(
+        key => one[key] === null ? "" : span(one[key]))])));
+}
+
+function showCharts() {
+  if (shown || $("#board").hidden) return;
+  const data = minutes();
+  showRates(data); showTimes(data);
+  showFigures("rates", data); showFigures("times", data);
+}
+
+function point(id, n) {
+  cursor[id] = n;
+  (id === "rates" ? showRates : showTimes)(minutes());
+}
+
+// A slider lies over each chart: the minute is chosen by pointer, touch and arrow keys.
+function armChart(id, label) {
+  const box = $(`#${id} .plot`);
+  const slider = h("input", { type: "range", min: 0, max: 59, value: 59,
+                              "aria-label": label });
+  box.append(slider);
+  slider.addEventListener("input", () => point(id, Number(slider.value)));
+  slider.addEventListener("blur", () => point(id, null));
+  box.addEventListener("pointermove", event => {
+    const at = frame(id), left = box.getBoundingClientRect().left + at.left;
+    const n = Math.floor((event.clientX - left) / (at.width - at.left - at.right) * 60);
+    point(id, Math.min(59, Math.max(0, n)));
+  });
+  box.addEventListener("pointerleave", () => point(id, null));
+  $(`#${id} details`).addEventListener("toggle", showCharts);
+}
+
+// ---- 8 Short lists, workers, queues, schedules. ----
+
+function brief(job, figure, reason) {
+  return h("div.brief",
+    h("span", { class: job.state }, h("i.mark"), h("span.unseen", job.state)),
+    jobLink(job.id), h("code.cut", { title: job.command }, job.command),
+    h("span.quiet.small.number", figure), reason || null);
+}
+
+function showLists() {
+  renderList($("#waiting"), withReason(model.waiting), job => job.id, job =>
+    h("li", brief(job, job.queue, h("span.reason.cut", reasonOf(job)))));
+  renderList($("#failures"), withReason(model.failures), job => job.id, job =>
+    h("li", brief(job, clock("ago", job.updated_at),
+      h("span", { class: `reason cut ${job.state === "dead" ? "bad" : "warn"}`,
+                  title: job.error }, reasonOf(job)))));
+}
+
+function slotLine(job) {
+  return job.command === undefined
+    ? h("div.brief", stateWord("processing", ""), jobLink(job.id))
+    : brief(job, clock("elapsed", job.started_at));
+}
+
+const silentSince = worker =>
+  since(worker.heartbeat_at) * 1000 > SILENT ? worker.heartbeat_at : null;
+
+function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
+  const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
+    h("i", { class: n < busy && "busy" }));
+  return h("div.worker",
+    h("h3",
+      h("span.cut", { title: place }, name,
+        h("span.quiet.small", queues.length ? `, only ${queues.join(", ")}` : "")),
+      h("span.slots", { "aria-hidden": "true" }, squares),
+      h("span.quiet.small", `${busy} of ${slots} busy`)),
+    silent && h("p.reason.bad", "no heartbeat for ", clock("elapsed", silent)),
+    jobs.map(slotLine),
+    busy > jobs.length && h("p.reason", stateLink("processing",
+      `and ${count(busy - jobs.length)} more`)));
+}
+
+function showWorkers() {
+  if (!model.status) return;
+  const known = new Map(model.running.map(job => [job.id, job]));
+  const blocks = model.status.workers.map(worker => ({
+    name: worker.name, place: `${worker.host}, process ${worker.pid}`,
+    queues: worker.queues, slots: worker.slots, busy: worker.running.length,
+    silent: silentSince(worker),
+    jobs: worker.running.slice(0, SLOTS).map(id => known.get(id) || { id }) }));
+  renderList($("#workers"), blocks, one => one.name, workerBlock);
+  const slots = slotsOf(model.status.workers);
+  setText($("#slots"), slots ? many(slots, "slot") : "");
+}
+
+const waitingIn = queue => (queue.jobs.pending || 0) + (queue.jobs.failed || 0);
+
+function queueReason(queue) {
+  const { workers, paused } = model.status || { workers: [], paused: [] };
+  if (paused.includes("*")) return "all queues are paused";
+  if (queue.paused) return "paused";
+  if (!waitingIn(queue)) return "";
+  if (queue.limit && queue.jobs.processing >= queue.limit)
+    return `at its limit ${queue.limit}`;
+  if (workers.length && !workers.some(one => !one.queues.length ||
+                                             one.queues.includes(queue.name)))
+    return "no worker takes it";
+  return "";
+}
+
+function queueRow({ name, paused, limit, running, waiting, why }) {
+  const verb = paused ? "Resume" : "Pause";
+  return h("tr",
+    h("td", h("a", { href: boardPath({ queue: name }) }, name),
+      why && h("div.small.warn", why)),
+    h("td.number", count(running), limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
+    h("td.number", count(waiting)),
+    mayChange() && h("td.number",
+      button(verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
+}
+
+function showQueues() {
+  const rows = model.queues.map(queue => ({
+    name: queue.name, paused: queue.paused, limit: queue.limit,
+    running: queue.jobs.processing, waiting: waitingIn(queue),
+    why: queueReason(queue) }));
+  renderList($("#queues tbody"), rows, one => one.name, queueRow);
+  $("#queues").hidden = !rows.length;
+  const isPaused = Boolean(model.status && model.status.paused.includes("*"));
+  setText($("#pause-all"), isPaused ? "Resume all" : "Pause all");
+  const names = rows.map(one => one.name);
+  $("#queue-names").replaceChildren(...names.map(name => h("option", { value: name })));
+  options($("#filters [name=queue]"), "All queues", names, filter.queue);
+}
+
+function options(select, all, names, chosen) {
+  const wanted = ["", ...new Set(chosen ? [...names, chosen] : names)];
+  if (JSON.stringify(wanted) !== JSON.stringify([...select.options].map(o => o.value)))
+    select.replaceChildren(...wanted.map(name =>
+      h("option", { value: name }, name || all)));
+  select.value = chosen;
+}
+
+function showSchedules() {
+  renderList($("#schedules"), model.schedules, one => one.name, one =>
+    h("li.item",
+      h("div", h("span.cut", one.name),
+        h("span.small.quiet.number",
+          one.paused ? h("span.warn", "paused")
+            : one.next_run ? clock("due", one.next_run) : "never")),
+      h("p.small.quiet.cut", { title: one.command },
+        h("code", one.cron), " \u00b7 ", h("code", one.command))));
+}
+
+// ---- 9 The table of jobs. ----
+
+function took(job) {
+  if (job.state === "processing") return clock("elapsed", job.started_at);
+  if (!job.started_at || !job.finished_at || job.state === "pending") return "";
+  return span((Date.parse(job.finished_at) - Date.parse(job.started_at)) / 1000);
+}
+
+function rowAction(job) {
+  const verb = job.state === "pending" || job.state === "failed" ||
+    job.state === "processing" ? "Cancel" : "Retry";
+  const act = verb === "Cancel" ? cancelJob : retryJob;
+  return button(verb, () => act(job), "plain", `${verb} ${job.id}`);
+}
+
+function tagLinks(job) {
+  return job.tags.slice(0, 2).map(tag => h("a", {
+    class: "tag small quiet", href: boardPath({ ...filter, tag }) }, tag));
+}
+
+function jobRow(job) {
+  const reason = reasonOf(job);
+  const cell = (name, ...children) =>
+    h("td", { role: "cell", class: `c-${name}` }, children);
+  const tone = { dead: "bad", failed: "warn" }[job.state] || "";
+  return h("tr", { role: "row" },
+    cell("state", stateWord(job.state)),
+    cell("id", h("div.cut", jobLink(job.id))),
+    cell("command",
+      h("div.line",
+        h("code.cut", { title: job.command }, job.command), tagLinks(job)),
+      plain(reason) ? h("div", { class: `reason cut ${tone}`, title: plain(reason) },
+                        reason) : null),
+    cell("queue", h("div.cut.quiet", job.queue)),
+    cell("tries number", h("span.quiet", job.attempts ?
+      `${job.attempts}/${Math.max(1, job.max_retries)}` : "")),
+    cell("took number", took(job)),
+    cell("age number", h("span.quiet", clock("ago", job.updated_at))),
+    mayChange() ? cell("act number", rowAction(job)) : null);
+}
+
+function showJobs() {
+  if (shown) return;
+  renderList($("#jobs tbody"), withReason(model.jobs), job => job.id, jobRow);
+  showPager(); showBeginning();
+}
+
+function showPager() {
+  const page = cursors.length, first = (page - 1) * PAGE + 1;
+  const all = model.status && !filter.queue && !filter.tag && !filter.search
+    ? model.status.jobs[filter.state || "total"] : null;
+  setText($("#pager span"), !model.jobs.length ? "" :
+    `${count(first)} to ${count(first + model.jobs.length - 1)}` +
+    (all === null ? "" : ` of ${count(all)}`));
+  $("#newer").disabled = page === 1;
+  $("#older").disabled = !model.next;
+  $("#pager").hidden = page === 1 && !model.next && !model.jobs.length;
+  const dead = model.status ? model.status.jobs.dead : 0;
+  const button = $("#retry-all");
+  button.hidden = !(mayChange() && dead && filter.state === "dead" && !filter.tag);
+  setText(button, filter.queue || filter.search ? "Retry all that fit"
+                                                : `Retry all ${count(dead)} dead`);
+}
+
+function showBeginning() {
+  const isEmpty = model.status && model.status.jobs.total === 0 && !model.jobs.length;
+  $("#begin").hidden = !isEmpty;
+  $("#filters").hidden = $("#jobs table").hidden = Boolean(isEmpty);
+  $("#no-match").hidden = Boolean(isEmpty) || model.jobs.length > 0 || !model.status;
+}
+
+function turnPage(isOlder) {
+  if (isOlder) cursors.push(model.next); else cursors.pop();
+  $("#jobs-title").focus();
+  $("#jobs-title").scrollIntoView({ block: "start" });
+  refresh.jobs(true);
+}
+
+function filterFromForm() {
+  const form = $("#filters");
+  const chosen = Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+    [name, form.elements[name].value.trim()]));
+  history.replaceState(null, "", boardPath(chosen));
+  applyFilter(chosen);
+}
+
+function applyFilter(chosen) {
+  if (JSON.stringify(chosen) !== JSON.stringify(filter)) cursors = [""];
+  filter = chosen;
+  const form = $("#filters");
+  options(form.elements.state, "All states", STATES, filter.state);
+  options(form.elements.queue, "All queues", model.queues.map(one => one.name),
+          filter.queue);
+  for (const name of ["tag", "search"])
+    if (form.elements[name] !== document.activeElement)
+      form.elements[name].value = filter[name];
+  $("#clear").hidden = !isFiltered();
+  showCounts(); refresh.jobs(true);
+}
+
+// ---- 10 A job's page. ----
+
+function lastRun() { return shown.job.runs.at(-1) || null; }
+function chosenRun() {
+  return shown.job.runs.find(run => run.number === shown.run) || lastRun();
+}
+
+async function readJob() {
+  const page = shown;
+  if (!page || page.isLeft) return;
+  try { page.job = await get(jobUrl(page.id)); }
+  catch (error) {
+    if (page === shown && error.status === 404) showNoJob(page.id);
+    throw error;
+  }
+  if (page !== shown) return;
+  showJob(); readOutput();
+}
+
+function showNoJob(id) {
+  shown.job = null;
+  $("#job").replaceChildren(h("div.panel.begin",
+    h("h1", { tabindex: "-1" }, `There is no job ${id}`),
+    h("p", h("a", { href: "#/", class: "tag" }, "All jobs"))));
+  showTitle();
+}
+
+// The parts are made once; what changes is filled in, so that focus and scroll stay.
+function buildJobPage() {
+  $("#job").replaceChildren(
+    h("a", { href: boardPath(filter), class: "quiet" }, "\u2190 All jobs"),
+    h("div.title", h("h1", { tabindex: "-1" }, shown.id),
+      h("span", { id: "job-state" }), h("div.actions")),
+    h("div.split",
+      h("div.stack",
+        h("pre.command", { id: "job-command" }),
+        h("div.panel.why", { id: "job-why", hidden: true }),
+        h("section.panel", { "aria-labelledby": "runs-title" },
+          h("header", h("h2", { id: "runs-title" }, "Runs")),
+          h("div", { id: "runs" })),
+        h("div.panel",
+          h("header", h("h2", { id: "output-title" }, "Output"),
+            h("span.quiet.small", { id: "output-note" }),
+            h("span", { id: "to-end", hidden: true },
+              button("Go to the end", toEnd, "plain"))),
+          h("pre.output", { id: "output", tabindex: "0", role: "region",
+                            "aria-labelledby": "output-title", scroll: noteScroll }))),
+      h("section.panel", { "aria-labelledby": "fields-title" },
+        h("header", h("h2", { id: "fields-title" }, "Details")),
+        h("dl.fields"))));
+}
+
+function showJob() {
+  if (!$("#job-state")) buildJobPage();
+  const { job } = shown;
+  swap($("#job-state"), job.state, () => [stateWord(job.state)]);
+  swap($("#job .actions"), job.state, () => mayChange() ? jobActions(job) : []);
+  setText($("#job-command"), job.command);
+  showWhy(job); showFields(job); showRuns(job); showTitle();
+}
+
+function swap(node, signature, build) {
+  if (node.signature === signature) return;
+  const had = node.contains(document.activeElement);
+  node.signature = signature;
+  node.replaceChildren(...build());
+  if (had) $("button", node)?.focus();
+  if (had) rescueFocus();
+}
+
+function jobActions(job) {
+  const act = (word, work, kind) => button(word, () => work(shown.job), kind);
+  const isOver = ["completed", "dead", "cancelled"].includes(job.state);
+  const runs = job.state === "processing";
+  return [!runs && act(job.state === "pending" ? "Run now" : "Retry", retryJob),
+          !isOver && act("Cancel job", cancelJob),
+          !runs && act("Delete", deleteJob, "danger")].filter(Boolean);
+}
+
+function showWhy(job) {
+  const waits = job.waiting_for.map(reason => reason.replaceAll("`", ""));
+  const parts = [["What went wrong", job.state === "completed" ? [] : [job.error]],
+                 ["Why it waits", waits]];
+  const box = $("#job-why");
+  box.classList.toggle("bad", isTrouble(job));
+  swap(box, JSON.stringify(parts), () => parts.filter(([, lines]) => lines[0])
+    .map(([title, lines]) => h("div", h("h2.small.quiet", title),
+                               lines.map(line => h("p", line)))));
+  box.hidden = !box.children.length;
+}
+
+function fieldsOf(job) {
+  const at = value => value ? fullTime(value) : null;
+  const list = values => values.length ? values.join(", ") : null;
+  const links = job.after.length ? job.after.map(id => [h("a", {
+    href: jobPath(id), class: "tag" }, id), " "]) : null;
+  const seconds = value => value === null ? null : value === 0 ? "never" : span(value);
+  return [
+    ["Queue", job.queue], ["Priority", String(job.priority)],
+    ["Attempts", `${job.attempts} of ${Math.max(1, job.max_retries)}`],
+    ["Lost runs", job.crashes ? String(job.crashes) : null],
+    ["Created", at(job.created_at)], ["Due", at(job.run_at)],
+    ["Started", at(job.started_at)], ["Finished", at(job.finished_at)],
+    ["Changed", at(job.updated_at)],
+    ["Worker", job.worker],
+    ["Exit status", job.exit_code === null ? null : String(job.exit_code)],
+    ["Time-out", seconds(job.timeout)], ["Backoff", seconds(job.backoff_base)],
+    ["After", links], ["Unique key", job.unique], ["Tags", list(job.tags)],
+    ["Directory", h("code", job.cwd)],
+    ["Environment", Object.keys(job.env).length ? h("code", Object.entries(job.env)
+      .map(([name, value]) => `${name}=${value}`).join(" ")) : null],
+  ].filter(([, value]) => value !== null && value !== undefined);
+}
+
+function showFields(job) {
+  const { runs, waiting_for: _, ...fields } = job;
+  swap($("#job .fields"), JSON.stringify(fields), () =>
+    fieldsOf(job).flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
+}
+
+const OUTCOMES = { completed: "completed", failed: "failed", timeout: "failed",
+                   lost: "dead", cancelled: "cancelled", released: "pending" };
+
+function runRow(run, isChosen) {
+  const state = run.outcome ? OUTCOMES[run.outcome] || "failed" : "processing";
+  const cell = (kind, ...children) => h("td", { class: kind }, children);
+  return h("tr", { "aria-current": isChosen && "true" },
+    cell("", h("a", { href: `${jobPath(shown.id)}?run=${run.number}`, class: "tag",
+                      "aria-label": `Output of run ${run.number}` }, `${run.number}`)),
+    cell("", stateWord(state, run.outcome || "running"),
+         run.error && h("div.reason", run.error)),
+    cell("number", run.exit_code === null ? "" : `${run.exit_code}`),
+    cell("number", run.outcome ? run.duration === null ? "" : span(run.duration)
+                               : clock("elapsed", run.started_at)),
+    cell("number quiet", clock("ago", run.started_at)),
+    cell("quiet wide", run.worker));
+}
+
+function showRuns(job) {
+  const heads = [["Run"], ["Outcome"], ["Exit", "number"], ["Took", "number"],
+                 ["Started", "number"], ["Worker", "wide"]];
+  const chosen = chosenRun();
+  const facts = job.runs.map(({ output, ...run }) => run);
+  swap($("#runs"), JSON.stringify([facts, chosen && chosen.number]), () =>
+    job.runs.length ? [h("table",
+      h("thead", h("tr", heads.map(([head, kind]) =>
+        h("th", { scope: "col", class: kind }, head)))),
+      h("tbody", [...job.runs].reverse().map(run => runRow(run, run === chosen))))]
+      : [h("p.none", "It has not run yet.")]);
+}
+
+// ---- 11 A run's output, followed while it runs. ----
+
+let follow = null;      // { id, number, offset, text, decoder, isOver, timer, isBusy }
+
+function unfollow() {
+  if (follow) clearTimeout(follow.timer);
+  follow = null;
+}
+
+function readOutput() {
+  const run = chosenRun();
+  if (!run) return showOutput("", "");
+  const isOver = Boolean(run.finished_at || run.outcome);
+  if (!follow || follow.id !== shown.id || follow.number !== run.number) {
+    unfollow();
+    follow = { id: shown.id, number: run.number, offset: 0, text: "", isAtEnd: true,
+               decoder: new TextDecoder(), isOver: false, isBusy: false };
+    setText($("#output"), "");
+  } else if (follow.isOver) return;
+  follow.willEnd = isOver;
+  more(follow);
+}
+
+async function more(mine) {
+  if (mine.isBusy || mine !== follow || mine.isOver) return;
+  clearTimeout(mine.timer);
+  mine.isBusy = true;
+  const isLast = mine.willEnd;
+  try { await readPiece(mine); mine.isOver = isLast; }
+  catch (error) { if (!(error instanceof Refused)) throw error; }
+  finally { mine.isBusy = false; }
+  if (mine !== follow) return;
+  showOutput(mine.text, mine.isOver ? `run ${mine.number}`
+                                    : `run ${mine.number}, following`);
+  if (!mine.isOver) mine.timer = setTimeout(() => more(mine), mine.willEnd ? 0 : 700);
+}
+
+async function readPiece(mine) {
+  const reply = await ask("GET", jobUrl(mine.id,
+    `/output?run=${mine.number}&offset=${mine.offset}`));
+  const bytes = await reply.arrayBuffer();
+  mine.offset = Number(reply.headers.get("X-Total-Bytes")) ||
+    mine.offset + bytes.byteLength;
+  mine.text = (mine.text + mine.decoder.decode(bytes, { stream: true })).slice(-KEPT);
+}
+
+// As a terminal would leave it: no colours, and of an overwritten line the last words.
+function readable(text) {
+  return text.replace(/\x1b\[[0-9;?]*[ -\/]*[@-~]/g, "").replace(/\r\n/g, "\n")
+    .replace(/[^\n]*\r(?=[^\n])/g, "");
+}
+
+function showOutput(text, note) {
+  const box = $("#output");
+  if (!box) return;
+  setText($("#output-note"), note);
+  const isEmpty = !text && follow && follow.isOver;
+  setText(box, readable(text) || (isEmpty ? "It printed nothing." : follow ?
+    "Nothing printed yet." : "Nothing to show before the first run."));
+  box.classList.toggle("quiet", !text);
+  if (follow && follow.isAtEnd) box.scrollTop = box.scrollHeight;
+  $("#to-end").hidden = !follow || follow.isAtEnd;
+}
+
+function noteScroll() {
+  const box = $("#output");
+  if (!follow) return;
+  follow.isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+  $("#to-end").hidden = follow.isAtEnd;
+}
+
+function toEnd() {
+  follow.isAtEnd = true;
+  $("#output").scrollTop = $("#output").scrollHeight;
+  $("#output").focus();
+}
+
+// ---- 12 Actions: each has an answer, a wide or final one a question first. ----
+
+function toast(place, kind, ...parts) {
+  const node = h("div", { class: `toast ${kind}` }, h("span", parts),
+    button("Dismiss", () => node.remove(), "plain"));
+  place.append(node);
+  while (place.children.length > 3) place.firstChild.remove();
+  return node;
+}
+
+function answer(...parts) {
+  const node = toast($("#answers"), "", ...parts);
+  setTimeout(() => node.contains(document.activeElement) || node.remove(), 6000);
+}
+
+const complain = text => toast($("#errors"), "bad", text);
+
+function confirmed(title, text, verb, isDanger = true) {
+  const dialog = $("#question"), yes = $("#question-yes");
+  setText($("#question-title"), title);
+  setText($("#question-text"), text);
+  setText(yes, verb);
+  yes.classList.toggle("danger", isDanger);
+  yes.classList.toggle("primary", !isDanger);
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise(done => dialog.addEventListener("close", () =>
+    done(dialog.returnValue === "yes"), { once: true }));
+}
+
+async function act(method, path, body, say) {
+  try {
+    const reply = await ask(method, path, body);
+    const result = await reply.json().catch(() => null);
+    answer(...say(result));
+    return true;
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (!model.isOut) complain(`Not done: ${error.message}`);
+    return false;
+  } finally { refreshAll(true); }
+}
+
+const linked = (id, text) => [h("a", { href: jobPath(id) }, id), text];
+
+async function retryJob(job) {
+  if (job.state === "completed" && !await confirmed(`Run ${job.id} again?`,
+      "It was completed. It runs a second time from the start.", "Run again", false))
+    return;
+  await act("POST", jobUrl(job.id, "/retry"), {}, () =>
+    linked(job.id, " is back in line."));
+}
+
+async function cancelJob(job) {
+  const runs = job.state === "processing";
+  if (runs && !await confirmed(`End ${job.id}?`, "Its command is running. It is sent " +
+      "SIGTERM, and SIGKILL if it does not go.", "End and cancel")) return;
+  await act("POST", jobUrl(job.id, "/cancel"), {}, () =>
+    linked(job.id, runs ? " is being ended." : " is cancelled."));
+}
+
+async function deleteJob(job) {
+  if (!await confirmed(`Delete ${job.id}?`, "The job, its runs and its output are " +
+      "removed for good.", "Delete")) return;
+  const page = shown;
+  page.isLeft = true;         // it is not asked for again: it would not be found
+  page.isLeft = await act("DELETE", jobUrl(job.id), null, () =>
+    [`${job.id} is deleted.`]);
+  if (page.isLeft && page === shown) location.hash = boardPath(filter);
+}
+
+async function retryAll() {
+  const { queue, search } = filter;
+  const which = queue || search ? "all dead jobs that fit the filter"
+    : many(model.status.jobs.dead, "dead job");
+  if (!await confirmed(`Retry ${which}?`, "They go back in line at once, with their " +
+      "attempts at 0.", "Retry them", false)) return;
+  const body = Object.fromEntries(Object.entries({ queue, search })
+    .filter(([, value]) => value));
+  await act("POST", "/api/dlq/retry", body, jobs =>
+    [`${many(jobs.length, "job is", "jobs are")} back in line.`]);
+}
+
+function pauseQueue(queue, isPaused) {
+  const verb = isPaused ? "resume" : "pause";
+  return act("POST", `/api/${verb}`, { queue }, () => [`Queue ${queue} is ${verb}d.`]);
+}
+
+async function pauseAll() {
+  const isPaused = model.status.paused.includes("*");
+  if (!isPaused && !await confirmed("Pause all queues?", "No job starts until they " +
+      "are resumed. What runs goes on.", "Pause all", false)) return;
+  await act("POST", isPaused ? "/api/resume" : "/api/pause", {}, () =>
+    [isPaused ? "All queues are resumed." : "All queues are paused."]);
+}
+
+// ---- 13 Dialogs with forms. ----
+
+function openForm(selector) {
+  const dialog = $(selector);
+  complainIn(dialog, { message: "" });
+  dialog.showModal();
+}
+
+// The words in the dialog, and the field that they are about.
+function complainIn(dialog, { message, key }) {
+  setText($("[role=alert]", dialog), message);
+  for (const field of $$("[name]", dialog)) {
+    field.removeAttribute("aria-invalid");
+    if (field.name !== key) continue;
+    field.setAttribute("aria-invalid", "true");
+    if (field.closest("details")) field.closest("details").open = true;
+    field.focus();
+  }
+}
+
+async function submit(dialog, method, path, body, say) {
+  const button = $("[type=submit]", dialog);
+  button.disabled = true;
+  try {
+    const reply = await ask(method, path, body);
+    dialog.close();
+    answer(...say(await reply.json().catch(() => null)));
+    refreshAll(true);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    complainIn(dialog, error);
+  } finally { button.disabled = false; }
+}
+
+const listOf = text => text.split(/[\s,]+/).filter(Boolean);
+const ENTRIES = {       // how a field's text becomes the job's value
+  priority: Number, max_retries: Number, tags: listOf, after: listOf,
+  env: text => Object.fromEntries(text.split("\n").filter(line => line.trim()).map(
+    line => [line.split("=")[0].trim(), line.split("=").slice(1).join("=")])),
+};
+
+function jobFromForm(form) {
+  const filled = [...form.elements].filter(one => one.name && one.value.trim());
+  return Object.fromEntries(filled.map(({ name, value }) =>
+    [name, ENTRIES[name] ? ENTRIES[name](value)
+                         : name === "command" ? value : value.trim()]));
+}
+
+function submitJob(event) {
+  event.preventDefault();
+  const dialog = $("#enqueue"), form = event.target;
+  if (!form.elements.command.value.trim())
+    return complainIn(dialog, { message: "There is no command.", key: "command" });
+  submit(dialog, "POST", "/api/jobs", jobFromForm(form), result => {
+    const job = Array.isArray(result) ? result[0] : result;
+    form.reset();
+    return linked(job.id, " is in line.");
+  });
+}
+
+// ---- 14 Routes, keys, theme, start. ----
+
+function route(event) {
+  if (model.isOut || model.role === null) return;
+  const [path, query = ""] = location.hash.slice(1).split("?");
+  const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
+  const left = shown && shown.id;
+  if (match) openJob(decodeURIComponent(match[1]), Number(wanted.get("run")) || null);
+  else openBoard(wanted);
+  $("#gate").hidden = true;
+  $("#board").hidden = Boolean(shown);
+  $("#job").hidden = !shown;
+  if (event) focusAfterRoute(left);
+  showTitle(); refreshAll(true);
+}
+
+function openJob(id, run) {
+  if (shown && shown.id === id) {
+    shown.run = run;
+    return shown.job && (showJob(), readOutput());
+  }
+  unfollow();
+  shown = { id, run, job: null };
+  buildJobPage();
+}
+
+function openBoard(wanted) {
+  unfollow();
+  shown = null;
+  applyFilter(Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+    [name, wanted.get(name) || ""])));
+}
+
+function focusAfterRoute(left) {
+  if (shown && shown.id === left) return;
+  if (shown) { $("#job h1").focus(); window.scrollTo(0, 0); }
+  else if (left) {
+    const links = [...$$("#jobs .c-id a"), ...$$("#board .brief > a")];
+    const row = links.find(link => link.hash === jobPath(left));
+    (row || $("#health h1")).focus();
+    showCharts();
+  }
+}
+
+function stored(key, value) {
+  try {
+    if (value === undefined) return localStorage.getItem(`queuectl-${key}`);
+    if (value === null) localStorage.removeItem(`queuectl-${key}`);
+    else localStorage.setItem(`queuectl-${key}`, value);
+  } catch { /* a browser may forbid it; then nothing is remembered */ }
+  return null;
+}
+
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const systemTheme = () => systemDark.matches ? "dark" : "light";
+const theme = () => document.documentElement.dataset.theme || systemTheme();
+
+function showTheme() {
+  const chosen = stored("theme");
+  if (chosen) document.documentElement.dataset.theme = chosen;
+  else delete document.documentElement.dataset.theme;
+  const button = $("#theme");
+  if (button) setText(button, theme() === "dark" ? "Light" : "Dark");
+}
+
+function toggleTheme() {
+  const wanted = theme() === "dark" ? "light" : "dark";
+  stored("theme", wanted === systemTheme() ? null : wanted);
+  document.documentElement.dataset.theme = wanted;
+  showTheme();
+}
+
+function onKey(event) {
+  const isTyping = event.target.closest("input, textarea, select, dialog");
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping ||
+      model.isOut || !$("#shortcut").checked) return;
+  event.preventDefault();
+  if (shown) location.hash = boardPath(filter);
+  setTimeout(() => $("#filters [name=search]").focus());
+}
+
+function debounced(work, pause) {
+  let timer = null;
+  return () => { clearTimeout(timer); timer = setTimeout(work, pause); };
+}
+
+function bind() {
+  const on = (selector, kind, work) => $(selector).addEventListener(kind, work);
+  on("#theme", "click", toggleTheme);
+  on("#reconnect", "click", reconnect);
+  on("#enqueue-open", "click", () => openForm("#enqueue"));
+  on("#enqueue form", "submit", submitJob);
+  on("#pause-all", "click", pauseAll);
+  on("#retry-all", "click", retryAll);
+  on("#newer", "click", () => turnPage(false));
+  on("#older", "click", () => turnPage(true));
+  on("#filters", "submit", event => event.preventDefault());
+  on("#filters", "input", debounced(filterFromForm, 250));
+  on("#clear", "click", () => {
+    location.hash = boardPath({});
+    $("#filters [name=search]").focus();
+  });
+  on(".skip", "click", event => { event.preventDefault(); $("#main").focus(); });
+  on("#shortcut", "change", event =>
+    stored("shortcut", event.target.checked ? null : "off"));
+  for (const dialog of $$("dialog"))
+    dialog.addEventListener("close", () => setTimeout(rescueFocus));
+  for (const button of $$("[data-close]"))
+    button.addEventListener("click", () => button.closest("dialog").close());
+  addEventListener("hashchange", route);
+  addEventListener("keydown", onKey);
+  addEventListener("online", reconnect);
+  new ResizeObserver(showCharts).observe($("#rates"));
+  document.addEventListener("visibilitychange", () =>
+    model.isOut && !document.hidden ? reconnect() : refreshAll(true));
+  systemDark.addEventListener("change", showTheme);
+}
+
+function start() {
+  showTheme(); bind();
+  $("#shortcut").checked = stored("shortcut") !== "off";
+  armChart("rates", "Minute to read, jobs per minute");
+  armChart("times", "Minute to read, waiting and run time");
+  setInterval(tick, 1000);
+  setInterval(() => {
+    if (model.isLive) { showCharts(); showStatus(); probe(); }
+  }, MINUTE / 4);
+  reconnect();
+}
+
+showTheme();
+document.addEventListener("DOMContentLoaded", start);
+})();
+</script>
 </head>
 <body>
-<h1>queuectl</h1>
-<pre id="status">...</pre>
-<script>
-const source = new EventSource("/api/events");
-source.addEventListener("status", (event) => {
-  document.getElementById("status").textContent =
-    JSON.stringify(JSON.parse(event.data), null, 2);
-});
-</script>
+<a class="skip" href="#main">Skip to the content</a>
+<header class="top">
+  <a class="brand" href="#/" aria-label="queuectl, all jobs">
+    <svg viewBox="0 0 16 16" aria-hidden="true"><rect width="16" height="16" rx="3.5"
+     fill="currentColor"/><path d="M4 5h8M4 8h8M4 11h4.5" stroke="var(--on-accent)"
+     stroke-width="1.6" stroke-linecap="round"/></svg>queuectl</a>
+  <span class="path mono cut" id="database"></span>
+  <span class="state pending" id="live"><i class="mark"></i>
+    <span>Connecting</span></span>
+  <button id="theme" type="button">Dark</button>
+  <button id="enqueue-open" type="button" class="primary changes"
+   hidden>Enqueue</button>
+</header>
+<div id="lost" class="notice bad" role="alert" hidden>
+  <span></span><button type="button" id="reconnect">Try now</button></div>
+<div id="read-only" class="notice" hidden>
+  Read only: this login may look at everything and change nothing.</div>
+<main id="main" tabindex="-1">
+  <section id="gate" class="panel begin" hidden>
+    <h1 tabindex="-1">You are not logged in</h1>
+    <p>The login belongs to one start of <code>queuectl web</code>. Open the address
+      that it printed in its terminal, or start it again:</p>
+    <pre>queuectl web</pre>
+  </section>
+
+  <div id="board" hidden>
+    <div id="health"><h1 class="state" tabindex="-1"><i class="mark"></i><span>Reading
+      the queue</span></h1><p class="quiet"></p></div>
+    <nav class="panel counts" id="counts" aria-label="Jobs by state"></nav>
+    <div class="pair">
+      <figure class="panel chart" id="rates" aria-labelledby="rates-title">
+        <header><h2 id="rates-title">Jobs per minute</h2>
+          <div class="legend"></div></header>
+        <div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
+          <div tabindex="0" role="region" aria-labelledby="rates-title"></div></details>
+      </figure>
+      <figure class="panel chart" id="times" aria-labelledby="times-title">
+        <header><h2 id="times-title">Waiting and run time</h2>
+          <div class="legend"></div></header>
+        <div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
+          <div tabindex="0" role="region" aria-labelledby="times-title"></div></details>
+      </figure>
+    </div>
+    <div class="pair">
+      <section class="panel" aria-labelledby="waiting-title">
+        <header><h2 id="waiting-title">Waiting</h2>
+          <a class="small quiet" href="#/?state=pending">All that wait</a></header>
+        <ul id="waiting"></ul><p class="none">Nothing waits.</p></section>
+      <section class="panel" aria-labelledby="failures-title">
+        <header><h2 id="failures-title">Failures</h2>
+          <a class="small quiet" href="#/?state=dead">All dead</a></header>
+        <ul id="failures"></ul><p class="none">Nothing has failed.</p></section>
+    </div>
+    <div class="side">
+      <section class="panel" aria-labelledby="workers-title">
+        <header><h2 id="workers-title">Workers</h2><span class="quiet small"
+         id="slots"></span></header>
+        <div id="workers"></div>
+        <p class="none">No worker is running. Start one:<br>
+          <code>queuectl worker start</code></p></section>
+      <section class="panel" aria-labelledby="queues-title">
+        <header><h2 id="queues-title">Queues</h2>
+          <button type="button" class="plain changes" id="pause-all" hidden>Pause
+            all</button></header>
+        <table id="queues" hidden><thead><tr><th scope="col">Queue</th>
+          <th scope="col" class="number">Running</th>
+          <th scope="col" class="number">Waiting</th>
+          <th scope="col" class="changes" hidden><span class="unseen">Action</span></th>
+          </tr></thead><tbody></tbody></table>
+        <p class="none">No queue has jobs yet.</p></section>
+      <section class="panel" aria-labelledby="schedules-title">
+        <header><h2 id="schedules-title">Schedules</h2></header>
+        <ul id="schedules"></ul><p class="none">No recurring jobs.</p></section>
+    </div>
+    <section class="panel" id="jobs" aria-labelledby="jobs-title">
+      <header><h2 id="jobs-title" tabindex="-1">Jobs</h2>
+        <button type="button" class="changes" id="retry-all" hidden></button></header>
+      <form class="filters" id="filters" role="search" aria-label="Jobs">
+        <input type="search" name="search" aria-label="Search commands and ids"
+         placeholder="Search commands and ids" autocomplete="off" maxlength="200">
+        <select name="state" aria-label="State"></select>
+        <select name="queue" aria-label="Queue"></select>
+        <input name="tag" aria-label="Tag" placeholder="Tag" autocomplete="off"
+         maxlength="128">
+        <button type="button" id="clear">Clear</button>
+      </form>
+      <table role="table" aria-labelledby="jobs-title">
+        <thead role="rowgroup"><tr role="row">
+          <th role="columnheader" scope="col" class="c-state">State</th>
+          <th role="columnheader" scope="col" class="c-id">Job</th>
+          <th role="columnheader" scope="col" class="c-command">Command</th>
+          <th role="columnheader" scope="col" class="c-queue">Queue</th>
+          <th role="columnheader" scope="col" class="c-tries number">Tries</th>
+          <th role="columnheader" scope="col" class="c-took number">Run time</th>
+          <th role="columnheader" scope="col" class="c-age number">Changed</th>
+          <th role="columnheader" scope="col" class="c-act number changes" hidden>
+            Action</th></tr></thead>
+        <tbody role="rowgroup"></tbody>
+      </table>
+      <p class="none" id="no-match" hidden>No job fits this filter.</p>
+      <div class="begin" id="begin" hidden>
+        <p>The queue is empty. To begin, in a terminal:</p>
+        <ol><li>Hand over a command<pre>queuectl enqueue 'echo Hello World'</pre></li>
+          <li>Start a worker that runs it<pre>queuectl worker start</pre></li></ol>
+      </div>
+      <nav class="pager" id="pager" aria-label="Pages of jobs">
+        <span class="quiet small"></span>
+        <button type="button" id="newer">Newer</button>
+        <button type="button" id="older">Older</button></nav>
+    </section>
+  </div>
+
+  <article id="job" hidden></article>
+</main>
+<footer>
+  <span id="version"></span>
+  <label><input type="checkbox" id="shortcut" checked>the key / goes to the
+    search</label>
+  <a href="/metrics">Metrics</a><a href="/api/openapi.json">API</a>
+</footer>
+
+<dialog id="enqueue" aria-labelledby="enqueue-title">
+  <form method="dialog" novalidate>
+    <h2 id="enqueue-title">Enqueue a job</h2>
+    <div class="field"><label for="f-command">Command, run by /bin/sh</label>
+      <textarea id="f-command" name="command" rows="3" class="mono" required
+       spellcheck="false"></textarea></div>
+    <div class="row">
+      <div class="field"><label for="f-queue">Queue</label>
+        <input id="f-queue" name="queue" placeholder="default" list="queue-names">
+        <datalist id="queue-names"></datalist></div>
+      <div class="field"><label for="f-priority">Priority</label>
+        <input id="f-priority" name="priority" type="number" placeholder="0"></div>
+      <div class="field"><label for="f-delay">Delay</label>
+        <input id="f-delay" name="delay" placeholder="none; 10m, 2h"></div>
+    </div>
+    <div class="field"><label for="f-tags">Tags, with spaces between</label>
+      <input id="f-tags" name="tags" autocomplete="off"></div>
+    <details><summary>More</summary>
+      <div class="row">
+        <div class="field"><label for="f-retries">Runs that may fail</label>
+          <input id="f-retries" name="max_retries" type="number" min="0"
+           placeholder="as configured"></div>
+        <div class="field"><label for="f-timeout">Time-out</label>
+          <input id="f-timeout" name="timeout" placeholder="as configured"></div>
+        <div class="field"><label for="f-backoff">Backoff base</label>
+          <input id="f-backoff" name="backoff_base" placeholder="as configured"></div>
+      </div>
+      <div class="row">
+        <div class="field"><label for="f-id">Id</label>
+          <input id="f-id" name="id" placeholder="job-N" autocomplete="off"></div>
+        <div class="field"><label for="f-unique">Unique key</label>
+          <input id="f-unique" name="unique" autocomplete="off"></div>
+        <div class="field"><label for="f-after">After jobs</label>
+          <input id="f-after" name="after" placeholder="ids" autocomplete="off"></div>
+      </div>
+      <div class="field"><label for="f-cwd">Directory</label>
+        <input id="f-cwd" name="cwd" placeholder="where the server was started"></div>
+      <div class="field"><label for="f-env">Environment, NAME=VALUE a line</label>
+        <textarea id="f-env" name="env" rows="2" class="mono"
+         spellcheck="false"></textarea></div>
+    </details>
+    <p class="bad" role="alert"></p>
+    <div class="buttons"><button type="button" data-close>Close</button>
+      <button type="submit" class="primary">Enqueue</button></div>
+  </form>
+</dialog>
+<dialog id="question" aria-labelledby="question-title" aria-describedby="question-text">
+  <form method="dialog">
+    <h2 id="question-title"></h2>
+    <p id="question-text"></p>
+    <div class="buttons"><button type="submit" value="no">No, leave it</button>
+      <button type="submit" value="yes" class="primary" id="question-yes"></button>
+    </div>
+  </form>
+</dialog>
+<div class="toasts"><div id="answers" role="status"></div>
+  <div id="errors" role="alert"></div></div>
 </body>
 </html>
 '''

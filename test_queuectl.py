@@ -4951,6 +4951,492 @@ class WebServer(Processes):
                         "queuectl_job_duration_seconds_count", (("queue", "default"),)])
 
 
+# ---- Browser -----------------------------------------------------------------
+# The dashboard in a real headless Chromium, driven by WebDriver over plain HTTP.
+
+# axe-core's one file, which `npm pack axe-core` brings; without it that test skips.
+AXE = os.environ.get("QUEUECTL_AXE",
+                     os.path.expanduser("~/.cache/queuectl/axe.min.js"))
+
+
+class Chromium:
+    """A headless Chromium behind a chromedriver of its own."""
+
+    def __init__(self):
+        self.profile = tempfile.mkdtemp(prefix="queuectl-browser-")
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"],
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        line = next(line for line in self.driver.stdout if b"successfully" in line)
+        self.port = int(re.findall(rb"port (\d+)", line)[0])
+        self.session = ""           # until it is open
+
+    def open(self):
+        """Start the browser; AssertionError if there is none."""
+        flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage",
+                 f"--user-data-dir={self.profile}"]
+        options = {"args": flags + ["--no-sandbox"] * (os.geteuid() == 0)}
+        self.session = "/session/" + self.ask("POST", "/session", {"capabilities": {
+            "alwaysMatch": {"goog:loggingPrefs": {"browser": "ALL"},
+                            "goog:chromeOptions": options}}})["sessionId"]
+
+    def ask(self, method, path, body=None):
+        """The value that the driver answers; AssertionError with its words."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, self.session + path,
+                               None if method == "GET" else json.dumps(body or {}))
+            reply = connection.getresponse()
+            value = json.loads(reply.read())["value"]
+        if reply.status != 200:
+            raise AssertionError(f"{path}: {value['error']}: {value['message'][:500]}")
+        return value
+
+    def run(self, script, *args):
+        """What a script in the page returns; a promise's value too."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def devtools(self, command, **params):
+        """Ask the browser itself, beyond WebDriver."""
+        self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def show_as(self, width=1280, height=800, scheme="light"):
+        """The size of the window, and what the system prefers."""
+        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                      deviceScaleFactor=1, mobile=width < 500)
+        self.devtools("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme}])
+
+    def press(self, keys):
+        """Press keys, one after the other, wherever the focus is."""
+        strokes = [{"type": kind, "value": key} for key in keys
+                   for kind in ("keyDown", "keyUp")]
+        self.ask("POST", "/actions", {"actions": [
+            {"type": "key", "id": "keys", "actions": strokes}]})
+
+    def close(self):
+        """End the browser, then its driver."""
+        with contextlib.suppress(OSError, AssertionError):
+            self.ask("DELETE", "")
+        self.driver.kill()
+        self.driver.wait()
+        self.driver.stdout.close()
+        shutil.rmtree(self.profile, True)
+
+
+TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"      # as WebDriver names them
+
+
+@unittest.skipUnless(shutil.which("chromedriver"), "there is no chromedriver")
+class Browser(Processes):
+    """The dashboard as people use it: a real browser, server and worker."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.chromium = Chromium()
+        cls.addClassCleanup(cls.chromium.close)
+        try:
+            cls.chromium.open()
+        except AssertionError as error:
+            raise unittest.SkipTest(f"there is no browser: {error}") from None
+
+    def setUp(self):
+        super().setUp()
+        self.chromium.show_as()
+        self.complaints = []        # what the console may hold, as regular expressions
+        self.chromium.ask("POST", "/se/log", {"type": "browser"})
+
+    def tearDown(self):
+        entries = self.chromium.ask("POST", "/se/log", {"type": "browser"})
+        self.chromium.run("try { localStorage.clear() } catch {}")
+        self.chromium.ask("POST", "/url", {"url": "about:blank"})
+        for entry in entries:
+            if not any(re.search(known, entry["message"]) for known in self.complaints):
+                self.fail(f"the console says {entry['message']}")
+
+    def add(self, command, **fields):
+        """Enqueue it without a process of its own."""
+        with Queue(self.path) as queue:
+            return queue.enqueue(command, cwd=self.dir, **fields)
+
+    def web(self, *argv, **env):
+        """Start the server; its process, and the URL that it prints."""
+        log = open(self.path_of("web.log"), "ab")
+        self.addCleanup(log.close)
+        process = subprocess.Popen(
+            self.command("web", *argv), cwd=self.dir, stdout=subprocess.PIPE,
+            stderr=log, env={**os.environ, **env})
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        return process, process.stdout.readline().decode().strip()
+
+    def visit(self, url):
+        self.chromium.ask("POST", "/url", {"url": url})
+        self.see("return document.querySelector('#live').textContent.trim() === 'Live'")
+
+    def log_in(self):
+        url = self.web("--port", "0")[1]
+        self.visit(url)
+        return url.partition("?")[0]
+
+    def see(self, script, *args):
+        """Wait until a script in the page returns something true; that."""
+        return wait_for(lambda: self.chromium.run(script, *args), script)
+
+    def text_of(self, selector):
+        return self.chromium.run(
+            "return [...document.querySelectorAll(arguments[0])].filter(node =>"
+            " node.checkVisibility()).map(node => node.innerText.trim())", selector)
+
+    def see_text(self, selector, *texts):
+        """Wait until an element that shows all these texts is there."""
+        wait_for(lambda: any(all(text in shown for text in texts)
+                             for shown in self.text_of(selector)),
+                 f"{selector} with {texts}, not {self.text_of(selector)}")
+
+    def see_row(self, job_id, *texts):
+        self.see_text("#jobs tbody tr", job_id, *texts)
+
+    def click(self, selector, text=""):
+        """A real click on the first visible element with that text."""
+        found = self.see(
+            "return [...document.querySelectorAll(arguments[0])].find(node =>"
+            " node.checkVisibility() && node.innerText.includes(arguments[1]))",
+            selector, text)
+        self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
+        self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
+
+    def type_into(self, selector, text):
+        found = self.see("return document.querySelector(arguments[0])", selector)
+        element = f"/element/{next(iter(found.values()))}"
+        self.chromium.ask("POST", f"{element}/clear")
+        self.chromium.ask("POST", f"{element}/value", {"text": text})
+
+    def focus(self):
+        """What has the focus: its id, or its text."""
+        return self.chromium.run("const node = document.activeElement;"
+                                 "return node.id || node.name || node.innerText")
+
+    def assert_no_sideways_scroll(self):
+        self.assertEqual(self.chromium.run(
+            "return document.documentElement.scrollWidth"), self.chromium.run(
+            "return document.documentElement.clientWidth"))
+
+    def test_the_printed_url_logs_in_and_a_job_completes_without_a_reload(self):
+        self.add("echo hi")
+        self.log_in()
+        self.chromium.run("window.isTheSamePage = true")
+        self.assertNotIn("token", self.chromium.run("return location.href"))
+        self.see_row("job-1", "pending", "no worker is running")
+        self.see_text("#health", "Stalled")
+
+        self.worker()
+
+        self.see_row("job-1", "completed", "1/3")
+        self.see_text("#health", "Healthy")
+        self.see_text("#counts a[aria-current], #counts a", "completed", "1")
+        self.assertTrue(self.chromium.run("return window.isTheSamePage"))
+
+    def test_an_empty_queue_says_how_to_begin(self):
+        self.a_queue()
+        self.log_in()
+
+        self.see_text("#begin", "queuectl enqueue", "queuectl worker start")
+        self.add("true")
+        self.see_row("job-1", "pending")
+
+    def test_dead_jobs_are_retried_one_by_one_and_all_at_once(self):
+        for n in range(3):
+            self.add(f"echo no such table: t{n}; test -e good", max_retries=1)
+        self.drain()
+        self.log_in()
+        self.see_text("#failures li", "job-3", "exit status 1: no such table: t2")
+
+        self.click("#counts a", "dead")
+        self.click("#jobs tr:first-child button", "Retry")
+
+        self.see_text("#answers", "job-3 is back in line.")
+        self.see("return document.querySelectorAll('#jobs tbody tr').length === 2")
+        open(self.path_of("good"), "w").close()
+        self.click("#retry-all", "Retry all 2 dead")
+        self.see_text("#question", "Retry 2 dead jobs?")
+        self.click("#question button", "Retry them")
+        self.see_text("#answers", "2 jobs are back in line.")
+        self.worker()
+        self.see_text("#counts a", "completed", "3")
+
+    def test_a_running_job_is_cancelled_after_a_question(self):
+        self.add("sleep 100")
+        self.worker()
+        self.log_in()
+        self.see_text("#workers", "job-1", "sleep 100", "1 of 1 busy")
+        self.see("return document.title.startsWith('1 running')")
+
+        self.click("#jobs tbody button", "Cancel")
+        self.click("#question button", "No, leave it")
+        self.assertEqual(self.job("job-1").state, PROCESSING)
+        self.click("#jobs tbody button", "Cancel")
+        self.click("#question button", "End and cancel")
+
+        self.see_row("job-1", "cancelled")
+        self.see_text("#workers", "0 of 1 busy")
+
+    def test_output_is_followed_until_the_job_is_over(self):
+        self.add("echo first; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.worker()
+        self.log_in()
+        self.click("#jobs tbody a", "job-1")
+        self.see_text("#output", "first")
+        self.see_text("#job", "processing", "following")
+        self.assertEqual(self.focus(), "job-1")
+
+        open(self.path_of("go"), "w").close()
+
+        self.see_text("#job", "completed")
+        self.see_text("#output", "last")
+        self.assertEqual(self.text_of("#output"), ["first\nlast"])
+        self.chromium.ask("POST", "/back")
+        self.see_row("job-1", "completed")
+        self.assertEqual(self.focus(), "job-1")
+
+    def test_a_reader_who_scrolls_up_is_left_there(self):
+        self.add("seq 500; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.worker()
+        self.visit(self.log_in() + "#/jobs/job-1")
+        self.see("const box = document.querySelector('#output');"
+                 "return box.scrollTop > 0 && (box.scrollTop = 0, true)")
+        self.see_text("#to-end", "Go to the end")
+
+        open(self.path_of("go"), "w").close()
+
+        self.see_text("#output", "last")
+        self.assertEqual(self.chromium.run("return output.scrollTop"), 0)
+        self.click("#to-end button")
+        self.assertGreater(self.chromium.run("return output.scrollTop"), 0)
+
+    def test_filter_search_and_pages(self):
+        with Queue(self.path) as queue:
+            queue.enqueue_many([
+                Spec(f"echo {n}", queue="late" if n > 100 else "default",
+                     tags=("odd",) * (n % 2), cwd=self.dir) for n in range(1, 121)])
+        self.log_in()
+        ids = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
+        self.see(ids + ".length === 50")
+        self.assertEqual(self.chromium.run(ids)[0], "job-120")
+
+        self.click("#older")
+        self.see_text("#pager", "51 to 100 of 120")
+        self.click("#older")
+        self.see_text("#pager", "101 to 120 of 120")
+        self.assertEqual(self.chromium.run(ids)[-1], "job-1")
+        self.click("#newer")
+        self.see_text("#pager", "51 to 100 of 120")
+
+        self.type_into("#filters [name=tag]", "odd")
+        self.see(ids + "[0] === 'job-119'")
+        self.click("#queues a", "late")
+        self.see(ids + ".length === 20")
+        self.type_into("#filters [name=search]", "echo 11")
+        self.see(ids + ".length === 10")
+        self.assertIn("search=echo+11", self.chromium.run("return location.hash"))
+        self.click("#counts a", "dead")
+        self.see_text("#no-match", "No job fits this filter.")
+        self.chromium.ask("POST", "/back")
+        self.see(ids + ".length === 10")
+
+    def test_a_command_is_shown_as_text_whatever_it_says(self):
+        evil = "<img src=x onerror=alert(1)>"
+        self.add(evil, max_retries=1, env={"A": evil})
+        self.add(f"echo '{evil}' >&2; exit 3", max_retries=1)
+        self.drain()
+        base = self.log_in()
+        self.see_row("job-1", evil)
+        self.see_text("#failures", evil)
+
+        self.visit(base + "#/jobs/job-2")
+
+        self.see_text("#output", evil)
+        self.see_text("#job-why", f"exit status 3: {evil}")
+        self.visit(base + "#/jobs/" + "%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+        self.see_text("#job h1", evil)
+        self.assertEqual(self.chromium.run("return document.images.length"), 0)
+        self.complaints = ["404"]
+
+    def test_a_job_is_enqueued_with_the_keyboard_alone(self):
+        self.add("true", delay=3600)
+        self.log_in()
+        self.see_row("job-1", "due in")
+        self.chromium.press("/")
+        self.see("return document.activeElement.name === 'search'")
+
+        self.chromium.run("document.querySelector('#enqueue-open').focus()")
+        self.chromium.press(ENTER)
+        self.see("return document.activeElement.name === 'command'")
+        self.chromium.press("echo hi" + TAB + "night")
+        self.type_into("#f-delay", "1 fortnight")
+        self.chromium.press(ENTER)
+        self.see_text("#enqueue [role=alert]", "delay")
+        self.assertEqual(self.focus(), "f-delay")
+        self.complaints = ["400"]
+        self.type_into("#f-delay", "2h")
+        self.chromium.press(ENTER)
+
+        self.see_row("job-2", "echo hi", "night", "due in")
+        self.see_text("#answers", "job-2 is in line.")
+        self.assertEqual(self.focus(), "enqueue-open")
+
+    def test_queues_are_paused_and_resumed(self):
+        self.add("true", queue="mail")
+        self.log_in()
+        self.see_text("#queues tr", "mail\t0\t1\tPause")
+        self.click("#queues [aria-label='Pause queue mail']")
+        self.see_text("#health", "queue mail is paused")
+        self.see_text("#waiting li", "job-1", "queue mail is paused")
+
+        self.click("#pause-all")
+        self.click("#question button", "Pause all")
+
+        self.see_text("#health", "all queues are paused")
+        self.click("#pause-all", "Resume all")
+        self.click("#queues [aria-label='Resume queue mail']")
+        self.see("return !document.querySelector('#health').innerText"
+                 ".includes('paused')")
+
+    def test_a_job_is_deleted_after_a_question(self):
+        self.add("true", delay=3600)
+        self.visit(self.log_in() + "#/jobs/job-1")
+        self.click("#job button", "Delete")
+        self.click("#question button", "Delete")
+
+        self.see_text("#answers", "job-1 is deleted.")
+        self.see_text("#begin", "The queue is empty")
+
+    def test_it_says_when_it_has_lost_the_server_and_when_it_is_back(self):
+        self.add("true", delay=3600)
+        token = {"QUEUECTL_TOKEN": "a-token-of-some-length-0"}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        process, url = self.web("--port", port, **token)
+        self.visit(url)
+        self.complaints = ["ERR_CONNECTION", "ERR_INCOMPLETE", "401", "ERR_EMPTY"]
+
+        self.end(process)
+        self.see_text("#lost", "The server does not answer.")
+        self.see("return document.title.startsWith('offline')")
+        process, _ = self.web("--port", port, **token)
+        self.chromium.run("document.querySelector('#reconnect').click()")
+        self.see_text("#answers", "The server is back")
+        self.assertEqual(self.text_of("#lost"), [])
+
+        self.end(process)
+        self.see_text("#lost", "The server does not answer.")
+        self.web("--port", port, QUEUECTL_TOKEN="another-token-of-length")
+        self.chromium.run("document.querySelector('#reconnect').click()")
+        self.see_text("#gate", "You are not logged in", "queuectl web")
+
+    def test_a_login_that_may_only_read_shows_nothing_to_change(self):
+        self.add("true", delay=3600)
+        _, url = self.web("--port", "0", QUEUECTL_READ_TOKEN="a-read-token-of-length")
+        self.visit(url.partition("?")[0] + "?token=a-read-token-of-length")
+
+        self.see_row("job-1", "pending")
+        self.see_text("#read-only", "Read only")
+        self.assertEqual(self.chromium.run(
+            "return [...document.querySelectorAll('button')].filter(button =>"
+            " button.checkVisibility()).map(button => button.innerText)"),
+            ["Dark", "Newer", "Older"])
+
+    def test_dark_and_light_as_the_system_or_as_chosen(self):
+        self.add("true", delay=3600)
+        base = self.log_in()
+        colour = "return getComputedStyle(document.body).backgroundColor"
+        light = self.chromium.run(colour)
+        self.chromium.show_as(scheme="dark")
+        dark = self.chromium.run(colour)
+        self.assertNotEqual(light, dark)
+
+        self.click("#theme", "Light")
+
+        self.assertEqual(self.chromium.run(colour), light)
+        self.visit(base)
+        self.assertEqual(self.chromium.run(colour), light)
+        self.click("#theme", "Dark")
+        self.assertEqual(self.chromium.run(colour), dark)
+
+    def test_a_narrow_screen_never_scrolls_sideways(self):
+        self.add("echo " + "x" * 300, tags=["a-rather-long-tag"])
+        self.add("echo " + "y" * 300 + "; exit 1", queue="q" * 60, max_retries=1)
+        self.drain()
+        base = self.log_in()
+        for width in (360, 320):
+            self.chromium.show_as(width=width)
+            self.visit(base)
+            self.see_row("job-2", "dead")
+            self.assert_no_sideways_scroll()
+            self.visit(base + "#/jobs/job-2")
+            self.see_text("#output", "yyy")
+            self.assert_no_sideways_scroll()
+            self.click("#enqueue-open")
+            self.assert_no_sideways_scroll()
+            self.chromium.press(ESCAPE)
+
+    def test_a_chart_is_read_with_the_arrow_keys(self):
+        self.add("true")
+        self.drain()
+        self.log_in()
+        self.see_text("#rates .legend", "last hour", "completed 1")
+        self.chromium.run("document.querySelector('#rates input').focus()")
+
+        self.chromium.press("\ue012")       # arrow left: the minute before
+
+        self.see_text("#rates .legend", "completed 0")
+        self.assertIn("0 completed", self.chromium.run(
+            "return document.querySelector('#rates input').ariaValueText"))
+        self.click("#rates summary")
+        self.see("return document.querySelectorAll('#rates tbody tr').length === 60")
+
+    @unittest.skipUnless(os.path.exists(AXE), "axe-core is not there (QUEUECTL_AXE)")
+    def test_axe_finds_no_fault(self):
+        self.add("echo out; exit 1", max_retries=1, tags=["night"])
+        self.add("true")
+        self.drain()
+        self.add("echo out; sleep 100")
+        self.add("true", queue="mail", delay=3600)
+        self.add("true", after=["job-1"])
+        self.worker()
+        self.wait_state("job-3", PROCESSING)
+        base = self.log_in()
+        pages = (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
+                 ("#/jobs/job-3", "#runs table"))
+
+        for look in ({}, {"scheme": "dark"}, {"width": 360}):
+            self.chromium.show_as(**look)
+            for hash, landmark in pages:
+                self.visit(base + hash)
+                self.see("return document.querySelector(arguments[0])"
+                         "?.checkVisibility()", landmark)
+                with self.subTest(page=hash, **look):
+                    self.assert_accessible()
+            with self.subTest(dialog="enqueue", **look):
+                self.click("#enqueue-open")
+                self.chromium.run(
+                    "document.querySelector('#enqueue details').open = true")
+                self.assert_accessible()
+            self.chromium.press(ESCAPE)
+            with self.subTest(dialog="question", **look):
+                self.click("#job button", "Cancel job")
+                self.assert_accessible()
+            self.chromium.press(ESCAPE)
+
+    def assert_accessible(self):
+        with open(AXE, encoding="utf-8") as file:
+            self.chromium.run("if (!window.axe) {" + file.read() + "}")
+        faults = self.chromium.run(
+            "return axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa',"
+            " 'wcag22aa', 'best-practice']}).then(found => found.violations.map(one =>"
+            " [one.id, one.help, ...one.nodes.map(node => node.html)]))")
+        self.assertEqual(faults, [])
+
+
 # ---- Real shells and service managers ----------------------------------------
 
 class ShellTerminal:
