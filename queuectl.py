@@ -60,21 +60,27 @@ Contents: `grep -n '^# ----' queuectl.py`
      1 Vocabulary   states, moves, limits, errors
      2 Records      rows and values as named tuples
      3 Rules        times, durations, backoff, what follows an outcome: pure
-     4 Input        what people hand in, checked: pure
-     5 SQL          every statement
-     6 Store        the database file: opening, transactions, rows in and out
-     7 Host         locks that tell who is alive, the process table, wake-ups
-     8 Ledger       the only code that changes a job's state
-     9 Queue        the promises to people: one method, one transaction
-    10 Claims       the promises to pools: one turn, one transaction
-    11 Check        is the file sound, are the rules kept, is the ground safe
-    12 Views        records as text or JSON
-    13 Runner       one command, one process tree, one outcome
-    14 Pool         slots, signals, shutdown, rescue
-    15 Web          requests to replies; then what listens
-    16 CLI          one small function a command, and the table of all
-    17 Completion   what may come next on a command line
-    18 Main         from the words of a command line to its exit status
+     4 Cron         the turns of a schedule, also when clocks change: pure
+     5 Input        what people hand in, checked: pure
+     6 SQL          every statement
+     7 Store        the database file: opening, transactions, rows in and out
+     8 Host         locks that tell who is alive, the process table, wake-ups
+     9 Ledger       the only code that changes a job's state
+    10 Queue        the promises to people: one method, one transaction
+    11 Claims       the promises to pools: one turn, one transaction
+    12 Check        is the file sound, are the rules kept, is the ground safe
+    13 Views        records as text, JSON or metrics
+    14 Runner       one command, one process tree, one outcome
+    15 Pool         slots, signals, shutdown, rescue
+    16 Page         the dashboard, as a browser gets it
+    17 API          a request, a reply: no sockets
+    18 Description  what the API takes and answers, for programs
+    19 Access       who is let in, and to what
+    20 Feed         one thread that looks at the database for all that listen
+    21 Server       connections, time limits, TLS, the end
+    22 CLI          one small function a command, and the table of all
+    23 Completion   what may come next on a command line
+    24 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -1169,6 +1175,9 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
                   done.wait_time, done.run_time)
 
 
+# ---- 4 Cron ------------------------------------------------------------------
+# When a schedule comes: its line read, and its turns reckoned, as Debian's cron does.
+
 class CronField(NamedTuple):
     """What one field of a cron line takes."""
     name: str
@@ -1438,7 +1447,7 @@ def turn_after(cron: str, now: float) -> str:
     return iso(turn)
 
 
-# ---- 4 Input -----------------------------------------------------------------
+# ---- 5 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
@@ -1678,7 +1687,7 @@ def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, fields
 
 
-# ---- 5 SQL -------------------------------------------------------------------
+# ---- 6 SQL -------------------------------------------------------------------
 
 def _list(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in words)
@@ -2406,7 +2415,7 @@ MIGRATIONS = (Sql.SCHEMA,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
-# ---- 6 Store -----------------------------------------------------------------
+# ---- 7 Store -----------------------------------------------------------------
 
 # What SQLite's module raises: damaged text does not decode, foreign text not encode.
 SqlError = (sqlite3.Error, UnicodeError)
@@ -2950,7 +2959,7 @@ def glance(path: str) -> Iterator[Rows]:
             f"{path} is of another format ({error})", "use its version") from error
 
 
-# ---- 7 Host ------------------------------------------------------------------
+# ---- 8 Host ------------------------------------------------------------------
 # What this machine's kernel says about pools and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
 # they are missing, process ids with start times and a token in the environment serve.
@@ -3225,7 +3234,7 @@ class Notifier:
             sender.sendto(text.encode(), self._address)
 
 
-# ---- 8 Ledger ----------------------------------------------------------------
+# ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
 # transaction that its caller has begun.
 
@@ -3565,7 +3574,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     return jobs
 
 
-# ---- 9 Queue -----------------------------------------------------------------
+# ---- 10 Queue ----------------------------------------------------------------
 
 def current_directory() -> str:
     """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
@@ -4256,7 +4265,7 @@ class Queue:
             ring(ports, message)
 
 
-# ---- 10 Claims ---------------------------------------------------------------
+# ---- 11 Claims ---------------------------------------------------------------
 
 class Claims:
     """The promises to one pool; used by its one database thread only (I9)."""
@@ -4617,7 +4626,7 @@ class Claims:
             for queue in waiting)
 
 
-# ---- 11 Check ----------------------------------------------------------------
+# ---- 12 Check ----------------------------------------------------------------
 # Each check tells what it found, with what to do; none changes anything.
 
 # Where files of several machines lie: WAL needs memory that all its users share.
@@ -4766,7 +4775,7 @@ class Inspection:
                           f"chmod 600 {self.path}*")
 
 
-# ---- 12 Views ----------------------------------------------------------------
+# ---- 13 Views ----------------------------------------------------------------
 # Records to text or JSON, as strings; nothing is printed here.
 
 JSON_KEYS = ("id", "command", "state", "attempts", "max_retries", "created_at",
@@ -5439,7 +5448,7 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
     return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
 
 
-# ---- 13 Runner ---------------------------------------------------------------
+# ---- 14 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
 
 class Launch(NamedTuple):
@@ -5732,7 +5741,7 @@ class Ender:
                     self._wakeup.set()
 
 
-# ---- 14 Pool -----------------------------------------------------------------
+# ---- 15 Pool -----------------------------------------------------------------
 
 class Ride(NamedTuple):
     """A command under way in a slot."""
@@ -6413,49 +6422,9 @@ class Pool:
         return f": {done}" if done else ""
 
 
-# ---- 15 Web ------------------------------------------------------------------
-# A dashboard that can enqueue runs shell commands, and any user of the machine and any
-# page in a browser can send it something. So a request must name this host, come from
-# no other page, and bring a token; only then is it looked at. First requests become
-# replies, without a socket; then comes what listens.
+# ---- 16 Page -----------------------------------------------------------------
+# The dashboard: what the server sends to a browser, whole.
 
-MAX_BODY = 10 << 20         # bytes
-MAX_HEAD = 32 << 10         # bytes of request line and headers
-MAX_TARGET = 8 << 10        # bytes of path and query
-MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
-MAX_SEARCH = 256            # characters
-MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
-MAX_MINUTES = 1440          # of history: a day
-MAX_CONNECTIONS = 100       # each has a thread
-MAX_STREAMS = 32            # of these, that stay open for events
-MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
-STRANGER_TURNS = 2          # and that are answered at once
-SPARE_QUEUES = 8            # open databases that are kept for the next request
-WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
-OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
-HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
-BODY_SECONDS = 60           # for a whole body
-KEEP_SECONDS = 60           # that a connection may be silent between requests
-SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
-LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
-ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
-STOP_SECONDS = 1            # for what is being answered when the server stops
-FEED_TICK = 0.2             # seconds between two looks of the feed
-STATUS_PAUSE = 0.5          # seconds between two status events
-STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
-FEED_BATCH = 1000           # changes told one by one; of more, that there were many
-FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
-KEEP_ALIVE = 15             # seconds of silence in a stream
-
-FULL, READ = ROLES = ("full", "read")
-JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
-EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-
-# ---- page begins
 PAGE = r'''<!doctype html>
 <html lang="en">
 <head>
@@ -8419,7 +8388,50 @@ document.addEventListener("DOMContentLoaded", start);
 </body>
 </html>
 '''
-# ---- page ends
+
+
+# ---- 17 API ------------------------------------------------------------------
+# A dashboard that can enqueue runs shell commands, and any user of the machine and any
+# page in a browser can send it something. So a request must name this host, come from
+# no other page, and bring a token; only then is it looked at. First requests become
+# replies, without a socket; then comes what listens.
+
+MAX_BODY = 10 << 20         # bytes
+MAX_HEAD = 32 << 10         # bytes of request line and headers
+MAX_TARGET = 8 << 10        # bytes of path and query
+MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
+MAX_SEARCH = 256            # characters
+MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
+MAX_MINUTES = 1440          # of history: a day
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_STREAMS = 32            # of these, that stay open for events
+MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
+STRANGER_TURNS = 2          # and that are answered at once
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be silent between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
+STOP_SECONDS = 1            # for what is being answered when the server stops
+FEED_TICK = 0.2             # seconds between two looks of the feed
+STATUS_PAUSE = 0.5          # seconds between two status events
+STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
+FEED_BATCH = 1000           # changes told one by one; of more, that there were many
+FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+KEEP_ALIVE = 15             # seconds of silence in a stream
+
+FULL, READ = ROLES = ("full", "read")
+JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
+EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
 
 
 class Request(NamedTuple):
@@ -8906,7 +8918,8 @@ DESCRIBED = (
 PUBLIC = ("/healthz", "/metrics")       # they tell no command
 
 
-# The description of all that, as OpenAPI.
+# ---- 18 Description ----------------------------------------------------------
+# What the API takes and answers, as OpenAPI.
 
 def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties),
@@ -9133,6 +9146,7 @@ def get_openapi(queue: Queue, call: Call) -> Reply:
 ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 
 
+# ---- 19 Access ---------------------------------------------------------------
 # Who is let in.
 
 def _host_of(request: Request) -> str:
@@ -9386,6 +9400,7 @@ class Queues:
                 queue.close()
 
 
+# ---- 20 Feed -----------------------------------------------------------------
 # Events: one thread looks at the database for all that listen.
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
@@ -9544,6 +9559,7 @@ class Feed:
                 stream.end()
 
 
+# ---- 21 Server ---------------------------------------------------------------
 # What listens. Whoever connects gets a thread, few bytes and little time, until it
 # has shown a token; when the threads are all taken, the most silent one makes room.
 
@@ -10129,7 +10145,7 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 16 CLI ------------------------------------------------------------------
+# ---- 22 CLI ------------------------------------------------------------------
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -11772,7 +11788,7 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 17 Completion -----------------------------------------------------------
+# ---- 23 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
@@ -12071,7 +12087,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 18 Main -----------------------------------------------------------------
+# ---- 24 Main -----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""

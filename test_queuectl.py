@@ -296,6 +296,8 @@ class Rules(TestCase):
         self.assertIsNone(queuectl.percentile({}, 0.5))
 
 
+# ---- 4 Cron ------------------------------------------------------------------
+
 HAS_ZONES = "Europe/Berlin" in zoneinfo.available_timezones()
 UTC = datetime.timezone.utc
 
@@ -850,7 +852,7 @@ class Cron(unittest.TestCase):
                              meaning[:5])
 
 
-# ---- 4 Input -----------------------------------------------------------------
+# ---- 5 Input -----------------------------------------------------------------
 
 class Input(TestCase):
     def test_what_is_wrong_names_its_key(self):
@@ -896,7 +898,7 @@ class Input(TestCase):
                 list(queuectl.fields_of_lines(lines + bad))
 
 
-# ---- 5 SQL -------------------------------------------------------------------
+# ---- 6 SQL -------------------------------------------------------------------
 
 class Statements(TestCase):
     def statements(self):
@@ -970,7 +972,7 @@ class Statements(TestCase):
             self.assertNotIn("TEMP B-TREE", plan)
 
 
-# ---- 6 Store -----------------------------------------------------------------
+# ---- 7 Store -----------------------------------------------------------------
 
 class Files(TestCase):
     def test_the_file_is_private(self):
@@ -1054,7 +1056,7 @@ class Files(TestCase):
             queue.counts()
 
 
-# ---- 7 Host ------------------------------------------------------------------
+# ---- 8 Host ------------------------------------------------------------------
 
 class StubbornHost(queuectl.Host):
     """A host on which no signal ends anything."""
@@ -1163,7 +1165,7 @@ class Notices(TestCase):
             queuectl.Notifier({b"NOTIFY_SOCKET": address}).ready()
 
 
-# ---- 8 Ledger, 9 Queue -------------------------------------------------------
+# ---- 9 Ledger, 10 Queue ------------------------------------------------------
 
 class Promises(TestCase):
     def in_state(self, queue, claims, state):
@@ -1794,7 +1796,7 @@ class Promises(TestCase):
         self.assertEqual(len(self.hooks(queue)), 2)
 
 
-# ---- 10 Claims ---------------------------------------------------------------
+# ---- 11 Claims ---------------------------------------------------------------
 
 class Turns(TestCase):
     def test_order_is_priority_then_due_time_then_age(self):
@@ -2368,7 +2370,7 @@ class Turns(TestCase):
         return added
 
 
-# ---- 11 Check ----------------------------------------------------------------
+# ---- 12 Check ----------------------------------------------------------------
 
 class Checks(TestCase):
     # What a mistake would leave behind, and the code under which it must be found.
@@ -2427,7 +2429,7 @@ class Checks(TestCase):
             self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
 
 
-# ---- 12 Views ----------------------------------------------------------------
+# ---- 13 Views ----------------------------------------------------------------
 
 class Views(TestCase):
     def test_a_worker_says_what_happened_and_what_comes_next(self):
@@ -2547,7 +2549,7 @@ class Views(TestCase):
         self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
-# ---- 15 Web ------------------------------------------------------------------
+# ---- 17 API to 21 Server -----------------------------------------------------
 
 TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
 SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
@@ -3166,7 +3168,7 @@ class Metrics(TestCase):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 16 CLI ------------------------------------------------------------------
+# ---- 22 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -3656,7 +3658,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 17 Completion -----------------------------------------------------------
+# ---- 23 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
