@@ -2444,7 +2444,8 @@ def refusal(error: Exception, path: str) -> QueueError | None:
         # Python 3.9 has no words for text that is damaged.
         return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
                        f"read with `sqlite3 {path} .recover`")
-    if "readonly" in said or "unable to open" in said or "disk i/o" in said:
+    if any(words in said for words in (     # the last are PyPy's
+            "readonly", "unable to open", "disk i/o", "could not open")):
         return Unwritable(f"cannot use {path} ({error})",
                           "check the disk and who may write the file and its directory")
     if "too big" in said:
@@ -2623,7 +2624,7 @@ class Store:
 
     @staticmethod
     def _first(db: sqlite3.Connection, sql: str) -> int:
-        return int(db.execute(sql).fetchone()[0])
+        return int(db.execute(sql).fetchall()[0][0])
 
     def _foreign(self) -> NotAQueue:
         return NotAQueue(f"{self.path} is not a queuectl database",
@@ -2641,15 +2642,15 @@ class Store:
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
     def _set_up(self, create: bool) -> None:
-        run = self._db.execute
         if self._read_version() == 0:
             self._refuse_empty(create)
             self._create()
         self._refuse_newer(self._read_version())
-        self._patiently(lambda: run(Sql.JOURNAL).fetchall())
-        run(Sql.DURABLE)
-        run(Sql.WAL_LIMIT)
-        run(Sql.WAL_PAGES)
+        # Even a setting answers with a row; one not fetched is a statement in progress,
+        # which no commit gets past, until (with PyPy) who knows when.
+        self._patiently(lambda: self._db.execute(Sql.JOURNAL).fetchall())
+        for sql in (Sql.DURABLE, Sql.WAL_LIMIT, Sql.WAL_PAGES):
+            self._db.execute(sql).fetchall()
         if self._read_version() < SCHEMA_VERSION:
             self._upgrade()
 
@@ -2669,7 +2670,7 @@ class Store:
         if tables or kind not in (0, APPLICATION_ID):
             raise self._foreign()
         for sql in (Sql.VACUUM_STEPWISE, Sql.SET_KIND, Sql.JOURNAL):
-            self._patiently(functools.partial(self._db.execute, sql))
+            self.rows(sql)
         with self.transaction():
             if self._read_version() == 0:
                 # Locks of an earlier database of that name say nothing about this one.
@@ -2949,7 +2950,7 @@ def glance(path: str) -> Iterator[Rows]:
         with contextlib.closing(sqlite3.connect(
                 _file_uri(path, "mode=ro&immutable=1"), uri=True)) as peek:
             peek.execute(Sql.LENIENT)
-            if peek.execute(Sql.KIND).fetchone() != (APPLICATION_ID,):
+            if peek.execute(Sql.KIND).fetchall() != [(APPLICATION_ID,)]:
                 raise NotAQueue(f"{path} is not a queuectl database")
         with contextlib.closing(sqlite3.connect(
                 _file_uri(path, "mode=rw"), uri=True, timeout=BRIEF)) as db:
@@ -5509,6 +5510,24 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
+def _start_shell(launch: Launch, writer: int) -> int:
+    """Start a session that runs the command and prints into `writer`; its id."""
+    words = [b"/bin/sh", b"-c", launch.command.encode()]
+    if hasattr(os, "posix_spawn"):
+        return os.posix_spawn(
+            "/bin/sh", words, launch.env,
+            file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                          (os.POSIX_SPAWN_DUP2, writer, 1),
+                          (os.POSIX_SPAWN_DUP2, writer, 2)),
+            setsid=True, setsigmask=(), setsigdef=PYTHON_IGNORES)
+    import subprocess  # PyPy has nothing else
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=launch.env,
+        start_new_session=True, pass_fds=[launch.lock] if launch.lock >= 0 else ())
+    process.returncode = 0      # so that it leaves the reaping to its Command
+    return process.pid
+
+
 class Command:
     """One run of one command. Nothing here waits: its pool calls when there is news."""
 
@@ -5536,12 +5555,7 @@ class Command:
             if launch.lock >= 0:
                 os.set_inheritable(launch.lock, True)
             self._begun = time.monotonic()
-            self._pid = os.posix_spawn(
-                "/bin/sh", [b"/bin/sh", b"-c", launch.command.encode()], launch.env,
-                file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                              (os.POSIX_SPAWN_DUP2, writer, 1),
-                              (os.POSIX_SPAWN_DUP2, writer, 2)),
-                setsid=True, setsigmask=(), setsigdef=PYTHON_IGNORES)
+            self._pid = _start_shell(launch, writer)
         except BaseException:
             self._close_pipe()
             raise
@@ -10678,8 +10692,9 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
                           args.backoff_base, args.drain, args.max_jobs, args.grace)
     # What is loaded now stays: looking through it again and again for garbage was an
     # eighth of a pool's time. What a job leaves is freed without that.
-    gc.freeze()
-    gc.set_threshold(100_000)
+    with contextlib.suppress(AttributeError):   # PyPy's is another collector
+        gc.freeze()
+        gc.set_threshold(100_000)
     bar = _bar(screen)
 
     def say(line: str) -> None:
@@ -12234,7 +12249,9 @@ def _open_standard_streams() -> None:
                 os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # text is UTF-8, whatever the locale
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(     # and a line of the log is written at once
+                encoding="utf-8", errors="backslashreplace",
+                line_buffering=True if stream is sys.stderr else None)
 
 
 def _as_utf8(word: str) -> str:
