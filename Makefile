@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TIME ?= 5m
 SEED ?= 1
-.PHONY: help demo test bench chaos deaths lint type cov clean
+.PHONY: help demo test bench chaos fuzz deaths lint type cov clean
 
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -17,6 +17,9 @@ bench:  ## measure it beside the limits and rivals: ratios, medians; a table
 
 chaos:  ## break it for TIME=5m by SEED=1: kills, freezes, held locks; a verdict
 	$(PYTHON) test_queuectl.py --chaos $(TIME) --seed $(SEED)
+
+fuzz:   ## try the HTTP API by its own description, 5,000 cases, if schemathesis is installed
+	$(PYTHON) test_queuectl.py --fuzz
 
 deaths: ## let it die at every line it meets, and within its writes; some minutes
 	$(PYTHON) test_queuectl.py --crash-points

@@ -52,25 +52,35 @@ Invariants
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a pool touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
+    (I10) No request over HTTP is looked at before it has named this host, shown a token
+         and come from no other page; none holds a transaction while it waits for the
+         network.
 
 Contents: `grep -n '^# ----' queuectl.py`
      1 Vocabulary   states, moves, limits, errors
      2 Records      rows and values as named tuples
      3 Rules        times, durations, backoff, what follows an outcome: pure
-     4 Input        what people hand in, checked: pure
-     5 SQL          every statement
-     6 Store        the database file: opening, transactions, rows in and out
-     7 Host         locks that tell who is alive, the process table, wake-ups
-     8 Ledger       the only code that changes a job's state
-     9 Queue        the promises to people: one method, one transaction
-    10 Claims       the promises to pools: one turn, one transaction
-    11 Check        is the file sound, are the rules kept, is the ground safe
-    12 Views        records as text or JSON
-    13 Runner       one command, one process tree, one outcome
-    14 Pool         slots, signals, shutdown, rescue
-    15 CLI          one small function a command, and the table of all
-    16 Completion   what may come next on a command line
-    17 Main         from the words of a command line to its exit status
+     4 Cron         the turns of a schedule, also when clocks change: pure
+     5 Input        what people hand in, checked: pure
+     6 SQL          every statement
+     7 Store        the database file: opening, transactions, rows in and out
+     8 Host         locks that tell who is alive, the process table, wake-ups
+     9 Ledger       the only code that changes a job's state
+    10 Queue        the promises to people: one method, one transaction
+    11 Claims       the promises to pools: one turn, one transaction
+    12 Check        is the file sound, are the rules kept, is the ground safe
+    13 Views        records as text, JSON or metrics
+    14 Runner       one command, one process tree, one outcome
+    15 Pool         slots, signals, shutdown, rescue
+    16 Page         the dashboard, as a browser gets it
+    17 API          a request, a reply: no sockets
+    18 Description  what the API takes and answers, for programs
+    19 Access       who is let in, and to what
+    20 Feed         one thread that looks at the database for all that listen
+    21 Server       connections, time limits, TLS, the end
+    22 CLI          one small function a command, and the table of all
+    23 Completion   what may come next on a command line
+    24 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -104,6 +114,7 @@ if TYPE_CHECKING:
     import concurrent.futures as futures
     import queue as queues
     import socket
+    import ssl
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO
@@ -202,7 +213,7 @@ MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
 MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
-PAGE = 4096            # bytes of a page of the database, SQLite's default
+FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096
 
@@ -635,6 +646,16 @@ class Summary(NamedTuple):
     wait_time: Spread       # from due to started
 
 
+class Minute(NamedTuple):
+    """What was done in one minute."""
+    at: str
+    completed: int
+    failed: int             # jobs that died
+    retried: int            # failed attempts that were followed by a wait
+    wait_time: Spread
+    run_time: Spread
+
+
 class Finding(NamedTuple):
     """Something that `check` has to say."""
     level: str                  # PROBLEM, WARNING or NOTE
@@ -648,6 +669,16 @@ class WorkerView(NamedTuple):
     worker: Worker
     is_alive: bool | None
     running: list[Job]
+
+
+class Scrape(NamedTuple):
+    """What the metrics tell, all of one moment."""
+    jobs: dict[tuple[str, str], int]                    # by queue and state
+    tallies: list[tuple[str, str, int, int, float]]     # of all time
+    oldest: dict[str, float]        # seconds since the first in line became due
+    paused: dict[str, bool]         # by queue
+    workers: list[WorkerView]
+    database_bytes: int
 
 
 class Scene(NamedTuple):
@@ -917,8 +948,8 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """
     if settings.priority_ageing is None:
         return -priority
-    worth = priority * settings.priority_ageing     # seconds
-    return round(epoch(run_at) * 1000) - round(worth * 1000)
+    worth = round(settings.priority_ageing * 1000)  # of one priority; see RANK_BY_AGE
+    return round(epoch(run_at) * 1000) - priority * worth
 
 
 def judged(job: Job, outcome: Outcome) -> Outcome:
@@ -1124,6 +1155,28 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread(buckets["run_time"], totals["run_time"]),
         spread(buckets["wait_time"], totals["wait_time"]))
 
+
+# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes.
+METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
+                 300.0, 1000.0, 3000.0, 10000.0)     # seconds
+METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
+
+
+def cumulated(buckets: Mapping[int, int]) -> list[int]:
+    """How many values lie below each of METRIC_BOUNDS; and how many there are."""
+    return [sum(n for bucket, n in buckets.items() if bucket <= last)
+            for last in METRIC_BUCKETS] + [sum(buckets.values())]
+
+
+def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
+    """Put the tallies of one minute together; `at` counts minutes from the epoch."""
+    done = summary(rows)
+    return Minute(iso(at * 60), done.completed, done.died, done.retried,
+                  done.wait_time, done.run_time)
+
+
+# ---- 4 Cron ------------------------------------------------------------------
+# When a schedule comes: its line read, and its turns reckoned, as Debian's cron does.
 
 class CronField(NamedTuple):
     """What one field of a cron line takes."""
@@ -1394,7 +1447,7 @@ def turn_after(cron: str, now: float) -> str:
     return iso(turn)
 
 
-# ---- 4 Input -----------------------------------------------------------------
+# ---- 5 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
@@ -1634,7 +1687,7 @@ def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, fields
 
 
-# ---- 5 SQL -------------------------------------------------------------------
+# ---- 6 SQL -------------------------------------------------------------------
 
 def _list(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in words)
@@ -1907,6 +1960,36 @@ class Sql:
         return " AND ".join(clauses)
 
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
+    COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
+    # From one rank to the next by the index: a scan of all that wait would be long.
+    OLDEST_OPEN = """
+        WITH RECURSIVE ranks (rank) AS (
+            SELECT MIN(rank)
+              FROM jobs
+             WHERE gate = 'open' AND queue = :queue
+             UNION ALL
+            SELECT (SELECT MIN(jobs.rank)
+                      FROM jobs
+                     WHERE gate = 'open' AND queue = :queue
+                       AND jobs.rank > ranks.rank)
+              FROM ranks
+             WHERE rank IS NOT NULL
+             LIMIT 1000)
+        SELECT MIN((SELECT MIN(run_at)
+                      FROM jobs
+                     WHERE gate = 'open' AND queue = :queue
+                       AND jobs.rank = ranks.rank))
+          FROM ranks
+        """
+    OLDEST_DUE = """
+        SELECT queue, MIN(run_at)
+          FROM (SELECT queue, run_at
+                  FROM jobs
+                 WHERE gate = 'time' AND run_at <= :now
+                 ORDER BY run_at
+                 LIMIT 1000)
+         GROUP BY queue
+        """
     NEXT_DUE = """
         SELECT *
           FROM jobs
@@ -2125,7 +2208,7 @@ class Sql:
         SELECT *
           FROM schedules
          WHERE paused = 0
-           AND (next_run <= :now OR last_run > :ahead)
+           AND (next_run <= :now OR COALESCE(last_run, created_at) > :ahead)
         """
     SET_TURN = """
         UPDATE schedules
@@ -2243,6 +2326,15 @@ class Sql:
          GROUP BY kind
         """
 
+    TALLIES_BY_MINUTE = """
+        SELECT minute, kind, bucket, SUM(n), SUM(total)
+          FROM tallies
+         WHERE minute >= :first AND minute <= :last
+           AND (:queue IS NULL OR queue = :queue)
+         GROUP BY minute, kind, bucket
+        """
+
+
     FIRST_FINE = """
         SELECT MIN(minute)
           FROM tallies
@@ -2323,7 +2415,7 @@ MIGRATIONS = (Sql.SCHEMA,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
-# ---- 6 Store -----------------------------------------------------------------
+# ---- 7 Store -----------------------------------------------------------------
 
 # What SQLite's module raises: damaged text does not decode, foreign text not encode.
 SqlError = (sqlite3.Error, UnicodeError)
@@ -2502,7 +2594,7 @@ class Store:
         another connection in this process.
         """
         size = os.stat(self.path).st_size
-        if size == 0 or (size <= PAGE and os.path.exists(f"{self.path}-journal")):
+        if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
             self._refuse_empty(create)      # a first page that may have to be undone
             return
         has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
@@ -2833,6 +2925,14 @@ class Store:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.execute(Sql.EMPTY_WAL).fetchall()
 
+    def size(self) -> int:
+        """The bytes that the file and its WAL take."""
+        found = 0
+        for name in (self.path, self.path + "-wal"):
+            with contextlib.suppress(OSError):
+                found += os.stat(name).st_size
+        return found
+
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
@@ -2860,7 +2960,7 @@ def glance(path: str) -> Iterator[Rows]:
             f"{path} is of another format ({error})", "use its version") from error
 
 
-# ---- 7 Host ------------------------------------------------------------------
+# ---- 8 Host ------------------------------------------------------------------
 # What this machine's kernel says about pools and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
 # they are missing, process ids with start times and a token in the environment serve.
@@ -3135,7 +3235,7 @@ class Notifier:
             sender.sendto(text.encode(), self._address)
 
 
-# ---- 8 Ledger ----------------------------------------------------------------
+# ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
 # transaction that its caller has begun.
 
@@ -3475,7 +3575,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     return jobs
 
 
-# ---- 9 Queue -----------------------------------------------------------------
+# ---- 10 Queue ----------------------------------------------------------------
 
 def current_directory() -> str:
     """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
@@ -3618,6 +3718,17 @@ class Queue:
             raise NoSuchRun(f"{job_id} {what}", f"`queuectl show {job_id}` says more")
         return Run(*row)
 
+    def fresh_run(self, job_id: str, number: int | None = None,
+                  patience: float = 0.5) -> Run:
+        """A run with its output as of now: one that is under way is asked for it."""
+        run = self.run(job_id, number)
+        if run.outcome is None:
+            seen = self.store.changes()
+            self.wake(PEEK)
+            self.await_change(seen, patience)
+            run = self.run(job_id, run.number)
+        return run
+
     def events(self, job_id: str) -> list[Event]:
         """The changes of a job's state, oldest first."""
         job = self.store.job(job_id)
@@ -3705,8 +3816,8 @@ class Queue:
                 return [over[job_id] for job_id in jobs]
             now = time.monotonic()
             if now >= end:
-                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs are "
-                                  "not over yet", "wait longer, or look at `list`")
+                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
+                                  "over yet", "wait longer, or look at `list`")
             # To look at very many must not become all that this machine does.
             time.sleep(min(5 * (now - began), max(0.0, end - now)))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -3737,7 +3848,7 @@ class Queue:
             if not now.left:
                 return since
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} jobs are not over yet",
+                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
                                   "wait longer, or look at `list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
@@ -3828,6 +3939,40 @@ class Queue:
         return {"": summary(row[1:] for row in rows),
                 **{queue: summary(row[1:] for row in rows
                                   if row[0] == queue) for queue in queues}}
+
+    def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
+        """What was done in each of the last minutes, oldest first, the current last."""
+        last = int(self.clock() // 60)
+        first = max(1, last - minutes + 1)
+        found: dict[int, list[tuple[str, int, int, float]]] = {
+            minute: [] for minute in range(first, last + 1)}
+        for minute, *tally in self.store.rows(Sql.TALLIES_BY_MINUTE, first=first,
+                                              last=last, queue=queue):
+            found[minute].append(tuple(tally))
+        return [minute_of(minute, rows) for minute, rows in found.items()]
+
+    def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
+        """For how many seconds the first in line of each queue have been due."""
+        due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
+        first = {queue: min(filter(None, (
+            due.get(queue), *(row[0] for row in self.store.rows(
+                Sql.OLDEST_OPEN, queue=queue)))), default=None) for queue in queues}
+        return {queue: max(0.0, now - epoch(run_at)) for queue, run_at in first.items()
+                if run_at is not None}
+
+    def scrape(self) -> Scrape:
+        """What the metrics tell, read in one snapshot."""
+        now = self.clock()
+        with self.store.snapshot():
+            jobs = {(queue, state): n for queue, state, n
+                    in self.store.rows(Sql.COUNTS_KNOWN)}
+            tallies = self.store.rows(Sql.TALLIES_EVER)
+            oldest = self._oldest({queue for (queue, state), n in jobs.items()
+                                   if n and state in WAITING}, now)
+            paused = {name: bool(paused) for name, paused, _
+                      in self.store.rows(Sql.QUEUES)}
+            workers = self.workers()
+        return Scrape(jobs, tallies, oldest, paused, workers, self.store.size())
 
     # Changing.
 
@@ -4121,7 +4266,7 @@ class Queue:
             ring(ports, message)
 
 
-# ---- 10 Claims ---------------------------------------------------------------
+# ---- 11 Claims ---------------------------------------------------------------
 
 class Claims:
     """The promises to one pool; used by its one database thread only (I9)."""
@@ -4482,7 +4627,7 @@ class Claims:
             for queue in waiting)
 
 
-# ---- 11 Check ----------------------------------------------------------------
+# ---- 12 Check ----------------------------------------------------------------
 # Each check tells what it found, with what to do; none changes anything.
 
 # Where files of several machines lie: WAL needs memory that all its users share.
@@ -4631,7 +4776,7 @@ class Inspection:
                           f"chmod 600 {self.path}*")
 
 
-# ---- 12 Views ----------------------------------------------------------------
+# ---- 13 Views ----------------------------------------------------------------
 # Records to text or JSON, as strings; nothing is printed here.
 
 JSON_KEYS = ("id", "command", "state", "attempts", "max_retries", "created_at",
@@ -4708,6 +4853,21 @@ def status_object(status: Status) -> dict[str, Any]:
             "database": status.database}
 
 
+def show_object(job: Job, runs: Sequence[Run],
+                reasons: Sequence[str]) -> dict[str, Any]:
+    """One job whole, as JSON."""
+    return {**job_object(job), "waiting_for": list(reasons),
+            "runs": [run_object(run) for run in runs]}
+
+
+def minute_object(minute: Minute) -> dict[str, Any]:
+    """What was done in a minute, as JSON; times in seconds."""
+    return {"at": minute.at, "completed": minute.completed, "failed": minute.failed,
+            "retried": minute.retried,
+            "wait_p50": minute.wait_time.p50, "wait_p95": minute.wait_time.p95,
+            "run_p50": minute.run_time.p50, "run_p95": minute.run_time.p95}
+
+
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
     """What `check` found, each with what to do; and the verdict."""
     shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
@@ -4737,6 +4897,12 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
             "throughput": summary.completed / seconds if seconds > 0 else None,
             "run_time": spread_object(summary.run_time),
             "wait_time": spread_object(summary.wait_time)}
+
+
+def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
+    """What was done, for all queues and for each, as JSON."""
+    shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
+    return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
@@ -5180,7 +5346,110 @@ def settled_line(settled: Settled, now: float) -> str:
     }[job.state]
 
 
-# ---- 13 Runner ---------------------------------------------------------------
+class Family(NamedTuple):
+    """One metric with its samples: suffix of the name, labels, value."""
+    name: str
+    kind: str
+    help: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
+               totals: Mapping[str, float]) -> Family:
+    """The buckets of each queue as a histogram."""
+    samples: list[tuple[str, dict[str, str], float]] = []
+    for queue, buckets in tallies.items():
+        counts = cumulated(buckets)
+        for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
+            samples.append(("_bucket", {"queue": queue, "le": bound}, n))
+        samples.append(("_sum", {"queue": queue}, totals[queue]))
+        samples.append(("_count", {"queue": queue}, counts[-1]))
+    return Family(name, "histogram", help, samples)
+
+
+def _time_family(name: str, help: str, kind: str, scrape: Scrape,
+                 queues: Sequence[str]) -> Family:
+    """The durations of one kind, for each queue."""
+    tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
+    totals = dict.fromkeys(queues, 0.0)
+    for queue, one, bucket, n, total in scrape.tallies:
+        if one == kind:
+            tallies[queue][bucket] = n
+            totals[queue] += total
+    return _histogram(name, help, tallies, totals)
+
+
+def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
+    ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
+    stopped = scrape.paused.get(EVERY_QUEUE, False)
+    return [
+        Family("queuectl_jobs", "gauge", "Jobs that are there now.", [
+            ("", {"queue": queue, "state": state}, scrape.jobs.get((queue, state), 0))
+            for queue in queues for state in STATES]),
+        Family("queuectl_jobs_completed", "counter", "Jobs that were completed.", [
+            ("_total", {"queue": queue}, ever.get((queue, "complete"), 0))
+            for queue in queues]),
+        Family("queuectl_attempts", "counter", "Runs that ended, by how they ended.", [
+            ("_total", {"queue": queue, "outcome": outcome},
+             ever.get((queue, f"run:{outcome}"), 0))
+            for queue in queues for outcome in OUTCOMES]),
+        _time_family("queuectl_job_duration_seconds", "Time that a run took.",
+                     "run_time", scrape, queues),
+        _time_family("queuectl_job_wait_seconds", "Time from due to started.",
+                     "wait_time", scrape, queues),
+        Family("queuectl_oldest_pending_seconds", "gauge",
+               "Time for which the first in line has been due.", [
+                   ("", {"queue": queue}, scrape.oldest.get(queue, 0))
+                   for queue in queues]),
+        Family("queuectl_queue_paused", "gauge", "1 if nothing of it is claimed.", [
+            ("", {"queue": queue}, int(stopped or scrape.paused.get(queue, False)))
+            for queue in queues])]
+
+
+def metric_families(scrape: Scrape) -> list[Family]:
+    """All metrics; those of a queue stay once it was there."""
+    queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
+                     *(row[0] for row in scrape.tallies), *scrape.paused}
+                    - {EVERY_QUEUE})
+    slots = sum(view.worker.slots for view in scrape.workers)
+    busy = sum(len(view.running) for view in scrape.workers)
+    return [
+        *_job_families(scrape, queues),
+        Family("queuectl_workers", "gauge", "Workers that run.",
+               [("", {}, len(scrape.workers))]),
+        Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
+            ("", {"state": "busy"}, busy),
+            ("", {"state": "idle"}, max(0, slots - busy))]),
+        Family("queuectl_database_bytes", "gauge", "Size of the file with its WAL.",
+               [("", {}, scrape.database_bytes)]),
+        Family("queuectl_build", "info", "The version that answers.",
+               [("_info", {"version": __version__}, 1)])]
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    def _escaped(text: str) -> str:
+        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
+    return f"{{{inner}}}" if inner else ""
+
+
+def metrics_text(families: Iterable[Family], is_open: bool) -> str:
+    """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
+
+    The older format knows no kind `info`, and names a counter with its `_total`.
+    """
+    lines = []
+    for name, kind, help, samples in families:
+        told = name if is_open else name + {"counter": "_total", "info": "_info"}.get(
+            kind, "")
+        shown = "gauge" if kind == "info" and not is_open else kind
+        lines += [f"# HELP {told} {help}", f"# TYPE {told} {shown}"]
+        lines += [f"{name}{suffix}{_labelled(labels)} {value!r}"
+                  for suffix, labels, value in samples]
+    return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
+
+
+# ---- 14 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
 
 class Launch(NamedTuple):
@@ -5486,7 +5755,7 @@ class Ender:
                     self._wakeup.set()
 
 
-# ---- 14 Pool -----------------------------------------------------------------
+# ---- 15 Pool -----------------------------------------------------------------
 
 class Ride(NamedTuple):
     """A command under way in a slot."""
@@ -6167,7 +6436,3730 @@ class Pool:
         return f": {done}" if done else ""
 
 
-# ---- 15 CLI ------------------------------------------------------------------
+# ---- 16 Page -----------------------------------------------------------------
+# The dashboard: what the server sends to a browser, whole.
+
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>queuectl</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22
+ viewBox=%220 0 16 16%22%3E%3Crect width=%2216%22 height=%2216%22 rx=%223.5%22
+ fill=%22%233157d5%22/%3E%3Cpath d=%22M4 5h8M4 8h8M4 11h4.5%22 stroke=%22%23fff%22
+ stroke-width=%221.6%22 stroke-linecap=%22round%22/%3E%3C/svg%3E">
+<style>
+/* One accent; it means "runs" and "can be pressed". Other hues are states. */
+:root {
+  color-scheme: light dark;
+  --ground: light-dark(#f7f7f8, #0b0c0e);
+  --panel: light-dark(#fff, #131417);
+  --hover: light-dark(#f4f4f6, #1a1b1f);
+  --line: light-dark(#e4e4e8, #26282d);
+  --edge: light-dark(#8a8d94, #70737c);
+  --ink: light-dark(#17181c, #ededf0);
+  --quiet: light-dark(#5a5d66, #a0a3ac);
+  --accent: light-dark(#3157d5, #8eacff);
+  --on-accent: light-dark(#fff, #0b1020);
+  --tint: light-dark(#eef2fe, #1a2138);
+  --warn: light-dark(#8a5800, #e3ab4d);
+  --bad: light-dark(#c02f28, #ff837b);
+  --s-quiet: light-dark(#7b7e87, #8b8e97);
+  --s-good: light-dark(#1f9460, #45b985);
+  --s-warn: light-dark(#c47d0c, #dfa549);
+  --s-bad: light-dark(#d33f37, #f2716a);
+  --bad-tint: light-dark(#fdf1f0, #2a1718);
+  --warn-tint: light-dark(#fdf6e7, #2a2113);
+  --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas,
+    monospace;
+  --small: .75rem; --text: .8125rem; --large: 1.125rem; --figure: 1.5rem;
+}
+:root[data-theme=light] { color-scheme: light }
+:root[data-theme=dark] { color-scheme: dark }
+* { box-sizing: border-box }
+[hidden] { display: none !important }
+html { scroll-padding-top: 4rem }
+body {
+  margin: 0; background: var(--ground); color: var(--ink);
+  font: 400 var(--text)/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+    "Helvetica Neue", sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1, h2, h3, p, ul, dl, dd, figure, pre { margin: 0; padding: 0; list-style: none }
+h1 { font-size: var(--large); font-weight: 600; letter-spacing: -.01em }
+h2 { font-size: var(--text); font-weight: 600 }
+h3 { font-size: var(--text); font-weight: 500 }
+code, pre, .mono { font-family: var(--mono); font-size: .95em }
+a { color: inherit; text-decoration: none }
+a:hover { text-decoration: underline; text-underline-offset: .2em }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+[tabindex="-1"]:focus { outline: none }
+.quiet { color: var(--quiet) }
+.small { font-size: var(--small) }
+.bad { color: var(--bad) }
+.warn { color: var(--warn) }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap;
+}
+.skip { position: absolute; left: 1rem; top: -4rem; z-index: 9 }
+.skip:focus { top: .5rem; background: var(--panel); padding: .5rem .75rem }
+
+/* Things to press. */
+button, select, input, textarea { font: inherit; color: inherit }
+button, .button {
+  display: inline-flex; align-items: center; justify-content: center;
+  min-height: 2rem; padding: 0 .75rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap;
+}
+button:hover { background: var(--hover) }
+button:disabled { color: var(--quiet); opacity: .6; cursor: default }
+button.primary {
+  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
+  font-weight: 500;
+}
+button.primary:hover { filter: brightness(1.08) }
+button.danger { color: var(--bad) }
+button.plain {
+  min-height: 1.5rem; padding: 0 .375rem; border-color: transparent;
+  background: none; color: var(--quiet); font-size: var(--small);
+}
+button.plain:hover { color: var(--ink); background: var(--hover) }
+select, input, textarea {
+  min-height: 2rem; padding: 0 .5rem; border: 1px solid var(--edge);
+  border-radius: 6px; background: var(--panel); min-width: 0;
+}
+textarea { padding: .375rem .5rem; resize: vertical; width: 100% }
+input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
+::placeholder { color: var(--quiet); opacity: 1 }
+
+/* A state is a mark and a word. */
+.state { display: inline-flex; align-items: baseline; gap: .5rem; white-space: nowrap }
+.mark {
+  flex: none; align-self: center; display: inline-block; width: .5rem; height: .5rem;
+  border-radius: 50%; background: currentColor;
+}
+.mark, .plot [class], .legend i { color: var(--hue) }
+.pending, .cancelled { --hue: var(--s-quiet) }
+.processing, .run { --hue: var(--accent) }
+.completed { --hue: var(--s-good) }
+.failed, .wait { --hue: var(--s-warn) }
+.dead { --hue: var(--s-bad) }
+.pending .mark { background: none; border: 1.5px solid currentColor }
+.cancelled .mark { border-radius: 0; height: 2px }
+.dead .mark { border-radius: 1px }
+.failed .mark { border-radius: 1px; transform: rotate(45deg) scale(.9) }
+.processing .mark { animation: breathe 2s ease-in-out infinite }
+@keyframes breathe { 50% { opacity: .35 } }
+
+/* The frame. */
+.top {
+  display: flex; align-items: center; gap: .75rem; position: sticky; top: 0;
+  z-index: 5; padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--ground);
+  border-bottom: 1px solid var(--line);
+}
+.brand { display: flex; align-items: center; gap: .5rem; font-weight: 600 }
+.brand svg { color: var(--accent); width: 1.125rem; height: 1.125rem }
+.top .path { flex: 1; color: var(--quiet); font-size: var(--small) }
+main, footer { max-width: 90rem; margin: 0 auto; padding: 1rem 1.25rem }
+footer {
+  display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
+  color: var(--quiet); font-size: var(--small);
+}
+footer a { text-decoration: underline; text-underline-offset: .2em }
+footer label { display: flex; gap: .375rem; align-items: center; min-height: 1.5rem }
+.notice {
+  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--warn-tint);
+  border-bottom: 1px solid var(--line);
+}
+.notice.bad {
+  position: sticky; top: 3.3125rem; z-index: 4;
+  background: var(--bad-tint); color: var(--ink)
+}
+body.stale main > * { opacity: .6 }
+.panel {
+  background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+  min-width: 0;
+}
+.panel > header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem;
+  padding: .375rem .875rem; min-height: 2.375rem;
+}
+.panel > header h2 { margin-right: auto }
+.none { padding: .25rem .875rem .875rem; color: var(--quiet) }
+
+/* The board: counts and charts and lists at the left, the machinery at the right. */
+#board { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) }
+#health { display: flex; align-items: center; gap: .625rem; flex-wrap: wrap }
+#health .mark { width: .625rem; height: .625rem }
+#health p { font-size: var(--text); font-weight: 400; letter-spacing: 0 }
+#health a, .reason a, .tag { text-decoration: underline; text-underline-offset: .2em }
+.counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
+  overflow: hidden }
+.counts a { padding: .5rem .875rem .625rem; box-shadow: 0 0 0 1px var(--line) }
+.counts a > * { display: block }
+.counts a > .state { display: flex }
+.counts a:focus-visible { outline-offset: -3px; border-radius: 7px }
+.counts a:hover { text-decoration: none; background: var(--hover) }
+.counts a[aria-current] {
+  background: var(--tint);
+  box-shadow: 0 0 0 1px var(--line), inset 0 -2px var(--accent);
+}
+.counts b { font-size: var(--figure); font-weight: 500;
+  line-height: 1.3; letter-spacing: -.02em }
+.pair { display: grid; gap: .875rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.side { display: grid; gap: .875rem; align-content: start }
+
+/* Charts. */
+.chart { display: flex; flex-direction: column; justify-content: space-between }
+.chart .legend { flex-basis: 100% }
+.pair:has(details[open]) { align-items: start }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
+  color: var(--quiet);
+}
+.legend b { color: var(--ink); font-weight: 500 }
+.legend i { display: inline-block; width: .5rem; height: .5rem; margin-right: .375rem;
+  border-radius: 1px; background: currentColor }
+.plot { position: relative; height: 7.75rem; margin: 0 .875rem; border-radius: 4px }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible }
+.plot text { fill: var(--quiet); font-size: .6875rem }
+.plot .rule { stroke: var(--line) }
+.plot .cursor { stroke: var(--edge) }
+.plot .line { fill: none; stroke: currentColor; stroke-width: 1.5;
+  stroke-linejoin: round; stroke-linecap: round }
+.plot .p95 { stroke-width: 1; stroke-dasharray: 2 2.5 }
+.plot .band { fill: currentColor; opacity: .12 }
+.plot rect, .plot circle { fill: currentColor }
+.plot .partial { opacity: .5 }
+.plot input {
+  position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: crosshair; touch-action: pan-y;
+}
+.plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
+details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small) }
+.figures { padding: .375rem .875rem .625rem }
+.figures summary { width: fit-content; min-height: 1.5rem; line-height: 1.5rem }
+.figures div { max-height: 16rem; overflow: auto }
+.figures table { font-size: var(--small) }
+.figures th, .figures td { text-align: right }
+
+/* Short lists: one line for the job, one for the words. */
+.brief { display: grid; grid-template-columns: .5rem 4.5rem minmax(0, 1fr) auto;
+  gap: 0 .5rem; align-items: baseline; min-height: 1.625rem;
+  padding: .25rem .875rem .3125rem; border-top: 1px solid var(--line) }
+.brief .reason { grid-column: 2 / -1 }
+.reason { font-size: var(--small); color: var(--quiet) }
+.reason.bad { color: var(--bad) }
+.worker { border-top: 1px solid var(--line); padding: .3125rem 0 .4375rem }
+.worker h3 { display: flex; gap: .5rem; align-items: center; padding: 0 .875rem }
+.worker h3 .cut { flex: 1 }
+.worker > p { padding: 0 .875rem }
+.worker .brief { border-top: 0; padding-block: .125rem }
+.slots { display: flex; gap: 2px; flex-wrap: wrap; max-width: 7rem }
+.slots i { width: .5rem; height: .5rem; border-radius: 1px; background: var(--line) }
+.slots i.busy { background: var(--accent) }
+.item { padding: .3125rem .875rem .4375rem; border-top: 1px solid var(--line) }
+.item > div { display: flex; gap: .5rem; justify-content: space-between }
+#queues td { padding-block: .125rem }
+#queues td:first-child { padding-block: .25rem }
+#queues button, .panel > header .plain { margin-right: -.375rem }
+
+/* The table of jobs. */
+.filters { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0 .875rem .75rem }
+.filters input[type=search] { flex: 1 1 14rem }
+.filters input[name=tag] { width: 7.5rem }
+table { width: 100%; border-collapse: collapse; text-align: left }
+th { font-weight: 400; white-space: nowrap; color: var(--quiet);
+  font-size: var(--small) }
+th, td { padding: .3125rem .5rem; border-top: 1px solid var(--line);
+  vertical-align: baseline }
+th:first-child, td:first-child { padding-left: .875rem }
+th:last-child, td:last-child { padding-right: .875rem }
+.number { text-align: right; white-space: nowrap }
+#jobs table { table-layout: fixed }
+#jobs tbody tr:hover { background: var(--hover) }
+#jobs td { height: 2.25rem }
+.c-state { width: 7rem } .c-id { width: 5.5rem } .c-queue { width: 5rem }
+.c-tries { width: 3rem } .c-took { width: 4.5rem } .c-age { width: 4.75rem }
+.c-act { width: 4.25rem }
+.c-act button { margin-right: -.375rem }
+#runs { overflow-x: auto }
+#runs th:nth-child(2) { width: 60% }
+.c-id a, .brief > a { font-family: var(--mono); font-size: .95em }
+.line { display: flex; gap: .5rem; align-items: baseline }
+.line .tag { flex: none; max-width: 7rem; min-width: 1.5rem }
+.pager { display: flex; gap: .5rem; align-items: center; justify-content: flex-end;
+  padding: .5rem .875rem; border-top: 1px solid var(--line) }
+.pager span { margin-right: auto }
+.begin { padding: .5rem .875rem 1.25rem; max-width: 44rem }
+.begin li { margin-top: .75rem }
+.begin pre, .command {
+  padding: .5rem .75rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--ground); white-space: pre-wrap;
+}
+
+/* A job's page. */
+#job { display: grid; gap: .875rem }
+.title { display: flex; flex-wrap: wrap; gap: .5rem .875rem; align-items: center }
+.title h1 { font-family: var(--mono) }
+.title .actions { display: flex; gap: .5rem; margin-left: auto }
+.split { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) 20rem;
+  align-items: start }
+.stack { display: grid; gap: .875rem; min-width: 0 }
+.why { padding: .625rem .875rem; border-left: 3px solid var(--edge) }
+.why.bad { border-left-color: var(--bad); color: var(--ink) }
+.why div + div { margin-top: .5rem }
+.why h2 { font-weight: 400 }
+.fields { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+  padding: 0 .875rem .75rem; gap: .25rem .5rem }
+.fields dt { color: var(--quiet) }
+.output {
+  max-height: 26rem; min-height: 4rem; overflow: auto; padding: .75rem .875rem;
+  border-top: 1px solid var(--line); font-size: var(--small); line-height: 1.55;
+  white-space: pre-wrap; border-radius: 0 0 7px 7px;
+}
+tr[aria-current] { background: var(--tint) }
+
+/* Dialogs and answers. */
+dialog {
+  width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
+  padding: 0; border: 1px solid var(--line); border-radius: 10px;
+  background: var(--panel); color: var(--ink);
+  box-shadow: 0 12px 40px rgb(0 0 0 / .25);
+}
+dialog::backdrop { background: rgb(0 0 0 / .4) }
+dialog form { padding: 1.125rem 1.25rem; display: grid; gap: .875rem }
+dialog h2 { font-size: var(--large) }
+.row { display: grid; gap: .875rem; grid-template-columns: repeat(3, minmax(0, 1fr)) }
+.field { display: grid; gap: .25rem; align-content: start }
+.field input { width: 100% }
+.field .small { color: var(--quiet) }
+.field [aria-invalid=true] { border-color: var(--bad) }
+.buttons { display: flex; justify-content: flex-end; gap: .5rem }
+dialog details > :not(summary) { margin-top: .75rem }
+.toasts { position: fixed; right: 1rem; bottom: 1rem; z-index: 20; display: grid;
+  gap: .5rem; max-width: min(26rem, calc(100vw - 2rem)) }
+.toasts > div { display: grid; gap: .5rem }
+.toast { display: flex; justify-content: space-between; align-items: center;
+  gap: .75rem; padding: .5rem .875rem;
+  border: 1px solid var(--line); border-radius: 8px; background: var(--panel);
+  box-shadow: 0 6px 20px rgb(0 0 0 / .14) }
+.toast.bad { color: var(--ink); border-color: var(--bad) }
+.toast a { text-decoration: underline; text-underline-offset: .2em }
+
+@media (min-width: 68rem) {
+  #board { grid-template-columns: minmax(0, 1fr) 21rem }
+  #health, .counts { grid-column: 1 / -1 }
+  .side { grid-column: 2; grid-row: 3 / span 9 }
+  .pair, #jobs { grid-column: 1 }
+}
+@media (max-width: 62rem) {
+  .split { grid-template-columns: minmax(0, 1fr) }
+}
+@media (max-width: 44rem) {
+  main, footer { padding: .875rem .75rem }
+  .top, .notice { padding: .5rem .75rem }
+  .notice.bad { top: 3.0625rem }
+  .top .path { visibility: hidden }
+  .counts { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+  .counts a { padding-inline: .5rem }
+  .pair, .row { grid-template-columns: minmax(0, 1fr) }
+  .filters > * { flex: 1 1 8rem }
+  .filters input[type=search] { flex-basis: 100% }
+  .title .actions { margin-left: 0; width: 100% }
+  #jobs thead { display: block; position: absolute; width: 1px; height: 1px;
+    overflow: hidden; clip-path: inset(50%) }
+  #jobs table, #jobs tbody { display: block }
+  #jobs tr { display: grid; gap: 0 .5rem; padding: .4375rem .875rem;
+    grid-template-columns: auto auto minmax(0, 1fr) auto; align-items: center;
+    border-top: 1px solid var(--line) }
+  #jobs td { height: auto; padding: 0; border: 0; width: auto }
+  #jobs .c-command { grid-row: 2; grid-column: 1 / -1 }
+  #jobs .c-queue, #jobs .c-tries { grid-row: 3 }
+  #jobs .c-act { grid-row: 3; grid-column: 3 / -1; justify-self: end }
+  #jobs .c-queue { grid-column: 1 }
+  #jobs .c-queue, #jobs .c-id { max-width: 8rem }
+  #jobs .c-tries { grid-column: 2; text-align: left }
+  .wide { display: none }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, *::before { animation: none !important; transition: none !important }
+}
+@media (forced-colors: active) {
+  .mark, .slots i, .meter i, .legend i { forced-color-adjust: none }
+}
+</style>
+<script>
+(() => {
+"use strict";
+
+const STATES = ["pending", "processing", "completed", "failed", "dead", "cancelled"];
+const PAGE = 50;            // jobs in the table, never more in the document
+const SHORT = 4;            // lines in the short lists
+const SLOTS = 12;           // lines a worker shows
+const KEPT = 1 << 20;       // characters of an output that are drawn
+const MINUTE = 60000;
+const SILENT = 30000;       // ms without heartbeat until a worker is called silent
+const PATIENCE = 20000;     // ms until an answer, or any word at all, is missed
+
+// ---- 1 Elements. Data reaches the document as text nodes only. ----
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(2).filter(child =>
+    child !== undefined && child !== null && child !== false && child !== ""));
+  return node;
+}
+
+// h("tag.class.class", { attribute: value, event: function } or nothing, ...children)
+function h(kind, ...rest) {
+  const [tag, ...classes] = kind.split(".");
+  const attributes = rest[0]?.constructor === Object ? rest.shift() : {};
+  const node = fill(document.createElement(tag), attributes, rest);
+  node.classList.add(...classes);
+  return node;
+}
+
+const draw = (tag, attributes, ...children) => fill(
+  document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// What had the focus may be gone; then it goes to the nearest heading.
+function rescueFocus() {
+  if (document.activeElement === document.body)
+    $(shown ? "#job h1" : "#jobs-title").focus({ preventScroll: true });
+}
+
+function replaceKeepingFocus(old, fresh) {
+  const stops = "a, button";
+  const place = $$(stops, old).indexOf(document.activeElement);
+  old.replaceWith(fresh);
+  if (place >= 0) $$(stops, fresh)[place]?.focus();
+}
+
+// Make the children of `parent` those of `items`; what has not changed stays in place,
+// with its focus.
+function renderList(parent, items, keyOf, build) {
+  const wanted = new Map(items.map(item => [keyOf(item), item]));
+  const had = parent.contains(document.activeElement);
+  for (const node of [...parent.children])
+    if (!wanted.has(node.key)) node.remove();
+  const known = new Map([...parent.children].map(node => [node.key, node]));
+  let index = 0;
+  for (const [key, item] of wanted) {
+    const signature = JSON.stringify(item);
+    let node = known.get(key);
+    if (!node || node.signature !== signature) {
+      const fresh = Object.assign(build(item), { key, signature });
+      if (node) replaceKeepingFocus(node, fresh);
+      node = fresh;
+    }
+    if (parent.children[index] !== node)
+      parent.insertBefore(node, parent.children[index] || null);
+    index += 1;
+  }
+  if (had) rescueFocus();
+  const none = $(":scope > .none:not(#no-match)", parent.closest(".panel"));
+  if (none) none.hidden = items.length > 0;
+}
+
+// ---- 2 Words and figures. ----
+
+function span(seconds) {
+  if (seconds < 0.001) return "<1ms";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}ms`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)}s`;
+  return longSpan(Math.round(seconds));
+}
+
+function longSpan(seconds) {
+  const two = number => String(number).padStart(2, "0");
+  if (seconds < 60) return `${seconds}s`;
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (hours < 1) return `${minutes}m ${two(seconds % 60)}s`;
+  if (hours < 24) return `${hours}h ${two(minutes % 60)}m`;
+  return `${Math.floor(hours / 24)}d ${hours % 24}h`;
+}
+
+function ago(seconds) {
+  if (seconds < 60) return seconds < 2 ? "now" : `${Math.floor(seconds)}s ago`;
+  const steps = [[60, "m"], [3600, "h"], [86400, "d"]];
+  const [size, unit] = steps.filter(([size]) => seconds >= size).pop();
+  return `${Math.floor(seconds / size)}${unit} ago`;
+}
+
+const count = number => number.toLocaleString("en-US");
+const many = (number, word, plural = `${word}s`) =>
+  `${count(number)} ${number === 1 ? word : plural}`;
+const clockTime = at => new Date(at).toLocaleTimeString([], {
+  hour: "2-digit", minute: "2-digit", hour12: false });
+const fullTime = at => new Date(at).toLocaleString([], {
+  dateStyle: "medium", timeStyle: "medium", hour12: false });
+
+// Running clocks: elements that say how far a moment is away.
+const CLOCKS = {
+  elapsed: seconds => longSpan(Math.max(0, Math.floor(seconds))),
+  ago: seconds => ago(seconds),
+  due: seconds => seconds > -1 ? "now" : `in ${longSpan(Math.ceil(-seconds))}`,
+};
+const now = () => Date.now() + model.skew;
+const since = at => (now() - Date.parse(at)) / 1000;
+
+function clock(form, at) {
+  return h("time", { datetime: at, "data-clock": form, title: fullTime(at) },
+           CLOCKS[form](since(at)));
+}
+
+function tick() {
+  for (const node of $$("[data-clock]"))
+    setText(node, CLOCKS[node.dataset.clock](since(node.dateTime)));
+}
+
+function stateWord(state, word = state) {
+  return h("span", { class: `state ${state}` }, h("i.mark"), word);
+}
+
+// ---- 3 What is known. ----
+
+const model = {
+  role: null, version: "", skew: 0, isLive: false, wasLive: false, isOut: false,
+  status: null, history: [], queues: [], schedules: [],
+  running: [], waiting: [], failures: [], jobs: [], next: null,
+};
+const NO_FILTER = { state: "", queue: "", tag: "", search: "" };
+let filter = { ...NO_FILTER };
+let cursors = [""];         // of the pages up to this one
+let shown = null;           // the job's page: { id, run, job, ... }; null: the board
+
+const mayChange = () => model.role === "full";
+const jobPath = id => `#/jobs/${encodeURIComponent(id)}`;
+const boardPath = changes => {
+  const wanted = Object.entries({ ...NO_FILTER, ...changes }).filter(([, v]) => v);
+  return wanted.length ? `#/?${new URLSearchParams(wanted)}` : "#/";
+};
+const isFiltered = () => Object.values(filter).some(Boolean);
+const button = (word, click, kind = "", label = null) =>
+  h("button", { type: "button", class: kind, "aria-label": label, click }, word);
+const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
+
+// Why a waiting job does not run, as far as the lists here tell it.
+function waitingReason(job) {
+  const at = model.status;
+  if (!at) return [];
+  const known = [model.jobs, model.waiting, model.failures, model.running].flat();
+  const needed = known.find(one => job.after.includes(one.id) &&
+                                   one.state !== "completed");
+  if (needed) return [`after ${needed.id} (${needed.state})`];
+  const queue = model.queues.find(one => one.name === job.queue);
+  if (at.paused.includes("*")) return ["all queues are paused"];
+  if (at.paused.includes(job.queue)) return [`queue ${job.queue} is paused`];
+  if (Date.parse(job.run_at) > now()) return ["due ", clock("due", job.run_at)];
+  if (!at.workers.length) return ["no worker is running"];
+  if (!at.workers.some(one => !one.queues.length || one.queues.includes(job.queue)))
+    return [`no worker takes queue ${job.queue}`];
+  if (queue && queue.limit && queue.jobs.processing >= queue.limit)
+    return [`queue ${job.queue} is at its limit ${queue.limit}`];
+  if (job.after.length) return [`comes after ${job.after.join(", ")}`];
+  return ["waits for a free slot"];
+}
+
+function reasonOf(job) {
+  if (job.state === "pending") return waitingReason(job);
+  if (job.state === "failed")
+    return ["retry ", clock("due", job.run_at), ": ", job.error || "failed"];
+  if (job.state === "processing") return [`on ${job.worker}`];
+  return job.state === "completed" ? [] : [job.error || ""];
+}
+
+const plain = parts => parts.map(part => part.textContent || part).join("");
+// What a job's line is made from; times run by themselves and need no new line.
+const withReason = jobs => jobs.map(job => ({ ...job, why: plain(reasonOf(job))
+  .replace(/\d+[smhd]( \d+[smhd])?/g, "") }));
+const isTrouble = job => job.state === "dead" || job.state === "failed";
+
+// ---- 4 The server. ----
+
+class Refused extends Error {}
+
+function noteTime(reply) {
+  const skew = Date.parse(reply.headers.get("Date")) - Date.now();
+  model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
+}
+
+async function refusal(reply) {
+  const told = await reply.json().catch(() => ({}));
+  const words = told.error || `the server answered ${reply.status}`;
+  return Object.assign(new Refused(told.hint ? `${words}; ${told.hint}` : words),
+                       { status: reply.status, key: told.key });
+}
+
+async function ask(method, path, body) {
+  const options = { method, cache: "no-store", signal: AbortSignal.timeout(PATIENCE) };
+  if (method !== "GET") options.headers = { "Content-Type": "application/json" };
+  if (method === "POST") options.body = JSON.stringify(body || {});
+  let reply;
+  try { reply = await fetch(path, options); }
+  catch { throw new Refused("the server does not answer"); }
+  noteTime(reply);
+  heard = performance.now();
+  if (reply.status === 401) logOut();
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+
+const get = async path => (await ask("GET", path)).json();
+const jobUrl = (id, rest = "") => `/api/jobs/${encodeURIComponent(id)}${rest}`;
+const jobsUrl = query => "/api/jobs?" +
+  new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+const jobsIn = async (states, limit) => (await get(`/api/jobs?limit=${limit}&` +
+  states.map(state => `state=${state}`).join("&"))).jobs;
+
+// Calls `work` at most once in `pause` ms and never twice at once; of many wishes
+// that come meanwhile, one is kept. Only what a person asked for is urgent.
+function coalesced(work, pause) {
+  let timer = null, isBusy = false, isWanted = false, last = -Infinity;
+  async function run() {
+    timer = null; isBusy = true; isWanted = false;
+    try { await work(); }
+    catch (error) { if (!(error instanceof Refused)) throw error; }
+    finally {
+      isBusy = false; last = performance.now();
+      if (isWanted) wish();
+    }
+  }
+  function wish(isUrgent = false) {
+    if (isBusy) isWanted = true;
+    else if (timer === null || isUrgent) {
+      clearTimeout(timer);
+      const rest = Math.max(0, last + pause - performance.now());
+      timer = setTimeout(run, isUrgent ? 0 : rest);
+    }
+  }
+  return wish;
+}
+
+const refresh = {
+  jobs: coalesced(readJobs, 700),
+  running: coalesced(async () => {
+    model.running = await jobsIn(["processing"], 100);
+    showWorkers();
+  }, 700),
+  lists: coalesced(async () => {
+    [model.waiting, model.failures] = await Promise.all([
+      jobsIn(["pending"], SHORT), jobsIn(["dead", "failed"], SHORT)]);
+    showLists();
+  }, 1000),
+  queues: coalesced(async () => {
+    model.queues = await get("/api/queues");
+    showQueues(); showHealth(); showJobs();
+  }, 1000),
+  history: coalesced(async () => {
+    model.history = (await get("/api/history?minutes=60")).minutes;
+    showCharts(); showStatus();
+  }, 5000),
+  schedules: coalesced(async () => {
+    model.schedules = await get("/api/schedules");
+    showSchedules();
+  }, 10000),
+  job: coalesced(readJob, 300),
+};
+
+function refreshAll(isUrgent) {
+  if (document.hidden || model.isOut) return;
+  if (shown) return refresh.job(isUrgent);
+  for (const name in refresh) if (name !== "job") refresh[name](isUrgent);
+}
+
+async function readJobs() {
+  const asked = JSON.stringify([filter, cursors]);
+  const page = await get(jobsUrl({ ...filter, limit: PAGE, after: cursors.at(-1) }))
+    .catch(error => {
+      if (error.status !== 400) throw error;
+      return { jobs: [], next: null, words: error.message };
+    });
+  if (asked !== JSON.stringify([filter, cursors])) return refresh.jobs(true);
+  setText($("#no-match"), page.words || "No job fits this filter.");
+  [model.jobs, model.next] = [page.jobs, page.next];
+  showJobs();
+}
+
+// ---- 5 Live: server-sent events. ----
+
+let stream = null, patience = 1000, revival = null, heard = 0;
+
+function listen() {
+  clearTimeout(revival);
+  if (stream) stream.close();
+  stream = new EventSource("/api/events");
+  stream.addEventListener("open", found);
+  stream.addEventListener("error", lose);
+  stream.addEventListener("status", event => {
+    model.status = JSON.parse(event.data);
+    heard = performance.now();
+    showStatus(); refreshAll();
+  });
+  stream.addEventListener("change", event => {
+    if (!shown || JSON.parse(event.data).id === shown.id) refreshAll();
+  });
+  stream.addEventListener("resync", () => refreshAll());
+}
+
+function found() {
+  patience = 1000;
+  const isBack = model.wasLive && !model.isLive;
+  model.isLive = model.wasLive = true;
+  showConnection(); refreshAll(true);
+  if (isBack) answer("The server is back; this is how things stand now.");
+}
+
+// The browser tries again by itself, except after some errors: then we do.
+function lose() {
+  model.isLive = false;
+  showConnection();
+  if (stream && stream.readyState !== EventSource.CLOSED) return;
+  clearTimeout(revival);
+  revival = setTimeout(reconnect, patience);
+  patience = Math.min(patience * 2, 15000);
+}
+
+// A quiet stream may be a dead one, which nobody tells us of: ask.
+async function probe() {
+  if (!model.isLive || performance.now() - heard < PATIENCE) return;
+  try { await ask("GET", "/healthz"); }
+  catch { stream.close(); lose(); }
+}
+
+async function reconnect() {
+  try { await enter(); listen(); }
+  catch { if (!model.isOut) lose(); }
+}
+
+async function enter() {
+  const session = await get("/api/session");
+  model.isOut = false;
+  [model.role, model.version] = [session.role, session.version];
+  setText($("#database"), session.database);
+  $("#database").title = session.database;
+  setText($("#version"), `queuectl ${session.version}`);
+  $("#read-only").hidden = mayChange();
+  for (const node of $$(".changes")) node.hidden = !mayChange();
+  route();
+}
+
+function logOut() {
+  model.isOut = true; model.isLive = false;
+  if (stream) stream.close();
+  clearTimeout(revival);
+  $("#board").hidden = $("#job").hidden = true;
+  $("#gate").hidden = false;
+  for (const node of $$(".changes, #read-only")) node.hidden = true;
+  for (const dialog of $$("dialog[open]")) dialog.close();
+  $("#answers").replaceChildren();
+  showConnection();
+}
+
+// ---- 6 The board. ----
+
+function showConnection() {
+  const [state, word] = model.isOut ? ["cancelled", "Logged out"] : model.isLive ?
+    ["completed", "Live"] : [model.wasLive ? "dead" : "pending",
+                             model.wasLive ? "Offline" : "Connecting"];
+  $("#live").className = `state ${state}`;
+  setText($("#live span"), word);
+  const isLost = !model.isLive && model.wasLive && !model.isOut;
+  document.body.classList.toggle("stale", isLost);
+  if ($("#lost").hidden === isLost)
+    setText($("#lost span"), isLost ? "The server does not answer. What you see " +
+      `is from ${fullTime(Date.now())}; trying again.` : "");
+  $("#lost").hidden = !isLost;
+  showTitle();
+}
+
+function showTitle() {
+  const at = model.status;
+  const state = model.isOut ? "logged out" : !model.isLive ? "offline" :
+    shown && shown.job ? `${shown.job.id} ${shown.job.state}` :
+    !at ? "" : at.jobs.processing ? `${count(at.jobs.processing)} running` :
+    at.jobs.dead ? `${count(at.jobs.dead)} dead` : "idle";
+  document.title = state ? `${state} - queuectl` : "queuectl";
+}
+
+function showStatus() {
+  if (!model.status) return;
+  showCounts(); showHealth(); showWorkers(); showQueues(); showLists(); showJobs();
+  showTitle();
+}
+
+const slotsOf = workers => workers.reduce((sum, one) => sum + one.slots, 0);
+const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
+
+// What a person should know, worst first: [level, text or nodes].
+function concerns() {
+  const { jobs, workers, paused } = model.status;
+  const found = [];
+  if (!workers.length && jobs.pending + jobs.failed)
+    found.push(["dead", [`no worker is running and `,
+                         many(jobs.pending + jobs.failed, "job waits", "jobs wait")]]);
+  for (const one of workers.filter(silentSince))
+    found.push(["dead", [`worker ${one.name} is silent`]]);
+  if (jobs.dead)
+    found.push(["failed", [stateLink("dead", many(jobs.dead, "job is", "jobs are") +
+                                             " dead")]]);
+  for (const name of paused)
+    found.push(["failed", [name === "*" ? "all queues are paused"
+                                        : `queue ${name} is paused`]]);
+  return found;
+}
+
+function paceWords() {
+  const full = minutes().slice(-6, -1);
+  const rate = full.reduce((sum, one) => sum + one.completed, 0) / full.length;
+  const { jobs, workers } = model.status, slots = slotsOf(workers);
+  const words = !slots ? jobs.pending ? "" : "no worker is running"
+    : `${count(jobs.processing)} of ${many(slots, "slot")} busy`;
+  const pace = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
+  return rate ? `${words ? `${words}, ` : ""}${pace} completed a minute` : words;
+}
+
+function successWords() {
+  const sum = name => minutes().reduce((total, one) => total + one[name], 0);
+  const [done, dead] = [sum("completed"), sum("failed")];
+  return done + dead ? `${(Math.floor(done / (done + dead) * 1000) / 10)}% this hour`
+                     : "exit status 0";
+}
+
+function showHealth() {
+  if (!model.status) return;
+  const found = concerns();
+  const level = found.some(([one]) => one === "dead") ? "dead" :
+    found.length ? "failed" : "completed";
+  const title = { dead: "Stalled", failed: "Needs attention", completed: "Healthy" };
+  $("#health h1").className = `state ${level}`;
+  setText($("#health h1 span"), title[level]);
+  const parts = found.map(([, text]) => text);
+  if (paceWords()) parts.push([paceWords()]);
+  const text = parts.flatMap((part, n) => n ? [" \u00b7 ", ...part] : part);
+  const line = $("#health p");
+  if (line.textContent !== plain(text)) line.replaceChildren(...text);
+}
+
+function tileNote(state) {
+  const { workers, next_due: due, jobs } = model.status;
+  if (state === "pending" && due && Date.parse(due) > now())
+    return ["next ", clock("due", due)];
+  return [{ pending: jobs.pending ? "wait for a slot" : "nothing waits",
+            processing: workers.length ? `of ${many(slotsOf(workers), "slot")}`
+              : "no worker", completed: successWords(),
+            failed: "will be retried", dead: "need a person",
+            cancelled: "by a person" }[state]];
+}
+
+function tile({ state, number, isChosen }) {
+  return h("a", { href: boardPath({ state: isChosen ? "" : state }),
+                  "aria-current": isChosen && "true" },
+    stateWord(state), h("b", number),
+    h("span.small.quiet.cut", tileNote(state)));
+}
+
+function showCounts() {
+  if (!model.status) return;
+  const tiles = STATES.map(state => ({
+    state, number: count(model.status.jobs[state]), isChosen: filter.state === state,
+    note: plain(tileNote(state)).replace(/ \d+[smhd]/g, "") }));
+  renderList($("#counts"), tiles, one => one.state, tile);
+}
+
+// ---- 7 Charts. ----
+
+const RATES = ["completed", "retried", "failed"];
+const RATE_HUES = { completed: "completed", retried: "failed", failed: "dead" };
+const TIMES = [["run", "run time"], ["wait", "waiting"]];
+const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000];
+const cursor = { rates: null, times: null };    // the minute that is read; null: all
+
+// The last 60 minutes, oldest first, gaps filled; the last one is not over yet.
+function minutes() {
+  const known = new Map(model.history.map(one =>
+    [Math.floor(Date.parse(one.at) / MINUTE), one]));
+  const last = Math.floor(now() / MINUTE);
+  return Array.from({ length: 60 }, (_, n) => last - 59 + n).map(minute => ({
+    completed: 0, retried: 0, failed: 0, run_p50: null, run_p95: null,
+    wait_p50: null, wait_p95: null, ...known.get(minute), at: minute * MINUTE }));
+}
+
+function frame(id) {
+  const box = $(`#${id} .plot`);
+  return { box, width: Math.max(120, box.clientWidth), height: box.clientHeight,
+           left: 34, right: 2, top: 8, bottom: 18 };
+}
+
+const xOf = (at, n) => at.left + (at.width - at.left - at.right) * n / 60;
+const yOf = (at, share) => at.height - at.bottom -
+  (at.height - at.top - at.bottom) * share;
+
+function axes(at, ticks, data) {
+  const rules = ticks.map(([share, label]) => [
+    draw("line", { class: "rule", x1: at.left, x2: at.width - at.right,
+                   y1: yOf(at, share), y2: yOf(at, share) }),
+    draw("text", { x: at.left - 6, y: yOf(at, share) + 3.5, "text-anchor": "end" },
+         label)]);
+  const hours = data.map((one, n) => [one, n])
+    .filter(([one, n]) => n > 1 && n < 57 && one.at / MINUTE % 15 === 0)
+    .map(([one, n]) => draw("text", { x: xOf(at, n), y: at.height - 4,
+                                      "text-anchor": "middle" }, clockTime(one.at)));
+  return [...rules, ...hours];
+}
+
+function niceTop(value) {
+  const step = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
+  return [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= value);
+}
+
+function bars(at, data, top) {
+  const width = Math.max(1, (at.width - at.left - at.right) / 60 - 1);
+  return data.flatMap((one, n) => {
+    let sum = 0;
+    return RATES.filter(name => one[name]).map(name => {
+      const low = yOf(at, sum / top);
+      sum += one[name];
+      const high = Math.min(yOf(at, sum / top), low - 1.5);   // one is seen as well
+      return draw("rect", { class: RATE_HUES[name] + (n === 59 ? " partial" : ""),
+                            x: xOf(at, n) + 0.5, y: high, width, height: low - high });
+    });
+  });
+}
+
+function showRates(data) {
+  const at = frame("rates");
+  const top = niceTop(Math.max(...data.map(one =>
+    one.completed + one.retried + one.failed)));
+  const ticks = [0, 0.5, 1].map(share => [share, count(top * share)]);
+  paint("rates", at, [...axes(at, ticks, data), ...bars(at, data, top)]);
+  readRates(data);
+}
+
+function timeScale(data) {
+  const keys = TIMES.flatMap(([key]) => [`${key}_p50`, `${key}_p95`]);
+  const values = data.flatMap(one => keys.map(key => one[key])).filter(v => v !== null);
+  const low = TICKS.filter(t => t <= Math.min(...values, 1)).pop() || TICKS[0];
+  const high = TICKS.find(t => t >= Math.max(...values, low * 10)) || TICKS.at(-1);
+  const share = value => Math.log(Math.max(value, low) / low) / Math.log(high / low);
+  return { share, ticks: TICKS.filter(t => t >= low && t <= high)
+    .map(t => [share(t), span(t).replace(".0s", "s").replace(/ 00[sm]/, "")]) };
+}
+
+// The stretches of minutes in which something was measured, as lists of indices.
+function stretches(data, key) {
+  const found = [[]];
+  data.forEach((one, n) => one[`${key}_p50`] === null ? found.push([])
+                                                      : found.at(-1).push(n));
+  return found.filter(one => one.length);
+}
+
+function series(at, data, key, share) {
+  const point = (n, name) =>
+    `${(xOf(at, n + 0.5)).toFixed(1)},${yOf(at, share(data[n][name])).toFixed(1)}`;
+  return stretches(data, key).flatMap(run => {
+    const low = run.map(n => point(n, `${key}_p50`));
+    const high = run.map(n => point(n, `${key}_p95`));
+    if (run.length === 1) {
+      const [x, y] = low[0].split(",");
+      return [draw("circle", { class: key, cx: x, cy: y, r: 2 })];
+    }
+    return [
+      draw("polygon", { class: `band ${key}`,
+                        points: [...low, ...high.reverse()].join(" ") }),
+      draw("polyline", { class: `line p95 ${key}`, points: high.join(" ") }),
+      draw("polyline", { class: `line ${key}`, points: low.join(" ") })];
+  });
+}
+
+function showTimes(data) {
+  const at = frame("times"), scale = timeScale(data);
+  const isEmpty = data.every(one => one.run_p50 === null && one.wait_p50 === null);
+  paint("times", at, [...axes(at, scale.ticks, data),
+    isEmpty ? draw("text", { x: at.width / 2, y: at.height / 2,
+                             "text-anchor": "middle" }, "nothing measured yet") : "",
+    ...TIMES.flatMap(([key]) => series(at, data, key, scale.share))]);
+  readTimes(data);
+}
+
+function paint(id, at, shapes) {
+  const mark = draw("line", { class: "cursor", y1: at.top, y2: at.height - at.bottom });
+  const picture = draw("svg", { "aria-hidden": "true" }, shapes, mark);
+  const old = $("svg", at.box);
+  if (old) old.replaceWith(picture); else at.box.prepend(picture);
+  const n = cursor[id];
+  mark.style.display = n === null ? "none" : "";
+  if (n !== null) for (const end of ["x1", "x2"])
+    mark.setAttribute(end, xOf(at, n + 0.5));
+}
+
+const inWords = one => `${one.completed} completed, ${one.retried} retried, ` +
+  `${one.failed} failed`;
+const pairOf = (one, key) => one[`${key}_p50`] === null ? "none" :
+  `${span(one[`${key}_p50`])} / ${span(one[`${key}_p95`])}`;
+
+function legend(id, when, entries) {
+  $(`#${id} .legend`).replaceChildren(h("span", when), ...entries.map(
+    ([hue, word, value]) => h("span", h("i", { class: hue }), `${word} `,
+                              h("b", value))));
+}
+
+function readRates(data) {
+  const one = data[cursor.rates];
+  const sum = name => data.reduce((total, each) => total + each[name], 0);
+  legend("rates", one ? clockTime(one.at) : "last hour", RATES.map(name =>
+    [RATE_HUES[name], name, count(one ? one[name] : sum(name))]));
+  $("#rates input").ariaValueText = one ? `${clockTime(one.at)}: ${inWords(one)}`
+                                        : "last hour";
+}
+
+function readTimes(data) {
+  const latest = data.findLast(one => one.run_p50 !== null || one.wait_p50 !== null);
+  const one = data[cursor.times] || latest;
+  legend("times", one ? `${clockTime(one.at)}, p50 / p95` : "p50 / p95", one ?
+    TIMES.map(([key, word]) => [key, word, pairOf(one, key)]) : []);
+  $("#times input").ariaValueText = one ? `${clockTime(one.at)}: ` +
+    TIMES.map(([key, word]) => `${word} ${pairOf(one, key)}`).join(", ") : "nothing";
+}
+
+function table(heads, rows) {
+  return h("table",
+    h("thead", h("tr", heads.map(head => h("th", { scope: "col" }, head)))),
+    h("tbody", rows.map(row => h("tr", row.map(cell => h("td", cell))))));
+}
+
+function showFigures(id, data) {
+  const [box, newest] = [$(`#${id} details`), [...data].reverse()];
+  if (!box.open) return;
+  $("div", box).replaceChildren(id === "rates" ?
+    table(["Minute", "Completed", "Retried", "Failed"], newest.map(one =>
+      [clockTime(one.at), ...RATES.map(name => count(one[name]))])) :
+    table(["Minute", "Run time p50", "p95", "Waiting p50", "p95"], newest.map(one =>
+      [clockTime(one.at), ...["run_p50", "run_p95", "wait_p50", "wait_p95"].map(
+        key => one[key] === null ? "" : span(one[key]))])));
+}
+
+function showCharts() {
+  if (shown || $("#board").hidden) return;
+  const data = minutes();
+  showRates(data); showTimes(data);
+  showFigures("rates", data); showFigures("times", data);
+}
+
+function point(id, n) {
+  cursor[id] = n;
+  (id === "rates" ? showRates : showTimes)(minutes());
+}
+
+// A slider lies over each chart: the minute is chosen by pointer, touch and arrow keys.
+function armChart(id, label) {
+  const box = $(`#${id} .plot`);
+  const slider = h("input", { type: "range", min: 0, max: 59, value: 59,
+                              "aria-label": label });
+  box.append(slider);
+  slider.addEventListener("input", () => point(id, Number(slider.value)));
+  slider.addEventListener("blur", () => point(id, null));
+  box.addEventListener("pointermove", event => {
+    const at = frame(id), left = box.getBoundingClientRect().left + at.left;
+    const n = Math.floor((event.clientX - left) / (at.width - at.left - at.right) * 60);
+    point(id, Math.min(59, Math.max(0, n)));
+  });
+  box.addEventListener("pointerleave", () => point(id, null));
+  $(`#${id} details`).addEventListener("toggle", showCharts);
+}
+
+// ---- 8 Short lists, workers, queues, schedules. ----
+
+function brief(job, figure, reason) {
+  return h("div.brief",
+    h("span", { class: job.state }, h("i.mark"), h("span.unseen", job.state)),
+    jobLink(job.id), h("code.cut", { title: job.command }, job.command),
+    h("span.quiet.small.number", figure), reason || null);
+}
+
+function showLists() {
+  renderList($("#waiting"), withReason(model.waiting), job => job.id, job =>
+    h("li", brief(job, job.queue, h("span.reason.cut", reasonOf(job)))));
+  renderList($("#failures"), withReason(model.failures), job => job.id, job =>
+    h("li", brief(job, clock("ago", job.updated_at),
+      h("span", { class: `reason cut ${job.state === "dead" ? "bad" : "warn"}`,
+                  title: job.error }, reasonOf(job)))));
+}
+
+function slotLine(job) {
+  return job.command === undefined
+    ? h("div.brief", stateWord("processing", ""), jobLink(job.id))
+    : brief(job, clock("elapsed", job.started_at));
+}
+
+const silentSince = worker =>
+  since(worker.heartbeat_at) * 1000 > SILENT ? worker.heartbeat_at : null;
+
+function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
+  const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
+    h("i", { class: n < busy && "busy" }));
+  return h("div.worker",
+    h("h3",
+      h("span.cut", { title: place }, name,
+        h("span.quiet.small", queues.length ? `, only ${queues.join(", ")}` : "")),
+      h("span.slots", { "aria-hidden": "true" }, squares),
+      h("span.quiet.small", `${busy} of ${slots} busy`)),
+    silent && h("p.reason.bad", "no heartbeat for ", clock("elapsed", silent)),
+    jobs.map(slotLine),
+    busy > jobs.length && h("p.reason", stateLink("processing",
+      `and ${count(busy - jobs.length)} more`)));
+}
+
+function showWorkers() {
+  if (!model.status) return;
+  const known = new Map(model.running.map(job => [job.id, job]));
+  const blocks = model.status.workers.map(worker => ({
+    name: worker.name, place: `${worker.host}, process ${worker.pid}`,
+    queues: worker.queues, slots: worker.slots, busy: worker.running.length,
+    silent: silentSince(worker),
+    jobs: worker.running.slice(0, SLOTS).map(id => known.get(id) || { id }) }));
+  renderList($("#workers"), blocks, one => one.name, workerBlock);
+  const slots = slotsOf(model.status.workers);
+  setText($("#slots"), slots ? many(slots, "slot") : "");
+}
+
+const waitingIn = queue => (queue.jobs.pending || 0) + (queue.jobs.failed || 0);
+
+function queueReason(queue) {
+  const { workers, paused } = model.status || { workers: [], paused: [] };
+  if (paused.includes("*")) return "all queues are paused";
+  if (queue.paused) return "paused";
+  if (!waitingIn(queue)) return "";
+  if (queue.limit && queue.jobs.processing >= queue.limit)
+    return `at its limit ${queue.limit}`;
+  if (workers.length && !workers.some(one => !one.queues.length ||
+                                             one.queues.includes(queue.name)))
+    return "no worker takes it";
+  return "";
+}
+
+function queueRow({ name, paused, limit, running, waiting, why }) {
+  const verb = paused ? "Resume" : "Pause";
+  return h("tr",
+    h("td", h("a", { href: boardPath({ queue: name }) }, name),
+      why && h("div.small.warn", why)),
+    h("td.number", count(running), limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
+    h("td.number", count(waiting)),
+    mayChange() && h("td.number",
+      button(verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
+}
+
+function showQueues() {
+  const rows = model.queues.map(queue => ({
+    name: queue.name, paused: queue.paused, limit: queue.limit,
+    running: queue.jobs.processing, waiting: waitingIn(queue),
+    why: queueReason(queue) }));
+  renderList($("#queues tbody"), rows, one => one.name, queueRow);
+  $("#queues").hidden = !rows.length;
+  const isPaused = Boolean(model.status && model.status.paused.includes("*"));
+  setText($("#pause-all"), isPaused ? "Resume all" : "Pause all");
+  const names = rows.map(one => one.name);
+  $("#queue-names").replaceChildren(...names.map(name => h("option", { value: name })));
+  options($("#filters [name=queue]"), "All queues", names, filter.queue);
+}
+
+function options(select, all, names, chosen) {
+  const wanted = ["", ...new Set(chosen ? [...names, chosen] : names)];
+  if (JSON.stringify(wanted) !== JSON.stringify([...select.options].map(o => o.value)))
+    select.replaceChildren(...wanted.map(name =>
+      h("option", { value: name }, name || all)));
+  select.value = chosen;
+}
+
+function showSchedules() {
+  renderList($("#schedules"), model.schedules, one => one.name, one =>
+    h("li.item",
+      h("div", h("span.cut", one.name),
+        h("span.small.quiet.number",
+          one.paused ? h("span.warn", "paused")
+            : one.next_run ? clock("due", one.next_run) : "never")),
+      h("p.small.quiet.cut", { title: one.command },
+        h("code", one.cron), " \u00b7 ", h("code", one.command))));
+}
+
+// ---- 9 The table of jobs. ----
+
+function took(job) {
+  if (job.state === "processing") return clock("elapsed", job.started_at);
+  if (!job.started_at || !job.finished_at || job.state === "pending") return "";
+  return span((Date.parse(job.finished_at) - Date.parse(job.started_at)) / 1000);
+}
+
+function rowAction(job) {
+  const verb = job.state === "pending" || job.state === "failed" ||
+    job.state === "processing" ? "Cancel" : "Retry";
+  const act = verb === "Cancel" ? cancelJob : retryJob;
+  return button(verb, () => act(job), "plain", `${verb} ${job.id}`);
+}
+
+function tagLinks(job) {
+  return job.tags.slice(0, 2).map(tag => h("a", {
+    class: "tag small quiet", href: boardPath({ ...filter, tag }) }, tag));
+}
+
+function jobRow(job) {
+  const reason = reasonOf(job);
+  const cell = (name, ...children) =>
+    h("td", { role: "cell", class: `c-${name}` }, children);
+  const tone = { dead: "bad", failed: "warn" }[job.state] || "";
+  return h("tr", { role: "row" },
+    cell("state", stateWord(job.state)),
+    cell("id", h("div.cut", jobLink(job.id))),
+    cell("command",
+      h("div.line",
+        h("code.cut", { title: job.command }, job.command), tagLinks(job)),
+      plain(reason) ? h("div", { class: `reason cut ${tone}`, title: plain(reason) },
+                        reason) : null),
+    cell("queue", h("div.cut.quiet", job.queue)),
+    cell("tries number", h("span.quiet", job.attempts ?
+      `${job.attempts}/${Math.max(1, job.max_retries)}` : "")),
+    cell("took number", took(job)),
+    cell("age number", h("span.quiet", clock("ago", job.updated_at))),
+    mayChange() ? cell("act number", rowAction(job)) : null);
+}
+
+function showJobs() {
+  if (shown) return;
+  renderList($("#jobs tbody"), withReason(model.jobs), job => job.id, jobRow);
+  showPager(); showBeginning();
+}
+
+function showPager() {
+  const page = cursors.length, first = (page - 1) * PAGE + 1;
+  const all = model.status && !filter.queue && !filter.tag && !filter.search
+    ? model.status.jobs[filter.state || "total"] : null;
+  setText($("#pager span"), !model.jobs.length ? "" :
+    `${count(first)} to ${count(first + model.jobs.length - 1)}` +
+    (all === null ? "" : ` of ${count(all)}`));
+  $("#newer").disabled = page === 1;
+  $("#older").disabled = !model.next;
+  $("#pager").hidden = page === 1 && !model.next && !model.jobs.length;
+  const dead = model.status ? model.status.jobs.dead : 0;
+  const button = $("#retry-all");
+  button.hidden = !(mayChange() && dead && filter.state === "dead" && !filter.tag);
+  setText(button, filter.queue || filter.search ? "Retry all that fit"
+                                                : `Retry all ${count(dead)} dead`);
+}
+
+function showBeginning() {
+  const isEmpty = model.status && model.status.jobs.total === 0 && !model.jobs.length;
+  $("#begin").hidden = !isEmpty;
+  $("#filters").hidden = $("#jobs table").hidden = Boolean(isEmpty);
+  $("#no-match").hidden = Boolean(isEmpty) || model.jobs.length > 0 || !model.status;
+}
+
+function turnPage(isOlder) {
+  if (isOlder) cursors.push(model.next); else cursors.pop();
+  $("#jobs-title").focus();
+  $("#jobs-title").scrollIntoView({ block: "start" });
+  refresh.jobs(true);
+}
+
+function filterFromForm() {
+  const form = $("#filters");
+  const chosen = Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+    [name, form.elements[name].value.trim()]));
+  history.replaceState(null, "", boardPath(chosen));
+  applyFilter(chosen);
+}
+
+function applyFilter(chosen) {
+  if (JSON.stringify(chosen) !== JSON.stringify(filter)) cursors = [""];
+  filter = chosen;
+  const form = $("#filters");
+  options(form.elements.state, "All states", STATES, filter.state);
+  options(form.elements.queue, "All queues", model.queues.map(one => one.name),
+          filter.queue);
+  for (const name of ["tag", "search"])
+    if (form.elements[name] !== document.activeElement)
+      form.elements[name].value = filter[name];
+  $("#clear").hidden = !isFiltered();
+  showCounts(); refresh.jobs(true);
+}
+
+// ---- 10 A job's page. ----
+
+function lastRun() { return shown.job.runs.at(-1) || null; }
+function chosenRun() {
+  return shown.job.runs.find(run => run.number === shown.run) || lastRun();
+}
+
+async function readJob() {
+  const page = shown;
+  if (!page || page.isLeft) return;
+  try { page.job = await get(jobUrl(page.id)); }
+  catch (error) {
+    if (page === shown && error.status === 404) showNoJob(page.id);
+    throw error;
+  }
+  if (page !== shown) return;
+  showJob(); readOutput();
+}
+
+function showNoJob(id) {
+  shown.job = null;
+  $("#job").replaceChildren(h("div.panel.begin",
+    h("h1", { tabindex: "-1" }, `There is no job ${id}`),
+    h("p", h("a", { href: "#/", class: "tag" }, "All jobs"))));
+  showTitle();
+}
+
+// The parts are made once; what changes is filled in, so that focus and scroll stay.
+function buildJobPage() {
+  $("#job").replaceChildren(
+    h("a", { href: boardPath(filter), class: "quiet" }, "\u2190 All jobs"),
+    h("div.title", h("h1", { tabindex: "-1" }, shown.id),
+      h("span", { id: "job-state" }), h("div.actions")),
+    h("div.split",
+      h("div.stack",
+        h("pre.command", { id: "job-command" }),
+        h("div.panel.why", { id: "job-why", hidden: true }),
+        h("section.panel", { "aria-labelledby": "runs-title" },
+          h("header", h("h2", { id: "runs-title" }, "Runs")),
+          h("div", { id: "runs" })),
+        h("div.panel",
+          h("header", h("h2", { id: "output-title" }, "Output"),
+            h("span.quiet.small", { id: "output-note" }),
+            h("span", { id: "to-end", hidden: true },
+              button("Go to the end", toEnd, "plain"))),
+          h("pre.output", { id: "output", tabindex: "0", role: "region",
+                            "aria-labelledby": "output-title", scroll: noteScroll }))),
+      h("section.panel", { "aria-labelledby": "fields-title" },
+        h("header", h("h2", { id: "fields-title" }, "Details")),
+        h("dl.fields"))));
+}
+
+function showJob() {
+  if (!$("#job-state")) buildJobPage();
+  const { job } = shown;
+  swap($("#job-state"), job.state, () => [stateWord(job.state)]);
+  swap($("#job .actions"), job.state, () => mayChange() ? jobActions(job) : []);
+  setText($("#job-command"), job.command);
+  showWhy(job); showFields(job); showRuns(job); showTitle();
+}
+
+function swap(node, signature, build) {
+  if (node.signature === signature) return;
+  const had = node.contains(document.activeElement);
+  node.signature = signature;
+  node.replaceChildren(...build());
+  if (had) $("button", node)?.focus();
+  if (had) rescueFocus();
+}
+
+function jobActions(job) {
+  const act = (word, work, kind) => button(word, () => work(shown.job), kind);
+  const isOver = ["completed", "dead", "cancelled"].includes(job.state);
+  const runs = job.state === "processing";
+  return [!runs && act(job.state === "pending" ? "Run now" : "Retry", retryJob),
+          !isOver && act("Cancel job", cancelJob),
+          !runs && act("Delete", deleteJob, "danger")].filter(Boolean);
+}
+
+function showWhy(job) {
+  const waits = job.waiting_for.map(reason => reason.replaceAll("`", ""));
+  const parts = [["What went wrong", job.state === "completed" ? [] : [job.error]],
+                 ["Why it waits", waits]];
+  const box = $("#job-why");
+  box.classList.toggle("bad", isTrouble(job));
+  swap(box, JSON.stringify(parts), () => parts.filter(([, lines]) => lines[0])
+    .map(([title, lines]) => h("div", h("h2.small.quiet", title),
+                               lines.map(line => h("p", line)))));
+  box.hidden = !box.children.length;
+}
+
+function fieldsOf(job) {
+  const at = value => value ? fullTime(value) : null;
+  const list = values => values.length ? values.join(", ") : null;
+  const links = job.after.length ? job.after.map(id => [h("a", {
+    href: jobPath(id), class: "tag" }, id), " "]) : null;
+  const seconds = value => value === null ? null : value === 0 ? "never" : span(value);
+  return [
+    ["Queue", job.queue], ["Priority", String(job.priority)],
+    ["Attempts", `${job.attempts} of ${Math.max(1, job.max_retries)}`],
+    ["Lost runs", job.crashes ? String(job.crashes) : null],
+    ["Created", at(job.created_at)], ["Due", at(job.run_at)],
+    ["Started", at(job.started_at)], ["Finished", at(job.finished_at)],
+    ["Changed", at(job.updated_at)],
+    ["Worker", job.worker],
+    ["Exit status", job.exit_code === null ? null : String(job.exit_code)],
+    ["Time-out", seconds(job.timeout)], ["Backoff", seconds(job.backoff_base)],
+    ["After", links], ["Unique key", job.unique], ["Tags", list(job.tags)],
+    ["Directory", h("code", job.cwd)],
+    ["Environment", Object.keys(job.env).length ? h("code", Object.entries(job.env)
+      .map(([name, value]) => `${name}=${value}`).join(" ")) : null],
+  ].filter(([, value]) => value !== null && value !== undefined);
+}
+
+function showFields(job) {
+  const { runs, waiting_for: _, ...fields } = job;
+  swap($("#job .fields"), JSON.stringify(fields), () =>
+    fieldsOf(job).flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
+}
+
+const OUTCOMES = { completed: "completed", failed: "failed", timeout: "failed",
+                   lost: "dead", cancelled: "cancelled", released: "pending" };
+
+function runRow(run, isChosen) {
+  const state = run.outcome ? OUTCOMES[run.outcome] || "failed" : "processing";
+  const cell = (kind, ...children) => h("td", { class: kind }, children);
+  return h("tr", { "aria-current": isChosen && "true" },
+    cell("", h("a", { href: `${jobPath(shown.id)}?run=${run.number}`, class: "tag",
+                      "aria-label": `Output of run ${run.number}` }, `${run.number}`)),
+    cell("", stateWord(state, run.outcome || "running"),
+         run.error && h("div.reason", run.error)),
+    cell("number", run.exit_code === null ? "" : `${run.exit_code}`),
+    cell("number", run.outcome ? run.duration === null ? "" : span(run.duration)
+                               : clock("elapsed", run.started_at)),
+    cell("number quiet", clock("ago", run.started_at)),
+    cell("quiet wide", run.worker));
+}
+
+function showRuns(job) {
+  const heads = [["Run"], ["Outcome"], ["Exit", "number"], ["Took", "number"],
+                 ["Started", "number"], ["Worker", "wide"]];
+  const chosen = chosenRun();
+  const facts = job.runs.map(({ output, ...run }) => run);
+  swap($("#runs"), JSON.stringify([facts, chosen && chosen.number]), () =>
+    job.runs.length ? [h("table",
+      h("thead", h("tr", heads.map(([head, kind]) =>
+        h("th", { scope: "col", class: kind }, head)))),
+      h("tbody", [...job.runs].reverse().map(run => runRow(run, run === chosen))))]
+      : [h("p.none", "It has not run yet.")]);
+}
+
+// ---- 11 A run's output, followed while it runs. ----
+
+let follow = null;      // { id, number, offset, text, decoder, isOver, timer, isBusy }
+
+function unfollow() {
+  if (follow) clearTimeout(follow.timer);
+  follow = null;
+}
+
+function readOutput() {
+  const run = chosenRun();
+  if (!run) return showOutput("", "");
+  const isOver = Boolean(run.finished_at || run.outcome);
+  if (!follow || follow.id !== shown.id || follow.number !== run.number) {
+    unfollow();
+    follow = { id: shown.id, number: run.number, offset: 0, text: "", isAtEnd: true,
+               decoder: new TextDecoder(), isOver: false, isBusy: false };
+    setText($("#output"), "");
+  } else if (follow.isOver) return;
+  follow.willEnd = isOver;
+  more(follow);
+}
+
+async function more(mine) {
+  if (mine.isBusy || mine !== follow || mine.isOver) return;
+  clearTimeout(mine.timer);
+  mine.isBusy = true;
+  const isLast = mine.willEnd;
+  try { await readPiece(mine); mine.isOver = isLast; }
+  catch (error) { if (!(error instanceof Refused)) throw error; }
+  finally { mine.isBusy = false; }
+  if (mine !== follow) return;
+  showOutput(mine.text, mine.isOver ? `run ${mine.number}`
+                                    : `run ${mine.number}, following`);
+  if (!mine.isOver) mine.timer = setTimeout(() => more(mine), mine.willEnd ? 0 : 700);
+}
+
+async function readPiece(mine) {
+  const reply = await ask("GET", jobUrl(mine.id,
+    `/output?run=${mine.number}&offset=${mine.offset}`));
+  const bytes = await reply.arrayBuffer();
+  mine.offset = Number(reply.headers.get("X-Total-Bytes")) ||
+    mine.offset + bytes.byteLength;
+  mine.text = (mine.text + mine.decoder.decode(bytes, { stream: true })).slice(-KEPT);
+}
+
+// As a terminal would leave it: no colours, and of an overwritten line the last words.
+function readable(text) {
+  return text.replace(/\x1b\[[0-9;?]*[ -\/]*[@-~]/g, "").replace(/\r\n/g, "\n")
+    .replace(/[^\n]*\r(?=[^\n])/g, "");
+}
+
+function showOutput(text, note) {
+  const box = $("#output");
+  if (!box) return;
+  setText($("#output-note"), note);
+  const isEmpty = !text && follow && follow.isOver;
+  setText(box, readable(text) || (isEmpty ? "It printed nothing." : follow ?
+    "Nothing printed yet." : "Nothing to show before the first run."));
+  box.classList.toggle("quiet", !text);
+  if (follow && follow.isAtEnd) box.scrollTop = box.scrollHeight;
+  $("#to-end").hidden = !follow || follow.isAtEnd;
+}
+
+function noteScroll() {
+  const box = $("#output");
+  if (!follow) return;
+  follow.isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+  $("#to-end").hidden = follow.isAtEnd;
+}
+
+function toEnd() {
+  follow.isAtEnd = true;
+  $("#output").scrollTop = $("#output").scrollHeight;
+  $("#output").focus();
+}
+
+// ---- 12 Actions: each has an answer, a wide or final one a question first. ----
+
+function toast(place, kind, ...parts) {
+  const node = h("div", { class: `toast ${kind}` }, h("span", parts),
+    button("Dismiss", () => node.remove(), "plain"));
+  place.append(node);
+  while (place.children.length > 3) place.firstChild.remove();
+  return node;
+}
+
+function answer(...parts) {
+  const node = toast($("#answers"), "", ...parts);
+  setTimeout(() => node.contains(document.activeElement) || node.remove(), 6000);
+}
+
+const complain = text => toast($("#errors"), "bad", text);
+
+function confirmed(title, text, verb, isDanger = true) {
+  const dialog = $("#question"), yes = $("#question-yes");
+  setText($("#question-title"), title);
+  setText($("#question-text"), text);
+  setText(yes, verb);
+  yes.classList.toggle("danger", isDanger);
+  yes.classList.toggle("primary", !isDanger);
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise(done => dialog.addEventListener("close", () =>
+    done(dialog.returnValue === "yes"), { once: true }));
+}
+
+async function act(method, path, body, say) {
+  try {
+    const reply = await ask(method, path, body);
+    const result = await reply.json().catch(() => null);
+    answer(...say(result));
+    return true;
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (!model.isOut) complain(`Not done: ${error.message}`);
+    return false;
+  } finally { refreshAll(true); }
+}
+
+const linked = (id, text) => [h("a", { href: jobPath(id) }, id), text];
+
+async function retryJob(job) {
+  if (job.state === "completed" && !await confirmed(`Run ${job.id} again?`,
+      "It was completed. It runs a second time from the start.", "Run again", false))
+    return;
+  await act("POST", jobUrl(job.id, "/retry"), {}, () =>
+    linked(job.id, " is back in line."));
+}
+
+async function cancelJob(job) {
+  const runs = job.state === "processing";
+  if (runs && !await confirmed(`End ${job.id}?`, "Its command is running. It is sent " +
+      "SIGTERM, and SIGKILL if it does not go.", "End and cancel")) return;
+  await act("POST", jobUrl(job.id, "/cancel"), {}, () =>
+    linked(job.id, runs ? " is being ended." : " is cancelled."));
+}
+
+async function deleteJob(job) {
+  if (!await confirmed(`Delete ${job.id}?`, "The job, its runs and its output are " +
+      "removed for good.", "Delete")) return;
+  const page = shown;
+  page.isLeft = true;         // it is not asked for again: it would not be found
+  page.isLeft = await act("DELETE", jobUrl(job.id), null, () =>
+    [`${job.id} is deleted.`]);
+  if (page.isLeft && page === shown) location.hash = boardPath(filter);
+}
+
+async function retryAll() {
+  const { queue, search } = filter;
+  const which = queue || search ? "all dead jobs that fit the filter"
+    : many(model.status.jobs.dead, "dead job");
+  if (!await confirmed(`Retry ${which}?`, "They go back in line at once, with their " +
+      "attempts at 0.", "Retry them", false)) return;
+  const body = Object.fromEntries(Object.entries({ queue, search })
+    .filter(([, value]) => value));
+  await act("POST", "/api/dlq/retry", body, jobs =>
+    [`${many(jobs.length, "job is", "jobs are")} back in line.`]);
+}
+
+function pauseQueue(queue, isPaused) {
+  const verb = isPaused ? "resume" : "pause";
+  return act("POST", `/api/${verb}`, { queue }, () => [`Queue ${queue} is ${verb}d.`]);
+}
+
+async function pauseAll() {
+  const isPaused = model.status.paused.includes("*");
+  if (!isPaused && !await confirmed("Pause all queues?", "No job starts until they " +
+      "are resumed. What runs goes on.", "Pause all", false)) return;
+  await act("POST", isPaused ? "/api/resume" : "/api/pause", {}, () =>
+    [isPaused ? "All queues are resumed." : "All queues are paused."]);
+}
+
+// ---- 13 Dialogs with forms. ----
+
+function openForm(selector) {
+  const dialog = $(selector);
+  complainIn(dialog, { message: "" });
+  dialog.showModal();
+}
+
+// The words in the dialog, and the field that they are about.
+function complainIn(dialog, { message, key }) {
+  setText($("[role=alert]", dialog), message);
+  for (const field of $$("[name]", dialog)) {
+    field.removeAttribute("aria-invalid");
+    if (field.name !== key) continue;
+    field.setAttribute("aria-invalid", "true");
+    if (field.closest("details")) field.closest("details").open = true;
+    field.focus();
+  }
+}
+
+async function submit(dialog, method, path, body, say) {
+  const button = $("[type=submit]", dialog);
+  button.disabled = true;
+  try {
+    const reply = await ask(method, path, body);
+    dialog.close();
+    answer(...say(await reply.json().catch(() => null)));
+    refreshAll(true);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    complainIn(dialog, error);
+  } finally { button.disabled = false; }
+}
+
+const listOf = text => text.split(/[\s,]+/).filter(Boolean);
+const ENTRIES = {       // how a field's text becomes the job's value
+  priority: Number, max_retries: Number, tags: listOf, after: listOf,
+  env: text => Object.fromEntries(text.split("\n").filter(line => line.trim()).map(
+    line => [line.split("=")[0].trim(), line.split("=").slice(1).join("=")])),
+};
+
+function jobFromForm(form) {
+  const filled = [...form.elements].filter(one => one.name && one.value.trim());
+  return Object.fromEntries(filled.map(({ name, value }) =>
+    [name, ENTRIES[name] ? ENTRIES[name](value)
+                         : name === "command" ? value : value.trim()]));
+}
+
+function submitJob(event) {
+  event.preventDefault();
+  const dialog = $("#enqueue"), form = event.target;
+  if (!form.elements.command.value.trim())
+    return complainIn(dialog, { message: "There is no command.", key: "command" });
+  submit(dialog, "POST", "/api/jobs", jobFromForm(form), result => {
+    const job = Array.isArray(result) ? result[0] : result;
+    form.reset();
+    return linked(job.id, " is in line.");
+  });
+}
+
+// ---- 14 Routes, keys, theme, start. ----
+
+function route(event) {
+  if (model.isOut || model.role === null) return;
+  const [path, query = ""] = location.hash.slice(1).split("?");
+  const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
+  const left = shown && shown.id;
+  if (match) openJob(decodeURIComponent(match[1]), Number(wanted.get("run")) || null);
+  else openBoard(wanted);
+  $("#gate").hidden = true;
+  $("#board").hidden = Boolean(shown);
+  $("#job").hidden = !shown;
+  if (event) focusAfterRoute(left);
+  showTitle(); refreshAll(true);
+}
+
+function openJob(id, run) {
+  if (shown && shown.id === id) {
+    shown.run = run;
+    return shown.job && (showJob(), readOutput());
+  }
+  unfollow();
+  shown = { id, run, job: null };
+  buildJobPage();
+}
+
+function openBoard(wanted) {
+  unfollow();
+  shown = null;
+  applyFilter(Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+    [name, wanted.get(name) || ""])));
+}
+
+function focusAfterRoute(left) {
+  if (shown && shown.id === left) return;
+  if (shown) { $("#job h1").focus(); window.scrollTo(0, 0); }
+  else if (left) {
+    const links = [...$$("#jobs .c-id a"), ...$$("#board .brief > a")];
+    const row = links.find(link => link.hash === jobPath(left));
+    (row || $("#health h1")).focus();
+    showCharts();
+  }
+}
+
+function stored(key, value) {
+  try {
+    if (value === undefined) return localStorage.getItem(`queuectl-${key}`);
+    if (value === null) localStorage.removeItem(`queuectl-${key}`);
+    else localStorage.setItem(`queuectl-${key}`, value);
+  } catch { /* a browser may forbid it; then nothing is remembered */ }
+  return null;
+}
+
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const systemTheme = () => systemDark.matches ? "dark" : "light";
+const theme = () => document.documentElement.dataset.theme || systemTheme();
+
+function showTheme() {
+  const chosen = stored("theme");
+  if (chosen) document.documentElement.dataset.theme = chosen;
+  else delete document.documentElement.dataset.theme;
+  const button = $("#theme");
+  if (button) setText(button, theme() === "dark" ? "Light" : "Dark");
+}
+
+function toggleTheme() {
+  const wanted = theme() === "dark" ? "light" : "dark";
+  stored("theme", wanted === systemTheme() ? null : wanted);
+  document.documentElement.dataset.theme = wanted;
+  showTheme();
+}
+
+function onKey(event) {
+  const isTyping = event.target.closest("input, textarea, select, dialog");
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping ||
+      model.isOut || !$("#shortcut").checked) return;
+  event.preventDefault();
+  if (shown) location.hash = boardPath(filter);
+  setTimeout(() => $("#filters [name=search]").focus());
+}
+
+function debounced(work, pause) {
+  let timer = null;
+  return () => { clearTimeout(timer); timer = setTimeout(work, pause); };
+}
+
+function bind() {
+  const on = (selector, kind, work) => $(selector).addEventListener(kind, work);
+  on("#theme", "click", toggleTheme);
+  on("#reconnect", "click", reconnect);
+  on("#enqueue-open", "click", () => openForm("#enqueue"));
+  on("#enqueue form", "submit", submitJob);
+  on("#pause-all", "click", pauseAll);
+  on("#retry-all", "click", retryAll);
+  on("#newer", "click", () => turnPage(false));
+  on("#older", "click", () => turnPage(true));
+  on("#filters", "submit", event => event.preventDefault());
+  on("#filters", "input", debounced(filterFromForm, 250));
+  on("#clear", "click", () => {
+    location.hash = boardPath({});
+    $("#filters [name=search]").focus();
+  });
+  on(".skip", "click", event => { event.preventDefault(); $("#main").focus(); });
+  on("#shortcut", "change", event =>
+    stored("shortcut", event.target.checked ? null : "off"));
+  for (const dialog of $$("dialog"))
+    dialog.addEventListener("close", () => setTimeout(rescueFocus));
+  for (const button of $$("[data-close]"))
+    button.addEventListener("click", () => button.closest("dialog").close());
+  addEventListener("hashchange", route);
+  addEventListener("keydown", onKey);
+  addEventListener("online", reconnect);
+  new ResizeObserver(showCharts).observe($("#rates"));
+  document.addEventListener("visibilitychange", () =>
+    model.isOut && !document.hidden ? reconnect() : refreshAll(true));
+  systemDark.addEventListener("change", showTheme);
+}
+
+function start() {
+  showTheme(); bind();
+  $("#shortcut").checked = stored("shortcut") !== "off";
+  armChart("rates", "Minute to read, jobs per minute");
+  armChart("times", "Minute to read, waiting and run time");
+  setInterval(tick, 1000);
+  setInterval(() => {
+    if (model.isLive) { showCharts(); showStatus(); probe(); }
+  }, MINUTE / 4);
+  reconnect();
+}
+
+showTheme();
+document.addEventListener("DOMContentLoaded", start);
+})();
+</script>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header class="top">
+  <a class="brand" href="#/" aria-label="queuectl, all jobs">
+    <svg viewBox="0 0 16 16" aria-hidden="true"><rect width="16" height="16" rx="3.5"
+     fill="currentColor"/><path d="M4 5h8M4 8h8M4 11h4.5" stroke="var(--on-accent)"
+     stroke-width="1.6" stroke-linecap="round"/></svg>queuectl</a>
+  <span class="path mono cut" id="database"></span>
+  <span class="state pending" id="live"><i class="mark"></i>
+    <span>Connecting</span></span>
+  <button id="theme" type="button">Dark</button>
+  <button id="enqueue-open" type="button" class="primary changes"
+   hidden>Enqueue</button>
+</header>
+<div id="lost" class="notice bad" role="alert" hidden>
+  <span></span><button type="button" id="reconnect">Try now</button></div>
+<div id="read-only" class="notice" hidden>
+  Read only: this login may look at everything and change nothing.</div>
+<main id="main" tabindex="-1">
+  <section id="gate" class="panel begin" hidden>
+    <h1 tabindex="-1">You are not logged in</h1>
+    <p>The login belongs to one start of <code>queuectl web</code>. Open the address
+      that it printed in its terminal, or start it again:</p>
+    <pre>queuectl web</pre>
+  </section>
+
+  <div id="board" hidden>
+    <div id="health"><h1 class="state" tabindex="-1"><i class="mark"></i><span>Reading
+      the queue</span></h1><p class="quiet"></p></div>
+    <nav class="panel counts" id="counts" aria-label="Jobs by state"></nav>
+    <div class="pair">
+      <figure class="panel chart" id="rates" aria-labelledby="rates-title">
+        <header><h2 id="rates-title">Jobs per minute</h2>
+          <div class="legend"></div></header>
+        <div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
+          <div tabindex="0" role="region" aria-labelledby="rates-title"></div></details>
+      </figure>
+      <figure class="panel chart" id="times" aria-labelledby="times-title">
+        <header><h2 id="times-title">Waiting and run time</h2>
+          <div class="legend"></div></header>
+        <div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
+          <div tabindex="0" role="region" aria-labelledby="times-title"></div></details>
+      </figure>
+    </div>
+    <div class="pair">
+      <section class="panel" aria-labelledby="waiting-title">
+        <header><h2 id="waiting-title">Waiting</h2>
+          <a class="small quiet" href="#/?state=pending">All that wait</a></header>
+        <ul id="waiting"></ul><p class="none">Nothing waits.</p></section>
+      <section class="panel" aria-labelledby="failures-title">
+        <header><h2 id="failures-title">Failures</h2>
+          <a class="small quiet" href="#/?state=dead">All dead</a></header>
+        <ul id="failures"></ul><p class="none">Nothing has failed.</p></section>
+    </div>
+    <div class="side">
+      <section class="panel" aria-labelledby="workers-title">
+        <header><h2 id="workers-title">Workers</h2><span class="quiet small"
+         id="slots"></span></header>
+        <div id="workers"></div>
+        <p class="none">No worker is running. Start one:<br>
+          <code>queuectl worker start</code></p></section>
+      <section class="panel" aria-labelledby="queues-title">
+        <header><h2 id="queues-title">Queues</h2>
+          <button type="button" class="plain changes" id="pause-all" hidden>Pause
+            all</button></header>
+        <table id="queues" hidden><thead><tr><th scope="col">Queue</th>
+          <th scope="col" class="number">Running</th>
+          <th scope="col" class="number">Waiting</th>
+          <th scope="col" class="changes" hidden><span class="unseen">Action</span></th>
+          </tr></thead><tbody></tbody></table>
+        <p class="none">No queue has jobs yet.</p></section>
+      <section class="panel" aria-labelledby="schedules-title">
+        <header><h2 id="schedules-title">Schedules</h2></header>
+        <ul id="schedules"></ul><p class="none">No recurring jobs.</p></section>
+    </div>
+    <section class="panel" id="jobs" aria-labelledby="jobs-title">
+      <header><h2 id="jobs-title" tabindex="-1">Jobs</h2>
+        <button type="button" class="changes" id="retry-all" hidden></button></header>
+      <form class="filters" id="filters" role="search" aria-label="Jobs">
+        <input type="search" name="search" aria-label="Search commands and ids"
+         placeholder="Search commands and ids" autocomplete="off" maxlength="200">
+        <select name="state" aria-label="State"></select>
+        <select name="queue" aria-label="Queue"></select>
+        <input name="tag" aria-label="Tag" placeholder="Tag" autocomplete="off"
+         maxlength="128">
+        <button type="button" id="clear">Clear</button>
+      </form>
+      <table role="table" aria-labelledby="jobs-title">
+        <thead role="rowgroup"><tr role="row">
+          <th role="columnheader" scope="col" class="c-state">State</th>
+          <th role="columnheader" scope="col" class="c-id">Job</th>
+          <th role="columnheader" scope="col" class="c-command">Command</th>
+          <th role="columnheader" scope="col" class="c-queue">Queue</th>
+          <th role="columnheader" scope="col" class="c-tries number">Tries</th>
+          <th role="columnheader" scope="col" class="c-took number">Run time</th>
+          <th role="columnheader" scope="col" class="c-age number">Changed</th>
+          <th role="columnheader" scope="col" class="c-act number changes" hidden>
+            Action</th></tr></thead>
+        <tbody role="rowgroup"></tbody>
+      </table>
+      <p class="none" id="no-match" hidden>No job fits this filter.</p>
+      <div class="begin" id="begin" hidden>
+        <p>The queue is empty. To begin, in a terminal:</p>
+        <ol><li>Hand over a command<pre>queuectl enqueue 'echo Hello World'</pre></li>
+          <li>Start a worker that runs it<pre>queuectl worker start</pre></li></ol>
+      </div>
+      <nav class="pager" id="pager" aria-label="Pages of jobs">
+        <span class="quiet small"></span>
+        <button type="button" id="newer">Newer</button>
+        <button type="button" id="older">Older</button></nav>
+    </section>
+  </div>
+
+  <article id="job" hidden></article>
+</main>
+<footer>
+  <span id="version"></span>
+  <label><input type="checkbox" id="shortcut" checked>the key / goes to the
+    search</label>
+  <a href="/metrics">Metrics</a><a href="/api/openapi.json">API</a>
+</footer>
+
+<dialog id="enqueue" aria-labelledby="enqueue-title">
+  <form method="dialog" novalidate>
+    <h2 id="enqueue-title">Enqueue a job</h2>
+    <div class="field"><label for="f-command">Command, run by /bin/sh</label>
+      <textarea id="f-command" name="command" rows="3" class="mono" required
+       spellcheck="false"></textarea></div>
+    <div class="row">
+      <div class="field"><label for="f-queue">Queue</label>
+        <input id="f-queue" name="queue" placeholder="default" list="queue-names">
+        <datalist id="queue-names"></datalist></div>
+      <div class="field"><label for="f-priority">Priority</label>
+        <input id="f-priority" name="priority" type="number" placeholder="0"></div>
+      <div class="field"><label for="f-delay">Delay</label>
+        <input id="f-delay" name="delay" placeholder="none; 10m, 2h"></div>
+    </div>
+    <div class="field"><label for="f-tags">Tags, with spaces between</label>
+      <input id="f-tags" name="tags" autocomplete="off"></div>
+    <details><summary>More</summary>
+      <div class="row">
+        <div class="field"><label for="f-retries">Runs that may fail</label>
+          <input id="f-retries" name="max_retries" type="number" min="0"
+           placeholder="as configured"></div>
+        <div class="field"><label for="f-timeout">Time-out</label>
+          <input id="f-timeout" name="timeout" placeholder="as configured"></div>
+        <div class="field"><label for="f-backoff">Backoff base</label>
+          <input id="f-backoff" name="backoff_base" placeholder="as configured"></div>
+      </div>
+      <div class="row">
+        <div class="field"><label for="f-id">Id</label>
+          <input id="f-id" name="id" placeholder="job-N" autocomplete="off"></div>
+        <div class="field"><label for="f-unique">Unique key</label>
+          <input id="f-unique" name="unique" autocomplete="off"></div>
+        <div class="field"><label for="f-after">After jobs</label>
+          <input id="f-after" name="after" placeholder="ids" autocomplete="off"></div>
+      </div>
+      <div class="field"><label for="f-cwd">Directory</label>
+        <input id="f-cwd" name="cwd" placeholder="where the server was started"></div>
+      <div class="field"><label for="f-env">Environment, NAME=VALUE a line</label>
+        <textarea id="f-env" name="env" rows="2" class="mono"
+         spellcheck="false"></textarea></div>
+    </details>
+    <p class="bad" role="alert"></p>
+    <div class="buttons"><button type="button" data-close>Close</button>
+      <button type="submit" class="primary">Enqueue</button></div>
+  </form>
+</dialog>
+<dialog id="question" aria-labelledby="question-title" aria-describedby="question-text">
+  <form method="dialog">
+    <h2 id="question-title"></h2>
+    <p id="question-text"></p>
+    <div class="buttons"><button type="submit" value="no">No, leave it</button>
+      <button type="submit" value="yes" class="primary" id="question-yes"></button>
+    </div>
+  </form>
+</dialog>
+<div class="toasts"><div id="answers" role="status"></div>
+  <div id="errors" role="alert"></div></div>
+</body>
+</html>
+'''
+
+
+# ---- 17 API ------------------------------------------------------------------
+# A dashboard that can enqueue runs shell commands, and any user of the machine and any
+# page in a browser can send it something. So a request must name this host, come from
+# no other page, and bring a token; only then is it looked at. First requests become
+# replies, without a socket; then comes what listens.
+
+MAX_BODY = 10 << 20         # bytes
+MAX_HEAD = 32 << 10         # bytes of request line and headers
+MAX_TARGET = 8 << 10        # bytes of path and query
+MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
+MAX_SEARCH = 256            # characters
+MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
+MAX_MINUTES = 1440          # of history: a day
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_STREAMS = 32            # of these, that stay open for events
+MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
+STRANGER_TURNS = 2          # and that are answered at once
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be silent between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
+STOP_SECONDS = 1            # for what is being answered when the server stops
+FEED_TICK = 0.2             # seconds between two looks of the feed
+STATUS_PAUSE = 0.5          # seconds between two status events
+STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
+FEED_BATCH = 1000           # changes told one by one; of more, that there were many
+FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+KEEP_ALIVE = 15             # seconds of silence in a stream
+
+FULL, READ = ROLES = ("full", "read")
+JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
+EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+
+class Request(NamedTuple):
+    """What a client asks."""
+    method: str
+    target: str                     # path and query, as sent
+    headers: Mapping[str, str]      # names in lower case
+    body: bytes = b""
+    peer: str = ""                  # the client's address
+
+
+class Reply(NamedTuple):
+    """What it is answered."""
+    status: int
+    body: bytes = b""
+    kind: str = JSON_TYPE
+    headers: tuple[tuple[str, str], ...] = ()
+    said: str = ""                  # for the log: what was changed, or was not
+    follows: int | None = None      # send events after that one; -1: from now on
+
+
+class Site(NamedTuple):
+    """Who may do what here."""
+    token: str                      # "": nobody is asked for one
+    read_token: str = ""            # "": there is none
+    hosts: frozenset[str] = frozenset()
+    is_wide: bool = False           # listens on all addresses: any IP is a good Host
+    is_secure: bool = False         # speaks TLS
+    is_read_only: bool = False
+    cookie: str = "queuectl"        # ports share cookies, so its name tells ours
+
+
+class WebRefusal(QueueError):
+    """A request is refused before the queue is asked."""
+    code = "refused"
+
+    def __init__(self, status: int, message: str, hint: str = "",
+                 *headers: tuple[str, str]) -> None:
+        super().__init__(message, hint)
+        self.status, self.headers = status, headers
+
+
+# Refusals of the queue by their code; what is not here is no fault of the client.
+REFUSAL_STATUS = {
+    "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
+    "no-such-schedule": 404, "job-exists": 409, "schedule-exists": 409,
+    "wrong-state": 409, "in-use": 409, "invalid-job": 400, "invalid-value": 400,
+    "usage": 400, "no-such-setting": 400, "disk-full": 507}
+
+
+def refusal_reply(error: QueueError) -> Reply:
+    """A refusal as JSON, with the key at fault where there is one."""
+    status = REFUSAL_STATUS.get(error.code, 503)
+    headers: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, WebRefusal):
+        status, headers = error.status, error.headers
+    elif status == 503:
+        headers = (("Retry-After", "2"),)
+    told: dict[str, Any] = {"error": error.message}
+    if error.hint:
+        told["hint"] = error.hint
+    if isinstance(error, InvalidJob):
+        told["key"] = error.key
+    if error.item is not None:
+        told["item"] = error.item
+    return Reply(status, dumps(told, None).encode(), headers=headers)
+
+
+# Durations, as far as the API's description goes; none is over MAX_DURATION.
+_SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
+SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
+
+# Parameters: read from a request by the same table that describes them.
+
+class Param(NamedTuple):
+    """One parameter of a query: its parser, and what it may be as JSON schema.
+
+    Text may be blank, which is as good as not given; so the forms below allow it.
+    """
+    name: str
+    parse: Callable[[str], Any]
+    schema: dict[str, Any]
+    help: str
+    is_list: bool = False
+
+
+def _a_name(text: str) -> str:
+    if not re.fullmatch(_NAME, text):
+        raise InvalidValue(f"{text!r} is not a name", NAME_FORM)
+    return text
+
+
+def _a_state(text: str) -> str:
+    if text not in STATES:
+        raise InvalidValue(f"there is no state {text!r}", "use " + ", ".join(STATES))
+    return text
+
+
+def _a_span(text: str) -> float:
+    if not re.fullmatch(SPAN_FORM, text):
+        raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+    return parse_duration(text)
+
+
+def _a_search(text: str) -> str:
+    if not is_text(text) or len(text) > MAX_SEARCH:
+        raise InvalidValue("that is no text to search for",
+                           f"use at most {MAX_SEARCH} characters, without NUL")
+    return text
+
+
+def _a_cursor(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise InvalidValue(f"{text!r} is not a cursor", "use `next` of the page before")
+    return int(text)
+
+
+def _whole_param(name: str, least: int, most: int, help: str) -> Param:
+    return Param(name, lambda text: parse_whole(text, least, most),
+                 {"type": "integer", "minimum": least, "maximum": most}, help)
+
+
+NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
+_BLANK_OR_NAME = {"type": "string", "pattern": f"^({_NAME})?$"}
+_QUEUE_PARAM = Param("queue", _a_name, _BLANK_OR_NAME, "only of this queue")
+_LIST_PARAMS = (
+    Param("state", _a_state, {"type": "array", "items": {
+        "type": "string", "enum": [*STATES, ""]}}, "again and again for more", True),
+    _QUEUE_PARAM,
+    Param("tag", _a_name, _BLANK_OR_NAME, "only with this tag"),
+    Param("search", _a_search, {"type": "string", "maxLength": MAX_SEARCH,
+                                "pattern": "^[^\\u0000]*$"},
+          "text in the id or the command"),
+    _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
+    Param("after", _a_cursor, {"type": "string", "pattern": "^([1-9][0-9]{0,17})?$"},
+          "`next` of the page before"),
+)
+_OUTPUT_PARAMS = (
+    _whole_param("run", 1, 10**9, "number of the run; usually the last"),
+    _whole_param("offset", 0, 10**12 - 1, "only what comes after so many bytes"),
+)
+
+
+def _query_fields(query: str) -> list[tuple[str, str]]:
+    import urllib.parse  # 4 ms, and only in a server
+    try:
+        return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
+                                      errors="strict", max_num_fields=64)
+    except ValueError:
+        raise WebRefusal(400, "the query cannot be read",
+                         "use at most 64 fields, in UTF-8") from None
+
+
+def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
+    """The values of a query, checked; text that is left blank is not given."""
+    known = {param.name: param for param in params}
+    values: dict[str, Any] = {}
+    for name, text in _query_fields(query):
+        param = known.get(name)
+        if param is None:
+            raise WebRefusal(400, f"unknown parameter {name!r}", "there are: "
+                             + ", ".join(known) if known else "there is none here")
+        if not text and param.schema["type"] != "integer":
+            continue
+        try:
+            value = param.parse(text)
+        except InvalidValue as error:
+            raise WebRefusal(400, f"{name}: {error.message}", error.hint) from None
+        if param.is_list:
+            values.setdefault(name, []).append(value)
+        elif name in values:
+            raise WebRefusal(400, f"{name} is given twice", "give it once")
+        else:
+            values[name] = value
+    return values
+
+
+class Call(NamedTuple):
+    """A request that was let in: who asks for what."""
+    site: Site
+    request: Request
+    role: str
+    how: str                    # "cookie", "token", or "nobody asked"
+    params: dict[str, Any]
+    job_id: str                 # in the path; "": none
+
+
+# What each route answers.
+
+def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
+    return Reply(status, dumps(value, None).encode(), said=said)
+
+
+def _bounded_int(digits: str) -> int:
+    """The number; reading a million digits would take minutes."""
+    if len(digits) > 40:
+        raise ValueError("a number of more than 40 digits")
+    return int(digits)
+
+
+def _number(text: str) -> float:
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    value = float(text)
+    return int(value) if abs(value) < 1e15 and value.is_integer() else value
+
+
+def json_body(request: Request) -> Any:
+    """The body as JSON; an empty object if there is none."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON_TYPE and (kind or request.body):
+        raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
+                         f"send Content-Type: {JSON_TYPE}")
+    if not request.body:
+        return {}
+    try:
+        return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
+                          parse_float=_number)
+    except (ValueError, RecursionError) as error:
+        raise WebRefusal(400, f"the body is not JSON ({error})") from None
+
+
+def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
+    """A body that is an object of no other keys."""
+    fields = json_body(request)
+    if not isinstance(fields, dict):
+        raise WebRefusal(400, "the body is not an object", "send {} at least")
+    for key in fields:
+        if key not in keys:
+            raise InvalidJob(str(key), f"unknown key {key!r}", "there are: "
+                             + ", ".join(keys) if keys else "there is none here")
+    return fields
+
+
+def get_page(queue: Queue, call: Call) -> Reply:
+    """The dashboard."""
+    return Reply(200, PAGE.encode(), PAGE_TYPE)
+
+
+def get_session(queue: Queue, call: Call) -> Reply:
+    """Who is asking, and of what."""
+    return _json_reply({"role": call.role, "version": __version__,
+                        "database": queue.path})
+
+
+def get_status(queue: Queue, call: Call) -> Reply:
+    """Counts, workers, what is next."""
+    return _json_reply(status_object(queue.status()))
+
+
+def get_stats(queue: Queue, call: Call) -> Reply:
+    """Throughput, success and times."""
+    duration = call.params.get("since")
+    return _json_reply(stats_object(queue.stats(duration),
+                                    min(queue.age(), duration or math.inf)))
+
+
+def get_history(queue: Queue, call: Call) -> Reply:
+    """What was done, minute by minute."""
+    minutes = queue.history(call.params.get("minutes", 60), call.params.get("queue"))
+    return _json_reply({"minutes": [minute_object(minute) for minute in minutes]})
+
+
+def get_workers(queue: Queue, call: Call) -> Reply:
+    """The workers, and what each runs."""
+    return _json_reply([worker_object(view) for view in queue.workers()])
+
+
+def get_queues(queue: Queue, call: Call) -> Reply:
+    """The queues, with pause, limit and counts."""
+    return _json_reply([queue_object(view) for view in queue.queues()])
+
+
+def get_schedules(queue: Queue, call: Call) -> Reply:
+    """The recurring jobs."""
+    return _json_reply([schedule_object(one) for one in queue.schedules()])
+
+
+def get_jobs(queue: Queue, call: Call) -> Reply:
+    """A page of jobs, newest first."""
+    wanted = call.params
+    limit = wanted.get("limit", USUAL_PAGE)
+    jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
+                      before=wanted.get("after"), queue=wanted.get("queue"),
+                      tag=wanted.get("tag"), search=wanted.get("search"))
+    return _json_reply({"jobs": [job_object(job) for job in jobs[:limit]],
+                        "next": str(jobs[limit - 1].seq) if len(jobs) > limit
+                        else None})
+
+
+def get_job(queue: Queue, call: Call) -> Reply:
+    """One job whole."""
+    job = queue.job(call.job_id)
+    return _json_reply(show_object(job, queue.runs(job.id), queue.waiting_for(job)))
+
+
+def get_output(queue: Queue, call: Call) -> Reply:
+    """What a run printed, up to now; of a job that has not run yet nothing."""
+    number, offset = call.params.get("run"), call.params.get("offset", 0)
+    queue.job(call.job_id)
+    try:
+        run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
+    except NoSuchRun:
+        if number is not None:
+            raise
+        return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
+    output = since(run.output, run.output_bytes, offset) if offset \
+        else readable(run.output, run.output_bytes)
+    return Reply(200, output, TEXT_TYPE, (("X-Run", str(run.number)),
+                                          ("X-Total-Bytes", str(run.output_bytes))))
+
+
+def _web_spec(fields: Any, now: float) -> Spec:
+    if not isinstance(fields, dict):
+        raise InvalidJob("command", "a job is a JSON object",
+                         'it looks like {"command": "echo hi"}')
+    return spec_of(fields, now)
+
+
+def _add(queue: Queue, given: Sequence[Any]) -> list[Job]:
+    """Add jobs as they were sent: all or none."""
+    specs, now = [], queue.clock()
+    for item, fields in enumerate(given):
+        with at_item(item):
+            specs.append(_web_spec(fields, now))
+    return queue.enqueue_many(specs)
+
+
+def _count_of(jobs: Sequence[Job]) -> str:
+    return f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
+
+
+def post_jobs(queue: Queue, call: Call) -> Reply:
+    """Add a job, or an array of them: all or none."""
+    given = json_body(call.request)
+    if isinstance(given, list):
+        if len(given) > MAX_BATCH:
+            raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
+        jobs = _add(queue, given)
+        return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
+    try:
+        job = _add(queue, [given])[0]
+    except QueueError as error:
+        error.item = None       # it is the only one
+        raise
+    return _json_reply(job_object(job), 201, job.id)
+
+
+def post_retry(queue: Queue, call: Call) -> Reply:
+    """Run a job again from now."""
+    _object_body(call.request, ())
+    job = queue.retry(call.job_id)[0]
+    return _json_reply(job_object(job), said=job.state)
+
+
+def post_cancel(queue: Queue, call: Call) -> Reply:
+    """Cancel a job; one that runs is ended soon, and comes back as it is now."""
+    _object_body(call.request, ())
+    job = queue.cancel(call.job_id)[0]
+    return _json_reply(job_object(job), said=job.state)
+
+
+def delete_job(queue: Queue, call: Call) -> Reply:
+    """Delete a job that does not run, with its history."""
+    _object_body(call.request, ())
+    return _json_reply(job_object(queue.delete(call.job_id)[0]), said="deleted")
+
+
+def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidJob(key, f"{key} is not text")
+    try:
+        return check(value)
+    except InvalidValue as error:
+        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+
+
+def post_dlq_retry(queue: Queue, call: Call) -> Reply:
+    """Put dead jobs back: those named, or all that fit."""
+    fields = _object_body(call.request, ("ids", "queue", "search"))
+    if "ids" in fields:
+        if len(fields) > 1:
+            raise InvalidJob("ids", "ids and a filter are both given", "give one")
+        jobs = queue.retry_dead(*_check_names("ids", fields["ids"], 0.0))
+    else:
+        wanted: dict[str, Any] = {
+            key: _in_body(key, check, fields[key])
+            for key, check in (("queue", _a_name), ("search", _a_search))
+            if fields.get(key) is not None}
+        jobs = [job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch]
+    return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
+
+
+def _named_queue(call: Call) -> str | None:
+    value = _object_body(call.request, ("queue",)).get("queue")
+    return None if value is None else _in_body("queue", _a_name, value)
+
+
+def post_pause(queue: Queue, call: Call) -> Reply:
+    """Let no more jobs start, of a queue or of any; what runs goes on."""
+    name = _named_queue(call)
+    queue.pause(*([name] if name else []))
+    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+
+
+def post_resume(queue: Queue, call: Call) -> Reply:
+    """Let jobs start again, of a queue or of all that are not paused themselves."""
+    name = _named_queue(call)
+    queue.resume(*([name] if name else []))
+    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+
+
+def get_events(queue: Queue, call: Call) -> Reply:
+    """Changes of state and of the status, as they come."""
+    last = call.request.headers.get("last-event-id", "")
+    seq = int(last) if re.fullmatch("[0-9]{1,18}", last) else -1
+    return Reply(200, b"", EVENTS_TYPE, follows=seq)
+
+
+def get_health(queue: Queue, call: Call) -> Reply:
+    """Whether the database answers."""
+    queue.last_event()
+    return _json_reply({"status": "ok"})
+
+
+def _wants_open_metrics(accept: str) -> bool:
+    """Whether OpenMetrics is named, and not liked less than plain text."""
+    liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for part in accept.lower().split(","):
+        kind, _, rest = part.strip().partition(";")
+        weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)", rest)
+        kind = kind.strip()
+        if kind in liked:
+            liked[kind] = max(liked[kind], float(weight[1]) if weight else 1.0)
+    return 0 < liked["application/openmetrics-text"] >= liked["text/plain"]
+
+
+def get_metrics(queue: Queue, call: Call) -> Reply:
+    """The metrics for Prometheus, in one of its formats."""
+    is_open = _wants_open_metrics(call.request.headers.get("accept", ""))
+    text = metrics_text(metric_families(queue.scrape()), is_open)
+    return Reply(200, text.encode(), OPEN_METRICS_TYPE if is_open else METRICS_TYPE,
+                 (("Vary", "Accept"),))
+
+
+class Route(NamedTuple):
+    """One thing that can be asked."""
+    method: str
+    path: str                   # ID stands for a job's id
+    answer: Callable[[Queue, Call], Reply]
+    reply: str                  # the schema of its JSON, or its media type
+    params: tuple[Param, ...] = ()
+    body: str = ""              # the schema of the JSON that it takes; "": none
+    refusals: tuple[int, ...] = ()      # beside those that any route may have
+
+
+DESCRIBED = (
+    Route("GET", "/", get_page, PAGE_TYPE),
+    Route("GET", "/api/session", get_session, "Session"),
+    Route("GET", "/api/status", get_status, "Status"),
+    Route("GET", "/api/stats", get_stats, "Stats", (
+        Param("since", _a_span, {"type": "string", "pattern": f"^({SPAN_FORM})?$"},
+              "only the last DUR"),)),
+    Route("GET", "/api/history", get_history, "History", (
+        _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
+    Route("GET", "/api/workers", get_workers, "[Worker]"),
+    Route("GET", "/api/queues", get_queues, "[Queue]"),
+    Route("GET", "/api/schedules", get_schedules, "[Schedule]"),
+    Route("GET", "/api/jobs", get_jobs, "Page", _LIST_PARAMS),
+    Route("POST", "/api/jobs", post_jobs, "Job|[Job]", (), "NewJob|[NewJob]", (409,)),
+    Route("GET", "/api/jobs/ID", get_job, "WholeJob", (), "", (404,)),
+    Route("GET", "/api/jobs/ID/output", get_output, TEXT_TYPE, _OUTPUT_PARAMS, "",
+          (404,)),
+    Route("POST", "/api/jobs/ID/retry", post_retry, "Job", (), "Nothing", (404, 409)),
+    Route("POST", "/api/jobs/ID/cancel", post_cancel, "Job", (), "Nothing", (404, 409)),
+    Route("DELETE", "/api/jobs/ID", delete_job, "Job", (), "", (404, 409)),
+    Route("POST", "/api/dlq/retry", post_dlq_retry, "[Job]", (), "WhichDead",
+          (404, 409)),
+    Route("POST", "/api/pause", post_pause, "Paused", (), "WhichQueue"),
+    Route("POST", "/api/resume", post_resume, "Paused", (), "WhichQueue"),
+    Route("GET", "/api/events", get_events, EVENTS_TYPE),
+    Route("GET", "/healthz", get_health, "Health"),
+    Route("GET", "/metrics", get_metrics, METRICS_TYPE),
+)
+PUBLIC = ("/healthz", "/metrics")       # they tell no command
+
+
+# ---- 18 Description ----------------------------------------------------------
+# What the API takes and answers, as OpenAPI.
+
+def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties),
+            "required": list(properties)}
+
+
+def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": dict(items)}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+_TEXT, _WHOLE, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+_NUMBER_SCHEMA = {"type": "number"}
+_STAMP = {"type": "string", "format": "date-time"}
+_AMOUNT = {"type": "integer", "minimum": 0}
+_STATE_SCHEMA = {"type": "string", "enum": list(STATES)}
+_NAMES_SCHEMA = _array_of(NAME_SCHEMA)
+_ENV_SCHEMA = {"type": "object", "additionalProperties": {"type": "string"}}
+_JOB_SCHEMA = _object_schema({
+    "id": NAME_SCHEMA, "command": _TEXT, "state": _STATE_SCHEMA, "attempts": _AMOUNT,
+    "max_retries": _AMOUNT, "created_at": _STAMP, "updated_at": _STAMP,
+    "queue": NAME_SCHEMA, "priority": _WHOLE, "run_at": _STAMP,
+    "timeout": _or_null(_NUMBER_SCHEMA), "backoff_base": _or_null(_NUMBER_SCHEMA),
+    "after": _NAMES_SCHEMA, "unique": _or_null(_TEXT), "tags": _NAMES_SCHEMA,
+    "env": _ENV_SCHEMA, "cwd": _TEXT, "crashes": _AMOUNT, "worker": _or_null(_TEXT),
+    "started_at": _or_null(_STAMP), "finished_at": _or_null(_STAMP),
+    "exit_code": _or_null(_WHOLE), "error": _or_null(_TEXT)})
+_RUN_SCHEMA = _object_schema({
+    "number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
+    "finished_at": _or_null(_STAMP), "duration": _or_null(_NUMBER_SCHEMA),
+    "outcome": _or_null(_TEXT), "exit_code": _or_null(_WHOLE),
+    "error": _or_null(_TEXT), "output": _TEXT})
+_WORKER_SCHEMA = _object_schema({
+    "name": _TEXT, "host": _TEXT, "pid": _AMOUNT, "slots": _AMOUNT,
+    "running": _array_of(_TEXT), "queues": _array_of(_TEXT), "started_at": _STAMP,
+    "heartbeat_at": _STAMP})
+_COUNTS_SCHEMA = _object_schema(dict.fromkeys(STATES, _AMOUNT))
+_SPREAD_SCHEMA = _object_schema({"count": _AMOUNT, **dict.fromkeys(
+    ("mean", "p50", "p95", "p99"), _or_null(_NUMBER_SCHEMA))})
+_SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
+                             "lost"), _AMOUNT),
+            "success_rate": _or_null(_NUMBER_SCHEMA),
+            "throughput": _or_null(_NUMBER_SCHEMA),
+            "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
+_SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
+                "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"}
+_DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
+              "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
+_GIVEN_NAMES = {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
+                "pattern": f"^{_NAME}$"}
+_NO_NUL = "^[^\\u0000]+$"
+
+
+def _not_both(one: str, other: str) -> dict[str, Any]:
+    """Of the two at most one is given; null is not given."""
+    return {"not": {"required": [one, other], "properties": {
+        key: {"not": {"type": "null"}} for key in (one, other)}}}
+
+
+_NEW_JOB_SCHEMA = {
+    "type": "object", "required": ["command"], "additionalProperties": False,
+    **_not_both("delay", "run_at"),
+    "properties": {
+        "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
+                    "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
+        "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
+        "priority": {"type": ["integer", "null"], "minimum": -MAX_PRIORITY,
+                     "maximum": MAX_PRIORITY},
+        "run_at": {"type": ["string", "number", "null"], "minimum": 0,
+                   "maximum": MAX_DURATION, "pattern": _DATE_FORM},
+        "delay": _SPAN_SCHEMA,
+        "max_retries": {"type": ["integer", "null"], "minimum": 0,
+                        "maximum": MAX_RETRIES},
+        "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
+        "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
+        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+                   "pattern": _NO_NUL},
+        "env": {"type": ["object", "null"], "additionalProperties": {
+            "type": "string", "pattern": "^[^\\u0000]*$"},
+            "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
+        "cwd": {"type": ["string", "null"], "minLength": 1, "pattern": _NO_NUL},
+        **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "Error": {"type": "object", "required": ["error"], "properties": {
+        "error": _TEXT, "hint": _TEXT, "key": _TEXT, "item": _AMOUNT}},
+    "Session": _object_schema({"role": {"type": "string", "enum": list(ROLES)},
+                               "version": _TEXT, "database": _TEXT}),
+    "Status": _object_schema({
+        "jobs": _object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
+        "workers": _array_of(_WORKER_SCHEMA), "paused": _array_of(_TEXT),
+        "next_due": _or_null(_STAMP), "database": _TEXT}),
+    "Stats": _object_schema({"seconds": _NUMBER_SCHEMA, **_SUMMARY, "queues": {
+        "type": "object", "additionalProperties": _object_schema(_SUMMARY)}}),
+    "History": _object_schema({"minutes": _array_of(_object_schema({
+        "at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT, "retried": _AMOUNT,
+        **dict.fromkeys(("wait_p50", "wait_p95", "run_p50", "run_p95"),
+                        _or_null(_NUMBER_SCHEMA))}))}),
+    "Worker": _WORKER_SCHEMA,
+    "Queue": _object_schema({"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
+                             "jobs": _COUNTS_SCHEMA}),
+    "Schedule": _object_schema({
+        "name": _TEXT, "cron": _TEXT, "command": _TEXT, "queue": _TEXT,
+        "paused": _FLAG, "next_run": _or_null(_STAMP), "last_run": _or_null(_STAMP)}),
+    "Job": _JOB_SCHEMA,
+    "WholeJob": _object_schema({**_JOB_SCHEMA["properties"],
+                                "waiting_for": _array_of(_TEXT),
+                                "runs": _array_of(_RUN_SCHEMA)}),
+    "Page": _object_schema({"jobs": _array_of(_JOB_SCHEMA), "next": _or_null(_TEXT)}),
+    "Paused": _object_schema({"paused": _array_of(_TEXT)}),
+    "Health": _object_schema({"status": {"const": "ok"}}),
+    "NewJob": _NEW_JOB_SCHEMA,
+    "Nothing": {"type": "object", "additionalProperties": False},
+    "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
+        "queue": _or_null(NAME_SCHEMA)}},
+    "WhichDead": {"oneOf": [
+        {"type": "object", "additionalProperties": False, "required": ["ids"],
+         "properties": {"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
+                                "pattern": f"^{_NAME}$"}}},
+        {"type": "object", "additionalProperties": False, "properties": {
+            "queue": _or_null(NAME_SCHEMA),
+            "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
+                       "pattern": "^[^\\u0000]*$"}}}]},
+}
+REFUSALS = {
+    400: "The request, a parameter or the body is not as described.",
+    401: "No token, or not the right one.",
+    403: "A foreign Host or Origin, or a change by who may only read.",
+    404: "There is no such job.", 405: "That path has no such method.",
+    408: "The request did not come in time.", 409: "The job's state does not allow it.",
+    411: "A body without its length.", 413: f"A body over {MAX_BODY} bytes.",
+    414: f"Path and query over {MAX_TARGET} bytes.",
+    415: "A body that is not JSON.", 431: f"Headers over {MAX_HEAD} bytes.",
+    503: "The database does not answer, or there are too many clients.",
+    507: "There is no room on the disk.",
+}
+
+
+_SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
+    "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
+    "the `id` of the last event that the client has; what it missed comes first"}
+_TOKEN_QUERY = {"name": "token", "in": "query", "schema": {"type": "string"},
+                "description": "swapped for a cookie"}
+
+
+def _schema_named(name: str) -> dict[str, Any]:
+    """The schema of `Job`, `[Job]`, or `Job|[Job]`."""
+    if "|" in name:
+        return {"oneOf": [_schema_named(one) for one in name.split("|")]}
+    if name.startswith("["):
+        return {"type": "array", "items": _schema_named(name[1:-1]),
+                **({"maxItems": MAX_BATCH} if name == "[NewJob]" else {})}
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _replies_of(route: Route) -> dict[str, Any]:
+    """The answers that a route may give, by status."""
+    kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
+        else (JSON_TYPE, _schema_named(route.reply))
+    content: dict[str, Any] = {kind: {"schema": schema}}
+    if route.answer is get_metrics:
+        content[OPEN_METRICS_TYPE.partition(";")[0]] = {"schema": _TEXT}
+    statuses = {400, 401, 403, 405, 408, 414, 431, 503, *route.refusals}
+    if route.method != "GET":
+        statuses |= {411, 413, 415, 507}
+    done = "201" if route.answer is post_jobs else "200"
+    found: dict[str, Any] = {done: {"description": "Done.", "content": content}}
+    if route.answer is get_page:
+        found["303"] = {"description": "The token was good, a cookie is set."}
+    if route.answer is get_output:
+        found[done]["headers"] = {name: {"schema": _AMOUNT}
+                                  for name in ("X-Run", "X-Total-Bytes")}
+    return {**found, **{
+        str(status): {"description": REFUSALS[status], "content": {
+            JSON_TYPE: {"schema": _schema_named("Error")}}}
+        for status in sorted(statuses)}}
+
+
+def _parameters_of(route: Route) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"name": param.name, "in": "query", "description": param.help,
+         "schema": param.schema} for param in route.params]
+    if "/ID" in route.path:
+        found.append({"name": "ID", "in": "path", "required": True,
+                      "schema": NAME_SCHEMA})
+    found += [_SEQ_HEADER] if route.answer is get_events else []
+    return found + ([_TOKEN_QUERY] if route.answer is get_page else [])
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "operationId": route.answer.__name__,
+        "summary": (route.answer.__doc__ or "").strip(),
+        "parameters": _parameters_of(route), "responses": _replies_of(route)}
+    if route.body:
+        told["requestBody"] = {"required": route.answer is post_jobs, "content": {
+            JSON_TYPE: {"schema": _schema_named(route.body)}}}
+    if route.path in PUBLIC:
+        told["security"] = []
+    return told
+
+
+def description(routes: Iterable[Route]) -> dict[str, Any]:
+    """The API as OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
+        path[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "queuectl", "version": __version__},
+        "paths": paths, "security": [{"token": []}],
+        "components": {"schemas": SCHEMAS, "securitySchemes": {
+            "token": {"type": "http", "scheme": "bearer"}}}}
+
+
+def get_openapi(queue: Queue, call: Call) -> Reply:
+    """This API, described."""
+    return _json_reply(description(DESCRIBED))
+
+
+ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
+
+
+# ---- 19 Access ---------------------------------------------------------------
+# Who is let in.
+
+def _host_of(request: Request) -> str:
+    """The name by which the client calls this host, without the port."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
+                         request.headers.get("host", ""))
+    if match is None:
+        raise WebRefusal(400, "the request names no Host")
+    return match[1].lower()
+
+
+def _check_host(site: Site, request: Request) -> None:
+    """Refuse names that are not ours: a foreign one may be made to lead here."""
+    host = _host_of(request)
+    is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
+    if host not in site.hosts and not (site.is_wide and is_address):
+        raise WebRefusal(403, f"this is not {host}",
+                         "use the host that `queuectl web` printed, or give it --host")
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what another site's page has sent."""
+    origin = request.headers.get("origin")
+    if origin is not None:
+        scheme, _, place = origin.partition("://")
+        if scheme not in ("http", "https") or \
+                place.lower() != request.headers.get("host", "").lower():
+            raise WebRefusal(403, "another site's page has sent this")
+    if request.method not in ("GET", "HEAD") and request.headers.get(
+            "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise WebRefusal(403, "another site's page has sent this")
+
+
+def cookie_value(token: str) -> str:
+    """What a browser keeps: it proves the token, and does not tell it."""
+    import hmac
+    return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
+
+
+def _cookie_of(site: Site, request: Request) -> str | None:
+    for part in request.headers.get("cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == site.cookie:
+            return value
+    return None
+
+
+def _role_of_token(site: Site, given: str,
+                   made: Callable[[str], str] = str) -> str | None:
+    """The role of who has that token, or what is made of it; in constant time."""
+    import hmac
+    found = None
+    for role, token in ((FULL, site.token), (READ, site.read_token)):
+        if token and hmac.compare_digest(given.encode(), made(token).encode()):
+            found = role
+    return found
+
+
+def role_of(site: Site, request: Request) -> tuple[str | None, str]:
+    """What the client may do, and by what it has proved that."""
+    if not site.token:
+        return FULL, "no token"
+    header = request.headers.get("authorization")
+    if header is not None:
+        scheme, _, token = header.partition(" ")
+        return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
+                else None), "bearer"
+    cookie = _cookie_of(site, request)
+    return (None if cookie is None else
+            _role_of_token(site, cookie, cookie_value)), "cookie"
+
+
+def _no_token() -> WebRefusal:
+    return WebRefusal(401, "that needs a token", "open the URL that `queuectl web` "
+                      "printed, or send Authorization: Bearer TOKEN",
+                      ("WWW-Authenticate", 'Bearer realm="queuectl"'))
+
+
+def _log_in(site: Site, token: str) -> Reply:
+    """Swap the token in the URL for a cookie: it shall not stay in the history."""
+    if site.token and _role_of_token(site, token) is None:
+        raise _no_token()
+    cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
+              + ("; Secure" if site.is_secure else ""))
+    return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
+
+
+def _path_of(request: Request) -> tuple[str, str]:
+    """Path and query of a request's target."""
+    if len(request.target) > MAX_TARGET:
+        raise WebRefusal(414, f"path and query are over {MAX_TARGET} bytes")
+    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
+        raise WebRefusal(400, "that is not a path", "it begins with / and is ASCII")
+    path, _, query = request.target.partition("?")
+    return path, query
+
+
+def _job_in(pattern: str, path: str) -> str | None:
+    """The job's id in a path, "" where it has none; None if it is another path."""
+    if "/ID" not in pattern:
+        return "" if path == pattern else None
+    before, after = pattern.split("ID")
+    inner = path[len(before):len(path) - len(after)]
+    if not path.startswith(before) or not path.endswith(after) or not inner \
+            or "/" in inner:
+        return None
+    return inner
+
+
+def _job_id(given: str) -> str:
+    """An id out of a path: decoded once; NoSuchJob for what can be none."""
+    import urllib.parse
+    job_id = urllib.parse.unquote(given, errors="replace")
+    if given and not re.fullmatch(_NAME, job_id):
+        raise NoSuchJob(job_id)
+    return job_id
+
+
+def find_route(method: str, path: str) -> tuple[Route, str]:
+    """The route, and the job's id as it stands in the path; else 404 or 405."""
+    fits = [(route, given) for route in ROUTES
+            for given in [_job_in(route.path, path)] if given is not None]
+    if not fits:
+        raise WebRefusal(404, "there is nothing at that path",
+                         "/api/openapi.json lists what there is")
+    for route, given in fits:
+        if route.method == ("GET" if method == "HEAD" else method):
+            return route, given
+    methods = [route.method for route, _ in fits]
+    allowed = ", ".join([*methods, *["HEAD"] * ("GET" in methods)])
+    raise WebRefusal(405, f"{method} is not for that path", f"use {allowed}",
+                     ("Allow", allowed))
+
+
+def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
+    """Who may come in, and for what: all that can be said before the body is read.
+
+    A reply for who only logs in; WebRefusal for who may not.
+    """
+    path, query = _path_of(request)
+    _check_host(site, request)
+    _check_origin(request)
+    if path == "/" and request.method in ("GET", "HEAD"):
+        token = dict(_query_fields(query)).get("token")
+        if token is not None:
+            return _log_in(site, token)
+        query = ""      # the page's own affair
+    role, how = role_of(site, request)
+    if role is None and path not in PUBLIC:
+        raise _no_token()
+    route, given = find_route(request.method, path)
+    if site.is_read_only:
+        role = READ
+    if route.method != "GET" and role != FULL:
+        raise WebRefusal(403, "only looking is allowed here" if site.is_read_only
+                         else "this token may only read")
+    params = read_params(route.params, query)
+    return route, Call(site, request, role or READ, how, params, _job_id(given))
+
+
+def log_line(route: Route, call: Call, reply: Reply) -> str:
+    """What was changed, or was not: by whom, from where, with what result."""
+    path = call.request.target.partition("?")[0]
+    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
+    return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
+                    f"{call.request.peer}: {reply.status} {cut(said, 200)}").rstrip()
+
+
+def respond(site: Site, queue: Queue, request: Request) -> Reply:
+    """One request, one reply; no sockets here. A change has something to be `said`."""
+    try:
+        admitted = admit(site, request)
+    except QueueError as error:
+        return refusal_reply(error)
+    if isinstance(admitted, Reply):
+        return admitted
+    route, call = admitted
+    try:
+        reply = route.answer(queue, call)
+    except QueueError as error:
+        reply = refusal_reply(error)
+    if route.method == "GET":
+        return reply
+    return reply._replace(said=log_line(route, call, reply))
+
+
+@functools.lru_cache(maxsize=4)
+def page_policy(page: str) -> str:
+    """The CSP under which the page's own style and script run, and nothing else."""
+    import base64
+    import hashlib
+
+    def _hashes(tag: str) -> str:
+        return " ".join("'sha256-" + base64.b64encode(hashlib.sha256(
+            text.encode()).digest()).decode() + "'"
+            for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
+    return (f"default-src 'none'; style-src {_hashes('style')}; "
+            f"script-src {_hashes('script')}; connect-src 'self'; "
+            "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
+    """The head of a reply, with what keeps browsers from being too helpful."""
+    lines = [
+        f"HTTP/1.1 {reply.status} {phrase}", f"Date: {date}",
+        f"Content-Type: {reply.kind}",
+        *(f"{name}: {value}" for name, value in reply.headers),
+        "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
+        "Referrer-Policy: no-referrer", "X-Frame-Options: DENY",
+        "Cross-Origin-Opener-Policy: same-origin",
+        "Cross-Origin-Resource-Policy: same-origin",
+        f"Content-Security-Policy: {page_policy(PAGE)}"]
+    if reply.follows is None:
+        lines.append(f"Content-Length: {len(reply.body)}")
+    if is_last:
+        lines.append("Connection: close")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class Queues:
+    """Open databases, each lent to one request at a time: nobody waits for another.
+
+    So a change that waits for the write lock holds up no reader.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()       # guards the list, for moments
+        self._free: list[Queue] = []
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Queue]:
+        """A queue for one request; NoQueue and others if it cannot be opened."""
+        with self._lock:
+            queue = self._free.pop() if self._free else None
+        if queue is not None and not queue.store.is_in_place():
+            queue.close()
+            queue = None
+        if queue is None:
+            queue = Queue(self._path, create=False)
+            queue.store.patience = WEB_PATIENCE
+        try:
+            yield queue
+        finally:
+            with self._lock:
+                is_spare = len(self._free) < SPARE_QUEUES
+                if is_spare:
+                    self._free.append(queue)
+            if not is_spare:
+                queue.close()
+
+
+# ---- 20 Feed -----------------------------------------------------------------
+# Events: one thread looks at the database for all that listen.
+
+def sse(event: str, value: Any, seq: int | None = None) -> bytes:
+    """One server-sent event."""
+    head = "" if seq is None else f"id: {seq}\n"
+    return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
+
+
+def told_changes(events: Sequence[Event]) -> bytes:
+    """Changes of state as server-sent events."""
+    return b"".join(sse("change", event_object(event), event.seq) for event in events)
+
+
+class Subscriber:
+    """What the feed has for one client: a bounded buffer between two threads."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start      # the last change before those that the feed brings
+        self._has_more = threading.Condition()
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._is_over = False
+
+    def put(self, piece: bytes) -> bool:
+        """Add to it; False if the client is so far behind that it is dropped."""
+        with self._has_more:
+            self._size += len(piece)
+            if self._size > FEED_BUFFER:
+                self._is_over, self._pieces = True, []
+            else:
+                self._pieces.append(piece)
+            self._has_more.notify()
+            return not self._is_over
+
+    def end(self) -> None:
+        """Let the client's thread go."""
+        with self._has_more:
+            self._is_over = True
+            self._has_more.notify()
+
+    def take(self, seconds: float) -> bytes | None:
+        """What has come; b"" after so many seconds of silence, None at the end."""
+        with self._has_more:
+            if not self._pieces and not self._is_over:
+                self._has_more.wait(seconds)
+            taken, self._pieces, self._size = b"".join(self._pieces), [], 0
+            return None if self._is_over else taken
+
+
+class Watch:
+    """What has changed since the last look, as server-sent events."""
+
+    def __init__(self, queue: Queue, seq: int) -> None:
+        self._queue, self.seq = queue, seq
+        self._seen = -1             # the database's own number of its last change
+        self._is_stale = False      # something has changed since the last status
+        self._status, self._status_at = b"", -math.inf
+
+    def look(self, now: float) -> bytes:
+        """The changes, and at times the status; `now` is a monotonic clock's."""
+        changes = self._queue.store.changes()
+        news = b""
+        if changes != self._seen:
+            self._seen, self._is_stale = changes, True
+            news = self._changes()
+        pause = STATUS_PAUSE if self._is_stale else STATUS_EVERY
+        if now < self._status_at + pause:
+            return news
+        status = sse("status", status_object(self._queue.status()))
+        is_new, self._status = status != self._status, status
+        self._status_at, self._is_stale = now, False
+        return news + status if is_new else news
+
+    def _changes(self) -> bytes:
+        events = self._queue.events_since(self.seq, FEED_BATCH + 1)
+        if len(events) > FEED_BATCH:
+            self.seq = self._queue.last_event()
+            return sse("resync", {}, self.seq)
+        if events:
+            self.seq = events[-1].seq
+        return told_changes(events)
+
+
+class Feed:
+    """Tells all streams what changes: one thread, as long as there is a stream.
+
+    It ends with the last stream, or if the database fails; then the streams end too,
+    and their clients come again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()   # guards all of these, for moments
+        self._streams: set[Subscriber] = set()
+        self._is_watching = self._is_over = False
+        self._seq = 0                   # the last change that was told
+
+    def join(self, queue: Queue) -> Subscriber:
+        """A new stream; WebRefusal if there are as many as there may be."""
+        with self._lock:
+            if len(self._streams) >= MAX_STREAMS or self._is_over:
+                raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
+                                 "close one", ("Retry-After", "10"))
+            if not self._is_watching:
+                self._seq = queue.last_event()
+                self._is_watching = True
+                threading.Thread(target=self._watch, daemon=True).start()
+            stream = Subscriber(self._seq)
+            self._streams.add(stream)
+        return stream
+
+    def leave(self, stream: Subscriber) -> None:
+        """Forget a stream whose client is gone."""
+        with self._lock:
+            self._streams.discard(stream)
+
+    def stop(self) -> None:
+        """End all streams, for good."""
+        with self._lock:
+            self._is_over = True
+            for stream in self._streams:
+                stream.end()
+
+    def _tell(self, piece: bytes, seq: int) -> None:
+        with self._lock:
+            self._seq = seq
+            self._streams = {stream for stream in self._streams if stream.put(piece)}
+
+    def _watch(self) -> None:
+        """Look again and again; started by `join`, ends when nobody listens."""
+        is_wanted = True
+        try:
+            with Queue(self._path, create=False) as queue:
+                watch = Watch(queue, self._seq)
+                while is_wanted and queue.store.is_in_place():
+                    piece = watch.look(time.monotonic())
+                    if piece:
+                        self._tell(piece, watch.seq)
+                    time.sleep(FEED_TICK)
+                    is_wanted = self._is_wanted()
+        except QueueError:
+            pass        # the streams end; who comes again is told why
+        finally:
+            if is_wanted:
+                self._fail()
+
+    def _is_wanted(self) -> bool:
+        with self._lock:
+            self._is_watching = bool(self._streams) and not self._is_over
+            return self._is_watching
+
+    def _fail(self) -> None:
+        with self._lock:
+            self._is_watching = False
+            for stream in self._streams:
+                stream.end()
+
+
+# ---- 21 Server ---------------------------------------------------------------
+# What listens. Whoever connects gets a thread, few bytes and little time, until it
+# has shown a token; when the threads are all taken, the most silent one makes room.
+
+class HeadTooLarge(Exception):
+    """A client sends more before its body than it may."""
+
+
+class Reader:
+    """What a client sends: bounded in bytes and in time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._left, self._ends_at = 0, 0.0
+
+    def allow(self, size: int, seconds: float) -> None:
+        """From now on it may send so many bytes of head, for so many seconds."""
+        self._left, self._ends_at = size, time.monotonic() + seconds
+
+    def wait(self, seconds: float) -> bool:
+        """Whether anything comes in that time."""
+        self.allow(0, seconds)
+        return bool(self._buffer) or self._more()
+
+    def has_part(self) -> bool:
+        """Whether something has come that is not read yet."""
+        return bool(self._buffer)
+
+    def readline(self, limit: int = -1) -> bytes:
+        """A line of the head, as http.client asks for it: a whole one."""
+        while b"\n" not in self._buffer and len(self._buffer) <= self._left:
+            if not self._more():
+                raise ConnectionError   # half a head may say the opposite of a whole
+        size = self._buffer.find(b"\n") + 1 or len(self._buffer)
+        self._left -= size
+        if self._left < 0:
+            raise HeadTooLarge
+        return self._take(size)
+
+    def read(self, size: int) -> bytes:
+        """So many bytes; fewer only at the end."""
+        while len(self._buffer) < size and self._more():
+            pass
+        return self._take(size)
+
+    def drain(self, seconds: float) -> None:
+        """Read and forget what still comes."""
+        self.allow(0, seconds)
+        self._buffer.clear()
+        while self._more():
+            self._buffer.clear()
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+    def _more(self) -> bool:
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        import socket as sockets
+        self._sock.settimeout(left)
+        try:
+            piece = self._sock.recv(READ_SIZE)
+        except sockets.timeout:     # on Python 3.9 it is no TimeoutError yet
+            raise TimeoutError from None
+        self._buffer += piece
+        return bool(piece)
+
+
+class Connections:
+    """Who is connected, the one that has been silent for longest first.
+
+    At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
+    of idle ones keeps others out. One that has shown a token is busy, and not cut off,
+    until it is answered.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()       # guards these, for moments
+        self._silent: dict[socket.socket, None] = {}
+        self._busy: set[socket.socket] = set()
+        self._cut_off: set[socket.socket] = set()   # whose threads still end
+
+    def enter(self, sock: socket.socket) -> bool:
+        """Take one in; False if all others are busy."""
+        with self._lock:
+            full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
+            if full and (not self._silent or len(self._cut_off) >= 2 * MAX_CONNECTIONS):
+                return False
+            if full:
+                self._cut(next(iter(self._silent)))
+            self._silent[sock] = None
+            return True
+
+    def _cut(self, sock: socket.socket) -> None:
+        import socket as sockets
+        del self._silent[sock]
+        self._cut_off.add(sock)
+        with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
+            sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
+
+    def is_asking(self, sock: socket.socket) -> None:
+        """Note that it has shown a token; ConnectionError if it was cut off before."""
+        with self._lock:
+            if sock not in self._silent:
+                raise ConnectionError
+            del self._silent[sock]
+            self._busy.add(sock)
+
+    def check(self, sock: socket.socket) -> None:
+        """ConnectionError if it was cut off: then to answer it is of no use."""
+        with self._lock:
+            if sock in self._cut_off:
+                raise ConnectionError
+
+    def is_answered(self, sock: socket.socket) -> None:
+        """Note that it is silent again, if it was not cut off meanwhile."""
+        with self._lock:
+            if sock not in self._cut_off:
+                self._busy.discard(sock)
+                self._silent.pop(sock, None)    # to the end of the line
+                self._silent[sock] = None
+
+    def leave(self, sock: socket.socket) -> None:
+        """Forget one that is closed."""
+        with self._lock:
+            self._silent.pop(sock, None)
+            self._busy.discard(sock)
+            self._cut_off.discard(sock)
+
+    def cut_silent(self) -> int:
+        """Cut off all that are silent; how many are being answered."""
+        with self._lock:
+            for sock in list(self._silent):
+                self._cut(sock)
+            return len(self._busy)
+
+
+def _is_gone_away(sock: socket.socket) -> bool:
+    """Whether the client has closed its side; on a stream it has nothing to say."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    if not poller.poll(0):
+        return False
+    import socket as sockets
+    with contextlib.suppress(OSError):
+        said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
+        return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
+    return True
+
+
+def _body_size(headers: Mapping[str, str]) -> int:
+    """How long the body is; WebRefusal if that is not told, or too much."""
+    if "transfer-encoding" in headers:
+        raise WebRefusal(411, "the body comes in chunks", "send Content-Length")
+    size = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise WebRefusal(400, "Content-Length is not a number")
+    if int(size) > MAX_BODY:
+        raise WebRefusal(413, f"the body is over {MAX_BODY} bytes",
+                         "send it in parts")
+    return int(size)
+
+
+# Of these a second one is a trick, not a mistake.
+_SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
+           "content-type")
+
+
+def _headers_of(message: Any) -> dict[str, str]:
+    """The headers by lower-case name; WebRefusal if they can be read in two ways."""
+    headers: dict[str, str] = {}
+    for name, value in message.items():
+        name, value = name.lower(), str(value).strip()
+        if name in headers and name in _SINGLE:
+            raise WebRefusal(400, f"{name} is sent twice")
+        headers[name] = f"{headers[name]}; {value}" if name in headers else value
+    if message.defects or message.get_payload():
+        raise WebRefusal(400, "the headers cannot be read")
+    return headers
+
+
+class Service:
+    """The way of a connection's requests to their replies.
+
+    `handler` is http.server's, which reads the head; one for each connection, in a
+    thread of its own.
+    """
+
+    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
+        self._site, self._log = site, log
+        self._queues, self._feed = Queues(path), Feed(path)
+        self.connections = Connections()
+        # A crowd that asks for metrics must not take the whole interpreter.
+        self._strangers = threading.Semaphore(MAX_STRANGERS)
+        self._turns = threading.Semaphore(STRANGER_TURNS)
+
+    def converse(self, handler: Any) -> None:
+        """Read one request and answer it; whatever goes wrong ends the connection."""
+        sock, reader = handler.request, handler.rfile
+        handler.close_connection = True
+        try:
+            if not reader.wait(KEEP_SECONDS):
+                return
+            reader.allow(MAX_HEAD, HEAD_SECONDS)
+            self._answer_next(handler, sock, reader)
+        except HeadTooLarge:
+            self._refuse(handler, WebRefusal(431, "the headers are too large"))
+        except TimeoutError:
+            if handler.raw_requestline or reader.has_part():    # else it was silent
+                self._refuse(handler, WebRefusal(408, "the request is too slow"))
+        except (OSError, ValueError):   # ValueError: TLS on a socket that was closed
+            pass
+
+    def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
+        handler.raw_requestline = reader.readline(MAX_HEAD)
+        if not handler.parse_request():     # it has refused that itself
+            return
+        try:
+            if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
+                raise WebRefusal(400, "that is not HTTP/1.1")
+            request = Request(handler.command, handler.path,
+                              _headers_of(handler.headers), b"",
+                              str(handler.client_address[0]))
+            is_known = role_of(self._site, request)[0] is not None
+            if is_known:
+                self.connections.is_asking(sock)
+            request = self._with_body(handler, reader, request)
+            with contextlib.nullcontext() if is_known else self._turn_of(sock):
+                reply, stream, begin = self._reply(request)
+        except WebRefusal as refusal:
+            self._refuse(handler, refusal)
+            return
+        if reply.said:
+            self._log(reply.said)
+        self._deliver(handler, reply, stream, begin, request.method != "HEAD")
+        self.connections.is_answered(sock)
+        handler.raw_requestline = b""
+
+    @contextlib.contextmanager
+    def _turn_of(self, sock: socket.socket) -> Iterator[None]:
+        """The turn of one who has shown no token; it may be cut off before that."""
+        if not self._strangers.acquire(blocking=False):
+            raise WebRefusal(503, "too many ask without a token", "come again later",
+                             ("Retry-After", "5"))
+        try:
+            while not self._turns.acquire(timeout=STRANGER_TICK):
+                self.connections.check(sock)
+            try:
+                self.connections.check(sock)
+                yield
+            finally:
+                self._turns.release()
+        finally:
+            self._strangers.release()
+
+    def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
+        """The request with its body, which only who is let in may send."""
+        size = _body_size(request.headers)
+        is_kept = request.headers.get("connection", "").lower() != "close" \
+            and handler.request_version == "HTTP/1.1"
+        if size:
+            with contextlib.suppress(NoSuchJob):    # told once the body is read
+                admit(self._site, request)
+            if request.headers.get("expect", "").lower() == "100-continue":
+                handler.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            reader.allow(0, BODY_SECONDS)
+            body = reader.read(size)
+            if len(body) < size:
+                raise WebRefusal(400, "the body ends too soon")
+            request = request._replace(body=body)
+        handler.close_connection = not is_kept
+        return request
+
+    def _reply(self, request: Request) -> tuple[Reply, Subscriber | None, bytes]:
+        """The reply; and where events are to follow, their stream and its begin."""
+        try:
+            with self._queues.lend() as queue:
+                reply = self._answered(queue, request)
+                if reply.follows is None or request.method == "HEAD":
+                    return reply, None, b""
+                stream = self._feed.join(queue)
+                return reply, stream, self._catch_up(queue, reply.follows, stream)
+        except QueueError as error:
+            return refusal_reply(error), None, b""
+
+    def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
+                 begin: bytes, with_body: bool) -> None:
+        if stream is None:
+            self._send(handler, reply, with_body)
+            return
+        try:
+            handler.close_connection = True
+            self._send(handler, reply)
+            self._stream(handler.request, begin, stream)
+        finally:
+            self._feed.leave(stream)
+
+    def _answered(self, queue: Queue, request: Request) -> Reply:
+        try:
+            return respond(self._site, queue, request)
+        except Exception:   # a mistake of ours: this client is told, others go on
+            import traceback
+            self._log("web: internal error\n" + traceback.format_exc())
+            return refusal_reply(WebRefusal(500, "internal error"))
+
+    def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
+        """Answer what could not be read to its end, and hang up."""
+        handler.close_connection = True
+        with contextlib.suppress(OSError, ValueError):
+            self._send(handler, refusal_reply(refusal))
+            self.connections.is_answered(handler.request)
+            handler.request.shutdown(1)     # SHUT_WR: the client may still send
+            handler.rfile.drain(LINGER_SECONDS)
+
+    def refuse(self, handler: Any, status: int, message: str | None) -> None:
+        """Answer a head that http.server could not read."""
+        self._refuse(handler, WebRefusal(
+            status if status in REFUSALS else 400, message or "that cannot be read"))
+
+    def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
+        phrase = handler.responses.get(reply.status, ("",))[0]
+        head = head_of(reply, phrase, handler.date_time_string(),
+                       handler.close_connection)
+        whole = memoryview(head + (reply.body if with_body else b""))
+        handler.request.settimeout(SEND_SECONDS)
+        for at in range(0, len(whole), READ_SIZE):
+            handler.request.sendall(whole[at:at + READ_SIZE])
+
+    # Event streams.
+
+    @staticmethod
+    def _catch_up(queue: Queue, last: int, stream: Subscriber) -> bytes:
+        """What a client that comes back has missed, and how things stand now."""
+        events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
+        events = [event for event in events if event.seq <= stream.start]
+        missed = told_changes(events)
+        if last > stream.start or len(events) > FEED_BATCH:
+            missed = sse("resync", {})
+        return (b"retry: 2000\n\n" + missed
+                + sse("status", status_object(queue.status()), stream.start))
+
+    @staticmethod
+    def _stream(sock: socket.socket, begin: bytes, stream: Subscriber) -> None:
+        """Send what comes, until either side has enough."""
+        piece: bytes | None = begin
+        silent_since = time.monotonic()
+        while piece is not None and not _is_gone_away(sock):
+            if piece or time.monotonic() >= silent_since + KEEP_ALIVE:
+                sock.settimeout(SEND_SECONDS)
+                sock.sendall(piece or b":\n\n")
+                silent_since = time.monotonic()
+            piece = stream.take(1.0)
+
+    def stop(self) -> None:
+        """End the streams and the silent; give the others a moment."""
+        self._feed.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self.connections.cut_silent() and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _handler_class(service: Service, is_tls: bool) -> type:
+    """What http.server makes for each connection, in its thread."""
+    import http.server      # 40 ms, and only in a server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """A connection: http.server reads its heads, the service does the rest."""
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            """Begin."""
+            self.raw_requestline = b""
+            self.rfile = Reader(self.request)   # type: ignore[assignment]
+            if is_tls:      # here, and not where all others would wait for it
+                self.request.settimeout(HEAD_SECONDS)
+                self.request.do_handshake()
+
+        def handle_one_request(self) -> None:
+            """Have the service read and answer one request."""
+            service.converse(self)
+
+        def handle_expect_100(self) -> bool:
+            """Do nothing yet: the body is asked for once the request is let in."""
+            return True
+
+        def send_error(self, code: int, message: str | None = None,
+                       explain: str | None = None) -> None:
+            """Refuse a head that http.server could not read."""
+            service.refuse(self, code, message)
+
+        def finish(self) -> None:
+            """Nothing is buffered."""
+
+    return Handler
+
+
+BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+              b"Retry-After: 5\r\nContent-Length: 31\r\nConnection: close\r\n\r\n"
+              b'{"error": "too many connected"}')
+
+
+def make_listener(service: Service, family: int, address: tuple[Any, ...],
+                  tls: ssl.SSLContext | None) -> Any:
+    """What accepts connections; OSError if it cannot have that address."""
+    import socketserver
+
+    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        """The socket that listens; each connection has a thread."""
+
+        address_family = family
+        allow_reuse_address = True
+        daemon_threads, block_on_close = True, False
+        request_queue_size = 128
+
+        def get_request(self) -> Any:
+            """Accept one; TLS begins later, in its own thread."""
+            try:
+                sock, client = self.socket.accept()
+            except OSError:     # out of descriptors: that will not pass at once
+                time.sleep(ACCEPT_PAUSE)
+                raise
+            return (sock if tls is None else tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False)), client
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            """Take it in, if there is room."""
+            if service.connections.enter(request):
+                return True
+            if tls is None:
+                with contextlib.suppress(OSError):
+                    request.setblocking(False)
+                    request.send(BUSY_REPLY)
+            return False
+
+        def shutdown_request(self, request: Any) -> None:
+            """Close it."""
+            service.connections.leave(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client has gone away, or cannot speak TLS."""
+
+    return Listener(address, _handler_class(service, tls is not None))
+
+
+class WebOptions(NamedTuple):
+    """What `web` was asked to do."""
+    host: str
+    port: int
+    is_read_only: bool
+    needs_token: bool
+    tls_cert: str | None
+    tls_key: str | None
+
+
+def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """Family and address to listen on; IPv4 first, where a name has both."""
+    import socket as sockets
+    try:
+        found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM,
+                                    flags=sockets.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise InvalidValue(f"there is no host {host!r}",
+                           "give --host an address of this machine") from None
+    family, _, _, _, address = min(found, key=lambda one: one[0] != sockets.AF_INET)
+    return int(family), address
+
+
+def _token_of(environ: Mapping[str, str], name: str) -> str:
+    token = environ.get(name, "")
+    if not re.fullmatch("[!-~]*", token):
+        raise InvalidValue(f"{name} has blanks or odd characters in it",
+                           "use letters and digits")
+    return token
+
+
+def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
+            names: Iterable[str]) -> Site:
+    """Who may do what; `names` are this machine's own, `address` what is listened on.
+    """
+    import ipaddress    # 4 ms
+    there = ipaddress.ip_address(address.partition("%")[0])
+    if not options.needs_token and not there.is_loopback:
+        raise UsageError(f"without a token anybody who reaches {options.host} could "
+                         "run commands", "drop --no-auth, or --host")
+    token, read_token = (_token_of(environ, name) for name in
+                         ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN"))
+    if token and token == read_token:
+        raise InvalidValue("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
+                           "give two, or one")
+    given = f"[{options.host}]" if ":" in options.host else options.host
+    own = [name for whole in names for name in (whole, whole.partition(".")[0])]
+    return Site(
+        (token or os.urandom(24).hex()) if options.needs_token else "",
+        read_token if options.needs_token else "",
+        frozenset(name.lower() for name in (
+            "localhost", "127.0.0.1", "[::1]", given,
+            *(own if there.is_unspecified else ())) if name),
+        there.is_unspecified, options.tls_cert is not None, options.is_read_only,
+        f"queuectl_{options.port or os.urandom(4).hex()}")
+
+
+def tls_context(options: WebOptions) -> ssl.SSLContext | None:
+    """The certificate as asked for, or None; Unreadable if it cannot be used."""
+    if options.tls_cert is None:
+        if options.tls_key is not None:
+            raise UsageError("--tls-key is given without --tls-cert", "give both")
+        return None
+    import ssl  # 9 ms, and only with a certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
+    except (OSError, ValueError) as error:  # ValueError: it wants a password
+        raise Unreadable(f"cannot use the certificate {options.tls_cert} ({error})",
+                         "give PEM files, the key without a password") from None
+    return context
+
+
+def listen(service: Service, options: WebOptions, family: int,
+           address: tuple[Any, ...]) -> Any:
+    """The listener; a refusal in words if the address is not to be had."""
+    try:
+        return make_listener(service, family, address, tls_context(options))
+    except OSError as error:
+        place = f"port {options.port} of {options.host}"
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(f"{place} is in use",
+                        "give another --port, or end what listens there") from None
+        raise Unsupported(f"cannot listen on {place} ({error.strerror})",
+                          "give another --host or --port") from None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[int]:
+    """A descriptor that can be read from once SIGINT, SIGTERM or SIGHUP has come.
+
+    For the main thread. Where it just waited for its handler to run, a signal that
+    strikes another thread would not wake it (seen).
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    caught = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in caught}
+    old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
+    """Serve until a signal says to stop; for the main thread.
+
+    The listener runs in a thread of its own, so that this one is free for signals.
+    """
+    with stop_signals() as stopped:
+        threading.Thread(target=listener.serve_forever, args=(0.1,),
+                         daemon=True).start()
+        try:
+            announce()
+            select.select([stopped], [], [])
+        finally:
+            listener.shutdown()
+            listener.server_close()
+            service.stop()
+
+
+def printed_url(site: Site, host: str, port: int) -> str:
+    """The URL that logs in; of a host that stands for all, this machine's name."""
+    import urllib.parse
+    name = os.uname().nodename if site.is_wide else host
+    name = f"[{name}]" if ":" in name else name
+    query = f"?token={urllib.parse.quote(site.token, safe='')}" if site.token else ""
+    return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
+
+
+# ---- 22 CLI ------------------------------------------------------------------
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -6619,7 +10611,9 @@ def _watchful_bar(queue: Queue, screen: Screen,
             for job_id, why in queue.why_waiting(looked_at()).items():
                 if "due " not in why and why != "waits for a slot" and why not in said:
                     said.add(why)
-                    screen.note(f"{job_id} waits: {why}")
+                    start = "; `queuectl worker start` starts one"
+                    screen.note(f"{job_id} waits: {why}"
+                                + start * ("no worker is" in why))
         bar(progress)
     return show
 
@@ -6710,7 +10704,8 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
             with contextlib.suppress(QueueError):   # it is but a picture
                 bar(_since(queue.progress(), first))
     first = queue.progress()
-    return Pool(queue, options, say).run()
+    with screen.drawing():      # the shell goes on where the bar was
+        return Pool(queue, options, say).run()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -6752,23 +10747,32 @@ def _status_lines(args: argparse.Namespace, queue: Queue,
     return status_lines(status, screen.style())
 
 
+def _picture(lines: Sequence[str], above: int) -> str:
+    """Lines to be drawn in the place of the last picture, of `above` lines.
+
+    Too long ones end at the window's edge: wrapped they would be two.
+    """
+    place = f"\033[{above}A\033[J" if above else ""
+    return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed."""
-    seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
-    screen.out(*lines)
-    in_place = _is_terminal(sys.stdout) and not args.json
-    while args.watch is not None:
+    in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
+    above = 0
+    while True:
+        seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+        if in_place:
+            lines = lines[:max(1, screen.height() - 1)]
+            screen.out(_picture(lines, above))
+        else:
+            screen.out(*([""] if above and not args.json else []), *lines)
+        if args.watch is None:
+            return EX_OK
+        above = len(lines)
         sys.stdout.flush()
         queue.await_change(seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
-        seen, above = queue.store.changes(), len(lines)
-        lines = _status_lines(args, queue, screen)
-        if in_place:
-            lines = lines[:max(1, screen.height() - 1)]
-            screen.out("\033[" + f"{above}A\033[J" + "\n".join(lines))
-        else:
-            screen.out(*([] if args.json else [""]), *lines)
-    return EX_OK
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
@@ -6830,8 +10834,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     job, runs = queue.job(args.id), queue.runs(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
-        screen.out(dumps({**job_object(job), "waiting_for": reasons,
-                          "runs": [run_object(run) for run in runs]}))
+        screen.out(dumps(show_object(job, runs, reasons)))
         return EX_OK
     screen.out(*show_lines(job, runs, reasons, screen.style()))
     output = _output_of(queue, job)
@@ -7155,10 +11158,10 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete {amounts}.", args)
-    if is_dry:
+    if is_dry and not args.json:
         screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
         return EX_OK
-    jobs = _swept("delete", args, queue, screen, states)
+    jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
     if args.json:
         screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
         return EX_OK
@@ -7379,9 +11382,7 @@ def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     stats = queue.stats(args.since)
     seconds = min(queue.age(), args.since or math.inf)
     if args.json:
-        shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
-        screen.out(dumps({"seconds": round(seconds, 3), **shown.pop(""),
-                          "queues": shown}))
+        screen.out(dumps(stats_object(stats, seconds)))
     else:
         screen.out(*stats_lines(stats, seconds, screen.style()))
     return EX_OK
@@ -7405,6 +11406,25 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     with Queue(args.file, create=False) as copy:
         jobs = sum(copy.counts().values())
     screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
+    return EX_OK
+
+
+def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Serve the dashboard, the API and the metrics until told to stop."""
+    options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
+                         args.tls_cert, args.tls_key)
+    family, address = resolved(options.host, options.port)
+    site = site_of(options, address[0], os.environ, [queue.host.name])
+    service = Service(site, queue.path, screen.log)
+    listener = listen(service, options, family, address)
+    if options.tls_cert is None and options.host not in ("localhost", "::1") \
+            and not address[0].startswith("127."):
+        screen.note("warning: without --tls-cert anybody on the way can read the token")
+
+    def _announce() -> None:
+        screen.out(printed_url(site, options.host, listener.server_address[1]))
+        sys.stdout.flush()
+    serve(listener, service, _announce)
     return EX_OK
 
 
@@ -7733,6 +11753,19 @@ COMMANDS = (
          "config set on-dead 'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'")),
     Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
         option("key", metavar="KEY"),), ("config unset max-retries",)),
+    Entry(("web",), cmd_web, "serve the dashboard, the API and the metrics", CREATES, (
+        option("--host", default="127.0.0.1", metavar="HOST",
+               help="where to listen (default: 127.0.0.1, for this machine alone)"),
+        option("--port", "-p", default=8080, metavar="N",
+               type=_typed(lambda text: parse_whole(text, 0, 65535)),
+               help="default: 8080; 0: any that is free"),
+        option("--read-only", action="store_true", help="nothing can be changed"),
+        option("--no-auth", action="store_true",
+               help="ask for no token; for this machine alone"),
+        option("--tls-cert", metavar="F", help="speak TLS with this certificate (PEM)"),
+        option("--tls-key", metavar="F", help="and its key, if it is not in there")),
+        ("web", "web --port 9000 --read-only",
+         "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem")),
     Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
         option("file", metavar="FILE", help="an older backup there is replaced"),),
         ("backup /mnt/usb/queue.db",)),
@@ -7770,7 +11803,7 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 16 Completion -----------------------------------------------------------
+# ---- 23 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
@@ -8069,7 +12102,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 17 Main -----------------------------------------------------------------
+# ---- 24 Main -----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""

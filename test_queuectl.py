@@ -9,24 +9,31 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import http.client
+import importlib.util
 import inspect
 import io
+import itertools
 import json
 import linecache
 import math
 import os
+import pty
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -38,7 +45,7 @@ from typing import Callable, NamedTuple
 
 import queuectl
 from queuectl import (
-    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES,
+    CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
     Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
@@ -98,6 +105,11 @@ class TestCase(unittest.TestCase):
     def claim_one(self, queue, claims):
         return claims.turn({}, {}, [1]).claimed[0]
 
+    def assert_sound(self, queue):
+        """No counter, gate, event or claim is wrong."""
+        self.assertEqual([finding for finding in queuectl.Inspection(queue).findings()
+                          if finding.level == queuectl.PROBLEM], [])
+
 
 def let_go(lock):
     """Close the descriptor of a lock; there are no such locks everywhere."""
@@ -121,7 +133,7 @@ def run_cli(*argv):
     return code, out.getvalue(), err.getvalue()
 
 
-def swept(queue, verb, state=(), **filters):
+def swept(queue, verb, state=(), /, **filters):
     """The ids of all jobs that a sweep has changed."""
     return [job.id for batch in queue.sweep(verb, state, **filters) for job in batch]
 
@@ -291,6 +303,8 @@ class Rules(TestCase):
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
         self.assertIsNone(queuectl.percentile({}, 0.5))
 
+
+# ---- 4 Cron ------------------------------------------------------------------
 
 HAS_ZONES = "Europe/Berlin" in zoneinfo.available_timezones()
 UTC = datetime.timezone.utc
@@ -846,7 +860,7 @@ class Cron(unittest.TestCase):
                              meaning[:5])
 
 
-# ---- 4 Input -----------------------------------------------------------------
+# ---- 5 Input -----------------------------------------------------------------
 
 class Input(TestCase):
     def test_what_is_wrong_names_its_key(self):
@@ -892,7 +906,7 @@ class Input(TestCase):
                 list(queuectl.fields_of_lines(lines + bad))
 
 
-# ---- 5 SQL -------------------------------------------------------------------
+# ---- 6 SQL -------------------------------------------------------------------
 
 class Statements(TestCase):
     def statements(self):
@@ -967,7 +981,7 @@ class Statements(TestCase):
             self.assertNotIn("TEMP B-TREE", plan)
 
 
-# ---- 6 Store -----------------------------------------------------------------
+# ---- 7 Store -----------------------------------------------------------------
 
 class Files(TestCase):
     def test_the_file_is_private(self):
@@ -1051,7 +1065,7 @@ class Files(TestCase):
             queue.counts()
 
 
-# ---- 7 Host ------------------------------------------------------------------
+# ---- 8 Host ------------------------------------------------------------------
 
 class StubbornHost(queuectl.Host):
     """A host on which no signal ends anything."""
@@ -1161,7 +1175,7 @@ class Notices(TestCase):
             queuectl.Notifier({b"NOTIFY_SOCKET": address}).ready()
 
 
-# ---- 8 Ledger, 9 Queue -------------------------------------------------------
+# ---- 9 Ledger, 10 Queue ------------------------------------------------------
 
 class Promises(TestCase):
     def in_state(self, queue, claims, state):
@@ -1350,8 +1364,449 @@ class Promises(TestCase):
         self.assertEqual([j.seq for j in queue.pages(state=COMPLETED, limit=2)],
                          [j.seq for j in queue.jobs(COMPLETED, limit=2)])
 
+    # Sweeps.
 
-# ---- 10 Claims ---------------------------------------------------------------
+    def test_a_sweep_takes_the_newest_first_and_in_batches(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (2 * SWEEP_BATCH + 5))
+        batches = [[job.seq for job in batch] for batch in queue.sweep("cancel")]
+
+        self.assertEqual([len(batch) for batch in batches], [SWEEP_BATCH, SWEEP_BATCH, 5])
+        self.assertEqual([seq for batch in batches for seq in batch],
+                         list(range(2 * SWEEP_BATCH + 5, 0, -1)))
+        self.assertEqual(queue.counts()[CANCELLED], 2 * SWEEP_BATCH + 5)
+        self.assert_sound(queue)
+
+    def test_a_sweep_changes_only_what_fits(self):
+        queue = self.a_queue()
+        queue.enqueue_many([
+            Spec("make a", id="a", queue="q", tags=("t",)), Spec("make b", id="b"),
+            Spec("rm 100%", id="c", tags=("t", "u")), Spec("rm b", id="d", queue="q")])
+        queue.cancel("d")
+        for filters, state, wanted in (
+                ({"queue": "q"}, (PENDING,), ["a"]), ({"tag": "t"}, (), ["c", "a"]),
+                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "%"}, (), ["c"]),
+                ({"queue": "q"}, (PENDING, CANCELLED), ["d", "a"]),
+                ({"queue": "q", "search": "rm"}, (), ["d"]), ({"queue": "no"}, (), []),
+                ({"queue": None, "tag": None, "search": None}, CANCELLED, ["d"])):
+            with self.subTest(filters=filters, state=state):
+                self.assertEqual(queue.count(state, **filters), len(wanted))
+                self.assertEqual(swept(queue, "retry", state, **filters), wanted)
+                with contextlib.suppress(queuectl.WrongState):
+                    queue.cancel("d")
+        with self.assertRaisesRegex(queuectl.InvalidValue, "did you mean `dead`"):
+            swept(queue, "delete", "deda")
+
+    def test_a_sweep_of_what_ended_long_ago_begins_with_the_oldest_end(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id=name) for name in "abcd"])
+        for name in "cabd":
+            queue.cancel(name)
+            self.clock.now += 10
+        self.clock.now += 60            # c ended 100 s ago, then a, b and d 10 s each
+
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["c", "a", "b"])
+        self.assertEqual([job.id for job in queue.jobs()], ["d"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_gets_past_a_batch_that_ended_in_one_moment(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 7))
+        swept(queue, "cancel")
+        self.clock.now += 60
+
+        self.assertEqual(swept(queue, "retry", CANCELLED, older_than=59),
+                         [f"job-{n}" for n in range(1, SWEEP_BATCH + 8)])
+        self.assert_sound(queue)
+
+    def test_a_sweep_passes_over_what_it_may_not_change(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="free", priority=-1)
+        queue.cancel("free")
+        queue.enqueue("x", id="runs")
+        self.claim_one(queue, claims)
+        needed = [f"needed-{n}" for n in range(SWEEP_BATCH + 3)]
+        queue.enqueue_many([Spec("x", id=name) for name in needed]
+                           + [Spec("y", id="last", after=tuple(needed))])
+
+        self.assertEqual(swept(queue, "delete", search="x"), ["free"])
+        self.assertEqual(swept(queue, "retry", (PROCESSING, CANCELLED)), [])
+        self.assertEqual(swept(queue, "delete"), ["last", *reversed(needed)])
+        self.assertEqual([job.id for job in queue.jobs()], ["runs"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_has_running_jobs_cancelled_by_their_worker(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="runs"), Spec("x", id="waits")])
+        claim = self.claim_one(queue, claims)
+
+        self.assertEqual(swept(queue, "cancel"), ["waits", "runs"])
+        self.assertEqual(queue.job("runs").state, PROCESSING)
+        self.assertEqual(claims.turn({}, {}, []).mine, {claim.claim: queuectl.CANCEL})
+
+    def test_who_stops_a_sweep_keeps_what_is_done(self):
+        queue, other = self.a_queue(), self.a_queue()
+        other.store.patience = 0.0
+        queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 50))
+        sweep = queue.sweep("cancel")
+        next(sweep)
+        other.enqueue("between two batches nobody has to wait")
+        sweep.close()
+
+        self.assertEqual((queue.counts()[CANCELLED], queue.counts()[PENDING]),
+                         (SWEEP_BATCH, 51))
+        self.assert_sound(queue)
+
+    # Editing.
+
+    def test_what_is_edited_takes_effect(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        for fields, wanted in (
+                ({"command": "y"}, {"command": "y"}), ({"timeout": "1m"}, {"timeout": 60}),
+                ({"max_retries": 9}, {"max_retries": 9}),
+                ({"priority": 5}, {"priority": 5, "rank": -5}),
+                ({"delay": 60}, {"run_at": queuectl.iso(NOON + 60), "gate": "time"}),
+                ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "gate": "open"}),
+                ({"queue": "q"}, {"queue": "q"})):
+            with self.subTest(fields):
+                job = queue.edit("a", **fields)[0]
+                self.assertEqual({key: getattr(job, key) for key in wanted}, wanted)
+                self.assertEqual(queue.job("a"), job)
+        self.assertEqual(queue.counts("q")[PENDING], 1)
+        self.assertEqual(sum(queue.counts("default").values()), 0)
+        self.assert_sound(queue)
+
+    def test_an_edited_job_waits_on_for_those_it_comes_after(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
+        queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
+
+        self.assertEqual(queue.job("b").gate, "after")
+        self.assertEqual(self.claim_one(queue, self.a_pool(queue)).job.id, "a")
+        self.assert_sound(queue)
+
+    def test_an_edit_that_is_refused_changes_nothing(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        over = self.in_state(queue, claims, COMPLETED).id
+        runs = self.in_state(queue, claims, PROCESSING).id
+        job = queue.enqueue("x", id="waits")
+        for ids, fields, error in (
+                ([runs], {"priority": 1}, queuectl.WrongState),
+                (["waits", over], {"priority": 1}, queuectl.WrongState),
+                (["waits", "gone"], {"priority": 1}, queuectl.NoSuchJob),
+                (["waits"], {"priority": "high"}, queuectl.InvalidJob),
+                (["waits"], {"queue": ""}, queuectl.InvalidJob),
+                (["waits"], {"priority": 1, "id": "other"}, queuectl.InvalidJob)):
+            with self.subTest(ids=ids, fields=fields):
+                with self.assertRaises(error):
+                    queue.edit(*ids, **fields)
+                self.assertEqual(queue.job("waits"), job)
+        self.assert_sound(queue)
+
+    # The order of those that wait.
+
+    def test_a_change_of_ageing_gives_all_that_wait_the_rank_of_new_ones(self):
+        chance = random.Random("rank")
+        queue = self.a_queue()
+        times = ["0001-01-01T00:00:00.000Z", "9999-12-31T23:59:59.000Z"]
+        times += [queuectl.iso(chance.uniform(-1e9, 4e9)) for _ in range(200)]
+        queue.enqueue_many([Spec("x", run_at=queuectl.epoch(at), priority=chance.choice((
+            0, 1, -1, 10**9, -10**9, chance.randint(-99, 99)))) for at in times])
+        queue.enqueue("x", id="over")
+        queue.cancel("over")
+        for value in ("1s", "90.0015s", "30d", "none", "7m"):
+            with self.subTest(value):
+                queue.configure("priority-ageing", value)
+                now = queue.store.settings()
+                self.assertEqual(
+                    [job.rank for job in queue.jobs(PENDING)],
+                    [queuectl.rank_of(job.priority, job.run_at, now)
+                     for job in queue.jobs(PENDING)])
+        queue.reset("priority-ageing")
+        self.assertEqual([job.rank for job in queue.jobs(PENDING)],
+                         [-job.priority for job in queue.jobs(PENDING)])
+
+    # Pauses and limits, as they are shown.
+
+    def test_a_pause_outlasts_the_queue_object_and_what_is_usual_is_not_kept(self):
+        with Queue(self.path) as queue:
+            queue.pause("a", "b")
+            queue.pause()
+            queue.limit_queue("c", 2)
+        queue = self.a_queue()
+        self.assertEqual(queue.status().paused, ["*", "a", "b"])
+        self.assertEqual([(view.name, view.paused, view.limit) for view in queue.queues()],
+                         [("a", True, 0), ("b", True, 0), ("c", False, 2),
+                          ("default", False, 0)])
+
+        queue.resume()
+        self.assertEqual(queue.status().paused, ["a", "b"])
+        queue.resume("a", "b")
+        self.assertEqual([view.name for view in queue.queues()], ["c", "default"])
+        queue.limit_queue("c", 0)
+        self.assertEqual([view.name for view in queue.queues()], ["default"])
+        for call in (lambda: queue.pause("*"), lambda: queue.limit_queue("c", -1),
+                     lambda: queue.limit_queue("", 1)):
+            with self.assertRaises(queuectl.QueueError):
+                call()
+
+    def test_a_waiting_job_says_all_that_hinders_it(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="dead")
+        queue.cancel("dead")
+        queue.enqueue("x", id="full")
+        pool = self.a_pool(queue, name="p", queues=("q", "full"))
+        queue.edit("full", queue="full")
+        self.claim_one(queue, pool)
+        queue.limit_queue("full", 1)
+        queue.pause("halt")
+        for fields, wanted in (
+                ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
+                ({"queue": "q"}, ["behind 2 other jobs"]),
+                ({"queue": "q", "delay": 120}, ["due in 2m"]),
+                ({"queue": "q", "after": ["dead"]}, ["after dead (cancelled)"]),
+                ({"queue": "full"}, ["queue `full` is at its limit 1"]),
+                ({"queue": "other"}, ["no worker takes queue `other`"]),
+                ({"queue": "halt", "delay": 60}, [
+                    "queue `halt` is paused", "due in 1m", "no worker takes queue `halt`"])):
+            with self.subTest(fields):
+                job = queue.enqueue("x", **fields)
+                self.assertEqual(queue.waiting_for(job), wanted)
+                in_line = ["waits for a slot"] if wanted[0].startswith(
+                    ("next", "behind")) else wanted
+                self.assertEqual(queue.why_waiting([job, queue.job("full")]),
+                                 {job.id: ", ".join(in_line)})
+        queue.pause()
+        pool.leave()
+        job = queue.enqueue("x")
+        self.assertEqual(queue.waiting_for(job),
+                         ["all queues are paused", "no worker is running"])
+        self.assertEqual(queue.waiting_for(queue.job("full")), [])
+
+    def test_a_failed_job_says_which_retry_it_waits_for(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", max_retries=3, backoff_base=120)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        self.assertEqual(queue.waiting_for(queue.job("job-1")), ["due in 2m (retry 1 of 2)"])
+
+    # What has changed.
+
+    def test_changes_come_in_order_each_once_from_any_place_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 0))
+        queue.enqueue("x", id="a", queue="q", max_retries=1)
+        claim = self.claim_one(queue, claims).claim
+        self.clock.now += 60
+        queue.enqueue("x", id="b")
+        claims.turn({claim: Outcome("failed", 7, "exit status 7")}, {}, [])
+        queue.cancel("b")
+        queue.retry("a")
+        found = [(e.id, e.source, e.target, e.reason) for e in queue.events_since()]
+
+        self.assertEqual(found, [
+            ("a", None, PENDING, "enqueued"),
+            ("a", PENDING, PROCESSING, "claimed by a worker"),
+            ("b", None, PENDING, "enqueued"),
+            ("a", PROCESSING, DEAD, "exit status 7"),
+            ("b", PENDING, CANCELLED, "cancelled"),
+            ("a", DEAD, PENDING, "retried by a person")])
+        self.assertEqual([e.target for e in queue.events_since(queue="q")],
+                         [PENDING, PROCESSING, DEAD, PENDING])
+        self.assertEqual(len(queue.events_since(since=queuectl.iso(NOON + 60))), 4)
+        self.assertEqual([e.seq for e in queue.events_since(limit=2)], [1, 2])
+        self.assertEqual([e.seq for e in queue.events_since(4)], [5, 6])
+        self.assertEqual(queue.events_since(queue.last_event()), [])
+        for job_id in "ab":
+            self.assertEqual([e._replace(seq=0) for e in queue.events_since()
+                              if e.id == job_id], queue.events(job_id))
+
+    def test_the_changes_of_deleted_jobs_go_and_no_number_comes_again(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.delete("a")
+        self.assertEqual((queue.events_since(), queue.last_event()), ([], 1))
+        queue.enqueue("x", id="b")
+        self.assertEqual([e.seq for e in queue.events_since()], [2])
+
+    def test_who_awaits_a_change_hears_of_the_next_commit_or_of_none(self):
+        queue, other = self.a_queue(), self.a_queue()
+        seen = queue.store.changes()
+        self.assertEqual(queue.await_change(seen, 0.0), seen)
+        later = threading.Timer(0.05, other.enqueue, ["x"])
+        later.start()
+        self.addCleanup(later.join)
+        self.assertNotEqual(queue.await_change(seen, DEADLINE), seen)
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_last_job_and_tells_how_far_they_are(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b"), Spec("x", id="c")])
+        other.cancel("a")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) == 1:
+                other.cancel("b")
+            elif len(told) == 2:
+                claims = self.a_pool(other)
+                claims.turn({self.claim_one(other, claims).claim: Outcome("completed", 0)},
+                            {}, [])
+        jobs = queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
+        self.assertEqual([(job.id, job.state) for job in jobs],
+                         [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
+        self.assertEqual(told, [queuectl.Progress(2, 0, 0, 1), queuectl.Progress(1, 0, 0, 2),
+                                queuectl.Progress(0, 0, 1, 2)])
+        self.assertEqual((told[0].over, told[0].left), (1, 2))
+
+    def test_a_job_that_was_over_counts_though_it_is_retried_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        other.cancel("a")
+        steps = [lambda: other.retry("a"), lambda: other.cancel("b")]
+        jobs = queue.wait("a", "b", timeout=DEADLINE,
+                          tell=lambda progress: steps.pop(0)() if steps else None)
+        self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
+
+    def test_waiting_in_vain_is_refused(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue("x", id="a")
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs not over"):
+            queue.wait("a", timeout=0)
+        with self.assertRaisesRegex(queuectl.NotFinished, "1 job not over"):
+            queue.wait_all(timeout=0)
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", "gone")
+        with self.assertRaises(queuectl.NoSuchJob):
+            queue.wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
+                queuectl.Sql.SEQ_OF, id="a") and other.delete("a"))
+        self.assertEqual(queue.wait(), [])
+
+    def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
+        queue, other = self.a_queue(), self.a_queue()
+        queue.enqueue_many([Spec("x", id="before", queue="q"), Spec("x", id="a", queue="q"),
+                            Spec("x", id="b", queue="q"), Spec("x", id="c")])
+        other.cancel("before")
+        told = []
+
+        def tell(progress):
+            told.append(progress)
+            if len(told) < 3:
+                other.cancel("ab"[len(told) - 1])
+        self.assertEqual(queue.wait_all("q", DEADLINE, tell), queuectl.Progress(0, 0, 0, 2))
+        self.assertEqual(told[0], queuectl.Progress(2, 0, 0, 0))
+        with self.assertRaises(queuectl.NotFinished):
+            queue.wait_all(timeout=0)       # c is left
+        self.assertEqual(queue.progress(), queuectl.Progress(1, 0, 0, 3))
+        self.assertEqual(queue.progress("q"), queuectl.Progress(0, 0, 0, 3))
+
+    # Hooks.
+
+    def hooks(self, queue):
+        return [(job.command, job.env["QUEUECTL_JOB_ID"], job.env["QUEUECTL_STATE"],
+                 job.env["QUEUECTL_EXIT_CODE"], job.env["QUEUECTL_ERROR"])
+                for job in queue.jobs(queue="hooks", sort="oldest")]
+
+    def end_one(self, queue, claims, kind, exit_code=None, error=None):
+        claim = self.claim_one(queue, claims).claim
+        outcome = Outcome(kind, exit_code, error, 0.1)
+        for _ in range(2):      # it may be told of twice
+            claims.turn({claim: outcome}, {}, [])
+
+    def test_a_hook_follows_its_kind_of_end_once_and_is_told_of_it(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-completed", "good")
+        queue.configure("on-dead", "bad")
+        for name, kind, code, error, wanted in (
+                ("a", "completed", 0, None, [("good", "a", COMPLETED, "0", "")]),
+                ("b", "failed", 3, "exit status 3", []),
+                ("b", "failed", 4, "it: 'ünï'", [("bad", "b", DEAD, "4", "it: 'ünï'")]),
+                ("c", "failed", None, "no cwd", []),
+                ("c", "cancelled", None, "cancelled", []),
+                ("d", "released", None, None, []),
+                ("e", "lost", None, "its worker was lost", [
+                    ("bad", "e", DEAD, "", "its worker was lost")])):
+            with self.subTest(name=name, kind=kind):
+                queue.configure("crash-limit", "1")
+                if not queue.store.row(queuectl.Sql.SEQ_OF, id=name):
+                    queue.enqueue("x", id=name, max_retries=2, backoff_base=0, priority=1)
+                before = len(self.hooks(queue))
+                self.end_one(queue, claims, kind, code, error)
+                self.assertEqual(self.hooks(queue)[before:], wanted)
+                if name == "d":
+                    queue.cancel("d")
+        self.assertEqual(queue.jobs(queue="hooks")[0].cwd, os.path.dirname(queue.path))
+        self.assert_sound(queue)
+
+    def test_the_jobs_of_hooks_call_no_hooks(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for key in ("on-completed", "on-dead", "on-idle"):
+            queue.configure(key, key)
+        queue.enqueue("x", id="a")
+        self.end_one(queue, claims, "completed", 0)
+        self.assertEqual([hook[0] for hook in self.hooks(queue)],
+                         ["on-completed", "on-idle"])
+        self.end_one(queue, claims, "completed", 0)
+        queue.edit("job-3", max_retries=1)
+        self.end_one(queue, claims, "failed", 1)
+
+        self.assertEqual(len(self.hooks(queue)), 2)
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    def test_a_hook_is_added_with_the_change_or_not_at_all(self):
+        queue = self.a_queue()
+        queue.configure("on-idle", "idle")
+        job = queue.enqueue("x")
+        with self.assertRaises(ZeroDivisionError), queue.store.transaction() as store:
+            queuectl.move(store, [queuectl.Change("cancel", job, job)], NOON)
+            self.assertEqual(len(self.hooks(queue)), 1)
+            raise ZeroDivisionError     # as if the process were killed
+        self.assertEqual((queue.job("job-1").state, self.hooks(queue)), (PENDING, []))
+
+    def test_the_idle_hook_comes_when_nothing_is_left_and_only_then(self):
+        for number, (others, kind, is_idle) in enumerate((
+                ([], "completed", True), ([], "failed", True), ([], "cancelled", True),
+                ([], "released", False), ([{}], "completed", False),
+                ([{"delay": 3600}], "completed", False),
+                ([{"queue": "hooks"}], "completed", True),
+                ([{"after": ["a"]}], "failed", False))):
+            with self.subTest(others=others, kind=kind):
+                self.path = self.path_of(f"{number}.db")
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("on-idle", "idle")
+                queue.enqueue("x", id="a", priority=1, max_retries=1)
+                for other in others:
+                    queue.enqueue("y", **other)
+                self.end_one(queue, claims, kind, 1)
+                self.assertEqual([job.command for job in queue.jobs(search="idle")],
+                                 ["idle"] * is_idle)
+
+    def test_the_idle_hook_comes_once_for_all_that_end_together(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-idle", "idle")
+        queue.enqueue_many([Spec("x", id=name) for name in "abc"])
+        runs = claims.turn({}, {}, [1, 2]).claimed
+        claims.turn({run.claim: Outcome("completed", 0) for run in runs}, {}, [])
+        self.assertEqual(self.hooks(queue), [])
+        queue.cancel("c")
+        self.assertEqual(self.hooks(queue), [("idle", "c", CANCELLED, "", "")])
+        queue.enqueue("x", id="d")
+        queue.cancel("d")
+        self.assertEqual(len(self.hooks(queue)), 2)
+
+
+# ---- 11 Claims ---------------------------------------------------------------
 
 class Turns(TestCase):
     def test_order_is_priority_then_due_time_then_age(self):
@@ -1538,8 +1993,395 @@ class Turns(TestCase):
         with self.assertRaises(queuectl.InUse):
             self.a_pool(queue, name="a")
 
+    def test_each_change_that_matters_to_a_pool_rings_its_bell(self):
+        queue = self.a_queue()
+        bell = queuectl._bell()
+        self.addCleanup(bell.close)
+        Claims(queue, PoolOptions()).register(bell.getsockname()[1])
+        queue.enqueue("x", id="a")
+        for call in (lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+                     lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
+                     lambda: queue.cancel("a"), lambda: queue.retry("a"),
+                     lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"),
+                     lambda: queue.add_schedule("s", "@daily", command="x"),
+                     lambda: queue.pause_schedule("s", False),
+                     lambda: queue.run_schedule("s"),
+                     lambda: queue.configure("priority-ageing", "1m"),
+                     lambda: queue.reset("priority-ageing"), queue.stop_workers):
+            with self.subTest(inspect.getsource(call).strip()):
+                with contextlib.suppress(BlockingIOError):
+                    while bell.recv(queuectl.SOCKET_BUFFER):
+                        pass
+                call()
+                self.assertIn(bell.recv(queuectl.SOCKET_BUFFER),
+                              (queuectl.NEW_JOBS, queuectl.NEW_ORDERS))
 
-# ---- 11 Check ----------------------------------------------------------------
+    # Pauses, limits, ageing.
+
+    def claimed_ids(self, claims, free=(1, 2, 3, 4)):
+        return [one.job.id for one in claims.turn({}, {}, free).claimed]
+
+    def test_a_paused_queue_waits_and_what_runs_goes_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.enqueue("x", id="runs", priority=9)
+        claim = self.claim_one(queue, claims).claim
+        queue.pause("a")
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        self.assertTrue(queue.status().paused)
+        settled = claims.turn({claim: Outcome("completed", 0)}, {}, [1]).settled
+        self.assertEqual([one.job.state for one in settled], [COMPLETED])
+
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_a_pause_of_all_and_that_of_a_queue_are_two_things(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="a", queue="a"), Spec("x", id="b", queue="b")])
+        queue.pause()
+        queue.resume("a", "b")
+        self.assertEqual(self.claimed_ids(claims), [])
+        queue.pause("a")
+        queue.resume()
+        self.assertEqual(self.claimed_ids(claims), ["b"])
+        queue.resume("a")
+        self.assertEqual(self.claimed_ids(claims), ["a"])
+
+    def test_what_a_paused_queue_holds_keeps_no_pool_from_draining(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", queue="a")
+        self.assertFalse(claims.is_drained())
+        queue.pause("a")
+        self.assertTrue(claims.is_drained())
+
+    def test_no_more_of_a_queue_run_than_its_limit_in_all_pools_together(self):
+        queue = self.a_queue()
+        one, two = self.a_pool(queue, name="one"), self.a_pool(queue, name="two")
+        queue.limit_queue("q", 2)
+        queue.enqueue_many([Spec("x", id=name, queue="q") for name in "abcde"])
+        first = one.turn({}, {}, [1]).claimed[0]
+        self.assertEqual(self.claimed_ids(two, [1, 2, 3]), ["b"])
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+
+        turn = one.turn({first.claim: Outcome("completed", 0)}, {}, [1, 2, 3])
+        self.assertEqual([claim.job.id for claim in turn.claimed], ["c"])
+        queue.limit_queue("q", 1)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), [])
+        queue.limit_queue("q", 0)
+        self.assertEqual(self.claimed_ids(one, [2, 3]), ["d", "e"])
+
+    def test_without_ageing_a_high_job_always_goes_first(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="low")
+        self.clock.now += 86400
+        queue.enqueue("x", id="high", priority=1)
+        self.assertEqual(self.claimed_ids(claims, [1]), ["high"])
+
+    def test_with_ageing_a_low_job_goes_before_a_high_one_that_came_too_late(self):
+        for gap, first in ((299.9, "high"), (300.1, "low")):
+            with self.subTest(gap):
+                self.path, self.clock.now = self.path_of(f"{gap}.db"), NOON
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.configure("priority-ageing", "1m")
+                queue.enqueue("x", id="low", priority=-1)
+                self.clock.now += gap
+                queue.enqueue("x", id="high", priority=4)
+                self.assertEqual(self.claimed_ids(claims, [1]), [first])
+
+    def test_with_ageing_a_steady_stream_of_high_jobs_starves_no_low_one(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("priority-ageing", "2s")
+        queue.enqueue("x", id="low")
+        taken = []
+        for _ in range(25):
+            queue.enqueue_many([Spec("x", priority=5)] * 2)     # more than one can do
+            self.clock.now += 1
+            one = self.claim_one(queue, claims)
+            taken.append(one.job.id)
+            claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+        # Before it go those that were due in the first 5 x 2 seconds, and no other.
+        self.assertEqual(taken.index("low"), 20)
+
+    def test_the_order_of_those_that_wait_never_changes_with_time(self):
+        chance = random.Random("order")
+        specs = [Spec("x", id=f"j{n}", priority=chance.randint(-9, 9),
+                      run_at=NOON - chance.uniform(0, 600)) for n in range(40)]
+        orders = []
+        for hours in (0, 1000):
+            self.path, self.clock.now = self.path_of(f"{hours}.db"), NOON
+            queue = self.a_queue()
+            queue.configure("priority-ageing", "1m")
+            queue.enqueue_many(specs)
+            self.clock.now += hours * 3600
+            orders.append(self.claimed_ids(self.a_pool(queue), range(1, 41)))
+
+        aged = sorted(specs, key=lambda spec: spec.run_at - 60 * spec.priority)
+        self.assertEqual(orders, [[spec.id for spec in aged]] * 2)
+
+    def test_what_was_in_line_before_ageing_takes_its_new_place_at_once(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="low", run_at=NOON - 600)
+        queue.enqueue("x", id="high", priority=1)
+        queue.configure("priority-ageing", "1m")
+        self.assertEqual(self.claimed_ids(self.a_pool(queue), [1]), ["low"])
+
+    # Retention.
+
+    def test_what_is_over_for_longer_than_it_is_kept_goes(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 1)}, {}, [])
+        queue.enqueue("x", id="gone")
+        queue.cancel("gone")
+        self.clock.now += 3600
+        for key, value, wanted in (
+                ("retention-completed", "2h", []), ("retention-completed", "59m", ["good"]),
+                ("retention-dead", "61m", []), ("retention-dead", "1h", ["bad"])):
+            with self.subTest(key=key, value=value):
+                queue.configure(key, value)
+                self.assertEqual([job.id for jobs in claims.expiry() for job in jobs],
+                                 wanted)
+        self.assertEqual([job.id for job in queue.jobs()], ["gone"])
+        self.assert_sound(queue)
+
+    # Schedules. NOON is the beginning of an hour, in any zone of whole hours.
+
+    def ticks(self, *pools):
+        """The jobs that schedules add in a turn of each pool; they end at once."""
+        before = pools[0]._queue.last_event()
+        for claims in pools:
+            claims.turn({}, {}, [])
+        added = [event.id for event in pools[0]._queue.events_since(before)]
+        for claims in pools:
+            taken = claims.turn({}, {}, [1, 2, 3, 4]).claimed
+            if taken:
+                claims.turn({one.claim: Outcome("completed", 0) for one in taken}, {}, [])
+            for one in taken:
+                os.close(one.lock)
+        return added
+
+    def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
+        queue, other = self.a_queue(), Queue(self.path, clock=lambda: self.clock.now - 0.7)
+        self.addCleanup(other.close)
+        pools = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
+        queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
+                           tags=["own"], env={"A": "b"})
+        added = []
+        for _ in range(3600):
+            self.clock.now += 1
+            if any(claims.is_work_there() for claims in pools):
+                added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
+
+        self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
+        job = queue.job("job-1")
+        self.assertEqual((job.command, job.queue, job.priority, job.tags, job.env, job.cwd),
+                         ("x", "q", 3, ("own", "schedule:s"), {"A": "b"}, os.getcwd()))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+        self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
+
+    def test_a_pool_sleeps_until_the_next_turn_of_a_schedule(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.assertIsNone(claims.next_due())
+        queue.add_schedule("s", "30 * * * *", command="x")
+        self.assertEqual(claims.next_due(), NOON + 1800)
+        self.assertFalse(claims.is_work_there())
+        self.clock.now += 1800
+        self.assertTrue(claims.is_work_there())
+        queue.pause_schedule("s")
+        self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
+
+    def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now = NOON + 601
+        self.assertEqual(len(self.ticks(claims)), 1)
+        self.clock.now = NOON + 540
+        added = []
+        while self.clock.now < NOON + 1190:
+            self.clock.now += 10
+            added += self.ticks(claims)
+        self.assertEqual(added, [])
+        self.clock.now = NOON + 1200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_clock_that_was_a_day_ahead_stops_no_schedule_for_a_day(self):
+        for has_run in (True, False):
+            with self.subTest(has_run=has_run):
+                self.path, self.clock.now = self.path_of(f"{has_run}.db"), NOON + 86400
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.add_schedule("s", "*/10 * * * *", command="x")
+                self.clock.now += 600 * has_run
+                self.assertEqual(len(self.ticks(claims)), int(has_run))
+                self.clock.now = NOON + 1
+                self.assertEqual(self.ticks(claims), [])
+                self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 600))
+                self.clock.now = NOON + 601
+                self.assertEqual([len(self.ticks(claims)) for _ in "ab"], [1, 0])
+
+    def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for name, cron in (("often", "*/10 * * * *"), ("daily", "0 0 * * *"),
+                           ("seldom", "@yearly")):
+            queue.add_schedule(name, cron, command=name)
+        self.clock.now += 3 * 86400 + 5
+        self.assertEqual(sorted(queue.job(job_id).command for job_id in self.ticks(*pools)),
+                         ["daily", "often"])
+        self.assertEqual(self.ticks(*pools), [])
+        self.assertEqual(queue.schedule("often").next_run,
+                         queuectl.iso(NOON + 3 * 86400 + 600))
+
+    def test_a_turn_whose_last_job_is_not_over_is_skipped(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x", max_retries=2,
+                           backoff_base=3600)
+        turn, jobs = NOON, []
+        for act in (lambda: None, lambda: None,     # it waits
+                    lambda: self.claim_one(queue, claims),
+                    lambda: claims.turn({1: Outcome("failed", 1)}, {}, []),
+                    lambda: queue.cancel("job-1"), lambda: queue.delete("job-2")):
+            turn += 600
+            self.clock.now = turn
+            act()
+            claims.turn({}, {}, [])
+            jobs.append(queue.store.row(queuectl.Sql.LAST_SEQ)[0])
+            self.assertGreater(queue.schedule("s").next_run, queuectl.iso(turn))
+        self.assertEqual(jobs, [1, 1, 1, 1, 2, 3])
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+
+    def test_a_schedule_that_rested_makes_nothing_up(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        self.clock.now += 3605
+        self.assertEqual((queue.schedule("s").paused, self.ticks(claims)), (True, []))
+        resumed = queue.pause_schedule("s", False)
+        self.assertEqual((resumed.paused, resumed.next_run),
+                         (False, queuectl.iso(NOON + 4200)))
+        self.assertEqual(self.ticks(claims), [])
+        self.clock.now = NOON + 4200
+        self.assertEqual(len(self.ticks(claims)), 1)
+
+    def test_a_schedule_run_by_hand_runs_beside_its_turns(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.pause_schedule("s")
+        job = queue.run_schedule("s")
+        self.assertEqual((job.command, job.tags), ("x", ("schedule:s",)))
+        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON))
+        queue.pause_schedule("s", False)
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(len(queue.jobs()), 1)      # that one is not over
+        queue.cancel(job.id)
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), ["job-2"])
+
+    def test_a_removed_schedule_comes_no_more_and_its_jobs_stay(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        self.clock.now += 600
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.remove_schedule("s").name, "s")
+        self.clock.now += 600
+        self.assertEqual(self.ticks(claims), [])
+        self.assertEqual(queue.job("job-1").tags, ("schedule:s",))
+        for call in (queue.remove_schedule, queue.pause_schedule, queue.run_schedule):
+            with self.assertRaises(queuectl.NoSuchSchedule):
+                call("s")
+
+    def test_a_schedule_that_cannot_be_is_refused_and_not_kept(self):
+        queue = self.a_queue()
+        queue.add_schedule("nightly", "@daily", command="x")
+        for name, cron, fields, error in (
+                ("nightly", "@hourly", {"command": "x"}, queuectl.ScheduleExists),
+                ("s", "61 * * * *", {"command": "x"}, queuectl.InvalidValue),
+                ("s", "@daily", {"command": ""}, queuectl.InvalidJob),
+                ("s", "@daily", {}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "id": "a"}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "after": ["a"]}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "delay": 1}, queuectl.InvalidJob),
+                ("a b", "@daily", {"command": "x"}, queuectl.InvalidJob)):
+            with self.subTest(name=name, cron=cron, fields=fields), \
+                    self.assertRaises(error):
+                queue.add_schedule(name, cron, **fields)
+        self.assertEqual([one.name for one in queue.schedules()], ["nightly"])
+        with self.assertRaisesRegex(queuectl.NoSuchSchedule, "did you mean `nightly`"):
+            queue.schedule("nightyl")
+
+    # The zones by their rules as POSIX writes them, so no database of zones is needed;
+    # the noons of the days before the two changes, by the local clock; how often the
+    # minute is 0 in the 48 hours from there on.
+    ZONES = (
+        ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
+        ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
+        ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0", (2027, 4, 3), (2027, 10, 2), 47),
+    )                                                                       # Lord Howe
+
+    def local_zone(self, zone):
+        """The local time of this process, until the test ends."""
+        before = os.environ.get("TZ")
+
+        def put_back():
+            os.environ.pop("TZ")
+            if before is not None:
+                os.environ["TZ"] = before
+            time.tzset()
+        self.addCleanup(put_back)
+        os.environ["TZ"] = zone
+        time.tzset()
+
+    def test_on_the_days_of_daylight_saving_each_turn_brings_one_job(self):
+        """Two pools, minute by minute, for 48 hours from noon."""
+        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
+        memory = memory_directory()
+        self.addCleanup(shutil.rmtree, memory)
+        for zone, *noons, hours in self.ZONES:
+            for noon in noons:
+                with self.subTest(zone=zone, noon=noon):
+                    self.path = os.path.join(memory, f"{zone[:4]}{noon}.db")
+                    self.local_zone(zone)
+                    added = self.turns_from(noon, (*fixed, "*/30 * * * *", "0 * * * *"))
+                    nights = [time.localtime(time.mktime(
+                        (*noon[:2], noon[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday
+                        for n in (1, 2)]
+                    for cron in fixed:
+                        self.assertEqual([at.tm_yday for at in added[cron]], nights, cron)
+                    self.assertEqual(len(added["*/30 * * * *"]), 48 * 2)
+                    self.assertEqual(len(added["0 * * * *"]), hours)
+
+    def turns_from(self, day, crons):
+        """When each of these schedules has a job in the 48 hours from a local noon."""
+        self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        for number, cron in enumerate(crons):
+            queue.add_schedule(f"s{number}", cron, command=cron)
+        added = {cron: [] for cron in crons}
+        for _ in range(48 * 60):
+            self.clock.now += 60
+            if pools[0].is_work_there():
+                for job_id in self.ticks(*pools):
+                    added[queue.job(job_id).command].append(time.localtime(self.clock.now))
+        return added
+
+
+# ---- 12 Check ----------------------------------------------------------------
 
 class Checks(TestCase):
     # What a mistake would leave behind, and the code under which it must be found.
@@ -1598,7 +2440,7 @@ class Checks(TestCase):
             self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
 
 
-# ---- 12 Views ----------------------------------------------------------------
+# ---- 13 Views ----------------------------------------------------------------
 
 class Views(TestCase):
     def test_a_worker_says_what_happened_and_what_comes_next(self):
@@ -1612,6 +2454,101 @@ class Views(TestCase):
                 queuectl.settled_line(settled[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
+    PLAIN = queuectl.Style(False, 0, NOON)
+    COLOURED = queuectl.Style(True, 40, NOON)
+
+    def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
+        P = queuectl.Progress
+        for progress, seconds, width, line in (
+                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
+                (P(6, 2, 2, 0), 4.0, 50,
+                 "[##............] 2/10  2 running  0.5/s  16s left"),
+                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
+                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
+                (P(0, 0, 3, 1), 2.0, 60,
+                 "[#####################] 4/4  0 running  1 dead or cancelled"),
+                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
+                 "2 dead or cancelled  1/s  1s left"),
+                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
+                 "  4 running  100/s  16m 31s left"),
+                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
+            with self.subTest(progress=progress, width=width):
+                shown = queuectl.progress_line(progress, seconds, width)
+                self.assertEqual(shown, line)
+                self.assertLess(queuectl.columns(shown), width)
+
+    def test_columns_stand_in_line_whatever_the_width_of_letters(self):
+        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
+                ("a", "4", "日本語" * 9))
+        self.assertEqual(queuectl.grid(rows, self.PLAIN), [
+            "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
+        shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
+        self.assertEqual(shown[3], "a     4   日本語日本語日…")
+        self.assertLessEqual(queuectl.columns(shown[3]), 25)
+
+    def test_queues_are_shown_with_the_states_that_occur(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
+        queue.cancel("a")
+        queue.pause("q")
+        queue.limit_queue("gpu", 12)
+        self.assertEqual(queuectl.queue_lines(queue.queues(), self.PLAIN), [
+            "QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
+            "default  -      0        0",
+            "gpu      12     1        0",
+            "q        -      0        1          paused"])
+        self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
+            "name": "q", "paused": True, "limit": 0,
+            "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+
+    def test_schedules_are_shown_with_what_comes_and_what_was(self):
+        queue = self.a_queue()
+        queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
+        queue.add_schedule("rests", "@daily", command="x")
+        queue.pause_schedule("rests")
+        queue.run_schedule("a")
+        self.clock.now += 120
+        style = self.PLAIN._replace(now=self.clock.now)
+        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
+            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
+            "a      */10 * * * *  in 8m   2m ago  q        make; all",
+            "rests  @daily        paused  -       default  x"])
+        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
+            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
+            "paused": False, "next_run": queuectl.iso(NOON + 600),
+            "last_run": queuectl.iso(NOON)})
+
+    def test_the_next_turns_are_told_in_words_and_times(self):
+        queue = self.a_queue()
+        zone = time.strftime("%Z", time.localtime(NOON))
+        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
+        words, times = queuectl.turn_lines(schedule, NOON)
+        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
+        self.assertEqual(times, "next: " + ", ".join(time.strftime(
+            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
+            for n in (1, 2, 3)))
+
+    def test_a_change_is_one_line_that_no_terminal_obeys(self):
+        event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
+        self.assertEqual(queuectl.event_line(event, self.PLAIN),
+                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
+        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
+                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
+                         "\x1b[31mdead\x1b[0m  a [2J; b")
+        self.assertEqual(queuectl.event_object(event), {
+            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
+            "reason": "a\x1b[2J\nb"})
+
+    def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
+        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
+                         b"a | one\na | \na | two\xff")
+        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
+        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
+                   for place in range(7)]
+        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
+        self.assertEqual(len(set(colours)), 6)
+        self.assertEqual(colours[6], colours[0])
+
 
     def test_a_unit_file_hands_over_each_word_as_it_stands(self):
         for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
@@ -1623,7 +2560,626 @@ class Views(TestCase):
         self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
-# ---- 15 CLI ------------------------------------------------------------------
+# ---- 17 API to 21 Server -----------------------------------------------------
+
+TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
+SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
+JSON = "application/json"
+
+
+def misfit(value, schema, where=""):
+    """Why a value is not as its JSON schema says, or None; for what SCHEMAS use."""
+    if "$ref" in schema:
+        return misfit(value, queuectl.SCHEMAS[schema["$ref"].rpartition("/")[2]], where)
+    if "oneOf" in schema:
+        fitting = [one for one in schema["oneOf"] if misfit(value, one) is None]
+        return None if len(fitting) == 1 else f"{where} fits {len(fitting)} of oneOf"
+    kinds = schema.get("type", [])
+    kind = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array",
+            dict: "object", type(None): "null"}[type(value)]
+    if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
+        return f"{where} is {kind}, not {kinds}"
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        return f"{where}: {value!r} is not {schema['pattern']}"
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return f"{where}: {value!r} is not one of them"
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        missing = set(schema.get("required", ())) - set(value)
+        return f"{where} lacks {missing}" if missing else next(filter(None, (
+            misfit(inner, known.get(key, schema.get("additionalProperties") or {}),
+                   f"{where}.{key}") for key, inner in value.items())), None)
+    if isinstance(value, list):
+        return next(filter(None, (misfit(inner, schema.get("items", {}), f"{where}[]")
+                                  for inner in value)), None)
+    return None
+
+
+class Web(TestCase):
+    """Requests become replies; there is no socket here."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = self.a_queue()
+
+    def ask(self, method, target, body=None, site=SITE, **headers):
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body).encode()
+        given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}",
+                 **({"content-type": JSON} if body else {}),
+                 **{name.replace("_", "-"): text for name, text in headers.items()}}
+        return queuectl.respond(site, self.queue, queuectl.Request(
+            method, target, {name: text for name, text in given.items()
+                             if text is not None}, body or b"", "127.0.0.1"))
+
+    def told(self, method, target, body=None, status=200, **headers):
+        """The JSON of a reply, whose status must be that."""
+        reply = self.ask(method, target, body, **headers)
+        self.assertEqual(reply.status, status, reply.body)
+        return json.loads(reply.body)
+
+    def a_dead_job(self, job_id="dead", **fields):
+        claims = self.a_pool(self.queue, name=f"w-{job_id}")
+        self.queue.enqueue("exit 3", id=job_id, max_retries=1, **fields)
+        claim = self.claim_one(self.queue, claims).claim
+        claims.turn({claim: Outcome("failed", 3, "exit status 3", 0.5, b"one\ntwo\n", 8)},
+                    {}, [])
+
+    def test_every_answer_is_as_it_is_described(self):
+        self.a_dead_job()
+        self.queue.enqueue("echo hi", id="one", queue="gpu", tags=["t"], env={"A": "b"})
+        self.queue.add_schedule("nightly", "@daily", command="date")
+        self.queue.limit_queue("gpu", 2)
+        bodies = {"NewJob|[NewJob]": {"command": "x"}, "WhichDead": {},
+                  "WhichQueue": {"queue": "gpu"}, "Nothing": {}, "": None}
+        paths = queuectl.description(queuectl.DESCRIBED)["paths"]
+        for route in queuectl.ROUTES:
+            with self.subTest(route.method + " " + route.path):
+                job = "dead" if route.path.endswith("retry") else "one"
+                reply = self.ask(route.method, route.path.replace("ID", job),
+                                 bodies[route.body])
+                if route not in queuectl.DESCRIBED:
+                    continue
+                told = paths[route.path.replace("/ID", "/{ID}")][route.method.lower()]
+                content = told["responses"][str(reply.status)]["content"]
+                schema = content[reply.kind.partition(";")[0]]["schema"]
+                if reply.kind == JSON:
+                    self.assertIsNone(misfit(json.loads(reply.body), schema))
+                self.assertEqual(reply.said != "", route.method != "GET")
+
+    def test_answers_are_what_the_commands_print(self):
+        self.a_dead_job()
+        self.queue.enqueue("sleep 1", id="one")
+        for target, argv in (("status", ("status",)), ("workers", ("worker", "list")),
+                             ("jobs/dead", ("show", "dead")), ("jobs/one", ("show", "one"))):
+            printed = json.loads(run_cli("--db", self.path, *argv, "--json")[1])
+            self.assertEqual(self.told("GET", f"/api/{target}"), printed)
+        printed = json.loads(run_cli("--db", self.path, "list", "--json")[1])
+        self.assertEqual(self.told("GET", "/api/jobs"), {"jobs": printed, "next": None})
+
+    def test_who_may_do_what(self):
+        self.a_dead_job()
+        bearer, cookie = "Bearer {}".format, "x=1; queuectl={}".format
+        made = queuectl.cookie_value
+        for headers, role in (
+                ({"authorization": bearer(TOKEN)}, "full"),
+                ({"authorization": f"bearer  {TOKEN}"}, "full"),
+                ({"authorization": bearer(READ_TOKEN)}, "read"),
+                ({"authorization": None, "cookie": cookie(made(TOKEN))}, "full"),
+                ({"authorization": None, "cookie": cookie(made(READ_TOKEN))}, "read"),
+                ({"authorization": None}, None),
+                ({"authorization": bearer(TOKEN[:-1])}, None),
+                ({"authorization": bearer("")}, None), ({"authorization": TOKEN}, None),
+                ({"authorization": bearer("\xe9")}, None),
+                ({"authorization": f"Basic {TOKEN}"}, None),
+                ({"authorization": bearer("x"), "cookie": cookie(made(TOKEN))}, None),
+                ({"authorization": None, "cookie": cookie(TOKEN)}, None),
+                ({"authorization": None, "cookie": f"queuectl_1={made(TOKEN)}"}, None)):
+            with self.subTest(headers=headers):
+                for target in ("/", "/api/jobs", "/api/jobs/dead", "/api/nothing"):
+                    status = 401 if role is None else 404 if "nothing" in target else 200
+                    self.assertEqual(self.ask("GET", target, **headers).status, status)
+                status = {"full": 200, "read": 403, None: 401}[role]
+                self.assertEqual(self.ask("POST", "/api/jobs/dead/retry",
+                                          **headers).status, status)
+                for target in ("/healthz", "/metrics"):
+                    self.assertEqual(self.ask("GET", target, **headers).status, 200)
+                if role:
+                    self.assertEqual(self.told("GET", "/api/session", **headers)["role"],
+                                     role)
+        for site, status in ((SITE._replace(is_read_only=True), 403),
+                             (SITE._replace(token="", read_token=""), 200)):
+            self.assertEqual(self.ask("POST", "/api/pause", {}, site, authorization=bearer(
+                TOKEN) if site.token else None).status, status)
+        self.assertIn(("WWW-Authenticate", 'Bearer realm="queuectl"'),
+                      self.ask("GET", "/", authorization=None).headers)
+
+    def test_the_token_in_the_url_becomes_a_cookie(self):
+        for token, secure in ((TOKEN, False), (READ_TOKEN, True)):
+            site = SITE._replace(is_secure=secure, cookie="queuectl_1")
+            reply = self.ask("GET", f"/?token={token}", site=site, authorization=None)
+            headers = dict(reply.headers)
+            self.assertEqual((reply.status, headers["Location"]), (303, "/"))
+            cookie, *flags = headers["Set-Cookie"].split("; ")
+            self.assertEqual(flags, ["Path=/", "HttpOnly", "SameSite=Strict",
+                                     *["Secure"] * secure])
+            self.assertNotIn(token, cookie)
+            self.assertEqual(self.ask("GET", "/", site=site, authorization=None,
+                                      cookie=cookie).status, 200)
+        for target in ("/?token=", "/?token=x", f"/api/jobs?token={TOKEN}"):
+            self.assertIn(self.ask("GET", target, authorization=None).status, (401,))
+
+    def test_foreign_hosts_and_pages_are_refused(self):
+        wide = SITE._replace(is_wide=True)
+        for site, headers, status in (
+                (SITE, {"host": "LOCALHOST"}, 200), (SITE, {"host": "127.0.0.1:99"}, 200),
+                (SITE, {"host": "[::1]:8080"}, 200), (SITE, {"host": "localhost."}, 200),
+                (SITE, {"host": "evil.example"}, 403), (SITE, {"host": None}, 400),
+                (SITE, {"host": "localhost.evil.example"}, 403),
+                (SITE, {"host": "localhost:8080:80"}, 400), (SITE, {"host": ""}, 400),
+                (SITE, {"host": "localhost@evil"}, 400), (SITE, {"host": "10.0.0.1"}, 403),
+                (wide, {"host": "10.0.0.1:8080"}, 200), (wide, {"host": "[fe80::1]"}, 200),
+                (wide, {"host": "evil.example"}, 403),
+                (SITE, {"origin": "http://localhost:8080"}, 200),
+                (SITE, {"origin": "https://localhost:8080"}, 200),  # a proxy speaks TLS
+                (SITE, {"origin": "http://localhost"}, 403), (SITE, {"origin": "null"}, 403),
+                (SITE, {"origin": "http://evil.example"}, 403),
+                (SITE, {"origin": "file://localhost:8080"}, 403),
+                (SITE, {"origin": "http://localhost:8080.evil.example"}, 403),
+                (SITE, {"sec_fetch_site": "same-origin"}, 200),
+                (SITE, {"sec_fetch_site": "cross-site"}, 403),
+                (SITE, {"sec_fetch_site": "same-site"}, 403)):
+            with self.subTest(headers):
+                self.assertEqual(self.ask("POST", "/api/resume", {}, site,
+                                          **headers).status, status)
+                if "sec_fetch_site" not in headers:
+                    self.assertEqual(self.ask("GET", "/metrics", None, site,
+                                              **headers).status, status)
+
+    def test_what_is_wrong_is_refused_with_the_right_status(self):
+        self.queue.enqueue("x", id="one")
+        form = "application/x-www-form-urlencoded"
+        deep = b"[" * 100_000
+        for method, target, body, headers, status in (
+                ("GET", "/nothing", None, {}, 404), ("GET", "/api/jobs/", None, {}, 404),
+                ("GET", "/api/jobs/nope", None, {}, 404), ("GET", "//", None, {}, 404),
+                ("GET", "/api/jobs/a%2Fb", None, {}, 404), ("PUT", "/x", None, {}, 404),
+                ("GET", "/api/jobs/..%2F..%2Fetc%2Fpasswd", None, {}, 404),
+                ("GET", "/api/../api/jobs", None, {}, 404),
+                ("GET", "/api/jobs/%6Fne", None, {}, 200),      # decoded once
+                ("GET", "/api/jobs/%256Fne", None, {}, 404),    # and not twice
+                ("GET", "/api/jobs/%ff%00", None, {}, 404),
+                ("GET", "/api/jobs/one/output", None, {}, 200),
+                ("GET", "/api/jobs/one/output?run=1", None, {}, 404),
+                ("GET", "http://localhost/api/jobs", None, {}, 400),
+                ("GET", "*", None, {}, 400), ("GET", "/\xe9", None, {}, 400),
+                ("GET", "/api/jobs#x", None, {}, 400), ("GET", "/" + "x" * 9000, None, {}, 414),
+                ("GET", "/api/jobs?limit=0", None, {}, 400),
+                ("GET", "/api/jobs?limit=1001", None, {}, 400),
+                ("GET", "/api/jobs?limit=1e1", None, {}, 400),
+                ("GET", "/api/jobs?limit=1&limit=2", None, {}, 400),
+                ("GET", "/api/jobs?state=bad", None, {}, 400),
+                ("GET", "/api/jobs?stat=dead", None, {}, 400),
+                ("GET", "/api/jobs?after=job-1", None, {}, 400),
+                ("GET", "/api/jobs?queue=a%20b", None, {}, 400),
+                ("GET", "/api/jobs?search=%00", None, {}, 400),
+                ("GET", "/api/jobs?search=%ff", None, {}, 400),
+                ("GET", "/api/jobs?search=" + "x" * 257, None, {}, 400),
+                ("GET", "/api/jobs?" + "&" * 100, None, {}, 400),
+                ("GET", "/api/jobs?state=&queue=&tag=&search=&after=", None, {}, 200),
+                ("GET", "/api/history?minutes=1441", None, {}, 400),
+                ("GET", "/api/stats?since=soon", None, {}, 400),
+                ("GET", "/api/stats?since=1h30m", None, {}, 200),
+                ("DELETE", "/api/jobs", None, {}, 405), ("PUT", "/api/jobs", {}, {}, 405),
+                ("OPTIONS", "/api/jobs", None, {}, 405), ("TRACE", "/", None, {}, 405),
+                ("POST", "/healthz", {}, {}, 405), ("GET", "/api/pause", None, {}, 405),
+                ("HEAD", "/api/status", None, {}, 200), ("HEAD", "/", None, {}, 200),
+                ("POST", "/api/jobs", b"command=x", {"content_type": form}, 415),
+                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": "text/plain"}, 415),
+                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": None}, 415),
+                ("POST", "/api/jobs/one/cancel", None, {"content_type": form}, 415),
+                ("POST", "/api/jobs", b"{", {}, 400), ("POST", "/api/jobs", b"\xff", {}, 400),
+                ("POST", "/api/jobs", deep, {}, 400), ("POST", "/api/jobs", b"1", {}, 400),
+                ("POST", "/api/jobs", b'{"priority":' + b"9" * 5000 + b"}", {}, 400),
+                ("POST", "/api/jobs", b'{"command":"x","timeout":NaN}', {}, 400),
+                ("POST", "/api/jobs", [[]], {}, 400), ("POST", "/api/jobs", [None], {}, 400),
+                ("POST", "/api/jobs", [{"command": "x"}] * 10_001, {}, 400),
+                ("POST", "/api/jobs/one/cancel", {"x": 1}, {}, 400),
+                ("POST", "/api/jobs/one/cancel", b"null", {}, 400),
+                ("POST", "/api/pause", {"queue": "a b"}, {}, 400),
+                ("POST", "/api/pause", {"queue": 1}, {}, 400),
+                ("POST", "/api/pause", [], {}, 400),
+                ("POST", "/api/dlq/retry", {"ids": ["one"]}, {}, 409),
+                ("POST", "/api/dlq/retry", {"ids": ["nope"]}, {}, 404),
+                ("POST", "/api/dlq/retry", {"ids": None}, {}, 400),
+                ("POST", "/api/dlq/retry", {"ids": [], "queue": "q"}, {}, 400),
+                ("POST", "/api/dlq/retry", {"search": 1}, {}, 400),
+                ("POST", "/api/jobs/nope/retry", None, {}, 404),
+                ("DELETE", "/api/jobs/nope", None, {}, 404)):
+            with self.subTest(f"{method} {target[:60]} {str(body)[:40]} {headers}"):
+                reply = self.ask(method, target, body, **headers)
+                self.assertEqual(reply.status, status, reply.body[:200])
+                if status >= 400:
+                    self.assertIsNone(misfit(json.loads(reply.body),
+                                             queuectl.SCHEMAS["Error"]))
+                self.assertEqual(status == 405, "Allow" in dict(reply.headers))
+        self.assertEqual(dict(self.ask("PUT", "/api/jobs", {}).headers)["Allow"],
+                         "GET, POST, HEAD")
+        self.assertEqual([job.id for job in self.queue.jobs()], ["one"])
+
+    def test_jobs_are_added_and_a_mistake_is_named(self):
+        one = self.told("POST", "/api/jobs", {"command": "a", "priority": 5.0}, 201)
+        self.assertEqual((one["id"], one["priority"]), ("job-1", 5))
+        two = self.told("POST", "/api/jobs", [
+            {"command": "b", "id": "b"}, {"command": "c", "after": ["b"]}], 201)
+        self.assertEqual([job["id"] for job in two], ["b", "job-3"])
+        self.assertEqual(self.told("POST", "/api/jobs", [], 201), [])
+        for body, status, key, item in (
+                ({"command": "x", "priority": "high"}, 400, "priority", None),
+                ({"priority": 1}, 400, "command", None), ({"comand": "x"}, 400, "comand", None),
+                ({"command": "x", "after": ["nope"]}, 400, "after", None),
+                ({"command": "x", "id": "b"}, 409, None, None),
+                ([{"command": "x"}, {"command": "y", "timeout": -1}], 400, "timeout", 1),
+                ([{"command": "x"}, {"command": "y", "id": "b"}], 409, None, 1)):
+            told = self.told("POST", "/api/jobs", body, status)
+            self.assertEqual((told.get("key"), told.get("item")), (key, item), told)
+        self.assertEqual(len(self.queue.jobs()), 3)
+        long = b'{"command": "x", "priority": ' + b"9" * 99 + b"}"
+        self.assertIn("40 digits", self.told("POST", "/api/jobs", long, 400)["error"])
+
+    def test_jobs_come_in_pages(self):
+        for n in range(5):
+            self.queue.enqueue(f"echo {n}", id=f"n{n}", queue="ab"[n % 2], tags=[f"t{n}"])
+        self.queue.cancel("n0", "n1")
+        seen, cursor = [], ""
+        while cursor is not None:
+            page = self.told("GET", f"/api/jobs?limit=2&after={cursor}")
+            seen, cursor = seen + [job["id"] for job in page["jobs"]], page["next"]
+        self.assertEqual(seen, ["n4", "n3", "n2", "n1", "n0"])
+        for query, ids in (("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
+                           ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
+                           ("search=echo%204", "n4"), ("search=N3", "n3"),
+                           ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
+            found = self.told("GET", f"/api/jobs?{query}")["jobs"]
+            self.assertEqual([job["id"] for job in found], ids.split(), query)
+
+    def test_jobs_are_retried_cancelled_and_deleted(self):
+        self.a_dead_job()
+        self.a_dead_job("other", queue="q")
+        self.assertEqual([job["id"] for job in self.told(
+            "POST", "/api/dlq/retry", {"queue": "q"})], ["other"])
+        self.assertEqual([job["id"] for job in self.told(
+            "POST", "/api/dlq/retry", {"ids": ["dead"]})], ["dead"])
+        self.assertEqual(self.told("POST", "/api/dlq/retry"), [])
+        self.assertEqual(self.told("POST", "/api/jobs/dead/cancel")["state"], CANCELLED)
+        self.told("POST", "/api/jobs/dead/cancel", status=409)
+        self.assertEqual(self.told("POST", "/api/jobs/dead/retry")["state"], PENDING)
+        claims = self.a_pool(self.queue)
+        self.claim_one(self.queue, claims)
+        running = self.queue.jobs(PROCESSING)[0].id
+        self.told("DELETE", f"/api/jobs/{running}", status=409)
+        self.assertEqual(self.told("POST", f"/api/jobs/{running}/cancel")["state"],
+                         PROCESSING)
+        for job in self.queue.jobs(PENDING):
+            self.assertEqual(self.told("DELETE", f"/api/jobs/{job.id}")["id"], job.id)
+            self.told("GET", f"/api/jobs/{job.id}", status=404)
+
+    def test_queues_pause_and_resume(self):
+        self.queue.enqueue("x", queue="gpu")
+        self.assertEqual(self.told("POST", "/api/pause", {"queue": "gpu"}),
+                         {"paused": ["gpu"]})
+        self.assertIn(("gpu", True), [(one["name"], one["paused"]) for one in
+                                      self.told("GET", "/api/queues")])
+        self.assertEqual(sorted(self.told("POST", "/api/pause", {})["paused"]), ["*", "gpu"])
+        self.assertNotIn("*", [one["name"] for one in self.told("GET", "/api/queues")])
+        self.told("POST", "/api/resume", {"queue": "gpu"})
+        self.assertEqual(self.told("POST", "/api/resume"), {"paused": []})
+
+    def test_output_is_followed_by_its_offset(self):
+        self.a_dead_job()
+        self.queue.enqueue("x", id="new")
+        for target, body, run, total in (("dead/output", b"one\ntwo\n", "1", "8"),
+                                         ("dead/output?run=1&offset=4", b"two\n", "1", "8"),
+                                         ("dead/output?offset=99", b"", "1", "8"),
+                                         ("new/output", b"", "0", "0")):
+            reply = self.ask("GET", f"/api/jobs/{target}")
+            self.assertEqual((reply.status, reply.body, reply.kind), (
+                200, body, "text/plain; charset=utf-8"))
+            self.assertEqual(dict(reply.headers), {"X-Run": run, "X-Total-Bytes": total})
+
+    def test_history_tells_each_minute(self):
+        self.a_dead_job()
+        self.clock.now += 120
+        minutes = self.told("GET", "/api/history?minutes=4")["minutes"]
+        self.assertEqual([one["failed"] for one in minutes], [0, 1, 0, 0])
+        self.assertEqual((minutes[1]["run_p50"], minutes[0]["run_p50"]), (0.5, None))
+        self.assertEqual(len(self.told("GET", "/api/history?queue=no")["minutes"]), 60)
+
+    def test_a_change_leaves_one_line_and_a_look_none(self):
+        self.queue.enqueue("x", id="one")
+        for method, target, body, line in (
+                ("POST", "/api/jobs", {"command": "\x1b[31mevil\nline", "id": "two"},
+                 "web: POST /api/jobs by bearer from 127.0.0.1: 201 two"),
+                ("POST", "/api/jobs/one/cancel", None, "web: POST /api/jobs/one/cancel by "
+                 "bearer from 127.0.0.1: 200 cancelled"),
+                ("POST", "/api/pause?x=%0A", {}, ""), ("GET", "/api/jobs", None, ""),
+                ("POST", "/api/pause", {"queue": "\x1b\n"}, "web: POST /api/pause by bearer "
+                 "from 127.0.0.1: 400 queue: '\\x1b\\n' is not a name"),
+                ("DELETE", "/api/jobs/one", None, "web: DELETE /api/jobs/one by bearer from "
+                 "127.0.0.1: 200 deleted")):
+            self.assertEqual(self.ask(method, target, body).said, line)
+
+    def test_a_database_that_does_not_answer_is_503(self):
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("BEGIN IMMEDIATE")
+        self.queue.store.patience = 0.01
+        reply = self.ask("POST", "/api/jobs", {"command": "x"})
+        self.assertEqual((reply.status, "Retry-After" in dict(reply.headers)), (503, True))
+        self.assertEqual(self.ask("GET", "/api/status").status, 200)
+        other.execute("ROLLBACK")
+        self.queue.close()
+        self.assertEqual(self.ask("GET", "/healthz").status, 503)
+
+    def test_the_page_runs_under_its_policy_and_needs_nothing_from_elsewhere(self):
+        page, policy = queuectl.PAGE, queuectl.page_policy(queuectl.PAGE)
+        for tag in ("style", "script"):
+            self.assertEqual(len(re.findall(f"<{tag}[ >]", page)), 1)
+        self.assertEqual(policy.count("sha256-"), 2)
+        self.assertNotIn("unsafe", policy)
+        self.assertIsNone(re.search(r"<[^>]*\son[a-z]+=", page), "an inline handler")
+        self.assertIsNone(re.search(r"""(src|href)=["'](?!data:|#|/)""", page))
+        self.assertNotIn("innerHTML", page)
+        head = queuectl.head_of(self.ask("GET", "/"), "OK", "now", False).decode()
+        for header in ("X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
+                       "Cache-Control: no-store", "Cross-Origin-Opener-Policy: same-origin",
+                       "Cross-Origin-Resource-Policy: same-origin",
+                       "Content-Security-Policy: default-src 'none'"):
+            self.assertIn(f"\r\n{header}", head)
+
+    def test_who_listens_on_what(self):
+        options = queuectl.WebOptions("127.0.0.1", 8080, False, True, None, None)
+        site = queuectl.site_of(options, "127.0.0.1", {}, ["lab.example"])
+        self.assertRegex(site.token, "^[0-9a-f]{48}$")
+        self.assertNotIn("lab", site.hosts)
+        wide = queuectl.site_of(options._replace(host="0.0.0.0"), "0.0.0.0",
+                                {"QUEUECTL_TOKEN": "t"}, ["lab.example"])
+        self.assertEqual((wide.token, wide.is_wide), ("t", True))
+        self.assertLessEqual({"lab", "lab.example", "localhost"}, wide.hosts)
+        free = options._replace(needs_token=False)
+        self.assertEqual(queuectl.site_of(free, "::1", {}, []).token, "")
+        for given, address, environ in (
+                (free, "0.0.0.0", {}), (free, "10.0.0.1", {}),
+                (options, "::1", {"QUEUECTL_TOKEN": "a b"}),
+                (options, "::1", {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
+            with self.assertRaises(queuectl.QueueError):
+                queuectl.site_of(given, address, environ, [])
+
+    def test_a_reader_bounds_bytes_and_time(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        reader = queuectl.Reader(ours)
+        theirs.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nhalf a line")
+        self.assertTrue(reader.wait(1))
+        reader.allow(100, 0.05)
+        self.assertEqual(reader.readline(), b"GET / HTTP/1.1\r\n")
+        self.assertEqual(reader.readline(), b"Host: x\r\n")
+        with self.assertRaises(TimeoutError):
+            reader.readline()
+        theirs.sendall(b"x" * 200)
+        reader.allow(100, 1)
+        with self.assertRaises(queuectl.HeadTooLarge):
+            reader.readline()
+        theirs.close()
+        reader.allow(1000, 1)
+        with self.assertRaises(ConnectionError):
+            reader.readline()
+
+    def test_the_most_silent_makes_room_and_the_busy_stay(self):
+        connections, pairs = queuectl.Connections(), [socket.socketpair() for _ in range(3)]
+        for sock in [one for pair in pairs for one in pair]:
+            self.addCleanup(sock.close)
+        first, second, third = (pair[0] for pair in pairs)
+        connections._silent = dict.fromkeys(range(queuectl.MAX_CONNECTIONS - 2))
+        for sock in (first, second):
+            self.assertTrue(connections.enter(sock))
+            connections.is_asking(sock)
+        connections._silent = {second: None}
+        connections._busy = {first, *range(queuectl.MAX_CONNECTIONS - 2)}
+        self.assertTrue(connections.enter(third))
+        self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
+        with self.assertRaises(ConnectionError):
+            connections.is_asking(second)
+        with self.assertRaises(ConnectionError):
+            connections.check(second)
+        connections.is_answered(second)
+        self.assertNotIn(second, connections._silent)
+        connections.is_asking(third)
+        self.assertFalse(connections.enter(second))
+
+    def test_the_refusal_of_one_too_many_is_whole(self):
+        head, _, body = queuectl.BUSY_REPLY.partition(b"\r\n\r\n")
+        self.assertIn(f"Content-Length: {len(body)}\r\n".encode(), head)
+        self.assertIn("error", json.loads(body))
+
+    def test_a_stream_that_is_too_far_behind_is_dropped(self):
+        stream = queuectl.Subscriber(0)
+        self.assertTrue(stream.put(b"x"))
+        self.assertEqual(stream.take(0), b"x")
+        self.assertEqual(stream.take(0.001), b"")
+        self.assertFalse(stream.put(b"x" * (queuectl.FEED_BUFFER + 1)))
+        self.assertIsNone(stream.take(0))
+
+    def test_a_watch_tells_changes_or_that_there_were_too_many(self):
+        watch = queuectl.Watch(Queue(self.path), self.queue.last_event())
+        self.addCleanup(watch._queue.close)
+        self.assertIn(b"event: status", watch.look(0.0))
+        self.queue.enqueue("x", id="one")
+        news = watch.look(0.1).decode()
+        self.assertEqual(news, 'id: 1\nevent: change\ndata: {"id": "one", "from": null, '
+                         f'"to": "pending", "at": "{queuectl.iso(NOON)}", "reason": '
+                         '"enqueued"}\n\n')
+        self.assertRegex(watch.look(0.6).decode(), '^event: status\ndata: .*"pending": 1')
+        self.assertEqual(watch.look(6.0), b"")
+        self.queue.enqueue_many([Spec("x")] * (queuectl.FEED_BATCH + 1))
+        self.assertTrue(watch.look(7.0).startswith(b"id: 1002\nevent: resync\ndata: {}\n\n"))
+
+
+SAMPLE = r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)$'
+
+
+def parse_metrics(text):
+    """({family: kind}, {(name, labels): value}) of either format; AssertionError."""
+    is_open, kinds, samples, family = text.endswith("\n# EOF\n"), {}, {}, None
+    lines = text.splitlines()
+    for line in lines[:-1] if is_open else lines:
+        if line.startswith("# HELP "):
+            family = line.split(" ")[2]
+            assert family not in kinds, f"{family} comes twice"
+        elif line.startswith("# TYPE "):
+            _, _, name, kinds[family] = line.split(" ")
+            assert name == family
+        else:
+            match = re.match(SAMPLE, line)
+            assert match, line
+            suffixes = {"counter": ("_total",) if is_open else ("",), "info": ("_info",),
+                        "histogram": ("_bucket", "_sum", "_count")}
+            assert match[1] in [family + end for end in suffixes.get(kinds[family], ("",))]
+            labels = tuple(sorted(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', match[2] or "")))
+            assert (match[1], labels) not in samples, line
+            samples[match[1], labels] = float(match[3])
+    return kinds, samples
+
+
+def check_histograms(test, kinds, samples):
+    """Buckets only grow, and the last one holds all."""
+    for family in (name for name, kind in kinds.items() if kind == "histogram"):
+        for (name, labels), count in samples.items():
+            if name == family + "_count":
+                buckets = [n for (other, found), n in samples.items()
+                           if other == family + "_bucket" and set(labels) <= set(found)]
+                test.assertEqual(buckets, sorted(buckets))
+                test.assertEqual((buckets[-1], len(buckets)), (count, 17))
+
+
+class Metrics(TestCase):
+    def scrape(self, queue, is_open=False):
+        return queuectl.metrics_text(queuectl.metric_families(queue.scrape()), is_open)
+
+    def a_busy_hour(self, queue, claims, jobs=4):
+        for n in range(jobs):
+            queue.enqueue("x", queue=("default", "gpu")[n % 2], max_retries=2)
+        for outcome in ("completed", "failed", "timeout", "lost"):
+            claimed = claims.turn({}, {}, [1]).claimed
+            for one in claimed:
+                os.close(one.lock)
+            self.clock.now += 7
+            claims.turn({one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
+                         for one in claimed}, {}, [])
+
+    def test_both_formats_hold_the_metrics_of_the_contract(self):
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue))
+        for is_open in (False, True):
+            kinds, samples = parse_metrics(self.scrape(queue, is_open))
+            check_histograms(self, kinds, samples)
+            self.assertEqual({name for name, _ in samples}, {
+                "queuectl_jobs", "queuectl_jobs_completed_total", "queuectl_attempts_total",
+                *(f"queuectl_job_{what}_seconds_{part}" for what in ("duration", "wait")
+                  for part in ("bucket", "sum", "count")),
+                "queuectl_oldest_pending_seconds", "queuectl_workers",
+                "queuectl_worker_slots", "queuectl_queue_paused",
+                "queuectl_database_bytes", "queuectl_build_info"})
+            self.assertEqual(kinds["queuectl_attempts" + "_total" * (not is_open)], "counter")
+            self.assertEqual(samples["queuectl_attempts_total", (
+                ("outcome", "timeout"), ("queue", "default"))], 1)
+            self.assertEqual(samples["queuectl_jobs", (
+                ("queue", "gpu"), ("state", "cancelled"))], 0)
+
+    def test_the_parsers_of_prometheus_take_both(self):
+        try:
+            from prometheus_client import parser
+            from prometheus_client.openmetrics import parser as open_parser
+        except ImportError:
+            self.skipTest("prometheus_client is not installed")
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue))
+        old = list(parser.text_string_to_metric_families(self.scrape(queue)))
+        new = list(open_parser.text_string_to_metric_families(self.scrape(queue, True)))
+        self.assertEqual(len(new), 11)
+        self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
+                          for family in old for one in family.samples},
+                         {(one.name, *sorted(one.labels.items())): one.value
+                          for family in new for one in family.samples})
+
+    def test_the_format_is_chosen_by_accept(self):
+        wants = queuectl._wants_open_metrics
+        self.assertTrue(wants("application/openmetrics-text;version=1.0.0;q=0.5,"
+                              "text/plain;version=0.0.4;q=0.3,*/*;q=0.1"))
+        self.assertTrue(wants("application/openmetrics-text; version=1.0.0"))
+        for accept in ("", "*/*", "text/plain", "application/openmetrics-text;q=0",
+                       "text/plain;q=0.9, application/openmetrics-text;q=0.8"):
+            self.assertFalse(wants(accept), accept)
+
+    def test_labels_are_escaped(self):
+        family = queuectl.Family("f", "gauge", "h", [("", {"l": 'a"b\\c\nd'}, 1)])
+        self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family], False))
+
+    def test_they_are_equal_to_status(self):
+        queue = self.a_queue()
+        self.a_busy_hour(queue, self.a_pool(queue), 12)
+        queue.enqueue("x", delay=100)
+        queue.pause("gpu")
+        self.clock.now += 3
+        samples, status = parse_metrics(self.scrape(queue))[1], queue.status()
+        for state in STATES:
+            self.assertEqual(sum(n for (name, labels), n in samples.items()
+                                 if name == "queuectl_jobs" and ("state", state) in labels),
+                             status.counts[state])
+        busy = sum(len(view.running) for view in status.workers)
+        self.assertEqual(samples["queuectl_worker_slots", (("state", "busy"),)], busy)
+        self.assertEqual(samples["queuectl_workers", ()], len(status.workers))
+        self.assertEqual(samples["queuectl_queue_paused", (("queue", "gpu"),)], 1)
+        self.assertEqual(samples["queuectl_queue_paused", (("queue", "default"),)], 0)
+        self.assertGreaterEqual(samples["queuectl_oldest_pending_seconds",
+                                        (("queue", "default"),)], 3)
+
+    def test_the_oldest_is_of_any_priority_and_also_what_no_pool_has_let_in(self):
+        queue = self.a_queue()
+        for name, priority in (("a", 0), ("b", 5), ("a", -3), ("a", 7)):
+            queue.enqueue("x", queue=name, priority=priority)
+            self.clock.now += 10
+        queue.enqueue("x", queue="c", delay=5)
+        queue.enqueue("x", queue="d", delay=500)
+        self.clock.now += 9
+        samples = parse_metrics(self.scrape(queue))[1]
+        self.assertEqual({dict(labels)["queue"]: seconds for (name, labels), seconds
+                          in samples.items() if name == "queuectl_oldest_pending_seconds"},
+                         {"a": 49, "b": 39, "c": 4, "d": 0, "default": 0})
+
+    def test_counters_never_fall_in_a_day_of_purges_and_restarts(self):
+        last, kinds = {}, {}
+        for hour in range(24):
+            with Queue(self.path, clock=self.clock) as queue:
+                claims = self.a_pool(queue, name=f"w{hour}")
+                self.a_busy_hour(queue, claims, 1 + hour % 5)
+                claims.leave()
+                if hour % 3 == 2:
+                    for _ in queue.sweep("delete", (COMPLETED, DEAD), 0):
+                        pass
+                kinds, now = parse_metrics(self.scrape(queue))
+                check_histograms(self, kinds, now)
+            self.assertLessEqual(set(last), set(now))
+            for key, value in last.items():
+                if re.search("_(total|bucket|sum|count)$", key[0]):
+                    self.assertGreaterEqual(now[key], value, key)
+            last = now
+            self.clock.now += 3600
+        self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
+
+
+# ---- 22 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -1720,6 +3276,376 @@ class CommandLine(TestCase):
             self.assertEqual(code, 0)
             self.assertIn(entry.help[1:], " ".join(out.split()))
 
+    def test_every_help_shows_its_groups_and_examples_that_parse(self):
+        for entry in queuectl.COMMANDS:
+            with self.subTest(entry.words):
+                shown = " ".join(run_cli(*entry.words, "--help")[1].split())
+                self.assertTrue(entry.examples)
+                for one in entry.options:
+                    self.assertIn(f"{one.group}: ".lstrip(), shown)
+                    for name in one.names:
+                        if name.startswith("--"):
+                            self.assertIn(name, shown)
+                for example in entry.examples:
+                    self.assertIn(f"queuectl {' '.join(example.split())}", shown)
+                    words = shlex.split(example)
+                    self.assertIs(queuectl._parse(words).entry, entry)
+
+    def test_examples_that_harm_nobody_run(self):
+        self.cli("enqueue", "x", "--id", "job-1")
+        for entry in queuectl.COMMANDS:
+            for example in entry.examples:
+                words = shlex.split(example)
+                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
+                        or {"--watch", "--follow"} & {*words}:
+                    continue
+                with self.subTest(example):
+                    code, _, err = self.cli(*words)
+                    self.assertIn(code, (0, 1), err)
+                    if code:    # what it asks of is not there
+                        self.assertRegex(err, "there is no|no job|no schedule|not dead|is ")
+
+    def test_a_mistyped_flag_names_the_nearest_and_an_abbreviation_is_none(self):
+        for argv, hint in ((("list", "--stat", "dead"), "--state"),
+                           (("list", "--stat=dead"), "--state"),
+                           (("enqueue", "--prio", "5", "x"), "--priority"),
+                           (("enqueue", "x", "--qeue", "q"), "--queue"),
+                           (("purge", "--dry-rn"), "--dry-run"),
+                           (("status", "--bd", "x"), "--db"),
+                           (("queue", "lst"), "queue list"), (("schedul", "list"), "schedule"),
+                           (("edit", "job-1", "--max-retry", "1"), "--max-retries")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn(f"did you mean `{hint}`?", err)
+        self.assertFalse(os.path.exists(self.path))
+        self.assertIn("in quotes, or --", self.cli("enqueue", "echo", "hi")[2])
+
+    # Choosing jobs.
+
+    def some_jobs(self):
+        """Two pending jobs and one of each of completed, dead and cancelled."""
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        claims = self.a_pool(queue)
+        for name, kind in (("good", "completed"), ("bad", "failed")):
+            queue.enqueue("x", id=name, max_retries=1)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 3)}, {}, [])
+        queue.enqueue_many([Spec("x", id="gone"), Spec("make", id="a", tags=("t",)),
+                            Spec("make", id="b", queue="q")])
+        queue.cancel("gone")
+        claims.leave()
+        return queue
+
+    def test_ids_or_a_choice_and_never_both_or_neither(self):
+        self.some_jobs()
+        for argv in (("retry",), ("cancel", "a", "--all"), ("delete", "a", "--tag", "t"),
+                     ("dlq", "retry"), ("dlq", "retry", "bad", "--all"), ("wait",),
+                     ("wait", "a", "--all"), ("cancel", "--state", "dead"),
+                     ("retry", "-s", "processing"), ("delete", "-s", "processing"),
+                     ("purge", "-s", "processing"),
+                     ("purge", "-s", "pending", "--older-than", "1d"),
+                     ("purge", "-s", "dead", "-s", "failed", "--older-than", "1d"),
+                     ("edit", "a"), ("edit", "--priority", "1")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out), (2, ""), err)
+        self.assertEqual(len(json.loads(self.cli("list", "--json")[1])), 5)
+
+    def test_a_choice_changes_all_that_fit_and_says_how_many(self):
+        memory = memory_directory()
+        self.addCleanup(shutil.rmtree, memory)
+        for argv, said, left in (
+                (("retry", "--all"), "2 jobs pending again", {"good": COMPLETED}),
+                (("retry", "--state", "dead"), "bad pending again",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("cancel", "--search", "make"), "2 jobs cancelled",
+                 {"a": CANCELLED, "b": CANCELLED}),
+                (("cancel", "--tag", "t"), "a cancelled", {"a": CANCELLED, "b": PENDING}),
+                (("delete", "--queue", "q", "-s", "pending"), "b deleted", {"a": PENDING}),
+                (("delete", "--all"), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("delete", "--tag", "no"), "no such jobs", {"bad": DEAD}),
+                (("dlq", "retry", "--all"), "bad pending again", {"bad": PENDING}),
+                (("dlq", "retry", "--queue", "q"), "no such jobs", {"bad": DEAD}),
+                (("dlq", "purge"), "bad deleted", {"good": COMPLETED}),
+                (("purge",), "3 jobs deleted", {"a": PENDING, "b": PENDING}),
+                (("purge", "-s", "pending", "-s", "dead"), "3 jobs deleted",
+                 {"good": COMPLETED, "gone": CANCELLED}),
+                (("purge", "--older-than", "1h"), "no such jobs", {"bad": DEAD}),
+                (("purge", "--dry-run"), "would delete 1 completed, 1 dead, 1 cancelled",
+                 {"bad": DEAD, "good": COMPLETED}),
+                (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
+                 {"a": PENDING})):
+            with self.subTest(argv):
+                self.path = os.path.join(memory, "-".join(argv))
+                queue = self.some_jobs()
+                code, out, err = self.cli(*argv)
+                self.assertEqual((code, out, err), (0, "", said + "\n"))
+                states = {job.id: job.state for job in queue.jobs()}
+                self.assertEqual({name: states[name] for name in left}, left)
+                self.assert_sound(queue)
+
+    def test_what_was_swept_is_printed_as_json(self):
+        self.some_jobs()
+        out = self.cli("cancel", "--all", "--json")[1]
+        self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
+                         [("b", CANCELLED), ("a", CANCELLED)])
+        self.assertEqual(json.loads(self.cli("purge", "--dry-run", "--json")[1]),
+                         {"deleted": 0})
+        self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
+        self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
+
+    def test_an_edit_says_what_it_changed(self):
+        self.some_jobs()
+        code, out, err = self.cli("edit", "a", "b", "--priority", "5", "--queue", "z")
+        self.assertEqual((code, out), (0, ""))
+        self.assertIn("a, b: ", err)
+        jobs = json.loads(self.cli("edit", "a", "--run-at", "2031-01-01T00:00:00Z",
+                                   "--json")[1])
+        self.assertEqual([(job["id"], job["priority"], job["queue"], job["run_at"])
+                          for job in jobs], [("a", 5, "z", "2031-01-01T00:00:00.000Z")])
+        code, _, err = self.cli("edit", "good", "--priority", "1", "--json")
+        self.assertEqual((code, json.loads(err)["error"]["code"]), (1, "wrong-state"))
+
+    # Waiting.
+
+    def test_waiting_ends_with_the_status_of_the_one_job(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, outcome, status in (
+                ("ok", Outcome("completed", 0), 0), ("own", Outcome("failed", 7), 7),
+                ("signal", Outcome("failed", 137, "killed by SIGKILL"), 137),
+                ("late", Outcome("timeout", 124, "timed out"), 124),
+                ("unstarted", Outcome("failed", None, "no directory"), 1),
+                ("gone", Outcome("cancelled", None), 1)):
+            with self.subTest(name):
+                queue.enqueue("x", id=name, max_retries=1)
+                claims.turn({self.claim_one(queue, claims).claim: outcome}, {}, [])
+                code, out, err = self.cli("wait", name)
+                self.assertEqual((code, out), (status, ""))
+                self.assertIn(f"{name} {queue.job(name).state}", err)
+                self.assertEqual(self.cli("wait", name, "-q"), (status, "", ""))
+        self.assertEqual(self.cli("wait", "ok", "ok")[0], 0)
+        code, _, err = self.cli("wait", "ok", "own")
+        self.assertEqual(code, 1)
+        self.assertIn("1 of 2 jobs completed", err)
+        self.assertEqual(self.cli("wait", "--all")[0], 0)       # nothing was left
+        self.assertEqual(self.cli("wait", "--tag", "none")[0], 0)
+        self.assertEqual(self.cli("wait", "nope")[0], 1)
+
+    def test_waiting_too_long_is_no_success_and_a_missing_worker_is_said(self):
+        self.some_jobs()
+        for argv in (("wait", "a"), ("wait", "--all"), ("wait", "--queue", "q"),
+                     ("wait", "--tag", "t"), ("wait", "a", "b")):
+            with self.subTest(argv):
+                code, out, err = self.cli(*argv, "--timeout", "10ms")
+                self.assertEqual((code, out), (1, ""))
+                self.assertRegex(err, r"^[ab] waits: no worker is running; `queuectl worker start` starts one\n")
+                self.assertIn("not over yet; wait longer", err)
+        self.assertEqual(queuectl.NotFinished.code, "not-finished")
+        self.assertIn("no worker is running; `queuectl worker start`",
+                      self.cli("enqueue", "x")[2])
+        self.assertEqual(self.cli("enqueue", "x", "-q")[2], "")
+
+    # Queues, schedules, changes.
+
+    def test_queues_are_paused_limited_and_listed(self):
+        for argv, said in (
+                (("pause", "--queue", "a", "--queue", "b"), "queues a, b paused;"),
+                (("pause",), "all queues paused;"),
+                (("resume", "--queue", "a"), "queue a resumed; still paused: all queues, "
+                 "by a pause of all, b"),
+                (("queue", "list"), "all queues are paused; `queuectl resume` ends that"),
+                (("resume",), "all queues resumed; still paused: b"),
+                (("queue", "set", "gpu", "--limit", "2"), "queue gpu: at most 2 at once"),
+                (("queue", "set", "b", "--limit", "1"), "queue b: at most 1 at once"),
+                (("queue", "set", "b", "--limit", "0"), "queue b: no limit")):
+            with self.subTest(argv):
+                code, _, err = self.cli(*argv)
+                self.assertEqual(code, 0)
+                self.assertIn(said, err)
+        shown = json.loads(self.cli("queue", "list", "--json")[1])
+        self.assertEqual([(one["name"], one["paused"], one["limit"]) for one in shown],
+                         [("b", True, 0), ("default", False, 0), ("gpu", False, 2)])
+        self.assertEqual(json.loads(self.cli("status", "--json")[1])["paused"], ["b"])
+        for argv in (("queue", "set", "gpu"), ("queue", "set", "gpu", "--limit", "-1"),
+                     ("pause", "--queue", "a b")):
+            self.assertEqual(self.cli(*argv)[0], 2)
+
+    def test_a_schedule_is_added_shown_and_taken_away(self):
+        code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
+                                  "--priority", "4", "--", "sh", "-c", "a && b")
+        self.assertEqual((code, out), (0, ""))
+        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
+                              "no worker is running")
+        shown = json.loads(self.cli("schedule", "list", "--json")[1])
+        self.assertEqual(tuple(shown[0]), ("name", "cron", "command", "queue", "paused",
+                                           "next_run", "last_run"))
+        self.assertEqual(shown[0]["command"], "sh -c 'a && b'")
+        job_id = self.cli("schedule", "run", "night")[1].strip()
+        job = json.loads(self.cli("show", job_id, "--json")[1])
+        self.assertEqual((job["command"], job["queue"], job["priority"], job["tags"]),
+                         ("sh -c 'a && b'", "q", 4, ["schedule:night"]))
+        self.assertEqual(self.cli("schedule", "pause", "night")[2], "night paused\n")
+        self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +paused ")
+        self.assertIn("next: ", self.cli("schedule", "resume", "night")[2])
+        self.assertIn("removed", self.cli("schedule", "remove", "night")[2])
+        self.assertIn("no schedules", self.cli("schedule", "list")[2])
+        self.assertEqual(self.cli("show", job_id)[0], 0)
+
+    def test_a_schedule_that_is_wrong_is_refused(self):
+        self.cli("schedule", "add", "night", "@daily", "x")
+        for argv, status in ((("add", "night", "@daily", "x"), 1),
+                             (("add", "b", "61 * * * *", "x"), 1),
+                             (("add", "b", "@daily"), 2), (("add", "b"), 2),
+                             (("add", "b", "@daily", "x", "--", "y"), 2),
+                             (("add", "b", "@daily", "x", "--id", "i"), 2),
+                             (("remove", "nigth"), 1), (("run", "x"), 1), (("pause",), 2)):
+            with self.subTest(argv):
+                code, out, err = self.cli("schedule", *argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+        self.assertEqual(len(json.loads(self.cli("schedule", "list", "--json")[1])), 1)
+
+    def test_changes_are_printed_oldest_first(self):
+        queue = self.some_jobs()
+        lines = [json.loads(line) for line in self.cli("events", "--json")[1].splitlines()]
+        self.assertEqual(lines, [queuectl.event_object(e) for e in queue.events_since()])
+        self.assertEqual(list(lines[0].items())[:3],
+                         [("id", "good"), ("from", None), ("to", PENDING)])
+        self.assertEqual(tuple(lines[0])[3:], ("at", "reason"))
+        self.assertEqual([line.split("  ")[1:3] for line
+                          in self.cli("events", "--queue", "q")[1].splitlines()],
+                         [["b", "- -> pending"]])
+        for since, n in (("1h", len(lines)), ("+1h", 0), ("2020-01-01", len(lines))):
+            self.assertEqual(len(self.cli("events", "--since", since)[1].splitlines()), n)
+        self.assertEqual(self.cli("events", "--since", "soon")[0], 2)
+
+    # Following what jobs print.
+
+    def printed(self, text):
+        output = Output(1 << 16)
+        output.feed(text)
+        return output
+
+    def test_a_follower_goes_through_the_retries_to_the_end(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a", max_retries=2, backoff_base=0)
+        follower = queuectl.Follower(queue, "a")
+        last, early = queuectl.Follower(queue, "a"), queuectl.Follower(queue, "a", 1)
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"one\ntw")}, [])
+        self.assertEqual(follower.step(), (b"one\ntw", ""))
+        self.assertEqual(follower.step(), (b"", ""))
+        claims.turn({claim: Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8)}, {}, [])
+        self.assertEqual(follower.step(), (b"o\n", "-- run 1 of a: failed"))
+        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
+        self.assertEqual((early.step(), early.is_over), ((b"one\ntwo\n", ""), True))
+
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({claim: Outcome("completed", 0, None, 0.1, b"done", 4)}, {}, [])
+        self.assertEqual((follower.step(), follower.is_over), ((b"done", ""), True))
+        self.assertEqual((last.step(), last.is_over), ((b"done", ""), True))
+
+    def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="a")
+        claim = self.claim_one(queue, claims).claim
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n")}, [])
+        followers = [queuectl.Follower(queue, "a", lines=n) for n in (0, 2, 9, None)]
+        self.assertEqual([one.step()[0] for one in followers],
+                         [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
+        claims.turn({}, {claim: self.printed(b"1\n2\n3\n4\n5\n")}, [])
+        self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
+
+    def test_to_follow_what_never_ran_ends_in_words(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.cancel("a")
+        code, _, err = self.cli("logs", "-f", "a")
+        self.assertEqual(code, 1)
+        self.assertIn("a has not run yet", err)
+
+    # Streams.
+
+    def a_file(self, content):
+        with open(self.path_of("lines"), "wb") as file:
+            file.write(content)
+        fd = os.open(self.path_of("lines"), os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def test_lines_come_as_they_are_written_and_the_last_needs_no_end(self):
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        batches = queuectl._line_batches(read_end)
+        os.write(write_end, b"a\r\n\nb\nc")
+        self.assertEqual(next(batches), [b"a\r", b"", b"b"])
+        os.write(write_end, b"d\n")
+        self.assertEqual(next(batches), [b"cd"])
+        os.write(write_end, b"e")
+        os.close(write_end)
+        self.assertEqual(list(batches), [[b"e"]])
+
+    def test_many_lines_at_once_are_taken_in_bounded_batches(self):
+        batches = list(queuectl._line_batches(self.a_file(b"x\n" * 200_000)))
+        sizes = [len(batch) for batch in batches]
+        self.assertLess(max(sizes), queuectl.STREAM_BATCH + queuectl.READ_SIZE)
+        self.assertEqual(sum(line == b"x" for batch in batches for line in batch), 200_000)
+
+    def test_of_an_endless_line_only_what_can_be_refused_is_kept(self):
+        content = b"x" * (queuectl.MAX_LINE + 3 * queuectl.READ_SIZE) + b"\necho ok\n"
+        first, second = [line for batch in queuectl._line_batches(self.a_file(content))
+                         for line in batch if line]
+        self.assertLess(len(first), queuectl.MAX_LINE + 2 * queuectl.READ_SIZE)
+        self.assertEqual(second, b"echo ok")
+
+        queue, refused = self.a_queue(), []
+        stream = queuectl.Stream(queue, {}, refused.append)
+        self.assertEqual([job.command for job in stream.add([first, second])], ["echo ok"])
+        self.assertRegex(str(refused[0]), "^line 1: command")
+
+    def test_bad_lines_of_a_stream_are_numbered_and_passed_over(self):
+        queue, refused = self.a_queue(), []
+        queue.enqueue("x", id="taken")
+        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append)
+        jobs = stream.add([
+            b"echo a", b"# a comment", b"", b"{bad}", b'{"command": "b", "id": "taken"}',
+            b'[{"command": "c", "id": "c"}, {"command": "d", "id": "d"}]'])
+        jobs += stream.add([b'[{"command": "e"}, {"command": ""}]', b"\xff",
+                            b'{"command": "f", "id": "c"}', b"echo g", b""])
+
+        self.assertEqual([(job.command, job.queue) for job in jobs],
+                         [("echo a", "q"), ("c", "q"), ("d", "q"), ("echo g", "q")])
+        self.assertEqual([str(error).partition(": ")[0] for error in refused],
+                         ["line 4", "line 5", "line 7", "line 8", "line 9"])
+        self.assertEqual(stream.refused, 5)
+        self.assertEqual([job.id for job in queue.jobs(queue="q", sort="oldest")],
+                         [job.id for job in jobs])
+
+    def test_a_stream_waits_for_a_database_that_is_busy(self):
+        queue = self.a_queue()
+        queue.store.patience = 0.01
+        rival = sqlite3.connect(queue.path, isolation_level=None)
+        self.addCleanup(rival.close)
+        rival.execute("BEGIN IMMEDIATE")
+        refused = []
+
+        def refuse(error):
+            refused.append(error.code)
+            rival.execute("ROLLBACK")
+        stream = queuectl.Stream(queue, {}, refuse)
+        self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
+        self.assertEqual((refused, stream.refused), (["busy"], 0))
+
+    def test_a_stream_takes_no_other_source(self):
+        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
+                     ("@f",)):
+            with self.subTest(argv):
+                self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
+
 
     def test_a_unit_file_is_of_this_program_and_queue_and_makes_none(self):
         code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
@@ -1743,7 +3669,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 16 Completion -----------------------------------------------------------
+# ---- 23 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
@@ -1930,6 +3856,103 @@ class Processes(TestCase):
     def read(self, name):
         with open(self.path_of(name)) as file:
             return file.read()
+
+
+class Picture:
+    """What a terminal shows of what was written to it; only what we ourselves use."""
+
+    def __init__(self, width):
+        self.lines, self._width, self._row, self._column = [""], width, 0, 0
+        self._wraps, self._rest = True, ""
+
+    def write(self, text):
+        parts = re.split(r"(\x1b\[[?0-9;]*[a-zA-Z]|[\r\n])", self._rest + text)
+        parts, self._rest = (parts[:-1], parts[-1]) if "\x1b" in parts[-1] else (parts, "")
+        for part in parts:
+            self._obey(part)
+
+    def _obey(self, part):
+        if part == "\r":
+            self._column = 0
+        elif part == "\n":
+            self._go_down()
+        elif part == "\x1b[J":
+            del self.lines[self._row + 1:]
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part == "\x1b[K":
+            self.lines[self._row] = self.lines[self._row][:self._column]
+        elif part in ("\x1b[?7l", "\x1b[?7h"):
+            self._wraps = part.endswith("h")
+        elif re.fullmatch(r"\x1b\[\d+A", part):
+            self._row = max(0, self._row - int(part[2:-1]))
+        elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
+            for char in part:
+                self._put(char)
+
+    def _go_down(self):
+        self._row += 1
+        if self._row == len(self.lines):
+            self.lines.append("")
+
+    def _put(self, char):
+        if self._column == self._width:
+            if not self._wraps:
+                return
+            self._column = 0
+            self._go_down()
+        line = self.lines[self._row].ljust(self._column)
+        self.lines[self._row] = line[:self._column] + char + line[self._column + 1:]
+        self._column += 1
+
+
+class OnTerminal:
+    """A program on a terminal of its own: what it writes, and what is typed."""
+
+    def __init__(self, argv, directory, size, environ):
+        self.text, self.picture = "", Picture(size[1])
+        self._main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        inherited = {name: value for name, value in os.environ.items()
+                     if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            argv, cwd=directory, stdin=side, stdout=side, stderr=side,
+            env={**inherited, "TERM": "xterm", **environ}, start_new_session=True,
+            preexec_fn=functools.partial(fcntl.ioctl, side, termios.TIOCSCTTY, 0))
+        os.close(side)
+
+    def type(self, keys):
+        os.write(self._main, keys)
+
+    def until(self, condition):
+        """Read until the condition holds of the text."""
+        wait_for(lambda: condition(self.text) or (self._read() and False),
+                 "the screen")
+
+    def end(self):
+        """Read to the end; the exit status."""
+        while self._read(DEADLINE):
+            pass
+        return self.process.wait(DEADLINE)
+
+    def _read(self, seconds=0.05):
+        """Read what is there; whether there may be more."""
+        poller = select.poll()      # select() takes no number above 1023
+        poller.register(self._main, select.POLLIN)
+        if not poller.poll(seconds * 1000):
+            return False
+        try:
+            piece = os.read(self._main, 65536).decode("utf-8", "replace")
+        except OSError:     # EIO: nobody has the other side any more
+            return False
+        self.text += piece.replace("\r\n", "\n")
+        self.picture.write(piece)
+        return bool(piece)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._main)
 
 
 class Program(Processes):
@@ -2323,10 +4346,1115 @@ class Program(Processes):
             self.assertEqual(self.runs(name)[-1].output.split()[0].decode(), wanted)
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
 
+    # Waiting, hooks, schedules, retention: by a real pool.
+
+    def test_enqueue_wait_ends_as_the_job_did(self):
+        self.worker("-c", "4", "--name", "w")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        for command, flags, status in (
+                ("echo hi", (), 0), ("exit 7", (), 7), ("kill -9 $$", (), 137),
+                ("sleep 100", ("--timeout", "100ms"), 124),
+                ('[{"command": "true"}, {"command": "exit 3"}]', (), 1)):
+            with self.subTest(command):
+                code, out, err = self.call("enqueue", command, "--max-retries", "1",
+                                           "--wait", *flags)
+                self.assertEqual((code, out.count("\n")), (status, 1), err)
+                self.assertNotIn("no worker", err)
+        self.assertIn("1 of 2 jobs completed", err)
+
+    def test_a_hook_s_command_is_told_of_the_job_that_it_follows(self):
+        self.call("config", "set", "on-dead", "echo $QUEUECTL_JOB_ID $QUEUECTL_STATE "
+                  "$QUEUECTL_EXIT_CODE $QUEUECTL_ERROR $QUEUECTL_QUEUE >> told")
+        self.call("config", "set", "on-idle", "echo idle $QUEUECTL_JOB_ID >> told")
+        self.enqueue("exit 3", "--id", "bad", "--max-retries", "1")
+        self.drain()
+
+        self.assertRegex(self.read("told"), r"bad dead 3 .*3.* hooks\nidle bad\n")
+        self.assertEqual({job["queue"]: job["state"] for job in json.loads(
+            self.call("list", "--json")[1])}, {"hooks": COMPLETED, "default": DEAD})
+
+    def test_a_schedule_s_job_runs_where_it_was_added(self):
+        os.mkdir(self.path_of("here"))
+        subprocess.run(self.command("schedule", "add", "s", "@yearly", "--env", "A=b",
+                                    "--", "sh", "-c", "echo $A > ran"),
+                       cwd=self.path_of("here"), stderr=subprocess.DEVNULL, check=True)
+        self.call("schedule", "run", "s")
+        self.drain()
+        self.assertEqual(self.read("here/ran"), "b\n")
+
+    def test_a_pool_deletes_what_is_over_for_long_enough(self):
+        for key, value in (("heartbeat", "100ms"), ("retention-completed", "200ms"),
+                           ("retention-dead", "1d")):
+            self.call("config", "set", key, value)
+        self.call("enqueue", "-", input=b"true\n" * 30)
+        self.enqueue("exit 1", "--id", "bad", "--max-retries", "1")
+        self.worker("-c", "2")
+        self.wait_state("bad", DEAD)
+        with Queue(self.path) as queue:
+            wait_for(lambda: not queue.counts()[COMPLETED], "the deletion")
+            self.assertEqual([job.id for job in queue.jobs()], ["bad"])
+            self.assert_sound(queue)
+
+    # Programs that read and write as things happen.
+
+    def running(self, *argv, **options):
+        process = subprocess.Popen(self.command(*argv), cwd=self.dir,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, **options)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        self.addCleanup(process.stdin.close)
+        return process
+
+    def test_a_line_of_a_stream_starts_at_once(self):
+        self.worker("-c", "2")
+        wait_for(lambda: self.call("worker", "list")[1], "the worker")
+        stream = self.running("enqueue", "--stream")
+        takes = []
+        for number in range(5):
+            begun = time.monotonic()
+            stream.stdin.write(b"touch ran-%d\n" % number)
+            stream.stdin.flush()
+            self.assertEqual(stream.stdout.readline(), b"job-%d\n" % (number + 1))
+            name = self.path_of(f"ran-{number}")
+            wait_for(functools.partial(os.path.exists, name), name)
+            takes.append(time.monotonic() - begun)
+        stream.stdin.close()
+
+        self.assertEqual(stream.wait(DEADLINE), 0)
+        self.assertLess(sorted(takes)[1], 0.5)      # another may hold up some of them
+
+    def test_a_stream_says_its_bad_lines_and_ends_with_one(self):
+        code, out, err = self.call("enqueue", "--stream", "--tag", "t", "--json",
+                                   input=b'true\n{"command": 5}\n\n# no\n[{"command": "a"}]'
+                                         b'\n{"id": "x"}\nfalse')
+        jobs = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(code, 1)
+        self.assertEqual([(job["command"], job["tags"]) for job in jobs],
+                         [("true", ["t"]), ("a", ["t"]), ("false", ["t"])])
+        self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
+                          for line in err.splitlines()], ["line 2", "line 6"])
+        self.assertEqual(self.call("enqueue", "--stream", input=b"")[:2], (0, ""))
+        self.assertEqual(self.call("enqueue", "--stream", stdin=subprocess.DEVNULL)[0], 0)
+
+    def test_who_follows_the_changes_sees_each_once(self):
+        self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
+        follower = self.running("events", "--follow", "--json")
+        seen = [json.loads(follower.stdout.readline())]
+        pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
+        self.call("enqueue", "-", input=b"true\n" * 30)
+        for pool in pools:
+            self.assertEqual(pool.wait(60), 0)
+        self.drain()
+        with Queue(self.path) as queue:
+            wanted = [queuectl.event_object(one) for one in queue.events_since()]
+        seen += [json.loads(follower.stdout.readline()) for _ in wanted[1:]]
+        follower.send_signal(signal.SIGINT)
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(seen, wanted)
+        self.assertEqual((follower.returncode, rest, err), (130, b"", b""))
+
+    def test_logs_of_several_jobs_are_told_apart_line_by_line(self):
+        self.enqueue("printf 'one\\ntw'; while [ ! -e go ]; do sleep .05; done; "
+                     "printf 'o\\nend'; touch gone", "--id", "a")
+        self.enqueue("while [ ! -e gone ]; do sleep .05; done; echo b; [ -e again ] && "
+                     "exit 0; touch again; exit 1", "--id", "b", "--backoff-base", "10ms")
+        follower = self.running("logs", "-f", "b", "a")
+        self.worker("-c", "2")
+        self.assertEqual(follower.stdout.readline(), b"a | one\n")
+        open(self.path_of("go"), "w").close()
+        rest, err = follower.communicate(timeout=DEADLINE)
+
+        self.assertEqual(follower.returncode, 0)
+        self.assertEqual(sorted(rest.splitlines()),
+                         [b"a | end", b"a | two", b"b | b", b"b | b"])
+        self.assertEqual(err, b"-- run 1 of b: failed\n")
+        self.assertEqual(self.call("logs", "a", "b")[1],
+                         "a | one\na | two\na | end\nb | b\n")
+
+    # On a terminal.
+
+    def terminal(self, *argv, size=(24, 80), **environ):
+        terminal = OnTerminal(self.command(*argv), self.dir, size, environ)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def test_a_watched_status_is_drawn_anew_in_its_place(self):
+        self.enqueue("true")
+        for size in ((24, 200), (24, 30), (2, 80)):
+            with self.subTest(size):
+                watch = self.terminal("status", "--watch", size=size)
+                watch.until(lambda text: "1 pending" in text)
+                job_id = self.enqueue("true")
+                watch.until(lambda text: "2 pending" in text)
+                watch.type(b"\x03")
+                self.assertEqual(watch.end(), 130)
+                self.assertNotIn("Traceback", watch.text)
+                shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
+                self.assertEqual(shown[:3], ["jobs", "workers", "database"][:size[0] - 1])
+                self.assertNotIn("1 pending", "".join(watch.picture.lines))
+                self.call("delete", job_id)
+
+    def test_a_watched_status_is_plain_lines_where_one_cannot_draw(self):
+        self.enqueue("true")
+        watch = self.running("status", "--watch", "0.1", "--json")
+        for _ in range(2):
+            self.assertEqual(json.loads(watch.stdout.readline())["jobs"]["pending"], 1)
+        for environ in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            watch = self.terminal("status", "--watch", "0.1", **environ)
+            watch.until(lambda text: text.count("database") == 2)
+            self.assertNotIn("\x1b", watch.text)
+
+    def test_waiting_draws_a_bar_on_a_terminal_and_takes_it_away(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        for argv, said in ((("wait", "a", "b"), "0 of 2 jobs completed"),
+                           (("wait", "--all"), "2 dead or cancelled meanwhile")):
+            with self.subTest(argv):
+                wait = self.terminal(*argv)
+                wait.until(lambda text: "] 0/2  0 running" in text)
+                queue.cancel("a")
+                wait.until(lambda text: "] 1/2  0 running  1 dead or cancelled" in text)
+                queue.cancel("b")
+                self.assertEqual(wait.end(), 1)
+                self.assertNotIn("]", "".join(wait.picture.lines))
+                self.assertIn(said, wait.text)
+                queue.retry("a", "b")
+        late = self.terminal("wait", "a", "--timeout", "300ms")
+        self.assertEqual(late.end(), 1)
+        self.assertIn("] 0/1", late.text)
+        self.assertNotIn("] 0/1", "".join(late.picture.lines))
+
+    def test_a_draining_worker_draws_its_bar_below_its_lines(self):
+        self.enqueue("while [ ! -e go ]; do sleep .05; done", "--id", "a")
+        self.enqueue("true", "--id", "b", "--after", "a")
+        drain = self.terminal("worker", "start", "--drain", size=(24, 200))
+        drain.until(lambda text: re.search(r"started.*\n.*\[\.+\] 0/2", text))
+        open(self.path_of("go"), "w").close()
+        self.assertEqual(drain.end(), 0)
+        lines = drain.picture.lines
+
+        self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
+        self.assertEqual(lines[-1], "")     # where the shell goes on
+        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines[:-1]))
+
+    def test_nothing_is_drawn_where_nobody_looks_or_wants_it(self):
+        self.enqueue("true", "--id", "a")
+        for argv, environ in ((("wait", "a"), {"NO_COLOR": "1"}),
+                              (("wait", "--all"), {"TERM": "dumb"}),
+                              (("wait", "a", "-q"), {})):
+            with self.subTest(argv):
+                wait = self.terminal(*argv, "--timeout", "200ms", **environ)
+                self.assertEqual(wait.end(), 1)
+                self.assertNotRegex(wait.text, r"0/1|\x1b")
+        code, out, err = self.call("wait", "--all", "--timeout", "200ms")
+        self.assertEqual((code, out), (1, ""))
+        self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
+
+    def test_a_wide_step_is_taken_after_a_yes(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        queue.enqueue_many([Spec("x"), Spec("x")])
+        for argv, answer, left in (
+                (("cancel", "--all"), b"n\n", 2), (("cancel", "--all"), b"\n", 2),
+                (("delete", "--state", "pending"), b"nyes\n", 2),
+                (("purge", "-s", "pending", "--search", "x"), b"\x04", 2),
+                (("cancel", "--all"), b"Y\n", 0)):
+            with self.subTest(argv=argv, answer=answer):
+                asked = self.terminal(*argv)
+                asked.until(lambda text: "Go on? [y/N]" in text)
+                asked.type(answer)
+                self.assertEqual((asked.end(), queue.counts()[PENDING]),
+                                 (1 if left else 0, left))
+                self.assertRegex(asked.text, r"^This will \w+ 2 pending\.")
+                self.assertEqual("error: nothing was changed; answer y, or give --yes"
+                                 in asked.text, left > 0)
+        self.assertEqual(queuectl.Declined.code, "declined")
+
+    def test_no_question_is_asked_that_the_answer_is_known_to(self):
+        queue = Queue(self.path)
+        self.addCleanup(queue.close)
+        for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
+                     ("purge", "--queue", "none"), ("retry", "--all")):
+            with self.subTest(argv):
+                queue.enqueue("x")
+                queue.cancel(queue.enqueue("x").id)
+                done = self.terminal(*argv)
+                self.assertEqual(done.end(), 0)
+                self.assertNotIn("Go on?", done.text)
+        queue.enqueue("x")
+        self.assertEqual(self.call("cancel", "--all")[0], 0)     # no person is there
+        self.assertEqual(queue.counts()[PENDING], 0)
+
+    # Never two at once.
+
+    def test_a_limit_holds_in_three_pools_that_are_killed_again_and_again(self):
+        chance = random.Random("limit")
+        for key, value in (("crash-limit", "1000"), ("heartbeat", "200ms"),
+                           ("kill-grace", "100ms")):
+            self.call("config", "set", key, value)
+        self.call("queue", "set", "one", "--limit", "1")
+        self.call("enqueue", "--queue", "one", "-", input=(
+            "exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
+            "sleep 0.03; echo $QUEUECTL_JOB_ID >> ran\n" * 40).encode())
+        starts = itertools.count()
+
+        def start():
+            return self.worker("-c", "4", "--name", f"w{next(starts)}")
+        pools = [start() for _ in range(3)]
+        with Queue(self.path) as queue:
+            for _ in range(6):
+                done = queue.counts()[COMPLETED]
+                wait_for(lambda done=done: queue.counts()[COMPLETED] >= done + 3
+                         and queue.counts()[PROCESSING], "some progress")
+                running = {worker.worker.pid: worker.running for worker in queue.workers()}
+                pools.sort(key=lambda pool, running=running: not running.get(pool.pid))
+                victim = pools.pop(chance.choice((0, 0, 1)))    # mostly the busy one
+                victim.kill()
+                victim.wait()
+                pools.append(start())
+            wait_for(lambda: queue.counts()[COMPLETED] == 40, "the end")
+            crashes = sum(job.crashes for job in queue.jobs())
+            self.assert_sound(queue)
+
+        self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
+        self.assertGreater(crashes, 2)
+        self.assertEqual(len(set(self.read("ran").split())), 40)
+
+
+class WebServer(Processes):
+    """`web` as a process: sockets, time and malice."""
+
+    def web(self, *argv, token=TOKEN, read_token=""):
+        """A server; (process, port)."""
+        self.log = open(self.path_of("web.log"), "ab")
+        self.addCleanup(self.log.close)
+        process = subprocess.Popen(
+            self.command("web", "--port", "0", *argv), cwd=self.dir, stderr=self.log,
+            stdout=subprocess.PIPE, env={**os.environ, "QUEUECTL_TOKEN": token,
+                                         "QUEUECTL_READ_TOKEN": read_token})
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        self.url = process.stdout.readline().decode().strip()
+        return process, int(re.search(r":(\d+)/", self.url)[1])
+
+    def connect(self, port, tls=None):
+        sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.addCleanup(sock.close)
+        return sock if tls is None else tls.wrap_socket(sock, server_hostname="localhost")
+
+    def request(self, port, method, path, body=None, tls=None, **headers):
+        """(status, headers, body) by http.client, which is another's reading of HTTP."""
+        client = (http.client.HTTPConnection("localhost", port, timeout=10) if tls is None
+                  else http.client.HTTPSConnection("localhost", port, timeout=10,
+                                                   context=tls))
+        with contextlib.closing(client):
+            client.request(method, path, None if body is None else json.dumps(body), {
+                "Authorization": f"Bearer {TOKEN}", **({} if body is None else {"Content-Type": JSON}),
+                **{name.replace("_", "-"): text for name, text in headers.items()}})
+            reply = client.getresponse()
+            return reply.status, reply.headers, reply.read()
+
+    def say(self, port, *pieces):
+        """The status that raw bytes are answered with; 0: closed without a word."""
+        sock = self.connect(port)
+        with contextlib.suppress(OSError):      # it may hang up before all is sent
+            for piece in pieces:
+                sock.sendall(piece)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(65536):
+                said += piece
+        if said.startswith(b"HTTP/1.1 4"):
+            head, _, body = said.partition(b"\r\n\r\n")
+            self.assertIn("error", json.loads(body[:int(re.search(
+                rb"Content-Length: (\d+)", head)[1])]))
+        return int(said.split()[1]) if said else 0
+
+    def events(self, port, last=None):
+        """An open stream; its lines come from the iterator."""
+        client = http.client.HTTPConnection("localhost", port, timeout=10)
+        self.addCleanup(client.close)
+        client.request("GET", "/api/events", headers={
+            "Authorization": f"Bearer {TOKEN}",
+            **({} if last is None else {"Last-Event-ID": str(last)})})
+        reply = client.getresponse()
+        self.addCleanup(reply.close)
+        return reply
+
+    def until(self, stream, text):
+        """The lines of a stream up to one that holds the text."""
+        seen = []
+        for line in stream:
+            seen.append(line.decode())
+            if text in seen[-1]:
+                return "".join(seen)
+        raise AssertionError(f"no {text} in {''.join(seen)}")
+
+    def test_a_browser_logs_in_by_the_printed_url(self):
+        _, port = self.web()
+        self.assertEqual(self.url, f"http://127.0.0.1:{port}/?token={TOKEN}")
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        self.addCleanup(client.close)
+        client.request("GET", f"/?token={TOKEN}")
+        reply = client.getresponse()
+        reply.read()
+        cookie = reply.headers["Set-Cookie"].split(";")[0]
+        self.assertEqual((reply.status, reply.headers["Location"]), (303, "/"))
+        self.assertTrue(cookie.startswith("queuectl_"))
+        for method in ("HEAD", "GET"):      # over the same connection
+            client.request(method, "/", headers={"Cookie": cookie})
+            reply = client.getresponse()
+            self.assertEqual(reply.status, 200)
+            self.assertEqual(reply.read().decode(), queuectl.PAGE if method == "GET" else "")
+            self.assertEqual(int(reply.headers["Content-Length"]),
+                             len(queuectl.PAGE.encode()))
+
+    def test_tokens_are_fresh_and_roles_hold(self):
+        urls = set()
+        for _ in range(2):
+            _, port = self.web(token="")
+            urls.add(re.search("token=([0-9a-f]{48})$", self.url)[1])
+        self.assertEqual(len(urls), 2)
+        self.assertEqual(self.request(port, "GET", "/api/jobs")[0], 401)
+        _, port = self.web(read_token=READ_TOKEN)
+        reader = {"Authorization": f"Bearer {READ_TOKEN}"}
+        self.assertEqual(self.request(port, "GET", "/api/jobs", **reader)[0], 200)
+        self.assertEqual(self.request(port, "POST", "/api/pause", {}, **reader)[0], 403)
+
+    def test_raw_attacks(self):
+        _, port = self.web()
+        self.request(port, "POST", "/api/jobs", {"command": "x", "id": "one"})
+        host = b"Host: localhost\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
+        post = b"POST /api/jobs HTTP/1.1\r\nContent-Type: application/json\r\n" + host
+        get = b"GET /api/status HTTP/1.1\r\n" + host
+        for name, said, status in (
+                ("nothing", b"", 0), ("garbage", b"\x16\x03\x01\x00\xff\r\n\r\n", 400),
+                ("a half head", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", 0),
+                ("one word", b"GET\r\n\r\n", 400), ("four words", b"GET / a HTTP/1.1\r\n\r\n", 400),
+                ("HTTP/0.9", b"GET /\r\n\r\n", 400), ("HTTP/2", b"GET / HTTP/2.0\r\n\r\n", 400),
+                ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+                ("HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + host + b"\r\n", 200),
+                ("two Hosts", b"GET / HTTP/1.1\r\nHost: evil\r\n" + host + b"\r\n", 400),
+                ("a folded header", get + b"X: a\r\n Origin: b\r\n\r\n", 200),
+                ("a line without a colon", get + b"what\r\nOrigin: null\r\n\r\n", 400),
+                ("an endless line", b"GET /" + b"a" * 200_000, 431),
+                ("an endless header", get + b"X: " + b"a" * 200_000, 431),
+                ("a thousand headers", get + b"X: a\r\n" * 1000 + b"\r\n", 431),
+                ("endless headers", get + b"X: aaaaaaaaaaaaaaaaaaaaaa\r\n" * 9000, 431),
+                ("a body bomb", post + b"Content-Length: 99999999\r\n\r\n" + b"[" * 99999, 413),
+                ("a huge number", post + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n", 400),
+                ("a negative length", post + b"Content-Length: -1\r\n\r\n{}", 400),
+                ("two lengths", post + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}1", 400),
+                ("chunks", post + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+                ("both", post + b"Transfer-Encoding: x\r\nContent-Length: 2\r\n\r\n{}", 411),
+                ("a lying length", post + b'Content-Length: 99\r\n\r\n{"command":"x"}', 400),
+                ("no length", post + b'\r\n{"command":"x"}', 400),
+                ("a form", b"POST /api/jobs HTTP/1.1\r\nContent-Type: application/x-www-form-"
+                 b"urlencoded\r\nContent-Length: 9\r\n" + host + b"\r\ncommand=x", 415),
+                ("a simple request", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-"
+                 b"Type: text/plain\r\nOrigin: null\r\nContent-Length: 2\r\n\r\n{}", 403),
+                ("no token, and a body", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\n"
+                 b"Content-Length: 9999999\r\n\r\n" + b"x" * 99999, 401),
+                ("rebinding", b"GET /api/status HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+                ("a path upwards", b"GET /../../etc/passwd HTTP/1.1\r\n" + host + b"\r\n", 404),
+                ("a full URL", b"GET http://evil/ HTTP/1.1\r\n" + host + b"\r\n", 400),
+                ("CONNECT", b"CONNECT evil:80 HTTP/1.1\r\n" + host + b"\r\n", 400),
+                ("TRACE", b"TRACE /api/status HTTP/1.1\r\n" + host + b"\r\n", 405),
+                ("a NUL", b"GET /\0 HTTP/1.1\r\n" + host + b"\r\n", 400)):
+            with self.subTest(name):
+                self.assertEqual(self.say(port, said), status)
+        self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+        with Queue(self.path) as queue:
+            self.assertEqual([job.id for job in queue.jobs()], ["one"])
+        self.assertNotIn("internal", self.read("web.log"))
+
+    def test_slow_silent_and_idle_clients_hold_up_nobody(self):
+        _, port = self.web()
+        idle = [self.connect(port) for _ in range(200)]
+        for number, sock in enumerate(idle[100:]):
+            with contextlib.suppress(OSError):      # may be cut off to make room
+                sock.sendall((b"G", b"GET / HTTP/1.1\r\nHost: loc", b"POST /api/jobs HTTP/1.1"
+                              b"\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")[number % 3])
+        slow = [self.connect(port) for _ in range(20)]
+        for sock in slow:   # let in, but their bodies do not come
+            sock.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                         + TOKEN.encode() + b"\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: 99\r\n\r\n{")
+        began = time.monotonic()
+        for _ in range(10):
+            self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+        self.assertLess(time.monotonic() - began, 3)
+        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"})[0], 201)
+
+    def test_more_than_all_threads_busy_is_503(self):
+        _, port = self.web()
+        busy = (b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                + TOKEN.encode() + b"\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 99\r\n\r\n{")
+        for _ in range(queuectl.MAX_CONNECTIONS):
+            self.connect(port).sendall(busy)
+
+        def is_refused():
+            if self.say(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") == 503:
+                return True
+            with contextlib.suppress(OSError):  # one was cut off before it was busy
+                self.connect(port).sendall(busy)
+            return False
+        wait_for(is_refused, "a refusal")
+
+    def test_a_crowd_without_a_token_is_answered_or_sent_away(self):
+        _, port = self.web()
+        with futures.ThreadPoolExecutor(60) as threads:
+            crowd = [threads.submit(self.request, port, "GET", "/metrics",
+                                    Authorization="Basic x") for _ in range(120)]
+            began = time.monotonic()
+            self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+            self.assertLess(time.monotonic() - began, 3)
+            self.assertLessEqual({one.result()[0] for one in crowd}, {200, 503})
+
+    def test_events_come_live_and_what_was_missed_comes_after(self):
+        _, port = self.web()
+        stream = self.events(port)
+        self.assertEqual(stream.headers["Content-Type"], "text/event-stream")
+        self.until(stream, '"total": 0')
+        self.request(port, "POST", "/api/jobs", {"command": "echo hi", "id": "one"})
+        self.assertRegex(self.until(stream, '"to": "pending"'),
+                         r'id: 1\nevent: change\ndata: \{"id": "one", "from": null')
+        self.until(stream, '"pending": 1')
+        self.drain()
+        self.assertIn("id: 2\n", self.until(stream, '"to": "completed"'))
+        self.until(stream, '"completed": 1')
+        again = self.until(self.events(port, 1), "event: status")
+        self.assertRegex(again, r"(?s)^retry: \d+\n\nid: 2\nevent: change\n.*id: 3\n.*"
+                         r"id: 3\nevent: status")
+        self.assertNotIn("id: 1\n", again)
+        self.assertIn("resync", self.until(self.events(port, 99), "event: status"))
+
+    def test_streams_are_limited_and_their_ends_are_noticed(self):
+        _, port = self.web()
+        streams = [self.events(port) for _ in range(queuectl.MAX_STREAMS)]
+        self.assertEqual({stream.status for stream in streams}, {200})
+        refused = self.events(port)
+        self.assertEqual((refused.status, "Retry-After" in refused.headers), (503, True))
+        for stream in streams:
+            stream.close()
+        self.doCleanups()
+
+    def test_it_stops_at_once_with_streams_open(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process, port = self.web()
+            stream = self.events(port)
+            self.until(stream, "event: status")
+            idle = self.connect(port)
+            began = time.monotonic()
+            process.send_signal(number)
+            self.assertEqual(process.wait(10), 0)
+            self.assertLess(time.monotonic() - began, 1.5)
+            self.assertNotIn(b"Traceback", stream.read())
+            with contextlib.suppress(ConnectionResetError):     # nobody had accepted it
+                self.assertEqual(idle.recv(1), b"")
+        self.assertEqual(self.read("web.log"), "")
+
+    def test_reads_go_on_while_another_holds_the_write_lock(self):
+        _, port = self.web()
+        self.enqueue("x", "--id", "one")
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("BEGIN IMMEDIATE")
+        with futures.ThreadPoolExecutor(1) as pool:
+            change = pool.submit(self.request, port, "POST", "/api/jobs/one/cancel")
+            for target in ("/api/status", "/api/jobs", "/api/jobs/one", "/metrics", "/healthz"):
+                began = time.monotonic()
+                self.assertEqual(self.request(port, "GET", target)[0], 200)
+                self.assertLess(time.monotonic() - began, 1)
+            self.assertFalse(change.done())
+            other.execute("ROLLBACK")
+            self.assertEqual(change.result()[0], 200)
+
+    def test_each_change_is_one_line_of_the_log(self):
+        _, port = self.web()
+        for method, path, body in (("POST", "/api/jobs", {"command": "x"}),
+                                   ("GET", "/api/jobs", None), ("GET", "/nothing", None),
+                                   ("POST", "/api/jobs/job-1/cancel", None),
+                                   ("POST", "/api/jobs/job-1/cancel", None)):
+            self.request(port, method, path, body)
+        self.request(port, "POST", "/api/pause", {}, Authorization="Bearer x")
+        lines = self.read("web.log").splitlines()
+        self.assertEqual([line.split(" ", 1)[1] for line in lines], [
+            "web: POST /api/jobs by bearer from 127.0.0.1: 201 job-1",
+            "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled",
+            "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 409 job-1 is "
+            "cancelled, so `cancel` does not apply"])
+
+    def test_what_cannot_be_served_is_refused_in_a_line(self):
+        _, port = self.web()
+        for argv, status in ((("--port", str(port)), 1), (("--host", "0.0.0.0", "--no-auth"), 2),
+                             (("--host", "x" * 64), 1), (("--tls-key", "x"), 2),
+                             (("--tls-cert", "/nope"), 1), (("--host", "192.0.2.1"), 1),
+                             (("--port", "70000"), 2)):
+            with self.subTest(argv):
+                code, out, err = run_cli("--db", self.path, "web", *argv)
+                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
+                self.assertRegex(err, "^queuectl: error: .*; ")
+
+    def test_a_database_that_goes_away_and_comes_back(self):
+        _, port = self.web()
+        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path + end, self.path_of("away" + end))
+        for target in ("/healthz", "/metrics", "/api/status", "/api/events"):
+            self.assertEqual(self.request(port, "GET", target)[0], 503)
+        self.enqueue("x")
+        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+
+    def test_tls(self):
+        if shutil.which("openssl") is None:
+            self.skipTest("openssl is not installed: no certificate can be made")
+        cert, key = self.path_of("cert.pem"), self.path_of("key.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
+                        "1", "-subj", "/CN=localhost", "-addext",
+                        "subjectAltName=DNS:localhost", "-out", cert, "-keyout", key],
+                       check=True, stderr=subprocess.DEVNULL)
+        process, port = self.web("--tls-cert", cert, "--tls-key", key)
+        self.assertTrue(self.url.startswith("https://"))
+        silent = [self.connect(port) for _ in range(20)]    # never shake hands
+        context = ssl.create_default_context(cafile=cert)
+        status, headers, _ = self.request(port, "GET", f"/?token={TOKEN}", tls=context)
+        self.assertEqual(status, 303)
+        self.assertIn("; Secure", headers["Set-Cookie"])
+        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"},
+                                      tls=context, Origin=f"https://localhost:{port}")[0], 201)
+        self.assertEqual(self.say(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 0)
+        stream = self.connect(port, context)
+        self.addCleanup(stream.close)
+        stream.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                       + TOKEN.encode() + b"\r\n\r\n")
+        with stream.makefile("rb") as lines:
+            self.until(lines, '"total": 1')
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(10), 0)
+        del silent
+
+    def test_twenty_scrapes_at_once_under_load_are_each_consistent(self):
+        _, port = self.web()
+        self.call("enqueue", "-", input=b"true\n" * 200)
+        pool = self.worker("-c", "4", "--drain")
+        rounds = 0
+        with futures.ThreadPoolExecutor(20) as threads:
+            while pool.poll() is None or not rounds:
+                scrapes = list(threads.map(lambda _: self.request(
+                    port, "GET", "/metrics")[2].decode(), range(20)))
+                rounds += 1
+                for text in scrapes:
+                    kinds, samples = parse_metrics(text)
+                    check_histograms(self, kinds, samples)
+                    jobs = {dict(labels)["state"]: n for (name, labels), n in samples.items()
+                            if name == "queuectl_jobs"}
+                    done = samples["queuectl_jobs_completed_total", (("queue", "default"),)]
+                    self.assertEqual(sum(jobs.values()), 200)
+                    self.assertEqual(jobs[COMPLETED], done)
+                    self.assertEqual(done, samples["queuectl_attempts_total", (
+                        ("outcome", "completed"), ("queue", "default"))])
+                    self.assertEqual(done, samples[
+                        "queuectl_job_duration_seconds_count", (("queue", "default"),)])
+
+
+# ---- Browser -----------------------------------------------------------------
+# The dashboard in a real headless Chromium, driven by WebDriver over plain HTTP.
+
+# axe-core's one file, which `npm pack axe-core` brings; without it that test skips.
+AXE = os.environ.get("QUEUECTL_AXE",
+                     os.path.expanduser("~/.cache/queuectl/axe.min.js"))
+
+
+class Chromium:
+    """A headless Chromium behind a chromedriver of its own."""
+
+    def __init__(self):
+        self.profile = tempfile.mkdtemp(prefix="queuectl-browser-")
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"],
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        line = next(line for line in self.driver.stdout if b"successfully" in line)
+        self.port = int(re.findall(rb"port (\d+)", line)[0])
+        self.session = ""           # until it is open
+
+    def open(self):
+        """Start the browser; AssertionError if there is none."""
+        flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage",
+                 f"--user-data-dir={self.profile}"]
+        options = {"args": flags + ["--no-sandbox"] * (os.geteuid() == 0)}
+        self.session = "/session/" + self.ask("POST", "/session", {"capabilities": {
+            "alwaysMatch": {"goog:loggingPrefs": {"browser": "ALL"},
+                            "goog:chromeOptions": options}}})["sessionId"]
+
+    def ask(self, method, path, body=None):
+        """The value that the driver answers; AssertionError with its words."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, self.session + path,
+                               None if method == "GET" else json.dumps(body or {}))
+            reply = connection.getresponse()
+            value = json.loads(reply.read())["value"]
+        if reply.status != 200:
+            raise AssertionError(f"{path}: {value['error']}: {value['message'][:500]}")
+        return value
+
+    def run(self, script, *args):
+        """What a script in the page returns; a promise's value too."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def devtools(self, command, **params):
+        """Ask the browser itself, beyond WebDriver."""
+        self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def show_as(self, width=1280, height=800, scheme="light"):
+        """The size of the window, and what the system prefers."""
+        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                      deviceScaleFactor=1, mobile=width < 500)
+        self.devtools("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme}])
+
+    def press(self, keys):
+        """Press keys, one after the other, wherever the focus is."""
+        strokes = [{"type": kind, "value": key} for key in keys
+                   for kind in ("keyDown", "keyUp")]
+        self.ask("POST", "/actions", {"actions": [
+            {"type": "key", "id": "keys", "actions": strokes}]})
+
+    def close(self):
+        """End the browser, then its driver."""
+        with contextlib.suppress(OSError, AssertionError):
+            self.ask("DELETE", "")
+        self.driver.kill()
+        self.driver.wait()
+        self.driver.stdout.close()
+        shutil.rmtree(self.profile, True)
+
+
+TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"      # as WebDriver names them
+
+
+@unittest.skipUnless(shutil.which("chromedriver"), "there is no chromedriver")
+class Browser(Processes):
+    """The dashboard as people use it: a real browser, server and worker."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.chromium = Chromium()
+        cls.addClassCleanup(cls.chromium.close)
+        try:
+            cls.chromium.open()
+        except AssertionError as error:
+            raise unittest.SkipTest(f"there is no browser: {error}") from None
+
+    def setUp(self):
+        super().setUp()
+        self.chromium.show_as()
+        self.complaints = []        # what the console may hold, as regular expressions
+        self.chromium.ask("POST", "/se/log", {"type": "browser"})
+
+    def tearDown(self):
+        entries = self.chromium.ask("POST", "/se/log", {"type": "browser"})
+        self.chromium.run("try { localStorage.clear() } catch {}")
+        self.chromium.ask("POST", "/url", {"url": "about:blank"})
+        for entry in entries:
+            if not any(re.search(known, entry["message"]) for known in self.complaints):
+                self.fail(f"the console says {entry['message']}")
+
+    def add(self, command, **fields):
+        """Enqueue it without a process of its own."""
+        with Queue(self.path) as queue:
+            return queue.enqueue(command, cwd=self.dir, **fields)
+
+    def web(self, *argv, **env):
+        """Start the server; its process, and the URL that it prints."""
+        log = open(self.path_of("web.log"), "ab")
+        self.addCleanup(log.close)
+        process = subprocess.Popen(
+            self.command("web", *argv), cwd=self.dir, stdout=subprocess.PIPE,
+            stderr=log, env={**os.environ, **env})
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(self.end, process)
+        return process, process.stdout.readline().decode().strip()
+
+    def visit(self, url):
+        self.chromium.ask("POST", "/url", {"url": url})
+        self.see("return document.querySelector('#live').textContent.trim() === 'Live'")
+
+    def log_in(self):
+        url = self.web("--port", "0")[1]
+        self.visit(url)
+        return url.partition("?")[0]
+
+    def see(self, script, *args):
+        """Wait until a script in the page returns something true; that."""
+        return wait_for(lambda: self.chromium.run(script, *args), script)
+
+    def text_of(self, selector):
+        return self.chromium.run(
+            "return [...document.querySelectorAll(arguments[0])].filter(node =>"
+            " node.checkVisibility()).map(node => node.innerText.trim())", selector)
+
+    def see_text(self, selector, *texts):
+        """Wait until an element that shows all these texts is there."""
+        wait_for(lambda: any(all(text in shown for text in texts)
+                             for shown in self.text_of(selector)),
+                 f"{selector} with {texts}, not {self.text_of(selector)}")
+
+    def see_row(self, job_id, *texts):
+        self.see_text("#jobs tbody tr", job_id, *texts)
+
+    def click(self, selector, text=""):
+        """A real click on the first visible element with that text."""
+        found = self.see(
+            "return [...document.querySelectorAll(arguments[0])].find(node =>"
+            " node.checkVisibility() && node.innerText.includes(arguments[1]))",
+            selector, text)
+        self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
+        self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
+
+    def type_into(self, selector, text):
+        found = self.see("return document.querySelector(arguments[0])", selector)
+        element = f"/element/{next(iter(found.values()))}"
+        self.chromium.ask("POST", f"{element}/clear")
+        self.chromium.ask("POST", f"{element}/value", {"text": text})
+
+    def focus(self):
+        """What has the focus: its id, or its text."""
+        return self.chromium.run("const node = document.activeElement;"
+                                 "return node.id || node.name || node.innerText")
+
+    def assert_no_sideways_scroll(self):
+        self.assertEqual(self.chromium.run(
+            "return document.documentElement.scrollWidth"), self.chromium.run(
+            "return document.documentElement.clientWidth"))
+
+    def test_the_printed_url_logs_in_and_a_job_completes_without_a_reload(self):
+        self.add("echo hi")
+        self.log_in()
+        self.chromium.run("window.isTheSamePage = true")
+        self.assertNotIn("token", self.chromium.run("return location.href"))
+        self.see_row("job-1", "pending", "no worker is running")
+        self.see_text("#health", "Stalled")
+
+        self.worker()
+
+        self.see_row("job-1", "completed", "1/3")
+        self.see_text("#health", "Healthy")
+        self.see_text("#counts a[aria-current], #counts a", "completed", "1")
+        self.assertTrue(self.chromium.run("return window.isTheSamePage"))
+
+    def test_an_empty_queue_says_how_to_begin(self):
+        self.a_queue()
+        self.log_in()
+
+        self.see_text("#begin", "queuectl enqueue", "queuectl worker start")
+        self.add("true")
+        self.see_row("job-1", "pending")
+
+    def test_dead_jobs_are_retried_one_by_one_and_all_at_once(self):
+        for n in range(3):
+            self.add(f"echo no such table: t{n}; test -e good", max_retries=1)
+        self.drain()
+        self.log_in()
+        self.see_text("#failures li", "job-3", "exit status 1: no such table: t2")
+
+        self.click("#counts a", "dead")
+        self.click("#jobs tr:first-child button", "Retry")
+
+        self.see_text("#answers", "job-3 is back in line.")
+        self.see("return document.querySelectorAll('#jobs tbody tr').length === 2")
+        open(self.path_of("good"), "w").close()
+        self.click("#retry-all", "Retry all 2 dead")
+        self.see_text("#question", "Retry 2 dead jobs?")
+        self.click("#question button", "Retry them")
+        self.see_text("#answers", "2 jobs are back in line.")
+        self.worker()
+        self.see_text("#counts a", "completed", "3")
+
+    def test_a_running_job_is_cancelled_after_a_question(self):
+        self.add("sleep 100")
+        self.worker()
+        self.log_in()
+        self.see_text("#workers", "job-1", "sleep 100", "1 of 1 busy")
+        self.see("return document.title.startsWith('1 running')")
+
+        self.click("#jobs tbody button", "Cancel")
+        self.click("#question button", "No, leave it")
+        self.assertEqual(self.job("job-1").state, PROCESSING)
+        self.click("#jobs tbody button", "Cancel")
+        self.click("#question button", "End and cancel")
+
+        self.see_row("job-1", "cancelled")
+        self.see_text("#workers", "0 of 1 busy")
+
+    def test_output_is_followed_until_the_job_is_over(self):
+        self.add("echo first; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.worker()
+        self.log_in()
+        self.click("#jobs tbody a", "job-1")
+        self.see_text("#output", "first")
+        self.see_text("#job", "processing", "following")
+        self.assertEqual(self.focus(), "job-1")
+
+        open(self.path_of("go"), "w").close()
+
+        self.see_text("#job", "completed")
+        self.see_text("#output", "last")
+        self.assertEqual(self.text_of("#output"), ["first\nlast"])
+        self.chromium.ask("POST", "/back")
+        self.see_row("job-1", "completed")
+        self.assertEqual(self.focus(), "job-1")
+
+    def test_a_reader_who_scrolls_up_is_left_there(self):
+        self.add("seq 500; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.worker()
+        self.visit(self.log_in() + "#/jobs/job-1")
+        self.see("const box = document.querySelector('#output');"
+                 "return box.scrollTop > 0 && (box.scrollTop = 0, true)")
+        self.see_text("#to-end", "Go to the end")
+
+        open(self.path_of("go"), "w").close()
+
+        self.see_text("#output", "last")
+        self.assertEqual(self.chromium.run("return output.scrollTop"), 0)
+        self.click("#to-end button")
+        self.assertGreater(self.chromium.run("return output.scrollTop"), 0)
+
+    def test_filter_search_and_pages(self):
+        with Queue(self.path) as queue:
+            queue.enqueue_many([
+                Spec(f"echo {n}", queue="late" if n > 100 else "default",
+                     tags=("odd",) * (n % 2), cwd=self.dir) for n in range(1, 121)])
+        self.log_in()
+        ids = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
+        self.see(ids + ".length === 50")
+        self.assertEqual(self.chromium.run(ids)[0], "job-120")
+
+        self.click("#older")
+        self.see_text("#pager", "51 to 100 of 120")
+        self.click("#older")
+        self.see_text("#pager", "101 to 120 of 120")
+        self.assertEqual(self.chromium.run(ids)[-1], "job-1")
+        self.click("#newer")
+        self.see_text("#pager", "51 to 100 of 120")
+
+        self.type_into("#filters [name=tag]", "odd")
+        self.see(ids + "[0] === 'job-119'")
+        self.click("#queues a", "late")
+        self.see(ids + ".length === 20")
+        self.type_into("#filters [name=search]", "echo 11")
+        self.see(ids + ".length === 10")
+        self.assertIn("search=echo+11", self.chromium.run("return location.hash"))
+        self.click("#counts a", "dead")
+        self.see_text("#no-match", "No job fits this filter.")
+        self.chromium.ask("POST", "/back")
+        self.see(ids + ".length === 10")
+
+    def test_a_command_is_shown_as_text_whatever_it_says(self):
+        evil = "<img src=x onerror=alert(1)>"
+        self.add(evil, max_retries=1, env={"A": evil})
+        self.add(f"echo '{evil}' >&2; exit 3", max_retries=1)
+        self.drain()
+        base = self.log_in()
+        self.see_row("job-1", evil)
+        self.see_text("#failures", evil)
+
+        self.visit(base + "#/jobs/job-2")
+
+        self.see_text("#output", evil)
+        self.see_text("#job-why", f"exit status 3: {evil}")
+        self.visit(base + "#/jobs/" + "%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+        self.see_text("#job h1", evil)
+        self.assertEqual(self.chromium.run("return document.images.length"), 0)
+        self.complaints = ["404"]
+
+    def test_a_job_is_enqueued_with_the_keyboard_alone(self):
+        self.add("true", delay=3600)
+        self.log_in()
+        self.see_row("job-1", "due in")
+        self.chromium.press("/")
+        self.see("return document.activeElement.name === 'search'")
+
+        self.chromium.run("document.querySelector('#enqueue-open').focus()")
+        self.chromium.press(ENTER)
+        self.see("return document.activeElement.name === 'command'")
+        self.chromium.press("echo hi" + TAB + "night")
+        self.type_into("#f-delay", "1 fortnight")
+        self.chromium.press(ENTER)
+        self.see_text("#enqueue [role=alert]", "delay")
+        self.assertEqual(self.focus(), "f-delay")
+        self.complaints = ["400"]
+        self.type_into("#f-delay", "2h")
+        self.chromium.press(ENTER)
+
+        self.see_row("job-2", "echo hi", "night", "due in")
+        self.see_text("#answers", "job-2 is in line.")
+        self.assertEqual(self.focus(), "enqueue-open")
+
+    def test_queues_are_paused_and_resumed(self):
+        self.add("true", queue="mail")
+        self.log_in()
+        self.see_text("#queues tr", "mail\t0\t1\tPause")
+        self.click("#queues [aria-label='Pause queue mail']")
+        self.see_text("#health", "queue mail is paused")
+        self.see_text("#waiting li", "job-1", "queue mail is paused")
+
+        self.click("#pause-all")
+        self.click("#question button", "Pause all")
+
+        self.see_text("#health", "all queues are paused")
+        self.click("#pause-all", "Resume all")
+        self.click("#queues [aria-label='Resume queue mail']")
+        self.see("return !document.querySelector('#health').innerText"
+                 ".includes('paused')")
+
+    def test_a_job_is_deleted_after_a_question(self):
+        self.add("true", delay=3600)
+        self.visit(self.log_in() + "#/jobs/job-1")
+        self.click("#job button", "Delete")
+        self.click("#question button", "Delete")
+
+        self.see_text("#answers", "job-1 is deleted.")
+        self.see_text("#begin", "The queue is empty")
+
+    def test_it_says_when_it_has_lost_the_server_and_when_it_is_back(self):
+        self.add("true", delay=3600)
+        token = {"QUEUECTL_TOKEN": "a-token-of-some-length-0"}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        process, url = self.web("--port", port, **token)
+        self.visit(url)
+        self.complaints = ["ERR_CONNECTION", "ERR_INCOMPLETE", "401", "ERR_EMPTY"]
+
+        self.end(process)
+        self.see_text("#lost", "The server does not answer.")
+        self.see("return document.title.startsWith('offline')")
+        process, _ = self.web("--port", port, **token)
+        self.chromium.run("document.querySelector('#reconnect').click()")
+        self.see_text("#answers", "The server is back")
+        self.assertEqual(self.text_of("#lost"), [])
+
+        self.end(process)
+        self.see_text("#lost", "The server does not answer.")
+        self.web("--port", port, QUEUECTL_TOKEN="another-token-of-length")
+        self.chromium.run("document.querySelector('#reconnect').click()")
+        self.see_text("#gate", "You are not logged in", "queuectl web")
+
+    def test_a_login_that_may_only_read_shows_nothing_to_change(self):
+        self.add("true", delay=3600)
+        _, url = self.web("--port", "0", QUEUECTL_READ_TOKEN="a-read-token-of-length")
+        self.visit(url.partition("?")[0] + "?token=a-read-token-of-length")
+
+        self.see_row("job-1", "pending")
+        self.see_text("#read-only", "Read only")
+        self.assertEqual(self.chromium.run(
+            "return [...document.querySelectorAll('button')].filter(button =>"
+            " button.checkVisibility()).map(button => button.innerText)"),
+            ["Dark", "Newer", "Older"])
+
+    def test_dark_and_light_as_the_system_or_as_chosen(self):
+        self.add("true", delay=3600)
+        base = self.log_in()
+        colour = "return getComputedStyle(document.body).backgroundColor"
+        light = self.chromium.run(colour)
+        self.chromium.show_as(scheme="dark")
+        dark = self.chromium.run(colour)
+        self.assertNotEqual(light, dark)
+
+        self.click("#theme", "Light")
+
+        self.assertEqual(self.chromium.run(colour), light)
+        self.visit(base)
+        self.assertEqual(self.chromium.run(colour), light)
+        self.click("#theme", "Dark")
+        self.assertEqual(self.chromium.run(colour), dark)
+
+    def test_a_narrow_screen_never_scrolls_sideways(self):
+        self.add("echo " + "x" * 300, tags=["a-rather-long-tag"])
+        self.add("echo " + "y" * 300 + "; exit 1", queue="q" * 60, max_retries=1)
+        self.drain()
+        base = self.log_in()
+        for width in (360, 320):
+            self.chromium.show_as(width=width)
+            self.visit(base)
+            self.see_row("job-2", "dead")
+            self.assert_no_sideways_scroll()
+            self.visit(base + "#/jobs/job-2")
+            self.see_text("#output", "yyy")
+            self.assert_no_sideways_scroll()
+            self.click("#enqueue-open")
+            self.assert_no_sideways_scroll()
+            self.chromium.press(ESCAPE)
+
+    def test_a_chart_is_read_with_the_arrow_keys(self):
+        self.add("true")
+        self.drain()
+        self.log_in()
+        self.see_text("#rates .legend", "last hour", "completed 1")
+        self.chromium.run("document.querySelector('#rates input').focus()")
+
+        self.chromium.press("\ue012")       # arrow left: the minute before
+
+        self.see_text("#rates .legend", "completed 0")
+        self.assertIn("0 completed", self.chromium.run(
+            "return document.querySelector('#rates input').ariaValueText"))
+        self.click("#rates summary")
+        self.see("return document.querySelectorAll('#rates tbody tr').length === 60")
+
+    @unittest.skipUnless(os.path.exists(AXE), "axe-core is not there (QUEUECTL_AXE)")
+    def test_axe_finds_no_fault(self):
+        self.add("echo out; exit 1", max_retries=1, tags=["night"])
+        self.add("true")
+        self.drain()
+        self.add("echo out; sleep 100")
+        self.add("true", queue="mail", delay=3600)
+        self.add("true", after=["job-1"])
+        self.worker()
+        self.wait_state("job-3", PROCESSING)
+        base = self.log_in()
+        pages = (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
+                 ("#/jobs/job-3", "#runs table"))
+
+        for look in ({}, {"scheme": "dark"}, {"width": 360}):
+            self.chromium.show_as(**look)
+            for hash, landmark in pages:
+                self.visit(base + hash)
+                self.see("return document.querySelector(arguments[0])"
+                         "?.checkVisibility()", landmark)
+                with self.subTest(page=hash, **look):
+                    self.assert_accessible()
+            with self.subTest(dialog="enqueue", **look):
+                self.click("#enqueue-open")
+                self.chromium.run(
+                    "document.querySelector('#enqueue details').open = true")
+                self.assert_accessible()
+            self.chromium.press(ESCAPE)
+            with self.subTest(dialog="question", **look):
+                self.click("#job button", "Cancel job")
+                self.assert_accessible()
+            self.chromium.press(ESCAPE)
+
+    def assert_accessible(self):
+        with open(AXE, encoding="utf-8") as file:
+            self.chromium.run("if (!window.axe) {" + file.read() + "}")
+        faults = self.chromium.run(
+            "return axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa',"
+            " 'wcag22aa', 'best-practice']}).then(found => found.violations.map(one =>"
+            " [one.id, one.help, ...one.nodes.map(node => node.html)]))")
+        self.assertEqual(faults, [])
+
 
 # ---- Real shells and service managers ----------------------------------------
 
-class Terminal:
+class ShellTerminal:
     """A shell at a terminal: keys in, what it shows out."""
 
     def __init__(self, argv, environ, directory):
@@ -2397,7 +5525,7 @@ class Shells(Processes):
                 "PROMPT": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": self.dir}
 
     def a_terminal(self, shell, *argv):
-        terminal = Terminal([shell, *argv], self.script(shell), self.dir)
+        terminal = ShellTerminal([shell, *argv], self.script(shell), self.dir)
         self.addCleanup(terminal.close)
         return terminal
 
@@ -2431,7 +5559,7 @@ class Shells(Processes):
     def test_zsh_finds_it_by_itself(self):
         environ = self.script("zsh")
         os.rename(self.path_of("completion.zsh"), self.path_of("_queuectl"))
-        terminal = Terminal(["zsh", "-f", "-i"], environ, self.dir)
+        terminal = ShellTerminal(["zsh", "-f", "-i"], environ, self.dir)
         self.addCleanup(terminal.close)
         terminal.press("fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; "
                        "echo 'rea''dy'\r", "\nready")
@@ -5176,6 +8304,54 @@ class BadGround(Processes):
         self.assertEqual(self.format_of(self.path), (2, True, ids))
 
 
+# ---- Fuzz --------------------------------------------------------------------
+
+# An id that a job is to come `after` must be there: no schema can say that.
+FUZZ_SETTINGS = """
+[[operations]]
+include-name = "POST /api/jobs"
+checks.positive_data_acceptance.enabled = false
+"""
+
+
+def fuzz(cases, seed):
+    """Have schemathesis try the API by its own description; 0 or 1.
+
+    No worker runs there, so no command that it makes up is ever run.
+    """
+    if importlib.util.find_spec("schemathesis") is None:
+        print("skipped: schemathesis is not installed (pip install schemathesis)")
+        return 0
+    with tempfile.TemporaryDirectory() as here:
+        with open(os.path.join(here, "schemathesis.toml"), "w") as file:
+            file.write(FUZZ_SETTINGS)
+        with open(os.path.join(here, "log"), "wb") as log:
+            server = subprocess.Popen(
+                [sys.executable, MODULE, "web", "--port", "0"], cwd=here, stderr=log,
+                stdout=subprocess.PIPE, env={**os.environ, "QUEUECTL_TOKEN": TOKEN})
+        with server.stdout:
+            url = server.stdout.readline().decode().partition("?")[0]
+        made, failed, share = 0, 0, max(10, cases // 40)
+        while made < cases and not failed:
+            done = subprocess.run(
+                [sys.executable, "-m", "schemathesis.cli", "run",
+                 f"{url}api/openapi.json", "--header", f"Authorization: Bearer {TOKEN}",
+                 "--exclude-path", "/api/events", "--max-examples", str(share),
+                 "--request-timeout", "10", "--seed", f"{seed}{made}", "--no-color",
+                 "--generation-database", "none"], cwd=here, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            said = done.stdout.decode("utf-8", "replace")
+            found = re.search(r"(\d+) generated", said)
+            failed, made = done.returncode, made + (int(found[1]) if found else cases)
+            if failed:
+                print(said[-20_000:])
+        server.send_signal(signal.SIGTERM)
+        failed = failed or server.wait(10)
+        with open(os.path.join(here, "log")) as log:
+            broken = log.read().count("internal error")
+    print(f"{made} cases, {broken} internal errors: {'NOT ' * bool(failed or broken)}as "
+          "described")
+    return 1 if failed or broken else 0
 # ---- Anywhere ----------------------------------------------------------------
 
 class Anywhere(Processes):
@@ -5651,11 +8827,11 @@ class Bench:
         return self.seconds(*self.argv(path, *words), **options)
 
     @contextlib.contextmanager
-    def process(self, *argv):
+    def process(self, *argv, stdout=subprocess.DEVNULL, env=None):
         """One that runs meanwhile; it is ended if it has not."""
         process = subprocess.Popen(
-            argv, env=self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            argv, env=env or self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=subprocess.DEVNULL)
         try:
             yield process
         finally:
@@ -6250,11 +9426,92 @@ def bench_recovery(bench):
         bench.tell("... the longest", waits, ("<=", WELL_UNDER), " s", max)
 
 
+# web: what an open dashboard costs the pool, and how long it lets people wait meanwhile.
+
+STREAMS = 20
+ASK_PAUSE = 0.01            # seconds between two requests
+ASKED = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
+
+
+@contextlib.contextmanager
+def web_server(bench, path):
+    """A server: its port."""
+    with bench.process(*bench.argv(path, "web", "--port", "0"), stdout=subprocess.PIPE,
+                       env={**bench.env, "QUEUECTL_TOKEN": TOKEN}) as process:
+        with process.stdout:
+            url = process.stdout.readline().decode()
+        yield int(re.search(r":(\d+)/", url)[1])
+
+
+@contextlib.contextmanager
+def open_streams(port, count):
+    """So many event streams, all read by one thread."""
+    socks, poller, is_over = [], select.poll(), threading.Event()
+    for _ in range(count):
+        socks.append(socket.create_connection(("127.0.0.1", port)))
+        socks[-1].sendall(ASKED % (b"/api/events", TOKEN.encode()))
+        poller.register(socks[-1], select.POLLIN)
+    by_fd = {sock.fileno(): sock for sock in socks}
+
+    def read():
+        while not is_over.is_set():
+            for fd, _ in poller.poll(100):
+                assert by_fd[fd].recv(1 << 20), "a stream was dropped"
+    with futures.ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        try:
+            yield
+        finally:
+            is_over.set()
+            reading.result()
+            for sock in socks:
+                sock.close()
+
+
+def ask_for(port, path, seconds):
+    """The times of answers, asked for again and again."""
+    times, end = [], time.monotonic() + seconds
+    with contextlib.closing(http.client.HTTPConnection("localhost", port)) as client:
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            client.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+            reply = client.getresponse()
+            assert reply.status == 200 and reply.read()
+            times.append((time.monotonic() - begun) * 1000)
+            time.sleep(ASK_PAUSE)
+    return times
+
+
+def bench_web(bench):
+    jobs, slots, times = bench.size(DRAIN_JOBS, 50), 4, {"/": [], "/api/status": []}
+
+    def watched():
+        path = bench.filled(jobs)
+        with web_server(bench, path) as port, open_streams(port, STREAMS):
+            return jobs / bench.drained(path, slots)
+    rates = in_turn({"alone": lambda: jobs / bench.drained(bench.filled(jobs), slots),
+                     "watched": watched})
+    bench.tell(f"drain with {STREAMS} event streams open against without",
+               ratios(rates["watched"], rates["alone"]), (">=", 0.9))
+    for _ in range(PAIRS):
+        path = bench.filled(jobs)
+        with web_server(bench, path) as port, open_streams(port, STREAMS), \
+                futures.ThreadPoolExecutor(1) as thread:
+            draining = thread.submit(bench.drained, path, slots)
+            while not draining.done():
+                for target, taken in times.items():
+                    taken += ask_for(port, target, 0.2)
+    for target, taken in times.items():
+        bench.tell(f"answers of {target} meanwhile, 99 of 100", taken, ("<=", 100), " ms",
+                   of=p99)
+
+
 MEASURES = {
     "drain": bench_drain, "pools": bench_pools, "enqueue": bench_enqueue,
     "batch": bench_batch, "latency": bench_latency, "idle": bench_idle,
     "turn": bench_turn, "views": bench_views, "memory": bench_memory,
-    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery}
+    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery,
+    "web": bench_web}
 
 
 def bench(names, scale):
@@ -6308,12 +9565,13 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--bench`, `--chaos`, `--crash-points`; without a flag the tests."""
+    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`; without a flag the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
     parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
                         metavar="SHARE")
+    parser.add_argument("--fuzz", type=int, nargs="?", const=5000, metavar="CASES")
     parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
@@ -6324,6 +9582,8 @@ def main():
         return bench(args.bench, args.scale)
     if args.chaos is not None:
         return chaos(args.chaos, args.seed)
+    if args.fuzz is not None:
+        return fuzz(args.fuzz, args.seed)
     if args.crash_points is not None:
         return crash_points(args.crash_points, args.seed)
     return unittest.main(argv=[sys.argv[0], *rest])
