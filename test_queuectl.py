@@ -2165,7 +2165,7 @@ class Turns(TestCase):
             if taken:
                 claims.turn({one.claim: Outcome("completed", 0) for one in taken}, {}, [])
             for one in taken:
-                os.close(one.lock)
+                let_go(one.lock)
         return added
 
     def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
@@ -3073,7 +3073,7 @@ class Metrics(TestCase):
         for outcome in ("completed", "failed", "timeout", "lost"):
             claimed = claims.turn({}, {}, [1]).claimed
             for one in claimed:
-                os.close(one.lock)
+                let_go(one.lock)
             self.clock.now += 7
             claims.turn({one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
                          for one in claimed}, {}, [])
