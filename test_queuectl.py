@@ -55,6 +55,12 @@ NEEDS_LOCKS = unittest.skipUnless(
     hasattr(fcntl, "F_OFD_SETLK"), "Python knows no locks of open files here")
 
 
+def setUpModule():
+    """A shell lets what it starts in the background ignore Ctrl+C, for ever."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class FakeClock:
     """A wall clock that stands still until it is moved."""
 
@@ -3930,8 +3936,7 @@ class OnTerminal:
 
     def end(self):
         """Read to the end; the exit status."""
-        while self._read(DEADLINE):
-            pass
+        wait_for(lambda: not self._read(DEADLINE), "the end")
         return self.process.wait(DEADLINE)
 
     def _read(self, seconds=0.05):
