@@ -1023,6 +1023,14 @@ def place_in_line(one: Candidate) -> tuple[int, str, int]:
     return one.job.rank, one.job.run_at, one.job.seq
 
 
+def silence_gap(settings: Settings) -> float:
+    """Seconds between two looks at the others after which their silence says nothing.
+
+    More than two heartbeats, on a busy machine; but no one gap may bury anybody.
+    """
+    return max(2 * settings.heartbeat, settings.lease / 2)
+
+
 class Silence:
     """How long each pool has been silent, as this watcher itself has seen it.
 
@@ -6360,7 +6368,7 @@ class Pool:
         self._home = _home()
         store = self._queue.store
         self._settings = store.settings()
-        self._silence = Silence(2 * self._settings.heartbeat)
+        self._silence = Silence(silence_gap(self._settings))
         self._bell = _bell()
         self._listen(self._wakeup.reader, self._wakeup.clear)
         if self._bell:

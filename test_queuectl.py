@@ -6143,7 +6143,7 @@ class ModelPool:
         self.state, self.beat_at = "alive", world.mono
         self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
         self.why = {}                                       # claim: why it is being ended
-        self.silence = world.q.Silence(2 * world.settings.heartbeat)
+        self.silence = world.q.Silence(world.q.silence_gap(world.settings))
         self.rescues = {}
 
     def turn(self):
