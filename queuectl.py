@@ -1023,6 +1023,14 @@ def place_in_line(one: Candidate) -> tuple[int, str, int]:
     return one.job.rank, one.job.run_at, one.job.seq
 
 
+def silence_gap(settings: Settings) -> float:
+    """Seconds between two looks at the others after which their silence says nothing.
+
+    More than two heartbeats, on a busy machine; but no one gap may bury anybody.
+    """
+    return max(2 * settings.heartbeat, settings.lease / 2)
+
+
 class Silence:
     """How long each pool has been silent, as this watcher itself has seen it.
 
@@ -6360,7 +6368,7 @@ class Pool:
         self._home = _home()
         store = self._queue.store
         self._settings = store.settings()
-        self._silence = Silence(2 * self._settings.heartbeat)
+        self._silence = Silence(silence_gap(self._settings))
         self._bell = _bell()
         self._listen(self._wakeup.reader, self._wakeup.clear)
         if self._bell:
@@ -10167,6 +10175,20 @@ def _is_terminal(stream: TextIO) -> bool:
         and os.environ.get("TERM") != "dumb"
 
 
+def window() -> os.terminal_size:
+    """The size of the terminal that stdout is; 80 by 24 where it is none.
+
+    As shutil has it, which takes 4 ms to load; argparse asks for each argument.
+    """
+    try:
+        found = os.get_terminal_size(1)
+    except OSError:
+        found = os.terminal_size((80, 24))
+    wish = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
+    return os.terminal_size(int(text) if re.fullmatch("[1-9][0-9]{0,4}", text) else size
+                            for text, size in zip(wish, found))
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
@@ -10236,14 +10258,12 @@ class Screen:
     @staticmethod
     def height() -> int:
         """The lines of the terminal."""
-        import shutil
-        return shutil.get_terminal_size().lines
+        return window().lines
 
     @staticmethod
     def width() -> int:
         """The columns of the terminal."""
-        import shutil  # 4 ms, and only on a terminal
-        return shutil.get_terminal_size().columns
+        return window().columns
 
     @staticmethod
     def style() -> Style:
@@ -12104,6 +12124,10 @@ def completion_lines(words: Sequence[str]) -> list[str]:
 
 # ---- 24 Main -----------------------------------------------------------------
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
@@ -12115,7 +12139,7 @@ class Parser(argparse.ArgumentParser):
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands."""
     parser = Parser(
-        prog=name, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=name, formatter_class=_formatter,
         usage=f"{name} [--db PATH] COMMAND ...",
         description=f"{title}.\n\ncommands:\n" + "\n".join(
             f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
@@ -12140,7 +12164,7 @@ def command_parser(entry: Entry) -> Parser:
     parser = Parser(
         prog=name, allow_abbrev=False, usage=f"{name} [OPTION ...] {words}".rstrip(),
         description=entry.help[0].upper() + entry.help[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
         epilog="examples:\n" + "\n".join(
             f"  queuectl {example}" for example in entry.examples))
     groups = {"": parser}

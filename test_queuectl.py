@@ -6150,7 +6150,7 @@ class ModelPool:
         self.state, self.beat_at = "alive", world.mono
         self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
         self.why = {}                                       # claim: why it is being ended
-        self.silence = world.q.Silence(2 * world.settings.heartbeat)
+        self.silence = world.q.Silence(world.q.silence_gap(world.settings))
         self.rescues = {}
 
     def turn(self):
@@ -8553,6 +8553,77 @@ class ElsewherePosix(Processes):
     test_cancel_ends_a_running_job = \
         Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
     test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
+
+
+# ---- The README ---------------------------------------------------------------
+
+# What its recipes need beside queuectl: programs and files that are the reader's own.
+STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make")
+SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh")
+ENDLESS = ("tail -F", "queuectl web")   # they go on until they are interrupted
+
+
+@unittest.skipUnless(shutil.which("bash"), "there is no bash here")
+class Readme(Processes):
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.path_of("bin"))
+        for name in (*(f"bin/{stub}" for stub in STUBS), *SCRIPTS):
+            self.script(name, "exit 0")
+        self.script("bin/queuectl", f'exec "{sys.executable}" '
+                                    f'"{os.path.abspath(MODULE)}" "$@"')
+        os.mkdir(self.path_of("photos"))
+        for name, text in (("photos/a b.png", "picture"), ("jobs.txt", "true\n"),
+                           ("a.wav", ""), ("train.py", ""), ("orders.jsonl", '{"command": "true"}\n')):
+            with open(self.path_of(name), "w") as file:
+                file.write(text)
+
+    def script(self, name, line):
+        with open(self.path_of(name), "w") as file:
+            file.write(f"#!/bin/sh\n{line}\n")
+        os.chmod(self.path_of(name), 0o755)
+
+    def blocks(self):
+        """Each block of commands, in order: (its kind, its text)."""
+        with open(os.path.join(os.path.dirname(os.path.abspath(MODULE)), "README.md"),
+                  encoding="utf-8") as file:
+            found = re.findall(r"```(sh|console|python)\n(.*?)```", file.read(), re.S)
+        for kind, text in found:
+            if kind == "console":
+                text = "".join(line[2:] for line in text.splitlines(keepends=True)
+                               if line.startswith("$ "))
+            yield kind, text
+
+    def run_block(self, kind, text):
+        """(exit status, what it said); None: it went on until it was interrupted."""
+        argv = [sys.executable, "-c", text] if kind == "python" else ["bash", "-ec", text]
+        env = {**os.environ, "HOME": self.dir, "PATH": os.pathsep.join(
+                   (self.path_of("bin"), os.environ.get("PATH", os.defpath))),
+               "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))}
+        process = subprocess.Popen(argv, cwd=self.dir, env=env, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+        is_endless = any(word in text for word in ENDLESS)
+        try:
+            out = process.communicate(timeout=2 if is_endless else DEADLINE)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            return None, process.communicate()[0].decode()
+        return process.returncode, out.decode()
+
+    def test_every_block_of_commands_runs_in_order(self):
+        ran = 0
+        for kind, text in self.blocks():
+            with self.subTest(text):
+                status, said = self.run_block(kind, text)
+                is_endless = any(word in text for word in ENDLESS)
+                self.assertEqual(status, None if is_endless else 0, said)
+                self.assertNotIn("Traceback", said)
+                self.assertNotIn("queuectl: error", said)
+            ran += 1
+        self.assertGreaterEqual(ran, 20)
+        with Queue(self.path, create=False) as queue:
+            self.assertEqual([job.command for job in queue.jobs(DEAD)], ["exit 1"])
 
 
 # ---- Long runs ---------------------------------------------------------------
