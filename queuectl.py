@@ -4413,10 +4413,18 @@ class Claims:
                 "heartbeat_at": iso(now)})
 
     def _fire(self, now: float) -> None:
-        """Add the jobs of schedules whose turn has come."""
+        """Add the jobs of schedules whose turn has come.
+
+        One that cannot be read any more is put to rest: it must not stop all work.
+        """
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
                                               ahead=iso(now + CLOCK_CORRECTION)):
-            fire(self._store, schedule, now)
+            try:
+                fire(self._store, schedule, now)
+            except (InvalidJob, InvalidValue):
+                self._store.do(Sql.PAUSE_SCHEDULE, {
+                    "name": schedule.name, "paused": True,
+                    "next_run": schedule.next_run})
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
