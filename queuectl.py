@@ -3569,6 +3569,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     A clock that was far ahead has left turns far ahead: these are reckoned anew.
     Debian's cron(8) holds a change of three hours or more for a correction, too.
     """
+    next_run = turn_after(schedule.cron, now)   # first: it may not be readable
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
     is_due = schedule.next_run <= iso(now)
@@ -3579,7 +3580,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
         last_run = iso(now)
     store.do(Sql.SET_TURN, {
         "name": schedule.name, "last_run": last_run, "last_job": last_job,
-        "next_run": turn_after(schedule.cron, now)})
+        "next_run": next_run})
     return jobs
 
 
