@@ -3569,6 +3569,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
     A clock that was far ahead has left turns far ahead: these are reckoned anew.
     Debian's cron(8) holds a change of three hours or more for a correction, too.
     """
+    next_run = turn_after(schedule.cron, now)   # first: it may not be readable
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
     is_due = schedule.next_run <= iso(now)
@@ -3579,7 +3580,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
         last_run = iso(now)
     store.do(Sql.SET_TURN, {
         "name": schedule.name, "last_run": last_run, "last_job": last_job,
-        "next_run": turn_after(schedule.cron, now)})
+        "next_run": next_run})
     return jobs
 
 
@@ -4413,10 +4414,18 @@ class Claims:
                 "heartbeat_at": iso(now)})
 
     def _fire(self, now: float) -> None:
-        """Add the jobs of schedules whose turn has come."""
+        """Add the jobs of schedules whose turn has come.
+
+        One that cannot be read any more is put to rest: it must not stop all work.
+        """
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
                                               ahead=iso(now + CLOCK_CORRECTION)):
-            fire(self._store, schedule, now)
+            try:
+                fire(self._store, schedule, now)
+            except (InvalidJob, InvalidValue):
+                self._store.do(Sql.PAUSE_SCHEDULE, {
+                    "name": schedule.name, "paused": True,
+                    "next_run": schedule.next_run})
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.

@@ -1842,6 +1842,21 @@ class Turns(TestCase):
         self.clock.now -= 86400
         self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
 
+    def test_a_schedule_that_cannot_be_read_rests_and_stops_nobody(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for name, change in (("job", "job = '{\"command\": 7}'"),
+                             ("cron", "cron = 'never'")):
+            queue.add_schedule(name, "* * * * *", command="true")
+            with queue.store.transaction() as store:
+                store.do(f"UPDATE schedules SET {change} WHERE name = :name",
+                         {"name": name})
+        queue.enqueue("true", delay=60)
+        self.clock.now += 120
+
+        self.assertEqual(len(claims.turn({}, {}, [1, 2]).claimed), 1)
+        self.assertEqual([one.paused for one in queue.schedules()], [True, True])
+
     def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
