@@ -8606,6 +8606,7 @@ class Readme(Processes):
         os.mkdir(self.path_of("bin"))
         for name in (*(f"bin/{stub}" for stub in STUBS), *SCRIPTS):
             self.script(name, "exit 0")
+        self.script("bin/python3", f'exec "{sys.executable}" "$@"')
         self.script("bin/queuectl", f'exec "{sys.executable}" '
                                     f'"{os.path.abspath(MODULE)}" "$@"')
         os.mkdir(self.path_of("photos"))
