@@ -2084,12 +2084,13 @@ class Sql:
          WHERE seq = :seq
            AND gate IS NOT NULL
         """
-    # As `rank_of` has it; a whole second is 1000, a day 86400000 of these.
+    # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
+    # SQLite 3.34 cuts some of them short by one.
     RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
     RANK_BY_AGE = """
         UPDATE jobs
-           SET rank = CAST(ROUND((julianday(run_at) - 2440587.5) * 86400000) AS INTEGER)
-                      - priority * :worth
+           SET rank = strftime('%s', substr(run_at, 1, 19)) * 1000
+                      + substr(run_at, 21, 3) - priority * :worth
          WHERE gate IS NOT NULL
         """
 
