@@ -92,6 +92,7 @@ import datetime
 import errno
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -1464,13 +1465,6 @@ _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
-def _wrong(key: str, value: object, wanted: str) -> InvalidJob:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return InvalidJob(key, f"{key}: {shown} is not {wanted[0]}", wanted[1:].strip())
-
-
 def is_text(value: object) -> bool:
     """Whether it is a string that UTF-8, SQLite and a command line can hold."""
     if not isinstance(value, str) or "\0" in value:
@@ -2157,7 +2151,7 @@ class Sql:
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
-         WHERE gate = 'open'
+         WHERE gate = 'open' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
     LET_IN = """
@@ -2217,7 +2211,7 @@ class Sql:
         SELECT *
           FROM schedules
          WHERE paused = 0
-           AND (next_run <= :now OR COALESCE(last_run, created_at) > :ahead)
+           AND (next_run <= :now OR next_run > :ahead)
         """
     SET_TURN = """
         UPDATE schedules
@@ -2239,7 +2233,6 @@ class Sql:
                 :started_at, :heartbeat_at)
         """
     WORKERS = "SELECT * FROM workers ORDER BY id"
-    WORKER_NAMED = "SELECT * FROM workers WHERE name = :name"
     WORKER_WISH = "SELECT wish FROM workers WHERE id = :id"
     BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
     STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
@@ -2490,6 +2483,15 @@ def _sync_directory(path: str) -> None:
 
 def _words(text: str) -> tuple[str, ...]:
     return () if text == "[]" else tuple(json.loads(text))
+
+
+def _object_of(text: str) -> dict[str, Any]:
+    """The object in JSON; {} where it is none: who needs a key of it will say so."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
@@ -2900,7 +2902,7 @@ class Store:
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
         """The schedules a statement selects, by default all."""
-        return [Schedule(*row)._replace(job=json.loads(row[2]), paused=bool(row[3]))
+        return [Schedule(*row)._replace(job=_object_of(row[2]), paused=bool(row[3]))
                 for row in self.rows(sql, **values)]
 
     def settings(self) -> Settings:
@@ -3057,6 +3059,21 @@ def _stat_fields(pid: int) -> list[bytes]:
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
 
 
+def is_same_birth(one: str, other: str) -> bool:
+    """Whether two start times, as `Host.born` tells them, are of one process.
+
+    ps reckons them from the age: it may differ by a second from one call to the next.
+    """
+    if "" in (one, other) or one == other:
+        return one == other != ""
+    try:
+        first, second = (time.mktime(time.strptime(born, "%a %b %d %H:%M:%S %Y"))
+                         for born in (one, other))
+    except (ValueError, OverflowError):
+        return False
+    return abs(first - second) <= 2
+
+
 class Process(NamedTuple):
     """A process, as the kernel tells it."""
     pid: int
@@ -3093,8 +3110,8 @@ class Host:
             return fields[19].decode() if fields else ""
         import subprocess  # 5 ms, and only where there is no /proc
         said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              check=False).stdout
+                              env={**os.environ, "LC_ALL": "C"}, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
         return said.decode("utf-8", "replace").strip()
 
     def is_alive(self, worker: Worker) -> bool | None:
@@ -3109,7 +3126,7 @@ class Host:
             # One of us cannot see /proc: the lock may tell, else only the lease.
             return self.locks.is_held(POOL_LOCKS + worker.id) or None
         return (self.locks.is_held(POOL_LOCKS + worker.id)
-                or self.born(worker.pid) == worker.born != "")
+                or is_same_birth(self.born(worker.pid), worker.born))
 
     def processes(self) -> list[Process]:
         """The processes that may be a run's: all with a session or a token told."""
@@ -3196,8 +3213,8 @@ SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
 class Notifier:
     """What a pool tells the service manager that started it, as sd_notify(3) does.
 
-    Silent where there is none. A manager that does not listen loses a word, and holds
-    the pool up for NOTIFY_PATIENCE at most.
+    Silent where there is none. One that does not listen loses a word: only for the
+    first and the last of them does the pool wait, for NOTIFY_PATIENCE at most.
     """
 
     def __init__(self, environ: Mapping[bytes, bytes]) -> None:
@@ -3214,7 +3231,7 @@ class Notifier:
     def ready(self) -> None:
         """Say that the pool works, and from now on that it lives."""
         if self._address:
-            self._tell("READY=1")
+            self._tell("READY=1", NOTIFY_PATIENCE)
             if self.interval < math.inf:
                 self.beat_at = time.monotonic()
 
@@ -3222,7 +3239,7 @@ class Notifier:
         """Say, once, that the pool is leaving."""
         if self._address and not self._is_stopping:
             self._is_stopping = True
-            self._tell("STOPPING=1")
+            self._tell("STOPPING=1", NOTIFY_PATIENCE)
 
     def step(self, status: Callable[[], str]) -> None:
         """Say, when it is due, that the loop goes on, and how it stands."""
@@ -3233,15 +3250,20 @@ class Notifier:
             self._tell("WATCHDOG=1")
             self.beat_at = now + self.interval
         if now >= self._status_at + FALLBACK_POLL and status() != self._status:
-            self._status, self._status_at = status(), now
-            self._tell(f"STATUS={self._status}")
+            said, self._status_at = status(), now
+            if self._tell(f"STATUS={said}"):
+                self._status = said
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, patience: float = 0.0) -> bool:
+        """Send a word; whether it was taken within so many seconds."""
         import socket  # a pool has it already
-        with contextlib.suppress(OSError), \
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(NOTIFY_PATIENCE)
-            sender.sendto(text.encode(), self._address)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(patience)
+                sender.sendto(text.encode(), self._address)
+        except OSError:
+            return False
+        return True
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
@@ -3364,18 +3386,24 @@ class Batch:
         return found[0].state, found[0].seq
 
     def _refuse_cycle(self) -> None:
-        """Take away, again and again, what waits for nobody; what is left goes round.
+        """Take away, one by one, what waits for nobody; what is left goes round.
 
         Only jobs of one batch can: an older one cannot name a newer.
         """
-        waits: dict[int, set[int]] = {}
+        own = {need["job"] for need in self._needs}
+        waits: dict[int, int] = {}              # job: how many it waits for
+        followers: dict[int, list[int]] = {}
         for need in self._needs:
-            waits.setdefault(need["job"], set()).add(need["needs"])
-        free: set[int] = {0}
+            if need["needs"] in own:
+                waits[need["job"]] = waits.get(need["job"], 0) + 1
+                followers.setdefault(need["needs"], []).append(need["job"])
+        free = [job for job in own if job not in waits]
         while free:
-            free = {job for job, needs in waits.items() if not needs & waits.keys()}
-            for job in free:
-                del waits[job]
+            for job in followers.get(free.pop(), ()):
+                waits[job] -= 1
+                if not waits[job]:
+                    del waits[job]
+                    free.append(job)
         if waits:
             names = sorted(id for id, seq in self._seqs.items() if seq in waits)
             shown = ", ".join(names[:5])
@@ -3474,7 +3502,8 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
     wanted = [(commands.get(job.state), job) for job in jobs]
     if jobs and settings.on_idle and _is_idle(store):
         wanted.append((settings.on_idle, jobs[-1]))
-    Batch(store, now).add([_hook(command, job, os.path.dirname(store.path))
+    folder = os.path.dirname(store.path)    # its name may be no text
+    Batch(store, now).add([_hook(command, job, folder if is_text(folder) else "/")
                            for command, job in wanted if command])
 
 
@@ -3544,7 +3573,10 @@ def rerank(store: Store) -> None:
 def old_minute(store: Store, now: float) -> int | None:
     """The first minute whose counters are to be put together by the hour, or None."""
     before = int(now // 3600) * 60 - FINE_MINUTES
-    row = store.row(Sql.FIRST_FINE, after=int(store.meta("folded") or 0), before=before)
+    folded = int(store.meta("folded") or 0)
+    # Minute 0 is all time; and a clock that was ahead says nothing about these.
+    after = max(59, folded if folded < before else 0)
+    row = store.row(Sql.FIRST_FINE, after=after, before=before)
     return row[0] if row else None
 
 
@@ -3565,24 +3597,30 @@ def _is_over(store: Store, seq: int | None) -> bool:
 
 
 def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
-    """Take a schedule's turn, unless its last job is not over; what was added.
-
-    A clock that was far ahead has left turns far ahead: these are reckoned anew.
-    Debian's cron(8) holds a change of three hours or more for a correction, too.
-    """
+    """Take a schedule's turn, unless its last job is not over; what was added."""
     next_run = turn_after(schedule.cron, now)   # first: it may not be readable
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
-    is_due = schedule.next_run <= iso(now)
-    if is_due and _is_over(store, schedule.last_job):
+    if _is_over(store, schedule.last_job):
         jobs = Batch(store, now).add([spec_of(schedule.job, now)])
-        last_job = jobs[0].seq
-    if jobs or not is_due:
-        last_run = iso(now)
-    store.do(Sql.SET_TURN, {
-        "name": schedule.name, "last_run": last_run, "last_job": last_job,
-        "next_run": next_run})
+        last_run, last_job = iso(now), jobs[0].seq
+    store.do(Sql.SET_TURN, {"name": schedule.name, "last_run": last_run,
+                            "last_job": last_job, "next_run": next_run})
     return jobs
+
+
+def set_right(store: Store, schedule: Schedule, now: float) -> None:
+    """Reckon the next turn anew, if a clock that was ahead has put it off.
+
+    Not one that was taken already: a clock set back by less than three hours repeats
+    no turn. Debian's cron(8) holds more for a correction, too.
+    """
+    next_run, last_run = turn_after(schedule.cron, now), schedule.last_run
+    is_new = last_run is None or last_run < next_run \
+        or last_run > iso(now + CLOCK_CORRECTION)
+    if next_run < schedule.next_run and is_new:
+        store.do(Sql.SET_TURN, {"name": schedule.name, "last_run": last_run,
+                                "last_job": schedule.last_job, "next_run": next_run})
 
 
 # ---- 10 Queue ----------------------------------------------------------------
@@ -3887,13 +3925,21 @@ class Queue:
         """Why a waiting job does not run, in words; nothing for any other."""
         if job.gate is None:
             return []
-        reasons = self._hindrances(job, self._scene())
+        scene = self._scene()
+        reasons = self._hindrances(job, scene)
         if not reasons:
-            row = self.store.row(Sql.BEFORE, rank=job.rank, run_at=job.run_at,
-                                 seq=job.seq)
-            n = row[0] if row else 0
+            n = self._count_before(job, scene)
             reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
         return reasons
+
+    def _count_before(self, job: Job, scene: Scene) -> int:
+        """How many jobs that could start stand before it."""
+        return sum(self.store.rows(
+            Sql.BEFORE, queue=name, rank=job.rank, run_at=job.run_at, seq=job.seq)[0][0]
+            for name, view in scene.queues.items()
+            if not view.paused and any(not w.queues or name in w.queues
+                                       for w in scene.pools)
+            and (not view.limit or view.counts[PROCESSING] < view.limit))
 
     def why_waiting(self, jobs: Iterable[Job]) -> dict[str, str]:
         """As `waiting_for`, in a line for each of many: what hinders it, by its id."""
@@ -3943,12 +3989,26 @@ class Queue:
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
         else:
-            minute = max(1, int((self.clock() - duration) // 60))
-            rows = self.store.rows(Sql.TALLIES_SINCE, minute=minute)
+            rows = self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
         queues = sorted({row[0] for row in rows})
         return {"": summary(row[1:] for row in rows),
                 **{queue: summary(row[1:] for row in rows
                                   if row[0] == queue) for queue in queues}}
+
+    def _minute(self, duration: float) -> int:
+        """The minute in which a time began that is that many seconds long; its hour's
+        first, where counters are kept by the hour.
+        """
+        minute = max(1, int((self.clock() - duration) // 60))
+        return minute - minute % 60 if minute <= int(self.store.meta("folded") or 0) \
+            else minute
+
+    def covered(self, duration: float | None) -> float:
+        """The seconds that `stats` of a duration really cover, at most the queue's age.
+        """
+        if duration is None:
+            return self.age()
+        return min(self.age(), self.clock() - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
         """What was done in each of the last minutes, oldest first, the current last."""
@@ -4076,7 +4136,7 @@ class Queue:
               older_than: float | None = None, **filters: Any) -> Iterator[list[Job]]:
         """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions.
 
-        After each come the jobs that it has changed: so others are never kept waiting
+        After each come the jobs that it has changed, if any: so others never wait long
         for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for. `older_than`: only those
@@ -4092,9 +4152,9 @@ class Queue:
             with self.store.transaction():
                 found = self.jobs(state, sort, SWEEP_BATCH, **filters)
                 changed = change(found)
-            if changed:
+            if changed and verb != "delete":
                 self.wake(NEW_ORDERS)
-                yield changed
+            yield changed
             if len(found) < SWEEP_BATCH:
                 return
             if sort == "newest":
@@ -4178,9 +4238,10 @@ class Queue:
         """
         now = self.clock()
         _check_name("name", name, now)
-        fields = {"cwd": current_directory(), **fields,
-                  "tags": [*_check_names("tags", fields.get("tags") or (), now),
-                           f"{SCHEDULE_TAG}{name}"]}
+        fields = {key.replace("-", "_"): value for key, value in fields.items()}
+        fields["cwd"] = fields.get("cwd") or current_directory()
+        fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
+                          f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
         spec_of(fields, now)
@@ -4204,10 +4265,13 @@ class Queue:
     def pause_schedule(self, name: str, paused: bool = True) -> Schedule:
         """Let a schedule rest, or go on: turns of the time of rest are not made up."""
         with self.store.transaction() as store:
-            schedule = self.schedule(name)
-            store.do(Sql.PAUSE_SCHEDULE, {
-                "name": name, "paused": paused,
-                "next_run": turn_after(schedule.cron, self.clock())})
+            schedule, next_run = self.schedule(name), None
+            if not paused:
+                spec_of(schedule.job, self.clock())
+                if schedule.paused:
+                    next_run = turn_after(schedule.cron, self.clock())
+            store.do(Sql.PAUSE_SCHEDULE, {"name": name, "paused": paused,
+                                          "next_run": next_run or schedule.next_run})
         self.wake(NEW_JOBS)
         return self.schedule(name)
 
@@ -4289,6 +4353,7 @@ class Claims:
         self._lock = -1
         self._held: dict[int, Claimed] = {}     # what the last commit left in our hands
         self._unmarked: set[int] = set()        # begun, but not yet so in the database
+        self._reckoned: dict[str, tuple[str, float]] = {}   # far turns, and since when
 
     def register(self, port: int | None) -> Worker:
         """Enter the pool into the table, its lock held before anybody can see it.
@@ -4415,18 +4480,30 @@ class Claims:
                 "heartbeat_at": iso(now)})
 
     def _fire(self, now: float) -> None:
-        """Add the jobs of schedules whose turn has come.
+        """Add the jobs of schedules whose turn has come, and look at far ones.
 
         One that cannot be read any more is put to rest: it must not stop all work.
         """
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
                                               ahead=iso(now + CLOCK_CORRECTION)):
             try:
-                fire(self._store, schedule, now)
+                if schedule.next_run <= iso(now):
+                    fire(self._store, schedule, now)
+                elif not self._is_reckoned(schedule, now):
+                    set_right(self._store, schedule, now)
             except (InvalidJob, InvalidValue):
                 self._store.do(Sql.PAUSE_SCHEDULE, {
                     "name": schedule.name, "paused": True,
                     "next_run": schedule.next_run})
+
+    def _is_reckoned(self, schedule: Schedule, now: float) -> bool:
+        """Whether this pool has looked at that turn, and no clock was set back since.
+        """
+        next_run, since = self._reckoned.get(schedule.name, ("", 0.0))
+        if next_run == schedule.next_run and now >= since:
+            return True
+        self._reckoned[schedule.name] = (schedule.next_run, now)
+        return False
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -4699,8 +4776,8 @@ class Inspection:
 
     def findings(self) -> list[Finding]:
         """All there is to say, the gravest first; nothing of a sound queue."""
-        looks = (self._file, self._lost_runs, self._strays, self._filesystem,
-                 self._sqlite, self._wal, self._room, self._mode)
+        looks = (self._file, self._schedules, self._lost_runs, self._strays,
+                 self._filesystem, self._sqlite, self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
 
@@ -4719,6 +4796,17 @@ class Inspection:
                     yield Finding(PROBLEM, code, message.format(row[0]),
                                   "that is a mistake of queuectl, or of a program that "
                                   "wrote the file: keep a copy and report it")
+
+    def _schedules(self) -> Iterator[Finding]:
+        for schedule in self._store.schedules():
+            try:
+                spec_of(schedule.job, 0.0)
+                parse_cron(schedule.cron)
+            except (InvalidJob, InvalidValue) as error:
+                yield Finding(PROBLEM, "schedule", f"the schedule {schedule.name} "
+                              f"cannot be read, so it rests: {error.message}",
+                              f"`queuectl schedule remove {schedule.name}`, and add it "
+                              "anew")
 
     def _lost_runs(self) -> Iterator[Finding]:
         pools = {worker.id: worker for worker in self._store.workers()}
@@ -5714,7 +5802,8 @@ class Ending:
                 host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
                 host.signal(pid, signal.SIGCONT)
                 self._asked.add(pid)
-        if late and owner and left == {frozen} and host.born(frozen) == owner.born:
+        if late and owner and left == {frozen} \
+                and is_same_birth(host.born(frozen), owner.born):
             host.signal(frozen, signal.SIGKILL)
 
 
@@ -5947,7 +6036,8 @@ class Pool:
                 if time.monotonic() >= self._beat_at:
                     self._watch()
                     self._beat_at = time.monotonic() + self._settings.heartbeat
-                    self._expiry, self._expire_at = self._claims.expiry(), 0.0
+                    if self._expire_at == math.inf:     # else it is under way
+                        self._expiry, self._expire_at = self._claims.expiry(), 0.0
                 if has_orders:      # a new worker gives them, too
                     self._watch_peers()
             self._expire()
@@ -8462,7 +8552,6 @@ JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 
@@ -8717,7 +8806,7 @@ def get_stats(queue: Queue, call: Call) -> Reply:
     """Throughput, success and times."""
     duration = call.params.get("since")
     return _json_reply(stats_object(queue.stats(duration),
-                                    min(queue.age(), duration or math.inf)))
+                                    queue.covered(duration)))
 
 
 def get_history(queue: Queue, call: Call) -> Reply:
@@ -8852,7 +8941,8 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             key: _in_body(key, check, fields[key])
             for key, check in (("queue", _a_name), ("search", _a_search))
             if fields.get(key) is not None}
-        jobs = [job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch]
+        every = (job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch)
+        jobs = list(itertools.islice(every, MAX_BATCH))     # the rest, if asked again
     return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
 
 
@@ -9538,8 +9628,8 @@ class Feed:
                                  "close one", ("Retry-After", "10"))
             if not self._is_watching:
                 self._seq = queue.last_event()
-                self._is_watching = True
                 threading.Thread(target=self._watch, daemon=True).start()
+                self._is_watching = True
             stream = Subscriber(self._seq)
             self._streams.add(stream)
         return stream
@@ -9856,6 +9946,8 @@ class Service:
         is_kept = request.headers.get("connection", "").lower() != "close" \
             and handler.request_version == "HTTP/1.1"
         if size:
+            if request.method in ("GET", "HEAD"):   # some of these need no token
+                raise WebRefusal(413, "that takes no body", "send none")
             with contextlib.suppress(NoSuchJob):    # told once the body is read
                 admit(self._site, request)
             if request.headers.get("expect", "").lower() == "100-continue":
@@ -9876,7 +9968,11 @@ class Service:
                 if reply.follows is None or request.method == "HEAD":
                     return reply, None, b""
                 stream = self._feed.join(queue)
-                return reply, stream, self._catch_up(queue, reply.follows, stream)
+                try:
+                    return reply, stream, self._catch_up(queue, reply.follows, stream)
+                except BaseException:
+                    self._feed.leave(stream)
+                    raise
         except QueueError as error:
             return refusal_reply(error), None, b""
 
@@ -10923,11 +11019,10 @@ class Follower:
 
     def _run(self) -> Run | None:
         """The run to look at; None: it has not begun."""
-        runs = [run for run in self._queue.runs(self.job_id)
-                if self._number is None or run.number >= self._number]
-        if not runs:
+        try:
+            return self._queue.run(self.job_id, self._number)
+        except NoSuchRun:
             return None
-        return runs[-1 if self._number is None else 0]
 
 
 def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
@@ -11193,7 +11288,9 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
         return EX_OK
     jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
     if args.json:
-        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+        fitting = sum(queue.count(state, **filters) for state in states)
+        would = {"would_delete": fitting} if is_dry else {}
+        screen.out(dumps({"deleted": sum(1 for _ in jobs), **would}))
         return EX_OK
     return _say_jobs(jobs, "delete", args, screen)
 
@@ -11410,7 +11507,7 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print what was done."""
     stats = queue.stats(args.since)
-    seconds = min(queue.age(), args.since or math.inf)
+    seconds = queue.covered(args.since)
     if args.json:
         screen.out(dumps(stats_object(stats, seconds)))
     else:
@@ -11676,8 +11773,8 @@ COMMANDS = (
     Entry(("worker", "list"), cmd_worker_list, "show the workers", READS,
           (_JSON_FLAG,), ("worker list", "worker list --json")),
     Entry(("status",), cmd_status, "show counts, workers, what is next", READS, (
-        option("--watch", nargs="?", const=1.0, **{**_DUR, "metavar": "SECONDS"},
-               group="output",
+        option("--watch", nargs="?", const=1.0, metavar="SECONDS",
+               type=_typed(_between(0.1)), group="output",
                help="again whenever something changes, and each SECONDS (1)"),
         _JSON_FLAG), ("status", "status --watch")),
     Entry(("list",), cmd_list, "show jobs, newest first", READS, (

@@ -937,8 +937,8 @@ class Statements(TestCase):
 
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
-        ("jobs_in_line",   "LINE BEFORE"),
-        ("jobs_in_queue",  "QUEUE_LINE ANY_OPEN_IN"),
+        ("jobs_in_line",   "LINE"),
+        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN"),
         ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY"),
@@ -1092,6 +1092,15 @@ class Hosts(TestCase):
         let_go(claims._lock)
         self.assertIsNone(queue.host.is_alive(blind))
         self.assertIs(queue.host.is_alive(blind._replace(boot="another")), False)
+
+    def test_a_start_told_by_ps_may_differ_by_a_second(self):
+        one = "Wed Nov 25 03:56:15 2026"
+        for other, is_same in ((one, True), ("Wed Nov 25 03:56:16 2026", True),
+                               ("Wed Nov 25 03:56:59 2026", False), ("", False),
+                               ("8112", False)):
+            self.assertIs(queuectl.is_same_birth(one, other), is_same)
+        self.assertFalse(queuectl.is_same_birth("", ""))
+        self.assertFalse(queuectl.is_same_birth("8112", "8113"))
 
     def test_a_run_s_token_is_of_this_file_alone(self):
         queue = self.a_queue()
@@ -1845,7 +1854,7 @@ class Turns(TestCase):
     def test_a_schedule_that_cannot_be_read_rests_and_stops_nobody(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        for name, change in (("job", "job = '{\"command\": 7}'"),
+        for name, change in (("job", "job = '{\"command\": 7}'"), ("text", "job = '{'"),
                              ("cron", "cron = 'never'")):
             queue.add_schedule(name, "* * * * *", command="true")
             with queue.store.transaction() as store:
@@ -1855,7 +1864,59 @@ class Turns(TestCase):
         self.clock.now += 120
 
         self.assertEqual(len(claims.turn({}, {}, [1, 2]).claimed), 1)
-        self.assertEqual([one.paused for one in queue.schedules()], [True, True])
+        self.assertEqual([one.paused for one in queue.schedules()], [True, True, True])
+        self.assertEqual([one.code for one in queuectl.Inspection(queue).findings()
+                          if one.level == queuectl.PROBLEM], ["schedule"] * 3)
+        with self.assertRaises(queuectl.InvalidJob):
+            queue.pause_schedule("text", False)
+
+    def test_a_turn_put_off_by_a_clock_that_was_ahead_is_set_right(self):
+        """Also if it was skipped meanwhile, so that nothing else shows it."""
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("often", "*/5 * * * *", command="sleep 9")
+        self.clock.now += 300
+        self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+        self.clock.now += 365 * 86400
+        claims.turn({}, {}, [])
+
+        self.clock.now -= 365 * 86400 - 60
+        claims.turn({}, {}, [])
+        away = queuectl.epoch(queue.schedule("often").next_run) - self.clock.now
+        self.assertLessEqual(away, 300)
+
+    def test_a_clock_set_back_a_little_repeats_no_turn(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("daily", "30 12 * * *", command="true")
+        due = queuectl.epoch(queue.schedule("daily").next_run)
+        self.clock.now = due + 1
+        one = claims.turn({}, {}, [1]).claimed[0]
+        claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+
+        self.clock.now = due - 3600
+        claims.turn({}, {}, [1])
+        self.clock.now = due + 60
+        self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
+
+    def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.clock.now = 1800.0
+        queue.enqueue("x")
+        self.clock.now = NOON
+        list(claims.expiry())
+        self.assertEqual(queue.stats()[""].enqueued, 1)
+
+    def test_statistics_say_which_time_they_cover(self):
+        queue = self.a_queue()
+        with queue.store.transaction() as store:
+            store.do(queuectl.Sql.SET_META, {
+                "key": "created_at", "value": queuectl.iso(NOON - 90 * 86400)})
+        self.clock.now = NOON + 30
+        for asked, covered in ((1, 30), (40, 90), (60, 90)):
+            self.assertEqual(round(queue.covered(asked)), covered)
+        self.assertEqual(round(queue.covered(None)), 90 * 86400 + 30)
 
     def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
         queue = self.a_queue()
@@ -3406,13 +3467,21 @@ class CommandLine(TestCase):
                 self.assertEqual({name: states[name] for name in left}, left)
                 self.assert_sound(queue)
 
+    def test_a_hook_where_the_directory_has_no_name_in_utf_8(self):
+        folder = os.path.join(os.fsencode(self.dir), b"odd-\xff")
+        os.mkdir(folder)
+        with Queue(os.fsdecode(os.path.join(folder, b"queue.db"))) as queue:
+            queue.configure("on-idle", "true")
+            queue.cancel(queue.enqueue("x", cwd="/").id)
+            self.assertEqual([job.cwd for job in queue.jobs(queue="hooks")], ["/"])
+
     def test_what_was_swept_is_printed_as_json(self):
         self.some_jobs()
         out = self.cli("cancel", "--all", "--json")[1]
         self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
                          [("b", CANCELLED), ("a", CANCELLED)])
         self.assertEqual(json.loads(self.cli("purge", "--dry-run", "--json")[1]),
-                         {"deleted": 0})
+                         {"deleted": 0, "would_delete": 5})
         self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
         self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
 
