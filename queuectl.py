@@ -163,6 +163,7 @@ DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
 # What somebody asked of a running job, and of a pool.
 CANCEL = "cancel"
 DRAIN, NOW = "drain", "now"
+ASKED = "asked to stop"
 
 # How grave a finding is: a promise is broken; it may come to that; good to know.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
@@ -840,7 +841,7 @@ def parse_whole(text: str, least: int = 0, most: int = MAX_RETRIES) -> int:
     """A whole number within bounds."""
     if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
-                           "use digits alone")
+                           "")
     return int(text)
 
 
@@ -870,7 +871,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {    # read whenever they are needed, so that a change takes effect at once
     "max-retries": Setting("3", parse_whole,
-                           "runs that may fail before a job is dead, incl. the first"),
+                           "runs that may fail before a job is dead, with the first"),
     "backoff-base": Setting("2s", parse_duration,
                             "wait after the first failure; doubled after each further"),
     "backoff-max": Setting("1h", parse_duration, "no retry waits longer"),
@@ -888,14 +889,14 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
     "heartbeat": Setting("5s", _between(0.1),
                          "how often a worker shows that it lives"),
     "lease": Setting("30s", _between(1),
-                     "one silent for this long (3 heartbeats at least) loses its jobs"),
+                     "a worker silent for so long (or 3 heartbeats) loses its jobs"),
     "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
                            "lost runs after which a job is dead"),
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
     "on-dead": Setting("none", _off_or(str), "shell command after each death"),
     "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
     "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
-                               "a waiting job counts one priority higher after each"),
+                               "a waiting job's priority grows by one after each"),
 }
 
 
@@ -3865,7 +3866,7 @@ class Queue:
             now = time.monotonic()
             if now >= end:
                 raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
-                                  "over yet", "wait longer, or look at `list`")
+                                  "over yet", "wait longer, or see `queuectl list`")
             # To look at very many must not become all that this machine does.
             time.sleep(min(5 * (now - began), max(0.0, end - now)))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -3897,7 +3898,7 @@ class Queue:
                 return since
             if time.monotonic() >= end:
                 raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
-                                  "wait longer, or look at `list`")
+                                  "wait longer, or see `queuectl list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
@@ -4106,7 +4107,8 @@ class Queue:
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
-            for job in jobs:
+            # The newest first: mostly it is they that wait for the others.
+            for job in sorted(jobs, key=lambda job: -job.seq):
                 remove(store, job, now)
         return jobs
 
@@ -4636,13 +4638,14 @@ class Claims:
         """
         settings = self._store.settings()
         lease = max(settings.lease, 3 * settings.heartbeat)
+        # First the runs: a pool that comes and claims between two reads is no dead one.
+        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
         own = self.worker.id if self.worker else None
         lost = {pool for pool, worker in pools.items()
                 if pool != own and (pool in gone
                                     or self._host.is_alive(worker) is False
                                     or silent.get(pool, 0.0) >= lease)}
-        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         return [Stranded(run, pools.get(run.pool)) for run in runs
                 if run.pool not in pools or run.pool in lost]
 
@@ -4809,9 +4812,9 @@ class Inspection:
                               "anew")
 
     def _lost_runs(self) -> Iterator[Finding]:
+        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
-        for row in self._store.rows(Sql.UNDER_WAY):
-            run = Run(*row)
+        for run in runs:
             owner = pools.get(run.pool)
             if owner and self._host.is_alive(owner) is not False:
                 continue
@@ -6339,7 +6342,7 @@ class Pool:
 
     def _obey(self, turn: Turn) -> None:
         if turn.stop:
-            self._leave(turn.stop, "asked to stop")
+            self._leave(turn.stop, ASKED)
         self._hand_back([one for one in self._ready
                          if turn.mine.get(one.claim, LOST) is not None])
         for claim, ride in list(self._rides.items()):
@@ -6369,8 +6372,9 @@ class Pool:
             self._say(f"{why}: ending and handing back {running} running")
             self._end_rides(RELEASED)
         else:
-            self._say(f"{why}: finishing {running} running, claiming no more"
-                      + ("; once more to hand them back" if running else ""))
+            again = "once more" if why != ASKED else "`queuectl worker stop --now`"
+            self._say(f"{why}: finishing {running} running, claiming no more; {again} "
+                      "hands them back" if running else f"{why}: claiming no more")
 
     # Watching the other pools.
 
@@ -6540,7 +6544,8 @@ class Pool:
         return f"worker {self._worker.name} stopped{self._tale()}"
 
     def _tale(self) -> str:
-        done = ", ".join(f"{n} {state}" for state, n in self._done.items())
+        done = ", ".join(f"{n} {'handed back' if state == PENDING else state}"
+                         for state, n in self._done.items())
         return f": {done}" if done else ""
 
 
@@ -10456,7 +10461,7 @@ _JOB_FLAGS = (
         option("--tag", action="append", dest="tags", metavar="T",
                help="a label; again and again"),
         option("--unique", metavar="KEY",
-               help="not if a job with this key is unfinished"),
+               help="add nothing while a job with this key is not over"),
         option("--env", action="append", metavar="K=V",
                help="a variable for the command; again and again"),
         option("--cwd", metavar="DIR", help="where it runs (default: here)")),
@@ -10473,7 +10478,7 @@ _JOB_FLAGS = (
                help="run once that job is completed; again and again")),
     *_grouped(
         "how it ends",
-        option("--max-retries", **_COUNT, help="runs that may fail before it is dead"),
+        option("--max-retries", **_COUNT, help="runs that may fail, with the first"),
         option("--timeout", **_DUR, help="end a run after this time; 0: never"),
         option("--backoff-base", **_DUR,
                help="wait after the first failure, then doubled")),
@@ -10787,6 +10792,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
+    began = iso(queue.clock())
     with screen.drawing():
         specs = _specs(given, _flag_fields(args), queue.clock(), screen)
         try:
@@ -10794,6 +10800,10 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         except QueueError as error:
             _name_line(error, [line for line, _ in given])
             raise
+    for job in jobs:
+        if job.unique is not None and job.created_at < began:
+            screen.note(f"{job.id} has the unique key {job.unique!r} and is not over: "
+                        "nothing was added")
     if not (args.wait and args.json):
         _say_added(jobs, is_batch, args, screen)
     if not jobs or not args.wait:
@@ -11081,8 +11091,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
     is_wide = args.all or any(filters.values())
     if bool(args.ids) == is_wide:
-        raise UsageError("ids and a choice are both given" if is_wide
-                         else "it is not said which jobs",
+        raise UsageError("ids and filters are both given" if is_wide
+                         else "no jobs are named",
                          "give ids, or --all, --queue, --tag or --search")
     job_ids = args.ids
     if args.tag or args.search:
@@ -11091,13 +11101,13 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
     if args.tag or args.search:
-        screen.note("no such jobs that are not over")
+        screen.note("no unfinished jobs fit")
         return EX_OK
     bar = _watchful_bar(queue, screen, lambda: queue.jobs(
         WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     with screen.drawing():
         done = queue.wait_all(args.queue, args.timeout, bar)
-    screen.note(f"nothing is left: {done.completed} completed, "
+    screen.note(f"all jobs are over: {done.completed} completed, "
                 f"{done.unwell} dead or cancelled meanwhile")
     return EX_NO if done.unwell else EX_OK
 
@@ -11140,9 +11150,10 @@ def _is_wide(args: argparse.Namespace) -> bool:
     given = [args.all, getattr(args, "state", None), *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        raise UsageError("ids and a choice are both given" if is_wide
-                         else "it is not said which jobs",
-                         "give ids, or --all, --state, --queue, --tag or --search")
+        state = "--state, " if hasattr(args, "state") else ""
+        raise UsageError("ids and filters are both given" if is_wide
+                         else "no jobs are named",
+                         f"give ids, or --all, {state}--queue, --tag or --search")
     return is_wide
 
 
@@ -11189,7 +11200,7 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     states = _chosen_states(verb, args.state)
     amounts = _amounts(queue, states, _filters(args))
     if amounts and verb != "retry":
-        _confirm(f"This will {verb} {amounts}.", args)
+        _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
 
@@ -11282,9 +11293,9 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
-        _confirm(f"This will delete {amounts}.", args)
+        _confirm(f"This will delete jobs: {amounts}.", args)
     if is_dry and not args.json:
-        screen.note(f"would delete {amounts}" if amounts else "would delete nothing")
+        screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
         return EX_OK
     jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
     if args.json:
@@ -11356,18 +11367,22 @@ def _named_queues(queues: Sequence[str] | None) -> str:
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
-    screen.note(f"{_named_queues(args.queue)} paused; what runs goes on, "
-                "`queuectl resume` ends the pause")
+    flags = "".join(f" --queue {queue}" for queue in args.queue or ())
+    screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
+                f"`queuectl resume{flags}` ends the pause")
     return EX_OK
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
-    left = ["all queues, by a pause of all" if name == EVERY_QUEUE else name
-            for name in queue.status().paused]
-    screen.note(f"{_named_queues(args.queue)} resumed"
+    paused = queue.status().paused
+    left = [name for name in paused if name != EVERY_QUEUE]
+    screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
+                 else "the pause of all queues is over")
                 + (f"; still paused: {', '.join(left)}" if left else ""))
+    if EVERY_QUEUE in paused:
+        screen.note("all queues are still paused; `queuectl resume` ends that")
     return EX_OK
 
 
@@ -11828,9 +11843,9 @@ COMMANDS = (
     Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
         *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
         ("dlq purge --older-than 30d", "dlq purge --yes")),
-    Entry(("pause",), cmd_pause, "claim no more jobs; it lasts over restarts", CREATES,
+    Entry(("pause",), cmd_pause, "start no more jobs, until resume", CREATES,
           (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
-    Entry(("resume",), cmd_resume, "claim jobs again", READS, (_QUEUES_FLAG,),
+    Entry(("resume",), cmd_resume, "start jobs again", READS, (_QUEUES_FLAG,),
           ("resume", "resume --queue gpu")),
     Entry(("queue", "list"), cmd_queue_list, "show the queues", READS, (_JSON_FLAG,),
           ("queue list", "queue list --json")),
@@ -11852,11 +11867,11 @@ COMMANDS = (
     Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
           (_JSON_FLAG,), ("schedule list", "schedule list --json")),
     Entry(("schedule", "remove"), cmd_schedule_remove,
-          "forget a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
+          "remove a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
           ("schedule remove nightly",)),
-    Entry(("schedule", "pause"), cmd_schedule_pause, "let a schedule rest", READS,
+    Entry(("schedule", "pause"), cmd_schedule_pause, "pause a schedule", READS,
           (_NAME_OF_SCHEDULE,), ("schedule pause nightly",)),
-    Entry(("schedule", "resume"), cmd_schedule_resume, "let a schedule go on", READS,
+    Entry(("schedule", "resume"), cmd_schedule_resume, "resume a schedule", READS,
           (_NAME_OF_SCHEDULE,), ("schedule resume nightly",)),
     Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
           (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),

@@ -1824,6 +1824,24 @@ class Promises(TestCase):
 # ---- 11 Claims ---------------------------------------------------------------
 
 class Turns(TestCase):
+    def test_a_pool_that_comes_and_claims_between_two_looks_is_not_lost(self):
+        queue = self.a_queue()
+        watcher = self.a_pool(queue)
+        queue.enqueue("x")
+        look = queue.store.rows
+        came = []
+
+        def rows(sql, **values):
+            found = look(sql, **values)
+            if sql == queuectl.Sql.WORKERS and not came:
+                came.append(True)
+                came.append(self.claim_one(queue, self.a_pool(queue, name="newcomer")))
+            return found
+        queue.store.rows = rows
+        self.addCleanup(vars(queue.store).pop, "rows")
+        self.assertEqual(watcher.stranded({}), [])
+        self.assertTrue(came)
+
     def test_order_is_priority_then_due_time_then_age(self):
         queue = self.a_queue()
         queue.enqueue("x", id="late")
@@ -3454,9 +3472,9 @@ class CommandLine(TestCase):
                 (("purge", "-s", "pending", "-s", "dead"), "3 jobs deleted",
                  {"good": COMPLETED, "gone": CANCELLED}),
                 (("purge", "--older-than", "1h"), "no such jobs", {"bad": DEAD}),
-                (("purge", "--dry-run"), "would delete 1 completed, 1 dead, 1 cancelled",
+                (("purge", "--dry-run"), "would delete jobs: 1 completed, 1 dead, 1 cancelled",
                  {"bad": DEAD, "good": COMPLETED}),
-                (("purge", "--dry-run", "--tag", "t"), "would delete nothing",
+                (("purge", "--dry-run", "--tag", "t"), "no such jobs",
                  {"a": PENDING})):
             with self.subTest(argv):
                 self.path = os.path.join(memory, "-".join(argv))
@@ -3543,10 +3561,9 @@ class CommandLine(TestCase):
         for argv, said in (
                 (("pause", "--queue", "a", "--queue", "b"), "queues a, b paused;"),
                 (("pause",), "all queues paused;"),
-                (("resume", "--queue", "a"), "queue a resumed; still paused: all queues, "
-                 "by a pause of all, b"),
+                (("resume", "--queue", "a"), "all queues are still paused"),
                 (("queue", "list"), "all queues are paused; `queuectl resume` ends that"),
-                (("resume",), "all queues resumed; still paused: b"),
+                (("resume",), "the pause of all queues is over; still paused: b"),
                 (("queue", "set", "gpu", "--limit", "2"), "queue gpu: at most 2 at once"),
                 (("queue", "set", "b", "--limit", "1"), "queue b: at most 1 at once"),
                 (("queue", "set", "b", "--limit", "0"), "queue b: no limit")):
