@@ -3923,10 +3923,17 @@ class Queue:
         return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
 
     def waiting_for(self, job: Job) -> list[str]:
-        """Why a waiting job does not run, in words; nothing for any other."""
+        """Why a job does not run, in words: one that waits, or has lost its worker.
+
+        Nothing for any other.
+        """
+        scene = self._scene()
+        if job.state == PROCESSING and all(
+                worker.name != job.worker for worker in scene.pools):
+            return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
+                    "again"]
         if job.gate is None:
             return []
-        scene = self._scene()
         reasons = self._hindrances(job, scene)
         if not reasons:
             n = self._count_before(job, scene)

@@ -1093,6 +1093,18 @@ class Hosts(TestCase):
         self.assertIsNone(queue.host.is_alive(blind))
         self.assertIs(queue.host.is_alive(blind._replace(boot="another")), False)
 
+    @NEEDS_LOCKS
+    def test_of_a_running_job_it_is_said_that_its_worker_is_gone(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        job = self.claim_one(queue, claims).job
+        self.assertEqual(queue.waiting_for(job), [])
+
+        with queue.store.transaction() as store:    # as one of an earlier boot
+            store.do("UPDATE workers SET boot = 'earlier'", {})
+        self.assertIn("is gone", queue.waiting_for(job)[0])
+
     def test_a_start_told_by_ps_may_differ_by_a_second(self):
         one = "Wed Nov 25 03:56:15 2026"
         for other, is_same in ((one, True), ("Wed Nov 25 03:56:16 2026", True),
@@ -1600,7 +1612,7 @@ class Promises(TestCase):
         job = queue.enqueue("x")
         self.assertEqual(queue.waiting_for(job),
                          ["all queues are paused", "no worker is running"])
-        self.assertEqual(queue.waiting_for(queue.job("full")), [])
+        self.assertIn("its worker p is gone", queue.waiting_for(queue.job("full"))[0])
 
     def test_a_failed_job_says_which_retry_it_waits_for(self):
         queue = self.a_queue()
