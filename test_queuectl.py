@@ -4687,7 +4687,7 @@ class Program(Processes):
                 asked.type(answer)
                 self.assertEqual((asked.end(), queue.counts()[PENDING]),
                                  (1 if left else 0, left))
-                self.assertRegex(asked.text, r"^This will \w+ 2 pending\.")
+                self.assertRegex(asked.text, r"^This will \w+ jobs: 2 pending\.")
                 self.assertEqual("error: nothing was changed; answer y, or give --yes"
                                  in asked.text, left > 0)
         self.assertEqual(queuectl.Declined.code, "declined")
