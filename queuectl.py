@@ -4561,7 +4561,14 @@ class Claims:
              "started_at": iso(now)} for one in taken])
         for one in taken:
             self._store.tally(now, one.job.queue, "wait_time",
-                              value=max(0.0, now - epoch(one.job.run_at)))
+                              value=max(0.0, now - epoch(self._ready_at(one.job))))
+
+    def _ready_at(self, job: Job) -> str:
+        """Since when it waits for a slot alone: due, and all that it comes after over.
+        """
+        needed = self._store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job.after)) if job.after else []
+        return max([job.run_at, *(one.finished_at or "" for one in needed)])
 
     def _choose(self, free: int) -> list[Candidate]:
         """The first in line whose queues have room.

@@ -1938,6 +1938,20 @@ class Turns(TestCase):
         list(claims.expiry())
         self.assertEqual(queue.stats()[""].enqueued, 1)
 
+    def test_the_time_behind_other_jobs_is_no_waiting_for_a_slot(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="first")
+        queue.enqueue("x", after=["first"])
+        one = self.claim_one(queue, claims)
+        self.clock.now += 3600
+        claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+        self.clock.now += 2
+        self.claim_one(queue, claims)
+
+        spread = queue.stats()[""].wait_time
+        self.assertEqual((spread.n, round(spread.mean, 3)), (2, 1.0))
+
     def test_statistics_say_which_time_they_cover(self):
         queue = self.a_queue()
         with queue.store.transaction() as store:
