@@ -9965,10 +9965,10 @@ class Service:
         is_kept = request.headers.get("connection", "").lower() != "close" \
             and handler.request_version == "HTTP/1.1"
         if size:
-            if request.method in ("GET", "HEAD"):   # some of these need no token
-                raise WebRefusal(413, "that takes no body", "send none")
             with contextlib.suppress(NoSuchJob):    # told once the body is read
                 admit(self._site, request)
+            if request.method in ("GET", "HEAD"):   # some of these need no token
+                raise WebRefusal(413, "that takes no body", "send none")
             if request.headers.get("expect", "").lower() == "100-continue":
                 handler.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             reader.allow(0, BODY_SECONDS)

@@ -4906,6 +4906,16 @@ class WebServer(Processes):
             self.assertEqual([job.id for job in queue.jobs()], ["one"])
         self.assertNotIn("internal", self.read("web.log"))
 
+    def test_a_body_where_none_is_taken_is_refused_unread(self):
+        """Also without a token: else whoever asks for the metrics could fill memory."""
+        _, port = self.web()
+        for line, status in ((b"GET /metrics", 413), (b"GET /healthz", 413),
+                             (b"GET /api/status", 401), (b"GET /api/pause", 401)):
+            with self.subTest(line):
+                head = (b"%s HTTP/1.1\r\nHost: localhost:%d\r\n"
+                        b"Content-Length: 9999999\r\n\r\n" % (line, port))
+                self.assertEqual(self.say(port, head), status)
+
     def test_slow_silent_and_idle_clients_hold_up_nobody(self):
         _, port = self.web()
         idle = [self.connect(port) for _ in range(200)]
