@@ -3772,11 +3772,17 @@ class Queue:
         """A run with its output as of now: one that is under way is asked for it."""
         run = self.run(job_id, number)
         if run.outcome is None:
-            seen = self.store.changes()
-            self.wake(PEEK)
-            self.await_change(seen, patience)
+            self.peek(patience)
             run = self.run(job_id, run.number)
         return run
+
+    def peek(self, patience: float = 0.5) -> None:
+        """Have the pools store what running commands have printed; so many seconds at
+        most, and less if anything else is committed meanwhile.
+        """
+        seen = self.store.changes()
+        self.wake(PEEK)
+        self.await_change(seen, patience)
 
     def events(self, job_id: str) -> list[Event]:
         """The changes of a job's state, oldest first."""
@@ -10872,8 +10878,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         for pool in [pool for pool in waiting if pool not in left]:
             screen.note(f"{waiting.pop(pool)} has stopped")
         if waiting and end is not None and time.monotonic() >= end:
-            raise NotFinished(f"{', '.join(waiting.values())} still finishing its jobs",
-                              "wait longer, or use --now")
+            raise NotFinished(f"{', '.join(waiting.values())} still running jobs",
+                              "wait longer, or give --now")
     return EX_OK
 
 
@@ -10994,13 +11000,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
-def _peek(queue: Queue) -> None:
-    """Have the pools store what running commands have printed so far."""
-    seen = queue.store.changes()
-    queue.wake(PEEK)
-    queue.await_change(seen, 0.5)
-
-
 def _tail(output: bytes, lines: int | None) -> bytes:
     if lines is None:
         return output
@@ -11076,7 +11075,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     pending: dict[str, bytes] = {}
     while left:
         if any(queue.job(one.job_id).state == PROCESSING for one in left):
-            _peek(queue)
+            queue.peek()
         for one in left:
             _show_followed(one, places[one.job_id], pending, screen)
         left = [one for one in left if not one.is_over]
@@ -11089,7 +11088,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.follow:
         return _follow(args, queue, screen)
     if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
-        _peek(queue)
+        queue.peek()
     for place, job_id in enumerate(args.ids):
         run = queue.run(job_id, args.attempt)
         output = _tail(readable(run.output, run.output_bytes), args.tail)
