@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import collections
 import contextlib
 import datetime
@@ -17,6 +18,7 @@ import itertools
 import json
 import linecache
 import math
+import multiprocessing
 import os
 import pty
 import random
@@ -36,6 +38,7 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
 import types
 import unittest
 import zipapp
@@ -59,6 +62,122 @@ def setUpModule():
     """A shell lets what it starts in the background ignore Ctrl+C, for ever."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Telling(unittest.TestResult):
+    """Notes what a test does to its result, in words that another process can take."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def startTest(self, test):
+        self.tell("startTest", test)
+
+    def stopTest(self, test):
+        self.tell("stopTest", test)
+
+    def addSuccess(self, test):
+        self.tell("addSuccess", test)
+
+    def addSkip(self, test, reason):
+        self.tell("addSkip", test, reason)
+
+    def addDuration(self, test, elapsed):
+        self.tell("addDuration", test, elapsed)
+
+    def addError(self, test, err):
+        self.tell("addError", test, "".join(traceback.format_exception(*err)))
+
+    def addFailure(self, test, err):
+        self.tell("addFailure", test, "".join(traceback.format_exception(*err)))
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            self.tell("addFailure", test, f"{subtest}\n" + "".join(
+                traceback.format_exception(*err)))
+
+    def tell(self, verb, test, *words):
+        self.told.append((verb, test.id(), *words))
+
+
+def told_of(tests):
+    """Run the tests; what they did to their result."""
+    result = Telling()
+    unittest.TestSuite(tests).run(result)
+    return result.told
+
+
+class Abreast(unittest.TestSuite):
+    """Runs several tests at a time, each in another process: most of them only wait.
+
+    A class that prepares something for all of its tests stays together.
+    """
+
+    AT_ONCE = 2 * (os.cpu_count() or 1)
+
+    def run(self, result, debug=False):
+        tests = {test.id(): test for test in self.each(self)}
+        program()
+        with futures.ProcessPoolExecutor(
+                self.AT_ONCE, multiprocessing.get_context("fork")) as pool:
+            runs = [pool.submit(told_of, part) for part in self.parts(tests.values())]
+            try:
+                for run in futures.as_completed(runs):
+                    for verb, name, *words in run.result():
+                        test = tests.get(name) or unittest.suite._ErrorHolder(name)
+                        if verb in ("addError", "addFailure"):
+                            error = AssertionError("\n" + words[0])
+                            words = [(AssertionError, error, None)]
+                        getattr(result, verb)(test, *words)
+                    if result.shouldStop:
+                        break
+            finally:
+                for run in runs:
+                    run.cancel()
+        return result
+
+    def each(self, suite):
+        for test in suite:
+            if isinstance(test, unittest.TestSuite):
+                yield from self.each(test)
+            else:
+                yield test
+
+    @staticmethod
+    def parts(tests):
+        """Tests in lists that are run in one go, the longer ones first."""
+        together = collections.defaultdict(list)
+        for test in tests:
+            is_shared = type(test).setUpClass.__func__ is not \
+                unittest.TestCase.setUpClass.__func__
+            together[type(test) if is_shared else test.id()].append(test)
+        return sorted(together.values(), key=len, reverse=True)
+
+
+def load_tests(_loader, tests, _pattern):
+    """All tests of the module; a class or a test that is named runs by itself."""
+    return Abreast(tests)
+
+
+@functools.cache
+def program():
+    """The words that start queuectl as an installed program, with its bytecode kept.
+
+    By its path each start would compile it: more than all the rest that a start does.
+    """
+    place = tempfile.mkdtemp(prefix="queuectl program ")
+    atexit.register(shutil.rmtree, place, True)
+    entry = os.path.join(place, "queuectl")
+    with open(entry, "w", encoding="utf-8") as file:
+        file.write(f"""# -*- coding: utf-8 -*-
+import sys
+sys.pycache_prefix, sys.dont_write_bytecode = {place!r}, False
+sys.path[0] = {os.path.dirname(MODULE)!r}
+from queuectl import main
+sys.exit(main())
+""")
+    return [sys.executable, entry]
 
 
 class FakeClock:
@@ -3939,8 +4058,8 @@ class Processes(TestCase):
     """What tests of other processes need."""
 
     def command(self, *argv):
-        return [sys.executable, MODULE, *argv, "--db", self.path] \
-            if "--" not in argv else [sys.executable, MODULE, "--db", self.path, *argv]
+        return [*program(), *argv, "--db", self.path] \
+            if "--" not in argv else [*program(), "--db", self.path, *argv]
 
     def call(self, *argv, **options):
         done = subprocess.run(self.command(*argv), stdout=subprocess.PIPE,
@@ -4168,7 +4287,7 @@ class Program(Processes):
         wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
         with Queue(copy) as queue:
             queue.configure("timeout", "100ms")
-        subprocess.run([sys.executable, MODULE, "--db", copy, "worker", "start",
+        subprocess.run([*program(), "--db", copy, "worker", "start",
                         "--max-jobs", "1"], cwd=self.dir, stderr=subprocess.DEVNULL,
                        check=True)
         open(self.path_of("go"), "w").close()
@@ -4409,7 +4528,7 @@ class Program(Processes):
         self.enqueue("true")
         odd = os.fsencode(self.dir) + b"/\xff"
         os.mkdir(odd)
-        quoted = " ".join("'" + word + "'" for word in (sys.executable, MODULE))
+        quoted = " ".join("'" + word + "'" for word in program())
         db = "'" + self.path + "'"
         for script, status in (
                 (f"{quoted} --db {db} enqueue true >&-", 0),
@@ -5651,10 +5770,10 @@ class Shells(Processes):
         with Queue(self.path_of("an other.db")) as other:
             other.enqueue("x", id="else")
         os.mkdir(self.path_of("bin"))
-        program = f'#!/bin/sh\nexec "{sys.executable}" "{MODULE}" "$@"\n'
+        script = '#!/bin/sh\nexec "{}" "{}" "$@"\n'.format(*program())
         for name in ("bin/queuectl", "queuectl.py"):
             with open(self.path_of(name), "w") as file:
-                file.write(program)
+                file.write(script)
             os.chmod(self.path_of(name), 0o755)
 
     def script(self, shell):
@@ -5778,8 +5897,7 @@ class Services(Processes):
         for flags in ((), ("--user", "--grace", "1h"), ("--queue", "a", "--name", "b")):
             unit = self.path_of("queuectl.service")
             text = subprocess.run(
-                [sys.executable, MODULE, "--db", os.path.join(folder, "q.db"), "systemd",
-                 *flags], stdout=subprocess.PIPE, check=True).stdout.decode()
+                [*program(), "--db", os.path.join(folder, "q.db"), "systemd", *flags], stdout=subprocess.PIPE, check=True).stdout.decode()
             for shown in (text, re.sub("^#([A-Z])", r"\1", text, flags=re.M)):
                 with open(unit, "w") as file:
                     file.write(shown)
@@ -7950,7 +8068,7 @@ def lock_round(directory, seconds):
         for _ in range(12):
             queue.enqueue("echo $QUEUECTL_JOB_ID >> ran; sleep 0.3", cwd=directory)
     def start(*argv, **options):
-        return subprocess.Popen([sys.executable, MODULE, "--db", path, *argv],
+        return subprocess.Popen([*program(), "--db", path, *argv],
                                 cwd=directory, **options)
     violations, ran = [], os.path.join(directory, "ran")
     with open(log, "ab") as errors, \
