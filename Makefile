@@ -30,9 +30,11 @@ lint:   ## ruff, if installed
 type:   ## mypy --strict, if installed
 	$(PYTHON) -m mypy
 
-cov:    ## branch coverage of the tests that run in one process, if coverage is installed
-	$(PYTHON) -m coverage run --branch --include=queuectl.py -m unittest
+cov:    ## branch coverage by the tests, all their processes included, if coverage is there
+	$(PYTHON) -m coverage erase
+	-$(PYTHON) -m coverage run -m unittest
+	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage report
 
 clean:  ## remove what tools leave behind
-	rm -rf build dist *.egg-info __pycache__ .coverage .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info __pycache__ .coverage* .mypy_cache .ruff_cache
