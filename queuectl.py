@@ -15,7 +15,8 @@ Words
     run       one start of a job's command; a job that is retried has several
     attempt   a run that ended by the job's own doing (a crash of the worker is not)
     queue     the name under which jobs are grouped; also the database as a whole
-    pool      one `worker start`: a process with a number of slots
+    pool      one `worker start`: a process with a number of slots; people, and the
+              table of pools, call it a worker
     slot      room in a pool for one running command
     claim     the number of a run, drawn when a pool takes the job; it only grows
     fence     the guard "only if the job's claim is still mine" on a later write
@@ -24,6 +25,8 @@ Words
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
+    rank      a waiting job's place in line: by priority, with ageing also by time
+    wish      that a running job be ended: somebody asked, or its pool was lost
     turn      one transaction of a pool: record what ended, claim what is due;
               of a schedule: one of the moments at which its job is enqueued
 
@@ -31,7 +34,8 @@ Life cycle
 
     enqueue --> pending --claim--> processing --complete--> completed
                  ^   ^                 |  |  |
-                 |   +----release------+  |  +--cancel--> cancelled
+                 |   +----release------+  |  +--cancel--> cancelled (also from
+                 |                        |               pending and failed)
                  |                        |
                  |   failed <----fail-----+
                  |     |  (due again after its backoff: claim)
@@ -9429,7 +9433,7 @@ def find_route(method: str, path: str) -> tuple[Route, str]:
 
 
 def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
-    """Who may come in, and for what: all that can be said before the body is read.
+    """Who may come in, for what: all that can be said before the body is read (I10).
 
     A reply for who only logs in; WebRefusal for who may not.
     """

@@ -1,4 +1,20 @@
-"""The tests of queuectl, in the order of its sections; real processes come last."""
+"""The tests of queuectl, in the order of its sections; real processes come last.
+
+Where the tests of a section are
+     3 Rules .......... Rules                   12 Check ....... Checks
+     4 Cron ........... Cron                    13 Views ....... Views, Metrics
+     5 Input .......... Input                   14 Runner ...... Program
+     6 SQL ............ Statements              15 Pool ........ Program, Model
+     7 Store .......... Files, BadGround        16 Page ........ Browser
+     8 Host ........... Hosts, Notices          17 to 21 ....... Web, WebServer
+     9 Ledger ......... Promises                22 CLI ......... CommandLine, Program
+    10 Queue .......... Promises                23 Completion .. Completion, Shells
+    11 Claims ......... Turns, Model            24 Main ........ CommandLine, Program
+What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
+moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
+
+MUTANTS, MOMENTS and FINDERS quote lines of the module: they have to follow it.
+"""
 
 from __future__ import annotations
 
@@ -284,6 +300,31 @@ class Architecture(unittest.TestCase):
 
         self.assertEqual(banners, contents)
         self.assertTrue(all(len(line) <= 88 for line in self.source.splitlines()))
+
+    def test_each_invariant_is_cited_where_it_is_kept_and_where_it_is_tested(self):
+        text = self.source.replace(queuectl.__doc__, "")
+        with open(__file__, encoding="utf-8") as file:
+            tests = file.read()
+
+        invariants = re.findall(r"^    \((I\d+)\) ", queuectl.__doc__, re.M)
+        self.assertEqual(invariants, [f"I{n}" for n in range(1, len(invariants) + 1)])
+        for name in invariants:
+            self.assertTrue(re.search(rf"\b{name}\b", text), f"{name} in the module")
+            self.assertTrue(re.search(rf"\b{name}\b", tests), f"{name} in the tests")
+
+    def test_all_exceptions_are_caught_at_the_edges_only(self):
+        """An answer over HTTP, a guess at what comes next; to undo and go on is no catch."""
+        def catches(node):
+            if isinstance(node, ast.ExceptHandler):
+                name = node.type.id if isinstance(node.type, ast.Name) else ""
+                return name == "Exception" or (name == "BaseException" and not any(
+                    isinstance(one, ast.Raise) for one in ast.walk(node)))
+            return isinstance(node, ast.With) and \
+                "suppress(Exception)" in ast.unparse(node.items[0])
+
+        self.assertEqual({scope.name for scope in self.functions
+                          if any(map(catches, ast.walk(scope)))},
+                         {"_answered", "_complete"})
 
     def test_functions_are_short(self):
         sizes = sorted(node.end_lineno - node.lineno + 1 for node in self.functions)
@@ -1106,6 +1147,19 @@ class Statements(TestCase):
             self.assertNotIn("TEMP B-TREE", plan)
 
 
+    def test_the_schema_itself_refuses_what_must_not_be(self):
+        """(I2), (I7)"""
+        queue = self.a_queue()
+        queue.enqueue("x")
+
+        for change in ("state = 'processing'",      # without a claim
+                       "claim = 1",                 # without being processed
+                       "gate = NULL",               # waits for nothing
+                       "state = 'completed'"):      # is over and has a gate
+            with self.subTest(change), self.assertRaises(sqlite3.IntegrityError):
+                queue.store._db.execute(f"UPDATE jobs SET {change}")
+
+
 # ---- 7 Store -----------------------------------------------------------------
 
 class Files(TestCase):
@@ -1338,6 +1392,7 @@ class Promises(TestCase):
         return queue.job(job.id)
 
     def test_a_verb_moves_only_from_its_sources(self):
+        """(I1)"""
         queue = self.a_queue()
         claims = self.a_pool(queue)
         for verb, step in MOVES.items():
@@ -1371,6 +1426,7 @@ class Promises(TestCase):
         self.assertEqual(sum(queue.counts().values()), 0)
 
     def test_a_number_is_never_used_again(self):
+        """(I4)"""
         queue = self.a_queue()
         self.assertEqual(queue.enqueue("a").id, "job-1")
         queue.delete("job-1")
@@ -1405,6 +1461,7 @@ class Promises(TestCase):
                                          Spec("b", id="b", after=("a",))])
 
     def test_counts_agree_with_the_table_whatever_happens(self):
+        """(I8)"""
         queue = self.a_queue()
         claims = self.a_pool(queue)
         for state in (*STATES[1:], PENDING):    # a pending one would be claimed first
@@ -2110,6 +2167,7 @@ class Turns(TestCase):
         self.assertEqual((turn.stop, turn.claimed), (queuectl.DRAIN, []))
 
     def test_a_late_worker_cannot_end_a_later_claim(self):
+        """(I3)"""
         queue = self.a_queue()
         claims = self.a_pool(queue)
         queue.enqueue("x")
@@ -2149,6 +2207,7 @@ class Turns(TestCase):
         self.assertEqual(len(other.stranded({claims.worker.id: 15.0})), 1)
 
     def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
+        """(I6)"""
         queue = self.a_queue()
         claims = self.a_pool(queue)
         queue.enqueue("x")
@@ -2160,6 +2219,7 @@ class Turns(TestCase):
 
     @NEEDS_LOCKS
     def test_a_number_whose_lock_is_held_is_passed_over(self):
+        """(I5)"""
         queue = self.a_queue()
         claims = self.a_pool(queue)
         queue.enqueue("x")
@@ -2955,6 +3015,7 @@ class Web(TestCase):
             self.assertIn(self.ask("GET", target, authorization=None).status, (401,))
 
     def test_foreign_hosts_and_pages_are_refused(self):
+        """(I10)"""
         wide = SITE._replace(is_wide=True)
         for site, headers, status in (
                 (SITE, {"host": "LOCALHOST"}, 200), (SITE, {"host": "127.0.0.1:99"}, 200),
@@ -4509,6 +4570,7 @@ class Program(Processes):
         self.assertIn("deleted or replaced", self.read("worker.log"))
 
     def test_results_wait_for_a_lock_that_somebody_holds(self):
+        """(I9)"""
         self.enqueue("touch ran; while [ ! -e go ]; do sleep .05; done")
         rival = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(rival.close)
