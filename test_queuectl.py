@@ -34,7 +34,7 @@ import itertools
 import json
 import linecache
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import pty
 import random
@@ -134,24 +134,55 @@ class Abreast(unittest.TestSuite):
 
     def run(self, result, debug=False):
         tests = {test.id(): test for test in self.each(self)}
+        parts = self.parts(tests.values())
         program()
-        with futures.ProcessPoolExecutor(
-                self.AT_ONCE, multiprocessing.get_context("fork")) as pool:
-            runs = [pool.submit(told_of, part) for part in self.parts(tests.values())]
-            try:
-                for run in futures.as_completed(runs):
-                    for verb, name, *words in run.result():
-                        test = tests.get(name) or unittest.suite._ErrorHolder(name)
-                        if verb in ("addError", "addFailure"):
-                            error = AssertionError("\n" + words[0])
-                            words = [(AssertionError, error, None)]
-                        getattr(result, verb)(test, *words)
-                    if result.shouldStop:
-                        break
-            finally:
-                for run in runs:
-                    run.cancel()
+        todo, give = os.pipe()
+        os.write(give, b"".join(number.to_bytes(2, "big") for number in range(len(parts))))
+        os.close(give)
+        workers = {self.worker(parts, todo) for _ in range(self.AT_ONCE)}
+        missing = dict(enumerate(parts))
+        while workers:
+            for worker in multiprocessing.connection.wait(workers):
+                try:
+                    number, told = worker.recv()
+                except EOFError:
+                    workers.remove(worker)
+                    os.wait()
+                    continue
+                del missing[number]
+                self.tell(result, tests, told)
+                if result.shouldStop:
+                    os.read(todo, 65536)
+        os.close(todo)
+        if not result.shouldStop:
+            self.tell(result, tests, [
+                (verb, test.id(), *words) for part in missing.values() for test in part
+                for verb, *words in (("startTest",), ("addError", "its process died"),
+                                     ("stopTest",))])
         return result
+
+    @staticmethod
+    def worker(parts, todo):
+        """Fork a process that runs parts while there are some; where it tells of them."""
+        told, tell = multiprocessing.Pipe(duplex=False)
+        if os.fork() == 0:
+            try:
+                while number := os.read(todo, 2):
+                    number = int.from_bytes(number, "big")
+                    tell.send((number, told_of(parts[number])))
+            finally:
+                os._exit(0)
+        tell.close()
+        return told
+
+    @staticmethod
+    def tell(result, tests, told):
+        """Do to the result what the tests did to theirs."""
+        for verb, name, *words in told:
+            if verb in ("addError", "addFailure"):
+                words = [(AssertionError, AssertionError("\n" + words[0]), None)]
+            getattr(result, verb)(
+                tests.get(name) or unittest.suite._ErrorHolder(name), *words)
 
     def each(self, suite):
         for test in suite:
@@ -2762,6 +2793,30 @@ class Views(TestCase):
     PLAIN = queuectl.Style(False, 0, NOON)
     COLOURED = queuectl.Style(True, 40, NOON)
 
+    def test_the_first_screen_names_who_works_what_rests_and_what_comes(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="box")
+        queue.enqueue("make all", id="build")
+        run = self.claim_one(queue, claims).claim
+        queue.pause("nightly")
+        queue.enqueue("x", id="later", delay=90)
+
+        lines = queuectl.status_lines(queue.status(), self.PLAIN)
+
+        self.assertEqual(lines[1:-1], [
+            f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
+            "            build  for 0s  make all", "paused    nightly",
+            "next due  later in 1m 30s (scheduled)"])
+        queue.pause()
+        claims.turn({run: Outcome("failed", 3, "exit status 3", 2.5)}, {}, [])
+        queue.delete("later")
+        lines = queuectl.status_lines(queue.status(), self.PLAIN)
+        self.assertIn("paused    all queues, nightly", lines)
+        self.assertIn("next due  build in 2s (retry)", lines)
+        self.assertEqual(
+            queuectl.run_line(queue.runs("build")[0], self.PLAIN),
+            "1    failed     3     2.5s     now           box  exit status 3")
+
     def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
         P = queuectl.Progress
         for progress, seconds, width, line in (
@@ -4941,6 +4996,13 @@ class Program(Processes):
 class WebServer(Processes):
     """`web` as a process: sockets, time and malice."""
 
+    def stop(self, process):
+        """End it as a service manager does; if it does not heed that, as a test does."""
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        self.end(process)
+
     def web(self, *argv, token=TOKEN, read_token=""):
         """A server; (process, port)."""
         self.log = open(self.path_of("web.log"), "ab")
@@ -4950,7 +5012,7 @@ class WebServer(Processes):
             stdout=subprocess.PIPE, env={**os.environ, "QUEUECTL_TOKEN": token,
                                          "QUEUECTL_READ_TOKEN": read_token})
         self.addCleanup(process.stdout.close)
-        self.addCleanup(self.end, process)
+        self.addCleanup(self.stop, process)
         self.url = process.stdout.readline().decode().strip()
         return process, int(re.search(r":(\d+)/", self.url)[1])
 
