@@ -343,6 +343,17 @@ class Architecture(unittest.TestCase):
             self.assertTrue(re.search(rf"\b{name}\b", text), f"{name} in the module")
             self.assertTrue(re.search(rf"\b{name}\b", tests), f"{name} in the tests")
 
+    def test_all_that_lists_the_fields_of_a_job_lists_the_same(self):
+        shown, given = set(queuectl.JSON_KEYS), set(queuectl.FIELDS)
+
+        self.assertEqual(shown, set(queuectl._JOB_SCHEMA["properties"]))
+        self.assertEqual(given - {"delay"}, set(Spec._fields) & shown)
+        self.assertEqual(set(queuectl.KEPT), shown - given | {"runs", "waiting_for"})
+        self.assertEqual(set(queuectl._NEW_JOB_SCHEMA["properties"]),
+                         given | set(queuectl.KEPT))
+        self.assertEqual(queuectl.Settings._fields, tuple(
+            key.replace("-", "_") for key in queuectl.SETTINGS))
+
     def test_all_exceptions_are_caught_at_the_edges_only(self):
         """An answer over HTTP, a guess at what comes next; to undo and go on is no catch."""
         def catches(node):
@@ -1455,6 +1466,19 @@ class Promises(TestCase):
 
         self.assertEqual(caught.exception.item, 2)
         self.assertEqual(sum(queue.counts().values()), 0)
+
+    def test_a_job_comes_back_with_all_that_was_given(self):
+        queue = self.a_queue()
+        queue.enqueue("true", id="first")
+        given = {"id": "x", "queue": "q", "priority": 7, "max_retries": 4, "timeout": 9.0,
+                     "backoff_base": 3.0, "after": ("first",), "unique": "u", "tags": ("a", "b"),
+                     "env": {"A": "b"}, "cwd": "/", "run_at": "2027-03-01T00:00:00.000Z"}
+
+        queue.enqueue("make all", **given)
+
+        job = queue.job("x")
+        self.assertEqual({key: getattr(job, key) for key in given}, given)
+        self.assertLessEqual(set(queuectl.FIELDS) - {"delay", "command"}, set(given))
 
     def test_a_number_is_never_used_again(self):
         """(I4)"""
