@@ -2716,10 +2716,12 @@ class Store:
         """Copy the database as it was committed last, while others work; mode 0600.
 
         The copy takes its name only when it is whole and on the disk. An older copy is
-        replaced; NotAQueue if something else is there, InUse if it is this very file.
+        replaced; NotAQueue if something else is there, InUse if it is this very file,
+        or if what is there has a WAL: SQLite would apply that to the new file.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
+        self._refuse_wal(path)
         part = f"{path}.{os.getpid()}.part"
         try:
             self._clear_parts(path)
@@ -2727,6 +2729,7 @@ class Store:
             with contextlib.closing(sqlite3.connect(part)) as copy, \
                     contextlib.closing(self._reader()) as source:
                 source.backup(copy)     # in one step: it cannot be made to start anew
+            self._refuse_wal(path)      # again: somebody may have opened it since
             os.replace(part, path)
             _sync_directory(path)
         except sqlite3.Error as error:
@@ -2741,15 +2744,22 @@ class Store:
     def _refuse_to_replace(self, path: str) -> None:
         if _inode(path) == self.inode:
             raise InUse(f"{path} is the queue itself", "give another name")
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "immutable=1"), uri=True)) as peek:
-            try:
+        try:
+            with contextlib.closing(sqlite3.connect(
+                    _file_uri(path, "immutable=1"), uri=True)) as peek:
                 kind = self._first(peek, Sql.KIND)
-            except sqlite3.Error:
-                kind = -1
+        except sqlite3.Error:
+            kind = -1
         if kind != APPLICATION_ID:
             raise NotAQueue(f"{path} is there and no backup of a queue",
                             "give another name, or remove it")
+
+    @staticmethod
+    def _refuse_wal(path: str) -> None:
+        with contextlib.suppress(OSError):
+            if os.stat(path + "-wal").st_size:
+                raise InUse(f"{path}-wal is not empty: a program works in that backup, "
+                            "or died in it", "open it once, or give another name")
 
     @staticmethod
     def _clear_parts(path: str) -> None:

@@ -1174,6 +1174,37 @@ class Files(TestCase):
             with self.assertRaisesRegex(queuectl.Unsupported, "hard link"):
                 Queue(self.path_of(name))
 
+    def test_a_backup_that_somebody_works_in_is_not_replaced(self):
+        queue, copy = self.a_queue(), self.path_of("copy.db")
+        queue.backup(copy)
+        with Queue(copy) as works:
+            works.enqueue("true", id="later")
+            with self.assertRaisesRegex(queuectl.InUse, "works in that backup"):
+                queue.backup(copy)
+            self.assertEqual(works.job("later").command, "true")
+        queue.backup(copy)
+        with Queue(copy) as again:
+            self.assertEqual(again.jobs(), [])
+
+    def test_no_backup_is_put_beside_a_wal_that_is_not_its_own(self):
+        queue, copy = self.a_queue(), self.path_of("copy.db")
+        reader = queue.store._reader
+
+        def late():
+            """Somebody comes while the copy is made."""
+            with open(copy + "-wal", "wb") as wal:
+                wal.write(b"x")
+            return reader()
+        queue.store._reader = late
+        with self.assertRaises(queuectl.InUse):
+            queue.backup(copy)
+        self.assertFalse(os.path.exists(copy))
+        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
+
+    def test_a_directory_is_no_backup(self):
+        with self.assertRaises(queuectl.NotAQueue):
+            self.a_queue().backup(self.dir)
+
     def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
         queue = self.a_queue()
         for call in (queue.job, queue.cancel, lambda text: queue.jobs(search=text)):
