@@ -3328,7 +3328,7 @@ class Batch:
         for item, spec in enumerate(specs):
             with at_item(item):
                 jobs.append(self._known(spec) or self._new(spec, last + item + 1))
-        blocked = self._resolve_needs(specs, jobs)
+        blocked = self._resolve_needs(jobs)
         if blocked:
             self._added = [_blocked_if(job, blocked) for job in self._added]
             jobs = [_blocked_if(job, blocked) for job in jobs]
@@ -3371,14 +3371,15 @@ class Batch:
         self._added.append(job)
         return job
 
-    def _resolve_needs(self, specs: Sequence[Spec], jobs: Sequence[Job]) -> set[int]:
+    def _resolve_needs(self, jobs: Sequence[Job]) -> set[int]:
         """Note who comes after whom; the jobs that have to wait for others."""
         blocked: set[int] = set()
         own = {job.seq for job in self._added}
-        for item, (spec, job) in enumerate(zip(specs, jobs)):
-            if not spec.after or job.seq not in own:
+        for item, job in enumerate(jobs):
+            if not job.after or job.seq not in own:
                 continue
-            for needed in spec.after:
+            own.remove(job.seq)     # what it answers for after that adds no needs
+            for needed in job.after:
                 with at_item(item):
                     state, seq = self._needed(needed)
                 if state != COMPLETED:

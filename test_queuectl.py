@@ -1420,6 +1420,25 @@ class Promises(TestCase):
         with self.assertRaises(queuectl.InUse):
             queue.retry(first.id)
 
+    def test_a_job_that_answers_for_another_waits_for_its_own_needs_alone(self):
+        queue = self.a_queue()
+        jobs = queue.enqueue_many([
+            Spec("a", id="x"), Spec("b", unique="k", after=("x",)),
+            Spec("c", unique="k", after=("x",)),
+            Spec("d", unique="l"), Spec("e", unique="l", after=("x",))])
+
+        self.assertEqual([job.gate for job in jobs],
+                         ["open", "after", "after", "open", "open"])
+        self.assertEqual(queue.store.rows("SELECT * FROM dependencies"),
+                         [(jobs[0].seq, jobs[1].seq)])
+
+    def test_the_spec_that_needs_a_job_that_is_not_there_is_named(self):
+        with self.assertRaises(queuectl.InvalidJob) as caught:
+            self.a_queue().enqueue_many([
+                Spec("a", unique="k"), Spec("b", unique="k"),
+                Spec("c", after=("nothing",))])
+        self.assertEqual(caught.exception.item, 2)
+
     def test_a_job_waits_for_those_it_comes_after(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
