@@ -3667,7 +3667,15 @@ def _states(state: str | Sequence[str]) -> list[str | None]:
 
 
 def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of filters, as the statements take them."""
+    """The values of filters, as the statements take them; TypeError: no such filter.
+
+    One that were passed over would widen what is asked for, and what is deleted.
+    """
+    known = [key for key in (*Sql.FILTERS, "before", "ended_seq") if key != "state"]
+    for key in filters:
+        if key not in known:
+            raise TypeError(f"there is no filter {key!r}; there are "
+                            + ", ".join(known))
     values = {"before": END_OF_TIME, **{
         key: value for key, value in filters.items() if value is not None}}
     if "search" in values:

@@ -1393,6 +1393,16 @@ class Promises(TestCase):
         self.assertEqual([(e.source, e.target) for e in queue.events(job.id)], [
             (None, PENDING), (PENDING, PROCESSING), (PROCESSING, DEAD), (DEAD, PENDING)])
 
+    def test_a_filter_that_there_is_not_is_refused(self):
+        queue = self.a_queue()
+        queue.enqueue("a")
+        for ask in (queue.jobs, queue.count, lambda **given: list(queue.pages(**given)),
+                    lambda **given: list(queue.sweep("delete", **given))):
+            with self.assertRaisesRegex(TypeError, "'tags'.*queue, tag, search"):
+                ask(tags="nightly")
+
+        self.assertEqual(len(queue.jobs(PENDING)), 1)
+
     def test_a_batch_is_added_whole_or_not_at_all(self):
         queue = self.a_queue()
         with self.assertRaises(queuectl.JobExists) as caught:
