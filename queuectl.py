@@ -3666,6 +3666,18 @@ def _states(state: str | Sequence[str]) -> list[str | None]:
     return [*states] or [None]
 
 
+def _ended(state: str | Sequence[str]) -> Sequence[str]:
+    """The states that are asked for, by default all of OVER; InvalidValue for others.
+
+    A failed job has an end as well, that of its last run, but it waits.
+    """
+    states = [name for name in _states(state) if name is not None]
+    if not {*states} <= {*OVER}:
+        raise InvalidValue("`older_than` counts from a job's end",
+                           "it fits " + ", ".join(OVER))
+    return states or OVER
+
+
 def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
     """The values of filters, as the statements take them; TypeError: no such filter.
 
@@ -4174,13 +4186,14 @@ class Queue:
         for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for. `older_than`: only those
-        that have been over for so many seconds. Filters as in `jobs`.
+        that have been over for so many seconds; InvalidValue for states that are not
+        over. Filters as in `jobs`.
         """
         change = {"retry": self._retry_free, "cancel": self._cancel_all,
                   "delete": self._delete_free}[verb]
         sort, found = "newest", list[Job]()
         if older_than is not None:
-            sort = "ended"
+            state, sort = _ended(state), "ended"
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
             with self.store.transaction():

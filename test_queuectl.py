@@ -1403,6 +1403,20 @@ class Promises(TestCase):
 
         self.assertEqual(len(queue.jobs(PENDING)), 1)
 
+    def test_what_waits_has_no_age_and_is_not_swept_by_it(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        waits = queue.enqueue("a", max_retries=3, backoff_base=1000)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        over = self.in_state(queue, claims, DEAD)
+        self.clock.now += 500
+        for states in (FAILED, PENDING, PROCESSING, (DEAD, FAILED)):
+            with self.assertRaisesRegex(queuectl.InvalidValue, "from a job's end"):
+                swept(queue, "delete", states, older_than=100)
+
+        self.assertEqual(queue.job(waits.id).state, FAILED)
+        self.assertEqual(swept(queue, "delete", older_than=100), [over.id])
+
     def test_a_batch_is_added_whole_or_not_at_all(self):
         queue = self.a_queue()
         with self.assertRaises(queuectl.JobExists) as caught:
