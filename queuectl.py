@@ -767,7 +767,8 @@ def parse_duration(text: object) -> float:
     if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        seconds = float(text)
+        with contextlib.suppress(OverflowError):    # of a number of 400 digits
+            seconds = float(text)
     elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
         seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(_PART, text))
     if not 0 <= seconds <= MAX_DURATION:
@@ -1499,11 +1500,13 @@ def _check_name(key: str, value: Any, now: float) -> str:
 
 
 def _check_whole(key: str, value: Any, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) \
-            or not least <= value <= most:
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    is_whole = value.is_integer() if isinstance(value, float) \
+        else isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
         raise InvalidJob(key, f"{key}: {value!r} is not a whole number"
                               f" from {least} to {most}")
-    return value
+    return int(value)
 
 
 def _check_priority(key: str, value: Any, now: float) -> int:

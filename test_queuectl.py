@@ -996,7 +996,12 @@ class Input(TestCase):
             ({"command": "x", "priority": True}, "priority"),
             ({"command": "x", "max_retries": -1}, "max_retries"),
             ({"command": "x", "id": "a b"}, "id"), ({"command": "x", "id": ""}, "id"),
+            ({"command": "x", "priority": 5.5}, "priority"),
+            ({"command": "x", "priority": 1e300}, "priority"),
+            ({"command": "x", "priority": math.inf}, "priority"),
             ({"command": "x", "timeout": "soon"}, "timeout"),
+            ({"command": "x", "timeout": 10**400}, "timeout"),
+            ({"command": "x", "run_at": 10**400}, "run_at"),
             ({"command": "x", "run_at": "soon"}, "run_at"),
             ({"command": "x", "delay": 1, "run_at": 1}, "delay"),
             ({"command": "x", "env": {"1A": "b"}}, "env"),
@@ -1008,6 +1013,11 @@ class Input(TestCase):
             with self.subTest(fields), self.assertRaises(queuectl.InvalidJob) as caught:
                 queuectl.spec_of(fields, NOON)
             self.assertEqual(caught.exception.key, key)
+
+    def test_a_whole_number_may_be_written_with_a_point(self):
+        [fields] = queuectl.fields_of('{"command": "x", "priority": 5.0}')
+        priority = queuectl.spec_of(fields, NOON).priority
+        self.assertEqual((priority, type(priority)), (5, int))
 
     def test_a_typing_mistake_gets_the_nearest_key(self):
         with self.assertRaisesRegex(queuectl.InvalidJob, "did you mean `priority`"):
