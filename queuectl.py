@@ -3010,7 +3010,8 @@ class Locks:
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
 
-        Raises InUse if somebody holds it, Unwritable if the file cannot be made.
+        Raises InUse if somebody holds it, Unwritable if the file cannot be made or
+        the system has no lock to give.
         """
         if self._set is None:
             return -1
@@ -3018,9 +3019,12 @@ class Locks:
         try:
             wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
             fcntl.fcntl(fd, self._set, wanted)
-        except OSError:
+        except OSError as error:
             os.close(fd)
-            raise InUse(f"lock {offset} of {self.path} is taken") from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InUse(f"lock {offset} of {self.path} is taken") from None
+            raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
+                             "check the disk that it is on") from None
         return fd
 
     def is_held(self, offset: int) -> bool:

@@ -8,6 +8,7 @@ import atexit
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import http.client
@@ -1264,6 +1265,26 @@ class Hosts(TestCase):
         with queue.store.transaction() as store:    # as one of an earlier boot
             store.do("UPDATE workers SET boot = 'earlier'", {})
         self.assertIn("is gone", queue.waiting_for(job)[0])
+
+    @NEEDS_LOCKS
+    def test_a_lock_that_the_system_does_not_give_is_not_said_to_be_taken(self):
+        class Refusing:
+            """Locks as of a file system that has none to give."""
+            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK = 0, 0, 0
+
+            def fcntl(self, *_):
+                raise OSError(self.error, os.strerror(self.error))
+        system = queuectl.fcntl
+        self.addCleanup(setattr, queuectl, "fcntl", system)
+        queuectl.fcntl = Refusing()
+        files = len(os.listdir("/proc/self/fd"))
+        for number, refusal in (
+                (errno.EAGAIN, queuectl.InUse), (errno.EACCES, queuectl.InUse),
+                (errno.ENOLCK, queuectl.Unwritable)):
+            queuectl.fcntl.error = number
+            with self.assertRaises(refusal):
+                queuectl.Locks(self.path_of("lock")).hold(1)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), files)
 
     def test_a_start_told_by_ps_may_differ_by_a_second(self):
         one = "Wed Nov 25 03:56:15 2026"
