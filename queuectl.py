@@ -2802,11 +2802,15 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Store]:
-        """Begin IMMEDIATE, write the counters, commit; or roll back and raise."""
+        """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
+
+        Moved if the file has lost its name: what went into it would be lost.
+        """
         self._guard_process()
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.BEGIN))
             try:
+                self._refuse_moved()
                 yield self
                 self._write_counters()
                 self._patiently(lambda: self._db.execute(Sql.COMMIT))
@@ -2961,6 +2965,11 @@ class Store:
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
+
+    def _refuse_moved(self) -> None:
+        if not self.is_in_place():
+            raise Moved(f"{self.path} was deleted or replaced while it was open",
+                        "open it anew")
 
 
 @contextlib.contextmanager

@@ -1216,6 +1216,17 @@ class Files(TestCase):
         with self.assertRaises(queuectl.NotAQueue):
             self.a_queue().backup(self.dir)
 
+    def test_nothing_is_written_to_a_file_that_has_lost_its_name(self):
+        for replace in (os.unlink, lambda path: os.rename(self.path_of("other"), path)):
+            queue = self.a_queue()
+            queue.enqueue("a", id="kept")
+            Queue(self.path_of("other")).close()
+            replace(self.path)
+            with self.assertRaisesRegex(queuectl.Moved, "deleted or replaced"):
+                queue.enqueue("b", id="lost")
+            self.assertEqual([job.id for job in queue.jobs()], ["kept"])
+            queue.close()
+
     def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
         queue = self.a_queue()
         for call in (queue.job, queue.cancel, lambda text: queue.jobs(search=text)):
