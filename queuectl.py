@@ -209,7 +209,7 @@ LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others w
 MAX_SLOTS = 512        # of one pool
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
-MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
+MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
 MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
@@ -394,7 +394,7 @@ class Job(NamedTuple):
     attempts: int               # ended runs that were the job's own doing
     max_retries: int            # runs that may fail before the job is dead
     created_at: str
-    updated_at: str             # the last change of state
+    updated_at: str             # the last change of state, or edit
     queue: str
     priority: int               # higher first
     run_at: str                 # not to be started before this moment
@@ -1551,7 +1551,8 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
     for name, text in value.items():
-        if not re.fullmatch(_ENV_NAME, name) or not is_text(text):
+        if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name) \
+                or not is_text(text):
             raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
                              "names are of A-Z a-z 0-9 _, values are text")
     return value
@@ -1888,6 +1889,7 @@ class Sql:
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
     VERSION = "PRAGMA user_version"
+    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
@@ -2713,7 +2715,7 @@ class Store:
             for statement in script.split(";"):
                 if statement.strip():
                     self._db.execute(statement)
-        self._db.execute(f"{Sql.VERSION} = {SCHEMA_VERSION}")
+        self._db.execute(Sql.SET_VERSION.format(SCHEMA_VERSION))
 
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
@@ -2831,7 +2833,8 @@ class Store:
             try:
                 yield
             finally:
-                self._db.execute(Sql.ROLLBACK)
+                if self._db.in_transaction:     # some errors end it by themselves
+                    self._db.execute(Sql.ROLLBACK)
 
     def _write_counters(self) -> None:
         self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
@@ -3471,15 +3474,19 @@ def _moved(store: Store, change: Change, now: float) -> Job:
     return after
 
 
-def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
-    """Why jobs could not wait again: another one has the unique key."""
+def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
+    """Why jobs could not wait again: another one has the unique key. None: it has not.
+    """
     for job in jobs:
         for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
+            if holder.seq != job.seq and holder.seq in {one.seq for one in jobs}:
+                return InUse("two of these jobs have the same unique key",
+                             "name one of them")
             if holder.seq != job.seq:
                 return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
                              f"unique key {job.unique!r} and is not over",
                              "wait for that job, or cancel it")
-    return InUse("two of these jobs have the same unique key", "name one of them")
+    return None
 
 
 def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
@@ -3489,7 +3496,10 @@ def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -
             {**job._asdict(), "source": before.state, "held": before.claim}
             for (_, before, _, _), job in zip(changes, jobs)])
     except sqlite3.IntegrityError:
-        raise _taken_key(store, jobs) from None
+        refused = _taken_key(store, jobs)
+        if refused is None:
+            raise
+        raise refused from None
     assert changed == len(jobs), f"the fence failed for one of {changes}"
 
 
@@ -4038,7 +4048,7 @@ class Queue:
         """The jobs it comes after that are not completed."""
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
-        return [f"after {job_id} ({needed.get(job_id, 'deleted')})"
+        return [f"after {job_id} ({needed[job_id]})"
                 for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:

@@ -1007,6 +1007,7 @@ class Input(TestCase):
             ({"command": "x", "delay": 1, "run_at": 1}, "delay"),
             ({"command": "x", "env": {"1A": "b"}}, "env"),
             ({"command": "x", "env": {"A": 1}}, "env"),
+            ({"command": "x", "env": {1: "b"}}, "env"),
             ({"command": "x", "after": [1]}, "after"),
             ({"command": "x", "priorty": 1}, "priorty"),
         )
@@ -1226,6 +1227,12 @@ class Files(TestCase):
                 queue.enqueue("b", id="lost")
             self.assertEqual([job.id for job in queue.jobs()], ["kept"])
             queue.close()
+
+    def test_a_snapshot_that_is_over_already_hides_no_error(self):
+        store = self.a_queue().store
+        with self.assertRaises(ZeroDivisionError), store.snapshot():
+            store.rows(queuectl.Sql.ROLLBACK)   # as SQLite does after some errors
+            raise ZeroDivisionError
 
     def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
         queue = self.a_queue()
@@ -1459,6 +1466,14 @@ class Promises(TestCase):
         self.assertEqual(queue.job(waits.id).state, FAILED)
         self.assertEqual(swept(queue, "delete", older_than=100), [over.id])
 
+    def test_a_row_that_breaks_a_rule_is_not_told_as_a_taken_key(self):
+        queue = self.a_queue()
+        job = queue.enqueue("a", unique="k")
+        bad = job._replace(attempts=None)
+        with self.assertRaises(sqlite3.IntegrityError), \
+                queue.store.transaction() as store:
+            queuectl.move(store, [queuectl.Change("retry", job, bad)], NOON)
+
     def test_a_batch_is_added_whole_or_not_at_all(self):
         queue = self.a_queue()
         with self.assertRaises(queuectl.JobExists) as caught:
@@ -1483,8 +1498,11 @@ class Promises(TestCase):
         queue.cancel(first.id)
         second = queue.enqueue("a", unique="k")
         self.assertNotEqual(second.id, first.id)
-        with self.assertRaises(queuectl.InUse):
+        with self.assertRaisesRegex(queuectl.InUse, f"{second.id} has the same"):
             queue.retry(first.id)
+        queue.cancel(second.id)
+        with self.assertRaisesRegex(queuectl.InUse, "two of these"):
+            queue.retry(first.id, second.id)
 
     def test_a_job_that_answers_for_another_waits_for_its_own_needs_alone(self):
         queue = self.a_queue()
