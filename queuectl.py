@@ -128,6 +128,8 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 # ---- 1 Vocabulary ------------------------------------------------------------
 
+# STATES, GATES and OUTCOMES stand in CHECKs of the schema: one more of them needs a
+# migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 
@@ -384,6 +386,8 @@ class Unsupported(QueueError):
 
 # ---- 2 Records ---------------------------------------------------------------
 # Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
+# Of those that are rows a new field comes last: ALTER TABLE adds at the end, and rows
+# are taken by position.
 
 class Job(NamedTuple):
     """One row of `jobs`; field order is column order."""
@@ -392,7 +396,8 @@ class Job(NamedTuple):
     command: str                # run by /bin/sh -c
     state: str
     attempts: int               # ended runs that were the job's own doing
-    max_retries: int            # runs that may fail before the job is dead
+    max_retries: int            # runs that may fail before the job is dead; 0 and 1
+                                # are the same: the first run comes always
     created_at: str
     updated_at: str             # the last change of state, or edit
     queue: str
@@ -423,7 +428,7 @@ class Run(NamedTuple):
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
     pool: int                   # Worker.id
-    worker: str                 # the pool's name
+    worker: str                 # the pool's name; its row goes when it leaves
     slot: int                   # 1 ... slots
     started_at: str
     finished_at: str | None     # None: under way
@@ -539,7 +544,10 @@ class Spec(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The configuration, parsed; durations in seconds, None: off."""
+    """The configuration, parsed; durations in seconds, None: off.
+
+    In the order of SETTINGS, which fill it by position.
+    """
     max_retries: int
     backoff_base: float
     backoff_max: float
@@ -717,7 +725,10 @@ def iso(moment: float) -> str:
 
 
 def iso_up(moment: float) -> str:
-    """As `iso`, rounded up: a job that waits for it is never early."""
+    """As `iso`, rounded up: a job that waits for it is never early.
+
+    A float's noise, below a microsecond, goes down: a stored time stays as it is.
+    """
     return iso(moment + 0.000998)
 
 
@@ -933,9 +944,10 @@ def backoff(failures: int, base: float, settings: Settings, chance: float) -> fl
     """
     if base <= 0:
         return 0.0
+    # 64 doublings are more than enough, and 2.0 ** 1024 is an OverflowError.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
-    return min(settings.backoff_max, wait)
+    return min(settings.backoff_max, wait)  # again: chance must not lift it over that
 
 
 def first_set(*values: float | None) -> float | None:
@@ -967,7 +979,10 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
 
 
 def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
-    """A crash is not the job's failure: it has a budget of its own, and no backoff."""
+    """A crash is not the job's failure: it has a budget of its own, and no backoff.
+
+    The verb is `fail` all the same, so statistics count it as retried.
+    """
     job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
     if job.crashes >= settings.crash_limit:
         return "bury", job, f"its worker was lost, for the {job.crashes}. time"
@@ -1202,7 +1217,8 @@ CRON_FIELDS = (
     CronField("day of month", 1, 31),
     CronField("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
                                "jul", "aug", "sep", "oct", "nov", "dec")),
-    CronField("day of week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
+    CronField("day of week", 0, 7,      # 7 is Sunday, too
+              ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
 CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
               "@hourly": "0 * * * *"}
@@ -1373,7 +1389,7 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     math.inf: never, as an interval that lies where the zone always skips an hour.
     """
     since = math.floor(after)
-    first = since // DAY - 1
+    first = since // DAY - 1    # a day early: behind UTC it may still be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
         if _is_cron_day(cron, day):
             for turn in _turns_near(cron, day, since, (day + 2) * DAY, zone):
@@ -1574,7 +1590,8 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
         "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
-# What a person may change while a job waits.
+# What a person may change while a job waits; not later: a pool keeps the job as it was
+# when claimed, and counts its end under the queue that it had then.
 EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
@@ -1735,6 +1752,8 @@ class Sql:
     in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
     """
 
+    # A job's `after` and `tags` stand twice: as given, in its row, to be read with it;
+    # and in tables of their own, for who comes after it and what has a tag.
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -2030,6 +2049,7 @@ class Sql:
          WHERE seq = :seq
            AND claim = :claim
         """
+    # A wish to cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
            SET wish = 'lost'
@@ -2502,7 +2522,7 @@ def _object_of(text: str) -> dict[str, Any]:
 
 def job_of(row: tuple[Any, ...]) -> Job:
     """The job of a row of `jobs`."""
-    job = Job._make(row)
+    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
     if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
         return job._replace(after=(), tags=(), env={})
     return job._replace(after=_words(row[13]), tags=_words(row[15]),
@@ -2553,6 +2573,7 @@ class Store:
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
+        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
@@ -2711,6 +2732,7 @@ class Store:
                 self._migrate(version)
 
     def _migrate(self, version: int) -> None:
+        """Run the scripts that are missing; none may hold a `;` within a statement."""
         for script in MIGRATIONS[version:]:
             for statement in script.split(";"):
                 if statement.strip():
@@ -3084,6 +3106,7 @@ def _stat_fields(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
 
     The name before them may hold blanks and parentheses, so the last one counts.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start.
     """
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
@@ -3151,6 +3174,7 @@ class Host:
         id of another container, does no harm.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
+            # With this machine's name: it was started anew, so none of then is left.
             return False if worker.host == self.name else None
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
@@ -3563,7 +3587,7 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     _regate_dependents(store, [
         job for change, job in zip(changes, jobs)
         if COMPLETED in (change.before.state, job.state)], now)
-    _add_hooks(store, jobs, now)
+    _add_hooks(store, jobs, now)    # last: on-idle goes by the counts of these changes
     return jobs
 
 
