@@ -132,6 +132,8 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 # ---- 1 Vocabulary ------------------------------------------------------------
 
+# STATES, GATES and OUTCOMES stand in CHECKs of the schema: one more of them needs a
+# migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 
@@ -213,7 +215,7 @@ LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others w
 MAX_SLOTS = 512        # of one pool
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
-MAX_TEXT = 1 << 20     # bytes of a command; the kernel takes 128 KiB as sh -c
+MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
 MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_RETRIES = 10**9
@@ -388,6 +390,8 @@ class Unsupported(QueueError):
 
 # ---- 2 Records ---------------------------------------------------------------
 # Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
+# Of those that are rows a new field comes last: ALTER TABLE adds at the end, and rows
+# are taken by position.
 
 class Job(NamedTuple):
     """One row of `jobs`; field order is column order."""
@@ -396,9 +400,10 @@ class Job(NamedTuple):
     command: str                # run by /bin/sh -c
     state: str
     attempts: int               # ended runs that were the job's own doing
-    max_retries: int            # runs that may fail before the job is dead
+    max_retries: int            # runs that may fail before the job is dead; 0 and 1
+                                # are the same: the first run comes always
     created_at: str
-    updated_at: str             # the last change of state
+    updated_at: str             # the last change of state, or edit
     queue: str
     priority: int               # higher first
     run_at: str                 # not to be started before this moment
@@ -427,7 +432,7 @@ class Run(NamedTuple):
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
     pool: int                   # Worker.id
-    worker: str                 # the pool's name
+    worker: str                 # the pool's name; its row goes when it leaves
     slot: int                   # 1 ... slots
     started_at: str
     finished_at: str | None     # None: under way
@@ -543,7 +548,10 @@ class Spec(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The configuration, parsed; durations in seconds, None: off."""
+    """The configuration, parsed; durations in seconds, None: off.
+
+    In the order of SETTINGS, which fill it by position.
+    """
     max_retries: int
     backoff_base: float
     backoff_max: float
@@ -721,7 +729,10 @@ def iso(moment: float) -> str:
 
 
 def iso_up(moment: float) -> str:
-    """As `iso`, rounded up: a job that waits for it is never early."""
+    """As `iso`, rounded up: a job that waits for it is never early.
+
+    A float's noise, below a microsecond, goes down: a stored time stays as it is.
+    """
     return iso(moment + 0.000998)
 
 
@@ -771,7 +782,8 @@ def parse_duration(text: object) -> float:
     if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        seconds = float(text)
+        with contextlib.suppress(OverflowError):    # of a number of 400 digits
+            seconds = float(text)
     elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
         seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(_PART, text))
     if not 0 <= seconds <= MAX_DURATION:
@@ -936,9 +948,10 @@ def backoff(failures: int, base: float, settings: Settings, chance: float) -> fl
     """
     if base <= 0:
         return 0.0
+    # 64 doublings are more than enough, and 2.0 ** 1024 is an OverflowError.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
-    return min(settings.backoff_max, wait)
+    return min(settings.backoff_max, wait)  # again: chance must not lift it over that
 
 
 def first_set(*values: float | None) -> float | None:
@@ -970,7 +983,10 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
 
 
 def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
-    """A crash is not the job's failure: it has a budget of its own, and no backoff."""
+    """A crash is not the job's failure: it has a budget of its own, and no backoff.
+
+    The verb is `fail` all the same, so statistics count it as retried.
+    """
     job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
     if job.crashes >= settings.crash_limit:
         return "bury", job, f"its worker was lost, for the {job.crashes}. time"
@@ -1205,7 +1221,8 @@ CRON_FIELDS = (
     CronField("day of month", 1, 31),
     CronField("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
                                "jul", "aug", "sep", "oct", "nov", "dec")),
-    CronField("day of week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
+    CronField("day of week", 0, 7,      # 7 is Sunday, too
+              ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
 CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
               "@hourly": "0 * * * *"}
@@ -1376,7 +1393,7 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     math.inf: never, as an interval that lies where the zone always skips an hour.
     """
     since = math.floor(after)
-    first = since // DAY - 1
+    first = since // DAY - 1    # a day early: behind UTC it may still be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
         if _is_cron_day(cron, day):
             for turn in _turns_near(cron, day, since, (day + 2) * DAY, zone):
@@ -1503,11 +1520,13 @@ def _check_name(key: str, value: Any, now: float) -> str:
 
 
 def _check_whole(key: str, value: Any, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) \
-            or not least <= value <= most:
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    is_whole = value.is_integer() if isinstance(value, float) \
+        else isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
         raise InvalidJob(key, f"{key}: {value!r} is not a whole number"
                               f" from {least} to {most}")
-    return value
+    return int(value)
 
 
 def _check_priority(key: str, value: Any, now: float) -> int:
@@ -1552,7 +1571,8 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
     for name, text in value.items():
-        if not re.fullmatch(_ENV_NAME, name) or not is_text(text):
+        if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name) \
+                or not is_text(text):
             raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
                              "names are of A-Z a-z 0-9 _, values are text")
     return value
@@ -1574,7 +1594,8 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
         "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
-# What a person may change while a job waits.
+# What a person may change while a job waits; not later: a pool keeps the job as it was
+# when claimed, and counts its end under the queue that it had then.
 EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
@@ -1735,6 +1756,8 @@ class Sql:
     in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
     """
 
+    # A job's `after` and `tags` stand twice: as given, in its row, to be read with it;
+    # and in tables of their own, for who comes after it and what has a tag.
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -1889,6 +1912,7 @@ class Sql:
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
     VERSION = "PRAGMA user_version"
+    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
@@ -2029,6 +2053,7 @@ class Sql:
          WHERE seq = :seq
            AND claim = :claim
         """
+    # A wish to cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
            SET wish = 'lost'
@@ -2501,7 +2526,7 @@ def _object_of(text: str) -> dict[str, Any]:
 
 def job_of(row: tuple[Any, ...]) -> Job:
     """The job of a row of `jobs`."""
-    job = Job._make(row)
+    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
     if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
         return job._replace(after=(), tags=(), env={})
     return job._replace(after=_words(row[13]), tags=_words(row[15]),
@@ -2552,6 +2577,7 @@ class Store:
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
+        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
@@ -2710,20 +2736,23 @@ class Store:
                 self._migrate(version)
 
     def _migrate(self, version: int) -> None:
+        """Run the scripts that are missing; none may hold a `;` within a statement."""
         for script in MIGRATIONS[version:]:
             for statement in script.split(";"):
                 if statement.strip():
                     self._db.execute(statement)
-        self._db.execute(f"{Sql.VERSION} = {SCHEMA_VERSION}")
+        self._db.execute(Sql.SET_VERSION.format(SCHEMA_VERSION))
 
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
         The copy takes its name only when it is whole and on the disk. An older copy is
-        replaced; NotAQueue if something else is there, InUse if it is this very file.
+        replaced; NotAQueue if something else is there, InUse if it is this very file,
+        or if what is there has a WAL: SQLite would apply that to the new file.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
+        self._refuse_wal(path)
         part = f"{path}.{os.getpid()}.part"
         try:
             self._clear_parts(path)
@@ -2731,6 +2760,7 @@ class Store:
             with contextlib.closing(sqlite3.connect(part)) as copy, \
                     contextlib.closing(self._reader()) as source:
                 source.backup(copy)     # in one step: it cannot be made to start anew
+            self._refuse_wal(path)      # again: somebody may have opened it since
             os.replace(part, path)
             _sync_directory(path)
         except sqlite3.Error as error:
@@ -2745,15 +2775,22 @@ class Store:
     def _refuse_to_replace(self, path: str) -> None:
         if _inode(path) == self.inode:
             raise InUse(f"{path} is the queue itself", "give another name")
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "immutable=1"), uri=True)) as peek:
-            try:
+        try:
+            with contextlib.closing(sqlite3.connect(
+                    _file_uri(path, "immutable=1"), uri=True)) as peek:
                 kind = self._first(peek, Sql.KIND)
-            except sqlite3.Error:
-                kind = -1
+        except sqlite3.Error:
+            kind = -1
         if kind != APPLICATION_ID:
             raise NotAQueue(f"{path} is there and no backup of a queue",
                             "give another name, or remove it")
+
+    @staticmethod
+    def _refuse_wal(path: str) -> None:
+        with contextlib.suppress(OSError):
+            if os.stat(path + "-wal").st_size:
+                raise InUse(f"{path}-wal is not empty: a program works in that backup, "
+                            "or died in it", "open it once, or give another name")
 
     @staticmethod
     def _clear_parts(path: str) -> None:
@@ -2793,11 +2830,15 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Store]:
-        """Begin IMMEDIATE, write the counters, commit; or roll back and raise."""
+        """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
+
+        Moved if the file has lost its name: what went into it would be lost.
+        """
         self._guard_process()
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.BEGIN))
             try:
+                self._refuse_moved()
                 yield self
                 self._write_counters()
                 self._patiently(lambda: self._db.execute(Sql.COMMIT))
@@ -2818,7 +2859,8 @@ class Store:
             try:
                 yield
             finally:
-                self._db.execute(Sql.ROLLBACK)
+                if self._db.in_transaction:     # some errors end it by themselves
+                    self._db.execute(Sql.ROLLBACK)
 
     def _write_counters(self) -> None:
         self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
@@ -2953,6 +2995,11 @@ class Store:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
 
+    def _refuse_moved(self) -> None:
+        if not self.is_in_place():
+            raise Moved(f"{self.path} was deleted or replaced while it was open",
+                        "open it anew")
+
 
 @contextlib.contextmanager
 def glance(path: str) -> Iterator[Rows]:
@@ -3001,7 +3048,8 @@ class Locks:
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
 
-        Raises InUse if somebody holds it, Unwritable if the file cannot be made.
+        Raises InUse if somebody holds it, Unwritable if the file cannot be made or
+        the system has no lock to give.
         """
         if self._set is None:
             return -1
@@ -3009,9 +3057,12 @@ class Locks:
         try:
             wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
             fcntl.fcntl(fd, self._set, wanted)
-        except OSError:
+        except OSError as error:
             os.close(fd)
-            raise InUse(f"lock {offset} of {self.path} is taken") from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InUse(f"lock {offset} of {self.path} is taken") from None
+            raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
+                             "check the disk that it is on") from None
         return fd
 
     def is_held(self, offset: int) -> bool:
@@ -3059,6 +3110,7 @@ def _stat_fields(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
 
     The name before them may hold blanks and parentheses, so the last one counts.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start.
     """
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
@@ -3126,6 +3178,7 @@ class Host:
         id of another container, does no harm.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
+            # With this machine's name: it was started anew, so none of then is left.
             return False if worker.host == self.name else None
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
@@ -3322,7 +3375,7 @@ class Batch:
         for item, spec in enumerate(specs):
             with at_item(item):
                 jobs.append(self._known(spec) or self._new(spec, last + item + 1))
-        blocked = self._resolve_needs(specs, jobs)
+        blocked = self._resolve_needs(jobs)
         if blocked:
             self._added = [_blocked_if(job, blocked) for job in self._added]
             jobs = [_blocked_if(job, blocked) for job in jobs]
@@ -3365,14 +3418,15 @@ class Batch:
         self._added.append(job)
         return job
 
-    def _resolve_needs(self, specs: Sequence[Spec], jobs: Sequence[Job]) -> set[int]:
+    def _resolve_needs(self, jobs: Sequence[Job]) -> set[int]:
         """Note who comes after whom; the jobs that have to wait for others."""
         blocked: set[int] = set()
         own = {job.seq for job in self._added}
-        for item, (spec, job) in enumerate(zip(specs, jobs)):
-            if not spec.after or job.seq not in own:
+        for item, job in enumerate(jobs):
+            if not job.after or job.seq not in own:
                 continue
-            for needed in spec.after:
+            own.remove(job.seq)     # what it answers for after that adds no needs
+            for needed in job.after:
                 with at_item(item):
                     state, seq = self._needed(needed)
                 if state != COMPLETED:
@@ -3448,15 +3502,19 @@ def _moved(store: Store, change: Change, now: float) -> Job:
     return after
 
 
-def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse:
-    """Why jobs could not wait again: another one has the unique key."""
+def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
+    """Why jobs could not wait again: another one has the unique key. None: it has not.
+    """
     for job in jobs:
         for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
+            if holder.seq != job.seq and holder.seq in {one.seq for one in jobs}:
+                return InUse("two of these jobs have the same unique key",
+                             "name one of them")
             if holder.seq != job.seq:
                 return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
                              f"unique key {job.unique!r} and is not over",
                              "wait for that job, or cancel it")
-    return InUse("two of these jobs have the same unique key", "name one of them")
+    return None
 
 
 def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
@@ -3466,7 +3524,10 @@ def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -
             {**job._asdict(), "source": before.state, "held": before.claim}
             for (_, before, _, _), job in zip(changes, jobs)])
     except sqlite3.IntegrityError:
-        raise _taken_key(store, jobs) from None
+        refused = _taken_key(store, jobs)
+        if refused is None:
+            raise
+        raise refused from None
     assert changed == len(jobs), f"the fence failed for one of {changes}"
 
 
@@ -3530,7 +3591,7 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     _regate_dependents(store, [
         job for change, job in zip(changes, jobs)
         if COMPLETED in (change.before.state, job.state)], now)
-    _add_hooks(store, jobs, now)
+    _add_hooks(store, jobs, now)    # last: on-idle goes by the counts of these changes
     return jobs
 
 
@@ -3659,8 +3720,28 @@ def _states(state: str | Sequence[str]) -> list[str | None]:
     return [*states] or [None]
 
 
+def _ended(state: str | Sequence[str]) -> Sequence[str]:
+    """The states that are asked for, by default all of OVER; InvalidValue for others.
+
+    A failed job has an end as well, that of its last run, but it waits.
+    """
+    states = [name for name in _states(state) if name is not None]
+    if not {*states} <= {*OVER}:
+        raise InvalidValue("`older_than` counts from a job's end",
+                           "it fits " + ", ".join(OVER))
+    return states or OVER
+
+
 def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of filters, as the statements take them."""
+    """The values of filters, as the statements take them; TypeError: no such filter.
+
+    One that were passed over would widen what is asked for, and what is deleted.
+    """
+    known = [key for key in (*Sql.FILTERS, "before", "ended_seq") if key != "state"]
+    for key in filters:
+        if key not in known:
+            raise TypeError(f"there is no filter {key!r}; there are "
+                            + ", ".join(known))
     values = {"before": END_OF_TIME, **{
         key: value for key, value in filters.items() if value is not None}}
     if "search" in values:
@@ -3995,7 +4076,7 @@ class Queue:
         """The jobs it comes after that are not completed."""
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
-        return [f"after {job_id} ({needed.get(job_id, 'deleted')})"
+        return [f"after {job_id} ({needed[job_id]})"
                 for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
@@ -4159,13 +4240,14 @@ class Queue:
         for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for. `older_than`: only those
-        that have been over for so many seconds. Filters as in `jobs`.
+        that have been over for so many seconds; InvalidValue for states that are not
+        over. Filters as in `jobs`.
         """
         change = {"retry": self._retry_free, "cancel": self._cancel_all,
                   "delete": self._delete_free}[verb]
         sort, found = "newest", list[Job]()
         if older_than is not None:
-            sort = "ended"
+            state, sort = _ended(state), "ended"
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
             with self.store.transaction():

@@ -24,6 +24,7 @@ import atexit
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import http.client
@@ -1079,11 +1080,17 @@ class Input(TestCase):
             ({"command": "x", "priority": True}, "priority"),
             ({"command": "x", "max_retries": -1}, "max_retries"),
             ({"command": "x", "id": "a b"}, "id"), ({"command": "x", "id": ""}, "id"),
+            ({"command": "x", "priority": 5.5}, "priority"),
+            ({"command": "x", "priority": 1e300}, "priority"),
+            ({"command": "x", "priority": math.inf}, "priority"),
             ({"command": "x", "timeout": "soon"}, "timeout"),
+            ({"command": "x", "timeout": 10**400}, "timeout"),
+            ({"command": "x", "run_at": 10**400}, "run_at"),
             ({"command": "x", "run_at": "soon"}, "run_at"),
             ({"command": "x", "delay": 1, "run_at": 1}, "delay"),
             ({"command": "x", "env": {"1A": "b"}}, "env"),
             ({"command": "x", "env": {"A": 1}}, "env"),
+            ({"command": "x", "env": {1: "b"}}, "env"),
             ({"command": "x", "after": [1]}, "after"),
             ({"command": "x", "priorty": 1}, "priorty"),
         )
@@ -1091,6 +1098,11 @@ class Input(TestCase):
             with self.subTest(fields), self.assertRaises(queuectl.InvalidJob) as caught:
                 queuectl.spec_of(fields, NOON)
             self.assertEqual(caught.exception.key, key)
+
+    def test_a_whole_number_may_be_written_with_a_point(self):
+        [fields] = queuectl.fields_of('{"command": "x", "priority": 5.0}')
+        priority = queuectl.spec_of(fields, NOON).priority
+        self.assertEqual((priority, type(priority)), (5, int))
 
     def test_a_typing_mistake_gets_the_nearest_key(self):
         with self.assertRaisesRegex(queuectl.InvalidJob, "did you mean `priority`"):
@@ -1270,6 +1282,54 @@ class Files(TestCase):
             with self.assertRaisesRegex(queuectl.Unsupported, "hard link"):
                 Queue(self.path_of(name))
 
+    def test_a_backup_that_somebody_works_in_is_not_replaced(self):
+        queue, copy = self.a_queue(), self.path_of("copy.db")
+        queue.backup(copy)
+        with Queue(copy) as works:
+            works.enqueue("true", id="later")
+            with self.assertRaisesRegex(queuectl.InUse, "works in that backup"):
+                queue.backup(copy)
+            self.assertEqual(works.job("later").command, "true")
+        queue.backup(copy)
+        with Queue(copy) as again:
+            self.assertEqual(again.jobs(), [])
+
+    def test_no_backup_is_put_beside_a_wal_that_is_not_its_own(self):
+        queue, copy = self.a_queue(), self.path_of("copy.db")
+        reader = queue.store._reader
+
+        def late():
+            """Somebody comes while the copy is made."""
+            with open(copy + "-wal", "wb") as wal:
+                wal.write(b"x")
+            return reader()
+        queue.store._reader = late
+        with self.assertRaises(queuectl.InUse):
+            queue.backup(copy)
+        self.assertFalse(os.path.exists(copy))
+        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
+
+    def test_a_directory_is_no_backup(self):
+        with self.assertRaises(queuectl.NotAQueue):
+            self.a_queue().backup(self.dir)
+
+    def test_nothing_is_written_to_a_file_that_has_lost_its_name(self):
+        for replace in (os.unlink, lambda path: os.rename(self.path_of("other"), path)):
+            queue = self.a_queue()
+            queue.enqueue("a", id="kept")
+            Queue(self.path_of("other")).close()
+            replace(self.path)
+            with self.assertRaisesRegex(queuectl.Moved, "deleted or replaced"):
+                queue.enqueue("b", id="lost")
+            self.assertEqual([job.id for job in queue.jobs()], ["kept"])
+            queue.close()
+
+    def test_a_snapshot_that_is_over_already_hides_no_error(self):
+        store = self.a_queue().store
+        with self.assertRaises(ZeroDivisionError), store.snapshot():
+            store.rows(queuectl.Sql.ROLLBACK)   # as SQLite does after some errors
+            raise ZeroDivisionError
+
     def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
         queue = self.a_queue()
         for call in (queue.job, queue.cancel, lambda text: queue.jobs(search=text)):
@@ -1319,6 +1379,26 @@ class Hosts(TestCase):
         with queue.store.transaction() as store:    # as one of an earlier boot
             store.do("UPDATE workers SET boot = 'earlier'", {})
         self.assertIn("is gone", queue.waiting_for(job)[0])
+
+    @NEEDS_LOCKS
+    def test_a_lock_that_the_system_does_not_give_is_not_said_to_be_taken(self):
+        class Refusing:
+            """Locks as of a file system that has none to give."""
+            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK = 0, 0, 0
+
+            def fcntl(self, *_):
+                raise OSError(self.error, os.strerror(self.error))
+        system = queuectl.fcntl
+        self.addCleanup(setattr, queuectl, "fcntl", system)
+        queuectl.fcntl = Refusing()
+        files = len(os.listdir("/proc/self/fd"))
+        for number, refusal in (
+                (errno.EAGAIN, queuectl.InUse), (errno.EACCES, queuectl.InUse),
+                (errno.ENOLCK, queuectl.Unwritable)):
+            queuectl.fcntl.error = number
+            with self.assertRaises(refusal):
+                queuectl.Locks(self.path_of("lock")).hold(1)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), files)
 
     def test_a_start_told_by_ps_may_differ_by_a_second(self):
         one = "Wed Nov 25 03:56:15 2026"
@@ -1459,6 +1539,38 @@ class Promises(TestCase):
         self.assertEqual([(e.source, e.target) for e in queue.events(job.id)], [
             (None, PENDING), (PENDING, PROCESSING), (PROCESSING, DEAD), (DEAD, PENDING)])
 
+    def test_a_filter_that_there_is_not_is_refused(self):
+        queue = self.a_queue()
+        queue.enqueue("a")
+        for ask in (queue.jobs, queue.count, lambda **given: list(queue.pages(**given)),
+                    lambda **given: list(queue.sweep("delete", **given))):
+            with self.assertRaisesRegex(TypeError, "'tags'.*queue, tag, search"):
+                ask(tags="nightly")
+
+        self.assertEqual(len(queue.jobs(PENDING)), 1)
+
+    def test_what_waits_has_no_age_and_is_not_swept_by_it(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        waits = queue.enqueue("a", max_retries=3, backoff_base=1000)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        over = self.in_state(queue, claims, DEAD)
+        self.clock.now += 500
+        for states in (FAILED, PENDING, PROCESSING, (DEAD, FAILED)):
+            with self.assertRaisesRegex(queuectl.InvalidValue, "from a job's end"):
+                swept(queue, "delete", states, older_than=100)
+
+        self.assertEqual(queue.job(waits.id).state, FAILED)
+        self.assertEqual(swept(queue, "delete", older_than=100), [over.id])
+
+    def test_a_row_that_breaks_a_rule_is_not_told_as_a_taken_key(self):
+        queue = self.a_queue()
+        job = queue.enqueue("a", unique="k")
+        bad = job._replace(attempts=None)
+        with self.assertRaises(sqlite3.IntegrityError), \
+                queue.store.transaction() as store:
+            queuectl.move(store, [queuectl.Change("retry", job, bad)], NOON)
+
     def test_a_batch_is_added_whole_or_not_at_all(self):
         queue = self.a_queue()
         with self.assertRaises(queuectl.JobExists) as caught:
@@ -1497,8 +1609,30 @@ class Promises(TestCase):
         queue.cancel(first.id)
         second = queue.enqueue("a", unique="k")
         self.assertNotEqual(second.id, first.id)
-        with self.assertRaises(queuectl.InUse):
+        with self.assertRaisesRegex(queuectl.InUse, f"{second.id} has the same"):
             queue.retry(first.id)
+        queue.cancel(second.id)
+        with self.assertRaisesRegex(queuectl.InUse, "two of these"):
+            queue.retry(first.id, second.id)
+
+    def test_a_job_that_answers_for_another_waits_for_its_own_needs_alone(self):
+        queue = self.a_queue()
+        jobs = queue.enqueue_many([
+            Spec("a", id="x"), Spec("b", unique="k", after=("x",)),
+            Spec("c", unique="k", after=("x",)),
+            Spec("d", unique="l"), Spec("e", unique="l", after=("x",))])
+
+        self.assertEqual([job.gate for job in jobs],
+                         ["open", "after", "after", "open", "open"])
+        self.assertEqual(queue.store.rows("SELECT * FROM dependencies"),
+                         [(jobs[0].seq, jobs[1].seq)])
+
+    def test_the_spec_that_needs_a_job_that_is_not_there_is_named(self):
+        with self.assertRaises(queuectl.InvalidJob) as caught:
+            self.a_queue().enqueue_many([
+                Spec("a", unique="k"), Spec("b", unique="k"),
+                Spec("c", after=("nothing",))])
+        self.assertEqual(caught.exception.item, 2)
 
     def test_a_job_waits_for_those_it_comes_after(self):
         queue = self.a_queue()
