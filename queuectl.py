@@ -10601,21 +10601,32 @@ def _name_line(error: QueueError, lines: Sequence[int]) -> None:
         error.message = f"line {lines[error.item]}: {error.message}"
 
 
+def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a job object, with flags in the place of what they override.
+
+    A key may be written with `-`; delay and run_at are two names of one thing.
+    """
+    when = {"delay", "run_at"}
+    replaced = {*flags} | (when if when & {*flags} else set())
+    return {**{key: value for key, value in fields.items()
+               if key.replace("-", "_") not in replaced}, **flags}
+
+
+def _ignored_warning(keys: Collection[str]) -> str:
+    return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
+
+
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
-    specs, ignored = [], set()
+    specs, ignored = [], set[str]()
     for number, (line, fields) in enumerate(given):
         if number % 1000 == 999:
             screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_line(line):
-            if "delay" in flags or "run_at" in flags:
-                fields = {key: value for key, value in fields.items()
-                          if key not in ("delay", "run_at", "run-at")}
-            specs.append(spec_of({**fields, **flags}, now))
+            specs.append(spec_of(merged(fields, flags), now))
             ignored.update(ignored_keys(fields))
     if ignored:
-        screen.note("warning: ignored what the queue keeps itself: "
-                    + ", ".join(sorted(ignored)))
+        screen.note(_ignored_warning(ignored))
     return specs
 
 
@@ -10658,14 +10669,20 @@ class Stream:
     """Jobs from lines that come one by one: a bad one is said and passed over."""
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
-                 refuse: Callable[[QueueError], object]) -> None:
-        self._queue, self._flags, self._refuse = queue, flags, refuse
-        self._read = 0          # lines
+                 refuse: Callable[[QueueError], object],
+                 warn: Callable[[str], object]) -> None:
+        self._queue, self._flags = queue, flags
+        self._refuse, self._warn = refuse, warn
+        self._read = 0                      # lines
+        self._ignored: set[str] = set()     # keys that were warned of
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room."""
+        warned_of = {*self._ignored}
         given = [one for line in lines for one in self._specs_of(line)]
+        if self._ignored > warned_of:
+            self._warn(_ignored_warning(self._ignored - warned_of))
         complained = False
         while given:
             try:
@@ -10698,9 +10715,11 @@ class Stream:
         self._read += 1
         try:
             with at_line(self._read):
-                return [(self._read, spec_of({**fields, **self._flags},
-                                             self._queue.clock()))
-                        for fields in fields_of_line(line, 0)]
+                given = fields_of_line(line, 0)
+                specs = [spec_of(merged(fields, self._flags), self._queue.clock())
+                         for fields in given]
+            self._ignored.update(*map(ignored_keys, given))
+            return [(self._read, spec) for spec in specs]
         except QueueError as error:
             self._pass_over(error)
             return []
@@ -10722,7 +10741,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
     stream = Stream(queue, _flag_fields(args),
-                    lambda error: _report(error, args.json))
+                    lambda error: _report(error, args.json), screen.note)
     for lines in _line_batches(sys.stdin.fileno()):
         jobs = stream.add(lines)
         screen.out(*(dumps(job_object(job), None) if args.json else job.id
@@ -11429,7 +11448,7 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     if len(given) != 1:
         raise UsageError("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron,
-                                  **{**given[0], **_flag_fields(args)})
+                                  **merged(given[0], _flag_fields(args)))
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
     _note_no_worker(queue, screen)

@@ -3440,6 +3440,28 @@ class CommandLine(TestCase):
                        "--run-at", "+1h", "--json")[1]
         self.assertEqual(json.loads(out)["priority"], 7)
 
+    def test_a_flag_overrides_a_field_in_either_spelling_and_its_other_name(self):
+        flags = {"max_retries": 1, "delay": 5.0}
+        for fields in ({"max_retries": 5}, {"max-retries": 5}, {"run-at": "+1h"},
+                       {"run_at": "+1h", "max-retries": 5}, {"delay": 9}):
+            with self.subTest(fields):
+                self.assertEqual(queuectl.merged({"command": "x", **fields}, flags),
+                                 {"command": "x", **flags})
+        self.assertEqual(queuectl.merged({"max-retries": 5, "delay": 1}, {"run_at": 2.0}),
+                         {"max-retries": 5, "run_at": 2.0})
+        queue = self.a_queue()
+        stream = queuectl.Stream(queue, flags, self.fail, self.fail)
+        line = b'{"command": "x", "run-at": "+1h", "max-retries": 5}'
+        self.assertEqual([job.max_retries for job in stream.add([line])], [1])
+
+    def test_a_stream_warns_once_of_keys_that_the_queue_keeps(self):
+        notes = []
+        stream = queuectl.Stream(self.a_queue(), {}, self.fail, notes.append)
+        line = b'{"command": "x", "state": "dead", "exit-code": 1}'
+        self.assertEqual(len(stream.add([line, line])), 2)
+        self.assertEqual(notes, [
+            "warning: ignored what the queue keeps itself: exit-code, state"])
+
     def test_the_object_has_the_keys_of_the_contract_in_their_order(self):
         out = json.loads(self.cli("enqueue", "x", "--json")[1])
         self.assertEqual(tuple(out), queuectl.JSON_KEYS)
@@ -3855,14 +3877,14 @@ class CommandLine(TestCase):
         self.assertEqual(second, b"echo ok")
 
         queue, refused = self.a_queue(), []
-        stream = queuectl.Stream(queue, {}, refused.append)
+        stream = queuectl.Stream(queue, {}, refused.append, self.fail)
         self.assertEqual([job.command for job in stream.add([first, second])], ["echo ok"])
         self.assertRegex(str(refused[0]), "^line 1: command")
 
     def test_bad_lines_of_a_stream_are_numbered_and_passed_over(self):
         queue, refused = self.a_queue(), []
         queue.enqueue("x", id="taken")
-        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append)
+        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append, self.fail)
         jobs = stream.add([
             b"echo a", b"# a comment", b"", b"{bad}", b'{"command": "b", "id": "taken"}',
             b'[{"command": "c", "id": "c"}, {"command": "d", "id": "d"}]'])
@@ -3888,7 +3910,7 @@ class CommandLine(TestCase):
         def refuse(error):
             refused.append(error.code)
             rival.execute("ROLLBACK")
-        stream = queuectl.Stream(queue, {}, refuse)
+        stream = queuectl.Stream(queue, {}, refuse, self.fail)
         self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
         self.assertEqual((refused, stream.refused), (["busy"], 0))
 
