@@ -92,7 +92,6 @@ import datetime
 import errno
 import functools
 import gc
-import itertools
 import json
 import math
 import os
@@ -8966,8 +8965,11 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             key: _in_body(key, check, fields[key])
             for key, check in (("queue", _a_name), ("search", _a_search))
             if fields.get(key) is not None}
-        every = (job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch)
-        jobs = list(itertools.islice(every, MAX_BATCH))     # the rest, if asked again
+        jobs = list[Job]()
+        for batch in queue.sweep("retry", DEAD, **wanted):
+            jobs += batch       # a whole one: all of it has been put back
+            if len(jobs) >= MAX_BATCH:
+                break           # the rest, if asked again
     return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
 
 

@@ -45,6 +45,7 @@ import zipapp
 import zoneinfo
 from concurrent import futures
 from typing import Callable, NamedTuple
+from unittest import mock
 
 import queuectl
 from queuectl import (
@@ -3087,6 +3088,15 @@ class Web(TestCase):
                            ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
             found = self.told("GET", f"/api/jobs?{query}")["jobs"]
             self.assertEqual([job["id"] for job in found], ids.split(), query)
+
+    def test_all_that_a_request_puts_back_is_told(self):
+        for name in "abcde":
+            self.a_dead_job(name)
+        with mock.patch.object(queuectl, "SWEEP_BATCH", 2), \
+                mock.patch.object(queuectl, "MAX_BATCH", 3):
+            told = [{job["id"] for job in self.told("POST", "/api/dlq/retry")}
+                    for _ in range(2)]
+        self.assertEqual(told, [{"b", "c", "d", "e"}, {"a"}])
 
     def test_jobs_are_retried_cancelled_and_deleted(self):
         self.a_dead_job()
