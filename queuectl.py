@@ -10447,8 +10447,9 @@ def _past(text: str, now: float) -> float:
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
-    if moment > now and ":" in text[:3]:
-        moment -= 86400
+    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
+        moment = (datetime.datetime.fromtimestamp(moment)
+                  - datetime.timedelta(days=1)).timestamp()
     if moment > now:
         raise InvalidValue(f"{text!r} is in the future",
                            "give a time that has been, or a duration: 1h")

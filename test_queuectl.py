@@ -3515,6 +3515,19 @@ class CommandLine(TestCase):
         self.assertEqual((code, out), (1, ""))
         self.assertEqual(json.loads(err)["error"]["code"], "no-such-job")
 
+    def test_the_last_of_a_time_of_day_is_found_by_the_calendar(self):
+        def local(*when):
+            return datetime.datetime(*when).timestamp()
+        self.addCleanup(time.tzset)
+        with mock.patch.dict(os.environ, TZ="CET-1CEST,M3.5.0,M10.5.0/3"):     # Berlin
+            time.tzset()
+            for month, day in ((3, 29), (3, 30), (10, 25), (10, 26)):
+                with self.subTest(month=month, day=day):
+                    noon = local(2026, month, day, 12)
+                    self.assertEqual(queuectl._past("18:00", noon),
+                                     local(2026, month, day - 1, 18))
+                    self.assertEqual(queuectl._past("12:00", noon), noon)
+
     def test_a_bad_line_adds_nothing(self):
         path = os.path.join(self.dir, "jobs.txt")
         with open(path, "w") as file:
