@@ -10977,6 +10977,17 @@ def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, 
     return found
 
 
+def _for_people(args: argparse.Namespace,
+                look: Callable[[int], list[Job]]) -> tuple[list[Job], str]:
+    """The jobs that a table shows, of those that `look` finds, up to a number; and a
+    remark if there are more, else "".
+    """
+    limit = PEOPLE_LIMIT if args.limit is None else args.limit
+    jobs = look(limit + 1 if limit else 0)
+    more = f"there are more than {limit}; --limit 0 shows all"
+    return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
+
+
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs."""
     filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
@@ -10988,9 +10999,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             else queue.pages(limit, state=states, **filters)
         _print_array((_list_object(queue, job, args) for job in found), screen)
         return EX_OK
-    limit = PEOPLE_LIMIT if args.limit is None else args.limit
-    jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
-    shown = jobs[:limit or None]
+    shown, more = _for_people(
+        args, lambda limit: queue.jobs(states, args.sort, limit, **filters))
     if args.show_output:
         for job in shown:
             screen.out(*job_table([job], screen.style())[1:])
@@ -11002,8 +11012,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         else:
             screen.note("no such jobs" if any((*filters.values(), states))
                         else "no jobs; `queuectl enqueue 'echo hi'` adds one")
-    if len(jobs) > len(shown):
-        screen.note(f"the newest {limit} are shown; --limit 0 shows all")
+    if more:
+        screen.note(more)
     return EX_OK
 
 
@@ -11365,11 +11375,12 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the dead jobs, the latest death first."""
-    limit = (0 if args.json else PEOPLE_LIMIT) if args.limit is None else args.limit
-    jobs = queue.jobs(DEAD, "finished", limit)
+    def _look(limit: int) -> list[Job]:
+        return queue.jobs(DEAD, "finished", limit)
     if args.json:
-        _print_array((job_object(job) for job in jobs), screen)
+        _print_array(map(job_object, _look(args.limit or 0)), screen)
         return EX_OK
+    jobs, more = _for_people(args, _look)
     style = screen.style()
     if not jobs:
         screen.note("the dead letter queue is empty")
@@ -11378,6 +11389,8 @@ def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         if number and jobs[number - 1].error:
             error = one_line(jobs[number - 1].error or "")
             screen.out(style.paint("    " + cut(error, style.width - 4), DIM))
+    if more:
+        screen.note(more)
     return EX_OK
 
 

@@ -3528,6 +3528,19 @@ class CommandLine(TestCase):
                                      local(2026, month, day - 1, 18))
                     self.assertEqual(queuectl._past("12:00", noon), noon)
 
+    def test_a_table_that_is_cut_says_so(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("false", max_retries=1)] * 3)
+        self.cli("worker", "start", "--drain")
+        for argv in (("list",), ("list", "--sort", "oldest"), ("dlq",)):
+            with self.subTest(argv):
+                said = [self.cli(*argv, *limit)[2] for limit in (
+                    (), ("--limit", "3"), ("--limit", "2"), ("--limit", "2", "--json"))]
+                self.assertEqual(said, [
+                    "", "", "there are more than 2; --limit 0 shows all\n", ""])
+        self.assertEqual(len(json.loads(self.cli("dlq", "--limit", "2", "--json")[1])), 2)
+        self.assertEqual(len(self.cli("dlq", "list", "--limit", "1")[1].splitlines()), 3)
+
     def test_a_bad_line_adds_nothing(self):
         path = os.path.join(self.dir, "jobs.txt")
         with open(path, "w") as file:
