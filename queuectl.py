@@ -12463,12 +12463,18 @@ def _abandon(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether errors are to be JSON; what follows `--` is somebody else's."""
+    end = words.index("--") if "--" in words else len(words)
+    return "--json" in words[:end]
+
+
 def _answer(words: Sequence[str]) -> int:
     """The exit status; each refusal and each end that we know becomes one here."""
     try:
         return _run([_as_utf8(word) for word in words])
     except QueueError as error:
-        return _report(error, "--json" in words)
+        return _report(error, _wants_json(words))
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:     # the reader has seen enough
@@ -12478,7 +12484,7 @@ def _answer(words: Sequence[str]) -> int:
         _abandon(sys.stdout)
         return _report(Unwritable(f"the result could not be written ({error})",
                                   "`queuectl status` shows what was done"),
-                       "--json" in words)
+                       _wants_json(words))
 
 
 def _complete(words: Sequence[str]) -> int:

@@ -3541,6 +3541,13 @@ class CommandLine(TestCase):
         self.assertEqual(len(json.loads(self.cli("dlq", "--limit", "2", "--json")[1])), 2)
         self.assertEqual(len(self.cli("dlq", "list", "--limit", "1")[1].splitlines()), 3)
 
+    def test_words_after_the_dashes_are_no_flags_of_ours(self):
+        for argv in (("enqueue", "--queue", "a b", "--", "mytool", "--json"),
+                     ("schedule", "add", "n", "bad", "--", "mytool", "--json")):
+            self.assertTrue(self.cli(*argv)[2].startswith("queuectl: error: "), argv)
+        self.assertIn("error", json.loads(self.cli(
+            "enqueue", "--json", "--queue", "a b", "--", "x")[2]))
+
     def test_a_bad_line_adds_nothing(self):
         path = os.path.join(self.dir, "jobs.txt")
         with open(path, "w") as file:
