@@ -10322,6 +10322,14 @@ def window() -> os.terminal_size:
                             for text, size in zip(wish, found))
 
 
+def _not_written(error: OSError) -> Exception:
+    """What to raise where a result could not be written."""
+    if isinstance(error, BrokenPipeError):      # the reader has seen enough
+        return error
+    return Unwritable(f"the result could not be written ({error})",
+                      "`queuectl status` shows what was done")
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
@@ -10335,15 +10343,29 @@ class Screen:
 
     def out(self, *lines: str) -> None:
         """Print results."""
-        self._erase()
-        for line in lines:
-            print(line)
+        try:
+            self._erase()
+            for line in lines:
+                print(line)
+        except OSError as error:
+            raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
         """Print a job's output as it is."""
-        sys.stdout.flush()
-        sys.stdout.buffer.write(output)
-        sys.stdout.buffer.flush()
+        self.flush()
+        try:
+            sys.stdout.buffer.write(output)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise _not_written(error) from None
+
+    @staticmethod
+    def flush() -> None:
+        """Have the results that were printed written."""
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            raise _not_written(error) from None
 
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
@@ -10749,7 +10771,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         jobs = stream.add(lines)
         screen.out(*(dumps(job_object(job), None) if args.json else job.id
                      for job in jobs))
-        sys.stdout.flush()
+        screen.flush()
     return EX_NO if stream.refused else EX_OK
 
 
@@ -10821,7 +10843,7 @@ def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
         screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
-    sys.stdout.flush()
+    screen.flush()
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
@@ -10948,7 +10970,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         if args.watch is None:
             return EX_OK
         above = len(lines)
-        sys.stdout.flush()
+        screen.flush()
         queue.await_change(seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
 
@@ -11523,7 +11545,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             continue
         if not args.follow:
             return EX_OK
-        sys.stdout.flush()
+        screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
         queue.await_change(seen, FALLBACK_POLL)
 
@@ -11613,7 +11635,7 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
     def _announce() -> None:
         screen.out(printed_url(site, options.host, listener.server_address[1]))
-        sys.stdout.flush()
+        screen.flush()
     serve(listener, service, _announce)
     return EX_OK
 
@@ -11766,7 +11788,11 @@ def _stop_timeout(path: str, grace: float | None) -> str:
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     """Print a unit file that runs a worker of this queue."""
-    path = os.path.abspath(system_path(database_path(args)))
+    try:
+        path = os.path.abspath(system_path(database_path(args)))
+    except FileNotFoundError:
+        raise Unwritable("the current directory is gone",
+                         "change to another, or give an absolute --db") from None
     try:
         command = (*program_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
@@ -12427,7 +12453,6 @@ def _run(argv: Sequence[str]) -> int:
         raise
     with queue:
         status: int = args.entry.run(args, queue, screen)
-    sys.stdout.flush()
     return status
 
 
@@ -12472,18 +12497,18 @@ def _wants_json(words: Sequence[str]) -> bool:
 def _answer(words: Sequence[str]) -> int:
     """The exit status; each refusal and each end that we know becomes one here."""
     try:
-        return _run([_as_utf8(word) for word in words])
+        status = _run([_as_utf8(word) for word in words])
+        Screen.flush()
+        return status
     except QueueError as error:
         return _report(error, _wants_json(words))
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:     # the reader has seen enough
-        _abandon(sys.stdout)
         return EX_OK
-    except OSError as error:
-        _abandon(sys.stdout)
-        return _report(Unwritable(f"the result could not be written ({error})",
-                                  "`queuectl status` shows what was done"),
+    except OSError as error:    # of the system, which no function has words for
+        place = f": {error.filename}" if error.filename else ""
+        return _report(Unsupported(f"{error.strerror or error}{place}"),
                        _wants_json(words))
 
 
@@ -12502,10 +12527,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
-    try:
-        sys.stderr.flush()
-    except (OSError, ValueError):   # a full disk under a log is no failed command
-        _abandon(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):   # said above, or a log's, which fails no command
+            _abandon(stream)
     return status
 
 

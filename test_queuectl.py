@@ -4615,6 +4615,28 @@ class Program(Processes):
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertNotIn(b"Traceback", done.stderr)
 
+    def test_only_what_cannot_be_written_is_said_to_be_unwritten(self):
+        self.enqueue("true")
+        quoted = shlex.join([*program(), "--db", self.path])
+        gone = "mkdir gone; cd gone; rmdir ../gone; "
+        unwritten = "the result could not be written"
+        for script, said in (
+                (f"{quoted} list >/dev/full", unwritten),
+                (f"{quoted} systemd >/dev/full", unwritten),
+                (f"{gone}{shlex.join(program())} systemd", "the current directory is gone")):
+            with self.subTest(script):
+                done = subprocess.run(["/bin/sh", "-c", script], cwd=self.dir, check=False,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1))
+                self.assertIn(said.encode(), done.stderr)
+
+    def test_an_error_of_the_system_is_told_in_its_own_words(self):
+        def broken(*_):
+            raise PermissionError(13, "Permission denied", "/there")
+        with mock.patch.object(queuectl, "database_path", broken):
+            code, _, err = run_cli("systemd")
+        self.assertEqual((code, err), (1, "queuectl: error: Permission denied: /there\n"))
+
     def test_text_is_utf_8_in_an_ascii_locale(self):
         ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
                       "PYTHONCOERCECLOCALE": "0"}
