@@ -216,7 +216,7 @@ MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
-SOCKET_BUFFER = 4096
+SOCKET_BUFFER = 4096   # bytes of wake-ups read at once, far more than one has
 
 OFFERED = 200          # ids that completion offers at most
 LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
@@ -8539,8 +8539,8 @@ document.addEventListener("DOMContentLoaded", start);
 # ---- 17 API ------------------------------------------------------------------
 # A dashboard that can enqueue runs shell commands, and any user of the machine and any
 # page in a browser can send it something. So a request must name this host, come from
-# no other page, and bring a token; only then is it looked at. First requests become
-# replies, without a socket; then comes what listens.
+# no other page, and bring a token; only then is it looked at. Here stands what each
+# request that was let in is answered.
 
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
@@ -8756,10 +8756,9 @@ def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
 
 class Call(NamedTuple):
     """A request that was let in: who asks for what."""
-    site: Site
     request: Request
     role: str
-    how: str                    # "cookie", "token", or "nobody asked"
+    how: str                    # "cookie", "bearer", or "no token": for the log
     params: dict[str, Any]
     job_id: str                 # in the path; "": none
 
@@ -9453,7 +9452,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
         raise WebRefusal(403, "only looking is allowed here" if site.is_read_only
                          else "this token may only read")
     params = read_params(route.params, query)
-    return route, Call(site, request, role or READ, how, params, _job_id(given))
+    return route, Call(request, role or READ, how, params, _job_id(given))
 
 
 def log_line(route: Route, call: Call, reply: Reply) -> str:
@@ -9812,7 +9811,7 @@ class Connections:
         with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
-    def is_asking(self, sock: socket.socket) -> None:
+    def note_asking(self, sock: socket.socket) -> None:
         """Note that it has shown a token; ConnectionError if it was cut off before."""
         with self._lock:
             if sock not in self._silent:
@@ -9826,7 +9825,7 @@ class Connections:
             if sock in self._cut_off:
                 raise ConnectionError
 
-    def is_answered(self, sock: socket.socket) -> None:
+    def note_answered(self, sock: socket.socket) -> None:
         """Note that it is silent again, if it was not cut off meanwhile."""
         with self._lock:
             if sock not in self._cut_off:
@@ -9937,7 +9936,7 @@ class Service:
                               str(handler.client_address[0]))
             is_known = role_of(self._site, request)[0] is not None
             if is_known:
-                self.connections.is_asking(sock)
+                self.connections.note_asking(sock)
             request = self._with_body(handler, reader, request)
             with contextlib.nullcontext() if is_known else self._turn_of(sock):
                 reply, stream, begin = self._reply(request)
@@ -9947,7 +9946,7 @@ class Service:
         if reply.said:
             self._log(reply.said)
         self._deliver(handler, reply, stream, begin, request.method != "HEAD")
-        self.connections.is_answered(sock)
+        self.connections.note_answered(sock)
         handler.raw_requestline = b""
 
     @contextlib.contextmanager
@@ -10028,7 +10027,7 @@ class Service:
         handler.close_connection = True
         with contextlib.suppress(OSError, ValueError):
             self._send(handler, refusal_reply(refusal))
-            self.connections.is_answered(handler.request)
+            self.connections.note_answered(handler.request)
             handler.request.shutdown(1)     # SHUT_WR: the client may still send
             handler.rfile.drain(LINGER_SECONDS)
 
@@ -10114,9 +10113,11 @@ def _handler_class(service: Service, is_tls: bool) -> type:
     return Handler
 
 
+# Sent by the thread that accepts: made before, and put together without http.server.
+_BUSY_BODY = b'{"error": "too many connected"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-              b"Retry-After: 5\r\nContent-Length: 31\r\nConnection: close\r\n\r\n"
-              b'{"error": "too many connected"}')
+              b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+              % len(_BUSY_BODY) + _BUSY_BODY)
 
 
 def make_listener(service: Service, family: int, address: tuple[Any, ...],

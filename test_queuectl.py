@@ -3239,18 +3239,18 @@ class Web(TestCase):
         connections._silent = dict.fromkeys(range(queuectl.MAX_CONNECTIONS - 2))
         for sock in (first, second):
             self.assertTrue(connections.enter(sock))
-            connections.is_asking(sock)
+            connections.note_asking(sock)
         connections._silent = {second: None}
         connections._busy = {first, *range(queuectl.MAX_CONNECTIONS - 2)}
         self.assertTrue(connections.enter(third))
         self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
         with self.assertRaises(ConnectionError):
-            connections.is_asking(second)
+            connections.note_asking(second)
         with self.assertRaises(ConnectionError):
             connections.check(second)
-        connections.is_answered(second)
+        connections.note_answered(second)
         self.assertNotIn(second, connections._silent)
-        connections.is_asking(third)
+        connections.note_asking(third)
         self.assertFalse(connections.enter(second))
 
     def test_the_refusal_of_one_too_many_is_whole(self):
