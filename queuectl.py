@@ -10976,6 +10976,11 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
 
 
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The filters by what jobs are."""
+    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
+
+
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
     """A JSON array, an element at a time: any number needs little memory."""
     line = "["
@@ -11013,7 +11018,7 @@ def _for_people(args: argparse.Namespace,
 
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs."""
-    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    filters = _filters(args)
     states = tuple(args.state or ())
     if args.json:
         limit = args.limit or 0
@@ -11156,7 +11161,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait until jobs are over; a single one's own exit status."""
-    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    filters = _filters(args)
     is_wide = args.all or any(filters.values())
     if bool(args.ids) == is_wide:
         raise UsageError("ids and filters are both given" if is_wide
@@ -11204,11 +11209,6 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
     screen.note(f"{first} {SAID[verb]}" if n == 1 else
                 f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
     return EX_OK
-
-
-def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """The filters that stand for ids."""
-    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
