@@ -73,14 +73,15 @@ Contents: `grep -n '^# ----' queuectl.py`
     14 Runner       one command, one process tree, one outcome
     15 Pool         slots, signals, shutdown, rescue
     16 Page         the dashboard, as a browser gets it
-    17 API          a request, a reply: no sockets
+    17 API          what each request that was let in is answered
     18 Description  what the API takes and answers, for programs
     19 Access       who is let in, and to what
-    20 Feed         one thread that looks at the database for all that listen
-    21 Server       connections, time limits, TLS, the end
-    22 CLI          one small function a command, and the table of all
-    23 Completion   what may come next on a command line
-    24 Main         from the words of a command line to its exit status
+    20 Reply        from a request to its reply, as bytes: no sockets
+    21 Feed         one thread that looks at the database for all that listen
+    22 Server       connections, time limits, TLS, the end
+    23 CLI          one small function a command, and the table of all
+    24 Completion   what may come next on a command line
+    25 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -8549,34 +8550,13 @@ MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
 MAX_SEARCH = 256            # characters
 MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
-MAX_CONNECTIONS = 100       # each has a thread
-MAX_STREAMS = 32            # of these, that stay open for events
-MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
-STRANGER_TURNS = 2          # and that are answered at once
-SPARE_QUEUES = 8            # open databases that are kept for the next request
-WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
-HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
-BODY_SECONDS = 60           # for a whole body
-KEEP_SECONDS = 60           # that a connection may be silent between requests
-SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
-LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
-ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
-STOP_SECONDS = 1            # for what is being answered when the server stops
-FEED_TICK = 0.2             # seconds between two looks of the feed
-STATUS_PAUSE = 0.5          # seconds between two status events
-STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
-FEED_BATCH = 1000           # changes told one by one; of more, that there were many
-FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
-KEEP_ALIVE = 15             # seconds of silence in a stream
 
 FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
 
 
 class Request(NamedTuple):
@@ -9455,6 +9435,9 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     return route, Call(request, role or READ, how, params, _job_id(given))
 
 
+# ---- 20 Reply ----------------------------------------------------------------
+# From a request to its reply, and to that as bytes: no sockets here.
+
 def log_line(route: Route, call: Call, reply: Reply) -> str:
     """What was changed, or was not: by whom, from where, with what result."""
     path = call.request.target.partition("?")[0]
@@ -9464,7 +9447,7 @@ def log_line(route: Route, call: Call, reply: Reply) -> str:
 
 
 def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply; no sockets here. A change has something to be `said`."""
+    """One request, one reply. A change has something to be `said`."""
     try:
         admitted = admit(site, request)
     except QueueError as error:
@@ -9515,41 +9498,16 @@ def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-class Queues:
-    """Open databases, each lent to one request at a time: nobody waits for another.
-
-    So a change that waits for the write lock holds up no reader.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()       # guards the list, for moments
-        self._free: list[Queue] = []
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[Queue]:
-        """A queue for one request; NoQueue and others if it cannot be opened."""
-        with self._lock:
-            queue = self._free.pop() if self._free else None
-        if queue is not None and not queue.store.is_in_place():
-            queue.close()
-            queue = None
-        if queue is None:
-            queue = Queue(self._path, create=False)
-            queue.store.patience = WEB_PATIENCE
-        try:
-            yield queue
-        finally:
-            with self._lock:
-                is_spare = len(self._free) < SPARE_QUEUES
-                if is_spare:
-                    self._free.append(queue)
-            if not is_spare:
-                queue.close()
-
-
-# ---- 20 Feed -----------------------------------------------------------------
+# ---- 21 Feed -----------------------------------------------------------------
 # Events: one thread looks at the database for all that listen.
+
+MAX_STREAMS = 32            # open at once; each has a thread of the server
+FEED_TICK = 0.2             # seconds between two looks of the feed
+STATUS_PAUSE = 0.5          # seconds between two status events
+STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
+FEED_BATCH = 1000           # changes told one by one; of more, that there were many
+FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
     """One server-sent event."""
@@ -9707,9 +9665,58 @@ class Feed:
                 stream.end()
 
 
-# ---- 21 Server ---------------------------------------------------------------
+# ---- 22 Server ---------------------------------------------------------------
 # What listens. Whoever connects gets a thread, few bytes and little time, until it
 # has shown a token; when the threads are all taken, the most silent one makes room.
+
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
+STRANGER_TURNS = 2          # and that are answered at once
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be silent between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
+STOP_SECONDS = 1            # for what is being answered when the server stops
+KEEP_ALIVE = 15             # seconds of silence in a stream
+
+
+class Queues:
+    """Open databases, each lent to one request at a time: nobody waits for another.
+
+    So a change that waits for the write lock holds up no reader.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()       # guards the list, for moments
+        self._free: list[Queue] = []
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Queue]:
+        """A queue for one request; NoQueue and others if it cannot be opened."""
+        with self._lock:
+            queue = self._free.pop() if self._free else None
+        if queue is not None and not queue.store.is_in_place():
+            queue.close()
+            queue = None
+        if queue is None:
+            queue = Queue(self._path, create=False)
+            queue.store.patience = WEB_PATIENCE
+        try:
+            yield queue
+        finally:
+            with self._lock:
+                is_spare = len(self._free) < SPARE_QUEUES
+                if is_spare:
+                    self._free.append(queue)
+            if not is_spare:
+                queue.close()
+
 
 class HeadTooLarge(Exception):
     """A client sends more before its body than it may."""
@@ -10301,7 +10308,7 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 22 CLI ------------------------------------------------------------------
+# ---- 23 CLI ------------------------------------------------------------------
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -12020,7 +12027,7 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 23 Completion -----------------------------------------------------------
+# ---- 24 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
@@ -12319,7 +12326,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 24 Main -----------------------------------------------------------------
+# ---- 25 Main -----------------------------------------------------------------
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)

@@ -2806,7 +2806,7 @@ class Views(TestCase):
         self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
-# ---- 17 API to 21 Server -----------------------------------------------------
+# ---- 17 API to 22 Server -----------------------------------------------------
 
 TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
 SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
@@ -3434,7 +3434,7 @@ class Metrics(TestCase):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 22 CLI ------------------------------------------------------------------
+# ---- 23 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -3986,7 +3986,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 23 Completion -----------------------------------------------------------
+# ---- 24 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
