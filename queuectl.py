@@ -79,9 +79,10 @@ Contents: `grep -n '^# ----' queuectl.py`
     20 Reply        from a request to its reply, as bytes: no sockets
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
-    23 CLI          one small function a command, and the table of all
-    24 Completion   what may come next on a command line
-    25 Main         from the words of a command line to its exit status
+    23 Install      scripts by which shells complete, a unit file for systemd
+    24 CLI          one small function a command, and the table of all
+    25 Completion   what may come next on a command line
+    26 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -5348,101 +5349,6 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
     return lines
 
 
-def systemd_word(word: str, is_program: bool = False) -> str:
-    """A word of ExecStart= that reaches the program as it stands.
-
-    In the program's own path systemd replaces no $; so it must not be doubled there.
-    """
-    if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
-        return word
-    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
-                      else "\\" + char if char in "\\\"" else char for char in word)
-    escaped = escaped.replace("%", "%%")
-    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
-
-
-# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
-# from them as well.
-UNIT_FILE = """\
-# A worker of {shown}
-#
-# Save this as {place} (a second queue: under
-# another name), then:
-#     {control} daemon-reload
-#     {control} enable --now queuectl.service
-#     journalctl {journal} queuectl.service --follow{linger}
-# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
-
-[Unit]
-Description=queuectl worker, {described}
-
-[Service]
-Type=notify
-NotifyAccess=main{user}
-ExecStart={command}
-# An upgrade of the database makes a backup first.
-TimeoutStartSec=10min
-Restart=on-failure
-RestartSec=5
-# 2: the command line is wrong, and stays so.
-RestartPreventExitStatus=2
-# The worker alone is asked to stop, and sees its jobs to their end. What is left when
-# it has gone, or when TimeoutStopSec= is over, is killed.
-KillMode=mixed
-# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
-# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
-TimeoutStopSec={stop_timeout}
-# A worker that hangs is killed and started anew; its jobs run again.
-WatchdogSec=60
-# A job that is killed for want of memory fails; the worker and the others go on.
-OOMPolicy=continue
-
-# Jobs get this environment, not that of your shell:
-#Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
-
-# If no job needs sudo or another setuid program, nor the rights of root:
-#NoNewPrivileges=yes
-#RestrictSUIDSGID=yes
-#CapabilityBoundingSet=
-#ProtectKernelTunables=yes
-#ProtectKernelModules=yes
-#ProtectKernelLogs=yes
-#ProtectControlGroups=yes
-#ProtectClock=yes
-#LockPersonality=yes
-#RestrictRealtime=yes
-# If jobs write to neither /usr, /boot nor /etc:
-#ProtectSystem=full
-# If jobs share no files in /tmp with others, and the queue is not there:
-#PrivateTmp=yes
-# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
-# worker knows its own; with PrivateNetwork= no wake-up reaches it.
-
-[Install]
-WantedBy={target}
-"""
-
-
-def unit_file(command: Sequence[str], path: str, user: str | None,
-              stop_timeout: str) -> str:
-    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
-    program, *arguments = command
-    is_own = user is None
-    shown = one_line(path)
-    return UNIT_FILE.format(
-        shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
-        place="~/.config/systemd/user/queuectl.service" if is_own
-        else "/etc/systemd/system/queuectl.service",
-        control="systemctl --user" if is_own else "systemctl",
-        journal="--user-unit" if is_own else "--unit",
-        linger="\n#     loginctl enable-linger   (to run while you are logged out)"
-        if is_own else "",
-        user="" if is_own else f"\nUser={user}",
-        command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
-        stop_timeout=stop_timeout,
-        target="default.target" if is_own else "multi-user.target")
-
-
 def short_cause(outcome: Outcome) -> str:
     """Why a run failed, in two words."""
     if outcome.kind == TIMEOUT:
@@ -10308,7 +10214,224 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 23 CLI ------------------------------------------------------------------
+# ---- 23 Install --------------------------------------------------------------
+# Where others start this program: shells that complete its words, systemd.
+
+# How each shell asks what may come next. The program that stands on the line answers,
+# or, if that is an alias or a script that would be compiled each time, this very one.
+SHELLS = {"bash": """\
+# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
+# Under another name, as an alias q:  complete -o nosort -F _queuectl q
+_queuectl() {
+    local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
+    # bash has split the words at : = @ as well: put together what no blank parts.
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
+        ((i < COMP_CWORD)) || part=$rest
+        if ((i)) && [[ $rest == "$line" ]]; then words[at]+=$part
+        else words[++at]=$part; fi
+        line=${rest#"$part"}
+    done
+    # It will replace $2 alone; what stands before that is not to come twice.
+    rest=${words[at]%"$2"}
+    [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
+    COMPREPLY=()
+    while IFS= read -r line; do
+        word=${line%%$'\t'*}
+        case $line in
+        '') ;;
+        $'\tfiles\t@') while IFS= read -r word; do
+                printf -v word %q "$word"; COMPREPLY+=("@$word")
+            done <<< "$(compgen -f -- "${words[at]#@}")" ;;
+        $'\tfiles'*) compopt -o default ;;
+        $'\tdirs'*) compopt -o dirnames ;;
+        *) COMPREPLY+=("${word#"$rest"}") ;;
+        esac
+    done <<< "$("${run[@]}" __complete -- "${words[@]:1}" 2>/dev/null)"
+}
+complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
+    complete -F _queuectl queuectl queuectl.py
+""", "zsh": """\
+#compdef queuectl queuectl.py
+# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
+# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
+_queuectl() {
+    local line word
+    local -a run values shown
+    run=("${(Q)words[1]}")
+    [[ $run[1] != *.py ]] && whence -p -- $run[1] >/dev/null || run=(PROGRAM)
+    run+=(__complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX")
+    for line in "${(@f)$("${run[@]}" 2>/dev/null)}"; do
+        word=${line%%$'\t'*}
+        case $line in
+        $'\tfiles'*) compset -P "${(b)line##*$'\t'}"; _files; return ;;
+        $'\tdirs'*) compset -P "${(b)line##*$'\t'}"; _files -/; return ;;
+        *$'\t') values+=("$word") shown+=("$word") ;;
+        *) values+=("$word") shown+=("${(r:24:)word}  ${line#*$'\t'}") ;;
+        esac
+    done
+    compadd -V queuectl -l -d shown -a values
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
+else compdef _queuectl queuectl queuectl.py; fi
+""", "fish": """\
+# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
+#     queuectl completion fish | source
+# Under another name, as an alias q:  complete -c q -w queuectl
+function __queuectl_complete
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    set -l run $words[1]
+    if string match -q '*.py' -- $run; or not command -sq -- $run
+        set run PROGRAM
+    end
+    set -e words[1]
+    for line in ($run __complete -- $words "$word" 2>/dev/null)
+        set -l parts (string split \\t -- $line)
+        if test -n "$parts[1]"
+            printf '%s\\n' $line
+        else
+            set -l start (math 1 + (string length -- "$parts[3]"))
+            set -l typed (string sub -s $start -- "$word")
+            if test $parts[2] = dirs
+                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
+            else
+                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
+            end
+        end
+    end
+end
+complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
+"""}
+# Imported from there it is compiled once.
+BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
+             "sys.exit(queuectl.main())")
+
+
+def program_words() -> tuple[str, str]:
+    """The absolute paths of this Python and of this file."""
+    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def systemd_word(word: str, is_program: bool = False) -> str:
+    """A word of ExecStart= that reaches the program as it stands.
+
+    In the program's own path systemd replaces no $; so it must not be doubled there.
+    """
+    if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
+        return word
+    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
+                      else "\\" + char if char in "\\\"" else char for char in word)
+    escaped = escaped.replace("%", "%%")
+    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
+
+
+# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
+# from them as well.
+UNIT_FILE = """\
+# A worker of {shown}
+#
+# Save this as {place} (a second queue: under
+# another name), then:
+#     {control} daemon-reload
+#     {control} enable --now queuectl.service
+#     journalctl {journal} queuectl.service --follow{linger}
+# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
+
+[Unit]
+Description=queuectl worker, {described}
+
+[Service]
+Type=notify
+NotifyAccess=main{user}
+ExecStart={command}
+# An upgrade of the database makes a backup first.
+TimeoutStartSec=10min
+Restart=on-failure
+RestartSec=5
+# 2: the command line is wrong, and stays so.
+RestartPreventExitStatus=2
+# The worker alone is asked to stop, and sees its jobs to their end. What is left when
+# it has gone, or when TimeoutStopSec= is over, is killed.
+KillMode=mixed
+# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
+# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
+TimeoutStopSec={stop_timeout}
+# A worker that hangs is killed and started anew; its jobs run again.
+WatchdogSec=60
+# A job that is killed for want of memory fails; the worker and the others go on.
+OOMPolicy=continue
+
+# Jobs get this environment, not that of your shell:
+#Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
+
+# If no job needs sudo or another setuid program, nor the rights of root:
+#NoNewPrivileges=yes
+#RestrictSUIDSGID=yes
+#CapabilityBoundingSet=
+#ProtectKernelTunables=yes
+#ProtectKernelModules=yes
+#ProtectKernelLogs=yes
+#ProtectControlGroups=yes
+#ProtectClock=yes
+#LockPersonality=yes
+#RestrictRealtime=yes
+# If jobs write to neither /usr, /boot nor /etc:
+#ProtectSystem=full
+# If jobs share no files in /tmp with others, and the queue is not there:
+#PrivateTmp=yes
+# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
+# worker knows its own; with PrivateNetwork= no wake-up reaches it.
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit_file(command: Sequence[str], path: str, user: str | None,
+              stop_timeout: str) -> str:
+    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
+    program, *arguments = command
+    is_own = user is None
+    shown = one_line(path)
+    return UNIT_FILE.format(
+        shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        place="~/.config/systemd/user/queuectl.service" if is_own
+        else "/etc/systemd/system/queuectl.service",
+        control="systemctl --user" if is_own else "systemctl",
+        journal="--user-unit" if is_own else "--unit",
+        linger="\n#     loginctl enable-linger   (to run while you are logged out)"
+        if is_own else "",
+        user="" if is_own else f"\nUser={user}",
+        command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
+        stop_timeout=stop_timeout,
+        target="default.target" if is_own else "multi-user.target")
+
+
+def _owner(path: str) -> str:
+    """Who owns the file, or will: a name, or a number that has none."""
+    import pwd  # a service manager is there, so this is POSIX
+    try:
+        user = os.stat(path).st_uid
+    except OSError:
+        user = os.getuid()
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _stop_timeout(path: str, grace: float | None) -> str:
+    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
+    if grace is None:
+        return "infinity"
+    stored: dict[str, str] = {}
+    with contextlib.suppress(QueueError), glance(path) as rows:
+        stored = dict(rows(Sql.STORED_SETTINGS))
+    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
+
+
+# ---- 24 CLI ------------------------------------------------------------------
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -11648,102 +11771,6 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
-# How each shell asks what may come next. The program that stands on the line answers,
-# or, if that is an alias or a script that would be compiled each time, this very one.
-SHELLS = {"bash": """\
-# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
-# Under another name, as an alias q:  complete -o nosort -F _queuectl q
-_queuectl() {
-    local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
-    # bash has split the words at : = @ as well: put together what no blank parts.
-    for ((i = 0; i <= COMP_CWORD; i++)); do
-        rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
-        ((i < COMP_CWORD)) || part=$rest
-        if ((i)) && [[ $rest == "$line" ]]; then words[at]+=$part
-        else words[++at]=$part; fi
-        line=${rest#"$part"}
-    done
-    # It will replace $2 alone; what stands before that is not to come twice.
-    rest=${words[at]%"$2"}
-    [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
-    COMPREPLY=()
-    while IFS= read -r line; do
-        word=${line%%$'\t'*}
-        case $line in
-        '') ;;
-        $'\tfiles\t@') while IFS= read -r word; do
-                printf -v word %q "$word"; COMPREPLY+=("@$word")
-            done <<< "$(compgen -f -- "${words[at]#@}")" ;;
-        $'\tfiles'*) compopt -o default ;;
-        $'\tdirs'*) compopt -o dirnames ;;
-        *) COMPREPLY+=("${word#"$rest"}") ;;
-        esac
-    done <<< "$("${run[@]}" __complete -- "${words[@]:1}" 2>/dev/null)"
-}
-complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
-    complete -F _queuectl queuectl queuectl.py
-""", "zsh": """\
-#compdef queuectl queuectl.py
-# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
-# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
-_queuectl() {
-    local line word
-    local -a run values shown
-    run=("${(Q)words[1]}")
-    [[ $run[1] != *.py ]] && whence -p -- $run[1] >/dev/null || run=(PROGRAM)
-    run+=(__complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX")
-    for line in "${(@f)$("${run[@]}" 2>/dev/null)}"; do
-        word=${line%%$'\t'*}
-        case $line in
-        $'\tfiles'*) compset -P "${(b)line##*$'\t'}"; _files; return ;;
-        $'\tdirs'*) compset -P "${(b)line##*$'\t'}"; _files -/; return ;;
-        *$'\t') values+=("$word") shown+=("$word") ;;
-        *) values+=("$word") shown+=("${(r:24:)word}  ${line#*$'\t'}") ;;
-        esac
-    done
-    compadd -V queuectl -l -d shown -a values
-}
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
-else compdef _queuectl queuectl queuectl.py; fi
-""", "fish": """\
-# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
-#     queuectl completion fish | source
-# Under another name, as an alias q:  complete -c q -w queuectl
-function __queuectl_complete
-    set -l words (commandline -opc)
-    set -l word (commandline -ct)
-    set -l run $words[1]
-    if string match -q '*.py' -- $run; or not command -sq -- $run
-        set run PROGRAM
-    end
-    set -e words[1]
-    for line in ($run __complete -- $words "$word" 2>/dev/null)
-        set -l parts (string split \\t -- $line)
-        if test -n "$parts[1]"
-            printf '%s\\n' $line
-        else
-            set -l start (math 1 + (string length -- "$parts[3]"))
-            set -l typed (string sub -s $start -- "$word")
-            if test $parts[2] = dirs
-                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
-            else
-                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
-            end
-        end
-    end
-end
-complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
-"""}
-# Imported from there it is compiled once.
-BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
-             "sys.exit(queuectl.main())")
-
-
-def program_words() -> tuple[str, str]:
-    """The absolute paths of this Python and of this file."""
-    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
-
-
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
     """Print a shell's completion script."""
     import shlex  # 1 ms
@@ -11769,29 +11796,6 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
                 yield flag.names[0]
                 yield f"{one:.3f}".rstrip("0").rstrip(".") if isinstance(one, float) \
                     else str(one)
-
-
-def _owner(path: str) -> str:
-    """Who owns the file, or will: a name, or a number that has none."""
-    import pwd  # a service manager is there, so this is POSIX
-    try:
-        user = os.stat(path).st_uid
-    except OSError:
-        user = os.getuid()
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
-
-
-def _stop_timeout(path: str, grace: float | None) -> str:
-    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
-    if grace is None:
-        return "infinity"
-    stored: dict[str, str] = {}
-    with contextlib.suppress(QueueError), glance(path) as rows:
-        stored = dict(rows(Sql.STORED_SETTINGS))
-    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
@@ -12027,7 +12031,7 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 24 Completion -----------------------------------------------------------
+# ---- 25 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
@@ -12326,7 +12330,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 25 Main -----------------------------------------------------------------
+# ---- 26 Main -----------------------------------------------------------------
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)

@@ -3434,7 +3434,7 @@ class Metrics(TestCase):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 23 CLI ------------------------------------------------------------------
+# ---- 24 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -3986,7 +3986,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 24 Completion -----------------------------------------------------------
+# ---- 25 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
