@@ -6476,7 +6476,8 @@ class Pool:
 
 
 # ---- 16 Page -----------------------------------------------------------------
-# The dashboard: what the server sends to a browser, whole.
+# The dashboard: what the server sends to a browser, whole. Its policy knows the style
+# and the script by their hashes alone, so a style= or an onclick= would do nothing.
 
 PAGE = r'''<!doctype html>
 <html lang="en">
@@ -8743,6 +8744,7 @@ def get_jobs(queue: Queue, call: Call) -> Reply:
     """A page of jobs, newest first."""
     wanted = call.params
     limit = wanted.get("limit", USUAL_PAGE)
+    # One more, to know whether there is a next page.
     jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
                       before=wanted.get("after"), queue=wanted.get("queue"),
                       tag=wanted.get("tag"), search=wanted.get("search"))
@@ -8921,6 +8923,7 @@ class Route(NamedTuple):
     refusals: tuple[int, ...] = ()      # beside those that any route may have
 
 
+# The description cannot describe itself: it is made from these.
 DESCRIBED = (
     Route("GET", "/", get_page, PAGE_TYPE),
     Route("GET", "/api/session", get_session, "Session"),
@@ -9209,6 +9212,7 @@ def _check_origin(request: Request) -> None:
         if scheme not in ("http", "https") or \
                 place.lower() != request.headers.get("host", "").lower():
             raise WebRefusal(403, "another site's page has sent this")
+    # A foreign page may send a GET, as a link does, but is not let read the answer.
     if request.method not in ("GET", "HEAD") and request.headers.get(
             "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise WebRefusal(403, "another site's page has sent this")
@@ -9329,6 +9333,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
             return _log_in(site, token)
         query = ""      # the page's own affair
     role, how = role_of(site, request)
+    # Before the route: who is not let in does not learn what there is.
     if role is None and path not in PUBLIC:
         raise _no_token()
     route, given = find_route(request.method, path)
@@ -9710,6 +9715,7 @@ class Connections:
         """Take one in; False if all others are busy."""
         with self._lock:
             full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
+            # Those cut off have threads that still end: without bound these would grow.
             if full and (not self._silent or len(self._cut_off) >= 2 * MAX_CONNECTIONS):
                 return False
             if full:
@@ -9768,7 +9774,7 @@ def _is_gone_away(sock: socket.socket) -> bool:
     if not poller.poll(0):
         return False
     import socket as sockets
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # past TLS, which would wait for a whole record
         said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
         return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
     return True
@@ -9981,7 +9987,7 @@ class Service:
                 sock.settimeout(SEND_SECONDS)
                 sock.sendall(piece or b":\n\n")
                 silent_since = time.monotonic()
-            piece = stream.take(1.0)
+            piece = stream.take(1.0)    # each second, to see whether the client is gone
 
     def stop(self) -> None:
         """End the streams and the silent; give the others a moment."""
@@ -10934,6 +10940,7 @@ def _watchful_bar(queue: Queue, screen: Screen,
     def show(progress: Progress) -> None:
         """Draw it, and look at what keeps the jobs waiting where none runs."""
         if progress.waiting and not progress.running:
+            # The words are those of Queue._hindrances.
             for job_id, why in queue.why_waiting(looked_at()).items():
                 if "due " not in why and why != "waits for a slot" and why not in said:
                     said.add(why)
@@ -11141,7 +11148,7 @@ def _for_people(args: argparse.Namespace,
     remark if there are more, else "".
     """
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
-    jobs = look(limit + 1 if limit else 0)
+    jobs = look(limit + 1 if limit else 0)  # one more, to know whether there are more
     more = f"there are more than {limit}; --limit 0 shows all"
     return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
 
@@ -11397,7 +11404,7 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     """All jobs that the flags describe, changed; on a terminal after a question."""
     states = _chosen_states(verb, args.state)
     amounts = _amounts(queue, states, _filters(args))
-    if amounts and verb != "retry":
+    if amounts and verb != "retry":     # no question: a retry takes nothing away
         _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
@@ -11423,6 +11430,7 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then."""
     claims = Claims(queue, PoolOptions())
+    # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
@@ -12035,6 +12043,10 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
+#
+# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`,
+# and the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So
+# the choices are the queues' names, and `--queue=gpu` may be offered.
 
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
