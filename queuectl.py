@@ -77,14 +77,16 @@ Contents: `grep -n '^# ----' queuectl.py`
     14 Runner       one command, one process tree, one outcome
     15 Pool         slots, signals, shutdown, rescue
     16 Page         the dashboard, as a browser gets it
-    17 API          a request, a reply: no sockets
+    17 API          what each request that was let in is answered
     18 Description  what the API takes and answers, for programs
     19 Access       who is let in, and to what
-    20 Feed         one thread that looks at the database for all that listen
-    21 Server       connections, time limits, TLS, the end
-    22 CLI          one small function a command, and the table of all
-    23 Completion   what may come next on a command line
-    24 Main         from the words of a command line to its exit status
+    20 Reply        from a request to its reply, as bytes: no sockets
+    21 Feed         one thread that looks at the database for all that listen
+    22 Server       connections, time limits, TLS, the end
+    23 Install      scripts by which shells complete, a unit file for systemd
+    24 CLI          one small function a command, and the table of all
+    25 Completion   what may come next on a command line
+    26 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -96,7 +98,6 @@ import datetime
 import errno
 import functools
 import gc
-import itertools
 import json
 import math
 import os
@@ -223,7 +224,7 @@ MAX_PRIORITY = 10**9
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
-SOCKET_BUFFER = 4096
+SOCKET_BUFFER = 4096   # bytes of wake-ups read at once, far more than one has
 
 OFFERED = 200          # ids that completion offers at most
 LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
@@ -5434,101 +5435,6 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
     return lines
 
 
-def systemd_word(word: str, is_program: bool = False) -> str:
-    """A word of ExecStart= that reaches the program as it stands.
-
-    In the program's own path systemd replaces no $; so it must not be doubled there.
-    """
-    if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
-        return word
-    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
-                      else "\\" + char if char in "\\\"" else char for char in word)
-    escaped = escaped.replace("%", "%%")
-    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
-
-
-# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
-# from them as well.
-UNIT_FILE = """\
-# A worker of {shown}
-#
-# Save this as {place} (a second queue: under
-# another name), then:
-#     {control} daemon-reload
-#     {control} enable --now queuectl.service
-#     journalctl {journal} queuectl.service --follow{linger}
-# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
-
-[Unit]
-Description=queuectl worker, {described}
-
-[Service]
-Type=notify
-NotifyAccess=main{user}
-ExecStart={command}
-# An upgrade of the database makes a backup first.
-TimeoutStartSec=10min
-Restart=on-failure
-RestartSec=5
-# 2: the command line is wrong, and stays so.
-RestartPreventExitStatus=2
-# The worker alone is asked to stop, and sees its jobs to their end. What is left when
-# it has gone, or when TimeoutStopSec= is over, is killed.
-KillMode=mixed
-# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
-# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
-TimeoutStopSec={stop_timeout}
-# A worker that hangs is killed and started anew; its jobs run again.
-WatchdogSec=60
-# A job that is killed for want of memory fails; the worker and the others go on.
-OOMPolicy=continue
-
-# Jobs get this environment, not that of your shell:
-#Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
-
-# If no job needs sudo or another setuid program, nor the rights of root:
-#NoNewPrivileges=yes
-#RestrictSUIDSGID=yes
-#CapabilityBoundingSet=
-#ProtectKernelTunables=yes
-#ProtectKernelModules=yes
-#ProtectKernelLogs=yes
-#ProtectControlGroups=yes
-#ProtectClock=yes
-#LockPersonality=yes
-#RestrictRealtime=yes
-# If jobs write to neither /usr, /boot nor /etc:
-#ProtectSystem=full
-# If jobs share no files in /tmp with others, and the queue is not there:
-#PrivateTmp=yes
-# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
-# worker knows its own; with PrivateNetwork= no wake-up reaches it.
-
-[Install]
-WantedBy={target}
-"""
-
-
-def unit_file(command: Sequence[str], path: str, user: str | None,
-              stop_timeout: str) -> str:
-    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
-    program, *arguments = command
-    is_own = user is None
-    shown = one_line(path)
-    return UNIT_FILE.format(
-        shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
-        place="~/.config/systemd/user/queuectl.service" if is_own
-        else "/etc/systemd/system/queuectl.service",
-        control="systemctl --user" if is_own else "systemctl",
-        journal="--user-unit" if is_own else "--unit",
-        linger="\n#     loginctl enable-linger   (to run while you are logged out)"
-        if is_own else "",
-        user="" if is_own else f"\nUser={user}",
-        command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
-        stop_timeout=stop_timeout,
-        target="default.target" if is_own else "multi-user.target")
-
-
 def short_cause(outcome: Outcome) -> str:
     """Why a run failed, in two words."""
     if outcome.kind == TIMEOUT:
@@ -6656,7 +6562,8 @@ class Pool:
 
 
 # ---- 16 Page -----------------------------------------------------------------
-# The dashboard: what the server sends to a browser, whole.
+# The dashboard: what the server sends to a browser, whole. Its policy knows the style
+# and the script by their hashes alone, so a style= or an onclick= would do nothing.
 
 PAGE = r'''<!doctype html>
 <html lang="en">
@@ -8626,8 +8533,8 @@ document.addEventListener("DOMContentLoaded", start);
 # ---- 17 API ------------------------------------------------------------------
 # A dashboard that can enqueue runs shell commands, and any user of the machine and any
 # page in a browser can send it something. So a request must name this host, come from
-# no other page, and bring a token; only then is it looked at. First requests become
-# replies, without a socket; then comes what listens.
+# no other page, and bring a token; only then is it looked at. Here stands what each
+# request that was let in is answered.
 
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
@@ -8636,34 +8543,13 @@ MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
 MAX_SEARCH = 256            # characters
 MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
-MAX_CONNECTIONS = 100       # each has a thread
-MAX_STREAMS = 32            # of these, that stay open for events
-MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
-STRANGER_TURNS = 2          # and that are answered at once
-SPARE_QUEUES = 8            # open databases that are kept for the next request
-WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
-HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
-BODY_SECONDS = 60           # for a whole body
-KEEP_SECONDS = 60           # that a connection may be silent between requests
-SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
-LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
-ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
-STOP_SECONDS = 1            # for what is being answered when the server stops
-FEED_TICK = 0.2             # seconds between two looks of the feed
-STATUS_PAUSE = 0.5          # seconds between two status events
-STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
-FEED_BATCH = 1000           # changes told one by one; of more, that there were many
-FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
-KEEP_ALIVE = 15             # seconds of silence in a stream
 
 FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
 
 
 class Request(NamedTuple):
@@ -8843,10 +8729,9 @@ def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
 
 class Call(NamedTuple):
     """A request that was let in: who asks for what."""
-    site: Site
     request: Request
     role: str
-    how: str                    # "cookie", "token", or "nobody asked"
+    how: str                    # "cookie", "bearer", or "no token": for the log
     params: dict[str, Any]
     job_id: str                 # in the path; "": none
 
@@ -8945,6 +8830,7 @@ def get_jobs(queue: Queue, call: Call) -> Reply:
     """A page of jobs, newest first."""
     wanted = call.params
     limit = wanted.get("limit", USUAL_PAGE)
+    # One more, to know whether there is a next page.
     jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
                       before=wanted.get("after"), queue=wanted.get("queue"),
                       tag=wanted.get("tag"), search=wanted.get("search"))
@@ -9052,8 +8938,11 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             key: _in_body(key, check, fields[key])
             for key, check in (("queue", _a_name), ("search", _a_search))
             if fields.get(key) is not None}
-        every = (job for batch in queue.sweep("retry", DEAD, **wanted) for job in batch)
-        jobs = list(itertools.islice(every, MAX_BATCH))     # the rest, if asked again
+        jobs = list[Job]()
+        for batch in queue.sweep("retry", DEAD, **wanted):
+            jobs += batch       # a whole one: all of it has been put back
+            if len(jobs) >= MAX_BATCH:
+                break           # the rest, if asked again
     return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
 
 
@@ -9120,6 +9009,7 @@ class Route(NamedTuple):
     refusals: tuple[int, ...] = ()      # beside those that any route may have
 
 
+# The description cannot describe itself: it is made from these.
 DESCRIBED = (
     Route("GET", "/", get_page, PAGE_TYPE),
     Route("GET", "/api/session", get_session, "Session"),
@@ -9408,6 +9298,7 @@ def _check_origin(request: Request) -> None:
         if scheme not in ("http", "https") or \
                 place.lower() != request.headers.get("host", "").lower():
             raise WebRefusal(403, "another site's page has sent this")
+    # A foreign page may send a GET, as a link does, but is not let read the answer.
     if request.method not in ("GET", "HEAD") and request.headers.get(
             "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise WebRefusal(403, "another site's page has sent this")
@@ -9528,6 +9419,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
             return _log_in(site, token)
         query = ""      # the page's own affair
     role, how = role_of(site, request)
+    # Before the route: who is not let in does not learn what there is.
     if role is None and path not in PUBLIC:
         raise _no_token()
     route, given = find_route(request.method, path)
@@ -9537,8 +9429,11 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
         raise WebRefusal(403, "only looking is allowed here" if site.is_read_only
                          else "this token may only read")
     params = read_params(route.params, query)
-    return route, Call(site, request, role or READ, how, params, _job_id(given))
+    return route, Call(request, role or READ, how, params, _job_id(given))
 
+
+# ---- 20 Reply ----------------------------------------------------------------
+# From a request to its reply, and to that as bytes: no sockets here.
 
 def log_line(route: Route, call: Call, reply: Reply) -> str:
     """What was changed, or was not: by whom, from where, with what result."""
@@ -9549,7 +9444,7 @@ def log_line(route: Route, call: Call, reply: Reply) -> str:
 
 
 def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply; no sockets here. A change has something to be `said`."""
+    """One request, one reply. A change has something to be `said`."""
     try:
         admitted = admit(site, request)
     except QueueError as error:
@@ -9600,41 +9495,16 @@ def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-class Queues:
-    """Open databases, each lent to one request at a time: nobody waits for another.
-
-    So a change that waits for the write lock holds up no reader.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()       # guards the list, for moments
-        self._free: list[Queue] = []
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[Queue]:
-        """A queue for one request; NoQueue and others if it cannot be opened."""
-        with self._lock:
-            queue = self._free.pop() if self._free else None
-        if queue is not None and not queue.store.is_in_place():
-            queue.close()
-            queue = None
-        if queue is None:
-            queue = Queue(self._path, create=False)
-            queue.store.patience = WEB_PATIENCE
-        try:
-            yield queue
-        finally:
-            with self._lock:
-                is_spare = len(self._free) < SPARE_QUEUES
-                if is_spare:
-                    self._free.append(queue)
-            if not is_spare:
-                queue.close()
-
-
-# ---- 20 Feed -----------------------------------------------------------------
+# ---- 21 Feed -----------------------------------------------------------------
 # Events: one thread looks at the database for all that listen.
+
+MAX_STREAMS = 32            # open at once; each has a thread of the server
+FEED_TICK = 0.2             # seconds between two looks of the feed
+STATUS_PAUSE = 0.5          # seconds between two status events
+STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
+FEED_BATCH = 1000           # changes told one by one; of more, that there were many
+FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
     """One server-sent event."""
@@ -9792,9 +9662,58 @@ class Feed:
                 stream.end()
 
 
-# ---- 21 Server ---------------------------------------------------------------
+# ---- 22 Server ---------------------------------------------------------------
 # What listens. Whoever connects gets a thread, few bytes and little time, until it
 # has shown a token; when the threads are all taken, the most silent one makes room.
+
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
+STRANGER_TURNS = 2          # and that are answered at once
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be silent between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
+STOP_SECONDS = 1            # for what is being answered when the server stops
+KEEP_ALIVE = 15             # seconds of silence in a stream
+
+
+class Queues:
+    """Open databases, each lent to one request at a time: nobody waits for another.
+
+    So a change that waits for the write lock holds up no reader.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()       # guards the list, for moments
+        self._free: list[Queue] = []
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Queue]:
+        """A queue for one request; NoQueue and others if it cannot be opened."""
+        with self._lock:
+            queue = self._free.pop() if self._free else None
+        if queue is not None and not queue.store.is_in_place():
+            queue.close()
+            queue = None
+        if queue is None:
+            queue = Queue(self._path, create=False)
+            queue.store.patience = WEB_PATIENCE
+        try:
+            yield queue
+        finally:
+            with self._lock:
+                is_spare = len(self._free) < SPARE_QUEUES
+                if is_spare:
+                    self._free.append(queue)
+            if not is_spare:
+                queue.close()
+
 
 class HeadTooLarge(Exception):
     """A client sends more before its body than it may."""
@@ -9882,6 +9801,7 @@ class Connections:
         """Take one in; False if all others are busy."""
         with self._lock:
             full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
+            # Those cut off have threads that still end: without bound these would grow.
             if full and (not self._silent or len(self._cut_off) >= 2 * MAX_CONNECTIONS):
                 return False
             if full:
@@ -9896,7 +9816,7 @@ class Connections:
         with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
-    def is_asking(self, sock: socket.socket) -> None:
+    def note_asking(self, sock: socket.socket) -> None:
         """Note that it has shown a token; ConnectionError if it was cut off before."""
         with self._lock:
             if sock not in self._silent:
@@ -9910,7 +9830,7 @@ class Connections:
             if sock in self._cut_off:
                 raise ConnectionError
 
-    def is_answered(self, sock: socket.socket) -> None:
+    def note_answered(self, sock: socket.socket) -> None:
         """Note that it is silent again, if it was not cut off meanwhile."""
         with self._lock:
             if sock not in self._cut_off:
@@ -9940,7 +9860,7 @@ def _is_gone_away(sock: socket.socket) -> bool:
     if not poller.poll(0):
         return False
     import socket as sockets
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # past TLS, which would wait for a whole record
         said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
         return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
     return True
@@ -10021,7 +9941,7 @@ class Service:
                               str(handler.client_address[0]))
             is_known = role_of(self._site, request)[0] is not None
             if is_known:
-                self.connections.is_asking(sock)
+                self.connections.note_asking(sock)
             request = self._with_body(handler, reader, request)
             with contextlib.nullcontext() if is_known else self._turn_of(sock):
                 reply, stream, begin = self._reply(request)
@@ -10031,7 +9951,7 @@ class Service:
         if reply.said:
             self._log(reply.said)
         self._deliver(handler, reply, stream, begin, request.method != "HEAD")
-        self.connections.is_answered(sock)
+        self.connections.note_answered(sock)
         handler.raw_requestline = b""
 
     @contextlib.contextmanager
@@ -10112,7 +10032,7 @@ class Service:
         handler.close_connection = True
         with contextlib.suppress(OSError, ValueError):
             self._send(handler, refusal_reply(refusal))
-            self.connections.is_answered(handler.request)
+            self.connections.note_answered(handler.request)
             handler.request.shutdown(1)     # SHUT_WR: the client may still send
             handler.rfile.drain(LINGER_SECONDS)
 
@@ -10153,7 +10073,7 @@ class Service:
                 sock.settimeout(SEND_SECONDS)
                 sock.sendall(piece or b":\n\n")
                 silent_since = time.monotonic()
-            piece = stream.take(1.0)
+            piece = stream.take(1.0)    # each second, to see whether the client is gone
 
     def stop(self) -> None:
         """End the streams and the silent; give the others a moment."""
@@ -10198,9 +10118,11 @@ def _handler_class(service: Service, is_tls: bool) -> type:
     return Handler
 
 
+# Sent by the thread that accepts: made before, and put together without http.server.
+_BUSY_BODY = b'{"error": "too many connected"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-              b"Retry-After: 5\r\nContent-Length: 31\r\nConnection: close\r\n\r\n"
-              b'{"error": "too many connected"}')
+              b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+              % len(_BUSY_BODY) + _BUSY_BODY)
 
 
 def make_listener(service: Service, family: int, address: tuple[Any, ...],
@@ -10384,7 +10306,224 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 22 CLI ------------------------------------------------------------------
+# ---- 23 Install --------------------------------------------------------------
+# Where others start this program: shells that complete its words, systemd.
+
+# How each shell asks what may come next. The program that stands on the line answers,
+# or, if that is an alias or a script that would be compiled each time, this very one.
+SHELLS = {"bash": """\
+# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
+# Under another name, as an alias q:  complete -o nosort -F _queuectl q
+_queuectl() {
+    local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
+    # bash has split the words at : = @ as well: put together what no blank parts.
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
+        ((i < COMP_CWORD)) || part=$rest
+        if ((i)) && [[ $rest == "$line" ]]; then words[at]+=$part
+        else words[++at]=$part; fi
+        line=${rest#"$part"}
+    done
+    # It will replace $2 alone; what stands before that is not to come twice.
+    rest=${words[at]%"$2"}
+    [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
+    COMPREPLY=()
+    while IFS= read -r line; do
+        word=${line%%$'\t'*}
+        case $line in
+        '') ;;
+        $'\tfiles\t@') while IFS= read -r word; do
+                printf -v word %q "$word"; COMPREPLY+=("@$word")
+            done <<< "$(compgen -f -- "${words[at]#@}")" ;;
+        $'\tfiles'*) compopt -o default ;;
+        $'\tdirs'*) compopt -o dirnames ;;
+        *) COMPREPLY+=("${word#"$rest"}") ;;
+        esac
+    done <<< "$("${run[@]}" __complete -- "${words[@]:1}" 2>/dev/null)"
+}
+complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
+    complete -F _queuectl queuectl queuectl.py
+""", "zsh": """\
+#compdef queuectl queuectl.py
+# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
+# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
+_queuectl() {
+    local line word
+    local -a run values shown
+    run=("${(Q)words[1]}")
+    [[ $run[1] != *.py ]] && whence -p -- $run[1] >/dev/null || run=(PROGRAM)
+    run+=(__complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX")
+    for line in "${(@f)$("${run[@]}" 2>/dev/null)}"; do
+        word=${line%%$'\t'*}
+        case $line in
+        $'\tfiles'*) compset -P "${(b)line##*$'\t'}"; _files; return ;;
+        $'\tdirs'*) compset -P "${(b)line##*$'\t'}"; _files -/; return ;;
+        *$'\t') values+=("$word") shown+=("$word") ;;
+        *) values+=("$word") shown+=("${(r:24:)word}  ${line#*$'\t'}") ;;
+        esac
+    done
+    compadd -V queuectl -l -d shown -a values
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
+else compdef _queuectl queuectl queuectl.py; fi
+""", "fish": """\
+# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
+#     queuectl completion fish | source
+# Under another name, as an alias q:  complete -c q -w queuectl
+function __queuectl_complete
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    set -l run $words[1]
+    if string match -q '*.py' -- $run; or not command -sq -- $run
+        set run PROGRAM
+    end
+    set -e words[1]
+    for line in ($run __complete -- $words "$word" 2>/dev/null)
+        set -l parts (string split \\t -- $line)
+        if test -n "$parts[1]"
+            printf '%s\\n' $line
+        else
+            set -l start (math 1 + (string length -- "$parts[3]"))
+            set -l typed (string sub -s $start -- "$word")
+            if test $parts[2] = dirs
+                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
+            else
+                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
+            end
+        end
+    end
+end
+complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
+"""}
+# Imported from there it is compiled once.
+BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
+             "sys.exit(queuectl.main())")
+
+
+def program_words() -> tuple[str, str]:
+    """The absolute paths of this Python and of this file."""
+    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def systemd_word(word: str, is_program: bool = False) -> str:
+    """A word of ExecStart= that reaches the program as it stands.
+
+    In the program's own path systemd replaces no $; so it must not be doubled there.
+    """
+    if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
+        return word
+    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
+                      else "\\" + char if char in "\\\"" else char for char in word)
+    escaped = escaped.replace("%", "%%")
+    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
+
+
+# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
+# from them as well.
+UNIT_FILE = """\
+# A worker of {shown}
+#
+# Save this as {place} (a second queue: under
+# another name), then:
+#     {control} daemon-reload
+#     {control} enable --now queuectl.service
+#     journalctl {journal} queuectl.service --follow{linger}
+# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
+
+[Unit]
+Description=queuectl worker, {described}
+
+[Service]
+Type=notify
+NotifyAccess=main{user}
+ExecStart={command}
+# An upgrade of the database makes a backup first.
+TimeoutStartSec=10min
+Restart=on-failure
+RestartSec=5
+# 2: the command line is wrong, and stays so.
+RestartPreventExitStatus=2
+# The worker alone is asked to stop, and sees its jobs to their end. What is left when
+# it has gone, or when TimeoutStopSec= is over, is killed.
+KillMode=mixed
+# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
+# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
+TimeoutStopSec={stop_timeout}
+# A worker that hangs is killed and started anew; its jobs run again.
+WatchdogSec=60
+# A job that is killed for want of memory fails; the worker and the others go on.
+OOMPolicy=continue
+
+# Jobs get this environment, not that of your shell:
+#Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
+
+# If no job needs sudo or another setuid program, nor the rights of root:
+#NoNewPrivileges=yes
+#RestrictSUIDSGID=yes
+#CapabilityBoundingSet=
+#ProtectKernelTunables=yes
+#ProtectKernelModules=yes
+#ProtectKernelLogs=yes
+#ProtectControlGroups=yes
+#ProtectClock=yes
+#LockPersonality=yes
+#RestrictRealtime=yes
+# If jobs write to neither /usr, /boot nor /etc:
+#ProtectSystem=full
+# If jobs share no files in /tmp with others, and the queue is not there:
+#PrivateTmp=yes
+# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
+# worker knows its own; with PrivateNetwork= no wake-up reaches it.
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit_file(command: Sequence[str], path: str, user: str | None,
+              stop_timeout: str) -> str:
+    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
+    program, *arguments = command
+    is_own = user is None
+    shown = one_line(path)
+    return UNIT_FILE.format(
+        shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        place="~/.config/systemd/user/queuectl.service" if is_own
+        else "/etc/systemd/system/queuectl.service",
+        control="systemctl --user" if is_own else "systemctl",
+        journal="--user-unit" if is_own else "--unit",
+        linger="\n#     loginctl enable-linger   (to run while you are logged out)"
+        if is_own else "",
+        user="" if is_own else f"\nUser={user}",
+        command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
+        stop_timeout=stop_timeout,
+        target="default.target" if is_own else "multi-user.target")
+
+
+def _owner(path: str) -> str:
+    """Who owns the file, or will: a name, or a number that has none."""
+    import pwd  # a service manager is there, so this is POSIX
+    try:
+        user = os.stat(path).st_uid
+    except OSError:
+        user = os.getuid()
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _stop_timeout(path: str, grace: float | None) -> str:
+    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
+    if grace is None:
+        return "infinity"
+    stored: dict[str, str] = {}
+    with contextlib.suppress(QueueError), glance(path) as rows:
+        stored = dict(rows(Sql.STORED_SETTINGS))
+    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
+
+
+# ---- 24 CLI ------------------------------------------------------------------
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -10406,6 +10545,14 @@ def window() -> os.terminal_size:
                             for text, size in zip(wish, found))
 
 
+def _not_written(error: OSError) -> Exception:
+    """What to raise where a result could not be written."""
+    if isinstance(error, BrokenPipeError):      # the reader has seen enough
+        return error
+    return Unwritable(f"the result could not be written ({error})",
+                      "`queuectl status` shows what was done")
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
@@ -10419,15 +10566,29 @@ class Screen:
 
     def out(self, *lines: str) -> None:
         """Print results."""
-        self._erase()
-        for line in lines:
-            print(line)
+        try:
+            self._erase()
+            for line in lines:
+                print(line)
+        except OSError as error:
+            raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
         """Print a job's output as it is."""
-        sys.stdout.flush()
-        sys.stdout.buffer.write(output)
-        sys.stdout.buffer.flush()
+        self.flush()
+        try:
+            sys.stdout.buffer.write(output)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise _not_written(error) from None
+
+    @staticmethod
+    def flush() -> None:
+        """Have the results that were printed written."""
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            raise _not_written(error) from None
 
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
@@ -10531,8 +10692,9 @@ def _past(text: str, now: float) -> float:
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
-    if moment > now and ":" in text[:3]:
-        moment -= 86400
+    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
+        moment = (datetime.datetime.fromtimestamp(moment)
+                  - datetime.timedelta(days=1)).timestamp()
     if moment > now:
         raise InvalidValue(f"{text!r} is in the future",
                            "give a time that has been, or a duration: 1h")
@@ -10687,21 +10849,32 @@ def _name_line(error: QueueError, lines: Sequence[int]) -> None:
         error.message = f"line {lines[error.item]}: {error.message}"
 
 
+def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a job object, with flags in the place of what they override.
+
+    A key may be written with `-`; delay and run_at are two names of one thing.
+    """
+    when = {"delay", "run_at"}
+    replaced = {*flags} | (when if when & {*flags} else set())
+    return {**{key: value for key, value in fields.items()
+               if key.replace("-", "_") not in replaced}, **flags}
+
+
+def _ignored_warning(keys: Collection[str]) -> str:
+    return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
+
+
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
-    specs, ignored = [], set()
+    specs, ignored = [], set[str]()
     for number, (line, fields) in enumerate(given):
         if number % 1000 == 999:
             screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_line(line):
-            if "delay" in flags or "run_at" in flags:
-                fields = {key: value for key, value in fields.items()
-                          if key not in ("delay", "run_at", "run-at")}
-            specs.append(spec_of({**fields, **flags}, now))
+            specs.append(spec_of(merged(fields, flags), now))
             ignored.update(ignored_keys(fields))
     if ignored:
-        screen.note("warning: ignored what the queue keeps itself: "
-                    + ", ".join(sorted(ignored)))
+        screen.note(_ignored_warning(ignored))
     return specs
 
 
@@ -10744,14 +10917,20 @@ class Stream:
     """Jobs from lines that come one by one: a bad one is said and passed over."""
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
-                 refuse: Callable[[QueueError], object]) -> None:
-        self._queue, self._flags, self._refuse = queue, flags, refuse
-        self._read = 0          # lines
+                 refuse: Callable[[QueueError], object],
+                 warn: Callable[[str], object]) -> None:
+        self._queue, self._flags = queue, flags
+        self._refuse, self._warn = refuse, warn
+        self._read = 0                      # lines
+        self._ignored: set[str] = set()     # keys that were warned of
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room."""
+        warned_of = {*self._ignored}
         given = [one for line in lines for one in self._specs_of(line)]
+        if self._ignored > warned_of:
+            self._warn(_ignored_warning(self._ignored - warned_of))
         complained = False
         while given:
             try:
@@ -10784,9 +10963,11 @@ class Stream:
         self._read += 1
         try:
             with at_line(self._read):
-                return [(self._read, spec_of({**fields, **self._flags},
-                                             self._queue.clock()))
-                        for fields in fields_of_line(line, 0)]
+                given = fields_of_line(line, 0)
+                specs = [spec_of(merged(fields, self._flags), self._queue.clock())
+                         for fields in given]
+            self._ignored.update(*map(ignored_keys, given))
+            return [(self._read, spec) for spec in specs]
         except QueueError as error:
             self._pass_over(error)
             return []
@@ -10808,12 +10989,12 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
     stream = Stream(queue, _flag_fields(args),
-                    lambda error: _report(error, args.json))
+                    lambda error: _report(error, args.json), screen.note)
     for lines in _line_batches(sys.stdin.fileno()):
         jobs = stream.add(lines)
         screen.out(*(dumps(job_object(job), None) if args.json else job.id
                      for job in jobs))
-        sys.stdout.flush()
+        screen.flush()
     return EX_NO if stream.refused else EX_OK
 
 
@@ -10845,6 +11026,7 @@ def _watchful_bar(queue: Queue, screen: Screen,
     def show(progress: Progress) -> None:
         """Draw it, and look at what keeps the jobs waiting where none runs."""
         if progress.waiting and not progress.running:
+            # The words are those of Queue._hindrances.
             for job_id, why in queue.why_waiting(looked_at()).items():
                 if "due " not in why and why != "waits for a slot" and why not in said:
                     said.add(why)
@@ -10885,7 +11067,7 @@ def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
         screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
-    sys.stdout.flush()
+    screen.flush()
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
@@ -11012,9 +11194,14 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         if args.watch is None:
             return EX_OK
         above = len(lines)
-        sys.stdout.flush()
+        screen.flush()
         queue.await_change(seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
+
+
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The filters by what jobs are."""
+    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
@@ -11041,9 +11228,20 @@ def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, 
     return found
 
 
+def _for_people(args: argparse.Namespace,
+                look: Callable[[int], list[Job]]) -> tuple[list[Job], str]:
+    """The jobs that a table shows, of those that `look` finds, up to a number; and a
+    remark if there are more, else "".
+    """
+    limit = PEOPLE_LIMIT if args.limit is None else args.limit
+    jobs = look(limit + 1 if limit else 0)  # one more, to know whether there are more
+    more = f"there are more than {limit}; --limit 0 shows all"
+    return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
+
+
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs."""
-    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    filters = _filters(args)
     states = tuple(args.state or ())
     if args.json:
         limit = args.limit or 0
@@ -11052,9 +11250,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             else queue.pages(limit, state=states, **filters)
         _print_array((_list_object(queue, job, args) for job in found), screen)
         return EX_OK
-    limit = PEOPLE_LIMIT if args.limit is None else args.limit
-    jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
-    shown = jobs[:limit or None]
+    shown, more = _for_people(
+        args, lambda limit: queue.jobs(states, args.sort, limit, **filters))
     if args.show_output:
         for job in shown:
             screen.out(*job_table([job], screen.style())[1:])
@@ -11066,8 +11263,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         else:
             screen.note("no such jobs" if any((*filters.values(), states))
                         else "no jobs; `queuectl enqueue 'echo hi'` adds one")
-    if len(jobs) > len(shown):
-        screen.note(f"the newest {limit} are shown; --limit 0 shows all")
+    if more:
+        screen.note(more)
     return EX_OK
 
 
@@ -11187,7 +11384,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait until jobs are over; a single one's own exit status."""
-    filters = {"queue": args.queue, "tag": args.tag, "search": args.search}
+    filters = _filters(args)
     is_wide = args.all or any(filters.values())
     if bool(args.ids) == is_wide:
         raise UsageError("ids and filters are both given" if is_wide
@@ -11235,11 +11432,6 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
     screen.note(f"{first} {SAID[verb]}" if n == 1 else
                 f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
     return EX_OK
-
-
-def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """The filters that stand for ids."""
-    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
@@ -11298,7 +11490,7 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     """All jobs that the flags describe, changed; on a terminal after a question."""
     states = _chosen_states(verb, args.state)
     amounts = _amounts(queue, states, _filters(args))
-    if amounts and verb != "retry":
+    if amounts and verb != "retry":     # no question: a retry takes nothing away
         _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
@@ -11324,6 +11516,7 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then."""
     claims = Claims(queue, PoolOptions())
+    # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
@@ -11429,11 +11622,12 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the dead jobs, the latest death first."""
-    limit = (0 if args.json else PEOPLE_LIMIT) if args.limit is None else args.limit
-    jobs = queue.jobs(DEAD, "finished", limit)
+    def _look(limit: int) -> list[Job]:
+        return queue.jobs(DEAD, "finished", limit)
     if args.json:
-        _print_array((job_object(job) for job in jobs), screen)
+        _print_array(map(job_object, _look(args.limit or 0)), screen)
         return EX_OK
+    jobs, more = _for_people(args, _look)
     style = screen.style()
     if not jobs:
         screen.note("the dead letter queue is empty")
@@ -11442,6 +11636,8 @@ def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         if number and jobs[number - 1].error:
             error = one_line(jobs[number - 1].error or "")
             screen.out(style.paint("    " + cut(error, style.width - 4), DIM))
+    if more:
+        screen.note(more)
     return EX_OK
 
 
@@ -11515,7 +11711,7 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     if len(given) != 1:
         raise UsageError("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron,
-                                  **{**given[0], **_flag_fields(args)})
+                                  **merged(given[0], _flag_fields(args)))
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
     _note_no_worker(queue, screen)
@@ -11574,7 +11770,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             continue
         if not args.follow:
             return EX_OK
-        sys.stdout.flush()
+        screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
         queue.await_change(seen, FALLBACK_POLL)
 
@@ -11664,105 +11860,9 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
     def _announce() -> None:
         screen.out(printed_url(site, options.host, listener.server_address[1]))
-        sys.stdout.flush()
+        screen.flush()
     serve(listener, service, _announce)
     return EX_OK
-
-
-# How each shell asks what may come next. The program that stands on the line answers,
-# or, if that is an alias or a script that would be compiled each time, this very one.
-SHELLS = {"bash": """\
-# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
-# Under another name, as an alias q:  complete -o nosort -F _queuectl q
-_queuectl() {
-    local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
-    # bash has split the words at : = @ as well: put together what no blank parts.
-    for ((i = 0; i <= COMP_CWORD; i++)); do
-        rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
-        ((i < COMP_CWORD)) || part=$rest
-        if ((i)) && [[ $rest == "$line" ]]; then words[at]+=$part
-        else words[++at]=$part; fi
-        line=${rest#"$part"}
-    done
-    # It will replace $2 alone; what stands before that is not to come twice.
-    rest=${words[at]%"$2"}
-    [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
-    COMPREPLY=()
-    while IFS= read -r line; do
-        word=${line%%$'\t'*}
-        case $line in
-        '') ;;
-        $'\tfiles\t@') while IFS= read -r word; do
-                printf -v word %q "$word"; COMPREPLY+=("@$word")
-            done <<< "$(compgen -f -- "${words[at]#@}")" ;;
-        $'\tfiles'*) compopt -o default ;;
-        $'\tdirs'*) compopt -o dirnames ;;
-        *) COMPREPLY+=("${word#"$rest"}") ;;
-        esac
-    done <<< "$("${run[@]}" __complete -- "${words[@]:1}" 2>/dev/null)"
-}
-complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
-    complete -F _queuectl queuectl queuectl.py
-""", "zsh": """\
-#compdef queuectl queuectl.py
-# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
-# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
-_queuectl() {
-    local line word
-    local -a run values shown
-    run=("${(Q)words[1]}")
-    [[ $run[1] != *.py ]] && whence -p -- $run[1] >/dev/null || run=(PROGRAM)
-    run+=(__complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX")
-    for line in "${(@f)$("${run[@]}" 2>/dev/null)}"; do
-        word=${line%%$'\t'*}
-        case $line in
-        $'\tfiles'*) compset -P "${(b)line##*$'\t'}"; _files; return ;;
-        $'\tdirs'*) compset -P "${(b)line##*$'\t'}"; _files -/; return ;;
-        *$'\t') values+=("$word") shown+=("$word") ;;
-        *) values+=("$word") shown+=("${(r:24:)word}  ${line#*$'\t'}") ;;
-        esac
-    done
-    compadd -V queuectl -l -d shown -a values
-}
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
-else compdef _queuectl queuectl queuectl.py; fi
-""", "fish": """\
-# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
-#     queuectl completion fish | source
-# Under another name, as an alias q:  complete -c q -w queuectl
-function __queuectl_complete
-    set -l words (commandline -opc)
-    set -l word (commandline -ct)
-    set -l run $words[1]
-    if string match -q '*.py' -- $run; or not command -sq -- $run
-        set run PROGRAM
-    end
-    set -e words[1]
-    for line in ($run __complete -- $words "$word" 2>/dev/null)
-        set -l parts (string split \\t -- $line)
-        if test -n "$parts[1]"
-            printf '%s\\n' $line
-        else
-            set -l start (math 1 + (string length -- "$parts[3]"))
-            set -l typed (string sub -s $start -- "$word")
-            if test $parts[2] = dirs
-                printf "$parts[3]%s\\n" (__fish_complete_directories "$typed" '')
-            else
-                printf "$parts[3]%s\\n" (__fish_complete_path "$typed")
-            end
-        end
-    end
-end
-complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
-"""}
-# Imported from there it is compiled once.
-BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
-             "sys.exit(queuectl.main())")
-
-
-def program_words() -> tuple[str, str]:
-    """The absolute paths of this Python and of this file."""
-    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
@@ -11792,32 +11892,13 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
                     else str(one)
 
 
-def _owner(path: str) -> str:
-    """Who owns the file, or will: a name, or a number that has none."""
-    import pwd  # a service manager is there, so this is POSIX
-    try:
-        user = os.stat(path).st_uid
-    except OSError:
-        user = os.getuid()
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
-
-
-def _stop_timeout(path: str, grace: float | None) -> str:
-    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
-    if grace is None:
-        return "infinity"
-    stored: dict[str, str] = {}
-    with contextlib.suppress(QueueError), glance(path) as rows:
-        stored = dict(rows(Sql.STORED_SETTINGS))
-    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
-
-
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     """Print a unit file that runs a worker of this queue."""
-    path = os.path.abspath(system_path(database_path(args)))
+    try:
+        path = os.path.abspath(system_path(database_path(args)))
+    except FileNotFoundError:
+        raise Unwritable("the current directory is gone",
+                         "change to another, or give an absolute --db") from None
     try:
         command = (*program_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
@@ -12044,10 +12125,14 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 23 Completion -----------------------------------------------------------
+# ---- 25 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
+#
+# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`,
+# and the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So
+# the choices are the queues' names, and `--queue=gpu` may be offered.
 
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
@@ -12343,7 +12428,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 24 Main -----------------------------------------------------------------
+# ---- 26 Main -----------------------------------------------------------------
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
@@ -12478,7 +12563,6 @@ def _run(argv: Sequence[str]) -> int:
         raise
     with queue:
         status: int = args.entry.run(args, queue, screen)
-    sys.stdout.flush()
     return status
 
 
@@ -12514,22 +12598,28 @@ def _abandon(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether errors are to be JSON; what follows `--` is somebody else's."""
+    end = words.index("--") if "--" in words else len(words)
+    return "--json" in words[:end]
+
+
 def _answer(words: Sequence[str]) -> int:
     """The exit status; each refusal and each end that we know becomes one here."""
     try:
-        return _run([_as_utf8(word) for word in words])
+        status = _run([_as_utf8(word) for word in words])
+        Screen.flush()
+        return status
     except QueueError as error:
-        return _report(error, "--json" in words)
+        return _report(error, _wants_json(words))
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:     # the reader has seen enough
-        _abandon(sys.stdout)
         return EX_OK
-    except OSError as error:
-        _abandon(sys.stdout)
-        return _report(Unwritable(f"the result could not be written ({error})",
-                                  "`queuectl status` shows what was done"),
-                       "--json" in words)
+    except OSError as error:    # of the system, which no function has words for
+        place = f": {error.filename}" if error.filename else ""
+        return _report(Unsupported(f"{error.strerror or error}{place}"),
+                       _wants_json(words))
 
 
 def _complete(words: Sequence[str]) -> int:
@@ -12547,10 +12637,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
-    try:
-        sys.stderr.flush()
-    except (OSError, ValueError):   # a full disk under a log is no failed command
-        _abandon(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):   # said above, or a log's, which fails no command
+            _abandon(stream)
     return status
 
 

@@ -62,6 +62,7 @@ import zipapp
 import zoneinfo
 from concurrent import futures
 from typing import Callable, NamedTuple
+from unittest import mock
 
 import queuectl
 from queuectl import (
@@ -3079,7 +3080,7 @@ class Views(TestCase):
         self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
-# ---- 17 API to 21 Server -----------------------------------------------------
+# ---- 17 API to 22 Server -----------------------------------------------------
 
 TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
 SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
@@ -3363,6 +3364,15 @@ class Web(TestCase):
             found = self.told("GET", f"/api/jobs?{query}")["jobs"]
             self.assertEqual([job["id"] for job in found], ids.split(), query)
 
+    def test_all_that_a_request_puts_back_is_told(self):
+        for name in "abcde":
+            self.a_dead_job(name)
+        with mock.patch.object(queuectl, "SWEEP_BATCH", 2), \
+                mock.patch.object(queuectl, "MAX_BATCH", 3):
+            told = [{job["id"] for job in self.told("POST", "/api/dlq/retry")}
+                    for _ in range(2)]
+        self.assertEqual(told, [{"b", "c", "d", "e"}, {"a"}])
+
     def test_jobs_are_retried_cancelled_and_deleted(self):
         self.a_dead_job()
         self.a_dead_job("other", queue="q")
@@ -3504,18 +3514,18 @@ class Web(TestCase):
         connections._silent = dict.fromkeys(range(queuectl.MAX_CONNECTIONS - 2))
         for sock in (first, second):
             self.assertTrue(connections.enter(sock))
-            connections.is_asking(sock)
+            connections.note_asking(sock)
         connections._silent = {second: None}
         connections._busy = {first, *range(queuectl.MAX_CONNECTIONS - 2)}
         self.assertTrue(connections.enter(third))
         self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
         with self.assertRaises(ConnectionError):
-            connections.is_asking(second)
+            connections.note_asking(second)
         with self.assertRaises(ConnectionError):
             connections.check(second)
-        connections.is_answered(second)
+        connections.note_answered(second)
         self.assertNotIn(second, connections._silent)
-        connections.is_asking(third)
+        connections.note_asking(third)
         self.assertFalse(connections.enter(second))
 
     def test_the_refusal_of_one_too_many_is_whole(self):
@@ -3699,7 +3709,7 @@ class Metrics(TestCase):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 22 CLI ------------------------------------------------------------------
+# ---- 24 CLI ------------------------------------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -3714,6 +3724,28 @@ class CommandLine(TestCase):
         out = self.cli("enqueue", '{"command": "x", "priority": 1, "delay": 5}', "-p", "7",
                        "--run-at", "+1h", "--json")[1]
         self.assertEqual(json.loads(out)["priority"], 7)
+
+    def test_a_flag_overrides_a_field_in_either_spelling_and_its_other_name(self):
+        flags = {"max_retries": 1, "delay": 5.0}
+        for fields in ({"max_retries": 5}, {"max-retries": 5}, {"run-at": "+1h"},
+                       {"run_at": "+1h", "max-retries": 5}, {"delay": 9}):
+            with self.subTest(fields):
+                self.assertEqual(queuectl.merged({"command": "x", **fields}, flags),
+                                 {"command": "x", **flags})
+        self.assertEqual(queuectl.merged({"max-retries": 5, "delay": 1}, {"run_at": 2.0}),
+                         {"max-retries": 5, "run_at": 2.0})
+        queue = self.a_queue()
+        stream = queuectl.Stream(queue, flags, self.fail, self.fail)
+        line = b'{"command": "x", "run-at": "+1h", "max-retries": 5}'
+        self.assertEqual([job.max_retries for job in stream.add([line])], [1])
+
+    def test_a_stream_warns_once_of_keys_that_the_queue_keeps(self):
+        notes = []
+        stream = queuectl.Stream(self.a_queue(), {}, self.fail, notes.append)
+        line = b'{"command": "x", "state": "dead", "exit-code": 1}'
+        self.assertEqual(len(stream.add([line, line])), 2)
+        self.assertEqual(notes, [
+            "warning: ignored what the queue keeps itself: exit-code, state"])
 
     def test_the_object_has_the_keys_of_the_contract_in_their_order(self):
         out = json.loads(self.cli("enqueue", "x", "--json")[1])
@@ -3757,6 +3789,39 @@ class CommandLine(TestCase):
         code, out, err = self.cli("show", "nope", "--json")
         self.assertEqual((code, out), (1, ""))
         self.assertEqual(json.loads(err)["error"]["code"], "no-such-job")
+
+    def test_the_last_of_a_time_of_day_is_found_by_the_calendar(self):
+        def local(*when):
+            return datetime.datetime(*when).timestamp()
+        self.addCleanup(time.tzset)
+        with mock.patch.dict(os.environ, TZ="CET-1CEST,M3.5.0,M10.5.0/3"):     # Berlin
+            time.tzset()
+            for month, day in ((3, 29), (3, 30), (10, 25), (10, 26)):
+                with self.subTest(month=month, day=day):
+                    noon = local(2026, month, day, 12)
+                    self.assertEqual(queuectl._past("18:00", noon),
+                                     local(2026, month, day - 1, 18))
+                    self.assertEqual(queuectl._past("12:00", noon), noon)
+
+    def test_a_table_that_is_cut_says_so(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("false", max_retries=1)] * 3)
+        self.cli("worker", "start", "--drain")
+        for argv in (("list",), ("list", "--sort", "oldest"), ("dlq",)):
+            with self.subTest(argv):
+                said = [self.cli(*argv, *limit)[2] for limit in (
+                    (), ("--limit", "3"), ("--limit", "2"), ("--limit", "2", "--json"))]
+                self.assertEqual(said, [
+                    "", "", "there are more than 2; --limit 0 shows all\n", ""])
+        self.assertEqual(len(json.loads(self.cli("dlq", "--limit", "2", "--json")[1])), 2)
+        self.assertEqual(len(self.cli("dlq", "list", "--limit", "1")[1].splitlines()), 3)
+
+    def test_words_after_the_dashes_are_no_flags_of_ours(self):
+        for argv in (("enqueue", "--queue", "a b", "--", "mytool", "--json"),
+                     ("schedule", "add", "n", "bad", "--", "mytool", "--json")):
+            self.assertTrue(self.cli(*argv)[2].startswith("queuectl: error: "), argv)
+        self.assertIn("error", json.loads(self.cli(
+            "enqueue", "--json", "--queue", "a b", "--", "x")[2]))
 
     def test_a_bad_line_adds_nothing(self):
         path = os.path.join(self.dir, "jobs.txt")
@@ -4130,14 +4195,14 @@ class CommandLine(TestCase):
         self.assertEqual(second, b"echo ok")
 
         queue, refused = self.a_queue(), []
-        stream = queuectl.Stream(queue, {}, refused.append)
+        stream = queuectl.Stream(queue, {}, refused.append, self.fail)
         self.assertEqual([job.command for job in stream.add([first, second])], ["echo ok"])
         self.assertRegex(str(refused[0]), "^line 1: command")
 
     def test_bad_lines_of_a_stream_are_numbered_and_passed_over(self):
         queue, refused = self.a_queue(), []
         queue.enqueue("x", id="taken")
-        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append)
+        stream = queuectl.Stream(queue, {"queue": "q"}, refused.append, self.fail)
         jobs = stream.add([
             b"echo a", b"# a comment", b"", b"{bad}", b'{"command": "b", "id": "taken"}',
             b'[{"command": "c", "id": "c"}, {"command": "d", "id": "d"}]'])
@@ -4163,7 +4228,7 @@ class CommandLine(TestCase):
         def refuse(error):
             refused.append(error.code)
             rival.execute("ROLLBACK")
-        stream = queuectl.Stream(queue, {}, refuse)
+        stream = queuectl.Stream(queue, {}, refuse, self.fail)
         self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
         self.assertEqual((refused, stream.refused), (["busy"], 0))
 
@@ -4196,7 +4261,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 23 Completion -----------------------------------------------------------
+# ---- 25 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
@@ -4825,6 +4890,28 @@ class Program(Processes):
                     stderr=subprocess.PIPE, env={**os.environb, b"ODD": odd}, check=False)
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_only_what_cannot_be_written_is_said_to_be_unwritten(self):
+        self.enqueue("true")
+        quoted = shlex.join([*program(), "--db", self.path])
+        gone = "mkdir gone; cd gone; rmdir ../gone; "
+        unwritten = "the result could not be written"
+        for script, said in (
+                (f"{quoted} list >/dev/full", unwritten),
+                (f"{quoted} systemd >/dev/full", unwritten),
+                (f"{gone}{shlex.join(program())} systemd", "the current directory is gone")):
+            with self.subTest(script):
+                done = subprocess.run(["/bin/sh", "-c", script], cwd=self.dir, check=False,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1))
+                self.assertIn(said.encode(), done.stderr)
+
+    def test_an_error_of_the_system_is_told_in_its_own_words(self):
+        def broken(*_):
+            raise PermissionError(13, "Permission denied", "/there")
+        with mock.patch.object(queuectl, "database_path", broken):
+            code, _, err = run_cli("systemd")
+        self.assertEqual((code, err), (1, "queuectl: error: Permission denied: /there\n"))
 
     def test_text_is_utf_8_in_an_ascii_locale(self):
         ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
