@@ -3180,12 +3180,13 @@ class Host:
 
     def _processes_by_ps(self) -> list[Process]:
         import subprocess  # 5 ms, and only where there is no /proc
-        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,command="],
+        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,stat=,command="],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               check=False).stdout
-        rows = [line.split(None, 2) for line in said.splitlines()]
-        return [Process(int(row[0]), self._claim_in(row[2] + b"\0"), int(row[1]), 0)
-                for row in rows if len(row) == 3 and int(row[0]) != os.getpid()]
+        rows = [line.split(None, 3) for line in said.splitlines()]
+        return [Process(int(row[0]), self._claim_in(row[3] + b"\0"), int(row[1]), 0)
+                for row in rows if len(row) == 4 and int(row[0]) != os.getpid()
+                and not row[2].startswith(b"Z")]
 
 
 LOOPBACK = "127.0.0.1"
@@ -5777,10 +5778,11 @@ def start_error(error: Exception, cwd: str) -> str:
 class Ending:
     """The end of a run's process tree: SIGTERM, after the grace SIGKILL (I6).
 
-    Its processes are found by the token, by the session and by the run's lock. The pool
-    that owns a lost run may hold that lock itself, if it was frozen between claim and
-    start. It could start the command when it thaws: so it is killed, long after its
-    lease has run out, and only then.
+    Its processes are found by the token, by the run's lock, and by session and group
+    while the head of these is ours: `ps` may tell no environment, and no session. The
+    pool that owns a lost run may hold that lock itself, if it was frozen between claim
+    and start. It could start the command when it thaws: so it is killed, long after
+    its lease has run out, and only then.
     """
 
     def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
@@ -5795,7 +5797,7 @@ class Ending:
     def step(self, now: float, processes: Iterable[Process]) -> bool:
         """Signal what is left of these; True when nothing is. `now` is monotonic."""
         left = {one.pid for one in processes if one.claim == self.claim
-                or (self._group and one.session == self._group)}
+                or (self._group and self._group in (one.session, one.group))}
         if not left and not self._host.locks.is_held(self.claim):
             return True
         if self._kill_at is None:

@@ -8822,6 +8822,23 @@ class ElsewherePosix(Processes):
         Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
     test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
 
+    def test_a_time_out_ends_a_tree_whose_environment_ps_does_not_tell(self):
+        """macOS hides the environment of its own programs, such as sleep."""
+        os.mkdir(self.path_of("bin"))
+        with open(self.path_of("bin/ps"), "w") as file:
+            file.write('#!/bin/sh\nif [ "$1" = axeww ]; then shift; set axww "$@"; fi\n'
+                       f'exec {shutil.which("ps")} "$@"\n')
+        os.chmod(self.path_of("bin/ps"), 0o755)
+        self.enqueue("sleep 40 & echo $! > out; sleep 40; sleep 40",
+                     "--timeout", "300ms", "--max-retries", "1")
+        begun = time.monotonic()
+        self.call("worker", "start", "--drain", env={
+            **os.environ, "PATH": self.path_of("bin") + ":" + os.environ["PATH"]})
+
+        self.assertEqual(self.runs("job-1")[0].outcome, "timeout")
+        self.assertFalse(is_running(self.read("out")))
+        self.assertLess(time.monotonic() - begun, 20)
+
 
 # ---- The README ---------------------------------------------------------------
 
