@@ -5907,10 +5907,11 @@ def _release(claimed: Claimed) -> None:
         os.close(claimed.lock)
 
 
-def _submit(executor: futures.Executor, work: Callable[[], None]) -> None:
+def _submit(executor: futures.Executor,
+            work: Callable[[], None]) -> futures.Future[None]:
     """Start a thread; Unsupported where the system allows none."""
     try:
-        executor.submit(work)
+        return executor.submit(work)
     except RuntimeError as error:
         raise Unsupported(f"a thread could not be started ({error})",
                           "raise `ulimit -u` or `ulimit -v`") from None
@@ -6035,7 +6036,7 @@ class Pool:
         import concurrent.futures as futures  # 9 ms, and only in a pool
         with self._open(), futures.ThreadPoolExecutor(1) as executor:
             try:
-                _submit(executor, self._ender.run)
+                self._ender_run = _submit(executor, self._ender.run)
                 self._say(self._greeting())
                 while not self._step():
                     self._sleep()
@@ -6342,7 +6343,9 @@ class Pool:
             self._end(ride, why)
 
     def _collect(self) -> None:
-        """Take over what the ender has seen to its end."""
+        """Take over what the ender has seen to its end; raises what ended itself."""
+        if self._ender_run.done():      # too early: nothing could be ended any more
+            self._ender_run.result()
         while self._over:
             ending = self._over.pop(0)
             self._ending.discard(ending.claim)

@@ -4263,6 +4263,17 @@ class Program(Processes):
         self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
         self.assertFalse(is_running(self.read("out")))
 
+    def test_a_pool_that_cannot_end_trees_any_more_ends_with_the_error(self):
+        self.enqueue("sleep 2", "--timeout", "50ms")
+        self.command = lambda *argv: [
+            sys.executable, "-c", "import queuectl\n"
+            "queuectl.Ender._step = lambda self: 1 / 0\nqueuectl.main()",
+            "--db", self.path, *argv]
+        code, _, err = self.call("worker", "start", "--drain", env={
+            **os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))})
+        self.assertEqual(code, 1)
+        self.assertIn("ZeroDivisionError", err)
+
     def test_a_command_killed_from_outside_leaves_nothing_that_a_retry_would_meet(self):
         self.enqueue("setsid sleep 100 & echo $! > pid; kill -9 $$", "--max-retries", "1")
         self.drain()
