@@ -6089,6 +6089,9 @@ class Pool:
         now = time.monotonic()
         if now < self._retry_at:
             return False
+        version = self._queue.store.changes()
+        if version != self._version:    # a wake-up may have got lost
+            self._version, self._look = version, True
         if self._due_at is not None and self._queue.clock() >= self._due_at:
             self._look = True
         if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
@@ -6448,9 +6451,6 @@ class Pool:
             handler = self._handlers.get(fd)
             if handler:     # else an earlier one of these has ended its business
                 handler()
-        version = self._queue.store.changes()
-        if version != self._version:    # a wake-up may have got lost
-            self._version, self._look = version, True
 
     def _patience(self) -> float:
         """Seconds to sleep at most."""

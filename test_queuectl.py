@@ -4263,16 +4263,30 @@ class Program(Processes):
         self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
         self.assertFalse(is_running(self.read("out")))
 
+    def drain_changed(self, change):
+        """What a pool says that drains, with some of the program changed."""
+        self.command = lambda *argv: [
+            sys.executable, "-c", f"import sys, queuectl\n{change}\n"
+            "sys.exit(queuectl.main())", "--db", self.path, *argv]
+        return self.call("worker", "start", "--drain", env={
+            **os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))})
+
     def test_a_pool_that_cannot_end_trees_any_more_ends_with_the_error(self):
         self.enqueue("sleep 2", "--timeout", "50ms")
-        self.command = lambda *argv: [
-            sys.executable, "-c", "import queuectl\n"
-            "queuectl.Ender._step = lambda self: 1 / 0\nqueuectl.main()",
-            "--db", self.path, *argv]
-        code, _, err = self.call("worker", "start", "--drain", env={
-            **os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))})
+        code, _, err = self.drain_changed("queuectl.Ender._step = lambda self: 1 / 0")
         self.assertEqual(code, 1)
         self.assertIn("ZeroDivisionError", err)
+
+    def test_a_pool_outlives_a_file_that_is_busy_when_it_wakes_up(self):
+        self.enqueue("true")
+        code, _, err = self.drain_changed("""
+read, times = queuectl.Store.changes, iter(range(3))
+def changes(self):
+    for _ in times:
+        raise queuectl.Busy("it is busy", "wait")
+    return read(self)
+queuectl.Store.changes = changes""")
+        self.assertEqual((code, self.job("job-1").state), (0, COMPLETED), err)
 
     def test_a_command_killed_from_outside_leaves_nothing_that_a_retry_would_meet(self):
         self.enqueue("setsid sleep 100 & echo $! > pid; kill -9 $$", "--max-retries", "1")
