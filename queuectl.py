@@ -4410,9 +4410,19 @@ class Claims:
             os.close(self._lock)
 
     def is_work_there(self) -> bool:
-        """Whether a turn may find something; a read, so an idle pool never writes."""
-        row = self._store.row(Sql.ANY_OPEN, now=iso(self._clock()))
-        return row is not None and bool(row[0])
+        """Whether a turn may find something; a read, so an idle pool never writes.
+
+        What waits in paused, full or foreign queues is none: the turns of idle pools,
+        which all of them see, would go on waking the others.
+        """
+        now = self._clock()
+        row = self._store.row(Sql.ANY_OPEN, now=iso(now))
+        if row is None or not row[0]:
+            return False
+        due, room = self.next_due(), self._room(1)
+        return (due is not None and due <= now) or any(
+            room(queue) and self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
         """The epoch seconds at which the next job's time comes; None: none waits."""

@@ -2444,6 +2444,36 @@ class Turns(TestCase):
         queue.pause_schedule("s")
         self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
 
+    def test_what_a_pool_could_not_take_is_no_work_for_it(self):
+        """Else two idle pools would go on waking each other with their turns."""
+        queue = self.a_queue()
+        claims = self.a_pool(queue, queues=("own", "full"))
+        queue.limit_queue("full", 1)
+        for name in ("foreign", "own", "full"):
+            queue.enqueue("x", queue=name, id=name)
+        self.assertTrue(claims.is_work_there())
+        queue.pause("own")
+        held = self.claim_one(queue, claims)
+        self.assertEqual(held.job.id, "full")
+        queue.enqueue("x", queue="full")
+        self.assertFalse(claims.is_work_there())
+        self.assertTrue(self.a_pool(queue, name="all").is_work_there())
+
+        queue.enqueue("x", queue="foreign", delay=60)
+        self.assertFalse(claims.is_work_there())
+        self.clock.now += 60
+        self.assertTrue(claims.is_work_there())     # somebody has to let it in
+        claims.turn({}, {}, [])
+        self.assertFalse(claims.is_work_there())
+        queue.resume("own")
+        self.assertTrue(claims.is_work_there())
+        queue.pause()
+        self.assertFalse(claims.is_work_there())
+        queue.resume()
+        queue.pause("own")
+        claims.turn({held.claim: Outcome("completed", 0)}, {}, [])
+        self.assertTrue(claims.is_work_there())
+
     def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
