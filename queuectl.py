@@ -671,6 +671,7 @@ class WorkerView(NamedTuple):
     worker: Worker
     is_alive: bool | None
     running: list[Job]
+    heartbeat: float            # seconds between two signs of life, as configured
 
 
 class Scrape(NamedTuple):
@@ -3916,8 +3917,9 @@ class Queue:
             if run.slot != AHEAD:
                 running.setdefault(run.pool, []).extend(
                     self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+        heartbeat = self.store.settings().heartbeat
         views = [WorkerView(worker, self.host.is_alive(worker),
-                            running.get(worker.id, []))
+                            running.get(worker.id, []), heartbeat)
                  for worker in self.store.workers()]
         return [view for view in views if view.is_alive is not False]
 
@@ -5171,7 +5173,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
         parts.append("queues " + ",".join(worker.queues))
     if worker.wish:
         parts.append("stopping")
-    if silent > 20:
+    if silent > 3 * view.heartbeat:     # one may be late, on a busy machine
         parts.append(style.paint(f"silent for {span(silent)}", "33"))
     return "  ".join(parts)
 

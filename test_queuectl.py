@@ -2729,6 +2729,14 @@ class Views(TestCase):
                 queuectl.settled_line(settled[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
+    def test_a_worker_is_called_silent_after_three_heartbeats(self):
+        beat = queuectl.iso(NOON - 45)
+        worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
+        for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
+            line = queuectl.worker_line(
+                queuectl.WorkerView(worker, True, [], heartbeat), self.PLAIN)
+            self.assertEqual("silent for 45s" in line, says, heartbeat)
+
     PLAIN = queuectl.Style(False, 0, NOON)
     COLOURED = queuectl.Style(True, 40, NOON)
 
