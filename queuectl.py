@@ -4499,13 +4499,21 @@ class Claims:
             for claim, output in outputs.items()])
 
     def _beat(self, now: float) -> None:
-        """Show that the pool lives; enter it anew if it was taken for dead."""
+        """Show that the pool lives; enter it anew if it was taken for dead.
+
+        With its old id, which its lock and its runs bear. Its name may be another's by
+        now; nothing that it had claimed is left under it.
+        """
         assert self.worker is not None
-        beat = self._store.do(Sql.BEAT, {"id": self.worker.id, "now": iso(now)})
+        worker = self.worker
+        beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
         if beat.rowcount == 0:
+            if any(other.name == worker.name for other in self._store.workers()):
+                worker = worker._replace(name=f"{worker.name}#{worker.id}")
             self._store.do(Sql.INSERT_WORKER, {
-                **self.worker._asdict(), "queues": _json(self.worker.queues),
+                **worker._asdict(), "queues": _json(worker.queues),
                 "heartbeat_at": iso(now)})
+            self.worker = worker
 
     def _fire(self, now: float) -> None:
         """Add the jobs of schedules whose turn has come, and look at far ones.

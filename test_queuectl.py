@@ -2444,6 +2444,21 @@ class Turns(TestCase):
         queue.pause_schedule("s")
         self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
 
+    def test_a_pool_that_comes_back_finds_its_name_taken(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="w")
+        queue.enqueue("x")
+        with queue.store.transaction() as store:    # as those do that take it for dead
+            store.do(queuectl.Sql.DELETE_IDLE_WORKER, {"id": claims.worker.id})
+        other = self.a_pool(queue, name="w")
+
+        mine = self.claim_one(queue, claims)
+        self.assertEqual(other.turn({}, {}, [1]).mine, {})
+        claims.turn({mine.claim: Outcome("completed", 0)}, {}, [])
+        self.assertEqual([(one.id, one.name) for one in queue.store.workers()],
+                         [(1, "w#1"), (2, "w")])
+        self.assertEqual(queue.runs("job-1")[0].worker, "w#1")
+
     def test_what_a_pool_could_not_take_is_no_work_for_it(self):
         """Else two idle pools would go on waking each other with their turns."""
         queue = self.a_queue()
