@@ -4601,10 +4601,11 @@ class Claims:
         """The first in line whose queues have room.
 
         Mostly these are the very first. Where paused, full or foreign queues stand
-        before them, each queue that has room is asked for its own first ones.
+        before them, each queue that has room is asked for its own first ones: what a
+        paused backlog costs does not grow with it.
         """
         room = self._room(free)
-        for limit in (free, CLAIM_SCAN):
+        for limit in (free, max(CLAIM_SCAN, 2 * free)):
             line = self._candidates(Sql.LINE, limit=limit)
             chosen = choose(line, room, free)
             if len(chosen) == free or len(line) < limit:

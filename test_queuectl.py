@@ -2444,6 +2444,25 @@ class Turns(TestCase):
         queue.pause_schedule("s")
         self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
 
+    def test_each_look_at_the_line_is_longer_than_the_one_before(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", queue="paused")] * 400)
+        queue.enqueue("x")
+        queue.pause("paused")
+        read, limits = queue.store.rows, []
+
+        def rows(sql, **values):
+            if sql == queuectl.Sql.LINE:
+                limits.append(values["limit"])
+            return read(sql, **values)
+        queue.store.rows = rows
+        self.addCleanup(vars(queue.store).pop, "rows")
+        for free in (1, 100):
+            limits.clear()
+            self.assertEqual(len(claims._choose(free)), 1)
+            self.assertEqual(limits, sorted(set(limits)))
+
     def test_a_pool_that_comes_back_finds_its_name_taken(self):
         queue = self.a_queue()
         claims = self.a_pool(queue, name="w")
