@@ -4380,24 +4380,32 @@ class Claims:
         """
         options, host, now = self._options, self._host, iso(self._clock())
         name = options.name or f"{host.name}-{os.getpid()}"
+        born, gone = host.born(os.getpid()), self._gone_named(name)
         with self._store.transaction() as store:
-            self._free_name(name)
+            self._free_name(name, gone)
             row = {"id": None, "name": name, "host": host.name, "boot": host.boot,
-                   "pid": os.getpid(), "born": host.born(os.getpid()),
+                   "pid": os.getpid(), "born": born,
                    "slots": options.slots, "queues": _json(options.queues),
                    "port": port, "started_at": now, "heartbeat_at": now}
             pool = store.do(Sql.INSERT_WORKER, row).lastrowid or 0
             self._lock = host.locks.hold(POOL_LOCKS + pool)
         self.worker = Worker(pool, name, host.name, host.boot, os.getpid(),
-                             str(row["born"]), options.slots, options.queues, port,
-                             now, now, 0, None)
+                             born, options.slots, options.queues, port, now, now, 0,
+                             None)
         return self.worker
 
-    def _free_name(self, name: str) -> None:
+    def _gone_named(self, name: str) -> set[int]:
+        """The dead pools of that name. Asked for outside the transaction, as it may
+        take a process, `ps` (I9); who is dead stays so.
+        """
+        return {worker.id for worker in self._store.workers()
+                if worker.name == name and self._host.is_alive(worker) is False}
+
+    def _free_name(self, name: str, gone: Collection[int]) -> None:
         """A dead pool's row stays until its jobs are rescued, under another name."""
         for worker in self._store.workers():
             if worker.name == name:
-                if self._host.is_alive(worker) is not False:
+                if worker.id not in gone:
                     raise InUse(f"a worker named {name!r} is running already",
                                 "choose another --name")
                 self._store.do(Sql.RENAME_WORKER, {
@@ -4714,15 +4722,16 @@ class Claims:
         outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
         if run.slot == AHEAD and not has_begun:
             outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
+        # A frozen pool stays in the table: it may thaw and claim again.
+        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
+                and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
         with self._store.transaction() as store:
             settled = self._record([
                 End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
                 for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
                 self._clock())
-            for worker in store.workers():
-                # A frozen pool stays in the table: it may thaw and claim again.
-                if worker.id == run.pool and self._host.is_alive(worker) is not True:
-                    store.do(Sql.DELETE_IDLE_WORKER, {"id": run.pool})
+            for pool in gone:
+                store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
         return settled
 
     def forget_dead(self) -> None:

@@ -2444,6 +2444,30 @@ class Turns(TestCase):
         queue.pause_schedule("s")
         self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
 
+    def test_no_transaction_waits_for_the_host(self):
+        """It may have to start `ps`, while all others wait for the write lock (I9)."""
+        queue, held = self.a_queue(), []
+        for name in ("born", "is_alive"):
+            def asked(ask, what):
+                held.append(queue.store._db.in_transaction)
+                return ask(what)
+            setattr(queue.host, name,
+                    functools.partial(asked, getattr(queue.host, name)))
+            self.addCleanup(vars(queue.host).pop, name)
+        claims = self.a_pool(queue, name="w")
+        with self.assertRaises(queuectl.InUse):
+            self.a_pool(queue, name="w")
+        queue.enqueue("x")
+        one = self.claim_one(queue, claims)
+        let_go(one.lock)
+        let_go(claims._lock)
+        with queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'earlier'", {})
+        self.a_pool(queue, name="w")
+        claims.rescue(queue.runs("job-1")[0])
+        self.assertEqual([worker.id for worker in queue.store.workers()], [2])
+        self.assertEqual((len(held) > 4, any(held)), (True, False))
+
     def test_each_look_at_the_line_is_longer_than_the_one_before(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
