@@ -4369,7 +4369,9 @@ class Claims:
         self._options = options
         self.worker: Worker | None = None
         self._lock = -1
-        self._held: dict[int, Claimed] = {}     # what the last commit left in our hands
+        # What the last commit left in our hands, as it was claimed: no job is edited
+        # while it runs, so what counters go by is as it was.
+        self._held: dict[int, Claimed] = {}
         self._unmarked: set[int] = set()        # begun, but not yet so in the database
         self._reckoned: dict[str, tuple[str, float]] = {}   # far turns, and since when
 
@@ -4579,8 +4581,9 @@ class Claims:
     def _draw(self, claim: int) -> tuple[int, int]:
         """The next number from that one on, and the descriptor that holds its lock.
 
-        A number whose lock is held is passed over: that is of a run of later days, if
-        the file was put back to what it had been before.
+        We choose it, not SQLite: the lock is to be held before the row is there (I5). A
+        number whose lock is held is passed over: that is of a run of later days, if the
+        file was put back to what it had been before.
         """
         while True:
             try:
@@ -4589,6 +4592,7 @@ class Claims:
                 claim += 1
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
+        """The rows of these runs, and how long their jobs have waited for a slot."""
         assert self.worker is not None
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
@@ -4648,7 +4652,10 @@ class Claims:
         return room
 
     def _record(self, ends: Sequence[End], now: float) -> list[Settled]:
-        """Record the ends of runs whose claims still stand."""
+        """Record the ends of runs whose claims still stand.
+
+        One that fails, or is lost, while it is being cancelled is told as cancelled.
+        """
         import random  # 1 ms, and only in a pool
         settings = self._store.settings()
         judgements = [judged(end.before, end.outcome) for end in ends]
@@ -5673,6 +5680,7 @@ def exit_words(status: int) -> str:
 def _start_shell(launch: Launch, writer: int) -> int:
     """Start a session that runs the command and prints into `writer`; its id."""
     words = [b"/bin/sh", b"-c", launch.command.encode()]
+    # It copies no page tables, however big the pool, and runs no Python in the child.
     if hasattr(os, "posix_spawn"):
         return os.posix_spawn(
             "/bin/sh", words, launch.env,
@@ -5707,13 +5715,14 @@ class Command:
         """
         launch = self._launch
         if launch.cwd:
-            # posix_spawn has no word for it; the pool comes back from there.
+            # posix_spawn has no word for it; the pool comes back from there. It is the
+            # whole process's: no other thread may use a relative path.
             os.chdir(launch.cwd.encode())
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
             if launch.lock >= 0:
-                os.set_inheritable(launch.lock, True)
+                os.set_inheritable(launch.lock, True)   # the tree is to hold it (I5)
             self._begun = time.monotonic()
             self._pid = _start_shell(launch, writer)
         except BaseException:
@@ -5836,7 +5845,7 @@ class Ending:
             self._asked = {one.pid for one in processes
                            if self._group and one.group == self._group}
         late = now >= self._kill_at
-        if late or not left:
+        if late or not left:    # it reads all descriptors of all processes
             left |= set(self._host.holders(self.claim))
         self._signal(left, late)
         return False
@@ -5846,11 +5855,13 @@ class Ending:
         if self._group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, number)
+                # One that is stopped would not heed its SIGTERM.
                 os.killpg(self._group, signal.SIGCONT)
 
     def _signal(self, left: set[int], late: bool) -> None:
         host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
+        # An owner frozen between claim and start holds the lock: left to the last.
         self.has_begun = self.has_begun or bool(left - {frozen})
         for pid in left - {frozen}:
             if late or pid not in self._asked:
@@ -5932,7 +5943,7 @@ SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def _release(claimed: Claimed) -> None:
-    """Let go of the run's lock."""
+    """Let go of the run's lock, in this process (I5)."""
     if claimed.lock >= 0:
         os.close(claimed.lock)
 
@@ -5969,6 +5980,7 @@ def _allow_descriptors(slots: int) -> None:
         raise Unsupported(f"only {hard} open files are allowed here, and {slots} "
                           f"slot{'s' * (slots > 1)} may need {needed}",
                           "use fewer slots, or raise `ulimit -n`")
+    # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
 
@@ -6080,7 +6092,12 @@ class Pool:
         return EX_OK
 
     def _step(self) -> bool:
-        """Do all there is to do now; whether the pool may go."""
+        """Do all there is to do now; whether the pool may go.
+
+        Signals, ends and times come first: a turn records what follows from them. The
+        others are watched only after a turn: a heartbeat of ours that got through shows
+        that they could have written, too.
+        """
         self._notifier.step(self._standing)
         self._heed_signals()
         self._collect()
@@ -6116,6 +6133,7 @@ class Pool:
             and self._claims.is_drained()
 
     def _is_turn_due(self) -> bool:
+        """Whether a turn would do anything: cheap reads before a write."""
         now = time.monotonic()
         if now < self._retry_at:
             return False
@@ -6224,6 +6242,7 @@ class Pool:
             self._start(self._ready.pop(0))
 
     def _start(self, claimed: Claimed) -> None:
+        """Start a claimed job's command in a free slot."""
         slot = self._free.pop(0)
         claimed = self._claims.begin(claimed, slot)
         job = claimed.job
@@ -6245,6 +6264,7 @@ class Pool:
             _release(claimed)   # the process tree holds the lock now, or nobody
 
     def _not_started(self, claimed: Claimed, slot: int, error: Exception) -> None:
+        """What the machine lacks hands the job back; all else is the job's failure."""
         self._free_slot(slot)
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
@@ -6364,6 +6384,7 @@ class Pool:
     def _end(self, ride: Ride, why: str | None) -> None:
         """Have the ender end the whole tree; `why` becomes the outcome, unless None."""
         command, claim = ride.command, ride.claimed.claim
+        # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
             self._ending.add(claim)
@@ -6399,6 +6420,9 @@ class Pool:
     # Orders: signals, wishes in the database.
 
     def _obey(self, turn: Turn) -> None:
+        """Do what the database asks of this pool and its runs; a claim that is gone
+        was taken by another.
+        """
         if turn.stop:
             self._leave(turn.stop, ASKED)
         self._hand_back([one for one in self._ready
@@ -6419,6 +6443,7 @@ class Pool:
             self._leave(NOW if self._leaving else DRAIN, name)
 
     def _leave(self, how: str, why: str) -> None:
+        """Begin to leave: DRAIN, then NOW; never back."""
         if self._leaving in (how, NOW):
             return
         if self._leaving is None and self._options.grace is not None:
@@ -6483,7 +6508,9 @@ class Pool:
                 handler()
 
     def _patience(self) -> float:
-        """Seconds to sleep at most."""
+        """Seconds to sleep at most: up to the first time at which `_step` has something
+        to do. One that is forgotten here costs FALLBACK_POLL.
+        """
         if self._signals or self._over:
             return 0.0
         now = time.monotonic()
@@ -6520,6 +6547,9 @@ class Pool:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
+        """Enter the pool, and leave it at last: signals are caught first, and the bell
+        is there before the row that tells others where to ring.
+        """
         _refuse_platform()
         _allow_descriptors(self._options.slots)
         _keep_descriptors()
