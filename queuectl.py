@@ -684,6 +684,7 @@ class WorkerView(NamedTuple):
     worker: Worker
     is_alive: bool | None
     running: list[Job]
+    heartbeat: float            # seconds between two signs of life, as configured
 
 
 class Scrape(NamedTuple):
@@ -3238,12 +3239,13 @@ class Host:
 
     def _processes_by_ps(self) -> list[Process]:
         import subprocess  # 5 ms, and only where there is no /proc
-        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,command="],
+        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,stat=,command="],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               check=False).stdout
-        rows = [line.split(None, 2) for line in said.splitlines()]
-        return [Process(int(row[0]), self._claim_in(row[2] + b"\0"), int(row[1]), 0)
-                for row in rows if len(row) == 3 and int(row[0]) != os.getpid()]
+        rows = [line.split(None, 3) for line in said.splitlines()]
+        return [Process(int(row[0]), self._claim_in(row[3] + b"\0"), int(row[1]), 0)
+                for row in rows if len(row) == 4 and int(row[0]) != os.getpid()
+                and not row[2].startswith(b"Z")]
 
 
 LOOPBACK = "127.0.0.1"
@@ -4001,8 +4003,9 @@ class Queue:
             if run.slot != AHEAD:
                 running.setdefault(run.pool, []).extend(
                     self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+        heartbeat = self.store.settings().heartbeat
         views = [WorkerView(worker, self.host.is_alive(worker),
-                            running.get(worker.id, []))
+                            running.get(worker.id, []), heartbeat)
                  for worker in self.store.workers()]
         return [view for view in views if view.is_alive is not False]
 
@@ -4453,7 +4456,9 @@ class Claims:
         self._options = options
         self.worker: Worker | None = None
         self._lock = -1
-        self._held: dict[int, Claimed] = {}     # what the last commit left in our hands
+        # What the last commit left in our hands, as it was claimed: no job is edited
+        # while it runs, so what counters go by is as it was.
+        self._held: dict[int, Claimed] = {}
         self._unmarked: set[int] = set()        # begun, but not yet so in the database
         self._reckoned: dict[str, tuple[str, float]] = {}   # far turns, and since when
 
@@ -4464,24 +4469,32 @@ class Claims:
         """
         options, host, now = self._options, self._host, iso(self._clock())
         name = options.name or f"{host.name}-{os.getpid()}"
+        born, gone = host.born(os.getpid()), self._gone_named(name)
         with self._store.transaction() as store:
-            self._free_name(name)
+            self._free_name(name, gone)
             row = {"id": None, "name": name, "host": host.name, "boot": host.boot,
-                   "pid": os.getpid(), "born": host.born(os.getpid()),
+                   "pid": os.getpid(), "born": born,
                    "slots": options.slots, "queues": _json(options.queues),
                    "port": port, "started_at": now, "heartbeat_at": now}
             pool = store.do(Sql.INSERT_WORKER, row).lastrowid or 0
             self._lock = host.locks.hold(POOL_LOCKS + pool)
         self.worker = Worker(pool, name, host.name, host.boot, os.getpid(),
-                             str(row["born"]), options.slots, options.queues, port,
-                             now, now, 0, None)
+                             born, options.slots, options.queues, port, now, now, 0,
+                             None)
         return self.worker
 
-    def _free_name(self, name: str) -> None:
+    def _gone_named(self, name: str) -> set[int]:
+        """The dead pools of that name. Asked for outside the transaction, as it may
+        take a process, `ps` (I9); who is dead stays so.
+        """
+        return {worker.id for worker in self._store.workers()
+                if worker.name == name and self._host.is_alive(worker) is False}
+
+    def _free_name(self, name: str, gone: Collection[int]) -> None:
         """A dead pool's row stays until its jobs are rescued, under another name."""
         for worker in self._store.workers():
             if worker.name == name:
-                if self._host.is_alive(worker) is not False:
+                if worker.id not in gone:
                     raise InUse(f"a worker named {name!r} is running already",
                                 "choose another --name")
                 self._store.do(Sql.RENAME_WORKER, {
@@ -4496,9 +4509,19 @@ class Claims:
             os.close(self._lock)
 
     def is_work_there(self) -> bool:
-        """Whether a turn may find something; a read, so an idle pool never writes."""
-        row = self._store.row(Sql.ANY_OPEN, now=iso(self._clock()))
-        return row is not None and bool(row[0])
+        """Whether a turn may find something; a read, so an idle pool never writes.
+
+        What waits in paused, full or foreign queues is none: the turns of idle pools,
+        which all of them see, would go on waking the others.
+        """
+        now = self._clock()
+        row = self._store.row(Sql.ANY_OPEN, now=iso(now))
+        if row is None or not row[0]:
+            return False
+        due, room = self.next_due(), self._room(1)
+        return (due is not None and due <= now) or any(
+            room(queue) and self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
         """The epoch seconds at which the next job's time comes; None: none waits."""
@@ -4573,13 +4596,21 @@ class Claims:
             for claim, output in outputs.items()])
 
     def _beat(self, now: float) -> None:
-        """Show that the pool lives; enter it anew if it was taken for dead."""
+        """Show that the pool lives; enter it anew if it was taken for dead.
+
+        With its old id, which its lock and its runs bear. Its name may be another's by
+        now; nothing that it had claimed is left under it.
+        """
         assert self.worker is not None
-        beat = self._store.do(Sql.BEAT, {"id": self.worker.id, "now": iso(now)})
+        worker = self.worker
+        beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
         if beat.rowcount == 0:
+            if any(other.name == worker.name for other in self._store.workers()):
+                worker = worker._replace(name=f"{worker.name}#{worker.id}")
             self._store.do(Sql.INSERT_WORKER, {
-                **self.worker._asdict(), "queues": _json(self.worker.queues),
+                **worker._asdict(), "queues": _json(worker.queues),
                 "heartbeat_at": iso(now)})
+            self.worker = worker
 
     def _fire(self, now: float) -> None:
         """Add the jobs of schedules whose turn has come, and look at far ones.
@@ -4637,8 +4668,9 @@ class Claims:
     def _draw(self, claim: int) -> tuple[int, int]:
         """The next number from that one on, and the descriptor that holds its lock.
 
-        A number whose lock is held is passed over: that is of a run of later days, if
-        the file was put back to what it had been before.
+        We choose it, not SQLite: the lock is to be held before the row is there (I5). A
+        number whose lock is held is passed over: that is of a run of later days, if the
+        file was put back to what it had been before.
         """
         while True:
             try:
@@ -4647,6 +4679,7 @@ class Claims:
                 claim += 1
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
+        """The rows of these runs, and how long their jobs have waited for a slot."""
         assert self.worker is not None
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
@@ -4667,10 +4700,11 @@ class Claims:
         """The first in line whose queues have room.
 
         Mostly these are the very first. Where paused, full or foreign queues stand
-        before them, each queue that has room is asked for its own first ones.
+        before them, each queue that has room is asked for its own first ones: what a
+        paused backlog costs does not grow with it.
         """
         room = self._room(free)
-        for limit in (free, CLAIM_SCAN):
+        for limit in (free, max(CLAIM_SCAN, 2 * free)):
             line = self._candidates(Sql.LINE, limit=limit)
             chosen = choose(line, room, free)
             if len(chosen) == free or len(line) < limit:
@@ -4705,7 +4739,10 @@ class Claims:
         return room
 
     def _record(self, ends: Sequence[End], now: float) -> list[Settled]:
-        """Record the ends of runs whose claims still stand."""
+        """Record the ends of runs whose claims still stand.
+
+        One that fails, or is lost, while it is being cancelled is told as cancelled.
+        """
         import random  # 1 ms, and only in a pool
         settings = self._store.settings()
         judgements = [judged(end.before, end.outcome) for end in ends]
@@ -4779,15 +4816,16 @@ class Claims:
         outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
         if run.slot == AHEAD and not has_begun:
             outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
+        # A frozen pool stays in the table: it may thaw and claim again.
+        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
+                and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
         with self._store.transaction() as store:
             settled = self._record([
                 End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
                 for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
                 self._clock())
-            for worker in store.workers():
-                # A frozen pool stays in the table: it may thaw and claim again.
-                if worker.id == run.pool and self._host.is_alive(worker) is not True:
-                    store.do(Sql.DELETE_IDLE_WORKER, {"id": run.pool})
+            for pool in gone:
+                store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
         return settled
 
     def forget_dead(self) -> None:
@@ -5247,7 +5285,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
         parts.append("queues " + ",".join(worker.queues))
     if worker.wish:
         parts.append("stopping")
-    if silent > 20:
+    if silent > 3 * view.heartbeat:     # one may be late, on a busy machine
         parts.append(style.paint(f"silent for {span(silent)}", "33"))
     return "  ".join(parts)
 
@@ -5634,6 +5672,7 @@ def exit_words(status: int) -> str:
 def _start_shell(launch: Launch, writer: int) -> int:
     """Start a session that runs the command and prints into `writer`; its id."""
     words = [b"/bin/sh", b"-c", launch.command.encode()]
+    # It copies no page tables, however big the pool, and runs no Python in the child.
     if hasattr(os, "posix_spawn"):
         return os.posix_spawn(
             "/bin/sh", words, launch.env,
@@ -5668,13 +5707,14 @@ class Command:
         """
         launch = self._launch
         if launch.cwd:
-            # posix_spawn has no word for it; the pool comes back from there.
+            # posix_spawn has no word for it; the pool comes back from there. It is the
+            # whole process's: no other thread may use a relative path.
             os.chdir(launch.cwd.encode())
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
             if launch.lock >= 0:
-                os.set_inheritable(launch.lock, True)
+                os.set_inheritable(launch.lock, True)   # the tree is to hold it (I5)
             self._begun = time.monotonic()
             self._pid = _start_shell(launch, writer)
         except BaseException:
@@ -5769,10 +5809,11 @@ def start_error(error: Exception, cwd: str) -> str:
 class Ending:
     """The end of a run's process tree: SIGTERM, after the grace SIGKILL (I6).
 
-    Its processes are found by the token, by the session and by the run's lock. The pool
-    that owns a lost run may hold that lock itself, if it was frozen between claim and
-    start. It could start the command when it thaws: so it is killed, long after its
-    lease has run out, and only then.
+    Its processes are found by the token, by the run's lock, and by session and group
+    while the head of these is ours: `ps` may tell no environment, and no session. The
+    pool that owns a lost run may hold that lock itself, if it was frozen between claim
+    and start. It could start the command when it thaws: so it is killed, long after
+    its lease has run out, and only then.
     """
 
     def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
@@ -5787,7 +5828,7 @@ class Ending:
     def step(self, now: float, processes: Iterable[Process]) -> bool:
         """Signal what is left of these; True when nothing is. `now` is monotonic."""
         left = {one.pid for one in processes if one.claim == self.claim
-                or (self._group and one.session == self._group)}
+                or (self._group and self._group in (one.session, one.group))}
         if not left and not self._host.locks.is_held(self.claim):
             return True
         if self._kill_at is None:
@@ -5796,7 +5837,7 @@ class Ending:
             self._asked = {one.pid for one in processes
                            if self._group and one.group == self._group}
         late = now >= self._kill_at
-        if late or not left:
+        if late or not left:    # it reads all descriptors of all processes
             left |= set(self._host.holders(self.claim))
         self._signal(left, late)
         return False
@@ -5806,11 +5847,13 @@ class Ending:
         if self._group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, number)
+                # One that is stopped would not heed its SIGTERM.
                 os.killpg(self._group, signal.SIGCONT)
 
     def _signal(self, left: set[int], late: bool) -> None:
         host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
+        # An owner frozen between claim and start holds the lock: left to the last.
         self.has_begun = self.has_begun or bool(left - {frozen})
         for pid in left - {frozen}:
             if late or pid not in self._asked:
@@ -5892,15 +5935,16 @@ SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def _release(claimed: Claimed) -> None:
-    """Let go of the run's lock."""
+    """Let go of the run's lock, in this process (I5)."""
     if claimed.lock >= 0:
         os.close(claimed.lock)
 
 
-def _submit(executor: futures.Executor, work: Callable[[], None]) -> None:
+def _submit(executor: futures.Executor,
+            work: Callable[[], None]) -> futures.Future[None]:
     """Start a thread; Unsupported where the system allows none."""
     try:
-        executor.submit(work)
+        return executor.submit(work)
     except RuntimeError as error:
         raise Unsupported(f"a thread could not be started ({error})",
                           "raise `ulimit -u` or `ulimit -v`") from None
@@ -5928,6 +5972,7 @@ def _allow_descriptors(slots: int) -> None:
         raise Unsupported(f"only {hard} open files are allowed here, and {slots} "
                           f"slot{'s' * (slots > 1)} may need {needed}",
                           "use fewer slots, or raise `ulimit -n`")
+    # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
 
@@ -6025,7 +6070,7 @@ class Pool:
         import concurrent.futures as futures  # 9 ms, and only in a pool
         with self._open(), futures.ThreadPoolExecutor(1) as executor:
             try:
-                _submit(executor, self._ender.run)
+                self._ender_run = _submit(executor, self._ender.run)
                 self._say(self._greeting())
                 while not self._step():
                     self._sleep()
@@ -6039,7 +6084,12 @@ class Pool:
         return EX_OK
 
     def _step(self) -> bool:
-        """Do all there is to do now; whether the pool may go."""
+        """Do all there is to do now; whether the pool may go.
+
+        Signals, ends and times come first: a turn records what follows from them. The
+        others are watched only after a turn: a heartbeat of ours that got through shows
+        that they could have written, too.
+        """
         self._notifier.step(self._standing)
         self._heed_signals()
         self._collect()
@@ -6075,9 +6125,13 @@ class Pool:
             and self._claims.is_drained()
 
     def _is_turn_due(self) -> bool:
+        """Whether a turn would do anything: cheap reads before a write."""
         now = time.monotonic()
         if now < self._retry_at:
             return False
+        version = self._queue.store.changes()
+        if version != self._version:    # a wake-up may have got lost
+            self._version, self._look = version, True
         if self._due_at is not None and self._queue.clock() >= self._due_at:
             self._look = True
         if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
@@ -6180,6 +6234,7 @@ class Pool:
             self._start(self._ready.pop(0))
 
     def _start(self, claimed: Claimed) -> None:
+        """Start a claimed job's command in a free slot."""
         slot = self._free.pop(0)
         claimed = self._claims.begin(claimed, slot)
         job = claimed.job
@@ -6201,6 +6256,7 @@ class Pool:
             _release(claimed)   # the process tree holds the lock now, or nobody
 
     def _not_started(self, claimed: Claimed, slot: int, error: Exception) -> None:
+        """What the machine lacks hands the job back; all else is the job's failure."""
         self._free_slot(slot)
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
@@ -6320,6 +6376,7 @@ class Pool:
     def _end(self, ride: Ride, why: str | None) -> None:
         """Have the ender end the whole tree; `why` becomes the outcome, unless None."""
         command, claim = ride.command, ride.claimed.claim
+        # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
             self._ending.add(claim)
@@ -6332,7 +6389,9 @@ class Pool:
             self._end(ride, why)
 
     def _collect(self) -> None:
-        """Take over what the ender has seen to its end."""
+        """Take over what the ender has seen to its end; raises what ended itself."""
+        if self._ender_run.done():      # too early: nothing could be ended any more
+            self._ender_run.result()
         while self._over:
             ending = self._over.pop(0)
             self._ending.discard(ending.claim)
@@ -6353,6 +6412,9 @@ class Pool:
     # Orders: signals, wishes in the database.
 
     def _obey(self, turn: Turn) -> None:
+        """Do what the database asks of this pool and its runs; a claim that is gone
+        was taken by another.
+        """
         if turn.stop:
             self._leave(turn.stop, ASKED)
         self._hand_back([one for one in self._ready
@@ -6373,6 +6435,7 @@ class Pool:
             self._leave(NOW if self._leaving else DRAIN, name)
 
     def _leave(self, how: str, why: str) -> None:
+        """Begin to leave: DRAIN, then NOW; never back."""
         if self._leaving in (how, NOW):
             return
         if self._leaving is None and self._options.grace is not None:
@@ -6435,12 +6498,11 @@ class Pool:
             handler = self._handlers.get(fd)
             if handler:     # else an earlier one of these has ended its business
                 handler()
-        version = self._queue.store.changes()
-        if version != self._version:    # a wake-up may have got lost
-            self._version, self._look = version, True
 
     def _patience(self) -> float:
-        """Seconds to sleep at most."""
+        """Seconds to sleep at most: up to the first time at which `_step` has something
+        to do. One that is forgotten here costs FALLBACK_POLL.
+        """
         if self._signals or self._over:
             return 0.0
         now = time.monotonic()
@@ -6477,6 +6539,9 @@ class Pool:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
+        """Enter the pool, and leave it at last: signals are caught first, and the bell
+        is there before the row that tells others where to ring.
+        """
         _refuse_platform()
         _allow_descriptors(self._options.slots)
         _keep_descriptors()

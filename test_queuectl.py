@@ -2695,6 +2695,94 @@ class Turns(TestCase):
         queue.pause_schedule("s")
         self.assertEqual((claims.next_due(), claims.is_work_there()), (None, False))
 
+    def test_no_transaction_waits_for_the_host(self):
+        """It may have to start `ps`, while all others wait for the write lock (I9)."""
+        queue, held = self.a_queue(), []
+        for name in ("born", "is_alive"):
+            def asked(ask, what):
+                held.append(queue.store._db.in_transaction)
+                return ask(what)
+            setattr(queue.host, name,
+                    functools.partial(asked, getattr(queue.host, name)))
+            self.addCleanup(vars(queue.host).pop, name)
+        claims = self.a_pool(queue, name="w")
+        with self.assertRaises(queuectl.InUse):
+            self.a_pool(queue, name="w")
+        queue.enqueue("x")
+        one = self.claim_one(queue, claims)
+        let_go(one.lock)
+        let_go(claims._lock)
+        with queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'earlier'", {})
+        self.a_pool(queue, name="w")
+        claims.rescue(queue.runs("job-1")[0])
+        self.assertEqual([worker.id for worker in queue.store.workers()], [2])
+        self.assertEqual((len(held) > 4, any(held)), (True, False))
+
+    def test_each_look_at_the_line_is_longer_than_the_one_before(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", queue="paused")] * 400)
+        queue.enqueue("x")
+        queue.pause("paused")
+        read, limits = queue.store.rows, []
+
+        def rows(sql, **values):
+            if sql == queuectl.Sql.LINE:
+                limits.append(values["limit"])
+            return read(sql, **values)
+        queue.store.rows = rows
+        self.addCleanup(vars(queue.store).pop, "rows")
+        for free in (1, 100):
+            limits.clear()
+            self.assertEqual(len(claims._choose(free)), 1)
+            self.assertEqual(limits, sorted(set(limits)))
+
+    def test_a_pool_that_comes_back_finds_its_name_taken(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="w")
+        queue.enqueue("x")
+        with queue.store.transaction() as store:    # as those do that take it for dead
+            store.do(queuectl.Sql.DELETE_IDLE_WORKER, {"id": claims.worker.id})
+        other = self.a_pool(queue, name="w")
+
+        mine = self.claim_one(queue, claims)
+        self.assertEqual(other.turn({}, {}, [1]).mine, {})
+        claims.turn({mine.claim: Outcome("completed", 0)}, {}, [])
+        self.assertEqual([(one.id, one.name) for one in queue.store.workers()],
+                         [(1, "w#1"), (2, "w")])
+        self.assertEqual(queue.runs("job-1")[0].worker, "w#1")
+
+    def test_what_a_pool_could_not_take_is_no_work_for_it(self):
+        """Else two idle pools would go on waking each other with their turns."""
+        queue = self.a_queue()
+        claims = self.a_pool(queue, queues=("own", "full"))
+        queue.limit_queue("full", 1)
+        for name in ("foreign", "own", "full"):
+            queue.enqueue("x", queue=name, id=name)
+        self.assertTrue(claims.is_work_there())
+        queue.pause("own")
+        held = self.claim_one(queue, claims)
+        self.assertEqual(held.job.id, "full")
+        queue.enqueue("x", queue="full")
+        self.assertFalse(claims.is_work_there())
+        self.assertTrue(self.a_pool(queue, name="all").is_work_there())
+
+        queue.enqueue("x", queue="foreign", delay=60)
+        self.assertFalse(claims.is_work_there())
+        self.clock.now += 60
+        self.assertTrue(claims.is_work_there())     # somebody has to let it in
+        claims.turn({}, {}, [])
+        self.assertFalse(claims.is_work_there())
+        queue.resume("own")
+        self.assertTrue(claims.is_work_there())
+        queue.pause()
+        self.assertFalse(claims.is_work_there())
+        queue.resume()
+        queue.pause("own")
+        claims.turn({held.claim: Outcome("completed", 0)}, {}, [])
+        self.assertTrue(claims.is_work_there())
+
     def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
@@ -2949,6 +3037,14 @@ class Views(TestCase):
             self.assertEqual(
                 queuectl.settled_line(settled[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
+
+    def test_a_worker_is_called_silent_after_three_heartbeats(self):
+        beat = queuectl.iso(NOON - 45)
+        worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
+        for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
+            line = queuectl.worker_line(
+                queuectl.WorkerView(worker, True, [], heartbeat), self.PLAIN)
+            self.assertEqual("silent for 45s" in line, says, heartbeat)
 
     PLAIN = queuectl.Style(False, 0, NOON)
     COLOURED = queuectl.Style(True, 40, NOON)
@@ -4602,6 +4698,31 @@ class Program(Processes):
         run = self.runs("job-1")[0]
         self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
         self.assertFalse(is_running(self.read("out")))
+
+    def drain_changed(self, change):
+        """What a pool says that drains, with some of the program changed."""
+        self.command = lambda *argv: [
+            sys.executable, "-c", f"import sys, queuectl\n{change}\n"
+            "sys.exit(queuectl.main())", "--db", self.path, *argv]
+        return self.call("worker", "start", "--drain", env={
+            **os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))})
+
+    def test_a_pool_that_cannot_end_trees_any_more_ends_with_the_error(self):
+        self.enqueue("sleep 2", "--timeout", "50ms")
+        code, _, err = self.drain_changed("queuectl.Ender._step = lambda self: 1 / 0")
+        self.assertEqual(code, 1)
+        self.assertIn("ZeroDivisionError", err)
+
+    def test_a_pool_outlives_a_file_that_is_busy_when_it_wakes_up(self):
+        self.enqueue("true")
+        code, _, err = self.drain_changed("""
+read, times = queuectl.Store.changes, iter(range(3))
+def changes(self):
+    for _ in times:
+        raise queuectl.Busy("it is busy", "wait")
+    return read(self)
+queuectl.Store.changes = changes""")
+        self.assertEqual((code, self.job("job-1").state), (0, COMPLETED), err)
 
     def test_a_command_killed_from_outside_leaves_nothing_that_a_retry_would_meet(self):
         self.enqueue("setsid sleep 100 & echo $! > pid; kill -9 $$", "--max-retries", "1")
@@ -9191,6 +9312,23 @@ class ElsewherePosix(Processes):
     test_cancel_ends_a_running_job = \
         Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
     test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
+
+    def test_a_time_out_ends_a_tree_whose_environment_ps_does_not_tell(self):
+        """macOS hides the environment of its own programs, such as sleep."""
+        os.mkdir(self.path_of("bin"))
+        with open(self.path_of("bin/ps"), "w") as file:
+            file.write('#!/bin/sh\nif [ "$1" = axeww ]; then shift; set axww "$@"; fi\n'
+                       f'exec {shutil.which("ps")} "$@"\n')
+        os.chmod(self.path_of("bin/ps"), 0o755)
+        self.enqueue("sleep 40 & echo $! > out; sleep 40; sleep 40",
+                     "--timeout", "300ms", "--max-retries", "1")
+        begun = time.monotonic()
+        self.call("worker", "start", "--drain", env={
+            **os.environ, "PATH": self.path_of("bin") + ":" + os.environ["PATH"]})
+
+        self.assertEqual(self.runs("job-1")[0].outcome, "timeout")
+        self.assertFalse(is_running(self.read("out")))
+        self.assertLess(time.monotonic() - begun, 20)
 
 
 # ---- The README ---------------------------------------------------------------
