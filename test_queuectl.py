@@ -8507,6 +8507,357 @@ def fuzz(cases, seed):
     print(f"{made} cases, {broken} internal errors: {'NOT ' * bool(failed or broken)}as "
           "described")
     return 1 if failed or broken else 0
+
+
+# ---- Mutants -----------------------------------------------------------------
+# Does any test notice if a decision is made differently? One node of one function is
+# changed in a fork of this process, and the tests that have met its statement run
+# there, the quickest first, until one fails. What survives shows that a test is
+# missing, that code is not needed, or that the change makes no difference.
+
+# The sections that decide.
+DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims", "Pool")
+JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
+          Views, Web, Metrics, CommandLine, Completion)
+SECTION_JUDGES = {"Pool": (Program,)}   # beside those
+JUDGE_SECONDS = 30.0    # of tests, quickest first, that a mutant has to survive
+
+OTHERS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
+          ast.In: ast.NotIn, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Break: ast.Continue}
+OTHERS.update({new: old for old, new in OTHERS.items()})
+OTHERS.update({ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult})
+OTHER_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+NEEDLESS = ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Raise, ast.Delete
+NO_DECISION = ("annotation", "returns", "decorator_list", "format_spec")
+OTHER_SQL = (
+    (r"\bAND\b[^()]*?(?=\n|$)", ""), (r"\bWHERE\b.*?\bAND\b", "WHERE"),
+    (r"<=|>=", lambda found: found[0][0]), (r"(?<!<)[<>](?![=>])", r"\g<0>="),
+    (r"\bDESC\b", "ASC"), (r"ORDER BY \w+(?! DESC)\b", r"\g<0> DESC"), ("MIN", "MAX"),
+    ("MAX", "MIN"), (r"IS NOT NULL", "IS NULL"), ("<>", "="), ("=", "<>"), (r"\bOR\b", "AND"),
+    (r"(?<=[a-z]) \+ ", " - "), (r"(?<=[a-z]) - ", " + "), (r"LIMIT :\w+", ""),
+    (r"\w+ = :\w+,", ""), (r", \w+ = :\w+", ""), (r"\b\d+$", "0"), (r"UNION ALL", "EXCEPT"))
+
+
+class Mutant(NamedTuple):
+    """One change, and how to make it in a process."""
+    section: str
+    line: int
+    what: str
+    lines: range                # of the statement; a test that met one may notice
+    make: Callable[[], None]
+
+
+def other_nodes(node, parent, field):
+    """What may stand in a node's place."""
+    kind = type(node)
+    if field == "test" and kind is not ast.Constant:
+        yield ast.Constant(False)
+        if not isinstance(parent, ast.While):
+            yield ast.Constant(True)
+    if field == "ifs":
+        yield ast.Constant(True)
+    if kind in OTHERS:
+        yield OTHERS[kind]()
+    elif kind is ast.Name and node.id in OTHER_NAMES:
+        yield ast.Name(OTHER_NAMES[node.id], ast.Load())
+    elif kind is ast.Constant and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif kind is ast.Constant and isinstance(node.value, (int, float)):
+        yield ast.Constant(node.value + 1)
+    elif kind is ast.Constant and isinstance(node.value, (str, bytes)):
+        yield ast.Constant(node.value[:0] if node.value else "other")
+    elif kind is ast.BoolOp:
+        for value in node.values:
+            rest = [one for one in node.values if one is not value]
+            yield ast.BoolOp(node.op, rest) if rest[1:] else rest[0]
+    elif kind is ast.UnaryOp and isinstance(node.op, (ast.Not, ast.USub)):
+        yield node.operand
+    elif kind is ast.Return and getattr(node.value, "value", node) is not None:
+        yield ast.Return(ast.Constant(None))
+    elif kind in NEEDLESS and not isinstance(node.value if kind is ast.Expr else None,
+                                             (ast.Constant, ast.Yield)):
+        yield ast.Pass()
+
+
+def other_trees(parent, statement, words=True):
+    """Change each node below in each way, for the time of a step: (what, statement).
+
+    Texts of messages decide nothing.
+    """
+    for field, value in ast.iter_fields(parent):
+        holder, keys = (value, range(len(value))) if isinstance(value, list) \
+            else (vars(parent), [field])
+        for key in [] if field in NO_DECISION else keys:
+            node = holder[key]
+            text = getattr(node, "value", None)
+            if not isinstance(node, ast.AST) or isinstance(node, ast.Assert) \
+                    or (isinstance(node, ast.Expr) and isinstance(text, ast.Constant)) \
+                    or (not words and isinstance(text, str)):
+                continue
+            own = node if isinstance(node, ast.stmt) else statement
+            for other in other_nodes(node, parent, field):
+                old, new = (" ".join(ast.unparse(one).split()) or type(one).__name__
+                            for one in (node, other))
+                holder[key] = ast.fix_missing_locations(ast.copy_location(other, node))
+                yield getattr(node, "lineno", getattr(parent, "lineno", own.lineno)), f"{old} -> {new}", own
+                holder[key] = node
+            yield from other_trees(node, own, words and not isinstance(
+                node, (ast.Raise, ast.JoinedStr)))
+
+
+class Met:
+    """The lines of the module that this process meets; and its forks, by a file."""
+    lines, file = set(), None
+
+    @classmethod
+    def trace(cls, frame, event, arg):
+        """For `sys.settrace`."""
+        if frame.f_code.co_filename != MODULE:
+            return None
+        if event == "line":
+            cls.lines.add(frame.f_lineno)
+        return cls.trace
+
+    @classmethod
+    def save(cls):
+        """Called by a fork at its end."""
+        if cls.file:
+            sys.settrace(None)
+            with open(cls.file, "a") as file:
+                file.write("".join(f"{line}\n" for line in cls.lines))
+
+    @classmethod
+    def by(cls, test):
+        """The lines that a test meets; none if it fails."""
+        cls.lines, cls.file = set(), os.path.join(tempfile.tempdir, "lines")
+        open(cls.file, "w").close()
+        threading.settrace(cls.trace)
+        sys.settrace(cls.trace)
+        try:
+            passed = passes(test)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+        with open(cls.file) as file:
+            return cls.lines.union(map(int, file)) if passed else set()
+
+
+class Inside(subprocess.Popen):
+    """Runs our own program in a fork of this process: at once, and as changed here."""
+
+    def __init__(self, args, *rest, **options):
+        if args[:2] == [sys.executable, MODULE]:
+            options["preexec_fn"] = functools.partial(
+                self._run, args[2:], options.get("env"), options.get("preexec_fn"),
+                options.get("pass_fds", ()))
+        super().__init__(args, *rest, **options)
+
+    @staticmethod
+    def _run(argv, env, before, kept):
+        if before:
+            before()
+        for fd in map(int, os.listdir("/dev/fd")):
+            if fd > 2 and fd not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+        try:
+            code = queuectl.main(argv)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            Met.save()
+            os._exit(code)
+
+
+def passes(test):
+    """Whether a test, run here, was not seen to fail."""
+    result = unittest.TestResult()
+    test.run(result)
+    return result.wasSuccessful()
+
+
+def forked(work):
+    """What a fork of this process returns as its exit status; it leaves nothing behind."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")     # not a test's
+            subprocess.Popen = Inside
+            os._exit(work())
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    with contextlib.suppress(ChildProcessError):    # what it left comes to us: see below
+        while True:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                for left in file.read().split():
+                    os.kill(int(left), signal.SIGKILL)
+            os.waitpid(-1, 0)
+    for name in os.listdir(tempfile.tempdir):
+        if name.startswith("queuectl"):
+            shutil.rmtree(os.path.join(tempfile.tempdir, name), True)
+    return status
+
+
+def judged(classes):
+    """[(seconds, test, the lines that it meets)] of the tests that pass, quickest first."""
+    tests = [test for one in classes
+             for test in unittest.defaultTestLoader.loadTestsFromTestCase(one)]
+    told = os.path.join(tempfile.tempdir, "told")
+
+    def look(n):
+        begun = time.monotonic()
+        if passes(tests[n]):
+            took = time.monotonic() - begun
+            with open(told, "w") as file:
+                json.dump([took, *Met.by(tests[n])], file)
+        return 0
+    found = []
+    for n, test in enumerate(tests):    # a fork each: no cache may know the right answer
+        with open(told, "w") as file:
+            file.write("[0]")
+        forked(functools.partial(look, n))
+        with open(told) as file:
+            took, *lines = json.load(file)
+        found.append((took, n, test, frozenset(lines)))
+    return [(took, test, lines) for took, _, test, lines in sorted(found) if lines]
+
+
+def survives(mutant, tests):
+    """Whether no test notices; one that takes far too long does."""
+    def work():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        mutant.make()
+        for took, test in tests:
+            signal.setitimer(signal.ITIMER_REAL, 3 + 10 * took)
+            if not passes(test):
+                return 1
+        return 0
+    return forked(work) == 0
+
+
+def changed_function(owner, function):
+    """A callable that puts the code of a changed function into the module's own."""
+    tree = ast.parse(f"class {owner.__name__}: pass" if isinstance(owner, type) else "")
+    (tree.body[0] if tree.body else tree).body = [function]
+    space = dict(vars(queuectl))
+    exec(compile(tree, MODULE, "exec", annotations.compiler_flag, True), space)
+    new = space[function.name] if owner is queuectl \
+        else vars(space[owner.__name__])[function.name]
+    old = vars(owner)[function.name]
+    old = inspect.unwrap(getattr(old, "fget", None) or getattr(old, "__func__", old))
+
+    def make():
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(old, name, getattr(new, name))
+    return make
+
+
+def code_mutants(tree, section_of, names):
+    """Mutants of the functions of some sections."""
+    owners = [(queuectl, tree), *((getattr(queuectl, node.name), node)
+                                  for node in tree.body if isinstance(node, ast.ClassDef))]
+    for owner, node in owners:
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef) and section_of(function.lineno) in names:
+                function.decorator_list = []
+                for line, what, own in other_trees(function, function):
+                    last = own.end_lineno if own is function or not hasattr(own, "body") \
+                        else max(own.lineno, own.body[0].lineno - 1)
+                    yield Mutant(section_of(line), line, what,
+                                 range(own.lineno, last + 1),
+                                 changed_function(owner, function))
+
+
+def sql_mutants(tree, users):
+    """Mutants of the statements, judged where they are used."""
+    [table] = [node for node in tree.body if getattr(node, "name", "") == "Sql"]
+    for node in table.body:
+        name = getattr(getattr(node, "targets", [None])[0], "id", "")
+        text = getattr(queuectl.Sql, name, None)
+        if not isinstance(text, str) or name == "SCHEMA" or text.startswith("PRAGMA"):
+            continue
+        for old, new in OTHER_SQL:
+            for found in re.finditer(old, text):
+                other = found.expand(new) if isinstance(new, str) else new(found)
+                line = node.lineno + text.count("\n", 0, found.start())
+                yield Mutant("SQL", line, f"{name}: {found[0].strip()} -> {other}",
+                             users[name], functools.partial(
+                    setattr, queuectl.Sql, name,
+                    text[:found.start()] + other + text[found.end():]))
+
+
+def mutants(names):
+    """The mutants of some sections; and by section how many changes outside of functions are not tried."""
+    source = inspect.getsource(queuectl)
+    tree = ast.parse(source)
+    banners = [(source.count("\n", 0, found.start()) + 1, found[1])
+               for found in re.finditer(r"^# ---- \d+ (\w+) -+$", source, re.M)]
+
+    def section_of(line):
+        return [name for start, name in [(0, ""), *banners] if start <= line][-1]
+    users = collections.defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("Sql", "cls"):
+            users[node.attr].add(node.lineno)
+    blocks = [tree, *(node for node in tree.body
+                      if isinstance(node, ast.ClassDef) and node.name != "Sql")]
+    bare = ast.Module([node for block in blocks for node in block.body if not isinstance(
+        node, (ast.FunctionDef, ast.ClassDef, ast.If))], [])
+    untried = collections.Counter(
+        section_of(line) for line, _, _ in other_trees(bare, bare.body[0]))
+    return itertools.chain(code_mutants(tree, section_of, names), sql_mutants(
+        tree, users) if "SQL" in names else ()), untried
+
+
+def mutate(names, scale, seed):
+    """Try a share of the mutants of some sections: what survives, and a table."""
+    names, chance = names or DECIDING, random.Random(seed)
+    with contextlib.suppress(OSError, AttributeError):  # orphans come to us, who end them
+        import ctypes
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    tempfile.tempdir = tempfile.mkdtemp(prefix="queuectl mutants ", dir=FAST)
+    begun, (all_mutants, untried) = time.monotonic(), mutants(names)
+    judges = {None: judged(JUDGES)}
+    for name in names:
+        judges[name] = judges[None] + judged(SECTION_JUDGES.get(name, ()))
+    print(f"{len(judges[None])} tests looked at in {time.monotonic() - begun:.0f} s")
+    figures = {name: collections.Counter() for name in names}
+    for mutant in all_mutants:
+        if chance.random() > scale:
+            continue
+        tests, left = [], JUDGE_SECONDS
+        for took, test, lines in judges[mutant.section]:
+            left -= took
+            if left > 0 and not lines.isdisjoint(mutant.lines):
+                tests.append((took, test))
+        fate = "untouched" if not tests else \
+            "survived" if survives(mutant, tests) else "killed"
+        figures[mutant.section][fate] += 1
+        if fate != "killed":
+            print(f"{mutant.section} {mutant.line}: {mutant.what}"
+                  f"{'   (no test meets it)' * (not tests)}", flush=True)
+    shutil.rmtree(tempfile.tempdir, True)
+    print(f"{'section':10} mutants  killed  survived  untouched  score  not tried")
+    for name, count in figures.items():
+        share = count["killed"] / max(1, count["killed"] + count["survived"])
+        print(f"{name:10} {sum(count.values()):7} {count['killed']:7} "
+              f"{count['survived']:9} {count['untouched']:10} {share:6.1%} "
+              f"{untried[name]:10}")
+    print(f"in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
 # ---- Anywhere ----------------------------------------------------------------
 
 class Anywhere(Processes):
@@ -9792,7 +10143,7 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`; without a flag the tests."""
+    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`, `--mutants`; or the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
@@ -9800,6 +10151,7 @@ def main():
                         metavar="SHARE")
     parser.add_argument("--fuzz", type=int, nargs="?", const=5000, metavar="CASES")
     parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
+    parser.add_argument("--mutants", nargs="*", choices=DECIDING, metavar="SECTION")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
     args, rest = parser.parse_known_args()
@@ -9811,6 +10163,8 @@ def main():
         return chaos(args.chaos, args.seed)
     if args.fuzz is not None:
         return fuzz(args.fuzz, args.seed)
+    if args.mutants is not None:
+        return mutate(args.mutants, args.scale, args.seed)
     if args.crash_points is not None:
         return crash_points(args.crash_points, args.seed)
     return unittest.main(argv=[sys.argv[0], *rest])
