@@ -8520,7 +8520,8 @@ DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims
 JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
           Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Pool": (Program,)}   # beside those
-JUDGE_SECONDS = 30.0    # of tests, quickest first, that a mutant has to survive
+JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
+JUDGE_PATIENCE = 15     # seconds for a test, looked at twice, that is to be a judge
 
 OTHERS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
           ast.In: ast.NotIn, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Break: ast.Continue}
@@ -8716,6 +8717,8 @@ def judged(classes):
     told = os.path.join(tempfile.tempdir, "told")
 
     def look(n):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(JUDGE_PATIENCE)
         begun = time.monotonic()
         if passes(tests[n]):
             took = time.monotonic() - begun
@@ -8838,9 +8841,9 @@ def mutate(names, scale, seed):
             continue
         tests, left = [], JUDGE_SECONDS
         for took, test, lines in judges[mutant.section]:
-            left -= took
-            if left > 0 and not lines.isdisjoint(mutant.lines):
+            if left > took and not lines.isdisjoint(mutant.lines):
                 tests.append((took, test))
+                left -= took
         fate = "untouched" if not tests else \
             "survived" if survives(mutant, tests) else "killed"
         figures[mutant.section][fate] += 1
