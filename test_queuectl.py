@@ -1050,6 +1050,54 @@ class Input(TestCase):
             with self.assertRaisesRegex(queuectl.InvalidJob, "^line 5: "):
                 list(queuectl.fields_of_lines(lines + bad))
 
+    def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
+        spec = queuectl.spec_of({
+            "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
+            "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
+            "unique": "k" * 256, "priority": -10**9}, NOON)
+        self.assertEqual(spec, Spec(
+            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 256,
+            cwd=os.path.abspath("here"), priority=-10**9))
+        self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
+                         ["created-at", "state"])
+        for fields, key in (
+                ({"max-retries": 1, "max_retries": 1}, "max_retries"), ({5: 1}, "5"),
+                ({"unique": ""}, "unique"), ({"unique": "k" * 257}, "unique"),
+                ({"unique": 5}, "unique"), ({"cwd": ""}, "cwd"), ({"cwd": 5}, "cwd"),
+                ({"env": 5}, "env"), ({"tags": "a b"}, "tags"), ({"tags": 5}, "tags"),
+                ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
+                ({"command": "x" * (queuectl.MAX_TEXT + 1)}, "command")):
+            with self.subTest(key), self.assertRaises(queuectl.InvalidJob) as caught:
+                queuectl.spec_of({"command": "x", **fields}, NOON)
+            self.assertEqual(caught.exception.key, key)
+        with self.assertRaises(queuectl.InvalidJob) as caught:
+            queuectl.spec_of({"xyz": 1}, NOON)
+        self.assertIn("a job has: command", caught.exception.hint)
+        longest = "x" * queuectl.MAX_TEXT
+        self.assertEqual(queuectl.spec_of({"command": longest}, NOON).command, longest)
+        self.assertEqual(queuectl.as_utf8("caf\udcc3\udca9"), "caf\u00e9")
+        with self.assertRaises(UnicodeError):
+            queuectl.as_utf8("\udcff")
+
+    def test_a_file_is_one_json_value_or_a_job_a_line(self):
+        a, b = {"command": "a"}, {"command": "b"}
+        both = json.dumps([a, b], indent=1).encode()
+        for content, jobs in (
+                (both, [(1, a), (2, b)]), (b"\xef\xbb\xbf \n" + both + b"\n", [(1, a), (2, b)]),
+                (json.dumps(a, indent=1).encode(), [(1, a)]),
+                (json.dumps([a, b]).encode() + b"\n", [(1, a), (1, b)]),
+                (b'{"command": "a"}\n{"command": "b"}\n', [(1, a), (2, b)]),
+                (b"{ a; }\nb", [(1, {"command": "{ a; }"}), (2, b)]),
+                (b"[ -f x ]\r\n  b  ", [(1, {"command": "[ -f x ]"}), (2, b)]),
+                (b"", [])):
+            with self.subTest(content):
+                self.assertEqual(list(queuectl.fields_of_lines(content)), jobs)
+        with self.assertRaisesRegex(queuectl.InvalidJob, "^not valid JSON"):
+            queuectl.fields_of_line(b"{x}", 0)
+        deep = b'[{"command":' * 50_000
+        with self.assertRaises(queuectl.InvalidJob):
+            list(queuectl.fields_of_lines(deep + b"\n" + deep))
+
 
 # ---- 6 SQL -------------------------------------------------------------------
 
@@ -3160,6 +3208,78 @@ class Turns(TestCase):
                 self.assertIs(mine.is_drained(), is_drained)
                 if name == "other":
                     self.assertIs(worker.is_drained(), False)
+
+    def test_there_is_work_when_something_may_start_or_its_time_has_come(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+
+        def looks():
+            return claims.is_work_there(), claims.next_due()
+        self.assertEqual(looks(), (False, None))
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.enqueue("x", id="late", delay=700)
+        self.assertEqual(looks(), (False, NOON + 600))
+        queue.enqueue("x", id="soon", delay=60)
+        self.assertEqual(looks(), (False, NOON + 60))
+        self.assertEqual(queue.status().next_due.id, "soon")
+        self.clock.now += 60
+        self.assertEqual(looks(), (True, NOON + 60))
+        self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+        self.assertEqual(looks(), (False, NOON + 600))
+        self.clock.now = NOON + 600
+        self.assertEqual(looks(), (True, NOON + 600))
+        queue.pause_schedule("s")
+        self.assertEqual(looks(), (False, NOON + 700))
+        queue.enqueue("x")
+        self.assertEqual(looks(), (True, NOON + 700))
+
+    def test_of_each_run_is_kept_what_it_left_and_the_last_is_shown(self):
+        queue = self.a_queue()
+        claims, other = self.a_pool(queue, name="w"), self.a_pool(queue, name="other")
+        queue.enqueue("x", id="a")
+        queue.enqueue("x", id="b")
+        claim = self.claim_one(queue, claims).claim
+        foreign = self.claim_one(queue, other).claim
+        output = Output(9)
+        output.feed(b"same")
+        self.clock.now += 1
+        self.assertEqual(claims.turn({}, {claim: output}, []).mine, {claim: None})
+        claims.turn({claim: Outcome("failed", 3, "no luck", 1.5, b"SAME", 4)}, {}, [])
+        job, ended = queue.job("a"), queuectl.iso(self.clock.now)
+        self.clock.now += 3600
+        [again] = claims.turn({}, {}, [2]).claimed
+
+        first, second = queue.runs("a")
+        self.assertEqual((job.exit_code, job.error, job.updated_at, job.finished_at),
+                         (3, "no luck", ended, ended))
+        self.assertEqual(
+            (first.outcome, first.exit_code, first.error, first.duration, first.output,
+             first.slot, first.started_at, first.finished_at),
+            ("failed", 3, "no luck", 1.5, b"SAME", 1, queuectl.iso(NOON), ended))
+        self.assertEqual((second.number, second.slot, second.outcome), (2, 2, None))
+        self.assertEqual([queue.run("a", n).claim for n in (1, 2, None)],
+                         [claim, again.claim, again.claim])
+        self.assertEqual(queue.run("b").claim, foreign)
+        self.assertEqual(queue.job("a").error, None)
+        for number, words in ((3, "no run 3"), (0, "no run 0")):
+            with self.assertRaisesRegex(queuectl.NoSuchRun, words):
+                queue.run("a", number)
+
+    def test_each_of_the_last_minutes_has_its_own_numbers(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for _ in range(4):
+            queue.enqueue("x")
+            claims.turn({self.claim_one(queue, claims).claim:
+                         Outcome("completed", 0, None, 1.0)}, {}, [])
+            self.clock.now += 60
+        self.clock.now -= 60
+        self.assertEqual([(one.at, one.completed) for one in queue.history(3)],
+                         [(queuectl.iso(NOON + 60 * n), 1) for n in (1, 2, 3)])
+        self.clock.now -= 60    # what a clock that was ahead has counted is not shown
+        self.assertEqual([one.completed for one in queue.history(2)], [1, 1])
+        self.assertEqual(queue.stats(59.0)[""].completed, 3)
+        self.assertEqual([one.completed for one in queue.history(2, "other")], [0, 0])
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -9174,7 +9294,7 @@ def fuzz(cases, seed):
 DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims", "Pool")
 JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
           Views, Web, Metrics, CommandLine, Completion)
-SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,)}   # beside those
+SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
 JUDGE_PATIENCE = 40     # seconds for a test, looked at twice, that is to be a judge
 
@@ -9449,6 +9569,8 @@ def sql_mutants(tree, users):
         for old, new in OTHER_SQL:
             for found in re.finditer(old, text):
                 other = found.expand(new) if isinstance(new, str) else new(found)
+                if other == found[0]:
+                    continue
                 line = node.lineno + text.count("\n", 0, found.start())
                 yield Mutant("SQL", line, f"{name}: {found[0].strip()} -> {other}",
                              users[name], functools.partial(
