@@ -1,7 +1,8 @@
 PYTHON ?= python3
 TIME ?= 5m
 SEED ?= 1
-.PHONY: help demo test bench chaos fuzz deaths lint type cov clean
+SECTIONS ?=
+.PHONY: help demo test bench chaos fuzz deaths mutants lint type cov clean
 
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -23,6 +24,9 @@ fuzz:   ## try the HTTP API by its own description, 5,000 cases, if schemathesis
 
 deaths: ## let it die at every line it meets, and within its writes; some minutes
 	$(PYTHON) test_queuectl.py --crash-points
+
+mutants: ## change each decision in each way, and say what no test notices; half an hour
+	$(PYTHON) test_queuectl.py --mutants $(SECTIONS)
 
 lint:   ## ruff, if installed
 	$(PYTHON) -m ruff check .

@@ -514,6 +514,145 @@ class Rules(TestCase):
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
         self.assertIsNone(queuectl.percentile({}, 0.5))
 
+    def test_durations_and_moments_are_told_in_two_units_at_most(self):
+        for seconds, text in (
+                (0, "0s"), (0.0001, "1ms"), (0.002, "2ms"), (0.0024, "2ms"),
+                (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"), (9.99, "9.99s"),
+                (9.995, "10s"), (59, "59s"), (60, "1m"), (65, "1m 5s"), (3600, "1h"),
+                (3720, "1h 2m"), (86400, "1d"), (93600, "1d 2h"), (273600, "3d 4h")):
+            with self.subTest(seconds):
+                self.assertEqual(queuectl.span(seconds), text)
+        for away, text in ((0, "now"), (0.999, "now"), (-0.999, "now"), (1, "in 1s"),
+                           (-1, "1s ago"), (-1.5, "1s ago"), (1.5, "in 2s")):
+            with self.subTest(away):
+                self.assertEqual(queuectl.ago(queuectl.iso(NOON + away), NOON), text)
+        self.assertEqual(queuectl.ago(None, NOON), "-")
+
+    def test_a_time_of_day_is_the_next_one_that_comes(self):
+        at = datetime.datetime.fromtimestamp(NOON).strftime
+        soon = datetime.datetime.fromtimestamp(NOON + 61).strftime("%H:%M:%S")
+
+        self.assertEqual(queuectl.parse_time(soon, NOON), NOON + 61)
+        self.assertEqual(queuectl.parse_time(at(" %H:%M "), NOON), NOON + 86400)
+        self.assertEqual(queuectl.parse_time(at("%H:%M"), NOON - 0.5), NOON)
+        with self.assertRaises(queuectl.InvalidValue):
+            queuectl.parse_time(True, NOON)
+
+    def test_values_of_settings_are_taken_up_to_their_bounds(self):
+        for key, text, value in (
+                ("output-limit", "64KiB", 65536), ("output-limit", "0", 0),
+                ("output-limit", "3 k", 3072), ("output-limit", "2kb", 2000),
+                ("output-limit", "16MiB", 1 << 24), ("backoff-jitter", "0", 0.0),
+                ("backoff-jitter", ".5", 0.5), ("backoff-jitter", "1", 1.0),
+                ("heartbeat", "100ms", 0.1), ("lease", "1s", 1.0),
+                ("max-retries", "0", 0), ("max-retries", "1000000000", 10**9),
+                ("crash-limit", "1", 1), ("timeout", "none", None), ("timeout", "", None),
+                ("timeout", "5m", 300.0), ("on-dead", "none", None),
+                ("on-dead", "echo", "echo"), ("priority-ageing", "30d", 30 * 86400.0),
+                ("backoff-max", "10000000000", 1e10)):
+            with self.subTest(key=key, text=text):
+                self.assertEqual(queuectl.SETTINGS[key].parse(text), value)
+        for key, text in (
+                ("output-limit", ""), ("output-limit", "x"), ("output-limit", "-1"),
+                ("output-limit", "5x"), ("output-limit", "16777217"),
+                ("backoff-jitter", "1.1"), ("backoff-jitter", "2"), ("backoff-jitter", ""),
+                ("heartbeat", "99ms"), ("lease", "0.9"), ("max-retries", "-1"),
+                ("max-retries", "1000000001"), ("crash-limit", "0"),
+                ("priority-ageing", "30d1s"), ("priority-ageing", "0.9s"),
+                ("backoff-max", "10000000001")):
+            with self.subTest(key=key, text=text), \
+                    self.assertRaises(queuectl.InvalidValue):
+                queuectl.SETTINGS[key].parse(text)
+
+    def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
+        self.assertEqual(queuectl.nearest("abdc", iter(["abd", "abcd"])),
+                         "did you mean `abcd`?")
+        self.assertEqual(queuectl.nearest("pririty", ["state", "priority"]),
+                         "did you mean `priority`?")
+        self.assertEqual(queuectl.nearest("xyz", ["state", "priority"]), "")
+        with self.assertRaises(queuectl.NoSuchSetting) as caught:
+            queuectl.setting_key("xyz")
+        self.assertIn("config list", caught.exception.hint)
+
+    def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
+        job = self.a_queue().enqueue("x")._replace(state=PROCESSING, wish="lost")
+        for kind, judged in (("failed", "lost"), ("timeout", "lost"),
+                             ("completed", "completed"), ("released", "released")):
+            self.assertEqual(queuectl.judged(job, Outcome(kind, 1)).kind, judged)
+            self.assertEqual(
+                queuectl.judged(job._replace(wish=None), Outcome(kind, 1)).kind, kind)
+
+    def test_a_run_that_ended_by_itself_is_an_attempt_and_a_crash_is_none(self):
+        job = self.a_queue().enqueue("x", max_retries=3)._replace(state=PROCESSING)
+        for kind, attempts, crashes in (("completed", 1, 0), ("failed", 1, 0),
+                                        ("timeout", 1, 0), ("lost", 0, 1),
+                                        ("released", 0, 0), ("cancelled", 0, 0)):
+            with self.subTest(kind):
+                _, after, _ = queuectl.settle(
+                    job, Outcome(kind), settings(), None, 0.5, NOON)
+                self.assertEqual((after.attempts, after.crashes), (attempts, crashes))
+        self.assertEqual(queuectl.settle(
+            job, Outcome("timeout"), settings(), None, 0.5, NOON)[2], "timeout")
+
+    def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
+        job = self.a_queue().enqueue("x")
+        line = [queuectl.Candidate(job._replace(seq=n, queue="ab"[n % 2]), 0)
+                for n in range(10)]
+
+        def chosen(room, free):
+            return [one.job.seq for one in queuectl.choose(line, room, free)]
+        self.assertEqual(chosen(lambda queue: 9, 3), [0, 1, 2])
+        self.assertEqual(chosen(lambda queue: {"a": 1, "b": 3}[queue], 9), [0, 1, 3, 5])
+
+    def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
+        self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
+        self.assertEqual(queuectl.silence_gap(settings(heartbeat=20.0, lease=30.0)), 40.0)
+        silence = Silence(10)
+        silence.look({1: 5}, 0.0)
+        self.assertEqual(silence.look({1: 5}, 10.0), {1: 10.0})
+        self.assertEqual(silence.look({1: 5}, 20.1), {1: 10.0})
+
+    def test_output_may_be_limited_to_nothing(self):
+        for limit, kept in ((0, b""), (1, b"h"), (2, b"ah"), (3, b"agh")):
+            output = Output(limit)
+            output.feed(b"abcdefgh")
+            self.assertEqual(output.kept(), kept)
+        self.assertEqual(queuectl.readable(b"abgh", 8),
+                         b"ab\n[... 4 bytes left out ...]\ngh")
+
+    def test_the_last_line_that_says_something_stands_for_the_output(self):
+        for output, line in ((b"", ""), (b" \n\n", ""), (b"a\n b \n\n \n", "b"),
+                             (b"caf\xff", "caf\ufffd"), (b"a\x1b[1mb", "a [1mb"),
+                             (b"x" * 300, "x" * 200), (b"first\n" + b"y" * 2000, "y" * 200),
+                             (b"first\n" + b" " * 2000, "")):
+            self.assertEqual(queuectl.last_line(output), line)
+
+    def test_a_summary_counts_each_kind_and_spreads_the_times(self):
+        half, second, ten = map(queuectl.bucket_of, (0.5, 1.0, 10.0))
+        done = queuectl.summary([
+            ("enqueue", 0, 9, 0.0), ("complete", 0, 4, 0.0), ("complete", 0, 1, 0.0),
+            ("fail", 0, 2, 0.0), ("bury", 0, 3, 0.0), ("cancel", 0, 6, 0.0),
+            ("run:lost", 0, 7, 0.0), ("run_time", half, 90, 45.0),
+            ("run_time", second, 8, 8.0), ("run_time", ten, 2, 20.0),
+            ("wait_time", second, 2, 2.0)])
+        self.assertEqual(done[:6], (9, 5, 2, 3, 6, 7))
+        self.assertEqual(done.run_time, (100, 0.73, 0.5, 1.0, 10.0))
+        self.assertEqual(done.wait_time, (2, 1.0, 1.0, 1.0, 1.0))
+        nothing = queuectl.summary([])
+        self.assertEqual(nothing[:6], (0,) * 6)
+        self.assertEqual(nothing.run_time, (0, None, None, None, None))
+        minute = queuectl.minute_of(int(NOON // 60), [("bury", 0, 3, 0.0)])
+        self.assertEqual((minute.at, minute.failed), (queuectl.iso(NOON), 3))
+
+    def test_a_value_on_a_bound_lies_below_it_and_none_above_the_last(self):
+        last = len(queuectl.BOUNDS) - 1
+        self.assertEqual(queuectl.bucket_of(1e12), last)
+        self.assertEqual(queuectl.percentile({0: 1, 5: 9}, 0.2), queuectl.BOUNDS[5])
+        self.assertEqual(queuectl.cumulated({queuectl.bucket_of(0.001): 2,
+                                             queuectl.bucket_of(0.0011): 1,
+                                             last: 4})[:2], [2, 3])
+        self.assertEqual(queuectl.cumulated({last: 4})[-2:], [0, 4])
+
 
 # ---- 4 Cron ------------------------------------------------------------------
 
@@ -1127,6 +1266,54 @@ class Input(TestCase):
             with self.assertRaisesRegex(queuectl.InvalidJob, "^line 5: "):
                 list(queuectl.fields_of_lines(lines + bad))
 
+    def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
+        spec = queuectl.spec_of({
+            "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
+            "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
+            "unique": "k" * 256, "priority": -10**9}, NOON)
+        self.assertEqual(spec, Spec(
+            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 256,
+            cwd=os.path.abspath("here"), priority=-10**9))
+        self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
+                         ["created-at", "state"])
+        for fields, key in (
+                ({"max-retries": 1, "max_retries": 1}, "max_retries"), ({5: 1}, "5"),
+                ({"unique": ""}, "unique"), ({"unique": "k" * 257}, "unique"),
+                ({"unique": 5}, "unique"), ({"cwd": ""}, "cwd"), ({"cwd": 5}, "cwd"),
+                ({"env": 5}, "env"), ({"tags": "a b"}, "tags"), ({"tags": 5}, "tags"),
+                ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
+                ({"command": "x" * (queuectl.MAX_TEXT + 1)}, "command")):
+            with self.subTest(key), self.assertRaises(queuectl.InvalidJob) as caught:
+                queuectl.spec_of({"command": "x", **fields}, NOON)
+            self.assertEqual(caught.exception.key, key)
+        with self.assertRaises(queuectl.InvalidJob) as caught:
+            queuectl.spec_of({"xyz": 1}, NOON)
+        self.assertIn("a job has: command", caught.exception.hint)
+        longest = "x" * queuectl.MAX_TEXT
+        self.assertEqual(queuectl.spec_of({"command": longest}, NOON).command, longest)
+        self.assertEqual(queuectl.as_utf8("caf\udcc3\udca9"), "caf\u00e9")
+        with self.assertRaises(UnicodeError):
+            queuectl.as_utf8("\udcff")
+
+    def test_a_file_is_one_json_value_or_a_job_a_line(self):
+        a, b = {"command": "a"}, {"command": "b"}
+        both = json.dumps([a, b], indent=1).encode()
+        for content, jobs in (
+                (both, [(1, a), (2, b)]), (b"\xef\xbb\xbf \n" + both + b"\n", [(1, a), (2, b)]),
+                (json.dumps(a, indent=1).encode(), [(1, a)]),
+                (json.dumps([a, b]).encode() + b"\n", [(1, a), (1, b)]),
+                (b'{"command": "a"}\n{"command": "b"}\n', [(1, a), (2, b)]),
+                (b"{ a; }\nb", [(1, {"command": "{ a; }"}), (2, b)]),
+                (b"[ -f x ]\r\n  b  ", [(1, {"command": "[ -f x ]"}), (2, b)]),
+                (b"", [])):
+            with self.subTest(content):
+                self.assertEqual(list(queuectl.fields_of_lines(content)), jobs)
+        with self.assertRaisesRegex(queuectl.InvalidJob, "^not valid JSON"):
+            queuectl.fields_of_line(b"{x}", 0)
+        deep = b'[{"command":' * 50_000
+        with self.assertRaises(queuectl.InvalidJob):
+            list(queuectl.fields_of_lines(deep + b"\n" + deep))
+
 
 # ---- 6 SQL -------------------------------------------------------------------
 
@@ -1346,6 +1533,143 @@ class Files(TestCase):
         queue.store._process += 1
         with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"):
             queue.counts()
+
+    def test_what_sqlite_says_is_told_as_what_a_user_can_do(self):
+        odd = UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+        undecoded = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        for error, refused in (
+                (odd, queuectl.InvalidValue), (undecoded, queuectl.Damaged),
+                (sqlite3.OperationalError("database is locked"), queuectl.Busy),
+                (sqlite3.OperationalError("database table is locked"), queuectl.Busy),
+                (sqlite3.OperationalError("unable: busy"), queuectl.Busy),
+                (sqlite3.OperationalError("database or disk is full"), queuectl.DiskFull),
+                (sqlite3.DatabaseError("file is not a database"), queuectl.NotAQueue),
+                (sqlite3.DatabaseError("file is encrypted"), queuectl.NotAQueue),
+                (sqlite3.DatabaseError("database disk image is malformed"),
+                 queuectl.Damaged),
+                (sqlite3.DatabaseError("index corrupted"), queuectl.Damaged),
+                (sqlite3.OperationalError(""), queuectl.Damaged),
+                (sqlite3.OperationalError("attempt to write a readonly database"),
+                 queuectl.Unwritable),
+                (sqlite3.OperationalError("unable to open database file"),
+                 queuectl.Unwritable),
+                (sqlite3.OperationalError("disk I/O error"), queuectl.Unwritable),
+                (sqlite3.OperationalError("Could not open database"),
+                 queuectl.Unwritable),
+                (sqlite3.ProgrammingError("Cannot operate on a closed database."),
+                 queuectl.Unsupported),
+                (sqlite3.DataError("string or blob too big"), queuectl.InvalidValue)):
+            with self.subTest(str(error)):
+                found = queuectl.refusal(error, "q.db")
+                self.assertIs(type(found), refused)
+                self.assertTrue(found.message and found.hint)
+                self.assertEqual(queuectl.is_busy(error), refused is queuectl.Busy)
+        self.assertIsNone(queuectl.refusal(sqlite3.OperationalError("no such table"), ""))
+
+    def test_a_path_may_have_any_letters(self):
+        os.mkdir(self.path_of("a?mode=ro#1%41 \u00e9"))
+        self.path = self.path_of("a?mode=ro#1%41 \u00e9/q?.db")
+        self.a_queue().enqueue("x", id="here")
+
+        self.assertEqual(self.a_queue().job("here").command, "x")
+        with queuectl.glance(self.path) as rows:
+            self.assertEqual(rows("SELECT id FROM jobs"), [("here",)])
+        self.a_queue().backup(self.path + "#copy")
+        with Queue(self.path + "#copy", create=False) as copy:
+            self.assertEqual(copy.job("here").command, "x")
+
+    def test_what_is_no_file_of_ours_is_refused_in_words(self):
+        open(self.path, "w").close()
+        for path, create, error in (
+                (self.dir, True, queuectl.NotAQueue), (self.dir, False, queuectl.NotAQueue),
+                (self.path_of("none/q.db"), True, queuectl.Unwritable),
+                (self.path_of("none/q.db"), False, queuectl.NoQueue),
+                (self.path, False, queuectl.NoQueue)):
+            with self.subTest(path=path, create=create), self.assertRaises(error):
+                Queue(path, create)
+        self.assertEqual(os.stat(self.path).st_size, 0)
+        self.assertEqual(self.a_queue().enqueue("x").id, "job-1")
+
+    def test_a_glance_makes_nothing_and_refuses_what_is_not_ours(self):
+        with open(self.path_of("text"), "w") as file:
+            file.write("no database at all " * 99)
+        other = sqlite3.connect(self.path_of("other.db"))
+        other.execute("CREATE TABLE jobs (id)")
+        other.close()
+        before = sorted(os.listdir(self.dir))
+        for name, error in (("none.db", queuectl.Unwritable), ("text", queuectl.NotAQueue),
+                            ("other.db", queuectl.NotAQueue)):
+            with self.subTest(name), self.assertRaises(error), \
+                    queuectl.glance(self.path_of(name)) as rows:
+                rows("SELECT id FROM jobs")
+        self.assertEqual(sorted(os.listdir(self.dir)), before)
+        self.a_queue()
+        with self.assertRaises(queuectl.Unsupported), queuectl.glance(self.path) as rows:
+            rows("SELECT column_of_days_to_come FROM jobs")
+
+    def test_a_backup_replaces_only_an_older_one_and_leaves_no_parts(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="first")
+        copy, text = self.path_of("copy.db"), self.path_of("text")
+        with open(text, "w") as file:
+            file.write("mine")
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        kept = f"{copy}.{os.getpid()}.part.other", f"{copy}.1.part"
+        for name in (*kept, f"{copy}.{ended.pid}.part"):
+            open(name, "w").close()
+        queue.backup(copy)
+        queue.enqueue("x", id="second")
+        queue.backup(copy)
+
+        self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
+        with Queue(copy, create=False) as again:
+            self.assertEqual([job.id for job in again.jobs()], ["second", "first"])
+        self.assertEqual({name for name in os.listdir(self.dir) if "part" in name},
+                         set(map(os.path.basename, kept)))
+        for path, error in ((self.path, queuectl.InUse), (text, queuectl.NotAQueue),
+                            (self.path_of("none/copy"), queuectl.Unwritable)):
+            with self.subTest(path), self.assertRaises(error):
+                queue.backup(path)
+        with open(text) as file:
+            self.assertEqual(file.read(), "mine")
+
+    def test_a_queue_knows_when_its_file_is_no_longer_in_place(self):
+        queue = self.a_queue()
+        queue.enqueue("x" * 9000)
+        wal = self.path + "-wal"
+        self.assertEqual(queue.store.size(),
+                         os.stat(self.path).st_size + os.stat(wal).st_size)
+        self.assertTrue(queue.store.is_in_place())
+
+        os.rename(self.path, self.path_of("moved.db"))
+        self.assertFalse(queue.store.is_in_place())
+        queue.close()
+        self.assertFalse(os.path.exists(wal) and os.stat(wal).st_size)
+        with Queue(self.path_of("moved.db"), create=False) as moved:
+            self.assertEqual(len(moved.jobs()), 1)
+
+    def test_what_a_transaction_has_noted_counts_at_once_and_goes_with_it(self):
+        queue = self.a_queue()
+        queue.enqueue("x")
+        with self.assertRaises(ZeroDivisionError), queue.store.transaction() as store:
+            store.count("default", PENDING, 2)
+            store.count("new", PENDING, 1)
+            self.assertEqual(store.noted("default", PENDING), 2)
+            self.assertEqual(store.noted("default", DEAD), 0)
+            self.assertEqual(store.counts(), {("default", PENDING): 3, ("new", PENDING): 1})
+            raise ZeroDivisionError
+        self.assertEqual(queue.store.counts(), {("default", PENDING): 1})
+
+    def test_a_lock_that_is_soon_let_go_is_waited_for(self):
+        queue = self.a_queue()
+        rival = sqlite3.connect(queue.path, isolation_level=None, check_same_thread=False)
+        self.addCleanup(rival.close)
+        rival.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.05, rival.execute, ("ROLLBACK",))
+        timer.start()
+        self.addCleanup(timer.join)
+        self.assertEqual(queue.enqueue("x").id, "job-1")
 
 
 # ---- 8 Host ------------------------------------------------------------------
@@ -2199,6 +2523,248 @@ class Promises(TestCase):
         queue.cancel("d")
         self.assertEqual(len(self.hooks(queue)), 2)
 
+    def test_a_unique_key_that_is_taken_adds_neither_a_job_nor_needs(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="needed")
+        queue.enqueue("x", id="old", unique="old")
+        jobs = queue.enqueue_many([
+            Spec("a", unique="k"), Spec("b", unique="k"),
+            Spec("c", unique="old", after=("needed",)), Spec("d"), Spec("e")])
+
+        self.assertEqual([job.id for job in jobs],
+                         ["job-3", "job-3", "old", "job-6", "job-7"])
+        self.assertEqual([queue.job(job.id).gate for job in jobs], ["open"] * 5)
+        self.assertEqual(queue.counts()[PENDING], 5)
+
+    def test_only_what_is_not_completed_is_waited_for(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.in_state(queue, claims, COMPLETED)
+        jobs = queue.enqueue_many([
+            Spec("x", id="a", after=("job-1",)), Spec("x", id="b", after=("job-1", "a")),
+            Spec("x", id="c", after=("a", "b")), Spec("x", id="d", after=("b", "c"))])
+        self.assertEqual([job.gate for job in jobs], ["open"] + ["after"] * 3)
+
+        queue.delete("job-1")       # it is completed: nobody waits for it
+        self.assertEqual(queue.job("a").gate, "open")
+        self.assert_sound(queue)
+
+    def test_of_those_that_go_round_five_are_named_and_none_that_is_free(self):
+        ring = [Spec("x", id=f"r{n}", after=(f"r{(n + 1) % 6}", "free")) for n in range(6)]
+        with self.assertRaises(queuectl.InvalidJob) as caught:
+            self.a_queue().enqueue_many([
+                Spec("x", id="free"), Spec("x", id="behind", after=("free",)), *ring])
+        self.assertIn(" r0, r1, r2, r3, r4 wait for each other", caught.exception.message)
+
+    def test_a_job_that_failed_keeps_an_attempt_whatever_is_edited(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="failed", max_retries=5)
+        for _ in range(2):
+            claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+            self.clock.now += 3600
+        queue.enqueue("x", id="new")
+
+        for number in (1, 2):
+            with self.assertRaises(queuectl.InvalidJob) as caught:
+                queue.edit("failed", max_retries=number)
+            self.assertEqual((caught.exception.key, caught.exception.hint),
+                             ("max_retries", "use at least 3"))
+        self.assertEqual(queue.edit("failed", max_retries=3)[0].max_retries, 3)
+        self.assertEqual(queue.edit("new", max_retries=0)[0].max_retries, 0)
+        self.assertEqual(queue.edit("new", run_at=self.clock.now)[0].gate, "open")
+
+    def test_a_retry_says_which_job_has_its_unique_key(self):
+        queue = self.a_queue()
+        for name in ("a", "b"):
+            queue.enqueue("x", id=name, unique="k")
+            queue.cancel(name)
+        with self.assertRaises(queuectl.InUse):
+            queue.retry("a", "b")
+        queue.enqueue("x", id="c", unique="k")
+        with self.assertRaisesRegex(queuectl.InUse, "a cannot wait again: c has .*'k'"):
+            queue.retry("a")
+        self.assertEqual(queue.counts()[CANCELLED], 2)
+
+    def test_a_hook_for_deaths_needs_no_other_hook(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.configure("on-dead", "mail")
+        self.in_state(queue, claims, COMPLETED)
+        self.in_state(queue, claims, DEAD)
+        self.assertEqual([(job.command, job.env["QUEUECTL_JOB_ID"])
+                          for job in queue.jobs(queue="hooks")], [("mail", "job-2")])
+
+    def test_a_job_runs_where_it_was_enqueued_or_where_it_says(self):
+        queue = self.a_queue()
+        self.assertEqual(queue.enqueue("x").cwd, os.getcwd())
+        self.assertEqual(queue.enqueue("x", cwd="/").cwd, "/")
+        schedule = queue.add_schedule("s", "@daily", command="x", cwd="/",
+                                      **{"max-retries": 7}, tags=["t"])
+        self.assertEqual(schedule.job["cwd"], "/")
+        job = queue.run_schedule("s")
+        self.assertEqual((job.cwd, job.max_retries, job.tags), ("/", 7, ("t", "schedule:s")))
+        self.assertEqual(queue.add_schedule("t", "@daily", command="x").job["cwd"],
+                         os.getcwd())
+        for fields, key in (({"tags": ["a b"]}, "tags"), ({"run_at": NOON}, "run_at")):
+            with self.assertRaises(queuectl.InvalidJob) as caught:
+                queue.add_schedule("u", "@daily", command="x", **fields)
+            self.assertEqual(caught.exception.key, key)
+
+    def test_a_queue_is_closed_at_the_end_of_its_block(self):
+        with Queue(self.path) as queue:
+            queue.enqueue("x")
+        with self.assertRaisesRegex(queuectl.Unsupported, "closed"):
+            queue.job("job-1")
+
+    def test_jobs_come_by_pages_in_order_and_as_many_as_are_wanted(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", cwd="/")] * 2001)
+        queue.cancel("job-2001")
+        newest = [f"job-{n}" for n in range(2001, 0, -1)]
+
+        self.assertEqual([job.id for job in queue.pages()], newest)
+        for limit in (1, 999, 1000, 1001, 2000):
+            self.assertEqual([job.id for job in queue.pages(limit)], newest[:limit])
+        for state in ((), PENDING, (PENDING, CANCELLED)):
+            self.assertEqual(len(queue.jobs(state, limit=3)), 3)
+            self.assertEqual(len(queue.jobs(state)), queue.count(state))
+        with self.assertRaisesRegex(queuectl.InvalidValue, "cannot sort by 'age'"):
+            queue.jobs(sort="age")
+
+    def test_who_reads_a_run_under_way_gets_what_it_has_printed_by_now(self):
+        queue = self.a_queue()
+        bell = queuectl._bell()
+        self.addCleanup(bell.close)
+        bell.setblocking(True)
+        bell.settimeout(DEADLINE)
+        other = Queue(self.path, clock=self.clock)
+        self.addCleanup(other.close)
+        claims = Claims(other, PoolOptions(name="w"))
+        claims.register(bell.getsockname()[1])
+        queue.enqueue("x")
+        claim = self.claim_one(other, claims).claim
+        heard, output = [], Output(99)
+        output.feed(b"so far")
+        while heard[-1:] != [queuectl.NEW_JOBS]:
+            heard.append(bell.recv(99))
+
+        def answer():
+            heard.append(bell.recv(99))
+            claims.turn({}, {claim: output}, [])
+        thread = threading.Thread(target=answer)
+        thread.start()
+        self.assertEqual(queue.fresh_run("job-1", patience=DEADLINE).output, b"so far")
+        thread.join()
+        self.assertEqual(heard[-1], queuectl.PEEK)
+        claims.turn({claim: Outcome("completed", 0, None, 1.0, b"so far, all", 11)}, {}, [])
+        self.assertEqual(queue.fresh_run("job-1", 1, DEADLINE).output, b"so far, all")
+
+    def test_progress_counts_all_that_was_done_though_it_is_deleted(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for state in (COMPLETED, COMPLETED, DEAD, CANCELLED, PROCESSING, PENDING):
+            job = self.in_state(queue, claims, state)
+            if state in queuectl.OVER:
+                queue.delete(job.id)
+        self.assertEqual(queue.progress(), (1, 1, 2, 2))
+        self.assertEqual(queue.progress("other"), (0, 0, 0, 0))
+
+    def test_only_jobs_that_could_start_stand_before_a_job(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, queues=("default", "paused", "full", "roomy"))
+        queue.enqueue("x", queue="full")
+        self.claim_one(queue, claims)
+        queue.limit_queue("full", 1)
+        queue.limit_queue("roomy", 2)
+        queue.pause("paused")
+        for name in ("paused", "full", "foreign", "roomy", "default"):
+            queue.enqueue("x", queue=name)
+        last = queue.enqueue("x")
+        queue.enqueue("x")
+
+        self.assertEqual(queue.waiting_for(last), ["behind 2 other jobs"])
+        self.a_pool(queue, name="all")
+        self.assertEqual(queue.waiting_for(last), ["behind 3 other jobs"])
+
+    def test_what_was_claimed_ahead_is_not_shown_as_running(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 3)
+        claims.turn({}, {}, [1], ahead=1)
+        self.assertEqual([job.id for job in queue.workers()[0].running], ["job-1"])
+
+    def test_each_queue_has_its_own_statistics_and_oldest_job(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x"), Spec("x", queue="q")])
+        claims.turn(dict.fromkeys([one.claim for one in claims.turn(
+            {}, {}, [1, 2]).claimed], Outcome("completed", 0, None, 1.0)), {}, [])
+        queue.enqueue("x")
+        queue.enqueue_many([Spec("x", run_at=NOON + 10), Spec("x", queue="q", run_at=NOON + 20)])
+        self.assertEqual(queue.scrape().oldest, {"default": 0.0})
+        self.clock.now += 30
+
+        stats = queue.stats()
+        self.assertEqual([(name, one.enqueued, one.completed, one.run_time.n)
+                          for name, one in stats.items()],
+                         [("", 5, 2, 2), ("default", 3, 1, 1), ("q", 2, 1, 1)])
+        self.assertEqual(queue.scrape().oldest, {"default": 30.0, "q": 10.0})
+
+    def test_a_job_and_those_that_wait_for_it_are_deleted_together(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.enqueue("x", id="b", after=["a"])
+        with self.assertRaises(queuectl.InUse):
+            queue.delete("a")
+        self.assertEqual([job.id for job in queue.delete("a", "b")], ["a", "b"])
+        self.assert_sound(queue)
+
+    def test_a_sweep_that_cancels_passes_over_what_is_over(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for state in (COMPLETED, DEAD, CANCELLED, FAILED, PROCESSING, PENDING):
+            self.in_state(queue, claims, state)
+        self.assertEqual(swept(queue, "cancel"), ["job-6", "job-5", "job-4"])
+        self.assertEqual(queue.job("job-5").wish, "cancel")
+
+    def test_names_and_limits_of_queues_are_checked(self):
+        queue = self.a_queue()
+        for call in (queue.pause, queue.resume, lambda name: queue.limit_queue(name, 1)):
+            with self.assertRaises(queuectl.InvalidJob) as caught:
+                call("a b")
+            self.assertEqual(caught.exception.key, "queue")
+        for limit in (-1, 10**9 + 1):
+            with self.assertRaises(queuectl.InvalidValue):
+                queue.limit_queue("q", limit)
+        queue.limit_queue("q", 10**9)
+        queue.limit_queue("q", 0)
+        self.assertEqual([view.name for view in queue.queues()], ["default"])
+
+    def test_a_schedule_that_is_resumed_without_having_rested_keeps_its_turn(self):
+        queue = self.a_queue()
+        due = queue.add_schedule("s", "*/10 * * * *", command="x").next_run
+        self.clock.now += 3600
+        self.assertEqual(queue.pause_schedule("s", False).next_run, due)
+        self.assertEqual(queue.pause_schedule("s").next_run, due)
+
+    def test_a_pool_is_asked_to_stop_by_its_name_or_with_all(self):
+        queue = self.a_queue()
+        pools = self.a_pool(queue, name="one"), self.a_pool(queue, name="two")
+
+        def wishes():
+            return [pool.turn({}, {}, []).stop for pool in pools]
+        with self.assertRaisesRegex(queuectl.NoSuchWorker, "did you mean `two`") as caught:
+            queue.stop_workers("one", "tow")
+        self.assertEqual(wishes(), [None, None])
+        self.assertEqual([one.name for one in queue.stop_workers("one")], ["one"])
+        self.assertEqual(wishes(), ["drain", None])
+        self.assertEqual([one.name for one in queue.stop_workers(now=True)], ["one", "two"])
+        self.assertEqual(wishes(), ["now", "now"])
+        with self.assertRaises(queuectl.NoSuchWorker) as caught:
+            queue.stop_workers("nobody at all")
+        self.assertIn("worker list", caught.exception.hint)
+
 
 # ---- 11 Claims ---------------------------------------------------------------
 
@@ -2963,6 +3529,215 @@ class Turns(TestCase):
                 for job_id in self.ticks(*pools):
                     added[queue.job(job_id).command].append(time.localtime(self.clock.now))
         return added
+
+    def leave_behind(self, queue, claims):
+        """The pool is as one that died: no lock, and by its row of an earlier boot."""
+        let_go(claims._lock)
+        with queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'earlier' WHERE id = :id",
+                     {"id": claims.worker.id})
+
+    def test_a_pool_is_in_the_table_as_it_says_until_it_leaves(self):
+        queue = self.a_queue()
+        claims = Claims(queue, PoolOptions(slots=3, queues=("a", "b")))
+        worker = claims.register(4567)
+        self.assertEqual(queue.store.workers(), [worker])
+        self.assertEqual((worker.pid, worker.slots, worker.queues, worker.port, worker.beat),
+                         (os.getpid(), 3, ("a", "b"), 4567, 0))
+        self.assertIn(str(os.getpid()), worker.name)
+
+        claims.leave()
+        self.assertEqual(queue.store.workers(), [])
+        let_go(queue.host.locks.hold(queuectl.POOL_LOCKS + worker.id))
+
+    def test_the_name_of_a_dead_pool_is_free_and_its_jobs_are_still_found(self):
+        queue = self.a_queue()
+        dead = self.a_pool(queue, name="w")
+        queue.enqueue("x")
+        let_go(self.claim_one(queue, dead).lock)
+        self.leave_behind(queue, dead)
+        claims = self.a_pool(queue, name="w")
+        self.assertEqual([one.name for one in queue.store.workers()],
+                         [f"w#{dead.worker.id}", "w"])
+
+        claims.forget_dead()        # it has a job yet
+        self.assertEqual(len(queue.store.workers()), 2)
+        [lost] = claims.stranded({})
+        self.assertEqual((lost.run.job, lost.owner.id), (1, dead.worker.id))
+        [settled] = claims.rescue(lost.run)
+        self.assertEqual((settled.job.state, settled.job.crashes), (FAILED, 1))
+        self.assertEqual([one.name for one in queue.store.workers()], ["w"])
+        self.assertEqual((claims.stranded({}), claims.rescue(lost.run)), ([], []))
+
+    def test_dead_pools_that_hold_nothing_are_forgotten_and_others_are_not(self):
+        queue = self.a_queue()
+        claims, dead, living = (self.a_pool(queue, name=name) for name in "abc")
+        living.turn({}, {}, [])
+        self.assertEqual(claims.beats(), {dead.worker.id: 0, living.worker.id: 1})
+        self.leave_behind(queue, dead)
+        claims.forget_dead()
+        self.assertEqual([one.name for one in queue.store.workers()], ["a", "c"])
+
+    def test_a_run_whose_pool_is_not_in_the_table_is_stranded(self):
+        queue = self.a_queue()
+        claims, other = self.a_pool(queue, name="a"), self.a_pool(queue, name="b")
+        queue.enqueue("x")
+        self.claim_one(queue, claims)
+        with queue.store.transaction() as store:
+            store.do(queuectl.Sql.DELETE_WORKER, {"id": claims.worker.id})
+        self.assertEqual([(lost.run.job, lost.owner) for lost in other.stranded({})],
+                         [(1, None)])
+
+    def test_only_what_was_claimed_ahead_and_left_nothing_is_handed_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 4)
+        claimed = claims.turn({}, {}, [1, 2], ahead=2).claimed
+        for one, has_begun in zip(claimed, (True, False, True, False)):
+            let_go(one.lock)
+            claims.rescue(queue.runs(one.job.id)[0], has_begun)
+
+        self.assertEqual([(run.outcome, run.duration) for n in range(1, 5)
+                          for run in queue.runs(f"job-{n}")],
+                         [("lost", None)] * 3 + [("released", None)])
+        self.assertEqual(queue.stats()[""].lost, 3)
+        self.assertEqual(queue.stats()[""].run_time.n, 0)
+
+    def test_a_run_claimed_ahead_begins_when_a_slot_is_free(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 3)
+        first, second = claims.turn({}, {}, [], ahead=2).claimed
+        self.clock.now += 5
+        begun = claims.begin(first, 2)
+        claims.turn({}, {}, [])
+
+        self.assertEqual((begun.slot, second.slot), (2, queuectl.AHEAD))
+        later, run = queuectl.iso(NOON + 5), queue.runs("job-1")[0]
+        self.assertEqual((queue.job("job-1").started_at, run.started_at, run.slot),
+                         (later, later, 2))
+        self.assertEqual(queue.job("job-2").started_at, queuectl.iso(NOON))
+
+    def test_until_all_that_is_due_is_in_line_nothing_is_claimed(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", run_at=NOON + 1, cwd="/")] * queuectl.DUE_BATCH)
+        queue.enqueue("x", id="urgent", run_at=NOON + 2, priority=9)
+        self.clock.now += 10
+
+        turn = claims.turn({}, {}, [1])
+        self.assertEqual((turn.behind, turn.claimed), (True, []))
+        turn = claims.turn({}, {}, [1])
+        self.assertEqual((turn.behind, turn.claimed[0].job.id), (False, "urgent"))
+        self.assertEqual(turn.mine, {turn.claimed[0].claim: None})
+
+    def test_a_run_ended_by_a_cancel_is_told_as_such_whatever_its_status(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        claim = self.claim_one(queue, claims).claim
+        queue.cancel("job-1")
+        turn = claims.turn({}, {}, [])
+        self.assertEqual(turn.mine, {claim: "cancel"})
+        claims.turn({claim: Outcome("failed", 143, "killed", 2.0)}, {}, [])
+        self.assertEqual((queue.job("job-1").state, queue.runs("job-1")[0].outcome),
+                         (CANCELLED, "cancelled"))
+        self.assertEqual(queue.stats()[""].run_time.n, 1)
+
+    def test_a_pool_has_drained_when_its_own_queues_hold_nothing_for_now(self):
+        for held, is_drained in (
+                ("other pending", True), ("other processing", True), ("q pending", False),
+                ("q processing", False), ("q failed", False), ("q due", False),
+                ("q later", True), ("q cancelled", True), ("other failed", True)):
+            with self.subTest(held):
+                self.path = self.path_of(f"{held}.db")
+                queue = self.a_queue()
+                name, what = held.split()
+                worker = self.a_pool(queue, name="worker")
+                queue.enqueue("x", queue=name, delay={"due": 5, "later": 60}.get(what))
+                if what in ("processing", "failed"):
+                    claim = self.claim_one(queue, worker).claim
+                    if what == "failed":
+                        worker.turn({claim: Outcome("failed", 1)}, {}, [])
+                elif what == "cancelled":
+                    queue.cancel("job-1")
+                self.clock.now += 10
+                mine = self.a_pool(queue, name="mine", queues=("q",))
+                self.assertIs(mine.is_drained(), is_drained)
+                if name == "other":
+                    self.assertIs(worker.is_drained(), False)
+
+    def test_there_is_work_when_something_may_start_or_its_time_has_come(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+
+        def looks():
+            return claims.is_work_there(), claims.next_due()
+        self.assertEqual(looks(), (False, None))
+        queue.add_schedule("s", "*/10 * * * *", command="x")
+        queue.enqueue("x", id="late", delay=700)
+        self.assertEqual(looks(), (False, NOON + 600))
+        queue.enqueue("x", id="soon", delay=60)
+        self.assertEqual(looks(), (False, NOON + 60))
+        self.assertEqual(queue.status().next_due.id, "soon")
+        self.clock.now += 60
+        self.assertEqual(looks(), (True, NOON + 60))
+        self.assertEqual(len(claims.turn({}, {}, [1]).claimed), 1)
+        self.assertEqual(looks(), (False, NOON + 600))
+        self.clock.now = NOON + 600
+        self.assertEqual(looks(), (True, NOON + 600))
+        queue.pause_schedule("s")
+        self.assertEqual(looks(), (False, NOON + 700))
+        queue.enqueue("x")
+        self.assertEqual(looks(), (True, NOON + 700))
+
+    def test_of_each_run_is_kept_what_it_left_and_the_last_is_shown(self):
+        queue = self.a_queue()
+        claims, other = self.a_pool(queue, name="w"), self.a_pool(queue, name="other")
+        queue.enqueue("x", id="a")
+        queue.enqueue("x", id="b")
+        claim = self.claim_one(queue, claims).claim
+        foreign = self.claim_one(queue, other).claim
+        output = Output(9)
+        output.feed(b"same")
+        self.clock.now += 1
+        self.assertEqual(claims.turn({}, {claim: output}, []).mine, {claim: None})
+        claims.turn({claim: Outcome("failed", 3, "no luck", 1.5, b"SAME", 4)}, {}, [])
+        job, ended = queue.job("a"), queuectl.iso(self.clock.now)
+        self.clock.now += 3600
+        [again] = claims.turn({}, {}, [2]).claimed
+
+        first, second = queue.runs("a")
+        self.assertEqual((job.exit_code, job.error, job.updated_at, job.finished_at),
+                         (3, "no luck", ended, ended))
+        self.assertEqual(
+            (first.outcome, first.exit_code, first.error, first.duration, first.output,
+             first.slot, first.started_at, first.finished_at),
+            ("failed", 3, "no luck", 1.5, b"SAME", 1, queuectl.iso(NOON), ended))
+        self.assertEqual((second.number, second.slot, second.outcome), (2, 2, None))
+        self.assertEqual([queue.run("a", n).claim for n in (1, 2, None)],
+                         [claim, again.claim, again.claim])
+        self.assertEqual(queue.run("b").claim, foreign)
+        self.assertEqual(queue.job("a").error, None)
+        for number, words in ((3, "no run 3"), (0, "no run 0")):
+            with self.assertRaisesRegex(queuectl.NoSuchRun, words):
+                queue.run("a", number)
+
+    def test_each_of_the_last_minutes_has_its_own_numbers(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for _ in range(4):
+            queue.enqueue("x")
+            claims.turn({self.claim_one(queue, claims).claim:
+                         Outcome("completed", 0, None, 1.0)}, {}, [])
+            self.clock.now += 60
+        self.clock.now -= 60
+        self.assertEqual([(one.at, one.completed) for one in queue.history(3)],
+                         [(queuectl.iso(NOON + 60 * n), 1) for n in (1, 2, 3)])
+        self.clock.now -= 60    # what a clock that was ahead has counted is not shown
+        self.assertEqual([one.completed for one in queue.history(2)], [1, 1])
+        self.assertEqual(queue.stats(59.0)[""].completed, 3)
+        self.assertEqual([one.completed for one in queue.history(2, "other")], [0, 0])
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -9116,6 +9891,363 @@ def fuzz(cases, seed):
     print(f"{made} cases, {broken} internal errors: {'NOT ' * bool(failed or broken)}as "
           "described")
     return 1 if failed or broken else 0
+
+
+# ---- Mutants -----------------------------------------------------------------
+# Does any test notice if a decision is made differently? One node of one function is
+# changed in a fork of this process, and the tests that have met its statement run
+# there, the quickest first, until one fails. What survives shows that a test is
+# missing, that code is not needed, or that the change makes no difference.
+
+# The sections that decide.
+DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims", "Pool")
+JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
+          Views, Web, Metrics, CommandLine, Completion)
+SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
+JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
+JUDGE_PATIENCE = 40     # seconds for a test, looked at twice, that is to be a judge
+
+OTHERS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
+          ast.In: ast.NotIn, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Break: ast.Continue}
+OTHERS.update({new: old for old, new in OTHERS.items()})
+OTHERS.update({ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult})
+OTHER_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+NEEDLESS = ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Raise, ast.Delete
+NO_DECISION = ("annotation", "returns", "decorator_list", "format_spec")
+OTHER_SQL = (
+    (r"\bAND\b[^()]*?(?=\n|$)", ""), (r"\bWHERE\b.*?\bAND\b", "WHERE"),
+    (r"<=|>=", lambda found: found[0][0]), (r"(?<!<)[<>](?![=>])", r"\g<0>="),
+    (r"\bDESC\b", "ASC"), (r"ORDER BY \w+(?! DESC)\b", r"\g<0> DESC"), ("MIN", "MAX"),
+    ("MAX", "MIN"), (r"IS NOT NULL", "IS NULL"), ("<>", "="), ("=", "<>"), (r"\bOR\b", "AND"),
+    (r"(?<=[a-z]) \+ ", " - "), (r"(?<=[a-z]) - ", " + "), (r"LIMIT :\w+", ""),
+    (r"\w+ = :\w+,", ""), (r", \w+ = :\w+", ""), (r"\b\d+$", "0"), (r"UNION ALL", "EXCEPT"))
+
+
+class Mutant(NamedTuple):
+    """One change, and how to make it in a process."""
+    section: str
+    line: int
+    what: str
+    lines: range                # of the statement; a test that met one may notice
+    make: Callable[[], None]
+
+
+def other_nodes(node, parent, field):
+    """What may stand in a node's place."""
+    kind = type(node)
+    if field == "test" and kind is not ast.Constant:
+        yield ast.Constant(False)
+        if not isinstance(parent, ast.While):
+            yield ast.Constant(True)
+    if field == "ifs":
+        yield ast.Constant(True)
+    if kind in OTHERS:
+        yield OTHERS[kind]()
+    elif kind is ast.Name and node.id in OTHER_NAMES:
+        yield ast.Name(OTHER_NAMES[node.id], ast.Load())
+    elif kind is ast.Constant and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif kind is ast.Constant and isinstance(node.value, (int, float)):
+        yield ast.Constant(node.value + 1)
+    elif kind is ast.Constant and isinstance(node.value, (str, bytes)):
+        yield ast.Constant(node.value[:0] if node.value else "other")
+    elif kind is ast.BoolOp:
+        for value in node.values:
+            rest = [one for one in node.values if one is not value]
+            yield ast.BoolOp(node.op, rest) if rest[1:] else rest[0]
+    elif kind is ast.UnaryOp and isinstance(node.op, (ast.Not, ast.USub)):
+        yield node.operand
+    elif kind is ast.Return and getattr(node.value, "value", node) is not None:
+        yield ast.Return(ast.Constant(None))
+    elif kind in NEEDLESS and not isinstance(node.value if kind is ast.Expr else None,
+                                             (ast.Constant, ast.Yield)):
+        yield ast.Pass()
+
+
+def other_trees(parent, statement, words=True):
+    """Change each node below in each way, for the time of a step: (what, statement).
+
+    Texts of messages decide nothing.
+    """
+    for field, value in ast.iter_fields(parent):
+        holder, keys = (value, range(len(value))) if isinstance(value, list) \
+            else (vars(parent), [field])
+        for key in [] if field in NO_DECISION else keys:
+            node = holder[key]
+            text = getattr(node, "value", None)
+            if not isinstance(node, ast.AST) or isinstance(node, ast.Assert) \
+                    or (isinstance(node, ast.Expr) and isinstance(text, ast.Constant)) \
+                    or (not words and isinstance(text, str)):
+                continue
+            own = node if isinstance(node, ast.stmt) else statement
+            for other in other_nodes(node, parent, field):
+                old, new = (" ".join(ast.unparse(one).split()) or type(one).__name__
+                            for one in (node, other))
+                holder[key] = ast.fix_missing_locations(ast.copy_location(other, node))
+                yield getattr(node, "lineno", getattr(parent, "lineno", own.lineno)), f"{old} -> {new}", own
+                holder[key] = node
+            yield from other_trees(node, own, words and not isinstance(
+                node, (ast.Raise, ast.JoinedStr)))
+
+
+class Met:
+    """The lines of the module that this process meets; and its forks, by a file."""
+    lines, file = set(), None
+
+    @classmethod
+    def trace(cls, frame, event, arg):
+        """For `sys.settrace`."""
+        if frame.f_code.co_filename != MODULE:
+            return None
+        if event == "line":
+            cls.lines.add(frame.f_lineno)
+        return cls.trace
+
+    @classmethod
+    def save(cls):
+        """Called by a fork at its end."""
+        if cls.file:
+            sys.settrace(None)
+            with open(cls.file, "a") as file:
+                file.write("".join(f"{line}\n" for line in cls.lines))
+
+    @classmethod
+    def by(cls, test):
+        """The lines that a test meets; none if it fails."""
+        cls.lines, cls.file = set(), os.path.join(tempfile.tempdir, "lines")
+        open(cls.file, "w").close()
+        threading.settrace(cls.trace)
+        sys.settrace(cls.trace)
+        try:
+            passed = passes(test)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+        with open(cls.file) as file:
+            return cls.lines.union(map(int, file)) if passed else set()
+
+
+class Inside(subprocess.Popen):
+    """Runs our own program in a fork of this process: at once, and as changed here."""
+
+    def __init__(self, args, *rest, **options):
+        if args[:2] == [sys.executable, MODULE]:
+            options["preexec_fn"] = functools.partial(
+                self._run, args[2:], options.get("env"), options.get("preexec_fn"),
+                options.get("pass_fds", ()))
+        super().__init__(args, *rest, **options)
+
+    @staticmethod
+    def _run(argv, env, before, kept):
+        if before:
+            before()
+        for fd in map(int, os.listdir("/dev/fd")):
+            if fd > 2 and fd not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+        try:
+            code = queuectl.main(argv)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            Met.save()
+            os._exit(code)
+
+
+def passes(test):
+    """Whether a test, run here, was not seen to fail."""
+    result = unittest.TestResult()
+    test.run(result)
+    return result.wasSuccessful()
+
+
+def forked(work):
+    """What a fork of this process returns as its exit status; it leaves nothing behind."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")     # not a test's
+            subprocess.Popen = Inside
+            os._exit(work())
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    with contextlib.suppress(ChildProcessError):    # what it left comes to us: see below
+        while True:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                for left in file.read().split():
+                    os.kill(int(left), signal.SIGKILL)
+            os.waitpid(-1, 0)
+    for name in os.listdir(tempfile.tempdir):
+        if name.startswith("queuectl"):
+            shutil.rmtree(os.path.join(tempfile.tempdir, name), True)
+    return status
+
+
+def judged(classes):
+    """[(seconds, test, the lines that it meets)] of the tests that pass, quickest first."""
+    tests = [test for one in classes
+             for test in unittest.defaultTestLoader.loadTestsFromTestCase(one)]
+    told = os.path.join(tempfile.tempdir, "told")
+
+    def look(n):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(JUDGE_PATIENCE)
+        begun = time.monotonic()
+        if passes(tests[n]):
+            took = time.monotonic() - begun
+            met = json.dumps([took, *Met.by(tests[n])])
+            with open(told, "w") as file:
+                file.write(met)
+        return 0
+    found = []
+    for n, test in enumerate(tests):    # a fork each: no cache may know the right answer
+        with open(told, "w") as file:
+            file.write("[0]")
+        forked(functools.partial(look, n))
+        with open(told) as file:
+            took, *lines = json.load(file)
+        found.append((took, n, test, frozenset(lines)))
+    return [(took, test, lines) for took, _, test, lines in sorted(found) if lines]
+
+
+def survives(mutant, tests):
+    """Whether no test notices; one that takes far too long does."""
+    def work():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        mutant.make()
+        for took, test in tests:
+            signal.setitimer(signal.ITIMER_REAL, 3 + 10 * took)
+            if not passes(test):
+                return 1
+        return 0
+    return forked(work) == 0
+
+
+def changed_function(owner, function):
+    """A callable that puts the code of a changed function into the module's own."""
+    tree = ast.parse(f"class {owner.__name__}: pass" if isinstance(owner, type) else "")
+    (tree.body[0] if tree.body else tree).body = [function]
+    space = dict(vars(queuectl))
+    exec(compile(tree, MODULE, "exec", annotations.compiler_flag, True), space)
+    new = space[function.name] if owner is queuectl \
+        else vars(space[owner.__name__])[function.name]
+    old = vars(owner)[function.name]
+    old = inspect.unwrap(getattr(old, "fget", None) or getattr(old, "__func__", old))
+
+    def make():
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(old, name, getattr(new, name))
+    return make
+
+
+def code_mutants(tree, section_of, names):
+    """Mutants of the functions of some sections."""
+    owners = [(queuectl, tree), *((getattr(queuectl, node.name), node)
+                                  for node in tree.body if isinstance(node, ast.ClassDef))]
+    for owner, node in owners:
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef) and section_of(function.lineno) in names:
+                function.decorator_list = []
+                for line, what, own in other_trees(function, function):
+                    last = own.end_lineno if own is function or not hasattr(own, "body") \
+                        else max(own.lineno, own.body[0].lineno - 1)
+                    yield Mutant(section_of(line), line, what,
+                                 range(own.lineno, last + 1),
+                                 changed_function(owner, function))
+
+
+def sql_mutants(tree, users):
+    """Mutants of the statements, judged where they are used."""
+    [table] = [node for node in tree.body if getattr(node, "name", "") == "Sql"]
+    for node in table.body:
+        name = getattr(getattr(node, "targets", [None])[0], "id", "")
+        text = getattr(queuectl.Sql, name, None)
+        if not isinstance(text, str) or name == "SCHEMA" or text.startswith("PRAGMA"):
+            continue
+        for old, new in OTHER_SQL:
+            for found in re.finditer(old, text):
+                other = found.expand(new) if isinstance(new, str) else new(found)
+                if other == found[0]:
+                    continue
+                line = node.lineno + text.count("\n", 0, found.start())
+                yield Mutant("SQL", line, f"{name}: {found[0].strip()} -> {other}",
+                             users[name], functools.partial(
+                    setattr, queuectl.Sql, name,
+                    text[:found.start()] + other + text[found.end():]))
+
+
+def mutants(names):
+    """The mutants of some sections; and by section how many changes outside of functions are not tried."""
+    source = inspect.getsource(queuectl)
+    tree = ast.parse(source)
+    banners = [(source.count("\n", 0, found.start()) + 1, found[1])
+               for found in re.finditer(r"^# ---- \d+ (\w+) -+$", source, re.M)]
+
+    def section_of(line):
+        return [name for start, name in [(0, ""), *banners] if start <= line][-1]
+    users = collections.defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("Sql", "cls"):
+            users[node.attr].add(node.lineno)
+    blocks = [tree, *(node for node in tree.body
+                      if isinstance(node, ast.ClassDef) and node.name != "Sql")]
+    bare = ast.Module([node for block in blocks for node in block.body if not isinstance(
+        node, (ast.FunctionDef, ast.ClassDef, ast.If))], [])
+    untried = collections.Counter(
+        section_of(line) for line, _, _ in other_trees(bare, bare.body[0]))
+    return itertools.chain(code_mutants(tree, section_of, names), sql_mutants(
+        tree, users) if "SQL" in names else ()), untried
+
+
+def mutate(names, scale, seed):
+    """Try a share of the mutants of some sections: what survives, and a table."""
+    names, chance = names or DECIDING, random.Random(seed)
+    with contextlib.suppress(OSError, AttributeError):  # orphans come to us, who end them
+        import ctypes
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    tempfile.tempdir = tempfile.mkdtemp(prefix="queuectl mutants ", dir=FAST)
+    begun, (all_mutants, untried) = time.monotonic(), mutants(names)
+    judges = {None: judged(JUDGES)}
+    for name in names:
+        judges[name] = judges[None] + judged(SECTION_JUDGES.get(name, ()))
+    print(f"{len(judges[None])} tests looked at in {time.monotonic() - begun:.0f} s")
+    figures = {name: collections.Counter() for name in names}
+    for mutant in all_mutants:
+        if chance.random() > scale:
+            continue
+        tests, left = [], JUDGE_SECONDS
+        for took, test, lines in judges[mutant.section]:
+            if left > took and not lines.isdisjoint(mutant.lines):
+                tests.append((took, test))
+                left -= took
+        fate = "untouched" if not tests else \
+            "survived" if survives(mutant, tests) else "killed"
+        figures[mutant.section][fate] += 1
+        if fate != "killed":
+            print(f"{mutant.section} {mutant.line}: {mutant.what}"
+                  f"{'   (no test meets it)' * (not tests)}", flush=True)
+    shutil.rmtree(tempfile.tempdir, True)
+    print(f"{'section':10} mutants  killed  survived  untouched  score  not tried")
+    for name, count in figures.items():
+        share = count["killed"] / max(1, count["killed"] + count["survived"])
+        print(f"{name:10} {sum(count.values()):7} {count['killed']:7} "
+              f"{count['survived']:9} {count['untouched']:10} {share:6.1%} "
+              f"{untried[name]:10}")
+    print(f"in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
 # ---- Anywhere ----------------------------------------------------------------
 
 class Anywhere(Processes):
@@ -10418,7 +11550,7 @@ def demo(count=1000, slots=4):
 
 
 def main():
-    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`; without a flag the tests."""
+    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`, `--mutants`; or the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
@@ -10426,6 +11558,7 @@ def main():
                         metavar="SHARE")
     parser.add_argument("--fuzz", type=int, nargs="?", const=5000, metavar="CASES")
     parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
+    parser.add_argument("--mutants", nargs="*", choices=DECIDING, metavar="SECTION")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
     args, rest = parser.parse_known_args()
@@ -10437,6 +11570,8 @@ def main():
         return chaos(args.chaos, args.seed)
     if args.fuzz is not None:
         return fuzz(args.fuzz, args.seed)
+    if args.mutants is not None:
+        return mutate(args.mutants, args.scale, args.seed)
     if args.crash_points is not None:
         return crash_points(args.crash_points, args.seed)
     return unittest.main(argv=[sys.argv[0], *rest])
