@@ -6,10 +6,11 @@ Where the tests of a section are
      5 Input .......... Input                   14 Runner ...... Program
      6 SQL ............ Statements              15 Pool ........ Program, Model
      7 Store .......... Files, BadGround        16 Page ........ Browser
-     8 Host ........... Hosts, Notices          17 to 21 ....... Web, WebServer
-     9 Ledger ......... Promises                22 CLI ......... CommandLine, Program
-    10 Queue .......... Promises                23 Completion .. Completion, Shells
-    11 Claims ......... Turns, Model            24 Main ........ CommandLine, Program
+     8 Host ........... Hosts, Notices          17 to 22 ....... Web, WebServer
+     9 Ledger ......... Promises                23 Install ..... Services, Shells
+    10 Queue .......... Promises                24 CLI ......... CommandLine, Program
+    11 Claims ......... Turns, Model            25 Completion .. Completion, Shells
+                                                26 Main ........ CommandLine, Program
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
 
