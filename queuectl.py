@@ -11510,6 +11510,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
         raise UsageError("ids and filters are both given" if is_wide
                          else "no jobs are named",
                          f"give ids, or --all, {state}--queue, --tag or --search")
+    if args.search == "":   # a variable that is not set must not stand for all jobs
+        raise UsageError("--search names no text", "give --all, if all are meant")
     return is_wide
 
 

@@ -4587,6 +4587,17 @@ class CommandLine(TestCase):
     def cli(self, *argv):
         return run_cli("--db", self.path, *argv)
 
+    def test_a_search_for_nothing_is_no_word_for_all(self):
+        with Queue(self.path) as queue:
+            queue.enqueue("x")
+
+        for verb in ("delete", "cancel", "retry"):
+            code, _, err = run_cli(verb, "--search", "", "--yes", "--db", self.path)
+            self.assertEqual((code, "--search names no text" in err), (2, True))
+
+        with Queue(self.path) as queue:
+            self.assertEqual([job.state for job in queue.jobs()], [PENDING])
+
     def test_the_words_of_a_command_keep_their_boundaries(self):
         self.cli("enqueue", "--", "sh", "-c", "a && b")
         self.assertEqual(json.loads(self.cli("show", "job-1", "--json")[1])["command"],
