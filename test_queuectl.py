@@ -7437,10 +7437,15 @@ class Nemesis:
         with open(os.path.join(self.dir, "logs", name), errors="replace") as file:
             log = file.read()
         in_charge = f"worker {name} started" in log and f"worker {name} stopped" not in log
-        if status not in (0, -signal.SIGKILL) and (in_charge or status not in SIGNALLED):
+        fitting = [0, -signal.SIGKILL]
+        if not in_charge:
+            # Python's own words for a SIGINT before ours are loaded; 1 is its own, too.
+            log, interrupts = re.subn(
+                r"(?s)(?:Fatal Python error: init_import_site[^\n]*\n[^\n]*\n)?"
+                r"Traceback (?:(?!in main).)*\nKeyboardInterrupt\n", "", log)
+            fitting += [*SIGNALLED, *([1] if interrupts else [])]
+        if status not in fitting:
             self.strange.append(f"pool {name} ended with {status}")
-        if not in_charge:   # Python's own words for a SIGINT before ours are loaded
-            log = re.sub(r"(?s)Traceback (?:(?!in main).)*\nKeyboardInterrupt\n", "", log)
         self.strange += [f"{name}: {line}" for line in log.splitlines()
                          if "Traceback" in line or "rror:" in line
                          or "itself failed" in line]
