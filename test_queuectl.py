@@ -7442,7 +7442,8 @@ class Nemesis:
             # Python's own words for a SIGINT before ours are loaded; 1 is its own, too.
             log, interrupts = re.subn(
                 r"(?s)(?:Fatal Python error: init_import_site[^\n]*\n[^\n]*\n)?"
-                r"Traceback (?:(?!in main).)*\nKeyboardInterrupt\n", "", log)
+                r"Traceback (?:(?!queuectl.py\", line \d+, in main).)*\nKeyboardInterrupt\n",
+                "", log)
             fitting += [*SIGNALLED, *([1] if interrupts else [])]
         if status not in fitting:
             self.strange.append(f"pool {name} ended with {status}")
