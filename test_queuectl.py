@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import gc
 import http.client
 import importlib.util
 import inspect
@@ -9537,6 +9538,12 @@ def changed_function(owner, function):
     old = inspect.unwrap(getattr(old, "fget", None) or getattr(old, "__func__", old))
 
     def make():
+        inner = {id(one): other for one, other in zip(
+            *([part for part in code.co_consts if isinstance(part, types.CodeType)]
+              for code in (old.__code__, new.__code__))) if one.co_name == other.co_name}
+        for one in gc.get_objects() if inner else ():   # those made at the import
+            if isinstance(one, types.FunctionType) and id(one.__code__) in inner:
+                one.__code__ = inner[id(one.__code__)]
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             setattr(old, name, getattr(new, name))
     return make
