@@ -1221,7 +1221,13 @@ class Files(TestCase):
         db.close()
         with open(newer, "rb") as file:
             newer_file = file.read()
+        db = sqlite3.connect(other)
+        db.execute("PRAGMA user_version = 1")   # a format of its own
+        db.close()
+        with open(other, "rb") as file:
+            versioned_file = file.read()
         for content, error in ((sqlite_file, queuectl.NotAQueue),
+                               (versioned_file, queuectl.NotAQueue),
                                (newer_file, queuectl.NewerVersion),
                                (b"hello, this is no database\n" * 99, queuectl.NotAQueue)):
             with open(self.path, "wb") as file:
