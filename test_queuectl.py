@@ -28,6 +28,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import gc
 import http.client
 import importlib.util
 import inspect
@@ -1449,7 +1450,13 @@ class Files(TestCase):
         db.close()
         with open(newer, "rb") as file:
             newer_file = file.read()
+        db = sqlite3.connect(other)
+        db.execute("PRAGMA user_version = 1")   # a format of its own
+        db.close()
+        with open(other, "rb") as file:
+            versioned_file = file.read()
         for content, error in ((sqlite_file, queuectl.NotAQueue),
+                               (versioned_file, queuectl.NotAQueue),
                                (newer_file, queuectl.NewerVersion),
                                (b"hello, this is no database\n" * 99, queuectl.NotAQueue)):
             with open(self.path, "wb") as file:
@@ -10165,6 +10172,12 @@ def changed_function(owner, function):
     old = inspect.unwrap(getattr(old, "fget", None) or getattr(old, "__func__", old))
 
     def make():
+        inner = {id(one): other for one, other in zip(
+            *([part for part in code.co_consts if isinstance(part, types.CodeType)]
+              for code in (old.__code__, new.__code__))) if one.co_name == other.co_name}
+        for one in gc.get_objects() if inner else ():   # those made at the import
+            if isinstance(one, types.FunctionType) and id(one.__code__) in inner:
+                one.__code__ = inner[id(one.__code__)]
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             setattr(old, name, getattr(new, name))
     return make
