@@ -6075,7 +6075,8 @@ class Pool:
                 while not self._step():
                     self._sleep()
             except Moved as error:
-                self._say(f"error: {error}")
+                self._say(f"error: {error.message}, so this worker ends its jobs and "
+                          "stops; start it anew")
                 return EX_NO
             finally:
                 self._end_rides(LOST)
@@ -6180,9 +6181,6 @@ class Pool:
         """One transaction; if disk or lock forbids it, all is kept for the next one."""
         beats = time.monotonic() >= self._beat_at
         outputs = self._unsaved() if beats or self._peek else {}
-        if not self._queue.store.is_in_place():
-            raise Moved(f"{self._queue.path} was deleted or replaced, so this worker "
-                        "ends its jobs and stops", "start it anew")
         room = self._room()
         turn = self._claims.turn(self._ended, outputs, self._free[:room],
                                  self._ahead(room))
