@@ -5662,8 +5662,12 @@ queuectl.Store.changes = changes""")
                      "sleep 100")
         first = self.worker("--name", "first")
         wait_for(lambda: os.path.exists(self.path_of("second")), "the start")
-        first.send_signal(signal.SIGSTOP)
-        self.addCleanup(first.send_signal, signal.SIGCONT)
+        with contextlib.closing(sqlite3.connect(self.path, timeout=DEADLINE,
+                                                isolation_level=None)) as rival:
+            rival.execute("BEGIN IMMEDIATE")    # not with the lock in its hands
+            first.send_signal(signal.SIGSTOP)
+            self.addCleanup(first.send_signal, signal.SIGCONT)
+            os.waitpid(first.pid, os.WUNTRACED)
         self.worker("--name", "next")
         wait_for(lambda: len(self.read("runs").split()) == 2, "the second run")
         first.send_signal(signal.SIGCONT)
@@ -9520,7 +9524,7 @@ class BadGround(Processes):
 
     def test_many_jobs_over_several_full_disks_run_once_each(self):
         place = self.small_disk("8m")   # its WAL has room up to its checkpoint
-        self.call("enqueue", "-", input=b"echo $QUEUECTL_JOB_ID >> ran; sleep .1\n" * 20)
+        self.call("enqueue", "-", input=b"echo $QUEUECTL_JOB_ID >> ran; sleep .1\n" * 60)
         worker = self.worker("-c", "3", "--drain")
         for most in (2, 6, 10):
             wait_for(lambda most=most: os.path.exists(self.path_of("ran"))
@@ -9533,10 +9537,10 @@ class BadGround(Processes):
         self.assertEqual(worker.wait(DEADLINE), 0)
 
         self.assertEqual(sorted(self.read("ran").split()),
-                         sorted(f"job-{n}" for n in range(1, 21)))
+                         sorted(f"job-{n}" for n in range(1, 61)))
         with Queue(self.path) as queue:
-            self.assertEqual(queue.counts()[COMPLETED], 20)
-        self.assertLess(len(self.read("worker.log").splitlines()), 2 * 20 + 12)
+            self.assertEqual(queue.counts()[COMPLETED], 60)
+        self.assertLess(len(self.read("worker.log").splitlines()), 2 * 60 + 12)
         self.assert_sound()
 
     def test_where_files_may_not_grow_only_what_is_there_was_acknowledged(self):
