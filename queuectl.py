@@ -123,8 +123,9 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
-    from typing import Any, TextIO
+    from typing import Any, TextIO, TypeVar
 
+    T = TypeVar("T")
     Rows = Callable[..., list[tuple[Any, ...]]]     # those that a statement selects
 
 __version__ = "0.1.0"
@@ -219,8 +220,7 @@ POOL_FILES = 32        # descriptors of a pool beside those
 MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
 MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
-MAX_RETRIES = 10**9
-MAX_PRIORITY = 10**9
+MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
@@ -249,6 +249,12 @@ class QueueError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(f"{message}; {hint}" if hint else message)
         self.message, self.hint = message, hint
+
+    def name_line(self, number: int) -> None:
+        """Put the line at fault before the message; nothing for 0, which is none."""
+        if number:
+            self.message = f"line {number}: {self.message}"
+            self.args = (f"line {number}: {self}",)
 
 
 class UsageError(QueueError):
@@ -427,6 +433,11 @@ class Job(NamedTuple):
     wish: str | None            # CANCEL or LOST: somebody is ending this run
 
 
+# The keys of a job in JSON: its fields, but for what is the queue's own affair.
+JSON_KEYS = tuple(field for field in Job._fields
+                  if field not in ("seq", "gate", "rank", "claim", "wish"))
+
+
 class Run(NamedTuple):
     """One row of `runs`."""
     claim: int                  # never used twice (I4)
@@ -520,6 +531,12 @@ class Progress(NamedTuple):
         """How many are not over."""
         return self.waiting + self.running
 
+    def since(self, first: Progress) -> Progress:
+        """What waits and runs now, and what has come to an end since an earlier moment.
+        """
+        return self._replace(completed=self.completed - first.completed,
+                             unwell=self.unwell - first.unwell)
+
 
 class Outcome(NamedTuple):
     """How one run ended."""
@@ -582,6 +599,14 @@ class PoolOptions(NamedTuple):
     max_jobs: int | None = None
     grace: float | None = None          # seconds; None: wait for ever
 
+    def adapt(self, settings: Settings) -> Settings:
+        """The configuration as it holds in this pool: what it was given comes first."""
+        if self.timeout is not None:
+            settings = settings._replace(timeout=self.timeout)
+        if self.backoff_base is not None:
+            settings = settings._replace(backoff_base=self.backoff_base)
+        return settings
+
 
 class Settled(NamedTuple):
     """A run that was recorded: the job as it is now, and how it came to that."""
@@ -589,6 +614,21 @@ class Settled(NamedTuple):
     outcome: Outcome
     number: int         # of the run
     attempt: int        # which attempt the run was
+
+
+class Filter(NamedTuple):
+    """Which jobs are meant, beside their states; None: whatever they are.
+
+    As a record, so that a mistyped one is a TypeError: one that were passed over would
+    widen what is asked for, and what is deleted.
+    """
+    queue: str | None = None
+    tag: str | None = None
+    search: str | None = None           # text in the id or the command
+    ended_before: str | None = None     # a stored time
+    before: int | None = None           # only seqs below: to go on, newest first
+    ended_at: str | None = None         # with ended_seq: to go on, by their ends
+    ended_seq: int | None = None
 
 
 class Candidate(NamedTuple):
@@ -855,7 +895,7 @@ def parse_share(text: str) -> float:
     return float(text)
 
 
-def parse_whole(text: str, least: int = 0, most: int = MAX_RETRIES) -> int:
+def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
     """A whole number within bounds."""
     if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
@@ -956,11 +996,6 @@ def backoff(failures: int, base: float, settings: Settings, chance: float) -> fl
     return min(settings.backoff_max, wait)  # again: chance must not lift it over that
 
 
-def first_set(*values: float | None) -> float | None:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
-
-
 def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """The place in line, lower first; equal ranks go by run_at, then by age.
 
@@ -995,12 +1030,12 @@ def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, st
     return "fail", job, "its worker was lost"
 
 
-def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
-           chance: float, now: float) -> tuple[str, Job, str]:
+def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
+           now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
-    `base` is the pool's own backoff-base; a job's own comes before it. A job that
-    was to be cancelled and yet completed is completed: that is what happened.
+    A job's own backoff-base comes before that of the settings. A job that was to be
+    cancelled and yet completed is completed: that is what happened.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now))
@@ -1016,7 +1051,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, base: float | None,
     reason = outcome.error or outcome.kind
     if job.attempts >= job.max_retries:
         return "bury", job, reason
-    base = first_set(job.backoff_base, base, settings.backoff_base) or 0.0
+    base = settings.backoff_base if job.backoff_base is None else job.backoff_base
     wait = backoff(job.attempts, base, settings, chance)
     return "fail", job._replace(run_at=iso_up(now + wait)), reason
 
@@ -1515,10 +1550,31 @@ def _check_command(key: str, value: Any, now: float) -> str:
     return str(value)
 
 
+def parse_name(text: object) -> str:
+    """A name of a job, a queue, a tag, a worker or a schedule; else InvalidValue."""
+    if not isinstance(text, str) or not re.fullmatch(_NAME, text):
+        raise InvalidValue(f"{text!r} is not a name", NAME_FORM)
+    return text
+
+
+def parse_state(text: object) -> str:
+    """One of STATES; else InvalidValue, with the nearest."""
+    if text not in STATES:
+        raise InvalidValue(f"there is no state {text!r}",
+                           nearest(str(text), STATES) or "use " + ", ".join(STATES))
+    return str(text)
+
+
+def _in_job(key: str, parse: Callable[[Any], T], value: Any) -> T:
+    """What a parser makes of a job's field; InvalidJob where it refuses."""
+    try:
+        return parse(value)
+    except InvalidValue as error:
+        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+
+
 def _check_name(key: str, value: Any, now: float) -> str:
-    if not isinstance(value, str) or not re.fullmatch(_NAME, value):
-        raise InvalidJob(key, f"{key}: {value!r} is not a name", NAME_FORM)
-    return str(value)
+    return _in_job(key, parse_name, value)
 
 
 def _check_whole(key: str, value: Any, least: int, most: int) -> int:
@@ -1532,25 +1588,19 @@ def _check_whole(key: str, value: Any, least: int, most: int) -> int:
 
 
 def _check_priority(key: str, value: Any, now: float) -> int:
-    return _check_whole(key, value, -MAX_PRIORITY, MAX_PRIORITY)
+    return _check_whole(key, value, -MAX_WHOLE, MAX_WHOLE)
 
 
 def _check_retries(key: str, value: Any, now: float) -> int:
-    return _check_whole(key, value, 0, MAX_RETRIES)
+    return _check_whole(key, value, 0, MAX_WHOLE)
 
 
 def _check_duration(key: str, value: Any, now: float) -> float:
-    try:
-        return parse_duration(value)
-    except InvalidValue as error:
-        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+    return _in_job(key, parse_duration, value)
 
 
 def _check_time(key: str, value: Any, now: float) -> float:
-    try:
-        return parse_time(value, now)
-    except InvalidValue as error:
-        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+    return _in_job(key, lambda text: parse_time(text, now), value)
 
 
 def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
@@ -1594,8 +1644,7 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
     "tags": _check_names, "env": _check_env, "cwd": _check_cwd,
 }
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
-KEPT = ("state", "attempts", "created_at", "updated_at", "crashes", "worker",
-        "started_at", "finished_at", "exit_code", "error", "runs", "waiting_for")
+KEPT = (*(key for key in JSON_KEYS if key not in FIELDS), "runs", "waiting_for")
 # What a person may change while a job waits; not later: a pool keeps the job as it was
 # when claimed, and counts its end under the queue that it had then.
 EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
@@ -1680,14 +1729,12 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
 
 @contextlib.contextmanager
 def at_line(number: int) -> Iterator[None]:
-    """Put `line N: ` before the message of an InvalidJob; nothing for line 0."""
+    """Name the line in an InvalidJob; see `QueueError.name_line`."""
     try:
         yield
     except InvalidJob as error:
-        if number == 0:
-            raise
-        raise InvalidJob(error.key, f"line {number}: {error.message}",
-                         error.hint) from None
+        error.name_line(number)
+        raise
 
 
 def _decoded(line: bytes) -> str:
@@ -3327,6 +3374,33 @@ class Notifier:
         return True
 
 
+def stop_signals() -> list[int]:
+    """The signals that ask this process to stop: not SIGHUP under nohup."""
+    return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
+    """Have signals handled so, and written to a descriptor that wakes who polls it.
+
+    Without that, one that strikes another thread would not wake the main one (seen).
+    Only the main thread hears signals, so in any other nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler)
+              for number, handler in handlers.items()}
+    old_fd = signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
 # transaction that its caller has begun.
@@ -3407,12 +3481,15 @@ class Batch:
         run_at = now if spec.run_at is None else iso_up(spec.run_at)
         retries = spec.max_retries
         job = Job(
-            seq, spec.id or f"job-{seq}", spec.command, PENDING, 0,
-            self._settings.max_retries if retries is None else retries, now, now,
-            spec.queue, spec.priority, run_at, spec.timeout, spec.backoff_base,
-            spec.after, spec.unique, spec.tags, spec.env, spec.cwd or "", 0,
-            None, None, None, None, None, TIMED if run_at > now else OPEN,
-            rank_of(spec.priority, run_at, self._settings), None, None)
+            seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
+            attempts=0, max_retries=self._settings.max_retries if retries is None
+            else retries, created_at=now, updated_at=now, queue=spec.queue,
+            priority=spec.priority, run_at=run_at, timeout=spec.timeout,
+            backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
+            tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
+            started_at=None, finished_at=None, exit_code=None, error=None,
+            gate=TIMED if run_at > now else OPEN,
+            rank=rank_of(spec.priority, run_at, self._settings), claim=None, wish=None)
         if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
             raise JobExists(job.id)
         self._seqs[job.id] = seq
@@ -3598,6 +3675,40 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     return jobs
 
 
+def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
+              now: float) -> None:
+    store.many(Sql.END_RUN, [
+        {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
+         "finished_at": iso(now), "duration": outcome.duration,
+         "outcome": outcome.kind, "exit_code": outcome.exit_code,
+         "error": outcome.error, "output_bytes": outcome.output_bytes,
+         "output": outcome.output} for run, outcome in ends])
+    for run, outcome in ends:
+        store.tally(now, run.job.queue, f"run:{outcome.kind}")
+        if outcome.duration is not None:
+            store.tally(now, run.job.queue, "run_time", value=outcome.duration)
+
+
+def record(store: Store, ends: Sequence[End], settings: Settings,
+           now: float) -> list[Settled]:
+    """Record the ends of runs whose claims still stand.
+
+    One that fails, or is lost, while it is being cancelled is told as cancelled.
+    """
+    import random  # 1 ms, and only in a pool
+    judgements = [judged(end.before, end.outcome) for end in ends]
+    changes = [Change(verb, end.before, after, reason) for end, outcome in
+               zip(ends, judgements) for verb, after, reason in [settle(
+                   end.before, outcome, settings, random.random(), now)]]
+    jobs = move(store, changes, now)
+    _end_runs(store, [
+        (end.run, outcome._replace(kind=STOPPED) if change.verb == "cancel"
+         else outcome)
+        for end, outcome, change in zip(ends, judgements, changes)], now)
+    return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
+            for job, outcome, end in zip(jobs, judgements, ends)]
+
+
 def remove(store: Store, job: Job, now: float) -> None:
     """Delete a job that is not running, with its history; InUse if another needs it."""
     if job.state == PROCESSING:
@@ -3716,11 +3827,7 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
 def _states(state: str | Sequence[str]) -> list[str | None]:
     """The states that are asked for, each once; [None]: any. InvalidValue."""
     states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
-    for name in states:
-        if name not in STATES:
-            raise InvalidValue(f"there is no state {name!r}",
-                               nearest(name, STATES) or "use " + ", ".join(STATES))
-    return [*states] or [None]
+    return [*map(parse_state, states)] or [None]
 
 
 def _ended(state: str | Sequence[str]) -> Sequence[str]:
@@ -3735,21 +3842,13 @@ def _ended(state: str | Sequence[str]) -> Sequence[str]:
     return states or OVER
 
 
-def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of filters, as the statements take them; TypeError: no such filter.
-
-    One that were passed over would widen what is asked for, and what is deleted.
-    """
-    known = [key for key in (*Sql.FILTERS, "before", "ended_seq") if key != "state"]
-    for key in filters:
-        if key not in known:
-            raise TypeError(f"there is no filter {key!r}; there are "
-                            + ", ".join(known))
-    values = {"before": END_OF_TIME, **{
-        key: value for key, value in filters.items() if value is not None}}
-    if "search" in values:
-        values["search"] = like_pattern(values["search"])
-    return values
+def _bound(wanted: Filter) -> dict[str, Any]:
+    """The values of a filter, as the statements take them."""
+    values = {key: value for key, value in wanted._asdict().items()
+              if value is not None}
+    if wanted.search is not None:
+        values["search"] = like_pattern(wanted.search)
+    return {"before": END_OF_TIME, **values}
 
 
 class Queue:
@@ -3810,12 +3909,11 @@ class Queue:
              limit: int = 0, **filters: Any) -> list[Job]:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
-        Filters: queue, tag, search (in id and command), ended_before (a stored time),
-        before (a seq, to go on from there in the newest-first order).
+        `filters` are the fields of a Filter.
         """
         if sort not in ORDERS:
             raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        values, states = _bound(filters), _states(state)
+        values, states = _bound(Filter(**filters)), _states(state)
         # One indexed read a state; together they are put in order anew.
         found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
@@ -3826,15 +3924,17 @@ class Queue:
 
     def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
         """How many jobs fit; filters as in `jobs`."""
-        values = _bound(filters)
+        values = _bound(Filter(**filters))
         return sum(self.store.rows(Sql.counting(name, values), state=name,
                                    **values)[0][0] for name in _states(state))
 
-    def pages(self, limit: int = 0, **filters: Any) -> Iterator[Job]:
+    def pages(self, limit: int = 0, state: str | Sequence[str] = (),
+              **filters: Any) -> Iterator[Job]:
         """As `jobs`, newest first, read by the thousand to spare memory."""
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
-            page = self.jobs(limit=min(PAGE_SIZE, left), before=before, **filters)
+            page = self.jobs(state, "newest", min(PAGE_SIZE, left), before=before,
+                             **filters)
             yield from page
             if len(page) < PAGE_SIZE:
                 return
@@ -3984,12 +4084,10 @@ class Queue:
         first = self.progress(queue)
         while True:
             seen = self.store.changes()
-            now = self.progress(queue)
-            since = now._replace(completed=now.completed - first.completed,
-                                 unwell=now.unwell - first.unwell)
-            tell(since)
+            now = self.progress(queue).since(first)
+            tell(now)
             if not now.left:
-                return since
+                return now
             if time.monotonic() >= end:
                 raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
                                   "wait longer, or see `queuectl list`")
@@ -4305,7 +4403,7 @@ class Queue:
         self._set_paused(queues, False)
 
     def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
-        names = [_check_name("queue", queue, 0.0) for queue in queues] or [EVERY_QUEUE]
+        names = [*map(parse_name, queues)] or [EVERY_QUEUE]
         with self.store.transaction() as store:
             for name in names:
                 store.do(Sql.SET_PAUSED, {"name": name, "paused": paused})
@@ -4314,8 +4412,8 @@ class Queue:
 
     def limit_queue(self, queue: str, limit: int) -> None:
         """Let at most so many jobs of a queue run at once; 0: any number."""
-        name = _check_name("queue", queue, 0.0)
-        if not 0 <= limit <= MAX_RETRIES:
+        name = parse_name(queue)
+        if not 0 <= limit <= MAX_WHOLE:
             raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
         with self.store.transaction() as store:
             store.do(Sql.SET_LIMIT, {"name": name, "job_limit": limit})
@@ -4339,10 +4437,10 @@ class Queue:
     def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
         """Have a job enqueued at each turn of a cron line; `fields` are the job's.
 
-        Raises InvalidValue for the cron line, InvalidJob, ScheduleExists.
+        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists.
         """
         now = self.clock()
-        _check_name("name", name, now)
+        parse_name(name)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
         fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
@@ -4367,18 +4465,30 @@ class Queue:
             store.do(Sql.DELETE_SCHEDULE, {"name": name})
         return schedule
 
-    def pause_schedule(self, name: str, paused: bool = True) -> Schedule:
-        """Let a schedule rest, or go on: turns of the time of rest are not made up."""
-        with self.store.transaction() as store:
-            schedule, next_run = self.schedule(name), None
-            if not paused:
-                spec_of(schedule.job, self.clock())
-                if schedule.paused:
-                    next_run = turn_after(schedule.cron, self.clock())
-            store.do(Sql.PAUSE_SCHEDULE, {"name": name, "paused": paused,
-                                          "next_run": next_run or schedule.next_run})
+    def pause_schedule(self, name: str) -> Schedule:
+        """Let a schedule rest."""
+        with self.store.transaction():
+            return self._rest_schedule(self.schedule(name), True)
+
+    def resume_schedule(self, name: str) -> Schedule:
+        """Let a schedule go on; turns of the time of rest are not made up.
+
+        Raises InvalidJob and InvalidValue for one that cannot be read any more.
+        """
+        with self.store.transaction():
+            schedule = self.schedule(name)
+            spec_of(schedule.job, self.clock())
+            if schedule.paused:
+                schedule = schedule._replace(
+                    next_run=turn_after(schedule.cron, self.clock()))
+            schedule = self._rest_schedule(schedule, False)
         self.wake(NEW_JOBS)
-        return self.schedule(name)
+        return schedule
+
+    def _rest_schedule(self, schedule: Schedule, paused: bool) -> Schedule:
+        self.store.do(Sql.PAUSE_SCHEDULE, {"name": schedule.name, "paused": paused,
+                                           "next_run": schedule.next_run})
+        return schedule._replace(paused=paused)
 
     def run_schedule(self, name: str) -> Job:
         """Enqueue a schedule's job now, beside its turns."""
@@ -4448,40 +4558,40 @@ class Queue:
 # ---- 11 Claims ---------------------------------------------------------------
 
 class Claims:
-    """The promises to one pool; used by its one database thread only (I9)."""
+    """The promises to one pool; used by its one database thread only (I9).
 
-    def __init__(self, queue: Queue, options: PoolOptions) -> None:
+    To make one enters the pool into the table: InUse if a living pool has the name.
+    `port` is where it hears wake-ups; None: nowhere.
+    """
+
+    def __init__(self, queue: Queue, options: PoolOptions,
+                 port: int | None = None) -> None:
         self._queue = queue
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._options = options
-        self.worker: Worker | None = None
-        self._lock = -1
         # What the last commit left in our hands, as it was claimed: no job is edited
         # while it runs, so what counters go by is as it was.
         self._held: dict[int, Claimed] = {}
         self._unmarked: set[int] = set()        # begun, but not yet so in the database
         self._reckoned: dict[str, tuple[str, float]] = {}   # far turns, and since when
+        self._lock = -1
+        self.worker = self._enter(port)
 
-    def register(self, port: int | None) -> Worker:
-        """Enter the pool into the table, its lock held before anybody can see it.
-
-        Raises InUse if a living pool has the name.
-        """
-        options, host, now = self._options, self._host, iso(self._clock())
-        name = options.name or f"{host.name}-{os.getpid()}"
-        born, gone = host.born(os.getpid()), self._gone_named(name)
+    def _enter(self, port: int | None) -> Worker:
+        """The pool's row in the table, its lock held before anybody can see it."""
+        host, now = self._host, iso(self._clock())
+        name = self._options.name or f"{host.name}-{os.getpid()}"
+        worker = Worker(0, name, host.name, host.boot, os.getpid(),
+                        host.born(os.getpid()), self._options.slots,
+                        self._options.queues, port, now, now, 0, None)
+        gone = self._gone_named(name)
         with self._store.transaction() as store:
             self._free_name(name, gone)
-            row = {"id": None, "name": name, "host": host.name, "boot": host.boot,
-                   "pid": os.getpid(), "born": born,
-                   "slots": options.slots, "queues": _json(options.queues),
-                   "port": port, "started_at": now, "heartbeat_at": now}
-            pool = store.do(Sql.INSERT_WORKER, row).lastrowid or 0
+            pool = store.do(Sql.INSERT_WORKER, {
+                **worker._asdict(), "id": None,
+                "queues": _json(worker.queues)}).lastrowid or 0
             self._lock = host.locks.hold(POOL_LOCKS + pool)
-        self.worker = Worker(pool, name, host.name, host.boot, os.getpid(),
-                             born, options.slots, options.queues, port, now, now, 0,
-                             None)
-        return self.worker
+        return worker._replace(id=pool)
 
     def _gone_named(self, name: str) -> set[int]:
         """The dead pools of that name. Asked for outside the transaction, as it may
@@ -4502,11 +4612,12 @@ class Claims:
 
     def leave(self) -> None:
         """Take the pool out of the table, once nothing of it runs."""
-        assert self.worker is not None
-        with self._store.transaction() as store:
-            store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
-        if self._lock >= 0:
-            os.close(self._lock)
+        try:
+            with self._store.transaction() as store:
+                store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
+        finally:
+            if self._lock >= 0:
+                os.close(self._lock)
 
     def is_work_there(self) -> bool:
         """Whether a turn may find something; a read, so an idle pool never writes.
@@ -4544,17 +4655,17 @@ class Claims:
         `ahead`: how many more to claim before a slot is free. If the commit fails
         nothing has happened, and `ended` is to be given again.
         """
-        assert self.worker is not None
         locks = list[int]()
         try:
             with self._store.transaction() as store:
                 now = self._clock()     # now: the wait for the lock may have been long
+                settings = self._options.adapt(store.settings())
                 self._beat(now)
                 mine = dict(store.rows(Sql.MINE, worker=self.worker.name))
-                settled = self._record([
-                    End(self._held[claim].job._replace(wish=mine[claim]),
-                        self._held[claim], outcome)
-                    for claim, outcome in ended.items() if claim in mine], now)
+                ends = [End(self._held[claim].job._replace(wish=mine[claim]),
+                            self._held[claim], outcome)
+                        for claim, outcome in ended.items() if claim in mine]
+                settled = record(store, ends, settings, now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
                 self._fire(now)
@@ -4563,7 +4674,7 @@ class Claims:
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
-                turn = Turn(settled, claimed, mine, stop, behind, store.settings(),
+                turn = Turn(settled, claimed, mine, stop, behind, settings,
                             self.next_due())
         except BaseException:
             for lock in locks:
@@ -4577,7 +4688,6 @@ class Claims:
 
     def _wish(self) -> str | None:
         """Whether somebody wants this pool to stop: None, DRAIN or NOW."""
-        assert self.worker is not None
         row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
         return row[0] if row else None
 
@@ -4601,7 +4711,6 @@ class Claims:
         With its old id, which its lock and its runs bear. Its name may be another's by
         now; nothing that it had claimed is left under it.
         """
-        assert self.worker is not None
         worker = self.worker
         beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
         if beat.rowcount == 0:
@@ -4649,13 +4758,12 @@ class Claims:
     def _claim(self, slots: Sequence[int], locks: list[int],
                now: float) -> list[Claimed]:
         """Take the first in line, one for each slot."""
-        assert self.worker is not None
         row = self._store.row(Sql.LAST_CLAIM)
         claim = row[0] if row else 0
         taken: list[Claimed] = []
         for (job, runs), slot in zip(self._choose(len(slots)), slots):
             if slot == AHEAD and runs > 0:
-                continue    # see `rescue`
+                continue    # see `Rescuer.record`
             claim, lock = self._draw(claim + 1)     # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claimed(job, claim, runs + 1, lock, slot))
@@ -4680,7 +4788,6 @@ class Claims:
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
         """The rows of these runs, and how long their jobs have waited for a slot."""
-        assert self.worker is not None
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
              "pool": self.worker.id, "worker": self.worker.name, "slot": one.slot,
@@ -4738,105 +4845,6 @@ class Claims:
             return max(0, limit - busy) if limit else free
         return room
 
-    def _record(self, ends: Sequence[End], now: float) -> list[Settled]:
-        """Record the ends of runs whose claims still stand.
-
-        One that fails, or is lost, while it is being cancelled is told as cancelled.
-        """
-        import random  # 1 ms, and only in a pool
-        settings = self._store.settings()
-        judgements = [judged(end.before, end.outcome) for end in ends]
-        changes = [Change(verb, end.before, after, reason) for end, outcome in
-                   zip(ends, judgements) for verb, after, reason in [settle(
-                       end.before, outcome, settings, self._options.backoff_base,
-                       random.random(), now)]]
-        jobs = move(self._store, changes, now)
-        self._end_runs([
-            (end.run, outcome._replace(kind=STOPPED) if change.verb == "cancel"
-             else outcome)
-            for end, outcome, change in zip(ends, judgements, changes)], now)
-        return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
-                for job, outcome, end in zip(jobs, judgements, ends)]
-
-    def _end_runs(self, ends: Sequence[tuple[Claimed, Outcome]], now: float) -> None:
-        self._store.many(Sql.END_RUN, [
-            {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
-             "finished_at": iso(now), "duration": outcome.duration,
-             "outcome": outcome.kind, "exit_code": outcome.exit_code,
-             "error": outcome.error, "output_bytes": outcome.output_bytes,
-             "output": outcome.output} for run, outcome in ends])
-        for run, outcome in ends:
-            self._store.tally(now, run.job.queue, f"run:{outcome.kind}")
-            if outcome.duration is not None:
-                self._store.tally(now, run.job.queue, "run_time",
-                                  value=outcome.duration)
-
-    # Rescue: what pools that are gone, or silent for a lease, have left.
-
-    def stranded(self, silent: Mapping[int, float],
-                 gone: Collection[int] = ()) -> list[Stranded]:
-        """The runs whose pool is gone, or has been silent for longer than a lease.
-
-        `gone`: pools whose end the kernel has told. A command that one was just about
-        to start may hold its lock for a moment more.
-        """
-        settings = self._store.settings()
-        lease = max(settings.lease, 3 * settings.heartbeat)
-        # First the runs: a pool that comes and claims between two reads is no dead one.
-        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
-        pools = {worker.id: worker for worker in self._store.workers()}
-        own = self.worker.id if self.worker else None
-        lost = {pool for pool, worker in pools.items()
-                if pool != own and (pool in gone
-                                    or self._host.is_alive(worker) is False
-                                    or silent.get(pool, 0.0) >= lease)}
-        return [Stranded(run, pools.get(run.pool)) for run in runs
-                if run.pool not in pools or run.pool in lost]
-
-    def beats(self) -> dict[int, int]:
-        """The heartbeats of the other pools, as counted by themselves."""
-        own = self.worker.id if self.worker else None
-        return {worker.id: worker.beat for worker in self._store.workers()
-                if worker.id != own}
-
-    def seize(self, runs: Iterable[Run]) -> None:
-        """Note that these runs are being ended, before the first signal is sent."""
-        with self._store.transaction() as store:
-            for run in runs:
-                store.do(Sql.SEIZE, {"claim": run.claim})
-
-    def rescue(self, run: Run, has_begun: bool = True) -> list[Settled]:
-        """Record that a run is lost; nothing if somebody else was faster.
-
-        One that was claimed ahead, and of which nothing was found (`has_begun` is
-        false), is handed back: most likely it had not begun. Should it have been what
-        ended its pool, it will be charged the next time: only first runs are claimed
-        ahead.
-        """
-        outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
-        if run.slot == AHEAD and not has_begun:
-            outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
-        # A frozen pool stays in the table: it may thaw and claim again.
-        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
-                and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
-        with self._store.transaction() as store:
-            settled = self._record([
-                End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
-                for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
-                self._clock())
-            for pool in gone:
-                store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
-        return settled
-
-    def forget_dead(self) -> None:
-        """Take dead pools that hold nothing out of the table."""
-        dead = [worker for worker in self._store.workers()
-                if self._host.is_alive(worker) is False]
-        if dead:
-            with self._store.transaction() as store:
-                for worker in dead:
-                    store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
-
     def expiry(self) -> Iterator[list[Job]]:
         """Delete what is over for longer than the configuration keeps it, and put the
         counters of old minutes together by the hour: in steps.
@@ -4868,6 +4876,79 @@ class Claims:
             (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
             or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
             for queue in waiting)
+
+
+class Rescuer:
+    """What is taken over from pools that are gone, or silent for a lease.
+
+    `own` is the pool that looks at the others; None: a command, which is none.
+    """
+
+    def __init__(self, queue: Queue, own: int | None = None) -> None:
+        self._store, self._host, self._clock = queue.store, queue.host, queue.clock
+        self._own = own
+
+    def stranded(self, silent: Mapping[int, float],
+                 gone: Collection[int] = ()) -> list[Stranded]:
+        """The runs whose pool is gone, or has been silent for longer than a lease.
+
+        `gone`: pools whose end the kernel has told. A command that one was just about
+        to start may hold its lock for a moment more.
+        """
+        settings = self._store.settings()
+        lease = max(settings.lease, 3 * settings.heartbeat)
+        # First the runs: a pool that comes and claims between two reads is no dead one.
+        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
+        pools = {worker.id: worker for worker in self._store.workers()}
+        lost = {pool for pool, worker in pools.items()
+                if pool != self._own and (pool in gone
+                                    or self._host.is_alive(worker) is False
+                                    or silent.get(pool, 0.0) >= lease)}
+        return [Stranded(run, pools.get(run.pool)) for run in runs
+                if run.pool not in pools or run.pool in lost]
+
+    def beats(self) -> dict[int, int]:
+        """The heartbeats of the other pools, as counted by themselves."""
+        return {worker.id: worker.beat for worker in self._store.workers()
+                if worker.id != self._own}
+
+    def seize(self, runs: Iterable[Run]) -> None:
+        """Note that these runs are being ended, before the first signal is sent."""
+        with self._store.transaction() as store:
+            for run in runs:
+                store.do(Sql.SEIZE, {"claim": run.claim})
+
+    def record(self, run: Run, has_begun: bool = True) -> list[Settled]:
+        """Record that a run is lost; nothing if somebody else was faster.
+
+        One that was claimed ahead, and of which nothing was found (`has_begun` is
+        false), is handed back: most likely it had not begun. Should it have been what
+        ended its pool, it will be charged the next time: only first runs are claimed
+        ahead.
+        """
+        outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
+        if run.slot == AHEAD and not has_begun:
+            outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
+        # A frozen pool stays in the table: it may thaw and claim again.
+        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
+                and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
+        with self._store.transaction() as store:
+            settled = record(store, [
+                End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
+                for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
+                store.settings(), self._clock())
+            for pool in gone:
+                store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
+        return settled
+
+    def forget_dead(self) -> None:
+        """Take dead pools that hold nothing out of the table."""
+        dead = [worker for worker in self._store.workers()
+                if self._host.is_alive(worker) is False]
+        if dead:
+            with self._store.transaction() as store:
+                for worker in dead:
+                    store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -5032,11 +5113,6 @@ class Inspection:
 
 # ---- 13 Views ----------------------------------------------------------------
 # Records to text or JSON, as strings; nothing is printed here.
-
-JSON_KEYS = ("id", "command", "state", "attempts", "max_retries", "created_at",
-             "updated_at", "queue", "priority", "run_at", "timeout", "backoff_base",
-             "after", "unique", "tags", "env", "cwd", "crashes", "worker",
-             "started_at", "finished_at", "exit_code", "error")
 
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
@@ -5869,7 +5945,7 @@ class Ender:
     """Sees process trees to their end, any number at once, in a thread of its own.
 
     The pool starts it and stops it; `done` gets each ending that is over, and the pool
-    is woken.
+    is woken. If the thread dies, the pool learns it from `check`.
     """
 
     def __init__(self, host: Host, done: list[Ending], wakeup: Wakeup) -> None:
@@ -5878,17 +5954,32 @@ class Ender:
         self._inbox: queues.SimpleQueue[Ending | None] = queue.SimpleQueue()
         self._endings: list[Ending] = []
         self._is_stopping = False
+        self._thread: futures.Future[None] | None = None
+
+    def start(self, executor: futures.Executor) -> None:
+        """Begin; Unsupported where the system allows no more threads."""
+        try:
+            self._thread = executor.submit(self._run)
+        except RuntimeError as error:
+            raise Unsupported(f"a thread could not be started ({error})",
+                              "raise `ulimit -u` or `ulimit -v`") from None
+
+    def check(self) -> None:
+        """Raise what has ended the thread too early: nothing could be ended any more.
+        """
+        if self._thread and self._thread.done():
+            self._thread.result()
 
     def add(self, ending: Ending) -> None:
         """Take on one more; any thread may call."""
         self._inbox.put(ending)
 
     def stop(self) -> None:
-        """Finish what is this pool's own, leave the rest, and return from `run`."""
+        """Finish what is this pool's own, leave the rest, and let the thread end."""
         self._inbox.put(None)
 
-    def run(self) -> None:
-        """Work until stopped."""
+    def _run(self) -> None:
+        """Work until stopped; the executor's one thread."""
         while self._endings or not self._is_stopping:
             self._hear(RESCUE_TICK if self._endings else None)
             if self._endings:
@@ -5940,19 +6031,90 @@ def _release(claimed: Claimed) -> None:
         os.close(claimed.lock)
 
 
-def _submit(executor: futures.Executor,
-            work: Callable[[], None]) -> futures.Future[None]:
-    """Start a thread; Unsupported where the system allows none."""
-    try:
-        return executor.submit(work)
-    except RuntimeError as error:
-        raise Unsupported(f"a thread could not be started ({error})",
-                          "raise `ulimit -u` or `ulimit -v`") from None
-
-
 def _paced(pace: float, duration: float) -> float:
     """How long runs take of late: the newest counts for a fifth."""
     return duration if pace == math.inf else 0.8 * pace + 0.2 * duration
+
+
+class Poller:
+    """Descriptors to wait for, each with what is called when it can be read."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+
+    def add(self, fd: int, handler: Callable[[], None]) -> None:
+        """Wait for this one, too, or call another handler for it; -1 is none."""
+        if fd >= 0:
+            self._poll.register(fd, select.POLLIN)
+            self._handlers[fd] = handler
+
+    def drop(self, fd: int) -> None:
+        """Wait for it no more, if we did; before it is closed."""
+        if self._handlers.pop(fd, None):
+            self._poll.unregister(fd)
+
+    def wait(self, seconds: float) -> None:
+        """Until one can be read, or so many seconds; call the handlers of those."""
+        for fd, _ in self._poll.poll(math.ceil(seconds * 1000)):
+            handler = self._handlers.get(fd)
+            if handler:     # else an earlier one of these has ended its business
+                handler()
+
+
+class Peers:
+    """The other pools: how long each has been silent, and whose end the kernel tells.
+
+    `look` is called when there is one more to be looked at: it has ended.
+    """
+
+    def __init__(self, queue: Queue, own: int, poller: Poller,
+                 look: Callable[[], None]) -> None:
+        self.rescuer = Rescuer(queue, own)
+        self._store, self._host, self._poller, self._look = (
+            queue.store, queue.host, poller, look)
+        self._silence = Silence(silence_gap(queue.store.settings()))
+        self._known = {own}             # pools that have been looked at
+        self._watches: set[int] = set()     # descriptors by which the kernel tells
+        self._gone: set[int] = set()    # pools that have ended
+
+    def are_there(self) -> bool:
+        """Whether another pool is on this machine."""
+        return bool(self._watches)
+
+    def lost(self) -> list[Stranded]:
+        """The runs that dead pools have left, or silent ones.
+
+        To be asked after a heartbeat of our own got through: while nobody can write,
+        nobody is silent.
+        """
+        silent = self._silence.look(self.rescuer.beats(), time.monotonic())
+        return self.rescuer.stranded(silent, self._gone)
+
+    def watch(self) -> None:
+        """Let the kernel tell when one of those that have come ends."""
+        for worker in self._store.workers():
+            if worker.id in self._known or worker.boot != self._host.boot:
+                continue
+            self._known.add(worker.id)
+            watch = _watch_process(worker.pid)
+            if watch >= 0:
+                self._watches.add(watch)
+                self._poller.add(watch, functools.partial(self._drop, watch, worker.id))
+            elif self._host.is_alive(worker) is False:
+                self._look()    # it ended meanwhile
+
+    def _drop(self, watch: int, pool: int) -> None:
+        self._gone.add(pool)
+        self._poller.drop(watch)
+        self._watches.discard(watch)
+        os.close(watch)
+        self._look()
+
+    def close(self) -> None:
+        """Let the watches go."""
+        for watch in self._watches:
+            os.close(watch)
 
 
 def _refuse_platform() -> None:
@@ -6006,33 +6168,87 @@ def _bell() -> socket.socket | None:
     return bell
 
 
+class Gear(NamedTuple):
+    """What a pool has in its hands before the others can see it."""
+    wakeup: Wakeup
+    signals: list[int]          # that have come; by a handler: append is atomic
+    bell: socket.socket | None  # for wake-ups; None: no loopback here
+    home: int                   # descriptor of the directory to come back to
+
+
+@contextlib.contextmanager
+def _equipped(slots: int) -> Iterator[Gear]:
+    """Signals are caught first, so that who is told to go exits with 0; and let go
+    last: one that comes late ends nothing half-way.
+
+    Handlers note the signal and wake the loop; they take no lock (a handler that waits
+    for a lock its own thread holds would wait for ever).
+    """
+    _refuse_platform()
+    _allow_descriptors(slots)
+    _keep_descriptors()
+    signals: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        signals.append(number)
+    with contextlib.ExitStack() as stack:
+        wakeup = stack.enter_context(contextlib.closing(Wakeup()))
+        # Who starts us may ignore SIGCHLD; then none could say how a command ended.
+        stack.enter_context(handling({**dict.fromkeys(stop_signals(), note),
+                                      signal.SIGCHLD: signal.SIG_DFL}, wakeup.writer))
+        home = _home()
+        stack.callback(os.close, home)
+        bell = _bell()
+        if bell:
+            stack.enter_context(bell)
+        yield Gear(wakeup, signals, bell, home)
+
+
+@contextlib.contextmanager
+def _entered(queue: Queue, options: PoolOptions,
+             bell: socket.socket | None) -> Iterator[Claims]:
+    """Enter a pool, and take it out at last. Its bell is there before the row that
+    tells others where to ring.
+    """
+    claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
+    queue.wake(NEW_ORDERS)      # the others are to watch this one
+    queue.store.patience = TURN_PATIENCE    # its thread has other things to do
+    try:
+        yield claims
+    finally:
+        queue.store.patience = POOL_PATIENCE
+        with contextlib.suppress(QueueError):
+            claims.leave()
+
+
 class Pool:
     """Slots that run jobs: one thread owns the database and the commands (I9).
 
-    `run` works until it is told to stop, in the caller's thread; signals are heeded if
-    that is the main thread. It waits in one place, for any news: output, an exit, a
-    wake-up, a time. A second thread, the `Ender`, sees trees to their end. `say` takes
-    lines of a log.
+    `run` works until it is told to stop. It waits in one place, for any news: output,
+    an exit, a wake-up, a time. A second thread, the `Ender`, sees trees to their end.
+    `say` takes lines of a log.
 
     Where runs take but milliseconds, the next jobs are claimed before a slot is free
     for them, so that no slot waits for a disk's fsync. Those that find none within
     AHEAD_PATIENCE are handed back.
     """
 
-    def __init__(self, queue: Queue, options: PoolOptions,
-                 say: Callable[[str], None] = lambda line: None) -> None:
-        self._queue, self._options, self._say = queue, options, say
-        self._claims = Claims(queue, options)
+    def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, gear: Gear,
+                 say: Callable[[str], None]) -> None:
+        self._queue, self._claims, self._options = queue, claims, options
+        self._gear, self._say = gear, say
+        self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
         for name in SERVICE_NAMES:      # a job is no service
             self._environ.pop(name, None)
-        self._bell: socket.socket | None = None
-        self._wakeup = Wakeup()
+        self._poller = Poller()
+        self._poller.add(gear.wakeup.reader, gear.wakeup.clear)
+        if gear.bell:
+            self._poller.add(gear.bell.fileno(), self._hear)
+        self._peers = Peers(queue, claims.worker.id, self._poller, self._look_around)
         self._over: list[Ending] = []                   # by the ender; append is atomic
-        self._ender = Ender(queue.host, self._over, self._wakeup)
-        self._poller = select.poll()
-        self._handlers: dict[int, Callable[[], None]] = {}  # by polled descriptor
+        self._ender = Ender(queue.host, self._over, gear.wakeup)
         self._free = list(range(1, options.slots + 1))
         self._ready: list[Claimed] = []                 # claimed ahead, in their order
         self._ready_since = 0.0                         # monotonic: the last such claim
@@ -6040,11 +6256,7 @@ class Pool:
         self._ended: dict[int, Outcome] = {}            # not recorded yet
         self._ended_at = 0.0                            # monotonic: the first of these
         self._pace = math.inf   # seconds that runs take of late
-        self._signals: list[int] = []                   # by handlers; append is atomic
         self._ending: set[int] = set()                  # claims that the ender has
-        self._peers: set[int] = set()                   # watches of other pools
-        self._known: set[int] = set()                   # pools that have been looked at
-        self._gone: set[int] = set()                    # pools that have ended
         self._saved: dict[int, int] = {}                # bytes stored, by claim
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._grace_ends = math.inf                     # monotonic
@@ -6065,24 +6277,19 @@ class Pool:
 
     # The loop.
 
-    def run(self) -> int:
-        """Work until stopped; 0, or 1 if the database went away."""
-        import concurrent.futures as futures  # 9 ms, and only in a pool
-        with self._open(), futures.ThreadPoolExecutor(1) as executor:
-            try:
-                self._ender_run = _submit(executor, self._ender.run)
-                self._say(self._greeting())
-                while not self._step():
-                    self._sleep()
-            except Moved as error:
-                self._say(f"error: {error.message}, so this worker ends its jobs and "
-                          "stops; start it anew")
-                return EX_NO
-            finally:
-                self._end_rides(LOST)
-                self._ender.stop()
-        self._say(self._farewell())
-        return EX_OK
+    def run(self, executor: futures.Executor) -> None:
+        """Work until told to stop; Moved if the database went away."""
+        self._notifier.ready()
+        try:
+            self._ender.start(executor)
+            self._say(self._greeting())
+            while not self._step():
+                self._poller.wait(self._patience())
+        finally:
+            self._end_rides(LOST)
+            self._ender.stop()
+            self._notifier.stopping()
+            self._peers.close()
 
     def _step(self) -> bool:
         """Do all there is to do now; whether the pool may go.
@@ -6105,7 +6312,7 @@ class Pool:
                     if self._expire_at == math.inf:     # else it is under way
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
                 if has_orders:      # a new worker gives them, too
-                    self._watch_peers()
+                    self._peers.watch()
             self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
@@ -6196,7 +6403,7 @@ class Pool:
                 self._say(settled_line(settled, self._queue.clock()))
         self._take_on(turn.claimed)
         self._obey(turn)
-        if turn.settled and self._peers and not self._room():
+        if turn.settled and self._peers.are_there() and not self._room():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
     def _take_on(self, claimed: Sequence[Claimed]) -> None:
@@ -6236,7 +6443,7 @@ class Pool:
         slot = self._free.pop(0)
         claimed = self._claims.begin(claimed, slot)
         job = claimed.job
-        timeout = first_set(job.timeout, self._options.timeout, self._settings.timeout)
+        timeout = self._settings.timeout if job.timeout is None else job.timeout
         command = Command(Launch(
             job.command, job.cwd, self._environment(claimed, slot), claimed.lock,
             timeout or None, self._settings.output_limit))
@@ -6247,10 +6454,10 @@ class Pool:
             self._not_started(claimed, slot, error)
         else:
             self._rides[claimed.claim] = ride
-            self._listen(command.pipe, functools.partial(self._read, ride))
-            self._listen(command.watch, functools.partial(self._look_at, ride))
+            self._poller.add(command.pipe, functools.partial(self._read, ride))
+            self._poller.add(command.watch, functools.partial(self._look_at, ride))
         finally:
-            os.fchdir(self._home)
+            os.fchdir(self._gear.home)
             _release(claimed)   # the process tree holds the lock now, or nobody
 
     def _not_started(self, claimed: Claimed, slot: int, error: Exception) -> None:
@@ -6278,20 +6485,11 @@ class Pool:
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
-    def _listen(self, fd: int, handler: Callable[[], None]) -> None:
-        if fd >= 0:
-            self._poller.register(fd, select.POLLIN)
-            self._handlers[fd] = handler
-
-    def _forget(self, fd: int) -> None:
-        if self._handlers.pop(fd, None):
-            self._poller.unregister(fd)
-
     def _read(self, ride: Ride) -> None:
         """Take in output; at its end the command has mostly exited as well."""
         pipe = ride.command.pipe
         if not ride.command.read():
-            self._forget(pipe)
+            self._poller.drop(pipe)
             self._look_at(ride)
 
     def _look_at(self, ride: Ride) -> None:
@@ -6310,13 +6508,13 @@ class Pool:
 
     def _finish(self, ride: Ride) -> None:
         """The run is over: free its slot, and keep its outcome to be recorded."""
-        self._forget(ride.command.watch)
+        self._poller.drop(ride.command.watch)
         pipe = ride.command.pipe
         outcome = ride.command.finish()
         if ride.command.pipe < 0:
-            self._forget(pipe)
+            self._poller.drop(pipe)
         else:   # children in the background write on: SIGPIPE would end them
-            self._handlers[pipe] = functools.partial(self._drain, ride.command)
+            self._poller.add(pipe, functools.partial(self._drain, ride.command))
         del self._rides[ride.claimed.claim]
         self._saved.pop(ride.claimed.claim, None)
         self._free_slot(ride.slot)
@@ -6333,7 +6531,7 @@ class Pool:
     def _drain(self, command: Command) -> None:
         pipe = command.pipe
         if not command.read():
-            self._forget(pipe)
+            self._poller.drop(pipe)
 
     def _free_slot(self, slot: int) -> None:
         self._free.append(slot)
@@ -6378,7 +6576,7 @@ class Pool:
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
             self._ending.add(claim)
-            self._forget(command.watch)     # it stays unreaped until all are gone
+            self._poller.drop(command.watch)     # it stays unreaped until all are gone
             self._ender.add(Ending(self._queue.host, claim, self._settings.kill_grace,
                                    ride.pid))
 
@@ -6388,8 +6586,7 @@ class Pool:
 
     def _collect(self) -> None:
         """Take over what the ender has seen to its end; raises what ended itself."""
-        if self._ender_run.done():      # too early: nothing could be ended any more
-            self._ender_run.result()
+        self._ender.check()
         while self._over:
             ending = self._over.pop(0)
             self._ending.discard(ending.claim)
@@ -6400,11 +6597,11 @@ class Pool:
 
     def _record_rescue(self, run: Run, has_begun: bool) -> None:
         try:
-            for settled in self._claims.rescue(run, has_begun):
+            for settled in self._peers.rescuer.record(run, has_begun):
                 self._say(settled_line(settled, self._queue.clock()))
         except (Busy, Unwritable) as error:
             self._complain(error)
-            self._beat_at = 0.0     # a watch finds the run again
+            self._look_around()     # it finds the run again
         self._look = True
 
     # Orders: signals, wishes in the database.
@@ -6427,8 +6624,8 @@ class Pool:
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end."""
-        while self._signals:
-            number = self._signals.pop(0)
+        while self._gear.signals:
+            number = self._gear.signals.pop(0)
             name = signal.Signals(number).name
             self._leave(NOW if self._leaving else DRAIN, name)
 
@@ -6451,57 +6648,30 @@ class Pool:
 
     # Watching the other pools.
 
+    def _look_around(self) -> None:
+        """Watch the others at once, with the next step."""
+        self._beat_at = 0.0
+
     def _watch(self) -> None:
-        """Take over what dead pools have left. Called after a heartbeat of our own got
-        through: while nobody can write, nobody is silent.
-        """
-        silent = self._silence.look(self._claims.beats(), time.monotonic())
-        fresh = [one for one in self._claims.stranded(silent, self._gone)
+        """Take over what dead pools have left."""
+        rescuer = self._peers.rescuer
+        fresh = [one for one in self._peers.lost()
                  if one.run.claim not in self._ending]
         if fresh:
-            self._claims.seize(run for run, _ in fresh)
+            rescuer.seize(run for run, _ in fresh)
         for lost in fresh:
             self._ending.add(lost.run.claim)
             self._ender.add(Ending(self._queue.host, lost.run.claim,
                                    self._settings.kill_grace, lost=lost))
-        self._claims.forget_dead()
-
-    def _watch_peers(self) -> None:
-        """Let the kernel tell when a pool on this machine ends."""
-        host = self._queue.host
-        for worker in self._queue.store.workers():
-            if worker.id in self._known or worker.boot != host.boot:
-                continue
-            self._known.add(worker.id)
-            watch = _watch_process(worker.pid)
-            if watch >= 0:
-                self._peers.add(watch)
-                self._listen(watch, functools.partial(
-                    self._drop_peer, watch, worker.id))
-            elif host.is_alive(worker) is False:
-                self._beat_at = 0.0     # it ended meanwhile: look at once
-
-    def _drop_peer(self, watch: int, pool: int) -> None:
-        self._gone.add(pool)
-        self._forget(watch)
-        os.close(watch)
-        self._peers.discard(watch)
-        self._beat_at = 0.0     # look at once
+        rescuer.forget_dead()
 
     # Sleeping.
-
-    def _sleep(self) -> None:
-        """Until there is news, or the next time at which there is something to do."""
-        for fd, _ in self._poller.poll(math.ceil(self._patience() * 1000)):
-            handler = self._handlers.get(fd)
-            if handler:     # else an earlier one of these has ended its business
-                handler()
 
     def _patience(self) -> float:
         """Seconds to sleep at most: up to the first time at which `_step` has something
         to do. One that is forgotten here costs FALLBACK_POLL.
         """
-        if self._signals or self._over:
+        if self._gear.signals or self._over:
             return 0.0
         now = time.monotonic()
         wake_at = [ride.command.ends_at for ride in self._rides.values()]
@@ -6516,7 +6686,7 @@ class Pool:
         if (self._look and room) or self._orders or self._peek:
             return 0.0
         wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
-                    now + (FALLBACK_POLL if self._bell else DEAF_POLL)]
+                    now + (FALLBACK_POLL if self._gear.bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
         elif self._due_at is not None and room:
@@ -6525,85 +6695,18 @@ class Pool:
 
     def _hear(self) -> None:
         """Take in all wake-ups that have come."""
-        assert self._bell is not None
+        assert self._gear.bell is not None
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
-                said = self._bell.recv(SOCKET_BUFFER)
+                said = self._gear.bell.recv(SOCKET_BUFFER)
                 self._look = True
                 self._orders = self._orders or said == NEW_ORDERS
                 self._peek = self._peek or said == PEEK
 
-    # Opening and closing.
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
-        """Enter the pool, and leave it at last: signals are caught first, and the bell
-        is there before the row that tells others where to ring.
-        """
-        _refuse_platform()
-        _allow_descriptors(self._options.slots)
-        _keep_descriptors()
-        restore = self._catch_signals()     # at once: who is told to go exits with 0
-        self._home = _home()
-        store = self._queue.store
-        self._settings = store.settings()
-        self._silence = Silence(silence_gap(self._settings))
-        self._bell = _bell()
-        self._listen(self._wakeup.reader, self._wakeup.clear)
-        if self._bell:
-            self._listen(self._bell.fileno(), self._hear)
-        try:
-            self._worker = self._claims.register(
-                self._bell.getsockname()[1] if self._bell else None)
-        except BaseException:
-            restore()
-            self._close()
-            raise
-        self._known.add(self._worker.id)
-        self._queue.wake(NEW_ORDERS)        # the others are to watch this one
-        store.patience = TURN_PATIENCE      # this thread has other things to do
-        self._notifier.ready()
-        try:
-            yield
-        finally:
-            self._notifier.stopping()
-            store.patience = POOL_PATIENCE
-            with contextlib.suppress(QueueError):
-                self._claims.leave()
-            restore()   # last of all: a signal that comes late ends nothing half-way
-            self._close()
-
-    def _close(self) -> None:
-        if self._bell:
-            self._bell.close()
-        for fd in (*self._peers, self._home):
-            os.close(fd)
-        self._wakeup.close()
-
-    def _catch_signals(self) -> Callable[[], None]:
-        """Handlers note the signal and wake the loop; they take no lock (a handler that
-        waits for a lock its own thread holds would wait for ever).
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        def note(number: int, _: object) -> None:
-            self._signals.append(number)
-        caught = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if number != signal.SIGHUP     # nohup: stay, as asked
-                  or signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, note) for number in caught}
-        # Who starts us may ignore it; then nobody could be told how a command ended.
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        old_fd = signal.set_wakeup_fd(self._wakeup.writer, warn_on_full_buffer=False)
-
-        def restore() -> None:
-            signal.set_wakeup_fd(old_fd)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return restore
+    # What it says.
 
     def _greeting(self) -> str:
-        worker, count = self._worker, self._options.slots
+        worker, count = self._claims.worker, self._options.slots
         queues = ", ".join(worker.queues) if worker.queues else "all queues"
         return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
                 f"{queues}, {self._queue.path}")
@@ -6615,13 +6718,34 @@ class Pool:
             return f"finishing {running} running{self._tale()}"
         return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._tale()}"
 
-    def _farewell(self) -> str:
-        return f"worker {self._worker.name} stopped{self._tale()}"
+    def farewell(self) -> str:
+        """What there is to say at the end."""
+        return f"worker {self._claims.worker.name} stopped{self._tale()}"
 
     def _tale(self) -> str:
         done = ", ".join(f"{n} {'handed back' if state == PENDING else state}"
                          for state, n in self._done.items())
         return f": {done}" if done else ""
+
+
+def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> int:
+    """Run a pool until it is told to stop; 0, or 1 if its database went away.
+
+    In the caller's thread; signals are heeded if that is the main thread.
+    """
+    import concurrent.futures as futures  # 9 ms, and only in a pool
+    with _equipped(options.slots) as gear, \
+            _entered(queue, options, gear.bell) as claims, \
+            futures.ThreadPoolExecutor(1) as executor:
+        pool = Pool(queue, claims, options, gear, say)
+        try:
+            pool.run(executor)
+        except Moved as error:
+            say(f"error: {error.message}, so this worker ends its jobs and stops; "
+                "start it anew")
+            return EX_NO
+    say(pool.farewell())
+    return EX_OK
 
 
 # ---- 16 Page -----------------------------------------------------------------
@@ -8699,18 +8823,6 @@ class Param(NamedTuple):
     is_list: bool = False
 
 
-def _a_name(text: str) -> str:
-    if not re.fullmatch(_NAME, text):
-        raise InvalidValue(f"{text!r} is not a name", NAME_FORM)
-    return text
-
-
-def _a_state(text: str) -> str:
-    if text not in STATES:
-        raise InvalidValue(f"there is no state {text!r}", "use " + ", ".join(STATES))
-    return text
-
-
 def _a_span(text: str) -> float:
     if not re.fullmatch(SPAN_FORM, text):
         raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
@@ -8737,12 +8849,12 @@ def _whole_param(name: str, least: int, most: int, help: str) -> Param:
 
 NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 _BLANK_OR_NAME = {"type": "string", "pattern": f"^({_NAME})?$"}
-_QUEUE_PARAM = Param("queue", _a_name, _BLANK_OR_NAME, "only of this queue")
+_QUEUE_PARAM = Param("queue", parse_name, _BLANK_OR_NAME, "only of this queue")
 _LIST_PARAMS = (
-    Param("state", _a_state, {"type": "array", "items": {
+    Param("state", parse_state, {"type": "array", "items": {
         "type": "string", "enum": [*STATES, ""]}}, "again and again for more", True),
     _QUEUE_PARAM,
-    Param("tag", _a_name, _BLANK_OR_NAME, "only with this tag"),
+    Param("tag", parse_name, _BLANK_OR_NAME, "only with this tag"),
     Param("search", _a_search, {"type": "string", "maxLength": MAX_SEARCH,
                                 "pattern": "^[^\\u0000]*$"},
           "text in the id or the command"),
@@ -8983,10 +9095,7 @@ def delete_job(queue: Queue, call: Call) -> Reply:
 def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidJob(key, f"{key} is not text")
-    try:
-        return check(value)
-    except InvalidValue as error:
-        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+    return _in_job(key, check, value)
 
 
 def post_dlq_retry(queue: Queue, call: Call) -> Reply:
@@ -8999,7 +9108,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
     else:
         wanted: dict[str, Any] = {
             key: _in_body(key, check, fields[key])
-            for key, check in (("queue", _a_name), ("search", _a_search))
+            for key, check in (("queue", parse_name), ("search", _a_search))
             if fields.get(key) is not None}
         jobs = list[Job]()
         for batch in queue.sweep("retry", DEAD, **wanted):
@@ -9011,7 +9120,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
 
 def _named_queue(call: Call) -> str | None:
     value = _object_body(call.request, ("queue",)).get("queue")
-    return None if value is None else _in_body("queue", _a_name, value)
+    return None if value is None else _in_body("queue", parse_name, value)
 
 
 def post_pause(queue: Queue, call: Call) -> Reply:
@@ -9175,13 +9284,13 @@ _NEW_JOB_SCHEMA = {
         "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
                     "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
         "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
-        "priority": {"type": ["integer", "null"], "minimum": -MAX_PRIORITY,
-                     "maximum": MAX_PRIORITY},
+        "priority": {"type": ["integer", "null"], "minimum": -MAX_WHOLE,
+                     "maximum": MAX_WHOLE},
         "run_at": {"type": ["string", "number", "null"], "minimum": 0,
                    "maximum": MAX_DURATION, "pattern": _DATE_FORM},
         "delay": _SPAN_SCHEMA,
         "max_retries": {"type": ["integer", "null"], "minimum": 0,
-                        "maximum": MAX_RETRIES},
+                        "maximum": MAX_WHOLE},
         "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
         "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
         "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
@@ -10320,40 +10429,19 @@ def listen(service: Service, options: WebOptions, family: int,
                           "give another --host or --port") from None
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[int]:
-    """A descriptor that can be read from once SIGINT, SIGTERM or SIGHUP has come.
-
-    For the main thread. Where it just waited for its handler to run, a signal that
-    strikes another thread would not wake it (seen).
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    caught = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: None) for number in caught}
-    old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(old_fd)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)
-
-
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal says to stop; for the main thread.
 
     The listener runs in a thread of its own, so that this one is free for signals.
     """
-    with stop_signals() as stopped:
+    wakeup = Wakeup()
+    with contextlib.closing(wakeup), handling(
+            dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
         threading.Thread(target=listener.serve_forever, args=(0.1,),
                          daemon=True).start()
         try:
             announce()
-            select.select([stopped], [], [])
+            select.select([wakeup.reader], [], [])
         finally:
             listener.shutdown()
             listener.server_close()
@@ -10765,8 +10853,7 @@ def _past(text: str, now: float) -> float:
 
 
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
-_NAME_ARG: dict[str, Any] = {
-    "type": _typed(lambda text: _check_name("name", text, 0.0))}
+_NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
 _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
 _JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else",
                     group="output")
@@ -10799,7 +10886,7 @@ _JOB_FLAGS = (
     *_grouped(
         "when it runs",
         option("--priority", "-p", type=_typed(lambda text: parse_whole(
-            text, -MAX_PRIORITY, MAX_PRIORITY)), metavar="N",
+            text, -MAX_WHOLE, MAX_WHOLE)), metavar="N",
             help="higher first (default: 0)"),
         option("--delay", **_DUR, help="not before this time has passed"),
         option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
@@ -10905,13 +10992,6 @@ def _given_jobs(
     return False, [(0, {})]
 
 
-def _name_line(error: QueueError, lines: Sequence[int]) -> None:
-    """Put the line of the job at fault before an error's message; 0 is none."""
-    if error.item is not None and lines[error.item]:
-        error.args = (f"line {lines[error.item]}: {error}",)
-        error.message = f"line {lines[error.item]}: {error.message}"
-
-
 def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a job object, with flags in the place of what they override.
 
@@ -11007,7 +11087,7 @@ class Stream:
             except QueueError as error:
                 if error.item is None:
                     raise
-                _name_line(error, [number for number, _ in given])
+                error.name_line(given[error.item][0])
                 self._pass_over(error)
                 del given[error.item]
         return []
@@ -11149,7 +11229,8 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         try:
             jobs = queue.enqueue_many(specs)
         except QueueError as error:
-            _name_line(error, [line for line, _ in given])
+            if error.item is not None:
+                error.name_line(given[error.item][0])
             raise
     for job in jobs:
         if job.unique is not None and job.created_at < began:
@@ -11165,12 +11246,6 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.json:   # as they are when they are over
         _say_added([queue.job(job.id) for job in jobs], is_batch, args, screen)
     return status
-
-
-def _since(now: Progress, first: Progress) -> Progress:
-    """What has come of jobs since an earlier moment."""
-    return now._replace(completed=now.completed - first.completed,
-                        unwell=now.unwell - first.unwell)
 
 
 def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -11189,10 +11264,10 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         screen.log(line)
         if args.drain and screen.draws:
             with contextlib.suppress(QueueError):   # it is but a picture
-                bar(_since(queue.progress(), first))
+                bar(queue.progress().since(first))
     first = queue.progress()
     with screen.drawing():      # the shell goes on where the bar was
-        return Pool(queue, options, say).run()
+        return run_pool(queue, options, say)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -11445,18 +11520,28 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
-def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Wait until jobs are over; a single one's own exit status."""
-    filters = _filters(args)
-    is_wide = args.all or any(filters.values())
+def _is_wide(args: argparse.Namespace) -> bool:
+    """Whether jobs are chosen by what they are and not by ids; UsageError if by both
+    or neither.
+    """
+    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
+    is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
+        state = "--state, " if hasattr(args, "state") else ""
         raise UsageError("ids and filters are both given" if is_wide
                          else "no jobs are named",
-                         "give ids, or --all, --queue, --tag or --search")
+                         f"give ids, or --all, {state}--queue, --tag or --search")
+    if args.search == "":   # a variable that is not set must not stand for all jobs
+        raise UsageError("--search names no text", "give --all, if all are meant")
+    return is_wide
+
+
+def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Wait until jobs are over; a single one's own exit status."""
     job_ids = args.ids
-    if args.tag or args.search:
+    if _is_wide(args) and (args.tag or args.search):
         job_ids = [job.id for job in queue.pages(
-            state=(*WAITING, PROCESSING), **filters)]
+            state=(*WAITING, PROCESSING), **_filters(args))]
     if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
     if args.tag or args.search:
@@ -11495,22 +11580,6 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
     screen.note(f"{first} {SAID[verb]}" if n == 1 else
                 f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
     return EX_OK
-
-
-def _is_wide(args: argparse.Namespace) -> bool:
-    """Whether jobs are chosen by what they are and not by ids; UsageError if by both
-    or neither.
-    """
-    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
-    is_wide = any(one not in (None, False) for one in given)
-    if bool(args.ids) == is_wide:
-        state = "--state, " if hasattr(args, "state") else ""
-        raise UsageError("ids and filters are both given" if is_wide
-                         else "no jobs are named",
-                         f"give ids, or --all, {state}--queue, --tag or --search")
-    if args.search == "":   # a variable that is not set must not stand for all jobs
-        raise UsageError("--search names no text", "give --all, if all are meant")
-    return is_wide
 
 
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -11580,15 +11649,15 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then."""
-    claims = Claims(queue, PoolOptions())
+    rescuer = Rescuer(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
-        for lost in claims.stranded({}):    # no worker lives to do it
+        for lost in rescuer.stranded({}):   # no worker lives to do it
             if any(job.claim == lost.run.claim for job in jobs):
                 _end_lost(queue, lost, end)
-                claims.rescue(lost.run)
+                rescuer.record(lost.run)
         jobs = [queue.job(job.id) for job in jobs]
         if time.monotonic() > say_at:
             say_at = math.inf
@@ -11810,7 +11879,7 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let a schedule go on; what it missed is not made up."""
-    schedule = queue.pause_schedule(args.name, False)
+    schedule = queue.resume_schedule(args.name)
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
     return EX_OK
@@ -12206,14 +12275,9 @@ FILES, DIRS = "files", "dirs"
 _BY_SHELL = {"F": FILES, "FILE": FILES, "PATH": FILES, "DIR": DIRS}
 _NEW = ("--id", "--unique")     # what these take is not there yet
 # The states of jobs that a command takes, if not all.
-_FITTING = {
-    ("wait",): tuple(state for state in STATES if state not in OVER),
-    ("edit",): WAITING,
-    ("retry",): MOVES["retry"].sources,
-    ("cancel",): MOVES["cancel"].sources,
-    ("delete",): tuple(state for state in STATES if state != PROCESSING),
-    ("dlq", "retry"): (DEAD,),
-}
+_FITTING: dict[tuple[str, ...], tuple[str, ...]] = {
+    **{(verb,): states for verb, states in ALLOWED.items()},
+    ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
 
 
 class Choice(NamedTuple):
