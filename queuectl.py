@@ -188,50 +188,21 @@ EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
 POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
-TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
-BRIEF = 0.2            # seconds that a mere glance waits for a lock
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
-DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
-NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
-DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
-CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
-SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
-SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
-WATCH_TICK = 0.02      # seconds between two looks whether something was committed
-EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
-FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
-STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
-STREAM_BATCH = 1000    # lines of a stream in one transaction at most
-QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
-RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
-MAX_AHEAD = 64         # jobs that are claimed ahead at most
-AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
-LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 MAX_SLOTS = 512        # of one pool
-SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
-POOL_FILES = 32        # descriptors of a pool beside those
 MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
-MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
-PEOPLE_LIMIT = 50      # jobs that `list` shows a person
-FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096   # bytes of wake-ups read at once, far more than one has
 
-OFFERED = 200          # ids that completion offers at most
-LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
-STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
 CHECK_SHOWN = 20       # findings of one kind that `check` lists
-WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
-DISK_LOW = 100 << 20   # bytes free on the disk
 
 LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal and -shm
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
@@ -735,6 +706,13 @@ class Scrape(NamedTuple):
     paused: dict[str, bool]         # by queue
     workers: list[WorkerView]
     database_bytes: int
+
+
+class Hindrance(NamedTuple):
+    """What keeps a waiting job from running."""
+    text: str
+    passes: bool = False    # by itself, with time
+    hint: str = ""          # what to do
 
 
 class Scene(NamedTuple):
@@ -2498,6 +2476,10 @@ SCHEMA_VERSION = len(MIGRATIONS)
 
 # ---- 7 Store -----------------------------------------------------------------
 
+BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
+BRIEF = 0.2            # seconds that a mere glance waits for a lock
+FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
+
 # What SQLite's module raises: damaged text does not decode, foreign text not encode.
 SqlError = (sqlite3.Error, UnicodeError)
 
@@ -3077,6 +3059,8 @@ def glance(path: str) -> Iterator[Rows]:
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
 # they are missing, process ids with start times and a token in the environment serve.
 
+NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
+
 POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim numbers
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
 
@@ -3404,6 +3388,8 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 # ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
 # transaction that its caller has begun.
+
+FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 
 def gate_of(store: Store, job: Job, now: float) -> str:
     """What a waiting job waits for now."""
@@ -3805,6 +3791,10 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 # ---- 10 Queue ----------------------------------------------------------------
 
+SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
+SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
+WATCH_TICK = 0.02      # seconds between two looks whether something was committed
+
 def current_directory() -> str:
     """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
     try:
@@ -4127,7 +4117,7 @@ class Queue:
                     "again"]
         if job.gate is None:
             return []
-        reasons = self._hindrances(job, scene)
+        reasons = [one.text for one in self._hindrances(job, scene)]
         if not reasons:
             n = self._count_before(job, scene)
             reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
@@ -4142,10 +4132,10 @@ class Queue:
                                        for w in scene.pools)
             and (not view.limit or view.counts[PROCESSING] < view.limit))
 
-    def why_waiting(self, jobs: Iterable[Job]) -> dict[str, str]:
-        """As `waiting_for`, in a line for each of many: what hinders it, by its id."""
+    def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Hindrance]]:
+        """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
-        return {job.id: ", ".join(self._hindrances(job, scene)) or "waits for a slot"
+        return {job.id: self._hindrances(job, scene)
                 for job in jobs if job.gate is not None}
 
     def _scene(self) -> Scene:
@@ -4154,31 +4144,33 @@ class Queue:
                      any(name == EVERY_QUEUE and paused
                          for name, paused, _ in self.store.rows(Sql.QUEUES)))
 
-    def _hindrances(self, job: Job, scene: Scene) -> list[str]:
+    def _hindrances(self, job: Job, scene: Scene) -> list[Hindrance]:
         """What keeps it from running, whatever else waits."""
-        reasons = self._needs_of(job)
+        found = self._needs_of(job)
         if scene.all_paused:
-            reasons.append("all queues are paused")
+            found.append(Hindrance("all queues are paused"))
         queue = scene.queues.get(job.queue)
         if queue and queue.paused:
-            reasons.append(f"queue `{job.queue}` is paused")
+            found.append(Hindrance(f"queue `{job.queue}` is paused"))
         if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
-            reasons.append(f"queue `{job.queue}` is at its limit {queue.limit}")
+            found.append(Hindrance(f"queue `{job.queue}` is at its limit "
+                                   f"{queue.limit}"))
         if job.gate == TIMED:
             tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
                 if job.state == FAILED else ""
-            reasons.append(f"due {ago(job.run_at, self.clock())}{tries}")
+            found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
         if not scene.pools:
-            reasons.append("no worker is running")
+            found.append(Hindrance("no worker is running", False,
+                                   "`queuectl worker start` starts one"))
         elif not any(not w.queues or job.queue in w.queues for w in scene.pools):
-            reasons.append(f"no worker takes queue `{job.queue}`")
-        return reasons
+            found.append(Hindrance(f"no worker takes queue `{job.queue}`"))
+        return found
 
-    def _needs_of(self, job: Job) -> list[str]:
+    def _needs_of(self, job: Job) -> list[Hindrance]:
         """The jobs it comes after that are not completed."""
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
-        return [f"after {job_id} ({needed[job_id]})"
+        return [Hindrance(f"after {job_id} ({needed[job_id]})")
                 for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
@@ -4556,6 +4548,9 @@ class Queue:
 
 
 # ---- 11 Claims ---------------------------------------------------------------
+
+DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
+CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
 
 class Claims:
     """The promises to one pool; used by its one database thread only (I9).
@@ -4954,6 +4949,9 @@ class Rescuer:
 # ---- 12 Check ----------------------------------------------------------------
 # Each check tells what it found, with what to do; none changes anything.
 
+WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
+DISK_LOW = 100 << 20   # bytes free on the disk
+
 # Where files of several machines lie: WAL needs memory that all its users share.
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre",
                        "gpfs", "beegfs", "ocfs", "gfs", "fuse.sshfs", "fuse.rclone",
@@ -5301,13 +5299,19 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.finished_at, now)
 
 
-def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
-    """Aligned columns under a head; the last is cut to what the window leaves it."""
+def grid(rows: Sequence[Sequence[str]], style: Style,
+         shades: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Aligned columns under a head; the last is cut to what the window leaves it.
+
+    `shades`: for each row after the head the colours of its first cells.
+    """
     widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
     room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
-    lines = ["  ".join([
-        *(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)),
-        cut(row[-1], room)]).rstrip() for row in rows]
+    lines = []
+    for row, colours in zip(rows, ((), *shades) if shades else [()] * len(rows)):
+        cells = [style.paint(cell + " " * (width - columns(cell)), colour) for
+                 cell, width, colour in zip(row, widths, [*colours, *[""] * len(row)])]
+        lines.append("  ".join([*cells, cut(row[-1], room)]).rstrip())
     return [style.paint(lines[0], DIM), *lines[1:]]
 
 
@@ -5318,10 +5322,9 @@ def job_table(jobs: Sequence[Job], style: Style,
     `why`: what each of them waits for, by its id.
     """
     reasons = why or {}
-    shades = STATE_COLOURS
     offered = (
         Column("ID", lambda job: job.id, lambda job: BOLD),
-        Column("STATE", state_cell, lambda job: shades[job.state]),
+        Column("STATE", state_cell, lambda job: STATE_COLOURS[job.state]),
         Column("QUEUE", lambda job: job.queue,
                is_used=lambda job: job.queue != DEFAULT_QUEUE),
         Column("PRIO", lambda job: str(job.priority),
@@ -5338,16 +5341,10 @@ def job_table(jobs: Sequence[Job], style: Style,
                is_used=lambda job: bool(reasons)),
     )
     used = [column for column in offered if any(map(column.is_used, jobs))]
-    widths = [max(len(column.head), *(len(column.cell(job)) for job in jobs))
-              for column in used]
-    room = max(12, style.width - sum(widths) - 2 * len(used)) if style.width else 0
-    head = "  ".join(column.head.ljust(width) for column, width in zip(used, widths))
-    lines = [style.paint(head + "  COMMAND", DIM)]
-    for job in jobs:
-        cells = [style.paint(column.cell(job).ljust(width), column.colour(job))
-                 for column, width in zip(used, widths)]
-        lines.append("  ".join([*cells, cut(one_line(job.command), room)]))
-    return lines
+    rows = [[*(column.cell(job) for column in used), one_line(job.command)]
+            for job in jobs]
+    return grid([[*(column.head for column in used), "COMMAND"], *rows], style,
+                [[column.colour(job) for column in used] for job in jobs])
 
 
 def worker_line(view: WorkerView, style: Style) -> str:
@@ -5687,6 +5684,8 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
 # ---- 14 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
 
+LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
+
 class Launch(NamedTuple):
     """All that it takes to run a claimed job once."""
     command: str
@@ -6012,6 +6011,16 @@ class Ender:
 
 
 # ---- 15 Pool -----------------------------------------------------------------
+
+TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
+DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
+EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
+QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
+RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
+MAX_AHEAD = 64         # jobs that are claimed ahead at most
+AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
+SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
+POOL_FILES = 32        # descriptors of a pool beside those
 
 class Ride(NamedTuple):
     """A command under way in a slot."""
@@ -10460,6 +10469,8 @@ def printed_url(site: Site, host: str, port: int) -> str:
 # ---- 23 Install --------------------------------------------------------------
 # Where others start this program: shells that complete its words, systemd.
 
+STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
+
 # How each shell asks what may come next. The program that stands on the line answers,
 # or, if that is an alias or a script that would be compiled each time, this very one.
 SHELLS = {"bash": """\
@@ -10675,6 +10686,11 @@ def _stop_timeout(path: str, grace: float | None) -> str:
 
 
 # ---- 24 CLI ------------------------------------------------------------------
+
+STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
+STREAM_BATCH = 1000    # lines of a stream in one transaction at most
+MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
+PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -11166,16 +11182,19 @@ def _watchful_bar(queue: Queue, screen: Screen,
     """
     bar, said = _bar(screen), set[str]()
 
+    def explain() -> None:
+        """Name each hindrance once, with the first job that it keeps waiting."""
+        for job_id, found in queue.hindrances(looked_at()).items():
+            why = "; ".join([", ".join(one.text for one in found),
+                             *(one.hint for one in found if one.hint)])
+            if why and why not in said and not any(one.passes for one in found):
+                said.add(why)
+                screen.note(f"{job_id} waits: {why}")
+
     def show(progress: Progress) -> None:
         """Draw it, and look at what keeps the jobs waiting where none runs."""
         if progress.waiting and not progress.running:
-            # The words are those of Queue._hindrances.
-            for job_id, why in queue.why_waiting(looked_at()).items():
-                if "due " not in why and why != "waits for a slot" and why not in said:
-                    said.add(why)
-                    start = "; `queuectl worker start` starts one"
-                    screen.note(f"{job_id} waits: {why}"
-                                + start * ("no worker is" in why))
+            explain()
         bar(progress)
     return show
 
@@ -11377,6 +11396,12 @@ def _for_people(args: argparse.Namespace,
     return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
 
 
+def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
+    """Why each of these waits, on one line, by its id."""
+    return {job_id: ", ".join(one.text for one in found) or "waits for a slot"
+            for job_id, found in queue.hindrances(jobs).items()}
+
+
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs."""
     filters = _filters(args)
@@ -11395,7 +11420,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             screen.out(*job_table([job], screen.style())[1:])
             screen.raw(_output_of(queue, job))
     else:
-        why = queue.why_waiting(shown) if states and {*states} <= {*WAITING} else {}
+        why = _reasons(queue, shown) if states and {*states} <= {*WAITING} else {}
         if shown:
             screen.out(*job_table(shown, screen.style(), why))
         else:
@@ -12010,9 +12035,10 @@ def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
     return EX_OK
 
 
-def database_path(args: argparse.Namespace) -> str:
-    """The path of the database that a command line means."""
-    return getattr(args, "db", None) or os.environ.get("QUEUECTL_DB") or "queue.db"
+def database_path(given: str | None) -> str:
+    """The path of the database that is meant: as given, else as the environment says.
+    """
+    return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
 def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
@@ -12029,7 +12055,7 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     """Print a unit file that runs a worker of this queue."""
     try:
-        path = os.path.abspath(system_path(database_path(args)))
+        path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
         raise Unwritable("the current directory is gone",
                          "change to another, or give an absolute --db") from None
@@ -12267,6 +12293,9 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
 # Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`,
 # and the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So
 # the choices are the queues' names, and `--queue=gpu` may be offered.
+
+OFFERED = 200          # ids that completion offers at most
+LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
 
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
@@ -12537,7 +12566,7 @@ def choices_at(place: Place) -> list[Choice]:
     """What may stand there, of the queue that is named, if there is one."""
     choices = list(place.choices)
     if not choices and place.kind in _IN_QUEUE:
-        path = _expanded(place.db) or os.environ.get("QUEUECTL_DB") or "queue.db"
+        path = database_path(_expanded(place.db))
         with contextlib.suppress(QueueError), glance(path) as rows:
             choices = _IN_QUEUE[place.kind](rows, place)
     return [choice for choice in choices if choice.word.startswith(place.word)
@@ -12679,7 +12708,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(argv: Sequence[str]) -> int:
     args = _parse(argv)
-    path = database_path(args)
+    path = database_path(getattr(args, "db", None))
     screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
     if args.entry.creates is NEITHER:
         return int(args.entry.run(args, None, screen))

@@ -2304,10 +2304,11 @@ class Promises(TestCase):
             with self.subTest(fields):
                 job = queue.enqueue("x", **fields)
                 self.assertEqual(queue.waiting_for(job), wanted)
-                in_line = ["waits for a slot"] if wanted[0].startswith(
-                    ("next", "behind")) else wanted
-                self.assertEqual(queue.why_waiting([job, queue.job("full")]),
-                                 {job.id: ", ".join(in_line)})
+                lasting = [] if wanted[0].startswith(("next", "behind")) else wanted
+                [found] = queue.hindrances([job, queue.job("full")]).values()
+                self.assertEqual([one.text for one in found], lasting)
+                self.assertEqual([one.text for one in found if one.passes],
+                                 [text for text in lasting if text.startswith("due")])
         queue.pause()
         pool.leave()
         job = queue.enqueue("x")
