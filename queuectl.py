@@ -1642,6 +1642,9 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
 
     Keys may be written with `-` for `_`; a value of null means the default.
     """
+    if not isinstance(fields, dict):
+        raise InvalidJob("command", "a job is a JSON object",
+                         'it looks like {"command": "echo hi"}')
     checked: dict[str, Any] = {}
     for given, value in fields.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
@@ -3880,14 +3883,21 @@ class Queue:
             fields["command"] = command
         return self.enqueue_many([spec_of(fields, self.clock())])[0]
 
-    def enqueue_many(self, specs: Sequence[Spec]) -> list[Job]:
-        """Add all of them or none, in order; see `enqueue`, `spec_of`, `Batch`."""
-        specs = [spec if spec.cwd else spec._replace(cwd=current_directory())
-                 for spec in specs]
+    def enqueue_many(self, jobs: Iterable[Spec | Mapping[str, Any]]) -> list[Job]:
+        """Add all of them or none, in order: specs, or the keys of job objects.
+
+        Raises as `enqueue`, with the number of the one at fault in `item`, from 0.
+        """
+        now, specs = self.clock(), []
+        for item, given in enumerate(jobs):
+            with at_item(item):
+                spec = given if isinstance(given, Spec) else spec_of(given, now)
+                specs.append(spec if spec.cwd
+                             else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
-            jobs = Batch(store, self.clock()).add(specs)
+            added = Batch(store, self.clock()).add(specs)
         self.wake(NEW_JOBS)
-        return jobs
+        return added
 
     # Looking.
 
@@ -7279,7 +7289,8 @@ const button = (word, click, kind = "", label = null) =>
   h("button", { type: "button", class: kind, "aria-label": label, click }, word);
 const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
 
-// Why a waiting job does not run, as far as the lists here tell it.
+// Why a waiting job does not run, as Queue.hindrances has it, as far as the lists here
+// tell it: so a change shows at once, in every line, without a request for each.
 function waitingReason(job) {
   const at = model.status;
   if (!at) return [];
@@ -9045,22 +9056,6 @@ def get_output(queue: Queue, call: Call) -> Reply:
                                           ("X-Total-Bytes", str(run.output_bytes))))
 
 
-def _web_spec(fields: Any, now: float) -> Spec:
-    if not isinstance(fields, dict):
-        raise InvalidJob("command", "a job is a JSON object",
-                         'it looks like {"command": "echo hi"}')
-    return spec_of(fields, now)
-
-
-def _add(queue: Queue, given: Sequence[Any]) -> list[Job]:
-    """Add jobs as they were sent: all or none."""
-    specs, now = [], queue.clock()
-    for item, fields in enumerate(given):
-        with at_item(item):
-            specs.append(_web_spec(fields, now))
-    return queue.enqueue_many(specs)
-
-
 def _count_of(jobs: Sequence[Job]) -> str:
     return f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
 
@@ -9071,10 +9066,10 @@ def post_jobs(queue: Queue, call: Call) -> Reply:
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
             raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
-        jobs = _add(queue, given)
+        jobs = queue.enqueue_many(given)
         return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
     try:
-        job = _add(queue, [given])[0]
+        job = queue.enqueue_many([given])[0]
     except QueueError as error:
         error.item = None       # it is the only one
         raise
