@@ -1060,6 +1060,29 @@ def place_in_line(one: Candidate) -> tuple[int, str, int]:
     return one.job.rank, one.job.run_at, one.job.seq
 
 
+QUICK = 0.01           # seconds; a commit takes as long, and slots would wait for it
+RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
+MAX_AHEAD = 64         # jobs; a pool that dies takes them from the others for a moment
+
+
+def paced(pace: float, duration: float) -> float:
+    """Seconds that runs take of late: the newest counts for a fifth.
+
+    math.inf: none has ended yet.
+    """
+    return duration if pace == math.inf else 0.8 * pace + 0.2 * duration
+
+
+def wanted_ahead(pace: float, slots: int) -> int:
+    """How many jobs to hold ready beyond the slots: work until the turn after next.
+
+    None where runs are longer than a commit: others may have a slot for them now.
+    """
+    if pace > QUICK:
+        return 0
+    return min(MAX_AHEAD, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
+
+
 def silence_gap(settings: Settings) -> float:
     """Seconds between two looks at the others after which their silence says nothing.
 
@@ -6025,9 +6048,6 @@ class Ender:
 TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
-QUICK = 0.01           # seconds; where runs are shorter, jobs are claimed ahead
-RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
-MAX_AHEAD = 64         # jobs that are claimed ahead at most
 AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
@@ -6048,11 +6068,6 @@ def _release(claimed: Claimed) -> None:
     """Let go of the run's lock, in this process (I5)."""
     if claimed.lock >= 0:
         os.close(claimed.lock)
-
-
-def _paced(pace: float, duration: float) -> float:
-    """How long runs take of late: the newest counts for a fifth."""
-    return duration if pace == math.inf else 0.8 * pace + 0.2 * duration
 
 
 class Poller:
@@ -6397,11 +6412,10 @@ class Pool:
 
     def _ahead(self, room: int) -> int:
         """How many jobs to claim beyond that: work until the turn after next."""
-        if self._pace > QUICK or self._leaving or time.monotonic() < self._claim_at:
+        if self._leaving or time.monotonic() < self._claim_at:
             return 0
-        wanted = math.ceil(self._options.slots * (1 + 2 * RECORD_PAUSE / self._pace))
-        return max(0, min(min(wanted, MAX_AHEAD) - len(self._ready),
-                          self._quota() - room))
+        wanted = wanted_ahead(self._pace, self._options.slots) - len(self._ready)
+        return max(0, min(wanted, self._quota() - room))
 
     def _turn(self) -> None:
         """One transaction; if disk or lock forbids it, all is kept for the next one."""
@@ -6538,7 +6552,7 @@ class Pool:
         self._saved.pop(ride.claimed.claim, None)
         self._free_slot(ride.slot)
         self._keep(ride.claimed.claim, outcome)
-        self._pace = _paced(self._pace, outcome.duration or 0.0)
+        self._pace = paced(self._pace, outcome.duration or 0.0)
         self._start_ready()
 
     def _keep(self, claim: int, outcome: Outcome) -> None:

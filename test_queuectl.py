@@ -608,6 +608,18 @@ class Rules(TestCase):
         self.assertEqual(chosen(lambda queue: 9, 3), [0, 1, 2])
         self.assertEqual(chosen(lambda queue: {"a": 1, "b": 3}[queue], 9), [0, 1, 3, 5])
 
+    def test_jobs_are_held_ready_only_where_runs_are_quicker_than_a_commit(self):
+        for pace, slots, wanted in (
+                (queuectl.math.inf, 4, 0), (0.0101, 4, 0), (0.01, 4, 12), (0.01, 1, 3),
+                (0.005, 2, 10), (0.003, 1, 8), (0.001, 2, 42), (0.001, 4, 64),
+                (0.0, 1, 64), (0.0, 512, 64)):
+            with self.subTest(pace=pace, slots=slots):
+                self.assertEqual(queuectl.wanted_ahead(pace, slots), wanted)
+
+    def test_the_newest_run_counts_for_a_fifth_of_the_pace(self):
+        self.assertEqual(queuectl.paced(math.inf, 3.0), 3.0)
+        self.assertAlmostEqual(queuectl.paced(1.0, 2.0), 1.2)
+
     def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=20.0, lease=30.0)), 40.0)
@@ -3747,6 +3759,317 @@ class Turns(TestCase):
         self.assertEqual([one.completed for one in queue.history(2)], [1, 1])
         self.assertEqual(queue.stats(59.0)[""].completed, 3)
         self.assertEqual([one.completed for one in queue.history(2, "other")], [0, 0])
+
+
+# ---- 15 Pool -----------------------------------------------------------------
+
+class Pools(TestCase):
+    """A pool in this very process, with real commands; told by its log and the queue."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = Queue(self.path)
+        self.addCleanup(self.queue.close)
+        self.said = []
+
+    def run_pool(self, **options):
+        """Its exit status; what it says goes to `said`."""
+        return queuectl.run_pool(self.queue, PoolOptions(**{
+            "name": "w", "drain": True, **options}), self.said.append)
+
+    def add(self, command, **fields):
+        return self.queue.enqueue(command, cwd=self.dir, **fields).id
+
+    def state(self, job_id):
+        return self.queue.job(job_id).state
+
+    def last_run(self, job_id):
+        return self.queue.runs(job_id)[-1]
+
+    def read(self, name):
+        with open(self.path_of(name)) as file:
+            return file.read()
+
+    def beside(self, work):
+        """Do it in another thread, with a queue of its own; joined at the end."""
+        def with_queue():
+            with Queue(self.path) as queue:
+                work(queue)
+        thread = threading.Thread(target=with_queue)
+        thread.start()
+        self.addCleanup(thread.join)
+
+    def once_running(self, queue, job_id):
+        wait_for(lambda: queue.job(job_id).state == PROCESSING, f"the start of {job_id}")
+
+    def test_what_a_pool_says_of_a_job_that_fails_and_of_one_that_does_not(self):
+        self.add("echo a")
+        self.add("exit 3", max_retries=2, backoff_base=0)
+        self.assertEqual(self.run_pool(slots=2), 0)
+
+        self.assertEqual(self.said[0], f"worker w started: 2 slots, all queues, {self.path}")
+        self.assertEqual(self.said[-1], "worker w stopped: 1 completed, 1 failed, 1 dead")
+        plain = [re.sub(r"(after|in) [\d.]+m?s", r"\1 T", line) for line in self.said[1:-1]]
+        self.assertEqual([line for line in plain if line.startswith("job-1")],
+                         ["job-1 started: echo a", "job-1 completed in T"])
+        self.assertEqual([line for line in plain if line.startswith("job-2")], [
+            "job-2 started: exit 3", "job-2 failed (exit 3) after T, attempt 1 of 2, again in T",
+            "job-2 started: exit 3",
+            "job-2 dead (exit 3) after T, attempt 2 of 2, now in the dead letter queue"])
+        self.assertEqual(self.queue.store.workers(), [])
+
+    def test_a_pool_takes_its_queues_alone_and_says_so(self):
+        self.add("true", queue="a")
+        self.add("true", queue="b")
+        self.run_pool(queues=("a", "c"))
+        self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, PENDING))
+        self.assertIn(": 1 slot, a, c, ", self.said[0])
+
+    def test_slots_run_side_by_side_and_no_more_than_there_are(self):
+        for n in range(4):      # each waits for its neighbour, so two at once must run
+            self.add(f"touch {n}; while [ ! -e {n ^ 1} ]; do sleep .01; done;"
+                     " ls -d running-* 2>/dev/null | wc -l; touch running-$QUEUECTL_SLOT;"
+                     " sleep .05; rm running-$QUEUECTL_SLOT")
+        self.run_pool(slots=2)
+        self.assertEqual([self.state(f"job-{n}") for n in range(1, 5)], [COMPLETED] * 4)
+        for n in range(1, 5):
+            run = self.last_run(f"job-{n}")
+            self.assertIn(run.output, (b"0\n", b"1\n"))
+            self.assertIn(run.slot, (1, 2))
+
+    def test_a_pool_ends_after_as_many_runs_as_it_should(self):
+        for n in range(5):
+            self.add("true", priority=-n)
+        self.run_pool(slots=2, max_jobs=3, drain=False)
+        self.assertEqual([self.state(f"job-{n}") for n in range(1, 6)],
+                         [COMPLETED] * 3 + [PENDING] * 2)
+        self.assertEqual(self.said[-1], "worker w stopped: 3 completed")
+
+    def test_a_pool_that_drains_leaves_what_cannot_run_now(self):
+        self.queue.pause("paused")
+        self.add("true", queue="paused")
+        self.add("true", delay=1000)
+        self.add("true", id="x")
+        self.run_pool()
+        self.assertEqual([self.state(job_id) for job_id in ("job-1", "job-2", "x")],
+                         [PENDING, PENDING, COMPLETED])
+
+    def test_a_job_due_in_a_moment_is_met_and_not_before(self):
+        self.add("true", delay=0.15, id="soon")
+        self.run_pool(drain=False, max_jobs=1)
+        job = self.queue.job("soon")
+        self.assertGreaterEqual(job.started_at, job.run_at)
+
+    def test_many_quick_jobs_run_each_once(self):
+        for batch in range(3):
+            self.queue.enqueue_many([Spec("echo x >> $QUEUECTL_JOB_ID", cwd=self.dir)] * 40)
+        self.run_pool(slots=3)
+        self.assertEqual(self.queue.counts()[COMPLETED], 120)
+        self.assertEqual({self.read(f"job-{n}") for n in range(1, 121)}, {"x\n"})
+        self.assertEqual({run.slot for n in range(1, 121)
+                          for run in self.queue.runs(f"job-{n}")}, {1, 2, 3})
+        self.assert_sound(self.queue)
+
+    def test_a_long_job_hands_back_what_was_claimed_ahead_behind_it(self):
+        self.queue.enqueue_many([Spec("true", cwd=self.dir, priority=1)] * 30
+                                + [Spec("sleep .4", cwd=self.dir)]
+                                + [Spec("true", cwd=self.dir, priority=-1)] * 5)
+        self.run_pool()
+        self.assertEqual(self.queue.counts()[COMPLETED], 36)
+        ends = {run.outcome for n in range(32, 37) for run in self.queue.runs(f"job-{n}")}
+        self.assertLessEqual(ends, {"completed", "released"})
+        self.assertEqual({self.queue.job(f"job-{n}").attempts for n in range(1, 37)}, {1})
+
+    def test_a_job_has_the_environment_that_is_promised(self):
+        os.environ["QUEUECTL_TEST"] = "inherited"
+        self.addCleanup(os.environ.pop, "QUEUECTL_TEST")
+        self.add("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
+        with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9"}):
+            self.run_pool()
+        lines = self.last_run("job-1").output.decode().splitlines()
+        for line in ("QUEUECTL_JOB_ID=job-1", "QUEUECTL_ATTEMPT=1", "QUEUECTL_QUEUE=q",
+                     "QUEUECTL_SLOT=1", f"QUEUECTL_DB={self.path}", "OWN=ü",
+                     "QUEUECTL_TEST=inherited", self.dir,
+                     f"QUEUECTL_RUN={self.queue.host.token(1)}"):
+            self.assertIn(line, lines)
+        self.assertEqual([line for line in lines if line.startswith(("NOTIFY", "WATCH"))], [])
+
+    def test_a_hook_s_job_is_told_of_the_job_that_it_follows(self):
+        self.queue.configure("on-dead", "echo $QUEUECTL_JOB_ID $QUEUECTL_EXIT_CODE")
+        self.add("exit 7", id="x", max_retries=1)
+        self.run_pool()
+        self.assertEqual(self.last_run("job-2").output, b"x 7\n")
+
+    def test_time_outs_of_job_pool_and_configuration_in_this_order(self):
+        self.queue.configure("timeout", "50ms")
+        for own, pools, outcome in ((None, None, "timeout"), (0, None, "completed"),
+                                    (5, None, "completed"), (None, 5.0, "completed"),
+                                    (0.05, 5.0, "timeout"), (None, 0.0, "completed")):
+            with self.subTest(own=own, pools=pools):
+                job_id = self.add("sleep .2", timeout=own, max_retries=1)
+                self.run_pool(timeout=pools)
+                run = self.last_run(job_id)
+                self.assertEqual(run.outcome, outcome)
+                if outcome == "timeout":
+                    self.assertEqual(run.exit_code, 124)
+                    self.assertEqual(self.queue.job(job_id).error, "timed out after 0.05s")
+
+    def test_the_pool_s_own_backoff_comes_before_the_configuration_s(self):
+        self.queue.configure("backoff-base", "1h")
+        self.add("exit 1", max_retries=2)
+        self.run_pool(backoff_base=0.0)
+        self.assertEqual(self.state("job-1"), DEAD)
+
+    def test_a_command_that_cannot_start_has_failed_and_frees_its_slot(self):
+        self.queue.enqueue("true", cwd=self.path_of("gone"), max_retries=1)
+        self.add("true")
+        self.run_pool()
+        self.assertEqual((self.state("job-1"), self.state("job-2")), (DEAD, COMPLETED))
+        self.assertEqual(self.queue.job("job-1").error,
+                         f"the directory {self.path_of('gone')} is not there")
+        self.assertEqual(self.last_run("job-1").duration, 0.0)
+
+    def test_a_pool_comes_back_from_its_jobs_directories(self):
+        here = os.getcwd()
+        self.queue.enqueue("true", cwd="/")
+        self.run_pool()
+        self.assertEqual(os.getcwd(), here)
+
+    def test_the_first_signal_lets_what_runs_finish(self):
+        self.add("kill -TERM $PPID; sleep .1; echo done")
+        self.add("true")
+        self.assertEqual(self.run_pool(drain=False), 0)
+        self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, PENDING))
+        self.assertIn("SIGTERM: finishing 1 running, claiming no more; once more hands them "
+                      "back", self.said)
+
+    def test_the_second_signal_hands_back(self):
+        self.add("trap '' TERM; kill -INT $PPID; sleep .1; kill -TERM $PPID; sleep 60")
+        self.queue.configure("kill-grace", "100ms")
+        self.run_pool(drain=False)
+        job = self.queue.job("job-1")
+        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
+        self.assertEqual(self.last_run("job-1").outcome, "released")
+        self.assertIn("SIGTERM: ending and handing back 1 running", self.said)
+        self.assertEqual(self.said[-1], "worker w stopped: 1 handed back")
+
+    def test_a_signal_to_an_idle_pool_ends_it_at_once(self):
+        self.beside(lambda queue: (wait_for(queue.store.workers, "the pool"),
+                                   os.kill(os.getpid(), signal.SIGTERM)))
+        self.assertEqual(self.run_pool(drain=False), 0)
+        self.assertIn("SIGTERM: claiming no more", self.said)
+
+    def test_what_runs_on_when_the_grace_is_over_is_handed_back(self):
+        self.add("kill -TERM $PPID; sleep 60")
+        self.run_pool(drain=False, grace=0.1)
+        self.assertEqual(self.state("job-1"), PENDING)
+        self.assertIn("grace is over: ending and handing back 1 running", self.said)
+
+    def test_a_pool_heeds_orders_from_outside(self):
+        for now, said, state in (
+                (False, f"{queuectl.ASKED}: finishing 1 running, claiming no more; "
+                 "`queuectl worker stop --now` hands them back", COMPLETED),
+                (True, f"{queuectl.ASKED}: ending and handing back 1 running", PENDING)):
+            with self.subTest(now=now):
+                job_id = self.add("sleep .3")
+
+                def stop(queue, job_id=job_id, now=now):
+                    self.once_running(queue, job_id)
+                    queue.stop_workers(now=now)
+                self.beside(stop)
+                self.run_pool(drain=False)
+                self.assertIn(said, self.said)
+                self.assertEqual(self.state(job_id), state)
+
+    def test_a_cancelled_job_s_tree_is_ended(self):
+        def cancel(queue):
+            self.once_running(queue, "job-1")
+            queue.cancel("job-1")
+        self.add("sleep 60 & echo $! > child; sleep 60")
+        self.beside(cancel)
+        self.run_pool()
+        self.assertEqual((self.state("job-1"), self.last_run("job-1").outcome),
+                         (CANCELLED, "cancelled"))
+        self.assertEqual(self.queue.job("job-1").attempts, 0)
+        self.assertFalse(is_running(self.read("child")))
+
+    def test_the_output_of_what_runs_is_stored_when_somebody_asks(self):
+        seen = []
+
+        def look(queue):
+            self.once_running(queue, "job-1")
+            wait_for(lambda: queue.fresh_run("job-1").output == b"so far\n", "the output")
+            seen.append(queue.run("job-1").outcome)
+            open(self.path_of("go"), "w").close()
+        self.add("echo so far; while [ ! -e go ]; do sleep .01; done; echo end")
+        self.beside(look)
+        self.run_pool()
+        self.assertEqual(seen, [None])
+        self.assertEqual(self.last_run("job-1").output, b"so far\nend\n")
+
+    def test_what_a_dead_pool_left_runs_again(self):
+        dead = Claims(self.queue, PoolOptions(name="dead"))
+        self.add("echo again")
+        self.add("true", after=["job-1"])
+        let_go(dead.turn({}, {}, [1]).claimed[0].lock)
+        let_go(dead._lock)
+        with self.queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'earlier'", {})
+        self.run_pool()
+        job = self.queue.job("job-1")
+        self.assertEqual((job.state, job.crashes, job.attempts), (COMPLETED, 1, 1))
+        self.assertIn("job-1 lost: its worker dead was lost, crash 1, runs again now", self.said)
+        self.assertEqual(self.state("job-2"), COMPLETED)
+        self.assertEqual(self.queue.store.workers(), [])
+
+    def test_a_pool_that_is_taken_for_dead_ends_its_command(self):
+        def seize(queue):
+            self.once_running(queue, "job-1")
+            rescuer = queuectl.Rescuer(queue)
+            [run] = queue.runs("job-1")
+            rescuer.seize([run])
+            rescuer.record(run)
+            queue.wake(queuectl.NEW_ORDERS)
+        self.add("echo $$ >> pids; [ -e second ] || { touch second; sleep 60; }")
+        self.beside(seize)
+        self.run_pool()
+        self.assertEqual([run.outcome for run in self.queue.runs("job-1")],
+                         ["lost", "completed"])
+        self.assertIn("job-1 was taken over while this worker was silent; its command is "
+                      "ended", self.said)
+        self.assertFalse(is_running(self.read("pids").split()[0]))
+
+    def test_without_its_database_a_pool_ends_its_jobs_and_says_so(self):
+        def remove(queue):
+            self.once_running(queue, "job-1")
+            wait_for(lambda: os.path.exists(self.path_of("pid")), "the command")
+            os.unlink(self.path)
+            queue.wake(queuectl.NEW_ORDERS)
+        self.queue.configure("heartbeat", "100ms")
+        self.add("echo $$ > pid; sleep 60")
+        self.beside(remove)
+        self.assertEqual(self.run_pool(), 1)
+        self.assertRegex(self.said[-1], "^error: .* so this worker ends its jobs and stops")
+        self.assertFalse(is_running(self.read("pid")))
+
+    def test_what_is_over_for_long_enough_is_deleted_beside_the_work(self):
+        self.add("true")
+        self.run_pool()
+        self.queue.configure("retention-completed", "1ms")
+        self.queue.configure("heartbeat", "100ms")
+        self.add("sleep .5", id="long")
+        self.run_pool()
+        with self.assertRaises(queuectl.NoSuchJob):
+            self.queue.job("job-1")
+
+    def test_a_second_pool_of_that_name_is_refused_and_the_first_goes_on(self):
+        self.add("true")
+        other = Claims(self.queue, PoolOptions(name="w"))
+        with self.assertRaises(queuectl.InUse):
+            self.run_pool()
+        self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
+        other.leave()
+        self.assertEqual(self.run_pool(), 0)
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -9936,7 +10259,7 @@ def fuzz(cases, seed):
 # The sections that decide.
 DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims", "Pool")
 JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
-          Views, Web, Metrics, CommandLine, Completion)
+          Pools, Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
 JUDGE_PATIENCE = 40     # seconds for a test, looked at twice, that is to be a judge
