@@ -84,9 +84,11 @@ Contents: `grep -n '^# ----' queuectl.py`
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
     23 Install      scripts by which shells complete, a unit file for systemd
-    24 CLI          one small function a command, and the table of all
-    25 Completion   what may come next on a command line
-    26 Main         from the words of a command line to its exit status
+    24 Screen       where commands write: results, words about them, a line in place
+    25 Flags        what a command line gives: flags, jobs, streams of jobs
+    26 Commands     one small function a command, and the table of all
+    27 Completion   what may come next on a command line
+    28 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -3417,6 +3419,7 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 
+
 def gate_of(store: Store, job: Job, now: float) -> str:
     """What a waiting job waits for now."""
     if store.unmet(job):
@@ -3820,6 +3823,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
+
 
 def current_directory() -> str:
     """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
@@ -4584,6 +4588,7 @@ class Queue:
 
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
+
 
 class Claims:
     """The promises to one pool; used by its one database thread only (I9).
@@ -5719,6 +5724,7 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
 
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 
+
 class Launch(NamedTuple):
     """All that it takes to run a claimed job once."""
     command: str
@@ -6051,6 +6057,7 @@ EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
+
 
 class Ride(NamedTuple):
     """A command under way in a slot."""
@@ -10694,12 +10701,8 @@ def _stop_timeout(path: str, grace: float | None) -> str:
     return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
 
 
-# ---- 24 CLI ------------------------------------------------------------------
-
-STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
-STREAM_BATCH = 1000    # lines of a stream in one transaction at most
-MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
-PEOPLE_LIMIT = 50      # jobs that `list` shows a person
+# ---- 24 Screen ---------------------------------------------------------------
+# Where a command writes, and how wide that is.
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which one may draw."""
@@ -10835,6 +10838,14 @@ def _report(error: QueueError, as_json: bool) -> int:
     else:
         print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
     return error.exit_status
+
+
+# ---- 25 Flags ----------------------------------------------------------------
+# What a command line gives: flags, jobs in words, in files or line by line.
+
+STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
+STREAM_BATCH = 1000    # lines of a stream in one transaction at most
+MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -11143,6 +11154,13 @@ class Stream:
     def _pass_over(self, error: QueueError) -> None:
         self.refused += 1
         self._refuse(error)
+
+
+# ---- 26 Commands -------------------------------------------------------------
+# One small function a command, and the table of all: parser, help and completion
+# follow from it.
+
+PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -12294,7 +12312,7 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
                   help="show the version and exit")
 
 
-# ---- 25 Completion -----------------------------------------------------------
+# ---- 27 Completion -----------------------------------------------------------
 # What may come next on a command line: COMMANDS tells it, a metavar what kind of value
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
@@ -12595,7 +12613,7 @@ def completion_lines(words: Sequence[str]) -> list[str]:
             for choice in choices_at(place)]
 
 
-# ---- 26 Main -----------------------------------------------------------------
+# ---- 28 Main -----------------------------------------------------------------
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)

@@ -1,16 +1,16 @@
 """The tests of queuectl, in the order of its sections; real processes come last.
 
 Where the tests of a section are
-     3 Rules .......... Rules                   12 Check ....... Checks
-     4 Cron ........... Cron                    13 Views ....... Views, Metrics
-     5 Input .......... Input                   14 Runner ...... Program
-     6 SQL ............ Statements              15 Pool ........ Program, Model
-     7 Store .......... Files, BadGround        16 Page ........ Browser
-     8 Host ........... Hosts, Notices          17 to 22 ....... Web, WebServer
-     9 Ledger ......... Promises                23 Install ..... Services, Shells
-    10 Queue .......... Promises                24 CLI ......... CommandLine, Program
-    11 Claims ......... Turns, Model            25 Completion .. Completion, Shells
-                                                26 Main ........ CommandLine, Program
+     3 Rules .......... Rules                   13 Views ....... Views, Metrics
+     4 Cron ........... Cron                    14 Runner ...... Pools, Program
+     5 Input .......... Input                   15 Pool ........ Pools, Program, Model
+     6 SQL ............ Statements              16 Page ........ Browser
+     7 Store .......... Files, BadGround        17 to 22 ....... Web, WebServer
+     8 Host ........... Hosts, Notices          23 Install ..... Services, Shells
+     9 Ledger ......... Promises                24 to 26 ....... CommandLine, Program
+    10 Queue .......... Promises                27 Completion .. Completion, Shells
+    11 Claims ......... Turns, Model            28 Main ........ CommandLine, Program
+    12 Check .......... Checks
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
 
@@ -3761,7 +3761,218 @@ class Turns(TestCase):
         self.assertEqual([one.completed for one in queue.history(2, "other")], [0, 0])
 
 
-# ---- 15 Pool -----------------------------------------------------------------
+# ---- 12 Check ----------------------------------------------------------------
+
+class Checks(TestCase):
+    # What a mistake would leave behind, and the code under which it must be found.
+    BREAKS = (
+        ("counters", "UPDATE counts SET n = n + 1"),
+        ("claims", "DELETE FROM runs WHERE outcome IS NULL"),
+        ("claims", "UPDATE runs SET outcome = NULL, finished_at = NULL"),
+        ("history", "UPDATE jobs SET state = 'cancelled' WHERE state = 'completed'"),
+        ("history", "DELETE FROM events"),
+        ("gates", "UPDATE jobs SET gate = 'after' WHERE gate = 'open'"),
+        ("gates", "UPDATE jobs SET gate = 'open' WHERE gate = 'after'"),
+        ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
+    )
+
+    def a_used_queue(self):
+        """A queue with a job completed, running, waiting, and waiting for another."""
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="used")
+        queue.enqueue("x", id="done")
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        queue.enqueue("x", id="runs")
+        self.claim_one(queue, claims)
+        queue.enqueue("x", id="waits", tags=["t"])
+        queue.enqueue("x", id="after", after=["waits"])
+        return queue
+
+    def problems(self, queue):
+        return [finding.code for finding in queuectl.Inspection(queue).findings()
+                if finding.level == queuectl.PROBLEM]
+
+    def test_a_sound_queue_has_no_problem(self):
+        self.assertEqual(self.problems(self.a_used_queue()), [])
+
+    def test_what_breaks_a_rule_is_found(self):
+        for number, (code, statement) in enumerate(self.BREAKS):
+            with self.subTest(statement):
+                self.path = os.path.join(self.dir, f"{number}.db")
+                queue = self.a_used_queue()
+                with queue.store.transaction() as store:
+                    store.do(statement, {})
+                self.assertIn(code, self.problems(queue))
+
+    def test_a_file_system_is_told_by_the_longest_mount_point(self):
+        mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
+                  "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
+                  "31 30 0:31 / /home/my\\040disk rw - xfs /dev/vdb rw\n")
+        for path, kind in (("/queue.db", "ext4"), ("/home/a/queue.db", "nfs4"),
+                           ("/homes/queue.db", "ext4"), ("/home/my disk/q.db", "xfs")):
+            self.assertEqual(queuectl.filesystem_of(path, mounts), kind)
+        self.assertEqual(queuectl.filesystem_of("/x", ""), "")
+
+    def test_versions_of_sqlite_with_the_bug_are_known(self):
+        for version, is_bad in (((3, 34, 1), True), ((3, 44, 5), True), ((3, 44, 6), False),
+                                ((3, 45, 0), True), ((3, 50, 6), True), ((3, 50, 7), False),
+                                ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)):
+            self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
+
+
+# ---- 13 Views ----------------------------------------------------------------
+
+class Views(TestCase):
+    def test_a_worker_says_what_happened_and_what_comes_next(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for base, wait in ((0.01, "0.01s"), (2, "2s")):
+            queue.enqueue("x", id=f"base-{base}", backoff_base=base)
+            claim = self.claim_one(queue, claims).claim
+            settled = claims.turn({claim: Outcome("failed", 1, "x", 0.02)}, {}, []).settled
+            self.assertEqual(
+                queuectl.settled_line(settled[0], NOON),
+                f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
+
+    def test_a_worker_is_called_silent_after_three_heartbeats(self):
+        beat = queuectl.iso(NOON - 45)
+        worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
+        for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
+            line = queuectl.worker_line(
+                queuectl.WorkerView(worker, True, [], heartbeat), self.PLAIN)
+            self.assertEqual("silent for 45s" in line, says, heartbeat)
+
+    PLAIN = queuectl.Style(False, 0, NOON)
+    COLOURED = queuectl.Style(True, 40, NOON)
+
+    def test_the_first_screen_names_who_works_what_rests_and_what_comes(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, name="box")
+        queue.enqueue("make all", id="build")
+        run = self.claim_one(queue, claims).claim
+        queue.pause("nightly")
+        queue.enqueue("x", id="later", delay=90)
+
+        lines = queuectl.status_lines(queue.status(), self.PLAIN)
+
+        self.assertEqual(lines[1:-1], [
+            f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
+            "            build  for 0s  make all", "paused    nightly",
+            "next due  later in 1m 30s (scheduled)"])
+        queue.pause()
+        claims.turn({run: Outcome("failed", 3, "exit status 3", 2.5)}, {}, [])
+        queue.delete("later")
+        lines = queuectl.status_lines(queue.status(), self.PLAIN)
+        self.assertIn("paused    all queues, nightly", lines)
+        self.assertIn("next due  build in 2s (retry)", lines)
+        self.assertEqual(
+            queuectl.run_line(queue.runs("build")[0], self.PLAIN),
+            "1    failed     3     2.5s     now           box  exit status 3")
+
+    def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
+        P = queuectl.Progress
+        for progress, seconds, width, line in (
+                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
+                (P(6, 2, 2, 0), 4.0, 50,
+                 "[##............] 2/10  2 running  0.5/s  16s left"),
+                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
+                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
+                (P(0, 0, 3, 1), 2.0, 60,
+                 "[#####################] 4/4  0 running  1 dead or cancelled"),
+                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
+                 "2 dead or cancelled  1/s  1s left"),
+                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
+                 "  4 running  100/s  16m 31s left"),
+                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
+            with self.subTest(progress=progress, width=width):
+                shown = queuectl.progress_line(progress, seconds, width)
+                self.assertEqual(shown, line)
+                self.assertLess(queuectl.columns(shown), width)
+
+    def test_columns_stand_in_line_whatever_the_width_of_letters(self):
+        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
+                ("a", "4", "日本語" * 9))
+        self.assertEqual(queuectl.grid(rows, self.PLAIN), [
+            "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
+        shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
+        self.assertEqual(shown[3], "a     4   日本語日本語日…")
+        self.assertLessEqual(queuectl.columns(shown[3]), 25)
+
+    def test_queues_are_shown_with_the_states_that_occur(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
+        queue.cancel("a")
+        queue.pause("q")
+        queue.limit_queue("gpu", 12)
+        self.assertEqual(queuectl.queue_lines(queue.queues(), self.PLAIN), [
+            "QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
+            "default  -      0        0",
+            "gpu      12     1        0",
+            "q        -      0        1          paused"])
+        self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
+            "name": "q", "paused": True, "limit": 0,
+            "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+
+    def test_schedules_are_shown_with_what_comes_and_what_was(self):
+        queue = self.a_queue()
+        queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
+        queue.add_schedule("rests", "@daily", command="x")
+        queue.pause_schedule("rests")
+        queue.run_schedule("a")
+        self.clock.now += 120
+        style = self.PLAIN._replace(now=self.clock.now)
+        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
+            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
+            "a      */10 * * * *  in 8m   2m ago  q        make; all",
+            "rests  @daily        paused  -       default  x"])
+        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
+            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
+            "paused": False, "next_run": queuectl.iso(NOON + 600),
+            "last_run": queuectl.iso(NOON)})
+
+    def test_the_next_turns_are_told_in_words_and_times(self):
+        queue = self.a_queue()
+        zone = time.strftime("%Z", time.localtime(NOON))
+        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
+        words, times = queuectl.turn_lines(schedule, NOON)
+        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
+        self.assertEqual(times, "next: " + ", ".join(time.strftime(
+            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
+            for n in (1, 2, 3)))
+
+    def test_a_change_is_one_line_that_no_terminal_obeys(self):
+        event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
+        self.assertEqual(queuectl.event_line(event, self.PLAIN),
+                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
+        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
+                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
+                         "\x1b[31mdead\x1b[0m  a [2J; b")
+        self.assertEqual(queuectl.event_object(event), {
+            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
+            "reason": "a\x1b[2J\nb"})
+
+    def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
+        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
+                         b"a | one\na | \na | two\xff")
+        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
+        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
+                   for place in range(7)]
+        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
+        self.assertEqual(len(set(colours)), 6)
+        self.assertEqual(colours[6], colours[0])
+
+
+    def test_a_unit_file_hands_over_each_word_as_it_stands(self):
+        for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
+                            ("a b", '"a b"'), ("100%", '"100%%"'), ("$HOME", '"$$HOME"'),
+                            ('a"b\\c', '"a\\"b\\\\c"'), ("ü;", '"ü;"'), (";", '";"'),
+                            ("a\nb\x7f", '"a\\x0ab\\x7f"'), ("", '""')):
+            with self.subTest(word):
+                self.assertEqual(queuectl.systemd_word(word), there)
+        self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
+
+
+# ---- 14 Runner, 15 Pool ------------------------------------------------------
 
 class Pools(TestCase):
     """A pool in this very process, with real commands; told by its log and the queue."""
@@ -4070,217 +4281,6 @@ class Pools(TestCase):
         self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
         other.leave()
         self.assertEqual(self.run_pool(), 0)
-
-
-# ---- 12 Check ----------------------------------------------------------------
-
-class Checks(TestCase):
-    # What a mistake would leave behind, and the code under which it must be found.
-    BREAKS = (
-        ("counters", "UPDATE counts SET n = n + 1"),
-        ("claims", "DELETE FROM runs WHERE outcome IS NULL"),
-        ("claims", "UPDATE runs SET outcome = NULL, finished_at = NULL"),
-        ("history", "UPDATE jobs SET state = 'cancelled' WHERE state = 'completed'"),
-        ("history", "DELETE FROM events"),
-        ("gates", "UPDATE jobs SET gate = 'after' WHERE gate = 'open'"),
-        ("gates", "UPDATE jobs SET gate = 'open' WHERE gate = 'after'"),
-        ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
-    )
-
-    def a_used_queue(self):
-        """A queue with a job completed, running, waiting, and waiting for another."""
-        queue = self.a_queue()
-        claims = self.a_pool(queue, name="used")
-        queue.enqueue("x", id="done")
-        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
-        queue.enqueue("x", id="runs")
-        self.claim_one(queue, claims)
-        queue.enqueue("x", id="waits", tags=["t"])
-        queue.enqueue("x", id="after", after=["waits"])
-        return queue
-
-    def problems(self, queue):
-        return [finding.code for finding in queuectl.Inspection(queue).findings()
-                if finding.level == queuectl.PROBLEM]
-
-    def test_a_sound_queue_has_no_problem(self):
-        self.assertEqual(self.problems(self.a_used_queue()), [])
-
-    def test_what_breaks_a_rule_is_found(self):
-        for number, (code, statement) in enumerate(self.BREAKS):
-            with self.subTest(statement):
-                self.path = os.path.join(self.dir, f"{number}.db")
-                queue = self.a_used_queue()
-                with queue.store.transaction() as store:
-                    store.do(statement, {})
-                self.assertIn(code, self.problems(queue))
-
-    def test_a_file_system_is_told_by_the_longest_mount_point(self):
-        mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
-                  "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
-                  "31 30 0:31 / /home/my\\040disk rw - xfs /dev/vdb rw\n")
-        for path, kind in (("/queue.db", "ext4"), ("/home/a/queue.db", "nfs4"),
-                           ("/homes/queue.db", "ext4"), ("/home/my disk/q.db", "xfs")):
-            self.assertEqual(queuectl.filesystem_of(path, mounts), kind)
-        self.assertEqual(queuectl.filesystem_of("/x", ""), "")
-
-    def test_versions_of_sqlite_with_the_bug_are_known(self):
-        for version, is_bad in (((3, 34, 1), True), ((3, 44, 5), True), ((3, 44, 6), False),
-                                ((3, 45, 0), True), ((3, 50, 6), True), ((3, 50, 7), False),
-                                ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)):
-            self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
-
-
-# ---- 13 Views ----------------------------------------------------------------
-
-class Views(TestCase):
-    def test_a_worker_says_what_happened_and_what_comes_next(self):
-        queue = self.a_queue()
-        claims = self.a_pool(queue)
-        for base, wait in ((0.01, "0.01s"), (2, "2s")):
-            queue.enqueue("x", id=f"base-{base}", backoff_base=base)
-            claim = self.claim_one(queue, claims).claim
-            settled = claims.turn({claim: Outcome("failed", 1, "x", 0.02)}, {}, []).settled
-            self.assertEqual(
-                queuectl.settled_line(settled[0], NOON),
-                f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
-
-    def test_a_worker_is_called_silent_after_three_heartbeats(self):
-        beat = queuectl.iso(NOON - 45)
-        worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
-        for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
-            line = queuectl.worker_line(
-                queuectl.WorkerView(worker, True, [], heartbeat), self.PLAIN)
-            self.assertEqual("silent for 45s" in line, says, heartbeat)
-
-    PLAIN = queuectl.Style(False, 0, NOON)
-    COLOURED = queuectl.Style(True, 40, NOON)
-
-    def test_the_first_screen_names_who_works_what_rests_and_what_comes(self):
-        queue = self.a_queue()
-        claims = self.a_pool(queue, name="box")
-        queue.enqueue("make all", id="build")
-        run = self.claim_one(queue, claims).claim
-        queue.pause("nightly")
-        queue.enqueue("x", id="later", delay=90)
-
-        lines = queuectl.status_lines(queue.status(), self.PLAIN)
-
-        self.assertEqual(lines[1:-1], [
-            f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
-            "            build  for 0s  make all", "paused    nightly",
-            "next due  later in 1m 30s (scheduled)"])
-        queue.pause()
-        claims.turn({run: Outcome("failed", 3, "exit status 3", 2.5)}, {}, [])
-        queue.delete("later")
-        lines = queuectl.status_lines(queue.status(), self.PLAIN)
-        self.assertIn("paused    all queues, nightly", lines)
-        self.assertIn("next due  build in 2s (retry)", lines)
-        self.assertEqual(
-            queuectl.run_line(queue.runs("build")[0], self.PLAIN),
-            "1    failed     3     2.5s     now           box  exit status 3")
-
-    def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
-        P = queuectl.Progress
-        for progress, seconds, width, line in (
-                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
-                (P(6, 2, 2, 0), 4.0, 50,
-                 "[##............] 2/10  2 running  0.5/s  16s left"),
-                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
-                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
-                (P(0, 0, 3, 1), 2.0, 60,
-                 "[#####################] 4/4  0 running  1 dead or cancelled"),
-                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
-                 "2 dead or cancelled  1/s  1s left"),
-                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
-                 "  4 running  100/s  16m 31s left"),
-                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
-            with self.subTest(progress=progress, width=width):
-                shown = queuectl.progress_line(progress, seconds, width)
-                self.assertEqual(shown, line)
-                self.assertLess(queuectl.columns(shown), width)
-
-    def test_columns_stand_in_line_whatever_the_width_of_letters(self):
-        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
-                ("a", "4", "日本語" * 9))
-        self.assertEqual(queuectl.grid(rows, self.PLAIN), [
-            "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
-        shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
-        self.assertEqual(shown[3], "a     4   日本語日本語日…")
-        self.assertLessEqual(queuectl.columns(shown[3]), 25)
-
-    def test_queues_are_shown_with_the_states_that_occur(self):
-        queue = self.a_queue()
-        queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
-        queue.cancel("a")
-        queue.pause("q")
-        queue.limit_queue("gpu", 12)
-        self.assertEqual(queuectl.queue_lines(queue.queues(), self.PLAIN), [
-            "QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
-            "default  -      0        0",
-            "gpu      12     1        0",
-            "q        -      0        1          paused"])
-        self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
-            "name": "q", "paused": True, "limit": 0,
-            "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
-
-    def test_schedules_are_shown_with_what_comes_and_what_was(self):
-        queue = self.a_queue()
-        queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
-        queue.add_schedule("rests", "@daily", command="x")
-        queue.pause_schedule("rests")
-        queue.run_schedule("a")
-        self.clock.now += 120
-        style = self.PLAIN._replace(now=self.clock.now)
-        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
-            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
-            "a      */10 * * * *  in 8m   2m ago  q        make; all",
-            "rests  @daily        paused  -       default  x"])
-        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
-            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
-            "paused": False, "next_run": queuectl.iso(NOON + 600),
-            "last_run": queuectl.iso(NOON)})
-
-    def test_the_next_turns_are_told_in_words_and_times(self):
-        queue = self.a_queue()
-        zone = time.strftime("%Z", time.localtime(NOON))
-        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
-        words, times = queuectl.turn_lines(schedule, NOON)
-        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
-        self.assertEqual(times, "next: " + ", ".join(time.strftime(
-            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
-            for n in (1, 2, 3)))
-
-    def test_a_change_is_one_line_that_no_terminal_obeys(self):
-        event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
-        self.assertEqual(queuectl.event_line(event, self.PLAIN),
-                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
-        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
-                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
-                         "\x1b[31mdead\x1b[0m  a [2J; b")
-        self.assertEqual(queuectl.event_object(event), {
-            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
-            "reason": "a\x1b[2J\nb"})
-
-    def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
-        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
-                         b"a | one\na | \na | two\xff")
-        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
-        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
-                   for place in range(7)]
-        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
-        self.assertEqual(len(set(colours)), 6)
-        self.assertEqual(colours[6], colours[0])
-
-
-    def test_a_unit_file_hands_over_each_word_as_it_stands(self):
-        for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
-                            ("a b", '"a b"'), ("100%", '"100%%"'), ("$HOME", '"$$HOME"'),
-                            ('a"b\\c', '"a\\"b\\\\c"'), ("ü;", '"ü;"'), (";", '";"'),
-                            ("a\nb\x7f", '"a\\x0ab\\x7f"'), ("", '""')):
-            with self.subTest(word):
-                self.assertEqual(queuectl.systemd_word(word), there)
-        self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
 # ---- 17 API to 22 Server -----------------------------------------------------
@@ -4912,7 +4912,7 @@ class Metrics(TestCase):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 24 CLI ------------------------------------------------------------------
+# ---- 24 Screen, 25 Flags, 26 Commands ----------------------------------------
 
 class CommandLine(TestCase):
     def cli(self, *argv):
@@ -5479,7 +5479,7 @@ class CommandLine(TestCase):
         self.assertNotIn("User=", own)
 
 
-# ---- 25 Completion -----------------------------------------------------------
+# ---- 27 Completion -----------------------------------------------------------
 
 class Completion(TestCase):
     def offered(self, *words):
