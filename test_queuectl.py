@@ -1415,6 +1415,186 @@ class Statements(TestCase):
             self.assertRegex(plan, "SEARCH (TABLE )?jobs USING INDEX")
             self.assertNotIn("TEMP B-TREE", plan)
 
+    def test_the_newest_are_listed_by_their_number(self):
+        db = sqlite3.connect(self.a_queue().path)
+        self.addCleanup(db.close)
+        [plan] = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + queuectl.Sql.listing(
+            None, queuectl.ORDERS["newest"].sql, {}), {"before": 1, "limit": 1})]
+        self.assertRegex(plan, r"SEARCH .*INTEGER PRIMARY KEY \(rowid<\?\)")
+
+    # What a statement must tell apart, beside what the tests of its callers show.
+
+    def test_a_place_to_go_on_from_is_not_listed_again(self):
+        queue = self.a_queue()
+        for _ in range(3):
+            queue.enqueue("x")
+        for sort in ("newest", "queue"):
+            self.assertEqual([job.seq for job in queue.jobs(sort=sort, before=3)], [2, 1])
+
+    def test_the_oldest_due_job_of_a_queue_whatever_its_rank_or_its_neighbours(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", priority=1), Spec("x", queue="q", priority=9)])
+        claims.turn(dict.fromkeys([one.claim for one in claims.turn(
+            {}, {}, [1, 2]).claimed], Outcome("completed", 0)), {}, [])
+        self.clock.now += 100       # what is over is of the same ranks, and older
+        queue.enqueue_many([Spec("x", queue="q", priority=1), Spec("x", queue="other")])
+        self.clock.now += 50
+        queue.enqueue_many([Spec("x", priority=1), Spec("x", queue="q", priority=9),
+                            Spec("x", queue="q")])
+        self.clock.now += 7
+        self.assertEqual(queue.scrape().oldest, {"default": 7.0, "q": 57.0, "other": 57.0})
+
+    def test_a_job_is_due_at_its_very_moment_and_the_first_of_many_counts(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="first", delay=10)
+        queue.enqueue_many([Spec("x", run_at=NOON + 20, cwd="/")] * 1001)
+        self.clock.now += 10
+        self.assertEqual(queue.scrape().oldest, {"default": 0.0})
+        self.assertTrue(self.a_pool(queue).is_work_there())
+        self.clock.now += 20
+        self.assertEqual(queue.scrape().oldest, {"default": 20.0})
+
+    def test_the_fence_lets_no_change_through_that_knows_an_older_state(self):
+        """(I1), (I3)"""
+        queue = self.a_queue()
+        stale = queue.enqueue("x")
+        queue.cancel(stale.id)
+        queue.retry(stale.id)
+        [claimed] = self.a_pool(queue).turn({}, {}, [1]).claimed
+        for before in (stale, stale._replace(state=PROCESSING),
+                       claimed.job._replace(claim=claimed.claim + 1)):
+            with self.subTest(before), self.assertRaises(AssertionError), \
+                    queue.store.transaction() as store:
+                queuectl.move(store, [queuectl.Change("cancel", before, before)], NOON)
+        self.assertEqual(queue.job(stale.id).state, PROCESSING)
+
+    def test_a_retry_has_the_place_in_line_of_its_new_time(self):
+        queue = self.a_queue()
+        queue.configure("priority-ageing", "1m")
+        claims = self.a_pool(queue)
+        queue.enqueue("x", max_retries=2, backoff_base=100)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        job = queue.job("job-1")
+        self.assertEqual(job.rank, queuectl.rank_of(
+            0, queuectl.iso(NOON + 100), queue.store.settings()))
+
+    def test_only_the_runs_that_are_named_are_seized_and_a_cancel_stays(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 3)
+        claims.turn({}, {}, [1, 2, 3])
+        queue.cancel("job-2")
+        self.a_rescuer(queue).seize([queue.run("job-1"), queue.run("job-2")])
+        self.assertEqual([queue.job(f"job-{n}").wish for n in (1, 2, 3)],
+                         ["lost", "cancel", None])
+
+    def test_what_waits_no_more_holds_no_job_that_it_came_after(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
+        queue.cancel("b")
+        self.assertEqual([job.id for job in queue.delete("a")], ["a"])
+
+    def test_an_edit_is_dated(self):
+        queue = self.a_queue()
+        queue.enqueue("x")
+        self.clock.now += 5
+        queue.edit("job-1", priority=1)
+        self.assertEqual(queue.job("job-1").updated_at, queuectl.iso(NOON + 5))
+
+    def test_a_run_that_has_ended_keeps_its_output(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        claimed = self.claim_one(queue, claims)
+        let_go(claimed.lock)
+        self.a_rescuer(queue).record(queue.run("job-1"))
+        late = Output(99)
+        late.feed(b"late")
+        claims.turn({}, {claimed.claim: late}, [])
+        self.assertEqual(queue.run("job-1").output, b"")
+
+    def test_what_began_and_ended_within_one_turn_has_its_slot_and_its_time(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        [claimed] = claims.turn({}, {}, [], ahead=1).claimed
+        self.clock.now += 5
+        begun = claims.begin(claimed, 3)
+        self.clock.now += 5
+        claims.turn({begun.claim: Outcome("completed", 0, None, 5.0)}, {}, [])
+        run = queue.run("job-1")
+        self.assertEqual((run.slot, run.started_at, run.finished_at),
+                         (3, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)))
+
+    def test_runs_are_counted_by_job_and_go_on(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x", id="other"), Spec("x", id="a", max_retries=9,
+                                                        backoff_base=0.0)])
+        queue.enqueue_many([Spec("x", queue="paused", priority=1)] * 200)
+        queue.pause("paused")       # so the queue is asked for its own line
+        for _ in range(4):
+            claimed = claims.turn({}, {}, [1]).claimed
+            claims.turn({one.claim: Outcome("failed", 1) for one in claimed
+                         if one.job.id == "a"}, {}, [])
+        self.assertEqual([run.number for run in queue.runs("a")], [1, 2, 3])
+        self.assertEqual(queue.run("a", 1).job, queue.job("a").seq)
+        self.assertEqual(queue.run("other", 1).job, queue.job("other").seq)
+
+    def test_a_queue_s_own_line_is_in_order_behind_a_paused_one(self):
+        queue = self.a_queue()
+        queue.pause("paused")
+        queue.enqueue_many([Spec("x", queue="paused", priority=9)] * 200)
+        queue.enqueue_many([Spec("x", priority=n % 5, id=f"p{n}") for n in range(5)])
+        self.assertEqual([self.a_pool(queue).turn({}, {}, [1]).claimed[0].job.id], ["p4"])
+
+    def test_what_is_over_stands_before_nobody(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", priority=5)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        queue.enqueue_many([Spec("x"), Spec("x")])
+        self.assertEqual(queue.waiting_for(queue.job("job-3")), ["behind 1 other job"])
+
+    def test_a_pool_has_drained_when_its_own_queues_have_nothing_due(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue, queues=("a",))
+        queue.enqueue("x", queue="a")
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        queue.enqueue_many([Spec("x", queue="a", run_at=NOON + 10), Spec("x", queue="b"),
+                            Spec("x", queue="b", run_at=NOON + 5)])
+        self.clock.now += 6
+        self.assertTrue(claims.is_drained())
+        self.clock.now += 4
+        self.assertFalse(claims.is_drained())
+
+    def test_a_turn_tells_its_time(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.clock.now += 3
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.store.workers()[0].heartbeat_at, queuectl.iso(NOON + 3))
+
+    def test_pools_and_schedules_are_offered_by_their_names(self):
+        queue = self.a_queue()
+        for name in "bac":
+            self.a_pool(queue, name=name)
+            queue.add_schedule(name, "@daily", command="x")
+        self.assertEqual([one.name for one in queue.schedules()], ["a", "b", "c"])
+        with queuectl.glance(self.path) as rows:
+            for choices in (queuectl._worker_choices, queuectl._schedule_choices):
+                self.assertEqual([one.word for one in choices(rows, queuectl.Place())],
+                                 ["a", "b", "c"])
+
+    def test_tags_are_offered_each_once_in_order(self):
+        queue = self.a_queue()
+        for tags in (("c", "a"), ("b",), ("a", "d")):
+            queue.enqueue("x", tags=tags)
+        with queuectl.glance(self.path) as rows:
+            self.assertEqual([one.word for one in queuectl._tag_choices(
+                rows, queuectl.Place())], ["a", "b", "c", "d"])
+
 
     def test_the_schema_itself_refuses_what_must_not_be(self):
         """(I2), (I7)"""
@@ -3813,6 +3993,20 @@ class Checks(TestCase):
                 with queue.store.transaction() as store:
                     store.do(statement, {})
                 self.assertIn(code, self.problems(queue))
+
+    def test_what_a_run_that_is_over_has_left_is_told_and_what_runs_is_not(self):
+        queue = self.a_used_queue()
+        left = [subprocess.Popen(["sleep", "100"],
+                                 env={"QUEUECTL_RUN": queue.host.token(claim)})
+                for claim in (1, 2, 77)]
+        for process in left:
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+        self.assertEqual([(finding.level, finding.message)
+                          for finding in queuectl.Inspection(queue).findings()
+                          if finding.code == "stray"], [
+            ("note", f"run 1 of done is over and has left process {left[0].pid}"),
+            ("note", f"a job that was deleted is over and has left process {left[2].pid}")])
 
     def test_a_file_system_is_told_by_the_longest_mount_point(self):
         mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
@@ -10611,7 +10805,8 @@ def mutate(names, scale, seed):
             continue
         tests, left = [], JUDGE_SECONDS
         for took, test, met in judges[mutant.section]:
-            if left > took and not met.isdisjoint(mutant.lines):
+            if left > took and (not met.isdisjoint(mutant.lines) or (
+                    mutant.section == "SQL" and isinstance(test, Statements))):
                 tests.append((took, test))
                 left -= took
         key = mutant.section, lines[mutant.line - 1], mutant.what
