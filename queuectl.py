@@ -734,7 +734,14 @@ class Status(NamedTuple):
 
 
 # ---- 3 Rules -----------------------------------------------------------------
-# Decisions without effects: time, chance and rows come in, values go out.
+# Decisions without effects: time, chance and rows come in, values go out. So each can
+# be tested with literals, and pools, commands and the API cannot decide differently.
+# In this order: times and other values as people write them; the settings; what
+# follows from a run's end; who is next in line, and how much a pool takes ahead; who
+# counts as silent; what is kept of an output; histograms for statistics and metrics.
+#
+# A stored time has 24 characters, the largest unit first, so text sorts as time does:
+# statements compare and index it as it is.
 
 EPOCH = datetime.datetime(1970, 1, 1)
 MILLISECOND = datetime.timedelta(milliseconds=1)
@@ -744,7 +751,9 @@ MILLISECOND = datetime.timedelta(milliseconds=1)
 def iso(moment: float) -> str:
     """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
 
-    The thousandth of a millisecond undoes what a float loses of a stored value.
+    The thousandth of a millisecond undoes what a float loses of a stored value. An
+    OverflowError lies outside of the years 1 to 9999. EPOCH and a timedelta reach all
+    of these; datetime.fromtimestamp() may stop at 1970 and 2038 (Python's manual).
     """
     stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
     return stamp.isoformat(timespec="milliseconds") + "Z"
@@ -760,11 +769,15 @@ def iso_up(moment: float) -> str:
 
 def epoch(stamp: str) -> float:
     """The epoch seconds of a stored time."""
+    # Without its Z, which fromisoformat() takes since Python 3.11 only.
     return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
 
 
 def span(seconds: float) -> str:
-    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h."""
+    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h.
+
+    Two units at most, the second rounded down; only 0 itself is told as none.
+    """
     if 0 < seconds < 0.00995:
         return f"{math.ceil(seconds * 1000 - 0.5) or 1}ms"
     if seconds < 9.995:
@@ -779,7 +792,10 @@ def span(seconds: float) -> str:
 
 
 def ago(stamp: str | None, now: float) -> str:
-    """A stored time relative to now: `5s ago`, `in 2m`."""
+    """A stored time relative to now: `5s ago`, `in 2m`; None: `-`.
+
+    What is to come is rounded up, so who looks again then finds that it has.
+    """
     if stamp is None:
         return "-"
     away = epoch(stamp) - now
@@ -799,7 +815,10 @@ DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 
 
 def parse_duration(text: object) -> float:
-    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue."""
+    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue.
+
+    Parts add up in any order. True is no number here, though Python takes it for 1.
+    """
     seconds = -1.0
     if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
@@ -825,6 +844,12 @@ def _next_clock_time(text: str, now: float) -> float:
 
 
 def _moment(text: object, now: float) -> float:
+    """As `parse_time`; ValueError, OverflowError or OSError for what is no time.
+
+    Bare digits are epoch seconds, so `2026` is half an hour into 1970. A date without
+    a time is its local midnight. Python 3.11 knows more forms of ISO 8601 than those
+    before, as 20260131T1800.
+    """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         return float(text)
     if not isinstance(text, str):
@@ -836,6 +861,7 @@ def _moment(text: object, now: float) -> float:
         return float(text)
     if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
         return _next_clock_time(text, now)
+    # Before Python 3.11 fromisoformat() takes an offset, but no Z.
     stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
     if stamp.tzinfo is None:
         return stamp.timestamp()
@@ -844,9 +870,13 @@ def _moment(text: object, now: float) -> float:
 
 
 def parse_time(text: object, now: float) -> float:
-    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`."""
+    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`.
+
+    InvalidValue for all else. A time of the past is one, too.
+    """
     try:
         moment = _moment(text, now)
+        # What has no stored form, as NaN or the year 10000, is refused here already.
         iso_up(moment)
     except (ValueError, OverflowError, OSError):
         raise InvalidValue(
@@ -869,14 +899,21 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """A number from 0 to 1."""
+    """A number from 0 to 1; else InvalidValue.
+
+    float() alone would let `nan` in, of which no comparison is true.
+    """
     if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
         raise InvalidValue(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
 
 
 def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
-    """A whole number within bounds."""
+    """A whole number within bounds; else InvalidValue.
+
+    Plain digits: int() also takes `1_000` and the digits of other scripts. Twelve are
+    more than any bound has.
+    """
     if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
                            "")
@@ -884,7 +921,7 @@ def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
 
 
 def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that also takes `none`."""
+    """A parser that also takes `none` or nothing, which are None: off."""
     return lambda text: None if text in ("none", "") else parse(text)
 
 
@@ -901,7 +938,10 @@ def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]
 
 
 class Setting(NamedTuple):
-    """One key of the configuration."""
+    """One key of the configuration.
+
+    The default is text as a person would set it: it goes through the same parser.
+    """
     default: str
     parse: Callable[[str], Any]
     meaning: str
@@ -924,6 +964,7 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
                                    "completed jobs are deleted after this time"),
     "retention-dead": Setting("none", _off_or(parse_duration),
                               "dead jobs are deleted after this time"),
+    # A heartbeat is a commit with its fsync, also where there is no work to be done.
     "heartbeat": Setting("5s", _between(0.1),
                          "how often a worker shows that it lives"),
     "lease": Setting("30s", _between(1),
@@ -933,6 +974,7 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
     "on-dead": Setting("none", _off_or(str), "shell command after each death"),
     "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
+    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
     "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
                                "a waiting job's priority grows by one after each"),
 }
@@ -942,6 +984,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
     words = list(words)
+    # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
+    # to `abcd`.
     close = [one for one in words if sorted(one) == sorted(word)] \
         or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
@@ -957,13 +1001,17 @@ def setting_key(key: str) -> str:
 
 
 def settings_of(stored: Mapping[str, str]) -> Settings:
-    """The settings in force: what is stored, else the defaults."""
+    """The settings in force: what is stored, else the defaults.
+
+    What `configure` stores has been parsed. A key that is not known, as of a newer
+    version, is passed over.
+    """
     return Settings(*(setting.parse(stored.get(key, setting.default))
                       for key, setting in SETTINGS.items()))
 
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
-    """Seconds to wait after the `failures`-th failed attempt.
+    """Seconds to wait after the `failures`-th failed attempt, counted from 1.
 
     base, 2 base, 4 base ... up to backoff-max; `chance` (0 to 1) spreads it by
     backoff-jitter to both sides, so that jobs that failed together part.
@@ -980,7 +1028,9 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """The place in line, lower first; equal ranks go by run_at, then by age.
 
     With ageing all waiting jobs gain at one speed, so their order never changes
-    and a stored number serves: the due time, set back by the priority's worth.
+    and a stored number serves: the due time, set back by the priority's worth. It is
+    in whole milliseconds, for jobs ranked here stand in one line with those that
+    RANK_BY_AGE has ranked. Equal ranks: see `place_in_line`.
     """
     if settings.priority_ageing is None:
         return -priority
@@ -1014,6 +1064,11 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
+    What has happened comes before what was wished, and that before who is to blame: a
+    job whose worker is lost while it is being cancelled does not run again. Only DONE,
+    FAILURE and TIMEOUT cost an attempt. The job has still the state and the claim
+    that it ran with: `move` follows.
+
     A job's own backoff-base comes before that of the settings. A job that was to be
     cancelled and yet completed is completed: that is what happened.
     """
@@ -1037,14 +1092,21 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
 
 
 def usual_reason(source: str | None, target: str) -> str:
-    """The usual reason for a change of state, where none was noted."""
+    """The usual reason for a change of state, where none was noted.
+
+    An event without a reason of its own stores none, which keeps its row short.
+    It is found again by the two states: no two verbs lead from one to the other.
+    """
     return next((step.because for step in MOVES.values()
                  if step.target == target and source in step.sources), "enqueued")
 
 
 def choose(line: Iterable[Candidate], room: Callable[[str], int],
            free: int) -> list[Candidate]:
-    """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
+    """The first `free` jobs of the line whose queue has room, by `room(queue)`.
+
+    What `room` says does not change in here, so those chosen already are counted.
+    """
     taken: dict[str, int] = {}
     chosen: list[Candidate] = []
     for one in line:
@@ -1058,7 +1120,7 @@ def choose(line: Iterable[Candidate], room: Callable[[str], int],
 
 
 def place_in_line(one: Candidate) -> tuple[int, str, int]:
-    """What jobs that may start are sorted by."""
+    """What jobs that may start are sorted by; as LINE and jobs_in_line have it."""
     return one.job.rank, one.job.run_at, one.job.seq
 
 
@@ -1079,6 +1141,8 @@ def wanted_ahead(pace: float, slots: int) -> int:
     """How many jobs to hold ready beyond the slots: work until the turn after next.
 
     None where runs are longer than a commit: others may have a slot for them now.
+    Else what the slots begin within two RECORD_PAUSEs, and one more for each: one
+    slot with runs of 3 ms has 8. The floor of 0.1 ms is for a pace of 0.
     """
     if pace > QUICK:
         return 0
@@ -1107,7 +1171,10 @@ class Silence:
         self._last: float | None = None
 
     def look(self, beats: Mapping[int, int], now: float) -> dict[int, float]:
-        """Seconds of silence by pool; `now` is a monotonic clock's."""
+        """Seconds of silence by pool; `now` is a monotonic clock's.
+
+        A pool begins at 0 when it is seen first; one without a beat is forgotten.
+        """
         step = now - self._last if self._last is not None else math.inf
         step = step if step <= self._gap else 0.0
         self._last = now
@@ -1119,7 +1186,13 @@ class Silence:
 
 
 class Output:
-    """What a command printed, as bytes: the first and the last half of a limit."""
+    """What a command printed, as bytes: the first and the last half of a limit.
+
+    The beginning says what was started, the end how it went wrong. The end is cut back
+    only when it has grown to twice its size and READ_SIZE, so each byte is moved once
+    at most, however small the pieces. No more is held than one and a half limits and
+    READ_SIZE.
+    """
 
     def __init__(self, limit: int) -> None:
         self._head_size, self._tail_size = limit // 2, limit - limit // 2
@@ -1144,7 +1217,11 @@ class Output:
 
 
 def readable(kept: bytes, total: int) -> bytes:
-    """Kept output with a line in the middle that says how much was left out."""
+    """Kept output with a line in the middle that says how much was left out.
+
+    If anything is missing `kept` is exactly a limit long, so its middle is where the
+    beginning stops, and the limit of that time need not be known.
+    """
     missing = total - len(kept)
     if missing <= 0:
         return kept
@@ -1154,7 +1231,11 @@ def readable(kept: bytes, total: int) -> bytes:
 
 
 def since(kept: bytes, total: int, seen: int) -> bytes:
-    """What came after the first `seen` bytes, as far as it was kept."""
+    """What came after the first `seen` bytes, as far as it was kept.
+
+    For who follows a command: he has seen all up to there, and gets each byte once.
+    What was left out since then is told by a line, in the place of `kept`'s middle.
+    """
     if seen >= total:
         return b""
     if total == len(kept):
@@ -1169,7 +1250,10 @@ def since(kept: bytes, total: int, seen: int) -> bytes:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that says something, shortened: often the error message."""
+    """The last line that says something, shortened: often the error message.
+
+    It is shown on other people's terminals, so control characters become blanks.
+    """
     for line in reversed(output[-2000:].splitlines()):
         text = line.decode("utf-8", "replace").strip()
         if text:
@@ -1178,8 +1262,10 @@ def last_line(output: bytes) -> str:
 
 
 # Upper bounds of histogram buckets in each decade: the E24 series of preferred
-# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is about
-# a tenth above the one before: a percentile read from the buckets is off by 5 %.
+# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is 6 to 15 %
+# above the one before, and a percentile is told as the upper bound of its bucket: never
+# too low, 5 % too high on average, 15 % at worst. The decades reach 116 days, the last
+# bound 105; what took longer counts there as well.
 _E24 = (10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
         33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91)
 _DECADES = range(-4, 7)     # 0.1 ms to 116 days
@@ -1192,24 +1278,30 @@ def bucket_of(seconds: float) -> int:
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float | None:
-    """The bound below which `share` of the values lie; None without values."""
+    """The bound up to which `share` of the values lie; None without values."""
     left = share * sum(buckets.values())
     for bucket in sorted(buckets):
         left -= buckets[bucket]
+        # `share` of a number of values is often a whole one but for a float's noise.
         if left <= 1e-9:
             return BOUNDS[bucket]
     return None
 
 
 def spread(buckets: Mapping[int, int], total: float) -> Spread:
-    """Mean (exact) and percentiles (within 5 %) of a histogram."""
+    """Mean (exact) and percentiles (as in `percentile`) of a histogram."""
     count = sum(buckets.values())
     return Spread(count, total / count if count else None, percentile(buckets, 0.5),
                   percentile(buckets, 0.95), percentile(buckets, 0.99))
 
 
 def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
-    """Put tallies (kind, bucket, n, total) together."""
+    """Put tallies (kind, bucket, n, total) together.
+
+    The kinds are `enqueue`, `delete` and the verbs of TALLIED, which count jobs;
+    `run:OUTCOME`, which counts runs; `run_time` and `wait_time`, which alone have
+    buckets and a total in seconds. Kinds that are not known here are passed over.
+    """
     counts: dict[str, int] = {}
     buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
     totals = {"run_time": 0.0, "wait_time": 0.0}
@@ -1226,14 +1318,19 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread(buckets["wait_time"], totals["wait_time"]))
 
 
-# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes.
+# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes. A
+# hair less than the bound is looked for: BOUNDS are products of floats, and one that
+# came out a hair below its literal would else give the bucket after it.
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
                  300.0, 1000.0, 3000.0, 10000.0)     # seconds
 METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
-    """How many values lie below each of METRIC_BOUNDS; and how many there are."""
+    """How many values are at most each of METRIC_BOUNDS; and how many there are.
+
+    As the `le` buckets of a Prometheus histogram: the last one is that of +Inf.
+    """
     return [sum(n for bucket, n in buckets.items() if bucket <= last)
             for last in METRIC_BUCKETS] + [sum(buckets.values())]
 
