@@ -1344,9 +1344,13 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 
 # ---- 4 Cron ------------------------------------------------------------------
 # When a schedule comes: its line read, and its turns reckoned, as Debian's cron does.
+# Pure but for the time zone, which is asked for its offsets: by default the process's
+# own. First the line is parsed, then turns are found, then said in words. Queue and
+# Ledger store the next turn by `turn_after`; Views shows the next few and the words.
 
 class CronField(NamedTuple):
-    """What one field of a cron line takes."""
+    """What one field of a cron line takes: numbers from low to high, names from low on.
+    """
     name: str
     low: int
     high: int
@@ -1371,6 +1375,7 @@ CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
 
 
 def _cron_value(text: str, field: CronField) -> int:
+    """A number or a name; InvalidValue says what the field takes, for all mistakes."""
     if text.lower() in field.names:
         return field.low + field.names.index(text.lower())
     if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
@@ -1382,7 +1387,10 @@ def _cron_value(text: str, field: CronField) -> int:
 
 
 def _cron_span(text: str, field: CronField) -> tuple[int, int]:
-    """The ends of `*`, `1-5` or `5`."""
+    """The ends of `*`, `1-5` or `5`.
+
+    What runs backwards, as fri-mon, is refused; the hint writes it as two.
+    """
     low, dash, high = text.partition("-")
     if text == "*":
         return field.low, field.high
@@ -1396,7 +1404,11 @@ def _cron_span(text: str, field: CronField) -> tuple[int, int]:
 
 
 def _cron_part(text: str, field: CronField) -> range:
-    """The values of one item of a field's list: a span, or a span with a step."""
+    """The values of one item of a field's list: a span, or a span with a step.
+
+    A step counts from the span's beginning, so `*/7` of minutes is 0, 7 ... 56, and 4
+    minutes later 0 again.
+    """
     span, slash, step = text.partition("/")
     first, last = _cron_span(span, field)
     if not slash:
@@ -1412,7 +1424,11 @@ def _cron_part(text: str, field: CronField) -> range:
 
 
 def _cron_texts(text: str) -> list[str]:
-    """The five fields as text."""
+    """The five fields as text, a name like @daily replaced.
+
+    One blank between fields is as good as many; anything after the fifth is an error:
+    the command has a place of its own.
+    """
     line = text.strip()
     if line.lower() == "@reboot":
         raise InvalidValue("'@reboot' is not a time", "put `queuectl enqueue` where "
@@ -1429,7 +1445,11 @@ def _cron_texts(text: str) -> list[str]:
 
 
 def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
+    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue.
+
+    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
+    as stars. If neither day field begins so, a day that fits one of them is enough.
+    """
     texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
         tuple(sorted({value for part in text.split(",")
@@ -1437,6 +1457,8 @@ def parse_cron(text: str) -> Cron:
         for text, field in zip(texts, CRON_FIELDS))
     starred = [text.startswith("*") for text in texts]
     is_either = not starred[2] and not starred[4]
+    # With is_either it comes on its weekdays at least. Its longest months are enough to
+    # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
         raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
                            f"{days[0]}", "choose another day or month")
@@ -1456,7 +1478,10 @@ def parse_cron(text: str) -> Cron:
 # What is made up at one jump is one turn, so turns are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Whether the cron comes on a local date, given as days since 1970."""
+    """Whether the cron comes on a local date, given as days since 1970.
+
+    The calendar's question alone: what the clocks do on that day is not asked.
+    """
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1466,7 +1491,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
-    """The matching local minutes, as minutes since 1970, both ends included."""
+    """The matching local minutes, as minutes since 1970, both ends included.
+
+    In order, and no more is looked at than is asked for: mostly the first is enough.
+    """
     hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
              if _is_cron_day(cron, day) for hour in cron.hours)
     return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
@@ -1474,7 +1502,11 @@ def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
-    """Seconds by which local clocks are ahead of UTC; zone None: the process's own."""
+    """Seconds by which local clocks are ahead of UTC; zone None: the process's own.
+
+    Asked from UTC to local, which has one answer for each moment. The other way round
+    an hour may come twice or not at all (PEP 495).
+    """
     utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
     offset = utc.astimezone(zone).utcoffset()
     return round(offset.total_seconds()) if offset else 0
@@ -1482,7 +1514,12 @@ def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
 
 def _stretches(start: int, end: int,
                zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
-    """From, to (excluded) and offset of each time in which clocks were not changed."""
+    """From, to (excluded) and offset of each time in which clocks were not changed.
+
+    A zone tells its offset at a moment, not when that changes. So two moments a DAY
+    apart are compared, and between two that differ the change is found by halving, to
+    the second: 17 questions.
+    """
     offset = _utc_offset(start, zone)
     for low in range(start, end, DAY):
         high = min(low + DAY, end)
@@ -1504,6 +1541,12 @@ def _turns(cron: Cron, after: int, until: int,
     """The turns after one moment and up to another, in order; some more than once.
 
     It begins a day early, to know of a jump what was seen on the clock before it.
+
+    `seen` is the last local minute before a jump, `first` the one after it. Where cron
+    goes on from there (the jump is `near`), `first` becomes the minute after `seen`: of
+    a jump forwards this searches what was skipped, which comes at `start`; of one back
+    it leaves out what is repeated. A wild one does so for up to four minutes only, 0
+    being a jump within one minute.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
     seen = None
@@ -1520,7 +1563,10 @@ def _turns(cron: Cron, after: int, until: int,
 
 def _turns_near(cron: Cron, day: int, after: int, until: int,
                 zone: datetime.tzinfo | None) -> Iterator[int]:
-    """As `_turns`, no further from a local date than any zone can be from UTC."""
+    """As `_turns`, no further from a local date than any zone can be from UTC.
+
+    An offset is less than a day to either side (datetime's own bound).
+    """
     return _turns(cron, max(after, (day - 1) * DAY), min(until, (day + 2) * DAY), zone)
 
 
@@ -1528,6 +1574,8 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     """The first turn after a moment, in epoch seconds.
 
     math.inf: never, as an interval that lies where the zone always skips an hour.
+    Dates are gone through in order and their windows with them, so the first turn that
+    is found is the first of all.
     """
     since = math.floor(after)
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
@@ -1539,7 +1587,10 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
 
 
 def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`."""
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`.
+
+    Two in a row are no range, and a step is told of five values or more.
+    """
     def name(value: int) -> str:
         """What it is called."""
         return names[value].title() if names else str(value)
@@ -1562,7 +1613,10 @@ def _counted(unit: str, values: tuple[int, ...]) -> str:
 
 
 def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
-    """`every minute`, `every 5 minutes`; "" if the values are not so regular."""
+    """`every minute`, `every 5 minutes`; "" if the values are not so regular.
+
+    `*/7` of minutes is not: 7 does not divide 60, so the last interval is shorter.
+    """
     step = whole // len(values)
     if values != tuple(range(0, whole, step)) or step == whole:
         return ""
@@ -1570,6 +1624,10 @@ def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
 
 
 def _time_words(cron: Cron) -> str:
+    """`at 02:30, 14:30`, `every 5 minutes of hours 8-18`, `at minute 5 of every hour`.
+
+    Up to four times of day are told as such, more of them as fields.
+    """
     minutely = _every(cron.minutes, 60, "minute")
     hourly = _every(cron.hours, 24, "hour")
     if cron.minutes == (0,) and hourly:
@@ -1584,6 +1642,10 @@ def _time_words(cron: Cron) -> str:
 
 
 def _day_words(cron: Cron) -> str:
+    """`every day in Jan, Feb`, `on Fri-Sun`, `on days 1, 15 of every month, or on Mon`.
+
+    Weeks are told from Monday on, so that a weekend is one range.
+    """
     sunday, *others = CRON_FIELDS[4].names
     in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
                      (*others, sunday))
@@ -1608,7 +1670,10 @@ def cron_words(cron: Cron) -> str:
 
 
 def turn_after(cron: str, now: float) -> str:
-    """A cron line's first turn after a moment, as stored; InvalidValue: it has none."""
+    """A cron line's first turn after a moment, as stored; InvalidValue: it has none.
+
+    Turns are whole seconds, so nothing is rounded.
+    """
     turn = next_turn(parse_cron(cron), now)
     if turn == math.inf:
         raise InvalidValue(f"{cron!r} never comes", "choose another time")
