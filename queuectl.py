@@ -1682,15 +1682,24 @@ def turn_after(cron: str, now: float) -> str:
 
 # ---- 5 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
+# Bytes become objects (`fields_of_lines`), an object becomes a Spec (`spec_of`); flags
+# come in between, so both steps are public. Nothing here looks at the queue: whether an
+# id is free or a needed job is there is for Ledger to say, within its transaction.
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
+# Fifteen digits: who chooses an id like ours moves the counter on (`Batch._last_seq`),
+# and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8, SQLite and a command line can hold."""
+    """Whether it is a string that UTF-8, SQLite and a command line can hold.
+
+    No NUL, which ends a string in C, and no lone surrogate. JSON can write either, and
+    Python makes surrogates of bytes that are no text in the locale (PEP 383).
+    """
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -1701,9 +1710,17 @@ def is_text(value: object) -> bool:
 
 
 def as_utf8(text: str) -> str:
-    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError."""
+    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError.
+
+    In an ASCII locale Python takes each byte of a letter like é for a surrogate; the
+    bytes themselves are UTF-8 all the same.
+    """
     return text if is_text(text) else os.fsencode(text).decode()
 
+
+# Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
+# or Python has it, and the time; it returns the value as Spec has it, or raises
+# InvalidJob. All take the time, so that `spec_of` need not know which one uses it.
 
 def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
@@ -1769,6 +1786,10 @@ def _check_time(key: str, value: Any, now: float) -> float:
 
 
 def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
+    """Names, each once, in their order; one alone may come without a list.
+
+    A double would break the primary keys of `tags` and `dependencies`.
+    """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -1777,6 +1798,7 @@ def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
 
 
 def _check_unique(key: str, value: Any, now: float) -> str:
+    """Any text, as the name of a file that is to be worked on: it is only compared."""
     if not is_text(value) or not 1 <= len(value) <= 256:
         raise InvalidJob(key, f"{key}: {value!r} is not a key",
                          "use text of 1 to 256 characters")
@@ -1784,6 +1806,7 @@ def _check_unique(key: str, value: Any, now: float) -> str:
 
 
 def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
+    """Variables by names that a shell can expand."""
     if not isinstance(value, dict):
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
@@ -1796,6 +1819,7 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
 
 
 def _check_cwd(key: str, value: Any, now: float) -> str:
+    """The path, absolute; it need not be there before the job runs."""
     if not is_text(value) or not value:
         raise InvalidJob(key, f"{key}: {value!r} is not a directory's path")
     return os.path.abspath(str(value))
@@ -1827,7 +1851,11 @@ def _take_delay(checked: dict[str, Any], now: float) -> None:
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     """The checked job of a JSON object's keys; InvalidJob names the key at fault.
 
-    Keys may be written with `-` for `_`; a value of null means the default.
+    Keys may be written with `-` for `_`; a value of null means the default. Keys of
+    KEPT are passed over: see `ignored_keys`. The first fault is told, not all.
+
+    {"command": "x", "max-retries": 5, "delay": "1m"} at 100.0 is
+    Spec(command="x", max_retries=5, run_at=160.0).
     """
     if not isinstance(fields, dict):
         raise InvalidJob("command", "a job is a JSON object",
@@ -1851,16 +1879,23 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
 
 
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
-    """The keys of a job object that the queue keeps itself."""
+    """The keys of a job object that the queue keeps itself; who gave them is warned."""
     return [key for key in fields if key.replace("-", "_") in KEPT]
 
 
-# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`.
+# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
+# after { and [, so JSON is what goes on at once, or with what no list begins with. Only
+# [ and a quote or a digit may be either: it is taken for JSON, so that `["x"]` is told
+# its mistake. So `[ "$X" = y ] && z` is refused, and `test "$X" = y && z` is not.
 _JSON_OBJECT = r'\s*\{(\S|\s*["}]|\s*$)'
 _JSON_ARRAY = r'\s*\[\s*([{"\]\d]|$)'
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
+    """The objects in JSON, one or an array of them; else InvalidJob.
+
+    What begins like JSON and is none is refused: to run it would hide the mistake.
+    """
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -1877,7 +1912,10 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 
 def fields_of(text: str) -> list[dict[str, Any]]:
-    """The job objects in one argument or line: an object, an array, or a command."""
+    """The job objects in one argument or line: an object, an array, or a command.
+
+    `echo hi` gives [{"command": "echo hi"}]. Not checked yet; none of `[]`.
+    """
     if text.lstrip()[:1] in ("{", "[") and (
             re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text)):
         return _objects(text)
@@ -1885,7 +1923,12 @@ def fields_of(text: str) -> list[dict[str, Any]]:
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
-    """The jobs of a file that holds one JSON array or object over several lines."""
+    """The jobs of a file that holds one JSON array or object over several lines.
+
+    None: it is read line by line. So a file of one line is, where an error has its
+    number, and one that begins like JSON and is not, where the line at fault has.
+    utf-8-sig passes over the mark that editors on Windows put before the text.
+    """
     if b"\n" not in content.strip():
         return None
     try:
@@ -1906,6 +1949,7 @@ def at_line(number: int) -> Iterator[None]:
 
 
 def _decoded(line: bytes) -> str:
+    """A line as text, without the blanks around it; InvalidJob if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -1914,19 +1958,27 @@ def _decoded(line: bytes) -> str:
 
 
 def fields_of_line(line: bytes, number: int) -> list[dict[str, Any]]:
-    """The job objects of one line; none of a blank one or a remark."""
+    """The job objects of one line; none of a blank one or a remark.
+
+    Line 0: errors name none, as in a stream, which names it itself.
+    """
     with at_line(number):
         text = _decoded(line)
         return fields_of(text) if text and not text.startswith("#") else []
 
 
 def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The job objects of a file with their line numbers; errors begin `line N:`."""
+    """The job objects of a file with their line numbers; errors begin `line N:`.
+
+    In a file that is one JSON value the number is that of the object, from 1.
+    """
+    # A look at the beginning spares most files a reading as one JSON value.
     if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = _whole(content)
         if whole is not None:
             yield from enumerate(whole, 1)
             return
+    # Not splitlines(): a lone CR may stand within a command.
     for number, line in enumerate(content.split(b"\n"), 1):
         for fields in fields_of_line(line, number):
             yield number, fields
