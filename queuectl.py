@@ -1985,18 +1985,31 @@ def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 # ---- 6 SQL -------------------------------------------------------------------
+# Every statement, and nothing that runs one: Store does. No value is ever formatted
+# into a text; what is put together (`listing`, `_list`) are constants of this file.
+# What is asked often has to go by an index and to sort nothing; the tests hold each
+# such plan. At a million jobs the right index made a claim 7 us long, a wrong one 13 to
+# 170 ms.
 
 def _list(words: Iterable[str]) -> str:
+    """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
     return ", ".join(f"'{word}'" for word in words)
 
 
 class Order(NamedTuple):
-    """One way to sort jobs: for SQL, and to put several sorted lists together."""
+    """One way to sort jobs: for SQL, and to put several sorted lists together.
+
+    One state is one range of an index, several are several reads: `Queue.jobs` merges
+    them by `key`, which has to say the same as `sql`.
+    """
     sql: str
     key: Callable[[Job], Any]
     reverse: bool = False
 
 
+# Each ends with seq, so that no order is left to chance and a page can be gone on from.
+# Of one state that is over, newest, oldest, finished, ended and state go by an index;
+# the others sort what fits.
 ORDERS = {
     "newest":   Order("seq DESC", lambda job: job.seq, True),
     "oldest":   Order("seq", lambda job: job.seq),
@@ -2014,7 +2027,10 @@ END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text` as it stands."""
+    """A LIKE pattern for text that contains `text` as it stands.
+
+    SQLite's LIKE takes A and a for the same, but no other letters than ASCII's.
+    """
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
@@ -2023,10 +2039,36 @@ class Sql:
 
     Partial indexes serve only the very literals they were made with, so these stand
     in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
+    With a parameter in the place of a literal SQLite silently scans the table instead.
+    (A comparison implies IS NOT NULL, so `claim = :claim` alone finds its index, too.)
     """
 
-    # A job's `after` and `tags` stand twice: as given, in its row, to be read with it;
-    # and in tables of their own, for who comes after it and what has a tag.
+    # The tables.
+    #   AUTOINCREMENT: else SQLite gives the number of the newest row again once that is
+    #     deleted. Of `runs` it is the fence (I3, I4), of `jobs` the N of job-N, of
+    #     `events` the place from which readers go on, of `workers` a lock's offset.
+    #   WITHOUT ROWID: the key's tree is the table, so a look costs one search, not two.
+    #   No foreign keys: DELETE_JOB takes along what belongs to a job, and RULES finds
+    #     rows that were left. `runs.worker` is a copy: the pool's row goes before it.
+    #   The CHECKs are (I2) and (I7), and that only a running job can have a wish.
+    #   `gate` and `rank` are stored, though they follow from other columns: an index is
+    #     to hold just what may be claimed, in its order. With what is not due in the
+    #     same index, 100,000 jobs for tomorrow cost each claim 13 ms.
+    #   A job's `after` and `tags` stand twice: as given, in its row, to be read with
+    #     it; and in tables of their own, for who comes after it and what has a tag.
+    #   `counts`: to count a million jobs by state takes some 100 ms, even by an index.
+    #     `queues` has a row only where something was set. `next_run` is reckoned ahead,
+    #     so that a pool can sleep until then.
+    #
+    # The indexes. Each change of state costs an entry in each that holds the job, so
+    # most of them are partial: of a job that waits, runs or is over only some hold it.
+    #   jobs_by_state   lists by state; newest first without sorting
+    #   jobs_in_line    the line of all that may be claimed: LINE reads its beginning
+    #   jobs_in_queue   the same by queue, for pools and limits that pass over some
+    #   jobs_by_time    what waits for its time: the next alarm, and what is let in
+    #   jobs_by_claim   what runs: never more than there are slots and jobs ahead
+    #   jobs_by_unique  is the rule itself: one unfinished job a key, over are many
+    #   jobs_by_end     what is over, by its end: the dead letter queue, and retention
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -2178,10 +2220,17 @@ class Sql:
         """
 
     # Opening. The file's kind is set before it becomes WAL, so it stands in the header.
+    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection,
+    # and set by each anew. How it is vacuumed can be chosen before the first table
+    # only. WAL_LIMIT cuts the WAL after a long reader: one beside 10,000 commits made
+    # it 85 MB. CHANGED costs 5 us, so clients can ask it again and again; a
+    # connection's own commits do not change it.
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
     VERSION = "PRAGMA user_version"
     SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
+    # WAL with synchronous = NORMAL outlives a killed process only: a power cut takes
+    # the newest commits (SQLite's page on PRAGMA synchronous).
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
@@ -2191,6 +2240,8 @@ class Sql:
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
+    # Facts of the database itself: `id` and `created_at` from its making, and `folded`,
+    # the last minute whose counters are kept by the hour.
     SET_META = """
         INSERT INTO meta (key, value)
         VALUES (:key, :value)
@@ -2198,11 +2249,16 @@ class Sql:
         """
     META = "SELECT value FROM meta WHERE key = :key"
 
+    # COMMIT may fail and leave the transaction open, to be tried again (busy), or fail
+    # and end it (a full disk): see `Store.transaction`.
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
-    # Jobs, one by one and in lists.
+    # Jobs, one by one and in lists. `seq` is chosen by us: an id, needs and events that
+    # name it are written in the same breath. SQLite notes the highest of AUTOINCREMENT
+    # in sqlite_sequence, also where it was given, and has no row there before the
+    # first. A field that INSERT_JOB does not name is passed over without a word.
     INSERT_JOB = """
         INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
                           queue, priority, run_at, timeout, backoff_base, after,
@@ -2215,14 +2271,21 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
+    # With all the words of jobs_by_unique: a job that is over has its key still, but no
+    # claim to it.
     JOB_BY_UNIQUE = """
         SELECT *
           FROM jobs
          WHERE "unique" = :unique
            AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
         """
+    # A list of any length in one parameter: one statement stays prepared for all, and
+    # the number of parameters that SQLite takes (32,766) is no matter.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+    # Lists. With +seq the bound is no reason for SQLite to go by the row numbers where
+    # another order is wanted: it then takes the index of the state. `before` is always
+    # bound, to END_OF_TIME if nobody goes on from somewhere.
     LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
     BEFORE_SEQ = "FROM jobs WHERE seq < :before"
     BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
@@ -2238,7 +2301,11 @@ class Sql:
 
     @classmethod
     def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
-        """A statement of constant parts, for the filters that have values."""
+        """A statement of constant parts, for the filters that have values.
+
+        Not one with `:tag IS NULL OR ...` for each: no index serves that. There are few
+        combinations, and each stays prepared. A LIMIT of -1 is none.
+        """
         from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
         where = cls._fitting(from_jobs, state, values)
         return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
@@ -2251,6 +2318,7 @@ class Sql:
     @classmethod
     def _fitting(cls, from_jobs: str, state: str | None,
                  values: Mapping[str, Any]) -> str:
+        """Where the jobs come from; by `jobs_by_end` if their state is one of OVER."""
         clauses = [from_jobs]
         if state is not None:
             clauses.append(cls.FILTERS["state"])
@@ -2259,9 +2327,12 @@ class Sql:
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
         return " AND ".join(clauses)
 
+    # A row stays when its count is 0 again: a metric must not vanish then.
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
     # From one rank to the next by the index: a scan of all that wait would be long.
+    # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
+    # at most: with ageing nearly each job has one of its own.
     OLDEST_OPEN = """
         WITH RECURSIVE ranks (rank) AS (
             SELECT MIN(rank)
@@ -2281,6 +2352,7 @@ class Sql:
                        AND jobs.rank = ranks.rank))
           FROM ranks
         """
+    # What is due and not yet let in: mostly none, many if no pool has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
@@ -2290,6 +2362,7 @@ class Sql:
                  LIMIT 1000)
          GROUP BY queue
         """
+    # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
           FROM jobs
@@ -2297,6 +2370,8 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
+    # Until when a pool may sleep. Each MIN is the first entry of jobs_by_time, and a
+    # look at the few schedules.
     DUE_AT = """
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
@@ -2304,8 +2379,10 @@ class Sql:
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0)
         """
 
-    # The one statement that changes a state. State alone would let a late worker end
-    # a later claim; the claim's number is the fence (I1, I3).
+    # The one statement that changes a state. State alone would let a late worker end a
+    # later claim; the claim's number is the fence (I1, I3). `IS`, for a waiting job has
+    # none, and NULL = NULL is not true. It sets what verbs change; EDIT what people
+    # may.
     MOVE = """
         UPDATE jobs
            SET state = :state, attempts = :attempts, crashes = :crashes,
@@ -2316,19 +2393,25 @@ class Sql:
          WHERE seq = :seq
            AND state = :source AND claim IS :held
         """
+    # Somebody asks that a run be ended. By claim: it must not hit a later run, which
+    # nobody has asked to end.
     WISH = """
         UPDATE jobs
            SET wish = :wish
          WHERE seq = :seq
            AND claim = :claim
         """
-    # A wish to cancel stays: then the end of the run cancels the job.
+    # A rescuer marks the run before its first signal: should the pool thaw and record
+    # the end, that counts as a crash (`judged`), not as the job's own failure. A wish
+    # to cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
            SET wish = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL
            AND wish IS NULL
         """
+    # Events. Times and reasons do not order them, seq does: clocks are set back.
+    # A job's events go with it, so the JOIN leaves nothing out.
     INSERT_EVENT = """
         INSERT INTO events (job, "from", "to", at, reason)
         VALUES (:job, :source, :target, :at, :reason)
@@ -2352,7 +2435,9 @@ class Sql:
         """
     LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
-    # Dependencies: a row as long as the job that is needed is there.
+    # Dependencies: a row as long as the job that is needed is there. Only a completed
+    # job can be deleted while others wait for it: to those a row that is missing is
+    # met.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
     UNMET = """
         SELECT COUNT(*)
@@ -2361,6 +2446,9 @@ class Sql:
          WHERE dependencies.job = :job
            AND jobs.state <> 'completed'
         """
+    # Who may go on when these are completed, or has to wait again when they are
+    # retried: by the primary key, (needs, job). Those that run or are over are not
+    # called back.
     DEPENDENTS = """
         SELECT jobs.*
           FROM dependencies
@@ -2368,7 +2456,10 @@ class Sql:
          WHERE dependencies.needs IN (SELECT value FROM json_each(:needs))
            AND jobs.gate IS NOT NULL
         """
+    # A gate is no state: whether its need is met changes what a job waits for, not that
+    # it waits. So no event is written, and LET_IN writes none either.
     SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
+    # No `claim` to guard by: a gate says that it waits, so none is held (I2, I7).
     EDIT = """
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
@@ -2377,6 +2468,7 @@ class Sql:
          WHERE seq = :seq
            AND gate IS NOT NULL
         """
+    # All that wait, over the whole table: only when `priority-ageing` is changed.
     # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
     # SQLite 3.34 cuts some of them short by one.
     RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
@@ -2390,6 +2482,8 @@ class Sql:
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
     # Deleting: the job last, so that a reader never meets a job without its history.
+    # Each goes by an index or a key: without runs_by_job and its like a purge would
+    # read all history for each job.
     DELETE_JOB = (
         "DELETE FROM runs WHERE job = :seq",
         "DELETE FROM events WHERE job = :seq",
@@ -2399,12 +2493,15 @@ class Sql:
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
-    # Runs.
+    # Runs. The number is drawn before the row is written, so that its lock is held when
+    # the row can be seen (I5); see `Claims._draw`. What ends or changes a run asks for
+    # `outcome IS NULL`: an end is written once.
     LAST_CLAIM = "SELECT seq FROM sqlite_sequence WHERE name = 'runs'"
     INSERT_RUN = """
         INSERT INTO runs (claim, job, number, pool, worker, slot, started_at)
         VALUES (:claim, :job, :number, :pool, :worker, :slot, :started_at)
         """
+    # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at
@@ -2412,6 +2509,8 @@ class Sql:
            AND outcome IS NULL
         """
     BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
+    # As much output as is stored, or more, replaces it, less does not: who records a
+    # lost run has none, and what its pool had saved of it by SAVE_OUTPUT stays.
     END_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
@@ -2429,10 +2528,12 @@ class Sql:
          WHERE claim = :claim
            AND outcome IS NULL
         """
+    # Claims only grow (I4), so among the runs of a job they order as the numbers do.
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
     RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    # By jobs_by_claim: what runs, however many runs are over.
     UNDER_WAY = """
         SELECT runs.*
           FROM jobs
@@ -2441,18 +2542,25 @@ class Sql:
          ORDER BY jobs.claim
         """
 
-    # The claim. Selected and taken in one IMMEDIATE transaction (I2).
+    # The claim. Selected and taken in one IMMEDIATE transaction (I2): without RETURNING
+    # (SQLite 3.35) it takes two statements, and between them nobody else may choose.
+    # ANY_OPEN comes before all: an idle pool asks it at each wake-up, and writes
+    # nothing.
     ANY_OPEN = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
         """
+    # How many stand before a job in a queue: compared as one row, so by one index
+    # range.
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
          WHERE gate = 'open' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
+    # From one gate to the next (I7), the longest due first and not all at once: those
+    # of one moment may be very many, and the write lock is held. See `Claims._let_in`.
     LET_IN = """
         UPDATE jobs
            SET gate = 'open'
@@ -2462,6 +2570,8 @@ class Sql:
                         ORDER BY run_at
                         LIMIT :limit)
         """
+    # The first in line, each with the number of its last run, by one step in
+    # runs_by_job: `attempts` does not tell it, a retry by a person sets that back.
     LINE = """
         SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
           FROM jobs
@@ -2469,6 +2579,7 @@ class Sql:
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
+    # The same for one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = """
         SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
           FROM jobs
@@ -2477,6 +2588,7 @@ class Sql:
          LIMIT :limit
         """
     ANY_OPEN_IN = "SELECT 1 FROM jobs WHERE gate = 'open' AND queue = :queue LIMIT 1"
+    # By time alone: a pool that asks has let in what was due, so little is left to see.
     ANY_DUE_IN = """
         SELECT 1
           FROM jobs
@@ -2484,8 +2596,11 @@ class Sql:
            AND queue = :queue
          LIMIT 1
         """
+    # What the database says this pool holds. A claim of its own that is not there was
+    # taken from it: whatever its run does, nothing of it may be recorded (I3).
     MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
 
+    # Pauses and limits are kept apart from each other: setting one leaves the other.
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = """
         INSERT INTO queues (name, paused)
@@ -2497,9 +2612,13 @@ class Sql:
         VALUES (:name, :job_limit)
             ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
         """
+    # After each of the two: what is as if nothing had been set is no queue to be
+    # listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
     # Schedules: few; the turn that is taken is the one that is written (one a turn).
+    # SCHEDULES_DUE also finds turns that are far ahead: a clock that was wrong may have
+    # put them there. See `set_right`.
     INSERT_SCHEDULE = """
         INSERT INTO schedules (name, cron, job, created_at, next_run)
         VALUES (:name, :cron, :job, :created_at, :next_run)
@@ -2517,6 +2636,7 @@ class Sql:
            SET next_run = :next_run, last_run = :last_run, last_job = :last_job
          WHERE name = :name
         """
+    # With its next turn: who resumes a schedule does not want those it has missed.
     PAUSE_SCHEDULE = """
         UPDATE schedules
            SET paused = :paused, next_run = :next_run
@@ -2524,7 +2644,9 @@ class Sql:
         """
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # Pools.
+    # Pools. A new one gives no id (NULL), so SQLite draws it; one that was taken for
+    # dead comes back with its old id, which its lock and its runs bear. `beat` counts,
+    # for a watcher compares it with what it saw last, never a clock with another's.
     INSERT_WORKER = """
         INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
                              started_at, heartbeat_at)
@@ -2536,6 +2658,8 @@ class Sql:
     BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
     STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
+    # By the pool's id, not by `jobs.worker`: a dead pool's name may be another's by
+    # now.
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
@@ -2544,9 +2668,12 @@ class Sql:
                              JOIN runs ON runs.claim = jobs.claim
                             WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
         """
+    # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # What may come next on a command line: soon found, in a large queue as well.
+    # What may come next on a command line: soon found, in a large queue as well. A
+    # word's continuations are a range, :word to :end, which an index serves; LIKE would
+    # not, as it takes A for a. `look` bounds what is read, `limit` what is shown.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT *
@@ -2564,6 +2691,8 @@ class Sql:
          ORDER BY id
          LIMIT :look
         """
+    # From one tag to the next by the key, one search each: DISTINCT would read a row of
+    # each job that has the tag.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
             SELECT MIN(tag) FROM tags WHERE tag >= :word
@@ -2579,7 +2708,8 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Settings.
+    # Settings. Only what somebody has set: where nothing was, a new version's default
+    # holds.
     STORED_SETTINGS = "SELECT key, value FROM settings"
     SET = """
         INSERT INTO settings (key, value)
@@ -2590,6 +2720,10 @@ class Sql:
     UNSET = "DELETE FROM settings WHERE key = :key"
 
     # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
+    # Triggers, row by row, cost 40 % of the claims a second. Two statements: SQLite
+    # looks at the CHECK of a row to be inserted before it finds that there is one
+    # already, so COUNT_UP with -1 would be refused. Parameters by place, for rows are
+    # tuples here.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
         VALUES (?, ?, ?)
@@ -2607,17 +2741,22 @@ class Sql:
             ON CONFLICT (minute, queue, kind, bucket)
             DO UPDATE SET n = n + excluded.n, total = total + excluded.total
         """
+    # All time has one row a kind and bucket, so a metric's price does not grow with
+    # age.
     TALLIES_EVER = """
         SELECT queue, kind, bucket, n, total
           FROM tallies
          WHERE minute = 0
         """
+    # From a minute on, so from 1: never with all time, which would count twice.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
         """
+    # What has come to an end since the database was made, deleted or not: a bar must
+    # not go back when a purge comes.
     OVER_EVER = """
         SELECT kind, SUM(n)
           FROM tallies
@@ -2636,6 +2775,7 @@ class Sql:
         """
 
 
+    # Old minutes are put together by the hour, an hour a transaction; see `fold`.
     FIRST_FINE = """
         SELECT MIN(minute)
           FROM tallies
@@ -2649,10 +2789,16 @@ class Sql:
     DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
-    # statement finds, the statement. Nothing is found in a sound queue.
+    # statement finds, the statement. Nothing is found in a sound queue. They read whole
+    # tables, so only `check` asks them, in one SNAPSHOT: between two reads a pool would
+    # claim, and what is right would look wrong. SNAPSHOT is deferred, for it locks out
+    # nobody; what it sees is fixed by its first read.
     SNAPSHOT = "BEGIN"
+    # Bounded, for a damaged file has any number of faults.
     INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"
     RULES = (
+        # One list of ones and minuses (I8): sums that are not 0, also of what only one
+        # side has.
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
@@ -2661,6 +2807,8 @@ class Sql:
              GROUP BY queue, state
             HAVING SUM(n) <> 0
             """),
+        # The schema holds a claim and 'processing' together; these two hold the claim
+        # and its row in `runs` together, which no CHECK can: it sees one table.
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id
               FROM jobs
@@ -2676,6 +2824,7 @@ class Sql:
              WHERE runs.outcome IS NULL
                AND jobs.seq IS NULL
             """),
+        # IS NOT, for a job without any event has NULL there.
         ("history", "the state of {} is not where its last event leads (I1)", """
             SELECT jobs.id
               FROM jobs
@@ -2692,6 +2841,7 @@ class Sql:
                                  JOIN jobs AS needed ON needed.seq = needs
                                 WHERE job = jobs.seq AND needed.state <> 'completed')
             """),
+        # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
             SELECT DISTINCT jobs.id
               FROM jobs
@@ -2700,6 +2850,7 @@ class Sql:
              WHERE jobs.gate IN ('open', 'time')
                AND needed.state <> 'completed'
             """),
+        # What a foreign key would hold.
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
@@ -2711,7 +2862,9 @@ class Sql:
 
 
 # Migrations: the script that makes version N out of N - 1; the first makes the file.
-# Each is applied whole or not at all, and never edited after release.
+# Each is applied whole or not at all, and never edited after release: a file that has
+# had it would not get the change. A new field of a row comes last, as ALTER TABLE adds
+# it: rows are taken by position.
 MIGRATIONS = (Sql.SCHEMA,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
