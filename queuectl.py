@@ -2870,6 +2870,11 @@ SCHEMA_VERSION = len(MIGRATIONS)
 
 
 # ---- 7 Store -----------------------------------------------------------------
+# The database file and how to ask it. Store knows SQLite and no rule of the queue: it
+# opens and refuses files, runs statements of Sql, and turns rows into records and
+# SQLite's errors into refusals. Ledger, Queue and Claims write through it, always in
+# `transaction`; what only wants a glance at a file (completion, the unit file) takes
+# `glance`, which leaves nothing behind.
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
 BRIEF = 0.2            # seconds that a mere glance waits for a lock
@@ -2882,7 +2887,8 @@ SqlError = (sqlite3.Error, UnicodeError)
 def refusal(error: Exception, path: str) -> QueueError | None:
     """What SQLite's error means to the user; None if it is a mistake of ours.
 
-    Told by SQLite's own words: error codes came to Python only with 3.11.
+    Told by SQLite's own words: error codes came to Python only with 3.11. An error in
+    our SQL or a broken constraint has none of these words, and is to be seen as it is.
     """
     said = str(error).lower()
     if isinstance(error, UnicodeEncodeError):
@@ -2912,7 +2918,7 @@ def refusal(error: Exception, path: str) -> QueueError | None:
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether trying again may help."""
+    """Whether trying again may help: another connection holds a lock."""
     return "locked" in str(error) or "busy" in str(error)
 
 
@@ -2922,14 +2928,18 @@ def system_path(path: str) -> str:
 
 
 def _file_uri(path: str, mode: str) -> str:
-    """A path of any bytes as SQLite takes it: all but the plainest are escaped."""
+    """A path of any bytes as SQLite takes it: all but the plainest are escaped.
+
+    In a URI ? and # end the path and % begins an escape (SQLite's page on URIs). Bytes
+    that are no UTF-8 have no other way into a name.
+    """
     escaped = "".join(chr(byte) if (chr(byte).isalnum() and byte < 128) or byte == 47
                       else f"%{byte:02x}" for byte in os.fsencode(path))
     return f"file:{escaped}?{mode}"
 
 
 def _sync_directory(path: str) -> None:
-    """Have the disk keep the name of a new file."""
+    """Have the disk keep the name of a new file: fsync(2) of the file does not."""
     fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -2938,6 +2948,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _words(text: str) -> tuple[str, ...]:
+    """The words of a column that holds a JSON array; it is mostly empty."""
     return () if text == "[]" else tuple(json.loads(text))
 
 
@@ -2960,7 +2971,7 @@ def job_of(row: tuple[Any, ...]) -> Job:
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether no process has that id."""
+    """Whether no process has that id; one of another user has it, too."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -2971,7 +2982,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _inode(path: str) -> tuple[int, int]:
-    """What the file is, whatever its name; (0, 0): it is not there."""
+    """What the file is, whatever its name: device and number; (0, 0): none there."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -2984,6 +2995,9 @@ class Store:
 
     One connection. Its lock lets several threads share it; in a pool only one does
     (I9). Every method may raise Busy, DiskFull, Unwritable, Damaged.
+
+    A row is read whole and at once, and a transaction never waits for anything else:
+    so nobody holds up the others, and no reader keeps the WAL from shrinking.
     """
 
     def __init__(self, path: str, create: bool = True) -> None:
@@ -2997,6 +3011,7 @@ class Store:
                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self._process = os.getpid()
+        # Reentrant: within a transaction, which holds it, `rows` takes it again.
         self._lock = threading.RLock()      # guards the connection and the two below
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
@@ -3004,6 +3019,8 @@ class Store:
         self._make_file(create)
         self._refuse_foreign(create)
         # sqlite3 begins no transaction by itself, and keeps each statement prepared.
+        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
+        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
@@ -3023,9 +3040,17 @@ class Store:
                     self._db.execute(Sql.EMPTY_WAL).fetchall()
             self._db.close()
 
-    # Opening: nothing that is not ours may change by a byte.
+    # Opening: nothing that is not ours may change by a byte. In this order: the path is
+    # looked at, an empty file made; the header is read without any trace; only then the
+    # file is opened, made or upgraded. Each step may meet another process that is at
+    # the same one, or the rest of one that died there.
 
     def _make_file(self, create: bool) -> None:
+        """See that a plain file with one name is there.
+
+        Two names would have a WAL each, -wal beside the name that was used (SQLite's
+        page on how to corrupt a file).
+        """
         if not os.path.lexists(self.path):
             if not create:
                 raise NoQueue(f"no queue at {self.path}",
@@ -3048,7 +3073,10 @@ class Store:
             self._free_companions()
 
     def _free_companions(self) -> None:
-        """Give -wal and -shm the mode of a file that has been made writable since."""
+        """Give -wal and -shm the mode of a file that has been made writable since.
+
+        SQLite gives them the file's own when it makes them, and never looks again.
+        """
         if os.access(self.path, os.W_OK):
             for name in (self.path + "-wal", self.path + "-shm"):
                 if os.path.exists(name) and not os.access(name, os.W_OK):
@@ -3059,7 +3087,9 @@ class Store:
         """Look at the header without a lock, a journal or a write.
 
         SQLite looks, not open(): closing a plain descriptor would drop the locks of
-        another connection in this process.
+        another connection in this process. With immutable=1 it takes no lock and heeds
+        neither journal nor WAL, so it sees the file as it lies there, maybe a little
+        old; what we ask it (kind, version) does not change but for the making.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
@@ -3092,6 +3122,7 @@ class Store:
 
     @staticmethod
     def _first(db: sqlite3.Connection, sql: str) -> int:
+        """A statement's one number; all rows are fetched, so that it is over."""
         return int(db.execute(sql).fetchall()[0][0])
 
     def _foreign(self) -> NotAQueue:
@@ -3110,6 +3141,11 @@ class Store:
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
     def _set_up(self, create: bool) -> None:
+        """Make or upgrade the tables, and set what is of a connection.
+
+        The version is asked anew each time: another process may have been at it between
+        two of these lines. It is refused again, for a newer one may have made the file.
+        """
         if self._read_version() == 0:
             self._refuse_empty(create)
             self._create()
@@ -3162,7 +3198,11 @@ class Store:
                 self._migrate(version)
 
     def _migrate(self, version: int) -> None:
-        """Run the scripts that are missing; none may hold a `;` within a statement."""
+        """Run the scripts that are missing; none may hold a `;` within a statement.
+
+        Not by executescript(), which commits before it begins. The version stands in
+        the file's header, so it is part of the transaction: all holds, or nothing.
+        """
         for script in MIGRATIONS[version:]:
             for statement in script.split(";"):
                 if statement.strip():
@@ -3175,6 +3215,10 @@ class Store:
         The copy takes its name only when it is whole and on the disk. An older copy is
         replaced; NotAQueue if something else is there, InUse if it is this very file,
         or if what is there has a WAL: SQLite would apply that to the new file.
+
+        A copy of the file by other means would lack what is in the WAL alone, and still
+        pass for sound. The `.part` bears our process id: a later backup can tell one
+        that is being made from one whose maker was killed.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
@@ -3199,6 +3243,7 @@ class Store:
                 os.unlink(part)
 
     def _refuse_to_replace(self, path: str) -> None:
+        """InUse or NotAQueue, unless an older backup of a queue is there."""
         if _inode(path) == self.inode:
             raise InUse(f"{path} is the queue itself", "give another name")
         try:
@@ -3229,13 +3274,19 @@ class Store:
                     os.unlink(os.path.join(folder, found))
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed."""
+        """A second connection, which sees only what was committed: ours may be in the
+        midst of a transaction, as an upgrade's is.
+        """
         return sqlite3.connect(_file_uri(self.path, "mode=ro"), uri=True, timeout=0)
 
     # Transactions.
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Do it again each millisecond while others hold the lock; refuse in words."""
+        """Do it again each millisecond while others hold the lock; refuse in words.
+
+        `patience` bounds it: a command waits for a minute, a pool for a moment, as it
+        has others to serve and tries again.
+        """
         end = time.monotonic() + self.patience
         while True:
             try:
@@ -3250,6 +3301,7 @@ class Store:
                 raise refused from error
 
     def _guard_process(self) -> None:
+        """Refuse after a fork: two processes with one connection damage the file."""
         if os.getpid() != self._process:
             raise Unsupported("this queue was opened before a fork",
                               "open a queuectl.Queue of its own in each process")
@@ -3258,7 +3310,11 @@ class Store:
     def transaction(self) -> Iterator[Store]:
         """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
 
-        Moved if the file has lost its name: what went into it would be lost.
+        Moved if the file has lost its name: what went into it would be lost. It is
+        looked at with the lock in hand, by one stat(2).
+
+        If the process dies before the COMMIT nothing has happened; after it, everything
+        has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
         with self._lock:
@@ -3279,7 +3335,11 @@ class Store:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read the same state again and again, whatever others commit meanwhile."""
+        """Read the same state again and again, whatever others commit meanwhile.
+
+        Which state, the first read decides. Keep it short: the WAL cannot be begun anew
+        under a reader, and grows.
+        """
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
             try:
@@ -3289,6 +3349,10 @@ class Store:
                     self._db.execute(Sql.ROLLBACK)
 
     def _write_counters(self) -> None:
+        """Write what `count` and `tally` have noted, in the transaction it is of (I8).
+
+        As sums, once: forty jobs that end in a turn cost a few rows, not forty each.
+        """
         self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
         self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
                                    if n < 0])
@@ -3312,7 +3376,11 @@ class Store:
 
     def tally(self, now: float, queue: str, kind: str, change: int = 1,
               value: float | None = None) -> None:
-        """Note that something happened `change` times, or once for `value` seconds."""
+        """Note that something happened `change` times, or once for `value` seconds.
+
+        Twice, for this minute and for all time (minute 0): metrics must not fall when
+        old minutes are put together, nor cost more with each day.
+        """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
@@ -3340,7 +3408,10 @@ class Store:
         return cursor
 
     def many(self, sql: str, values: Sequence[Any]) -> int:
-        """Run one statement of a transaction for many rows; how many were changed."""
+        """Run one statement of a transaction for many rows; how many were changed.
+
+        The number is the fence: whoever moves jobs compares it with theirs (I3).
+        """
         if not values:
             return 0
         with self._refusing():
@@ -3349,6 +3420,7 @@ class Store:
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
+        """Within a transaction: no second try, for the lock is ours already."""
         try:
             yield
         except SqlError as error:
@@ -3379,7 +3451,10 @@ class Store:
                 for row in self.rows(sql, **values)]
 
     def settings(self) -> Settings:
-        """The configuration in force; parsed anew only if it was changed."""
+        """The configuration in force; parsed anew only if it was changed.
+
+        It is read each time, though: what others set holds from the next turn on.
+        """
         stored = self.stored_settings()
         if stored != self._parsed[0]:
             self._parsed = stored, settings_of(stored)
@@ -3400,7 +3475,11 @@ class Store:
         return row[0] if row else ""
 
     def changes(self) -> int:
-        """A number that changes when another connection has committed something."""
+        """A number that changes when another connection has committed something.
+
+        Not with our own commits. Only to be compared with what it was (PRAGMA
+        data_version).
+        """
         row = self.row(Sql.CHANGED)
         return int(row[0]) if row else 0
 
@@ -3410,7 +3489,7 @@ class Store:
             self._db.execute(Sql.EMPTY_WAL).fetchall()
 
     def size(self) -> int:
-        """The bytes that the file and its WAL take."""
+        """The bytes that the file and its WAL take, by stat(2), not open(2)."""
         found = 0
         for name in (self.path, self.path + "-wal"):
             with contextlib.suppress(OSError):
@@ -3432,7 +3511,8 @@ def glance(path: str) -> Iterator[Rows]:
     """A way to ask for rows that neither makes nor upgrades a queue, nor waits long.
 
     Raises QueueError. The mode is "rw": a connection that may not write leaves an
-    empty WAL behind.
+    empty WAL behind. It asks for rows by statements of today's format, whatever format
+    the file has: what those do not find there is told as Unsupported.
     """
     path = os.path.realpath(system_path(path))
     try:
