@@ -3533,10 +3533,15 @@ def glance(path: str) -> Iterator[Rows]:
 # What this machine's kernel says about pools and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
 # they are missing, process ids with start times and a token in the environment serve.
+# What there is is found by trying, nowhere by the system's name. Nothing here knows a
+# job: it is asked about pools and claim numbers. Below that: the datagrams by which
+# clients wake pools, the word to a service manager, and the catching of signals.
 
 NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 
 POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim numbers
+# As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
+# file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
 
 
@@ -3544,7 +3549,10 @@ class Locks:
     """Byte-range locks on one small file beside the database, one byte a pool or run.
 
     Each `hold` opens the file anew: the lock belongs to that open file description,
-    and lives until the last process that inherited it is gone.
+    and lives until the last process that inherited it is gone. A plain lock of fcntl(2)
+    would not do: it belongs to a process, is not inherited, and goes when that process
+    closes any descriptor of the file. Nothing is ever written, so one byte a lock costs
+    nothing, however high the number.
     """
 
     def __init__(self, path: str) -> None:
@@ -3574,7 +3582,11 @@ class Locks:
         return fd
 
     def is_held(self, offset: int) -> bool:
-        """Whether a process, this one included, holds the lock."""
+        """Whether a process, this one included, holds the lock; False: who knows.
+
+        Asked by an open file of its own, to which our own locks are another's. It does
+        not make the file: to look must leave nothing behind.
+        """
         if self._get is None:
             return False
         if self._probe < 0:
@@ -3587,12 +3599,13 @@ class Locks:
         return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Close the descriptor used for probing."""
+        """Close the descriptor used for probing; the locks are their holders' own."""
         if self._probe >= 0:
             os.close(self._probe)
             self._probe = -1
 
     def _open(self, flags: int) -> int:
+        """Not inherited: which run is to hold a lock, the start of its command says."""
         try:
             return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
         except OSError as error:
@@ -3618,7 +3631,8 @@ def _stat_fields(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
 
     The name before them may hold blanks and parentheses, so the last one counts.
-    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start. A
+    zombie has ended, only its parent has not asked yet: it can do no harm any more.
     """
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
@@ -3640,7 +3654,9 @@ def is_same_birth(one: str, other: str) -> bool:
 
 
 class Process(NamedTuple):
-    """A process, as the kernel tells it."""
+    """A process, as the kernel tells it. Its run may be told by any of the three: a
+    program may have shed its environment, its group or its session, seldom all.
+    """
     pid: int
     claim: int      # of the run that it belongs to, by its token; 0: none is told
     group: int
@@ -3659,7 +3675,11 @@ class Host:
         self._token = f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode()
 
     def token(self, claim: int) -> str:
-        """What the environment of each process of a run holds, as QUEUECTL_RUN."""
+        """What the environment of each process of a run holds, as QUEUECTL_RUN.
+
+        It has the database's id and the file's device and number before the claim: 7 of
+        one queue must not end 7 of another, or of a copy of this one.
+        """
         return f"{self._run_prefix}-{claim}"
 
     @staticmethod
@@ -3669,7 +3689,11 @@ class Host:
             os.kill(pid, number)
 
     def born(self, pid: int) -> str:
-        """When a process was started, in the kernel's own words; "" if it is gone."""
+        """When a process was started, in the kernel's own words; "" if it is gone.
+
+        Numbers of processes come again, so a number alone tells nothing. With /proc it
+        is ticks since the boot, so the boot's id has to be compared as well.
+        """
         if self.boot:
             fields = _stat_fields(pid)
             return fields[19].decode() if fields else ""
@@ -3699,6 +3723,8 @@ class Host:
         if not self.boot:
             return self._processes_by_ps()
         found = []
+        # The environment is as it was at exec(3), whatever the program did with it
+        # since.
         for pid in self._pids():
             environ, fields = _read(f"/proc/{pid}/environ"), _stat_fields(pid)
             if fields:
@@ -3707,6 +3733,8 @@ class Host:
         return found
 
     def _claim_in(self, environ: bytes) -> int:
+        """The claim whose token is there, or 0. A NUL ends it in /proc, a blank in ps.
+        """
         match = re.search(self._token, environ)
         return int(match[1]) if match else 0
 
@@ -3724,7 +3752,11 @@ class Host:
                 if name.isdigit() and int(name) != own] if self.boot else []
 
     def _holds(self, pid: int, claim: int) -> bool:
-        """The kernel lists a descriptor's locks in its fdinfo, with their offsets."""
+        """The kernel lists a descriptor's locks in its fdinfo, with their offsets.
+
+        As `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
+        files have such locks, too, so the file is compared last: that costs a stat(2).
+        """
         try:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
@@ -3744,6 +3776,7 @@ class Host:
             return False
 
     def _processes_by_ps(self) -> list[Process]:
+        """With `e` ps shows the environment after the command, where it may."""
         import subprocess  # 5 ms, and only where there is no /proc
         said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,stat=,command="],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -3758,7 +3791,11 @@ LOOPBACK = "127.0.0.1"
 
 
 def ring(ports: Iterable[int], message: bytes) -> None:
-    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else."""
+    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
+
+    So nothing is waited for and no error told: the change itself is committed. What is
+    sent carries no data, and who else sends it makes a pool look, no more.
+    """
     import socket  # 3 ms, and only if a pool is there to be woken
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -3788,6 +3825,8 @@ class Notifier:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
         # A leading @ is the kernel's name space without files, where it is a NUL.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
+        # Half of what is asked for, as sd_watchdog_enabled(3) recommends. Not if
+        # another process is named: a child must not speak for its parent.
         self.interval = math.inf    # seconds between two signs of life
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % os.getpid()):
             self.interval = int(usec) / 2e6
@@ -3809,7 +3848,11 @@ class Notifier:
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
 
     def step(self, status: Callable[[], str]) -> None:
-        """Say, when it is due, that the loop goes on, and how it stands."""
+        """Say, when it is due, that the loop goes on, and how it stands.
+
+        From the pool's own loop, not from a thread: a sign of life that goes on while
+        the loop hangs would be none. The status is told once a second at most.
+        """
         if not self._address:
             return
         now = time.monotonic()
@@ -3834,7 +3877,9 @@ class Notifier:
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to stop: not SIGHUP under nohup."""
+    """The signals that ask this process to stop: not SIGHUP under nohup, which says by
+    ignoring it that the process is to outlive its terminal.
+    """
     return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
