@@ -3907,13 +3907,23 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 # ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
-# transaction that its caller has begun.
+# transaction that its caller has begun: Queue for people, Claims for a pool, Rescuer
+# for what lost its pool. So whatever is refused half-way is rolled back whole, and
+# nothing here has to be undone.
+#
+# A change of state goes through `move`, for many jobs at once: one statement each for
+# rows, events and counters, whether one job ends in a turn or forty. What is decided
+# stands in Rules; here it is written, with all that has to be true beside it (I1, I8).
 
 FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 
 
 def gate_of(store: Store, job: Job, now: float) -> str:
-    """What a waiting job waits for now."""
+    """What a waiting job waits for now (I7).
+
+    Other jobs come first: while they are not over its own time does not matter, and
+    when they are, this is asked again.
+    """
     if store.unmet(job):
         return BLOCKED
     return TIMED if job.run_at > iso(now) else OPEN
@@ -3924,6 +3934,9 @@ def _blocked_if(job: Job, blocked: set[int]) -> Job:
 
 
 def _json(value: Any) -> str:
+    """As a column holds it: readable text, and exactly `[]` or `{}` for nothing, by
+    which `job_of` knows without parsing.
+    """
     return json.dumps(value, ensure_ascii=False) if value else \
         "{}" if isinstance(value, dict) else "[]"
 
@@ -3939,7 +3952,12 @@ def at_item(item: int) -> Iterator[None]:
 
 
 class Batch:
-    """Jobs to be added in one transaction, which may name each other."""
+    """Jobs to be added in one transaction, which may name each other.
+
+    All is decided before a row is written: numbers, whose key is taken, who waits for
+    whom. To write them takes four statements, for one job or 100,000. A number can be
+    ours because the write lock is: nobody else draws one meanwhile.
+    """
 
     def __init__(self, store: Store, now: float) -> None:
         self._store, self._now = store, now
@@ -3952,7 +3970,8 @@ class Batch:
     def add(self, specs: Sequence[Spec]) -> list[Job]:
         """Add them; for a unique key that is taken, the job that has it.
 
-        An error has the number of the spec at fault in `item`, from 0.
+        An error has the number of the spec at fault in `item`, from 0. A spec that adds
+        nothing uses its number up all the same.
         """
         last = self._last_seq(specs)
         jobs: list[Job] = []
@@ -3976,6 +3995,7 @@ class Batch:
         return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
 
     def _known(self, spec: Spec) -> Job | None:
+        """The unfinished job that has its unique key, of this batch or of before."""
         if spec.unique is None:
             return None
         if spec.unique in self._keys:
@@ -3984,6 +4004,12 @@ class Batch:
         return found[0] if found else None
 
     def _new(self, spec: Spec, seq: int) -> Job:
+        """The job as it will stand, if it waits for no other; JobExists.
+
+        Of the settings only max_retries is taken over now: the others are read when
+        they are needed. An id of the form job-N that is our own cannot be taken, for
+        `_last_seq` is above all of them.
+        """
         now = iso(self._now)
         run_at = now if spec.run_at is None else iso_up(spec.run_at)
         retries = spec.max_retries
@@ -4023,6 +4049,10 @@ class Batch:
         return blocked
 
     def _needed(self, job_id: str) -> tuple[str, int]:
+        """State and number of a job that another comes after; else InvalidJob.
+
+        This batch first: of what it adds no row is there yet.
+        """
         if job_id in self._seqs:
             return PENDING, self._seqs[job_id]
         found = self._store.jobs(Sql.JOB, id=job_id)
@@ -4034,7 +4064,9 @@ class Batch:
     def _refuse_cycle(self) -> None:
         """Take away, one by one, what waits for nobody; what is left goes round.
 
-        Only jobs of one batch can: an older one cannot name a newer.
+        Only jobs of one batch can: an older one cannot name a newer. Each need is
+        looked at once, by who follows whom. To go through all that is left in rounds
+        held the write lock for half a minute with a long chain.
         """
         own = {need["job"] for need in self._needs}
         waits: dict[int, int] = {}              # job: how many it waits for
@@ -4057,6 +4089,7 @@ class Batch:
                              "take one of these out")
 
     def _write(self, jobs: list[Job]) -> None:
+        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
         store = self._store
         store.many(Sql.INSERT_JOB, [
             {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
@@ -4073,7 +4106,12 @@ class Batch:
 
 
 def _moved(store: Store, change: Change, now: float) -> Job:
-    """The job as it will stand; WrongState if the verb does not apply to it."""
+    """The job as it will stand; WrongState if the verb does not apply to it.
+
+    What follows from the state alone is set here, so no caller can forget it: the claim
+    and the worker of what does not run are none (I2), a wish ends with its run, and
+    what waits has a gate and a rank (I7), of the time that it has then.
+    """
     verb, before, after, _ = change
     step = MOVES[verb]
     if before.state not in step.sources:
@@ -4091,6 +4129,9 @@ def _moved(store: Store, change: Change, now: float) -> Job:
 
 def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
     """Why jobs could not wait again: another one has the unique key. None: it has not.
+
+    Asked only when jobs_by_unique has refused: what else breaks a constraint is a
+    mistake of ours, and must not be told as a key that is taken.
     """
     for job in jobs:
         for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
@@ -4105,7 +4146,11 @@ def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
 
 
 def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
-    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
+    """Write the rows, each guarded by the state and the claim that it had (I1, I3).
+
+    The jobs were read in this very transaction, or their claims were (`Claims.turn`).
+    So a guard that does not hold is no race but our mistake: all is rolled back.
+    """
     try:
         changed = store.many(Sql.MOVE, [
             {**job._asdict(), "source": before.state, "held": before.claim}
@@ -4119,12 +4164,16 @@ def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -
 
 
 def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
-    """The waiting jobs that come after these."""
+    """The waiting jobs that come after these; what they wait for may be other jobs."""
     return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
 
 
 def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Let the jobs go on that came after these; or hold them, if these run again."""
+    """Let the jobs go on that came after these; or hold them, if these run again.
+
+    In the transaction of the change itself: nobody has to look for what may go on, and
+    no death in between can leave a job waiting for what is over.
+    """
     for dependent in _dependents(store, jobs) if jobs else ():
         gate = gate_of(store, dependent, now)
         if gate != dependent.gate:
@@ -4132,7 +4181,10 @@ def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
 
 
 def _hook(command: str, job: Job, folder: str) -> Spec:
-    """The job of a hook: a shell command that is told of another job by variables."""
+    """The job of a hook: a shell command that is told of another job by variables.
+
+    Not by words put into the command: an error's text would be read by the shell.
+    """
     return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
         "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
         "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
@@ -4146,7 +4198,12 @@ def _is_idle(store: Store) -> bool:
 
 
 def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Enqueue what the configuration wants to follow these changes."""
+    """Enqueue what the configuration wants to follow these changes.
+
+    By a Batch of its own, which adds and does not move, so this ends; and what is over
+    in the queue of hooks is left out, so hooks call no hooks. `on-idle` comes once for
+    all that end together, and tells of the last of them.
+    """
     settings = store.settings()
     commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
     if not (any(commands.values()) or settings.on_idle):
@@ -4161,7 +4218,11 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
 
 
 def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
-    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
+    """Change the states of jobs by verbs of MOVES; the jobs as they are then.
+
+    WrongState, and InUse for a unique key, before anything else is written. Rows come
+    first, for what follows reads them: dependents ask whether these are completed.
+    """
     jobs = [_moved(store, change, now) for change in changes]
     _write_moves(store, changes, jobs)
     store.many(Sql.INSERT_EVENT, [
@@ -4184,6 +4245,11 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
 
 def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
               now: float) -> None:
+    """Write how runs ended, and count it; no run time where nobody saw the end.
+
+    With slot and start once more: a run claimed ahead may have begun since the last
+    turn, and ended before this one could say so.
+    """
     store.many(Sql.END_RUN, [
         {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
          "finished_at": iso(now), "duration": outcome.duration,
@@ -4201,6 +4267,7 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
     """Record the ends of runs whose claims still stand.
 
     One that fails, or is lost, while it is being cancelled is told as cancelled.
+    `before` has to bear the wish that the database has now, not that of the claim.
     """
     import random  # 1 ms, and only in a pool
     judgements = [judged(end.before, end.outcome) for end in ends]
@@ -4217,7 +4284,12 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
 
 
 def remove(store: Store, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; InUse if another needs it."""
+    """Delete a job that is not running, with its history; InUse if another needs it.
+
+    A completed one is needed by nobody any more. Another that is deleted would leave
+    those that wait for it to wait for ever. It refuses before it writes anything, so
+    `sweep` can pass over a job within a transaction. Tallies of all time stay.
+    """
     if job.state == PROCESSING:
         raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
     needing = _dependents(store, [job])
@@ -4231,7 +4303,11 @@ def remove(store: Store, job: Job, now: float) -> None:
 
 
 def edit(store: Store, before: Job, after: Job, now: float) -> Job:
-    """Write what a person has changed in a waiting job; WrongState for any other."""
+    """Write what a person has changed in a waiting job; WrongState for any other.
+
+    No event: its state is the same. Gate and rank follow anew from what was changed,
+    and the counters if it was the queue.
+    """
     if before.gate is None:
         raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
                          "it must be " + " or ".join(WAITING))
@@ -4249,7 +4325,10 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
 
 
 def rerank(store: Store) -> None:
-    """Give all waiting jobs their place anew, after a change of priority-ageing."""
+    """Give all waiting jobs their place anew, after a change of priority-ageing.
+
+    In the transaction of that change: ranks of two kinds in one line mean nothing.
+    """
     ageing = store.settings().priority_ageing
     if ageing is None:
         store.do(Sql.RANK_BY_PRIORITY, {})
@@ -4258,7 +4337,11 @@ def rerank(store: Store) -> None:
 
 
 def old_minute(store: Store, now: float) -> int | None:
-    """The first minute whose counters are to be put together by the hour, or None."""
+    """The first minute whose counters are to be put together by the hour, or None.
+
+    `folded` is the end of the last hour that was: its first minute, which keeps all of
+    it, would be found again. Where that lies ahead of `before`, a clock was set back.
+    """
     before = int(now // 3600) * 60 - FINE_MINUTES
     folded = int(store.meta("folded") or 0)
     # Minute 0 is all time; and a clock that was ahead says nothing about these.
@@ -4268,7 +4351,12 @@ def old_minute(store: Store, now: float) -> int | None:
 
 
 def fold(store: Store, minute: int) -> None:
-    """Put the counters of that minute's hour into its first minute."""
+    """Put the counters of that minute's hour into its first minute.
+
+    The rest of the hour is added to it and deleted, both in one transaction: if it is
+    done again, nothing is left to add. The price is what `stats --since` can tell of
+    old times: whole hours.
+    """
     hour = minute - minute % 60
     rest = {"first": hour + 1, "last": hour + 59}
     store.many(Sql.TALLY, [(hour, *row)
@@ -4284,7 +4372,12 @@ def _is_over(store: Store, seq: int | None) -> bool:
 
 
 def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
-    """Take a schedule's turn, unless its last job is not over; what was added."""
+    """Take a schedule's turn, unless its last job is not over; what was added.
+
+    The job and the next turn are written together, so a turn is taken once, however
+    many pools see it. The next one is that after now: what was missed is made up by
+    this one job. InvalidValue or InvalidJob where the schedule cannot be read.
+    """
     next_run = turn_after(schedule.cron, now)   # first: it may not be readable
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
