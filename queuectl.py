@@ -3723,8 +3723,8 @@ class Host:
         if not self.boot:
             return self._processes_by_ps()
         found = []
-        # The environment is as it was at exec(3), whatever the program did with it
-        # since.
+        # The environment is as it was at exec(3): what putenv(3) adds or takes does not
+        # show there (proc(5)).
         for pid in self._pids():
             environ, fields = _read(f"/proc/{pid}/environ"), _stat_fields(pid)
             if fields:
@@ -3921,8 +3921,8 @@ FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by
 def gate_of(store: Store, job: Job, now: float) -> str:
     """What a waiting job waits for now (I7).
 
-    Other jobs come first: while they are not over its own time does not matter, and
-    when they are, this is asked again.
+    Other jobs come first: while they are not completed its own time does not matter,
+    and when they are, this is asked again.
     """
     if store.unmet(job):
         return BLOCKED
