@@ -734,7 +734,14 @@ class Status(NamedTuple):
 
 
 # ---- 3 Rules -----------------------------------------------------------------
-# Decisions without effects: time, chance and rows come in, values go out.
+# Decisions without effects: time, chance and rows come in, values go out. So each can
+# be tested with literals, and pools, commands and the API cannot decide differently.
+# In this order: times and other values as people write them; the settings; what
+# follows from a run's end; who is next in line, and how much a pool takes ahead; who
+# counts as silent; what is kept of an output; histograms for statistics and metrics.
+#
+# A stored time has 24 characters, the largest unit first, so text sorts as time does:
+# statements compare and index it as it is.
 
 EPOCH = datetime.datetime(1970, 1, 1)
 MILLISECOND = datetime.timedelta(milliseconds=1)
@@ -744,7 +751,9 @@ MILLISECOND = datetime.timedelta(milliseconds=1)
 def iso(moment: float) -> str:
     """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
 
-    The thousandth of a millisecond undoes what a float loses of a stored value.
+    The thousandth of a millisecond undoes what a float loses of a stored value. An
+    OverflowError lies outside of the years 1 to 9999. EPOCH and a timedelta reach all
+    of these; datetime.fromtimestamp() may stop at 1970 and 2038 (Python's manual).
     """
     stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
     return stamp.isoformat(timespec="milliseconds") + "Z"
@@ -760,11 +769,15 @@ def iso_up(moment: float) -> str:
 
 def epoch(stamp: str) -> float:
     """The epoch seconds of a stored time."""
+    # Without its Z, which fromisoformat() takes since Python 3.11 only.
     return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
 
 
 def span(seconds: float) -> str:
-    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h."""
+    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h.
+
+    Two units at most, the second rounded down; only 0 itself is told as none.
+    """
     if 0 < seconds < 0.00995:
         return f"{math.ceil(seconds * 1000 - 0.5) or 1}ms"
     if seconds < 9.995:
@@ -779,7 +792,10 @@ def span(seconds: float) -> str:
 
 
 def ago(stamp: str | None, now: float) -> str:
-    """A stored time relative to now: `5s ago`, `in 2m`."""
+    """A stored time relative to now: `5s ago`, `in 2m`; None: `-`.
+
+    What is to come is rounded up, so who looks again then finds that it has.
+    """
     if stamp is None:
         return "-"
     away = epoch(stamp) - now
@@ -799,7 +815,10 @@ DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 
 
 def parse_duration(text: object) -> float:
-    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue."""
+    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue.
+
+    Parts add up in any order. True is no number here, though Python takes it for 1.
+    """
     seconds = -1.0
     if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
@@ -825,6 +844,12 @@ def _next_clock_time(text: str, now: float) -> float:
 
 
 def _moment(text: object, now: float) -> float:
+    """As `parse_time`; ValueError, OverflowError or OSError for what is no time.
+
+    Bare digits are epoch seconds, so `2026` is half an hour into 1970. A date without
+    a time is its local midnight. Python 3.11 knows more forms of ISO 8601 than those
+    before, as 20260131T1800.
+    """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         return float(text)
     if not isinstance(text, str):
@@ -836,6 +861,7 @@ def _moment(text: object, now: float) -> float:
         return float(text)
     if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
         return _next_clock_time(text, now)
+    # Before Python 3.11 fromisoformat() takes an offset, but no Z.
     stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
     if stamp.tzinfo is None:
         return stamp.timestamp()
@@ -844,9 +870,13 @@ def _moment(text: object, now: float) -> float:
 
 
 def parse_time(text: object, now: float) -> float:
-    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`."""
+    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`.
+
+    InvalidValue for all else. A time of the past is one, too.
+    """
     try:
         moment = _moment(text, now)
+        # What has no stored form, as NaN or the year 10000, is refused here already.
         iso_up(moment)
     except (ValueError, OverflowError, OSError):
         raise InvalidValue(
@@ -869,14 +899,21 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """A number from 0 to 1."""
+    """A number from 0 to 1; else InvalidValue.
+
+    float() alone would let `nan` in, of which no comparison is true.
+    """
     if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
         raise InvalidValue(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
 
 
 def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
-    """A whole number within bounds."""
+    """A whole number within bounds; else InvalidValue.
+
+    Plain digits: int() also takes `1_000` and the digits of other scripts. Twelve are
+    more than any bound has.
+    """
     if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
                            "")
@@ -884,7 +921,7 @@ def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
 
 
 def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that also takes `none`."""
+    """A parser that also takes `none` or nothing, which are None: off."""
     return lambda text: None if text in ("none", "") else parse(text)
 
 
@@ -901,7 +938,10 @@ def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]
 
 
 class Setting(NamedTuple):
-    """One key of the configuration."""
+    """One key of the configuration.
+
+    The default is text as a person would set it: it goes through the same parser.
+    """
     default: str
     parse: Callable[[str], Any]
     meaning: str
@@ -924,6 +964,7 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
                                    "completed jobs are deleted after this time"),
     "retention-dead": Setting("none", _off_or(parse_duration),
                               "dead jobs are deleted after this time"),
+    # A heartbeat is a commit with its fsync, also where there is no work to be done.
     "heartbeat": Setting("5s", _between(0.1),
                          "how often a worker shows that it lives"),
     "lease": Setting("30s", _between(1),
@@ -933,6 +974,7 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
     "on-completed": Setting("none", _off_or(str), "shell command after each success"),
     "on-dead": Setting("none", _off_or(str), "shell command after each death"),
     "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
+    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
     "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
                                "a waiting job's priority grows by one after each"),
 }
@@ -942,6 +984,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
     words = list(words)
+    # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
+    # to `abcd`.
     close = [one for one in words if sorted(one) == sorted(word)] \
         or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
@@ -957,13 +1001,17 @@ def setting_key(key: str) -> str:
 
 
 def settings_of(stored: Mapping[str, str]) -> Settings:
-    """The settings in force: what is stored, else the defaults."""
+    """The settings in force: what is stored, else the defaults.
+
+    What `configure` stores has been parsed. A key that is not known, as of a newer
+    version, is passed over.
+    """
     return Settings(*(setting.parse(stored.get(key, setting.default))
                       for key, setting in SETTINGS.items()))
 
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
-    """Seconds to wait after the `failures`-th failed attempt.
+    """Seconds to wait after the `failures`-th failed attempt, counted from 1.
 
     base, 2 base, 4 base ... up to backoff-max; `chance` (0 to 1) spreads it by
     backoff-jitter to both sides, so that jobs that failed together part.
@@ -980,7 +1028,9 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """The place in line, lower first; equal ranks go by run_at, then by age.
 
     With ageing all waiting jobs gain at one speed, so their order never changes
-    and a stored number serves: the due time, set back by the priority's worth.
+    and a stored number serves: the due time, set back by the priority's worth. It is
+    in whole milliseconds, for jobs ranked here stand in one line with those that
+    RANK_BY_AGE has ranked. Equal ranks: see `place_in_line`.
     """
     if settings.priority_ageing is None:
         return -priority
@@ -1014,6 +1064,11 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
+    What has happened comes before what was wished, and that before who is to blame: a
+    job whose worker is lost while it is being cancelled does not run again. Only DONE,
+    FAILURE and TIMEOUT cost an attempt. The job has still the state and the claim
+    that it ran with: `move` follows.
+
     A job's own backoff-base comes before that of the settings. A job that was to be
     cancelled and yet completed is completed: that is what happened.
     """
@@ -1037,14 +1092,21 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
 
 
 def usual_reason(source: str | None, target: str) -> str:
-    """The usual reason for a change of state, where none was noted."""
+    """The usual reason for a change of state, where none was noted.
+
+    An event without a reason of its own stores none, which keeps its row short.
+    It is found again by the two states: no two verbs lead from one to the other.
+    """
     return next((step.because for step in MOVES.values()
                  if step.target == target and source in step.sources), "enqueued")
 
 
 def choose(line: Iterable[Candidate], room: Callable[[str], int],
            free: int) -> list[Candidate]:
-    """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
+    """The first `free` jobs of the line whose queue has room, by `room(queue)`.
+
+    What `room` says does not change in here, so those chosen already are counted.
+    """
     taken: dict[str, int] = {}
     chosen: list[Candidate] = []
     for one in line:
@@ -1058,7 +1120,7 @@ def choose(line: Iterable[Candidate], room: Callable[[str], int],
 
 
 def place_in_line(one: Candidate) -> tuple[int, str, int]:
-    """What jobs that may start are sorted by."""
+    """What jobs that may start are sorted by; as LINE and jobs_in_line have it."""
     return one.job.rank, one.job.run_at, one.job.seq
 
 
@@ -1079,6 +1141,8 @@ def wanted_ahead(pace: float, slots: int) -> int:
     """How many jobs to hold ready beyond the slots: work until the turn after next.
 
     None where runs are longer than a commit: others may have a slot for them now.
+    Else what the slots begin within two RECORD_PAUSEs, and one more for each: one
+    slot with runs of 3 ms has 8. The floor of 0.1 ms is for a pace of 0.
     """
     if pace > QUICK:
         return 0
@@ -1107,7 +1171,10 @@ class Silence:
         self._last: float | None = None
 
     def look(self, beats: Mapping[int, int], now: float) -> dict[int, float]:
-        """Seconds of silence by pool; `now` is a monotonic clock's."""
+        """Seconds of silence by pool; `now` is a monotonic clock's.
+
+        A pool begins at 0 when it is seen first; one without a beat is forgotten.
+        """
         step = now - self._last if self._last is not None else math.inf
         step = step if step <= self._gap else 0.0
         self._last = now
@@ -1119,7 +1186,13 @@ class Silence:
 
 
 class Output:
-    """What a command printed, as bytes: the first and the last half of a limit."""
+    """What a command printed, as bytes: the first and the last half of a limit.
+
+    The beginning says what was started, the end how it went wrong. The end is cut back
+    only when it has grown to twice its size and READ_SIZE, so each byte is moved once
+    at most, however small the pieces. No more is held than one and a half limits and
+    READ_SIZE.
+    """
 
     def __init__(self, limit: int) -> None:
         self._head_size, self._tail_size = limit // 2, limit - limit // 2
@@ -1144,7 +1217,11 @@ class Output:
 
 
 def readable(kept: bytes, total: int) -> bytes:
-    """Kept output with a line in the middle that says how much was left out."""
+    """Kept output with a line in the middle that says how much was left out.
+
+    If anything is missing `kept` is exactly a limit long, so its middle is where the
+    beginning stops, and the limit of that time need not be known.
+    """
     missing = total - len(kept)
     if missing <= 0:
         return kept
@@ -1154,7 +1231,11 @@ def readable(kept: bytes, total: int) -> bytes:
 
 
 def since(kept: bytes, total: int, seen: int) -> bytes:
-    """What came after the first `seen` bytes, as far as it was kept."""
+    """What came after the first `seen` bytes, as far as it was kept.
+
+    For who follows a command: he has seen all up to there, and gets each byte once.
+    What was left out since then is told by a line, in the place of `kept`'s middle.
+    """
     if seen >= total:
         return b""
     if total == len(kept):
@@ -1169,7 +1250,10 @@ def since(kept: bytes, total: int, seen: int) -> bytes:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that says something, shortened: often the error message."""
+    """The last line that says something, shortened: often the error message.
+
+    It is shown on other people's terminals, so control characters become blanks.
+    """
     for line in reversed(output[-2000:].splitlines()):
         text = line.decode("utf-8", "replace").strip()
         if text:
@@ -1178,8 +1262,10 @@ def last_line(output: bytes) -> str:
 
 
 # Upper bounds of histogram buckets in each decade: the E24 series of preferred
-# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is about
-# a tenth above the one before: a percentile read from the buckets is off by 5 %.
+# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is 6 to 15 %
+# above the one before, and a percentile is told as the upper bound of its bucket: never
+# too low, 5 % too high on average, 15 % at worst. The decades reach 116 days, the last
+# bound 105; what took longer counts there as well.
 _E24 = (10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
         33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91)
 _DECADES = range(-4, 7)     # 0.1 ms to 116 days
@@ -1192,24 +1278,30 @@ def bucket_of(seconds: float) -> int:
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float | None:
-    """The bound below which `share` of the values lie; None without values."""
+    """The bound up to which `share` of the values lie; None without values."""
     left = share * sum(buckets.values())
     for bucket in sorted(buckets):
         left -= buckets[bucket]
+        # `share` of a number of values is often a whole one but for a float's noise.
         if left <= 1e-9:
             return BOUNDS[bucket]
     return None
 
 
 def spread(buckets: Mapping[int, int], total: float) -> Spread:
-    """Mean (exact) and percentiles (within 5 %) of a histogram."""
+    """Mean (exact) and percentiles (as in `percentile`) of a histogram."""
     count = sum(buckets.values())
     return Spread(count, total / count if count else None, percentile(buckets, 0.5),
                   percentile(buckets, 0.95), percentile(buckets, 0.99))
 
 
 def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
-    """Put tallies (kind, bucket, n, total) together."""
+    """Put tallies (kind, bucket, n, total) together.
+
+    The kinds are `enqueue`, `delete` and the verbs of TALLIED, which count jobs;
+    `run:OUTCOME`, which counts runs; `run_time` and `wait_time`, which alone have
+    buckets and a total in seconds. Kinds that are not known here are passed over.
+    """
     counts: dict[str, int] = {}
     buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
     totals = {"run_time": 0.0, "wait_time": 0.0}
@@ -1226,14 +1318,19 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread(buckets["wait_time"], totals["wait_time"]))
 
 
-# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes.
+# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes. A
+# hair less than the bound is looked for: BOUNDS are products of floats, and one that
+# came out a hair below its literal would else give the bucket after it.
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
                  300.0, 1000.0, 3000.0, 10000.0)     # seconds
 METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
-    """How many values lie below each of METRIC_BOUNDS; and how many there are."""
+    """How many values are at most each of METRIC_BOUNDS; and how many there are.
+
+    As the `le` buckets of a Prometheus histogram: the last one is that of +Inf.
+    """
     return [sum(n for bucket, n in buckets.items() if bucket <= last)
             for last in METRIC_BUCKETS] + [sum(buckets.values())]
 
@@ -1247,9 +1344,13 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 
 # ---- 4 Cron ------------------------------------------------------------------
 # When a schedule comes: its line read, and its turns reckoned, as Debian's cron does.
+# Pure but for the time zone, which is asked for its offsets: by default the process's
+# own. First the line is parsed, then turns are found, then said in words. Queue and
+# Ledger store the next turn by `turn_after`; Views shows the next few and the words.
 
 class CronField(NamedTuple):
-    """What one field of a cron line takes."""
+    """What one field of a cron line takes: numbers from low to high, names from low on.
+    """
     name: str
     low: int
     high: int
@@ -1274,6 +1375,7 @@ CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
 
 
 def _cron_value(text: str, field: CronField) -> int:
+    """A number or a name; InvalidValue says what the field takes, for all mistakes."""
     if text.lower() in field.names:
         return field.low + field.names.index(text.lower())
     if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
@@ -1285,7 +1387,10 @@ def _cron_value(text: str, field: CronField) -> int:
 
 
 def _cron_span(text: str, field: CronField) -> tuple[int, int]:
-    """The ends of `*`, `1-5` or `5`."""
+    """The ends of `*`, `1-5` or `5`.
+
+    What runs backwards, as fri-mon, is refused; the hint writes it as two.
+    """
     low, dash, high = text.partition("-")
     if text == "*":
         return field.low, field.high
@@ -1299,7 +1404,11 @@ def _cron_span(text: str, field: CronField) -> tuple[int, int]:
 
 
 def _cron_part(text: str, field: CronField) -> range:
-    """The values of one item of a field's list: a span, or a span with a step."""
+    """The values of one item of a field's list: a span, or a span with a step.
+
+    A step counts from the span's beginning, so `*/7` of minutes is 0, 7 ... 56, and 4
+    minutes later 0 again.
+    """
     span, slash, step = text.partition("/")
     first, last = _cron_span(span, field)
     if not slash:
@@ -1315,7 +1424,11 @@ def _cron_part(text: str, field: CronField) -> range:
 
 
 def _cron_texts(text: str) -> list[str]:
-    """The five fields as text."""
+    """The five fields as text, a name like @daily replaced.
+
+    One blank between fields is as good as many; anything after the fifth is an error:
+    the command has a place of its own.
+    """
     line = text.strip()
     if line.lower() == "@reboot":
         raise InvalidValue("'@reboot' is not a time", "put `queuectl enqueue` where "
@@ -1332,7 +1445,11 @@ def _cron_texts(text: str) -> list[str]:
 
 
 def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue."""
+    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue.
+
+    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
+    as stars. If neither day field begins so, a day that fits one of them is enough.
+    """
     texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
         tuple(sorted({value for part in text.split(",")
@@ -1340,6 +1457,8 @@ def parse_cron(text: str) -> Cron:
         for text, field in zip(texts, CRON_FIELDS))
     starred = [text.startswith("*") for text in texts]
     is_either = not starred[2] and not starred[4]
+    # With is_either it comes on its weekdays at least. Its longest months are enough to
+    # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
         raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
                            f"{days[0]}", "choose another day or month")
@@ -1359,7 +1478,10 @@ def parse_cron(text: str) -> Cron:
 # What is made up at one jump is one turn, so turns are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Whether the cron comes on a local date, given as days since 1970."""
+    """Whether the cron comes on a local date, given as days since 1970.
+
+    The calendar's question alone: what the clocks do on that day is not asked.
+    """
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1369,7 +1491,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
-    """The matching local minutes, as minutes since 1970, both ends included."""
+    """The matching local minutes, as minutes since 1970, both ends included.
+
+    In order, and no more is looked at than is asked for: mostly the first is enough.
+    """
     hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
              if _is_cron_day(cron, day) for hour in cron.hours)
     return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
@@ -1377,7 +1502,11 @@ def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
-    """Seconds by which local clocks are ahead of UTC; zone None: the process's own."""
+    """Seconds by which local clocks are ahead of UTC; zone None: the process's own.
+
+    Asked from UTC to local, which has one answer for each moment. The other way round
+    an hour may come twice or not at all (PEP 495).
+    """
     utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
     offset = utc.astimezone(zone).utcoffset()
     return round(offset.total_seconds()) if offset else 0
@@ -1385,7 +1514,12 @@ def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
 
 def _stretches(start: int, end: int,
                zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
-    """From, to (excluded) and offset of each time in which clocks were not changed."""
+    """From, to (excluded) and offset of each time in which clocks were not changed.
+
+    A zone tells its offset at a moment, not when that changes. So two moments a DAY
+    apart are compared, and between two that differ the change is found by halving, to
+    the second: 17 questions.
+    """
     offset = _utc_offset(start, zone)
     for low in range(start, end, DAY):
         high = min(low + DAY, end)
@@ -1407,6 +1541,12 @@ def _turns(cron: Cron, after: int, until: int,
     """The turns after one moment and up to another, in order; some more than once.
 
     It begins a day early, to know of a jump what was seen on the clock before it.
+
+    `seen` is the last local minute before a jump, `first` the one after it. Where cron
+    goes on from there (the jump is `near`), `first` becomes the minute after `seen`: of
+    a jump forwards this searches what was skipped, which comes at `start`; of one back
+    it leaves out what is repeated. A wild one does so for up to four minutes only, 0
+    being a jump within one minute.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
     seen = None
@@ -1423,7 +1563,10 @@ def _turns(cron: Cron, after: int, until: int,
 
 def _turns_near(cron: Cron, day: int, after: int, until: int,
                 zone: datetime.tzinfo | None) -> Iterator[int]:
-    """As `_turns`, no further from a local date than any zone can be from UTC."""
+    """As `_turns`, no further from a local date than any zone can be from UTC.
+
+    An offset is less than a day to either side (datetime's own bound).
+    """
     return _turns(cron, max(after, (day - 1) * DAY), min(until, (day + 2) * DAY), zone)
 
 
@@ -1431,6 +1574,8 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     """The first turn after a moment, in epoch seconds.
 
     math.inf: never, as an interval that lies where the zone always skips an hour.
+    Dates are gone through in order and their windows with them, so the first turn that
+    is found is the first of all.
     """
     since = math.floor(after)
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
@@ -1442,7 +1587,10 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
 
 
 def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`."""
+    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`.
+
+    Two in a row are no range, and a step is told of five values or more.
+    """
     def name(value: int) -> str:
         """What it is called."""
         return names[value].title() if names else str(value)
@@ -1465,7 +1613,10 @@ def _counted(unit: str, values: tuple[int, ...]) -> str:
 
 
 def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
-    """`every minute`, `every 5 minutes`; "" if the values are not so regular."""
+    """`every minute`, `every 5 minutes`; "" if the values are not so regular.
+
+    `*/7` of minutes is not: 7 does not divide 60, so the last interval is shorter.
+    """
     step = whole // len(values)
     if values != tuple(range(0, whole, step)) or step == whole:
         return ""
@@ -1473,6 +1624,10 @@ def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
 
 
 def _time_words(cron: Cron) -> str:
+    """`at 02:30, 14:30`, `every 5 minutes of hours 8-18`, `at minute 5 of every hour`.
+
+    Up to four times of day are told as such, more of them as fields.
+    """
     minutely = _every(cron.minutes, 60, "minute")
     hourly = _every(cron.hours, 24, "hour")
     if cron.minutes == (0,) and hourly:
@@ -1487,6 +1642,10 @@ def _time_words(cron: Cron) -> str:
 
 
 def _day_words(cron: Cron) -> str:
+    """`every day in Jan, Feb`, `on Fri-Sun`, `on days 1, 15 of every month, or on Mon`.
+
+    Weeks are told from Monday on, so that a weekend is one range.
+    """
     sunday, *others = CRON_FIELDS[4].names
     in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
                      (*others, sunday))
@@ -1511,7 +1670,10 @@ def cron_words(cron: Cron) -> str:
 
 
 def turn_after(cron: str, now: float) -> str:
-    """A cron line's first turn after a moment, as stored; InvalidValue: it has none."""
+    """A cron line's first turn after a moment, as stored; InvalidValue: it has none.
+
+    Turns are whole seconds, so nothing is rounded.
+    """
     turn = next_turn(parse_cron(cron), now)
     if turn == math.inf:
         raise InvalidValue(f"{cron!r} never comes", "choose another time")
@@ -1520,15 +1682,24 @@ def turn_after(cron: str, now: float) -> str:
 
 # ---- 5 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
+# Bytes become objects (`fields_of_lines`), an object becomes a Spec (`spec_of`); flags
+# come in between, so both steps are public. Nothing here looks at the queue: whether an
+# id is free or a needed job is there is for Ledger to say, within its transaction.
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
+# Fifteen digits: who chooses an id like ours moves the counter on (`Batch._last_seq`),
+# and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8, SQLite and a command line can hold."""
+    """Whether it is a string that UTF-8, SQLite and a command line can hold.
+
+    No NUL, which ends a string in C, and no lone surrogate. JSON can write either, and
+    Python makes surrogates of bytes that are no text in the locale (PEP 383).
+    """
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -1539,9 +1710,17 @@ def is_text(value: object) -> bool:
 
 
 def as_utf8(text: str) -> str:
-    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError."""
+    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError.
+
+    In an ASCII locale Python takes each byte of a letter like é for a surrogate; the
+    bytes themselves are UTF-8 all the same.
+    """
     return text if is_text(text) else os.fsencode(text).decode()
 
+
+# Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
+# or Python has it, and the time; it returns the value as Spec has it, or raises
+# InvalidJob. All take the time, so that `spec_of` need not know which one uses it.
 
 def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
@@ -1607,6 +1786,10 @@ def _check_time(key: str, value: Any, now: float) -> float:
 
 
 def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
+    """Names, each once, in their order; one alone may come without a list.
+
+    A double would break the primary keys of `tags` and `dependencies`.
+    """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -1615,6 +1798,7 @@ def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
 
 
 def _check_unique(key: str, value: Any, now: float) -> str:
+    """Any text, as the name of a file that is to be worked on: it is only compared."""
     if not is_text(value) or not 1 <= len(value) <= 256:
         raise InvalidJob(key, f"{key}: {value!r} is not a key",
                          "use text of 1 to 256 characters")
@@ -1622,6 +1806,7 @@ def _check_unique(key: str, value: Any, now: float) -> str:
 
 
 def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
+    """Variables by names that a shell can expand."""
     if not isinstance(value, dict):
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
@@ -1634,6 +1819,7 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
 
 
 def _check_cwd(key: str, value: Any, now: float) -> str:
+    """The path, absolute; it need not be there before the job runs."""
     if not is_text(value) or not value:
         raise InvalidJob(key, f"{key}: {value!r} is not a directory's path")
     return os.path.abspath(str(value))
@@ -1665,7 +1851,11 @@ def _take_delay(checked: dict[str, Any], now: float) -> None:
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     """The checked job of a JSON object's keys; InvalidJob names the key at fault.
 
-    Keys may be written with `-` for `_`; a value of null means the default.
+    Keys may be written with `-` for `_`; a value of null means the default. Keys of
+    KEPT are passed over: see `ignored_keys`. The first fault is told, not all.
+
+    {"command": "x", "max-retries": 5, "delay": "1m"} at 100.0 is
+    Spec(command="x", max_retries=5, run_at=160.0).
     """
     if not isinstance(fields, dict):
         raise InvalidJob("command", "a job is a JSON object",
@@ -1689,16 +1879,23 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
 
 
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
-    """The keys of a job object that the queue keeps itself."""
+    """The keys of a job object that the queue keeps itself; who gave them is warned."""
     return [key for key in fields if key.replace("-", "_") in KEPT]
 
 
-# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`.
+# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
+# after { and [, so JSON is what goes on at once, or with what no list begins with. Only
+# [ and a quote or a digit may be either: it is taken for JSON, so that `["x"]` is told
+# its mistake. So `[ "$X" = y ] && z` is refused, and `test "$X" = y && z` is not.
 _JSON_OBJECT = r'\s*\{(\S|\s*["}]|\s*$)'
 _JSON_ARRAY = r'\s*\[\s*([{"\]\d]|$)'
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
+    """The objects in JSON, one or an array of them; else InvalidJob.
+
+    What begins like JSON and is none is refused: to run it would hide the mistake.
+    """
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -1715,7 +1912,10 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 
 def fields_of(text: str) -> list[dict[str, Any]]:
-    """The job objects in one argument or line: an object, an array, or a command."""
+    """The job objects in one argument or line: an object, an array, or a command.
+
+    `echo hi` gives [{"command": "echo hi"}]. Not checked yet; none of `[]`.
+    """
     if text.lstrip()[:1] in ("{", "[") and (
             re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text)):
         return _objects(text)
@@ -1723,7 +1923,12 @@ def fields_of(text: str) -> list[dict[str, Any]]:
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
-    """The jobs of a file that holds one JSON array or object over several lines."""
+    """The jobs of a file that holds one JSON array or object over several lines.
+
+    None: it is read line by line. So a file of one line is, where an error has its
+    number, and one that begins like JSON and is not, where the line at fault has.
+    utf-8-sig passes over the mark that editors on Windows put before the text.
+    """
     if b"\n" not in content.strip():
         return None
     try:
@@ -1744,6 +1949,7 @@ def at_line(number: int) -> Iterator[None]:
 
 
 def _decoded(line: bytes) -> str:
+    """A line as text, without the blanks around it; InvalidJob if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -1752,37 +1958,58 @@ def _decoded(line: bytes) -> str:
 
 
 def fields_of_line(line: bytes, number: int) -> list[dict[str, Any]]:
-    """The job objects of one line; none of a blank one or a remark."""
+    """The job objects of one line; none of a blank one or a remark.
+
+    Line 0: errors name none, as in a stream, which names it itself.
+    """
     with at_line(number):
         text = _decoded(line)
         return fields_of(text) if text and not text.startswith("#") else []
 
 
 def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The job objects of a file with their line numbers; errors begin `line N:`."""
+    """The job objects of a file with their line numbers; errors begin `line N:`.
+
+    In a file that is one JSON value the number is that of the object, from 1.
+    """
+    # A look at the beginning spares most files a reading as one JSON value.
     if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = _whole(content)
         if whole is not None:
             yield from enumerate(whole, 1)
             return
+    # Not splitlines(): a lone CR may stand within a command.
     for number, line in enumerate(content.split(b"\n"), 1):
         for fields in fields_of_line(line, number):
             yield number, fields
 
 
 # ---- 6 SQL -------------------------------------------------------------------
+# Every statement, and nothing that runs one: Store does. No value is ever formatted
+# into a text; what is put together (`listing`, `_list`) are constants of this file.
+# What is asked often has to go by an index and to sort nothing; the tests hold each
+# such plan. At a million jobs the right index made a claim 7 us long, a wrong one 13 to
+# 170 ms.
 
 def _list(words: Iterable[str]) -> str:
+    """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
     return ", ".join(f"'{word}'" for word in words)
 
 
 class Order(NamedTuple):
-    """One way to sort jobs: for SQL, and to put several sorted lists together."""
+    """One way to sort jobs: for SQL, and to put several sorted lists together.
+
+    One state is one range of an index, several are several reads: `Queue.jobs` merges
+    them by `key`, which has to say the same as `sql`.
+    """
     sql: str
     key: Callable[[Job], Any]
     reverse: bool = False
 
 
+# Each ends with seq, so that no order is left to chance and a page can be gone on from.
+# Of one state that is over, newest, oldest, finished, ended and state go by an index;
+# the others sort what fits.
 ORDERS = {
     "newest":   Order("seq DESC", lambda job: job.seq, True),
     "oldest":   Order("seq", lambda job: job.seq),
@@ -1800,7 +2027,10 @@ END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text` as it stands."""
+    """A LIKE pattern for text that contains `text` as it stands.
+
+    SQLite's LIKE takes A and a for the same, but no other letters than ASCII's.
+    """
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
@@ -1809,10 +2039,36 @@ class Sql:
 
     Partial indexes serve only the very literals they were made with, so these stand
     in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
+    With a parameter in the place of a literal SQLite silently scans the table instead.
+    (A comparison implies IS NOT NULL, so `claim = :claim` alone finds its index, too.)
     """
 
-    # A job's `after` and `tags` stand twice: as given, in its row, to be read with it;
-    # and in tables of their own, for who comes after it and what has a tag.
+    # The tables.
+    #   AUTOINCREMENT: else SQLite gives the number of the newest row again once that is
+    #     deleted. Of `runs` it is the fence (I3, I4), of `jobs` the N of job-N, of
+    #     `events` the place from which readers go on, of `workers` a lock's offset.
+    #   WITHOUT ROWID: the key's tree is the table, so a look costs one search, not two.
+    #   No foreign keys: DELETE_JOB takes along what belongs to a job, and RULES finds
+    #     rows that were left. `runs.worker` is a copy: the pool's row goes before it.
+    #   The CHECKs are (I2) and (I7), and that only a running job can have a wish.
+    #   `gate` and `rank` are stored, though they follow from other columns: an index is
+    #     to hold just what may be claimed, in its order. With what is not due in the
+    #     same index, 100,000 jobs for tomorrow cost each claim 13 ms.
+    #   A job's `after` and `tags` stand twice: as given, in its row, to be read with
+    #     it; and in tables of their own, for who comes after it and what has a tag.
+    #   `counts`: to count a million jobs by state takes some 100 ms, even by an index.
+    #     `queues` has a row only where something was set. `next_run` is reckoned ahead,
+    #     so that a pool can sleep until then.
+    #
+    # The indexes. Each change of state costs an entry in each that holds the job, so
+    # most of them are partial: of a job that waits, runs or is over only some hold it.
+    #   jobs_by_state   lists by state; newest first without sorting
+    #   jobs_in_line    the line of all that may be claimed: LINE reads its beginning
+    #   jobs_in_queue   the same by queue, for pools and limits that pass over some
+    #   jobs_by_time    what waits for its time: the next alarm, and what is let in
+    #   jobs_by_claim   what runs: never more than there are slots and jobs ahead
+    #   jobs_by_unique  is the rule itself: one unfinished job a key, over are many
+    #   jobs_by_end     what is over, by its end: the dead letter queue, and retention
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -1964,10 +2220,17 @@ class Sql:
         """
 
     # Opening. The file's kind is set before it becomes WAL, so it stands in the header.
+    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection,
+    # and set by each anew. How it is vacuumed can be chosen before the first table
+    # only. WAL_LIMIT cuts the WAL after a long reader: one beside 10,000 commits made
+    # it 85 MB. CHANGED costs 5 us, so clients can ask it again and again; a
+    # connection's own commits do not change it.
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
     VERSION = "PRAGMA user_version"
     SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
+    # WAL with synchronous = NORMAL outlives a killed process only: a power cut takes
+    # the newest commits (SQLite's page on PRAGMA synchronous).
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
     JOURNAL = "PRAGMA journal_mode = WAL"
@@ -1977,6 +2240,8 @@ class Sql:
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
+    # Facts of the database itself: `id` and `created_at` from its making, and `folded`,
+    # the last minute whose counters are kept by the hour.
     SET_META = """
         INSERT INTO meta (key, value)
         VALUES (:key, :value)
@@ -1984,11 +2249,16 @@ class Sql:
         """
     META = "SELECT value FROM meta WHERE key = :key"
 
+    # COMMIT may fail and leave the transaction open, to be tried again (busy), or fail
+    # and end it (a full disk): see `Store.transaction`.
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
-    # Jobs, one by one and in lists.
+    # Jobs, one by one and in lists. `seq` is chosen by us: an id, needs and events that
+    # name it are written in the same breath. SQLite notes the highest of AUTOINCREMENT
+    # in sqlite_sequence, also where it was given, and has no row there before the
+    # first. A field that INSERT_JOB does not name is passed over without a word.
     INSERT_JOB = """
         INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
                           queue, priority, run_at, timeout, backoff_base, after,
@@ -2001,14 +2271,21 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
+    # With all the words of jobs_by_unique: a job that is over has its key still, but no
+    # claim to it.
     JOB_BY_UNIQUE = """
         SELECT *
           FROM jobs
          WHERE "unique" = :unique
            AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
         """
+    # A list of any length in one parameter: one statement stays prepared for all, and
+    # the number of parameters that SQLite takes (32,766) is no matter.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+    # Lists. With +seq the bound is no reason for SQLite to go by the row numbers where
+    # another order is wanted: it then takes the index of the state. `before` is always
+    # bound, to END_OF_TIME if nobody goes on from somewhere.
     LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
     BEFORE_SEQ = "FROM jobs WHERE seq < :before"
     BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
@@ -2024,7 +2301,11 @@ class Sql:
 
     @classmethod
     def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
-        """A statement of constant parts, for the filters that have values."""
+        """A statement of constant parts, for the filters that have values.
+
+        Not one with `:tag IS NULL OR ...` for each: no index serves that. There are few
+        combinations, and each stays prepared. A LIMIT of -1 is none.
+        """
         from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
         where = cls._fitting(from_jobs, state, values)
         return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
@@ -2037,6 +2318,7 @@ class Sql:
     @classmethod
     def _fitting(cls, from_jobs: str, state: str | None,
                  values: Mapping[str, Any]) -> str:
+        """Where the jobs come from; by `jobs_by_end` if their state is one of OVER."""
         clauses = [from_jobs]
         if state is not None:
             clauses.append(cls.FILTERS["state"])
@@ -2045,9 +2327,12 @@ class Sql:
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
         return " AND ".join(clauses)
 
+    # A row stays when its count is 0 again: a metric must not vanish then.
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
     # From one rank to the next by the index: a scan of all that wait would be long.
+    # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
+    # at most: with ageing nearly each job has one of its own.
     OLDEST_OPEN = """
         WITH RECURSIVE ranks (rank) AS (
             SELECT MIN(rank)
@@ -2067,6 +2352,7 @@ class Sql:
                        AND jobs.rank = ranks.rank))
           FROM ranks
         """
+    # What is due and not yet let in: mostly none, many if no pool has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
@@ -2076,6 +2362,7 @@ class Sql:
                  LIMIT 1000)
          GROUP BY queue
         """
+    # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
           FROM jobs
@@ -2083,6 +2370,8 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
+    # Until when a pool may sleep. Each MIN is the first entry of jobs_by_time, and a
+    # look at the few schedules.
     DUE_AT = """
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
@@ -2090,8 +2379,10 @@ class Sql:
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0)
         """
 
-    # The one statement that changes a state. State alone would let a late worker end
-    # a later claim; the claim's number is the fence (I1, I3).
+    # The one statement that changes a state. State alone would let a late worker end a
+    # later claim; the claim's number is the fence (I1, I3). `IS`, for a waiting job has
+    # none, and NULL = NULL is not true. It sets what verbs change; EDIT what people
+    # may.
     MOVE = """
         UPDATE jobs
            SET state = :state, attempts = :attempts, crashes = :crashes,
@@ -2102,19 +2393,25 @@ class Sql:
          WHERE seq = :seq
            AND state = :source AND claim IS :held
         """
+    # Somebody asks that a run be ended. By claim: it must not hit a later run, which
+    # nobody has asked to end.
     WISH = """
         UPDATE jobs
            SET wish = :wish
          WHERE seq = :seq
            AND claim = :claim
         """
-    # A wish to cancel stays: then the end of the run cancels the job.
+    # A rescuer marks the run before its first signal: should the pool thaw and record
+    # the end, that counts as a crash (`judged`), not as the job's own failure. A wish
+    # to cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
            SET wish = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL
            AND wish IS NULL
         """
+    # Events. Times and reasons do not order them, seq does: clocks are set back.
+    # A job's events go with it, so the JOIN leaves nothing out.
     INSERT_EVENT = """
         INSERT INTO events (job, "from", "to", at, reason)
         VALUES (:job, :source, :target, :at, :reason)
@@ -2138,7 +2435,9 @@ class Sql:
         """
     LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
-    # Dependencies: a row as long as the job that is needed is there.
+    # Dependencies: a row as long as the job that is needed is there. Only a completed
+    # job can be deleted while others wait for it: to those a row that is missing is
+    # met.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
     UNMET = """
         SELECT COUNT(*)
@@ -2147,6 +2446,9 @@ class Sql:
          WHERE dependencies.job = :job
            AND jobs.state <> 'completed'
         """
+    # Who may go on when these are completed, or has to wait again when they are
+    # retried: by the primary key, (needs, job). Those that run or are over are not
+    # called back.
     DEPENDENTS = """
         SELECT jobs.*
           FROM dependencies
@@ -2154,7 +2456,10 @@ class Sql:
          WHERE dependencies.needs IN (SELECT value FROM json_each(:needs))
            AND jobs.gate IS NOT NULL
         """
+    # A gate is no state: whether its need is met changes what a job waits for, not that
+    # it waits. So no event is written, and LET_IN writes none either.
     SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
+    # No `claim` to guard by: a gate says that it waits, so none is held (I2, I7).
     EDIT = """
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
@@ -2163,6 +2468,7 @@ class Sql:
          WHERE seq = :seq
            AND gate IS NOT NULL
         """
+    # All that wait, over the whole table: only when `priority-ageing` is changed.
     # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
     # SQLite 3.34 cuts some of them short by one.
     RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
@@ -2176,6 +2482,8 @@ class Sql:
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
     # Deleting: the job last, so that a reader never meets a job without its history.
+    # Each goes by an index or a key: without runs_by_job and its like a purge would
+    # read all history for each job.
     DELETE_JOB = (
         "DELETE FROM runs WHERE job = :seq",
         "DELETE FROM events WHERE job = :seq",
@@ -2185,12 +2493,15 @@ class Sql:
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
-    # Runs.
+    # Runs. The number is drawn before the row is written, so that its lock is held when
+    # the row can be seen (I5); see `Claims._draw`. What ends or changes a run asks for
+    # `outcome IS NULL`: an end is written once.
     LAST_CLAIM = "SELECT seq FROM sqlite_sequence WHERE name = 'runs'"
     INSERT_RUN = """
         INSERT INTO runs (claim, job, number, pool, worker, slot, started_at)
         VALUES (:claim, :job, :number, :pool, :worker, :slot, :started_at)
         """
+    # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at
@@ -2198,6 +2509,8 @@ class Sql:
            AND outcome IS NULL
         """
     BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
+    # As much output as is stored, or more, replaces it, less does not: who records a
+    # lost run has none, and what its pool had saved of it by SAVE_OUTPUT stays.
     END_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
@@ -2215,10 +2528,12 @@ class Sql:
          WHERE claim = :claim
            AND outcome IS NULL
         """
+    # Claims only grow (I4), so among the runs of a job they order as the numbers do.
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
     RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    # By jobs_by_claim: what runs, however many runs are over.
     UNDER_WAY = """
         SELECT runs.*
           FROM jobs
@@ -2227,18 +2542,25 @@ class Sql:
          ORDER BY jobs.claim
         """
 
-    # The claim. Selected and taken in one IMMEDIATE transaction (I2).
+    # The claim. Selected and taken in one IMMEDIATE transaction (I2): without RETURNING
+    # (SQLite 3.35) it takes two statements, and between them nobody else may choose.
+    # ANY_OPEN comes before all: an idle pool asks it at each wake-up, and writes
+    # nothing.
     ANY_OPEN = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
         """
+    # How many stand before a job in a queue: compared as one row, so by one index
+    # range.
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
          WHERE gate = 'open' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
+    # From one gate to the next (I7), the longest due first and not all at once: those
+    # of one moment may be very many, and the write lock is held. See `Claims._let_in`.
     LET_IN = """
         UPDATE jobs
            SET gate = 'open'
@@ -2248,6 +2570,8 @@ class Sql:
                         ORDER BY run_at
                         LIMIT :limit)
         """
+    # The first in line, each with the number of its last run, by one step in
+    # runs_by_job: `attempts` does not tell it, a retry by a person sets that back.
     LINE = """
         SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
           FROM jobs
@@ -2255,6 +2579,7 @@ class Sql:
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
+    # The same for one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = """
         SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
           FROM jobs
@@ -2263,6 +2588,7 @@ class Sql:
          LIMIT :limit
         """
     ANY_OPEN_IN = "SELECT 1 FROM jobs WHERE gate = 'open' AND queue = :queue LIMIT 1"
+    # By time alone: a pool that asks has let in what was due, so little is left to see.
     ANY_DUE_IN = """
         SELECT 1
           FROM jobs
@@ -2270,8 +2596,11 @@ class Sql:
            AND queue = :queue
          LIMIT 1
         """
+    # What the database says this pool holds. A claim of its own that is not there was
+    # taken from it: whatever its run does, nothing of it may be recorded (I3).
     MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
 
+    # Pauses and limits are kept apart from each other: setting one leaves the other.
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = """
         INSERT INTO queues (name, paused)
@@ -2283,9 +2612,13 @@ class Sql:
         VALUES (:name, :job_limit)
             ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
         """
+    # After each of the two: what is as if nothing had been set is no queue to be
+    # listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
     # Schedules: few; the turn that is taken is the one that is written (one a turn).
+    # SCHEDULES_DUE also finds turns that are far ahead: a clock that was wrong may have
+    # put them there. See `set_right`.
     INSERT_SCHEDULE = """
         INSERT INTO schedules (name, cron, job, created_at, next_run)
         VALUES (:name, :cron, :job, :created_at, :next_run)
@@ -2303,6 +2636,7 @@ class Sql:
            SET next_run = :next_run, last_run = :last_run, last_job = :last_job
          WHERE name = :name
         """
+    # With its next turn: who resumes a schedule does not want those it has missed.
     PAUSE_SCHEDULE = """
         UPDATE schedules
            SET paused = :paused, next_run = :next_run
@@ -2310,7 +2644,9 @@ class Sql:
         """
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # Pools.
+    # Pools. A new one gives no id (NULL), so SQLite draws it; one that was taken for
+    # dead comes back with its old id, which its lock and its runs bear. `beat` counts,
+    # for a watcher compares it with what it saw last, never a clock with another's.
     INSERT_WORKER = """
         INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
                              started_at, heartbeat_at)
@@ -2322,6 +2658,8 @@ class Sql:
     BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
     STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
+    # By the pool's id, not by `jobs.worker`: a dead pool's name may be another's by
+    # now.
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
@@ -2330,9 +2668,12 @@ class Sql:
                              JOIN runs ON runs.claim = jobs.claim
                             WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
         """
+    # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # What may come next on a command line: soon found, in a large queue as well.
+    # What may come next on a command line: soon found, in a large queue as well. A
+    # word's continuations are a range, :word to :end, which an index serves; LIKE would
+    # not, as it takes A for a. `look` bounds what is read, `limit` what is shown.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT *
@@ -2350,6 +2691,8 @@ class Sql:
          ORDER BY id
          LIMIT :look
         """
+    # From one tag to the next by the key, one search each: DISTINCT would read a row of
+    # each job that has the tag.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
             SELECT MIN(tag) FROM tags WHERE tag >= :word
@@ -2365,7 +2708,8 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Settings.
+    # Settings. Only what somebody has set: where nothing was, a new version's default
+    # holds.
     STORED_SETTINGS = "SELECT key, value FROM settings"
     SET = """
         INSERT INTO settings (key, value)
@@ -2376,6 +2720,10 @@ class Sql:
     UNSET = "DELETE FROM settings WHERE key = :key"
 
     # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
+    # Triggers, row by row, cost 40 % of the claims a second. Two statements: SQLite
+    # looks at the CHECK of a row to be inserted before it finds that there is one
+    # already, so COUNT_UP with -1 would be refused. Parameters by place, for rows are
+    # tuples here.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
         VALUES (?, ?, ?)
@@ -2393,17 +2741,22 @@ class Sql:
             ON CONFLICT (minute, queue, kind, bucket)
             DO UPDATE SET n = n + excluded.n, total = total + excluded.total
         """
+    # All time has one row a kind and bucket, so a metric's price does not grow with
+    # age.
     TALLIES_EVER = """
         SELECT queue, kind, bucket, n, total
           FROM tallies
          WHERE minute = 0
         """
+    # From a minute on, so from 1: never with all time, which would count twice.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
         """
+    # What has come to an end since the database was made, deleted or not: a bar must
+    # not go back when a purge comes.
     OVER_EVER = """
         SELECT kind, SUM(n)
           FROM tallies
@@ -2422,6 +2775,7 @@ class Sql:
         """
 
 
+    # Old minutes are put together by the hour, an hour a transaction; see `fold`.
     FIRST_FINE = """
         SELECT MIN(minute)
           FROM tallies
@@ -2435,10 +2789,16 @@ class Sql:
     DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
-    # statement finds, the statement. Nothing is found in a sound queue.
+    # statement finds, the statement. Nothing is found in a sound queue. They read whole
+    # tables, so only `check` asks them, in one SNAPSHOT: between two reads a pool would
+    # claim, and what is right would look wrong. SNAPSHOT is deferred, for it locks out
+    # nobody; what it sees is fixed by its first read.
     SNAPSHOT = "BEGIN"
+    # Bounded, for a damaged file has any number of faults.
     INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"
     RULES = (
+        # One list of ones and minuses (I8): sums that are not 0, also of what only one
+        # side has.
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
@@ -2447,6 +2807,8 @@ class Sql:
              GROUP BY queue, state
             HAVING SUM(n) <> 0
             """),
+        # The schema holds a claim and 'processing' together; these two hold the claim
+        # and its row in `runs` together, which no CHECK can: it sees one table.
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id
               FROM jobs
@@ -2462,6 +2824,7 @@ class Sql:
              WHERE runs.outcome IS NULL
                AND jobs.seq IS NULL
             """),
+        # IS NOT, for a job without any event has NULL there.
         ("history", "the state of {} is not where its last event leads (I1)", """
             SELECT jobs.id
               FROM jobs
@@ -2478,6 +2841,7 @@ class Sql:
                                  JOIN jobs AS needed ON needed.seq = needs
                                 WHERE job = jobs.seq AND needed.state <> 'completed')
             """),
+        # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
             SELECT DISTINCT jobs.id
               FROM jobs
@@ -2486,6 +2850,7 @@ class Sql:
              WHERE jobs.gate IN ('open', 'time')
                AND needed.state <> 'completed'
             """),
+        # What a foreign key would hold.
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
@@ -2497,12 +2862,19 @@ class Sql:
 
 
 # Migrations: the script that makes version N out of N - 1; the first makes the file.
-# Each is applied whole or not at all, and never edited after release.
+# Each is applied whole or not at all, and never edited after release: a file that has
+# had it would not get the change. A new field of a row comes last, as ALTER TABLE adds
+# it: rows are taken by position.
 MIGRATIONS = (Sql.SCHEMA,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
 # ---- 7 Store -----------------------------------------------------------------
+# The database file and how to ask it. Store knows SQLite and no rule of the queue: it
+# opens and refuses files, runs statements of Sql, and turns rows into records and
+# SQLite's errors into refusals. Ledger, Queue and Claims write through it, always in
+# `transaction`; what only wants a glance at a file (completion, the unit file) takes
+# `glance`, which leaves nothing behind.
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
 BRIEF = 0.2            # seconds that a mere glance waits for a lock
@@ -2515,7 +2887,8 @@ SqlError = (sqlite3.Error, UnicodeError)
 def refusal(error: Exception, path: str) -> QueueError | None:
     """What SQLite's error means to the user; None if it is a mistake of ours.
 
-    Told by SQLite's own words: error codes came to Python only with 3.11.
+    Told by SQLite's own words: error codes came to Python only with 3.11. An error in
+    our SQL or a broken constraint has none of these words, and is to be seen as it is.
     """
     said = str(error).lower()
     if isinstance(error, UnicodeEncodeError):
@@ -2545,7 +2918,7 @@ def refusal(error: Exception, path: str) -> QueueError | None:
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether trying again may help."""
+    """Whether trying again may help: another connection holds a lock."""
     return "locked" in str(error) or "busy" in str(error)
 
 
@@ -2555,14 +2928,18 @@ def system_path(path: str) -> str:
 
 
 def _file_uri(path: str, mode: str) -> str:
-    """A path of any bytes as SQLite takes it: all but the plainest are escaped."""
+    """A path of any bytes as SQLite takes it: all but the plainest are escaped.
+
+    In a URI ? and # end the path and % begins an escape (SQLite's page on URIs). Bytes
+    that are no UTF-8 have no other way into a name.
+    """
     escaped = "".join(chr(byte) if (chr(byte).isalnum() and byte < 128) or byte == 47
                       else f"%{byte:02x}" for byte in os.fsencode(path))
     return f"file:{escaped}?{mode}"
 
 
 def _sync_directory(path: str) -> None:
-    """Have the disk keep the name of a new file."""
+    """Have the disk keep the name of a new file: fsync(2) of the file does not."""
     fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -2571,6 +2948,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _words(text: str) -> tuple[str, ...]:
+    """The words of a column that holds a JSON array; it is mostly empty."""
     return () if text == "[]" else tuple(json.loads(text))
 
 
@@ -2593,7 +2971,7 @@ def job_of(row: tuple[Any, ...]) -> Job:
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether no process has that id."""
+    """Whether no process has that id; one of another user has it, too."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -2604,7 +2982,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _inode(path: str) -> tuple[int, int]:
-    """What the file is, whatever its name; (0, 0): it is not there."""
+    """What the file is, whatever its name: device and number; (0, 0): none there."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -2617,6 +2995,9 @@ class Store:
 
     One connection. Its lock lets several threads share it; in a pool only one does
     (I9). Every method may raise Busy, DiskFull, Unwritable, Damaged.
+
+    A row is read whole and at once, and a transaction never waits for anything else:
+    so nobody holds up the others, and no reader keeps the WAL from shrinking.
     """
 
     def __init__(self, path: str, create: bool = True) -> None:
@@ -2630,6 +3011,7 @@ class Store:
                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self._process = os.getpid()
+        # Reentrant: within a transaction, which holds it, `rows` takes it again.
         self._lock = threading.RLock()      # guards the connection and the two below
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
@@ -2637,6 +3019,8 @@ class Store:
         self._make_file(create)
         self._refuse_foreign(create)
         # sqlite3 begins no transaction by itself, and keeps each statement prepared.
+        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
+        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
         self._db = self._patiently(lambda: sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False,
             cached_statements=256))
@@ -2656,9 +3040,17 @@ class Store:
                     self._db.execute(Sql.EMPTY_WAL).fetchall()
             self._db.close()
 
-    # Opening: nothing that is not ours may change by a byte.
+    # Opening: nothing that is not ours may change by a byte. In this order: the path is
+    # looked at, an empty file made; the header is read without any trace; only then the
+    # file is opened, made or upgraded. Each step may meet another process that is at
+    # the same one, or the rest of one that died there.
 
     def _make_file(self, create: bool) -> None:
+        """See that a plain file with one name is there.
+
+        Two names would have a WAL each, -wal beside the name that was used (SQLite's
+        page on how to corrupt a file).
+        """
         if not os.path.lexists(self.path):
             if not create:
                 raise NoQueue(f"no queue at {self.path}",
@@ -2681,7 +3073,10 @@ class Store:
             self._free_companions()
 
     def _free_companions(self) -> None:
-        """Give -wal and -shm the mode of a file that has been made writable since."""
+        """Give -wal and -shm the mode of a file that has been made writable since.
+
+        SQLite gives them the file's own when it makes them, and never looks again.
+        """
         if os.access(self.path, os.W_OK):
             for name in (self.path + "-wal", self.path + "-shm"):
                 if os.path.exists(name) and not os.access(name, os.W_OK):
@@ -2692,7 +3087,9 @@ class Store:
         """Look at the header without a lock, a journal or a write.
 
         SQLite looks, not open(): closing a plain descriptor would drop the locks of
-        another connection in this process.
+        another connection in this process. With immutable=1 it takes no lock and heeds
+        neither journal nor WAL, so it sees the file as it lies there, maybe a little
+        old; what we ask it (kind, version) does not change but for the making.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
@@ -2725,6 +3122,7 @@ class Store:
 
     @staticmethod
     def _first(db: sqlite3.Connection, sql: str) -> int:
+        """A statement's one number; all rows are fetched, so that it is over."""
         return int(db.execute(sql).fetchall()[0][0])
 
     def _foreign(self) -> NotAQueue:
@@ -2743,6 +3141,11 @@ class Store:
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
     def _set_up(self, create: bool) -> None:
+        """Make or upgrade the tables, and set what is of a connection.
+
+        The version is asked anew each time: another process may have been at it between
+        two of these lines. It is refused again, for a newer one may have made the file.
+        """
         if self._read_version() == 0:
             self._refuse_empty(create)
             self._create()
@@ -2795,7 +3198,11 @@ class Store:
                 self._migrate(version)
 
     def _migrate(self, version: int) -> None:
-        """Run the scripts that are missing; none may hold a `;` within a statement."""
+        """Run the scripts that are missing; none may hold a `;` within a statement.
+
+        Not by executescript(), which commits before it begins. The version stands in
+        the file's header, so it is part of the transaction: all holds, or nothing.
+        """
         for script in MIGRATIONS[version:]:
             for statement in script.split(";"):
                 if statement.strip():
@@ -2808,6 +3215,10 @@ class Store:
         The copy takes its name only when it is whole and on the disk. An older copy is
         replaced; NotAQueue if something else is there, InUse if it is this very file,
         or if what is there has a WAL: SQLite would apply that to the new file.
+
+        A copy of the file by other means would lack what is in the WAL alone, and still
+        pass for sound. The `.part` bears our process id: a later backup can tell one
+        that is being made from one whose maker was killed.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
@@ -2832,6 +3243,7 @@ class Store:
                 os.unlink(part)
 
     def _refuse_to_replace(self, path: str) -> None:
+        """InUse or NotAQueue, unless an older backup of a queue is there."""
         if _inode(path) == self.inode:
             raise InUse(f"{path} is the queue itself", "give another name")
         try:
@@ -2862,13 +3274,19 @@ class Store:
                     os.unlink(os.path.join(folder, found))
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed."""
+        """A second connection, which sees only what was committed: ours may be in the
+        midst of a transaction, as an upgrade's is.
+        """
         return sqlite3.connect(_file_uri(self.path, "mode=ro"), uri=True, timeout=0)
 
     # Transactions.
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Do it again each millisecond while others hold the lock; refuse in words."""
+        """Do it again each millisecond while others hold the lock; refuse in words.
+
+        `patience` bounds it: a command waits for a minute, a pool for a moment, as it
+        has others to serve and tries again.
+        """
         end = time.monotonic() + self.patience
         while True:
             try:
@@ -2883,6 +3301,7 @@ class Store:
                 raise refused from error
 
     def _guard_process(self) -> None:
+        """Refuse after a fork: two processes with one connection damage the file."""
         if os.getpid() != self._process:
             raise Unsupported("this queue was opened before a fork",
                               "open a queuectl.Queue of its own in each process")
@@ -2891,7 +3310,11 @@ class Store:
     def transaction(self) -> Iterator[Store]:
         """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
 
-        Moved if the file has lost its name: what went into it would be lost.
+        Moved if the file has lost its name: what went into it would be lost. It is
+        looked at with the lock in hand, by one stat(2).
+
+        If the process dies before the COMMIT nothing has happened; after it, everything
+        has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
         with self._lock:
@@ -2912,7 +3335,11 @@ class Store:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read the same state again and again, whatever others commit meanwhile."""
+        """Read the same state again and again, whatever others commit meanwhile.
+
+        Which state, the first read decides. Keep it short: the WAL cannot be begun anew
+        under a reader, and grows.
+        """
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
             try:
@@ -2922,6 +3349,10 @@ class Store:
                     self._db.execute(Sql.ROLLBACK)
 
     def _write_counters(self) -> None:
+        """Write what `count` and `tally` have noted, in the transaction it is of (I8).
+
+        As sums, once: forty jobs that end in a turn cost a few rows, not forty each.
+        """
         self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
         self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
                                    if n < 0])
@@ -2945,7 +3376,11 @@ class Store:
 
     def tally(self, now: float, queue: str, kind: str, change: int = 1,
               value: float | None = None) -> None:
-        """Note that something happened `change` times, or once for `value` seconds."""
+        """Note that something happened `change` times, or once for `value` seconds.
+
+        Twice, for this minute and for all time (minute 0): metrics must not fall when
+        old minutes are put together, nor cost more with each day.
+        """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
@@ -2973,7 +3408,10 @@ class Store:
         return cursor
 
     def many(self, sql: str, values: Sequence[Any]) -> int:
-        """Run one statement of a transaction for many rows; how many were changed."""
+        """Run one statement of a transaction for many rows; how many were changed.
+
+        The number is the fence: whoever moves jobs compares it with theirs (I3).
+        """
         if not values:
             return 0
         with self._refusing():
@@ -2982,6 +3420,7 @@ class Store:
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
+        """Within a transaction: no second try, for the lock is ours already."""
         try:
             yield
         except SqlError as error:
@@ -3012,7 +3451,10 @@ class Store:
                 for row in self.rows(sql, **values)]
 
     def settings(self) -> Settings:
-        """The configuration in force; parsed anew only if it was changed."""
+        """The configuration in force; parsed anew only if it was changed.
+
+        It is read each time, though: what others set holds from the next turn on.
+        """
         stored = self.stored_settings()
         if stored != self._parsed[0]:
             self._parsed = stored, settings_of(stored)
@@ -3033,7 +3475,11 @@ class Store:
         return row[0] if row else ""
 
     def changes(self) -> int:
-        """A number that changes when another connection has committed something."""
+        """A number that changes when another connection has committed something.
+
+        Not with our own commits. Only to be compared with what it was (PRAGMA
+        data_version).
+        """
         row = self.row(Sql.CHANGED)
         return int(row[0]) if row else 0
 
@@ -3043,7 +3489,7 @@ class Store:
             self._db.execute(Sql.EMPTY_WAL).fetchall()
 
     def size(self) -> int:
-        """The bytes that the file and its WAL take."""
+        """The bytes that the file and its WAL take, by stat(2), not open(2)."""
         found = 0
         for name in (self.path, self.path + "-wal"):
             with contextlib.suppress(OSError):
@@ -3065,7 +3511,8 @@ def glance(path: str) -> Iterator[Rows]:
     """A way to ask for rows that neither makes nor upgrades a queue, nor waits long.
 
     Raises QueueError. The mode is "rw": a connection that may not write leaves an
-    empty WAL behind.
+    empty WAL behind. It asks for rows by statements of today's format, whatever format
+    the file has: what those do not find there is told as Unsupported.
     """
     path = os.path.realpath(system_path(path))
     try:
@@ -3086,10 +3533,15 @@ def glance(path: str) -> Iterator[Rows]:
 # What this machine's kernel says about pools and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
 # they are missing, process ids with start times and a token in the environment serve.
+# What there is is found by trying, nowhere by the system's name. Nothing here knows a
+# job: it is asked about pools and claim numbers. Below that: the datagrams by which
+# clients wake pools, the word to a service manager, and the catching of signals.
 
 NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
 
 POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim numbers
+# As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
+# file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
 
 
@@ -3097,7 +3549,10 @@ class Locks:
     """Byte-range locks on one small file beside the database, one byte a pool or run.
 
     Each `hold` opens the file anew: the lock belongs to that open file description,
-    and lives until the last process that inherited it is gone.
+    and lives until the last process that inherited it is gone. A plain lock of fcntl(2)
+    would not do: it belongs to a process, is not inherited, and goes when that process
+    closes any descriptor of the file. Nothing is ever written, so one byte a lock costs
+    nothing, however high the number.
     """
 
     def __init__(self, path: str) -> None:
@@ -3127,7 +3582,11 @@ class Locks:
         return fd
 
     def is_held(self, offset: int) -> bool:
-        """Whether a process, this one included, holds the lock."""
+        """Whether a process, this one included, holds the lock; False: who knows.
+
+        Asked by an open file of its own, to which our own locks are another's. It does
+        not make the file: to look must leave nothing behind.
+        """
         if self._get is None:
             return False
         if self._probe < 0:
@@ -3140,12 +3599,13 @@ class Locks:
         return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Close the descriptor used for probing."""
+        """Close the descriptor used for probing; the locks are their holders' own."""
         if self._probe >= 0:
             os.close(self._probe)
             self._probe = -1
 
     def _open(self, flags: int) -> int:
+        """Not inherited: which run is to hold a lock, the start of its command says."""
         try:
             return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
         except OSError as error:
@@ -3171,7 +3631,8 @@ def _stat_fields(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
 
     The name before them may hold blanks and parentheses, so the last one counts.
-    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start. A
+    zombie has ended, only its parent has not asked yet: it can do no harm any more.
     """
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
@@ -3193,7 +3654,9 @@ def is_same_birth(one: str, other: str) -> bool:
 
 
 class Process(NamedTuple):
-    """A process, as the kernel tells it."""
+    """A process, as the kernel tells it. Its run may be told by any of the three: a
+    program may have shed its environment, its group or its session, seldom all.
+    """
     pid: int
     claim: int      # of the run that it belongs to, by its token; 0: none is told
     group: int
@@ -3212,7 +3675,11 @@ class Host:
         self._token = f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode()
 
     def token(self, claim: int) -> str:
-        """What the environment of each process of a run holds, as QUEUECTL_RUN."""
+        """What the environment of each process of a run holds, as QUEUECTL_RUN.
+
+        It has the database's id and the file's device and number before the claim: 7 of
+        one queue must not end 7 of another, or of a copy of this one.
+        """
         return f"{self._run_prefix}-{claim}"
 
     @staticmethod
@@ -3222,7 +3689,11 @@ class Host:
             os.kill(pid, number)
 
     def born(self, pid: int) -> str:
-        """When a process was started, in the kernel's own words; "" if it is gone."""
+        """When a process was started, in the kernel's own words; "" if it is gone.
+
+        Numbers of processes come again, so a number alone tells nothing. With /proc it
+        is ticks since the boot, so the boot's id has to be compared as well.
+        """
         if self.boot:
             fields = _stat_fields(pid)
             return fields[19].decode() if fields else ""
@@ -3252,6 +3723,8 @@ class Host:
         if not self.boot:
             return self._processes_by_ps()
         found = []
+        # The environment is as it was at exec(3): what putenv(3) adds or takes does not
+        # show there (proc(5)).
         for pid in self._pids():
             environ, fields = _read(f"/proc/{pid}/environ"), _stat_fields(pid)
             if fields:
@@ -3260,6 +3733,8 @@ class Host:
         return found
 
     def _claim_in(self, environ: bytes) -> int:
+        """The claim whose token is there, or 0. A NUL ends it in /proc, a blank in ps.
+        """
         match = re.search(self._token, environ)
         return int(match[1]) if match else 0
 
@@ -3277,7 +3752,11 @@ class Host:
                 if name.isdigit() and int(name) != own] if self.boot else []
 
     def _holds(self, pid: int, claim: int) -> bool:
-        """The kernel lists a descriptor's locks in its fdinfo, with their offsets."""
+        """The kernel lists a descriptor's locks in its fdinfo, with their offsets.
+
+        As `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
+        files have such locks, too, so the file is compared last: that costs a stat(2).
+        """
         try:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
@@ -3297,6 +3776,7 @@ class Host:
             return False
 
     def _processes_by_ps(self) -> list[Process]:
+        """With `e` ps shows the environment after the command, where it may."""
         import subprocess  # 5 ms, and only where there is no /proc
         said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,stat=,command="],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -3311,7 +3791,11 @@ LOOPBACK = "127.0.0.1"
 
 
 def ring(ports: Iterable[int], message: bytes) -> None:
-    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else."""
+    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
+
+    So nothing is waited for and no error told: the change itself is committed. What is
+    sent carries no data, and who else sends it makes a pool look, no more.
+    """
     import socket  # 3 ms, and only if a pool is there to be woken
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -3341,6 +3825,8 @@ class Notifier:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
         # A leading @ is the kernel's name space without files, where it is a NUL.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
+        # Half of what is asked for, as sd_watchdog_enabled(3) recommends. Not if
+        # another process is named: a child must not speak for its parent.
         self.interval = math.inf    # seconds between two signs of life
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % os.getpid()):
             self.interval = int(usec) / 2e6
@@ -3362,7 +3848,11 @@ class Notifier:
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
 
     def step(self, status: Callable[[], str]) -> None:
-        """Say, when it is due, that the loop goes on, and how it stands."""
+        """Say, when it is due, that the loop goes on, and how it stands.
+
+        From the pool's own loop, not from a thread: a sign of life that goes on while
+        the loop hangs would be none. The status is told once a second at most.
+        """
         if not self._address:
             return
         now = time.monotonic()
@@ -3387,7 +3877,9 @@ class Notifier:
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to stop: not SIGHUP under nohup."""
+    """The signals that ask this process to stop: not SIGHUP under nohup, which says by
+    ignoring it that the process is to outlive its terminal.
+    """
     return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
@@ -3415,13 +3907,23 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 # ---- 9 Ledger ----------------------------------------------------------------
 # The only code that adds, moves and removes jobs. Each function is part of a
-# transaction that its caller has begun.
+# transaction that its caller has begun: Queue for people, Claims for a pool, Rescuer
+# for what lost its pool. So whatever is refused half-way is rolled back whole, and
+# nothing here has to be undone.
+#
+# A change of state goes through `move`, for many jobs at once: one statement each for
+# rows, events and counters, whether one job ends in a turn or forty. What is decided
+# stands in Rules; here it is written, with all that has to be true beside it (I1, I8).
 
 FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
 
 
 def gate_of(store: Store, job: Job, now: float) -> str:
-    """What a waiting job waits for now."""
+    """What a waiting job waits for now (I7).
+
+    Other jobs come first: while they are not completed its own time does not matter,
+    and when they are, this is asked again.
+    """
     if store.unmet(job):
         return BLOCKED
     return TIMED if job.run_at > iso(now) else OPEN
@@ -3432,6 +3934,9 @@ def _blocked_if(job: Job, blocked: set[int]) -> Job:
 
 
 def _json(value: Any) -> str:
+    """As a column holds it: readable text, and exactly `[]` or `{}` for nothing, by
+    which `job_of` knows without parsing.
+    """
     return json.dumps(value, ensure_ascii=False) if value else \
         "{}" if isinstance(value, dict) else "[]"
 
@@ -3447,7 +3952,12 @@ def at_item(item: int) -> Iterator[None]:
 
 
 class Batch:
-    """Jobs to be added in one transaction, which may name each other."""
+    """Jobs to be added in one transaction, which may name each other.
+
+    All is decided before a row is written: numbers, whose key is taken, who waits for
+    whom. To write them takes four statements, for one job or 100,000. A number can be
+    ours because the write lock is: nobody else draws one meanwhile.
+    """
 
     def __init__(self, store: Store, now: float) -> None:
         self._store, self._now = store, now
@@ -3460,7 +3970,8 @@ class Batch:
     def add(self, specs: Sequence[Spec]) -> list[Job]:
         """Add them; for a unique key that is taken, the job that has it.
 
-        An error has the number of the spec at fault in `item`, from 0.
+        An error has the number of the spec at fault in `item`, from 0. A spec that adds
+        nothing uses its number up all the same.
         """
         last = self._last_seq(specs)
         jobs: list[Job] = []
@@ -3484,6 +3995,7 @@ class Batch:
         return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
 
     def _known(self, spec: Spec) -> Job | None:
+        """The unfinished job that has its unique key, of this batch or of before."""
         if spec.unique is None:
             return None
         if spec.unique in self._keys:
@@ -3492,6 +4004,12 @@ class Batch:
         return found[0] if found else None
 
     def _new(self, spec: Spec, seq: int) -> Job:
+        """The job as it will stand, if it waits for no other; JobExists.
+
+        Of the settings only max_retries is taken over now: the others are read when
+        they are needed. An id of the form job-N that is our own cannot be taken, for
+        `_last_seq` is above all of them.
+        """
         now = iso(self._now)
         run_at = now if spec.run_at is None else iso_up(spec.run_at)
         retries = spec.max_retries
@@ -3531,6 +4049,10 @@ class Batch:
         return blocked
 
     def _needed(self, job_id: str) -> tuple[str, int]:
+        """State and number of a job that another comes after; else InvalidJob.
+
+        This batch first: of what it adds no row is there yet.
+        """
         if job_id in self._seqs:
             return PENDING, self._seqs[job_id]
         found = self._store.jobs(Sql.JOB, id=job_id)
@@ -3542,7 +4064,9 @@ class Batch:
     def _refuse_cycle(self) -> None:
         """Take away, one by one, what waits for nobody; what is left goes round.
 
-        Only jobs of one batch can: an older one cannot name a newer.
+        Only jobs of one batch can: an older one cannot name a newer. Each need is
+        looked at once, by who follows whom. To go through all that is left in rounds
+        held the write lock for half a minute with a long chain.
         """
         own = {need["job"] for need in self._needs}
         waits: dict[int, int] = {}              # job: how many it waits for
@@ -3565,6 +4089,7 @@ class Batch:
                              "take one of these out")
 
     def _write(self, jobs: list[Job]) -> None:
+        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
         store = self._store
         store.many(Sql.INSERT_JOB, [
             {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
@@ -3581,7 +4106,12 @@ class Batch:
 
 
 def _moved(store: Store, change: Change, now: float) -> Job:
-    """The job as it will stand; WrongState if the verb does not apply to it."""
+    """The job as it will stand; WrongState if the verb does not apply to it.
+
+    What follows from the state alone is set here, so no caller can forget it: the claim
+    and the worker of what does not run are none (I2), a wish ends with its run, and
+    what waits has a gate and a rank (I7), of the time that it has then.
+    """
     verb, before, after, _ = change
     step = MOVES[verb]
     if before.state not in step.sources:
@@ -3599,6 +4129,9 @@ def _moved(store: Store, change: Change, now: float) -> Job:
 
 def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
     """Why jobs could not wait again: another one has the unique key. None: it has not.
+
+    Asked only when jobs_by_unique has refused: what else breaks a constraint is a
+    mistake of ours, and must not be told as a key that is taken.
     """
     for job in jobs:
         for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
@@ -3613,7 +4146,11 @@ def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
 
 
 def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
-    """Write the rows, each guarded by the state and the claim that it had (I1, I3)."""
+    """Write the rows, each guarded by the state and the claim that it had (I1, I3).
+
+    The jobs were read in this very transaction, or their claims were (`Claims.turn`).
+    So a guard that does not hold is no race but our mistake: all is rolled back.
+    """
     try:
         changed = store.many(Sql.MOVE, [
             {**job._asdict(), "source": before.state, "held": before.claim}
@@ -3627,12 +4164,16 @@ def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -
 
 
 def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
-    """The waiting jobs that come after these."""
+    """The waiting jobs that come after these; what they wait for may be other jobs."""
     return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
 
 
 def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Let the jobs go on that came after these; or hold them, if these run again."""
+    """Let the jobs go on that came after these; or hold them, if these run again.
+
+    In the transaction of the change itself: nobody has to look for what may go on, and
+    no death in between can leave a job waiting for what is over.
+    """
     for dependent in _dependents(store, jobs) if jobs else ():
         gate = gate_of(store, dependent, now)
         if gate != dependent.gate:
@@ -3640,7 +4181,10 @@ def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
 
 
 def _hook(command: str, job: Job, folder: str) -> Spec:
-    """The job of a hook: a shell command that is told of another job by variables."""
+    """The job of a hook: a shell command that is told of another job by variables.
+
+    Not by words put into the command: an error's text would be read by the shell.
+    """
     return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
         "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
         "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
@@ -3654,7 +4198,12 @@ def _is_idle(store: Store) -> bool:
 
 
 def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Enqueue what the configuration wants to follow these changes."""
+    """Enqueue what the configuration wants to follow these changes.
+
+    By a Batch of its own, which adds and does not move, so this ends; and what is over
+    in the queue of hooks is left out, so hooks call no hooks. `on-idle` comes once for
+    all that end together, and tells of the last of them.
+    """
     settings = store.settings()
     commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
     if not (any(commands.values()) or settings.on_idle):
@@ -3669,7 +4218,11 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
 
 
 def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
-    """Change the states of jobs by verbs of MOVES; the jobs as they are then."""
+    """Change the states of jobs by verbs of MOVES; the jobs as they are then.
+
+    WrongState, and InUse for a unique key, before anything else is written. Rows come
+    first, for what follows reads them: dependents ask whether these are completed.
+    """
     jobs = [_moved(store, change, now) for change in changes]
     _write_moves(store, changes, jobs)
     store.many(Sql.INSERT_EVENT, [
@@ -3692,6 +4245,11 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
 
 def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
               now: float) -> None:
+    """Write how runs ended, and count it; no run time where nobody saw the end.
+
+    With slot and start once more: a run claimed ahead may have begun since the last
+    turn, and ended before this one could say so.
+    """
     store.many(Sql.END_RUN, [
         {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
          "finished_at": iso(now), "duration": outcome.duration,
@@ -3709,6 +4267,7 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
     """Record the ends of runs whose claims still stand.
 
     One that fails, or is lost, while it is being cancelled is told as cancelled.
+    `before` has to bear the wish that the database has now, not that of the claim.
     """
     import random  # 1 ms, and only in a pool
     judgements = [judged(end.before, end.outcome) for end in ends]
@@ -3725,7 +4284,12 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
 
 
 def remove(store: Store, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; InUse if another needs it."""
+    """Delete a job that is not running, with its history; InUse if another needs it.
+
+    A completed one is needed by nobody any more. Another that is deleted would leave
+    those that wait for it to wait for ever. It refuses before it writes anything, so
+    `sweep` can pass over a job within a transaction. Tallies of all time stay.
+    """
     if job.state == PROCESSING:
         raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
     needing = _dependents(store, [job])
@@ -3739,7 +4303,11 @@ def remove(store: Store, job: Job, now: float) -> None:
 
 
 def edit(store: Store, before: Job, after: Job, now: float) -> Job:
-    """Write what a person has changed in a waiting job; WrongState for any other."""
+    """Write what a person has changed in a waiting job; WrongState for any other.
+
+    No event: its state is the same. Gate and rank follow anew from what was changed,
+    and the counters if it was the queue.
+    """
     if before.gate is None:
         raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
                          "it must be " + " or ".join(WAITING))
@@ -3757,7 +4325,10 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
 
 
 def rerank(store: Store) -> None:
-    """Give all waiting jobs their place anew, after a change of priority-ageing."""
+    """Give all waiting jobs their place anew, after a change of priority-ageing.
+
+    In the transaction of that change: ranks of two kinds in one line mean nothing.
+    """
     ageing = store.settings().priority_ageing
     if ageing is None:
         store.do(Sql.RANK_BY_PRIORITY, {})
@@ -3766,7 +4337,11 @@ def rerank(store: Store) -> None:
 
 
 def old_minute(store: Store, now: float) -> int | None:
-    """The first minute whose counters are to be put together by the hour, or None."""
+    """The first minute whose counters are to be put together by the hour, or None.
+
+    `folded` is the end of the last hour that was: its first minute, which keeps all of
+    it, would be found again. Where that lies ahead of `before`, a clock was set back.
+    """
     before = int(now // 3600) * 60 - FINE_MINUTES
     folded = int(store.meta("folded") or 0)
     # Minute 0 is all time; and a clock that was ahead says nothing about these.
@@ -3776,7 +4351,12 @@ def old_minute(store: Store, now: float) -> int | None:
 
 
 def fold(store: Store, minute: int) -> None:
-    """Put the counters of that minute's hour into its first minute."""
+    """Put the counters of that minute's hour into its first minute.
+
+    The rest of the hour is added to it and deleted, both in one transaction: if it is
+    done again, nothing is left to add. The price is what `stats --since` can tell of
+    old times: whole hours.
+    """
     hour = minute - minute % 60
     rest = {"first": hour + 1, "last": hour + 59}
     store.many(Sql.TALLY, [(hour, *row)
@@ -3792,7 +4372,12 @@ def _is_over(store: Store, seq: int | None) -> bool:
 
 
 def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
-    """Take a schedule's turn, unless its last job is not over; what was added."""
+    """Take a schedule's turn, unless its last job is not over; what was added.
+
+    The job and the next turn are written together, so a turn is taken once, however
+    many pools see it. The next one is that after now: what was missed is made up by
+    this one job. InvalidValue or InvalidJob where the schedule cannot be read.
+    """
     next_run = turn_after(schedule.cron, now)   # first: it may not be readable
     jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
