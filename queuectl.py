@@ -402,9 +402,16 @@ class Unsupported(QueueError):
 # Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
 # Of those that are rows a new field comes last: ALTER TABLE adds at the end, and rows
 # are taken by position.
+# They are NamedTuples: none can change, so what one transaction has read stays what it
+# was; a change is a copy (`_replace`) that the ledger writes, or nobody. To import
+# dataclasses would take 10 ms of each start (measured).
 
 class Job(NamedTuple):
-    """One row of `jobs`; field order is column order."""
+    """One row of `jobs`; field order is column order.
+
+    As it was when it was read: another process may have moved it since. So whatever
+    changes one guards on the state and the claim that it had (I1, I3).
+    """
     seq: int                    # order of enqueueing; the N of job-N
     id: str
     command: str                # run by /bin/sh -c
@@ -442,7 +449,11 @@ JSON_KEYS = tuple(field for field in Job._fields
 
 
 class Run(NamedTuple):
-    """One row of `runs`."""
+    """One row of `runs`, written with the claim: before its command is started.
+
+    So what is under way need not have begun; of one that was claimed ahead `slot` tells
+    it: AHEAD until it has a slot.
+    """
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
@@ -460,7 +471,11 @@ class Run(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a pool that runs, or died without a word."""
+    """One row of `workers`: a pool that runs, or died without a word.
+
+    `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
+    Silence is told by `beat`, which no clock moves; `heartbeat_at` is for people.
+    """
     id: int
     name: str
     host: str
@@ -477,7 +492,7 @@ class Worker(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One change of a job's state."""
+    """One change of a job's state; it goes when the job is deleted."""
     id: str
     source: str | None          # None: enqueued
     target: str
@@ -487,7 +502,11 @@ class Event(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`: a job that comes again and again."""
+    """One row of `schedules`: a job that comes again and again.
+
+    `job` is kept as it was given and parsed at each turn, so it may be {} or wrong if
+    somebody has written to the file: then the schedule is put to rest.
+    """
     name: str
     cron: str                   # five fields or @daily and the like, in local time
     job: Mapping[str, Any]      # the keys of a job object
@@ -635,7 +654,10 @@ class Filter(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A job that may be claimed, with the number of its runs so far."""
+    """A job that may be claimed, with the number of its runs so far.
+
+    `attempts` does not tell that: lost and released runs are not counted there.
+    """
     job: Job
     runs: int
 
@@ -667,13 +689,16 @@ class End(NamedTuple):
 
 
 class Stranded(NamedTuple):
-    """A run that lost its pool, with the pool's row if that is still there."""
+    """A run that lost its pool, with the pool's row if that is still there.
+
+    A frozen pool's row is: its process may hold the run's lock and start it yet (I5).
+    """
     run: Run
     owner: Worker | None
 
 
 class Turn(NamedTuple):
-    """What one turn of a pool brought."""
+    """What one turn of a pool brought: all of it is committed."""
     settled: list[Settled]
     claimed: list[Claimed]
     mine: dict[int, str | None]     # claims the database says this pool holds: wish
@@ -741,14 +766,17 @@ class Scrape(NamedTuple):
 
 
 class Hindrance(NamedTuple):
-    """What keeps a waiting job from running."""
+    """What keeps a waiting job from running.
+
+    Who waits for jobs is warned of what does not pass: it would wait in vain.
+    """
     text: str
     passes: bool = False    # by itself, with time
     hint: str = ""          # what to do
 
 
 class Scene(NamedTuple):
-    """What matters to every job that waits."""
+    """What matters to every job that waits: read once for a whole list of them."""
     pools: list[Worker]
     queues: dict[str, QueueView]
     all_paused: bool
