@@ -167,15 +167,14 @@ MOVES = {
     "retry":    Move((DEAD, CANCELLED, COMPLETED, FAILED, PENDING), PENDING,
                      "retried by a person"),
 }
-# The order counts: the schema's CHECK is made of it, so it is part of the file's
-# format.
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 
 # What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
 OPEN, TIMED, BLOCKED = GATES = ("open", "time", "after")
 
-# How a run ended. LOST: nobody saw it. RELEASED: ended by its own pool's shutdown.
+# How a run ended. LOST: nobody saw it. RELEASED: handed back, at nobody's expense: its
+# pool left, had no slot for it in time, or the machine lacked what a start takes.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
 
