@@ -3876,6 +3876,13 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 
 # ---- 10 Queue ----------------------------------------------------------------
+# The library: what people and programs ask of a queue. Commands and API are thin layers
+# on it; Claims and Rescuer are its counterpart for pools. A method that changes
+# something checks what it was given before the transaction where it can, so that nobody
+# waits for the write lock meanwhile; has the ledger do it within (I1); and wakes the
+# pools after the commit: one woken before would look too early, and find nothing.
+# What is called within a transaction reads through the same connection, so it sees what
+# that has written.
 
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
@@ -3894,7 +3901,10 @@ def current_directory() -> str:
 
 
 def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
-    """How far some jobs are: those just seen, and those that are over."""
+    """How far some jobs are: those just seen, and those that are over.
+
+    Some of those just seen may be over as well; they count once, as these.
+    """
     states = [job.state for job in seen]
     completed = sum(job.state == COMPLETED for job in over.values())
     return Progress(sum(state in WAITING for state in states),
@@ -3902,7 +3912,10 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
 
 
 def _states(state: str | Sequence[str]) -> list[str | None]:
-    """The states that are asked for, each once; [None]: any. InvalidValue."""
+    """The states that are asked for, each once; [None]: any. InvalidValue.
+
+    Each becomes a read of its own: one named twice would tell its jobs twice.
+    """
     states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
     return [*map(parse_state, states)] or [None]
 
@@ -3920,7 +3933,10 @@ def _ended(state: str | Sequence[str]) -> Sequence[str]:
 
 
 def _bound(wanted: Filter) -> dict[str, Any]:
-    """The values of a filter, as the statements take them."""
+    """The values of a filter, as the statements take them.
+
+    Only what has a value, for `Sql.listing` makes a clause for each key that is there.
+    """
     values = {key: value for key, value in wanted._asdict().items()
               if value is not None}
     if wanted.search is not None:
@@ -3933,7 +3949,14 @@ class Queue:
 
     `path` is the database's; it is made if it is not there, unless `create` is false
     (NoQueue). One object may be shared by threads, not by processes: after a fork
-    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged.
+    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged,
+    and all that change something Moved, if the file has lost its name.
+
+    `clock` tells epoch seconds; what is waited for goes by the monotonic clock.
+
+        with Queue("queue.db") as queue:
+            job = queue.enqueue("make test", priority=5, delay="10m", tags=["ci"])
+            queue.wait(job.id, timeout=3600)[0].exit_code
     """
 
     def __init__(self, path: str = "queue.db", create: bool = True,
@@ -3951,7 +3974,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the database; the object is of no use after that."""
+        """Close the database; the object is of no use after that: Unsupported."""
         self.store.close()
         self.host.locks.close()
 
@@ -3961,7 +3984,8 @@ class Queue:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
         Raises InvalidJob (with the `key` at fault) and JobExists. With `unique`,
-        returns the job that has that key already, if one is not over yet.
+        returns the job that has that key already, if one is not over yet: with the
+        command and the fields that it has, whatever was asked for here.
         """
         if command is not None:
             fields["command"] = command
@@ -3970,7 +3994,9 @@ class Queue:
     def enqueue_many(self, jobs: Iterable[Spec | Mapping[str, Any]]) -> list[Job]:
         """Add all of them or none, in order: specs, or the keys of job objects.
 
-        Raises as `enqueue`, with the number of the one at fault in `item`, from 0.
+        Raises as `enqueue`, with the number of the one at fault in `item`, from 0. They
+        may come `after` each other. A `delay` counts from the call, `created_at` from
+        the transaction: in between lies the wait for the write lock.
         """
         now, specs = self.clock(), []
         for item, given in enumerate(jobs):
@@ -3993,12 +4019,15 @@ class Queue:
              limit: int = 0, **filters: Any) -> list[Job]:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
-        `filters` are the fields of a Filter.
+        `filters` are the fields of a Filter; of `tag` and `search` one each. Raises
+        InvalidValue for an unknown state or sort, TypeError for an unknown filter.
+        `sort` is a key of ORDERS.
         """
         if sort not in ORDERS:
             raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
         values, states = _bound(Filter(**filters)), _states(state)
-        # One indexed read a state; together they are put in order anew.
+        # One indexed read a state; together they are put in order anew. With `state IN`
+        # SQLite sorts all that fit, to give away but the first of them.
         found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
                                             state=name, limit=limit or -1, **values)]
@@ -4014,7 +4043,11 @@ class Queue:
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
-        """As `jobs`, newest first, read by the thousand to spare memory."""
+        """As `jobs`, newest first, read by the thousand to spare memory.
+
+        It goes on below the last seq, not by an offset: a job that is deleted meanwhile
+        lets none be passed over, and one that is added is newer than where it began.
+        """
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
             page = self.jobs(state, "newest", min(PAGE_SIZE, left), before=before,
@@ -4025,12 +4058,15 @@ class Queue:
             before, left = page[-1].seq, left - len(page)
 
     def runs(self, job_id: str) -> list[Run]:
-        """The history of a job's runs, oldest first."""
+        """The history of a job's runs, oldest first, each with the output it kept."""
         job = self.store.job(job_id)
         return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
-        """One run of a job, by default the last; else NoSuchRun."""
+        """One run of a job, by default the last, also while it runs; else NoSuchRun.
+
+        `number` counts the job's runs from 1, also those that were lost or handed back.
+        """
         job = self.store.job(job_id)
         row = (self.store.row(Sql.LAST_RUN, job=job.seq) if number is None else
                self.store.row(Sql.RUN, job=job.seq, number=number))
@@ -4041,7 +4077,12 @@ class Queue:
 
     def fresh_run(self, job_id: str, number: int | None = None,
                   patience: float = 0.5) -> Run:
-        """A run with its output as of now: one that is under way is asked for it."""
+        """A run with its output as of now: one that is under way is asked for it.
+
+        The output of what runs is stored with a heartbeat, or if somebody asks: to
+        store each piece as it comes would be an fsync for each. Where its pool does not
+        answer in `patience` seconds, it is what was stored last.
+        """
         run = self.run(job_id, number)
         if run.outcome is None:
             self.peek(patience)
@@ -4057,7 +4098,7 @@ class Queue:
         self.await_change(seen, patience)
 
     def events(self, job_id: str) -> list[Event]:
-        """The changes of a job's state, oldest first."""
+        """The changes of a job's state, oldest first; the first has the source None."""
         job = self.store.job(job_id)
         return [Event(id, source, target, at, reason or usual_reason(source, target))
                 for id, source, target, at, reason
@@ -4076,12 +4117,20 @@ class Queue:
                     Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
-        """The `seq` of the latest change of all; 0: there was none yet."""
+        """The `seq` of the latest change of all; 0: there was none yet.
+
+        From sqlite_sequence, so it does not fall when jobs are deleted with their
+        events, and who goes on from there misses nothing.
+        """
         row = self.store.row(Sql.LAST_EVENT)
         return int(row[0]) if row else 0
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
-        """How many jobs there are in each state."""
+        """How many jobs there are in each state; also those that have none: 0.
+
+        From the table of counters (I8). To count a million rows takes 70 to 150 ms,
+        even by an index.
+        """
         counts = dict.fromkeys(STATES, 0)
         for name, state, n in self.store.rows(Sql.COUNTS):
             if queue in (None, name):
@@ -4089,7 +4138,7 @@ class Queue:
         return counts
 
     def status(self) -> Status:
-        """What the first screen shows."""
+        """What the first screen shows: several reads, so not all of one moment."""
         due = self.store.jobs(Sql.NEXT_DUE)
         paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
         return Status(self.counts(), self.workers(), paused, due[0] if due else None,
@@ -4107,7 +4156,12 @@ class Queue:
             name, dict.fromkeys(STATES, 0))) for name in names]
 
     def progress(self, queue: str | None = None) -> Progress:
-        """How far the jobs of a queue, or of all, have come."""
+        """How far the jobs of a queue, or of all, have come.
+
+        What is over is told by counters that outlive the jobs: a bar must not run
+        backwards when a pool deletes what it need not keep. So a job that was retried
+        and is over again counts twice.
+        """
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
         return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
@@ -4118,6 +4172,11 @@ class Queue:
         """Wait until another process has committed something, so many seconds at most.
 
         `seen` is what `store.changes()` said before the last read; the number now.
+        Asked for before the read, it lets no commit slip through in between.
+
+        SQLite wakes nobody, and only pools have a socket for wake-ups, so a client
+        looks each WATCH_TICK; a look at data_version costs 5 microseconds. It tells of
+        commits by other connections alone: not by a thread with this very object.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and time.monotonic() < end:
@@ -4129,7 +4188,10 @@ class Queue:
         """Return when these jobs are over, as they are then.
 
         NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
-        not there (any more). `tell` hears how far they are, whenever that changes.
+        not there (any more). `tell` hears how far they are, with each look.
+
+        One that was once seen to be over is not looked at again, so a retry or a
+        deletion after that changes nothing; an id given twice comes once.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         jobs = dict.fromkeys(job_ids, None)
@@ -4145,12 +4207,18 @@ class Queue:
             if now >= end:
                 raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
                                   "over yet", "wait longer, or see `queuectl list`")
+            # Each look reads all that are not over yet. Five times as long asleep makes
+            # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
             time.sleep(min(5 * (now - began), max(0.0, end - now)))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
-        """The jobs of these ids, in their order; NoSuchJob."""
+        """The jobs of these ids, in their order; NoSuchJob.
+
+        Their ids go in as one JSON array: one prepared statement for any number, where
+        a list of `?` would be another text for each, of 32766 at most (SQLite's limit).
+        """
         found = {job.id: job for job in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
         for job_id in job_ids:
@@ -4162,7 +4230,9 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never).
+        NotFinished after `timeout` seconds (None: never). Jobs that are added meanwhile
+        are waited for as well, and so is one that comes after a dead job: for ever.
+        `tell` hears how far they are, as in `wait`.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         first = self.progress(queue)
@@ -4178,7 +4248,11 @@ class Queue:
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
-        """The pools that are there, with what each runs; dead ones are not."""
+        """The pools that are there, with what each runs; dead ones are not.
+
+        One on another machine counts as there: only its silence could tell otherwise.
+        What was claimed ahead of a free slot does not run yet, so it is not shown.
+        """
         running: dict[int, list[Job]] = {}
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
@@ -4196,13 +4270,13 @@ class Queue:
         self.store.backup(system_path(path))
 
     def age(self) -> float:
-        """Seconds since the database was made."""
+        """Seconds since the database was made; above 0 also if clocks were set back."""
         return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
 
     def waiting_for(self, job: Job) -> list[str]:
         """Why a job does not run, in words: one that waits, or has lost its worker.
 
-        Nothing for any other.
+        Nothing for any other. Where nothing hinders it: how many are before it.
         """
         scene = self._scene()
         if job.state == PROCESSING and all(
@@ -4218,7 +4292,11 @@ class Queue:
         return reasons
 
     def _count_before(self, job: Job, scene: Scene) -> int:
-        """How many jobs that could start stand before it."""
+        """How many jobs that could start stand before it.
+
+        A paused or full queue's do not, nor those that no pool takes: they hold up
+        nobody. Counted along jobs_in_queue, from the first in line up to its place.
+        """
         return sum(self.store.rows(
             Sql.BEFORE, queue=name, rank=job.rank, run_at=job.run_at, seq=job.seq)[0][0]
             for name, view in scene.queues.items()
@@ -4233,6 +4311,7 @@ class Queue:
                 for job in jobs if job.gate is not None}
 
     def _scene(self) -> Scene:
+        """What `_hindrances` looks at, for any number of jobs."""
         return Scene([view.worker for view in self.workers()],
                      {view.name: view for view in self.queues()},
                      any(name == EVERY_QUEUE and paused
@@ -4261,7 +4340,10 @@ class Queue:
         return found
 
     def _needs_of(self, job: Job) -> list[Hindrance]:
-        """The jobs it comes after that are not completed."""
+        """The jobs it comes after that are not completed.
+
+        One that is not there was: none else may be deleted while another waits for it.
+        """
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
         return [Hindrance(f"after {job_id} ({needed[job_id]})")
@@ -4271,7 +4353,8 @@ class Queue:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
         Counted by the minute (what is older than eight days: by the hour), so the
-        start is rounded down to a full one.
+        start is rounded down to a full one; `covered` tells how much that makes.
+        Minute 0 of the counters is all time, and no purge touches any.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -4285,6 +4368,9 @@ class Queue:
     def _minute(self, duration: float) -> int:
         """The minute in which a time began that is that many seconds long; its hour's
         first, where counters are kept by the hour.
+
+        `fold` puts an hour's counters into its first minute: a start after that would
+        leave out the whole hour. At least 1, for 0 is all time.
         """
         minute = max(1, int((self.clock() - duration) // 60))
         return minute - minute % 60 if minute <= int(self.store.meta("folded") or 0) \
@@ -4298,7 +4384,11 @@ class Queue:
         return min(self.age(), self.clock() - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
-        """What was done in each of the last minutes, oldest first, the current last."""
+        """What was done in each of the last minutes, oldest first, the current last.
+
+        Minutes in which nothing was done are there, too. What is older than
+        FINE_MINUTES may stand whole in the first minute of its hour.
+        """
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
         found: dict[int, list[tuple[str, int, int, float]]] = {
@@ -4309,7 +4399,12 @@ class Queue:
         return [minute_of(minute, rows) for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
-        """For how many seconds the first in line of each queue have been due."""
+        """For how many seconds the first in line of each queue have been due.
+
+        Those whose gate is open, and those whose time has come but that no pool has let
+        in: where none runs, that is when it matters. Both look at a bounded number of
+        rows; see the statements.
+        """
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
@@ -4318,7 +4413,11 @@ class Queue:
                 if run_at is not None}
 
     def scrape(self) -> Scrape:
-        """What the metrics tell, read in one snapshot."""
+        """What the metrics tell, read in one snapshot.
+
+        Else the numbers would not agree: a job that ends between two reads is running
+        by the first and completed by the second.
+        """
         now = self.clock()
         with self.store.snapshot():
             jobs = {(queue, state): n for queue, state, n
@@ -4337,9 +4436,11 @@ class Queue:
         """Run jobs again from now, attempts back to 0; all of them or none.
 
         Raises NoSuchJob, WrongState for a running one, InUse for a unique key that
-        another job has taken meanwhile.
+        another job has taken meanwhile. Their runs stay, and count on. What comes after
+        a completed job, and has not begun yet, waits for it anew.
         """
         with self.store.transaction() as store:
+            # Each once: the guard of a second move would find the state changed (I1).
             jobs = self._retry([store.job(job_id) for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_JOBS)
         return jobs
@@ -4360,6 +4461,10 @@ class Queue:
         return jobs
 
     def _retry(self, jobs: Sequence[Job]) -> list[Job]:
+        """As `retry`, in a transaction of the caller.
+
+        What the last run left in the job's row goes; the run's own row keeps it.
+        """
         now = self.clock()
         return move(self.store, [Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), started_at=None, finished_at=None,
@@ -4368,7 +4473,8 @@ class Queue:
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
 
-        So a running one comes back as 'processing' with its `wish` set. Raises
+        So a running one comes back as 'processing' with its `wish` set, and if its
+        command completes before the worker hears of that, it is completed. Raises
         NoSuchJob, and WrongState for one that is over.
         """
         with self.store.transaction() as store:
@@ -4378,6 +4484,11 @@ class Queue:
         return jobs
 
     def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
+        """As `cancel`, in a transaction of the caller.
+
+        A wish is no change of state: that comes with the end of the run, by its pool,
+        or by whoever rescues the run if the pool is dead.
+        """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
         self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
@@ -4393,6 +4504,8 @@ class Queue:
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
+            # A job that another waits for cannot go, so of a chain that is deleted
+            # whole the last has to be first.
             # The newest first: mostly it is they that wait for the others.
             for job in sorted(jobs, key=lambda job: -job.seq):
                 remove(store, job, now)
@@ -4402,7 +4515,8 @@ class Queue:
         """Change waiting jobs: all of them or none; those of EDITABLE, by name.
 
         Raises NoSuchJob, InvalidJob (with the `key` at fault), and WrongState for a job
-        that runs or is over.
+        that runs or is over: what a run goes by, and is counted by, must not change
+        under it. Values are as in a job object; a `delay` stands for `run_at`.
         """
         now = self.clock()
         for key in fields:
@@ -4429,20 +4543,28 @@ class Queue:
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for. `older_than`: only those
         that have been over for so many seconds; InvalidValue for states that are not
-        over. Filters as in `jobs`.
+        over. Filters as in `jobs`. Without a state and filters, all jobs fit.
+
+        It goes through the list once, from key to key (`before`; with `older_than`
+        `ended_at` and `ended_seq`, along jobs_by_end): to begin anew until nothing fits
+        would never end, as what is passed over goes on fitting.
         """
         change = {"retry": self._retry_free, "cancel": self._cancel_all,
                   "delete": self._delete_free}[verb]
         sort, found = "newest", list[Job]()
         if older_than is not None:
             state, sort = _ended(state), "ended"
+            # Stored times are whole milliseconds and the comparison is `<`: with one
+            # more, what has been over for exactly so long fits as well.
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
             with self.store.transaction():
                 found = self.jobs(state, sort, SWEEP_BATCH, **filters)
                 changed = change(found)
+            # Nothing waits for what can be deleted, so no pool need look.
             if changed and verb != "delete":
                 self.wake(NEW_ORDERS)
+            # Between two transactions: who takes these may be slow, and holds no lock.
             yield changed
             if len(found) < SWEEP_BATCH:
                 return
@@ -4451,10 +4573,15 @@ class Queue:
             else:
                 filters["ended_at"] = found[-1].finished_at
                 filters["ended_seq"] = found[-1].seq
+            # Without it this loop mostly has the lock again before one of those that
+            # wait for it has looked: a purge of half a million shut out everybody for
+            # seconds.
             time.sleep(SWEEP_PAUSE)
 
     def _retry_free(self, jobs: Iterable[Job]) -> list[Job]:
-        """Retry those that may wait again: of a unique key the newest, if it is free.
+        """Retry those that may wait again: of a unique key the first, if it is free.
+
+        All at once the index jobs_by_unique would refuse, and with them all others.
         """
         free, taken = list[Job](), set[str]()
         for job in jobs:
@@ -4473,6 +4600,7 @@ class Queue:
         """Delete those that nothing needs: not running, and no other waits for them."""
         now, deleted = self.clock(), list[Job]()
         for job in jobs:
+            # Both are raised before its first write: nothing half-done is committed.
             with contextlib.suppress(InUse, WrongState):
                 remove(self.store, job, now)
                 deleted.append(job)
@@ -4481,11 +4609,18 @@ class Queue:
     # Queues.
 
     def pause(self, *queues: str) -> None:
-        """Claim no more from these queues, or from any if none is named."""
+        """Claim no more from these queues, or from any if none is named.
+
+        It is kept in the database, so it outlasts restarts; what runs goes on. A queue
+        need not have jobs, nor have had any.
+        """
         self._set_paused(queues, True)
 
     def resume(self, *queues: str) -> None:
-        """Claim again from these queues; without names, end the pause of all."""
+        """Claim again from these queues; without names, end the pause of all.
+
+        The two are apart: what was paused by its name stays so after the latter.
+        """
         self._set_paused(queues, False)
 
     def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
@@ -4497,7 +4632,10 @@ class Queue:
         self.wake(NEW_JOBS)
 
     def limit_queue(self, queue: str, limit: int) -> None:
-        """Let at most so many jobs of a queue run at once; 0: any number."""
+        """Let at most so many jobs of a queue run at once; 0: any number.
+
+        In all pools together. If more run already, they go on, and none is claimed.
+        """
         name = parse_name(queue)
         if not 0 <= limit <= MAX_WHOLE:
             raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
@@ -4523,7 +4661,12 @@ class Queue:
     def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
         """Have a job enqueued at each turn of a cron line; `fields` are the job's.
 
-        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists.
+        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists. Its jobs
+        get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
+        have, for these fit one job only.
+
+        The fields are kept as they were given, not as the Spec they make: each turn
+        parses them anew, with the defaults and settings of that day.
         """
         now = self.clock()
         parse_name(name)
@@ -4533,6 +4676,7 @@ class Queue:
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
+        # A mistake is to be told now, not at a turn in the night.
         spec_of(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
@@ -4552,7 +4696,7 @@ class Queue:
         return schedule
 
     def pause_schedule(self, name: str) -> Schedule:
-        """Let a schedule rest."""
+        """Let a schedule rest; jobs that it has added are not concerned."""
         with self.store.transaction():
             return self._rest_schedule(self.schedule(name), True)
 
@@ -4577,7 +4721,10 @@ class Queue:
         return schedule._replace(paused=paused)
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, beside its turns."""
+        """Enqueue a schedule's job now, beside its turns, also while it rests.
+
+        It counts as the schedule's last job: until it is over, turns are skipped.
+        """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
@@ -4595,7 +4742,12 @@ class Queue:
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
     def configure(self, key: str, value: str) -> None:
-        """Set a setting for all processes; raises NoSuchSetting, InvalidValue."""
+        """Set a setting for all processes; raises NoSuchSetting, InvalidValue.
+
+        `value` is text, as a person writes it (`30s`, `64KiB`; `none` or "": off, where
+        it can be). A change of `priority-ageing` gives all waiting jobs a new rank, in
+        one transaction: with very many the write lock is held for that long.
+        """
         name = setting_key(key)
         SETTINGS[name].parse(value)
         with self.store.transaction() as store:
@@ -4619,7 +4771,8 @@ class Queue:
         """Ask pools to finish what they run and exit; those that were asked.
 
         `now`: they end their jobs and hand them back. NoSuchWorker for a name that
-        no living pool has.
+        no living pool has. Returns at once; who has left is in `workers` no more.
+        Each is asked by its id, so one of the same name that comes later is not meant.
         """
         living = {view.worker.name: view.worker for view in self.workers()}
         for name in names:
@@ -4635,7 +4788,11 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> None:
-        """Wake every pool; nothing happens where none is."""
+        """Wake every pool; nothing happens where none is.
+
+        After the commit, and never instead of it: what is to be done stands in the
+        database, so a datagram that gets lost only costs time.
+        """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
             ring(ports, message)
