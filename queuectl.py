@@ -5299,12 +5299,18 @@ class Rescuer:
 
 
 # ---- 12 Check ----------------------------------------------------------------
-# Each check tells what it found, with what to do; none changes anything.
+# Each check tells what it found, with what to do; none changes anything, so it may run
+# beside workers. A PROBLEM is a broken promise: the command ends with 1. A WARNING is
+# what may become one, or what only a worker can mend; a NOTE is nobody's fault.
 
+# It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
+# It grows far beyond that only while some connection goes on reading an old state: then
+# no checkpoint can begin it anew (sqlite.org/wal.html, checkpoint starvation).
 WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
 DISK_LOW = 100 << 20   # bytes free on the disk
 
-# Where files of several machines lie: WAL needs memory that all its users share.
+# Where files of several machines lie: WAL needs memory that all its users share. The
+# beginnings of their names, for these have versions: nfs4, smb3, gfs2.
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre",
                        "gpfs", "beegfs", "ocfs", "gfs", "fuse.sshfs", "fuse.rclone",
                        "fuse.s3fs", "virtiofs", "vboxsf", "prl_fs")
@@ -5315,6 +5321,11 @@ def filesystem_of(path: str, mounts: str) -> str:
 
     `mounts` is the text of /proc/self/mountinfo (proc(5)): the mount point is the
     fifth field, with blanks as \\040; the type is the first after a lone hyphen.
+
+        36 35 98:0 / /mnt/a\\040b rw shared:1 - ext4 /dev/sda1 rw    /mnt/a b: ext4
+
+    The longest mount point that the path is in is its own; of equal ones the last, for
+    what is mounted later hides what was there.
     """
     found, kind = -1, ""
     for line in mounts.splitlines():
@@ -5337,6 +5348,7 @@ def has_wal_bug(version: tuple[int, int, int]) -> bool:
 
 
 def _size(path: str) -> int:
+    """The bytes of a file; 0 if it is not there: there is no WAL where none works."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -5348,20 +5360,33 @@ def _pids(pids: Sequence[int]) -> str:
 
 
 class Inspection:
-    """Everything that `check` looks at in one queue."""
+    """Everything that `check` looks at in one queue.
+
+    The file and the rules are looked at in one snapshot. The rest is of the moments in
+    which it is asked: the machine's processes have no snapshot.
+    """
 
     def __init__(self, queue: Queue) -> None:
         self._store, self._host, self.path = queue.store, queue.host, queue.path
 
     def findings(self) -> list[Finding]:
-        """All there is to say, the gravest first; nothing of a sound queue."""
+        """All there is to say, the gravest first; [] of a sound queue.
+
+        Within a level in the order of the looks. It reads the whole file, so it takes
+        longer the larger that is.
+        """
         looks = (self._file, self._schedules, self._lost_runs, self._strays,
                  self._filesystem, self._sqlite, self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
 
     def _file(self) -> Iterator[Finding]:
-        """What SQLite says of the file, and the queue's own rules, in one moment."""
+        """What SQLite says of the file, and the queue's own rules, in one moment.
+
+        A rule compares tables: a commit between two statements would look like a rule
+        that is broken. Of a damaged file they are not asked: what they find would be
+        the damage's doing.
+        """
         with self._store.snapshot():
             said = [row[0] for row in self._store.rows(Sql.INTEGRITY)]
             if said != ["ok"]:
@@ -5377,6 +5402,11 @@ class Inspection:
                                   "wrote the file: keep a copy and report it")
 
     def _schedules(self) -> Iterator[Finding]:
+        """A turn that should come and cannot is a broken promise.
+
+        No command stores such a schedule; another program may, or a version whose rules
+        were others.
+        """
         for schedule in self._store.schedules():
             try:
                 spec_of(schedule.job, 0.0)
@@ -5388,6 +5418,11 @@ class Inspection:
                               "anew")
 
     def _lost_runs(self) -> Iterator[Finding]:
+        """No promise is broken yet: the next worker that comes takes these over.
+
+        The runs first, then the pools, as in `Rescuer.stranded`. What is left is found
+        in both ways: some processes shed their environment, some their descriptors.
+        """
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
@@ -5403,7 +5438,10 @@ class Inspection:
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _strays(self) -> Iterator[Finding]:
-        """Processes of runs that are over: mostly background children."""
+        """Processes of runs that are over: mostly background children.
+
+        By their token, which names this very file: a copy's processes are not told.
+        """
         seen: dict[int, list[int]] = {}
         for one in self._host.processes():
             seen.setdefault(one.claim, []).append(one.pid)
@@ -5418,10 +5456,15 @@ class Inspection:
                               + _pids(pids), "end it, if it is not meant to go on")
 
     def _name(self, run: Run) -> str:
+        """A run knows its job by `seq` alone, and the job may be deleted by now."""
         found = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)
         return found[0].id if found else f"job number {run.job}"
 
     def _filesystem(self) -> Iterator[Finding]:
+        """Whether WAL's -shm file is memory that all users of the file share.
+
+        Without /proc nothing is told, and so nothing said.
+        """
         mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
         kind = filesystem_of(self.path, mounts)
         if kind.startswith(NETWORK_FILESYSTEMS):
@@ -5438,6 +5481,7 @@ class Inspection:
                           "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
 
     def _wal(self) -> Iterator[Finding]:
+        """Whether a reader that lingers keeps the WAL growing."""
         size = _size(self.path + "-wal")
         if size > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
@@ -5447,12 +5491,14 @@ class Inspection:
 
     def _room(self) -> Iterator[Finding]:
         stat = os.statvfs(os.path.dirname(self.path))
+        # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
         free = stat.f_bavail * stat.f_frsize
         if free < DISK_LOW:
             yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
                           "make room: without it nothing can be enqueued or recorded")
 
     def _mode(self) -> Iterator[Finding]:
+        """It was made with 0600; a chmod or a copy made by cp may have opened it."""
         mode = os.stat(self.path).st_mode & 0o777
         if mode & 0o077:
             yield Finding(WARNING, "open-mode",
