@@ -5508,31 +5508,47 @@ class Inspection:
 
 
 # ---- 13 Views ----------------------------------------------------------------
-# Records to text or JSON, as strings; nothing is printed here.
+# Records to text or JSON, as strings; nothing is printed here, no row read, no clock
+# asked: the time comes in with the Style, so a test can hold each line to the letter.
+# `..._object` is what both `--json` and the API show: its keys are promised, and only
+# ever added to. `..._line` and `..._lines` are for people and may change. Text that a
+# job brought along goes through `one_line` before it stands in such a line.
 
+# Of the eight colours that a terminal draws in its own theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM = "1", "2"
 
 
 class Style(NamedTuple):
-    """How to draw: with colours or without, how wide, and what time it is."""
+    """How to draw: with colours or without, how wide, and what time it is.
+
+    Screen knows the terminal and the wishes of NO_COLOR; here these are values.
+    """
     colour: bool
     width: int          # columns; 0: as wide as it gets
     now: float
 
     def paint(self, text: str, code: str) -> str:
-        """The text in a colour, where colours are wanted."""
+        """The text in a colour, where colours are wanted; "" is none.
+
+        Its codes take no column on a terminal, but count in `len`: so what is to stand
+        in a column is filled up before it is painted, never after.
+        """
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
 def job_object(job: Job) -> dict[str, Any]:
-    """The job as JSON shows it."""
+    """The job as JSON shows it: the keys of JSON_KEYS, in that order, all of them."""
     return {key: getattr(job, key) for key in JSON_KEYS}
 
 
 def run_object(run: Run) -> dict[str, Any]:
-    """A run as JSON shows it; its output as text."""
+    """A run as JSON shows it; its output as text.
+
+    Output is bytes of any kind, JSON is text: what is no UTF-8 becomes U+FFFD. Who
+    wants the bytes takes `logs`, or the API's /output.
+    """
     output = readable(run.output, run.output_bytes).decode("utf-8", "replace")
     return {"number": run.number, "worker": run.worker, "started_at": run.started_at,
             "finished_at": run.finished_at, "duration": run.duration,
@@ -5556,7 +5572,8 @@ def queue_object(view: QueueView) -> dict[str, Any]:
 
 
 def schedule_object(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as JSON shows it."""
+    """A schedule as JSON shows it; of one whose job cannot be read the command is null.
+    """
     return {"name": schedule.name, "cron": schedule.cron,
             "command": schedule.job.get("command"),
             "queue": schedule.job.get("queue", DEFAULT_QUEUE),
@@ -5595,7 +5612,10 @@ def minute_object(minute: Minute) -> dict[str, Any]:
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
-    """What `check` found, each with what to do; and the verdict."""
+    """What `check` found, each with what to do; and the verdict.
+
+    Only a problem makes it unsound: a warning beside "sound" is no contradiction.
+    """
     shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
     lines = []
     for level, _, message, hint in findings:
@@ -5607,14 +5627,18 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
 
 def spread_object(values: Spread) -> dict[str, Any]:
-    """A histogram's figures as JSON, to the tenth of a millisecond."""
+    """A histogram's figures as JSON, to the tenth of a millisecond: its first bound."""
     return {"count": values.n, **{
         name: None if value is None else round(value, 4)
         for name, value in values._asdict().items() if name != "n"}}
 
 
 def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
-    """What a queue did as JSON; throughput in jobs a second over `seconds`."""
+    """What a queue did as JSON; throughput in jobs a second over `seconds`.
+
+    The success rate is of jobs that ended by their own doing: a cancelled one says
+    nothing. Of none it is null, for JSON has no NaN (RFC 8259, section 6).
+    """
     over = summary.completed + summary.died
     return {"enqueued": summary.enqueued, "completed": summary.completed,
             "retried": summary.retried, "dead": summary.died,
@@ -5626,24 +5650,41 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
 
 
 def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
-    """What was done, for all queues and for each, as JSON."""
+    """What was done, for all queues and for each, as JSON.
+
+    All stand at the top and come under "" here, which no queue's name can be.
+    """
     shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
     return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
-    """JSON for people and programs: readable, and with its letters as they are."""
+    """JSON for people and programs: readable, and with its letters as they are.
+
+    A lone surrogate, which stands for a byte that was no UTF-8 (PEP 383), becomes `?`:
+    JSON is exchanged in UTF-8 (RFC 8259, section 8.1), which cannot hold one.
+    """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str) -> str:
-    """Text on one line, with nothing in it that a terminal would obey."""
+    """Text on one line, with nothing in it that a terminal would obey.
+
+    Also without what reorders letters: controls for bidirectional text are not
+    printable either, and would let a command look like another.
+
+        "make\n\033[2Jtest"  ->  "make;  [2Jtest"
+    """
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
 
 
 def wide(char: str) -> int:
-    """The columns that a character takes."""
+    """The columns that a character takes: 0 for an accent that joins the one before, 2
+    for wide ones (Unicode's annex 11), else 1.
+
+    Python has no wcwidth(3). U+0300 is the first that combines; nothing below is wide.
+    """
     if char < "\u0300":
         return 1
     import unicodedata  # 1 ms, and only for text beyond Latin
@@ -5658,7 +5699,10 @@ def columns(text: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """The text, shortened with an ellipsis to at most that many columns."""
+    """The text, shortened with an ellipsis to at most that many columns; 0: as it is.
+
+        cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
+    """
     if width <= 0 or columns(text) <= width:
         return text
     kept, used = "", 1
@@ -5671,7 +5715,10 @@ def cut(text: str, width: int) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table: its head, and a job's text and colour in it."""
+    """A column of a table: its head, and a job's text and colour in it.
+
+    It is shown if `is_used` holds for one of the jobs: most queues have no tags.
+    """
     head: str
     cell: Callable[[Job], str]
     colour: Callable[[Job], str] = lambda job: ""
@@ -5679,7 +5726,8 @@ class Column(NamedTuple):
 
 
 def state_cell(job: Job) -> str:
-    """The state with what one wants to know beside it."""
+    """The state with what one wants to know beside it: `failed (1)`, `pending (after)`.
+    """
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
     if job.state == PENDING and job.gate == BLOCKED:
@@ -5688,7 +5736,11 @@ def state_cell(job: Job) -> str:
 
 
 def when_cell(job: Job, now: float) -> str:
-    """The time that matters in the job's state."""
+    """The time that matters in the job's state.
+
+    How long it has run; when it is due, or since when it waits for a slot or for other
+    jobs; when it ended. What has passed is rounded down.
+    """
     if job.state == PROCESSING:
         return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
     if job.state in WAITING:
@@ -5701,7 +5753,10 @@ def grid(rows: Sequence[Sequence[str]], style: Style,
          shades: Sequence[Sequence[str]] = ()) -> list[str]:
     """Aligned columns under a head; the last is cut to what the window leaves it.
 
-    `shades`: for each row after the head the colours of its first cells.
+    `shades`: for each row after the head the colours of its first cells. All rows have
+    as many cells as the head. The last column is the one that may be long: it is
+    neither measured nor filled up, and where the window is narrow it keeps 12 columns,
+    enough to know a command by, though the line is broken then.
     """
     widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
     room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
@@ -5717,7 +5772,8 @@ def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
     """Aligned lines, the command last and cut to the width; columns only if used.
 
-    `why`: what each of them waits for, by its id.
+    `why`: what each of them waits for, by its id. It takes the place of the time, which
+    it mostly tells as well, and no more than half of a window of 80.
     """
     reasons = why or {}
     offered = (
@@ -5762,7 +5818,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
 
 
 def running_line(job: Job, style: Style) -> str:
-    """What runs, on one line."""
+    """What runs, on one line; 12 is the deepest indentation that a caller gives it."""
     line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
     return cut(line, style.width - 12 if style.width else 0)
 
@@ -5804,7 +5860,7 @@ def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
 
 
 def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
-    """The schedules, one on a line."""
+    """The schedules, one on a line; of an unreadable job whatever there is, as text."""
     return grid([["NAME", "CRON", "NEXT", "LAST", "QUEUE", "COMMAND"], *(
         [one.name, one.cron, "paused" if one.paused else ago(one.next_run, style.now),
          ago(one.last_run, style.now), str(one.job.get("queue", DEFAULT_QUEUE)),
@@ -5812,7 +5868,11 @@ def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
 
 
 def turn_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next turns by the local clock."""
+    """When a schedule comes: in words, and its next turns by the local clock.
+
+    Three of them, with their zone: where clocks change, that is where it shows.
+    Fewer where no more will come.
+    """
     cron, turns = parse_cron(schedule.cron), [now]
     while len(turns) < 4 and turns[-1] < math.inf:
         turns.append(next_turn(cron, turns[-1]))
@@ -5829,7 +5889,13 @@ def event_line(event: Event, style: Style) -> str:
 
 
 def progress_line(progress: Progress, seconds: float, width: int) -> str:
-    """A bar, and beside it: done, running, gone wrong, the rate, the time left."""
+    """A bar, and beside it: done, running, gone wrong, the rate, the time left.
+
+        [#####............] 20/60  4 running  2/s  20s left
+
+    One column short of the window: it is drawn in place, and a terminal that goes to
+    the next line with its last column (terminfo(5): am, no xenl) would not come back.
+    """
     done, left = progress.over, progress.left
     total, rate = done + left, done / seconds if seconds > 0 else 0.0
     words = f" {done:,}/{total:,}  {progress.running} running"
@@ -5843,7 +5909,11 @@ def progress_line(progress: Progress, seconds: float, width: int) -> str:
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
-    """Whole lines of a job's output, each with the job before it, in its colour."""
+    """Whole lines of a job's output, each with the job before it, in its colour.
+
+    Bytes, for these need be no text. `place` is the job's among those that are
+    followed: so each keeps its colour, and neighbours differ.
+    """
     shades = list(STATE_COLOURS.values())
     prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
     return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
@@ -5861,7 +5931,7 @@ def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
 
 
 def run_line(run: Run, style: Style) -> str:
-    """A run in the table of `show`."""
+    """A run in the table of `show`; as wide as the head in `show_lines` says."""
     exit_code = "-" if run.exit_code is None else str(run.exit_code)
     took = "-" if run.duration is None else span(run.duration)
     line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
@@ -5871,7 +5941,7 @@ def run_line(run: Run, style: Style) -> str:
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
-    """One job whole."""
+    """One job whole; what is as usual is left out, such as a priority of 0."""
     def row(name: str, text: str) -> str:
         return f"{name:<13}{text}"
     now = style.now
@@ -5915,7 +5985,10 @@ def spread_line(name: str, values: Spread) -> str:
 
 
 def per_time(n: int, seconds: float) -> str:
-    """A throughput in the unit in which it reads best."""
+    """A throughput in the unit in which it reads best: the first with at least one job.
+
+        per_time(1, 2.0)  ->  "30.0 jobs a minute"
+    """
     rate = n / seconds if seconds > 0 else 0.0
     for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
         if rate * size >= 1:
@@ -5945,7 +6018,11 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
 
 
 def short_cause(outcome: Outcome) -> str:
-    """Why a run failed, in two words."""
+    """Why a run failed, in two words: `exit 1`, `killed by SIGKILL`, `timed out`.
+
+    A status above 128 alone is no proof of a signal: a shell exits so, too, when a
+    command in it was killed.
+    """
     if outcome.kind == TIMEOUT:
         return "timed out"
     if outcome.exit_code is None:
@@ -5956,7 +6033,11 @@ def short_cause(outcome: Outcome) -> str:
 
 
 def settled_line(settled: Settled, now: float) -> str:
-    """What a worker says of a run that ended: what, in how long, what comes next."""
+    """What a worker says of a run that ended: what, in how long, what comes next.
+
+    The state that the job came to tells that; but a lost run ends in the states of
+    failed ones, and was no attempt.
+    """
     job, outcome, _, attempt = settled
     took = span(outcome.duration or 0.0)
     of = f"attempt {attempt} of {max(1, job.max_retries)}"
@@ -5977,7 +6058,11 @@ def settled_line(settled: Settled, now: float) -> str:
 
 
 class Family(NamedTuple):
-    """One metric with its samples: suffix of the name, labels, value."""
+    """One metric with its samples: suffix of the name, labels, value.
+
+    No label has a job's id: each value of a label is a series of its own, which the
+    server that scrapes keeps for weeks.
+    """
     name: str
     kind: str
     help: str
@@ -5986,7 +6071,11 @@ class Family(NamedTuple):
 
 def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
                totals: Mapping[str, float]) -> Family:
-    """The buckets of each queue as a histogram."""
+    """The buckets of each queue as a histogram.
+
+    Each bucket counts all values up to its bound `le`; that of +Inf equals `_count`.
+    `repr` writes bounds as OpenMetrics has its canonical numbers: 1.0, not 1.
+    """
     samples: list[tuple[str, dict[str, str], float]] = []
     for queue, buckets in tallies.items():
         counts = cumulated(buckets)
@@ -5999,7 +6088,11 @@ def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
 
 def _time_family(name: str, help: str, kind: str, scrape: Scrape,
                  queues: Sequence[str]) -> Family:
-    """The durations of one kind, for each queue."""
+    """The durations of one kind, for each queue; also where there were none.
+
+    A series that begins with 0 shows its first value as a rise; one that begins with
+    that value does not.
+    """
     tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
     totals = dict.fromkeys(queues, 0.0)
     for queue, one, bucket, n, total in scrape.tallies:
@@ -6010,6 +6103,9 @@ def _time_family(name: str, help: str, kind: str, scrape: Scrape,
 
 
 def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
+    """The metrics that are told of each queue."""
+    # Verbs and outcomes have one bucket. Of durations only the last stays in here, and
+    # nobody asks for these.
     ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
     stopped = scrape.paused.get(EVERY_QUEUE, False)
     return [
@@ -6037,7 +6133,9 @@ def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
 
 
 def metric_families(scrape: Scrape) -> list[Family]:
-    """All metrics; those of a queue stay once it was there."""
+    """All metrics; those of a queue stay once it was there: counters must never fall,
+    and a series that is gone and comes back looks as if they had.
+    """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
@@ -6057,6 +6155,7 @@ def metric_families(scrape: Scrape) -> list[Family]:
 
 
 def _labelled(labels: Mapping[str, str]) -> str:
+    """`{queue="a",state="dead"}`, escaped as both formats have it; "" for no labels."""
     def _escaped(text: str) -> str:
         return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
@@ -6066,7 +6165,9 @@ def _labelled(labels: Mapping[str, str]) -> str:
 def metrics_text(families: Iterable[Family], is_open: bool) -> str:
     """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
 
-    The older format knows no kind `info`, and names a counter with its `_total`.
+    The older format knows no kind `info`, and names a counter with its `_total`. The
+    newer one names the family without it, and has to end with `# EOF`: so a scrape that
+    was cut off is told from a whole one.
     """
     lines = []
     for name, kind, help, samples in families:
