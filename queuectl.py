@@ -5498,7 +5498,7 @@ class Inspection:
                           "make room: without it nothing can be enqueued or recorded")
 
     def _mode(self) -> Iterator[Finding]:
-        """It was made with 0600; a chmod or a copy made by cp may have opened it."""
+        """It was made with 0600; a chmod has opened it, or sqlite3 has copied it."""
         mode = os.stat(self.path).st_mode & 0o777
         if mode & 0o077:
             yield Finding(WARNING, "open-mode",
