@@ -6182,6 +6182,9 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
 
 # ---- 14 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
+# A Command goes from start to Outcome and never waits: its pool polls. An Ending sees
+# the processes of one run to their end, whoever's run it was, by steps that the Ender's
+# thread takes for all of them (or a command of the user's, where no pool lives).
 
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 
@@ -6197,7 +6200,12 @@ class Launch(NamedTuple):
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll: safe in signal handlers."""
+    """A pipe to wake a thread that waits in poll: safe in signal handlers.
+
+    No lock is taken: `threading.Event.set` in a handler hung within seconds, waiting
+    for the lock that the interrupted thread held. The writer does not block, as
+    `signal.set_wakeup_fd` demands, which gets it, too.
+    """
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
@@ -6222,14 +6230,19 @@ class Wakeup:
 
 
 def _watch_process(pid: int) -> int:
-    """A descriptor that becomes readable when the process ends; -1: none here."""
+    """A descriptor that becomes readable when the process ends; -1: none here.
+
+    pidfd_open(2), of Linux 5.3. -1 also if the process is gone, or descriptors have run
+    out: then its pool asks at each step instead. Jobs do not inherit it.
+    """
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return -1
 
 
-# Signals that Python ignores, and that a command must find as they were.
+# Signals that Python ignores, and that a command must find as they were: what is
+# ignored stays so through execve(2), and `yes | head` would complain instead of ending.
 PYTHON_IGNORES = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ")
                        if hasattr(signal, name))
 
@@ -6245,7 +6258,12 @@ def exit_words(status: int) -> str:
 
 
 def _start_shell(launch: Launch, writer: int) -> int:
-    """Start a session that runs the command and prints into `writer`; its id."""
+    """Start a session that runs the command and prints into `writer`; its id.
+
+    A session of its own, so that no Ctrl+C of the worker's terminal reaches it. Both
+    streams are one pipe, so what it printed stays in its order. All else that is open
+    here is closed by the exec (PEP 446), but for the run's lock.
+    """
     words = [b"/bin/sh", b"-c", launch.command.encode()]
     # It copies no page tables, however big the pool, and runs no Python in the child.
     if hasattr(os, "posix_spawn"):
@@ -6264,7 +6282,11 @@ def _start_shell(launch: Launch, writer: int) -> int:
 
 
 class Command:
-    """One run of one command. Nothing here waits: its pool calls when there is news."""
+    """One run of one command. Nothing here waits: its pool calls when there is news.
+
+    `start`, then `read` when `pipe` and `peek` when `watch` can be read, then `finish`
+    once it has exited. Who has it ended sets `why` before: that is the outcome then.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -6288,6 +6310,8 @@ class Command:
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
+            # No sooner: what is started while it is inheritable holds it. One thread
+            # starts all commands (I9), and lets go of this lock before the next one.
             if launch.lock >= 0:
                 os.set_inheritable(launch.lock, True)   # the tree is to hold it (I5)
             self._begun = time.monotonic()
@@ -6306,7 +6330,7 @@ class Command:
         """The exit status, negative for a signal; None: it has not exited yet.
 
         It is not reaped, so that its id stays its own. What it left in the background
-        does not count.
+        does not count. For a signal `si_status` is its number (waitid(2)).
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -6324,7 +6348,11 @@ class Command:
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def read(self) -> bool:
-        """Take in what was printed; False at the end, when the pipe is closed."""
+        """Take in what was printed; False at the end, when the pipe is closed.
+
+        One piece, as much as a pipe holds: a command that never stops printing gets one
+        read for each look of its pool, as all others do.
+        """
         try:
             piece = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
@@ -6341,7 +6369,8 @@ class Command:
     def finish(self) -> Outcome:
         """Reap it, now that it has exited, and take in what is left in the pipe.
 
-        Where others go on writing the pipe stays open, for its pool to read on.
+        Where others go on writing the pipe stays open, for its pool to read on. What
+        they print after this is no part of the outcome.
         """
         status, duration = self._reap() or 0, time.monotonic() - self._begun
         if self.watch >= 0:
@@ -6354,6 +6383,10 @@ class Command:
         return self._outcome(status, duration)
 
     def _outcome(self, status: int, duration: float) -> Outcome:
+        """What the run came to; `why` it was ended comes before how it took that.
+
+        A shell that catches SIGTERM may exit with 0: a time-out is one all the same.
+        """
         kept, total = self.output.kept(), self.output.total
         code = 128 - status if status < 0 else status
         if self.why == TIMEOUT:
@@ -6373,7 +6406,12 @@ class Command:
 
 
 def start_error(error: Exception, cwd: str) -> str:
-    """Why a command could not be started."""
+    """Why a command could not be started.
+
+    Asked afterwards: a look at the directory before would prove nothing of the moment
+    of the start. One text of over 128 KiB is E2BIG, however short all others are
+    (execve(2)).
+    """
     if cwd and not os.path.isdir(cwd.encode()):
         return f"the directory {cwd} is not there"
     if isinstance(error, OSError) and error.errno == errno.E2BIG:
@@ -6389,6 +6427,10 @@ class Ending:
     pool that owns a lost run may hold that lock itself, if it was frozen between claim
     and start. It could start the command when it thaws: so it is killed, long after
     its lease has run out, and only then.
+
+    No list of a tree's processes stays true: one may fork between the look and the
+    signal. So each step looks anew and signals what it finds, until a look finds none
+    and the lock is free. Only then may the job run again.
     """
 
     def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
@@ -6401,7 +6443,14 @@ class Ending:
         self._asked: set[int] = set()           # processes that had their SIGTERM
 
     def step(self, now: float, processes: Iterable[Process]) -> bool:
-        """Signal what is left of these; True when nothing is. `now` is monotonic."""
+        """Signal what is left of these; True when nothing is. `now` is monotonic.
+
+        First the group at once, so that no member outlives another long enough to start
+        more; those outside of it one by one, when they are first seen, each with one
+        SIGTERM; after the grace all of them, with SIGKILL, at each step. Where the lock
+        is held and no process is told, its holders are looked for: some have shed their
+        environment and their session.
+        """
         left = {one.pid for one in processes if one.claim == self.claim
                 or (self._group and self._group in (one.session, one.group))}
         if not left and not self._host.locks.is_held(self.claim):
@@ -6418,7 +6467,11 @@ class Ending:
         return False
 
     def _signal_group(self, number: int) -> None:
-        """The head of the group is not reaped yet, so the id cannot be another's."""
+        """The head of the group is not reaped yet, so the id cannot be another's.
+
+        Where there is no waitid, one that had exited is: its id is the group's as long
+        as any member is left.
+        """
         if self._group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, number)
@@ -6426,6 +6479,10 @@ class Ending:
                 os.killpg(self._group, signal.SIGCONT)
 
     def _signal(self, left: set[int], late: bool) -> None:
+        """SIGTERM those that had none, or SIGKILL all; the frozen owner at last.
+
+        Each is continued as well: a stopped process acts on no SIGTERM (signal(7)).
+        """
         host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
         # An owner frozen between claim and start holds the lock: left to the last.
@@ -6435,6 +6492,7 @@ class Ending:
                 host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
                 host.signal(pid, signal.SIGCONT)
                 self._asked.add(pid)
+        # Its id may be another's by now, so its birth has to agree.
         if late and owner and left == {frozen} \
                 and is_same_birth(host.born(frozen), owner.born):
             host.signal(frozen, signal.SIGKILL)
@@ -6445,6 +6503,9 @@ class Ender:
 
     The pool starts it and stops it; `done` gets each ending that is over, and the pool
     is woken. If the thread dies, the pool learns it from `check`.
+
+    A thread, because a look at all processes takes milliseconds, and where there is no
+    /proc a `ps`: meanwhile the pool's own has to read what commands print.
     """
 
     def __init__(self, host: Host, done: list[Ending], wakeup: Wakeup) -> None:
@@ -6474,7 +6535,11 @@ class Ender:
         self._inbox.put(ending)
 
     def stop(self) -> None:
-        """Finish what is this pool's own, leave the rest, and let the thread end."""
+        """Finish what is this pool's own, leave the rest, and let the thread end.
+
+        Of a lost run that is left nothing is recorded: it is still lost, and whoever
+        looks next finds it. Returns at once; the executor waits for the thread.
+        """
         self._inbox.put(None)
 
     def _run(self) -> None:
@@ -6493,6 +6558,7 @@ class Ender:
                 self._take(self._inbox.get_nowait())
 
     def _take(self, ending: Ending | None) -> None:
+        """Take on one ending; None: stop."""
         if ending is not None:
             self._endings.append(ending)
         else:
