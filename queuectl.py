@@ -6577,7 +6577,16 @@ class Ender:
 
 
 # ---- 15 Pool -----------------------------------------------------------------
+# `worker start`: where claims become commands, and their ends become records.
+# `run_pool` makes what a pool needs before others can see it (`_equipped`), enters it
+# into the table (`_entered`), and runs the one loop of the Pool. There each `_step`
+# does all that is to do now, among it a `_turn` (Claims) if one is worth while;
+# `_patience` tells for how long to sleep, and the Poller sleeps. No SQL here, and no
+# policy: what is claimed, retried or lost is decided above.
+# A second thread for the transactions was tried: the interpreter's lock changes hands
+# at each statement, so nothing was gained.
 
+# No longer: meanwhile nobody reads what the commands print, and their pipes fill up.
 TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
@@ -6599,13 +6608,16 @@ SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def _release(claimed: Claimed) -> None:
-    """Let go of the run's lock, in this process (I5)."""
+    """Let go of the run's lock, in this process: its tree holds it on (I5)."""
     if claimed.lock >= 0:
         os.close(claimed.lock)
 
 
 class Poller:
-    """Descriptors to wait for, each with what is called when it can be read."""
+    """Descriptors to wait for, each with what is called when it can be read.
+
+    poll(2) tells POLLHUP unasked: so the end of a pipe is news like any other.
+    """
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -6623,7 +6635,11 @@ class Poller:
             self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> None:
-        """Until one can be read, or so many seconds; call the handlers of those."""
+        """Until one can be read, or so many seconds; call the handlers of those.
+
+        Rounded up: with 0 for the last part of a millisecond the loop would turn until
+        the time has come.
+        """
         for fd, _ in self._poll.poll(math.ceil(seconds * 1000)):
             handler = self._handlers.get(fd)
             if handler:     # else an earlier one of these has ended its business
@@ -6634,6 +6650,10 @@ class Peers:
     """The other pools: how long each has been silent, and whose end the kernel tells.
 
     `look` is called when there is one more to be looked at: it has ended.
+
+    Three ways to tell, each for what those before it cannot see: a pidfd, at once; lock
+    and birth, at each heartbeat (`Host.is_alive`); silence, for frozen pools and those
+    on other machines.
     """
 
     def __init__(self, queue: Queue, own: int, poller: Poller,
@@ -6647,7 +6667,7 @@ class Peers:
         self._gone: set[int] = set()    # pools that have ended
 
     def are_there(self) -> bool:
-        """Whether another pool is on this machine."""
+        """Whether another pool is on this machine, as far as pidfds tell."""
         return bool(self._watches)
 
     def lost(self) -> list[Stranded]:
@@ -6660,7 +6680,11 @@ class Peers:
         return self.rescuer.stranded(silent, self._gone)
 
     def watch(self) -> None:
-        """Let the kernel tell when one of those that have come ends."""
+        """Let the kernel tell when one of those that have come ends.
+
+        To be called when orders came: who enters gives them. Where it tells nothing,
+        the heartbeat's look has to do.
+        """
         for worker in self._store.workers():
             if worker.id in self._known or worker.boot != self._host.boot:
                 continue
@@ -6673,6 +6697,7 @@ class Peers:
                 self._look()    # it ended meanwhile
 
     def _drop(self, watch: int, pool: int) -> None:
+        """Note that it has ended; its lock may be held a moment more: `stranded`."""
         self._gone.add(pool)
         self._poller.drop(watch)
         self._watches.discard(watch)
@@ -6686,13 +6711,18 @@ class Peers:
 
 
 def _refuse_platform() -> None:
+    """Go by what Python has here, not by the system's name."""
     if fcntl is None or not hasattr(select, "poll"):
         raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
                           "start the worker there")
 
 
 def _allow_descriptors(slots: int) -> None:
-    """Raise the soft limit of open files: each slot needs some."""
+    """Raise the soft limit of open files: each slot needs some.
+
+    Anybody may, up to the hard limit (getrlimit(2)). More slots than that can serve are
+    refused here: else a start would fail in the midst of the work.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
@@ -6708,7 +6738,11 @@ def _allow_descriptors(slots: int) -> None:
 
 
 def _keep_descriptors() -> None:
-    """What this process was given beside the standard streams is not for its jobs."""
+    """What this process was given beside the standard streams is not for its jobs.
+
+    Python opens its own so that they end with an exec (PEP 446); inherited ones stay as
+    they came. In the list is also the descriptor by which it was read: gone by then.
+    """
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
             if int(name) > 2:
@@ -6716,7 +6750,10 @@ def _keep_descriptors() -> None:
 
 
 def _home() -> int:
-    """A directory to come back to from those of the jobs."""
+    """A directory to come back to from those of the jobs.
+
+    A descriptor, not a path: it stays right when the directory is moved or deleted.
+    """
     try:
         return os.open(".", os.O_RDONLY)
     except OSError:     # one that we may not read
@@ -6724,7 +6761,10 @@ def _home() -> int:
 
 
 def _bell() -> socket.socket | None:
-    """A datagram socket on loopback for wake-ups; None where there is no loopback."""
+    """A datagram socket on loopback for wake-ups; None where there is no loopback.
+
+    Anybody on this machine may send to it: that costs a look at the database.
+    """
     import socket
     bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
@@ -6761,7 +6801,8 @@ def _equipped(slots: int) -> Iterator[Gear]:
         signals.append(number)
     with contextlib.ExitStack() as stack:
         wakeup = stack.enter_context(contextlib.closing(Wakeup()))
-        # Who starts us may ignore SIGCHLD; then none could say how a command ended.
+        # Who starts us may ignore SIGCHLD; then none could say how a command ended: the
+        # kernel would reap it by itself (wait(2)).
         stack.enter_context(handling({**dict.fromkeys(stop_signals(), note),
                                       signal.SIGCHLD: signal.SIG_DFL}, wakeup.writer))
         home = _home()
@@ -6777,6 +6818,9 @@ def _entered(queue: Queue, options: PoolOptions,
              bell: socket.socket | None) -> Iterator[Claims]:
     """Enter a pool, and take it out at last. Its bell is there before the row that
     tells others where to ring.
+
+    A pool that cannot take itself out leaves a row whose process is gone: others forget
+    it. So that is no reason to end with an error.
     """
     claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
     queue.wake(NEW_ORDERS)      # the others are to watch this one
@@ -6799,6 +6843,12 @@ class Pool:
     Where runs take but milliseconds, the next jobs are claimed before a slot is free
     for them, so that no slot waits for a disk's fsync. Those that find none within
     AHEAD_PATIENCE are handed back.
+
+    A claim goes: turn, `_take_on`, `_ready` if it was ahead, `_start`, `_rides`. Then
+    its command exits, or is ended by `_end`, the Ender and `_collect`. Then `_finish`,
+    `_ended`, and the next turn records it. Between two steps it is in one of `_ready`,
+    `_rides` and `_ended`. If the pool dies, its row says whose it was, and its lock
+    whether something of it is left.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, gear: Gear,
@@ -6846,7 +6896,11 @@ class Pool:
     # The loop.
 
     def run(self, executor: futures.Executor) -> None:
-        """Work until told to stop; Moved if the database went away."""
+        """Work until told to stop; Moved if the database went away.
+
+        Where an error ends it, its commands are ended as well and nothing is recorded:
+        the claims stand, and who comes next finds the runs lost. Else none is left.
+        """
         self._notifier.ready()
         try:
             self._ender.start(executor)
@@ -6901,7 +6955,12 @@ class Pool:
             and self._claims.is_drained()
 
     def _is_turn_due(self) -> bool:
-        """Whether a turn would do anything: cheap reads before a write."""
+        """Whether a turn would do anything: cheap reads before a write.
+
+        Each turn writes, be it the heartbeat alone, and costs an fsync, and its commit
+        makes all other pools look. So an idle pool takes one per heartbeat, and sees by
+        data_version, in 5 microseconds, whether there is a reason to look for work.
+        """
         now = time.monotonic()
         if now < self._retry_at:
             return False
@@ -6920,14 +6979,20 @@ class Pool:
         return self._look
 
     def _expire(self) -> None:
-        """One step of retention, so that jobs never wait for it long."""
+        """One step of retention, so that jobs never wait for it long.
+
+        A new round begins with a heartbeat, if the last one is through.
+        """
         if time.monotonic() >= self._expire_at:
             self._expire_at = math.inf      # also if it fails: then at the next beat
             if next(self._expiry, None) is not None:
                 self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:
-        """When ends are to be recorded: at once, unless all slots have work anyway."""
+        """When ends are to be recorded: at once, unless all slots have work anyway.
+
+        Then those of RECORD_PAUSE are gathered to share a commit: no slot waits for it.
+        """
         if not self._ended:
             return math.inf
         has_work = self._ready and not self._free
@@ -6945,14 +7010,22 @@ class Pool:
         return MAX_SLOTS if most is None else most - self._taken
 
     def _ahead(self, room: int) -> int:
-        """How many jobs to claim beyond that: work until the turn after next."""
+        """How many jobs to claim beyond that: work until the turn after next.
+
+        None while the pool leaves, nor beyond --max-jobs: what is claimed counts as
+        taken, and is given back to that count with `_hand_back`.
+        """
         if self._leaving or time.monotonic() < self._claim_at:
             return 0
         wanted = wanted_ahead(self._pace, self._options.slots) - len(self._ready)
         return max(0, min(wanted, self._quota() - room))
 
     def _turn(self) -> None:
-        """One transaction; if disk or lock forbids it, all is kept for the next one."""
+        """One transaction; if disk or lock forbids it, all is kept for the next one.
+
+        It raises before anything here is changed. No handler runs meanwhile (one
+        thread), so what is cleared afterwards is exactly what was recorded.
+        """
         beats = time.monotonic() >= self._beat_at
         outputs = self._unsaved() if beats or self._peek else {}
         room = self._room()
@@ -6974,6 +7047,7 @@ class Pool:
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
     def _take_on(self, claimed: Sequence[Claimed]) -> None:
+        """Start what was claimed for a free slot, and keep the rest ready."""
         self._taken += len(claimed)
         for one in claimed:
             if one.slot == AHEAD:
@@ -6984,7 +7058,11 @@ class Pool:
         self._start_ready()
 
     def _complain(self, error: QueueError) -> None:
-        """Say it once, and not for a moment's wait; then go on trying."""
+        """Say it once, and not for a moment's wait; then go on trying.
+
+        The commands run on, and are ended by their time-outs; only what touches the
+        database waits. A busy lock is free in a moment, a full disk is not.
+        """
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if isinstance(error, Busy):
@@ -7006,7 +7084,12 @@ class Pool:
             self._start(self._ready.pop(0))
 
     def _start(self, claimed: Claimed) -> None:
-        """Start a claimed job's command in a free slot."""
+        """Start a claimed job's command in a free slot.
+
+        The lock is held from before the claim's commit (I5), passes to the process tree
+        with the spawn, and is let go of here in any case: kept, it would make the run
+        look alive after its tree has ended.
+        """
         slot = self._free.pop(0)
         claimed = self._claims.begin(claimed, slot)
         job = claimed.job
@@ -7053,7 +7136,11 @@ class Pool:
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _read(self, ride: Ride) -> None:
-        """Take in output; at its end the command has mostly exited as well."""
+        """Take in output; at its end the command has mostly exited as well.
+
+        So that is looked at, too: where there are no pidfds, the next look would come
+        only RESCUE_TICK later.
+        """
         pipe = ride.command.pipe
         if not ride.command.read():
             self._poller.drop(pipe)
@@ -7074,7 +7161,10 @@ class Pool:
             self._finish(ride)
 
     def _finish(self, ride: Ride) -> None:
-        """The run is over: free its slot, and keep its outcome to be recorded."""
+        """The run is over: free its slot, and keep its outcome to be recorded.
+
+        The slot takes what was claimed ahead at once, before this end is recorded.
+        """
         self._poller.drop(ride.command.watch)
         pipe = ride.command.pipe
         outcome = ride.command.finish()
@@ -7096,6 +7186,7 @@ class Pool:
         self._ended[claim] = outcome
 
     def _drain(self, command: Command) -> None:
+        """Read what those print that a command has left; nobody sees it any more."""
         pipe = command.pipe
         if not command.read():
             self._poller.drop(pipe)
@@ -7137,7 +7228,11 @@ class Pool:
     # Endings: of commands that must go, and of what lost runs have left.
 
     def _end(self, ride: Ride, why: str | None) -> None:
-        """Have the ender end the whole tree; `why` becomes the outcome, unless None."""
+        """Have the ender end the whole tree; `why` becomes the outcome, unless None.
+
+        It comes back by `_collect`. Asked for again, only the reason may be added: a
+        tree is ended once, and its grace does not begin anew.
+        """
         command, claim = ride.command, ride.claimed.claim
         # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
@@ -7163,6 +7258,7 @@ class Pool:
                 self._record_rescue(ending.lost.run, ending.has_begun)
 
     def _record_rescue(self, run: Run, has_begun: bool) -> None:
+        """Record a lost run that was seen to its end, or have it found once more."""
         try:
             for settled in self._peers.rescuer.record(run, has_begun):
                 self._say(settled_line(settled, self._queue.clock()))
@@ -7190,7 +7286,11 @@ class Pool:
                 self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
-        """The first signal drains, the second hands back; so does the grace's end."""
+        """The first signal drains, the second hands back; so does the grace's end.
+
+        Handlers have only noted them: here the loop is between two steps, and no
+        transaction, start or reaping is cut in two.
+        """
         while self._gear.signals:
             number = self._gear.signals.pop(0)
             name = signal.Signals(number).name
@@ -7220,7 +7320,11 @@ class Pool:
         self._beat_at = 0.0
 
     def _watch(self) -> None:
-        """Take over what dead pools have left."""
+        """Take over what dead pools have left.
+
+        Marked in the database, then ended, then recorded by `_collect`. If this pool
+        dies in between, the next to look finds the runs as they are and goes on.
+        """
         rescuer = self._peers.rescuer
         fresh = [one for one in self._peers.lost()
                  if one.run.claim not in self._ending]
@@ -7237,6 +7341,9 @@ class Pool:
     def _patience(self) -> float:
         """Seconds to sleep at most: up to the first time at which `_step` has something
         to do. One that is forgotten here costs FALLBACK_POLL.
+
+        While turns fail, times that only a turn can serve do not count: with a job's
+        due time among them the loop would not pause until the disk is mended.
         """
         if self._gear.signals or self._over:
             return 0.0
@@ -7261,7 +7368,7 @@ class Pool:
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
-        """Take in all wake-ups that have come."""
+        """Take in all wake-ups that have come: a crowd is one reason to look."""
         assert self._gear.bell is not None
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
@@ -7298,7 +7405,11 @@ class Pool:
 def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> int:
     """Run a pool until it is told to stop; 0, or 1 if its database went away.
 
-    In the caller's thread; signals are heeded if that is the main thread.
+    In the caller's thread; signals are heeded if that is the main thread. Errors that
+    no pool outlives come out of here, such as Damaged; Busy and Unwritable do not.
+
+    Left in this order: the executor waits for the Ender's last ending, then the pool
+    leaves the table, then signals have their old meaning again.
     """
     import concurrent.futures as futures  # 9 ms, and only in a pool
     with _equipped(options.slots) as gear, \
