@@ -4935,7 +4935,7 @@ class Claims:
         that came after them. Schedules add, then what is due is let in, then the line
         is looked at: so each step sees what the one before has brought. The next due
         time is read last; in the same transaction, so that nothing comes in between.
-        What this object holds changes only after the commit.
+        Which claims this object holds changes only after the commit.
         """
         locks = list[int]()
         try:
