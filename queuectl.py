@@ -135,6 +135,9 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 
 # ---- 1 Vocabulary ------------------------------------------------------------
+# The names and numbers that all other sections share, and the ways to refuse. What can
+# be made from them is made from them: the guards of SQL, the CHECKs of the schema, the
+# choices of flags; so nothing is told twice. Nothing here computes or acts.
 
 # STATES, GATES and OUTCOMES stand in CHECKs of the schema: one more of them needs a
 # migration that rebuilds the table.
@@ -149,6 +152,10 @@ class Move(NamedTuple):
     because: str
 
 
+# The life cycle, whole: what is no verb here cannot happen (I1). No two verbs share a
+# source and a target: by these two `usual_reason` finds `because`, so an event stores
+# only a reason that is another. A new wording changes what is told of old events, too.
+# `fail` and `bury` also take runs that were lost: only what is charged differs.
 MOVES = {
     #                from                   to          because
     "claim":    Move((PENDING, FAILED),     PROCESSING, "claimed by a worker"),
@@ -166,7 +173,8 @@ OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 # What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
 OPEN, TIMED, BLOCKED = GATES = ("open", "time", "after")
 
-# How a run ended. LOST: nobody saw it. RELEASED: ended by its own pool's shutdown.
+# How a run ended. LOST: nobody saw it. RELEASED: handed back, at nobody's expense: its
+# pool left, had no slot for it in time, or the machine lacked what a start takes.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
 
@@ -186,11 +194,16 @@ EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be nam
 DEFAULT_QUEUE = "default"
 HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these call no hooks
 
+# 2 is argparse's own status for words that it cannot parse. The job's own statuses,
+# which `wait` hands on, may be any of these as well.
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
+# With SQLite's busy handler, which sleeps longer each time, one of 8 pools waited 5.1 s
+# for a claim and some got none in 5 s; with own tries it was 0.4 to 0.8 s at worst, and
+# more jobs were done.
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
@@ -210,10 +223,15 @@ LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal 
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
 
 
+# Errors: what a caller may want to tell apart has a class of its own. Its `code` is
+# what `--json` prints and the README lists, so a code is never renamed. A fact that a
+# program may need is an attribute as well: `key`, `job_id`, `item`. No section above
+# Screen prints one or exits.
 class QueueError(Exception):
     """A refusal: what is wrong, then what to do; never a mistake of our own.
 
-    `code` is one of a closed list that `--json` prints.
+    `code` is one of a closed list that `--json` prints. `message` and `hint` are the
+    two halves of its text; a hint of "" means that there is nothing to be done.
     """
     code = "refused"
     exit_status = EX_NO
@@ -224,7 +242,10 @@ class QueueError(Exception):
         self.message, self.hint = message, hint
 
     def name_line(self, number: int) -> None:
-        """Put the line at fault before the message; nothing for 0, which is none."""
+        """Put the line at fault before the message; nothing for 0, which is none.
+
+        An exception's text is made of `args`, so these have to follow.
+        """
         if number:
             self.message = f"line {number}: {self.message}"
             self.args = (f"line {number}: {self}",)
@@ -237,7 +258,10 @@ class UsageError(QueueError):
 
 
 class NoQueue(QueueError):
-    """There is no database at that path, and the command only reads."""
+    """There is no database at that path, and the command only reads.
+
+    A mistyped path is to be noticed, not to become an empty queue.
+    """
     code = "no-queue"
 
 
@@ -272,7 +296,10 @@ class DiskFull(Unwritable):
 
 
 class Busy(QueueError):
-    """Another process held the write lock for longer than BUSY_DEADLINE."""
+    """Another process held the lock for longer than this one waits: see Store.patience.
+
+    Nothing was changed. A pool keeps what it has to record and tries again.
+    """
     code = "busy"
 
 
@@ -286,7 +313,7 @@ class NoSuchJob(QueueError):
 
 
 class NoSuchRun(QueueError):
-    """The job has no run of that number (yet)."""
+    """The job has no run of that number (yet), or none at all."""
     code = "no-such-run"
 
 
@@ -315,7 +342,9 @@ class WrongState(QueueError):
 
 
 class InUse(QueueError):
-    """Something else needs it: a job that waits for it, a worker of that name."""
+    """Something else needs it: a job that waits for it, or has its unique key; a worker
+    of that name; who holds that lock; who works in the file to be replaced.
+    """
     code = "in-use"
 
 
@@ -349,7 +378,7 @@ class ScheduleExists(QueueError):
 
 
 class NotFinished(QueueError):
-    """Something did not end in the time that was given."""
+    """Something did not end in the time that was given; it goes on all the same."""
     code = "not-finished"
 
 
@@ -372,9 +401,16 @@ class Unsupported(QueueError):
 # Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
 # Of those that are rows a new field comes last: ALTER TABLE adds at the end, and rows
 # are taken by position.
+# They are NamedTuples: none can change, so what one transaction has read stays what it
+# was; a change is a copy (`_replace`) that the ledger writes, or nobody. To import
+# dataclasses would take 10 ms of each start (measured).
 
 class Job(NamedTuple):
-    """One row of `jobs`; field order is column order."""
+    """One row of `jobs`; field order is column order.
+
+    As it was when it was read: another process may have moved it since. So whatever
+    changes one guards on the state and the claim that it had (I1, I3).
+    """
     seq: int                    # order of enqueueing; the N of job-N
     id: str
     command: str                # run by /bin/sh -c
@@ -412,7 +448,11 @@ JSON_KEYS = tuple(field for field in Job._fields
 
 
 class Run(NamedTuple):
-    """One row of `runs`."""
+    """One row of `runs`, written with the claim: before its command is started.
+
+    So what is under way need not have begun; of one that was claimed ahead `slot` tells
+    it: AHEAD until it has a slot.
+    """
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
@@ -430,7 +470,11 @@ class Run(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a pool that runs, or died without a word."""
+    """One row of `workers`: a pool that runs, or died without a word.
+
+    `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
+    Silence is told by `beat`, which no clock moves; `heartbeat_at` is for people.
+    """
     id: int
     name: str
     host: str
@@ -447,7 +491,7 @@ class Worker(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One change of a job's state."""
+    """One change of a job's state; it goes when the job is deleted."""
     id: str
     source: str | None          # None: enqueued
     target: str
@@ -457,7 +501,11 @@ class Event(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`: a job that comes again and again."""
+    """One row of `schedules`: a job that comes again and again.
+
+    `job` is kept as it was given and parsed at each turn, so it may be {} or wrong if
+    somebody has written to the file: then the schedule is put to rest.
+    """
     name: str
     cron: str                   # five fields or @daily and the like, in local time
     job: Mapping[str, Any]      # the keys of a job object
@@ -605,7 +653,10 @@ class Filter(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A job that may be claimed, with the number of its runs so far."""
+    """A job that may be claimed, with the number of its runs so far.
+
+    `attempts` does not tell that: lost and released runs are not counted there.
+    """
     job: Job
     runs: int
 
@@ -637,13 +688,16 @@ class End(NamedTuple):
 
 
 class Stranded(NamedTuple):
-    """A run that lost its pool, with the pool's row if that is still there."""
+    """A run that lost its pool, with the pool's row if that is still there.
+
+    A frozen pool's row is: its process may hold the run's lock and start it yet (I5).
+    """
     run: Run
     owner: Worker | None
 
 
 class Turn(NamedTuple):
-    """What one turn of a pool brought."""
+    """What one turn of a pool brought: all of it is committed."""
     settled: list[Settled]
     claimed: list[Claimed]
     mine: dict[int, str | None]     # claims the database says this pool holds: wish
@@ -711,14 +765,17 @@ class Scrape(NamedTuple):
 
 
 class Hindrance(NamedTuple):
-    """What keeps a waiting job from running."""
+    """What keeps a waiting job from running.
+
+    Who waits for jobs is warned of what does not pass: it would wait in vain.
+    """
     text: str
     passes: bool = False    # by itself, with time
     hint: str = ""          # what to do
 
 
 class Scene(NamedTuple):
-    """What matters to every job that waits."""
+    """What matters to every job that waits: read once for a whole list of them."""
     pools: list[Worker]
     queues: dict[str, QueueView]
     all_paused: bool
@@ -4404,6 +4461,13 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 
 # ---- 10 Queue ----------------------------------------------------------------
+# The library: what people and programs ask of a queue. Commands and API are thin layers
+# on it; Claims and Rescuer are its counterpart for pools. A method that changes
+# something checks what it was given before the transaction where it can, so that nobody
+# waits for the write lock meanwhile; has the ledger do it within (I1); and wakes the
+# pools after the commit: one woken before would look too early, and find nothing.
+# What is called within a transaction reads through the same connection, so it sees what
+# that has written.
 
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
@@ -4422,7 +4486,10 @@ def current_directory() -> str:
 
 
 def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
-    """How far some jobs are: those just seen, and those that are over."""
+    """How far some jobs are: those just seen, and those that are over.
+
+    Some of those just seen may be over as well; they count once, as these.
+    """
     states = [job.state for job in seen]
     completed = sum(job.state == COMPLETED for job in over.values())
     return Progress(sum(state in WAITING for state in states),
@@ -4430,7 +4497,10 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
 
 
 def _states(state: str | Sequence[str]) -> list[str | None]:
-    """The states that are asked for, each once; [None]: any. InvalidValue."""
+    """The states that are asked for, each once; [None]: any. InvalidValue.
+
+    Each becomes a read of its own: one named twice would tell its jobs twice.
+    """
     states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
     return [*map(parse_state, states)] or [None]
 
@@ -4448,7 +4518,10 @@ def _ended(state: str | Sequence[str]) -> Sequence[str]:
 
 
 def _bound(wanted: Filter) -> dict[str, Any]:
-    """The values of a filter, as the statements take them."""
+    """The values of a filter, as the statements take them.
+
+    Only what has a value, for `Sql.listing` makes a clause for each key that is there.
+    """
     values = {key: value for key, value in wanted._asdict().items()
               if value is not None}
     if wanted.search is not None:
@@ -4461,7 +4534,14 @@ class Queue:
 
     `path` is the database's; it is made if it is not there, unless `create` is false
     (NoQueue). One object may be shared by threads, not by processes: after a fork
-    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged.
+    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged,
+    and all that change something Moved, if the file has lost its name.
+
+    `clock` tells epoch seconds; what is waited for goes by the monotonic clock.
+
+        with Queue("queue.db") as queue:
+            job = queue.enqueue("make test", priority=5, delay="10m", tags=["ci"])
+            queue.wait(job.id, timeout=3600)[0].exit_code
     """
 
     def __init__(self, path: str = "queue.db", create: bool = True,
@@ -4479,7 +4559,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the database; the object is of no use after that."""
+        """Close the database; the object is of no use after that: Unsupported."""
         self.store.close()
         self.host.locks.close()
 
@@ -4489,7 +4569,8 @@ class Queue:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
         Raises InvalidJob (with the `key` at fault) and JobExists. With `unique`,
-        returns the job that has that key already, if one is not over yet.
+        returns the job that has that key already, if one is not over yet: with the
+        command and the fields that it has, whatever was asked for here.
         """
         if command is not None:
             fields["command"] = command
@@ -4498,7 +4579,9 @@ class Queue:
     def enqueue_many(self, jobs: Iterable[Spec | Mapping[str, Any]]) -> list[Job]:
         """Add all of them or none, in order: specs, or the keys of job objects.
 
-        Raises as `enqueue`, with the number of the one at fault in `item`, from 0.
+        Raises as `enqueue`, with the number of the one at fault in `item`, from 0. They
+        may come `after` each other. A `delay` counts from the call, `created_at` from
+        the transaction: in between lies the wait for the write lock.
         """
         now, specs = self.clock(), []
         for item, given in enumerate(jobs):
@@ -4521,12 +4604,15 @@ class Queue:
              limit: int = 0, **filters: Any) -> list[Job]:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
-        `filters` are the fields of a Filter.
+        `filters` are the fields of a Filter; of `tag` and `search` one each. Raises
+        InvalidValue for an unknown state or sort, TypeError for an unknown filter.
+        `sort` is a key of ORDERS.
         """
         if sort not in ORDERS:
             raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
         values, states = _bound(Filter(**filters)), _states(state)
-        # One indexed read a state; together they are put in order anew.
+        # One indexed read a state; together they are put in order anew. With `state IN`
+        # SQLite sorts all that fit, to give away but the first of them.
         found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
                                             state=name, limit=limit or -1, **values)]
@@ -4542,7 +4628,11 @@ class Queue:
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
-        """As `jobs`, newest first, read by the thousand to spare memory."""
+        """As `jobs`, newest first, read by the thousand to spare memory.
+
+        It goes on below the last seq, not by an offset: a job that is deleted meanwhile
+        lets none be passed over, and one that is added is newer than where it began.
+        """
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
             page = self.jobs(state, "newest", min(PAGE_SIZE, left), before=before,
@@ -4553,12 +4643,15 @@ class Queue:
             before, left = page[-1].seq, left - len(page)
 
     def runs(self, job_id: str) -> list[Run]:
-        """The history of a job's runs, oldest first."""
+        """The history of a job's runs, oldest first, each with the output it kept."""
         job = self.store.job(job_id)
         return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
-        """One run of a job, by default the last; else NoSuchRun."""
+        """One run of a job, by default the last, also while it runs; else NoSuchRun.
+
+        `number` counts the job's runs from 1, also those that were lost or handed back.
+        """
         job = self.store.job(job_id)
         row = (self.store.row(Sql.LAST_RUN, job=job.seq) if number is None else
                self.store.row(Sql.RUN, job=job.seq, number=number))
@@ -4569,7 +4662,12 @@ class Queue:
 
     def fresh_run(self, job_id: str, number: int | None = None,
                   patience: float = 0.5) -> Run:
-        """A run with its output as of now: one that is under way is asked for it."""
+        """A run with its output as of now: one that is under way is asked for it.
+
+        The output of what runs is stored with a heartbeat, or if somebody asks: to
+        store each piece as it comes would be an fsync for each. Where its pool does not
+        answer in `patience` seconds, it is what was stored last.
+        """
         run = self.run(job_id, number)
         if run.outcome is None:
             self.peek(patience)
@@ -4585,7 +4683,7 @@ class Queue:
         self.await_change(seen, patience)
 
     def events(self, job_id: str) -> list[Event]:
-        """The changes of a job's state, oldest first."""
+        """The changes of a job's state, oldest first; the first has the source None."""
         job = self.store.job(job_id)
         return [Event(id, source, target, at, reason or usual_reason(source, target))
                 for id, source, target, at, reason
@@ -4604,12 +4702,20 @@ class Queue:
                     Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
-        """The `seq` of the latest change of all; 0: there was none yet."""
+        """The `seq` of the latest change of all; 0: there was none yet.
+
+        From sqlite_sequence, so it does not fall when jobs are deleted with their
+        events, and who goes on from there misses nothing.
+        """
         row = self.store.row(Sql.LAST_EVENT)
         return int(row[0]) if row else 0
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
-        """How many jobs there are in each state."""
+        """How many jobs there are in each state; also those that have none: 0.
+
+        From the table of counters (I8). To count a million rows takes 70 to 150 ms,
+        even by an index.
+        """
         counts = dict.fromkeys(STATES, 0)
         for name, state, n in self.store.rows(Sql.COUNTS):
             if queue in (None, name):
@@ -4617,7 +4723,7 @@ class Queue:
         return counts
 
     def status(self) -> Status:
-        """What the first screen shows."""
+        """What the first screen shows: several reads, so not all of one moment."""
         due = self.store.jobs(Sql.NEXT_DUE)
         paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
         return Status(self.counts(), self.workers(), paused, due[0] if due else None,
@@ -4635,7 +4741,12 @@ class Queue:
             name, dict.fromkeys(STATES, 0))) for name in names]
 
     def progress(self, queue: str | None = None) -> Progress:
-        """How far the jobs of a queue, or of all, have come."""
+        """How far the jobs of a queue, or of all, have come.
+
+        What is over is told by counters that outlive the jobs: a bar must not run
+        backwards when a pool deletes what it need not keep. So a job that was retried
+        and is over again counts twice.
+        """
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
         return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
@@ -4646,6 +4757,11 @@ class Queue:
         """Wait until another process has committed something, so many seconds at most.
 
         `seen` is what `store.changes()` said before the last read; the number now.
+        Asked for before the read, it lets no commit slip through in between.
+
+        SQLite wakes nobody, and only pools have a socket for wake-ups, so a client
+        looks each WATCH_TICK; a look at data_version costs 5 microseconds. It tells of
+        commits by other connections alone: not by a thread with this very object.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and time.monotonic() < end:
@@ -4657,7 +4773,10 @@ class Queue:
         """Return when these jobs are over, as they are then.
 
         NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
-        not there (any more). `tell` hears how far they are, whenever that changes.
+        not there (any more). `tell` hears how far they are, with each look.
+
+        One that was once seen to be over is not looked at again, so a retry or a
+        deletion after that changes nothing; an id given twice comes once.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         jobs = dict.fromkeys(job_ids, None)
@@ -4673,12 +4792,18 @@ class Queue:
             if now >= end:
                 raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
                                   "over yet", "wait longer, or see `queuectl list`")
+            # Each look reads all that are not over yet. Five times as long asleep makes
+            # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
             time.sleep(min(5 * (now - began), max(0.0, end - now)))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
-        """The jobs of these ids, in their order; NoSuchJob."""
+        """The jobs of these ids, in their order; NoSuchJob.
+
+        Their ids go in as one JSON array: one prepared statement for any number, where
+        a list of `?` would be another text for each, of 32766 at most (SQLite's limit).
+        """
         found = {job.id: job for job in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
         for job_id in job_ids:
@@ -4690,7 +4815,9 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never).
+        NotFinished after `timeout` seconds (None: never). Jobs that are added meanwhile
+        are waited for as well, and so is one that comes after a dead job: for ever.
+        `tell` hears how far they are, as in `wait`.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         first = self.progress(queue)
@@ -4706,7 +4833,11 @@ class Queue:
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
-        """The pools that are there, with what each runs; dead ones are not."""
+        """The pools that are there, with what each runs; dead ones are not.
+
+        One on another machine counts as there: only its silence could tell otherwise.
+        What was claimed ahead of a free slot does not run yet, so it is not shown.
+        """
         running: dict[int, list[Job]] = {}
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
@@ -4724,13 +4855,13 @@ class Queue:
         self.store.backup(system_path(path))
 
     def age(self) -> float:
-        """Seconds since the database was made."""
+        """Seconds since the database was made; above 0 also if clocks were set back."""
         return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
 
     def waiting_for(self, job: Job) -> list[str]:
         """Why a job does not run, in words: one that waits, or has lost its worker.
 
-        Nothing for any other.
+        Nothing for any other. Where nothing hinders it: how many are before it.
         """
         scene = self._scene()
         if job.state == PROCESSING and all(
@@ -4746,7 +4877,11 @@ class Queue:
         return reasons
 
     def _count_before(self, job: Job, scene: Scene) -> int:
-        """How many jobs that could start stand before it."""
+        """How many jobs that could start stand before it.
+
+        A paused or full queue's do not, nor those that no pool takes: they hold up
+        nobody. Counted along jobs_in_queue, from the first in line up to its place.
+        """
         return sum(self.store.rows(
             Sql.BEFORE, queue=name, rank=job.rank, run_at=job.run_at, seq=job.seq)[0][0]
             for name, view in scene.queues.items()
@@ -4761,6 +4896,7 @@ class Queue:
                 for job in jobs if job.gate is not None}
 
     def _scene(self) -> Scene:
+        """What `_hindrances` looks at, for any number of jobs."""
         return Scene([view.worker for view in self.workers()],
                      {view.name: view for view in self.queues()},
                      any(name == EVERY_QUEUE and paused
@@ -4789,7 +4925,10 @@ class Queue:
         return found
 
     def _needs_of(self, job: Job) -> list[Hindrance]:
-        """The jobs it comes after that are not completed."""
+        """The jobs it comes after that are not completed.
+
+        One that is not there was: none else may be deleted while another waits for it.
+        """
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
         return [Hindrance(f"after {job_id} ({needed[job_id]})")
@@ -4799,7 +4938,8 @@ class Queue:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
         Counted by the minute (what is older than eight days: by the hour), so the
-        start is rounded down to a full one.
+        start is rounded down to a full one; `covered` tells how much that makes.
+        Minute 0 of the counters is all time, and no purge touches any.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -4813,6 +4953,9 @@ class Queue:
     def _minute(self, duration: float) -> int:
         """The minute in which a time began that is that many seconds long; its hour's
         first, where counters are kept by the hour.
+
+        `fold` puts an hour's counters into its first minute: a start after that would
+        leave out the whole hour. At least 1, for 0 is all time.
         """
         minute = max(1, int((self.clock() - duration) // 60))
         return minute - minute % 60 if minute <= int(self.store.meta("folded") or 0) \
@@ -4826,7 +4969,11 @@ class Queue:
         return min(self.age(), self.clock() - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
-        """What was done in each of the last minutes, oldest first, the current last."""
+        """What was done in each of the last minutes, oldest first, the current last.
+
+        Minutes in which nothing was done are there, too. What is older than
+        FINE_MINUTES may stand whole in the first minute of its hour.
+        """
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
         found: dict[int, list[tuple[str, int, int, float]]] = {
@@ -4837,7 +4984,12 @@ class Queue:
         return [minute_of(minute, rows) for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
-        """For how many seconds the first in line of each queue have been due."""
+        """For how many seconds the first in line of each queue have been due.
+
+        Those whose gate is open, and those whose time has come but that no pool has let
+        in: where none runs, that is when it matters. Both look at a bounded number of
+        rows; see the statements.
+        """
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
@@ -4846,7 +4998,11 @@ class Queue:
                 if run_at is not None}
 
     def scrape(self) -> Scrape:
-        """What the metrics tell, read in one snapshot."""
+        """What the metrics tell, read in one snapshot.
+
+        Else the numbers would not agree: a job that ends between two reads is running
+        by the first and completed by the second.
+        """
         now = self.clock()
         with self.store.snapshot():
             jobs = {(queue, state): n for queue, state, n
@@ -4865,9 +5021,11 @@ class Queue:
         """Run jobs again from now, attempts back to 0; all of them or none.
 
         Raises NoSuchJob, WrongState for a running one, InUse for a unique key that
-        another job has taken meanwhile.
+        another job has taken meanwhile. Their runs stay, and count on. What comes after
+        a completed job, and has not begun yet, waits for it anew.
         """
         with self.store.transaction() as store:
+            # Each once: the guard of a second move would find the state changed (I1).
             jobs = self._retry([store.job(job_id) for job_id in dict.fromkeys(job_ids)])
         self.wake(NEW_JOBS)
         return jobs
@@ -4888,6 +5046,10 @@ class Queue:
         return jobs
 
     def _retry(self, jobs: Sequence[Job]) -> list[Job]:
+        """As `retry`, in a transaction of the caller.
+
+        What the last run left in the job's row goes; the run's own row keeps it.
+        """
         now = self.clock()
         return move(self.store, [Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), started_at=None, finished_at=None,
@@ -4896,7 +5058,8 @@ class Queue:
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
 
-        So a running one comes back as 'processing' with its `wish` set. Raises
+        So a running one comes back as 'processing' with its `wish` set, and if its
+        command completes before the worker hears of that, it is completed. Raises
         NoSuchJob, and WrongState for one that is over.
         """
         with self.store.transaction() as store:
@@ -4906,6 +5069,11 @@ class Queue:
         return jobs
 
     def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
+        """As `cancel`, in a transaction of the caller.
+
+        A wish is no change of state: that comes with the end of the run, by its pool,
+        or by whoever rescues the run if the pool is dead.
+        """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
         self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
@@ -4921,6 +5089,8 @@ class Queue:
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
+            # A job that another waits for cannot go, so of a chain that is deleted
+            # whole the last has to be first.
             # The newest first: mostly it is they that wait for the others.
             for job in sorted(jobs, key=lambda job: -job.seq):
                 remove(store, job, now)
@@ -4930,7 +5100,8 @@ class Queue:
         """Change waiting jobs: all of them or none; those of EDITABLE, by name.
 
         Raises NoSuchJob, InvalidJob (with the `key` at fault), and WrongState for a job
-        that runs or is over.
+        that runs or is over: what a run goes by, and is counted by, must not change
+        under it. Values are as in a job object; a `delay` stands for `run_at`.
         """
         now = self.clock()
         for key in fields:
@@ -4957,20 +5128,28 @@ class Queue:
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for. `older_than`: only those
         that have been over for so many seconds; InvalidValue for states that are not
-        over. Filters as in `jobs`.
+        over. Filters as in `jobs`. Without a state and filters, all jobs fit.
+
+        It goes through the list once, from key to key (`before`; with `older_than`
+        `ended_at` and `ended_seq`, along jobs_by_end): to begin anew until nothing fits
+        would never end, as what is passed over goes on fitting.
         """
         change = {"retry": self._retry_free, "cancel": self._cancel_all,
                   "delete": self._delete_free}[verb]
         sort, found = "newest", list[Job]()
         if older_than is not None:
             state, sort = _ended(state), "ended"
+            # Stored times are whole milliseconds and the comparison is `<`: with one
+            # more, what has been over for exactly so long fits as well.
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
         while True:
             with self.store.transaction():
                 found = self.jobs(state, sort, SWEEP_BATCH, **filters)
                 changed = change(found)
+            # Nothing waits for what can be deleted, so no pool need look.
             if changed and verb != "delete":
                 self.wake(NEW_ORDERS)
+            # Between two transactions: who takes these may be slow, and holds no lock.
             yield changed
             if len(found) < SWEEP_BATCH:
                 return
@@ -4979,10 +5158,15 @@ class Queue:
             else:
                 filters["ended_at"] = found[-1].finished_at
                 filters["ended_seq"] = found[-1].seq
+            # Without it this loop mostly has the lock again before one of those that
+            # wait for it has looked: a purge of half a million shut out everybody for
+            # seconds.
             time.sleep(SWEEP_PAUSE)
 
     def _retry_free(self, jobs: Iterable[Job]) -> list[Job]:
-        """Retry those that may wait again: of a unique key the newest, if it is free.
+        """Retry those that may wait again: of a unique key the first, if it is free.
+
+        All at once the index jobs_by_unique would refuse, and with them all others.
         """
         free, taken = list[Job](), set[str]()
         for job in jobs:
@@ -5001,6 +5185,7 @@ class Queue:
         """Delete those that nothing needs: not running, and no other waits for them."""
         now, deleted = self.clock(), list[Job]()
         for job in jobs:
+            # Both are raised before its first write: nothing half-done is committed.
             with contextlib.suppress(InUse, WrongState):
                 remove(self.store, job, now)
                 deleted.append(job)
@@ -5009,11 +5194,18 @@ class Queue:
     # Queues.
 
     def pause(self, *queues: str) -> None:
-        """Claim no more from these queues, or from any if none is named."""
+        """Claim no more from these queues, or from any if none is named.
+
+        It is kept in the database, so it outlasts restarts; what runs goes on. A queue
+        need not have jobs, nor have had any.
+        """
         self._set_paused(queues, True)
 
     def resume(self, *queues: str) -> None:
-        """Claim again from these queues; without names, end the pause of all."""
+        """Claim again from these queues; without names, end the pause of all.
+
+        The two are apart: what was paused by its name stays so after the latter.
+        """
         self._set_paused(queues, False)
 
     def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
@@ -5025,7 +5217,10 @@ class Queue:
         self.wake(NEW_JOBS)
 
     def limit_queue(self, queue: str, limit: int) -> None:
-        """Let at most so many jobs of a queue run at once; 0: any number."""
+        """Let at most so many jobs of a queue run at once; 0: any number.
+
+        In all pools together. If more run already, they go on, and none is claimed.
+        """
         name = parse_name(queue)
         if not 0 <= limit <= MAX_WHOLE:
             raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
@@ -5051,7 +5246,12 @@ class Queue:
     def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
         """Have a job enqueued at each turn of a cron line; `fields` are the job's.
 
-        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists.
+        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists. Its jobs
+        get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
+        have, for these fit one job only.
+
+        The fields are kept as they were given, not as the Spec they make: each turn
+        parses them anew, with the defaults and settings of that day.
         """
         now = self.clock()
         parse_name(name)
@@ -5061,6 +5261,7 @@ class Queue:
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
+        # A mistake is to be told now, not at a turn in the night.
         spec_of(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
@@ -5080,7 +5281,7 @@ class Queue:
         return schedule
 
     def pause_schedule(self, name: str) -> Schedule:
-        """Let a schedule rest."""
+        """Let a schedule rest; jobs that it has added are not concerned."""
         with self.store.transaction():
             return self._rest_schedule(self.schedule(name), True)
 
@@ -5105,7 +5306,10 @@ class Queue:
         return schedule._replace(paused=paused)
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, beside its turns."""
+        """Enqueue a schedule's job now, beside its turns, also while it rests.
+
+        It counts as the schedule's last job: until it is over, turns are skipped.
+        """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
@@ -5123,7 +5327,12 @@ class Queue:
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
     def configure(self, key: str, value: str) -> None:
-        """Set a setting for all processes; raises NoSuchSetting, InvalidValue."""
+        """Set a setting for all processes; raises NoSuchSetting, InvalidValue.
+
+        `value` is text, as a person writes it (`30s`, `64KiB`; `none` or "": off, where
+        it can be). A change of `priority-ageing` gives all waiting jobs a new rank, in
+        one transaction: with very many the write lock is held for that long.
+        """
         name = setting_key(key)
         SETTINGS[name].parse(value)
         with self.store.transaction() as store:
@@ -5147,7 +5356,8 @@ class Queue:
         """Ask pools to finish what they run and exit; those that were asked.
 
         `now`: they end their jobs and hand them back. NoSuchWorker for a name that
-        no living pool has.
+        no living pool has. Returns at once; who has left is in `workers` no more.
+        Each is asked by its id, so one of the same name that comes later is not meant.
         """
         living = {view.worker.name: view.worker for view in self.workers()}
         for name in names:
@@ -5163,14 +5373,24 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> None:
-        """Wake every pool; nothing happens where none is."""
+        """Wake every pool; nothing happens where none is.
+
+        After the commit, and never instead of it: what is to be done stands in the
+        database, so a datagram that gets lost only costs time.
+        """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
             ring(ports, message)
 
 
 # ---- 11 Claims ---------------------------------------------------------------
+# What one pool asks of the database. All that it has to record and to take goes into
+# one transaction, its turn: an fsync costs milliseconds, and so all jobs of a turn
+# share one. Claims are the pool's own runs; a Rescuer looks after those of others. Both
+# know rows and locks, but no command, no process of a job and no waiting: that is the
+# pool's (Pool), which decides when a turn is worth while.
 
+# So that a turn ends, however much has become due: 2000 take some 50 ms.
 DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
 
@@ -5196,7 +5416,11 @@ class Claims:
         self.worker = self._enter(port)
 
     def _enter(self, port: int | None) -> Worker:
-        """The pool's row in the table, its lock held before anybody can see it."""
+        """The pool's row in the table, its lock held before anybody can see it.
+
+        To who cannot see its process, in another container, a row whose lock is free
+        looks dead. Ids are never used twice, so that lock is nobody else's.
+        """
         host, now = self._host, iso(self._clock())
         name = self._options.name or f"{host.name}-{os.getpid()}"
         worker = Worker(0, name, host.name, host.boot, os.getpid(),
@@ -5219,7 +5443,11 @@ class Claims:
                 if worker.name == name and self._host.is_alive(worker) is False}
 
     def _free_name(self, name: str, gone: Collection[int]) -> None:
-        """A dead pool's row stays until its jobs are rescued, under another name."""
+        """A dead pool's row stays until its jobs are rescued, under another name.
+
+        Names are unique, and a service that is started anew comes with its old one. The
+        jobs that it held still say the old name; what is theirs is told by the claim.
+        """
         for worker in self._store.workers():
             if worker.name == name:
                 if worker.id not in gone:
@@ -5229,7 +5457,11 @@ class Claims:
                     "id": worker.id, "name": f"{name}#{worker.id}"})
 
     def leave(self) -> None:
-        """Take the pool out of the table, once nothing of it runs."""
+        """Take the pool out of the table, once nothing of it runs.
+
+        The lock goes last: should the row stay, it is a dead pool's, which the next
+        look of another takes away.
+        """
         try:
             with self._store.transaction() as store:
                 store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
@@ -5242,6 +5474,9 @@ class Claims:
 
         What waits in paused, full or foreign queues is none: the turns of idle pools,
         which all of them see, would go on waking the others.
+
+        Most often the first statement is the only one, and costs microseconds. What has
+        become due is work for any pool: it lets it in, whosever it is.
         """
         now = self._clock()
         row = self._store.row(Sql.ANY_OPEN, now=iso(now))
@@ -5253,12 +5488,19 @@ class Claims:
             for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
-        """The epoch seconds at which the next job's time comes; None: none waits."""
+        """The epoch seconds at which the next job's time comes; None: none waits.
+
+        Or that of a schedule that does not rest. Of any queue: a turn lets in for all.
+        """
         row = self._store.row(Sql.DUE_AT)
         return epoch(row[0]) if row and row[0] else None
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
-        """Note that a run starts now in that slot; the next turn records it."""
+        """Note that a run starts now in that slot; the next turn records it.
+
+        Until then the row says that it was claimed ahead. If the pool dies in between,
+        the processes it has left tell that it had begun: see `Rescuer.record`.
+        """
         if claimed.slot == AHEAD:
             self._unmarked.add(claimed.claim)
             claimed = claimed._replace(slot=slot, job=claimed.job._replace(
@@ -5272,6 +5514,13 @@ class Claims:
 
         `ahead`: how many more to claim before a slot is free. If the commit fails
         nothing has happened, and `ended` is to be given again.
+
+        The order: a sign of life first, in whatever else it does. Ends are recorded
+        before anything is claimed, for they make room in full queues and let jobs go on
+        that came after them. Schedules add, then what is due is let in, then the line
+        is looked at: so each step sees what the one before has brought. The next due
+        time is read last; in the same transaction, so that nothing comes in between.
+        Which claims this object holds changes only after the commit.
         """
         locks = list[int]()
         try:
@@ -5279,7 +5528,12 @@ class Claims:
                 now = self._clock()     # now: the wait for the lock may have been long
                 settings = self._options.adapt(store.settings())
                 self._beat(now)
+                # The fence (I3): a claim that is not among these was taken from us
+                # while we were silent, and its end is dropped. By the name, so those of
+                # a dead pool that had it are there, too: nobody here asks for them.
                 mine = dict(store.rows(Sql.MINE, worker=self.worker.name))
+                # The job as it was claimed, for no one edits it since; but with the
+                # wish of now: a cancel or a rescue decides how this end is judged.
                 ends = [End(self._held[claim].job._replace(wish=mine[claim]),
                             self._held[claim], outcome)
                         for claim, outcome in ended.items() if claim in mine]
@@ -5310,7 +5564,10 @@ class Claims:
         return row[0] if row else None
 
     def _mark(self, claims: Iterable[int]) -> None:
-        """Record that runs claimed ahead have begun."""
+        """Record that runs claimed ahead have begun.
+
+        Not of those that end in this very turn: END_RUN writes slot and start as well.
+        """
         begun = [self._held[claim] for claim in self._unmarked.intersection(claims)]
         rows = [{"claim": one.claim, "slot": one.slot, "started_at": one.job.started_at}
                 for one in begun]
@@ -5327,7 +5584,8 @@ class Claims:
         """Show that the pool lives; enter it anew if it was taken for dead.
 
         With its old id, which its lock and its runs bear. Its name may be another's by
-        now; nothing that it had claimed is left under it.
+        now; nothing that it had claimed is left under it: its row goes only when the
+        last of that has been rescued.
         """
         worker = self.worker
         beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
@@ -5343,6 +5601,9 @@ class Claims:
         """Add the jobs of schedules whose turn has come, and look at far ones.
 
         One that cannot be read any more is put to rest: it must not stop all work.
+
+        The job and the next turn's time are in one commit, under the write lock: so of
+        all pools one takes a turn, and a clock set back a little takes none again.
         """
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
                                               ahead=iso(now + CLOCK_CORRECTION)):
@@ -5358,6 +5619,9 @@ class Claims:
 
     def _is_reckoned(self, schedule: Schedule, now: float) -> bool:
         """Whether this pool has looked at that turn, and no clock was set back since.
+
+        A nightly schedule is far most of the day, and turns come by the dozen a second:
+        so its next turn is reckoned once, not with each of them.
         """
         next_run, since = self._reckoned.get(schedule.name, ("", 0.0))
         if next_run == schedule.next_run and now >= since:
@@ -5369,13 +5633,20 @@ class Claims:
         """Open the gate of jobs whose time has come; whether there are still more.
 
         Until all are in, nothing is claimed: the most urgent may be among the last.
+        What is due later stays out of the index that claims go by: 100,000 of a higher
+        priority in it cost each claim 13 ms.
         """
         found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
         return found.rowcount == DUE_BATCH
 
     def _claim(self, slots: Sequence[int], locks: list[int],
                now: float) -> list[Claimed]:
-        """Take the first in line, one for each slot."""
+        """Take the first in line, one for each slot.
+
+        `slots` are the free ones, then AHEAD for each of the rest: so the first in line
+        start at once. The locks taken go into `locks`, for the caller to let go of if
+        the commit fails.
+        """
         row = self._store.row(Sql.LAST_CLAIM)
         claim = row[0] if row else 0
         taken: list[Claimed] = []
@@ -5385,6 +5656,8 @@ class Claims:
             claim, lock = self._draw(claim + 1)     # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claimed(job, claim, runs + 1, lock, slot))
+        # A number that is given explicitly, and is larger, moves AUTOINCREMENT's own
+        # count along: so it is never used again, even if its row is deleted (I4).
         self._write_runs(taken, now)
         jobs = move(self._store, [Change("claim", one.job, one.job._replace(
             claim=one.claim, worker=self.worker.name, started_at=iso(now),
@@ -5405,7 +5678,11 @@ class Claims:
                 claim += 1
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
-        """The rows of these runs, and how long their jobs have waited for a slot."""
+        """The rows of these runs, and how long their jobs have waited for a slot.
+
+        A wait that somebody wanted (a delay, a backoff, another job) is no wait for a
+        slot: statistics would else say how far ahead people plan.
+        """
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
              "pool": self.worker.id, "worker": self.worker.name, "slot": one.slot,
@@ -5427,6 +5704,10 @@ class Claims:
         Mostly these are the very first. Where paused, full or foreign queues stand
         before them, each queue that has room is asked for its own first ones: what a
         paused backlog costs does not grow with it.
+
+        The first two looks go along jobs_in_line, the second long enough to step over a
+        few; the last along jobs_in_queue, once for each queue. With `queue NOT IN` the
+        first index would be read through all that is paused, at each turn.
         """
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
@@ -5446,7 +5727,12 @@ class Claims:
                 for row in self._store.rows(sql, **values)]
 
     def _room(self, free: int) -> Callable[[str], int]:
-        """How many more jobs of a queue may start."""
+        """How many more jobs of a queue may start.
+
+        The table of counters lacks what this transaction has done so far: it is written
+        at its end. So what the ledger has noted of its ends is added; what is chosen
+        side by side, `choose` counts itself.
+        """
         queues = {name: (paused, limit)
                   for name, paused, limit in self._store.rows(Sql.QUEUES)}
         if queues.get(EVERY_QUEUE, (0, 0))[0]:
@@ -5466,12 +5752,17 @@ class Claims:
     def expiry(self) -> Iterator[list[Job]]:
         """Delete what is over for longer than the configuration keeps it, and put the
         counters of old minutes together by the hour: in steps.
+
+        Each step is a transaction, and between two of them the pool does its work.
+        Cancelled jobs have no such setting: they go by a person's purge alone.
         """
         settings = self._store.settings()
         for state, kept in ((COMPLETED, settings.retention_completed),
                             (DEAD, settings.retention_dead)):
             if kept is not None:
                 yield from self._queue.sweep("delete", state, kept)
+        # Asked before the transaction as well: mostly there is none, and an idle pool
+        # is to write nothing.
         while old_minute(self._store, self._clock()) is not None:
             with self._store.transaction() as store:
                 minute = old_minute(store, self._clock())
@@ -5482,7 +5773,9 @@ class Claims:
     def is_drained(self) -> bool:
         """Whether nothing is running, due or waiting for a retry in this pool's queues.
 
-        What a paused queue holds cannot run, so it does not count.
+        What a paused queue holds cannot run, so it does not count; nor does what waits
+        for a time to come, or for jobs: these count by themselves. Of a queue at its
+        limit something runs.
         """
         states = {(queue, state) for queue, state, _ in self._store.rows(Sql.COUNTS)}
         room = self._room(1)
@@ -5500,6 +5793,11 @@ class Rescuer:
     """What is taken over from pools that are gone, or silent for a lease.
 
     `own` is the pool that looks at the others; None: a command, which is none.
+
+    A rescue goes: `stranded` finds the run; `seize` marks it; an Ending (Runner) ends
+    what is left of its processes; `record` writes that it is lost. Several may do so at
+    once, or die in between: a signal too many harms nobody, and only one of them finds
+    the claim still there to be recorded (I3).
     """
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
@@ -5512,6 +5810,10 @@ class Rescuer:
 
         `gone`: pools whose end the kernel has told. A command that one was just about
         to start may hold its lock for a moment more.
+
+        `silent` is by the watcher's own monotonic clock: no two clocks are compared. A
+        lease of less than three heartbeats would take jobs from the living. To be asked
+        after a turn, which enters our own row anew if it is gone.
         """
         settings = self._store.settings()
         lease = max(settings.lease, 3 * settings.heartbeat)
@@ -5526,12 +5828,19 @@ class Rescuer:
                 if run.pool not in pools or run.pool in lost]
 
     def beats(self) -> dict[int, int]:
-        """The heartbeats of the other pools, as counted by themselves."""
+        """The heartbeats of the other pools, as counted by themselves.
+
+        A count and no time: a clock that was set says nothing about them.
+        """
         return {worker.id: worker.beat for worker in self._store.workers()
                 if worker.id != self._own}
 
     def seize(self, runs: Iterable[Run]) -> None:
-        """Note that these runs are being ended, before the first signal is sent."""
+        """Note that these runs are being ended, before the first signal is sent.
+
+        A frozen pool that thaws just then sees its command killed. By this it knows
+        that the run was lost, and charges no attempt: see `judged`.
+        """
         with self._store.transaction() as store:
             for run in runs:
                 store.do(Sql.SEIZE, {"claim": run.claim})
@@ -5547,7 +5856,8 @@ class Rescuer:
         outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
         if run.slot == AHEAD and not has_begun:
             outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
-        # A frozen pool stays in the table: it may thaw and claim again.
+        # A frozen pool stays in the table: it may thaw and claim again. Without a row
+        # that would look stranded, and a rescuer would signal the living pool itself.
         gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
                 and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
         with self._store.transaction() as store:
@@ -5560,7 +5870,11 @@ class Rescuer:
         return settled
 
     def forget_dead(self) -> None:
-        """Take dead pools that hold nothing out of the table."""
+        """Take dead pools that hold nothing out of the table.
+
+        A first look without a transaction: mostly there is none. What they hold is
+        looked at again by the statement that deletes them.
+        """
         dead = [worker for worker in self._store.workers()
                 if self._host.is_alive(worker) is False]
         if dead:
@@ -5570,12 +5884,18 @@ class Rescuer:
 
 
 # ---- 12 Check ----------------------------------------------------------------
-# Each check tells what it found, with what to do; none changes anything.
+# Each check tells what it found, with what to do; none changes anything, so it may run
+# beside workers. A PROBLEM is a broken promise: the command ends with 1. A WARNING is
+# what may become one, or what only a worker can mend; a NOTE is nobody's fault.
 
+# It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
+# It grows far beyond that only while some connection goes on reading an old state: then
+# no checkpoint can begin it anew (sqlite.org/wal.html, checkpoint starvation).
 WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
 DISK_LOW = 100 << 20   # bytes free on the disk
 
-# Where files of several machines lie: WAL needs memory that all its users share.
+# Where files of several machines lie: WAL needs memory that all its users share. The
+# beginnings of their names, for these have versions: nfs4, smb3, gfs2.
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre",
                        "gpfs", "beegfs", "ocfs", "gfs", "fuse.sshfs", "fuse.rclone",
                        "fuse.s3fs", "virtiofs", "vboxsf", "prl_fs")
@@ -5586,6 +5906,11 @@ def filesystem_of(path: str, mounts: str) -> str:
 
     `mounts` is the text of /proc/self/mountinfo (proc(5)): the mount point is the
     fifth field, with blanks as \\040; the type is the first after a lone hyphen.
+
+        36 35 98:0 / /mnt/a\\040b rw shared:1 - ext4 /dev/sda1 rw    /mnt/a b: ext4
+
+    The longest mount point that the path is in is its own; of equal ones the last, for
+    what is mounted later hides what was there.
     """
     found, kind = -1, ""
     for line in mounts.splitlines():
@@ -5608,6 +5933,7 @@ def has_wal_bug(version: tuple[int, int, int]) -> bool:
 
 
 def _size(path: str) -> int:
+    """The bytes of a file; 0 if it is not there: there is no WAL where none works."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -5619,20 +5945,33 @@ def _pids(pids: Sequence[int]) -> str:
 
 
 class Inspection:
-    """Everything that `check` looks at in one queue."""
+    """Everything that `check` looks at in one queue.
+
+    The file and the rules are looked at in one snapshot. The rest is of the moments in
+    which it is asked: the machine's processes have no snapshot.
+    """
 
     def __init__(self, queue: Queue) -> None:
         self._store, self._host, self.path = queue.store, queue.host, queue.path
 
     def findings(self) -> list[Finding]:
-        """All there is to say, the gravest first; nothing of a sound queue."""
+        """All there is to say, the gravest first; [] of a sound queue.
+
+        Within a level in the order of the looks. It reads the whole file, so it takes
+        longer the larger that is.
+        """
         looks = (self._file, self._schedules, self._lost_runs, self._strays,
                  self._filesystem, self._sqlite, self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
 
     def _file(self) -> Iterator[Finding]:
-        """What SQLite says of the file, and the queue's own rules, in one moment."""
+        """What SQLite says of the file, and the queue's own rules, in one moment.
+
+        A rule compares tables: a commit between two statements would look like a rule
+        that is broken. Of a damaged file they are not asked: what they find would be
+        the damage's doing.
+        """
         with self._store.snapshot():
             said = [row[0] for row in self._store.rows(Sql.INTEGRITY)]
             if said != ["ok"]:
@@ -5648,6 +5987,11 @@ class Inspection:
                                   "wrote the file: keep a copy and report it")
 
     def _schedules(self) -> Iterator[Finding]:
+        """A turn that should come and cannot is a broken promise.
+
+        No command stores such a schedule; another program may, or a version whose rules
+        were others.
+        """
         for schedule in self._store.schedules():
             try:
                 spec_of(schedule.job, 0.0)
@@ -5659,6 +6003,11 @@ class Inspection:
                               "anew")
 
     def _lost_runs(self) -> Iterator[Finding]:
+        """No promise is broken yet: the next worker that comes takes these over.
+
+        The runs first, then the pools, as in `Rescuer.stranded`. What is left is found
+        in both ways: some processes shed their environment, some their descriptors.
+        """
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
@@ -5674,7 +6023,10 @@ class Inspection:
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _strays(self) -> Iterator[Finding]:
-        """Processes of runs that are over: mostly background children."""
+        """Processes of runs that are over: mostly background children.
+
+        By their token, which names this very file: a copy's processes are not told.
+        """
         seen: dict[int, list[int]] = {}
         for one in self._host.processes():
             seen.setdefault(one.claim, []).append(one.pid)
@@ -5689,10 +6041,15 @@ class Inspection:
                               + _pids(pids), "end it, if it is not meant to go on")
 
     def _name(self, run: Run) -> str:
+        """A run knows its job by `seq` alone, and the job may be deleted by now."""
         found = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)
         return found[0].id if found else f"job number {run.job}"
 
     def _filesystem(self) -> Iterator[Finding]:
+        """Whether WAL's -shm file is memory that all users of the file share.
+
+        Without /proc nothing is told, and so nothing said.
+        """
         mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
         kind = filesystem_of(self.path, mounts)
         if kind.startswith(NETWORK_FILESYSTEMS):
@@ -5709,6 +6066,7 @@ class Inspection:
                           "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
 
     def _wal(self) -> Iterator[Finding]:
+        """Whether a reader that lingers keeps the WAL growing."""
         size = _size(self.path + "-wal")
         if size > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
@@ -5718,12 +6076,14 @@ class Inspection:
 
     def _room(self) -> Iterator[Finding]:
         stat = os.statvfs(os.path.dirname(self.path))
+        # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
         free = stat.f_bavail * stat.f_frsize
         if free < DISK_LOW:
             yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
                           "make room: without it nothing can be enqueued or recorded")
 
     def _mode(self) -> Iterator[Finding]:
+        """It was made with 0600; a chmod has opened it, or sqlite3 has copied it."""
         mode = os.stat(self.path).st_mode & 0o777
         if mode & 0o077:
             yield Finding(WARNING, "open-mode",
@@ -5733,31 +6093,47 @@ class Inspection:
 
 
 # ---- 13 Views ----------------------------------------------------------------
-# Records to text or JSON, as strings; nothing is printed here.
+# Records to text or JSON, as strings; nothing is printed here, no row read, no clock
+# asked: the time comes in with the Style, so a test can hold each line to the letter.
+# `..._object` is what both `--json` and the API show: its keys are promised, and only
+# ever added to. `..._line` and `..._lines` are for people and may change. Text that a
+# job brought along goes through `one_line` before it stands in such a line.
 
+# Of the eight colours that a terminal draws in its own theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM = "1", "2"
 
 
 class Style(NamedTuple):
-    """How to draw: with colours or without, how wide, and what time it is."""
+    """How to draw: with colours or without, how wide, and what time it is.
+
+    Screen knows the terminal and the wishes of NO_COLOR; here these are values.
+    """
     colour: bool
     width: int          # columns; 0: as wide as it gets
     now: float
 
     def paint(self, text: str, code: str) -> str:
-        """The text in a colour, where colours are wanted."""
+        """The text in a colour, where colours are wanted; "" is none.
+
+        Its codes take no column on a terminal, but count in `len`: so what is to stand
+        in a column is filled up before it is painted, never after.
+        """
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
 def job_object(job: Job) -> dict[str, Any]:
-    """The job as JSON shows it."""
+    """The job as JSON shows it: the keys of JSON_KEYS, in that order, all of them."""
     return {key: getattr(job, key) for key in JSON_KEYS}
 
 
 def run_object(run: Run) -> dict[str, Any]:
-    """A run as JSON shows it; its output as text."""
+    """A run as JSON shows it; its output as text.
+
+    Output is bytes of any kind, JSON is text: what is no UTF-8 becomes U+FFFD. Who
+    wants the bytes takes `logs`, or the API's /output.
+    """
     output = readable(run.output, run.output_bytes).decode("utf-8", "replace")
     return {"number": run.number, "worker": run.worker, "started_at": run.started_at,
             "finished_at": run.finished_at, "duration": run.duration,
@@ -5781,7 +6157,8 @@ def queue_object(view: QueueView) -> dict[str, Any]:
 
 
 def schedule_object(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as JSON shows it."""
+    """A schedule as JSON shows it; of one whose job cannot be read the command is null.
+    """
     return {"name": schedule.name, "cron": schedule.cron,
             "command": schedule.job.get("command"),
             "queue": schedule.job.get("queue", DEFAULT_QUEUE),
@@ -5820,7 +6197,10 @@ def minute_object(minute: Minute) -> dict[str, Any]:
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
-    """What `check` found, each with what to do; and the verdict."""
+    """What `check` found, each with what to do; and the verdict.
+
+    Only a problem makes it unsound: a warning beside "sound" is no contradiction.
+    """
     shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
     lines = []
     for level, _, message, hint in findings:
@@ -5832,14 +6212,18 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
 
 def spread_object(values: Spread) -> dict[str, Any]:
-    """A histogram's figures as JSON, to the tenth of a millisecond."""
+    """A histogram's figures as JSON, to the tenth of a millisecond: its first bound."""
     return {"count": values.n, **{
         name: None if value is None else round(value, 4)
         for name, value in values._asdict().items() if name != "n"}}
 
 
 def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
-    """What a queue did as JSON; throughput in jobs a second over `seconds`."""
+    """What a queue did as JSON; throughput in jobs a second over `seconds`.
+
+    The success rate is of jobs that ended by their own doing: a cancelled one says
+    nothing. Of none it is null, for JSON has no NaN (RFC 8259, section 6).
+    """
     over = summary.completed + summary.died
     return {"enqueued": summary.enqueued, "completed": summary.completed,
             "retried": summary.retried, "dead": summary.died,
@@ -5851,24 +6235,41 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
 
 
 def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
-    """What was done, for all queues and for each, as JSON."""
+    """What was done, for all queues and for each, as JSON.
+
+    All stand at the top and come under "" here, which no queue's name can be.
+    """
     shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
     return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
-    """JSON for people and programs: readable, and with its letters as they are."""
+    """JSON for people and programs: readable, and with its letters as they are.
+
+    A lone surrogate, which stands for a byte that was no UTF-8 (PEP 383), becomes `?`:
+    JSON is exchanged in UTF-8 (RFC 8259, section 8.1), which cannot hold one.
+    """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str) -> str:
-    """Text on one line, with nothing in it that a terminal would obey."""
+    """Text on one line, with nothing in it that a terminal would obey.
+
+    Also without what reorders letters: controls for bidirectional text are not
+    printable either, and would let a command look like another.
+
+        "make\n\033[2Jtest"  ->  "make;  [2Jtest"
+    """
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
 
 
 def wide(char: str) -> int:
-    """The columns that a character takes."""
+    """The columns that a character takes: 0 for an accent that joins the one before, 2
+    for wide ones (Unicode's annex 11), else 1.
+
+    Python has no wcwidth(3). U+0300 is the first that combines; nothing below is wide.
+    """
     if char < "\u0300":
         return 1
     import unicodedata  # 1 ms, and only for text beyond Latin
@@ -5883,7 +6284,10 @@ def columns(text: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """The text, shortened with an ellipsis to at most that many columns."""
+    """The text, shortened with an ellipsis to at most that many columns; 0: as it is.
+
+        cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
+    """
     if width <= 0 or columns(text) <= width:
         return text
     kept, used = "", 1
@@ -5896,7 +6300,10 @@ def cut(text: str, width: int) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table: its head, and a job's text and colour in it."""
+    """A column of a table: its head, and a job's text and colour in it.
+
+    It is shown if `is_used` holds for one of the jobs: most queues have no tags.
+    """
     head: str
     cell: Callable[[Job], str]
     colour: Callable[[Job], str] = lambda job: ""
@@ -5904,7 +6311,8 @@ class Column(NamedTuple):
 
 
 def state_cell(job: Job) -> str:
-    """The state with what one wants to know beside it."""
+    """The state with what one wants to know beside it: `failed (1)`, `pending (after)`.
+    """
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
     if job.state == PENDING and job.gate == BLOCKED:
@@ -5913,7 +6321,11 @@ def state_cell(job: Job) -> str:
 
 
 def when_cell(job: Job, now: float) -> str:
-    """The time that matters in the job's state."""
+    """The time that matters in the job's state.
+
+    How long it has run; when it is due, or since when it waits for a slot or for other
+    jobs; when it ended. What has passed is rounded down.
+    """
     if job.state == PROCESSING:
         return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
     if job.state in WAITING:
@@ -5926,7 +6338,10 @@ def grid(rows: Sequence[Sequence[str]], style: Style,
          shades: Sequence[Sequence[str]] = ()) -> list[str]:
     """Aligned columns under a head; the last is cut to what the window leaves it.
 
-    `shades`: for each row after the head the colours of its first cells.
+    `shades`: for each row after the head the colours of its first cells. All rows have
+    as many cells as the head. The last column is the one that may be long: it is
+    neither measured nor filled up, and where the window is narrow it keeps 12 columns,
+    enough to know a command by, though the line is broken then.
     """
     widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
     room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
@@ -5942,7 +6357,8 @@ def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
     """Aligned lines, the command last and cut to the width; columns only if used.
 
-    `why`: what each of them waits for, by its id.
+    `why`: what each of them waits for, by its id. It takes the place of the time, which
+    it mostly tells as well, and no more than half of a window of 80.
     """
     reasons = why or {}
     offered = (
@@ -5987,7 +6403,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
 
 
 def running_line(job: Job, style: Style) -> str:
-    """What runs, on one line."""
+    """What runs, on one line; 12 is the deepest indentation that a caller gives it."""
     line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
     return cut(line, style.width - 12 if style.width else 0)
 
@@ -6029,7 +6445,7 @@ def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
 
 
 def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
-    """The schedules, one on a line."""
+    """The schedules, one on a line; of an unreadable job whatever there is, as text."""
     return grid([["NAME", "CRON", "NEXT", "LAST", "QUEUE", "COMMAND"], *(
         [one.name, one.cron, "paused" if one.paused else ago(one.next_run, style.now),
          ago(one.last_run, style.now), str(one.job.get("queue", DEFAULT_QUEUE)),
@@ -6037,7 +6453,11 @@ def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
 
 
 def turn_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next turns by the local clock."""
+    """When a schedule comes: in words, and its next turns by the local clock.
+
+    Three of them, with their zone: where clocks change, that is where it shows.
+    Fewer where no more will come.
+    """
     cron, turns = parse_cron(schedule.cron), [now]
     while len(turns) < 4 and turns[-1] < math.inf:
         turns.append(next_turn(cron, turns[-1]))
@@ -6054,7 +6474,13 @@ def event_line(event: Event, style: Style) -> str:
 
 
 def progress_line(progress: Progress, seconds: float, width: int) -> str:
-    """A bar, and beside it: done, running, gone wrong, the rate, the time left."""
+    """A bar, and beside it: done, running, gone wrong, the rate, the time left.
+
+        [#####............] 20/60  4 running  2/s  20s left
+
+    One column short of the window: it is drawn in place, and a terminal that goes to
+    the next line with its last column (terminfo(5): am, no xenl) would not come back.
+    """
     done, left = progress.over, progress.left
     total, rate = done + left, done / seconds if seconds > 0 else 0.0
     words = f" {done:,}/{total:,}  {progress.running} running"
@@ -6068,7 +6494,11 @@ def progress_line(progress: Progress, seconds: float, width: int) -> str:
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
-    """Whole lines of a job's output, each with the job before it, in its colour."""
+    """Whole lines of a job's output, each with the job before it, in its colour.
+
+    Bytes, for these need be no text. `place` is the job's among those that are
+    followed: so each keeps its colour, and neighbours differ.
+    """
     shades = list(STATE_COLOURS.values())
     prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
     return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
@@ -6086,7 +6516,7 @@ def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
 
 
 def run_line(run: Run, style: Style) -> str:
-    """A run in the table of `show`."""
+    """A run in the table of `show`; as wide as the head in `show_lines` says."""
     exit_code = "-" if run.exit_code is None else str(run.exit_code)
     took = "-" if run.duration is None else span(run.duration)
     line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
@@ -6096,7 +6526,7 @@ def run_line(run: Run, style: Style) -> str:
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
-    """One job whole."""
+    """One job whole; what is as usual is left out, such as a priority of 0."""
     def row(name: str, text: str) -> str:
         return f"{name:<13}{text}"
     now = style.now
@@ -6140,7 +6570,10 @@ def spread_line(name: str, values: Spread) -> str:
 
 
 def per_time(n: int, seconds: float) -> str:
-    """A throughput in the unit in which it reads best."""
+    """A throughput in the unit in which it reads best: the first with at least one job.
+
+        per_time(1, 2.0)  ->  "30.0 jobs a minute"
+    """
     rate = n / seconds if seconds > 0 else 0.0
     for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
         if rate * size >= 1:
@@ -6170,7 +6603,11 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
 
 
 def short_cause(outcome: Outcome) -> str:
-    """Why a run failed, in two words."""
+    """Why a run failed, in two words: `exit 1`, `killed by SIGKILL`, `timed out`.
+
+    A status above 128 alone is no proof of a signal: a shell exits so, too, when a
+    command in it was killed.
+    """
     if outcome.kind == TIMEOUT:
         return "timed out"
     if outcome.exit_code is None:
@@ -6181,7 +6618,11 @@ def short_cause(outcome: Outcome) -> str:
 
 
 def settled_line(settled: Settled, now: float) -> str:
-    """What a worker says of a run that ended: what, in how long, what comes next."""
+    """What a worker says of a run that ended: what, in how long, what comes next.
+
+    The state that the job came to tells that; but a lost run ends in the states of
+    failed ones, and was no attempt.
+    """
     job, outcome, _, attempt = settled
     took = span(outcome.duration or 0.0)
     of = f"attempt {attempt} of {max(1, job.max_retries)}"
@@ -6202,7 +6643,11 @@ def settled_line(settled: Settled, now: float) -> str:
 
 
 class Family(NamedTuple):
-    """One metric with its samples: suffix of the name, labels, value."""
+    """One metric with its samples: suffix of the name, labels, value.
+
+    No label has a job's id: each value of a label is a series of its own, which the
+    server that scrapes keeps for weeks.
+    """
     name: str
     kind: str
     help: str
@@ -6211,7 +6656,11 @@ class Family(NamedTuple):
 
 def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
                totals: Mapping[str, float]) -> Family:
-    """The buckets of each queue as a histogram."""
+    """The buckets of each queue as a histogram.
+
+    Each bucket counts all values up to its bound `le`; that of +Inf equals `_count`.
+    `repr` writes bounds as OpenMetrics has its canonical numbers: 1.0, not 1.
+    """
     samples: list[tuple[str, dict[str, str], float]] = []
     for queue, buckets in tallies.items():
         counts = cumulated(buckets)
@@ -6224,7 +6673,11 @@ def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
 
 def _time_family(name: str, help: str, kind: str, scrape: Scrape,
                  queues: Sequence[str]) -> Family:
-    """The durations of one kind, for each queue."""
+    """The durations of one kind, for each queue; also where there were none.
+
+    A series that begins with 0 shows its first value as a rise; one that begins with
+    that value does not.
+    """
     tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
     totals = dict.fromkeys(queues, 0.0)
     for queue, one, bucket, n, total in scrape.tallies:
@@ -6235,6 +6688,9 @@ def _time_family(name: str, help: str, kind: str, scrape: Scrape,
 
 
 def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
+    """The metrics that are told of each queue."""
+    # Verbs and outcomes have one bucket. Of durations only the last stays in here, and
+    # nobody asks for these.
     ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
     stopped = scrape.paused.get(EVERY_QUEUE, False)
     return [
@@ -6262,7 +6718,9 @@ def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
 
 
 def metric_families(scrape: Scrape) -> list[Family]:
-    """All metrics; those of a queue stay once it was there."""
+    """All metrics; those of a queue stay once it was there: counters must never fall,
+    and a series that is gone and comes back looks as if they had.
+    """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
@@ -6282,6 +6740,7 @@ def metric_families(scrape: Scrape) -> list[Family]:
 
 
 def _labelled(labels: Mapping[str, str]) -> str:
+    """`{queue="a",state="dead"}`, escaped as both formats have it; "" for no labels."""
     def _escaped(text: str) -> str:
         return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
@@ -6291,7 +6750,9 @@ def _labelled(labels: Mapping[str, str]) -> str:
 def metrics_text(families: Iterable[Family], is_open: bool) -> str:
     """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
 
-    The older format knows no kind `info`, and names a counter with its `_total`.
+    The older format knows no kind `info`, and names a counter with its `_total`. The
+    newer one names the family without it, and has to end with `# EOF`: so a scrape that
+    was cut off is told from a whole one.
     """
     lines = []
     for name, kind, help, samples in families:
@@ -6306,6 +6767,9 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
 
 # ---- 14 Runner ---------------------------------------------------------------
 # One command, one process tree, one outcome. Knows no queue and no database.
+# A Command goes from start to Outcome and never waits: its pool polls. An Ending sees
+# the processes of one run to their end, whoever's run it was, by steps that the Ender's
+# thread takes for all of them (or a command of the user's, where no pool lives).
 
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 
@@ -6321,7 +6785,12 @@ class Launch(NamedTuple):
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll: safe in signal handlers."""
+    """A pipe to wake a thread that waits in poll: safe in signal handlers.
+
+    No lock is taken: `threading.Event.set` in a handler hung within seconds, waiting
+    for the lock that the interrupted thread held. The writer does not block, as
+    `signal.set_wakeup_fd` demands, which gets it, too.
+    """
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
@@ -6346,14 +6815,19 @@ class Wakeup:
 
 
 def _watch_process(pid: int) -> int:
-    """A descriptor that becomes readable when the process ends; -1: none here."""
+    """A descriptor that becomes readable when the process ends; -1: none here.
+
+    pidfd_open(2), of Linux 5.3. -1 also if the process is gone, or descriptors have run
+    out: then its pool asks at each step instead. Jobs do not inherit it.
+    """
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return -1
 
 
-# Signals that Python ignores, and that a command must find as they were.
+# Signals that Python ignores, and that a command must find as they were: what is
+# ignored stays so through execve(2), and `yes | head` would complain instead of ending.
 PYTHON_IGNORES = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ")
                        if hasattr(signal, name))
 
@@ -6369,7 +6843,12 @@ def exit_words(status: int) -> str:
 
 
 def _start_shell(launch: Launch, writer: int) -> int:
-    """Start a session that runs the command and prints into `writer`; its id."""
+    """Start a session that runs the command and prints into `writer`; its id.
+
+    A session of its own, so that no Ctrl+C of the worker's terminal reaches it. Both
+    streams are one pipe, so what it printed stays in its order. All else that is open
+    here is closed by the exec (PEP 446), but for the run's lock.
+    """
     words = [b"/bin/sh", b"-c", launch.command.encode()]
     # It copies no page tables, however big the pool, and runs no Python in the child.
     if hasattr(os, "posix_spawn"):
@@ -6388,7 +6867,11 @@ def _start_shell(launch: Launch, writer: int) -> int:
 
 
 class Command:
-    """One run of one command. Nothing here waits: its pool calls when there is news."""
+    """One run of one command. Nothing here waits: its pool calls when there is news.
+
+    `start`, then `read` when `pipe` and `peek` when `watch` can be read, then `finish`
+    once it has exited. Who has it ended sets `why` before: that is the outcome then.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -6412,6 +6895,8 @@ class Command:
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
+            # No sooner: what is started while it is inheritable holds it. One thread
+            # starts all commands (I9), and lets go of this lock before the next one.
             if launch.lock >= 0:
                 os.set_inheritable(launch.lock, True)   # the tree is to hold it (I5)
             self._begun = time.monotonic()
@@ -6430,7 +6915,7 @@ class Command:
         """The exit status, negative for a signal; None: it has not exited yet.
 
         It is not reaped, so that its id stays its own. What it left in the background
-        does not count.
+        does not count. For a signal `si_status` is its number (waitid(2)).
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -6448,7 +6933,11 @@ class Command:
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def read(self) -> bool:
-        """Take in what was printed; False at the end, when the pipe is closed."""
+        """Take in what was printed; False at the end, when the pipe is closed.
+
+        One piece, as much as a pipe holds: a command that never stops printing gets one
+        read for each look of its pool, as all others do.
+        """
         try:
             piece = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
@@ -6465,7 +6954,8 @@ class Command:
     def finish(self) -> Outcome:
         """Reap it, now that it has exited, and take in what is left in the pipe.
 
-        Where others go on writing the pipe stays open, for its pool to read on.
+        Where others go on writing the pipe stays open, for its pool to read on. What
+        they print after this is no part of the outcome.
         """
         status, duration = self._reap() or 0, time.monotonic() - self._begun
         if self.watch >= 0:
@@ -6478,6 +6968,10 @@ class Command:
         return self._outcome(status, duration)
 
     def _outcome(self, status: int, duration: float) -> Outcome:
+        """What the run came to; `why` it was ended comes before how it took that.
+
+        A shell that catches SIGTERM may exit with 0: a time-out is one all the same.
+        """
         kept, total = self.output.kept(), self.output.total
         code = 128 - status if status < 0 else status
         if self.why == TIMEOUT:
@@ -6497,7 +6991,12 @@ class Command:
 
 
 def start_error(error: Exception, cwd: str) -> str:
-    """Why a command could not be started."""
+    """Why a command could not be started.
+
+    Asked afterwards: a look at the directory before would prove nothing of the moment
+    of the start. One text of over 128 KiB is E2BIG, however short all others are
+    (execve(2)).
+    """
     if cwd and not os.path.isdir(cwd.encode()):
         return f"the directory {cwd} is not there"
     if isinstance(error, OSError) and error.errno == errno.E2BIG:
@@ -6513,6 +7012,10 @@ class Ending:
     pool that owns a lost run may hold that lock itself, if it was frozen between claim
     and start. It could start the command when it thaws: so it is killed, long after
     its lease has run out, and only then.
+
+    No list of a tree's processes stays true: one may fork between the look and the
+    signal. So each step looks anew and signals what it finds, until a look finds none
+    and the lock is free. Only then may the job run again.
     """
 
     def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
@@ -6525,7 +7028,14 @@ class Ending:
         self._asked: set[int] = set()           # processes that had their SIGTERM
 
     def step(self, now: float, processes: Iterable[Process]) -> bool:
-        """Signal what is left of these; True when nothing is. `now` is monotonic."""
+        """Signal what is left of these; True when nothing is. `now` is monotonic.
+
+        First the group at once, so that no member outlives another long enough to start
+        more; those outside of it one by one, when they are first seen, each with one
+        SIGTERM; after the grace all of them, with SIGKILL, at each step. Where the lock
+        is held and no process is told, its holders are looked for: some have shed their
+        environment and their session.
+        """
         left = {one.pid for one in processes if one.claim == self.claim
                 or (self._group and self._group in (one.session, one.group))}
         if not left and not self._host.locks.is_held(self.claim):
@@ -6542,7 +7052,11 @@ class Ending:
         return False
 
     def _signal_group(self, number: int) -> None:
-        """The head of the group is not reaped yet, so the id cannot be another's."""
+        """The head of the group is not reaped yet, so the id cannot be another's.
+
+        Where there is no waitid, one that had exited is: its id is the group's as long
+        as any member is left.
+        """
         if self._group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, number)
@@ -6550,6 +7064,10 @@ class Ending:
                 os.killpg(self._group, signal.SIGCONT)
 
     def _signal(self, left: set[int], late: bool) -> None:
+        """SIGTERM those that had none, or SIGKILL all; the frozen owner at last.
+
+        Each is continued as well: a stopped process acts on no SIGTERM (signal(7)).
+        """
         host, owner = self._host, self.lost.owner if self.lost else None
         frozen = owner.pid if owner and owner.boot == host.boot else -1
         # An owner frozen between claim and start holds the lock: left to the last.
@@ -6559,6 +7077,7 @@ class Ending:
                 host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
                 host.signal(pid, signal.SIGCONT)
                 self._asked.add(pid)
+        # Its id may be another's by now, so its birth has to agree.
         if late and owner and left == {frozen} \
                 and is_same_birth(host.born(frozen), owner.born):
             host.signal(frozen, signal.SIGKILL)
@@ -6569,6 +7088,9 @@ class Ender:
 
     The pool starts it and stops it; `done` gets each ending that is over, and the pool
     is woken. If the thread dies, the pool learns it from `check`.
+
+    A thread, because a look at all processes takes milliseconds, and where there is no
+    /proc a `ps`: meanwhile the pool's own has to read what commands print.
     """
 
     def __init__(self, host: Host, done: list[Ending], wakeup: Wakeup) -> None:
@@ -6598,7 +7120,11 @@ class Ender:
         self._inbox.put(ending)
 
     def stop(self) -> None:
-        """Finish what is this pool's own, leave the rest, and let the thread end."""
+        """Finish what is this pool's own, leave the rest, and let the thread end.
+
+        Of a lost run that is left nothing is recorded: it is still lost, and whoever
+        looks next finds it. Returns at once; the executor waits for the thread.
+        """
         self._inbox.put(None)
 
     def _run(self) -> None:
@@ -6617,6 +7143,7 @@ class Ender:
                 self._take(self._inbox.get_nowait())
 
     def _take(self, ending: Ending | None) -> None:
+        """Take on one ending; None: stop."""
         if ending is not None:
             self._endings.append(ending)
         else:
@@ -6635,7 +7162,16 @@ class Ender:
 
 
 # ---- 15 Pool -----------------------------------------------------------------
+# `worker start`: where claims become commands, and their ends become records.
+# `run_pool` makes what a pool needs before others can see it (`_equipped`), enters it
+# into the table (`_entered`), and runs the one loop of the Pool. There each `_step`
+# does all that is to do now, among it a `_turn` (Claims) if one is worth while;
+# `_patience` tells for how long to sleep, and the Poller sleeps. No SQL here, and no
+# policy: what is claimed, retried or lost is decided above.
+# A second thread for the transactions was tried: the interpreter's lock changes hands
+# at each statement, so nothing was gained.
 
+# No longer: meanwhile nobody reads what the commands print, and their pipes fill up.
 TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
@@ -6657,13 +7193,16 @@ SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def _release(claimed: Claimed) -> None:
-    """Let go of the run's lock, in this process (I5)."""
+    """Let go of the run's lock, in this process: its tree holds it on (I5)."""
     if claimed.lock >= 0:
         os.close(claimed.lock)
 
 
 class Poller:
-    """Descriptors to wait for, each with what is called when it can be read."""
+    """Descriptors to wait for, each with what is called when it can be read.
+
+    poll(2) tells POLLHUP unasked: so the end of a pipe is news like any other.
+    """
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -6681,7 +7220,11 @@ class Poller:
             self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> None:
-        """Until one can be read, or so many seconds; call the handlers of those."""
+        """Until one can be read, or so many seconds; call the handlers of those.
+
+        Rounded up: with 0 for the last part of a millisecond the loop would turn until
+        the time has come.
+        """
         for fd, _ in self._poll.poll(math.ceil(seconds * 1000)):
             handler = self._handlers.get(fd)
             if handler:     # else an earlier one of these has ended its business
@@ -6692,6 +7235,10 @@ class Peers:
     """The other pools: how long each has been silent, and whose end the kernel tells.
 
     `look` is called when there is one more to be looked at: it has ended.
+
+    Three ways to tell, each for what those before it cannot see: a pidfd, at once; lock
+    and birth, at each heartbeat (`Host.is_alive`); silence, for frozen pools and those
+    on other machines.
     """
 
     def __init__(self, queue: Queue, own: int, poller: Poller,
@@ -6705,7 +7252,7 @@ class Peers:
         self._gone: set[int] = set()    # pools that have ended
 
     def are_there(self) -> bool:
-        """Whether another pool is on this machine."""
+        """Whether another pool is on this machine, as far as pidfds tell."""
         return bool(self._watches)
 
     def lost(self) -> list[Stranded]:
@@ -6718,7 +7265,11 @@ class Peers:
         return self.rescuer.stranded(silent, self._gone)
 
     def watch(self) -> None:
-        """Let the kernel tell when one of those that have come ends."""
+        """Let the kernel tell when one of those that have come ends.
+
+        To be called when orders came: who enters gives them. Where it tells nothing,
+        the heartbeat's look has to do.
+        """
         for worker in self._store.workers():
             if worker.id in self._known or worker.boot != self._host.boot:
                 continue
@@ -6731,6 +7282,7 @@ class Peers:
                 self._look()    # it ended meanwhile
 
     def _drop(self, watch: int, pool: int) -> None:
+        """Note that it has ended; its lock may be held a moment more: `stranded`."""
         self._gone.add(pool)
         self._poller.drop(watch)
         self._watches.discard(watch)
@@ -6744,13 +7296,18 @@ class Peers:
 
 
 def _refuse_platform() -> None:
+    """Go by what Python has here, not by the system's name."""
     if fcntl is None or not hasattr(select, "poll"):
         raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
                           "start the worker there")
 
 
 def _allow_descriptors(slots: int) -> None:
-    """Raise the soft limit of open files: each slot needs some."""
+    """Raise the soft limit of open files: each slot needs some.
+
+    Anybody may, up to the hard limit (getrlimit(2)). More slots than that can serve are
+    refused here: else a start would fail in the midst of the work.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
@@ -6766,7 +7323,11 @@ def _allow_descriptors(slots: int) -> None:
 
 
 def _keep_descriptors() -> None:
-    """What this process was given beside the standard streams is not for its jobs."""
+    """What this process was given beside the standard streams is not for its jobs.
+
+    Python opens its own so that they end with an exec (PEP 446); inherited ones stay as
+    they came. In the list is also the descriptor by which it was read: gone by then.
+    """
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
             if int(name) > 2:
@@ -6774,7 +7335,10 @@ def _keep_descriptors() -> None:
 
 
 def _home() -> int:
-    """A directory to come back to from those of the jobs."""
+    """A directory to come back to from those of the jobs.
+
+    A descriptor, not a path: it stays right when the directory is moved or deleted.
+    """
     try:
         return os.open(".", os.O_RDONLY)
     except OSError:     # one that we may not read
@@ -6782,7 +7346,10 @@ def _home() -> int:
 
 
 def _bell() -> socket.socket | None:
-    """A datagram socket on loopback for wake-ups; None where there is no loopback."""
+    """A datagram socket on loopback for wake-ups; None where there is no loopback.
+
+    Anybody on this machine may send to it: that costs a look at the database.
+    """
     import socket
     bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
@@ -6819,7 +7386,8 @@ def _equipped(slots: int) -> Iterator[Gear]:
         signals.append(number)
     with contextlib.ExitStack() as stack:
         wakeup = stack.enter_context(contextlib.closing(Wakeup()))
-        # Who starts us may ignore SIGCHLD; then none could say how a command ended.
+        # Who starts us may ignore SIGCHLD; then none could say how a command ended: the
+        # kernel would reap it by itself (wait(2)).
         stack.enter_context(handling({**dict.fromkeys(stop_signals(), note),
                                       signal.SIGCHLD: signal.SIG_DFL}, wakeup.writer))
         home = _home()
@@ -6835,6 +7403,9 @@ def _entered(queue: Queue, options: PoolOptions,
              bell: socket.socket | None) -> Iterator[Claims]:
     """Enter a pool, and take it out at last. Its bell is there before the row that
     tells others where to ring.
+
+    A pool that cannot take itself out leaves a row whose process is gone: others forget
+    it. So that is no reason to end with an error.
     """
     claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
     queue.wake(NEW_ORDERS)      # the others are to watch this one
@@ -6857,6 +7428,12 @@ class Pool:
     Where runs take but milliseconds, the next jobs are claimed before a slot is free
     for them, so that no slot waits for a disk's fsync. Those that find none within
     AHEAD_PATIENCE are handed back.
+
+    A claim goes: turn, `_take_on`, `_ready` if it was ahead, `_start`, `_rides`. Then
+    its command exits, or is ended by `_end`, the Ender and `_collect`. Then `_finish`,
+    `_ended`, and the next turn records it. Between two steps it is in one of `_ready`,
+    `_rides` and `_ended`. If the pool dies, its row says whose it was, and its lock
+    whether something of it is left.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, gear: Gear,
@@ -6904,7 +7481,11 @@ class Pool:
     # The loop.
 
     def run(self, executor: futures.Executor) -> None:
-        """Work until told to stop; Moved if the database went away."""
+        """Work until told to stop; Moved if the database went away.
+
+        Where an error ends it, its commands are ended as well and nothing is recorded:
+        the claims stand, and who comes next finds the runs lost. Else none is left.
+        """
         self._notifier.ready()
         try:
             self._ender.start(executor)
@@ -6959,7 +7540,12 @@ class Pool:
             and self._claims.is_drained()
 
     def _is_turn_due(self) -> bool:
-        """Whether a turn would do anything: cheap reads before a write."""
+        """Whether a turn would do anything: cheap reads before a write.
+
+        Each turn writes, be it the heartbeat alone, and costs an fsync, and its commit
+        makes all other pools look. So an idle pool takes one per heartbeat, and sees by
+        data_version, in 5 microseconds, whether there is a reason to look for work.
+        """
         now = time.monotonic()
         if now < self._retry_at:
             return False
@@ -6978,14 +7564,20 @@ class Pool:
         return self._look
 
     def _expire(self) -> None:
-        """One step of retention, so that jobs never wait for it long."""
+        """One step of retention, so that jobs never wait for it long.
+
+        A new round begins with a heartbeat, if the last one is through.
+        """
         if time.monotonic() >= self._expire_at:
             self._expire_at = math.inf      # also if it fails: then at the next beat
             if next(self._expiry, None) is not None:
                 self._expire_at = time.monotonic() + EXPIRE_PAUSE
 
     def _record_at(self) -> float:
-        """When ends are to be recorded: at once, unless all slots have work anyway."""
+        """When ends are to be recorded: at once, unless all slots have work anyway.
+
+        Then those of RECORD_PAUSE are gathered to share a commit: no slot waits for it.
+        """
         if not self._ended:
             return math.inf
         has_work = self._ready and not self._free
@@ -7003,14 +7595,22 @@ class Pool:
         return MAX_SLOTS if most is None else most - self._taken
 
     def _ahead(self, room: int) -> int:
-        """How many jobs to claim beyond that: work until the turn after next."""
+        """How many jobs to claim beyond that: work until the turn after next.
+
+        None while the pool leaves, nor beyond --max-jobs: what is claimed counts as
+        taken, and is given back to that count with `_hand_back`.
+        """
         if self._leaving or time.monotonic() < self._claim_at:
             return 0
         wanted = wanted_ahead(self._pace, self._options.slots) - len(self._ready)
         return max(0, min(wanted, self._quota() - room))
 
     def _turn(self) -> None:
-        """One transaction; if disk or lock forbids it, all is kept for the next one."""
+        """One transaction; if disk or lock forbids it, all is kept for the next one.
+
+        It raises before anything here is changed. No handler runs meanwhile (one
+        thread), so what is cleared afterwards is exactly what was recorded.
+        """
         beats = time.monotonic() >= self._beat_at
         outputs = self._unsaved() if beats or self._peek else {}
         room = self._room()
@@ -7032,6 +7632,7 @@ class Pool:
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
     def _take_on(self, claimed: Sequence[Claimed]) -> None:
+        """Start what was claimed for a free slot, and keep the rest ready."""
         self._taken += len(claimed)
         for one in claimed:
             if one.slot == AHEAD:
@@ -7042,7 +7643,11 @@ class Pool:
         self._start_ready()
 
     def _complain(self, error: QueueError) -> None:
-        """Say it once, and not for a moment's wait; then go on trying."""
+        """Say it once, and not for a moment's wait; then go on trying.
+
+        The commands run on, and are ended by their time-outs; only what touches the
+        database waits. A busy lock is free in a moment, a full disk is not.
+        """
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if isinstance(error, Busy):
@@ -7064,7 +7669,12 @@ class Pool:
             self._start(self._ready.pop(0))
 
     def _start(self, claimed: Claimed) -> None:
-        """Start a claimed job's command in a free slot."""
+        """Start a claimed job's command in a free slot.
+
+        The lock is held from before the claim's commit (I5), passes to the process tree
+        with the spawn, and is let go of here in any case: kept, it would make the run
+        look alive after its tree has ended.
+        """
         slot = self._free.pop(0)
         claimed = self._claims.begin(claimed, slot)
         job = claimed.job
@@ -7111,7 +7721,11 @@ class Pool:
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _read(self, ride: Ride) -> None:
-        """Take in output; at its end the command has mostly exited as well."""
+        """Take in output; at its end the command has mostly exited as well.
+
+        So that is looked at, too: where there are no pidfds, the next look would come
+        only RESCUE_TICK later.
+        """
         pipe = ride.command.pipe
         if not ride.command.read():
             self._poller.drop(pipe)
@@ -7132,7 +7746,10 @@ class Pool:
             self._finish(ride)
 
     def _finish(self, ride: Ride) -> None:
-        """The run is over: free its slot, and keep its outcome to be recorded."""
+        """The run is over: free its slot, and keep its outcome to be recorded.
+
+        The slot takes what was claimed ahead at once, before this end is recorded.
+        """
         self._poller.drop(ride.command.watch)
         pipe = ride.command.pipe
         outcome = ride.command.finish()
@@ -7154,6 +7771,7 @@ class Pool:
         self._ended[claim] = outcome
 
     def _drain(self, command: Command) -> None:
+        """Read what those print that a command has left; nobody sees it any more."""
         pipe = command.pipe
         if not command.read():
             self._poller.drop(pipe)
@@ -7195,7 +7813,11 @@ class Pool:
     # Endings: of commands that must go, and of what lost runs have left.
 
     def _end(self, ride: Ride, why: str | None) -> None:
-        """Have the ender end the whole tree; `why` becomes the outcome, unless None."""
+        """Have the ender end the whole tree; `why` becomes the outcome, unless None.
+
+        It comes back by `_collect`. Asked for again, only the reason may be added: a
+        tree is ended once, and its grace does not begin anew.
+        """
         command, claim = ride.command, ride.claimed.claim
         # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
@@ -7221,6 +7843,7 @@ class Pool:
                 self._record_rescue(ending.lost.run, ending.has_begun)
 
     def _record_rescue(self, run: Run, has_begun: bool) -> None:
+        """Record a lost run that was seen to its end, or have it found once more."""
         try:
             for settled in self._peers.rescuer.record(run, has_begun):
                 self._say(settled_line(settled, self._queue.clock()))
@@ -7248,7 +7871,11 @@ class Pool:
                 self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
-        """The first signal drains, the second hands back; so does the grace's end."""
+        """The first signal drains, the second hands back; so does the grace's end.
+
+        Handlers have only noted them: here the loop is between two steps, and no
+        transaction, start or reaping is cut in two.
+        """
         while self._gear.signals:
             number = self._gear.signals.pop(0)
             name = signal.Signals(number).name
@@ -7278,7 +7905,11 @@ class Pool:
         self._beat_at = 0.0
 
     def _watch(self) -> None:
-        """Take over what dead pools have left."""
+        """Take over what dead pools have left.
+
+        Marked in the database, then ended, then recorded by `_collect`. If this pool
+        dies in between, the next to look finds the runs as they are and goes on.
+        """
         rescuer = self._peers.rescuer
         fresh = [one for one in self._peers.lost()
                  if one.run.claim not in self._ending]
@@ -7295,6 +7926,9 @@ class Pool:
     def _patience(self) -> float:
         """Seconds to sleep at most: up to the first time at which `_step` has something
         to do. One that is forgotten here costs FALLBACK_POLL.
+
+        While turns fail, times that only a turn can serve do not count: with a job's
+        due time among them the loop would not pause until the disk is mended.
         """
         if self._gear.signals or self._over:
             return 0.0
@@ -7319,7 +7953,7 @@ class Pool:
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
-        """Take in all wake-ups that have come."""
+        """Take in all wake-ups that have come: a crowd is one reason to look."""
         assert self._gear.bell is not None
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
@@ -7356,7 +7990,11 @@ class Pool:
 def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> int:
     """Run a pool until it is told to stop; 0, or 1 if its database went away.
 
-    In the caller's thread; signals are heeded if that is the main thread.
+    In the caller's thread; signals are heeded if that is the main thread. Errors that
+    no pool outlives come out of here, such as Damaged; Busy and Unwritable do not.
+
+    Left in this order: the executor waits for the Ender's last ending, then the pool
+    leaves the table, then signals have their old meaning again.
     """
     import concurrent.futures as futures  # 9 ms, and only in a pool
     with _equipped(options.slots) as gear, \
