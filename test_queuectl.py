@@ -510,12 +510,12 @@ class Rules(TestCase):
         self.assertEqual(queuectl.since(output.kept(), output.total, 14), b"op")
 
     def test_silence_counts_only_what_was_watched(self):
-        silence = Silence(10)
-        silence.look({1: 5}, 0.0)
-        self.assertEqual(silence.look({1: 5}, 4.0), {1: 4.0})
-        self.assertEqual(silence.look({1: 5}, 1000.0), {1: 4.0})    # we were suspended
-        self.assertEqual(silence.look({1: 5}, 1005.0), {1: 9.0})
-        self.assertEqual(silence.look({1: 6}, 1006.0), {1: 0.0})
+        silence = Silence()
+        silence.look({1: 5}, 0.0, 10)
+        self.assertEqual(silence.look({1: 5}, 4.0, 10), {1: 4.0})
+        self.assertEqual(silence.look({1: 5}, 1000.0, 10), {1: 4.0})    # we were suspended
+        self.assertEqual(silence.look({1: 5}, 1005.0, 10), {1: 9.0})
+        self.assertEqual(silence.look({1: 6}, 1006.0, 10), {1: 0.0})
 
     def test_percentiles_are_within_a_twentieth(self):
         values = [n / 1000 for n in range(1, 1001)]
@@ -633,10 +633,10 @@ class Rules(TestCase):
     def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=20.0, lease=30.0)), 40.0)
-        silence = Silence(10)
-        silence.look({1: 5}, 0.0)
-        self.assertEqual(silence.look({1: 5}, 10.0), {1: 10.0})
-        self.assertEqual(silence.look({1: 5}, 20.1), {1: 10.0})
+        silence = Silence()
+        silence.look({1: 5}, 0.0, 10)
+        self.assertEqual(silence.look({1: 5}, 10.0, 10), {1: 10.0})
+        self.assertEqual(silence.look({1: 5}, 20.1, 10), {1: 10.0})
 
     def test_output_may_be_limited_to_nothing(self):
         for limit, kept in ((0, b""), (1, b"h"), (2, b"ah"), (3, b"agh")):
@@ -1370,7 +1370,7 @@ class Statements(TestCase):
         ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN"),
         ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
-        ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY"),
+        ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LINE QUEUE_LINE LAST_RUN RUNS RUN"),
         ("events_by_job",  "EVENTS_OF"),
@@ -8225,7 +8225,7 @@ class ModelPool:
         self.state, self.beat_at = "alive", world.mono
         self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
         self.why = {}                                       # claim: why it is being ended
-        self.silence = world.q.Silence(world.q.silence_gap(world.settings))
+        self.silence = world.q.Silence()
         self.rescues = {}
 
     def turn(self):
@@ -8282,7 +8282,8 @@ class ModelPool:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
     def watch(self):
-        silent = self.silence.look(self.rescuer.beats(), self.world.mono)
+        silent = self.silence.look(
+            self.rescuer.beats(), self.world.mono, self.world.q.silence_gap(self.world.settings))
         fresh = [lost for lost in self.rescuer.stranded(silent)
                  if lost.run.claim not in self.rescues]
         if fresh:
@@ -8640,14 +8641,14 @@ MUTANTS = (
          "for slot, (job, runs) in enumerate(slots, 1):"),
         ("           AND state = :source AND claim IS :held\n", ""))),
     ("alone", "the run's lock is taken after the claim's commit", (
-        ("return claim, self._host.locks.hold(claim)", "return claim, -1"),)),
+        ("return number, self._host.locks.hold(base + number)", "return number, -1"),)),
     ("alone", "a queue's limit ignores what this turn has claimed", (
         ("busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)",
          "busy = 0"),)),
     ("excused", "a pool is lost as soon as it is silent", (
         ("or silent.get(pool, 0.0) >= lease)", "or pool in silent)"),)),
     ("excused", "time in which nobody looked counts as silence", (
-        ("step = step if step <= self._gap else 0.0",
+        ("step = step if step <= gap else 0.0",
          "step = 0.0 if step == math.inf else step"),)),
     ("numbered", "a claim's number is used again", (
         ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
