@@ -8759,11 +8759,17 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# A dashboard that can enqueue runs shell commands, and any user of the machine and any
-# page in a browser can send it something. So a request must name this host, come from
-# no other page, and bring a token; only then is it looked at. Here stands what each
-# request that was let in is answered.
+# What each request that was let in is answered. Who is let in stands in Access: a
+# dashboard that can enqueue runs shell commands, and any user of the machine and any
+# page in a browser can send it something.
+#
+# An answer is a function of a queue and a Call. It knows neither sockets nor tokens, so
+# that tests call it without a server. It may refuse: a QueueError goes up to `respond`
+# (Reply), which makes JSON and a status of it. An answer's docstring is the summary of
+# its route in /api/openapi.json, so it stays one line.
 
+# Bounds of one request. RFC 9110, section 4.1 asks servers to take URIs of 8000 bytes
+# at least.
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
 MAX_TARGET = 8 << 10        # bytes of path and query
@@ -8773,6 +8779,7 @@ MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
 
+# A token of its own for each role (QUEUECTL_TOKEN, QUEUECTL_READ_TOKEN).
 FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
@@ -8781,7 +8788,11 @@ OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Request(NamedTuple):
-    """What a client asks."""
+    """What a client asks.
+
+    Header names have no case (RFC 9110, section 5.1), so they are compared in lower
+    case. The body is empty until the request was let in (I10).
+    """
     method: str
     target: str                     # path and query, as sent
     headers: Mapping[str, str]      # names in lower case
@@ -8790,7 +8801,11 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What it is answered."""
+    """What it is answered.
+
+    `follows` stands in the reply of `get_events` alone: after its head the server sends
+    what the feed brings, and the body is not looked at.
+    """
     status: int
     body: bytes = b""
     kind: str = JSON_TYPE
@@ -8800,7 +8815,13 @@ class Reply(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Who may do what here."""
+    """Who may do what here.
+
+    `hosts` are the names by which clients may call this server, in lower case, without
+    a port, IPv6 addresses in brackets. A cookie is sent to each port of its host (RFC
+    6265, section 8.5): two servers with one name for it would log each other's users
+    out.
+    """
     token: str                      # "": nobody is asked for one
     read_token: str = ""            # "": there is none
     hosts: frozenset[str] = frozenset()
@@ -8811,7 +8832,11 @@ class Site(NamedTuple):
 
 
 class WebRefusal(QueueError):
-    """A request is refused before the queue is asked."""
+    """A request is refused before the queue is asked.
+
+    It brings its status along: the refusals of the queue get theirs by their codes, but
+    all of these have the same one.
+    """
     code = "refused"
 
     def __init__(self, status: int, message: str, hint: str = "",
@@ -8820,7 +8845,8 @@ class WebRefusal(QueueError):
         self.status, self.headers = status, headers
 
 
-# Refusals of the queue by their code; what is not here is no fault of the client.
+# Refusals of the queue by their code; what is not here is no fault of the client and
+# may pass (busy, database-gone ...): 503. 507 is WebDAV's (RFC 4918, section 11.5).
 REFUSAL_STATUS = {
     "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
     "no-such-schedule": 404, "job-exists": 409, "schedule-exists": 409,
@@ -8829,7 +8855,13 @@ REFUSAL_STATUS = {
 
 
 def refusal_reply(error: QueueError) -> Reply:
-    """A refusal as JSON, with the key at fault where there is one."""
+    """A refusal as JSON, with the key at fault where there is one.
+
+        {"error": "...", "hint": "...", "key": "timeout", "item": 1}
+
+    `hint` tells what to do, and is left out where nobody knows; `item` is the place in
+    an array of jobs, from 0.
+    """
     status = REFUSAL_STATUS.get(error.code, 503)
     headers: tuple[tuple[str, str], ...] = ()
     if isinstance(error, WebRefusal):
@@ -8846,7 +8878,10 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(status, dumps(told, None).encode(), headers=headers)
 
 
-# Durations, as far as the API's description goes; none is over MAX_DURATION.
+# Durations, as far as the API's description goes; none is over MAX_DURATION. The
+# command line takes longer forms, but no pattern can bound the sum of their parts: so
+# three parts at most, of few digits. What a query gives has to fit it, so that whatever
+# the description forbids is refused (`make fuzz` holds the server to it).
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 
@@ -8855,7 +8890,9 @@ SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 class Param(NamedTuple):
     """One parameter of a query: its parser, and what it may be as JSON schema.
 
-    Text may be blank, which is as good as not given; so the forms below allow it.
+    The two say the same, to this program and to others, so they stand in one row. Text
+    may be blank, which is as good as not given; so the forms below allow it. A parser
+    raises InvalidValue.
     """
     name: str
     parse: Callable[[str], Any]
@@ -8878,12 +8915,15 @@ def _a_search(text: str) -> str:
 
 
 def _a_cursor(text: str) -> int:
+    """The seq in `next` of a page; of 18 digits each fits SQLite's 64 bits, of 19 not.
+    """
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
         raise InvalidValue(f"{text!r} is not a cursor", "use `next` of the page before")
     return int(text)
 
 
 def _whole_param(name: str, least: int, most: int, help: str) -> Param:
+    """A whole number; a blank one is refused, for no number is blank."""
     return Param(name, lambda text: parse_whole(text, least, most),
                  {"type": "integer", "minimum": least, "maximum": most}, help)
 
@@ -8910,6 +8950,12 @@ _OUTPUT_PARAMS = (
 
 
 def _query_fields(query: str) -> list[tuple[str, str]]:
+    """The names and values of a query, decoded, in their order; WebRefusal.
+
+    Strict, for a byte that is no UTF-8 would else become U+FFFD, and something would be
+    looked for that nobody has asked for. Blank values are kept: an unknown name is
+    unknown without a value, too.
+    """
     import urllib.parse  # 4 ms, and only in a server
     try:
         return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
@@ -8920,7 +8966,15 @@ def _query_fields(query: str) -> list[tuple[str, str]]:
 
 
 def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
-    """The values of a query, checked; text that is left blank is not given."""
+    """The values of a query, checked; text that is left blank is not given.
+
+        state=dead&state=failed&queue=&limit=5
+        -> {"state": ["dead", "failed"], "limit": 5}
+
+    An unknown name is refused: a mistyped filter that were passed over would answer
+    with more than was asked for. Of two values one reader of the query takes the first
+    and another the last, so the second one is refused as well.
+    """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
     for name, text in _query_fields(query):
@@ -8959,20 +9013,34 @@ def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
 
 
 def _bounded_int(digits: str) -> int:
-    """The number; reading a million digits would take minutes."""
+    """The number, if it is short: int() takes quadratic time for decimal digits.
+
+    A body full of them would take many minutes: a million took 14 s. Newer Pythons
+    refuse more than 4300 digits by themselves (CVE-2020-10735), older ones do not.
+    """
     if len(digits) > 40:
         raise ValueError("a number of more than 40 digits")
     return int(digits)
 
 
 def _number(text: str) -> float:
-    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5.
+
+    Up to 1e15: all whole numbers up to 2**53, some 9e15, are exact as floats, larger
+    ones need not be what was written.
+    """
     value = float(text)
     return int(value) if abs(value) < 1e15 and value.is_integer() else value
 
 
 def json_body(request: Request) -> Any:
-    """The body as JSON; an empty object if there is none."""
+    """The body as JSON; an empty object if there is none.
+
+    The type has to be named: forms and text/plain are what another site's page may send
+    without asking, JSON needs a preflight (Fetch, "CORS-safelisted request-header"),
+    and no route answers that (OPTIONS). An empty body needs no type, but a wrong one is
+    refused.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE and (kind or request.body):
         raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
@@ -8982,12 +9050,17 @@ def json_body(request: Request) -> Any:
     try:
         return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
                           parse_float=_number)
+    # RecursionError: of a body that is nested too deeply.
     except (ValueError, RecursionError) as error:
         raise WebRefusal(400, f"the body is not JSON ({error})") from None
 
 
 def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
-    """A body that is an object of no other keys."""
+    """A body that is an object of no other keys.
+
+    Routes that take nothing call it with none: so a mistyped body is refused there,
+    too, and one whose type a form could have is not let pass. InvalidJob names the key.
+    """
     fields = json_body(request)
     if not isinstance(fields, dict):
         raise WebRefusal(400, "the body is not an object", "send {} at least")
@@ -9045,6 +9118,9 @@ def get_schedules(queue: Queue, call: Call) -> Reply:
 def get_jobs(queue: Queue, call: Call) -> Reply:
     """A page of jobs, newest first."""
     wanted = call.params
+    # Pages go on from a seq, not from an offset: new jobs shift none to the next page,
+    # and the thousandth page costs what the first does, by the primary key or by
+    # jobs_by_state.
     limit = wanted.get("limit", USUAL_PAGE)
     # One more, to know whether there is a next page.
     jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
@@ -9066,10 +9142,14 @@ def get_output(queue: Queue, call: Call) -> Reply:
     number, offset = call.params.get("run"), call.params.get("offset", 0)
     queue.job(call.job_id)
     try:
+        # What a command has just printed is in the memory of its pool, which is asked
+        # to store it.
         run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
     except NoSuchRun:
         if number is not None:
             raise
+        # Not 404: the job is there, and who follows its output may ask before its first
+        # run.
         return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
     output = since(run.output, run.output_bytes, offset) if offset \
         else readable(run.output, run.output_bytes)
@@ -9083,6 +9163,8 @@ def _count_of(jobs: Sequence[Job]) -> str:
 
 def post_jobs(queue: Queue, call: Call) -> Reply:
     """Add a job, or an array of them: all or none."""
+    # By `enqueue_many` in both cases: the same checks, and one transaction for all. A
+    # job whose unique key is taken comes back as the one that has it, also with 201.
     given = json_body(call.request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
@@ -9118,6 +9200,8 @@ def delete_job(queue: Queue, call: Call) -> Reply:
 
 
 def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
+    """Text of a body, checked by the parser of a query's text; InvalidJob with the key.
+    """
     if not isinstance(value, str):
         raise InvalidJob(key, f"{key} is not text")
     return _in_job(key, check, value)
@@ -9136,6 +9220,8 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             for key, check in (("queue", parse_name), ("search", _a_search))
             if fields.get(key) is not None}
         jobs = list[Job]()
+        # In the sweep's small transactions: to put back a million in one would hold the
+        # write lock, and the reply in memory.
         for batch in queue.sweep("retry", DEAD, **wanted):
             jobs += batch       # a whole one: all of it has been put back
             if len(jobs) >= MAX_BATCH:
@@ -9144,6 +9230,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
 
 
 def _named_queue(call: Call) -> str | None:
+    """The queue that a body names; None: all of them (no body, {}, or null)."""
     value = _object_body(call.request, ("queue",)).get("queue")
     return None if value is None else _in_body("queue", parse_name, value)
 
@@ -9164,6 +9251,8 @@ def post_resume(queue: Queue, call: Call) -> Reply:
 
 def get_events(queue: Queue, call: Call) -> Reply:
     """Changes of state and of the status, as they come."""
+    # A browser that connects anew sends the `id` of the last event that it got (HTML,
+    # "Server-sent events"). What is no such number is none of ours: then from now on.
     last = call.request.headers.get("last-event-id", "")
     seq = int(last) if re.fullmatch("[0-9]{1,18}", last) else -1
     return Reply(200, b"", EVENTS_TYPE, follows=seq)
@@ -9171,12 +9260,21 @@ def get_events(queue: Queue, call: Call) -> Reply:
 
 def get_health(queue: Queue, call: Call) -> Reply:
     """Whether the database answers."""
+    # Of a table of a few rows (sqlite_sequence): cheap, and it is the file that has to
+    # answer.
     queue.last_event()
     return _json_reply({"status": "ok"})
 
 
 def _wants_open_metrics(accept: str) -> bool:
-    """Whether OpenMetrics is named, and not liked less than plain text."""
+    """Whether OpenMetrics is named, and not liked less than plain text.
+
+        application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5 -> True
+
+    As Prometheus asks. Weights go from 0 (never) to 1 (RFC 9110, section 12.4.2); of a
+    type that is named several times, for its versions, the best counts. `*/*` is not
+    taken as naming it: who has no wish (curl, a browser) gets the older format.
+    """
     liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
     for part in accept.lower().split(","):
         kind, _, rest = part.strip().partition(";")
@@ -9196,7 +9294,11 @@ def get_metrics(queue: Queue, call: Call) -> Reply:
 
 
 class Route(NamedTuple):
-    """One thing that can be asked."""
+    """One thing that can be asked.
+
+    A path has ID at most once, for one segment; so no two paths fit the same request,
+    and the order of the table does not matter.
+    """
     method: str
     path: str                   # ID stands for a job's id
     answer: Callable[[Queue, Call], Reply]
