@@ -9341,18 +9341,31 @@ PUBLIC = ("/healthz", "/metrics")       # they tell no command
 
 
 # ---- 18 Description ----------------------------------------------------------
-# What the API takes and answers, as OpenAPI.
+# What the API takes and answers, as OpenAPI 3.1, for programs: clients that are
+# generated, and `make fuzz`, which sends what the schemas allow and what they forbid,
+# and compares the replies. So a schema is a promise: too wide, and what it allows is
+# refused; too narrow, and what it forbids is let pass.
+#
+# Replies may gain keys, so their schemas forbid none. Bodies may not: a mistyped key is
+# refused. A field of a job stands here as well as in Job and FIELDS; a test compares
+# them.
 
 def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """An object that has all of these: what is not known is null, never left out."""
     return {"type": "object", "properties": dict(properties),
             "required": list(properties)}
 
 
 def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
+    """An array whose elements are all such."""
     return {"type": "array", "items": dict(items)}
 
 
 def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """That, or null; for schemas of one type.
+
+    OpenAPI 3.1 takes JSON Schema as it is; 3.0 had a `nullable` of its own.
+    """
     return {**schema, "type": [schema["type"], "null"]}
 
 
@@ -9389,17 +9402,27 @@ _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancel
             "success_rate": _or_null(_NUMBER_SCHEMA),
             "throughput": _or_null(_NUMBER_SCHEMA),
             "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
+# A keyword says nothing of values of other types (JSON Schema Core, 7.6.1): so bounds
+# of the number and the form of the text stand in one schema. A pattern is not anchored
+# by itself (Validation, 6.3.3), hence ^ and $.
 _SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
                 "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"}
+# Narrower than what is taken: whatever fits it is a date that there is, in any month,
+# and so no day is above 28.
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
               "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
+# One name may stand for a list of it.
 _GIVEN_NAMES = {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                 "pattern": f"^{_NAME}$"}
 _NO_NUL = "^[^\\u0000]+$"
 
 
 def _not_both(one: str, other: str) -> dict[str, Any]:
-    """Of the two at most one is given; null is not given."""
+    """Of the two at most one is given; null is not given.
+
+    `required` alone would forbid {"delay": 5, "run_at": null}, which is taken: to have
+    both keys, and neither of them null, is what must not be.
+    """
     return {"not": {"required": [one, other], "properties": {
         key: {"not": {"type": "null"}} for key in (one, other)}}}
 
@@ -9408,6 +9431,7 @@ _NEW_JOB_SCHEMA = {
     "type": "object", "required": ["command"], "additionalProperties": False,
     **_not_both("delay", "run_at"),
     "properties": {
+        # Something in it that is no blank, and no NUL, as `_check_command` asks.
         "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
                     "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
         "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
@@ -9426,7 +9450,10 @@ _NEW_JOB_SCHEMA = {
             "type": "string", "pattern": "^[^\\u0000]*$"},
             "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
         "cwd": {"type": ["string", "null"], "minLength": 1, "pattern": _NO_NUL},
+        # With any value: so what `show --json` or a GET has told can be sent back.
         **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
+# By the names that the routes' `reply` and `body` use. Tests check replies against
+# them.
 SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": {"type": "object", "required": ["error"], "properties": {
         "error": _TEXT, "hint": _TEXT, "key": _TEXT, "item": _AMOUNT}},
@@ -9456,9 +9483,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Paused": _object_schema({"paused": _array_of(_TEXT)}),
     "Health": _object_schema({"status": {"const": "ok"}}),
     "NewJob": _NEW_JOB_SCHEMA,
+    # A body that may be {}, or not be there at all.
     "Nothing": {"type": "object", "additionalProperties": False},
     "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
         "queue": _or_null(NAME_SCHEMA)}},
+    # {} fits the second alone, for the first requires ids; ids with a filter fit
+    # neither, for each forbids the other's keys.
     "WhichDead": {"oneOf": [
         {"type": "object", "additionalProperties": False, "required": ["ids"],
          "properties": {"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
@@ -9468,6 +9498,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
                        "pattern": "^[^\\u0000]*$"}}}]},
 }
+# Statuses that a client is told of. Not 500: that is a mistake of this program, and no
+# promise. What http.server refuses with another one becomes 400 (`Service.refuse`).
 REFUSALS = {
     400: "The request, a parameter or the body is not as described.",
     401: "No token, or not the right one.",
@@ -9482,6 +9514,8 @@ REFUSALS = {
 }
 
 
+# Both are taken outside of `Param`: one is a header, the other is no business of an
+# answer.
 _SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
     "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
     "the `id` of the last event that the client has; what it missed comes first"}
@@ -9490,7 +9524,11 @@ _TOKEN_QUERY = {"name": "token", "in": "query", "schema": {"type": "string"},
 
 
 def _schema_named(name: str) -> dict[str, Any]:
-    """The schema of `Job`, `[Job]`, or `Job|[Job]`."""
+    """The schema of `Job`, `[Job]`, or `Job|[Job]`.
+
+    A reference, not the schema itself: so each stands once in the description.
+    MAX_BATCH bounds what one request may add, not what an answer may hold.
+    """
     if "|" in name:
         return {"oneOf": [_schema_named(one) for one in name.split("|")]}
     if name.startswith("["):
@@ -9500,7 +9538,12 @@ def _schema_named(name: str) -> dict[str, Any]:
 
 
 def _replies_of(route: Route) -> dict[str, Any]:
-    """The answers that a route may give, by status."""
+    """The answers that a route may give, by status.
+
+    Some any route may give: it can be named with a method that it has not, by a client
+    whom nobody knows, or while the database does not answer. Those of a body only where
+    one is taken; the route's own `refusals` on top.
+    """
     kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
         else (JSON_TYPE, _schema_named(route.reply))
     content: dict[str, Any] = {kind: {"schema": schema}}
@@ -9523,6 +9566,7 @@ def _replies_of(route: Route) -> dict[str, Any]:
 
 
 def _parameters_of(route: Route) -> list[dict[str, Any]]:
+    """What a route takes in its path, its query and its headers."""
     found: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
          "schema": param.schema} for param in route.params]
@@ -9534,6 +9578,12 @@ def _parameters_of(route: Route) -> list[dict[str, Any]]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
+    """One method of one path, as OpenAPI's Operation Object.
+
+    An empty body is {} to `json_body`, so only `post_jobs`, for which {} is no job,
+    requires one. An empty `security` takes back what holds for all others (OpenAPI 3.1,
+    Operation Object): the public paths need no token.
+    """
     told: dict[str, Any] = {
         "operationId": route.answer.__name__,
         "summary": (route.answer.__doc__ or "").strip(),
@@ -9547,7 +9597,11 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:
-    """The API as OpenAPI 3.1."""
+    """The API as OpenAPI 3.1.
+
+    OpenAPI has an entry a path with its methods inside: so routes of one path are put
+    together. The cookie is not told: only a browser gets one.
+    """
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
@@ -9565,6 +9619,7 @@ def get_openapi(queue: Queue, call: Call) -> Reply:
     return _json_reply(description(DESCRIBED))
 
 
+# What there is to ask, with the description of all of it but itself.
 ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 
 
