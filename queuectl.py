@@ -9624,10 +9624,24 @@ ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 
 
 # ---- 19 Access ---------------------------------------------------------------
-# Who is let in.
+# Who is let in, before any body is read and without the database (I10). Each guard is
+# there against somebody:
+#
+#     Host            a page whose own name was made to lead here (DNS rebinding)
+#     Origin,         a page elsewhere that has its reader's browser send something,
+#     Sec-Fetch-Site  with the cookie of ours that this browser has (CSRF)
+#     token, cookie   any user of this machine: loopback asks nobody who he is
+#     role            who may look, and no more
+#
+# What they know is the site, the request's head and the table of routes. Nothing is
+# kept between requests: there are no sessions, so nothing to run out or to fill.
 
 def _host_of(request: Request) -> str:
-    """The name by which the client calls this host, without the port."""
+    """The name by which the client calls this host, without the port.
+
+    A last dot is no other name: `localhost.` is the same host. A request without a
+    Host, or with one that is none, gets a 400, as RFC 9112, section 3.2 demands.
+    """
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
     if match is None:
@@ -9636,7 +9650,13 @@ def _host_of(request: Request) -> str:
 
 
 def _check_host(site: Site, request: Request) -> None:
-    """Refuse names that are not ours: a foreign one may be made to lead here."""
+    """Refuse names that are not ours: a foreign one may be made to lead here.
+
+    A page of evil.example is served with a DNS entry that is soon replaced by
+    127.0.0.1; what it asks for then is of its own origin to the browser, and nothing
+    but the Host tells. No DNS entry can change an address, so a server on all addresses
+    takes any.
+    """
     host = _host_of(request)
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     if host not in site.hosts and not (site.is_wide and is_address):
@@ -9645,7 +9665,12 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what another site's page has sent."""
+    """Refuse what another site's page has sent.
+
+    Only browsers send these headers. The scheme may be either: a proxy in front of us
+    may speak TLS. "null" is the origin of sandboxed frames and files. `same-site` may
+    be another port of this host, so it is no better than `cross-site`.
+    """
     origin = request.headers.get("origin")
     if origin is not None:
         scheme, _, place = origin.partition("://")
@@ -9659,12 +9684,19 @@ def _check_origin(request: Request) -> None:
 
 
 def cookie_value(token: str) -> str:
-    """What a browser keeps: it proves the token, and does not tell it."""
+    """What a browser keeps: it proves the token, and does not tell it.
+
+    Cookies of a host go to all its ports, so another server may see it: what it has
+    then works as our cookie, but neither as a bearer's token nor in the URL. It is
+    reckoned, not drawn, so a server that starts again with the same token and port
+    knows its browsers.
+    """
     import hmac
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
 def _cookie_of(site: Site, request: Request) -> str | None:
+    """Our cookie, or None; others of this host may stand beside it."""
     for part in request.headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
         if name == site.cookie:
@@ -9674,7 +9706,11 @@ def _cookie_of(site: Site, request: Request) -> str | None:
 
 def _role_of_token(site: Site, given: str,
                    made: Callable[[str], str] = str) -> str | None:
-    """The role of who has that token, or what is made of it; in constant time."""
+    """The role of who has that token, or what is made of it; in constant time.
+
+    As bytes: `compare_digest` takes text only if it is ASCII, and a header may be
+    anything. It compares with both tokens, whichever fits, so the time tells neither.
+    """
     import hmac
     found = None
     for role, token in ((FULL, site.token), (READ, site.read_token)):
@@ -9684,7 +9720,11 @@ def _role_of_token(site: Site, given: str,
 
 
 def role_of(site: Site, request: Request) -> tuple[str | None, str]:
-    """What the client may do, and by what it has proved that."""
+    """What the client may do, and by what it has proved that; (None, ...) for nobody.
+
+    An Authorization that is there decides alone: a wrong token is wrong, though a
+    browser may have added a good cookie.
+    """
     if not site.token:
         return FULL, "no token"
     header = request.headers.get("authorization")
@@ -9698,13 +9738,19 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
 
 
 def _no_token() -> WebRefusal:
+    """A 401, with the challenge that it must have (RFC 9110, section 15.5.2)."""
     return WebRefusal(401, "that needs a token", "open the URL that `queuectl web` "
                       "printed, or send Authorization: Bearer TOKEN",
                       ("WWW-Authenticate", 'Bearer realm="queuectl"'))
 
 
 def _log_in(site: Site, token: str) -> Reply:
-    """Swap the token in the URL for a cookie: it shall not stay in the history."""
+    """Swap the token in the URL for a cookie: it shall not stay in the history.
+
+    303 has the browser ask anew, without the query, and show that. HttpOnly keeps the
+    cookie from scripts, Strict from requests that other sites' pages cause; without
+    Expires it goes when the browser is closed.
+    """
     if site.token and _role_of_token(site, token) is None:
         raise _no_token()
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
@@ -9713,7 +9759,12 @@ def _log_in(site: Site, token: str) -> Reply:
 
 
 def _path_of(request: Request) -> tuple[str, str]:
-    """Path and query of a request's target."""
+    """Path and query of a request's target.
+
+    Not yet decoded, so %2F is no slash and what is forbidden cannot be written in
+    another way. A whole URL, as for a proxy, is refused: there would be two hosts to
+    check.
+    """
     if len(request.target) > MAX_TARGET:
         raise WebRefusal(414, f"path and query are over {MAX_TARGET} bytes")
     if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
@@ -9727,6 +9778,8 @@ def _job_in(pattern: str, path: str) -> str | None:
     if "/ID" not in pattern:
         return "" if path == pattern else None
     before, after = pattern.split("ID")
+    # One segment, so that /api/jobs/ID takes neither the path of its output nor
+    # nothing.
     inner = path[len(before):len(path) - len(after)]
     if not path.startswith(before) or not path.endswith(after) or not inner \
             or "/" in inner:
@@ -9735,7 +9788,11 @@ def _job_in(pattern: str, path: str) -> str | None:
 
 
 def _job_id(given: str) -> str:
-    """An id out of a path: decoded once; NoSuchJob for what can be none."""
+    """An id out of a path: decoded once; NoSuchJob for what can be none.
+
+    The parts were told apart before that: an encoded slash is in no id, so leads
+    nowhere.
+    """
     import urllib.parse
     job_id = urllib.parse.unquote(given, errors="replace")
     if given and not re.fullmatch(_NAME, job_id):
@@ -9744,7 +9801,11 @@ def _job_id(given: str) -> str:
 
 
 def find_route(method: str, path: str) -> tuple[Route, str]:
-    """The route, and the job's id as it stands in the path; else 404 or 405."""
+    """The route, and the job's id as it stands in the path; else 404 or 405.
+
+    HEAD is GET without the body (RFC 9110, section 9.3.2). A 405 has to tell what is
+    allowed (15.5.6).
+    """
     fits = [(route, given) for route in ROUTES
             for given in [_job_in(route.path, path)] if given is not None]
     if not fits:
@@ -9762,11 +9823,14 @@ def find_route(method: str, path: str) -> tuple[Route, str]:
 def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     """Who may come in, for what: all that can be said before the body is read (I10).
 
-    A reply for who only logs in; WebRefusal for who may not.
+    A reply for who only logs in; WebRefusal for who may not, NoSuchJob for an id that
+    can be none. It changes nothing: of a request with a body it is asked twice, before
+    the body is read and when it is answered.
     """
     path, query = _path_of(request)
     _check_host(site, request)
     _check_origin(request)
+    # Only here: a token in the query of the API would stay in logs and histories.
     if path == "/" and request.method in ("GET", "HEAD"):
         token = dict(_query_fields(query)).get("token")
         if token is not None:
@@ -9777,6 +9841,8 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     if role is None and path not in PUBLIC:
         raise _no_token()
     route, given = find_route(request.method, path)
+    # After the token was asked for: to be allowed no more than to look is no leave to
+    # look.
     if site.is_read_only:
         role = READ
     if route.method != "GET" and role != FULL:
