@@ -9853,10 +9853,20 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
 
 
 # ---- 20 Reply ----------------------------------------------------------------
-# From a request to its reply, and to that as bytes: no sockets here.
+# From a request to its reply, and to that as bytes: no sockets here, so a test asks
+# with `respond` what a client would be told. Access says who may come in, API what is
+# answered; here the two meet, refusals become replies, and what was changed gets its
+# line in the log.
 
 def log_line(route: Route, call: Call, reply: Reply) -> str:
-    """What was changed, or was not: by whom, from where, with what result."""
+    """What was changed, or was not: by whom, from where, with what result.
+
+        web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
+
+    Path and words may come from anywhere: they are cut, and nothing in them can begin a
+    line of its own or command a terminal. The query is left out, as it is no part of a
+    change.
+    """
     path = call.request.target.partition("?")[0]
     said = reply.said or json.loads(reply.body or b"{}").get("error", "")
     return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
@@ -9864,7 +9874,10 @@ def log_line(route: Route, call: Call, reply: Reply) -> str:
 
 
 def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply. A change has something to be `said`."""
+    """One request, one reply. A change has something to be `said`.
+
+    Who was not let in leaves no line: else a stranger could fill the disk by the log.
+    """
     try:
         admitted = admit(site, request)
     except QueueError as error:
@@ -9883,7 +9896,12 @@ def respond(site: Site, queue: Queue, request: Request) -> Reply:
 
 @functools.lru_cache(maxsize=4)
 def page_policy(page: str) -> str:
-    """The CSP under which the page's own style and script run, and nothing else."""
+    """The CSP under which the page's own style and script run, and nothing else.
+
+    By their hashes: so nothing that a job has printed, or was called, runs even if the
+    page were to show it as HTML. The hash is of the exact text between the tags. To
+    hash the page for each reply would be a waste, so the policy is kept.
+    """
     import base64
     import hashlib
 
@@ -9898,7 +9916,14 @@ def page_policy(page: str) -> str:
 
 
 def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
-    """The head of a reply, with what keeps browsers from being too helpful."""
+    """The head of a reply, with what keeps browsers from being too helpful.
+
+    no-store: answers tell commands, which shall not stay on a disk. nosniff: output of
+    jobs is text, whatever it looks like. no-referrer: the first URL has a token in it.
+    The others keep foreign pages from framing, opening or embedding what is here.
+    Events have no length: they go on until the connection ends (RFC 9112, section 6.3),
+    which `is_last` has told.
+    """
     lines = [
         f"HTTP/1.1 {reply.status} {phrase}", f"Date: {date}",
         f"Content-Type: {reply.kind}",
@@ -9916,7 +9941,15 @@ def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
 
 
 # ---- 21 Feed -----------------------------------------------------------------
-# Events: one thread looks at the database for all that listen.
+# Events: one thread looks at the database for all that listen, so that ten open pages
+# cost what one does. There is one Watch (what is new, as bytes) in the Feed's thread,
+# and a Subscriber, a buffer, for each client. The client's own thread (Server) empties
+# that into its socket: so a slow client holds up nobody, and who is too far behind is
+# dropped. He comes again and says what he had seen last.
+#
+# That nothing is told twice or left out rests on the `seq` of changes, which grows in
+# the order of the commits, and on one lock, under which a stream joins at a `seq` and
+# all news up to the next are put into all streams.
 
 MAX_STREAMS = 32            # open at once; each has a thread of the server
 FEED_TICK = 0.2             # seconds between two looks of the feed
@@ -9927,7 +9960,11 @@ FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
 
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event (HTML, section "Server-sent events").
+
+    JSON on one line has no line break in it, so one `data:` holds it. A browser keeps
+    the last `id` and sends it as Last-Event-ID when it connects anew.
+    """
     head = "" if seq is None else f"id: {seq}\n"
     return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
 
@@ -9938,7 +9975,11 @@ def told_changes(events: Sequence[Event]) -> bytes:
 
 
 class Subscriber:
-    """What the feed has for one client: a bounded buffer between two threads."""
+    """What the feed has for one client: a bounded buffer between two threads.
+
+    The feed's thread puts, the client's takes. What is in it at the end is let go: the
+    client has not seen the `id` of that, so it comes again.
+    """
 
     def __init__(self, start: int) -> None:
         self.start = start      # the last change before those that the feed brings
@@ -9952,6 +9993,8 @@ class Subscriber:
         with self._has_more:
             self._size += len(piece)
             if self._size > FEED_BUFFER:
+                # At once, not when the client's thread comes round: that may hang in a
+                # send.
                 self._is_over, self._pieces = True, []
             else:
                 self._pieces.append(piece)
@@ -9974,7 +10017,12 @@ class Subscriber:
 
 
 class Watch:
-    """What has changed since the last look, as server-sent events."""
+    """What has changed since the last look, as server-sent events.
+
+    `seq` is the last change that was told. Used by one thread, with a Queue of its own:
+    the number of `changes` tells of other connections' commits alone (SQLite, PRAGMA
+    data_version).
+    """
 
     def __init__(self, queue: Queue, seq: int) -> None:
         self._queue, self.seq = queue, seq
@@ -9983,7 +10031,13 @@ class Watch:
         self._status, self._status_at = b"", -math.inf
 
     def look(self, now: float) -> bytes:
-        """The changes, and at times the status; `now` is a monotonic clock's."""
+        """The changes, and at times the status; `now` is a monotonic clock's.
+
+        The database's number is read before the changes: what is committed between the
+        two is found now, and looked for once more the next time, in vain. The other way
+        round it would be missed. The status is asked for soon after a change, else each
+        STATUS_EVERY, and told only if it differs.
+        """
         changes = self._queue.store.changes()
         news = b""
         if changes != self._seen:
@@ -9998,6 +10052,11 @@ class Watch:
         return news + status if is_new else news
 
     def _changes(self) -> bytes:
+        """The changes as events; of too many, that the client is to load anew.
+
+        One more than FEED_BATCH is read, to know whether there are more. The last event
+        is asked for after that, so `resync` covers what came in between.
+        """
         events = self._queue.events_since(self.seq, FEED_BATCH + 1)
         if len(events) > FEED_BATCH:
             self.seq = self._queue.last_event()
@@ -10022,7 +10081,11 @@ class Feed:
         self._seq = 0                   # the last change that was told
 
     def join(self, queue: Queue) -> Subscriber:
-        """A new stream; WebRefusal if there are as many as there may be."""
+        """A new stream; WebRefusal if there are as many as there may be.
+
+        It begins where the telling stands. Earlier changes the client gets from the
+        database: see `Service._catch_up`.
+        """
         with self._lock:
             if len(self._streams) >= MAX_STREAMS or self._is_over:
                 raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
@@ -10048,12 +10111,21 @@ class Feed:
                 stream.end()
 
     def _tell(self, piece: bytes, seq: int) -> None:
+        """Put it into all streams, and drop those that are too far behind.
+
+        With `_seq`, under one lock: who joins meanwhile gets this piece from here or
+        reads it, never both, never neither.
+        """
         with self._lock:
             self._seq = seq
             self._streams = {stream for stream in self._streams if stream.put(piece)}
 
     def _watch(self) -> None:
-        """Look again and again; started by `join`, ends when nobody listens."""
+        """Look again and again; started by `join`, ends when nobody listens.
+
+        Whatever ends it else (an error, a file that was moved) ends the streams: a
+        stream without news would look like a queue without work.
+        """
         is_wanted = True
         try:
             with Queue(self._path, create=False) as queue:
@@ -10071,11 +10143,19 @@ class Feed:
                 self._fail()
 
     def _is_wanted(self) -> bool:
+        """Whether anybody listens; if nobody, the thread counts as ended from now on.
+
+        Both under the lock: who joins a moment later starts another.
+        """
         with self._lock:
             self._is_watching = bool(self._streams) and not self._is_over
             return self._is_watching
 
     def _fail(self) -> None:
+        """End the streams, not the feed.
+
+        Who comes again starts another thread, or is told why the database fails.
+        """
         with self._lock:
             self._is_watching = False
             for stream in self._streams:
