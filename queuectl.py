@@ -10163,8 +10163,17 @@ class Feed:
 
 
 # ---- 22 Server ---------------------------------------------------------------
-# What listens. Whoever connects gets a thread, few bytes and little time, until it
-# has shown a token; when the threads are all taken, the most silent one makes room.
+# What listens. Whoever connects gets a thread, few bytes and little time, until it has
+# shown a token; when the threads are all taken, the most silent one makes room.
+#
+# The main thread waits for a signal (`serve`). One thread accepts (`make_listener`).
+# Each connection has a thread in http.server's handler, which reads the heads; the
+# Service takes a request from there to its reply; a Reader bounds what is read,
+# Connections say who is cut off. What is asked and answered is none of its business:
+# `respond` does that.
+#
+# Nothing here waits without a bound, neither for the database nor for a client; and of
+# what a client sends no more is kept than a head, a body and READ_SIZE bytes.
 
 MAX_CONNECTIONS = 100       # each has a thread
 MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
@@ -10185,7 +10194,9 @@ KEEP_ALIVE = 15             # seconds of silence in a stream
 class Queues:
     """Open databases, each lent to one request at a time: nobody waits for another.
 
-    So a change that waits for the write lock holds up no reader.
+    So a change that waits for the write lock holds up no reader: the threads of one
+    Queue share its connection, and who has that while it waits keeps it. After an error
+    a database goes back as well; its transaction has been rolled back.
     """
 
     def __init__(self, path: str) -> None:
@@ -10198,6 +10209,8 @@ class Queues:
         """A queue for one request; NoQueue and others if it cannot be opened."""
         with self._lock:
             queue = self._free.pop() if self._free else None
+        # The file may have been replaced since: who works on in the old one writes to
+        # nobody.
         if queue is not None and not queue.store.is_in_place():
             queue.close()
             queue = None
@@ -10220,7 +10233,13 @@ class HeadTooLarge(Exception):
 
 
 class Reader:
-    """What a client sends: bounded in bytes and in time."""
+    """What a client sends: bounded in bytes and in time.
+
+    In the place of the file that http.server would make of the socket: there each read
+    has a time-out of its own, so a client that sends a byte now and then is never too
+    slow, and after one time-out the file refuses to be read. Here a whole head or body
+    has one end in time.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -10241,7 +10260,12 @@ class Reader:
         return bool(self._buffer)
 
     def readline(self, limit: int = -1) -> bytes:
-        """A line of the head, as http.client asks for it: a whole one."""
+        """A line of the head, as http.client asks for it: a whole one.
+
+        ConnectionError at the end of what comes, HeadTooLarge and TimeoutError at the
+        bounds. `limit` is not heeded: http.client's 64 KiB a line are more than
+        MAX_HEAD.
+        """
         while b"\n" not in self._buffer and len(self._buffer) <= self._left:
             if not self._more():
                 raise ConnectionError   # half a head may say the opposite of a whole
@@ -10252,7 +10276,7 @@ class Reader:
         return self._take(size)
 
     def read(self, size: int) -> bytes:
-        """So many bytes; fewer only at the end."""
+        """So many bytes; fewer only at the end. TimeoutError where they do not come."""
         while len(self._buffer) < size and self._more():
             pass
         return self._take(size)
@@ -10289,6 +10313,11 @@ class Connections:
     At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
     of idle ones keeps others out. One that has shown a token is busy, and not cut off,
     until it is answered.
+
+    A dict keeps the order in which its keys came: so it is the line, and what is put in
+    anew stands at its end. To be cut off is to have the socket shut down, which ends
+    the thread's read or write at once; the thread itself closes it and leaves. The lock
+    is never held while anything is sent or read.
     """
 
     def __init__(self) -> None:
@@ -10313,6 +10342,8 @@ class Connections:
         import socket as sockets
         del self._silent[sock]
         self._cut_off.add(sock)
+        # Of the plain socket's class: SSLSocket.shutdown() takes the TLS off the
+        # socket, under the hands of the thread that reads or writes there.
         with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
@@ -10354,12 +10385,18 @@ class Connections:
 
 
 def _is_gone_away(sock: socket.socket) -> bool:
-    """Whether the client has closed its side; on a stream it has nothing to say."""
+    """Whether the client has closed its side; on a stream it has nothing to say.
+
+    Else a stream without news would keep its place, one of MAX_STREAMS, until a remark
+    to keep it alive fails.
+    """
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     if not poller.poll(0):
         return False
     import socket as sockets
+    # MSG_PEEK: what it says, if anything, is not ours to take. SSLSocket takes no
+    # flags.
     with contextlib.suppress(OSError):  # past TLS, which would wait for a whole record
         said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
         return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
@@ -10367,7 +10404,12 @@ def _is_gone_away(sock: socket.socket) -> bool:
 
 
 def _body_size(headers: Mapping[str, str]) -> int:
-    """How long the body is; WebRefusal if that is not told, or too much."""
+    """How long the body is; WebRefusal if that is not told, or too much.
+
+    Chunks are refused, not read: two ways to tell a body's length are what request
+    smuggling lives on (RFC 9112, section 11.2), and 411 is allowed for that (6.3).
+    int() would take +1 and 1_0 as well.
+    """
     if "transfer-encoding" in headers:
         raise WebRefusal(411, "the body comes in chunks", "send Content-Length")
     size = headers.get("content-length", "0")
@@ -10379,13 +10421,19 @@ def _body_size(headers: Mapping[str, str]) -> int:
     return int(size)
 
 
-# Of these a second one is a trick, not a mistake.
+# Of these a second one is a trick, not a mistake: a proxy may heed the one, and we the
+# other.
 _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
            "content-type")
 
 
 def _headers_of(message: Any) -> dict[str, str]:
-    """The headers by lower-case name; WebRefusal if they can be read in two ways."""
+    """The headers by lower-case name; WebRefusal if they can be read in two ways.
+
+    To the email package, which http.client has read them, a line without a colon ends
+    the headers, and all that follows is text of a letter: an Origin after it would go
+    unseen.
+    """
     headers: dict[str, str] = {}
     for name, value in message.items():
         name, value = name.lower(), str(value).strip()
@@ -10401,7 +10449,8 @@ class Service:
     """The way of a connection's requests to their replies.
 
     `handler` is http.server's, which reads the head; one for each connection, in a
-    thread of its own.
+    thread of its own. `converse` is called for one request after the other, until it
+    leaves `close_connection` true.
     """
 
     def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
@@ -10413,7 +10462,11 @@ class Service:
         self._turns = threading.Semaphore(STRANGER_TURNS)
 
     def converse(self, handler: Any) -> None:
-        """Read one request and answer it; whatever goes wrong ends the connection."""
+        """Read one request and answer it; whatever goes wrong ends the connection.
+
+        Two waits: as long as nothing comes the connection is but kept, and its end
+        needs no word; from the first byte on the head has HEAD_SECONDS.
+        """
         sock, reader = handler.request, handler.rfile
         handler.close_connection = True
         try:
@@ -10430,10 +10483,18 @@ class Service:
             pass
 
     def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
+        """Read a head, let its sender in or not, read the body, answer.
+
+        Who has shown a token counts as busy from then on, before its body is read: a
+        crowd of strangers must not cut it off. All others take turns, for the answer
+        alone.
+        """
         handler.raw_requestline = reader.readline(MAX_HEAD)
         if not handler.parse_request():     # it has refused that itself
             return
         try:
+            # HTTP/0.9 has no headers, so no Host. HTTP/1.0 is what old health checks
+            # speak.
             if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
                 raise WebRefusal(400, "that is not HTTP/1.1")
             request = Request(handler.command, handler.path,
@@ -10456,7 +10517,12 @@ class Service:
 
     @contextlib.contextmanager
     def _turn_of(self, sock: socket.socket) -> Iterator[None]:
-        """The turn of one who has shown no token; it may be cut off before that."""
+        """The turn of one who has shown no token; it may be cut off before that.
+
+        MAX_STRANGERS are here at once, STRANGER_TURNS of them are answered. Who waits
+        looks now and then whether it was cut off, since to answer it would take the
+        turn of one who still listens.
+        """
         if not self._strangers.acquire(blocking=False):
             raise WebRefusal(503, "too many ask without a token", "come again later",
                              ("Retry-After", "5"))
@@ -10472,11 +10538,18 @@ class Service:
             self._strangers.release()
 
     def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
-        """The request with its body, which only who is let in may send."""
+        """The request with its body, which only who is let in may send.
+
+        A connection goes on only where that is the rule, in HTTP/1.1; and never after a
+        refusal from here, for the body that nobody has read would be taken for the next
+        request.
+        """
         size = _body_size(request.headers)
         is_kept = request.headers.get("connection", "").lower() != "close" \
             and handler.request_version == "HTTP/1.1"
         if size:
+            # A refusal of the body's sender goes up from here, and nothing of the body
+            # is read (I10).
             with contextlib.suppress(NoSuchJob):    # told once the body is read
                 admit(self._site, request)
             if request.method in ("GET", "HEAD"):   # some of these need no token
@@ -10492,7 +10565,12 @@ class Service:
         return request
 
     def _reply(self, request: Request) -> tuple[Reply, Subscriber | None, bytes]:
-        """The reply; and where events are to follow, their stream and its begin."""
+        """The reply; and where events are to follow, their stream and its begin.
+
+        First it joins the feed, then it reads what the client has missed: what is
+        committed between the two is in the stream's buffer. The database goes back
+        before anything is sent, so no slow client keeps one.
+        """
         try:
             with self._queues.lend() as queue:
                 reply = self._answered(queue, request)
@@ -10509,6 +10587,7 @@ class Service:
 
     def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
                  begin: bytes, with_body: bool) -> None:
+        """Send the reply and the events that follow it; in any case, leave the feed."""
         if stream is None:
             self._send(handler, reply, with_body)
             return
@@ -10520,6 +10599,8 @@ class Service:
             self._feed.leave(stream)
 
     def _answered(self, queue: Queue, request: Request) -> Reply:
+        """What `respond` says; of a mistake of ours 500, with a traceback in the log.
+        """
         try:
             return respond(self._site, queue, request)
         except Exception:   # a mistake of ours: this client is told, others go on
@@ -10528,7 +10609,13 @@ class Service:
             return refusal_reply(WebRefusal(500, "internal error"))
 
     def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
-        """Answer what could not be read to its end, and hang up."""
+        """Answer what could not be read to its end, and hang up.
+
+        In two steps (RFC 9112, section 9.6): to close a socket of which not all was
+        read has the kernel send a reset, and that may overtake the answer. So our side
+        is closed first, and for a moment what the client still sends is read and
+        forgotten. Meanwhile it counts as silent, and may be cut off.
+        """
         handler.close_connection = True
         with contextlib.suppress(OSError, ValueError):
             self._send(handler, refusal_reply(refusal))
@@ -10542,6 +10629,11 @@ class Service:
             status if status in REFUSALS else 400, message or "that cannot be read"))
 
     def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
+        """Send it in parts, each with SEND_SECONDS.
+
+        The time-out of `sendall` is for all of it: in one piece a long reply to a slow,
+        but living, client would be cut short.
+        """
         phrase = handler.responses.get(reply.status, ("",))[0]
         head = head_of(reply, phrase, handler.date_time_string(),
                        handler.close_connection)
@@ -10556,6 +10648,8 @@ class Service:
     def _catch_up(queue: Queue, last: int, stream: Subscriber) -> bytes:
         """What a client that comes back has missed, and how things stand now."""
         events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
+        # Later ones the stream brings. A client that has seen more than there is knew
+        # another database: a backup was put back, say.
         events = [event for event in events if event.seq <= stream.start]
         missed = told_changes(events)
         if last > stream.start or len(events) > FEED_BATCH:
@@ -10565,7 +10659,11 @@ class Service:
 
     @staticmethod
     def _stream(sock: socket.socket, begin: bytes, stream: Subscriber) -> None:
-        """Send what comes, until either side has enough."""
+        """Send what comes, until either side has enough.
+
+        In silence a remark (a line that begins with a colon) goes out now and then, as
+        HTML advises for proxies that end what is silent.
+        """
         piece: bytes | None = begin
         silent_since = time.monotonic()
         while piece is not None and not _is_gone_away(sock):
@@ -10584,7 +10682,11 @@ class Service:
 
 
 def _handler_class(service: Service, is_tls: bool) -> type:
-    """What http.server makes for each connection, in its thread."""
+    """What http.server makes for each connection, in its thread.
+
+    It is of use for two things: `parse_request`, which reads the request line and the
+    headers, and the loop over the requests of a connection (`handle`).
+    """
     import http.server      # 40 ms, and only in a server
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -10594,6 +10696,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def setup(self) -> None:
             """Begin."""
             self.raw_requestline = b""
+            # Not the base class's: that makes buffered files of the socket.
             self.rfile = Reader(self.request)   # type: ignore[assignment]
             if is_tls:      # here, and not where all others would wait for it
                 self.request.settimeout(HEAD_SECONDS)
@@ -10627,7 +10730,13 @@ BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/js
 
 def make_listener(service: Service, family: int, address: tuple[Any, ...],
                   tls: ssl.SSLContext | None) -> Any:
-    """What accepts connections; OSError if it cannot have that address."""
+    """What accepts connections; OSError if it cannot have that address.
+
+    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
+    which may take seconds. Threads are daemons and nobody joins them: an end must not
+    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
+    last one's connections (TIME_WAIT).
+    """
     import socketserver
 
     class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -10693,6 +10802,7 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
 
 
 def _token_of(environ: Mapping[str, str], name: str) -> str:
+    """A token of the environment, or ""; visible ASCII, to fit into a header."""
     token = environ.get(name, "")
     if not re.fullmatch("[!-~]*", token):
         raise InvalidValue(f"{name} has blanks or odd characters in it",
@@ -10703,6 +10813,11 @@ def _token_of(environ: Mapping[str, str], name: str) -> str:
 def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
             names: Iterable[str]) -> Site:
     """Who may do what; `names` are this machine's own, `address` what is listened on.
+
+    Whether only this machine can reach it is asked of the address: a name, as
+    `localhost`, may lead anywhere. Where all addresses are listened on this machine's
+    names are good Hosts, too. The cookie is named after the port, or by chance where
+    that is not known yet (0).
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
@@ -10717,6 +10832,7 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
     given = f"[{options.host}]" if ":" in options.host else options.host
     own = [name for whole in names for name in (whole, whole.partition(".")[0])]
     return Site(
+        # 192 bits: nobody guesses it, so nobody's guesses have to be counted.
         (token or os.urandom(24).hex()) if options.needs_token else "",
         read_token if options.needs_token else "",
         frozenset(name.lower() for name in (
@@ -10736,6 +10852,7 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
+        # An empty password: without one OpenSSL would ask for it at the terminal.
         context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
     except (OSError, ValueError) as error:  # ValueError: it wants a password
         raise Unreadable(f"cannot use the certificate {options.tls_cert} ({error})",
@@ -10760,7 +10877,10 @@ def listen(service: Service, options: WebOptions, family: int,
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal says to stop; for the main thread.
 
-    The listener runs in a thread of its own, so that this one is free for signals.
+    The listener runs in a thread of its own, so that this one is free for signals: only
+    the main thread hears them. The handlers do nothing, for to be woken is all; without
+    one SIGTERM would end the process where it stands. At the end nobody new is taken in
+    first, then the streams are ended and the silent cut off.
     """
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
