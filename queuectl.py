@@ -10906,10 +10906,29 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: shells that complete its words, systemd.
+# Where others start this program: shells that complete its words, systemd. All of it is
+# text that a command prints; nothing is written anywhere, so a person sees what he
+# installs.
+#
+# The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
+# every press of the key, the last word being the one under the cursor. The answer is a
+# line for each choice, `WORD<tab>MEANING`, or one line `<tab>files<tab>BEFORE` (or
+# `dirs`), by which the shell is to complete names of files, after what stands in the
+# word already: see Completion.
 
 STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
 
+# What is peculiar to each:
+#
+#     bash  splits words at : = @ too, which ids and flags hold, and replaces the last
+#           piece alone: so the script puts the words together, and takes off what stays
+#     zsh   may find the script by its $fpath: then the file itself is the function, and
+#           has to call the one in it the first time
+#     fish  wants each file with what stands before it in the word
+#
+# Words come as they were typed, and `unquoted` takes the quotes off. All keep the order
+# of the answer (nosort, -V, -k): the newest jobs come first. bash before 4.4 knows no
+# nosort, hence the second `complete`.
 # How each shell asks what may come next. The program that stands on the line answers,
 # or, if that is an alias or a script that would be compiled each time, this very one.
 SHELLS = {"bash": """\
@@ -10996,20 +11015,31 @@ function __queuectl_complete
 end
 complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
 """}
-# Imported from there it is compiled once.
+# Imported from there it is compiled once: Python keeps no byte code of a script that is
+# run by its path. With -c the first entry of sys.path is the current directory; the
+# module's own takes its place, so that a stray json.py is not imported.
 BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 
 
 def program_words() -> tuple[str, str]:
-    """The absolute paths of this Python and of this file."""
+    """The absolute paths of this Python and of this file.
+
+    Absolute, for who starts them later has another directory and another $PATH. Python
+    may not know its own path, and then calls it "" or None. UnicodeError where they are
+    not UTF-8.
+    """
     return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
     """A word of ExecStart= that reaches the program as it stands.
 
-    In the program's own path systemd replaces no $; so it must not be doubled there.
+        100% $HOME -> "100%% $$HOME"
+
+    %x is a specifier (systemd.unit(5)), $X a variable, and a word in quotes takes C's
+    escapes (systemd.service(5), "Command lines"). In the program's own path systemd
+    replaces no $; so it must not be doubled there.
     """
     if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
         return word
@@ -11083,7 +11113,12 @@ WantedBy={target}
 
 def unit_file(command: Sequence[str], path: str, user: str | None,
               stop_timeout: str) -> str:
-    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
+    """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
+
+    `command` are the words to run, `path` the database's, `stop_timeout` a time as
+    systemd writes it. A description takes specifiers as well, and a backslash at the
+    end of a line would join it to the next (systemd.syntax(7)).
+    """
     program, *arguments = command
     is_own = user is None
     shown = one_line(path)
@@ -11102,7 +11137,11 @@ def unit_file(command: Sequence[str], path: str, user: str | None,
 
 
 def _owner(path: str) -> str:
-    """Who owns the file, or will: a name, or a number that has none."""
+    """Who owns the file, or will: a name, or a number that has none.
+
+    The service is to run as this user: others cannot open the database, whose mode is
+    0600.
+    """
     import pwd  # a service manager is there, so this is POSIX
     try:
         user = os.stat(path).st_uid
@@ -11115,7 +11154,12 @@ def _owner(path: str) -> str:
 
 
 def _stop_timeout(path: str, grace: float | None) -> str:
-    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
+    """How long a worker may take to leave: its grace, SIGKILL, recording, some more.
+
+    `grace` in seconds, None: as long as its jobs run. systemd kills what is left after
+    it, and the jobs of a worker that is killed run again: so it is to be the last
+    resort. Where there is no queue yet, `kill-grace` has its default.
+    """
     if grace is None:
         return "infinity"
     stored: dict[str, str] = {}
