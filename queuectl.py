@@ -11169,10 +11169,19 @@ def _stop_timeout(path: str, grace: float | None) -> str:
 
 
 # ---- 24 Screen ---------------------------------------------------------------
-# Where a command writes, and how wide that is.
+# Where a command writes, and how wide that is. Results go to stdout, for programs and
+# pipes; words about them to stderr, for people. Each command gets a Screen and prints
+# by it alone: only so can a line that is drawn in place be taken away before anything
+# else is printed, and only so is a full disk told apart from a reader that has gone.
+# Only a refusal (`_report`), the question before a wide step (`_confirm`) and
+# completion go past it.
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether it is a terminal on which one may draw."""
+    """Whether it is a terminal on which one may draw.
+
+    NO_COLOR counts if it is not empty (no-color.org); a dumb terminal, as an editor's,
+    shows the codes as they are.
+    """
     return stream.isatty() and not os.environ.get("NO_COLOR") \
         and os.environ.get("TERM") != "dumb"
 
@@ -11180,7 +11189,8 @@ def _is_terminal(stream: TextIO) -> bool:
 def window() -> os.terminal_size:
     """The size of the terminal that stdout is; 80 by 24 where it is none.
 
-    As shutil has it, which takes 4 ms to load; argparse asks for each argument.
+    COLUMNS and LINES come first, as with shutil, which takes 4 ms to load; argparse
+    asks for each argument.
     """
     try:
         found = os.get_terminal_size(1)
@@ -11192,7 +11202,11 @@ def window() -> os.terminal_size:
 
 
 def _not_written(error: OSError) -> Exception:
-    """What to raise where a result could not be written."""
+    """What to raise where a result could not be written.
+
+    Only here: any other OSError is not about the results. What was changed has been
+    changed, so the hint leads there and not to the same command again.
+    """
     if isinstance(error, BrokenPipeError):      # the reader has seen enough
         return error
     return Unwritable(f"the result could not be written ({error})",
@@ -11203,6 +11217,8 @@ class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
     On a terminal a line that is drawn in place may stand below: how far something is.
+    It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
+    (--quiet, --json): no words, no drawing; logs and errors are said all the same.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -11211,7 +11227,7 @@ class Screen:
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
-        """Print results."""
+        """Print results, a line each; Unwritable or BrokenPipeError."""
         try:
             self._erase()
             for line in lines:
@@ -11220,7 +11236,11 @@ class Screen:
             raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
-        """Print a job's output as it is."""
+        """Print a job's output as it is.
+
+        It may be no text at all. What went through the text layer before has to be out
+        first, for this goes past it.
+        """
         self.flush()
         try:
             sys.stdout.buffer.write(output)
@@ -11230,7 +11250,11 @@ class Screen:
 
     @staticmethod
     def flush() -> None:
-        """Have the results that were printed written."""
+        """Have the results that were printed written; Unwritable or BrokenPipeError.
+
+        Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
+        disk would be told in its words, with the exit status 120.
+        """
         try:
             sys.stdout.flush()
         except OSError as error:
@@ -11274,6 +11298,8 @@ class Screen:
             sys.stderr.flush()
 
     def _erase(self) -> None:
+        """Take the drawn line away: to its first column, then clear it (ECMA-48, EL).
+        """
         if self._drawn:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
@@ -11291,14 +11317,21 @@ class Screen:
 
     @staticmethod
     def style() -> Style:
-        """Colours and the width, if stdout is a terminal."""
+        """Colours and the width, if stdout is a terminal.
+
+        Else the width is 0, which means any: nothing is cut in a file or a pipe.
+        """
         if not sys.stdout.isatty():
             return Style(False, 0, time.time())
         return Style(_is_terminal(sys.stdout), Screen.width(), time.time())
 
 
 def _report(error: QueueError, as_json: bool) -> int:
-    """The one place where a refusal becomes a line and an exit status."""
+    """The one place where a refusal becomes a line and an exit status.
+
+    With --json an object on one line, still on stderr: stdout holds results or nothing.
+    A line stays one, whatever names and words of users are in it.
+    """
     if as_json:
         print(dumps({"error": {"code": error.code, "message": error.message,
                                "hint": error.hint}}, None), file=sys.stderr)
