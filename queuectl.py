@@ -11342,6 +11342,12 @@ def _report(error: QueueError, as_json: bool) -> int:
 
 # ---- 25 Flags ----------------------------------------------------------------
 # What a command line gives: flags, jobs in words, in files or line by line.
+#
+# Flags are rows here, Options, not argparse's objects: the parser of a command is made
+# from its rows when that command is run (to make all parsers took a sixth of the time
+# of an enqueue), completion reads the same rows, and so does `systemd`, which hands on
+# those of a worker. What a field of a job may be is decided by `spec_of` (Input), for a
+# flag, a line of a file and a body over HTTP alike.
 
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
@@ -11349,7 +11355,12 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a wrong command line."""
+    """A parser as argparse wants it: a wrong flag is a wrong command line.
+
+    argparse makes a usage error (exit status 2) of an ArgumentTypeError, and tells its
+    text. A QueueError would pass through it, with the status 1 of a thing that cannot
+    be done.
+    """
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -11359,7 +11370,13 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class Option(NamedTuple):
-    """One argument of a command, as argparse takes it, and its group in the help."""
+    """One argument of a command, as argparse takes it, and its group in the help.
+
+    A flag has names that begin with a dash, short or long, any other argument has one
+    without. `settings` are the rest of add_argument's; the metavar is looked at by
+    completion, too, which takes from it of what kind a value is (ID, Q, FILE ...).
+    Group "": argparse's own.
+    """
     names: tuple[str, ...]
     settings: dict[str, Any]
     group: str
@@ -11371,11 +11388,17 @@ def option(*names: str, group: str = "", **settings: Any) -> Option:
 
 
 def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    """These options, in a group of the help."""
     return tuple(one._replace(group=group) for one in options)
 
 
 def _past(text: str, now: float) -> float:
-    """A time that has been, or a duration ago; of HH:MM the last one."""
+    """Epoch seconds of a time that has been, or a duration ago; of HH:MM the last one.
+
+        1h -> an hour ago;  18:00 at noon -> yesterday's;  2026-01-31T18:00 -> that
+
+    `parse_time` looks ahead, as jobs need it: of HH:MM it tells the next.
+    """
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
@@ -11388,6 +11411,7 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
+# Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
 _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
@@ -11405,7 +11429,9 @@ _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
-# The flags of `enqueue` that are fields of a job, under the field's name.
+# The flags of `enqueue` that are fields of a job, under the field's name. Numbers and
+# times are parsed here, for a wrong one is a wrong command line; text is left to
+# `spec_of`. A default of None tells a flag that was not given from any that was.
 _JOB_FLAGS = (
     *_grouped(
         "the job",
@@ -11469,6 +11495,7 @@ _SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
 
 
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
+    """{"A": "b=c"} of `A=b=c`; UsageError without a sign."""
     env = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
@@ -11480,6 +11507,10 @@ def _env_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a job that flags have set; what was not given is not there.
+
+    `edit` and `schedule add` have some of these flags only.
+    """
     given = {name: getattr(args, name, None) for name in map(_field_of, _JOB_FLAGS)}
     if given["env"] is not None:
         given["env"] = _env_of(given["env"])
@@ -11487,7 +11518,11 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """The job objects of a file or, for `-`, of stdin, with their lines."""
+    """The job objects of a file or, for `-`, of stdin, with their lines.
+
+    As a whole, for all of them are added or none; `--stream` is for what has no end.
+    Unreadable if it cannot be read, InvalidJob with the line for what is no job.
+    """
     try:
         if path == "-":
             if sys.stdin is None:
@@ -11502,7 +11537,17 @@ def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _given_jobs(
         args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
-    """Whether it is a batch, and the job objects with their lines (0: no line)."""
+    """Whether it is a batch, and the job objects with their lines (0: no line).
+
+        enqueue -- PROG ARG   one command, its words quoted so that they stay apart
+        enqueue --file F      a batch, and so are @F and - (stdin)
+        enqueue JOB           an object, a command, or an array, which is a batch
+        enqueue --command C   one job of flags alone
+
+    Of a batch the result is told as one (a JSON array, a count), also if it has one
+    job. That `[ -f x ] && y` is a command and not an array only `fields_of` knows: so
+    it counts as one if it came back as it was.
+    """
     sources = [source for source in (args.job, args.file, args.words)
                if source is not None]
     if len(sources) > 1:
@@ -11540,11 +11585,17 @@ def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
 
 
 def _ignored_warning(keys: Collection[str]) -> str:
+    """What to say of keys without effect; `show --json` tells them, so they come back.
+    """
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
 
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
+    """The checked jobs of a batch, flags applied; InvalidJob names the line at fault.
+
+    All before the transaction begins, so the write lock is not held meanwhile.
+    """
     specs, ignored = [], set[str]()
     for number, (line, fields) in enumerate(given):
         if number % 1000 == 999:
@@ -11558,7 +11609,11 @@ def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any]
 
 
 def _has_more(fd: int, seconds: float) -> bool:
-    """Whether there is something to read within that time."""
+    """Whether there is something to read within that time.
+
+    A file always has, its end included. Where there is no poll() (Windows): no, so what
+    has come is handed on at once.
+    """
     if seconds <= 0 or not hasattr(select, "poll"):
         return False
     poller = select.poll()
@@ -11569,8 +11624,14 @@ def _has_more(fd: int, seconds: float) -> bool:
 def _line_batches(fd: int) -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
-    The last may lack its end. Of one that is too long for any job the beginning serves,
-    to be refused. Who interrupts gets what has been read first.
+    Read, while no whole line is there, for as long as it takes; from the first one on
+    only what comes within STREAM_PAUSE, or until there are STREAM_BATCH: then hand them
+    on. So a slow stream is added line by line, and a fast one with one fsync for many.
+
+    By os.read and poll(), for a buffered file reads ahead, and poll() sees nothing of
+    that. The last line may lack its end. Of one that is too long for any job the
+    beginning serves, to be refused; the rest is let go as it comes, so an endless line
+    fills no memory. Who interrupts gets what has been read first.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -11593,7 +11654,11 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
 
 
 class Stream:
-    """Jobs from lines that come one by one: a bad one is said and passed over."""
+    """Jobs from lines that come one by one: a bad one is said and passed over.
+
+    `refuse` is told each refusal, `warn` each remark. `refused` counts what was passed
+    over. Lines are numbered from the beginning of the stream.
+    """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
                  refuse: Callable[[QueueError], object],
@@ -11605,7 +11670,12 @@ class Stream:
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
-        """The jobs of these lines, committed; on a full disk it waits for room."""
+        """The jobs of these lines, committed; on a full disk it waits for room.
+
+        All in one transaction, without the one at fault where there is one:
+        `enqueue_many` adds none then, so the others are tried again without it. A
+        refusal that names none of them is no line's fault, and ends the stream.
+        """
         warned_of = {*self._ignored}
         given = [one for line in lines for one in self._specs_of(line)]
         if self._ignored > warned_of:
@@ -11639,6 +11709,10 @@ class Stream:
             raise
 
     def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
+        """The checked jobs of a line, each with its number; none of a bad one.
+
+        With the time of this line: a delay counts from when its line came.
+        """
         self._read += 1
         try:
             with at_line(self._read):
@@ -11652,6 +11726,7 @@ class Stream:
             return []
 
     def _pass_over(self, error: QueueError) -> None:
+        """Say what was wrong, and count it."""
         self.refused += 1
         self._refuse(error)
 
