@@ -11732,14 +11732,26 @@ class Stream:
 
 
 # ---- 26 Commands -------------------------------------------------------------
-# One small function a command, and the table of all: parser, help and completion
-# follow from it.
+# One small function a command, and the table of all: parser, help and completion follow
+# from it.
+#
+# A command reads its arguments, makes a call on the queue, prints one view of what
+# comes of it, and returns the exit status. It holds no rule of the queue and no SQL:
+# what it changes, a program can change by the same method of a Queue. It refuses by
+# raising; Main makes the line and the exit status of that. `args` has each flag under
+# the name that argparse gives it, and in `words` what stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add the lines of stdin as they come; 1 if any of them was bad."""
+    """Add the lines of stdin as they come; 1 if any of them was bad.
+
+    Ids are printed when their jobs are committed, and flushed, so who reads them may
+    rely on them. SIGTERM is taken as Ctrl+C: what was read meanwhile is added first.
+    The write lock is waited for briefly, for the stream itself tries again, for ever,
+    and says so.
+    """
     if args.job not in (None, "-") or args.file or args.words or args.command:
         raise UsageError("--stream reads stdin alone", "give no other job")
     if args.wait:
@@ -11760,7 +11772,10 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def _exit_status(jobs: Sequence[Job]) -> int:
-    """One job's own exit status; of several 0 if all are completed, else 1."""
+    """One job's own exit status; of several 0 if all are completed, else 1.
+
+    A job that was cancelled before it ran has none, so it is 1.
+    """
     if all(job.state == COMPLETED for job in jobs):
         return EX_OK
     return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
@@ -11781,6 +11796,9 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
 def _watchful_bar(queue: Queue, screen: Screen,
                   looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
     """A bar that also says once why nothing runs, if jobs wait for what will not come.
+
+    `looked_at` tells the jobs that wait, some of them. A hindrance that passes by
+    itself (a due time) is no news, nor is one beside another that passes.
     """
     bar, said = _bar(screen), set[str]()
 
@@ -11803,7 +11821,11 @@ def _watchful_bar(queue: Queue, screen: Screen,
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and say how it went."""
+    """Wait until jobs are over, and say how it went; their exit status.
+
+    Of many jobs the first PEOPLE_LIMIT are looked at for what keeps them waiting: that
+    is asked again and again, and a few tell the reason.
+    """
     began = time.monotonic()
     bar = _watchful_bar(queue, screen, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -11821,6 +11843,10 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
 
 def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
+    """Print what was added: as JSON, as ids, or of a batch how many.
+
+    Flushed, for `--wait` may go on for hours after it.
+    """
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
                          else job_object(jobs[0])))
@@ -11853,10 +11879,13 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             if error.item is not None:
                 error.name_line(given[error.item][0])
             raise
+    # A job made before this command has come back in the place of one with the same
+    # unique key. Stored times are text of one form, so they compare as text.
     for job in jobs:
         if job.unique is not None and job.created_at < began:
             screen.note(f"{job.id} has the unique key {job.unique!r} and is not over: "
                         "nothing was added")
+    # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, is_batch, args, screen)
     if not jobs or not args.wait:
@@ -11892,7 +11921,10 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Ask pools to stop, and wait until they have."""
+    """Ask pools to stop, and wait until they have.
+
+    A pool that dies meanwhile has stopped, too: `workers` leaves out the dead.
+    """
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
         screen.note("no worker is running")
@@ -11924,6 +11956,7 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 def _status_lines(args: argparse.Namespace, queue: Queue,
                   screen: Screen) -> list[str]:
+    """What `status` prints; of --watch --json an object a line (JSON lines)."""
     status = queue.status()
     if args.json:
         return [dumps(status_object(status), 2 if args.watch is None else None)]
@@ -11933,14 +11966,21 @@ def _status_lines(args: argparse.Namespace, queue: Queue,
 def _picture(lines: Sequence[str], above: int) -> str:
     """Lines to be drawn in the place of the last picture, of `above` lines.
 
-    Too long ones end at the window's edge: wrapped they would be two.
+    Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap. Too long
+    lines end at the window's edge: wrapped they would be two, and the next picture
+    would begin too low.
     """
     place = f"\033[{above}A\033[J" if above else ""
     return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the first screen; with --watch again whenever something has changed."""
+    """Print the first screen; with --watch again whenever something has changed.
+
+    What has changed is noted before the reading: a commit between the two brings the
+    next picture at once. One line of the window stays free, for the cursor stands below
+    the picture, and a picture that scrolls could not be drawn over.
+    """
     in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
     above = 0
     while True:
@@ -11964,7 +12004,11 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory."""
+    """A JSON array, an element at a time: any number needs little memory.
+
+    A line is held back until the next one comes, for only then is it known whether a
+    comma stands at its end. No element: `[]`.
+    """
     line = "["
     for one in objects:
         screen.out(line)
@@ -11973,6 +12017,7 @@ def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
 
 
 def _output_of(queue: Queue, job: Job) -> bytes:
+    """What the last run of a job printed; nothing if it has none, or is gone by now."""
     try:
         run = queue.run(job.id)
     except (NoSuchRun, NoSuchJob):
@@ -11981,6 +12026,8 @@ def _output_of(queue: Queue, job: Job) -> bytes:
 
 
 def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """A job as JSON, with --show-output also what it printed, damaged UTF-8 replaced.
+    """
     found = job_object(job)
     if args.show_output:
         found["output"] = _output_of(queue, job).decode("utf-8", "replace")
@@ -12005,7 +12052,12 @@ def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print jobs."""
+    """Print jobs.
+
+    Without a limit as JSON: newest first of one state, or of any, they can be read by
+    the page, in any number; otherwise they have to be put in order first, so all are in
+    memory. Reasons are looked up only where all states asked for are of jobs that wait.
+    """
     filters = _filters(args)
     states = tuple(args.state or ())
     if args.json:
@@ -12049,6 +12101,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _tail(output: bytes, lines: int | None) -> bytes:
+    """The last lines of it; None: all, 0: nothing."""
     if lines is None:
         return output
     return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
@@ -12068,7 +12121,17 @@ class Follower:
         self._number, self._seen, self._is_first = number, 0, True
 
     def step(self) -> tuple[bytes, str]:
-        """What is new, and a remark on a run that has ended before a retry, or ""."""
+        """What is new, and a remark on a run that has ended before a retry, or "".
+
+        The job is read before its run. If it is over, the end of its run was recorded
+        in the same transaction, so what is read of it after that is all there will be.
+        The other way round the last output of a run that ends between the two reads
+        would be missed.
+
+        A run is known by its number, and how much of it was seen by the bytes that it
+        printed in all: so what falls out of the middle while it goes on is told as left
+        out.
+        """
         job, run = self._queue.job(self.job_id), self._run()
         if run is None:
             self.is_over = job.state in OVER
@@ -12098,7 +12161,11 @@ class Follower:
 
 def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
                    screen: Screen) -> None:
-    """Print what is new; of several jobs (`place`) only whole lines, with the job."""
+    """Print what is new; of several jobs (`place`) only whole lines, with the job.
+
+    `pending` holds the begun line of each job until its end comes: two jobs that print
+    at once would else share a line.
+    """
     fresh, remark = follower.step()
     if place is not None:
         fresh = pending.pop(follower.job_id, b"") + fresh
@@ -12115,7 +12182,11 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs print as it comes, until they (or that run) are over."""
+    """Print what jobs print as it comes, until they (or that run) are over.
+
+    Ten times a second. What a running command has printed is in its pool's memory; one
+    wake-up has all pools store all of it.
+    """
     ids = list(dict.fromkeys(args.ids))
     places = {job_id: place if len(ids) > 1 else None
               for place, job_id in enumerate(ids)}
@@ -12164,7 +12235,11 @@ def _is_wide(args: argparse.Namespace) -> bool:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Wait until jobs are over; a single one's own exit status."""
+    """Wait until jobs are over; a single one's own exit status.
+
+    With a tag or a text it waits for the jobs that fit now. --all, or --queue alone,
+    goes by the counters: whatever is added meanwhile is waited for as well.
+    """
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
         job_ids = [job.id for job in queue.pages(
@@ -12183,7 +12258,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_NO if done.unwell else EX_OK
 
 
-# What a verb applies to where no state is named, and where one is.
+# What a verb applies to where no state is named, and where one is. To delete is no verb
+# of MOVES, for it leads to no state.
 USUAL = {"retry": (FAILED, DEAD, CANCELLED), "cancel": (*WAITING, PROCESSING),
          "delete": OVER}
 ALLOWED = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
@@ -12193,7 +12269,11 @@ SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
 
 def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs, as it is done."""
+    """Report what was done to jobs, as it is done.
+
+    `jobs` may be a sweep that goes on while it is reported, so an interrupt says how
+    far it came: that much is committed.
+    """
     if args.json:
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
@@ -12210,6 +12290,7 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
 
 
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The states that are named, else the usual ones; UsageError for a wrong one."""
     for state in given or ():
         if state not in ALLOWED[verb]:
             raise UsageError(f"{state} jobs cannot be {SAID[verb]}",
@@ -12218,7 +12299,11 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before a wide step, where a person sits at a terminal; Declined."""
+    """Ask before a wide step, where a person sits at a terminal; Declined.
+
+    The question is on stderr and its answer comes from stdin, so both have to be
+    terminals: a script is never asked, and never waits.
+    """
     if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
                                      and sys.stderr.isatty()):
         return
@@ -12228,7 +12313,10 @@ def _confirm(what: str, args: argparse.Namespace) -> None:
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does.
+
+    For a question or a dry run. What is changed after it is what fits then.
+    """
     counted = [(queue.count(state, **filters), state) for state in states]
     return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
@@ -12248,7 +12336,11 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
-    """All jobs that the flags describe, changed; on a terminal after a question."""
+    """All jobs that the flags describe, changed; on a terminal after a question.
+
+    No generator itself: states are checked and the question is put when it is called,
+    and only the sweep waits for who takes its jobs.
+    """
     states = _chosen_states(verb, args.state)
     amounts = _amounts(queue, states, _filters(args))
     if amounts and verb != "retry":     # no question: a retry takes nothing away
@@ -12264,7 +12356,10 @@ def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
-    """End what a lost run has left; NotFinished if that takes longer."""
+    """End what a lost run has left; NotFinished if that takes longer.
+
+    `until` is monotonic. As a pool's Ender does it (I6), but in this process.
+    """
     ending = Ending(queue.host, lost.run.claim, queue.store.settings().kill_grace,
                     lost=lost)
     while not ending.step(time.monotonic(), queue.host.processes()):
@@ -12275,7 +12370,12 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
 
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
-    """Wait until running jobs that were cancelled have been ended; as they are then."""
+    """Wait until running jobs that were cancelled have been ended; as they are then.
+
+    Their pool does it. Where that is gone, and no other takes its place, nobody would:
+    so what its runs have left is ended and recorded here. If another pool does the same
+    meanwhile, who records second changes nothing (I3).
+    """
     rescuer = Rescuer(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
@@ -12297,7 +12397,11 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 
 
 def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel all that fit; then wait until those that ran have been ended."""
+    """Cancel all that fit; then wait until those that ran have been ended.
+
+    Not batch by batch: each wait may take `kill-grace`, and their pools end them side
+    by side.
+    """
     running: list[Job] = []
 
     def noted() -> Iterator[Job]:
@@ -12312,7 +12416,11 @@ def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended."""
+    """Cancel jobs; wait until running ones have been ended.
+
+    A run that completes before it is ended stays completed (`settle`): that is said,
+    and if it was so for all of them the exit status is 1.
+    """
     if _is_wide(args):
         return _cancel_wide(args, queue, screen)
     jobs = queue.cancel(*args.ids)
@@ -12337,7 +12445,12 @@ def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str], is_dry: bool = False) -> int:
-    """Delete all jobs that fit, and say how many."""
+    """Delete all jobs that fit, and say how many.
+
+    A dry run and a question count with the bound that the sweep will have: a stored
+    time is cut to its millisecond, and `ended_before` leaves out the bound itself,
+    hence 0.001.
+    """
     filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
@@ -12382,7 +12495,10 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the dead jobs, the latest death first."""
+    """Print the dead jobs, the latest death first.
+
+    Below each stands its error. The table's line 0 is its head: line 1 is job 0.
+    """
     def _look(limit: int) -> list[Job]:
         return queue.jobs(DEAD, "finished", limit)
     if args.json:
@@ -12415,6 +12531,7 @@ def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def _named_queues(queues: Sequence[str] | None) -> str:
+    """`all queues`, `queue a`, `queues a, b`: as a sentence wants it."""
     if not queues:
         return "all queues"
     return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
@@ -12432,6 +12549,8 @@ def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
+    # What still holds claims back, for that is what one wants to know: a queue has its
+    # own pause, and all of them have one together.
     paused = queue.status().paused
     left = [name for name in paused if name != EVERY_QUEUE]
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
@@ -12519,13 +12638,19 @@ def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the changes of jobs' states, oldest first."""
+    """Print the changes of jobs' states, oldest first.
+
+    By the page, so any number needs little memory. `newest` is read before the page:
+    when a page is not full, all up to it have been looked through, also those of other
+    queues, and the next look can begin there. Read after it, it could skip a change.
+    """
     after, since_when = 0, "" if args.since is None else iso(args.since)
     while True:
         seen, newest = queue.store.changes(), queue.last_event()
         page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
         screen.out(*(dumps(event_object(one), None) if args.json
                      else event_line(one, screen.style()) for one in page))
+        # There may be more: no waiting, and on from the last one.
         if len(page) == PAGE_SIZE:
             after = page[-1].seq
             continue
@@ -12601,6 +12726,7 @@ def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Make a consistent copy."""
     queue.backup(args.file)
+    # To open it is to try it: a copy that is no queue is told now.
     with Queue(args.file, create=False) as copy:
         jobs = sum(copy.counts().values())
     screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
@@ -12608,7 +12734,11 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Serve the dashboard, the API and the metrics until told to stop."""
+    """Serve the dashboard, the API and the metrics until told to stop.
+
+    All that can be refused (a name, a token, a certificate, the port) is, before the
+    URL is printed: that says that it is served.
+    """
     options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
                          args.tls_cert, args.tls_key)
     family, address = resolved(options.host, options.port)
@@ -12627,7 +12757,11 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script."""
+    """Print a shell's completion script.
+
+    Where this file is not named as its module it cannot be imported, and runs by its
+    path.
+    """
     import shlex  # 1 ms
     python, file = program_words()
     folder, name = os.path.split(file)
@@ -12639,12 +12773,20 @@ def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
 
 def database_path(given: str | None) -> str:
     """The path of the database that is meant: as given, else as the environment says.
+
+    An empty one counts as none, so `--db "$UNSET"` is the usual one.
     """
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
 def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
-    """The words that give these flags once more; durations in seconds."""
+    """The words that give these flags once more; durations in seconds.
+
+        --timeout 5m --queue a --queue b -> --timeout 300 --queue a --queue b
+
+    Parsed values are written anew, so what is printed has been checked. Defaults are
+    left out.
+    """
     for flag in flags:
         value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
         for one in value if isinstance(value, list) else [value]:
@@ -12655,7 +12797,11 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a unit file that runs a worker of this queue."""
+    """Print a unit file that runs a worker of this queue.
+
+    The queue need not be there yet. A service starts in another directory, so the path
+    is absolute.
+    """
     try:
         path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
@@ -12673,6 +12819,10 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     return EX_OK
 
 
+# Whether a command makes a database that is not there. Those do that hand something
+# over, or set something up that jobs will meet later (a pause, a limit, a setting, a
+# schedule), or stay to serve what comes (worker start, web). Any other would but hide a
+# mistyped path behind an empty queue.
 CREATES, READS = True, False
 NEITHER = None      # it does not open the database
 
@@ -12697,6 +12847,7 @@ _OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
 _DRY_FLAG = option("--dry-run", action="store_true", group="other",
                    help="only say what would be deleted")
 
+# In the order of `queuectl --help`.
 COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
         option("job", nargs="?", metavar="JOB",
@@ -12866,7 +13017,8 @@ COMMANDS = (
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
-# What a group of commands does when it is named alone.
+# What a group of commands does when it is named alone: each time something that only
+# looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
          "schedule": "list"}
 TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
