@@ -13044,14 +13044,20 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
 #
-# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`,
-# and the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So
-# the choices are the queues' names, and `--queue=gpu` may be offered.
+# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`, and
+# the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So the
+# choices are the queues' names, and `--queue=gpu` may be offered.
+#
+# A press of a key must not be noticed: no queue is made, upgraded or waited for
+# (`glance`), and however many jobs there are, only so many rows are looked at, by an
+# index. A new command needs no word here: a row of COMMANDS and its metavars are all
+# that is read.
 
 OFFERED = 200          # ids that completion offers at most
 LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
 
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
+# Beside the rows of a command, as argparse adds it by itself.
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
 # Kinds of values that the shell itself completes, by metavar.
 FILES, DIRS = "files", "dirs"
@@ -13070,14 +13076,22 @@ class Choice(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The words after a command's name, as far as they are there."""
+    """The words after a command's name, as far as they are there.
+
+    What is given tells which flag may not come twice, and whose turn is next of the
+    arguments without a dash.
+    """
     given: list[tuple[Option, str]]     # each argument with its value, in their order
     awaiting: Option | None             # the flag whose value comes next
     is_verbatim: bool                   # after `--` all is a command of the user's
 
 
 class Place(NamedTuple):
-    """What may stand where the cursor is."""
+    """What may stand where the cursor is.
+
+    Either `choices`, or a `kind` of which the queue or the shell knows the values;
+    neither where only a person knows (a command, a new name).
+    """
     choices: tuple[Choice, ...] = ()    # known without the queue
     kind: str = ""                      # else: of what kind
     word: str = ""                      # its beginning
@@ -13099,10 +13113,12 @@ def unquoted(word: str) -> str:
 
 
 def _is_flag(word: str) -> bool:
+    """Whether it is one; `-` alone is stdin."""
     return word.startswith("-") and word != "-"
 
 
 def _takes_value(one: Option) -> bool:
+    """Whether a word follows it: what argparse stores, not what it only notes."""
     return one.settings.get("action") in (None, "append")
 
 
@@ -13132,7 +13148,11 @@ def _read_flag(options: Sequence[Option], word: str,
 
 
 def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
-    """Read them as argparse will."""
+    """Read them as argparse will.
+
+    Not by argparse itself: it ends at the first mistake, and a line that is being typed
+    is one mistake to its end.
+    """
     reading = Reading([], None, False)
     for word in words:
         given, awaiting, _ = reading
@@ -13150,7 +13170,15 @@ def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
 
 
 def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The commands that these words may come to, and the words beside the name."""
+    """The commands that these words may come to, and the words beside the name.
+
+        dlq           -> its three, as long as no second word is there
+        dlq --limit 5 -> `dlq list`, which is what a flag comes to (ALONE)
+        --db x.db     -> all
+
+    As `_split` and `_find` (Main) read a line that is complete. None of them for a wrong
+    name.
+    """
     at = 0
     while at < len(words) and _is_flag(words[at]):
         at += 2 if words[at] == "--db" else 1
@@ -13188,7 +13216,10 @@ def _command_choices(entries: Sequence[Entry]) -> list[Choice]:
 
 def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]],
                   word: str) -> list[Choice]:
-    """Long names, and a short one that is there; none that may not come twice."""
+    """Long names, and a short one that is there; none that may not come twice.
+
+    After a lone dash only long ones: a list of letters helps nobody.
+    """
     taken = [one for one, _ in given if one.settings.get("action") != "append"]
     return [Choice(name, one.settings.get("help", "")) for one in options
             if one not in taken for name in one.names
@@ -13196,7 +13227,11 @@ def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]]
 
 
 def _kind_of(entry: Entry | None, one: Option) -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind."""
+    """What kind of thing an argument names; "" for what is new, or of no kind.
+
+    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
+    setting.
+    """
     metavar = str(one.settings.get("metavar", ""))
     if one.names[0] in _NEW or (metavar == "KEY" and one.names[0].startswith("-")):
         return ""
@@ -13213,12 +13248,21 @@ def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
 
 
 def _span(word: str) -> dict[str, str]:
-    """The bounds of what begins with a word; names are ASCII without DEL."""
+    """The bounds of what begins with a word; names are ASCII without DEL.
+
+    So `name >= word AND name < end` is a range of an index; LIKE is not, unless it
+    respects case (SQLite, "The LIKE Optimization").
+    """
     return {"word": word, "end": word + "\x7f"}
 
 
 def _job_choices(rows: Rows, place: Place) -> list[Choice]:
-    """The newest of each state; then those that the index of ids leads to."""
+    """The newest of each state; then those that the index of ids leads to.
+
+    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
+    million jobs the newest are meant. An id of one's own may be older: that is found by
+    the word that it begins with. Both may find the same job, once for the shell.
+    """
     found = [row for state in place.states for row in rows(
         Sql.NEWEST_IDS, state=state, look=LOOKED_AT, limit=OFFERED,
         **_span(place.word))]
@@ -13231,6 +13275,7 @@ def _job_choices(rows: Rows, place: Place) -> list[Choice]:
 
 
 def _queue_choices(rows: Rows, place: Place) -> list[Choice]:
+    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
     counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
     for name, state, n in rows(Sql.COUNTS):
         counts.setdefault(name, []).append(f"{n} {state}")
@@ -13257,7 +13302,11 @@ _IN_QUEUE = {"ID": _job_choices, "Q": _queue_choices, "T": _tag_choices,
 
 
 def _valued(place: Place, entry: Entry | None, reading: Reading, one: Option) -> Place:
-    """The place of an argument's value."""
+    """The place of an argument's value.
+
+    `enqueue @F` names a file in the place of a job. What an argument has already is not
+    offered for it again; only jobs of states that the command takes are (_FITTING).
+    """
     kind = _kind_of(entry, one)
     if kind == "JOB" and place.word.startswith("@"):
         return place._replace(kind=FILES, word=place.word[1:], before="@")
@@ -13282,7 +13331,11 @@ def _at_flag(place: Place, entry: Entry | None, reading: Reading,
 
 def _at_argument(place: Place, entry: Entry | None, reading: Reading,
                  options: Sequence[Option]) -> Place:
-    """The place of an argument without a name; of flags, where none is known."""
+    """The place of an argument without a name; of flags, where none is known.
+
+    After `--` stands a command of the user's: of that only the names of files are
+    known.
+    """
     one = _next_argument(options, reading.given)
     if one:
         place = _valued(place, entry, reading, one)
@@ -13294,7 +13347,12 @@ def _at_argument(place: Place, entry: Entry | None, reading: Reading,
 
 
 def place_of(words: Sequence[str]) -> Place:
-    """What may stand in place of the last of these words, the line's without quotes."""
+    """What may stand in place of the last of these words, the line's without quotes.
+
+    Asked in this order: a value that a flag awaits (unless it may do without one), a
+    flag, the rest of the command's name, an argument of it. The last --db of the line
+    counts, as it does for argparse.
+    """
     *before, word = words or ("",)
     found, rest = named_commands(before)
     entry = _meant(found)
@@ -13312,7 +13370,10 @@ def place_of(words: Sequence[str]) -> Place:
 
 
 def _expanded(path: str) -> str:
-    """A path as the shell would have made it of a word: ~ and $NAME are known."""
+    """A path as the shell would have made it of a word: ~ and $NAME are known.
+
+    The word comes from the line before the shell has read it.
+    """
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -13341,8 +13402,17 @@ def completion_lines(words: Sequence[str]) -> list[str]:
 
 
 # ---- 28 Main -----------------------------------------------------------------
+# From the words of a command line to its exit status: which command it is, its parser,
+# its queue; and what each end that we know is told as. `main` is the entry point of the
+# installed command, of `python3 -m queuectl`, of the file run by its path, and of
+# programs and tests, to which it returns: nothing below it ends the process, but
+# argparse where it prints a help.
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
+    """What lays a help out: descriptions as they stand, two columns left free.
+
+    With a width of its own, for argparse would load shutil to find one.
+    """
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
 
 
@@ -13350,12 +13420,20 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Refuse the command line.
+
+        argparse itself would print two lines and end the process, with --json as
+        without.
+        """
         raise UsageError(message, f"`{self.prog} --help` says more")
 
 
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
-    """The parser that only knows `--help`: a list of commands."""
+    """The parser that only knows `--help`: a list of commands.
+
+    argparse's subparsers would need the parser of each command. As it is, this one is
+    made only when its help is asked for.
+    """
     parser = Parser(
         prog=name, formatter_class=_formatter,
         usage=f"{name} [--db PATH] COMMAND ...",
@@ -13375,7 +13453,12 @@ def _shown_word(word: Option) -> str:
 
 
 def command_parser(entry: Entry) -> Parser:
-    """The parser of one command; to make all of them would take as long as the rest."""
+    """The parser of one command; to make all of them would take as long as the rest.
+
+    No abbreviations: `--run` would be --run-at today and a mistake once there is
+    another flag of that beginning. Its own usage line, for argparse's lists all
+    flags.
+    """
     name = "queuectl " + " ".join(entry.words)
     words = " ".join(_shown_word(one) for one in entry.options
                      if not one.names[0].startswith("-"))
@@ -13397,7 +13480,11 @@ def command_parser(entry: Entry) -> Parser:
 
 
 def _find(name: str, following: str | None) -> tuple[Entry, int]:
-    """The command of that name, and how many words its name has here."""
+    """The command of that name, and how many words its name has here.
+
+    Of a group (`dlq`) the second word says which; a flag in its place, or none, means
+    the usual one (ALONE). UsageError with the nearest name for one that there is not.
+    """
     found = [entry for entry in COMMANDS if entry.words[0] == name]
     if not found:
         raise UsageError(f"there is no command `{name}`",
@@ -13420,7 +13507,11 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
 
 
 def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
-    """The command, and the other words; `status` where none is named."""
+    """The command, and the other words; `status` where none is named.
+
+    Found by hand: flags may stand before the name as well, and of these only --db takes
+    a word, so its value is not taken for the command.
+    """
     words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         if words[at] in ("-h", "--help", "--version"):
@@ -13434,7 +13525,12 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
-    """What to say of words that a command does not take."""
+    """What to say of words that a command does not take.
+
+    The nearest flag only of one that no command has: else `list --drain` would be told
+    of a flag that looks alike. Bare words after `enqueue` are mostly a command without
+    quotes.
+    """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
     known = {name for one in COMMANDS for flag in one.options for name in flag.names}
@@ -13447,7 +13543,11 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; what follows the first `--` of `enqueue` stays as it is."""
+    """The arguments; what follows the first `--`, where a job is given, stays as it is.
+
+    Cut off before argparse sees it, which would take the dashes out and the words for
+    JOB. What it does not know it returns, so the words about that are ours.
+    """
     entry, words = _split(argv)
     rest = None
     if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
@@ -13461,6 +13561,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(argv: Sequence[str]) -> int:
+    """Run a command with its queue and its screen; its exit status.
+
+    `queuectl` alone, where there is no queue yet, is a first visit and no mistake.
+    """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
     screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
@@ -13479,7 +13583,12 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be."""
+    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be.
+
+    A file gets the lowest number that is free (open(2)): with stdout closed that is 1,
+    and the next print would go into the database. Python has None for a stream that was
+    closed when it started. stdin stays None, so that who reads jobs from it says so.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -13505,19 +13614,30 @@ def _as_utf8(word: str) -> str:
 
 
 def _abandon(stream: TextIO) -> None:
-    """The interpreter must not flush into what cannot be written, and say so."""
+    """The interpreter must not flush into what cannot be written, and say so.
+
+    At its exit it flushes both streams. What is left goes to /dev/null: Python's own
+    documentation has it so (library, signal, "Note on SIGPIPE").
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _wants_json(words: Sequence[str]) -> bool:
-    """Whether errors are to be JSON; what follows `--` is somebody else's."""
+    """Whether errors are to be JSON; what follows `--` is somebody else's.
+
+    Looked for in the words: of a line that could not be parsed there are no arguments.
+    """
     end = words.index("--") if "--" in words else len(words)
     return "--json" in words[:end]
 
 
 def _answer(words: Sequence[str]) -> int:
-    """The exit status; each refusal and each end that we know becomes one here."""
+    """The exit status; each refusal and each end that we know becomes one here.
+
+    Anything else is a mistake of this program and keeps its traceback. The results are
+    flushed while an error can still be told, and the status changed.
+    """
     try:
         status = _run([_as_utf8(word) for word in words])
         Screen.flush()
@@ -13545,7 +13665,11 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
+    """Run a command line; the exit status.
+
+    `argv` are the words without the program's name, by default this process's. stdout
+    and stderr are changed to UTF-8 for good.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
