@@ -11900,6 +11900,8 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Run a pool until it is told to stop."""
+    # What was not given is None, and left to the jobs and the configuration, which are
+    # read when they are needed: a `config set` reaches a pool that runs.
     options = PoolOptions(args.count, args.name, tuple(args.queue or ()), args.timeout,
                           args.backoff_base, args.drain, args.max_jobs, args.grace)
     # What is loaded now stays: looking through it again and again for garbage was an
@@ -11915,6 +11917,7 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         if args.drain and screen.draws:
             with contextlib.suppress(QueueError):   # it is but a picture
                 bar(queue.progress().since(first))
+    # What was over before this pool came is not its work, so not in its bar.
     first = queue.progress()
     with screen.drawing():      # the shell goes on where the bar was
         return run_pool(queue, options, say)
@@ -12087,6 +12090,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print one job whole."""
+    # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
+    # moment.
     job, runs = queue.job(args.id), queue.runs(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
@@ -12118,6 +12123,8 @@ class Follower:
                  lines: int | None = None) -> None:
         self.job_id, self.is_over = job_id, False
         self._queue, self._only, self._lines = queue, number, lines
+        # The run to look at (None: the last there is), how many bytes of it were seen,
+        # and whether nothing was read yet: only then do `lines` count.
         self._number, self._seen, self._is_first = number, 0, True
 
     def step(self) -> tuple[bytes, str]:
@@ -12148,6 +12155,8 @@ class Follower:
         self.is_over = self._only is not None or (job.state in OVER and is_last)
         if self.is_over:
             return fresh, ""
+        # The next run may not have begun: until then there is none of that number, and
+        # nothing new.
         self._number, self._seen = run.number + 1, 0
         return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
 
@@ -12376,6 +12385,9 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     so what its runs have left is ended and recorded here. If another pool does the same
     meanwhile, who records second changes nothing (I3).
     """
+    # A command has no heartbeat that could get through, so it knows of no silence: only
+    # pools that are gone, as the kernel says, count as lost here, and a frozen one's
+    # job is left to other pools.
     rescuer = Rescuer(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
@@ -12426,6 +12438,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     jobs = queue.cancel(*args.ids)
     ended = {job.id: job for job in _await_ends(
         queue, [job for job in jobs if job.state == PROCESSING], screen)}
+    # In the order of the ids that were given.
     jobs = [ended.get(job.id, job) for job in jobs]
     late = [job for job in jobs if job.state != CANCELLED]
     for job in late:
@@ -12582,7 +12595,11 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add a job that comes again and again."""
+    """Add a job that comes again and again, and say when that will be.
+
+    A person reads a cron line easily in a wrong way; the next moments show it. Workers
+    take the turns, so it says where none is running.
+    """
     import shlex  # 1 ms
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
@@ -12624,7 +12641,10 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule go on; what it missed is not made up."""
+    """Let a schedule go on; what it missed is not made up.
+
+    So it says when the next turn is.
+    """
     schedule = queue.resume_schedule(args.name)
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
@@ -12662,7 +12682,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print all settings."""
+    """Print all settings, those that somebody has set in bold."""
     stored = queue.store.stored_settings()
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
@@ -12701,7 +12721,11 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done."""
+    """Print what was done.
+
+    `seconds` may be more or less than was asked for: counters are kept by the minute or
+    the hour, and the queue may be younger.
+    """
     stats = queue.stats(args.since)
     seconds = queue.covered(args.since)
     if args.json:
@@ -12739,6 +12763,8 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     All that can be refused (a name, a token, a certificate, the port) is, before the
     URL is printed: that says that it is served.
     """
+    # The address is looked up before the site is made: whether strangers reach it
+    # decides whether a token may be left out.
     options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
                          args.tls_cert, args.tls_key)
     family, address = resolved(options.host, options.port)
@@ -13025,6 +13051,7 @@ TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, kept in the database", "queue": "Queues of jobs",
           "schedule": "Jobs that come again and again"}
+# What `queuectl` alone says where there is no queue yet.
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -13176,8 +13203,8 @@ def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
         dlq --limit 5 -> `dlq list`, which is what a flag comes to (ALONE)
         --db x.db     -> all
 
-    As `_split` and `_find` (Main) read a line that is complete. None of them for a wrong
-    name.
+    As `_split` and `_find` (Main) read a line that is complete. None of them for a
+    wrong name.
     """
     at = 0
     while at < len(words) and _is_flag(words[at]):
