@@ -8759,9 +8759,9 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# What each request that was let in is answered. Who is let in stands in Access: a
-# dashboard that can enqueue runs shell commands, and any user of the machine and any
-# page in a browser can send it something.
+# What each request that was let in is answered. A dashboard that can enqueue runs shell
+# commands, and any user of the machine and any page in a browser can send it something:
+# who is let in, Access decides.
 #
 # An answer is a function of a queue and a Call. It knows neither sockets nor tokens, so
 # that tests call it without a server. It may refuse: a QueueError goes up to `respond`
@@ -10430,9 +10430,9 @@ _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "orig
 def _headers_of(message: Any) -> dict[str, str]:
     """The headers by lower-case name; WebRefusal if they can be read in two ways.
 
-    To the email package, which http.client has read them, a line without a colon ends
-    the headers, and all that follows is text of a letter: an Origin after it would go
-    unseen.
+    To the email package, by which http.client reads them, a line without a colon ends
+    the headers, and all that follows is the text of a letter: an Origin after it would
+    go unseen.
     """
     headers: dict[str, str] = {}
     for name, value in message.items():
@@ -10815,9 +10815,9 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
     """Who may do what; `names` are this machine's own, `address` what is listened on.
 
     Whether only this machine can reach it is asked of the address: a name, as
-    `localhost`, may lead anywhere. Where all addresses are listened on this machine's
-    names are good Hosts, too. The cookie is named after the port, or by chance where
-    that is not known yet (0).
+    `localhost`, may lead anywhere. Where all addresses are listened on, this
+    machine's names are good Hosts, too. The cookie is named after the port, or by
+    chance where that is not known yet (0).
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
