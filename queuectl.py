@@ -10028,11 +10028,17 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# A dashboard that can enqueue runs shell commands, and any user of the machine and any
-# page in a browser can send it something. So a request must name this host, come from
-# no other page, and bring a token; only then is it looked at. Here stands what each
-# request that was let in is answered.
+# What each request that was let in is answered. A dashboard that can enqueue runs shell
+# commands, and any user of the machine and any page in a browser can send it something:
+# who is let in, Access decides.
+#
+# An answer is a function of a queue and a Call. It knows neither sockets nor tokens, so
+# that tests call it without a server. It may refuse: a QueueError goes up to `respond`
+# (Reply), which makes JSON and a status of it. An answer's docstring is the summary of
+# its route in /api/openapi.json, so it stays one line.
 
+# Bounds of one request. RFC 9110, section 4.1 asks servers to take URIs of 8000 bytes
+# at least.
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
 MAX_TARGET = 8 << 10        # bytes of path and query
@@ -10042,6 +10048,7 @@ MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
 
+# A token of its own for each role (QUEUECTL_TOKEN, QUEUECTL_READ_TOKEN).
 FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
@@ -10050,7 +10057,11 @@ OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Request(NamedTuple):
-    """What a client asks."""
+    """What a client asks.
+
+    Header names have no case (RFC 9110, section 5.1), so they are compared in lower
+    case. The body is empty until the request was let in (I10).
+    """
     method: str
     target: str                     # path and query, as sent
     headers: Mapping[str, str]      # names in lower case
@@ -10059,7 +10070,11 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What it is answered."""
+    """What it is answered.
+
+    `follows` stands in the reply of `get_events` alone: after its head the server sends
+    what the feed brings, and the body is not looked at.
+    """
     status: int
     body: bytes = b""
     kind: str = JSON_TYPE
@@ -10069,7 +10084,13 @@ class Reply(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Who may do what here."""
+    """Who may do what here.
+
+    `hosts` are the names by which clients may call this server, in lower case, without
+    a port, IPv6 addresses in brackets. A cookie is sent to each port of its host (RFC
+    6265, section 8.5): two servers with one name for it would log each other's users
+    out.
+    """
     token: str                      # "": nobody is asked for one
     read_token: str = ""            # "": there is none
     hosts: frozenset[str] = frozenset()
@@ -10080,7 +10101,11 @@ class Site(NamedTuple):
 
 
 class WebRefusal(QueueError):
-    """A request is refused before the queue is asked."""
+    """A request is refused before the queue is asked.
+
+    It brings its status along: the refusals of the queue get theirs by their codes, but
+    all of these have the same one.
+    """
     code = "refused"
 
     def __init__(self, status: int, message: str, hint: str = "",
@@ -10089,7 +10114,8 @@ class WebRefusal(QueueError):
         self.status, self.headers = status, headers
 
 
-# Refusals of the queue by their code; what is not here is no fault of the client.
+# Refusals of the queue by their code; what is not here is no fault of the client and
+# may pass (busy, database-gone ...): 503. 507 is WebDAV's (RFC 4918, section 11.5).
 REFUSAL_STATUS = {
     "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
     "no-such-schedule": 404, "job-exists": 409, "schedule-exists": 409,
@@ -10098,7 +10124,13 @@ REFUSAL_STATUS = {
 
 
 def refusal_reply(error: QueueError) -> Reply:
-    """A refusal as JSON, with the key at fault where there is one."""
+    """A refusal as JSON, with the key at fault where there is one.
+
+        {"error": "...", "hint": "...", "key": "timeout", "item": 1}
+
+    `hint` tells what to do, and is left out where nobody knows; `item` is the place in
+    an array of jobs, from 0.
+    """
     status = REFUSAL_STATUS.get(error.code, 503)
     headers: tuple[tuple[str, str], ...] = ()
     if isinstance(error, WebRefusal):
@@ -10115,7 +10147,10 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(status, dumps(told, None).encode(), headers=headers)
 
 
-# Durations, as far as the API's description goes; none is over MAX_DURATION.
+# Durations, as far as the API's description goes; none is over MAX_DURATION. The
+# command line takes longer forms, but no pattern can bound the sum of their parts: so
+# three parts at most, of few digits. What a query gives has to fit it, so that whatever
+# the description forbids is refused (`make fuzz` holds the server to it).
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 
@@ -10124,7 +10159,9 @@ SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 class Param(NamedTuple):
     """One parameter of a query: its parser, and what it may be as JSON schema.
 
-    Text may be blank, which is as good as not given; so the forms below allow it.
+    The two say the same, to this program and to others, so they stand in one row. Text
+    may be blank, which is as good as not given; so the forms below allow it. A parser
+    raises InvalidValue.
     """
     name: str
     parse: Callable[[str], Any]
@@ -10147,12 +10184,15 @@ def _a_search(text: str) -> str:
 
 
 def _a_cursor(text: str) -> int:
+    """The seq in `next` of a page; of 18 digits each fits SQLite's 64 bits, of 19 not.
+    """
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
         raise InvalidValue(f"{text!r} is not a cursor", "use `next` of the page before")
     return int(text)
 
 
 def _whole_param(name: str, least: int, most: int, help: str) -> Param:
+    """A whole number; a blank one is refused, for no number is blank."""
     return Param(name, lambda text: parse_whole(text, least, most),
                  {"type": "integer", "minimum": least, "maximum": most}, help)
 
@@ -10179,6 +10219,12 @@ _OUTPUT_PARAMS = (
 
 
 def _query_fields(query: str) -> list[tuple[str, str]]:
+    """The names and values of a query, decoded, in their order; WebRefusal.
+
+    Strict, for a byte that is no UTF-8 would else become U+FFFD, and something would be
+    looked for that nobody has asked for. Blank values are kept: an unknown name is
+    unknown without a value, too.
+    """
     import urllib.parse  # 4 ms, and only in a server
     try:
         return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
@@ -10189,7 +10235,15 @@ def _query_fields(query: str) -> list[tuple[str, str]]:
 
 
 def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
-    """The values of a query, checked; text that is left blank is not given."""
+    """The values of a query, checked; text that is left blank is not given.
+
+        state=dead&state=failed&queue=&limit=5
+        -> {"state": ["dead", "failed"], "limit": 5}
+
+    An unknown name is refused: a mistyped filter that were passed over would answer
+    with more than was asked for. Of two values one reader of the query takes the first
+    and another the last, so the second one is refused as well.
+    """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
     for name, text in _query_fields(query):
@@ -10228,20 +10282,34 @@ def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
 
 
 def _bounded_int(digits: str) -> int:
-    """The number; reading a million digits would take minutes."""
+    """The number, if it is short: int() takes quadratic time for decimal digits.
+
+    A body full of them would take many minutes: a million took 14 s. Newer Pythons
+    refuse more than 4300 digits by themselves (CVE-2020-10735), older ones do not.
+    """
     if len(digits) > 40:
         raise ValueError("a number of more than 40 digits")
     return int(digits)
 
 
 def _number(text: str) -> float:
-    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+    """The number; JSON knows but one kind, so 5.0 is the whole number 5.
+
+    Up to 1e15: all whole numbers up to 2**53, some 9e15, are exact as floats, larger
+    ones need not be what was written.
+    """
     value = float(text)
     return int(value) if abs(value) < 1e15 and value.is_integer() else value
 
 
 def json_body(request: Request) -> Any:
-    """The body as JSON; an empty object if there is none."""
+    """The body as JSON; an empty object if there is none.
+
+    The type has to be named: forms and text/plain are what another site's page may send
+    without asking, JSON needs a preflight (Fetch, "CORS-safelisted request-header"),
+    and no route answers that (OPTIONS). An empty body needs no type, but a wrong one is
+    refused.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE and (kind or request.body):
         raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
@@ -10251,12 +10319,17 @@ def json_body(request: Request) -> Any:
     try:
         return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
                           parse_float=_number)
+    # RecursionError: of a body that is nested too deeply.
     except (ValueError, RecursionError) as error:
         raise WebRefusal(400, f"the body is not JSON ({error})") from None
 
 
 def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
-    """A body that is an object of no other keys."""
+    """A body that is an object of no other keys.
+
+    Routes that take nothing call it with none: so a mistyped body is refused there,
+    too, and one whose type a form could have is not let pass. InvalidJob names the key.
+    """
     fields = json_body(request)
     if not isinstance(fields, dict):
         raise WebRefusal(400, "the body is not an object", "send {} at least")
@@ -10314,6 +10387,9 @@ def get_schedules(queue: Queue, call: Call) -> Reply:
 def get_jobs(queue: Queue, call: Call) -> Reply:
     """A page of jobs, newest first."""
     wanted = call.params
+    # Pages go on from a seq, not from an offset: new jobs shift none to the next page,
+    # and the thousandth page costs what the first does, by the primary key or by
+    # jobs_by_state.
     limit = wanted.get("limit", USUAL_PAGE)
     # One more, to know whether there is a next page.
     jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
@@ -10335,10 +10411,14 @@ def get_output(queue: Queue, call: Call) -> Reply:
     number, offset = call.params.get("run"), call.params.get("offset", 0)
     queue.job(call.job_id)
     try:
+        # What a command has just printed is in the memory of its pool, which is asked
+        # to store it.
         run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
     except NoSuchRun:
         if number is not None:
             raise
+        # Not 404: the job is there, and who follows its output may ask before its first
+        # run.
         return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
     output = since(run.output, run.output_bytes, offset) if offset \
         else readable(run.output, run.output_bytes)
@@ -10352,6 +10432,8 @@ def _count_of(jobs: Sequence[Job]) -> str:
 
 def post_jobs(queue: Queue, call: Call) -> Reply:
     """Add a job, or an array of them: all or none."""
+    # By `enqueue_many` in both cases: the same checks, and one transaction for all. A
+    # job whose unique key is taken comes back as the one that has it, also with 201.
     given = json_body(call.request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
@@ -10387,6 +10469,8 @@ def delete_job(queue: Queue, call: Call) -> Reply:
 
 
 def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
+    """Text of a body, checked by the parser of a query's text; InvalidJob with the key.
+    """
     if not isinstance(value, str):
         raise InvalidJob(key, f"{key} is not text")
     return _in_job(key, check, value)
@@ -10405,6 +10489,8 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
             for key, check in (("queue", parse_name), ("search", _a_search))
             if fields.get(key) is not None}
         jobs = list[Job]()
+        # In the sweep's small transactions: to put back a million in one would hold the
+        # write lock, and the reply in memory.
         for batch in queue.sweep("retry", DEAD, **wanted):
             jobs += batch       # a whole one: all of it has been put back
             if len(jobs) >= MAX_BATCH:
@@ -10413,6 +10499,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
 
 
 def _named_queue(call: Call) -> str | None:
+    """The queue that a body names; None: all of them (no body, {}, or null)."""
     value = _object_body(call.request, ("queue",)).get("queue")
     return None if value is None else _in_body("queue", parse_name, value)
 
@@ -10433,6 +10520,8 @@ def post_resume(queue: Queue, call: Call) -> Reply:
 
 def get_events(queue: Queue, call: Call) -> Reply:
     """Changes of state and of the status, as they come."""
+    # A browser that connects anew sends the `id` of the last event that it got (HTML,
+    # "Server-sent events"). What is no such number is none of ours: then from now on.
     last = call.request.headers.get("last-event-id", "")
     seq = int(last) if re.fullmatch("[0-9]{1,18}", last) else -1
     return Reply(200, b"", EVENTS_TYPE, follows=seq)
@@ -10440,12 +10529,21 @@ def get_events(queue: Queue, call: Call) -> Reply:
 
 def get_health(queue: Queue, call: Call) -> Reply:
     """Whether the database answers."""
+    # Of a table of a few rows (sqlite_sequence): cheap, and it is the file that has to
+    # answer.
     queue.last_event()
     return _json_reply({"status": "ok"})
 
 
 def _wants_open_metrics(accept: str) -> bool:
-    """Whether OpenMetrics is named, and not liked less than plain text."""
+    """Whether OpenMetrics is named, and not liked less than plain text.
+
+        application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5 -> True
+
+    As Prometheus asks. Weights go from 0 (never) to 1 (RFC 9110, section 12.4.2); of a
+    type that is named several times, for its versions, the best counts. `*/*` is not
+    taken as naming it: who has no wish (curl, a browser) gets the older format.
+    """
     liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
     for part in accept.lower().split(","):
         kind, _, rest = part.strip().partition(";")
@@ -10465,7 +10563,11 @@ def get_metrics(queue: Queue, call: Call) -> Reply:
 
 
 class Route(NamedTuple):
-    """One thing that can be asked."""
+    """One thing that can be asked.
+
+    A path has ID at most once, for one segment; so no two paths fit the same request,
+    and the order of the table does not matter.
+    """
     method: str
     path: str                   # ID stands for a job's id
     answer: Callable[[Queue, Call], Reply]
@@ -10508,18 +10610,31 @@ PUBLIC = ("/healthz", "/metrics")       # they tell no command
 
 
 # ---- 18 Description ----------------------------------------------------------
-# What the API takes and answers, as OpenAPI.
+# What the API takes and answers, as OpenAPI 3.1, for programs: clients that are
+# generated, and `make fuzz`, which sends what the schemas allow and what they forbid,
+# and compares the replies. So a schema is a promise: too wide, and what it allows is
+# refused; too narrow, and what it forbids is let pass.
+#
+# Replies may gain keys, so their schemas forbid none. Bodies may not: a mistyped key is
+# refused. A field of a job stands here as well as in Job and FIELDS; a test compares
+# them.
 
 def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """An object that has all of these: what is not known is null, never left out."""
     return {"type": "object", "properties": dict(properties),
             "required": list(properties)}
 
 
 def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
+    """An array whose elements are all such."""
     return {"type": "array", "items": dict(items)}
 
 
 def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """That, or null; for schemas of one type.
+
+    OpenAPI 3.1 takes JSON Schema as it is; 3.0 had a `nullable` of its own.
+    """
     return {**schema, "type": [schema["type"], "null"]}
 
 
@@ -10556,17 +10671,27 @@ _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancel
             "success_rate": _or_null(_NUMBER_SCHEMA),
             "throughput": _or_null(_NUMBER_SCHEMA),
             "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
+# A keyword says nothing of values of other types (JSON Schema Core, 7.6.1): so bounds
+# of the number and the form of the text stand in one schema. A pattern is not anchored
+# by itself (Validation, 6.3.3), hence ^ and $.
 _SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
                 "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"}
+# Narrower than what is taken: whatever fits it is a date that there is, in any month,
+# and so no day is above 28.
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
               "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
+# One name may stand for a list of it.
 _GIVEN_NAMES = {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                 "pattern": f"^{_NAME}$"}
 _NO_NUL = "^[^\\u0000]+$"
 
 
 def _not_both(one: str, other: str) -> dict[str, Any]:
-    """Of the two at most one is given; null is not given."""
+    """Of the two at most one is given; null is not given.
+
+    `required` alone would forbid {"delay": 5, "run_at": null}, which is taken: to have
+    both keys, and neither of them null, is what must not be.
+    """
     return {"not": {"required": [one, other], "properties": {
         key: {"not": {"type": "null"}} for key in (one, other)}}}
 
@@ -10575,6 +10700,7 @@ _NEW_JOB_SCHEMA = {
     "type": "object", "required": ["command"], "additionalProperties": False,
     **_not_both("delay", "run_at"),
     "properties": {
+        # Something in it that is no blank, and no NUL, as `_check_command` asks.
         "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
                     "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
         "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
@@ -10593,7 +10719,10 @@ _NEW_JOB_SCHEMA = {
             "type": "string", "pattern": "^[^\\u0000]*$"},
             "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
         "cwd": {"type": ["string", "null"], "minLength": 1, "pattern": _NO_NUL},
+        # With any value: so what `show --json` or a GET has told can be sent back.
         **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
+# By the names that the routes' `reply` and `body` use. Tests check replies against
+# them.
 SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": {"type": "object", "required": ["error"], "properties": {
         "error": _TEXT, "hint": _TEXT, "key": _TEXT, "item": _AMOUNT}},
@@ -10623,9 +10752,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Paused": _object_schema({"paused": _array_of(_TEXT)}),
     "Health": _object_schema({"status": {"const": "ok"}}),
     "NewJob": _NEW_JOB_SCHEMA,
+    # A body that may be {}, or not be there at all.
     "Nothing": {"type": "object", "additionalProperties": False},
     "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
         "queue": _or_null(NAME_SCHEMA)}},
+    # {} fits the second alone, for the first requires ids; ids with a filter fit
+    # neither, for each forbids the other's keys.
     "WhichDead": {"oneOf": [
         {"type": "object", "additionalProperties": False, "required": ["ids"],
          "properties": {"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
@@ -10635,6 +10767,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
                        "pattern": "^[^\\u0000]*$"}}}]},
 }
+# Statuses that a client is told of. Not 500: that is a mistake of this program, and no
+# promise. What http.server refuses with another one becomes 400 (`Service.refuse`).
 REFUSALS = {
     400: "The request, a parameter or the body is not as described.",
     401: "No token, or not the right one.",
@@ -10649,6 +10783,8 @@ REFUSALS = {
 }
 
 
+# Both are taken outside of `Param`: one is a header, the other is no business of an
+# answer.
 _SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
     "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
     "the `id` of the last event that the client has; what it missed comes first"}
@@ -10657,7 +10793,11 @@ _TOKEN_QUERY = {"name": "token", "in": "query", "schema": {"type": "string"},
 
 
 def _schema_named(name: str) -> dict[str, Any]:
-    """The schema of `Job`, `[Job]`, or `Job|[Job]`."""
+    """The schema of `Job`, `[Job]`, or `Job|[Job]`.
+
+    A reference, not the schema itself: so each stands once in the description.
+    MAX_BATCH bounds what one request may add, not what an answer may hold.
+    """
     if "|" in name:
         return {"oneOf": [_schema_named(one) for one in name.split("|")]}
     if name.startswith("["):
@@ -10667,7 +10807,12 @@ def _schema_named(name: str) -> dict[str, Any]:
 
 
 def _replies_of(route: Route) -> dict[str, Any]:
-    """The answers that a route may give, by status."""
+    """The answers that a route may give, by status.
+
+    Some any route may give: it can be named with a method that it has not, by a client
+    whom nobody knows, or while the database does not answer. Those of a body only where
+    one is taken; the route's own `refusals` on top.
+    """
     kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
         else (JSON_TYPE, _schema_named(route.reply))
     content: dict[str, Any] = {kind: {"schema": schema}}
@@ -10690,6 +10835,7 @@ def _replies_of(route: Route) -> dict[str, Any]:
 
 
 def _parameters_of(route: Route) -> list[dict[str, Any]]:
+    """What a route takes in its path, its query and its headers."""
     found: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
          "schema": param.schema} for param in route.params]
@@ -10701,6 +10847,12 @@ def _parameters_of(route: Route) -> list[dict[str, Any]]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
+    """One method of one path, as OpenAPI's Operation Object.
+
+    An empty body is {} to `json_body`, so only `post_jobs`, for which {} is no job,
+    requires one. An empty `security` takes back what holds for all others (OpenAPI 3.1,
+    Operation Object): the public paths need no token.
+    """
     told: dict[str, Any] = {
         "operationId": route.answer.__name__,
         "summary": (route.answer.__doc__ or "").strip(),
@@ -10714,7 +10866,11 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:
-    """The API as OpenAPI 3.1."""
+    """The API as OpenAPI 3.1.
+
+    OpenAPI has an entry a path with its methods inside: so routes of one path are put
+    together. The cookie is not told: only a browser gets one.
+    """
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
@@ -10732,14 +10888,29 @@ def get_openapi(queue: Queue, call: Call) -> Reply:
     return _json_reply(description(DESCRIBED))
 
 
+# What there is to ask, with the description of all of it but itself.
 ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 
 
 # ---- 19 Access ---------------------------------------------------------------
-# Who is let in.
+# Who is let in, before any body is read and without the database (I10). Each guard is
+# there against somebody:
+#
+#     Host            a page whose own name was made to lead here (DNS rebinding)
+#     Origin,         a page elsewhere that has its reader's browser send something,
+#     Sec-Fetch-Site  with the cookie of ours that this browser has (CSRF)
+#     token, cookie   any user of this machine: loopback asks nobody who he is
+#     role            who may look, and no more
+#
+# What they know is the site, the request's head and the table of routes. Nothing is
+# kept between requests: there are no sessions, so nothing to run out or to fill.
 
 def _host_of(request: Request) -> str:
-    """The name by which the client calls this host, without the port."""
+    """The name by which the client calls this host, without the port.
+
+    A last dot is no other name: `localhost.` is the same host. A request without a
+    Host, or with one that is none, gets a 400, as RFC 9112, section 3.2 demands.
+    """
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
     if match is None:
@@ -10748,7 +10919,13 @@ def _host_of(request: Request) -> str:
 
 
 def _check_host(site: Site, request: Request) -> None:
-    """Refuse names that are not ours: a foreign one may be made to lead here."""
+    """Refuse names that are not ours: a foreign one may be made to lead here.
+
+    A page of evil.example is served with a DNS entry that is soon replaced by
+    127.0.0.1; what it asks for then is of its own origin to the browser, and nothing
+    but the Host tells. No DNS entry can change an address, so a server on all addresses
+    takes any.
+    """
     host = _host_of(request)
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     if host not in site.hosts and not (site.is_wide and is_address):
@@ -10757,7 +10934,12 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what another site's page has sent."""
+    """Refuse what another site's page has sent.
+
+    Only browsers send these headers. The scheme may be either: a proxy in front of us
+    may speak TLS. "null" is the origin of sandboxed frames and files. `same-site` may
+    be another port of this host, so it is no better than `cross-site`.
+    """
     origin = request.headers.get("origin")
     if origin is not None:
         scheme, _, place = origin.partition("://")
@@ -10771,12 +10953,19 @@ def _check_origin(request: Request) -> None:
 
 
 def cookie_value(token: str) -> str:
-    """What a browser keeps: it proves the token, and does not tell it."""
+    """What a browser keeps: it proves the token, and does not tell it.
+
+    Cookies of a host go to all its ports, so another server may see it: what it has
+    then works as our cookie, but neither as a bearer's token nor in the URL. It is
+    reckoned, not drawn, so a server that starts again with the same token and port
+    knows its browsers.
+    """
     import hmac
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
 def _cookie_of(site: Site, request: Request) -> str | None:
+    """Our cookie, or None; others of this host may stand beside it."""
     for part in request.headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
         if name == site.cookie:
@@ -10786,7 +10975,11 @@ def _cookie_of(site: Site, request: Request) -> str | None:
 
 def _role_of_token(site: Site, given: str,
                    made: Callable[[str], str] = str) -> str | None:
-    """The role of who has that token, or what is made of it; in constant time."""
+    """The role of who has that token, or what is made of it; in constant time.
+
+    As bytes: `compare_digest` takes text only if it is ASCII, and a header may be
+    anything. It compares with both tokens, whichever fits, so the time tells neither.
+    """
     import hmac
     found = None
     for role, token in ((FULL, site.token), (READ, site.read_token)):
@@ -10796,7 +10989,11 @@ def _role_of_token(site: Site, given: str,
 
 
 def role_of(site: Site, request: Request) -> tuple[str | None, str]:
-    """What the client may do, and by what it has proved that."""
+    """What the client may do, and by what it has proved that; (None, ...) for nobody.
+
+    An Authorization that is there decides alone: a wrong token is wrong, though a
+    browser may have added a good cookie.
+    """
     if not site.token:
         return FULL, "no token"
     header = request.headers.get("authorization")
@@ -10810,13 +11007,19 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
 
 
 def _no_token() -> WebRefusal:
+    """A 401, with the challenge that it must have (RFC 9110, section 15.5.2)."""
     return WebRefusal(401, "that needs a token", "open the URL that `queuectl web` "
                       "printed, or send Authorization: Bearer TOKEN",
                       ("WWW-Authenticate", 'Bearer realm="queuectl"'))
 
 
 def _log_in(site: Site, token: str) -> Reply:
-    """Swap the token in the URL for a cookie: it shall not stay in the history."""
+    """Swap the token in the URL for a cookie: it shall not stay in the history.
+
+    303 has the browser ask anew, without the query, and show that. HttpOnly keeps the
+    cookie from scripts, Strict from requests that other sites' pages cause; without
+    Expires it goes when the browser is closed.
+    """
     if site.token and _role_of_token(site, token) is None:
         raise _no_token()
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
@@ -10825,7 +11028,12 @@ def _log_in(site: Site, token: str) -> Reply:
 
 
 def _path_of(request: Request) -> tuple[str, str]:
-    """Path and query of a request's target."""
+    """Path and query of a request's target.
+
+    Not yet decoded, so %2F is no slash and what is forbidden cannot be written in
+    another way. A whole URL, as for a proxy, is refused: there would be two hosts to
+    check.
+    """
     if len(request.target) > MAX_TARGET:
         raise WebRefusal(414, f"path and query are over {MAX_TARGET} bytes")
     if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
@@ -10839,6 +11047,8 @@ def _job_in(pattern: str, path: str) -> str | None:
     if "/ID" not in pattern:
         return "" if path == pattern else None
     before, after = pattern.split("ID")
+    # One segment, so that /api/jobs/ID takes neither the path of its output nor
+    # nothing.
     inner = path[len(before):len(path) - len(after)]
     if not path.startswith(before) or not path.endswith(after) or not inner \
             or "/" in inner:
@@ -10847,7 +11057,11 @@ def _job_in(pattern: str, path: str) -> str | None:
 
 
 def _job_id(given: str) -> str:
-    """An id out of a path: decoded once; NoSuchJob for what can be none."""
+    """An id out of a path: decoded once; NoSuchJob for what can be none.
+
+    The parts were told apart before that: an encoded slash is in no id, so leads
+    nowhere.
+    """
     import urllib.parse
     job_id = urllib.parse.unquote(given, errors="replace")
     if given and not re.fullmatch(_NAME, job_id):
@@ -10856,7 +11070,11 @@ def _job_id(given: str) -> str:
 
 
 def find_route(method: str, path: str) -> tuple[Route, str]:
-    """The route, and the job's id as it stands in the path; else 404 or 405."""
+    """The route, and the job's id as it stands in the path; else 404 or 405.
+
+    HEAD is GET without the body (RFC 9110, section 9.3.2). A 405 has to tell what is
+    allowed (15.5.6).
+    """
     fits = [(route, given) for route in ROUTES
             for given in [_job_in(route.path, path)] if given is not None]
     if not fits:
@@ -10874,11 +11092,14 @@ def find_route(method: str, path: str) -> tuple[Route, str]:
 def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     """Who may come in, for what: all that can be said before the body is read (I10).
 
-    A reply for who only logs in; WebRefusal for who may not.
+    A reply for who only logs in; WebRefusal for who may not, NoSuchJob for an id that
+    can be none. It changes nothing: of a request with a body it is asked twice, before
+    the body is read and when it is answered.
     """
     path, query = _path_of(request)
     _check_host(site, request)
     _check_origin(request)
+    # Only here: a token in the query of the API would stay in logs and histories.
     if path == "/" and request.method in ("GET", "HEAD"):
         token = dict(_query_fields(query)).get("token")
         if token is not None:
@@ -10889,6 +11110,8 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     if role is None and path not in PUBLIC:
         raise _no_token()
     route, given = find_route(request.method, path)
+    # After the token was asked for: to be allowed no more than to look is no leave to
+    # look.
     if site.is_read_only:
         role = READ
     if route.method != "GET" and role != FULL:
@@ -10899,10 +11122,20 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
 
 
 # ---- 20 Reply ----------------------------------------------------------------
-# From a request to its reply, and to that as bytes: no sockets here.
+# From a request to its reply, and to that as bytes: no sockets here, so a test asks
+# with `respond` what a client would be told. Access says who may come in, API what is
+# answered; here the two meet, refusals become replies, and what was changed gets its
+# line in the log.
 
 def log_line(route: Route, call: Call, reply: Reply) -> str:
-    """What was changed, or was not: by whom, from where, with what result."""
+    """What was changed, or was not: by whom, from where, with what result.
+
+        web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
+
+    Path and words may come from anywhere: they are cut, and nothing in them can begin a
+    line of its own or command a terminal. The query is left out, as it is no part of a
+    change.
+    """
     path = call.request.target.partition("?")[0]
     said = reply.said or json.loads(reply.body or b"{}").get("error", "")
     return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
@@ -10910,7 +11143,10 @@ def log_line(route: Route, call: Call, reply: Reply) -> str:
 
 
 def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply. A change has something to be `said`."""
+    """One request, one reply. A change has something to be `said`.
+
+    Who was not let in leaves no line: else a stranger could fill the disk by the log.
+    """
     try:
         admitted = admit(site, request)
     except QueueError as error:
@@ -10929,7 +11165,12 @@ def respond(site: Site, queue: Queue, request: Request) -> Reply:
 
 @functools.lru_cache(maxsize=4)
 def page_policy(page: str) -> str:
-    """The CSP under which the page's own style and script run, and nothing else."""
+    """The CSP under which the page's own style and script run, and nothing else.
+
+    By their hashes: so nothing that a job has printed, or was called, runs even if the
+    page were to show it as HTML. The hash is of the exact text between the tags. To
+    hash the page for each reply would be a waste, so the policy is kept.
+    """
     import base64
     import hashlib
 
@@ -10944,7 +11185,14 @@ def page_policy(page: str) -> str:
 
 
 def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
-    """The head of a reply, with what keeps browsers from being too helpful."""
+    """The head of a reply, with what keeps browsers from being too helpful.
+
+    no-store: answers tell commands, which shall not stay on a disk. nosniff: output of
+    jobs is text, whatever it looks like. no-referrer: the first URL has a token in it.
+    The others keep foreign pages from framing, opening or embedding what is here.
+    Events have no length: they go on until the connection ends (RFC 9112, section 6.3),
+    which `is_last` has told.
+    """
     lines = [
         f"HTTP/1.1 {reply.status} {phrase}", f"Date: {date}",
         f"Content-Type: {reply.kind}",
@@ -10962,7 +11210,15 @@ def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
 
 
 # ---- 21 Feed -----------------------------------------------------------------
-# Events: one thread looks at the database for all that listen.
+# Events: one thread looks at the database for all that listen, so that ten open pages
+# cost what one does. There is one Watch (what is new, as bytes) in the Feed's thread,
+# and a Subscriber, a buffer, for each client. The client's own thread (Server) empties
+# that into its socket: so a slow client holds up nobody, and who is too far behind is
+# dropped. He comes again and says what he had seen last.
+#
+# That nothing is told twice or left out rests on the `seq` of changes, which grows in
+# the order of the commits, and on one lock, under which a stream joins at a `seq` and
+# all news up to the next are put into all streams.
 
 MAX_STREAMS = 32            # open at once; each has a thread of the server
 FEED_TICK = 0.2             # seconds between two looks of the feed
@@ -10973,7 +11229,11 @@ FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
 
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event (HTML, section "Server-sent events").
+
+    JSON on one line has no line break in it, so one `data:` holds it. A browser keeps
+    the last `id` and sends it as Last-Event-ID when it connects anew.
+    """
     head = "" if seq is None else f"id: {seq}\n"
     return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
 
@@ -10984,7 +11244,11 @@ def told_changes(events: Sequence[Event]) -> bytes:
 
 
 class Subscriber:
-    """What the feed has for one client: a bounded buffer between two threads."""
+    """What the feed has for one client: a bounded buffer between two threads.
+
+    The feed's thread puts, the client's takes. What is in it at the end is let go: the
+    client has not seen the `id` of that, so it comes again.
+    """
 
     def __init__(self, start: int) -> None:
         self.start = start      # the last change before those that the feed brings
@@ -10998,6 +11262,8 @@ class Subscriber:
         with self._has_more:
             self._size += len(piece)
             if self._size > FEED_BUFFER:
+                # At once, not when the client's thread comes round: that may hang in a
+                # send.
                 self._is_over, self._pieces = True, []
             else:
                 self._pieces.append(piece)
@@ -11020,7 +11286,12 @@ class Subscriber:
 
 
 class Watch:
-    """What has changed since the last look, as server-sent events."""
+    """What has changed since the last look, as server-sent events.
+
+    `seq` is the last change that was told. Used by one thread, with a Queue of its own:
+    the number of `changes` tells of other connections' commits alone (SQLite, PRAGMA
+    data_version).
+    """
 
     def __init__(self, queue: Queue, seq: int) -> None:
         self._queue, self.seq = queue, seq
@@ -11029,7 +11300,13 @@ class Watch:
         self._status, self._status_at = b"", -math.inf
 
     def look(self, now: float) -> bytes:
-        """The changes, and at times the status; `now` is a monotonic clock's."""
+        """The changes, and at times the status; `now` is a monotonic clock's.
+
+        The database's number is read before the changes: what is committed between the
+        two is found now, and looked for once more the next time, in vain. The other way
+        round it would be missed. The status is asked for soon after a change, else each
+        STATUS_EVERY, and told only if it differs.
+        """
         changes = self._queue.store.changes()
         news = b""
         if changes != self._seen:
@@ -11044,6 +11321,11 @@ class Watch:
         return news + status if is_new else news
 
     def _changes(self) -> bytes:
+        """The changes as events; of too many, that the client is to load anew.
+
+        One more than FEED_BATCH is read, to know whether there are more. The last event
+        is asked for after that, so `resync` covers what came in between.
+        """
         events = self._queue.events_since(self.seq, FEED_BATCH + 1)
         if len(events) > FEED_BATCH:
             self.seq = self._queue.last_event()
@@ -11068,7 +11350,11 @@ class Feed:
         self._seq = 0                   # the last change that was told
 
     def join(self, queue: Queue) -> Subscriber:
-        """A new stream; WebRefusal if there are as many as there may be."""
+        """A new stream; WebRefusal if there are as many as there may be.
+
+        It begins where the telling stands. Earlier changes the client gets from the
+        database: see `Service._catch_up`.
+        """
         with self._lock:
             if len(self._streams) >= MAX_STREAMS or self._is_over:
                 raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
@@ -11094,12 +11380,21 @@ class Feed:
                 stream.end()
 
     def _tell(self, piece: bytes, seq: int) -> None:
+        """Put it into all streams, and drop those that are too far behind.
+
+        With `_seq`, under one lock: who joins meanwhile gets this piece from here or
+        reads it, never both, never neither.
+        """
         with self._lock:
             self._seq = seq
             self._streams = {stream for stream in self._streams if stream.put(piece)}
 
     def _watch(self) -> None:
-        """Look again and again; started by `join`, ends when nobody listens."""
+        """Look again and again; started by `join`, ends when nobody listens.
+
+        Whatever ends it else (an error, a file that was moved) ends the streams: a
+        stream without news would look like a queue without work.
+        """
         is_wanted = True
         try:
             with Queue(self._path, create=False) as queue:
@@ -11117,11 +11412,19 @@ class Feed:
                 self._fail()
 
     def _is_wanted(self) -> bool:
+        """Whether anybody listens; if nobody, the thread counts as ended from now on.
+
+        Both under the lock: who joins a moment later starts another.
+        """
         with self._lock:
             self._is_watching = bool(self._streams) and not self._is_over
             return self._is_watching
 
     def _fail(self) -> None:
+        """End the streams, not the feed.
+
+        Who comes again starts another thread, or is told why the database fails.
+        """
         with self._lock:
             self._is_watching = False
             for stream in self._streams:
@@ -11129,8 +11432,17 @@ class Feed:
 
 
 # ---- 22 Server ---------------------------------------------------------------
-# What listens. Whoever connects gets a thread, few bytes and little time, until it
-# has shown a token; when the threads are all taken, the most silent one makes room.
+# What listens. Whoever connects gets a thread, few bytes and little time, until it has
+# shown a token; when the threads are all taken, the most silent one makes room.
+#
+# The main thread waits for a signal (`serve`). One thread accepts (`make_listener`).
+# Each connection has a thread in http.server's handler, which reads the heads; the
+# Service takes a request from there to its reply; a Reader bounds what is read,
+# Connections say who is cut off. What is asked and answered is none of its business:
+# `respond` does that.
+#
+# Nothing here waits without a bound, neither for the database nor for a client; and of
+# what a client sends no more is kept than a head, a body and READ_SIZE bytes.
 
 MAX_CONNECTIONS = 100       # each has a thread
 MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
@@ -11151,7 +11463,9 @@ KEEP_ALIVE = 15             # seconds of silence in a stream
 class Queues:
     """Open databases, each lent to one request at a time: nobody waits for another.
 
-    So a change that waits for the write lock holds up no reader.
+    So a change that waits for the write lock holds up no reader: the threads of one
+    Queue share its connection, and who has that while it waits keeps it. After an error
+    a database goes back as well; its transaction has been rolled back.
     """
 
     def __init__(self, path: str) -> None:
@@ -11164,6 +11478,8 @@ class Queues:
         """A queue for one request; NoQueue and others if it cannot be opened."""
         with self._lock:
             queue = self._free.pop() if self._free else None
+        # The file may have been replaced since: who works on in the old one writes to
+        # nobody.
         if queue is not None and not queue.store.is_in_place():
             queue.close()
             queue = None
@@ -11186,7 +11502,13 @@ class HeadTooLarge(Exception):
 
 
 class Reader:
-    """What a client sends: bounded in bytes and in time."""
+    """What a client sends: bounded in bytes and in time.
+
+    In the place of the file that http.server would make of the socket: there each read
+    has a time-out of its own, so a client that sends a byte now and then is never too
+    slow, and after one time-out the file refuses to be read. Here a whole head or body
+    has one end in time.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -11207,7 +11529,12 @@ class Reader:
         return bool(self._buffer)
 
     def readline(self, limit: int = -1) -> bytes:
-        """A line of the head, as http.client asks for it: a whole one."""
+        """A line of the head, as http.client asks for it: a whole one.
+
+        ConnectionError at the end of what comes, HeadTooLarge and TimeoutError at the
+        bounds. `limit` is not heeded: http.client's 64 KiB a line are more than
+        MAX_HEAD.
+        """
         while b"\n" not in self._buffer and len(self._buffer) <= self._left:
             if not self._more():
                 raise ConnectionError   # half a head may say the opposite of a whole
@@ -11218,7 +11545,7 @@ class Reader:
         return self._take(size)
 
     def read(self, size: int) -> bytes:
-        """So many bytes; fewer only at the end."""
+        """So many bytes; fewer only at the end. TimeoutError where they do not come."""
         while len(self._buffer) < size and self._more():
             pass
         return self._take(size)
@@ -11255,6 +11582,11 @@ class Connections:
     At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
     of idle ones keeps others out. One that has shown a token is busy, and not cut off,
     until it is answered.
+
+    A dict keeps the order in which its keys came: so it is the line, and what is put in
+    anew stands at its end. To be cut off is to have the socket shut down, which ends
+    the thread's read or write at once; the thread itself closes it and leaves. The lock
+    is never held while anything is sent or read.
     """
 
     def __init__(self) -> None:
@@ -11279,6 +11611,8 @@ class Connections:
         import socket as sockets
         del self._silent[sock]
         self._cut_off.add(sock)
+        # Of the plain socket's class: SSLSocket.shutdown() takes the TLS off the
+        # socket, under the hands of the thread that reads or writes there.
         with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
@@ -11320,12 +11654,18 @@ class Connections:
 
 
 def _is_gone_away(sock: socket.socket) -> bool:
-    """Whether the client has closed its side; on a stream it has nothing to say."""
+    """Whether the client has closed its side; on a stream it has nothing to say.
+
+    Else a stream without news would keep its place, one of MAX_STREAMS, until a remark
+    to keep it alive fails.
+    """
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     if not poller.poll(0):
         return False
     import socket as sockets
+    # MSG_PEEK: what it says, if anything, is not ours to take. SSLSocket takes no
+    # flags.
     with contextlib.suppress(OSError):  # past TLS, which would wait for a whole record
         said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
         return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
@@ -11333,7 +11673,12 @@ def _is_gone_away(sock: socket.socket) -> bool:
 
 
 def _body_size(headers: Mapping[str, str]) -> int:
-    """How long the body is; WebRefusal if that is not told, or too much."""
+    """How long the body is; WebRefusal if that is not told, or too much.
+
+    Chunks are refused, not read: two ways to tell a body's length are what request
+    smuggling lives on (RFC 9112, section 11.2), and 411 is allowed for that (6.3).
+    int() would take +1 and 1_0 as well.
+    """
     if "transfer-encoding" in headers:
         raise WebRefusal(411, "the body comes in chunks", "send Content-Length")
     size = headers.get("content-length", "0")
@@ -11345,13 +11690,19 @@ def _body_size(headers: Mapping[str, str]) -> int:
     return int(size)
 
 
-# Of these a second one is a trick, not a mistake.
+# Of these a second one is a trick, not a mistake: a proxy may heed the one, and we the
+# other.
 _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
            "content-type")
 
 
 def _headers_of(message: Any) -> dict[str, str]:
-    """The headers by lower-case name; WebRefusal if they can be read in two ways."""
+    """The headers by lower-case name; WebRefusal if they can be read in two ways.
+
+    To the email package, by which http.client reads them, a line without a colon ends
+    the headers, and all that follows is the text of a letter: an Origin after it would
+    go unseen.
+    """
     headers: dict[str, str] = {}
     for name, value in message.items():
         name, value = name.lower(), str(value).strip()
@@ -11367,7 +11718,8 @@ class Service:
     """The way of a connection's requests to their replies.
 
     `handler` is http.server's, which reads the head; one for each connection, in a
-    thread of its own.
+    thread of its own. `converse` is called for one request after the other, until it
+    leaves `close_connection` true.
     """
 
     def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
@@ -11379,7 +11731,11 @@ class Service:
         self._turns = threading.Semaphore(STRANGER_TURNS)
 
     def converse(self, handler: Any) -> None:
-        """Read one request and answer it; whatever goes wrong ends the connection."""
+        """Read one request and answer it; whatever goes wrong ends the connection.
+
+        Two waits: as long as nothing comes the connection is but kept, and its end
+        needs no word; from the first byte on the head has HEAD_SECONDS.
+        """
         sock, reader = handler.request, handler.rfile
         handler.close_connection = True
         try:
@@ -11396,10 +11752,18 @@ class Service:
             pass
 
     def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
+        """Read a head, let its sender in or not, read the body, answer.
+
+        Who has shown a token counts as busy from then on, before its body is read: a
+        crowd of strangers must not cut it off. All others take turns, for the answer
+        alone.
+        """
         handler.raw_requestline = reader.readline(MAX_HEAD)
         if not handler.parse_request():     # it has refused that itself
             return
         try:
+            # HTTP/0.9 has no headers, so no Host. HTTP/1.0 is what old health checks
+            # speak.
             if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
                 raise WebRefusal(400, "that is not HTTP/1.1")
             request = Request(handler.command, handler.path,
@@ -11422,7 +11786,12 @@ class Service:
 
     @contextlib.contextmanager
     def _turn_of(self, sock: socket.socket) -> Iterator[None]:
-        """The turn of one who has shown no token; it may be cut off before that."""
+        """The turn of one who has shown no token; it may be cut off before that.
+
+        MAX_STRANGERS are here at once, STRANGER_TURNS of them are answered. Who waits
+        looks now and then whether it was cut off, since to answer it would take the
+        turn of one who still listens.
+        """
         if not self._strangers.acquire(blocking=False):
             raise WebRefusal(503, "too many ask without a token", "come again later",
                              ("Retry-After", "5"))
@@ -11438,11 +11807,18 @@ class Service:
             self._strangers.release()
 
     def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
-        """The request with its body, which only who is let in may send."""
+        """The request with its body, which only who is let in may send.
+
+        A connection goes on only where that is the rule, in HTTP/1.1; and never after a
+        refusal from here, for the body that nobody has read would be taken for the next
+        request.
+        """
         size = _body_size(request.headers)
         is_kept = request.headers.get("connection", "").lower() != "close" \
             and handler.request_version == "HTTP/1.1"
         if size:
+            # A refusal of the body's sender goes up from here, and nothing of the body
+            # is read (I10).
             with contextlib.suppress(NoSuchJob):    # told once the body is read
                 admit(self._site, request)
             if request.method in ("GET", "HEAD"):   # some of these need no token
@@ -11458,7 +11834,12 @@ class Service:
         return request
 
     def _reply(self, request: Request) -> tuple[Reply, Subscriber | None, bytes]:
-        """The reply; and where events are to follow, their stream and its begin."""
+        """The reply; and where events are to follow, their stream and its begin.
+
+        First it joins the feed, then it reads what the client has missed: what is
+        committed between the two is in the stream's buffer. The database goes back
+        before anything is sent, so no slow client keeps one.
+        """
         try:
             with self._queues.lend() as queue:
                 reply = self._answered(queue, request)
@@ -11475,6 +11856,7 @@ class Service:
 
     def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
                  begin: bytes, with_body: bool) -> None:
+        """Send the reply and the events that follow it; in any case, leave the feed."""
         if stream is None:
             self._send(handler, reply, with_body)
             return
@@ -11486,6 +11868,8 @@ class Service:
             self._feed.leave(stream)
 
     def _answered(self, queue: Queue, request: Request) -> Reply:
+        """What `respond` says; of a mistake of ours 500, with a traceback in the log.
+        """
         try:
             return respond(self._site, queue, request)
         except Exception:   # a mistake of ours: this client is told, others go on
@@ -11494,7 +11878,13 @@ class Service:
             return refusal_reply(WebRefusal(500, "internal error"))
 
     def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
-        """Answer what could not be read to its end, and hang up."""
+        """Answer what could not be read to its end, and hang up.
+
+        In two steps (RFC 9112, section 9.6): to close a socket of which not all was
+        read has the kernel send a reset, and that may overtake the answer. So our side
+        is closed first, and for a moment what the client still sends is read and
+        forgotten. Meanwhile it counts as silent, and may be cut off.
+        """
         handler.close_connection = True
         with contextlib.suppress(OSError, ValueError):
             self._send(handler, refusal_reply(refusal))
@@ -11508,6 +11898,11 @@ class Service:
             status if status in REFUSALS else 400, message or "that cannot be read"))
 
     def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
+        """Send it in parts, each with SEND_SECONDS.
+
+        The time-out of `sendall` is for all of it: in one piece a long reply to a slow,
+        but living, client would be cut short.
+        """
         phrase = handler.responses.get(reply.status, ("",))[0]
         head = head_of(reply, phrase, handler.date_time_string(),
                        handler.close_connection)
@@ -11522,6 +11917,8 @@ class Service:
     def _catch_up(queue: Queue, last: int, stream: Subscriber) -> bytes:
         """What a client that comes back has missed, and how things stand now."""
         events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
+        # Later ones the stream brings. A client that has seen more than there is knew
+        # another database: a backup was put back, say.
         events = [event for event in events if event.seq <= stream.start]
         missed = told_changes(events)
         if last > stream.start or len(events) > FEED_BATCH:
@@ -11531,7 +11928,11 @@ class Service:
 
     @staticmethod
     def _stream(sock: socket.socket, begin: bytes, stream: Subscriber) -> None:
-        """Send what comes, until either side has enough."""
+        """Send what comes, until either side has enough.
+
+        In silence a remark (a line that begins with a colon) goes out now and then, as
+        HTML advises for proxies that end what is silent.
+        """
         piece: bytes | None = begin
         silent_since = time.monotonic()
         while piece is not None and not _is_gone_away(sock):
@@ -11550,7 +11951,11 @@ class Service:
 
 
 def _handler_class(service: Service, is_tls: bool) -> type:
-    """What http.server makes for each connection, in its thread."""
+    """What http.server makes for each connection, in its thread.
+
+    It is of use for two things: `parse_request`, which reads the request line and the
+    headers, and the loop over the requests of a connection (`handle`).
+    """
     import http.server      # 40 ms, and only in a server
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -11560,6 +11965,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def setup(self) -> None:
             """Begin."""
             self.raw_requestline = b""
+            # Not the base class's: that makes buffered files of the socket.
             self.rfile = Reader(self.request)   # type: ignore[assignment]
             if is_tls:      # here, and not where all others would wait for it
                 self.request.settimeout(HEAD_SECONDS)
@@ -11593,7 +11999,13 @@ BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/js
 
 def make_listener(service: Service, family: int, address: tuple[Any, ...],
                   tls: ssl.SSLContext | None) -> Any:
-    """What accepts connections; OSError if it cannot have that address."""
+    """What accepts connections; OSError if it cannot have that address.
+
+    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
+    which may take seconds. Threads are daemons and nobody joins them: an end must not
+    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
+    last one's connections (TIME_WAIT).
+    """
     import socketserver
 
     class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -11659,6 +12071,7 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
 
 
 def _token_of(environ: Mapping[str, str], name: str) -> str:
+    """A token of the environment, or ""; visible ASCII, to fit into a header."""
     token = environ.get(name, "")
     if not re.fullmatch("[!-~]*", token):
         raise InvalidValue(f"{name} has blanks or odd characters in it",
@@ -11669,6 +12082,11 @@ def _token_of(environ: Mapping[str, str], name: str) -> str:
 def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
             names: Iterable[str]) -> Site:
     """Who may do what; `names` are this machine's own, `address` what is listened on.
+
+    Whether only this machine can reach it is asked of the address: a name, as
+    `localhost`, may lead anywhere. Where all addresses are listened on, this
+    machine's names are good Hosts, too. The cookie is named after the port, or by
+    chance where that is not known yet (0).
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
@@ -11683,6 +12101,7 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
     given = f"[{options.host}]" if ":" in options.host else options.host
     own = [name for whole in names for name in (whole, whole.partition(".")[0])]
     return Site(
+        # 192 bits: nobody guesses it, so nobody's guesses have to be counted.
         (token or os.urandom(24).hex()) if options.needs_token else "",
         read_token if options.needs_token else "",
         frozenset(name.lower() for name in (
@@ -11702,6 +12121,7 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
+        # An empty password: without one OpenSSL would ask for it at the terminal.
         context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
     except (OSError, ValueError) as error:  # ValueError: it wants a password
         raise Unreadable(f"cannot use the certificate {options.tls_cert} ({error})",
@@ -11726,7 +12146,10 @@ def listen(service: Service, options: WebOptions, family: int,
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal says to stop; for the main thread.
 
-    The listener runs in a thread of its own, so that this one is free for signals.
+    The listener runs in a thread of its own, so that this one is free for signals: only
+    the main thread hears them. The handlers do nothing, for to be woken is all; without
+    one SIGTERM would end the process where it stands. At the end nobody new is taken in
+    first, then the streams are ended and the silent cut off.
     """
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
@@ -11752,10 +12175,29 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: shells that complete its words, systemd.
+# Where others start this program: shells that complete its words, systemd. All of it is
+# text that a command prints; nothing is written anywhere, so a person sees what he
+# installs.
+#
+# The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
+# every press of the key, the last word being the one under the cursor. The answer is a
+# line for each choice, `WORD<tab>MEANING`, or one line `<tab>files<tab>BEFORE` (or
+# `dirs`), by which the shell is to complete names of files, after what stands in the
+# word already: see Completion.
 
 STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
 
+# What is peculiar to each:
+#
+#     bash  splits words at : = @ too, which ids and flags hold, and replaces the last
+#           piece alone: so the script puts the words together, and takes off what stays
+#     zsh   may find the script by its $fpath: then the file itself is the function, and
+#           has to call the one in it the first time
+#     fish  wants each file with what stands before it in the word
+#
+# Words come as they were typed, and `unquoted` takes the quotes off. All keep the order
+# of the answer (nosort, -V, -k): the newest jobs come first. bash before 4.4 knows no
+# nosort, hence the second `complete`.
 # How each shell asks what may come next. The program that stands on the line answers,
 # or, if that is an alias or a script that would be compiled each time, this very one.
 SHELLS = {"bash": """\
@@ -11842,20 +12284,31 @@ function __queuectl_complete
 end
 complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
 """}
-# Imported from there it is compiled once.
+# Imported from there it is compiled once: Python keeps no byte code of a script that is
+# run by its path. With -c the first entry of sys.path is the current directory; the
+# module's own takes its place, so that a stray json.py is not imported.
 BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 
 
 def program_words() -> tuple[str, str]:
-    """The absolute paths of this Python and of this file."""
+    """The absolute paths of this Python and of this file.
+
+    Absolute, for who starts them later has another directory and another $PATH. Python
+    may not know its own path, and then calls it "" or None. UnicodeError where they are
+    not UTF-8.
+    """
     return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
     """A word of ExecStart= that reaches the program as it stands.
 
-    In the program's own path systemd replaces no $; so it must not be doubled there.
+        100% $HOME -> "100%% $$HOME"
+
+    %x is a specifier (systemd.unit(5)), $X a variable, and a word in quotes takes C's
+    escapes (systemd.service(5), "Command lines"). In the program's own path systemd
+    replaces no $; so it must not be doubled there.
     """
     if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
         return word
@@ -11929,7 +12382,12 @@ WantedBy={target}
 
 def unit_file(command: Sequence[str], path: str, user: str | None,
               stop_timeout: str) -> str:
-    """A systemd unit that runs a worker: a user's own, or (`user`) the system's."""
+    """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
+
+    `command` are the words to run, `path` the database's, `stop_timeout` a time as
+    systemd writes it. A description takes specifiers as well, and a backslash at the
+    end of a line would join it to the next (systemd.syntax(7)).
+    """
     program, *arguments = command
     is_own = user is None
     shown = one_line(path)
@@ -11948,7 +12406,11 @@ def unit_file(command: Sequence[str], path: str, user: str | None,
 
 
 def _owner(path: str) -> str:
-    """Who owns the file, or will: a name, or a number that has none."""
+    """Who owns the file, or will: a name, or a number that has none.
+
+    The service is to run as this user: others cannot open the database, whose mode is
+    0600.
+    """
     import pwd  # a service manager is there, so this is POSIX
     try:
         user = os.stat(path).st_uid
@@ -11961,7 +12423,12 @@ def _owner(path: str) -> str:
 
 
 def _stop_timeout(path: str, grace: float | None) -> str:
-    """How long a worker may take to leave: its grace, SIGKILL, recording, some more."""
+    """How long a worker may take to leave: its grace, SIGKILL, recording, some more.
+
+    `grace` in seconds, None: as long as its jobs run. systemd kills what is left after
+    it, and the jobs of a worker that is killed run again: so it is to be the last
+    resort. Where there is no queue yet, `kill-grace` has its default.
+    """
     if grace is None:
         return "infinity"
     stored: dict[str, str] = {}
@@ -11971,10 +12438,19 @@ def _stop_timeout(path: str, grace: float | None) -> str:
 
 
 # ---- 24 Screen ---------------------------------------------------------------
-# Where a command writes, and how wide that is.
+# Where a command writes, and how wide that is. Results go to stdout, for programs and
+# pipes; words about them to stderr, for people. Each command gets a Screen and prints
+# by it alone: only so can a line that is drawn in place be taken away before anything
+# else is printed, and only so is a full disk told apart from a reader that has gone.
+# Only a refusal (`_report`), the question before a wide step (`_confirm`) and
+# completion go past it.
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether it is a terminal on which one may draw."""
+    """Whether it is a terminal on which one may draw.
+
+    NO_COLOR counts if it is not empty (no-color.org); a dumb terminal, as an editor's,
+    shows the codes as they are.
+    """
     return stream.isatty() and not os.environ.get("NO_COLOR") \
         and os.environ.get("TERM") != "dumb"
 
@@ -11982,7 +12458,8 @@ def _is_terminal(stream: TextIO) -> bool:
 def window() -> os.terminal_size:
     """The size of the terminal that stdout is; 80 by 24 where it is none.
 
-    As shutil has it, which takes 4 ms to load; argparse asks for each argument.
+    COLUMNS and LINES come first, as with shutil, which takes 4 ms to load; argparse
+    asks for each argument.
     """
     try:
         found = os.get_terminal_size(1)
@@ -11994,7 +12471,11 @@ def window() -> os.terminal_size:
 
 
 def _not_written(error: OSError) -> Exception:
-    """What to raise where a result could not be written."""
+    """What to raise where a result could not be written.
+
+    Only here: any other OSError is not about the results. What was changed has been
+    changed, so the hint leads there and not to the same command again.
+    """
     if isinstance(error, BrokenPipeError):      # the reader has seen enough
         return error
     return Unwritable(f"the result could not be written ({error})",
@@ -12005,6 +12486,8 @@ class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
     On a terminal a line that is drawn in place may stand below: how far something is.
+    It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
+    (--quiet, --json): no words, no drawing; logs and errors are said all the same.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -12013,7 +12496,7 @@ class Screen:
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
-        """Print results."""
+        """Print results, a line each; Unwritable or BrokenPipeError."""
         try:
             self._erase()
             for line in lines:
@@ -12022,7 +12505,11 @@ class Screen:
             raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
-        """Print a job's output as it is."""
+        """Print a job's output as it is.
+
+        It may be no text at all. What went through the text layer before has to be out
+        first, for this goes past it.
+        """
         self.flush()
         try:
             sys.stdout.buffer.write(output)
@@ -12032,7 +12519,11 @@ class Screen:
 
     @staticmethod
     def flush() -> None:
-        """Have the results that were printed written."""
+        """Have the results that were printed written; Unwritable or BrokenPipeError.
+
+        Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
+        disk would be told in its words, with the exit status 120.
+        """
         try:
             sys.stdout.flush()
         except OSError as error:
@@ -12076,6 +12567,8 @@ class Screen:
             sys.stderr.flush()
 
     def _erase(self) -> None:
+        """Take the drawn line away: to its first column, then clear it (ECMA-48, EL).
+        """
         if self._drawn:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
@@ -12093,14 +12586,21 @@ class Screen:
 
     @staticmethod
     def style() -> Style:
-        """Colours and the width, if stdout is a terminal."""
+        """Colours and the width, if stdout is a terminal.
+
+        Else the width is 0, which means any: nothing is cut in a file or a pipe.
+        """
         if not sys.stdout.isatty():
             return Style(False, 0, time.time())
         return Style(_is_terminal(sys.stdout), Screen.width(), time.time())
 
 
 def _report(error: QueueError, as_json: bool) -> int:
-    """The one place where a refusal becomes a line and an exit status."""
+    """The one place where a refusal becomes a line and an exit status.
+
+    With --json an object on one line, still on stderr: stdout holds results or nothing.
+    A line stays one, whatever names and words of users are in it.
+    """
     if as_json:
         print(dumps({"error": {"code": error.code, "message": error.message,
                                "hint": error.hint}}, None), file=sys.stderr)
@@ -12111,6 +12611,12 @@ def _report(error: QueueError, as_json: bool) -> int:
 
 # ---- 25 Flags ----------------------------------------------------------------
 # What a command line gives: flags, jobs in words, in files or line by line.
+#
+# Flags are rows here, Options, not argparse's objects: the parser of a command is made
+# from its rows when that command is run (to make all parsers took a sixth of the time
+# of an enqueue), completion reads the same rows, and so does `systemd`, which hands on
+# those of a worker. What a field of a job may be is decided by `spec_of` (Input), for a
+# flag, a line of a file and a body over HTTP alike.
 
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
@@ -12118,7 +12624,12 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a wrong command line."""
+    """A parser as argparse wants it: a wrong flag is a wrong command line.
+
+    argparse makes a usage error (exit status 2) of an ArgumentTypeError, and tells its
+    text. A QueueError would pass through it, with the status 1 of a thing that cannot
+    be done.
+    """
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -12128,7 +12639,13 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class Option(NamedTuple):
-    """One argument of a command, as argparse takes it, and its group in the help."""
+    """One argument of a command, as argparse takes it, and its group in the help.
+
+    A flag has names that begin with a dash, short or long, any other argument has one
+    without. `settings` are the rest of add_argument's; the metavar is looked at by
+    completion, too, which takes from it of what kind a value is (ID, Q, FILE ...).
+    Group "": argparse's own.
+    """
     names: tuple[str, ...]
     settings: dict[str, Any]
     group: str
@@ -12140,11 +12657,17 @@ def option(*names: str, group: str = "", **settings: Any) -> Option:
 
 
 def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    """These options, in a group of the help."""
     return tuple(one._replace(group=group) for one in options)
 
 
 def _past(text: str, now: float) -> float:
-    """A time that has been, or a duration ago; of HH:MM the last one."""
+    """Epoch seconds of a time that has been, or a duration ago; of HH:MM the last one.
+
+        1h -> an hour ago;  18:00 at noon -> yesterday's;  2026-01-31T18:00 -> that
+
+    `parse_time` looks ahead, as jobs need it: of HH:MM it tells the next.
+    """
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
@@ -12157,6 +12680,7 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
+# Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
 _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
@@ -12174,7 +12698,9 @@ _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
-# The flags of `enqueue` that are fields of a job, under the field's name.
+# The flags of `enqueue` that are fields of a job, under the field's name. Numbers and
+# times are parsed here, for a wrong one is a wrong command line; text is left to
+# `spec_of`. A default of None tells a flag that was not given from any that was.
 _JOB_FLAGS = (
     *_grouped(
         "the job",
@@ -12238,6 +12764,7 @@ _SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
 
 
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
+    """{"A": "b=c"} of `A=b=c`; UsageError without a sign."""
     env = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
@@ -12249,6 +12776,10 @@ def _env_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a job that flags have set; what was not given is not there.
+
+    `edit` and `schedule add` have some of these flags only.
+    """
     given = {name: getattr(args, name, None) for name in map(_field_of, _JOB_FLAGS)}
     if given["env"] is not None:
         given["env"] = _env_of(given["env"])
@@ -12256,7 +12787,11 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """The job objects of a file or, for `-`, of stdin, with their lines."""
+    """The job objects of a file or, for `-`, of stdin, with their lines.
+
+    As a whole, for all of them are added or none; `--stream` is for what has no end.
+    Unreadable if it cannot be read, InvalidJob with the line for what is no job.
+    """
     try:
         if path == "-":
             if sys.stdin is None:
@@ -12271,7 +12806,17 @@ def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _given_jobs(
         args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
-    """Whether it is a batch, and the job objects with their lines (0: no line)."""
+    """Whether it is a batch, and the job objects with their lines (0: no line).
+
+        enqueue -- PROG ARG   one command, its words quoted so that they stay apart
+        enqueue --file F      a batch, and so are @F and - (stdin)
+        enqueue JOB           an object, a command, or an array, which is a batch
+        enqueue --command C   one job of flags alone
+
+    Of a batch the result is told as one (a JSON array, a count), also if it has one
+    job. That `[ -f x ] && y` is a command and not an array only `fields_of` knows: so
+    it counts as one if it came back as it was.
+    """
     sources = [source for source in (args.job, args.file, args.words)
                if source is not None]
     if len(sources) > 1:
@@ -12309,11 +12854,17 @@ def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
 
 
 def _ignored_warning(keys: Collection[str]) -> str:
+    """What to say of keys without effect; `show --json` tells them, so they come back.
+    """
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
 
 def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
            now: float, screen: Screen) -> list[Spec]:
+    """The checked jobs of a batch, flags applied; InvalidJob names the line at fault.
+
+    All before the transaction begins, so the write lock is not held meanwhile.
+    """
     specs, ignored = [], set[str]()
     for number, (line, fields) in enumerate(given):
         if number % 1000 == 999:
@@ -12327,7 +12878,11 @@ def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any]
 
 
 def _has_more(fd: int, seconds: float) -> bool:
-    """Whether there is something to read within that time."""
+    """Whether there is something to read within that time.
+
+    A file always has, its end included. Where there is no poll() (Windows): no, so what
+    has come is handed on at once.
+    """
     if seconds <= 0 or not hasattr(select, "poll"):
         return False
     poller = select.poll()
@@ -12338,8 +12893,14 @@ def _has_more(fd: int, seconds: float) -> bool:
 def _line_batches(fd: int) -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
-    The last may lack its end. Of one that is too long for any job the beginning serves,
-    to be refused. Who interrupts gets what has been read first.
+    Read, while no whole line is there, for as long as it takes; from the first one on
+    only what comes within STREAM_PAUSE, or until there are STREAM_BATCH: then hand them
+    on. So a slow stream is added line by line, and a fast one with one fsync for many.
+
+    By os.read and poll(), for a buffered file reads ahead, and poll() sees nothing of
+    that. The last line may lack its end. Of one that is too long for any job the
+    beginning serves, to be refused; the rest is let go as it comes, so an endless line
+    fills no memory. Who interrupts gets what has been read first.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -12362,7 +12923,11 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
 
 
 class Stream:
-    """Jobs from lines that come one by one: a bad one is said and passed over."""
+    """Jobs from lines that come one by one: a bad one is said and passed over.
+
+    `refuse` is told each refusal, `warn` each remark. `refused` counts what was passed
+    over. Lines are numbered from the beginning of the stream.
+    """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
                  refuse: Callable[[QueueError], object],
@@ -12374,7 +12939,12 @@ class Stream:
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
-        """The jobs of these lines, committed; on a full disk it waits for room."""
+        """The jobs of these lines, committed; on a full disk it waits for room.
+
+        All in one transaction, without the one at fault where there is one:
+        `enqueue_many` adds none then, so the others are tried again without it. A
+        refusal that names none of them is no line's fault, and ends the stream.
+        """
         warned_of = {*self._ignored}
         given = [one for line in lines for one in self._specs_of(line)]
         if self._ignored > warned_of:
@@ -12408,6 +12978,10 @@ class Stream:
             raise
 
     def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
+        """The checked jobs of a line, each with its number; none of a bad one.
+
+        With the time of this line: a delay counts from when its line came.
+        """
         self._read += 1
         try:
             with at_line(self._read):
@@ -12421,19 +12995,32 @@ class Stream:
             return []
 
     def _pass_over(self, error: QueueError) -> None:
+        """Say what was wrong, and count it."""
         self.refused += 1
         self._refuse(error)
 
 
 # ---- 26 Commands -------------------------------------------------------------
-# One small function a command, and the table of all: parser, help and completion
-# follow from it.
+# One small function a command, and the table of all: parser, help and completion follow
+# from it.
+#
+# A command reads its arguments, makes a call on the queue, prints one view of what
+# comes of it, and returns the exit status. It holds no rule of the queue and no SQL:
+# what it changes, a program can change by the same method of a Queue. It refuses by
+# raising; Main makes the line and the exit status of that. `args` has each flag under
+# the name that argparse gives it, and in `words` what stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add the lines of stdin as they come; 1 if any of them was bad."""
+    """Add the lines of stdin as they come; 1 if any of them was bad.
+
+    Ids are printed when their jobs are committed, and flushed, so who reads them may
+    rely on them. SIGTERM is taken as Ctrl+C: what was read meanwhile is added first.
+    The write lock is waited for briefly, for the stream itself tries again, for ever,
+    and says so.
+    """
     if args.job not in (None, "-") or args.file or args.words or args.command:
         raise UsageError("--stream reads stdin alone", "give no other job")
     if args.wait:
@@ -12454,7 +13041,10 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def _exit_status(jobs: Sequence[Job]) -> int:
-    """One job's own exit status; of several 0 if all are completed, else 1."""
+    """One job's own exit status; of several 0 if all are completed, else 1.
+
+    A job that was cancelled before it ran has none, so it is 1.
+    """
     if all(job.state == COMPLETED for job in jobs):
         return EX_OK
     return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
@@ -12475,6 +13065,9 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
 def _watchful_bar(queue: Queue, screen: Screen,
                   looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
     """A bar that also says once why nothing runs, if jobs wait for what will not come.
+
+    `looked_at` tells the jobs that wait, some of them. A hindrance that passes by
+    itself (a due time) is no news, nor is one beside another that passes.
     """
     bar, said = _bar(screen), set[str]()
 
@@ -12497,7 +13090,11 @@ def _watchful_bar(queue: Queue, screen: Screen,
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and say how it went."""
+    """Wait until jobs are over, and say how it went; their exit status.
+
+    Of many jobs the first PEOPLE_LIMIT are looked at for what keeps them waiting: that
+    is asked again and again, and a few tell the reason.
+    """
     began = time.monotonic()
     bar = _watchful_bar(queue, screen, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -12515,6 +13112,10 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
 
 def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
+    """Print what was added: as JSON, as ids, or of a batch how many.
+
+    Flushed, for `--wait` may go on for hours after it.
+    """
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
                          else job_object(jobs[0])))
@@ -12547,10 +13148,13 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             if error.item is not None:
                 error.name_line(given[error.item][0])
             raise
+    # A job made before this command has come back in the place of one with the same
+    # unique key. Stored times are text of one form, so they compare as text.
     for job in jobs:
         if job.unique is not None and job.created_at < began:
             screen.note(f"{job.id} has the unique key {job.unique!r} and is not over: "
                         "nothing was added")
+    # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, is_batch, args, screen)
     if not jobs or not args.wait:
@@ -12565,6 +13169,8 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Run a pool until it is told to stop."""
+    # What was not given is None, and left to the jobs and the configuration, which are
+    # read when they are needed: a `config set` reaches a pool that runs.
     options = PoolOptions(args.count, args.name, tuple(args.queue or ()), args.timeout,
                           args.backoff_base, args.drain, args.max_jobs, args.grace)
     # What is loaded now stays: looking through it again and again for garbage was an
@@ -12580,13 +13186,17 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         if args.drain and screen.draws:
             with contextlib.suppress(QueueError):   # it is but a picture
                 bar(queue.progress().since(first))
+    # What was over before this pool came is not its work, so not in its bar.
     first = queue.progress()
     with screen.drawing():      # the shell goes on where the bar was
         return run_pool(queue, options, say)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Ask pools to stop, and wait until they have."""
+    """Ask pools to stop, and wait until they have.
+
+    A pool that dies meanwhile has stopped, too: `workers` leaves out the dead.
+    """
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
         screen.note("no worker is running")
@@ -12618,6 +13228,7 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 def _status_lines(args: argparse.Namespace, queue: Queue,
                   screen: Screen) -> list[str]:
+    """What `status` prints; of --watch --json an object a line (JSON lines)."""
     status = queue.status()
     if args.json:
         return [dumps(status_object(status), 2 if args.watch is None else None)]
@@ -12627,14 +13238,21 @@ def _status_lines(args: argparse.Namespace, queue: Queue,
 def _picture(lines: Sequence[str], above: int) -> str:
     """Lines to be drawn in the place of the last picture, of `above` lines.
 
-    Too long ones end at the window's edge: wrapped they would be two.
+    Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap. Too long
+    lines end at the window's edge: wrapped they would be two, and the next picture
+    would begin too low.
     """
     place = f"\033[{above}A\033[J" if above else ""
     return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the first screen; with --watch again whenever something has changed."""
+    """Print the first screen; with --watch again whenever something has changed.
+
+    What has changed is noted before the reading: a commit between the two brings the
+    next picture at once. One line of the window stays free, for the cursor stands below
+    the picture, and a picture that scrolls could not be drawn over.
+    """
     in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
     above = 0
     while True:
@@ -12658,7 +13276,11 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory."""
+    """A JSON array, an element at a time: any number needs little memory.
+
+    A line is held back until the next one comes, for only then is it known whether a
+    comma stands at its end. No element: `[]`.
+    """
     line = "["
     for one in objects:
         screen.out(line)
@@ -12667,6 +13289,7 @@ def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
 
 
 def _output_of(queue: Queue, job: Job) -> bytes:
+    """What the last run of a job printed; nothing if it has none, or is gone by now."""
     try:
         run = queue.run(job.id)
     except (NoSuchRun, NoSuchJob):
@@ -12675,6 +13298,8 @@ def _output_of(queue: Queue, job: Job) -> bytes:
 
 
 def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """A job as JSON, with --show-output also what it printed, damaged UTF-8 replaced.
+    """
     found = job_object(job)
     if args.show_output:
         found["output"] = _output_of(queue, job).decode("utf-8", "replace")
@@ -12699,7 +13324,12 @@ def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print jobs."""
+    """Print jobs.
+
+    Without a limit as JSON: newest first of one state, or of any, they can be read by
+    the page, in any number; otherwise they have to be put in order first, so all are in
+    memory. Reasons are looked up only where all states asked for are of jobs that wait.
+    """
     filters = _filters(args)
     states = tuple(args.state or ())
     if args.json:
@@ -12729,6 +13359,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print one job whole."""
+    # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
+    # moment.
     job, runs = queue.job(args.id), queue.runs(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
@@ -12743,6 +13375,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _tail(output: bytes, lines: int | None) -> bytes:
+    """The last lines of it; None: all, 0: nothing."""
     if lines is None:
         return output
     return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
@@ -12759,10 +13392,22 @@ class Follower:
                  lines: int | None = None) -> None:
         self.job_id, self.is_over = job_id, False
         self._queue, self._only, self._lines = queue, number, lines
+        # The run to look at (None: the last there is), how many bytes of it were seen,
+        # and whether nothing was read yet: only then do `lines` count.
         self._number, self._seen, self._is_first = number, 0, True
 
     def step(self) -> tuple[bytes, str]:
-        """What is new, and a remark on a run that has ended before a retry, or ""."""
+        """What is new, and a remark on a run that has ended before a retry, or "".
+
+        The job is read before its run. If it is over, the end of its run was recorded
+        in the same transaction, so what is read of it after that is all there will be.
+        The other way round the last output of a run that ends between the two reads
+        would be missed.
+
+        A run is known by its number, and how much of it was seen by the bytes that it
+        printed in all: so what falls out of the middle while it goes on is told as left
+        out.
+        """
         job, run = self._queue.job(self.job_id), self._run()
         if run is None:
             self.is_over = job.state in OVER
@@ -12779,6 +13424,8 @@ class Follower:
         self.is_over = self._only is not None or (job.state in OVER and is_last)
         if self.is_over:
             return fresh, ""
+        # The next run may not have begun: until then there is none of that number, and
+        # nothing new.
         self._number, self._seen = run.number + 1, 0
         return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
 
@@ -12792,7 +13439,11 @@ class Follower:
 
 def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
                    screen: Screen) -> None:
-    """Print what is new; of several jobs (`place`) only whole lines, with the job."""
+    """Print what is new; of several jobs (`place`) only whole lines, with the job.
+
+    `pending` holds the begun line of each job until its end comes: two jobs that print
+    at once would else share a line.
+    """
     fresh, remark = follower.step()
     if place is not None:
         fresh = pending.pop(follower.job_id, b"") + fresh
@@ -12809,7 +13460,11 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs print as it comes, until they (or that run) are over."""
+    """Print what jobs print as it comes, until they (or that run) are over.
+
+    Ten times a second. What a running command has printed is in its pool's memory; one
+    wake-up has all pools store all of it.
+    """
     ids = list(dict.fromkeys(args.ids))
     places = {job_id: place if len(ids) > 1 else None
               for place, job_id in enumerate(ids)}
@@ -12858,7 +13513,11 @@ def _is_wide(args: argparse.Namespace) -> bool:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Wait until jobs are over; a single one's own exit status."""
+    """Wait until jobs are over; a single one's own exit status.
+
+    With a tag or a text it waits for the jobs that fit now. --all, or --queue alone,
+    goes by the counters: whatever is added meanwhile is waited for as well.
+    """
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
         job_ids = [job.id for job in queue.pages(
@@ -12877,7 +13536,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_NO if done.unwell else EX_OK
 
 
-# What a verb applies to where no state is named, and where one is.
+# What a verb applies to where no state is named, and where one is. To delete is no verb
+# of MOVES, for it leads to no state.
 USUAL = {"retry": (FAILED, DEAD, CANCELLED), "cancel": (*WAITING, PROCESSING),
          "delete": OVER}
 ALLOWED = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
@@ -12887,7 +13547,11 @@ SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
 
 def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs, as it is done."""
+    """Report what was done to jobs, as it is done.
+
+    `jobs` may be a sweep that goes on while it is reported, so an interrupt says how
+    far it came: that much is committed.
+    """
     if args.json:
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
@@ -12904,6 +13568,7 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
 
 
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The states that are named, else the usual ones; UsageError for a wrong one."""
     for state in given or ():
         if state not in ALLOWED[verb]:
             raise UsageError(f"{state} jobs cannot be {SAID[verb]}",
@@ -12912,7 +13577,11 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before a wide step, where a person sits at a terminal; Declined."""
+    """Ask before a wide step, where a person sits at a terminal; Declined.
+
+    The question is on stderr and its answer comes from stdin, so both have to be
+    terminals: a script is never asked, and never waits.
+    """
     if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
                                      and sys.stderr.isatty()):
         return
@@ -12922,7 +13591,10 @@ def _confirm(what: str, args: argparse.Namespace) -> None:
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does.
+
+    For a question or a dry run. What is changed after it is what fits then.
+    """
     counted = [(queue.count(state, **filters), state) for state in states]
     return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
@@ -12942,7 +13614,11 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
-    """All jobs that the flags describe, changed; on a terminal after a question."""
+    """All jobs that the flags describe, changed; on a terminal after a question.
+
+    No generator itself: states are checked and the question is put when it is called,
+    and only the sweep waits for who takes its jobs.
+    """
     states = _chosen_states(verb, args.state)
     amounts = _amounts(queue, states, _filters(args))
     if amounts and verb != "retry":     # no question: a retry takes nothing away
@@ -12958,7 +13634,10 @@ def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
-    """End what a lost run has left; NotFinished if that takes longer."""
+    """End what a lost run has left; NotFinished if that takes longer.
+
+    `until` is monotonic. As a pool's Ender does it (I6), but in this process.
+    """
     ending = Ending(queue.host, lost.run.claim, queue.store.settings().kill_grace,
                     lost=lost)
     while not ending.step(time.monotonic(), queue.host.processes()):
@@ -12969,7 +13648,15 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
 
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
-    """Wait until running jobs that were cancelled have been ended; as they are then."""
+    """Wait until running jobs that were cancelled have been ended; as they are then.
+
+    Their pool does it. Where that is gone, and no other takes its place, nobody would:
+    so what its runs have left is ended and recorded here. If another pool does the same
+    meanwhile, who records second changes nothing (I3).
+    """
+    # A command has no heartbeat that could get through, so it knows of no silence: only
+    # pools that are gone, as the kernel says, count as lost here, and a frozen one's
+    # job is left to other pools.
     rescuer = Rescuer(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
@@ -12991,7 +13678,11 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 
 
 def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel all that fit; then wait until those that ran have been ended."""
+    """Cancel all that fit; then wait until those that ran have been ended.
+
+    Not batch by batch: each wait may take `kill-grace`, and their pools end them side
+    by side.
+    """
     running: list[Job] = []
 
     def noted() -> Iterator[Job]:
@@ -13006,12 +13697,17 @@ def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended."""
+    """Cancel jobs; wait until running ones have been ended.
+
+    A run that completes before it is ended stays completed (`settle`): that is said,
+    and if it was so for all of them the exit status is 1.
+    """
     if _is_wide(args):
         return _cancel_wide(args, queue, screen)
     jobs = queue.cancel(*args.ids)
     ended = {job.id: job for job in _await_ends(
         queue, [job for job in jobs if job.state == PROCESSING], screen)}
+    # In the order of the ids that were given.
     jobs = [ended.get(job.id, job) for job in jobs]
     late = [job for job in jobs if job.state != CANCELLED]
     for job in late:
@@ -13031,7 +13727,12 @@ def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str], is_dry: bool = False) -> int:
-    """Delete all jobs that fit, and say how many."""
+    """Delete all jobs that fit, and say how many.
+
+    A dry run and a question count with the bound that the sweep will have: a stored
+    time is cut to its millisecond, and `ended_before` leaves out the bound itself,
+    hence 0.001.
+    """
     filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
@@ -13076,7 +13777,10 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the dead jobs, the latest death first."""
+    """Print the dead jobs, the latest death first.
+
+    Below each stands its error. The table's line 0 is its head: line 1 is job 0.
+    """
     def _look(limit: int) -> list[Job]:
         return queue.jobs(DEAD, "finished", limit)
     if args.json:
@@ -13109,6 +13813,7 @@ def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def _named_queues(queues: Sequence[str] | None) -> str:
+    """`all queues`, `queue a`, `queues a, b`: as a sentence wants it."""
     if not queues:
         return "all queues"
     return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
@@ -13126,6 +13831,8 @@ def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
+    # What still holds claims back, for that is what one wants to know: a queue has its
+    # own pause, and all of them have one together.
     paused = queue.status().paused
     left = [name for name in paused if name != EVERY_QUEUE]
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
@@ -13157,7 +13864,11 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add a job that comes again and again."""
+    """Add a job that comes again and again, and say when that will be.
+
+    A person reads a cron line easily in a wrong way; the next moments show it. Workers
+    take the turns, so it says where none is running.
+    """
     import shlex  # 1 ms
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
@@ -13199,7 +13910,10 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule go on; what it missed is not made up."""
+    """Let a schedule go on; what it missed is not made up.
+
+    So it says when the next turn is.
+    """
     schedule = queue.resume_schedule(args.name)
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
@@ -13213,13 +13927,19 @@ def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the changes of jobs' states, oldest first."""
+    """Print the changes of jobs' states, oldest first.
+
+    By the page, so any number needs little memory. `newest` is read before the page:
+    when a page is not full, all up to it have been looked through, also those of other
+    queues, and the next look can begin there. Read after it, it could skip a change.
+    """
     after, since_when = 0, "" if args.since is None else iso(args.since)
     while True:
         seen, newest = queue.store.changes(), queue.last_event()
         page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
         screen.out(*(dumps(event_object(one), None) if args.json
                      else event_line(one, screen.style()) for one in page))
+        # There may be more: no waiting, and on from the last one.
         if len(page) == PAGE_SIZE:
             after = page[-1].seq
             continue
@@ -13231,7 +13951,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print all settings."""
+    """Print all settings, those that somebody has set in bold."""
     stored = queue.store.stored_settings()
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
@@ -13270,7 +13990,11 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done."""
+    """Print what was done.
+
+    `seconds` may be more or less than was asked for: counters are kept by the minute or
+    the hour, and the queue may be younger.
+    """
     stats = queue.stats(args.since)
     seconds = queue.covered(args.since)
     if args.json:
@@ -13295,6 +14019,7 @@ def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Make a consistent copy."""
     queue.backup(args.file)
+    # To open it is to try it: a copy that is no queue is told now.
     with Queue(args.file, create=False) as copy:
         jobs = sum(copy.counts().values())
     screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
@@ -13302,7 +14027,13 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Serve the dashboard, the API and the metrics until told to stop."""
+    """Serve the dashboard, the API and the metrics until told to stop.
+
+    All that can be refused (a name, a token, a certificate, the port) is, before the
+    URL is printed: that says that it is served.
+    """
+    # The address is looked up before the site is made: whether strangers reach it
+    # decides whether a token may be left out.
     options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
                          args.tls_cert, args.tls_key)
     family, address = resolved(options.host, options.port)
@@ -13321,7 +14052,11 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script."""
+    """Print a shell's completion script.
+
+    Where this file is not named as its module it cannot be imported, and runs by its
+    path.
+    """
     import shlex  # 1 ms
     python, file = program_words()
     folder, name = os.path.split(file)
@@ -13333,12 +14068,20 @@ def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
 
 def database_path(given: str | None) -> str:
     """The path of the database that is meant: as given, else as the environment says.
+
+    An empty one counts as none, so `--db "$UNSET"` is the usual one.
     """
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
 def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
-    """The words that give these flags once more; durations in seconds."""
+    """The words that give these flags once more; durations in seconds.
+
+        --timeout 5m --queue a --queue b -> --timeout 300 --queue a --queue b
+
+    Parsed values are written anew, so what is printed has been checked. Defaults are
+    left out.
+    """
     for flag in flags:
         value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
         for one in value if isinstance(value, list) else [value]:
@@ -13349,7 +14092,11 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a unit file that runs a worker of this queue."""
+    """Print a unit file that runs a worker of this queue.
+
+    The queue need not be there yet. A service starts in another directory, so the path
+    is absolute.
+    """
     try:
         path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
@@ -13367,6 +14114,10 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     return EX_OK
 
 
+# Whether a command makes a database that is not there. Those do that hand something
+# over, or set something up that jobs will meet later (a pause, a limit, a setting, a
+# schedule), or stay to serve what comes (worker start, web). Any other would but hide a
+# mistyped path behind an empty queue.
 CREATES, READS = True, False
 NEITHER = None      # it does not open the database
 
@@ -13391,6 +14142,7 @@ _OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
 _DRY_FLAG = option("--dry-run", action="store_true", group="other",
                    help="only say what would be deleted")
 
+# In the order of `queuectl --help`.
 COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
         option("job", nargs="?", metavar="JOB",
@@ -13560,13 +14312,15 @@ COMMANDS = (
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
-# What a group of commands does when it is named alone.
+# What a group of commands does when it is named alone: each time something that only
+# looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
          "schedule": "list"}
 TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, kept in the database", "queue": "Queues of jobs",
           "schedule": "Jobs that come again and again"}
+# What `queuectl` alone says where there is no queue yet.
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
@@ -13586,14 +14340,20 @@ _VERSION = option("--version", action="version", version=f"queuectl {__version__
 # an argument takes, and the queue which there are. Nothing here fails for a half-typed
 # line; what is not understood is passed over.
 #
-# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`,
-# and the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So
-# the choices are the queues' names, and `--queue=gpu` may be offered.
+# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`, and
+# the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So the
+# choices are the queues' names, and `--queue=gpu` may be offered.
+#
+# A press of a key must not be noticed: no queue is made, upgraded or waited for
+# (`glance`), and however many jobs there are, only so many rows are looked at, by an
+# index. A new command needs no word here: a row of COMMANDS and its metavars are all
+# that is read.
 
 OFFERED = 200          # ids that completion offers at most
 LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
 
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
+# Beside the rows of a command, as argparse adds it by itself.
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
 # Kinds of values that the shell itself completes, by metavar.
 FILES, DIRS = "files", "dirs"
@@ -13612,14 +14372,22 @@ class Choice(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The words after a command's name, as far as they are there."""
+    """The words after a command's name, as far as they are there.
+
+    What is given tells which flag may not come twice, and whose turn is next of the
+    arguments without a dash.
+    """
     given: list[tuple[Option, str]]     # each argument with its value, in their order
     awaiting: Option | None             # the flag whose value comes next
     is_verbatim: bool                   # after `--` all is a command of the user's
 
 
 class Place(NamedTuple):
-    """What may stand where the cursor is."""
+    """What may stand where the cursor is.
+
+    Either `choices`, or a `kind` of which the queue or the shell knows the values;
+    neither where only a person knows (a command, a new name).
+    """
     choices: tuple[Choice, ...] = ()    # known without the queue
     kind: str = ""                      # else: of what kind
     word: str = ""                      # its beginning
@@ -13641,10 +14409,12 @@ def unquoted(word: str) -> str:
 
 
 def _is_flag(word: str) -> bool:
+    """Whether it is one; `-` alone is stdin."""
     return word.startswith("-") and word != "-"
 
 
 def _takes_value(one: Option) -> bool:
+    """Whether a word follows it: what argparse stores, not what it only notes."""
     return one.settings.get("action") in (None, "append")
 
 
@@ -13674,7 +14444,11 @@ def _read_flag(options: Sequence[Option], word: str,
 
 
 def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
-    """Read them as argparse will."""
+    """Read them as argparse will.
+
+    Not by argparse itself: it ends at the first mistake, and a line that is being typed
+    is one mistake to its end.
+    """
     reading = Reading([], None, False)
     for word in words:
         given, awaiting, _ = reading
@@ -13692,7 +14466,15 @@ def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
 
 
 def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The commands that these words may come to, and the words beside the name."""
+    """The commands that these words may come to, and the words beside the name.
+
+        dlq           -> its three, as long as no second word is there
+        dlq --limit 5 -> `dlq list`, which is what a flag comes to (ALONE)
+        --db x.db     -> all
+
+    As `_split` and `_find` (Main) read a line that is complete. None of them for a
+    wrong name.
+    """
     at = 0
     while at < len(words) and _is_flag(words[at]):
         at += 2 if words[at] == "--db" else 1
@@ -13730,7 +14512,10 @@ def _command_choices(entries: Sequence[Entry]) -> list[Choice]:
 
 def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]],
                   word: str) -> list[Choice]:
-    """Long names, and a short one that is there; none that may not come twice."""
+    """Long names, and a short one that is there; none that may not come twice.
+
+    After a lone dash only long ones: a list of letters helps nobody.
+    """
     taken = [one for one, _ in given if one.settings.get("action") != "append"]
     return [Choice(name, one.settings.get("help", "")) for one in options
             if one not in taken for name in one.names
@@ -13738,7 +14523,11 @@ def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]]
 
 
 def _kind_of(entry: Entry | None, one: Option) -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind."""
+    """What kind of thing an argument names; "" for what is new, or of no kind.
+
+    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
+    setting.
+    """
     metavar = str(one.settings.get("metavar", ""))
     if one.names[0] in _NEW or (metavar == "KEY" and one.names[0].startswith("-")):
         return ""
@@ -13755,12 +14544,21 @@ def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
 
 
 def _span(word: str) -> dict[str, str]:
-    """The bounds of what begins with a word; names are ASCII without DEL."""
+    """The bounds of what begins with a word; names are ASCII without DEL.
+
+    So `name >= word AND name < end` is a range of an index; LIKE is not, unless it
+    respects case (SQLite, "The LIKE Optimization").
+    """
     return {"word": word, "end": word + "\x7f"}
 
 
 def _job_choices(rows: Rows, place: Place) -> list[Choice]:
-    """The newest of each state; then those that the index of ids leads to."""
+    """The newest of each state; then those that the index of ids leads to.
+
+    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
+    million jobs the newest are meant. An id of one's own may be older: that is found by
+    the word that it begins with. Both may find the same job, once for the shell.
+    """
     found = [row for state in place.states for row in rows(
         Sql.NEWEST_IDS, state=state, look=LOOKED_AT, limit=OFFERED,
         **_span(place.word))]
@@ -13773,6 +14571,7 @@ def _job_choices(rows: Rows, place: Place) -> list[Choice]:
 
 
 def _queue_choices(rows: Rows, place: Place) -> list[Choice]:
+    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
     counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
     for name, state, n in rows(Sql.COUNTS):
         counts.setdefault(name, []).append(f"{n} {state}")
@@ -13799,7 +14598,11 @@ _IN_QUEUE = {"ID": _job_choices, "Q": _queue_choices, "T": _tag_choices,
 
 
 def _valued(place: Place, entry: Entry | None, reading: Reading, one: Option) -> Place:
-    """The place of an argument's value."""
+    """The place of an argument's value.
+
+    `enqueue @F` names a file in the place of a job. What an argument has already is not
+    offered for it again; only jobs of states that the command takes are (_FITTING).
+    """
     kind = _kind_of(entry, one)
     if kind == "JOB" and place.word.startswith("@"):
         return place._replace(kind=FILES, word=place.word[1:], before="@")
@@ -13824,7 +14627,11 @@ def _at_flag(place: Place, entry: Entry | None, reading: Reading,
 
 def _at_argument(place: Place, entry: Entry | None, reading: Reading,
                  options: Sequence[Option]) -> Place:
-    """The place of an argument without a name; of flags, where none is known."""
+    """The place of an argument without a name; of flags, where none is known.
+
+    After `--` stands a command of the user's: of that only the names of files are
+    known.
+    """
     one = _next_argument(options, reading.given)
     if one:
         place = _valued(place, entry, reading, one)
@@ -13836,7 +14643,12 @@ def _at_argument(place: Place, entry: Entry | None, reading: Reading,
 
 
 def place_of(words: Sequence[str]) -> Place:
-    """What may stand in place of the last of these words, the line's without quotes."""
+    """What may stand in place of the last of these words, the line's without quotes.
+
+    Asked in this order: a value that a flag awaits (unless it may do without one), a
+    flag, the rest of the command's name, an argument of it. The last --db of the line
+    counts, as it does for argparse.
+    """
     *before, word = words or ("",)
     found, rest = named_commands(before)
     entry = _meant(found)
@@ -13854,7 +14666,10 @@ def place_of(words: Sequence[str]) -> Place:
 
 
 def _expanded(path: str) -> str:
-    """A path as the shell would have made it of a word: ~ and $NAME are known."""
+    """A path as the shell would have made it of a word: ~ and $NAME are known.
+
+    The word comes from the line before the shell has read it.
+    """
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -13883,8 +14698,17 @@ def completion_lines(words: Sequence[str]) -> list[str]:
 
 
 # ---- 28 Main -----------------------------------------------------------------
+# From the words of a command line to its exit status: which command it is, its parser,
+# its queue; and what each end that we know is told as. `main` is the entry point of the
+# installed command, of `python3 -m queuectl`, of the file run by its path, and of
+# programs and tests, to which it returns: nothing below it ends the process, but
+# argparse where it prints a help.
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
+    """What lays a help out: descriptions as they stand, two columns left free.
+
+    With a width of its own, for argparse would load shutil to find one.
+    """
     return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
 
 
@@ -13892,12 +14716,20 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Refuse the command line.
+
+        argparse itself would print two lines and end the process, with --json as
+        without.
+        """
         raise UsageError(message, f"`{self.prog} --help` says more")
 
 
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
-    """The parser that only knows `--help`: a list of commands."""
+    """The parser that only knows `--help`: a list of commands.
+
+    argparse's subparsers would need the parser of each command. As it is, this one is
+    made only when its help is asked for.
+    """
     parser = Parser(
         prog=name, formatter_class=_formatter,
         usage=f"{name} [--db PATH] COMMAND ...",
@@ -13917,7 +14749,12 @@ def _shown_word(word: Option) -> str:
 
 
 def command_parser(entry: Entry) -> Parser:
-    """The parser of one command; to make all of them would take as long as the rest."""
+    """The parser of one command; to make all of them would take as long as the rest.
+
+    No abbreviations: `--run` would be --run-at today and a mistake once there is
+    another flag of that beginning. Its own usage line, for argparse's lists all
+    flags.
+    """
     name = "queuectl " + " ".join(entry.words)
     words = " ".join(_shown_word(one) for one in entry.options
                      if not one.names[0].startswith("-"))
@@ -13939,7 +14776,11 @@ def command_parser(entry: Entry) -> Parser:
 
 
 def _find(name: str, following: str | None) -> tuple[Entry, int]:
-    """The command of that name, and how many words its name has here."""
+    """The command of that name, and how many words its name has here.
+
+    Of a group (`dlq`) the second word says which; a flag in its place, or none, means
+    the usual one (ALONE). UsageError with the nearest name for one that there is not.
+    """
     found = [entry for entry in COMMANDS if entry.words[0] == name]
     if not found:
         raise UsageError(f"there is no command `{name}`",
@@ -13962,7 +14803,11 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
 
 
 def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
-    """The command, and the other words; `status` where none is named."""
+    """The command, and the other words; `status` where none is named.
+
+    Found by hand: flags may stand before the name as well, and of these only --db takes
+    a word, so its value is not taken for the command.
+    """
     words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         if words[at] in ("-h", "--help", "--version"):
@@ -13976,7 +14821,12 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
-    """What to say of words that a command does not take."""
+    """What to say of words that a command does not take.
+
+    The nearest flag only of one that no command has: else `list --drain` would be told
+    of a flag that looks alike. Bare words after `enqueue` are mostly a command without
+    quotes.
+    """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
     known = {name for one in COMMANDS for flag in one.options for name in flag.names}
@@ -13989,7 +14839,11 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; what follows the first `--` of `enqueue` stays as it is."""
+    """The arguments; what follows the first `--`, where a job is given, stays as it is.
+
+    Cut off before argparse sees it, which would take the dashes out and the words for
+    JOB. What it does not know it returns, so the words about that are ours.
+    """
     entry, words = _split(argv)
     rest = None
     if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
@@ -14003,6 +14857,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(argv: Sequence[str]) -> int:
+    """Run a command with its queue and its screen; its exit status.
+
+    `queuectl` alone, where there is no queue yet, is a first visit and no mistake.
+    """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
     screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
@@ -14021,7 +14879,12 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be."""
+    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be.
+
+    A file gets the lowest number that is free (open(2)): with stdout closed that is 1,
+    and the next print would go into the database. Python has None for a stream that was
+    closed when it started. stdin stays None, so that who reads jobs from it says so.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -14047,19 +14910,30 @@ def _as_utf8(word: str) -> str:
 
 
 def _abandon(stream: TextIO) -> None:
-    """The interpreter must not flush into what cannot be written, and say so."""
+    """The interpreter must not flush into what cannot be written, and say so.
+
+    At its exit it flushes both streams. What is left goes to /dev/null: Python's own
+    documentation has it so (library, signal, "Note on SIGPIPE").
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _wants_json(words: Sequence[str]) -> bool:
-    """Whether errors are to be JSON; what follows `--` is somebody else's."""
+    """Whether errors are to be JSON; what follows `--` is somebody else's.
+
+    Looked for in the words: of a line that could not be parsed there are no arguments.
+    """
     end = words.index("--") if "--" in words else len(words)
     return "--json" in words[:end]
 
 
 def _answer(words: Sequence[str]) -> int:
-    """The exit status; each refusal and each end that we know becomes one here."""
+    """The exit status; each refusal and each end that we know becomes one here.
+
+    Anything else is a mistake of this program and keeps its traceback. The results are
+    flushed while an error can still be told, and the status changed.
+    """
     try:
         status = _run([_as_utf8(word) for word in words])
         Screen.flush()
@@ -14087,7 +14961,11 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
+    """Run a command line; the exit status.
+
+    `argv` are the words without the program's name, by default this process's. stdout
+    and stderr are changed to UTF-8 for good.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
