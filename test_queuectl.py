@@ -423,6 +423,17 @@ class Architecture(unittest.TestCase):
 
 # ---- 3 Rules -----------------------------------------------------------------
 
+@contextlib.contextmanager
+def local_zone(name):
+    """Have local times be those of a zone."""
+    try:
+        with mock.patch.dict(os.environ, TZ=name):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
+
+
 class Rules(TestCase):
     def test_durations(self):
         for text, seconds in (("500ms", 0.5), ("30s", 30), ("1h30m", 5400), ("1.5", 1.5),
@@ -444,6 +455,15 @@ class Rules(TestCase):
         for text in ("tomorrow", "25:00", "", None, "2026-13-01", 1e300, -1e300):
             with self.subTest(text), self.assertRaises(queuectl.InvalidValue):
                 queuectl.parse_time(text, NOON)
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
+    def test_a_local_time_that_is_skipped_or_repeated_is_read_by_the_clock_before(self):
+        with local_zone("CET-1CEST,M3.5.0,M10.5.0/3"):
+            for text, utc in (("2027-03-28T02:30", "2027-03-28T01:30Z"),
+                              ("2027-10-31T02:30", "2027-10-31T00:30Z")):
+                with self.subTest(text):
+                    self.assertEqual(queuectl.parse_time(text, NOON),
+                                     queuectl.parse_time(utc, NOON))
 
     def test_a_stored_time_survives_the_way_to_a_number_and_back(self):
         for stamp in ("2026-11-24T08:22:13.123Z", "0001-01-01T00:00:00.000Z",
@@ -1144,14 +1164,9 @@ class Cron(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
     def test_a_zone_that_the_process_changes_is_taken_at_once(self):
-        cron, before = queuectl.parse_cron("0 0 * * *"), os.environ.get("TZ")
-        self.addCleanup(time.tzset)
-        self.addCleanup(lambda: os.environ.pop("TZ") if before is None
-                        else os.environ.update(TZ=before))
+        cron = queuectl.parse_cron("0 0 * * *")
         for zone, turn in (("UTC", "2024-05-02"), ("Asia/Tokyo", "2024-05-01T15:00")):
-            os.environ["TZ"] = zone
-            time.tzset()
-            with self.subTest(zone):
+            with self.subTest(zone), local_zone(zone):
                 self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01")),
                                  stamp(turn))
 
