@@ -478,27 +478,31 @@ class Rules(TestCase):
         self.assertEqual([queuectl.backoff(1, 2.0, spread, chance) for chance in (0, 1)],
                          [1.0, 3.0])
 
-    def test_every_outcome_leads_to_its_verb(self):
+    def test_every_outcome_leads_to_its_verb_and_says_why(self):
         job = self.a_queue().enqueue("x", max_retries=2)._replace(state=PROCESSING)
+        done, ended = "exit status 0", "cancelled while it ran"
+        lost, back = "its worker was lost", MOVES["release"].because
         table = (
-            #outcome       attempts  crashes  wish      verb
-            ("completed",  0,        0,       None,     "complete"),
-            ("completed",  0,        0,       "cancel", "complete"),
-            ("failed",     0,        0,       None,     "fail"),
-            ("failed",     1,        0,       None,     "bury"),
-            ("failed",     0,        0,       "cancel", "cancel"),
-            ("timeout",    1,        0,       None,     "bury"),
-            ("cancelled",  0,        0,       None,     "cancel"),
-            ("released",   1,        0,       None,     "release"),
-            ("released",   1,        0,       "cancel", "cancel"),
-            ("lost",       1,        0,       None,     "fail"),
-            ("lost",       1,        4,       None,     "bury"),
+            #outcome       attempts  crashes  wish      verb        reason
+            ("completed",  0,        0,       None,     "complete", done),
+            ("completed",  0,        0,       "cancel", "complete", done),
+            ("failed",     0,        0,       None,     "fail",     "failed"),
+            ("failed",     1,        0,       None,     "bury",     "failed"),
+            ("failed",     0,        0,       "cancel", "cancel",   ended),
+            ("timeout",    1,        0,       None,     "bury",     "timeout"),
+            ("cancelled",  0,        0,       None,     "cancel",   ended),
+            ("released",   1,        0,       None,     "release",  back),
+            ("released",   1,        0,       "cancel", "cancel",   ended),
+            ("lost",       1,        0,       None,     "fail",     lost),
+            ("lost",       1,        4,       None,     "bury",
+             f"{lost}, for the 5. time"),
         )
-        for kind, attempts, crashes, wish, verb in table:
+        for kind, attempts, crashes, wish, *judgement in table:
             with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
                 now = job._replace(attempts=attempts, crashes=crashes, wish=wish)
-                self.assertEqual(queuectl.settle(
-                    now, Outcome(kind), settings(), 0.5, NOON)[0], verb)
+                verb, _, reason = queuectl.settle(
+                    now, Outcome(kind), settings(), 0.5, NOON)
+                self.assertEqual([verb, reason], judgement)
 
     def test_output_keeps_both_ends_whatever_the_pieces(self):
         text = bytes(range(256)) * 1000
@@ -600,9 +604,12 @@ class Rules(TestCase):
 
     def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
         job = self.a_queue().enqueue("x")._replace(state=PROCESSING, wish="lost")
-        for kind, judged in (("failed", "lost"), ("timeout", "lost"),
-                             ("completed", "completed"), ("released", "released")):
-            self.assertEqual(queuectl.judged(job, Outcome(kind, 1)).kind, judged)
+        silent = "ended by another worker: its own was silent"
+        for kind, judged, error in (
+                ("failed", "lost", silent), ("timeout", "lost", silent),
+                ("completed", "completed", None), ("released", "released", None)):
+            outcome = queuectl.judged(job, Outcome(kind, 1))
+            self.assertEqual((outcome.kind, outcome.error), (judged, error))
             self.assertEqual(
                 queuectl.judged(job._replace(wish=None), Outcome(kind, 1)).kind, kind)
 
@@ -615,8 +622,6 @@ class Rules(TestCase):
                 _, after, _ = queuectl.settle(
                     job, Outcome(kind), settings(), 0.5, NOON)
                 self.assertEqual((after.attempts, after.crashes), (attempts, crashes))
-        self.assertEqual(queuectl.settle(
-            job, Outcome("timeout"), settings(), 0.5, NOON)[2], "timeout")
 
     def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
         job = self.a_queue().enqueue("x")
