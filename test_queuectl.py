@@ -513,15 +513,28 @@ class Rules(TestCase):
             self.assertEqual(output.kept(), text[:50] + text[-51:])
             self.assertEqual(output.total, len(text))
         self.assertIn(b"155 bytes left out", queuectl.readable(b"x" * 101, 256))
+        self.assertIn(b"1 bytes left out", queuectl.readable(b"x" * 101, 102))
+
+    def test_output_holds_little_more_than_its_limit_and_one_piece(self):
+        output = Output(100)
+        for _ in range(5):
+            output.feed(bytes(queuectl.READ_SIZE))
+
+        held = sum(len(part) for part in vars(output).values()
+                   if isinstance(part, bytearray))
+        self.assertLessEqual(held, 2 * 100 + queuectl.READ_SIZE)
 
     def test_a_follower_gets_each_byte_once_or_is_told_what_is_missing(self):
         output = Output(10)
         output.feed(b"abcd")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 2), b"cd")
+        self.assertEqual(queuectl.since(output.kept(), output.total, 1), b"bcd")
         output.feed(b"efghijklmnop")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 4),
-                         b"e\n[... 6 bytes left out ...]\nlmnop")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 14), b"op")
+        for seen, fresh in ((4, b"e\n[... 6 bytes left out ...]\nlmnop"),
+                            (10, b"\n[... 1 bytes left out ...]\nlmnop"),
+                            (11, b"lmnop"), (14, b"op"), (16, b""), (17, b"")):
+            with self.subTest(seen=seen):
+                self.assertEqual(
+                    queuectl.since(output.kept(), output.total, seen), fresh)
 
     def test_silence_counts_only_what_was_watched(self):
         silence = Silence(10)
