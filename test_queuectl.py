@@ -734,15 +734,15 @@ def stamp(text: str, zone: datetime.tzinfo = UTC) -> float:
 
 
 class JumpyZone(datetime.tzinfo):
-    """A zone whose clock is set on by some minutes at one moment."""
+    """A zone whose clock is set on by some minutes at one moment, and perhaps back."""
 
-    def __init__(self, at: float, minutes: int) -> None:
-        self.at = at
+    def __init__(self, at: float, minutes: int, back: float = math.inf) -> None:
+        self.at, self.back = at, back
         self.offsets = (datetime.timedelta(minutes=-(minutes // 2)),
                         datetime.timedelta(minutes=minutes - minutes // 2))
 
     def fromutc(self, when):
-        is_later = when.replace(tzinfo=UTC).timestamp() >= self.at
+        is_later = self.at <= when.replace(tzinfo=UTC).timestamp() < self.back
         return (when + self.offsets[is_later]).replace(fold=is_later)
 
     def utcoffset(self, when):
@@ -861,6 +861,7 @@ class Cron(unittest.TestCase):
         table = (
             ("minutes", "*/20 * * * *", (0, 20, 40)),
             ("minutes", "10-40/10 * * * *", (10, 20, 30, 40)),
+            ("minutes", "57-59/1 * * * *", (57, 58, 59)),
             ("minutes", "5,1,5,03 * * * *", (1, 3, 5)),
             ("minutes", "*/60 * * * *", (0,)),
             ("minutes", "58-59,*/30 * * * *", (0, 30, 58, 59)),
@@ -1007,6 +1008,7 @@ class Cron(unittest.TestCase):
             ("0 0 29 2 */7", "2072-01-01T00:00", "2088-02-29T00:00"),
             ("0 0 29 2 */7", "2088-03-01T00:00", "2128-02-29T00:00"),
             ("0 0 * * *", "1969-12-30T12:00", "1969-12-31T00:00"),
+            ("0 0 * * *", "1960-02-28T12:00", "1960-02-29T00:00"),
         )
         for line, after, turn in table:
             for zone in (UTC, self.berlin, zoneinfo.ZoneInfo("Pacific/Kiritimati"),
@@ -1078,6 +1080,13 @@ class Cron(unittest.TestCase):
                 turns = walk(f"{skipped.tm_min} * * * *", jump - 60, jump + 60, zone)
                 self.assertEqual(turns, [jump] if is_made_up else [])
 
+    def test_clocks_set_on_for_two_days_are_followed_there_and_back(self):
+        zone = JumpyZone(stamp("2024-05-01T06:00"), 60, stamp("2024-05-03T06:00"))
+        cron = queuectl.parse_cron("0 12 2 * *")
+
+        self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01"), zone),
+                         stamp("2024-05-02T11:30"))
+
     def test_of_a_skipped_day_nothing_is_made_up(self):
         apia = zoneinfo.ZoneInfo("Pacific/Apia")
         days = [datetime.datetime.fromtimestamp(turn, apia).day for turn in walk(
@@ -1147,6 +1156,8 @@ class Cron(unittest.TestCase):
         for after in (stamp("9999-12-30T10:00"), 1e12, 1e15):
             with self.subTest(after=after):
                 self.assertEqual(queuectl.next_turn(cron, after, UTC), math.inf)
+                with self.assertRaisesRegex(queuectl.InvalidValue, "never comes"):
+                    queuectl.turn_after("* * * * *", after)
         self.assertEqual(queuectl.next_turn(cron, stamp("9999-12-20"), UTC),
                          stamp("9999-12-20T00:01"))
 
@@ -1223,6 +1234,7 @@ class Cron(unittest.TestCase):
             ("0 0 1 * */7,1-5", "at 00:00 on day 1 of every month if Mon-Fri, Sun"),
             ("15 1-3,5-7 * * *", "at minute 15 of hours 1-3, 5-7"),
             ("0 8,9,11,14,20 * * *", "at minute 0 of hours 8, 9, 11, 14, 20"),
+            ("0 8,10,13,14,20 * * *", "at minute 0 of hours 8, 10, 13, 14, 20"),
             ("0 0 13 * fri", "at 00:00 on day 13 of every month, or on Fri"),
             ("0 0 1-7 jan,dec sun",
              "at 00:00 on days 1-7 of Jan, Dec, or on Sun in Jan, Dec"),
