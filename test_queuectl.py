@@ -1300,6 +1300,13 @@ class Input(TestCase):
         with self.assertRaisesRegex(queuectl.InvalidJob, "did you mean `priority`"):
             queuectl.spec_of({"command": "x", "priorty": 1}, NOON)
 
+    def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
+        for word, hint in (("deed", "did you mean `dead`?"),
+                           ("xyz", "use " + ", ".join(STATES)), (5, "use pending, ")):
+            with self.subTest(word), self.assertRaises(queuectl.InvalidValue) as caught:
+                queuectl.parse_state(word)
+            self.assertIn(hint, caught.exception.hint)
+
     def test_json_and_shell_are_told_apart(self):
         for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]"):
             self.assertEqual(queuectl.fields_of(text), [{"command": text}])
@@ -1308,6 +1315,8 @@ class Input(TestCase):
         for text in ("{command: x}", '{"command": ', '["x"]', "[1]"):
             with self.assertRaises(queuectl.InvalidJob):
                 queuectl.fields_of(text)
+        with self.assertRaisesRegex(queuectl.InvalidJob, "^item 2 is not"):
+            queuectl.fields_of('[{"command": "x"}, 5]')
 
     def test_a_bad_line_is_named(self):
         lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
