@@ -433,6 +433,17 @@ class Architecture(unittest.TestCase):
 
 # ---- 3 Rules -----------------------------------------------------------------
 
+@contextlib.contextmanager
+def local_zone(name):
+    """Have local times be those of a zone."""
+    try:
+        with mock.patch.dict(os.environ, TZ=name):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
+
+
 class Rules(TestCase):
     def test_durations(self):
         for text, seconds in (("500ms", 0.5), ("30s", 30), ("1h30m", 5400), ("1.5", 1.5),
@@ -455,6 +466,15 @@ class Rules(TestCase):
             with self.subTest(text), self.assertRaises(queuectl.InvalidValue):
                 queuectl.parse_time(text, NOON)
 
+    @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
+    def test_a_local_time_that_is_skipped_or_repeated_is_read_by_the_clock_before(self):
+        with local_zone("CET-1CEST,M3.5.0,M10.5.0/3"):
+            for text, utc in (("2027-03-28T02:30", "2027-03-28T01:30Z"),
+                              ("2027-10-31T02:30", "2027-10-31T00:30Z")):
+                with self.subTest(text):
+                    self.assertEqual(queuectl.parse_time(text, NOON),
+                                     queuectl.parse_time(utc, NOON))
+
     def test_a_stored_time_survives_the_way_to_a_number_and_back(self):
         for stamp in ("2026-11-24T08:22:13.123Z", "0001-01-01T00:00:00.000Z",
                       "9999-12-31T23:59:59.999Z", "1969-12-31T23:59:59.999Z"):
@@ -468,27 +488,31 @@ class Rules(TestCase):
         self.assertEqual([queuectl.backoff(1, 2.0, spread, chance) for chance in (0, 1)],
                          [1.0, 3.0])
 
-    def test_every_outcome_leads_to_its_verb(self):
+    def test_every_outcome_leads_to_its_verb_and_says_why(self):
         job = self.a_queue().enqueue("x", max_retries=2)._replace(state=PROCESSING)
+        done, ended = "exit status 0", "cancelled while it ran"
+        lost, back = "its worker was lost", MOVES["release"].because
         table = (
-            #outcome       attempts  crashes  wish      verb
-            ("completed",  0,        0,       None,     "complete"),
-            ("completed",  0,        0,       "cancel", "complete"),
-            ("failed",     0,        0,       None,     "fail"),
-            ("failed",     1,        0,       None,     "bury"),
-            ("failed",     0,        0,       "cancel", "cancel"),
-            ("timeout",    1,        0,       None,     "bury"),
-            ("cancelled",  0,        0,       None,     "cancel"),
-            ("released",   1,        0,       None,     "release"),
-            ("released",   1,        0,       "cancel", "cancel"),
-            ("lost",       1,        0,       None,     "fail"),
-            ("lost",       1,        4,       None,     "bury"),
+            #outcome       attempts  crashes  wish      verb        reason
+            ("completed",  0,        0,       None,     "complete", done),
+            ("completed",  0,        0,       "cancel", "complete", done),
+            ("failed",     0,        0,       None,     "fail",     "failed"),
+            ("failed",     1,        0,       None,     "bury",     "failed"),
+            ("failed",     0,        0,       "cancel", "cancel",   ended),
+            ("timeout",    1,        0,       None,     "bury",     "timeout"),
+            ("cancelled",  0,        0,       None,     "cancel",   ended),
+            ("released",   1,        0,       None,     "release",  back),
+            ("released",   1,        0,       "cancel", "cancel",   ended),
+            ("lost",       1,        0,       None,     "fail",     lost),
+            ("lost",       1,        4,       None,     "bury",
+             f"{lost}, for the 5. time"),
         )
-        for kind, attempts, crashes, wish, verb in table:
+        for kind, attempts, crashes, wish, *judgement in table:
             with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
                 now = job._replace(attempts=attempts, crashes=crashes, wish=wish)
-                self.assertEqual(queuectl.settle(
-                    now, Outcome(kind), settings(), 0.5, NOON)[0], verb)
+                verb, _, reason = queuectl.settle(
+                    now, Outcome(kind), settings(), 0.5, NOON)
+                self.assertEqual([verb, reason], judgement)
 
     def test_output_keeps_both_ends_whatever_the_pieces(self):
         text = bytes(range(256)) * 1000
@@ -499,15 +523,28 @@ class Rules(TestCase):
             self.assertEqual(output.kept(), text[:50] + text[-51:])
             self.assertEqual(output.total, len(text))
         self.assertIn(b"155 bytes left out", queuectl.readable(b"x" * 101, 256))
+        self.assertIn(b"1 bytes left out", queuectl.readable(b"x" * 101, 102))
+
+    def test_output_holds_little_more_than_its_limit_and_one_piece(self):
+        output = Output(100)
+        for _ in range(5):
+            output.feed(bytes(queuectl.READ_SIZE))
+
+        held = sum(len(part) for part in vars(output).values()
+                   if isinstance(part, bytearray))
+        self.assertLessEqual(held, 2 * 100 + queuectl.READ_SIZE)
 
     def test_a_follower_gets_each_byte_once_or_is_told_what_is_missing(self):
         output = Output(10)
         output.feed(b"abcd")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 2), b"cd")
+        self.assertEqual(queuectl.since(output.kept(), output.total, 1), b"bcd")
         output.feed(b"efghijklmnop")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 4),
-                         b"e\n[... 6 bytes left out ...]\nlmnop")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 14), b"op")
+        for seen, fresh in ((4, b"e\n[... 6 bytes left out ...]\nlmnop"),
+                            (10, b"\n[... 1 bytes left out ...]\nlmnop"),
+                            (11, b"lmnop"), (14, b"op"), (16, b""), (17, b"")):
+            with self.subTest(seen=seen):
+                self.assertEqual(
+                    queuectl.since(output.kept(), output.total, seen), fresh)
 
     def test_silence_counts_only_what_was_watched(self):
         silence = Silence()
@@ -531,9 +568,10 @@ class Rules(TestCase):
     def test_durations_and_moments_are_told_in_two_units_at_most(self):
         for seconds, text in (
                 (0, "0s"), (0.0001, "1ms"), (0.002, "2ms"), (0.0024, "2ms"),
-                (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"), (9.99, "9.99s"),
-                (9.995, "10s"), (59, "59s"), (60, "1m"), (65, "1m 5s"), (3600, "1h"),
-                (3720, "1h 2m"), (86400, "1d"), (93600, "1d 2h"), (273600, "3d 4h")):
+                (0.008499, "8ms"), (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"),
+                (9.99, "9.99s"), (9.995, "10s"), (59, "59s"), (60, "1m"), (65, "1m 5s"),
+                (3600, "1h"), (3720, "1h 2m"), (86400, "1d"), (93600, "1d 2h"),
+                (273600, "3d 4h")):
             with self.subTest(seconds):
                 self.assertEqual(queuectl.span(seconds), text)
         for away, text in ((0, "now"), (0.999, "now"), (-0.999, "now"), (1, "in 1s"),
@@ -569,7 +607,8 @@ class Rules(TestCase):
         for key, text in (
                 ("output-limit", ""), ("output-limit", "x"), ("output-limit", "-1"),
                 ("output-limit", "5x"), ("output-limit", "16777217"),
-                ("backoff-jitter", "1.1"), ("backoff-jitter", "2"), ("backoff-jitter", ""),
+                ("output-limit", "17MiB"), ("backoff-jitter", "1.1"),
+                ("backoff-jitter", "2"), ("backoff-jitter", ""),
                 ("heartbeat", "99ms"), ("lease", "0.9"), ("max-retries", "-1"),
                 ("max-retries", "1000000001"), ("crash-limit", "0"),
                 ("priority-ageing", "30d1s"), ("priority-ageing", "0.9s"),
@@ -590,9 +629,12 @@ class Rules(TestCase):
 
     def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
         job = self.a_queue().enqueue("x")._replace(state=PROCESSING, wish="lost")
-        for kind, judged in (("failed", "lost"), ("timeout", "lost"),
-                             ("completed", "completed"), ("released", "released")):
-            self.assertEqual(queuectl.judged(job, Outcome(kind, 1)).kind, judged)
+        silent = "ended by another worker: its own was silent"
+        for kind, judged, error in (
+                ("failed", "lost", silent), ("timeout", "lost", silent),
+                ("completed", "completed", None), ("released", "released", None)):
+            outcome = queuectl.judged(job, Outcome(kind, 1))
+            self.assertEqual((outcome.kind, outcome.error), (judged, error))
             self.assertEqual(
                 queuectl.judged(job._replace(wish=None), Outcome(kind, 1)).kind, kind)
 
@@ -605,8 +647,6 @@ class Rules(TestCase):
                 _, after, _ = queuectl.settle(
                     job, Outcome(kind), settings(), 0.5, NOON)
                 self.assertEqual((after.attempts, after.crashes), (attempts, crashes))
-        self.assertEqual(queuectl.settle(
-            job, Outcome("timeout"), settings(), 0.5, NOON)[2], "timeout")
 
     def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
         job = self.a_queue().enqueue("x")
@@ -650,7 +690,7 @@ class Rules(TestCase):
         for output, line in ((b"", ""), (b" \n\n", ""), (b"a\n b \n\n \n", "b"),
                              (b"caf\xff", "caf\ufffd"), (b"a\x1b[1mb", "a [1mb"),
                              (b"x" * 300, "x" * 200), (b"first\n" + b"y" * 2000, "y" * 200),
-                             (b"first\n" + b" " * 2000, "")):
+                             (b"x" + b" " * 2000, "")):
             self.assertEqual(queuectl.last_line(output), line)
 
     def test_a_summary_counts_each_kind_and_spreads_the_times(self):
@@ -716,15 +756,15 @@ def stamp(text: str, zone: datetime.tzinfo = UTC) -> float:
 
 
 class JumpyZone(datetime.tzinfo):
-    """A zone whose clock is set on by some minutes at one moment."""
+    """A zone whose clock is set on by some minutes at one moment, and perhaps back."""
 
-    def __init__(self, at: float, minutes: int) -> None:
-        self.at = at
+    def __init__(self, at: float, minutes: int, back: float = math.inf) -> None:
+        self.at, self.back = at, back
         self.offsets = (datetime.timedelta(minutes=-(minutes // 2)),
                         datetime.timedelta(minutes=minutes - minutes // 2))
 
     def fromutc(self, when):
-        is_later = when.replace(tzinfo=UTC).timestamp() >= self.at
+        is_later = self.at <= when.replace(tzinfo=UTC).timestamp() < self.back
         return (when + self.offsets[is_later]).replace(fold=is_later)
 
     def utcoffset(self, when):
@@ -843,6 +883,7 @@ class Cron(unittest.TestCase):
         table = (
             ("minutes", "*/20 * * * *", (0, 20, 40)),
             ("minutes", "10-40/10 * * * *", (10, 20, 30, 40)),
+            ("minutes", "57-59/1 * * * *", (57, 58, 59)),
             ("minutes", "5,1,5,03 * * * *", (1, 3, 5)),
             ("minutes", "*/60 * * * *", (0,)),
             ("minutes", "58-59,*/30 * * * *", (0, 30, 58, 59)),
@@ -989,6 +1030,7 @@ class Cron(unittest.TestCase):
             ("0 0 29 2 */7", "2072-01-01T00:00", "2088-02-29T00:00"),
             ("0 0 29 2 */7", "2088-03-01T00:00", "2128-02-29T00:00"),
             ("0 0 * * *", "1969-12-30T12:00", "1969-12-31T00:00"),
+            ("0 0 * * *", "1960-02-28T12:00", "1960-02-29T00:00"),
         )
         for line, after, turn in table:
             for zone in (UTC, self.berlin, zoneinfo.ZoneInfo("Pacific/Kiritimati"),
@@ -1060,6 +1102,13 @@ class Cron(unittest.TestCase):
                 turns = walk(f"{skipped.tm_min} * * * *", jump - 60, jump + 60, zone)
                 self.assertEqual(turns, [jump] if is_made_up else [])
 
+    def test_clocks_set_on_for_two_days_are_followed_there_and_back(self):
+        zone = JumpyZone(stamp("2024-05-01T06:00"), 60, stamp("2024-05-03T06:00"))
+        cron = queuectl.parse_cron("0 12 2 * *")
+
+        self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01"), zone),
+                         stamp("2024-05-02T11:30"))
+
     def test_of_a_skipped_day_nothing_is_made_up(self):
         apia = zoneinfo.ZoneInfo("Pacific/Apia")
         days = [datetime.datetime.fromtimestamp(turn, apia).day for turn in walk(
@@ -1129,6 +1178,8 @@ class Cron(unittest.TestCase):
         for after in (stamp("9999-12-30T10:00"), 1e12, 1e15):
             with self.subTest(after=after):
                 self.assertEqual(queuectl.next_turn(cron, after, UTC), math.inf)
+                with self.assertRaisesRegex(queuectl.InvalidValue, "never comes"):
+                    queuectl.turn_after("* * * * *", after)
         self.assertEqual(queuectl.next_turn(cron, stamp("9999-12-20"), UTC),
                          stamp("9999-12-20T00:01"))
 
@@ -1166,14 +1217,9 @@ class Cron(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
     def test_a_zone_that_the_process_changes_is_taken_at_once(self):
-        cron, before = queuectl.parse_cron("0 0 * * *"), os.environ.get("TZ")
-        self.addCleanup(time.tzset)
-        self.addCleanup(lambda: os.environ.pop("TZ") if before is None
-                        else os.environ.update(TZ=before))
+        cron = queuectl.parse_cron("0 0 * * *")
         for zone, turn in (("UTC", "2024-05-02"), ("Asia/Tokyo", "2024-05-01T15:00")):
-            os.environ["TZ"] = zone
-            time.tzset()
-            with self.subTest(zone):
+            with self.subTest(zone), local_zone(zone):
                 self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01")),
                                  stamp(turn))
 
@@ -1210,6 +1256,7 @@ class Cron(unittest.TestCase):
             ("0 0 1 * */7,1-5", "at 00:00 on day 1 of every month if Mon-Fri, Sun"),
             ("15 1-3,5-7 * * *", "at minute 15 of hours 1-3, 5-7"),
             ("0 8,9,11,14,20 * * *", "at minute 0 of hours 8, 9, 11, 14, 20"),
+            ("0 8,10,13,14,20 * * *", "at minute 0 of hours 8, 10, 13, 14, 20"),
             ("0 0 13 * fri", "at 00:00 on day 13 of every month, or on Fri"),
             ("0 0 1-7 jan,dec sun",
              "at 00:00 on days 1-7 of Jan, Dec, or on Sun in Jan, Dec"),
@@ -1275,6 +1322,13 @@ class Input(TestCase):
         with self.assertRaisesRegex(queuectl.InvalidJob, "did you mean `priority`"):
             queuectl.spec_of({"command": "x", "priorty": 1}, NOON)
 
+    def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
+        for word, hint in (("deed", "did you mean `dead`?"),
+                           ("xyz", "use " + ", ".join(STATES)), (5, "use pending, ")):
+            with self.subTest(word), self.assertRaises(queuectl.InvalidValue) as caught:
+                queuectl.parse_state(word)
+            self.assertIn(hint, caught.exception.hint)
+
     def test_json_and_shell_are_told_apart(self):
         for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]"):
             self.assertEqual(queuectl.fields_of(text), [{"command": text}])
@@ -1283,6 +1337,8 @@ class Input(TestCase):
         for text in ("{command: x}", '{"command": ', '["x"]', "[1]"):
             with self.assertRaises(queuectl.InvalidJob):
                 queuectl.fields_of(text)
+        with self.assertRaisesRegex(queuectl.InvalidJob, "^item 2 is not"):
+            queuectl.fields_of('[{"command": "x"}, 5]')
 
     def test_a_bad_line_is_named(self):
         lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
