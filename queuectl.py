@@ -241,14 +241,14 @@ class QueueError(Exception):
         super().__init__(f"{message}; {hint}" if hint else message)
         self.message, self.hint = message, hint
 
-    def name_line(self, number: int) -> None:
-        """Put the line at fault before the message; nothing for 0, which is none.
+    def name_place(self, place: str) -> None:
+        """Put where the fault was, as `line 3`, before the message; nothing for "".
 
         An exception's text is made of `args`, so these have to follow.
         """
-        if number:
-            self.message = f"line {number}: {self.message}"
-            self.args = (f"line {number}: {self}",)
+        if place:
+            self.message = f"{place}: {self.message}"
+            self.args = (f"{place}: {self}",)
 
 
 class UsageError(QueueError):
@@ -1745,7 +1745,7 @@ def turn_after(cron: str, now: float) -> str:
 
 # ---- 5 Input -----------------------------------------------------------------
 # What people hand in: JSON, lines and words become specs, or an error says why not.
-# Bytes become objects (`fields_of_lines`), an object becomes a Spec (`spec_of`); flags
+# Bytes become objects (`jobs_in`), an object becomes a Spec (`spec_of`); flags
 # come in between, so both steps are public. Nothing here looks at the queue: whether an
 # id is free or a needed job is there is for Ledger to say, within its transaction.
 
@@ -1947,25 +1947,20 @@ def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
 
 
 # JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
-# after { and [, so JSON is what goes on at once, or with what no list begins with. Only
-# [ and a quote or a digit may be either: it is taken for JSON, so that `["x"]` is told
-# its mistake. So `[ "$X" = y ] && z` is refused, and `test "$X" = y && z` is not.
+# after { and [; so JSON is what goes on at once, also as `["x"]` and `[1]`, to be told
+# its mistake, or after blanks with what no list or test begins with.
 _JSON_OBJECT = r'\s*\{(\S|\s*["}]|\s*$)'
-_JSON_ARRAY = r'\s*\[\s*([{"\]\d]|$)'
+_JSON_ARRAY = r'\s*\[(["\d]|\s*([{\]\n]|$))'
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """The objects in JSON, one or an array of them; else InvalidJob.
+def is_json(text: str) -> bool:
+    """Whether it is meant as JSON, and not as a shell command."""
+    return text.lstrip()[:1] in ("{", "[") and bool(
+        re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text))
 
-    What begins like JSON and is none is refused: to run it would hide the mistake.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidJob("command", f"not valid JSON ({error})",
-                         "a job object looks like {\"command\": \"echo hi\"}") from None
-    except RecursionError:
-        raise InvalidJob("command", "not valid JSON (nested too deeply)") from None
+
+def _objects_of(value: Any) -> list[dict[str, Any]]:
+    """The objects that a JSON value is, one or an array of them; else InvalidJob."""
     values = value if isinstance(value, list) else [value]
     for number, item in enumerate(values, 1):
         if not isinstance(item, dict):
@@ -1977,12 +1972,18 @@ def _objects(text: str) -> list[dict[str, Any]]:
 def fields_of(text: str) -> list[dict[str, Any]]:
     """The job objects in one argument or line: an object, an array, or a command.
 
-    `echo hi` gives [{"command": "echo hi"}]. Not checked yet; none of `[]`.
+    `echo hi` gives [{"command": "echo hi"}]. Not checked yet; none of `[]`. What begins
+    like JSON and is none is refused: to run it would hide the mistake.
     """
-    if text.lstrip()[:1] in ("{", "[") and (
-            re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text)):
-        return _objects(text)
-    return [{"command": text.strip()}]
+    if not is_json(text):
+        return [{"command": text.strip()}]
+    try:
+        return _objects_of(json.loads(text))
+    except ValueError as error:
+        raise InvalidJob("command", f"not valid JSON ({error})",
+                         "a job object looks like {\"command\": \"echo hi\"}") from None
+    except RecursionError:
+        raise InvalidJob("command", "not valid JSON (nested too deeply)") from None
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
@@ -1995,19 +1996,30 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
     if b"\n" not in content.strip():
         return None
     try:
-        json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return _objects(content.decode("utf-8-sig"))
+    return _objects_of(value)
+
+
+class Given(NamedTuple):
+    """A job object as it was handed in, not checked yet, and where it stood."""
+    fields: dict[str, Any]
+    place: str = ""         # `line 3` of a file, `item 2` of an array; "": the only one
+
+
+def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
+    """The objects of an array, with their places."""
+    return [Given(fields, f"item {number}") for number, fields in enumerate(objects, 1)]
 
 
 @contextlib.contextmanager
-def at_line(number: int) -> Iterator[None]:
-    """Name the line in an InvalidJob; see `QueueError.name_line`."""
+def at_place(place: str) -> Iterator[None]:
+    """Name the place in an InvalidJob; see `QueueError.name_place`."""
     try:
         yield
     except InvalidJob as error:
-        error.name_line(number)
+        error.name_place(place)
         raise
 
 
@@ -2020,31 +2032,29 @@ def _decoded(line: bytes) -> str:
                          "convert the file with iconv -t UTF-8") from None
 
 
-def fields_of_line(line: bytes, number: int) -> list[dict[str, Any]]:
-    """The job objects of one line; none of a blank one or a remark.
-
-    Line 0: errors name none, as in a stream, which names it itself.
-    """
-    with at_line(number):
-        text = _decoded(line)
-        return fields_of(text) if text and not text.startswith("#") else []
+def fields_of_line(line: bytes) -> list[dict[str, Any]]:
+    """The job objects of one line; none of a blank one or a remark."""
+    text = _decoded(line)
+    return fields_of(text) if text and not text.startswith("#") else []
 
 
-def fields_of_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The job objects of a file with their line numbers; errors begin `line N:`.
+def jobs_in(content: bytes) -> Iterator[Given]:
+    """The job objects of a file: one JSON value, or a job a line.
 
-    In a file that is one JSON value the number is that of the object, from 1.
+    Raises InvalidJob with the line at fault.
     """
     # A look at the beginning spares most files a reading as one JSON value.
     if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = _whole(content)
         if whole is not None:
-            yield from enumerate(whole, 1)
+            yield from items(whole)
             return
     # Not splitlines(): a lone CR may stand within a command.
     for number, line in enumerate(content.split(b"\n"), 1):
-        for fields in fields_of_line(line, number):
-            yield number, fields
+        with at_place(f"line {number}"):
+            found = fields_of_line(line)
+        for fields in found:
+            yield Given(fields, f"line {number}")
 
 
 # ---- 6 SQL -------------------------------------------------------------------
@@ -6563,6 +6573,11 @@ def run_line(run: Run, style: Style) -> str:
     return line + (f"  {one_line(run.error)}" if run.error else "")
 
 
+def _on_lines(text: str) -> str:
+    """Text with its own line breaks, the next lines below the first; see `one_line`."""
+    return ("\n" + " " * 13).join(map(one_line, text.split("\n")))
+
+
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
     """One job whole; what is as usual is left out, such as a priority of 0."""
@@ -6584,13 +6599,14 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("crashes", str(job.crashes), job.crashes > 0),
         ("error", one_line(job.error or ""), job.error is not None),
     )
-    lines = [row("job", style.paint(job.id, BOLD)), row("command", job.command),
+    lines = [row("job", style.paint(job.id, BOLD)),
+             row("command", _on_lines(job.command)),
              row("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
              *(row("", reason) for reason in reasons),
              row("queue", job.queue),
              row("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
              *(row(name, text) for name, text, is_set in optional if is_set),
-             row("directory", job.cwd),
+             row("directory", one_line(job.cwd)),
              row("enqueued", f"{job.created_at} ({ago(job.created_at, now)})")]
     if runs:
         lines += ["", style.paint("RUN  OUTCOME    EXIT  TOOK     STARTED       WORKER",
@@ -10409,7 +10425,6 @@ def get_job(queue: Queue, call: Call) -> Reply:
 def get_output(queue: Queue, call: Call) -> Reply:
     """What a run printed, up to now; of a job that has not run yet nothing."""
     number, offset = call.params.get("run"), call.params.get("offset", 0)
-    queue.job(call.job_id)
     try:
         # What a command has just printed is in the memory of its pool, which is asked
         # to store it.
@@ -10818,9 +10833,9 @@ def _replies_of(route: Route) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {"schema": schema}}
     if route.answer is get_metrics:
         content[OPEN_METRICS_TYPE.partition(";")[0]] = {"schema": _TEXT}
-    statuses = {400, 401, 403, 405, 408, 414, 431, 503, *route.refusals}
+    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
     if route.method != "GET":
-        statuses |= {411, 413, 415, 507}
+        statuses |= {415, 507}
     done = "201" if route.answer is post_jobs else "200"
     found: dict[str, Any] = {done: {"description": "Done.", "content": content}}
     if route.answer is get_page:
@@ -11356,7 +11371,10 @@ class Feed:
         database: see `Service._catch_up`.
         """
         with self._lock:
-            if len(self._streams) >= MAX_STREAMS or self._is_over:
+            if self._is_over:
+                raise WebRefusal(503, "the server is stopping", "come again later",
+                                 ("Retry-After", "10"))
+            if len(self._streams) >= MAX_STREAMS:
                 raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
                                  "close one", ("Retry-After", "10"))
             if not self._is_watching:
@@ -11613,7 +11631,7 @@ class Connections:
         self._cut_off.add(sock)
         # Of the plain socket's class: SSLSocket.shutdown() takes the TLS off the
         # socket, under the hands of the thread that reads or writes there.
-        with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
+        with contextlib.suppress(OSError):
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
     def note_asking(self, sock: socket.socket) -> None:
@@ -11708,7 +11726,8 @@ def _headers_of(message: Any) -> dict[str, str]:
         name, value = name.lower(), str(value).strip()
         if name in headers and name in _SINGLE:
             raise WebRefusal(400, f"{name} is sent twice")
-        headers[name] = f"{headers[name]}; {value}" if name in headers else value
+        comma = "; " if name == "cookie" else ", "      # RFC 9110, 5.3; RFC 9113, 8.2.3
+        headers[name] = headers[name] + comma + value if name in headers else value
     if message.defects or message.get_payload():
         raise WebRefusal(400, "the headers cannot be read")
     return headers
@@ -12786,7 +12805,7 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
+def _read_jobs(path: str) -> list[Given]:
     """The job objects of a file or, for `-`, of stdin, with their lines.
 
     As a whole, for all of them are added or none; `--stream` is for what has no end.
@@ -12796,17 +12815,16 @@ def _read_jobs(path: str) -> list[tuple[int, dict[str, Any]]]:
         if path == "-":
             if sys.stdin is None:
                 raise Unreadable("stdin is closed", "give a file or a pipe")
-            return list(fields_of_lines(sys.stdin.buffer.read()))
+            return list(jobs_in(sys.stdin.buffer.read()))
         with open(system_path(path), "rb") as file:
-            return list(fields_of_lines(file.read()))
+            return list(jobs_in(file.read()))
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror})",
                          "give another file") from None
 
 
-def _given_jobs(
-        args: argparse.Namespace) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
-    """Whether it is a batch, and the job objects with their lines (0: no line).
+def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
+    """Whether it is a batch, and the job objects.
 
         enqueue -- PROG ARG   one command, its words quoted so that they stay apart
         enqueue --file F      a batch, and so are @F and - (stdin)
@@ -12814,8 +12832,7 @@ def _given_jobs(
         enqueue --command C   one job of flags alone
 
     Of a batch the result is told as one (a JSON array, a count), also if it has one
-    job. That `[ -f x ] && y` is a command and not an array only `fields_of` knows: so
-    it counts as one if it came back as it was.
+    job.
     """
     sources = [source for source in (args.job, args.file, args.words)
                if source is not None]
@@ -12826,20 +12843,19 @@ def _given_jobs(
         if not args.words:
             raise UsageError("there is no command after --", "write -- PROG ARG...")
         import shlex  # 1 ms
-        return False, [(0, {"command": shlex.join(args.words)})]
+        return False, [Given({"command": shlex.join(args.words)})]
     job = args.job or ""
     if args.file is not None or job == "-" or job.startswith("@"):
         return True, _read_jobs(args.file or (job[1:] if job != "-" else job))
     if args.job is not None:
-        fields = fields_of(job)
-        if args.command is not None and fields == [{"command": job.strip()}]:
+        if args.command is not None and not is_json(job):
             raise UsageError("two commands are given", "give JOB or --command")
-        return job.lstrip().startswith("[") and "command" not in (
-            fields[0] if len(fields) == 1 and fields[0].get("command") == job.strip()
-            else {}), [(0, one) for one in fields]
+        if is_json(job) and job.lstrip().startswith("["):
+            return True, items(fields_of(job))
+        return False, [Given(fields_of(job)[0])]
     if args.command is None:
         raise UsageError("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
-    return False, [(0, {})]
+    return False, [Given({})]
 
 
 def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -12859,17 +12875,17 @@ def _ignored_warning(keys: Collection[str]) -> str:
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
 
-def _specs(given: Sequence[tuple[int, dict[str, Any]]], flags: Mapping[str, Any],
-           now: float, screen: Screen) -> list[Spec]:
-    """The checked jobs of a batch, flags applied; InvalidJob names the line at fault.
+def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
+           screen: Screen) -> list[Spec]:
+    """The checked jobs of a batch, flags applied; InvalidJob names the one at fault.
 
     All before the transaction begins, so the write lock is not held meanwhile.
     """
     specs, ignored = [], set[str]()
-    for number, (line, fields) in enumerate(given):
+    for number, (fields, place) in enumerate(given):
         if number % 1000 == 999:
             screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
-        with at_line(line):
+        with at_place(place):
             specs.append(spec_of(merged(fields, flags), now))
             ignored.update(ignored_keys(fields))
     if ignored:
@@ -12953,6 +12969,9 @@ class Stream:
         while given:
             try:
                 return self._queue.enqueue_many([spec for _, spec in given])
+            except KeyboardInterrupt:
+                self._give_up(given, "may not have been added")
+                raise
             except (Busy, Unwritable) as error:     # these lines cannot come again
                 if not complained:
                     self._refuse(type(error)(
@@ -12962,7 +12981,7 @@ class Stream:
             except QueueError as error:
                 if error.item is None:
                     raise
-                error.name_line(given[error.item][0])
+                error.name_place(f"line {given[error.item][0]}")
                 self._pass_over(error)
                 del given[error.item]
         return []
@@ -12972,10 +12991,14 @@ class Stream:
         try:
             time.sleep(SYNC_PAUSE)
         except KeyboardInterrupt:
-            self._refuse(NotFinished(
-                f"interrupted: {len(given)} lines were read and not added, from line "
-                f"{given[0][0]} on", "give them again"))
+            self._give_up(given, "were not added")
             raise
+
+    def _give_up(self, given: Sequence[tuple[int, Spec]], fate: str) -> None:
+        """Say which lines have been read, and will not come again."""
+        self._refuse(NotFinished(
+            f"interrupted: {len(given)} lines were read and {fate}, from line "
+            f"{given[0][0]} on", "give them again"))
 
     def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
         """The checked jobs of a line, each with its number; none of a bad one.
@@ -12984,8 +13007,8 @@ class Stream:
         """
         self._read += 1
         try:
-            with at_line(self._read):
-                given = fields_of_line(line, 0)
+            with at_place(f"line {self._read}"):
+                given = fields_of_line(line)
                 specs = [spec_of(merged(fields, self._flags), self._queue.clock())
                          for fields in given]
             self._ignored.update(*map(ignored_keys, given))
@@ -13146,7 +13169,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             jobs = queue.enqueue_many(specs)
         except QueueError as error:
             if error.item is not None:
-                error.name_line(given[error.item][0])
+                error.name_place(given[error.item].place)
             raise
     # A job made before this command has come back in the place of one with the same
     # unique key. Stored times are text of one form, so they compare as text.
@@ -13484,7 +13507,9 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print what jobs printed."""
     if args.follow:
         return _follow(args, queue, screen)
-    if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
+    # All are looked at first: of one that is not there nothing is printed.
+    runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
+    if any(run.outcome is None for run in runs):
         queue.peek()
     for place, job_id in enumerate(args.ids):
         run = queue.run(job_id, args.attempt)
@@ -13822,7 +13847,7 @@ def _named_queues(queues: Sequence[str] | None) -> str:
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
-    flags = "".join(f" --queue {queue}" for queue in args.queue or ())
+    flags = "".join(f" --queue {name}" for name in args.queue or ())
     screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
                 f"`queuectl resume{flags}` ends the pause")
     return EX_OK

@@ -302,13 +302,14 @@ def is_running(pid):
 
 def run_cli(*argv):
     """(exit status, stdout, stderr) of a command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True)
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = queuectl.main(list(argv))
         except SystemExit as end:
             code = end.code
-    return code, out.getvalue(), err.getvalue()
+    return code, out.buffer.getvalue().decode(), err.getvalue()
 
 
 def swept(queue, verb, state=(), /, **filters):
@@ -665,6 +666,25 @@ class Rules(TestCase):
                 (0.0, 1, 64), (0.0, 512, 64)):
             with self.subTest(pace=pace, slots=slots):
                 self.assertEqual(queuectl.wanted_ahead(pace, slots), wanted)
+
+    def test_a_time_of_day_that_the_clocks_repeat_comes_twice(self):
+        before = os.environ.get("TZ")
+        self.addCleanup(time.tzset)
+        self.addCleanup(lambda: os.environ.pop("TZ") if before is None
+                        else os.environ.update(TZ=before))
+        os.environ["TZ"] = "CET-1CEST,M3.5.0,M10.5.0/3"
+        time.tzset()
+        for now, text, wanted in (      # 2027-10-31: 03:00 becomes 02:00; 03-28: 02:00, 03:00
+                ("2027-10-31T00:10:00.000Z", "02:30", "2027-10-31T00:30:00.000Z"),
+                ("2027-10-31T00:30:00.000Z", "02:30", "2027-10-31T01:30:00.000Z"),
+                ("2027-10-31T00:45:00.000Z", "02:15", "2027-10-31T01:15:00.000Z"),
+                ("2027-10-31T01:30:00.000Z", "02:30", "2027-11-01T01:30:00.000Z"),
+                ("2027-10-31T00:45:00.000Z", "02:50", "2027-10-31T00:50:00.000Z"),
+                ("2027-03-28T00:10:00.000Z", "02:30", "2027-03-28T01:30:00.000Z"),
+                ("2027-03-28T01:30:00.000Z", "02:30", "2027-03-29T00:30:00.000Z")):
+            with self.subTest(now=now, text=text):
+                self.assertEqual(queuectl.iso(queuectl.parse_time(
+                    text, queuectl.epoch(now))), wanted)
 
     def test_the_newest_run_counts_for_a_fifth_of_the_pace(self):
         self.assertEqual(queuectl.paced(math.inf, 3.0), 3.0)
@@ -1330,7 +1350,8 @@ class Input(TestCase):
             self.assertIn(hint, caught.exception.hint)
 
     def test_json_and_shell_are_told_apart(self):
-        for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]"):
+        for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]",
+                     '[ "$HOME" = /root ] && y', "[ 1 = 1 ]", '[ "a" ]'):
             self.assertEqual(queuectl.fields_of(text), [{"command": text}])
         for text in ('{"command": "x"}', '{ "command": "x"}', '[{"command": "x"}]'):
             self.assertEqual(queuectl.fields_of(text), [{"command": "x"}])
@@ -1342,11 +1363,11 @@ class Input(TestCase):
 
     def test_a_bad_line_is_named(self):
         lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
-        self.assertEqual(list(queuectl.fields_of_lines(lines)),
-                         [(1, {"command": "echo a"}), (4, {"command": "b"})])
+        self.assertEqual(list(queuectl.jobs_in(lines)), [
+            ({"command": "echo a"}, "line 1"), ({"command": "b"}, "line 4")])
         for bad in (b"{x}", b"\xff"):
             with self.assertRaisesRegex(queuectl.InvalidJob, "^line 5: "):
-                list(queuectl.fields_of_lines(lines + bad))
+                list(queuectl.jobs_in(lines + bad))
 
     def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
         spec = queuectl.spec_of({
@@ -1381,20 +1402,22 @@ class Input(TestCase):
         a, b = {"command": "a"}, {"command": "b"}
         both = json.dumps([a, b], indent=1).encode()
         for content, jobs in (
-                (both, [(1, a), (2, b)]), (b"\xef\xbb\xbf \n" + both + b"\n", [(1, a), (2, b)]),
-                (json.dumps(a, indent=1).encode(), [(1, a)]),
-                (json.dumps([a, b]).encode() + b"\n", [(1, a), (1, b)]),
-                (b'{"command": "a"}\n{"command": "b"}\n', [(1, a), (2, b)]),
-                (b"{ a; }\nb", [(1, {"command": "{ a; }"}), (2, b)]),
-                (b"[ -f x ]\r\n  b  ", [(1, {"command": "[ -f x ]"}), (2, b)]),
+                (both, [(a, "item 1"), (b, "item 2")]),
+                (b"\xef\xbb\xbf \n" + both + b"\n", [(a, "item 1"), (b, "item 2")]),
+                (json.dumps(a, indent=1).encode(), [(a, "item 1")]),
+                (json.dumps([a, b]).encode() + b"\n", [(a, "line 1"), (b, "line 1")]),
+                (b'{"command": "a"}\n{"command": "b"}\n', [(a, "line 1"), (b, "line 2")]),
+                (b"{ a; }\nb", [({"command": "{ a; }"}, "line 1"), (b, "line 2")]),
+                (b"[ -f x ]\r\n  b  ", [({"command": "[ -f x ]"}, "line 1"),
+                                        (b, "line 2")]),
                 (b"", [])):
             with self.subTest(content):
-                self.assertEqual(list(queuectl.fields_of_lines(content)), jobs)
+                self.assertEqual(list(queuectl.jobs_in(content)), jobs)
         with self.assertRaisesRegex(queuectl.InvalidJob, "^not valid JSON"):
-            queuectl.fields_of_line(b"{x}", 0)
+            queuectl.fields_of_line(b"{x}")
         deep = b'[{"command":' * 50_000
         with self.assertRaises(queuectl.InvalidJob):
-            list(queuectl.fields_of_lines(deep + b"\n" + deep))
+            list(queuectl.jobs_in(deep + b"\n" + deep))
 
 
 # ---- 6 SQL -------------------------------------------------------------------
@@ -1550,6 +1573,14 @@ class Statements(TestCase):
         queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
         queue.cancel("b")
         self.assertEqual([job.id for job in queue.delete("a")], ["a"])
+
+    def test_a_setting_is_taken_with_blanks_around_it(self):
+        queue = self.a_queue()
+        queue.configure("timeout", "5s")
+        queue.configure("timeout", " none ")
+        self.assertEqual(queue.setting("timeout"), "none")
+        queue.configure("timeout", "")
+        self.assertIsNone(queue.store.settings().timeout)
 
     def test_an_edit_is_dated(self):
         queue = self.a_queue()
@@ -2962,6 +2993,32 @@ class Promises(TestCase):
         claims.turn({}, {}, [1], ahead=1)
         self.assertEqual([job.id for job in queue.workers()[0].running], ["job-1"])
 
+    def test_who_lives_is_not_asked_in_the_midst_of_a_transaction(self):
+        """(I9)"""
+        class Host(queuectl.Host):
+            def is_alive(self, worker):
+                assert not queue.store._db.in_transaction
+                return True
+        made = self.a_queue()
+        host = Host(self.path, made.store.meta("id"), made.store.inode)
+        queue = Queue(self.path, clock=self.clock, host=host)
+        self.addCleanup(queue.close)
+        self.a_pool(queue, name="w")
+        for view in (queue.workers()[0], queue.scrape().workers[0]):
+            self.assertEqual((view.worker.name, view.is_alive), ("w", True))
+        queuectl.Inspection(queue).findings()
+
+    def test_nobody_waits_for_output_where_no_pool_can_hear(self):
+        class Impatient(Queue):
+            def await_change(self, seen, timeout):
+                raise AssertionError
+        queue = Impatient(self.path, clock=self.clock)
+        self.addCleanup(queue.close)
+        queue.enqueue("x")
+        claims = self.a_pool(queue)     # without a port
+        self.claim_one(queue, claims)
+        self.assertEqual(queue.fresh_run("job-1").output, b"")
+
     def test_each_queue_has_its_own_statistics_and_oldest_job(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
@@ -3836,6 +3893,24 @@ class Turns(TestCase):
         self.assertEqual([one.name for one in queue.store.workers()], ["w"])
         self.assertEqual((self.a_rescuer(queue, claims).stranded({}), self.a_rescuer(queue, claims).record(lost.run)), ([], []))
 
+    @NEEDS_LOCKS
+    def test_a_pool_s_number_whose_lock_is_held_is_passed_over(self):
+        """Of a pool of later days, where the file was put back to what it had been."""
+        queue = self.a_queue()
+        self.addCleanup(os.close, queue.host.locks.hold(queuectl.POOL_LOCKS + 1))
+        claims = self.a_pool(queue)
+        self.assertEqual([one.id for one in queue.store.workers()], [2])
+        self.assertEqual(claims.worker.id, 2)
+
+    def test_a_pool_that_cannot_enter_holds_no_lock(self):
+        queue = self.a_queue()
+        with queue.store.transaction() as store:
+            store.do("CREATE TRIGGER no BEFORE INSERT ON workers "
+                     "BEGIN SELECT RAISE(ABORT, 'no'); END", {})
+        with self.assertRaises(sqlite3.IntegrityError):
+            self.a_pool(queue)
+        self.assertFalse(queue.host.locks.is_held(queuectl.POOL_LOCKS + 1))
+
     def test_dead_pools_that_hold_nothing_are_forgotten_and_others_are_not(self):
         queue = self.a_queue()
         claims, dead, living = (self.a_pool(queue, name=name) for name in "abc")
@@ -4072,6 +4147,10 @@ class Checks(TestCase):
                            ("/homes/queue.db", "ext4"), ("/home/my disk/q.db", "xfs")):
             self.assertEqual(queuectl.filesystem_of(path, mounts), kind)
         self.assertEqual(queuectl.filesystem_of("/x", ""), "")
+        for kind, is_shared in (("nfs4", True), ("fuse.sshfs", True), ("ext4", False),
+                                ("fuse.glusterfs", True), ("fuse.ceph-fuse", True),
+                                ("fuseblk", False), ("fuse.ntfs-3g", False)):
+            self.assertEqual(queuectl.is_network_filesystem(kind), is_shared, kind)
 
     def test_versions_of_sqlite_with_the_bug_are_known(self):
         for version, is_bad in (((3, 34, 1), True), ((3, 44, 5), True), ((3, 44, 6), False),
@@ -4172,6 +4251,12 @@ class Views(TestCase):
         self.assertEqual(queuectl.queue_object(queue.queues()[2]), {
             "name": "q", "paused": True, "limit": 0,
             "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+
+    def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
+        job = self.a_queue().enqueue("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
+        lines = "\n".join(queuectl.show_lines(job, [], [], self.PLAIN)).split("\n")
+        self.assertEqual(lines[1:3], ["command      echo  [2J", " " * 15 + "rm x"])
+        self.assertNotIn("\x1b", "".join(lines))
 
     def test_schedules_are_shown_with_what_comes_and_what_was(self):
         queue = self.a_queue()
@@ -4399,6 +4484,73 @@ class Pools(TestCase):
         self.assertEqual(self.queue.job("job-1").error,
                          f"the directory {self.path_of('gone')} is not there")
         self.assertEqual(self.last_run("job-1").duration, 0.0)
+
+    def test_a_command_is_no_option_of_the_shell(self):
+        for number, command in enumerate(("-x", "+x", "--version"), 1):
+            self.add(command, max_retries=1)
+            self.run_pool()
+            self.assertEqual(self.last_run(f"job-{number}").exit_code, 127, command)
+        self.add("-- ; echo $0")
+        self.run_pool(max_jobs=1)
+        self.assertEqual(self.last_run("job-4").output.splitlines()[-1], b"/bin/sh")
+
+    def some_peers(self, looks):
+        """One that watches the other pools of the queue, and its poller."""
+        own = Claims(self.queue, PoolOptions(name="own"))
+        poller = queuectl.Poller()
+        peers = queuectl.Peers(self.queue, own.worker.id, poller, lambda: looks.append(1))
+        self.addCleanup(peers.close)
+        return peers, poller
+
+    def test_the_end_of_another_pool_is_told_by_the_kernel(self):
+        looks, other = [], Claims(self.queue, PoolOptions(name="other"))
+        process = subprocess.Popen(["sleep", "100"])
+        self.addCleanup(process.kill)
+        with self.queue.store.transaction() as store:
+            store.do("UPDATE workers SET pid = :pid, born = :born", {
+                "pid": process.pid, "born": self.queue.host.born(process.pid)})
+        self.add("true")
+        let_go(other.turn({}, {}, [1]).claimed[0].lock)
+        peers, poller = self.some_peers(looks)
+        peers.watch()
+        if not peers.are_there():
+            self.skipTest("no pidfd here")
+        self.assertEqual((peers.lost(), looks), ([], []))
+        process.kill()
+        process.wait()
+        poller.wait(DEADLINE)
+        self.assertEqual((looks, peers.are_there()), ([1], False))
+        self.assertEqual([lost.run.job for lost in peers.lost()], [1])
+
+    def test_a_process_that_only_has_a_pool_s_number_is_not_watched(self):
+        """As in another container, where that number is another process's."""
+        looks, other = [], Claims(self.queue, PoolOptions(name="other"))
+        process = subprocess.Popen(["sleep", "100"])
+        self.addCleanup(process.kill)
+        with self.queue.store.transaction() as store:
+            store.do("UPDATE workers SET pid = :pid", {"pid": process.pid})
+        if not self.queue.host.locks.is_held(queuectl.POOL_LOCKS + other.worker.id):
+            self.skipTest("no lock tells that it lives")
+        peers, poller = self.some_peers(looks)
+        peers.watch()
+        self.assertFalse(peers.are_there())
+        process.kill()
+        process.wait()
+        poller.wait(0)
+        self.assertEqual((looks, peers.lost()), ([], []))
+
+    def test_silence_is_measured_by_the_configuration_as_it_is_now(self):
+        other = Claims(self.queue, PoolOptions(name="other"))
+        self.add("true")
+        let_go(other.turn({}, {}, [1]).claimed[0].lock)
+        peers, _ = self.some_peers([])
+        self.queue.configure("heartbeat", "1m")
+        self.queue.configure("lease", "3m")
+        found = []
+        for now in (0, 60, 120, 180):
+            with mock.patch.object(time, "monotonic", lambda now=now: float(now)):
+                found.append(len(peers.lost()))
+        self.assertEqual(found, [0, 0, 0, 1])
 
     def test_a_pool_comes_back_from_its_jobs_directories(self):
         here = os.getcwd()
@@ -5115,6 +5267,14 @@ class Metrics(TestCase):
                        "text/plain;q=0.9, application/openmetrics-text;q=0.8"):
             self.assertFalse(wants(accept), accept)
 
+    def test_a_header_that_comes_twice_is_a_list(self):
+        message = http.client.parse_headers(io.BytesIO(
+            b"Accept: application/openmetrics-text;q=0.5\r\nAccept: text/plain\r\n"
+            b"Cookie: a=1\r\nCookie: b=2\r\n\r\n"))
+        headers = queuectl._headers_of(message)
+        self.assertFalse(queuectl._wants_open_metrics(headers["accept"]))
+        self.assertEqual(headers["cookie"], "a=1; b=2")
+
     def test_labels_are_escaped(self):
         family = queuectl.Family("f", "gauge", "h", [("", {"l": 'a"b\\c\nd'}, 1)])
         self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family], False))
@@ -5709,6 +5869,46 @@ class CommandLine(TestCase):
         stream = queuectl.Stream(queue, {}, refuse, self.fail)
         self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
         self.assertEqual((refused, stream.refused), (["busy"], 0))
+
+    def test_who_interrupts_a_stream_is_told_what_may_be_missing(self):
+        class Interrupted(Queue):
+            def enqueue_many(self, jobs):
+                raise KeyboardInterrupt
+        queue, refused = Interrupted(self.path), []
+        self.addCleanup(queue.close)
+        stream = queuectl.Stream(queue, {}, refused.append, self.fail)
+        with self.assertRaises(KeyboardInterrupt):
+            stream.add([b"", b"a", b"b"])
+        self.assertRegex(str(refused[0]), "2 lines were read and may not have been added, "
+                                          "from line 2 on")
+
+    def test_a_bad_item_of_an_array_is_named(self):
+        code, _, err = self.cli("enqueue", '[{"command": "x"}, {"comand": "y"}]')
+        self.assertEqual(code, 1)
+        self.assertIn("error: item 2: unknown key 'comand'", err)
+        self.cli("enqueue", "x", "--id", "taken")
+        err = self.cli("enqueue", '[{"command": "x"}, {"command": "y", "id": "taken"}]')[2]
+        self.assertIn("error: item 2: there is a job 'taken' already", err)
+
+    def test_of_a_job_that_is_not_there_no_output_of_others_is_printed(self):
+        queue = self.a_queue()
+        queue.enqueue("x")
+        claims = self.a_pool(queue)
+        claimed = self.claim_one(queue, claims)
+        output = Output(99)
+        output.feed(b"text")
+        claims.turn({}, {claimed.claim: output}, [])
+        self.assertEqual(self.cli("logs", "job-1")[1], "text")
+        self.assertEqual(self.cli("logs", "job-1", "nope")[:2], (1, ""))
+
+    def test_a_line_is_read_alike_by_those_who_run_and_those_who_complete_it(self):
+        for entry in queuectl.COMMANDS:
+            for words in ([*entry.words], ["--db", "x", *entry.words, "--json"],
+                          ["--db=x", *entry.words, "y", "--", "z"]):
+                with self.subTest(words):
+                    found, rest = queuectl.named_commands(words)
+                    self.assertEqual((found, rest), ([entry], queuectl._split(words)[1]))
+                    self.assertEqual(queuectl._split(words)[0], entry)
 
     def test_a_stream_takes_no_other_source(self):
         for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
