@@ -4423,7 +4423,8 @@ class Pools(TestCase):
         self.assertEqual(self.queue.counts()[COMPLETED], 120)
         self.assertEqual({self.read(f"job-{n}") for n in range(1, 121)}, {"x\n"})
         self.assertEqual({run.slot for n in range(1, 121)
-                          for run in self.queue.runs(f"job-{n}")}, {1, 2, 3})
+                          for run in self.queue.runs(f"job-{n}")
+                          if run.outcome == "completed"}, {1, 2, 3})
         self.assert_sound(self.queue)
 
     def test_a_long_job_hands_back_what_was_claimed_ahead_behind_it(self):
