@@ -1425,6 +1425,12 @@ class Files(TestCase):
             with self.subTest(name):
                 self.assertEqual(store.row(f"PRAGMA {name}"), (value,))
 
+    def put(self, files):
+        """A new path that has these files."""
+        self.path = os.path.join(tempfile.mkdtemp(dir=self.dir), "queue.db")
+        for suffix, content in files.items():
+            write_bytes(self.path + suffix, content)
+
     def test_a_file_in_the_midst_of_a_checkpoint_is_not_taken_for_damaged(self):
         """The first page is written, the file not yet as long as that one says."""
         queue = self.a_queue()
@@ -1437,15 +1443,14 @@ class Files(TestCase):
         queue.store.rows(queuectl.Sql.EMPTY_WAL)
         with open(self.path, "rb") as file:
             first_page = file.read(4096)
-        torn = self.path_of("torn.db")
-        for name, content in ((torn, first_page + short[4096:]), (torn + "-wal", wal)):
-            with open(name, "wb") as file:
-                file.write(content)
+        torn = {"": first_page + short[4096:], "-wal": wal}
 
-        with queuectl.glance(torn) as rows:
-            self.assertEqual(rows("SELECT length(command) FROM jobs"), [(60_000,)])
-        with Queue(torn, create=False) as again:
+        self.put(torn)
+        with Queue(self.path, create=False) as again:
             self.assertEqual(len(again.job("big").command), 60_000)
+        self.put(torn)
+        with queuectl.glance(self.path) as rows:
+            self.assertEqual(rows("SELECT length(command) FROM jobs"), [(60_000,)])
 
     def test_foreign_files_are_refused_and_left_as_they_are(self):
         other = os.path.join(self.dir, "other.db")
@@ -1487,12 +1492,6 @@ class Files(TestCase):
             db.execute(statement).fetchall()
         return {suffix: read_bytes(path + suffix) for suffix in ("", "-wal")
                 if os.path.exists(path + suffix)}
-
-    def put(self, files):
-        """A new path that has these files."""
-        self.path = os.path.join(tempfile.mkdtemp(dir=self.dir), "queue.db")
-        for suffix, content in files.items():
-            write_bytes(self.path + suffix, content)
 
     def files(self):
         return {name[len("queue.db"):]: read_bytes(os.path.join(
@@ -1641,6 +1640,13 @@ class Files(TestCase):
             with self.subTest(said), self.assertRaises(error):
                 queue.backup(self.path_of("copy.db"))
             self.assertEqual([name for name in os.listdir(self.dir) if "copy" in name], [])
+
+    def test_the_disk_has_a_backup_by_its_name_when_it_is_done(self):
+        copy, synced = self.path_of("copy.db"), []
+        with mock.patch.object(os, "fsync", lambda fd: synced.append(
+                (os.fstat(fd).st_ino, os.path.exists(copy)))):
+            self.a_queue().backup(copy)
+        self.assertEqual(synced, [(os.stat(self.dir).st_ino, True)])
 
     def test_a_directory_is_no_backup(self):
         with self.assertRaises(queuectl.NotAQueue):
