@@ -10060,7 +10060,8 @@ class BadGround(Processes):
         self.assertEqual([self.told_of(process) for process in both], [(0, b"")] * 2)
         self.assertEqual(self.format_of(self.path), (2, True, ids))
         self.assertEqual(self.format_of(self.path + ".format-1.backup"), (1, False, ids))
-        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
+        self.assertEqual([name for name in os.listdir(self.dir) if "backup" in name],
+                         ["queue.db.format-1.backup"])
 
     def told_of(self, process):
         """The exit status and stderr of one that has begun."""
