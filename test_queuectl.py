@@ -1826,6 +1826,16 @@ class Files(TestCase):
         with Queue(self.path_of("moved.db"), create=False) as moved:
             self.assertEqual(len(moved.jobs()), 1)
 
+    def test_what_the_wal_takes_is_given_back_to_a_full_disk(self):
+        queue = self.a_queue()
+        queue.enqueue("x" * 9000, id="big")
+        wal = self.path + "-wal"
+        self.assertGreater(os.stat(wal).st_size, 9000)
+
+        queue.store.relieve()
+        self.assertEqual(os.stat(wal).st_size, 0)
+        self.assertEqual(len(queue.job("big").command), 9000)
+
     def test_what_a_transaction_has_noted_counts_at_once_and_goes_with_it(self):
         queue = self.a_queue()
         queue.enqueue("x")
