@@ -6062,6 +6062,10 @@ queuectl.Store.changes = changes""")
         self.call("worker", "start", "--drain", env=ascii_only)
 
         self.assertEqual(self.runs("job-1")[0].output.decode(), "ünï\n")
+        self.assertEqual(subprocess.run(
+            [*program(), queuectl.COMPLETE, "--", "--db", self.path, "show", "job"],
+            env=ascii_only, check=True, stdout=subprocess.PIPE).stdout.decode(),
+            "job-1\tcompleted: echo 'ünï'\n")
 
     def test_a_reader_that_leaves_ends_the_command_quietly(self):
         self.call("enqueue", "-", input=b"echo a\n" * 5000)
