@@ -1784,7 +1784,8 @@ class Files(TestCase):
             file.write("mine")
         ended = subprocess.Popen(["true"])
         ended.wait()
-        lives = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        lives = subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=functools.partial(
+            signal.signal, signal.SIGHUP, signal.SIG_DFL))      # nohup ignores it
         self.addCleanup(lives.wait)
         self.addCleanup(lives.stdin.close)
         kept = (f"{copy}.{os.getpid()}.part.other", f"{copy}.1.part",
