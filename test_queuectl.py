@@ -1702,10 +1702,23 @@ class Files(TestCase):
     def test_the_file_is_private(self):
         self.assertEqual(os.stat(self.a_queue().path).st_mode & 0o777, 0o600)
 
-    def test_every_commit_is_durable(self):
+    def test_each_connection_has_what_its_promises_rest_on(self):
+        """Also if somebody has changed the file's journal by hand."""
+        self.a_queue().close()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("PRAGMA journal_mode = DELETE").fetchall()
         store = self.a_queue().store
-        self.assertEqual(store.row("PRAGMA synchronous"), (2,))
-        self.assertEqual(store.row("PRAGMA journal_mode"), ("wal",))
+        for name, value in (("synchronous", 2), ("journal_mode", "wal"),
+                            ("auto_vacuum", 2), ("journal_size_limit", 16 << 20),
+                            ("wal_autocheckpoint", 3000), ("busy_timeout", 0)):
+            with self.subTest(name):
+                self.assertEqual(store.row(f"PRAGMA {name}"), (value,))
+
+    def put(self, files):
+        """A new path that has these files."""
+        self.path = os.path.join(tempfile.mkdtemp(dir=self.dir), "queue.db")
+        for suffix, content in files.items():
+            write_bytes(self.path + suffix, content)
 
     def test_a_file_in_the_midst_of_a_checkpoint_is_not_taken_for_damaged(self):
         """The first page is written, the file not yet as long as that one says."""
@@ -1719,13 +1732,14 @@ class Files(TestCase):
         queue.store.rows(queuectl.Sql.EMPTY_WAL)
         with open(self.path, "rb") as file:
             first_page = file.read(4096)
-        torn = self.path_of("torn.db")
-        for name, content in ((torn, first_page + short[4096:]), (torn + "-wal", wal)):
-            with open(name, "wb") as file:
-                file.write(content)
+        torn = {"": first_page + short[4096:], "-wal": wal}
 
-        with Queue(torn, create=False) as again:
+        self.put(torn)
+        with Queue(self.path, create=False) as again:
             self.assertEqual(len(again.job("big").command), 60_000)
+        self.put(torn)
+        with queuectl.glance(self.path) as rows:
+            self.assertEqual(rows("SELECT length(command) FROM jobs"), [(60_000,)])
 
     def test_foreign_files_are_refused_and_left_as_they_are(self):
         other = os.path.join(self.dir, "other.db")
@@ -1753,10 +1767,113 @@ class Files(TestCase):
                                (b"hello, this is no database\n" * 99, queuectl.NotAQueue)):
             with open(self.path, "wb") as file:
                 file.write(content)
-            with self.assertRaises(error):
+            with self.assertRaises(error) as caught:
                 Queue(self.path)
+            self.assertTrue(caught.exception.hint)
             with open(self.path, "rb") as file:
                 self.assertEqual(file.read(), content)
+
+    def files_after(self, path, *statements):
+        """What is on the disk, by suffix, when a program has run these and was killed."""
+        db = sqlite3.connect(path, isolation_level=None)
+        self.addCleanup(db.close)
+        for statement in statements:
+            db.execute(statement).fetchall()
+        return {suffix: read_bytes(path + suffix) for suffix in ("", "-wal")
+                if os.path.exists(path + suffix)}
+
+    def files(self):
+        return {name[len("queue.db"):]: read_bytes(os.path.join(
+            os.path.dirname(self.path), name))
+            for name in os.listdir(os.path.dirname(self.path))}
+
+    def test_what_is_foreign_or_newer_is_left_with_the_files_beside_it(self):
+        self.a_queue().close()
+        newer = self.files_after(self.path, "PRAGMA user_version = 99", queuectl.Sql.EMPTY_WAL,
+                                 "INSERT INTO settings VALUES ('of', 'tomorrow')")
+        for number, (files, error) in enumerate((
+                (newer, queuectl.NewerVersion),
+                (self.files_after(self.path_of("a"), "PRAGMA journal_mode = WAL",
+                                  "CREATE TABLE t (x)"), queuectl.NotAQueue),
+                ({**self.files_after(self.path_of("b"), "CREATE TABLE t (x)"),
+                  "-journal": b"x" * 512}, queuectl.NotAQueue),
+                ({**self.files_after(self.path_of("c"), "PRAGMA page_size = 512",
+                                     "CREATE TABLE t (x)"), "-journal": b""},
+                 queuectl.NotAQueue),
+                ({**self.files_after(self.path_of("d"), "PRAGMA application_id = 7"),
+                  "-journal": b""}, queuectl.NotAQueue))):
+            with self.subTest(number):
+                self.put(files)
+                with self.assertRaises(error):
+                    Queue(self.path)
+                self.assertEqual(self.files(), files)
+
+    def test_a_newer_format_is_refused_though_only_the_wal_says_so(self):
+        self.a_queue().close()
+        self.put(self.files_after(self.path, "PRAGMA user_version = 99"))
+        with self.assertRaises(queuectl.NewerVersion):
+            Queue(self.path)
+
+    def test_a_queue_whose_making_was_cut_short_is_none_until_it_is_made(self):
+        undone = struct.pack(">8s5I", bytes.fromhex("d9d505f920a163d7"), 0, 0, 0, 512, 4096)
+        for number, files in enumerate((
+                {"": b""}, {"": b"torn" * 1024, "-journal": undone.ljust(512, b"\0")},
+                self.files_after(self.path_of("a"), "PRAGMA user_version = 1",
+                                 "PRAGMA user_version = 0"),
+                self.files_after(self.path_of("b"), queuectl.Sql.SET_KIND),
+                self.files_after(self.path_of("c"), queuectl.Sql.SET_KIND,
+                                 queuectl.Sql.JOURNAL))):
+            with self.subTest(number):
+                self.put(files)
+                with self.assertRaises(queuectl.NoQueue):
+                    Queue(self.path, create=False)
+                self.assertEqual(self.files(), files)
+                self.assertEqual(self.a_queue().enqueue("x").id, "job-1")
+
+    def test_of_two_that_make_a_queue_at_once_one_makes_it(self):
+        path, ids = self.path, []
+
+        class Overtaken(queuectl.Store):
+            """Another one is faster, once this one has seen that there is nothing."""
+
+            def _nature(self, db):
+                found = super()._nature(db)
+                with Queue(path) as other:
+                    other.enqueue("x", id="first")
+                    ids.append(other.store.meta("id"))
+                return found
+        store = Overtaken(path)
+        self.addCleanup(store.close)
+        self.assertEqual(store.job("first").command, "x")
+        self.assertEqual([store.meta("id")], ids)
+
+    def test_each_queue_has_an_id_of_its_own(self):
+        with Queue(self.path_of("other")) as other:
+            self.assertNotEqual(self.a_queue().store.meta("id"), other.store.meta("id"))
+
+    @NEEDS_LOCKS
+    def test_who_lives_by_an_earlier_database_of_that_name_is_nobody_here(self):
+        self.a_pool(self.a_queue())
+        for suffix in ("", "-wal", "-shm"):
+            os.unlink(self.path + suffix)
+        self.assertEqual(self.a_pool(self.a_queue()).worker.id, 1)
+
+    def test_an_sqlite_that_is_too_old_is_refused_in_words(self):
+        with mock.patch.object(sqlite3, "sqlite_version_info", (3, 33, 0)), \
+                self.assertRaisesRegex(queuectl.Unsupported, "needs 3.34 or newer"):
+            self.a_queue()
+        self.assertEqual(os.listdir(self.dir), [])
+        with mock.patch.object(sqlite3, "sqlite_version_info", (3, 34, 0)):
+            self.assertEqual(self.a_queue().jobs(), [])
+
+    def test_in_a_directory_that_is_gone_a_path_must_be_absolute(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.mkdir(self.path_of("gone"))
+        os.chdir(self.path_of("gone"))
+        os.rmdir(self.path_of("gone"))
+        with self.assertRaisesRegex(queuectl.Unwritable, "give an absolute --db"):
+            Queue("queue.db")
+        self.assertEqual(self.a_queue().jobs(), [])
 
     def test_reading_creates_nothing(self):
         with self.assertRaises(queuectl.NoQueue):
@@ -1778,6 +1895,13 @@ class Files(TestCase):
             with self.assertRaisesRegex(queuectl.InUse, "works in that backup"):
                 queue.backup(copy)
             self.assertEqual(works.job("later").command, "true")
+            killed = {suffix: read_bytes(copy + suffix) for suffix in ("", "-wal")}
+        for suffix, content in killed.items():
+            write_bytes(copy + suffix, content)
+        with self.assertRaisesRegex(queuectl.InUse, "or died in it"):
+            queue.backup(copy)
+        with Queue(copy) as works:
+            self.assertEqual(works.job("later").command, "true")
         queue.backup(copy)
         with Queue(copy) as again:
             self.assertEqual(again.jobs(), [])
@@ -1797,6 +1921,22 @@ class Files(TestCase):
         self.assertFalse(os.path.exists(copy))
         self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
 
+    def test_a_backup_that_fails_is_told_in_words_unless_it_is_our_mistake(self):
+        queue = self.a_queue()
+        for said, error in (("database or disk is full", queuectl.DiskFull),
+                            ("no such thing", sqlite3.OperationalError)):
+            queue.store._reader = mock.Mock(side_effect=sqlite3.OperationalError(said))
+            with self.subTest(said), self.assertRaises(error):
+                queue.backup(self.path_of("copy.db"))
+            self.assertEqual([name for name in os.listdir(self.dir) if "copy" in name], [])
+
+    def test_the_disk_has_a_backup_by_its_name_when_it_is_done(self):
+        copy, synced = self.path_of("copy.db"), []
+        with mock.patch.object(os, "fsync", lambda fd: synced.append(
+                (os.fstat(fd).st_ino, os.path.exists(copy)))):
+            self.a_queue().backup(copy)
+        self.assertEqual(synced, [(os.stat(self.dir).st_ino, True)])
+
     def test_a_directory_is_no_backup(self):
         with self.assertRaises(queuectl.NotAQueue):
             self.a_queue().backup(self.dir)
@@ -1812,11 +1952,27 @@ class Files(TestCase):
             self.assertEqual([job.id for job in queue.jobs()], ["kept"])
             queue.close()
 
-    def test_a_snapshot_that_is_over_already_hides_no_error(self):
+    def test_a_transaction_that_is_over_already_hides_no_error(self):
         store = self.a_queue().store
-        with self.assertRaises(ZeroDivisionError), store.snapshot():
-            store.rows(queuectl.Sql.ROLLBACK)   # as SQLite does after some errors
-            raise ZeroDivisionError
+        for begin in (store.snapshot, store.transaction):
+            with self.subTest(begin), self.assertRaises(ZeroDivisionError), begin():
+                store.rows(queuectl.Sql.ROLLBACK)   # as SQLite does after some errors
+                raise ZeroDivisionError
+
+    def test_a_statement_that_fails_is_told_in_words_unless_it_is_our_mistake(self):
+        insert = "INSERT INTO almost_full VALUES (?)"
+        with self.a_queue().store.transaction() as store:
+            store.do("CREATE TEMPORARY TABLE almost_full (x UNIQUE)", {})
+            store.do(insert, (1,))
+            for number, (ask, error) in enumerate((
+                    (lambda: store.do(insert, ("\ud800",)), queuectl.InvalidValue),
+                    (lambda: store.many(insert, [("\ud800",)]), queuectl.InvalidValue),
+                    (lambda: store.do(insert, (1,)), sqlite3.IntegrityError),
+                    (lambda: store.many(insert, [(2,), (1,)]), sqlite3.IntegrityError),
+                    (lambda: store.do("DO", ()), sqlite3.OperationalError),
+                    (lambda: store.rows("DO"), sqlite3.OperationalError))):
+                with self.subTest(number), self.assertRaises(error):
+                    ask()
 
     def test_odd_text_and_a_closed_queue_are_refused_in_words(self):
         queue = self.a_queue()
@@ -1832,6 +1988,9 @@ class Files(TestCase):
         queue.store._process += 1
         with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"):
             queue.counts()
+        with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"), \
+                queue.store.transaction():
+            self.fail("a transaction was begun")
 
     def test_what_sqlite_says_is_told_as_what_a_user_can_do(self):
         odd = UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
@@ -1914,13 +2073,22 @@ class Files(TestCase):
             file.write("mine")
         ended = subprocess.Popen(["true"])
         ended.wait()
-        kept = f"{copy}.{os.getpid()}.part.other", f"{copy}.1.part"
+        lives = subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=functools.partial(
+            signal.signal, signal.SIGHUP, signal.SIG_DFL))      # nohup ignores it
+        self.addCleanup(lives.wait)
+        self.addCleanup(lives.stdin.close)
+        kept = (f"{copy}.{os.getpid()}.part.other", f"{copy}.1.part",
+                f"{copy}.{lives.pid}.part")
         for name in (*kept, f"{copy}.{ended.pid}.part"):
             open(name, "w").close()
         queue.backup(copy)
         queue.enqueue("x", id="second")
+        descriptors = os.listdir("/dev/fd")     # SQLite has kept one for the next time
         queue.backup(copy)
 
+        self.assertEqual(os.listdir("/dev/fd"), descriptors)
+        lives.stdin.close()
+        self.assertEqual(lives.wait(), 0)
         self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
         with Queue(copy, create=False) as again:
             self.assertEqual([job.id for job in again.jobs()], ["second", "first"])
@@ -1947,6 +2115,16 @@ class Files(TestCase):
         self.assertFalse(os.path.exists(wal) and os.stat(wal).st_size)
         with Queue(self.path_of("moved.db"), create=False) as moved:
             self.assertEqual(len(moved.jobs()), 1)
+
+    def test_what_the_wal_takes_is_given_back_to_a_full_disk(self):
+        queue = self.a_queue()
+        queue.enqueue("x" * 9000, id="big")
+        wal = self.path + "-wal"
+        self.assertGreater(os.stat(wal).st_size, 9000)
+
+        queue.store.relieve()
+        self.assertEqual(os.stat(wal).st_size, 0)
+        self.assertEqual(len(queue.job("big").command), 9000)
 
     def test_what_a_transaction_has_noted_counts_at_once_and_goes_with_it(self):
         queue = self.a_queue()
@@ -2217,6 +2395,14 @@ class Promises(TestCase):
         self.assertEqual({key: getattr(job, key) for key in given}, given)
         self.assertLessEqual(set(queuectl.FIELDS) - {"delay", "command"}, set(given))
 
+    def test_lists_and_variables_are_kept_as_json_that_other_programs_read(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="x")
+        queue.enqueue("x", after=["x"], tags=["t"], env={"A": "ü"})
+
+        self.assertEqual(queue.store.rows("SELECT after, tags, env FROM jobs ORDER BY seq"),
+                         [("[]", "[]", "{}"), ('["x"]', '["t"]', '{"A": "ü"}')])
+
     def test_a_number_is_never_used_again(self):
         """(I4)"""
         queue = self.a_queue()
@@ -2237,7 +2423,7 @@ class Promises(TestCase):
         with self.assertRaisesRegex(queuectl.InUse, f"{second.id} has the same"):
             queue.retry(first.id)
         queue.cancel(second.id)
-        with self.assertRaisesRegex(queuectl.InUse, "two of these"):
+        with self.assertRaisesRegex(queuectl.InUse, "two of these .*; name one of them"):
             queue.retry(first.id, second.id)
 
     def test_a_job_that_answers_for_another_waits_for_its_own_needs_alone(self):
@@ -2882,7 +3068,8 @@ class Promises(TestCase):
         with self.assertRaises(queuectl.InUse):
             queue.retry("a", "b")
         queue.enqueue("x", id="c", unique="k")
-        with self.assertRaisesRegex(queuectl.InUse, "a cannot wait again: c has .*'k'"):
+        with self.assertRaisesRegex(queuectl.InUse, "a cannot wait again: c has .*'k'"
+                                                    ".*; wait for that job"):
             queue.retry("a")
         self.assertEqual(queue.counts()[CANCELLED], 2)
 
@@ -2904,6 +3091,8 @@ class Promises(TestCase):
         self.assertEqual(schedule.job["cwd"], "/")
         job = queue.run_schedule("s")
         self.assertEqual((job.cwd, job.max_retries, job.tags), ("/", 7, ("t", "schedule:s")))
+        with queue.store.transaction() as store:    # the worker's own, if it says nothing
+            self.assertEqual(queuectl.Batch(store, NOON).add([Spec("x")])[0].cwd, "")
         self.assertEqual(queue.add_schedule("t", "@daily", command="x").job["cwd"],
                          os.getcwd())
         for fields, key in (({"tags": ["a b"]}, "tags"), ({"run_at": NOON}, "run_at")):
@@ -3036,6 +3225,16 @@ class Promises(TestCase):
                          [("", 5, 2, 2), ("default", 3, 1, 1), ("q", 2, 1, 1)])
         self.assertEqual(queue.scrape().oldest, {"default": 30.0, "q": 10.0})
 
+    def test_statistics_leave_out_the_queues_in_which_nothing_was_done(self):
+        queue = self.a_queue()
+        queue.enqueue("x", id="a")
+        queue.cancel("a")
+        self.clock.now += 3600
+        queue.retry("a")
+        self.assertEqual(list(queue.stats(60)), [""])
+        queue.cancel("a")
+        self.assertEqual(list(queue.stats(60)), ["", "default"])
+
     def test_a_job_and_those_that_wait_for_it_are_deleted_together(self):
         queue = self.a_queue()
         queue.enqueue("x", id="a")
@@ -3142,7 +3341,7 @@ class Turns(TestCase):
         queue = self.a_queue()
         claims = self.a_pool(queue)
         for name, change in (("job", "job = '{\"command\": 7}'"), ("text", "job = '{'"),
-                             ("cron", "cron = 'never'")):
+                             ("list", "job = '[7]'"), ("cron", "cron = 'never'")):
             queue.add_schedule(name, "* * * * *", command="true")
             with queue.store.transaction() as store:
                 store.do(f"UPDATE schedules SET {change} WHERE name = :name",
@@ -3151,9 +3350,10 @@ class Turns(TestCase):
         self.clock.now += 120
 
         self.assertEqual(len(claims.turn({}, {}, [1, 2]).claimed), 1)
-        self.assertEqual([one.paused for one in queue.schedules()], [True, True, True])
+        self.assertEqual([one.paused for one in queue.schedules()], [True] * 4)
+        self.assertEqual([queue.schedule(name).job for name in ("text", "list")], [{}, {}])
         self.assertEqual([one.code for one in queuectl.Inspection(queue).findings()
-                          if one.level == queuectl.PROBLEM], ["schedule"] * 3)
+                          if one.level == queuectl.PROBLEM], ["schedule"] * 4)
         with self.assertRaises(queuectl.InvalidJob):
             queue.resume_schedule("text")
 
@@ -3177,14 +3377,17 @@ class Turns(TestCase):
         claims = self.a_pool(queue)
         queue.add_schedule("daily", "30 12 * * *", command="true")
         due = queuectl.epoch(queue.schedule("daily").next_run)
-        self.clock.now = due + 1
-        one = claims.turn({}, {}, [1]).claimed[0]
-        claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
+        for late, back in ((1, 3600), (0, 3600), (0, 10800)):
+            with self.subTest(late=late, back=back):
+                self.clock.now = due + late
+                one = claims.turn({}, {}, [1]).claimed[0]
+                claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
 
-        self.clock.now = due - 3600
-        claims.turn({}, {}, [1])
-        self.clock.now = due + 60
-        self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
+                self.clock.now = due - back
+                claims.turn({}, {}, [1])
+                self.clock.now = due + 60
+                self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
+                due += 86400
 
     def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
         queue = self.a_queue()
@@ -3238,6 +3441,20 @@ class Turns(TestCase):
         self.assertEqual(len(minutes), 4 + 60)
         self.assertEqual((queue.stats()[""], queue.stats(9 * 86400)[""]), (ever, since))
         self.assertEqual(list(claims.expiry()), [])
+
+    def test_a_clock_that_was_ahead_keeps_no_old_counters_by_the_minute(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for begun in (NOON + 365 * 86400, NOON):
+            for minute in (30, 45):
+                self.clock.now = begun + minute * 60
+                queue.enqueue("x")
+            self.clock.now = begun + 9 * 86400
+            list(claims.expiry())
+
+        self.assertEqual(queue.store.rows(
+            "SELECT minute * 60, n FROM tallies WHERE minute > 0 ORDER BY 1"),
+            [(NOON, 2), (NOON + 365 * 86400, 2)])
 
     def test_a_pool_that_is_to_stop_claims_no_more(self):
         queue = self.a_queue()
@@ -6630,6 +6847,10 @@ queuectl.Store.changes = changes""")
         self.call("worker", "start", "--drain", env=ascii_only)
 
         self.assertEqual(self.runs("job-1")[0].output.decode(), "ünï\n")
+        self.assertEqual(subprocess.run(
+            [*program(), queuectl.COMPLETE, "--", "--db", self.path, "show", "job"],
+            env=ascii_only, check=True, stdout=subprocess.PIPE).stdout.decode(),
+            "job-1\tcompleted: echo 'ünï'\n")
 
     def test_a_reader_that_leaves_ends_the_command_quietly(self):
         self.call("enqueue", "-", input=b"echo a\n" * 5000)
@@ -10639,7 +10860,8 @@ class BadGround(Processes):
         self.assertEqual([self.told_of(process) for process in both], [(0, b"")] * 2)
         self.assertEqual(self.format_of(self.path), (2, True, ids))
         self.assertEqual(self.format_of(self.path + ".format-1.backup"), (1, False, ids))
-        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
+        self.assertEqual([name for name in os.listdir(self.dir) if "backup" in name],
+                         ["queue.db.format-1.backup"])
 
     def told_of(self, process):
         """The exit status and stderr of one that has begun."""
