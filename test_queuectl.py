@@ -1980,6 +1980,11 @@ class Promises(TestCase):
         second = claims.turn({first.claimed[0].claim: Outcome("completed", 0)}, {}, [1])
         self.assertEqual([c.job.id for c in second.claimed], ["b"])
 
+        third = queue.enqueue("c", after=["a", "b"])    # of these it waits for b alone
+        self.assertEqual(queue.waiting_for(third), ["after b (processing)"])
+        queue.delete("a")
+        self.assertEqual(queue.waiting_for(third), ["after b (processing)"])
+
     def test_jobs_that_wait_for_each_other_are_refused(self):
         with self.assertRaisesRegex(queuectl.InvalidJob, "a, b wait for each other"):
             self.a_queue().enqueue_many([Spec("a", id="a", after=("b",)),
@@ -2000,7 +2005,7 @@ class Promises(TestCase):
         job = self.in_state(queue, self.a_pool(queue), DEAD)
         job = queue.retry_dead(job.id)[0]
 
-        self.assertEqual((job.state, job.attempts), (PENDING, 0))
+        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
         self.assertEqual(len(queue.runs(job.id)), 1)
         with self.assertRaisesRegex(queuectl.WrongState, "not dead"):
             queue.retry_dead(job.id)
@@ -2044,6 +2049,11 @@ class Promises(TestCase):
             queue.clock = claims._clock = clock
             call()
             self.assertEqual(set(asked), {True})
+        queue.clock = claims._clock = self.clock
+        job = queue.enqueue("x")
+        queue.clock = functools.partial(next, iter((NOON, NOON + 60)))  # before it, too
+        self.assertEqual(queue.edit(job.id, priority=1)[0].updated_at,
+                         queuectl.iso(NOON + 60))
 
     def test_extremes_of_time_and_number_are_kept(self):
         queue = self.a_queue()
@@ -2133,7 +2143,8 @@ class Promises(TestCase):
             self.clock.now += 10
         self.clock.now += 60            # c ended 100 s ago, then a, b and d 10 s each
 
-        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["c", "a", "b"])
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80.5), ["c", "a"])
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["b"])
         self.assertEqual([job.id for job in queue.jobs()], ["d"])
         self.assert_sound(queue)
 
@@ -2146,6 +2157,21 @@ class Promises(TestCase):
         self.assertEqual(swept(queue, "retry", CANCELLED, older_than=59),
                          [f"job-{n}" for n in range(1, SWEEP_BATCH + 8)])
         self.assert_sound(queue)
+
+    def test_a_sweep_gets_past_what_it_may_not_change_each_once(self):
+        for name, moment in (("one", "'2026-01-01T00:00:00.000Z'"),
+                             ("own", "printf('2026-01-01T00:00:00.%03dZ', seq)")):
+            with self.subTest(name):
+                self.path = self.path_of(f"{name}.db")
+                queue = self.a_queue()
+                names = [f"needed-{n}" for n in range(2 * SWEEP_BATCH - 2)]
+                queue.enqueue_many([*(Spec("x", id=name) for name in names),
+                                    Spec("x", id="free"), Spec("y", after=tuple(names))])
+                queue.cancel(*names, "free")
+                with queue.store.transaction() as store:
+                    store.do(f"UPDATE jobs SET finished_at = {moment} WHERE gate IS NULL", {})
+                self.assertEqual([[job.id for job in batch] for batch in queue.sweep(
+                    "delete", CANCELLED, older_than=60)], [[], ["free"]])
 
     def test_a_sweep_passes_over_what_it_may_not_change(self):
         queue = self.a_queue()
@@ -2288,9 +2314,11 @@ class Promises(TestCase):
         queue.cancel("dead")
         queue.enqueue("x", id="full")
         pool = self.a_pool(queue, name="p", queues=("q", "full"))
+        side = self.a_pool(queue, name="s", queues=("side",))
         queue.edit("full", queue="full")
         self.claim_one(queue, pool)
         queue.limit_queue("full", 1)
+        queue.limit_queue("q", 1)
         queue.pause("halt")
         for fields, wanted in (
                 ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
@@ -2309,8 +2337,11 @@ class Promises(TestCase):
                 self.assertEqual([one.text for one in found], lasting)
                 self.assertEqual([one.text for one in found if one.passes],
                                  [text for text in lasting if text.startswith("due")])
+        [gone] = queue.delete(queue.enqueue("x", queue="fleeting").id)
+        self.assertEqual(queue.waiting_for(gone), ["no worker takes queue `fleeting`"])
         queue.pause()
         pool.leave()
+        side.leave()
         job = queue.enqueue("x")
         self.assertEqual(queue.waiting_for(job),
                          ["all queues are paused", "no worker is running"])
@@ -2395,28 +2426,52 @@ class Promises(TestCase):
                                 queuectl.Progress(0, 0, 1, 2)])
         self.assertEqual((told[0].over, told[0].left), (1, 2))
 
-    def test_a_job_that_was_over_counts_though_it_is_retried_meanwhile(self):
+    def test_a_job_that_was_over_counts_though_it_is_retried_and_deleted_meanwhile(self):
         queue, other = self.a_queue(), self.a_queue()
         queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
         other.cancel("a")
-        steps = [lambda: other.retry("a"), lambda: other.cancel("b")]
+        steps = [lambda: other.retry("a"), lambda: other.delete("a"),
+                 lambda: other.cancel("b")]
         jobs = queue.wait("a", "b", timeout=DEADLINE,
                           tell=lambda progress: steps.pop(0)() if steps else None)
         self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
 
     def test_waiting_in_vain_is_refused(self):
         queue, other = self.a_queue(), self.a_queue()
-        queue.enqueue("x", id="a")
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs not over"):
-            queue.wait("a", timeout=0)
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 job not over"):
-            queue.wait_all(timeout=0)
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="over", queue="q"),
+                            Spec("x", queue="q"), Spec("x", queue="q")])
+        queue.cancel("over")
+        for wait, words in ((functools.partial(queue.wait, "a"), "1 of 1 jobs not over"),
+                            (functools.partial(queue.wait, "a", "over"), "1 of 2 jobs not"),
+                            (functools.partial(queue.wait_all, "default"), "1 job not over"),
+                            (functools.partial(queue.wait_all, "q"), "2 jobs not over")):
+            with self.assertRaisesRegex(queuectl.NotFinished, words):
+                wait(timeout=0)
         with self.assertRaises(queuectl.NoSuchJob):
             queue.wait("a", "gone")
         with self.assertRaises(queuectl.NoSuchJob):
             queue.wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
                 queuectl.Sql.SEQ_OF, id="a") and other.delete("a"))
         self.assertEqual(queue.wait(), [])
+
+    def test_who_waits_looks_again_every_second_and_not_after_the_end(self):
+        for wait in (lambda queue, timeout: queue.wait("a", timeout=timeout),
+                     lambda queue, timeout: queue.wait_all(timeout=timeout)):
+            for timeout, longest in ((None, 1.0), (DEADLINE, 1.0), (0.5, 0.5)):
+                with self.subTest(inspect.getsource(wait).strip(), timeout=timeout):
+                    self.path = self.path_of(f"{len(os.listdir(self.dir))}.db")
+                    queue, asked = self.a_queue(), []
+                    queue.enqueue("x", id="a")
+
+                    def look(seen, seconds, queue=queue, asked=asked):
+                        asked.append(seconds)
+                        queue.cancel("a")
+                    queue.await_change = look
+                    self.addCleanup(vars(queue).pop, "await_change")
+                    wait(queue, timeout)
+                    [seconds] = asked
+                    self.assertLessEqual(seconds, longest)
+                    self.assertGreater(seconds, 0)
 
     def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
         queue, other = self.a_queue(), self.a_queue()
@@ -2622,11 +2677,43 @@ class Promises(TestCase):
                 queue.add_schedule("u", "@daily", command="x", **fields)
             self.assertEqual(caught.exception.key, key)
 
+    def test_no_job_is_added_from_a_directory_that_has_no_name(self):
+        queue = self.a_queue()
+        self.addCleanup(os.chdir, os.getcwd())
+        for name, end, words in ((b"gone", os.rmdir, "directory is gone"),
+                                 (b"odd-\xff", os.path.isdir, "name is not UTF-8")):
+            with self.subTest(name):
+                folder = os.path.join(os.fsencode(self.dir), name)
+                os.mkdir(folder)
+                os.chdir(folder)
+                end(folder)
+                with self.assertRaisesRegex(queuectl.InvalidJob, words):
+                    queue.enqueue("x")
+                self.assertEqual(queue.enqueue("x", cwd="/").cwd, "/")
+
+    def test_a_queue_is_by_default_in_the_current_directory(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+        with Queue() as queue:
+            self.assertEqual(queue.path, os.path.realpath(self.path))
+
     def test_a_queue_is_closed_at_the_end_of_its_block(self):
         with Queue(self.path) as queue:
             queue.enqueue("x")
+            let_go(queue.host.locks.hold(1))
+            queue.host.locks.is_held(1)
+            probe = queue.host.locks._probe
         with self.assertRaisesRegex(queuectl.Unsupported, "closed"):
             queue.job("job-1")
+        with self.assertRaises(OSError):
+            os.fstat(probe)
+
+    def test_the_token_of_a_run_names_the_database_on_the_machine_that_is_given(self):
+        with Queue(self.path) as queue:
+            host = queue.host
+            self.assertIn(queue.store.meta("id"), host.token(7))
+        with Queue(self.path, host=host) as queue:
+            self.assertIs(queue.host, host)
 
     def test_jobs_come_by_pages_in_order_and_as_many_as_are_wanted(self):
         queue = self.a_queue()
