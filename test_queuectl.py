@@ -2953,16 +2953,22 @@ class Turns(TestCase):
         one = claims.turn({}, {}, [1]).claimed[0]
         claims.turn({one.claim: Outcome("completed", 0)}, {}, [])
 
+        queue.add_schedule("often", "*/10 * * * *", command="true")     # never had one
+        often = queue.schedule("often").next_run
         self.clock.now = due - 3600
         claims.turn({}, {}, [1])
+        self.assertEqual(queue.schedule("often").next_run, often)
+        queue.remove_schedule("often")
         self.clock.now = due + 60
         self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
 
     def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        self.clock.now = 1800.0
+        self.clock.now = 60.0
         queue.enqueue("x")
+        self.assertEqual([one.at for one in queue.history(9)], [queuectl.iso(60)])
+        self.assertEqual(queue.stats(600)[""].enqueued, 1)
         self.clock.now = NOON
         list(claims.expiry())
         self.assertEqual(queue.stats()[""].enqueued, 1)
@@ -2990,6 +2996,8 @@ class Turns(TestCase):
         for asked, covered in ((1, 30), (40, 90), (60, 90)):
             self.assertEqual(round(queue.covered(asked)), covered)
         self.assertEqual(round(queue.covered(None)), 90 * 86400 + 30)
+        self.clock.now = NOON - 90 * 86400 + 0.5        # it is half a second old
+        self.assertEqual(queue.covered(3600), 0.5)
 
     def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
         queue = self.a_queue()
@@ -3010,6 +3018,30 @@ class Turns(TestCase):
         self.assertEqual(len(minutes), 4 + 60)
         self.assertEqual((queue.stats()[""], queue.stats(9 * 86400)[""]), (ever, since))
         self.assertEqual(list(claims.expiry()), [])
+        for minute, first in ((90, 60), (119, 60), (120, 120), (239, 180), (240, 240), (241, 241)):
+            with self.subTest(minute):      # counted from the hour, if it is put together
+                age = self.clock.now - (NOON + 60 * minute)
+                self.assertEqual(queue.stats(age)[""].enqueued, 300 - first)
+                self.assertEqual(queue.covered(age),
+                                 min(queue.age(), self.clock.now - (NOON + 60 * first)))
+
+    def test_counters_that_another_pool_was_faster_to_put_together_are_let_be(self):
+        queue, other = self.a_queue(), self.a_queue()
+        claims, rival = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
+        for _ in range(2):
+            queue.enqueue("x")
+            self.clock.now += 60
+        self.clock.now += 9 * 86400
+        begin, steps = queue.store.transaction, []
+
+        def transaction():
+            steps.extend(rival.expiry())
+            return begin()
+        queue.store.transaction = transaction
+        self.addCleanup(vars(queue.store).pop, "transaction")
+
+        self.assertEqual((list(claims.expiry()), steps), ([[]], [[]]))
+        self.assertEqual(queue.stats(10 * 86400)[""].enqueued, 2)
 
     def test_a_pool_that_is_to_stop_claims_no_more(self):
         queue = self.a_queue()
@@ -3058,6 +3090,7 @@ class Turns(TestCase):
 
         self.assertEqual(self.a_rescuer(queue, other).stranded({claims.worker.id: 14.0}), [])
         self.assertEqual(len(self.a_rescuer(queue, other).stranded({claims.worker.id: 15.0})), 1)
+        self.assertEqual(self.a_rescuer(queue, claims).stranded({claims.worker.id: 15.0}), [])
 
     def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
         """(I6)"""
@@ -3094,21 +3127,30 @@ class Turns(TestCase):
             self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], has_begun=one.claim == begun.claim)
         self.assertEqual([(queue.job(name).state, queue.job(name).crashes)
                           for name in "bc"], [(FAILED, 1), (PENDING, 0)])
-        again = claims.turn({}, {}, [], ahead=2)
-        self.assertEqual(again.claimed, [])     # only first runs are claimed ahead
+        queue.enqueue("x", id="d")
+        again = claims.turn({}, {}, [], ahead=3).claimed
+        self.assertEqual([one.job.id for one in again], ["d"])     # only first runs are
 
     def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
         queue = self.a_queue()
         claims = self.a_pool(queue, name="frozen")
         queue.enqueue("x")
         let_go(self.claim_one(queue, claims).lock)
+        foreign = self.a_pool(queue, name="foreign")    # nobody here can tell if it lives
+        let_go(foreign._lock)
+        with queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
+                     {"id": foreign.worker.id})
         self.a_rescuer(queue, claims).record(queue.runs("job-1")[0])
-        self.assertEqual([v.worker.name for v in queue.workers()], ["frozen"])
+        self.assertEqual([v.worker.name for v in queue.workers()], ["frozen", "foreign"])
 
         with queue.store.transaction() as store:
             store.do(queuectl.Sql.DELETE_WORKER, {"id": claims.worker.id})
+        self.clock.now += 60
         claims.turn({}, {}, [])
-        self.assertEqual([v.worker.id for v in queue.workers()], [claims.worker.id])
+        self.assertEqual([(view.worker.id, view.worker.name, view.worker.heartbeat_at)
+                          for view in queue.workers()][:1],
+                         [(claims.worker.id, "frozen", queuectl.iso(NOON + 60))])
         self.assertEqual(self.a_rescuer(queue, claims).stranded({}), [])
 
     def test_a_turn_that_cannot_commit_has_not_happened(self):
@@ -3127,6 +3169,47 @@ class Turns(TestCase):
         rival.execute("ROLLBACK")
         claims.turn({claim.claim: Outcome("completed", 0)}, {}, [1])
         self.assertEqual(queue.job("job-1").state, COMPLETED)
+
+    def fail_at_the_end(self, claims, free):
+        """A turn that has claimed already when it fails."""
+        with mock.patch.object(claims, "next_due", side_effect=ZeroDivisionError), \
+                self.assertRaises(ZeroDivisionError):
+            claims.turn({}, {}, free)
+
+    @NEEDS_LOCKS
+    def test_a_turn_that_fails_at_its_end_holds_no_lock_of_what_it_claimed(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 2)
+        self.fail_at_the_end(claims, [1, 2])
+        self.assertEqual([queue.host.locks.is_held(claim) for claim in (1, 2)],
+                         [False, False])
+
+        claimed = claims.turn({}, {}, [1, 2]).claimed
+        self.assertEqual([one.claim for one in claimed], [1, 2])
+        self.assertEqual([queue.host.locks.is_held(claim) for claim in (1, 2)],
+                         [True, True])
+
+    def test_a_pool_comes_fails_claims_and_goes_where_there_are_no_locks(self):
+        queue = self.a_queue()
+        queue.host.locks._set = None
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.fail_at_the_end(claims, [1])
+        one = self.claim_one(queue, claims)
+        self.assertEqual((one.claim, one.lock), (1, -1))
+        claims.leave()
+        self.assertEqual(queue.store.workers(), [])
+
+    def test_a_pool_remembers_nothing_of_runs_that_are_over(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 2)
+        claimed = claims.turn({}, {}, [1], ahead=1).claimed
+        claims.begin(claimed[1], 1)
+        claims.turn({claimed[0].claim: Outcome("completed", 0)}, {}, [])
+        claims.turn({claimed[1].claim: Outcome("completed", 0)}, {}, [])
+        self.assertEqual((claims._held, claims._unmarked), ({}, set()))
 
     def test_paused_full_and_foreign_queues_are_passed_over(self):
         queue = self.a_queue()
@@ -3155,9 +3238,12 @@ class Turns(TestCase):
         queue = self.a_queue()
         bell = queuectl._bell()
         self.addCleanup(bell.close)
-        Claims(queue, PoolOptions(), bell.getsockname()[1])
+        claims = Claims(queue, PoolOptions(), bell.getsockname()[1])
+        queue.enqueue("x", id="dead", max_retries=1)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
         queue.enqueue("x", id="a")
-        for call in (lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+        for call in (lambda: queue.retry_dead("dead"), lambda: queue.cancel("dead"),
+                     lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
                      lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
                      lambda: queue.cancel("a"), lambda: queue.retry("a"),
                      lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"),
@@ -3173,6 +3259,14 @@ class Turns(TestCase):
                 call()
                 self.assertIn(bell.recv(queuectl.SOCKET_BUFFER),
                               (queuectl.NEW_JOBS, queuectl.NEW_ORDERS))
+        queue.cancel("a")
+        with contextlib.suppress(BlockingIOError):
+            while bell.recv(queuectl.SOCKET_BUFFER):
+                pass
+        for verb, filters in (("cancel", {}), ("retry", {"search": "none"}), ("delete", {})):
+            with self.subTest(verb), self.assertRaises(BlockingIOError):    # nothing to do
+                swept(queue, verb, CANCELLED, **filters)
+                bell.recv(queuectl.SOCKET_BUFFER)
 
     # Pauses, limits, ageing.
 
@@ -3406,20 +3500,21 @@ class Turns(TestCase):
         queue.enqueue("x")
         with queue.store.transaction() as store:    # as those do that take it for dead
             store.do(queuectl.Sql.DELETE_IDLE_WORKER, {"id": claims.worker.id})
-        other = self.a_pool(queue, name="w")
+        third, other = self.a_pool(queue, name="v"), self.a_pool(queue, name="w")
 
         mine = self.claim_one(queue, claims)
         self.assertEqual(other.turn({}, {}, [1]).mine, {})
         claims.turn({mine.claim: Outcome("completed", 0)}, {}, [])
         self.assertEqual([(one.id, one.name) for one in queue.store.workers()],
-                         [(1, "w#1"), (2, "w")])
+                         [(1, "w#1"), (third.worker.id, "v"), (other.worker.id, "w")])
         self.assertEqual(queue.runs("job-1")[0].worker, "w#1")
 
     def test_what_a_pool_could_not_take_is_no_work_for_it(self):
         """Else two idle pools would go on waking each other with their turns."""
         queue = self.a_queue()
-        claims = self.a_pool(queue, queues=("own", "full"))
+        claims = self.a_pool(queue, queues=("own", "full", "later"))
         queue.limit_queue("full", 1)
+        queue.enqueue("x", queue="later", delay=3600)
         for name in ("foreign", "own", "full"):
             queue.enqueue("x", queue=name, id=name)
         self.assertTrue(claims.is_work_there())
@@ -3474,6 +3569,18 @@ class Turns(TestCase):
                 self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 600))
                 self.clock.now = NOON + 601
                 self.assertEqual([len(self.ticks(claims)) for _ in "ab"], [1, 0])
+
+    def test_a_turn_far_away_is_looked_at_anew_when_a_clock_is_set_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.clock.now = NOON + 400 * 86400
+        queue.add_schedule("s", "@yearly", command="x")
+        claims.turn({}, {}, [])
+        far = queue.schedule("s").next_run
+        self.clock.now = NOON
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.schedule("s").next_run, queuectl.turn_after("@yearly", NOON))
+        self.assertLess(queue.schedule("s").next_run, far)
 
     def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
         queue = self.a_queue()
@@ -3562,6 +3669,7 @@ class Turns(TestCase):
                 ("s", "@daily", {"command": "x", "id": "a"}, queuectl.InvalidJob),
                 ("s", "@daily", {"command": "x", "after": ["a"]}, queuectl.InvalidJob),
                 ("s", "@daily", {"command": "x", "delay": 1}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "run-at": NOON}, queuectl.InvalidJob),
                 ("a b", "@daily", {"command": "x"}, queuectl.InvalidValue)):
             with self.subTest(name=name, cron=cron, fields=fields), \
                     self.assertRaises(error):
@@ -3696,6 +3804,7 @@ class Turns(TestCase):
         self.assertEqual([(run.outcome, run.duration) for n in range(1, 5)
                           for run in queue.runs(f"job-{n}")],
                          [("lost", None)] * 3 + [("released", None)])
+        self.assertEqual(queue.runs("job-4")[0].error, "its worker was lost before it had begun")
         self.assertEqual(queue.stats()[""].lost, 3)
         self.assertEqual(queue.stats()[""].run_time.n, 0)
 
@@ -3704,8 +3813,10 @@ class Turns(TestCase):
         claims = self.a_pool(queue)
         queue.enqueue_many([Spec("x")] * 3)
         first, second = claims.turn({}, {}, [], ahead=2).claimed
+        [at_once] = claims.turn({}, {}, [1]).claimed
         self.clock.now += 5
         begun = claims.begin(first, 2)
+        self.assertEqual(claims.begin(at_once, 1), at_once)     # it has begun with its claim
         claims.turn({}, {}, [])
 
         self.assertEqual((begun.slot, second.slot), (2, queuectl.AHEAD))
@@ -3750,7 +3861,8 @@ class Turns(TestCase):
                 queue = self.a_queue()
                 name, what = held.split()
                 worker = self.a_pool(queue, name="worker")
-                queue.enqueue("x", queue=name, delay={"due": 5, "later": 60}.get(what))
+                queue.enqueue("x", queue=name, delay={"due": 5, "later": 60}.get(what),
+                              backoff_base=3600)
                 if what in ("processing", "failed"):
                     claim = self.claim_one(queue, worker).claim
                     if what == "failed":
