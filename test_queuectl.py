@@ -3091,6 +3091,8 @@ class Turns(TestCase):
         self.assertEqual(self.a_rescuer(queue, other).stranded({claims.worker.id: 14.0}), [])
         self.assertEqual(len(self.a_rescuer(queue, other).stranded({claims.worker.id: 15.0})), 1)
         self.assertEqual(self.a_rescuer(queue, claims).stranded({claims.worker.id: 15.0}), [])
+        queue.configure("heartbeat", "100ms")   # now it is as short as it can be
+        self.assertEqual(self.a_rescuer(queue, other).stranded({}), [])
 
     def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
         """(I6)"""
@@ -3795,17 +3797,17 @@ class Turns(TestCase):
     def test_only_what_was_claimed_ahead_and_left_nothing_is_handed_back(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        queue.enqueue_many([Spec("x")] * 4)
-        claimed = claims.turn({}, {}, [1, 2], ahead=2).claimed
-        for one, has_begun in zip(claimed, (True, False, True, False)):
+        queue.enqueue_many([Spec("x")] * 5)
+        claimed = claims.turn({}, {}, [1, 2], ahead=3).claimed
+        for one, has_begun in zip(claimed, ([True], [False], [True], [], [False])):
             let_go(one.lock)
-            self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], has_begun)
+            self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], *has_begun)
 
-        self.assertEqual([(run.outcome, run.duration) for n in range(1, 5)
+        self.assertEqual([(run.outcome, run.duration) for n in range(1, 6)
                           for run in queue.runs(f"job-{n}")],
-                         [("lost", None)] * 3 + [("released", None)])
-        self.assertEqual(queue.runs("job-4")[0].error, "its worker was lost before it had begun")
-        self.assertEqual(queue.stats()[""].lost, 3)
+                         [("lost", None)] * 4 + [("released", None)])
+        self.assertEqual(queue.runs("job-5")[0].error, "its worker was lost before it had begun")
+        self.assertEqual(queue.stats()[""].lost, 4)
         self.assertEqual(queue.stats()[""].run_time.n, 0)
 
     def test_a_run_claimed_ahead_begins_when_a_slot_is_free(self):
