@@ -2455,6 +2455,11 @@ class Promises(TestCase):
         second = claims.turn({first.claimed[0].claim: Outcome("completed", 0)}, {}, [1])
         self.assertEqual([c.job.id for c in second.claimed], ["b"])
 
+        third = queue.enqueue("c", after=["a", "b"])    # of these it waits for b alone
+        self.assertEqual(queue.waiting_for(third), ["after b (processing)"])
+        queue.delete("a")
+        self.assertEqual(queue.waiting_for(third), ["after b (processing)"])
+
     def test_jobs_that_wait_for_each_other_are_refused(self):
         with self.assertRaisesRegex(queuectl.InvalidJob, "a, b wait for each other"):
             self.a_queue().enqueue_many([Spec("a", id="a", after=("b",)),
@@ -2475,7 +2480,7 @@ class Promises(TestCase):
         job = self.in_state(queue, self.a_pool(queue), DEAD)
         job = queue.retry_dead(job.id)[0]
 
-        self.assertEqual((job.state, job.attempts), (PENDING, 0))
+        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
         self.assertEqual(len(queue.runs(job.id)), 1)
         with self.assertRaisesRegex(queuectl.WrongState, "not dead"):
             queue.retry_dead(job.id)
@@ -2519,6 +2524,11 @@ class Promises(TestCase):
             queue.clock = claims._clock = clock
             call()
             self.assertEqual(set(asked), {True})
+        queue.clock = claims._clock = self.clock
+        job = queue.enqueue("x")
+        queue.clock = functools.partial(next, iter((NOON, NOON + 60)))  # before it, too
+        self.assertEqual(queue.edit(job.id, priority=1)[0].updated_at,
+                         queuectl.iso(NOON + 60))
 
     def test_extremes_of_time_and_number_are_kept(self):
         queue = self.a_queue()
@@ -2608,7 +2618,8 @@ class Promises(TestCase):
             self.clock.now += 10
         self.clock.now += 60            # c ended 100 s ago, then a, b and d 10 s each
 
-        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["c", "a", "b"])
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80.5), ["c", "a"])
+        self.assertEqual(swept(queue, "delete", CANCELLED, older_than=80), ["b"])
         self.assertEqual([job.id for job in queue.jobs()], ["d"])
         self.assert_sound(queue)
 
@@ -2621,6 +2632,21 @@ class Promises(TestCase):
         self.assertEqual(swept(queue, "retry", CANCELLED, older_than=59),
                          [f"job-{n}" for n in range(1, SWEEP_BATCH + 8)])
         self.assert_sound(queue)
+
+    def test_a_sweep_gets_past_what_it_may_not_change_each_once(self):
+        for name, moment in (("one", "'2026-01-01T00:00:00.000Z'"),
+                             ("own", "printf('2026-01-01T00:00:00.%03dZ', seq)")):
+            with self.subTest(name):
+                self.path = self.path_of(f"{name}.db")
+                queue = self.a_queue()
+                names = [f"needed-{n}" for n in range(2 * SWEEP_BATCH - 2)]
+                queue.enqueue_many([*(Spec("x", id=name) for name in names),
+                                    Spec("x", id="free"), Spec("y", after=tuple(names))])
+                queue.cancel(*names, "free")
+                with queue.store.transaction() as store:
+                    store.do(f"UPDATE jobs SET finished_at = {moment} WHERE gate IS NULL", {})
+                self.assertEqual([[job.id for job in batch] for batch in queue.sweep(
+                    "delete", CANCELLED, older_than=60)], [[], ["free"]])
 
     def test_a_sweep_passes_over_what_it_may_not_change(self):
         queue = self.a_queue()
@@ -2763,9 +2789,11 @@ class Promises(TestCase):
         queue.cancel("dead")
         queue.enqueue("x", id="full")
         pool = self.a_pool(queue, name="p", queues=("q", "full"))
+        side = self.a_pool(queue, name="s", queues=("side",))
         queue.edit("full", queue="full")
         self.claim_one(queue, pool)
         queue.limit_queue("full", 1)
+        queue.limit_queue("q", 1)
         queue.pause("halt")
         for fields, wanted in (
                 ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
@@ -2784,8 +2812,11 @@ class Promises(TestCase):
                 self.assertEqual([one.text for one in found], lasting)
                 self.assertEqual([one.text for one in found if one.passes],
                                  [text for text in lasting if text.startswith("due")])
+        [gone] = queue.delete(queue.enqueue("x", queue="fleeting").id)
+        self.assertEqual(queue.waiting_for(gone), ["no worker takes queue `fleeting`"])
         queue.pause()
         pool.leave()
+        side.leave()
         job = queue.enqueue("x")
         self.assertEqual(queue.waiting_for(job),
                          ["all queues are paused", "no worker is running"])
@@ -2870,28 +2901,52 @@ class Promises(TestCase):
                                 queuectl.Progress(0, 0, 1, 2)])
         self.assertEqual((told[0].over, told[0].left), (1, 2))
 
-    def test_a_job_that_was_over_counts_though_it_is_retried_meanwhile(self):
+    def test_a_job_that_was_over_counts_though_it_is_retried_and_deleted_meanwhile(self):
         queue, other = self.a_queue(), self.a_queue()
         queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
         other.cancel("a")
-        steps = [lambda: other.retry("a"), lambda: other.cancel("b")]
+        steps = [lambda: other.retry("a"), lambda: other.delete("a"),
+                 lambda: other.cancel("b")]
         jobs = queue.wait("a", "b", timeout=DEADLINE,
                           tell=lambda progress: steps.pop(0)() if steps else None)
         self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
 
     def test_waiting_in_vain_is_refused(self):
         queue, other = self.a_queue(), self.a_queue()
-        queue.enqueue("x", id="a")
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 of 1 jobs not over"):
-            queue.wait("a", timeout=0)
-        with self.assertRaisesRegex(queuectl.NotFinished, "1 job not over"):
-            queue.wait_all(timeout=0)
+        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="over", queue="q"),
+                            Spec("x", queue="q"), Spec("x", queue="q")])
+        queue.cancel("over")
+        for wait, words in ((functools.partial(queue.wait, "a"), "1 of 1 jobs not over"),
+                            (functools.partial(queue.wait, "a", "over"), "1 of 2 jobs not"),
+                            (functools.partial(queue.wait_all, "default"), "1 job not over"),
+                            (functools.partial(queue.wait_all, "q"), "2 jobs not over")):
+            with self.assertRaisesRegex(queuectl.NotFinished, words):
+                wait(timeout=0)
         with self.assertRaises(queuectl.NoSuchJob):
             queue.wait("a", "gone")
         with self.assertRaises(queuectl.NoSuchJob):
             queue.wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
                 queuectl.Sql.SEQ_OF, id="a") and other.delete("a"))
         self.assertEqual(queue.wait(), [])
+
+    def test_who_waits_looks_again_every_second_and_not_after_the_end(self):
+        for wait in (lambda queue, timeout: queue.wait("a", timeout=timeout),
+                     lambda queue, timeout: queue.wait_all(timeout=timeout)):
+            for timeout, longest in ((None, 1.0), (DEADLINE, 1.0), (0.5, 0.5)):
+                with self.subTest(inspect.getsource(wait).strip(), timeout=timeout):
+                    self.path = self.path_of(f"{len(os.listdir(self.dir))}.db")
+                    queue, asked = self.a_queue(), []
+                    queue.enqueue("x", id="a")
+
+                    def look(seen, seconds, queue=queue, asked=asked):
+                        asked.append(seconds)
+                        queue.cancel("a")
+                    queue.await_change = look
+                    self.addCleanup(vars(queue).pop, "await_change")
+                    wait(queue, timeout)
+                    [seconds] = asked
+                    self.assertLessEqual(seconds, longest)
+                    self.assertGreater(seconds, 0)
 
     def test_waiting_for_all_counts_what_came_of_them_meanwhile(self):
         queue, other = self.a_queue(), self.a_queue()
@@ -3100,11 +3155,43 @@ class Promises(TestCase):
                 queue.add_schedule("u", "@daily", command="x", **fields)
             self.assertEqual(caught.exception.key, key)
 
+    def test_no_job_is_added_from_a_directory_that_has_no_name(self):
+        queue = self.a_queue()
+        self.addCleanup(os.chdir, os.getcwd())
+        for name, end, words in ((b"gone", os.rmdir, "directory is gone"),
+                                 (b"odd-\xff", os.path.isdir, "name is not UTF-8")):
+            with self.subTest(name):
+                folder = os.path.join(os.fsencode(self.dir), name)
+                os.mkdir(folder)
+                os.chdir(folder)
+                end(folder)
+                with self.assertRaisesRegex(queuectl.InvalidJob, words):
+                    queue.enqueue("x")
+                self.assertEqual(queue.enqueue("x", cwd="/").cwd, "/")
+
+    def test_a_queue_is_by_default_in_the_current_directory(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+        with Queue() as queue:
+            self.assertEqual(queue.path, os.path.realpath(self.path))
+
     def test_a_queue_is_closed_at_the_end_of_its_block(self):
         with Queue(self.path) as queue:
             queue.enqueue("x")
+            let_go(queue.host.locks.hold(1))
+            queue.host.locks.is_held(1)
+            probe = queue.host.locks._probe
         with self.assertRaisesRegex(queuectl.Unsupported, "closed"):
             queue.job("job-1")
+        with self.assertRaises(OSError):
+            os.fstat(probe)
+
+    def test_the_token_of_a_run_names_the_database_on_the_machine_that_is_given(self):
+        with Queue(self.path) as queue:
+            host = queue.host
+            self.assertIn(queue.store.meta("id"), host.token(7))
+        with Queue(self.path, host=host) as queue:
+            self.assertIs(queue.host, host)
 
     def test_jobs_come_by_pages_in_order_and_as_many_as_are_wanted(self):
         queue = self.a_queue()
@@ -3389,11 +3476,22 @@ class Turns(TestCase):
                 self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
                 due += 86400
 
+    def test_a_turn_that_was_never_taken_stays_where_it_is_if_the_clock_is_set_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.add_schedule("often", "*/10 * * * *", command="true")
+        often = queue.schedule("often").next_run
+        self.clock.now -= 3600
+        claims.turn({}, {}, [1])
+        self.assertEqual(queue.schedule("often").next_run, often)
+
     def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        self.clock.now = 1800.0
+        self.clock.now = 60.0
         queue.enqueue("x")
+        self.assertEqual([one.at for one in queue.history(9)], [queuectl.iso(60)])
+        self.assertEqual(queue.stats(600)[""].enqueued, 1)
         self.clock.now = NOON
         list(claims.expiry())
         self.assertEqual(queue.stats()[""].enqueued, 1)
@@ -3421,6 +3519,8 @@ class Turns(TestCase):
         for asked, covered in ((1, 30), (40, 90), (60, 90)):
             self.assertEqual(round(queue.covered(asked)), covered)
         self.assertEqual(round(queue.covered(None)), 90 * 86400 + 30)
+        self.clock.now = NOON - 90 * 86400 + 0.5        # it is half a second old
+        self.assertEqual(queue.covered(3600), 0.5)
 
     def test_counters_of_old_minutes_are_put_together_by_the_hour(self):
         queue = self.a_queue()
@@ -3441,6 +3541,30 @@ class Turns(TestCase):
         self.assertEqual(len(minutes), 4 + 60)
         self.assertEqual((queue.stats()[""], queue.stats(9 * 86400)[""]), (ever, since))
         self.assertEqual(list(claims.expiry()), [])
+        for minute, first in ((90, 60), (119, 60), (120, 120), (239, 180), (240, 240), (241, 241)):
+            with self.subTest(minute):      # counted from the hour, if it is put together
+                age = self.clock.now - (NOON + 60 * minute)
+                self.assertEqual(queue.stats(age)[""].enqueued, 300 - first)
+                self.assertEqual(queue.covered(age),
+                                 min(queue.age(), self.clock.now - (NOON + 60 * first)))
+
+    def test_counters_that_another_pool_was_faster_to_put_together_are_let_be(self):
+        queue, other = self.a_queue(), self.a_queue()
+        claims, rival = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
+        for _ in range(2):
+            queue.enqueue("x")
+            self.clock.now += 60
+        self.clock.now += 9 * 86400
+        begin, steps = queue.store.transaction, []
+
+        def transaction():
+            steps.extend(rival.expiry())
+            return begin()
+        queue.store.transaction = transaction
+        self.addCleanup(vars(queue.store).pop, "transaction")
+
+        self.assertEqual((list(claims.expiry()), steps), ([[]], [[]]))
+        self.assertEqual(queue.stats(10 * 86400)[""].enqueued, 2)
 
     def test_a_clock_that_was_ahead_keeps_no_old_counters_by_the_minute(self):
         queue = self.a_queue()
@@ -3503,6 +3627,9 @@ class Turns(TestCase):
 
         self.assertEqual(self.a_rescuer(queue, other).stranded({claims.worker.id: 14.0}), [])
         self.assertEqual(len(self.a_rescuer(queue, other).stranded({claims.worker.id: 15.0})), 1)
+        self.assertEqual(self.a_rescuer(queue, claims).stranded({claims.worker.id: 15.0}), [])
+        queue.configure("heartbeat", "100ms")   # now it is as short as it can be
+        self.assertEqual(self.a_rescuer(queue, other).stranded({}), [])
 
     def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
         """(I6)"""
@@ -3539,21 +3666,30 @@ class Turns(TestCase):
             self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], has_begun=one.claim == begun.claim)
         self.assertEqual([(queue.job(name).state, queue.job(name).crashes)
                           for name in "bc"], [(FAILED, 1), (PENDING, 0)])
-        again = claims.turn({}, {}, [], ahead=2)
-        self.assertEqual(again.claimed, [])     # only first runs are claimed ahead
+        queue.enqueue("x", id="d")
+        again = claims.turn({}, {}, [], ahead=3).claimed
+        self.assertEqual([one.job.id for one in again], ["d"])     # only first runs are
 
     def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
         queue = self.a_queue()
         claims = self.a_pool(queue, name="frozen")
         queue.enqueue("x")
         let_go(self.claim_one(queue, claims).lock)
+        foreign = self.a_pool(queue, name="foreign")    # nobody here can tell if it lives
+        let_go(foreign._lock)
+        with queue.store.transaction() as store:
+            store.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
+                     {"id": foreign.worker.id})
         self.a_rescuer(queue, claims).record(queue.runs("job-1")[0])
-        self.assertEqual([v.worker.name for v in queue.workers()], ["frozen"])
+        self.assertEqual([v.worker.name for v in queue.workers()], ["frozen", "foreign"])
 
         with queue.store.transaction() as store:
             store.do(queuectl.Sql.DELETE_WORKER, {"id": claims.worker.id})
+        self.clock.now += 60
         claims.turn({}, {}, [])
-        self.assertEqual([v.worker.id for v in queue.workers()], [claims.worker.id])
+        self.assertEqual([(view.worker.id, view.worker.name, view.worker.heartbeat_at)
+                          for view in queue.workers()][:1],
+                         [(claims.worker.id, "frozen", queuectl.iso(NOON + 60))])
         self.assertEqual(self.a_rescuer(queue, claims).stranded({}), [])
 
     def test_a_turn_that_cannot_commit_has_not_happened(self):
@@ -3572,6 +3708,47 @@ class Turns(TestCase):
         rival.execute("ROLLBACK")
         claims.turn({claim.claim: Outcome("completed", 0)}, {}, [1])
         self.assertEqual(queue.job("job-1").state, COMPLETED)
+
+    def fail_at_the_end(self, claims, free):
+        """A turn that has claimed already when it fails."""
+        with mock.patch.object(claims, "next_due", side_effect=ZeroDivisionError), \
+                self.assertRaises(ZeroDivisionError):
+            claims.turn({}, {}, free)
+
+    @NEEDS_LOCKS
+    def test_a_turn_that_fails_at_its_end_holds_no_lock_of_what_it_claimed(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 2)
+        self.fail_at_the_end(claims, [1, 2])
+        self.assertEqual([queue.host.locks.is_held(claim) for claim in (1, 2)],
+                         [False, False])
+
+        claimed = claims.turn({}, {}, [1, 2]).claimed
+        self.assertEqual([one.claim for one in claimed], [1, 2])
+        self.assertEqual([queue.host.locks.is_held(claim) for claim in (1, 2)],
+                         [True, True])
+
+    def test_a_pool_comes_fails_claims_and_goes_where_there_are_no_locks(self):
+        queue = self.a_queue()
+        queue.host.locks._set = None
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.fail_at_the_end(claims, [1])
+        one = self.claim_one(queue, claims)
+        self.assertEqual((one.claim, one.lock), (1, -1))
+        claims.leave()
+        self.assertEqual(queue.store.workers(), [])
+
+    def test_a_pool_remembers_nothing_of_runs_that_are_over(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue_many([Spec("x")] * 2)
+        claimed = claims.turn({}, {}, [1], ahead=1).claimed
+        claims.begin(claimed[1], 1)
+        claims.turn({claimed[0].claim: Outcome("completed", 0)}, {}, [])
+        claims.turn({claimed[1].claim: Outcome("completed", 0)}, {}, [])
+        self.assertEqual((claims._held, claims._unmarked), ({}, set()))
 
     def test_paused_full_and_foreign_queues_are_passed_over(self):
         queue = self.a_queue()
@@ -3600,9 +3777,19 @@ class Turns(TestCase):
         queue = self.a_queue()
         bell = queuectl._bell()
         self.addCleanup(bell.close)
-        Claims(queue, PoolOptions(), bell.getsockname()[1])
+        claims = Claims(queue, PoolOptions(), bell.getsockname()[1])
+        queue.enqueue("x", id="dead", max_retries=1)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
         queue.enqueue("x", id="a")
-        for call in (lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+
+        def heard():
+            found = set()
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    found.add(bell.recv(queuectl.SOCKET_BUFFER))
+            return found
+        for call in (lambda: queue.retry_dead("dead"), lambda: queue.cancel("dead"),
+                     lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
                      lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
                      lambda: queue.cancel("a"), lambda: queue.retry("a"),
                      lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"),
@@ -3612,12 +3799,16 @@ class Turns(TestCase):
                      lambda: queue.configure("priority-ageing", "1m"),
                      lambda: queue.reset("priority-ageing"), queue.stop_workers):
             with self.subTest(inspect.getsource(call).strip()):
-                with contextlib.suppress(BlockingIOError):
-                    while bell.recv(queuectl.SOCKET_BUFFER):
-                        pass
+                heard()
                 call()
-                self.assertIn(bell.recv(queuectl.SOCKET_BUFFER),
-                              (queuectl.NEW_JOBS, queuectl.NEW_ORDERS))
+                self.assertTrue(heard() & {queuectl.NEW_JOBS, queuectl.NEW_ORDERS})
+        queue.cancel("a")
+        heard()
+        for verb, filters, changed in (("cancel", {}, False), ("delete", {}, True),
+                                       ("retry", {"search": "none"}, False)):
+            with self.subTest(verb):        # that gives a pool nothing to do
+                self.assertEqual(bool(swept(queue, verb, CANCELLED, **filters)), changed)
+                self.assertEqual(heard(), set())
 
     # Pauses, limits, ageing.
 
@@ -3851,20 +4042,21 @@ class Turns(TestCase):
         queue.enqueue("x")
         with queue.store.transaction() as store:    # as those do that take it for dead
             store.do(queuectl.Sql.DELETE_IDLE_WORKER, {"id": claims.worker.id})
-        other = self.a_pool(queue, name="w")
+        third, other = self.a_pool(queue, name="v"), self.a_pool(queue, name="w")
 
         mine = self.claim_one(queue, claims)
         self.assertEqual(other.turn({}, {}, [1]).mine, {})
         claims.turn({mine.claim: Outcome("completed", 0)}, {}, [])
         self.assertEqual([(one.id, one.name) for one in queue.store.workers()],
-                         [(1, "w#1"), (2, "w")])
+                         [(1, "w#1"), (third.worker.id, "v"), (other.worker.id, "w")])
         self.assertEqual(queue.runs("job-1")[0].worker, "w#1")
 
     def test_what_a_pool_could_not_take_is_no_work_for_it(self):
         """Else two idle pools would go on waking each other with their turns."""
         queue = self.a_queue()
-        claims = self.a_pool(queue, queues=("own", "full"))
+        claims = self.a_pool(queue, queues=("own", "full", "later"))
         queue.limit_queue("full", 1)
+        queue.enqueue("x", queue="later", delay=3600)
         for name in ("foreign", "own", "full"):
             queue.enqueue("x", queue=name, id=name)
         self.assertTrue(claims.is_work_there())
@@ -3919,6 +4111,18 @@ class Turns(TestCase):
                 self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 600))
                 self.clock.now = NOON + 601
                 self.assertEqual([len(self.ticks(claims)) for _ in "ab"], [1, 0])
+
+    def test_a_turn_far_away_is_looked_at_anew_when_a_clock_is_set_back(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        self.clock.now = NOON + 400 * 86400
+        queue.add_schedule("s", "@yearly", command="x")
+        claims.turn({}, {}, [])
+        far = queue.schedule("s").next_run
+        self.clock.now = NOON
+        claims.turn({}, {}, [])
+        self.assertEqual(queue.schedule("s").next_run, queuectl.turn_after("@yearly", NOON))
+        self.assertLess(queue.schedule("s").next_run, far)
 
     def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
         queue = self.a_queue()
@@ -4007,6 +4211,7 @@ class Turns(TestCase):
                 ("s", "@daily", {"command": "x", "id": "a"}, queuectl.InvalidJob),
                 ("s", "@daily", {"command": "x", "after": ["a"]}, queuectl.InvalidJob),
                 ("s", "@daily", {"command": "x", "delay": 1}, queuectl.InvalidJob),
+                ("s", "@daily", {"command": "x", "run-at": NOON}, queuectl.InvalidJob),
                 ("a b", "@daily", {"command": "x"}, queuectl.InvalidValue)):
             with self.subTest(name=name, cron=cron, fields=fields), \
                     self.assertRaises(error):
@@ -4150,16 +4355,17 @@ class Turns(TestCase):
     def test_only_what_was_claimed_ahead_and_left_nothing_is_handed_back(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        queue.enqueue_many([Spec("x")] * 4)
-        claimed = claims.turn({}, {}, [1, 2], ahead=2).claimed
-        for one, has_begun in zip(claimed, (True, False, True, False)):
+        queue.enqueue_many([Spec("x")] * 5)
+        claimed = claims.turn({}, {}, [1, 2], ahead=3).claimed
+        for one, has_begun in zip(claimed, ([True], [False], [True], [], [False])):
             let_go(one.lock)
-            self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], has_begun)
+            self.a_rescuer(queue, claims).record(queue.runs(one.job.id)[0], *has_begun)
 
-        self.assertEqual([(run.outcome, run.duration) for n in range(1, 5)
+        self.assertEqual([(run.outcome, run.duration) for n in range(1, 6)
                           for run in queue.runs(f"job-{n}")],
-                         [("lost", None)] * 3 + [("released", None)])
-        self.assertEqual(queue.stats()[""].lost, 3)
+                         [("lost", None)] * 4 + [("released", None)])
+        self.assertEqual(queue.runs("job-5")[0].error, "its worker was lost before it had begun")
+        self.assertEqual(queue.stats()[""].lost, 4)
         self.assertEqual(queue.stats()[""].run_time.n, 0)
 
     def test_a_run_claimed_ahead_begins_when_a_slot_is_free(self):
@@ -4167,8 +4373,10 @@ class Turns(TestCase):
         claims = self.a_pool(queue)
         queue.enqueue_many([Spec("x")] * 3)
         first, second = claims.turn({}, {}, [], ahead=2).claimed
+        [at_once] = claims.turn({}, {}, [1]).claimed
         self.clock.now += 5
         begun = claims.begin(first, 2)
+        self.assertEqual(claims.begin(at_once, 1), at_once)     # it has begun with its claim
         claims.turn({}, {}, [])
 
         self.assertEqual((begun.slot, second.slot), (2, queuectl.AHEAD))
@@ -4213,7 +4421,8 @@ class Turns(TestCase):
                 queue = self.a_queue()
                 name, what = held.split()
                 worker = self.a_pool(queue, name="worker")
-                queue.enqueue("x", queue=name, delay={"due": 5, "later": 60}.get(what))
+                queue.enqueue("x", queue=name, delay={"due": 5, "later": 60}.get(what),
+                              backoff_base=3600)
                 if what in ("processing", "failed"):
                     claim = self.claim_one(queue, worker).claim
                     if what == "failed":
