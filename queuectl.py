@@ -925,10 +925,7 @@ def _moment(text: object, now: float) -> float:
         return _next_clock_time(text, now)
     # Before Python 3.11 fromisoformat() takes an offset, but no Z.
     stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
-    if stamp.tzinfo is None:
-        return stamp.timestamp()
-    return (stamp.astimezone(datetime.timezone.utc).replace(tzinfo=None)
-            - EPOCH) / MILLISECOND / 1000
+    return stamp.timestamp()    # without a zone: by local clocks
 
 
 def parse_time(text: object, now: float) -> float:
@@ -953,11 +950,12 @@ SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 
 
 def parse_size(text: str) -> int:
     """Bytes of `64KiB`, `1MiB` or a bare number; at most 16 MiB."""
-    match = re.fullmatch(r"([0-9]+)\s*([A-Za-z]*)", text.strip())
-    size = int(match[1]) * SIZES.get(match[2].lower(), -1) if match else -1
-    if not 0 <= size <= 16 << 20:
-        raise InvalidValue(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
-    return size
+    match = re.fullmatch(r"([0-9]{1,12})\s*([A-Za-z]*)", text.strip())
+    if match and match[2].lower() in SIZES:
+        size = int(match[1]) * SIZES[match[2].lower()]
+        if size <= 16 << 20:
+            return size
+    raise InvalidValue(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
 
 
 def parse_share(text: str) -> float:
@@ -1042,10 +1040,9 @@ SETTINGS = {    # read whenever they are needed, so that a change takes effect a
 }
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Collection[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
-    words = list(words)
     # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
     # to `abcd`.
     close = [one for one in words if sorted(one) == sorted(word)] \
@@ -1078,8 +1075,6 @@ def backoff(failures: int, base: float, settings: Settings, chance: float) -> fl
     base, 2 base, 4 base ... up to backoff-max; `chance` (0 to 1) spreads it by
     backoff-jitter to both sides, so that jobs that failed together part.
     """
-    if base <= 0:
-        return 0.0
     # 64 doublings are more than enough, and 2.0 ** 1024 is an OverflowError.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
@@ -1266,10 +1261,8 @@ class Output:
         """Take in the next bytes; the work and the memory stay bounded."""
         self.total += len(piece)
         room = self._head_size - len(self._head)
-        if room > 0:
-            self._head += piece[:room]
-            piece = piece[room:]
-        self._tail += piece
+        self._head += piece[:room]
+        self._tail += piece[room:]
         if len(self._tail) > 2 * self._tail_size + READ_SIZE:
             del self._tail[:len(self._tail) - self._tail_size]
 
@@ -1299,8 +1292,6 @@ def since(kept: bytes, total: int, seen: int) -> bytes:
     For who follows a command: he has seen all up to there, and gets each byte once.
     What was left out since then is told by a line, in the place of `kept`'s middle.
     """
-    if seen >= total:
-        return b""
     if total == len(kept):
         return kept[seen:]
     middle = len(kept) // 2
@@ -1308,7 +1299,7 @@ def since(kept: bytes, total: int, seen: int) -> bytes:
     if seen >= end_from:
         return kept[len(kept) - (total - seen):]
     missing = end_from - max(seen, middle)
-    note = f"\n[... {missing} bytes left out ...]\n".encode() if missing > 0 else b""
+    note = f"\n[... {missing} bytes left out ...]\n".encode()
     return kept[seen:middle] + note + kept[middle:]
 
 
@@ -1601,7 +1592,7 @@ def _stretches(start: int, end: int,
 
 def _turns(cron: Cron, after: int, until: int,
            zone: datetime.tzinfo | None) -> Iterator[int]:
-    """The turns after one moment and up to another, in order; some more than once.
+    """The turns after one moment and before another, in order; some more than once.
 
     It begins a day early, to know of a jump what was seen on the clock before it.
 
@@ -1613,7 +1604,7 @@ def _turns(cron: Cron, after: int, until: int,
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
     seen = None
-    for start, end, offset in _stretches(after - DAY, until + 1, zone):
+    for start, end, offset in _stretches(after - DAY, until, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
             first = seen + 1
@@ -1622,15 +1613,6 @@ def _turns(cron: Cron, after: int, until: int,
             first = max(first, (after + offset) // 60 + 1)
         for minute in _cron_minutes(cron, first, last):
             yield max(minute * 60 - offset, start)
-
-
-def _turns_near(cron: Cron, day: int, after: int, until: int,
-                zone: datetime.tzinfo | None) -> Iterator[int]:
-    """As `_turns`, no further from a local date than any zone can be from UTC.
-
-    An offset is less than a day to either side (datetime's own bound).
-    """
-    return _turns(cron, max(after, (day - 1) * DAY), min(until, (day + 2) * DAY), zone)
 
 
 def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
@@ -1644,7 +1626,9 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
         if _is_cron_day(cron, day):
-            for turn in _turns_near(cron, day, since, (day + 2) * DAY, zone):
+            # An offset is less than a day to either side (datetime's own bound).
+            start = max(since, (day - 1) * DAY)
+            for turn in _turns(cron, start, (day + 2) * DAY, zone):
                 return float(turn)
     return math.inf
 
@@ -3003,13 +2987,12 @@ def system_path(path: str) -> str:
 
 
 def _file_uri(path: str, mode: str) -> str:
-    """A path of any bytes as SQLite takes it: all but the plainest are escaped.
+    """A path of any bytes as SQLite takes it: all of them escaped.
 
-    In a URI ? and # end the path and % begins an escape (SQLite's page on URIs). Bytes
-    that are no UTF-8 have no other way into a name.
+    In a URI ? and # end the path, % begins an escape, and two slashes at the beginning
+    a host (SQLite's page on URIs). Bytes that are no UTF-8 have no other way into one.
     """
-    escaped = "".join(chr(byte) if (chr(byte).isalnum() and byte < 128) or byte == 47
-                      else f"%{byte:02x}" for byte in os.fsencode(path))
+    escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     return f"file:{escaped}?{mode}"
 
 
@@ -3152,11 +3135,10 @@ class Store:
 
         SQLite gives them the file's own when it makes them, and never looks again.
         """
-        if os.access(self.path, os.W_OK):
-            for name in (self.path + "-wal", self.path + "-shm"):
-                if os.path.exists(name) and not os.access(name, os.W_OK):
-                    with contextlib.suppress(OSError):
-                        os.chmod(name, os.stat(self.path).st_mode & 0o777)
+        for name in (self.path + "-wal", self.path + "-shm"):
+            if not os.access(name, os.W_OK):
+                with contextlib.suppress(OSError):
+                    os.chmod(name, os.stat(self.path).st_mode & 0o777)
 
     def _refuse_foreign(self, create: bool) -> None:
         """Look at the header without a lock, a journal or a write.
@@ -3186,11 +3168,12 @@ class Store:
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
-        Of one of ours that is not asked: its pages may still be in the WAL alone.
+        Of one with a version that is not asked: it is ours, whose pages may still be in
+        the WAL alone, or foreign anyhow.
         """
         kind, version = (self._patiently(functools.partial(self._first, db, sql))
                          for sql in (Sql.KIND, Sql.VERSION))
-        if kind == APPLICATION_ID and version:
+        if version:
             return kind, version, 1
         return kind, version, self._patiently(
             functools.partial(self._first, db, Sql.ANY_TABLE))
@@ -3589,7 +3572,7 @@ def glance(path: str) -> Iterator[Rows]:
     empty WAL behind. It asks for rows by statements of today's format, whatever format
     the file has: what those do not find there is told as Unsupported.
     """
-    path = os.path.realpath(system_path(path))
+    path = system_path(path)
     try:
         with contextlib.closing(sqlite3.connect(
                 _file_uri(path, "mode=ro&immutable=1"), uri=True)) as peek:
@@ -4111,7 +4094,7 @@ class Batch:
         blocked: set[int] = set()
         own = {job.seq for job in self._added}
         for item, job in enumerate(jobs):
-            if not job.after or job.seq not in own:
+            if job.seq not in own:
                 continue
             own.remove(job.seq)     # what it answers for after that adds no needs
             for needed in job.after:
@@ -4374,7 +4357,7 @@ def remove(store: Store, job: Job, now: float) -> None:
     for statement in Sql.DELETE_JOB:
         store.do(statement, {"seq": job.seq})
     store.count(job.queue, job.state, -1)
-    store.tally(now, job.queue, "delete")
+    store.tally(now, job.queue, "delete")   # no figure shows it: it settles the others
 
 
 def edit(store: Store, before: Job, after: Job, now: float) -> Job:
@@ -4442,26 +4425,23 @@ def fold(store: Store, minute: int) -> None:
 
 def _is_over(store: Store, seq: int | None) -> bool:
     """Whether a schedule's last job is over; also if there is none any more."""
-    found = store.jobs(Sql.JOB_BY_SEQ, seq=seq) if seq is not None else []
-    return all(job.state in OVER for job in found)
+    return all(job.state in OVER for job in store.jobs(Sql.JOB_BY_SEQ, seq=seq))
 
 
-def fire(store: Store, schedule: Schedule, now: float) -> list[Job]:
-    """Take a schedule's turn, unless its last job is not over; what was added.
+def fire(store: Store, schedule: Schedule, now: float) -> None:
+    """Take a schedule's turn, unless its last job is not over.
 
     The job and the next turn are written together, so a turn is taken once, however
     many pools see it. The next one is that after now: what was missed is made up by
     this one job. InvalidValue or InvalidJob where the schedule cannot be read.
     """
     next_run = turn_after(schedule.cron, now)   # first: it may not be readable
-    jobs: list[Job] = []
     last_run, last_job = schedule.last_run, schedule.last_job
     if _is_over(store, schedule.last_job):
-        jobs = Batch(store, now).add([spec_of(schedule.job, now)])
-        last_run, last_job = iso(now), jobs[0].seq
+        [job] = Batch(store, now).add([spec_of(schedule.job, now)])
+        last_run, last_job = iso(now), job.seq
     store.do(Sql.SET_TURN, {"name": schedule.name, "last_run": last_run,
                             "last_job": last_job, "next_run": next_run})
-    return jobs
 
 
 def set_right(store: Store, schedule: Schedule, now: float) -> None:
@@ -4973,7 +4953,7 @@ class Queue:
             rows = self.store.rows(Sql.TALLIES_EVER)
         else:
             rows = self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
-        queues = sorted({row[0] for row in rows})
+        queues = sorted({queue for queue, kind, *_ in rows if kind != "delete"})
         return {"": summary(row[1:] for row in rows),
                 **{queue: summary(row[1:] for row in rows
                                   if row[0] == queue) for queue in queues}}

@@ -607,6 +607,7 @@ class Rules(TestCase):
                 self.assertEqual(queuectl.SETTINGS[key].parse(text), value)
         for key, text in (
                 ("output-limit", ""), ("output-limit", "x"), ("output-limit", "-1"),
+                ("output-limit", "0x"), ("output-limit", "9" * 5000),
                 ("output-limit", "5x"), ("output-limit", "16777217"),
                 ("output-limit", "17MiB"), ("backoff-jitter", "1.1"),
                 ("backoff-jitter", "2"), ("backoff-jitter", ""),
@@ -619,7 +620,7 @@ class Rules(TestCase):
                 queuectl.SETTINGS[key].parse(text)
 
     def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
-        self.assertEqual(queuectl.nearest("abdc", iter(["abd", "abcd"])),
+        self.assertEqual(queuectl.nearest("abdc", ["abd", "abcd"]),
                          "did you mean `abcd`?")
         self.assertEqual(queuectl.nearest("pririty", ["state", "priority"]),
                          "did you mean `priority`?")
@@ -1493,6 +1494,12 @@ class Statements(TestCase):
                                                "limit": 1}))
             self.assertRegex(plan, "SEARCH (TABLE )?jobs USING INDEX")
             self.assertNotIn("TEMP B-TREE", plan)
+
+    def test_a_backup_is_replaced_also_by_a_path_that_begins_with_two_slashes(self):
+        queue = self.a_queue()
+        for _ in range(2):
+            queue.backup("/" + self.path_of("copy.db"))
+        Queue(self.path_of("copy.db"), create=False).close()
 
     def test_the_newest_are_listed_by_their_number(self):
         db = sqlite3.connect(self.a_queue().path)
@@ -3321,6 +3328,9 @@ class Promises(TestCase):
         self.assertEqual(list(queue.stats(60)), [""])
         queue.cancel("a")
         self.assertEqual(list(queue.stats(60)), ["", "default"])
+        self.clock.now += 3600
+        queue.delete("a")
+        self.assertEqual(list(queue.stats(60)), [""])
 
     def test_a_job_and_those_that_wait_for_it_are_deleted_together(self):
         queue = self.a_queue()
@@ -11207,7 +11217,7 @@ def other_nodes(node, parent, field):
             yield ast.BoolOp(node.op, rest) if rest[1:] else rest[0]
     elif kind is ast.UnaryOp and isinstance(node.op, (ast.Not, ast.USub)):
         yield node.operand
-    elif kind is ast.Return and getattr(node.value, "value", node) is not None:
+    elif kind is ast.Return and node.value and getattr(node.value, "value", node) is not None:
         yield ast.Return(ast.Constant(None))
     elif kind in NEEDLESS and not isinstance(node.value if kind is ast.Expr else None,
                                              (ast.Constant, ast.Yield)):
