@@ -4931,6 +4931,227 @@ class Pools(TestCase):
         self.run_pool(max_jobs=1)
         self.assertEqual(self.last_run("job-4").output.splitlines()[-1], b"/bin/sh")
 
+    # What a pool decides between two waits, by a clock that stands still.
+
+    NOW = 1000.0
+
+    @contextlib.contextmanager
+    def in_hand(self, **options):
+        """A pool that has entered, idle: no time is due, nothing is to be looked at."""
+        options = PoolOptions(**{"name": "w", "slots": 2, **options})
+        claims = Claims(self.queue, options)
+        gear = queuectl.Gear(queuectl.Wakeup(), [], None, os.open(".", os.O_RDONLY))
+        with mock.patch.object(time, "monotonic", lambda: self.NOW):
+            pool = queuectl.Pool(self.queue, claims, options, gear, self.said.append)
+            pool._look = pool._orders = False
+            pool._beat_at = math.inf
+            pool._version = self.queue.store.changes()
+            try:
+                yield pool
+            finally:
+                claims.leave()
+                gear.wakeup.close()
+                os.close(gear.home)
+
+    def put(self, pool, changes):
+        for name, value in changes.items():
+            setattr(pool, name, value)
+
+    def test_a_pool_sleeps_until_the_first_thing_to_do(self):
+        now, over = self.NOW, queuectl.Ending(self.queue.host, 1, 0.0)
+        for changes, seconds in (
+                ({}, queuectl.DEAF_POLL),
+                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), ({"_peek": True}, 0.0),
+                ({"_over": [over]}, 0.0),
+                ({"_look": True, "_free": []}, queuectl.DEAF_POLL),
+                ({"_beat_at": now + .05}, .05), ({"_beat_at": now - 1}, 0.0),
+                ({"_expire_at": now + .04}, .04), ({"_grace_ends": now + .03}, .03),
+                ({"_ready": [1], "_ready_since": now - .02}, .03),
+                ({"_ready": [1], "_ready_since": now - 9}, 0.0),
+                ({"_ended": {1: 1}, "_ended_at": now}, 0.0),
+                ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": [],
+                  "_ready_since": now}, queuectl.RECORD_PAUSE),
+                ({"_retry_at": now + 5}, 5.0),
+                ({"_retry_at": now + 5, "_look": True, "_beat_at": now}, 5.0),
+                ({"_retry_at": now + 5, "_ready": [1], "_ready_since": now}, .05),
+                ({"_retry_at": now, "_look": True}, 0.0),
+                ({"_claim_at": now + .02, "_look": True}, .02),
+                ({"_claim_at": now + .02, "_due_at": NOON + .01}, .02),
+                ({"_due_at": NOON + .07}, .07), ({"_due_at": NOON - 1}, 0.0),
+                ({"_due_at": NOON - 1, "_free": []}, queuectl.DEAF_POLL)):
+            with self.subTest(changes), self.in_hand() as pool:
+                self.queue.clock = lambda: NOON
+                self.put(pool, changes)
+                self.assertAlmostEqual(pool._patience(), seconds, 6)
+        with self.in_hand() as pool:
+            pool._gear.signals.append(signal.SIGTERM)
+            self.assertEqual(pool._patience(), 0.0)
+            pool._gear.signals.clear()
+            pool._notifier.beat_at = now + .01
+            self.assertAlmostEqual(pool._patience(), .01, 6)
+
+    def test_a_turn_is_due_for_orders_heartbeats_ends_and_work(self):
+        now = self.NOW
+        for changes, is_due in (
+                ({}, False), ({"_orders": True}, True), ({"_peek": True}, True),
+                ({"_beat_at": now}, True), ({"_beat_at": now + .1}, False),
+                ({"_ended": {1: 1}, "_ended_at": now}, True),
+                ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": []}, False),
+                ({"_retry_at": now + 1, "_orders": True}, False),
+                ({"_retry_at": now, "_orders": True}, True),
+                ({"_look": True}, False), ({"_due_at": NOON}, False)):
+            with self.subTest(changes), self.in_hand() as pool:
+                self.queue.clock = lambda: NOON
+                self.put(pool, changes)
+                self.assertIs(pool._is_turn_due(), is_due)
+        self.add("true", delay=5)
+        for changes, late, is_due in (
+                ({"_look": True}, 0, False), ({"_look": True}, 6, True), ({}, 6, False),
+                ({"_due_at": NOON + 6}, 6, True), ({"_due_at": NOON + 7}, 6, False),
+                ({"_look": True, "_free": []}, 6, False), ({"_version": -2}, 6, True)):
+            self.queue.clock = lambda late=late: NOON + late
+            with self.subTest(changes, late=late), self.in_hand() as pool:
+                with self.queue.store.transaction() as store:
+                    store.do("UPDATE jobs SET run_at = :at", {"at": queuectl.iso(NOON + 5)})
+                pool._version = changes.pop("_version", self.queue.store.changes())
+                self.put(pool, changes)
+                self.assertIs(pool._is_turn_due(), is_due)
+                if changes.get("_look") and not late:
+                    self.assertEqual((pool._look, pool._due_at), (False, NOON + 5))
+
+    def test_a_pool_is_over_when_nothing_is_left_and_it_has_a_reason(self):
+        for options, changes, is_over in (
+                ({}, {}, False), ({}, {"_leaving": "drain"}, True),
+                ({}, {"_leaving": "drain", "_rides": {1: 1}}, False),
+                ({}, {"_leaving": "drain", "_ended": {1: 1}}, False),
+                ({}, {"_leaving": "drain", "_ready": [1]}, False),
+                ({"max_jobs": 3}, {"_taken": 3}, True), ({"max_jobs": 3}, {"_taken": 2}, False),
+                ({"drain": True}, {}, True), ({"drain": True}, {"_beat_at": 0.0}, False),
+                ({"drain": True}, {"_look": True}, False)):
+            with self.subTest(options=options, changes=changes), \
+                    self.in_hand(**options) as pool:
+                self.put(pool, changes)
+                self.assertIs(pool._is_over(), is_over)
+        self.add("true")
+        with self.in_hand(drain=True) as pool:
+            self.assertIs(pool._is_over(), False)
+
+    def test_a_pool_has_room_for_its_slots_and_its_quota(self):
+        now = self.NOW
+        for options, changes, room, ahead in (
+                ({}, {}, 2, 0), ({}, {"_pace": .01}, 2, 6),
+                ({}, {"_pace": .01, "_ready": [1, 2]}, 2, 4),
+                ({}, {"_pace": .01, "_leaving": "drain"}, 0, 0),
+                ({}, {"_pace": .01, "_claim_at": now + 1}, 0, 0),
+                ({}, {"_pace": .01, "_claim_at": now}, 2, 6),
+                ({"max_jobs": 5}, {"_pace": .01}, 2, 3),
+                ({"max_jobs": 5}, {"_pace": .01, "_taken": 4}, 1, 0),
+                ({"max_jobs": 5}, {"_pace": .01, "_taken": 5}, 0, 0),
+                ({}, {"_pace": .01, "_ready": [1] * 9}, 2, 0)):
+            with self.subTest(options=options, changes=changes), \
+                    self.in_hand(**options) as pool:
+                self.put(pool, changes)
+                self.assertEqual((pool._room(), pool._ahead(room)), (room, ahead))
+
+    def test_a_pool_complains_once_of_a_disk_and_of_a_lock_only_if_it_lasts(self):
+        busy = queuectl.Busy("it is busy", "")
+        with self.in_hand() as pool:
+            pool._complain(busy)
+            self.assertAlmostEqual(pool._retry_at, self.NOW + queuectl.BUSY_PAUSE)
+            self.assertEqual((self.said, pool._failing_since), ([], self.NOW))
+            pool._failing_since = self.NOW - queuectl.POOL_PATIENCE
+            pool._complain(busy)
+            pool._complain(busy)
+            self.assertEqual(len(self.said), 1)
+            self.assertIn("it is busy", self.said[0])
+            with mock.patch.object(self.queue.store, "relieve") as relieve:
+                pool._complain(queuectl.DiskFull("it is full", ""))
+            self.assertEqual((len(self.said), relieve.call_count), (2, 1))
+            self.assertAlmostEqual(pool._retry_at, self.NOW + queuectl.SYNC_PAUSE)
+            pool._turn()
+            self.assertEqual((pool._complaint, pool._failing_since), ("", None))
+
+    def test_what_the_machine_lacks_hands_the_job_back_for_a_moment(self):
+        self.add("true")
+        for error, kind in ((OSError(errno.EAGAIN, "no"), "released"),
+                            (OSError(errno.ENOEXEC, "no"), "failed"),
+                            (ValueError("no"), "failed")):
+            with self.subTest(error), self.in_hand() as pool:
+                pool._taken = 1
+                claimed = queuectl.Claimed(self.queue.job("job-1"), 7, 1, -1, 1)
+                pool._free = [2]
+                pool._not_started(claimed, 1, error)
+                is_short = kind == "released"
+                self.assertEqual((pool._ended[7].kind, pool._free), (kind, [1, 2]))
+                self.assertEqual((pool._taken, pool._room()), (1 - is_short, 2 - 2 * is_short))
+                if is_short:
+                    self.assertEqual(pool._claim_at, self.NOW + queuectl.SYNC_PAUSE)
+                    pool._heed_times()
+                    self.assertFalse(pool._look)
+                    pool._claim_at = self.NOW
+                    pool._heed_times()
+                    self.assertTrue(pool._look)
+                    self.assertEqual(pool._room(), 2)
+
+    def test_what_was_claimed_ahead_is_handed_back_in_time(self):
+        self.add("true")
+        for since, leaving, is_kept in ((0.04, None, True), (0.06, None, False),
+                                        (0.0, "drain", False)):
+            with self.subTest(since=since, leaving=leaving), self.in_hand() as pool:
+                claimed = queuectl.Claimed(self.queue.job("job-1"), 7, 1, -1, 0)
+                pool._ready, pool._ready_since = [claimed], self.NOW - since
+                pool._pace, pool._taken, pool._leaving = .001, 1, leaving
+                pool._heed_times()
+                self.assertEqual((len(pool._ready), pool._taken), (is_kept, is_kept))
+                self.assertEqual(pool._pace == math.inf, not is_kept)
+                self.assertEqual([one.kind for one in pool._ended.values()],
+                                 [] if is_kept else ["released"])
+
+    def test_a_pool_leaves_in_two_steps_and_never_comes_back(self):
+        with self.in_hand(grace=5.0) as pool:
+            pool._leave("drain", "A")
+            self.assertEqual((pool._leaving, pool._grace_ends), ("drain", self.NOW + 5))
+            pool._grace_ends = 7.0
+            pool._leave("drain", "B")
+            pool._leave("now", "C")
+            pool._leave("drain", "D")
+            self.assertEqual((pool._leaving, pool._grace_ends), ("now", 7.0))
+        self.assertEqual(self.said, ["A: claiming no more", "C: ending and handing back 0 running"])
+
+    def test_a_service_manager_is_told_how_the_pool_stands(self):
+        for slots, changes, told in (
+                (1, {}, "0 of 1 slot busy"), (2, {"_rides": {1: 1}}, "1 of 2 slots busy"),
+                (2, {"_done": {PENDING: 2, DEAD: 1}}, "0 of 2 slots busy: 2 handed back, 1 dead"),
+                (2, {"_leaving": "now"}, "finishing 0 running")):
+            with self.subTest(told), self.in_hand(slots=slots) as pool:
+                self.put(pool, changes)
+                self.assertEqual(pool._standing(), told)
+
+    def test_a_pool_refuses_where_it_cannot_work(self):
+        limits = (50, 60)
+        with mock.patch.object(resource, "getrlimit", lambda _: limits), \
+                mock.patch.object(resource, "setrlimit") as set_to:
+            queuectl._allow_descriptors(7)      # 4 for each of them, and 32
+            self.assertEqual(set_to.call_args[0][1], (60, 60))
+            with self.assertRaisesRegex(queuectl.Unsupported, "only 60 .* 8 slots may need 64"):
+                queuectl._allow_descriptors(8)
+            limits = (5000, resource.RLIM_INFINITY)
+            queuectl._allow_descriptors(512)
+            self.assertEqual(set_to.call_args[0][1], (5000, 1 << 20))
+            limits = (50, 1 << 19)
+            queuectl._allow_descriptors(1)
+            self.assertEqual(set_to.call_args[0][1], (4096, 1 << 19))
+        for module, name in ((queuectl, "fcntl"), (select, "poll")):
+            old = getattr(module, name)
+            self.addCleanup(setattr, module, name, old)
+            if module is queuectl:
+                queuectl.fcntl = None
+            else:
+                del select.poll
+            with self.subTest(name), self.assertRaisesRegex(queuectl.Unsupported, "POSIX"):
+                queuectl._refuse_platform()
+            setattr(module, name, old)
+
     def some_peers(self, looks):
         """One that watches the other pools of the queue, and its poller."""
         own = Claims(self.queue, PoolOptions(name="own"))
