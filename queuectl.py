@@ -4570,9 +4570,7 @@ class Queue:
         returns the job that has that key already, if one is not over yet: with the
         command and the fields that it has, whatever was asked for here.
         """
-        if command is not None:
-            fields["command"] = command
-        return self.enqueue_many([spec_of(fields, self.clock())])[0]
+        return self.enqueue_many([{"command": command, **fields}])[0]
 
     def enqueue_many(self, jobs: Iterable[Spec | Mapping[str, Any]]) -> list[Job]:
         """Add all of them or none, in order: specs, or the keys of job objects.
@@ -4614,8 +4612,7 @@ class Queue:
         found = [job for name in states
                  for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
                                             state=name, limit=limit or -1, **values)]
-        if len(states) > 1:
-            found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
+        found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
         return found[:limit or None]
 
     def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
@@ -4762,8 +4759,8 @@ class Queue:
         commits by other connections alone: not by a thread with this very object.
         """
         end = time.monotonic() + timeout
-        while self.store.changes() == seen and time.monotonic() < end:
-            time.sleep(min(WATCH_TICK, max(0.0, end - time.monotonic())))
+        while self.store.changes() == seen and (left := end - time.monotonic()) > 0:
+            time.sleep(min(WATCH_TICK, left))
         return self.store.changes()
 
     def wait(self, *job_ids: str, timeout: float | None = None,
@@ -4793,7 +4790,7 @@ class Queue:
             # Each look reads all that are not over yet. Five times as long asleep makes
             # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
-            time.sleep(min(5 * (now - began), max(0.0, end - now)))
+            time.sleep(min(5 * (now - began), end - now))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
@@ -4907,8 +4904,8 @@ class Queue:
         """What `_hindrances` looks at, for any number of jobs."""
         return Scene([view.worker for view in self.workers()],
                      {view.name: view for view in self.queues()},
-                     any(name == EVERY_QUEUE and paused
-                         for name, paused, _ in self.store.rows(Sql.QUEUES)))
+                     any(name == EVERY_QUEUE
+                         for name, _, _ in self.store.rows(Sql.QUEUES)))
 
     def _hindrances(self, job: Job, scene: Scene) -> list[Hindrance]:
         """What keeps it from running, whatever else waits."""
@@ -4922,8 +4919,8 @@ class Queue:
             found.append(Hindrance(f"queue `{job.queue}` is at its limit "
                                    f"{queue.limit}"))
         if job.gate == TIMED:
-            tries = f" (retry {job.attempts} of {max(1, job.max_retries) - 1})" \
-                if job.state == FAILED else ""
+            tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
+                if job.state == FAILED and job.attempts else ""
             found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
         if not scene.pools:
             found.append(Hindrance("no worker is running", False,
@@ -5016,8 +5013,7 @@ class Queue:
             jobs = {(queue, state): n for queue, state, n
                     in self.store.rows(Sql.COUNTS_KNOWN)}
             tallies = self.store.rows(Sql.TALLIES_EVER)
-            oldest = self._oldest({queue for (queue, state), n in jobs.items()
-                                   if n and state in WAITING}, now)
+            oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
             pools = self._pools()
@@ -5499,8 +5495,7 @@ class Claims:
         become due is work for any pool: it lets it in, whosever it is.
         """
         now = self._clock()
-        row = self._store.row(Sql.ANY_OPEN, now=iso(now))
-        if row is None or not row[0]:
+        if not self._store.rows(Sql.ANY_OPEN, now=iso(now))[0][0]:
             return False
         due, room = self.next_due(), self._room(1)
         return (due is not None and due <= now) or any(
@@ -5512,8 +5507,8 @@ class Claims:
 
         Or that of a schedule that does not rest. Of any queue: a turn lets in for all.
         """
-        row = self._store.row(Sql.DUE_AT)
-        return epoch(row[0]) if row and row[0] else None
+        [[at]] = self._store.rows(Sql.DUE_AT)
+        return epoch(at) if at else None
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
@@ -5562,7 +5557,7 @@ class Claims:
                 self._save(outputs)
                 self._fire(now)
                 behind = self._let_in(now)
-                stop = self._wish()
+                [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
@@ -5577,11 +5572,6 @@ class Claims:
         self._held.update((one.claim, one) for one in claimed)
         self._unmarked.clear()
         return turn
-
-    def _wish(self) -> str | None:
-        """Whether somebody wants this pool to stop: None, DRAIN or NOW."""
-        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
-        return row[0] if row else None
 
     def _mark(self, claims: Iterable[int]) -> None:
         """Record that runs claimed ahead have begun.
@@ -5756,7 +5746,7 @@ class Claims:
         """
         queues = {name: (paused, limit)
                   for name, paused, limit in self._store.rows(Sql.QUEUES)}
-        if queues.get(EVERY_QUEUE, (0, 0))[0]:
+        if EVERY_QUEUE in queues:
             return lambda queue: 0
         running = {queue: n for queue, state, n in self._store.rows(Sql.COUNTS)
                    if state == PROCESSING} if queues else {}
@@ -5803,7 +5793,7 @@ class Claims:
         busy = {queue for queue, state in states
                 if state == PROCESSING
                 and (not self._options.queues or queue in self._options.queues)}
-        waiting = {queue for queue, state in states if state in WAITING and room(queue)}
+        waiting = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
             (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
             or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
