@@ -4066,7 +4066,6 @@ class Turns(TestCase):
         queue = self.a_queue()
         claims = self.a_pool(queue, queues=("own", "full", "later"))
         queue.limit_queue("full", 1)
-        queue.enqueue("x", queue="later", delay=3600)
         for name in ("foreign", "own", "full"):
             queue.enqueue("x", queue=name, id=name)
         self.assertTrue(claims.is_work_there())
@@ -4074,6 +4073,8 @@ class Turns(TestCase):
         held = self.claim_one(queue, claims)
         self.assertEqual(held.job.id, "full")
         queue.enqueue("x", queue="full")
+        self.assertFalse(claims.is_work_there())
+        queue.enqueue("x", queue="later", delay=3600)
         self.assertFalse(claims.is_work_there())
         self.assertTrue(self.a_pool(queue, name="all").is_work_there())
 
