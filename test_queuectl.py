@@ -1527,7 +1527,7 @@ class Statements(TestCase):
         queue.enqueue_many([Spec("x", queue="q", priority=1), Spec("x", queue="other")])
         self.clock.now += 50
         queue.enqueue_many([Spec("x", priority=1), Spec("x", queue="q", priority=9),
-                            Spec("x", queue="q")])
+                            Spec("x", queue="q"), Spec("x", queue="q", priority=1)])
         self.clock.now += 7
         self.assertEqual(queue.scrape().oldest, {"default": 7.0, "q": 57.0, "other": 57.0})
 
@@ -1540,6 +1540,32 @@ class Statements(TestCase):
         self.assertTrue(self.a_pool(queue).is_work_there())
         self.clock.now += 20
         self.assertEqual(queue.scrape().oldest, {"default": 20.0})
+
+    def test_the_next_time_is_the_first_of_jobs_and_schedules(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", delay=7200)
+        queue.enqueue("x", delay=7100)
+        self.assertEqual(claims.next_due(), NOON + 7100)
+        queue.add_schedule("hourly", "@hourly", command="x")
+        queue.add_schedule("yearly", "@yearly", command="x")
+        self.assertEqual(claims.next_due(), queuectl.epoch(queue.schedule("hourly").next_run))
+
+    def test_times_of_several_turns_add_up(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        for number, seconds in enumerate((1.0, 3.0, 5.0), 1):
+            queue.enqueue("x", id=f"{number}", max_retries=9, backoff_base=0.0)
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(
+                "completed", 0, None, seconds)}, {}, [])
+        self.assertEqual((queue.stats()[""].run_time.n, queue.stats()[""].run_time.mean),
+                         (3, 3.0))
+        queue.enqueue("x", id="fails", max_retries=9, backoff_base=0.0)
+        for _ in range(3):
+            claims.turn({self.claim_one(queue, claims).claim: Outcome(
+                "failed", 1, None, 2.0)}, {}, [])
+        self.assertEqual([run.number for run in queue.runs("fails")], [1, 2, 3])
+        self.assertEqual(queue.stats()[""].run_time.mean, 2.5)
 
     def test_the_fence_lets_no_change_through_that_knows_an_older_state(self):
         """(I1), (I3)"""
@@ -6667,13 +6693,14 @@ class Completion(TestCase):
 
     def test_an_old_id_is_found_by_its_beginning_and_no_more_are_offered_than_help(self):
         queue = self.a_queue()
+        queue.enqueue("x", id="older")
         queue.enqueue("x", id="old")
         queue.enqueue_many([queuectl.spec_of({"command": "x"}, NOON)
                             for _ in range(queuectl.LOOKED_AT)])
         queue.cancel("job-2000", "job-1900")
-        newest = [f"job-{n}" for n in range(2001, 1801, -1)]
+        newest = [f"job-{n}" for n in range(2002, 1802, -1)]
         self.assertEqual(self.offered("show", ""), newest)
-        self.assertEqual(self.offered("show", "ol"), ["old"])
+        self.assertEqual(self.offered("show", "ol"), ["old", "older"])
 
     def test_queues_tags_and_schedules_are_those_that_are_there(self):
         queue = self.a_queue()
