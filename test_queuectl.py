@@ -228,6 +228,9 @@ sys.path[0] = {os.path.dirname(MODULE)!r}
 from queuectl import main
 sys.exit(main())
 """)
+    # At once: a start that may write no whole file would leave half of the bytecode.
+    subprocess.run([sys.executable, entry, "--version"], check=True,
+                   stdout=subprocess.DEVNULL)
     return [sys.executable, entry]
 
 
