@@ -692,7 +692,7 @@ class Rules(TestCase):
 
     def test_the_newest_run_counts_for_a_fifth_of_the_pace(self):
         self.assertEqual(queuectl.paced(math.inf, 3.0), 3.0)
-        self.assertAlmostEqual(queuectl.paced(1.0, 2.0), 1.2)
+        self.assertAlmostEqual(queuectl.paced(2.0, 4.0), 2.4)
 
     def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
@@ -4364,6 +4364,11 @@ class Turns(TestCase):
         self.assertEqual([one.id for one in queue.store.workers()], [2])
         self.assertEqual(claims.worker.id, 2)
 
+    def test_pools_are_numbered_among_themselves(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x")] * 5)
+        self.assertEqual([self.a_pool(queue, name=name).worker.id for name in "ab"], [1, 2])
+
     def test_a_pool_that_cannot_enter_holds_no_lock(self):
         queue = self.a_queue()
         with queue.store.transaction() as store:
@@ -4962,6 +4967,19 @@ class Pools(TestCase):
         self.add("-- ; echo $0")
         self.run_pool(max_jobs=1)
         self.assertEqual(self.last_run("job-4").output.splitlines()[-1], b"/bin/sh")
+
+    def test_a_command_that_a_signal_kills_leaves_nothing_behind(self):
+        self.add("setsid sleep 100 & echo $! > pid; kill -9 $$", max_retries=1)
+        self.run_pool()
+        self.assertEqual((self.state("job-1"), self.last_run("job-1").exit_code), (DEAD, 137))
+        self.assertFalse(is_running(self.read("pid")))
+
+    def test_who_prints_on_in_the_background_is_not_ended_by_it(self):
+        self.add("(while [ ! -e go ]; do sleep .01; done; echo late; echo; touch went) & echo a")
+        self.add("touch go; while [ ! -e went ]; do sleep .01; done", after=["job-1"])
+        self.run_pool()
+        self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, COMPLETED))
+        self.assertEqual(self.last_run("job-1").output, b"a\n")
 
     # What a pool decides between two waits, by a clock that stands still.
 
