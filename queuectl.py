@@ -1122,12 +1122,12 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     """The verb that follows from a run's end, the job to store, and the reason.
 
     What has happened comes before what was wished, and that before who is to blame: a
-    job whose worker is lost while it is being cancelled does not run again. Only DONE,
-    FAILURE and TIMEOUT cost an attempt. The job has still the state and the claim
-    that it ran with: `move` follows.
+    job that was to be cancelled and yet completed is completed, and one whose worker is
+    lost while it is being cancelled does not run again. Only DONE, FAILURE and TIMEOUT
+    cost an attempt. The job has still the state and the claim that it ran with: `move`
+    follows.
 
-    A job's own backoff-base comes before that of the settings. A job that was to be
-    cancelled and yet completed is completed: that is what happened.
+    A job's own backoff-base comes before that of the settings.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now))
@@ -1181,7 +1181,7 @@ def place_in_line(one: Candidate) -> tuple[int, str, int]:
     return one.job.rank, one.job.run_at, one.job.seq
 
 
-QUICK = 0.01           # seconds; a commit takes as long, and slots would wait for it
+QUICK = 0.01           # seconds; where runs are shorter, slots would wait for commits
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
 MAX_AHEAD = 64         # jobs; a pool that dies takes them from the others for a moment
 
@@ -3133,10 +3133,11 @@ class Store:
     def _free_companions(self) -> None:
         """Give -wal and -shm the mode of a file that has been made writable since.
 
-        SQLite gives them the file's own when it makes them, and never looks again.
+        SQLite gives them the file's own when it makes them, and never looks again. Of
+        a file that may not be written nothing is touched.
         """
         for name in (self.path + "-wal", self.path + "-shm"):
-            if not os.access(name, os.W_OK):
+            if os.access(self.path, os.W_OK) and not os.access(name, os.W_OK):
                 with contextlib.suppress(OSError):
                     os.chmod(name, os.stat(self.path).st_mode & 0o777)
 
@@ -4572,7 +4573,7 @@ class Queue:
         """
         return self.enqueue_many([{"command": command, **fields}])[0]
 
-    def enqueue_many(self, jobs: Iterable[Spec | Mapping[str, Any]]) -> list[Job]:
+    def enqueue_many(self, jobs: Iterable[Spec | dict[str, Any]]) -> list[Job]:
         """Add all of them or none, in order: specs, or the keys of job objects.
 
         Raises as `enqueue`, with the number of the one at fault in `item`, from 0. They
@@ -5793,11 +5794,11 @@ class Claims:
         busy = {queue for queue, state in states
                 if state == PROCESSING
                 and (not self._options.queues or queue in self._options.queues)}
-        waiting = {queue for queue, _ in states if room(queue)}
+        own = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
             (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
             or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
-            for queue in waiting)
+            for queue in own)
 
 
 class Rescuer:
@@ -7304,10 +7305,11 @@ class Peers:
             self._known.add(worker.id)
             watch = _watch_process(worker.pid)
             # Looked at after the watch: the id may be another's, here or by now.
-            is_it = is_same_birth(self._host.born(worker.pid), worker.born)
+            is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
+                                                 worker.born)
             if watch >= 0 and not is_it:
                 os.close(watch)
-            if watch >= 0 and is_it:
+            if is_it:
                 self._watches.add(watch)
                 self._poller.add(watch, functools.partial(self._drop, watch, worker.id))
             elif self._host.is_alive(worker) is False:
@@ -7440,9 +7442,9 @@ def _entered(queue: Queue, options: PoolOptions,
     it. So that is no reason to end with an error.
     """
     claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
-    queue.wake(NEW_ORDERS)      # the others are to watch this one
-    queue.store.patience = TURN_PATIENCE    # its thread has other things to do
     try:
+        queue.wake(NEW_ORDERS)      # the others are to watch this one
+        queue.store.patience = TURN_PATIENCE    # its thread has other things to do
         yield claims
     finally:
         queue.store.patience = POOL_PATIENCE
@@ -13491,6 +13493,16 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
+def _refuse_blanks(args: argparse.Namespace) -> None:
+    """Refuse a filter of "": a shell's variable that is not set must neither stand for
+    all jobs nor for none.
+    """
+    for name, value in _filters(args).items():
+        if value == "":
+            raise UsageError(f"--{name} names nothing", "leave it out, or name what is "
+                             "meant")
+
+
 def _is_wide(args: argparse.Namespace) -> bool:
     """Whether jobs are chosen by what they are and not by ids; UsageError if by both
     or neither.
@@ -13502,8 +13514,7 @@ def _is_wide(args: argparse.Namespace) -> bool:
         raise UsageError("ids and filters are both given" if is_wide
                          else "no jobs are named",
                          f"give ids, or --all, {state}--queue, --tag or --search")
-    if args.search == "":   # a variable that is not set must not stand for all jobs
-        raise UsageError("--search names no text", "give --all, if all are meant")
+    _refuse_blanks(args)
     return is_wide
 
 
@@ -13728,6 +13739,7 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     time is cut to its millisecond, and `ended_before` leaves out the bound itself,
     hence 0.001.
     """
+    _refuse_blanks(args)
     filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:

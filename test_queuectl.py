@@ -353,6 +353,21 @@ class Architecture(unittest.TestCase):
             self.assertTrue(re.search(rf"\b{name}\b", text), f"{name} in the module")
             self.assertTrue(re.search(rf"\b{name}\b", tests), f"{name} in the tests")
 
+    def test_the_readme_sends_who_changes_it_to_places_that_there_are(self):
+        with open(os.path.join(os.path.dirname(MODULE), "README.md"),
+                  encoding="utf-8") as file:
+            [table] = re.findall(r"^### To change it\n(.*?)^## ", file.read(), re.S | re.M)
+        sections = re.findall(r"^# ---- \d+ (\w+) -+$", self.source, re.M)
+        with open(__file__, encoding="utf-8") as file:
+            places = self.source + file.read()
+        found = re.findall(r"`([A-Za-z_]+)`", table)
+        self.assertGreater(len(found), 20)
+        for name in found:
+            self.assertTrue(re.search(
+                rf"^ *(class |def )?{name}\b|= {name} = ", places, re.M), name)
+        for name in re.findall(r"\(([A-Z]\w+)[,;)]", table):
+            self.assertIn(name, sections)
+
     def test_the_life_cycle_is_that_of_the_moves_wherever_it_is_drawn(self):
         [drawn] = re.findall(r"^Life cycle\n\n(.*?)\n\nInvariants", queuectl.__doc__,
                              re.S | re.M)
@@ -4793,16 +4808,27 @@ class Views(TestCase):
 class Pools(TestCase):
     """A pool in this very process, with real commands; told by its log and the queue."""
 
+    UNTIL_GO = "while [ ! -e go ]; do sleep .01; done"
+
     def setUp(self):
         super().setUp()
         self.queue = Queue(self.path)
         self.addCleanup(self.queue.close)
-        self.said = []
+        self.said, self.word = [], None
 
     def run_pool(self, **options):
-        """Its exit status; what it says goes to `said`."""
+        """Its exit status; what it says goes to `said`, and `go` is there once it has said
+        the word that the test waits for.
+        """
+        def say(line):
+            self.said.append(line)
+            if self.word and self.word in line:
+                self.go()
         return queuectl.run_pool(self.queue, PoolOptions(**{
-            "name": "w", "drain": True, **options}), self.said.append)
+            "name": "w", "drain": True, **options}), say)
+
+    def go(self):
+        open(self.path_of("go"), "w").close()
 
     def add(self, command, **fields):
         return self.queue.enqueue(command, cwd=self.dir, **fields).id
@@ -4936,7 +4962,8 @@ class Pools(TestCase):
                                     (5, None, "completed"), (None, 5.0, "completed"),
                                     (0.05, 5.0, "timeout"), (None, 0.0, "completed")):
             with self.subTest(own=own, pools=pools):
-                job_id = self.add("sleep .2", timeout=own, max_retries=1)
+                job_id = self.add("sleep 60" if outcome == "timeout" else "sleep .2",
+                                  timeout=own, max_retries=1)
                 self.run_pool(timeout=pools)
                 run = self.last_run(job_id)
                 self.assertEqual(run.outcome, outcome)
@@ -5267,7 +5294,8 @@ class Pools(TestCase):
         self.assertEqual(os.getcwd(), here)
 
     def test_the_first_signal_lets_what_runs_finish(self):
-        self.add("kill -TERM $PPID; sleep .1; echo done")
+        self.word = "SIGTERM"
+        self.add(f"kill -TERM $PPID; {self.UNTIL_GO}; echo done")
         self.add("true")
         self.assertEqual(self.run_pool(drain=False), 0)
         self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, PENDING))
@@ -5302,7 +5330,7 @@ class Pools(TestCase):
                  "`queuectl worker stop --now` hands them back", COMPLETED),
                 (True, f"{queuectl.ASKED}: ending and handing back 1 running", PENDING)):
             with self.subTest(now=now):
-                job_id = self.add("sleep .3")
+                job_id, self.word = self.add(self.UNTIL_GO), "finishing"
 
                 def stop(queue, job_id=job_id, now=now):
                     self.once_running(queue, job_id)
@@ -5311,6 +5339,8 @@ class Pools(TestCase):
                 self.run_pool(drain=False)
                 self.assertIn(said, self.said)
                 self.assertEqual(self.state(job_id), state)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path_of("go"))
 
     def test_a_cancelled_job_s_tree_is_ended(self):
         def cancel(queue):
@@ -5331,7 +5361,7 @@ class Pools(TestCase):
             self.once_running(queue, "job-1")
             wait_for(lambda: queue.fresh_run("job-1").output == b"so far\n", "the output")
             seen.append(queue.run("job-1").outcome)
-            open(self.path_of("go"), "w").close()
+            self.go()
         self.add("echo so far; while [ ! -e go ]; do sleep .01; done; echo end")
         self.beside(look)
         self.run_pool()
@@ -5388,10 +5418,14 @@ class Pools(TestCase):
         self.run_pool()
         self.queue.configure("retention-completed", "1ms")
         self.queue.configure("heartbeat", "100ms")
-        self.add("sleep .5", id="long")
+        self.add(self.UNTIL_GO, id="long")
+
+        def see(queue):
+            wait_for(lambda: "job-1" not in [job.id for job in queue.jobs()], "its end")
+            self.go()
+        self.beside(see)
         self.run_pool()
-        with self.assertRaises(queuectl.NoSuchJob):
-            self.queue.job("job-1")
+        self.assertNotIn("job-1", [job.id for job in self.queue.jobs()])
 
     def test_a_second_pool_of_that_name_is_refused_and_the_first_goes_on(self):
         self.add("true")
@@ -6046,13 +6080,17 @@ class CommandLine(TestCase):
     def cli(self, *argv):
         return run_cli("--db", self.path, *argv)
 
-    def test_a_search_for_nothing_is_no_word_for_all(self):
+    def test_a_variable_that_is_not_set_is_no_word_for_all(self):
         with Queue(self.path) as queue:
             queue.enqueue("x")
 
-        for verb in ("delete", "cancel", "retry"):
-            code, _, err = run_cli(verb, "--search", "", "--yes", "--db", self.path)
-            self.assertEqual((code, "--search names no text" in err), (2, True))
+        for words in (["delete", "--yes"], ["cancel", "--yes"], ["retry"], ["wait"],
+                      ["dlq", "retry"], ["purge", "--yes", "--state", "pending"],
+                      ["dlq", "purge", "--yes"]):
+            for flag in ("--search", "--queue", "--tag"):
+                with self.subTest(words=words, flag=flag):
+                    code, _, err = self.cli(*words, flag, "")
+                    self.assertEqual((code, f"{flag} names nothing" in err), (2, True))
 
         with Queue(self.path) as queue:
             self.assertEqual([job.state for job in queue.jobs()], [PENDING])
