@@ -440,11 +440,16 @@ class Job(NamedTuple):
     rank: int                   # place in line, lower first; see `rank_of`
     claim: int | None           # number of the run that is under way: the fence (I3)
     wish: str | None            # CANCEL or LOST: somebody is ending this run
+    runs: int                   # times it was claimed; the number of the last run
+    unmet: int                  # jobs in `after` that are not completed yet
+    once: str | None            # key that only one job may ever have
+    at_time: bool               # run_at is a moment of the clock, not the end of a wait
 
 
 # The keys of a job in JSON: its fields, but for what is the queue's own affair.
 JSON_KEYS = tuple(field for field in Job._fields
-                  if field not in ("seq", "gate", "rank", "claim", "wish"))
+                  if field not in ("seq", "gate", "rank", "claim", "wish", "runs",
+                                   "unmet", "at_time"))
 
 
 class Run(NamedTuple):
@@ -514,6 +519,9 @@ class Schedule(NamedTuple):
     next_run: str
     last_run: str | None        # when its last job was enqueued
     last_job: int | None        # Job.seq of that
+    tz: str | None              # IANA name of its zone; None: the worker's local zone
+    skipped: int                # runs left out because the previous job was not over
+    last_success: str | None    # when one of its jobs last completed
 
 
 class Cron(NamedTuple):
@@ -584,6 +592,8 @@ class Spec(NamedTuple):
     tags: tuple[str, ...] = ()
     env: Mapping[str, str] = {}     # never changed: specs are values
     cwd: str | None = None
+    once: str | None = None
+    at_time: bool = False           # run_at was given as a time, not as a delay
 
 
 class Settings(NamedTuple):
@@ -2319,10 +2329,10 @@ class Sql:
     INSERT_JOB = """
         INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
                           queue, priority, run_at, timeout, backoff_base, after,
-                          "unique", tags, env, cwd, gate, rank)
+                          "unique", tags, env, cwd, gate, rank, unmet, once, at_time)
         VALUES (:seq, :id, :command, :state, :max_retries, :created_at, :updated_at,
                 :queue, :priority, :run_at, :timeout, :backoff_base, :after,
-                :unique, :tags, :env, :cwd, :gate, :rank)
+                :unique, :tags, :env, :cwd, :gate, :rank, :unmet, :once, :at_time)
         """
     LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
     JOB = "SELECT * FROM jobs WHERE id = :id"
@@ -2446,7 +2456,7 @@ class Sql:
                updated_at = :updated_at, run_at = :run_at, worker = :worker,
                started_at = :started_at, finished_at = :finished_at,
                exit_code = :exit_code, error = :error, gate = :gate, rank = :rank,
-               claim = :claim, wish = :wish
+               claim = :claim, wish = :wish, runs = :runs, at_time = :at_time
          WHERE seq = :seq
            AND state = :source AND claim IS :held
         """
@@ -2521,7 +2531,8 @@ class Sql:
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
                max_retries = :max_retries, timeout = :timeout, queue = :queue,
-               gate = :gate, rank = :rank, updated_at = :updated_at
+               gate = :gate, rank = :rank, updated_at = :updated_at,
+               at_time = :at_time
          WHERE seq = :seq
            AND gate IS NOT NULL
         """
@@ -2920,11 +2931,45 @@ class Sql:
     )
 
 
+# What a job costs must not grow with its history, its dependencies or its dependents:
+#   runs, unmet   counted as they change, instead of by a query for each claim
+#   unblocking    completed jobs that have very many dependents: those above `after`
+#                 still count it as unmet, and the next ticks see to them
+#   jobs_delayed  jobs that wait for a delay or a backoff, by the time at which that
+#                 began: one that began in the future shows that the clock was set back
+ADD_COUNTS = """
+    ALTER TABLE jobs ADD COLUMN runs INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN unmet INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN once TEXT;
+    ALTER TABLE jobs ADD COLUMN at_time INTEGER NOT NULL DEFAULT 0;
+    UPDATE jobs
+       SET runs = (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
+     WHERE seq IN (SELECT job FROM runs);
+    UPDATE jobs
+       SET unmet = (SELECT COUNT(*)
+                      FROM dependencies
+                      JOIN jobs AS needed ON needed.seq = dependencies.needs
+                     WHERE dependencies.job = jobs.seq
+                       AND needed.state <> 'completed')
+     WHERE seq IN (SELECT job FROM dependencies);
+    UPDATE jobs SET at_time = 1 WHERE gate = 'time' AND state = 'pending';
+    CREATE UNIQUE INDEX jobs_by_once ON jobs (once) WHERE once IS NOT NULL;
+    CREATE INDEX jobs_blocked ON jobs (seq) WHERE gate = 'after';
+    CREATE INDEX jobs_delayed ON jobs (updated_at) WHERE gate = 'time' AND at_time = 0;
+    CREATE TABLE unblocking (
+        needs  INTEGER PRIMARY KEY,
+        after  INTEGER NOT NULL
+    );
+    ALTER TABLE schedules ADD COLUMN tz TEXT;
+    ALTER TABLE schedules ADD COLUMN skipped INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE schedules ADD COLUMN last_success TEXT;
+    """
+
 # Migrations: the script that makes version N out of N - 1; the first makes the file.
 # Each is applied whole or not at all, and never edited after release: a file that has
 # had it would not get the change. A new field of a row comes last, as ALTER TABLE adds
 # it: rows are taken by position.
-MIGRATIONS = (Sql.SCHEMA,)
+MIGRATIONS = (Sql.SCHEMA, ADD_COUNTS)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
@@ -4081,7 +4126,8 @@ class Batch:
             tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
             started_at=None, finished_at=None, exit_code=None, error=None,
             gate=TIMED if run_at > now else OPEN,
-            rank=rank_of(spec.priority, run_at, self._settings), claim=None, wish=None)
+            rank=rank_of(spec.priority, run_at, self._settings), claim=None, wish=None,
+            runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
         if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
             raise JobExists(job.id)
         self._seqs[job.id] = seq
