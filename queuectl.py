@@ -209,6 +209,7 @@ FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
+CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one pool
 MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
@@ -216,6 +217,8 @@ MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
 SOCKET_BUFFER = 4096   # bytes of wake-ups read at once, far more than one has
+
+SHRINK_PAGES = 500     # pages of the file given back in one transaction; a few ms
 
 CHECK_SHOWN = 20       # findings of one kind that `check` lists
 
@@ -288,6 +291,13 @@ class Moved(QueueError):
 class Unwritable(QueueError):
     """The file or its directory cannot be written, or the disk does not take it."""
     code = "unwritable"
+
+
+class Stale(Exception):
+    """A guarded statement did not change the rows it had to: a mistake of ours.
+
+    It ends the transaction, which changes nothing.
+    """
 
 
 class DiskFull(Unwritable):
@@ -380,6 +390,11 @@ class ScheduleExists(QueueError):
 class NotFinished(QueueError):
     """Something did not end in the time that was given; it goes on all the same."""
     code = "not-finished"
+
+
+class Blocked(QueueError):
+    """What is waited for can never end, unless a person retries or cancels a job."""
+    code = "blocked"
 
 
 class Declined(QueueError):
@@ -660,15 +675,6 @@ class Filter(NamedTuple):
     before: int | None = None           # only seqs below: to go on, newest first
     ended_at: str | None = None         # with ended_seq: to go on, by their ends
     ended_seq: int | None = None
-
-
-class Candidate(NamedTuple):
-    """A job that may be claimed, with the number of its runs so far.
-
-    `attempts` does not tell that: lost and released runs are not counted there.
-    """
-    job: Job
-    runs: int
 
 
 class Claimed(NamedTuple):
@@ -1145,8 +1151,9 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
         return "complete", job._replace(attempts=job.attempts + 1), "exit status 0"
     if job.wish == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
-    if outcome.kind == RELEASED:
-        return "release", job, MOVES["release"].because
+    if outcome.kind == RELEASED:    # due now, also if the clock was set back meanwhile
+        return "release", job._replace(run_at=min(job.run_at, iso(now))), \
+            MOVES["release"].because
     if outcome.kind == LOST:
         return _settle_lost(job, settings, now)
     job = job._replace(attempts=job.attempts + 1)
@@ -1155,7 +1162,20 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
         return "bury", job, reason
     base = settings.backoff_base if job.backoff_base is None else job.backoff_base
     wait = backoff(job.attempts, base, settings, chance)
-    return "fail", job._replace(run_at=iso_up(now + wait)), reason
+    return "fail", job._replace(run_at=iso_up(now + wait), at_time=False), reason
+
+
+def brought_forward(job: Job, now: float) -> Job:
+    """The job with its delay counted from now, if that began in the future.
+
+    That happens only if the clock was set back since. A wait for a moment of the clock
+    (`at_time`) stays as it is.
+    """
+    began = epoch(job.updated_at)
+    if job.at_time or began <= now + CLOCK_NOISE:
+        return job
+    run_at = iso_up(now + max(0.0, epoch(job.run_at) - began))
+    return job._replace(run_at=run_at, updated_at=iso(now))
 
 
 def usual_reason(source: str | None, target: str) -> str:
@@ -1168,27 +1188,25 @@ def usual_reason(source: str | None, target: str) -> str:
                  if step.target == target and source in step.sources), "enqueued")
 
 
-def choose(line: Iterable[Candidate], room: Callable[[str], int],
-           free: int) -> list[Candidate]:
+def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
     """The first `free` jobs of the line whose queue has room, by `room(queue)`.
 
     What `room` says does not change in here, so those chosen already are counted.
     """
     taken: dict[str, int] = {}
-    chosen: list[Candidate] = []
-    for one in line:
+    chosen: list[Job] = []
+    for job in line:
         if len(chosen) == free:
             break
-        queue = one.job.queue
-        if taken.get(queue, 0) < room(queue):
-            taken[queue] = taken.get(queue, 0) + 1
-            chosen.append(one)
+        if taken.get(job.queue, 0) < room(job.queue):
+            taken[job.queue] = taken.get(job.queue, 0) + 1
+            chosen.append(job)
     return chosen
 
 
-def place_in_line(one: Candidate) -> tuple[int, str, int]:
+def place_in_line(job: Job) -> tuple[int, str, int]:
     """What jobs that may start are sorted by; as LINE and jobs_in_line have it."""
-    return one.job.rank, one.job.run_at, one.job.seq
+    return job.rank, job.run_at, job.seq
 
 
 QUICK = 0.01           # seconds; where runs are shorter, slots would wait for commits
@@ -1887,7 +1905,7 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
     "priority": _check_priority, "run_at": _check_time, "delay": _check_duration,
     "max_retries": _check_retries, "timeout": _check_duration,
     "backoff_base": _check_duration, "after": _check_names, "unique": _check_unique,
-    "tags": _check_names, "env": _check_env, "cwd": _check_cwd,
+    "tags": _check_names, "env": _check_env, "cwd": _check_cwd, "once": _check_unique,
 }
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = (*(key for key in JSON_KEYS if key not in FIELDS), "runs", "waiting_for")
@@ -1897,12 +1915,18 @@ EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", 
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
-def _take_delay(checked: dict[str, Any], now: float) -> None:
-    """Let a delay stand for the time at which it is over."""
+def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -> None:
+    """Convert `delay` to `run_at`, and note whether `run_at` was given as a time.
+
+    After a clock is set back a delay is counted anew, a time is not.
+    """
     if "delay" in checked:
         if "run_at" in checked:
             raise InvalidJob("delay", "delay and run_at are both given", "give one")
-        checked["run_at"] = now + checked.pop("delay")
+        checked.update(run_at=now + checked.pop("delay"), at_time=False)
+    elif "run_at" in checked:
+        text = given.get("run_at", given.get("run-at"))
+        checked["at_time"] = not (isinstance(text, str) and text.strip()[:1] == "+")
 
 
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
@@ -1928,7 +1952,7 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
             raise InvalidJob(key, f"{key} is given twice", "give it once")
         if check is not None and value is not None:
             checked[key] = check(key, value, now)
-    _take_delay(checked, now)
+    _take_delay(checked, fields, now)
     if "command" not in checked:
         raise InvalidJob("command", "the job has no command",
                          'give {"command": "..."} at least')
@@ -2099,6 +2123,10 @@ def like_pattern(text: str) -> str:
     SQLite's LIKE takes A and a for the same, but no other letters than ASCII's.
     """
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
+
+
+RUN_WITHOUT_OUTPUT = ", ".join(
+    "x'' AS output" if field == "output" else f"runs.{field}" for field in Run._fields)
 
 
 class Sql:
@@ -2305,10 +2333,11 @@ class Sql:
     WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"
     WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
+    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
     CHANGED = "PRAGMA data_version"
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
-    # Facts of the database itself: `id` and `created_at` from its making, and `folded`,
-    # the last minute whose counters are kept by the hour.
+    # Facts of the database itself, from its making: `id` and `created_at`.
     SET_META = """
         INSERT INTO meta (key, value)
         VALUES (:key, :value)
@@ -2346,6 +2375,7 @@ class Sql:
          WHERE "unique" = :unique
            AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
         """
+    JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
     # A list of any length in one parameter: one statement stays prepared for all, and
     # the number of parameters that SQLite takes (32,766) is no matter.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
@@ -2506,26 +2536,89 @@ class Sql:
     # job can be deleted while others wait for it: to those a row that is missing is
     # met.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
-    UNMET = """
+    # Who comes after a job, whatever its state, in pages: by the primary key. A job
+    # that was completed lowers `unmet` of each; at 0 the job is no longer blocked. A
+    # gate is no state, so no event is written.
+    DEPENDENTS = """
+        SELECT needs, job
+          FROM dependencies
+         WHERE needs IN (SELECT value FROM json_each(:needs))
+           AND job > :after
+         ORDER BY needs, job
+         LIMIT :limit
+        """
+    MEET = """
+        UPDATE jobs
+           SET unmet = unmet - 1,
+               gate = CASE WHEN gate = 'after' AND unmet = 1
+                           THEN CASE WHEN run_at > :now THEN 'time' ELSE 'open' END
+                           ELSE gate END
+         WHERE seq = :job
+           AND unmet > 0
+        """
+    # A completed job is retried: what comes after it and has not begun waits again.
+    UNMEET = """
+        UPDATE jobs
+           SET unmet = unmet + 1,
+               gate = CASE WHEN gate IN ('open', 'time') THEN 'after' ELSE gate END
+         WHERE seq IN (SELECT job
+                         FROM dependencies
+                        WHERE needs = :needs AND job <= :upto)
+        """
+    UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
+    SET_UNBLOCKING = "INSERT OR REPLACE INTO unblocking VALUES (:needs, :after)"
+    DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
+    WAITING_DEPENDENT = """
+        SELECT jobs.id
+          FROM dependencies
+          JOIN jobs ON jobs.seq = dependencies.job
+         WHERE dependencies.needs = :needs
+           AND jobs.gate IS NOT NULL
+         LIMIT 1
+        """
+    # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
+    # (the job that runs this very command), and what comes after these.
+    _STUCK = """
+        WITH RECURSIVE stuck (seq) AS (
+            SELECT jobs.seq
+              FROM jobs
+             WHERE gate = 'after'
+               AND EXISTS (SELECT 1
+                             FROM dependencies
+                             JOIN jobs AS needed ON needed.seq = dependencies.needs
+                            WHERE dependencies.job = jobs.seq
+                              AND (needed.state IN ('dead', 'cancelled')
+                                   OR needed.seq = :caller))
+             UNION
+            SELECT jobs.seq
+              FROM stuck
+              JOIN dependencies ON dependencies.needs = stuck.seq
+              JOIN jobs ON jobs.seq = dependencies.job
+             WHERE jobs.gate = 'after')
+        """
+    COUNT_STUCK = _STUCK + """
         SELECT COUNT(*)
+          FROM stuck
+          JOIN jobs ON jobs.seq = stuck.seq
+         WHERE (:queue IS NULL OR jobs.queue = :queue)
+        """
+    LIST_STUCK = _STUCK + """
+        SELECT jobs.*
+          FROM stuck
+          JOIN jobs ON jobs.seq = stuck.seq
+         WHERE (:queue IS NULL OR jobs.queue = :queue)
+         ORDER BY jobs.seq
+         LIMIT :limit
+        """
+    STUCK_AMONG = _STUCK + """
+        SELECT seq FROM stuck WHERE seq IN (SELECT value FROM json_each(:seqs))
+        """
+    LAST_NEED_END = """
+        SELECT MAX(jobs.finished_at)
           FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.needs
          WHERE dependencies.job = :job
-           AND jobs.state <> 'completed'
         """
-    # Who may go on when these are completed, or has to wait again when they are
-    # retried: by the primary key, (needs, job). Those that run or are over are not
-    # called back.
-    DEPENDENTS = """
-        SELECT jobs.*
-          FROM dependencies
-          JOIN jobs ON jobs.seq = dependencies.job
-         WHERE dependencies.needs IN (SELECT value FROM json_each(:needs))
-           AND jobs.gate IS NOT NULL
-        """
-    # A gate is no state: whether its need is met changes what a job waits for, not that
-    # it waits. So no event is written, and LET_IN writes none either.
-    SET_GATE = "UPDATE jobs SET gate = :gate WHERE seq = :seq AND gate IS NOT NULL"
     # No `claim` to guard by: a gate says that it waits, so none is held (I2, I7).
     EDIT = """
         UPDATE jobs
@@ -2558,6 +2651,7 @@ class Sql:
         "DELETE FROM tags WHERE job = :seq",
         "DELETE FROM dependencies WHERE job = :seq",
         "DELETE FROM dependencies WHERE needs = :seq",
+        "DELETE FROM unblocking WHERE needs = :seq",
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
@@ -2599,6 +2693,13 @@ class Sql:
     # Claims only grow (I4), so among the runs of a job they order as the numbers do.
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
+    LAST_RUNS = f"""
+        SELECT {RUN_WITHOUT_OUTPUT}
+          FROM runs
+         WHERE job = :job
+         ORDER BY claim DESC
+         LIMIT :limit
+        """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
     RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
     # By jobs_by_claim: what runs, however many runs are over.
@@ -2618,6 +2719,24 @@ class Sql:
         SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
             OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
+            OR EXISTS (SELECT 1 FROM unblocking)
+            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND at_time = 0
+                                            AND updated_at > :ahead)
+        """
+    # Delays that began in the future: the clock was set back. By jobs_delayed.
+    DELAYED = """
+        SELECT *
+          FROM jobs
+         WHERE gate = 'time' AND at_time = 0
+           AND updated_at > :ahead
+         ORDER BY updated_at
+         LIMIT :limit
+        """
+    BRING_FORWARD = """
+        UPDATE jobs
+           SET run_at = :run_at, rank = :rank, updated_at = :updated_at
+         WHERE seq = :seq
+           AND gate = 'time'
         """
     # How many stand before a job in a queue: compared as one row, so by one index
     # range.
@@ -2638,10 +2757,8 @@ class Sql:
                         ORDER BY run_at
                         LIMIT :limit)
         """
-    # The first in line, each with the number of its last run, by one step in
-    # runs_by_job: `attempts` does not tell it, a retry by a person sets that back.
     LINE = """
-        SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
+        SELECT *
           FROM jobs
          WHERE gate = 'open'
          ORDER BY rank, run_at, seq
@@ -2649,7 +2766,7 @@ class Sql:
         """
     # The same for one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = """
-        SELECT jobs.*, (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
+        SELECT *
           FROM jobs
          WHERE gate = 'open' AND queue = :queue
          ORDER BY rank, run_at, seq
@@ -2666,7 +2783,11 @@ class Sql:
         """
     # What the database says this pool holds. A claim of its own that is not there was
     # taken from it: whatever its run does, nothing of it may be recorded (I3).
-    MINE = "SELECT claim, wish FROM jobs WHERE claim IS NOT NULL AND worker = :worker"
+    MINE = """
+        SELECT claim, wish, unmet
+          FROM jobs
+         WHERE claim IS NOT NULL AND worker = :worker
+        """
 
     # Pauses and limits are kept apart from each other: setting one leaves the other.
     QUEUES = "SELECT name, paused, job_limit FROM queues"
@@ -2844,19 +2965,18 @@ class Sql:
          GROUP BY minute, kind, bucket
         """
 
-
-    # Old minutes are put together by the hour, an hour a transaction; see `fold`.
-    FIRST_FINE = """
-        SELECT MIN(minute)
-          FROM tallies
-         WHERE minute > :after AND minute < :before
+    # Minutes are kept for some days; minute 0, all time, is kept for good.
+    OLD_TALLY = """
+        SELECT EXISTS (SELECT 1 FROM tallies WHERE minute > 0 AND minute < :before)
         """
-    TALLIES_BETWEEN = """
-        SELECT queue, kind, bucket, n, total
-          FROM tallies
-         WHERE minute BETWEEN :first AND :last
+    DELETE_TALLIES = """
+        DELETE FROM tallies
+         WHERE (minute, queue, kind, bucket) IN (
+               SELECT minute, queue, kind, bucket
+                 FROM tallies
+                WHERE minute > 0 AND minute < :before
+                LIMIT :limit)
         """
-    DELETE_TALLIES = "DELETE FROM tallies WHERE minute BETWEEN :first AND :last"
 
     # What must hold between the tables: the code, what is wrong with each row that a
     # statement finds, the statement. Nothing is found in a sound queue. They read whole
@@ -2906,19 +3026,22 @@ class Sql:
             SELECT id
               FROM jobs
              WHERE gate = 'after'
-               AND NOT EXISTS (SELECT 1
-                                 FROM dependencies
-                                 JOIN jobs AS needed ON needed.seq = needs
-                                WHERE job = jobs.seq AND needed.state <> 'completed')
+               AND unmet = 0
+            """),
+        ("gates", "the number of jobs that {} waits for is wrong (I7)", """
+            SELECT jobs.id
+              FROM jobs
+              LEFT JOIN dependencies ON dependencies.job = jobs.seq
+              LEFT JOIN jobs AS needed ON needed.seq = dependencies.needs
+              LEFT JOIN unblocking ON unblocking.needs = dependencies.needs
+             GROUP BY jobs.seq
+            HAVING jobs.unmet <> COUNT(CASE WHEN needed.state <> 'completed'
+                                              OR unblocking.after < jobs.seq
+                                            THEN 1 END)
             """),
         # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
-            SELECT DISTINCT jobs.id
-              FROM jobs
-              JOIN dependencies ON dependencies.job = jobs.seq
-              JOIN jobs AS needed ON needed.seq = dependencies.needs
-             WHERE jobs.gate IN ('open', 'time')
-               AND needed.state <> 'completed'
+            SELECT id FROM jobs WHERE gate IN ('open', 'time') AND unmet > 0
             """),
         # What a foreign key would hold.
         ("orphans", "there are rows of {}, which is no job", """
@@ -3522,6 +3645,12 @@ class Store:
             changed: int = self._db.executemany(sql, values).rowcount
         return changed
 
+    def change(self, sql: str, values: Sequence[Any]) -> None:
+        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
+        changed = self.many(sql, values)
+        if changed != len(values):
+            raise Stale(f"{changed} of {len(values)} rows changed by {sql.split()[:2]}")
+
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
         """Within a transaction: no second try, for the lock is ours already."""
@@ -3568,11 +3697,6 @@ class Store:
         """The settings that somebody set, as text."""
         return dict(self.rows(Sql.STORED_SETTINGS))
 
-    def unmet(self, job: Job) -> bool:
-        """Whether a job that it comes after is not completed."""
-        row = self.row(Sql.UNMET, job=job.seq) if job.after else None
-        return row is not None and row[0] > 0
-
     def meta(self, key: str) -> str:
         """A fact from the database's making: `id` or `created_at`."""
         row = self.row(Sql.META, key=key)
@@ -3591,6 +3715,18 @@ class Store:
         """On a full disk: move the WAL into the file, which may have room for it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.execute(Sql.EMPTY_WAL).fetchall()
+
+    def shrink(self) -> bool:
+        """Give some unused pages at the file's end back to the disk, if they are many;
+        whether there may be more. A small transaction, so that nobody waits for it.
+        """
+        free, pages = (self._first(self._db, sql) for sql in (
+            Sql.FREE_PAGES, Sql.PAGES))
+        if free < max(SHRINK_PAGES, pages // 4):
+            return False
+        with self.transaction():
+            self.rows(Sql.SHRINK)
+        return self._first(self._db, Sql.FREE_PAGES) < free
 
     def size(self) -> int:
         """The bytes that the file and its WAL take, by stat(2), not open(2)."""
@@ -4019,22 +4155,20 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 # rows, events and counters, whether one job ends in a turn or forty. What is decided
 # stands in Rules; here it is written, with all that has to be true beside it (I1, I8).
 
-FINE_MINUTES = 8 * 1440     # for which counters are kept by the minute; then by hour
+KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
+DUE_BATCH = 2000            # jobs that one transaction lets go on: some 50 ms
 
 
-def gate_of(store: Store, job: Job, now: float) -> str:
-    """What a waiting job waits for now (I7).
-
-    Other jobs come first: while they are not completed its own time does not matter,
-    and when they are, this is asked again.
-    """
-    if store.unmet(job):
+def gate_of(job: Job, now: float) -> str:
+    """What a waiting job waits for now (I7)."""
+    if job.unmet:
         return BLOCKED
     return TIMED if job.run_at > iso(now) else OPEN
 
 
-def _blocked_if(job: Job, blocked: set[int]) -> Job:
-    return job._replace(gate=BLOCKED) if job.seq in blocked else job
+def _blocked(job: Job, unmet: Mapping[int, int]) -> Job:
+    """The job, blocked if jobs that it comes after are not completed."""
+    return job._replace(gate=BLOCKED, unmet=unmet[job.seq]) if job.seq in unmet else job
 
 
 def _json(value: Any) -> str:
@@ -4067,12 +4201,12 @@ class Batch:
         self._store, self._now = store, now
         self._settings = store.settings()
         self._seqs: dict[str, int] = {}                 # ids of this batch
-        self._keys: dict[str, Job] = {}                 # unique keys of this batch
+        self._keys: dict[tuple[str, str], Job] = {}     # keys of this batch, by field
         self._needs: list[dict[str, int]] = []
         self._added: list[Job] = []
 
     def add(self, specs: Sequence[Spec]) -> list[Job]:
-        """Add them; for a unique key that is taken, the job that has it.
+        """Add them; for a key (unique, once) that is taken, the job that has it.
 
         An error has the number of the spec at fault in `item`, from 0. A spec that adds
         nothing uses its number up all the same.
@@ -4082,12 +4216,17 @@ class Batch:
         for item, spec in enumerate(specs):
             with at_item(item):
                 jobs.append(self._known(spec) or self._new(spec, last + item + 1))
-        blocked = self._resolve_needs(jobs)
-        if blocked:
-            self._added = [_blocked_if(job, blocked) for job in self._added]
-            jobs = [_blocked_if(job, blocked) for job in jobs]
+        unmet = self._resolve_needs(jobs)
+        if unmet:
+            self._added = [_blocked(job, unmet) for job in self._added]
+            jobs = [_blocked(job, unmet) for job in jobs]
         self._write(self._added)
         return jobs
+
+    @property
+    def new(self) -> set[int]:
+        """The numbers of the jobs that were added."""
+        return {job.seq for job in self._added}
 
     def _last_seq(self, specs: Sequence[Spec]) -> int:
         """The number from which the new ones count on.
@@ -4099,13 +4238,17 @@ class Batch:
         return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
 
     def _known(self, spec: Spec) -> Job | None:
-        """The unfinished job that has its unique key, of this batch or of before."""
-        if spec.unique is None:
-            return None
-        if spec.unique in self._keys:
-            return self._keys[spec.unique]
-        found = self._store.jobs(Sql.JOB_BY_UNIQUE, unique=spec.unique)
-        return found[0] if found else None
+        """The job that has one of its keys, of this batch or of before."""
+        for field, sql in (("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE)):
+            key = getattr(spec, field)
+            if key is None:
+                continue
+            if (field, key) in self._keys:
+                return self._keys[field, key]
+            found = self._store.jobs(sql, **{field: key})
+            if found:
+                return found[0]
+        return None
 
     def _new(self, spec: Spec, seq: int) -> Job:
         """The job as it will stand, if it waits for no other; JobExists.
@@ -4131,15 +4274,17 @@ class Batch:
         if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
             raise JobExists(job.id)
         self._seqs[job.id] = seq
-        if spec.unique is not None:
-            self._keys[spec.unique] = job
+        self._keys.update({("once", spec.once): job} if spec.once else {})
+        self._keys.update({("unique", spec.unique): job} if spec.unique else {})
         self._added.append(job)
         return job
 
-    def _resolve_needs(self, jobs: Sequence[Job]) -> set[int]:
-        """Note who comes after whom; the jobs that have to wait for others."""
-        blocked: set[int] = set()
-        own = {job.seq for job in self._added}
+    def _resolve_needs(self, jobs: Sequence[Job]) -> dict[int, int]:
+        """Note who comes after whom; how many jobs each of them has to wait for."""
+        unmet: dict[int, int] = {}
+        # Of these the next ticks lower `unmet` for all dependents, also for new ones.
+        unblocking = {row[0] for row in self._store.rows(Sql.UNBLOCKING)}
+        own = self.new
         for item, job in enumerate(jobs):
             if job.seq not in own:
                 continue
@@ -4147,11 +4292,11 @@ class Batch:
             for needed in job.after:
                 with at_item(item):
                     state, seq = self._needed(needed)
-                if state != COMPLETED:
-                    blocked.add(job.seq)
+                if state != COMPLETED or seq in unblocking:
+                    unmet[job.seq] = unmet.get(job.seq, 0) + 1
                 self._needs.append({"needs": seq, "job": job.seq})
         self._refuse_cycle()
-        return blocked
+        return unmet
 
     def _needed(self, job_id: str) -> tuple[str, int]:
         """State and number of a job that another comes after; else InvalidJob.
@@ -4227,62 +4372,68 @@ def _moved(store: Store, change: Change, now: float) -> Job:
                            claim=after.claim if is_run else None,
                            worker=after.worker if is_run else None)
     if step.target in WAITING:
-        after = after._replace(gate=gate_of(store, after, now), rank=rank_of(
+        after = after._replace(gate=gate_of(after, now), rank=rank_of(
             after.priority, after.run_at, store.settings()))
     return after
 
 
-def _taken_key(store: Store, jobs: Sequence[Job]) -> InUse | None:
-    """Why jobs could not wait again: another one has the unique key. None: it has not.
-
-    Asked only when jobs_by_unique has refused: what else breaks a constraint is a
-    mistake of ours, and must not be told as a key that is taken.
-    """
+def refuse_taken_keys(store: Store, jobs: Sequence[Job]) -> None:
+    """InUse if a job that is to wait again has a unique key that another has by now."""
+    first: dict[str, Job] = {}
     for job in jobs:
-        for holder in store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique):
-            if holder.seq != job.seq and holder.seq in {one.seq for one in jobs}:
-                return InUse("two of these jobs have the same unique key",
-                             "name one of them")
-            if holder.seq != job.seq:
-                return InUse(f"{job.id} cannot wait again: {holder.id} has the same "
-                             f"unique key {job.unique!r} and is not over",
-                             "wait for that job, or cancel it")
-    return None
+        if job.unique is None or job.state not in OVER:
+            continue
+        for holder in (*([first[job.unique]] if job.unique in first else ()),
+                       *store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
+            hint = "retry one of the two" if holder.state in OVER \
+                else f"wait for {holder.id}, or cancel it"
+            raise InUse(f"{job.id} cannot wait again: {holder.id} has the same unique "
+                        f"key {job.unique!r}", hint)
+        first[job.unique] = job
 
 
-def _write_moves(store: Store, changes: Sequence[Change], jobs: Sequence[Job]) -> None:
-    """Write the rows, each guarded by the state and the claim that it had (I1, I3).
-
-    The jobs were read in this very transaction, or their claims were (`Claims.turn`).
-    So a guard that does not hold is no race but our mistake: all is rolled back.
+def _meet(store: Store, dependents: Sequence[tuple[int, int]], now: float) -> None:
+    """Lower the number of jobs that each dependent waits for; `dependents` are pairs of
+    the needed job and the dependent.
     """
-    try:
-        changed = store.many(Sql.MOVE, [
-            {**job._asdict(), "source": before.state, "held": before.claim}
-            for (_, before, _, _), job in zip(changes, jobs)])
-    except sqlite3.IntegrityError:
-        refused = _taken_key(store, jobs)
-        if refused is None:
-            raise
-        raise refused from None
-    assert changed == len(jobs), f"the fence failed for one of {changes}"
+    store.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in dependents])
 
 
-def _dependents(store: Store, jobs: Iterable[Job]) -> list[Job]:
-    """The waiting jobs that come after these; what they wait for may be other jobs."""
-    return store.jobs(Sql.DEPENDENTS, needs=json.dumps([job.seq for job in jobs]))
+def _unblock(store: Store, completed: Sequence[int], now: float) -> None:
+    """Let the jobs go on that come after these.
 
-
-def _regate_dependents(store: Store, jobs: Sequence[Job], now: float) -> None:
-    """Let the jobs go on that came after these; or hold them, if these run again.
-
-    In the transaction of the change itself: nobody has to look for what may go on, and
-    no death in between can leave a job waiting for what is over.
+    In the transaction of the change itself, so that no death in between leaves a job
+    waiting for what is over. Very many are left to the next ticks: see `unblock_more`.
     """
-    for dependent in _dependents(store, jobs) if jobs else ():
-        gate = gate_of(store, dependent, now)
-        if gate != dependent.gate:
-            store.do(Sql.SET_GATE, {"seq": dependent.seq, "gate": gate})
+    found = store.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
+                       limit=DUE_BATCH + 1) if completed else []
+    if len(found) <= DUE_BATCH:
+        _meet(store, found, now)
+    else:
+        store.many(Sql.SET_UNBLOCKING, [{"needs": seq, "after": 0}
+                                        for seq in completed])
+
+
+def unblock_more(store: Store, now: float, limit: int = DUE_BATCH) -> bool:
+    """Let further dependents of completed jobs go on; True if there may be more."""
+    for needs, after in store.rows(Sql.UNBLOCKING)[:1]:
+        found = store.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
+                           limit=limit)
+        _meet(store, found, now)
+        if len(found) < limit:
+            store.do(Sql.DELETE_UNBLOCKING, {"needs": needs})
+        else:
+            store.do(Sql.SET_UNBLOCKING, {"needs": needs, "after": found[-1][1]})
+        return True
+    return False
+
+
+def _block(store: Store, retried: Sequence[int]) -> None:
+    """Have the jobs that come after these, and have not begun, wait for them again."""
+    under_way = dict(store.rows(Sql.UNBLOCKING)) if retried else {}
+    for seq in retried:
+        store.do(Sql.UNMEET, {"needs": seq, "upto": under_way.get(seq, END_OF_TIME)})
+        store.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
 
 def _hook(command: str, job: Job, folder: str) -> Spec:
@@ -4325,11 +4476,16 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
 def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     """Change the states of jobs by verbs of MOVES; the jobs as they are then.
 
-    WrongState, and InUse for a unique key, before anything else is written. Rows come
-    first, for what follows reads them: dependents ask whether these are completed.
+    WrongState, and InUse for a unique key, before anything is written. Each row is
+    guarded by the state and the claim that the job had (I1, I3); it was read in this
+    very transaction, so a guard that does not hold is a mistake of ours: Stale.
     """
+    refuse_taken_keys(store, [change.before for change in changes
+                               if change.verb == "retry"])
     jobs = [_moved(store, change, now) for change in changes]
-    _write_moves(store, changes, jobs)
+    store.change(Sql.MOVE, [
+        {**job._asdict(), "source": change.before.state, "held": change.before.claim}
+        for change, job in zip(changes, jobs)])
     store.many(Sql.INSERT_EVENT, [
         {"job": job.seq, "source": change.before.state, "target": job.state,
          "at": job.updated_at,
@@ -4341,9 +4497,9 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
         store.count(job.queue, job.state, +1)
         if change.verb in TALLIED:
             store.tally(now, job.queue, change.verb)
-    _regate_dependents(store, [
-        job for change, job in zip(changes, jobs)
-        if COMPLETED in (change.before.state, job.state)], now)
+    _block(store, [job.seq for change, job in zip(changes, jobs)
+                   if change.before.state == COMPLETED])
+    _unblock(store, [job.seq for job in jobs if job.state == COMPLETED], now)
     _add_hooks(store, jobs, now)    # last: on-idle goes by the counts of these changes
     return jobs
 
@@ -4355,7 +4511,7 @@ def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
     With slot and start once more: a run claimed ahead may have begun since the last
     turn, and ended before this one could say so.
     """
-    store.many(Sql.END_RUN, [
+    store.change(Sql.END_RUN, [
         {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
          "finished_at": iso(now), "duration": outcome.duration,
          "outcome": outcome.kind, "exit_code": outcome.exit_code,
@@ -4397,14 +4553,34 @@ def remove(store: Store, job: Job, now: float) -> None:
     """
     if job.state == PROCESSING:
         raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
-    needing = _dependents(store, [job])
+    needing = store.row(Sql.WAITING_DEPENDENT, needs=job.seq)
     if needing and job.state != COMPLETED:
-        raise InUse(f"{needing[0].id} waits for {job.id}",
-                    f"`queuectl cancel {needing[0].id}` first")
+        raise InUse(f"{needing[0]} waits for {job.id} ({job.state})",
+                    f"delete or cancel {needing[0]}, too")
+    met = dict(store.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME) \
+        if job.state == COMPLETED else 0
+    _meet(store, store.rows(Sql.DEPENDENTS, needs=json.dumps([job.seq]), after=met,
+                            limit=END_OF_TIME), now)
     for statement in Sql.DELETE_JOB:
         store.do(statement, {"seq": job.seq})
     store.count(job.queue, job.state, -1)
     store.tally(now, job.queue, "delete")   # no figure shows it: it settles the others
+
+
+def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
+    """Delete those that can go, in any order that lets a whole chain of dependents go;
+    those that stay. The newest come first: mostly it is they that wait for the others.
+    """
+    left, before = sorted(jobs, key=lambda job: -job.seq), -1
+    while len(left) != before:
+        before, kept = len(left), list[Job]()
+        for job in left:
+            try:
+                remove(store, job, now)
+            except (InUse, WrongState):     # raised before the first write
+                kept.append(job)
+        left = kept
+    return left
 
 
 def edit(store: Store, before: Job, after: Job, now: float) -> Job:
@@ -4420,10 +4596,13 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
         raise InvalidJob("max_retries", f"max_retries: {after.id} has failed "
                          f"{after.attempts} times already",
                          f"use at least {after.attempts + 1}")
-    after = after._replace(
-        updated_at=iso(now), gate=gate_of(store, after, now),
-        rank=rank_of(after.priority, after.run_at, store.settings()))
-    store.do(Sql.EDIT, after._asdict())
+    if after.run_at == before.run_at:
+        after = brought_forward(after, now)     # `updated_at` would hide its beginning
+    gate = OPEN if before.gate == OPEN and after.run_at == before.run_at \
+        else gate_of(after, now)
+    after = after._replace(updated_at=iso(now), gate=gate, rank=rank_of(
+        after.priority, after.run_at, store.settings()))
+    store.change(Sql.EDIT, [after._asdict()])
     store.count(before.queue, before.state, -1)
     store.count(after.queue, after.state, +1)
     return after
@@ -4441,33 +4620,15 @@ def rerank(store: Store) -> None:
         store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
 
 
-def old_minute(store: Store, now: float) -> int | None:
-    """The first minute whose counters are to be put together by the hour, or None.
-
-    `folded` is the end of the last hour that was: its first minute, which keeps all of
-    it, would be found again. Where that lies ahead of `before`, a clock was set back.
+def bring_forward(store: Store, now: float) -> None:
+    """Count delays and backoffs anew that began in the future: the clock was set back.
     """
-    before = int(now // 3600) * 60 - FINE_MINUTES
-    folded = int(store.meta("folded") or 0)
-    # Minute 0 is all time; and a clock that was ahead says nothing about these.
-    after = max(59, folded if folded < before else 0)
-    row = store.row(Sql.FIRST_FINE, after=after, before=before)
-    return row[0] if row else None
-
-
-def fold(store: Store, minute: int) -> None:
-    """Put the counters of that minute's hour into its first minute.
-
-    The rest of the hour is added to it and deleted, both in one transaction: if it is
-    done again, nothing is left to add. The price is what `stats --since` can tell of
-    old times: whole hours.
-    """
-    hour = minute - minute % 60
-    rest = {"first": hour + 1, "last": hour + 59}
-    store.many(Sql.TALLY, [(hour, *row)
-                           for row in store.rows(Sql.TALLIES_BETWEEN, **rest)])
-    store.do(Sql.DELETE_TALLIES, rest)
-    store.do(Sql.SET_META, {"key": "folded", "value": str(hour + 59)})
+    jobs = [brought_forward(job, now) for job in store.jobs(
+        Sql.DELAYED, ahead=iso(now + CLOCK_NOISE), limit=DUE_BATCH)]
+    settings = store.settings()
+    store.change(Sql.BRING_FORWARD, [
+        {"seq": job.seq, "run_at": job.run_at, "updated_at": job.updated_at,
+         "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
 
 
 def _is_over(store: Store, seq: int | None) -> bool:
@@ -4626,6 +4787,14 @@ class Queue:
         may come `after` each other. A `delay` counts from the call, `created_at` from
         the transaction: in between lies the wait for the write lock.
         """
+        return self.add(jobs)[0]
+
+    def add(self, jobs: Iterable[Spec | dict[str, Any]]) -> tuple[list[Job], int]:
+        """As `enqueue_many`; the jobs, and how many of them are new.
+
+        The others were there already: they have the `unique` or `once` key of a job
+        that was to be added.
+        """
         now, specs = self.clock(), []
         for item, given in enumerate(jobs):
             with at_item(item):
@@ -4633,9 +4802,10 @@ class Queue:
                 specs.append(spec if spec.cwd
                              else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
-            added = Batch(store, self.clock()).add(specs)
+            batch = Batch(store, self.clock())
+            added = batch.add(specs)
         self.wake(NEW_JOBS)
-        return added
+        return added, len(batch.new)
 
     # Looking.
 
@@ -4688,6 +4858,12 @@ class Queue:
         """The history of a job's runs, oldest first, each with the output it kept."""
         job = self.store.job(job_id)
         return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
+
+    def last_runs(self, job_id: str, limit: int) -> list[Run]:
+        """The last runs of a job, oldest first, without their output."""
+        job = self.store.job(job_id)
+        return [Run(*row) for row in reversed(self.store.rows(
+            Sql.LAST_RUNS, job=job.seq, limit=limit))]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
         """One run of a job, by default the last, also while it runs; else NoSuchRun.
@@ -4815,7 +4991,9 @@ class Queue:
         """Return when these jobs are over, as they are then.
 
         NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
-        not there (any more). `tell` hears how far they are, with each look.
+        not there (any more); Blocked if none of those left can end: they come after a
+        dead or cancelled job, or wait for the job that makes this call. `tell` hears
+        how far they are, with each look.
 
         One that was once seen to be over is not looked at again, so a retry or a
         deletion after that changes nothing; an id given twice comes once.
@@ -4830,6 +5008,7 @@ class Queue:
             tell(_progress_of(left, over))
             if len(over) == len(jobs):
                 return [over[job_id] for job_id in jobs]
+            self._refuse_blocked([job for job in left if job.state not in OVER])
             now = time.monotonic()
             if now >= end:
                 raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
@@ -4857,22 +5036,105 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never). Jobs that are added meanwhile
-        are waited for as well, and so is one that comes after a dead job: for ever.
-        `tell` hears how far they are, as in `wait`.
+        NotFinished after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
+        that are added meanwhile are waited for as well. `tell` hears how far they are.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         first = self.progress(queue)
         while True:
-            seen = self.store.changes()
+            seen, began = self.store.changes(), time.monotonic()
             now = self.progress(queue).since(first)
             tell(now)
             if not now.left:
                 return now
+            self._refuse_all_blocked(now, queue)
             if time.monotonic() >= end:
                 raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
                                   "wait longer, or see `queuectl list`")
+            time.sleep(max(0.0, min(5 * (time.monotonic() - began),
+                                    end - time.monotonic())))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
+
+    def caller(self) -> Job | None:
+        """The job whose command this process is part of, if it is one of this queue."""
+        claim, path = (os.environ.get(name, "") for name in (
+            "QUEUECTL_CLAIM", "QUEUECTL_DB"))
+        if not claim.isdigit() or os.path.realpath(path) != self.path:
+            return None
+        found = self.store.jobs(Sql.JOB_BY_CLAIM, claim=int(claim))
+        return found[0] if found else None
+
+    def stuck(self, limit: int, queue: str | None = None) -> list[Job]:
+        """Jobs that are blocked for good: they come after a dead or cancelled one."""
+        return self.store.jobs(Sql.LIST_STUCK, caller=None, queue=queue, limit=limit)
+
+    def count_stuck(self, queue: str | None = None) -> int:
+        """How many jobs are blocked for good; reads all that are blocked."""
+        return int(self.store.rows(Sql.COUNT_STUCK, caller=None, queue=queue)[0][0])
+
+    def why_stuck(self, job: Job) -> str:
+        """What a job that is blocked for good comes after: `build (dead)`."""
+        needed = {one.id: one for one in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job.after))}
+        states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
+        found = sorted((one for one in needed.values() if one.state in states),
+                       key=lambda one: states.index(one.state))
+        return f"{found[0].id} ({found[0].state})" if found else "other jobs"
+
+    def _refuse_blocked(self, left: Sequence[Job]) -> None:
+        """Raise Blocked if none of these unfinished jobs can end."""
+        caller = self.caller()
+        waiting = [job for job in left if caller is None or job.seq != caller.seq]
+        if any(job.gate != BLOCKED for job in waiting):
+            if caller and all(job.gate == OPEN for job in waiting):
+                self._refuse_slot_of(caller, waiting[0])
+            return
+        stuck = {row[0] for row in self.store.rows(
+            Sql.STUCK_AMONG, caller=caller and caller.seq,
+            seqs=json.dumps([job.seq for job in waiting]))} if waiting else set()
+        if stuck >= {job.seq for job in waiting}:
+            self._raise_blocked(waiting, caller)
+
+    def _refuse_all_blocked(self, now: Progress, queue: str | None) -> None:
+        """Raise Blocked if no unfinished job (of the queue) can end."""
+        caller = self.caller()
+        own = int(caller is not None and queue in (None, caller.queue))
+        if now.running > own:
+            return
+        n = self.store.rows(Sql.COUNT_STUCK, caller=caller and caller.seq,
+                            queue=queue)[0][0]
+        if n >= now.waiting:
+            self._raise_blocked(self.store.jobs(
+                Sql.LIST_STUCK, caller=caller and caller.seq, queue=queue, limit=1),
+                caller, n)
+        elif caller:
+            for job in self.jobs(WAITING, "priority", 1, queue=queue):
+                self._refuse_slot_of(caller, job)
+
+    def _refuse_slot_of(self, caller: Job, job: Job) -> None:
+        """Raise Blocked if a job waits for the slot or limit that the caller uses."""
+        workers = [view for view in self.workers()
+                   if not view.worker.queues or job.queue in view.worker.queues]
+        limits = {view.name: view.limit for view in self.queues()}
+        one_slot = sum(view.worker.slots for view in workers) == 1 \
+            and caller.worker in [view.worker.name for view in workers]
+        if job.gate == OPEN and (one_slot or (
+                caller.queue == job.queue and limits.get(job.queue) == 1)):
+            raise Blocked(f"{job.id} cannot start: {caller.id}, which runs this "
+                          "command, has the only slot for it",
+                          "let the job end first, or start another worker")
+
+    def _raise_blocked(self, jobs: Sequence[Job], caller: Job | None,
+                       n: int | None = None) -> None:
+        if not jobs:
+            raise Blocked(f"{caller.id if caller else 'this job'} runs this command, "
+                          "so it cannot end before the command does",
+                          "wait for other jobs, or from outside of the job")
+        count = len(jobs) if n is None else n
+        others = f" (and {count - 1} more)" if count > 1 else ""
+        raise Blocked(f"{jobs[0].id}{others} cannot run: it comes after "
+                      f"{self.why_stuck(jobs[0])}",
+                      "retry or cancel that job, or cancel what comes after it")
 
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not.
@@ -4989,9 +5251,9 @@ class Queue:
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
-        Counted by the minute (what is older than eight days: by the hour), so the
-        start is rounded down to a full one; `covered` tells how much that makes.
-        Minute 0 of the counters is all time, and no purge touches any.
+        Counted by the minute, for eight days, so the start is rounded down to a full
+        one; `covered` tells how much that makes. Minute 0 of the counters is all time,
+        and no purge touches any.
         """
         if duration is None:
             rows = self.store.rows(Sql.TALLIES_EVER)
@@ -5003,15 +5265,11 @@ class Queue:
                                   if row[0] == queue) for queue in queues}}
 
     def _minute(self, duration: float) -> int:
-        """The minute in which a time began that is that many seconds long; its hour's
-        first, where counters are kept by the hour.
-
-        `fold` puts an hour's counters into its first minute: a start after that would
-        leave out the whole hour. At least 1, for 0 is all time.
+        """The first minute of a time that is that many seconds long, as far as it is
+        kept; at least 1, for 0 is all time.
         """
-        minute = max(1, int((self.clock() - duration) // 60))
-        return minute - minute % 60 if minute <= int(self.store.meta("folded") or 0) \
-            else minute
+        now = self.clock()
+        return max(1, int((now - duration) // 60), int(now // 60) - KEPT_MINUTES)
 
     def covered(self, duration: float | None) -> float:
         """The seconds that `stats` of a duration really cover, at most the queue's age.
@@ -5023,8 +5281,7 @@ class Queue:
     def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
         """What was done in each of the last minutes, oldest first, the current last.
 
-        Minutes in which nothing was done are there, too. What is older than
-        FINE_MINUTES may stand whole in the first minute of its hour.
+        Minutes in which nothing was done are there, too.
         """
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
@@ -5104,8 +5361,8 @@ class Queue:
         """
         now = self.clock()
         return move(self.store, [Change("retry", job, job._replace(
-            attempts=0, crashes=0, run_at=iso(now), started_at=None, finished_at=None,
-            exit_code=None, error=None)) for job in jobs], now)
+            attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
+            finished_at=None, exit_code=None, error=None)) for job in jobs], now)
 
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
@@ -5128,8 +5385,8 @@ class Queue:
         """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
-        self.store.many(Sql.WISH, [{"seq": job.seq, "claim": job.claim, "wish": CANCEL}
-                                   for job in running])
+        self.store.change(Sql.WISH, [
+            {"seq": job.seq, "claim": job.claim, "wish": CANCEL} for job in running])
         moved = move(self.store, [Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         now_so = {job.seq: job for job in (
@@ -5141,11 +5398,9 @@ class Queue:
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
-            # A job that another waits for cannot go, so of a chain that is deleted
-            # whole the last has to be first.
-            # The newest first: mostly it is they that wait for the others.
-            for job in sorted(jobs, key=lambda job: -job.seq):
-                remove(store, job, now)
+            kept = remove_all(store, jobs, now)
+            for job in kept:
+                remove(store, job, now)     # says why it cannot go
         return jobs
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
@@ -5161,7 +5416,7 @@ class Queue:
                 raise InvalidJob(key, f"{key} cannot be edited",
                                  "these can: " + ", ".join(EDITABLE))
         changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
-        _take_delay(changes, now)
+        _take_delay(changes, fields, now)
         if "run_at" in changes:
             changes["run_at"] = iso_up(changes["run_at"])
         with self.store.transaction() as store:
@@ -5172,13 +5427,16 @@ class Queue:
         return jobs
 
     def sweep(self, verb: str, state: str | Sequence[str] = (),
-              older_than: float | None = None, **filters: Any) -> Iterator[list[Job]]:
+              older_than: float | None = None,
+              keep: Callable[[QueueError], object] = lambda why: None,
+              **filters: Any) -> Iterator[list[Job]]:
         """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions.
 
         After each come the jobs that it has changed, if any: so others never wait long
         for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
         are passed over: those that run (unless they are to be cancelled), those whose
-        unique key another has, those that others wait for. `older_than`: only those
+        unique key another has, those that others wait for; `keep` is told why. Jobs
+        that wait for each other are deleted in several passes. `older_than`: only those
         that have been over for so many seconds; InvalidValue for states that are not
         over. Filters as in `jobs`. Without a state and filters, all jobs fit.
 
@@ -5188,60 +5446,80 @@ class Queue:
         """
         change = {"retry": self._retry_free, "cancel": self._cancel_all,
                   "delete": self._delete_free}[verb]
-        sort, found = "newest", list[Job]()
+        sort = "newest"
         if older_than is not None:
             state, sort = _ended(state), "ended"
             # Stored times are whole milliseconds and the comparison is `<`: with one
             # more, what has been over for exactly so long fits as well.
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
+        again = True
+        while again:
+            kept, n = list[QueueError](), 0
+            for changed in self._pass(change, kept, state, sort, filters):
+                n += len(changed)
+                # Nothing waits for what can be deleted, so no worker need look.
+                if changed and verb != "delete":
+                    self.wake(NEW_ORDERS)
+                yield changed
+            again = verb == "delete" and bool(kept) and n > 0
+        for why in kept:
+            keep(why)
+        while verb == "delete" and self.store.shrink():
+            time.sleep(SWEEP_PAUSE)
+
+    def _pass(self, change: Callable[[list[Job], list[QueueError]], list[Job]],
+              kept: list[QueueError], state: str | Sequence[str], sort: str,
+              filters: Mapping[str, Any]) -> Iterator[list[Job]]:
+        """Go through the jobs that fit once, a transaction for each SWEEP_BATCH."""
+        place = dict(filters)
         while True:
             with self.store.transaction():
-                found = self.jobs(state, sort, SWEEP_BATCH, **filters)
-                changed = change(found)
-            # Nothing waits for what can be deleted, so no pool need look.
-            if changed and verb != "delete":
-                self.wake(NEW_ORDERS)
+                found = self.jobs(state, sort, SWEEP_BATCH, **place)
+                changed = change(found, kept)
             # Between two transactions: who takes these may be slow, and holds no lock.
             yield changed
             if len(found) < SWEEP_BATCH:
                 return
             if sort == "newest":
-                filters["before"] = found[-1].seq
+                place["before"] = found[-1].seq
             else:
-                filters["ended_at"] = found[-1].finished_at
-                filters["ended_seq"] = found[-1].seq
+                place.update(ended_at=found[-1].finished_at, ended_seq=found[-1].seq)
             # Without it this loop mostly has the lock again before one of those that
             # wait for it has looked: a purge of half a million shut out everybody for
             # seconds.
             time.sleep(SWEEP_PAUSE)
 
-    def _retry_free(self, jobs: Iterable[Job]) -> list[Job]:
-        """Retry those that may wait again: of a unique key the first, if it is free.
-
-        All at once the index jobs_by_unique would refuse, and with them all others.
-        """
-        free, taken = list[Job](), set[str]()
+    def _retry_free(self, jobs: Iterable[Job], kept: list[QueueError]) -> list[Job]:
+        """Retry those that may wait again: of a unique key the first, if it is free."""
+        free = list[Job]()
         for job in jobs:
-            if job.unique is None:
-                free.append(job)
-            elif job.unique not in taken:
-                taken.add(job.unique)
-                holders = self.store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)
-                free += [job] if all(one.seq == job.seq for one in holders) else []
-        return self._retry([job for job in free if job.state != PROCESSING])
+            try:
+                if job.state != PROCESSING:
+                    refuse_taken_keys(self.store, [*free, job] if job.unique else [])
+                    free.append(job)
+            except InUse as why:
+                kept.append(why)
+        return self._retry(free)
 
-    def _cancel_all(self, jobs: Iterable[Job]) -> list[Job]:
+    def _cancel_all(self, jobs: Iterable[Job], kept: list[QueueError]) -> list[Job]:
         return self._cancel([job for job in jobs if job.state not in OVER])
 
-    def _delete_free(self, jobs: Iterable[Job]) -> list[Job]:
+    def _delete_free(self, jobs: Sequence[Job], kept: list[QueueError]) -> list[Job]:
         """Delete those that nothing needs: not running, and no other waits for them."""
-        now, deleted = self.clock(), list[Job]()
+        now = self.clock()
+        left = {job.seq for job in remove_all(self.store, jobs, now)}
         for job in jobs:
-            # Both are raised before its first write: nothing half-done is committed.
-            with contextlib.suppress(InUse, WrongState):
-                remove(self.store, job, now)
-                deleted.append(job)
-        return deleted
+            if job.seq in left and job.state != PROCESSING:
+                with contextlib.suppress(WrongState):
+                    kept.append(self._why_kept(job))
+        return [job for job in jobs if job.seq not in left]
+
+    def _why_kept(self, job: Job) -> QueueError:
+        try:
+            remove(self.store, job, self.clock())
+        except InUse as why:
+            return why
+        raise Stale(f"{job.id} could be deleted after all")
 
     # Queues.
 
@@ -5444,8 +5722,6 @@ class Queue:
 # know rows and locks, but no command, no process of a job and no waiting: that is the
 # pool's (Pool), which decides when a turn is worth while.
 
-# So that a turn ends, however much has become due: 2000 take some 50 ms.
-DUE_BATCH = 2000       # jobs whose time has come that one turn lets in
 CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
 
 
@@ -5542,10 +5818,13 @@ class Claims:
         become due is work for any pool: it lets it in, whosever it is.
         """
         now = self._clock()
-        if not self._store.rows(Sql.ANY_OPEN, now=iso(now))[0][0]:
+        ahead = iso(now + CLOCK_NOISE)
+        if not self._store.rows(Sql.ANY_OPEN, now=iso(now), ahead=ahead)[0][0]:
             return False
         due, room = self.next_due(), self._room(1)
-        return (due is not None and due <= now) or any(
+        return (due is not None and due <= now) or bool(
+            self._store.rows(Sql.UNBLOCKING)
+            or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
             room(queue) and self._store.row(Sql.ANY_OPEN_IN, queue=queue)
             for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
@@ -5593,17 +5872,21 @@ class Claims:
                 # The fence (I3): a claim that is not among these was taken from us
                 # while we were silent, and its end is dropped. By the name, so those of
                 # a dead pool that had it are there, too: nobody here asks for them.
-                mine = dict(store.rows(Sql.MINE, worker=self.worker.name))
+                rows = store.rows(Sql.MINE, worker=self.worker.name)
+                mine = {claim: wish for claim, wish, _ in rows}
+                unmet = {claim: n for claim, _, n in rows}
                 # The job as it was claimed, for no one edits it since; but with the
                 # wish of now: a cancel or a rescue decides how this end is judged.
-                ends = [End(self._held[claim].job._replace(wish=mine[claim]),
+                ends = [End(self._held[claim].job._replace(wish=mine[claim],
+                                                           unmet=unmet[claim]),
                             self._held[claim], outcome)
                         for claim, outcome in ended.items() if claim in mine]
                 settled = record(store, ends, settings, now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
                 self._fire(now)
-                behind = self._let_in(now)
+                bring_forward(store, now)
+                behind = unblock_more(store, now) or self._let_in(now)
                 [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
@@ -5707,18 +5990,19 @@ class Claims:
         row = self._store.row(Sql.LAST_CLAIM)
         claim = row[0] if row else 0
         taken: list[Claimed] = []
-        for (job, runs), slot in zip(self._choose(len(slots)), slots):
-            if slot == AHEAD and runs > 0:
+        for job, slot in zip(self._choose(len(slots)), slots):
+            if slot == AHEAD and job.runs > 0:
                 continue    # see `Rescuer.record`
             claim, lock = self._draw(0, claim + 1)  # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
-            taken.append(Claimed(job, claim, runs + 1, lock, slot))
+            taken.append(Claimed(job, claim, job.runs + 1, lock, slot))
         # A number that is given explicitly, and is larger, moves AUTOINCREMENT's own
         # count along: so it is never used again, even if its row is deleted (I4).
         self._write_runs(taken, now)
         jobs = move(self._store, [Change("claim", one.job, one.job._replace(
-            claim=one.claim, worker=self.worker.name, started_at=iso(now),
-            finished_at=None, exit_code=None, error=None)) for one in taken], now)
+            claim=one.claim, worker=self.worker.name, runs=one.number,
+            started_at=iso(now), finished_at=None, exit_code=None, error=None))
+            for one in taken], now)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
     def _draw(self, base: int, number: int) -> tuple[int, int]:
@@ -5750,13 +6034,14 @@ class Claims:
                               value=max(0.0, now - epoch(self._ready_at(one.job))))
 
     def _ready_at(self, job: Job) -> str:
-        """Since when it waits for a slot alone: due, and all that it comes after over.
+        """Since when it waits for a slot alone: due, its last run over, and all that it
+        comes after as well.
         """
-        needed = self._store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after)) if job.after else []
-        return max([job.run_at, *(one.finished_at or "" for one in needed)])
+        needs = self._store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
+            if job.after else None
+        return max(job.run_at, job.finished_at or "", needs or "")
 
-    def _choose(self, free: int) -> list[Candidate]:
+    def _choose(self, free: int) -> list[Job]:
         """The first in line whose queues have room.
 
         Mostly these are the very first. Where paused, full or foreign queues stand
@@ -5769,20 +6054,16 @@ class Claims:
         """
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
-            line = self._candidates(Sql.LINE, limit=limit)
+            line = self._store.jobs(Sql.LINE, limit=limit)
             chosen = choose(line, room, free)
             if len(chosen) == free or len(line) < limit:
                 return chosen
         waiting = {queue for queue, state, _ in self._store.rows(Sql.COUNTS)
                    if state in WAITING and room(queue) > 0}
         return choose(sorted((
-            one for queue in waiting
-            for one in self._candidates(Sql.QUEUE_LINE, queue=queue, limit=free)),
+            job for queue in waiting
+            for job in self._store.jobs(Sql.QUEUE_LINE, queue=queue, limit=free)),
             key=place_in_line), room, free)
-
-    def _candidates(self, sql: str, **values: Any) -> list[Candidate]:
-        return [Candidate(job_of(row[:-1]), row[-1] or 0)
-                for row in self._store.rows(sql, **values)]
 
     def _room(self, free: int) -> Callable[[str], int]:
         """How many more jobs of a queue may start.
@@ -5808,8 +6089,8 @@ class Claims:
         return room
 
     def expiry(self) -> Iterator[list[Job]]:
-        """Delete what is over for longer than the configuration keeps it, and put the
-        counters of old minutes together by the hour: in steps.
+        """Delete what is over for longer than the configuration keeps it, and counters
+        of old minutes: in steps.
 
         Each step is a transaction, and between two of them the pool does its work.
         Cancelled jobs have no such setting: they go by a person's purge alone.
@@ -5819,13 +6100,11 @@ class Claims:
                             (DEAD, settings.retention_dead)):
             if kept is not None:
                 yield from self._queue.sweep("delete", state, kept)
-        # Asked before the transaction as well: mostly there is none, and an idle pool
-        # is to write nothing.
-        while old_minute(self._store, self._clock()) is not None:
+        old = {"before": int(self._clock() // 60) - KEPT_MINUTES}
+        # Asked before the transaction: an idle worker is to write nothing.
+        while self._store.rows(Sql.OLD_TALLY, **old)[0][0]:
             with self._store.transaction() as store:
-                minute = old_minute(store, self._clock())
-                if minute is not None:      # else another pool was faster
-                    fold(store, minute)
+                store.do(Sql.DELETE_TALLIES, {**old, "limit": SHRINK_PAGES})
             yield []
 
     def is_drained(self) -> bool:
@@ -5835,6 +6114,8 @@ class Claims:
         for a time to come, or for jobs: these count by themselves. Of a queue at its
         limit something runs.
         """
+        if self._store.rows(Sql.UNBLOCKING):
+            return False
         states = {(queue, state) for queue, state, _ in self._store.rows(Sql.COUNTS)}
         room = self._room(1)
         busy = {queue for queue, state in states
@@ -10686,7 +10967,7 @@ _JOB_SCHEMA = _object_schema({
     "after": _NAMES_SCHEMA, "unique": _or_null(_TEXT), "tags": _NAMES_SCHEMA,
     "env": _ENV_SCHEMA, "cwd": _TEXT, "crashes": _AMOUNT, "worker": _or_null(_TEXT),
     "started_at": _or_null(_STAMP), "finished_at": _or_null(_STAMP),
-    "exit_code": _or_null(_WHOLE), "error": _or_null(_TEXT)})
+    "exit_code": _or_null(_WHOLE), "error": _or_null(_TEXT), "once": _or_null(_TEXT)})
 _RUN_SCHEMA = _object_schema({
     "number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
     "finished_at": _or_null(_STAMP), "duration": _or_null(_NUMBER_SCHEMA),
@@ -10748,6 +11029,8 @@ _NEW_JOB_SCHEMA = {
         "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
         "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
                    "pattern": _NO_NUL},
+        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+                 "pattern": _NO_NUL},
         "env": {"type": ["object", "null"], "additionalProperties": {
             "type": "string", "pattern": "^[^\\u0000]*$"},
             "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
@@ -12717,6 +13000,12 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
+def _checked_time(text: str) -> str:
+    """The text of a time, as it is: a time of the clock and `+DUR` are not the same."""
+    parse_time(text, time.time())
+    return text
+
+
 # Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
@@ -12748,6 +13037,8 @@ _JOB_FLAGS = (
                help="a label; again and again"),
         option("--unique", metavar="KEY",
                help="add nothing while a job with this key is not over"),
+        option("--once", metavar="KEY",
+               help="add nothing while any job with this key exists, in any state"),
         option("--env", action="append", metavar="K=V",
                help="a variable for the command; again and again"),
         option("--cwd", metavar="DIR", help="where it runs (default: here)")),
@@ -12757,8 +13048,7 @@ _JOB_FLAGS = (
             text, -MAX_WHOLE, MAX_WHOLE)), metavar="N",
             help="higher first (default: 0)"),
         option("--delay", **_DUR, help="not before this time has passed"),
-        option("--run-at", type=_typed(lambda text: parse_time(text, time.time())),
-               metavar="TIME",
+        option("--run-at", type=_typed(_checked_time), metavar="TIME",
                help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
         option("--after", action="append", metavar="ID",
                help="run once that job is completed; again and again")),
