@@ -5072,6 +5072,13 @@ class Queue:
         """How many jobs are blocked for good; reads all that are blocked."""
         return int(self.store.rows(Sql.COUNT_STUCK, caller=None, queue=queue)[0][0])
 
+    def stuck_among(self, jobs: Sequence[Job], caller: Job | None = None) -> list[Job]:
+        """Those of these jobs that are blocked for good, or while `caller` runs."""
+        stuck = {row[0] for row in self.store.rows(
+            Sql.STUCK_AMONG, caller=caller and caller.seq,
+            seqs=json.dumps([job.seq for job in jobs]))} if jobs else set()
+        return [job for job in jobs if job.seq in stuck]
+
     def why_stuck(self, job: Job) -> str:
         """What a job that is blocked for good comes after: `build (dead)`."""
         needed = {one.id: one for one in self.store.jobs(
@@ -5089,10 +5096,7 @@ class Queue:
             if caller and all(job.gate == OPEN for job in waiting):
                 self._refuse_slot_of(caller, waiting[0])
             return
-        stuck = {row[0] for row in self.store.rows(
-            Sql.STUCK_AMONG, caller=caller and caller.seq,
-            seqs=json.dumps([job.seq for job in waiting]))} if waiting else set()
-        if stuck >= {job.seq for job in waiting}:
+        if len(self.stuck_among(waiting, caller)) == len(waiting):
             self._raise_blocked(waiting, caller)
 
     def _refuse_all_blocked(self, now: Progress, queue: str | None) -> None:
@@ -5245,8 +5249,33 @@ class Queue:
         """
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
-        return [Hindrance(f"after {job_id} ({needed[job_id]})")
+        return [Hindrance(f"after {job_id} ({needed[job_id]})", False,
+                          f"retry {job_id}, or cancel what comes after it"
+                          if needed[job_id] in (DEAD, CANCELLED) else "")
                 for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
+
+    def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
+        """What waits in these queues (all if none is named), and why, in a few lines.
+
+        For a worker that drains: none of these jobs can start now.
+        """
+        lines, scene = [], self._scene()
+        for name, view in scene.queues.items():
+            left = sum(view.counts[state] for state in WAITING)
+            if not left or (queues and name not in queues):
+                continue
+            stuck = self.count_stuck(name)
+            for job in self.stuck(1, name):
+                lines.append(f"{stuck} of queue {name} cannot run: {job.id} comes "
+                             f"after {self.why_stuck(job)}")
+            if left > stuck:
+                why = next((f": {job.id} " + (", ".join(
+                    one.text for one in self._hindrances(job, scene)
+                    if not one.text.startswith("no worker")) or "is ready")
+                    for job in self.jobs(WAITING, "run-at", PAGE_SIZE, queue=name)
+                    if job.gate != BLOCKED), "")
+                lines.append(f"{left - stuck} of queue {name}{why}")
+        return [f"left waiting: {line}" for line in lines]
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
@@ -6297,6 +6326,7 @@ class Inspection:
     """
 
     def __init__(self, queue: Queue) -> None:
+        self._queue = queue
         self._store, self._host, self.path = queue.store, queue.host, queue.path
 
     def findings(self) -> list[Finding]:
@@ -6305,8 +6335,9 @@ class Inspection:
         Within a level in the order of the looks. It reads the whole file, so it takes
         longer the larger that is.
         """
-        looks = (self._file, self._schedules, self._lost_runs, self._strays,
-                 self._filesystem, self._sqlite, self._wal, self._room, self._mode)
+        looks = (self._file, self._schedules, self._stuck, self._clock,
+                 self._lost_runs, self._strays, self._filesystem, self._sqlite,
+                 self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
 
@@ -6346,6 +6377,26 @@ class Inspection:
                               f"cannot be read, so it rests: {error.message}",
                               f"`queuectl schedule remove {schedule.name}`, and add it "
                               "anew")
+
+    def _stuck(self) -> Iterator[Finding]:
+        """Jobs that can never run, a line for each up to CHECK_SHOWN."""
+        n = self._queue.count_stuck()
+        for job in self._queue.stuck(CHECK_SHOWN):
+            yield Finding(WARNING, "blocked", f"{job.id} cannot run: it comes after "
+                          f"{self._queue.why_stuck(job)}",
+                          f"retry that job, or `queuectl cancel {job.id}`")
+        if n > CHECK_SHOWN:
+            yield Finding(WARNING, "blocked", f"{n - CHECK_SHOWN} more jobs cannot run",
+                          "`queuectl list --state pending` shows them")
+
+    def _clock(self) -> Iterator[Finding]:
+        """Delays and backoffs that began in the future."""
+        ahead = iso(self._queue.clock() + CLOCK_NOISE)
+        found = self._store.jobs(Sql.DELAYED, ahead=ahead, limit=DUE_BATCH)
+        if found:
+            yield Finding(WARNING, "clock", f"the clock was set back: {len(found)} "
+                          f"jobs wait longer than their own delay: {found[0].id} ...",
+                          "a worker brings them forward; `queuectl worker start`")
 
     def _lost_runs(self) -> Iterator[Finding]:
         """No promise is broken yet: the next worker that comes takes these over.
@@ -7831,6 +7882,7 @@ class Pool:
         self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
         self._expire_at = math.inf                      # monotonic: the next of them
         self._due_at: float | None = None               # epoch: the next due job
+        self._wall = 0.0        # epoch: the time at the last look
         self._retry_at = 0.0    # monotonic: no turn before; the last one failed
         self._failing_since: float | None = None        # monotonic: turns fail
         self._claim_at = 0.0    # monotonic: no claim before; the machine is short
@@ -7913,7 +7965,11 @@ class Pool:
         version = self._queue.store.changes()
         if version != self._version:    # a wake-up may have got lost
             self._version, self._look = version, True
-        if self._due_at is not None and self._queue.clock() >= self._due_at:
+        wall = self._queue.clock()
+        if wall < self._wall - CLOCK_NOISE:     # it was set back: delays count anew
+            self._look = True
+        self._wall = wall
+        if self._due_at is not None and wall >= self._due_at:
             self._look = True
         if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
             return True
@@ -8074,7 +8130,7 @@ class Pool:
         job = claimed.job
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
-               "QUEUECTL_SLOT": str(slot),
+               "QUEUECTL_SLOT": str(slot), "QUEUECTL_CLAIM": str(claimed.claim),
                "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
         if job.queue == HOOKS_QUEUE:    # it is told of the job that it follows
             own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
@@ -8342,6 +8398,11 @@ class Pool:
         """What there is to say at the end."""
         return f"worker {self._claims.worker.name} stopped{self._tale()}"
 
+    @property
+    def has_dead(self) -> bool:
+        """Whether a job that it ran is dead."""
+        return DEAD in self._done
+
     def _tale(self) -> str:
         done = ", ".join(f"{n} {'handed back' if state == PENDING else state}"
                          for state, n in self._done.items())
@@ -8369,6 +8430,10 @@ def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> 
                 "start it anew")
             return EX_NO
     say(pool.farewell())
+    if options.drain:
+        for line in queue.left_waiting(options.queues):
+            say(line)
+        return EX_NO if pool.has_dead else EX_OK
     return EX_OK
 
 
@@ -13342,6 +13407,7 @@ class Stream:
 # the name that argparse gives it, and in `words` what stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
+SHOWN_RUNS = 20        # runs that `show` shows a person
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -13441,12 +13507,13 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     return _exit_status(jobs)
 
 
-def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
+def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
     """Print what was added: as JSON, as ids, or of a batch how many.
 
     Flushed, for `--wait` may go on for hours after it.
     """
+    known = len(jobs) - new
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
                          else job_object(jobs[0])))
@@ -13454,10 +13521,24 @@ def _say_added(jobs: Sequence[Job], is_batch: bool, args: argparse.Namespace,
         screen.out(*(job.id for job in jobs))
     elif jobs:
         ids = jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} ... {jobs[-1].id}"
-        screen.out(f"enqueued {len(jobs)} job{'s' * (len(jobs) > 1)}: {ids}")
+        screen.out(f"{new} added, {known} already there" if known
+                   else f"{new} added: {ids}")
     else:
         screen.note("no jobs in there; nothing was added")
+    if known and not is_batch:
+        screen.note(f"{jobs[0].id} ({jobs[0].state}) has that key: nothing was added")
     screen.flush()
+
+
+def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
+    """Say which of these jobs come after a dead or cancelled one."""
+    if all(job.gate != BLOCKED for job in jobs):
+        return
+    stuck = queue.stuck_among(jobs)
+    if stuck:
+        more = f" and {len(stuck) - 1} more wait" if len(stuck) > 1 else " waits"
+        screen.note(f"warning: {stuck[0].id}{more} for {queue.why_stuck(stuck[0])}, "
+                    "and cannot run until that is retried")
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
@@ -13470,31 +13551,25 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
-    began = iso(queue.clock())
     with screen.drawing():
         specs = _specs(given, _flag_fields(args), queue.clock(), screen)
         try:
-            jobs = queue.enqueue_many(specs)
+            jobs, new = queue.add(specs)
         except QueueError as error:
             if error.item is not None:
                 error.name_place(given[error.item].place)
             raise
-    # A job made before this command has come back in the place of one with the same
-    # unique key. Stored times are text of one form, so they compare as text.
-    for job in jobs:
-        if job.unique is not None and job.created_at < began:
-            screen.note(f"{job.id} has the unique key {job.unique!r} and is not over: "
-                        "nothing was added")
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
-        _say_added(jobs, is_batch, args, screen)
+        _say_added(jobs, new, is_batch, args, screen)
+    _warn_of_stuck(queue, jobs, screen)
     if not jobs or not args.wait:
         if jobs and not args.quiet:
             _note_no_worker(queue, screen)
         return EX_OK
     status = _await(queue, screen, [job.id for job in jobs], None)
     if args.json:   # as they are when they are over
-        _say_added([queue.job(job.id) for job in jobs], is_batch, args, screen)
+        _say_added([queue.job(job.id) for job in jobs], new, is_batch, args, screen)
     return status
 
 
@@ -13533,7 +13608,9 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         screen.note("no worker is running")
         return EX_OK
     end = None if args.timeout is None else time.monotonic() + args.timeout
-    waiting = {worker.id: worker.name for worker in asked}
+    caller = queue.caller()
+    own = caller.worker if caller else None     # it waits for this very command
+    waiting = {worker.id: worker.name for worker in asked if worker.name != own}
     while waiting:
         time.sleep(RESCUE_TICK)
         left = {view.worker.id for view in queue.workers()}
@@ -13542,6 +13619,9 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         if waiting and end is not None and time.monotonic() >= end:
             raise NotFinished(f"{', '.join(waiting.values())} still running jobs",
                               "wait longer, or give --now")
+    if caller and own in [worker.name for worker in asked]:
+        raise Blocked(f"{own} runs {caller.id}, which runs this command, so it stops "
+                      "when that job ends", "let the job end")
     return EX_OK
 
 
@@ -13692,11 +13772,12 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print one job whole."""
     # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
     # moment.
-    job, runs = queue.job(args.id), queue.runs(args.id)
+    job = queue.job(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
-        screen.out(dumps(show_object(job, runs, reasons)))
+        screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))
         return EX_OK
+    runs = queue.last_runs(args.id, SHOWN_RUNS)
     screen.out(*show_lines(job, runs, reasons, screen.style()))
     output = _output_of(queue, job)
     if output:
@@ -13796,7 +13877,10 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     Ten times a second. What a running command has printed is in its pool's memory; one
     wake-up has all pools store all of it.
     """
-    ids = list(dict.fromkeys(args.ids))
+    ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
+    if caller and caller.id in ids:
+        raise Blocked(f"{caller.id} runs this command, so its output has no end",
+                      "follow it from outside of the job")
     places = {job_id: place if len(ids) > 1 else None
               for place, job_id in enumerate(ids)}
     left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
@@ -13945,13 +14029,16 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str]) -> Iterator[Job]:
     """Do it to all that fit, in small transactions; who interrupts keeps what is done.
     """
-    done = 0
+    done, kept = 0, list[QueueError]()
     with screen.drawing() as show:
         for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
-                                 **_filters(args)):
+                                 kept.append, **_filters(args)):
             done += len(batch)
             show(f"{done:,} jobs {SAID[verb]} ...")
             yield from batch
+    if kept:
+        screen.note(f"{len(kept):,} left as "
+                    f"{'they are' if len(kept) > 1 else 'it is'}: {kept[0]}")
 
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,

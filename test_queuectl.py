@@ -4818,7 +4818,7 @@ class Pools(TestCase):
     def test_what_a_pool_says_of_a_job_that_fails_and_of_one_that_does_not(self):
         self.add("echo a")
         self.add("exit 3", max_retries=2, backoff_base=0)
-        self.assertEqual(self.run_pool(slots=2), 0)
+        self.assertEqual(self.run_pool(slots=2), 1)
 
         self.assertEqual(self.said[0], f"worker w started: 2 slots, all queues, {self.path}")
         told, _, tale = self.said[-1].partition(": ")   # in the order in which it came
@@ -6827,7 +6827,7 @@ class Processes(TestCase):
 
     def drain(self, *argv):
         code, _, err = self.call("worker", "start", "--drain", *argv)
-        self.assertEqual(code, 0, err)
+        self.assertEqual(code, int(" dead" in err.splitlines()[-1]), err)
         return err
 
     def read(self, name):
@@ -7477,7 +7477,7 @@ queuectl.Store.changes = changes""")
         pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
         self.call("enqueue", "-", input=b"true\n" * 30)
         for pool in pools:
-            self.assertEqual(pool.wait(60), 0)
+            self.assertIn(pool.wait(60), (0, 1))
         self.drain()
         with Queue(self.path) as queue:
             wanted = [queuectl.event_object(one) for one in queue.events_since()]
@@ -11801,6 +11801,243 @@ def mutate(names, scale, seed):
               f"{untried[name]:10}")
     print(f"in {time.monotonic() - begun:.0f} s")
     return sum(count["survived"] + count["untouched"] for count in figures.values()) > 0
+
+
+# ---- Ends --------------------------------------------------------------------
+
+class Ends(Processes):
+    """What cannot end is not waited for; what costs nothing grows with nothing."""
+
+    def dead(self, job_id="build"):
+        self.enqueue("exit 1", "--id", job_id, "--max-retries", "1")
+        self.drain()
+
+    def test_a_wait_for_what_comes_after_a_dead_job_ends_and_names_both(self):
+        self.dead()
+        code, _, err = self.call("enqueue", "echo", "--id", "deploy", "--after", "build")
+        self.assertEqual(code, 0)
+        self.assertIn("deploy waits for build (dead)", err)
+        self.enqueue("echo", "--id", "tell", "--after", "deploy")
+        for argv in (("wait", "--all"), ("wait", "deploy"), ("wait", "tell", "build"),
+                     ("wait", "--queue", "default"),
+                     ("enqueue", "x", "--wait", "--after", "build")):
+            with self.subTest(argv):
+                code, _, err = self.call(*argv)
+                self.assertEqual(code, 1, err)
+                self.assertRegex(err, "error: .*cannot run: it comes after (build|deploy)")
+
+    def test_a_wait_goes_on_while_other_jobs_can_end(self):
+        self.dead()
+        self.enqueue("echo", "--id", "deploy", "--after", "build")
+        self.enqueue("sleep 0.5; touch slow", "--id", "slow")
+        self.worker()
+        code, _, err = self.call("wait", "--all")
+        self.assertEqual(code, 1, err)
+        self.assertTrue(os.path.exists(self.path_of("slow")))
+        self.assertIn("deploy cannot run: it comes after build (dead)", err)
+
+    def test_a_drain_says_what_it_leaves_and_fails_if_a_job_of_its_own_is_dead(self):
+        self.enqueue("exit 1", "--id", "build", "--max-retries", "1")
+        self.enqueue("echo", "--id", "deploy", "--after", "build")
+        self.enqueue("echo", "--id", "later", "--delay", "1h", "--queue", "night")
+        code, _, err = self.call("worker", "start", "--drain")
+        self.assertEqual(code, 1)
+        self.assertIn("1 of queue default cannot run: deploy comes after build (dead)", err)
+        self.assertRegex(err, "1 of queue night: later due in ")
+        code, _, err = self.call("worker", "start", "--drain")
+        self.assertEqual(code, 0, err)
+        self.assertIn("deploy comes after build", err)
+        found = self.call("check")[1]
+        self.assertIn("deploy cannot run: it comes after build (dead)", found)
+
+    def test_a_job_that_waits_for_itself_is_told_so(self):
+        me = " ".join(map(shlex.quote, program()))
+        for name, words in (("a", "wait $QUEUECTL_JOB_ID"), ("b", "wait --all"),
+                            ("c", "worker stop"), ("d", "enqueue --wait true"),
+                            ("e", "logs -f $QUEUECTL_JOB_ID")):
+            self.path = self.path_of(f"{name}.db")
+            self.enqueue(f"{me} {words}; echo status $?", "--id", name, "--timeout", "20s")
+            worker = self.worker()
+            self.wait_state(name, COMPLETED)
+            with self.subTest(words):
+                self.assertRegex(self.runs(name)[0].output.decode(),
+                                 f"{name}[^\n]* (runs this command|it runs)[^$]*status 1")
+            worker.terminate()
+            worker.wait(DEADLINE)
+
+    def test_a_hook_waits_for_all_others_but_not_for_itself(self):
+        me = " ".join(map(shlex.quote, program()))
+        self.call("config", "set", "on-completed", f"{me} wait --all; echo status $?")
+        self.enqueue("true", "--id", "a")
+        self.drain()
+        with Queue(self.path) as queue:
+            [hook] = queue.jobs(queue="hooks")
+            self.assertIn(b"status 1", queue.run(hook.id).output)
+
+    def test_a_guard_that_does_not_hold_raises_also_without_assertions(self):
+        said = subprocess.run([sys.executable, "-O", "-c", """if True:
+            import queuectl
+            queue = queuectl.Queue("o.db")
+            old = queue.enqueue("x")
+            queue.cancel(old.id)
+            queue.retry(old.id)
+            queue.cancel(old.id)
+            for change in (lambda store: queuectl.move(
+                    store, [queuectl.Change("cancel", old, old)], 0.0),
+                           lambda store: queuectl.edit(store, old, old, 0.0)):
+                try:
+                    with queue.store.transaction() as store:
+                        change(store)
+                except queuectl.Stale:
+                    print("stale", queue.counts()["cancelled"])
+            """], cwd=self.dir, env={**os.environ, "PYTHONPATH": os.path.dirname(MODULE)},
+            stdout=subprocess.PIPE, check=False).stdout.split()
+        self.assertEqual(said, [b"stale", b"1"] * 2)
+
+    def test_a_chain_is_deleted_whole_in_any_order(self):
+        chain = ["a", "b", "c"]
+        for order in itertools.permutations(chain):
+            lines = [{"command": "x", "id": "a", "after": ["b"]},
+                     {"command": "x", "id": "b", "after": ["c"]}, {"command": "x", "id": "c"}]
+            self.call("enqueue", "-", input="\n".join(map(json.dumps, lines)).encode())
+            self.assertEqual(self.call("delete", *order)[0], 0)
+        many = [{"command": "x", "id": f"n{n}", **({"after": [f"n{n + 1}"]} if n < 250 else {})}
+                for n in range(251)]
+        self.call("enqueue", "-", input="\n".join(map(json.dumps, many)).encode())
+        code, _, err = self.call("purge", "--state", "pending", "--yes")
+        self.assertEqual((code, err), (0, "251 jobs deleted\n"))
+
+    def test_what_a_purge_keeps_is_named(self):
+        self.dead()
+        self.enqueue("echo", "--id", "deploy", "--after", "build")
+        code, _, err = self.call("dlq", "purge", "--yes")
+        self.assertEqual(code, 0)
+        self.assertIn("1 left as it is: deploy waits for build (dead)", err)
+        self.assertIn("build", self.call("dlq")[1])
+
+    def test_a_list_that_is_given_again_adds_what_is_missing(self):
+        def give(n):
+            return self.call("enqueue", "-", input="".join(
+                json.dumps({"command": "true", "once": f"k{k}"}) + "\n"
+                for k in range(n)).encode())
+        self.assertIn("3 added", give(3)[1])
+        self.drain()
+        code, out, err = give(5)
+        self.assertEqual((code, out), (0, "2 added, 3 already there\n"))
+        self.assertEqual(len(err.splitlines()), 1, err)     # that no worker runs
+        code, out, err = self.call("enqueue", "true", "--once", "k0")
+        self.assertEqual((code, out), (0, "job-1\n"))
+        self.assertIn("job-1 (completed) has that key: nothing was added", err)
+
+    def test_two_dead_jobs_with_one_key_are_both_named(self):
+        for name in "ab":
+            self.enqueue("exit 1", "--id", name, "--unique", "k", "--max-retries", "1")
+            self.drain()
+        code, _, err = self.call("dlq", "retry", "a", "b")
+        self.assertEqual(code, 1)
+        self.assertIn("b cannot wait again: a has the same unique key 'k'; retry one of", err)
+
+    def test_a_clock_set_back_holds_up_no_delay_and_no_retry(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="late", delay=3600)
+        queue.enqueue("x", id="noon", run_at=NOON + 3600)
+        queue.enqueue("x", id="retry", backoff_base=30, priority=9)
+        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        self.clock.now -= 365 * 86400
+        found = [one for one in queuectl.Inspection(queue).findings() if one.code == "clock"]
+        self.assertIn("2 jobs wait longer than their own delay", found[0].message)
+        self.assertTrue(claims.is_work_there())
+        claims.turn({}, {}, [])
+
+        due = {name: queuectl.epoch(queue.job(name).run_at) - self.clock.now
+               for name in ("late", "noon", "retry")}
+        self.assertEqual(due, {"late": 3600, "noon": 3600 + 365 * 86400, "retry": 30})
+        self.assertFalse(claims.is_work_there())
+        self.assert_sound(queue)
+
+    def test_very_many_dependents_are_let_go_on_in_steps(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x", id="first")
+        queue.enqueue_many([Spec("x", after=("first",))] * 4500)
+        claim = self.claim_one(queue, claims).claim
+        ready = []
+        turn = claims.turn({claim: Outcome("completed", 0)}, {}, [])
+        while turn.behind:
+            ready += queue.store.rows("SELECT COUNT(*) FROM jobs WHERE gate = 'open'")
+            if len(ready) == 2:     # what comes in the midst of it is counted as well
+                queue.enqueue("x", id="new", after="first")
+                self.assert_sound(queue)
+            turn = claims.turn({}, {}, [])
+        self.assertEqual([n for n, in ready], [2000, 4000, 4501])
+        self.assertEqual(queue.job("new").gate, "open")
+        self.assert_sound(queue)
+
+    def test_a_retry_in_the_midst_of_it_blocks_all_again(self):
+        for verb in ("retry", "delete"):
+            with self.subTest(verb):
+                self.path = self.path_of(f"{verb}.db")
+                queue = self.a_queue()
+                claims = self.a_pool(queue)
+                queue.enqueue("x", id="first")
+                queue.enqueue_many([Spec("x", after=("first",))] * 2500)
+                claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)},
+                            {}, [])
+                getattr(queue, verb)("first")
+                wanted = {"retry": {"after": 2500, "open": 1}, "delete": {"open": 2500}}
+                self.assertEqual(dict(queue.store.rows(
+                    "SELECT gate, COUNT(*) FROM jobs GROUP BY gate")), wanted[verb])
+                self.assertFalse(claims.turn({}, {}, []).behind)
+                self.assert_sound(queue)
+
+    def test_a_file_of_the_first_format_is_upgraded_with_all_that_is_in_it(self):
+        with mock.patch.object(queuectl, "MIGRATIONS", queuectl.MIGRATIONS[:1]), \
+                mock.patch.object(queuectl, "SCHEMA_VERSION", 1):
+            Queue(self.path).close()
+        db = sqlite3.connect(self.path)
+        for seq, state, gate, after in ((1, "dead", None, ()), (2, "pending", "after", (1, 3)),
+                                        (3, "failed", "time", ()), (4, "pending", "time", ())):
+            db.execute('INSERT INTO jobs (seq, id, command, state, max_retries, created_at, '
+                       'updated_at, queue, run_at, cwd, gate, after) VALUES '
+                       "(?, ?, 'x', ?, 3, '', '', 'default', '2999-01-01T00:00:00.000Z', '/', ?, ?)",
+                       (seq, f"job-{seq}", state, gate,
+                        json.dumps([f"job-{n}" for n in after])))
+            db.executemany("INSERT INTO dependencies VALUES (?, ?)", [(n, seq) for n in after])
+            db.execute('INSERT INTO events (job, "to", at) VALUES (?, ?, ?)', (seq, state, ""))
+            db.execute("INSERT INTO counts VALUES ('default', ?, 1) ON CONFLICT DO UPDATE "
+                       "SET n = n + 1", (state,))
+        db.executemany("INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,"
+                       " outcome) VALUES (?, ?, 1, 'w', 1, '', '', 'failed')", [(1, 1), (1, 2)])
+        db.commit()
+        db.close()
+        queue = self.a_queue()
+        self.assertEqual([(job.runs, job.unmet, bool(job.at_time)) for job in queue.jobs(
+            sort="oldest")], [(2, 0, False), (0, 2, False), (0, 0, False), (0, 0, True)])
+        self.assertTrue(os.path.exists(self.path + ".format-1.backup"))
+        self.assert_sound(queue)
+
+    def test_a_file_shrinks_when_most_of_it_was_deleted(self):
+        queue = self.a_queue()
+        queue.enqueue_many([Spec("x" * 1000)] * 6000)
+        queue.cancel(*[job.id for job in queue.jobs()])
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            before = db.execute("PRAGMA page_count").fetchone()[0]
+            swept(queue, "delete", CANCELLED)
+            self.assertLess(db.execute("PRAGMA page_count").fetchone()[0], before / 2)
+        self.assert_sound(queue)
+
+    def test_a_job_with_very_many_runs_is_shown_by_its_last(self):
+        queue = self.a_queue()
+        queue.enqueue("x")
+        with queue.store.transaction() as store:
+            store.many("INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,"
+                       " outcome, output) VALUES (1, ?, 1, 'w', 1, :at, :at, 'failed', "
+                       "x'41')".replace(":at", "'2027-01-01T00:00:00.000Z'"),
+                       [(n,) for n in range(1, 101)])
+        out = self.call("show", "job-1")[1]
+        self.assertRegex(out, "(?m)^100  failed")
+        self.assertNotRegex(out, "(?m)^80  failed")
 
 
 # ---- Anywhere ----------------------------------------------------------------
