@@ -10124,7 +10124,8 @@ def half_upgraded(trial):
     """The old version reads what is not upgraded yet, and refuses what is."""
     version = version_of(trial.path)
     words, status = trial.run(["list", "--json"])
-    if (version, status) not in ((1, 0), (2, 1)) \
+    now = queuectl.SCHEMA_VERSION
+    if (version, status) not in ((now, 0), (now + 1, 1)) \
             or (status == 1) != ("newer queuectl" in words):
         yield f"format {version}: the old version ended with {status}: {words}"
     yield from copied(trial)
@@ -10134,10 +10135,11 @@ def upgraded(trial):
     """The next one that opens it upgrades it, after a backup."""
     with contextlib.closing(sqlite3.connect(trial.path, isolation_level=None)) as db:
         extra = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'extra%'")
-        if version_of(trial.path) != 2 or len(extra.fetchall()) != 2:
+        now = queuectl.SCHEMA_VERSION
+        if version_of(trial.path) != now + 1 or len(extra.fetchall()) != 2:
             yield "not upgraded, or by half"
-        db.execute("PRAGMA user_version = 1")   # for the checker, which is the old one
-    if not os.path.exists(trial.path + ".format-1.backup"):
+        db.execute(f"PRAGMA user_version = {now}")  # for the checker, the old one
+    if not os.path.exists(f"{trial.path}.format-{queuectl.SCHEMA_VERSION}.backup"):
         yield "upgraded without a backup"
     yield from copied(trial)
 
@@ -10951,6 +10953,8 @@ print("ready", flush=True)
 sys.stdin.readline()
 sys.exit(queuectl.main(sys.argv[2:]))
 """
+FORMAT, OLD_BACKUP = (queuectl.SCHEMA_VERSION,
+                      f".format-{queuectl.SCHEMA_VERSION}.backup")
 ADD_COLUMN = "ALTER TABLE jobs ADD COLUMN extra TEXT"
 TAKE_LONG = """; CREATE TABLE slow AS WITH RECURSIVE c(n) AS (
     SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1e10) SELECT COUNT(*) FROM c"""
@@ -11320,9 +11324,9 @@ class BadGround(Processes):
         ids = self.three_old_jobs()
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
 
-        backup = self.path + ".format-1.backup"
-        self.assertEqual(self.format_of(self.path), (2, True, ids))
-        self.assertEqual(self.format_of(backup), (1, False, ids))
+        backup = self.path + OLD_BACKUP
+        self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, ids))
+        self.assertEqual(self.format_of(backup), (FORMAT, False, ids))
         self.assertEqual(os.stat(backup).st_mode & 0o777, 0o600)
         with Queue(backup) as queue:
             self.assertEqual(queue.counts()[PENDING], 3)
@@ -11332,16 +11336,16 @@ class BadGround(Processes):
         ids = self.three_old_jobs()
         process = self.upgrader(ADD_COLUMN + TAKE_LONG, "config", "list")
         self.begin(process)
-        wait_for(lambda: os.path.exists(self.path + ".format-1.backup"), "the backup")
+        wait_for(lambda: os.path.exists(self.path + OLD_BACKUP), "the backup")
         self.assertIsNone(process.poll())
         process.kill()
         process.wait()
         process.communicate()
 
-        self.assertEqual(self.format_of(self.path), (1, False, ids))
+        self.assertEqual(self.format_of(self.path), (FORMAT, False, ids))
         self.assertEqual(self.call("status")[0], 0)
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
-        self.assertEqual(self.format_of(self.path), (2, True, ids))
+        self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, ids))
 
     def test_two_that_upgrade_at_once_both_succeed(self):
         ids = self.three_old_jobs()
@@ -11351,10 +11355,10 @@ class BadGround(Processes):
             self.begin(process)
 
         self.assertEqual([self.told_of(process) for process in both], [(0, b"")] * 2)
-        self.assertEqual(self.format_of(self.path), (2, True, ids))
-        self.assertEqual(self.format_of(self.path + ".format-1.backup"), (1, False, ids))
+        self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, ids))
+        self.assertEqual(self.format_of(self.path + OLD_BACKUP), (FORMAT, False, ids))
         self.assertEqual([name for name in os.listdir(self.dir) if "backup" in name],
-                         ["queue.db.format-1.backup"])
+                         ["queue.db" + OLD_BACKUP])
 
     def told_of(self, process):
         """The exit status and stderr of one that has begun."""
@@ -11372,9 +11376,9 @@ class BadGround(Processes):
                             "no room on the disk")
         self.assertEqual([name for name in os.listdir(place) if "format" in name], [])
         empty(place)
-        self.assertEqual(self.format_of(self.path), (1, False, ids))
+        self.assertEqual(self.format_of(self.path), (FORMAT, False, ids))
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
-        self.assertEqual(self.format_of(self.path), (2, True, ids))
+        self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, ids))
 
 
 # ---- Fuzz --------------------------------------------------------------------
@@ -12297,7 +12301,8 @@ class Readme(Processes):
 
     def run_block(self, kind, text):
         """(exit status, what it said); None: it went on until it was interrupted."""
-        argv = [sys.executable, "-c", text] if kind == "python" else ["bash", "-ec", text]
+        argv = {"python": [sys.executable, "-c", text], "console": ["bash", "-c", text],
+                "sh": ["bash", "-ec", text]}[kind]      # a drain with a dead job fails
         env = {**os.environ, "HOME": self.dir, "PATH": os.pathsep.join(
                    (self.path_of("bin"), os.environ.get("PATH", os.defpath))),
                "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))}
