@@ -10023,7 +10023,8 @@ class Trial:
         for step in range(len(steps)):
             words, status, _ = self.said(step)
             if "Traceback" in words or "itself failed" in words \
-                    or status not in ((0,) if not number else (0, None)):
+                    or status not in (0, *([None] if number else ()),
+                                      *([1] if " dead" in words else ())):
                 yield f"{what} {step} ended with {status}: {words}"
 
     def run(self, *steps, newer=False):
@@ -10162,8 +10163,9 @@ def copied(trial):
                          db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0],
                          version_of(trial.path_of(name)),
                          os.stat(trial.path_of(name)).st_mode & 0o777)
-            if found != ("ok", 9, 1, 0o600) and (
-                    is_done or found != ("ok", 0, 1, 0o600)):
+            now = queuectl.SCHEMA_VERSION
+            if found != ("ok", 9, now, 0o600) and (
+                    is_done or found != ("ok", 0, now, 0o600)):
                 yield f"{name}: {found}"
 
 
