@@ -5494,6 +5494,7 @@ class Queue:
         for why in kept:
             keep(why)
         while verb == "delete" and self.store.shrink():
+            yield []
             time.sleep(SWEEP_PAUSE)
 
     def _pass(self, change: Callable[[list[Job], list[QueueError]], list[Job]],
