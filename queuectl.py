@@ -3720,13 +3720,12 @@ class Store:
         """Give some unused pages at the file's end back to the disk, if they are many;
         whether there may be more. A small transaction, so that nobody waits for it.
         """
-        free, pages = (self._first(self._db, sql) for sql in (
-            Sql.FREE_PAGES, Sql.PAGES))
+        free, pages = (self.rows(sql)[0][0] for sql in (Sql.FREE_PAGES, Sql.PAGES))
         if free < max(SHRINK_PAGES, pages // 4):
             return False
         with self.transaction():
             self.rows(Sql.SHRINK)
-        return self._first(self._db, Sql.FREE_PAGES) < free
+        return bool(self.rows(Sql.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
         """The bytes that the file and its WAL take, by stat(2), not open(2)."""
@@ -4377,7 +4376,7 @@ def _moved(store: Store, change: Change, now: float) -> Job:
     return after
 
 
-def refuse_taken_keys(store: Store, jobs: Sequence[Job]) -> None:
+def refuse_taken_keys(store: Store, jobs: Iterable[Job]) -> None:
     """InUse if a job that is to wait again has a unique key that another has by now."""
     first: dict[str, Job] = {}
     for job in jobs:
@@ -5092,9 +5091,10 @@ class Queue:
         """Raise Blocked if none of these unfinished jobs can end."""
         caller = self.caller()
         waiting = [job for job in left if caller is None or job.seq != caller.seq]
-        if any(job.gate != BLOCKED for job in waiting):
-            if caller and all(job.gate == OPEN for job in waiting):
-                self._refuse_slot_of(caller, waiting[0])
+        gates = {job.gate: job for job in waiting}
+        if {*gates} - {BLOCKED}:
+            if caller and not {*gates} - {BLOCKED, OPEN}:
+                self._refuse_slot_of(caller, gates[OPEN])
             return
         if len(self.stuck_among(waiting, caller)) == len(waiting):
             self._raise_blocked(waiting, caller)
@@ -5521,11 +5521,13 @@ class Queue:
 
     def _retry_free(self, jobs: Iterable[Job], kept: list[QueueError]) -> list[Job]:
         """Retry those that may wait again: of a unique key the first, if it is free."""
-        free = list[Job]()
+        free, first = list[Job](), dict[str, Job]()
         for job in jobs:
+            rival = first.setdefault(job.unique, job) if job.unique else job
             try:
                 if job.state != PROCESSING:
-                    refuse_taken_keys(self.store, [*free, job] if job.unique else [])
+                    refuse_taken_keys(
+                        self.store, [job] if rival is job else [rival, job])
                     free.append(job)
             except InUse as why:
                 kept.append(why)
