@@ -210,6 +210,7 @@ RESCUE_TICK = 0.02     # seconds between two looks at processes that are being e
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
+WILD_CORRECTION = 300.0     # seconds; the same for an interval
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one pool
 MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
@@ -721,6 +722,7 @@ class Turn(NamedTuple):
     behind: bool                    # more jobs are due than one turn lets in
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
+    skipped: list[tuple[str, Job]]  # schedules left out: their last job is not over
 
 
 class Spread(NamedTuple):
@@ -778,6 +780,8 @@ class Scrape(NamedTuple):
     paused: dict[str, bool]         # by queue
     workers: list[WorkerView]
     database_bytes: int
+    schedules: list[Schedule]
+    blocked: int                    # jobs that cannot run until another is retried
 
 
 class Hindrance(NamedTuple):
@@ -804,6 +808,9 @@ class Status(NamedTuple):
     paused: list[str]
     next_due: Job | None
     database: str
+    next_schedule: Schedule | None
+    blocked: int                    # jobs that cannot run until another is retried
+    attention: list[Finding]
 
 
 # ---- 3 Rules -----------------------------------------------------------------
@@ -1744,12 +1751,55 @@ def cron_words(cron: Cron) -> str:
     return f"{times} {days}".strip()
 
 
-def turn_after(cron: str, now: float) -> str:
+def zone_of(name: str | None) -> datetime.tzinfo | None:
+    """The time zone of an IANA name, else InvalidValue; None: the process's own."""
+    if name is None:
+        return None
+    if name in ("UTC", "Etc/UTC"):      # also where no zone data is installed
+        return datetime.timezone.utc
+    import zoneinfo  # 4 ms, and only for schedules
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise InvalidValue(f"the time zone {name!r} is unknown here", "use a name such "
+                           "as Europe/Berlin; `tzdata` has them") from None
+
+
+def local_zone() -> str | None:
+    """The name of the process's time zone; None if it has none.
+
+    $TZ, else where /etc/localtime leads, else what /etc/timezone says.
+    """
+    names = [os.environ["TZ"].lstrip(":")] if os.environ.get("TZ") else [
+        os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]]
+    with contextlib.suppress(OSError), open("/etc/timezone", encoding="ascii") as file:
+        names += [file.read().strip()] if not os.environ.get("TZ") else []
+    for name in names:
+        with contextlib.suppress(InvalidValue):
+            if name and not name.startswith("/"):
+                zone_of(name)
+                return name
+    return None
+
+
+def split_zone(cron: str, tz: str | None) -> tuple[str, str | None]:
+    """A cron line without its `CRON_TZ=ZONE`, and the zone that counts: that one, `tz`,
+    or the local one; InvalidValue for an unknown one, or for two.
+    """
+    match = re.fullmatch(r"\s*(?:CRON_)?TZ=(\S+)\s+(.*)", cron, re.S)
+    if match and tz not in (None, match[1]):
+        raise InvalidValue(f"two time zones are given: {match[1]} and {tz}", "give one")
+    zone = match[1] if match else tz
+    zone_of(zone)
+    return (match[2] if match else cron), zone or local_zone()
+
+
+def turn_after(cron: str, now: float, tz: str | None) -> str:
     """A cron line's first turn after a moment, as stored; InvalidValue: it has none.
 
     Turns are whole seconds, so nothing is rounded.
     """
-    turn = next_turn(parse_cron(cron), now)
+    turn = next_turn(parse_cron(cron), now, zone_of(tz))
     if turn == math.inf:
         raise InvalidValue(f"{cron!r} never comes", "choose another time")
     return iso(turn)
@@ -2806,11 +2856,9 @@ class Sql:
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
     # Schedules: few; the turn that is taken is the one that is written (one a turn).
-    # SCHEDULES_DUE also finds turns that are far ahead: a clock that was wrong may have
-    # put them there. See `set_right`.
     INSERT_SCHEDULE = """
-        INSERT INTO schedules (name, cron, job, created_at, next_run)
-        VALUES (:name, :cron, :job, :created_at, :next_run)
+        INSERT INTO schedules (name, cron, job, created_at, next_run, tz)
+        VALUES (:name, :cron, :job, :created_at, :next_run, :tz)
         """
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
@@ -2818,13 +2866,15 @@ class Sql:
         SELECT *
           FROM schedules
          WHERE paused = 0
-           AND (next_run <= :now OR next_run > :ahead)
+           AND next_run <= :now
         """
     SET_TURN = """
         UPDATE schedules
-           SET next_run = :next_run, last_run = :last_run, last_job = :last_job
+           SET next_run = :next_run, last_run = :last_run, last_job = :last_job,
+               skipped = :skipped
          WHERE name = :name
         """
+    SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
     # With its next turn: who resumes a schedule does not want those it has missed.
     PAUSE_SCHEDULE = """
         UPDATE schedules
@@ -4499,6 +4549,9 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     _block(store, [job.seq for change, job in zip(changes, jobs)
                    if change.before.state == COMPLETED])
     _unblock(store, [job.seq for job in jobs if job.state == COMPLETED], now)
+    store.many(Sql.SET_SUCCESS, [
+        {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in jobs
+        if job.state == COMPLETED for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
     _add_hooks(store, jobs, now)    # last: on-idle goes by the counts of these changes
     return jobs
 
@@ -4630,39 +4683,42 @@ def bring_forward(store: Store, now: float) -> None:
          "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
 
 
-def _is_over(store: Store, seq: int | None) -> bool:
-    """Whether a schedule's last job is over; also if there is none any more."""
-    return all(job.state in OVER for job in store.jobs(Sql.JOB_BY_SEQ, seq=seq))
+def set_turn(store: Store, schedule: Schedule, **changes: Any) -> None:
+    """Write when a schedule comes next, and what was its last."""
+    store.do(Sql.SET_TURN, schedule._replace(**changes)._asdict())
 
 
-def fire(store: Store, schedule: Schedule, now: float) -> None:
-    """Take a schedule's turn, unless its last job is not over.
+def fire(store: Store, schedule: Schedule, now: float) -> Job | None:
+    """Take a schedule's turn, unless its last job is not over: that job, else None.
 
     The job and the next turn are written together, so a turn is taken once, however
-    many pools see it. The next one is that after now: what was missed is made up by
+    many workers see it. The next one is that after now: what was missed is made up by
     this one job. InvalidValue or InvalidJob where the schedule cannot be read.
     """
-    next_run = turn_after(schedule.cron, now)   # first: it may not be readable
-    last_run, last_job = schedule.last_run, schedule.last_job
-    if _is_over(store, schedule.last_job):
-        [job] = Batch(store, now).add([spec_of(schedule.job, now)])
-        last_run, last_job = iso(now), job.seq
-    store.do(Sql.SET_TURN, {"name": schedule.name, "last_run": last_run,
-                            "last_job": last_job, "next_run": next_run})
+    next_run = turn_after(schedule.cron, now, schedule.tz)  # it may not be readable
+    for last in store.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
+        if last.state not in OVER:
+            set_turn(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
+            return last
+    [job] = Batch(store, now).add([spec_of(schedule.job, now)])
+    set_turn(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
+    return None
 
 
 def set_right(store: Store, schedule: Schedule, now: float) -> None:
     """Reckon the next turn anew, if a clock that was ahead has put it off.
 
-    Not one that was taken already: a clock set back by less than three hours repeats
-    no turn. Debian's cron(8) holds more for a correction, too.
+    Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
+    was set back by more than five minutes; a fixed time that was taken already is not
+    repeated, if it was less than three hours.
     """
-    next_run, last_run = turn_after(schedule.cron, now), schedule.last_run
-    is_new = last_run is None or last_run < next_run \
-        or last_run > iso(now + CLOCK_CORRECTION)
+    next_run = turn_after(schedule.cron, now, schedule.tz)
+    last_run = schedule.last_run
+    repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
+        else CLOCK_CORRECTION
+    is_new = last_run is None or last_run < next_run or last_run > iso(now + repeated)
     if next_run < schedule.next_run and is_new:
-        store.do(Sql.SET_TURN, {"name": schedule.name, "last_run": last_run,
-                                "last_job": schedule.last_job, "next_run": next_run})
+        set_turn(store, schedule, next_run=next_run)
 
 
 # ---- 10 Queue ----------------------------------------------------------------
@@ -4676,6 +4732,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
+OVERDUE = 60.0         # seconds; a schedule's run that is later has no worker
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 
 
@@ -4941,10 +4998,37 @@ class Queue:
 
     def status(self) -> Status:
         """What the first screen shows: several reads, so not all of one moment."""
-        due = self.store.jobs(Sql.NEXT_DUE)
+        due, counts = self.store.jobs(Sql.NEXT_DUE), self.counts()
         paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
-        return Status(self.counts(), self.workers(), paused, due[0] if due else None,
-                      self.path)
+        schedules = sorted((one for one in self.schedules() if not one.paused),
+                           key=lambda one: one.next_run)
+        blocked = self.count_stuck() if counts[DEAD] + counts[CANCELLED] \
+            and counts[PENDING] else 0
+        workers = self.workers()
+        return Status(counts, workers, paused, due[0] if due else None, self.path,
+                      schedules[0] if schedules else None, blocked,
+                      self.unserved([view.worker for view in workers]))
+
+    def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
+        """Jobs that are due and schedules that are overdue, with no worker for them."""
+        now, found = self.clock(), list[Finding]()
+        queues = [view.name for view in self.queues() if not view.paused and not any(
+            not one.queues or view.name in one.queues for one in workers)]
+        for queue, seconds in self._oldest(queues, now).items():
+            if queue in queues:
+                found.append(Finding(
+                    WARNING, "no-worker", f"jobs of queue {queue} have been due for "
+                    f"{span(seconds)}, and no worker "
+                    f"{'takes it' if workers else 'is running'}",
+                    "`queuectl worker start` starts one"))
+        overdue = [one for one in self.schedules() if not one.paused and not workers
+                   and epoch(one.next_run) < now - OVERDUE]
+        for one in overdue:
+            found.append(Finding(
+                WARNING, "no-worker", f"schedule {one.name} has been due for "
+                f"{span(now - epoch(one.next_run))}, and no worker is running",
+                "`queuectl worker start` starts one"))
+        return found
 
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause; the default one always."""
@@ -5349,9 +5433,10 @@ class Queue:
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
-            pools = self._pools()
+            pools, schedules = self._pools(), self.schedules()
+            blocked = self.count_stuck()
         return Scrape(jobs, tallies, oldest, paused, self._living(pools),
-                      self.store.size())
+                      self.store.size(), schedules, blocked)
 
     # Changing.
 
@@ -5605,8 +5690,17 @@ class Queue:
                 name, [one.name for one in self.schedules()]))
         return found[0]
 
-    def add_schedule(self, name: str, cron: str, **fields: Any) -> Schedule:
+    def last_job(self, schedule: Schedule) -> Job | None:
+        """The last job of a schedule; None if there was none, or it was deleted."""
+        found = self.store.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job)
+        return found[0] if found else None
+
+    def add_schedule(self, name: str, cron: str, tz: str | None = None,
+                     **fields: Any) -> Schedule:
         """Have a job enqueued at each turn of a cron line; `fields` are the job's.
+
+        `tz` is an IANA name; None: what `CRON_TZ=` before the line says, else the local
+        zone, which is kept by its name if it has one.
 
         Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists. Its jobs
         get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
@@ -5617,6 +5711,7 @@ class Queue:
         """
         now = self.clock()
         parse_name(name)
+        cron, zone = split_zone(cron, tz)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
         fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
@@ -5631,7 +5726,8 @@ class Queue:
                                      f"`queuectl schedule remove {name}` first")
             store.do(Sql.INSERT_SCHEDULE, {
                 "name": name, "cron": cron, "job": json.dumps(fields),
-                "created_at": iso(now), "next_run": turn_after(cron, now)})
+                "created_at": iso(now), "next_run": turn_after(cron, now, zone),
+                "tz": zone})
         self.wake(NEW_JOBS)
         return self.schedule(name)
 
@@ -5657,7 +5753,7 @@ class Queue:
             spec_of(schedule.job, self.clock())
             if schedule.paused:
                 schedule = schedule._replace(
-                    next_run=turn_after(schedule.cron, self.clock()))
+                    next_run=turn_after(schedule.cron, self.clock(), schedule.tz))
             schedule = self._rest_schedule(schedule, False)
         self.wake(NEW_JOBS)
         return schedule
@@ -5675,9 +5771,7 @@ class Queue:
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
-            store.do(Sql.SET_TURN, {
-                "name": name, "next_run": schedule.next_run, "last_run": iso(now),
-                "last_job": job.seq})
+            set_turn(store, schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job
 
@@ -5773,7 +5867,7 @@ class Claims:
         # while it runs, so what counters go by is as it was.
         self._held: dict[int, Claimed] = {}
         self._unmarked: set[int] = set()        # begun, but not yet so in the database
-        self._reckoned: dict[str, tuple[str, float]] = {}   # far turns, and since when
+        self._last_tick = math.inf      # epoch; a lower time: the clock was set back
         self._lock = -1
         self.worker = self._enter(port)
 
@@ -5916,7 +6010,7 @@ class Claims:
                 settled = record(store, ends, settings, now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
-                self._fire(now)
+                skipped = self._fire(now)
                 bring_forward(store, now)
                 behind = unblock_more(store, now) or self._let_in(now)
                 [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
@@ -5924,7 +6018,7 @@ class Claims:
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
                 turn = Turn(settled, claimed, mine, stop, behind, settings,
-                            self.next_due())
+                            self.next_due(), skipped)
         except BaseException:
             for lock in locks:
                 os.close(lock)
@@ -5933,6 +6027,7 @@ class Claims:
             self._held.pop(claim, None)
         self._held.update((one.claim, one) for one in claimed)
         self._unmarked.clear()
+        self._last_tick = now
         return turn
 
     def _mark(self, claims: Iterable[int]) -> None:
@@ -5969,37 +6064,33 @@ class Claims:
                 "heartbeat_at": iso(now)})
             self.worker = worker
 
-    def _fire(self, now: float) -> None:
-        """Add the jobs of schedules whose turn has come, and look at far ones.
+    def _fire(self, now: float) -> list[tuple[str, Job]]:
+        """Add the jobs of schedules whose turn has come; those that are skipped, with
+        the job that is not over.
 
-        One that cannot be read any more is put to rest: it must not stop all work.
-
-        The job and the next turn's time are in one commit, under the write lock: so of
-        all pools one takes a turn, and a clock set back a little takes none again.
+        With the first tick, and after the clock was set back, all turns are reckoned
+        anew. A schedule that cannot be read any more is paused: it must not stop all
+        work.
         """
-        for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now),
-                                              ahead=iso(now + CLOCK_CORRECTION)):
-            try:
-                if schedule.next_run <= iso(now):
-                    fire(self._store, schedule, now)
-                elif not self._is_reckoned(schedule, now):
-                    set_right(self._store, schedule, now)
-            except (InvalidJob, InvalidValue):
-                self._store.do(Sql.PAUSE_SCHEDULE, {
-                    "name": schedule.name, "paused": True,
-                    "next_run": schedule.next_run})
+        skipped = list[tuple[str, Job]]()
+        if now < self._last_tick - CLOCK_NOISE:
+            for schedule in self._store.schedules():
+                if not schedule.paused:
+                    with self._pausing_unreadable(schedule):
+                        set_right(self._store, schedule, now)
+        for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
+            with self._pausing_unreadable(schedule):
+                last = fire(self._store, schedule, now)
+                skipped += [(schedule.name, last)] if last else []
+        return skipped
 
-    def _is_reckoned(self, schedule: Schedule, now: float) -> bool:
-        """Whether this pool has looked at that turn, and no clock was set back since.
-
-        A nightly schedule is far most of the day, and turns come by the dozen a second:
-        so its next turn is reckoned once, not with each of them.
-        """
-        next_run, since = self._reckoned.get(schedule.name, ("", 0.0))
-        if next_run == schedule.next_run and now >= since:
-            return True
-        self._reckoned[schedule.name] = (schedule.next_run, now)
-        return False
+    @contextlib.contextmanager
+    def _pausing_unreadable(self, schedule: Schedule) -> Iterator[None]:
+        try:
+            yield
+        except (InvalidJob, InvalidValue):
+            self._store.do(Sql.PAUSE_SCHEDULE, {
+                "name": schedule.name, "paused": True, "next_run": schedule.next_run})
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -6338,8 +6429,9 @@ class Inspection:
         Within a level in the order of the looks. It reads the whole file, so it takes
         longer the larger that is.
         """
-        looks = (self._file, self._schedules, self._stuck, self._clock,
-                 self._lost_runs, self._strays, self._filesystem, self._sqlite,
+        looks = (self._file, self._schedules, self._skips, self._unserved,
+                 self._stuck, self._clock, self._lost_runs, self._strays,
+                 self._filesystem, self._sqlite,
                  self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
@@ -6375,11 +6467,25 @@ class Inspection:
             try:
                 spec_of(schedule.job, 0.0)
                 parse_cron(schedule.cron)
+                zone_of(schedule.tz)
             except (InvalidJob, InvalidValue) as error:
                 yield Finding(PROBLEM, "schedule", f"the schedule {schedule.name} "
                               f"cannot be read, so it rests: {error.message}",
                               f"`queuectl schedule remove {schedule.name}`, and add it "
                               "anew")
+
+    def _skips(self) -> Iterator[Finding]:
+        """Schedules whose last job goes on beyond their next run."""
+        for schedule in self._store.schedules():
+            last = self._queue.last_job(schedule)
+            if last and last.state not in OVER and schedule.skipped:
+                yield Finding(
+                    WARNING, "schedule-skips", f"schedule {schedule.name} skips runs "
+                    f"({schedule.skipped} so far): {last.id} is still {last.state}",
+                    f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
+
+    def _unserved(self) -> Iterator[Finding]:
+        yield from self._queue.unserved([one.worker for one in self._queue.workers()])
 
     def _stuck(self) -> Iterator[Finding]:
         """Jobs that can never run, a line for each up to CHECK_SHOWN."""
@@ -6524,6 +6630,17 @@ class Style(NamedTuple):
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
+def local_time(moment: float, now: float | None = None,
+               digits: str = "seconds") -> str:
+    """A moment as people read it: `14:03:07+01:00`, and before that the date unless it
+    is today's; `now` None: always with the date.
+    """
+    at = datetime.datetime.fromtimestamp(moment).astimezone()
+    if now is not None and at.date() == datetime.datetime.fromtimestamp(now).date():
+        return at.timetz().isoformat(digits)
+    return at.isoformat(" ", digits)
+
+
 def job_object(job: Job) -> dict[str, Any]:
     """The job as JSON shows it: the keys of JSON_KEYS, in that order, all of them."""
     return {key: getattr(job, key) for key in JSON_KEYS}
@@ -6557,14 +6674,17 @@ def queue_object(view: QueueView) -> dict[str, Any]:
             "jobs": view.counts}
 
 
-def schedule_object(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as JSON shows it; of one whose job cannot be read the command is null.
+def schedule_object(schedule: Schedule, last: Job | None) -> dict[str, Any]:
+    """A schedule and its last job as JSON shows it; the command of one that cannot be
+    read is null.
     """
-    return {"name": schedule.name, "cron": schedule.cron,
+    return {"name": schedule.name, "cron": schedule.cron, "tz": schedule.tz,
             "command": schedule.job.get("command"),
             "queue": schedule.job.get("queue", DEFAULT_QUEUE),
             "paused": schedule.paused, "next_run": schedule.next_run,
-            "last_run": schedule.last_run}
+            "last_run": schedule.last_run, "last_job": last.id if last else None,
+            "last_state": last.state if last else None,
+            "last_success": schedule.last_success, "skipped": schedule.skipped}
 
 
 def event_object(event: Event) -> dict[str, Any]:
@@ -6578,8 +6698,10 @@ def status_object(status: Status) -> dict[str, Any]:
     return {"jobs": {**status.counts, "total": sum(status.counts.values())},
             "workers": [worker_object(view) for view in status.workers],
             "paused": status.paused,
-            "next_due": status.next_due.run_at if status.next_due else None,
-            "database": status.database}
+            "next_due": min(filter(None, (
+                status.next_due and status.next_due.run_at,
+                status.next_schedule and status.next_schedule.next_run)), default=None),
+            "database": status.database, "blocked": status.blocked}
 
 
 def show_object(job: Job, runs: Sequence[Run],
@@ -6824,10 +6946,21 @@ def status_lines(status: Status, style: Style) -> list[str]:
         names = ["all queues" if name == EVERY_QUEUE else name
                  for name in status.paused]
         lines.append("paused    " + style.paint(", ".join(names), "33"))
-    if status.next_due:
+    schedule = status.next_schedule
+    if schedule and (not status.next_due
+                     or schedule.next_run < status.next_due.run_at):
+        lines.append(f"next due  schedule {schedule.name} "
+                     f"{ago(schedule.next_run, style.now)}")
+    elif status.next_due:
         job = status.next_due
         what = "retry" if job.state == FAILED else "scheduled"
         lines.append(f"next due  {job.id} {ago(job.run_at, style.now)} ({what})")
+    lines += [style.paint(f"overdue   {one.message}", STATE_COLOURS[FAILED])
+              for one in status.attention]
+    if status.blocked:
+        lines.append(style.paint(
+            f"blocked   {status.blocked} cannot run: they come after dead or cancelled "
+            "jobs; `queuectl check` names them", STATE_COLOURS[FAILED]))
     if status.counts[DEAD]:
         lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
                                  STATE_COLOURS[DEAD]))
@@ -6845,32 +6978,53 @@ def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
          "paused" if view.paused else ""] for view in views)], style)
 
 
-def schedule_lines(schedules: Sequence[Schedule], style: Style) -> list[str]:
-    """The schedules, one on a line; of an unreadable job whatever there is, as text."""
-    return grid([["NAME", "CRON", "NEXT", "LAST", "QUEUE", "COMMAND"], *(
-        [one.name, one.cron, "paused" if one.paused else ago(one.next_run, style.now),
-         ago(one.last_run, style.now), str(one.job.get("queue", DEFAULT_QUEUE)),
-         one_line(str(one.job.get("command")))] for one in schedules)], style)
+def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
+                   style: Style) -> list[str]:
+    """The schedules with their last jobs, one on a line."""
+    skips = any(one.skipped for one, _ in schedules)
+    return grid([["NAME", "CRON", "ZONE", "NEXT", "LAST", *["SKIPPED"] * skips, "QUEUE",
+                  "COMMAND"], *(
+        [one.name, one.cron, one.tz or "local",
+         "paused" if one.paused else ago(one.next_run, style.now),
+         ago(one.last_run, style.now) + (f" ({last.state})" if last else ""),
+         *[str(one.skipped)] * skips, str(one.job.get("queue", DEFAULT_QUEUE)),
+         one_line(str(one.job.get("command")))] for one, last in schedules)], style)
 
 
 def turn_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next turns by the local clock.
-
-    Three of them, with their zone: where clocks change, that is where it shows.
-    Fewer where no more will come.
+    """When a schedule comes: in words, and its next three turns in its zone; fewer
+    where no more will come.
     """
-    cron, turns = parse_cron(schedule.cron), [now]
+    cron, zone, turns = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(turns) < 4 and turns[-1] < math.inf:
-        turns.append(next_turn(cron, turns[-1]))
-    shown = [time.strftime("%a %Y-%m-%d %H:%M %Z", time.localtime(turn))
-             for turn in turns[1:] if turn < math.inf]
-    return [f"{schedule.name}: {cron_words(cron)}", "next: " + ", ".join(shown)]
+        turns.append(next_turn(cron, turns[-1], zone))
+    shown = [f"{at:%a} " + at.isoformat(" ", "minutes")
+             for at in (datetime.datetime.fromtimestamp(
+                 turn, datetime.timezone.utc).astimezone(zone)
+                 for turn in turns[1:] if turn < math.inf)]
+    return [f"{schedule.name}: {cron_words(cron)}, {schedule.tz or 'local time'}",
+            "next: " + ", ".join(shown)]
+
+
+def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
+    """One schedule whole."""
+    rows = (("queue", schedule.job.get("queue", DEFAULT_QUEUE)),
+            ("command", one_line(str(schedule.job.get("command")))),
+            ("last run", local_time(epoch(schedule.last_run), now)
+             if schedule.last_run else "-"),
+            ("last job", f"{last.id} ({last.state})" if last else "-"),
+            ("success", local_time(epoch(schedule.last_success), now)
+             if schedule.last_success else "-"),
+            ("skipped", f"{schedule.skipped} runs"))
+    return [*turn_lines(schedule, now), *["paused"] * schedule.paused,
+            *(f"{name:<10}{text}" for name, text in rows)]
 
 
 def event_line(event: Event, style: Style) -> str:
     """A change of a job's state on one line."""
     to = style.paint(event.target, STATE_COLOURS[event.target])
-    return (f"{event.at}  {style.paint(event.id, BOLD)}  {event.source or '-'} -> {to}"
+    at = local_time(epoch(event.at), style.now, "milliseconds")
+    return (f"{at}  {style.paint(event.id, BOLD)}  {event.source or '-'} -> {to}"
             f"  {one_line(event.reason)}")
 
 
@@ -6941,12 +7095,14 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("tags", ", ".join(job.tags), bool(job.tags)),
         ("after", ", ".join(job.after), bool(job.after)),
         ("unique", job.unique or "", job.unique is not None),
+        ("once", job.once or "", job.once is not None),
         ("env", " ".join(f"{k}={one_line(v)}" for k, v in job.env.items()),
          bool(job.env)),
         ("timeout", span(job.timeout or 0), job.timeout is not None),
         ("backoff", f"{span(job.backoff_base or 0)}, doubled each time",
          job.backoff_base is not None),
-        ("due", f"{job.run_at} ({ago(job.run_at, now)})", job.state in WAITING),
+        ("due", f"{local_time(epoch(job.run_at), now)} ({ago(job.run_at, now)})",
+         job.state in WAITING),
         ("worker", str(job.worker), job.worker is not None),
         ("crashes", str(job.crashes), job.crashes > 0),
         ("error", one_line(job.error or ""), job.error is not None),
@@ -6959,7 +7115,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
              row("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
              *(row(name, text) for name, text, is_set in optional if is_set),
              row("directory", one_line(job.cwd)),
-             row("enqueued", f"{job.created_at} ({ago(job.created_at, now)})")]
+             row("enqueued", f"{local_time(epoch(job.created_at), now)} "
+                             f"({ago(job.created_at, now)})")]
     if runs:
         lines += ["", style.paint("RUN  OUTCOME    EXIT  TOOK     STARTED       WORKER",
                                   DIM), *(run_line(run, style) for run in runs)]
@@ -7142,6 +7299,18 @@ def metric_families(scrape: Scrape) -> list[Family]:
             ("", {"state": "idle"}, max(0, slots - busy))]),
         Family("queuectl_database_bytes", "gauge", "Size of the file with its WAL.",
                [("", {}, scrape.database_bytes)]),
+        Family("queuectl_jobs_blocked", "gauge",
+               "Jobs that come after dead or cancelled ones.",
+               [("", {}, scrape.blocked)]),
+        Family("queuectl_schedule_skipped", "counter",
+               "Runs left out because the previous job was not over.", [
+                   ("_total", {"schedule": one.name}, one.skipped)
+                   for one in scrape.schedules]),
+        Family("queuectl_schedule_last_success_timestamp_seconds", "gauge",
+               "When a job of the schedule last completed; 0: not yet.", [
+                   ("", {"schedule": one.name},
+                    epoch(one.last_success) if one.last_success else 0)
+                   for one in scrape.schedules]),
         Family("queuectl_build", "info", "The version that answers.",
                [("_info", {"version": __version__}, 1)])]
 
@@ -7931,6 +8100,7 @@ class Pool:
                 self._turn()
                 if time.monotonic() >= self._beat_at:
                     self._watch()
+                    time.tzset()    # /etc/localtime may have been changed
                     self._beat_at = time.monotonic() + self._settings.heartbeat
                     if self._expire_at == math.inf:     # else it is under way
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
@@ -8046,6 +8216,9 @@ class Pool:
             if settled.outcome.duration is not None:    # else it has not begun
                 self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
                 self._say(settled_line(settled, self._queue.clock()))
+        for name, last in turn.skipped:
+            self._say(f"schedule {name}: a run is skipped, {last.id} is still "
+                      f"{last.state}")
         self._take_on(turn.claimed)
         self._obey(turn)
         if turn.settled and self._peers.are_there() and not self._room():
@@ -10764,7 +10937,8 @@ def get_queues(queue: Queue, call: Call) -> Reply:
 
 def get_schedules(queue: Queue, call: Call) -> Reply:
     """The recurring jobs."""
-    return _json_reply([schedule_object(one) for one in queue.schedules()])
+    return _json_reply([schedule_object(one, queue.last_job(one))
+                        for one in queue.schedules()])
 
 
 def get_jobs(queue: Queue, call: Call) -> Reply:
@@ -11115,7 +11289,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Status": _object_schema({
         "jobs": _object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
         "workers": _array_of(_WORKER_SCHEMA), "paused": _array_of(_TEXT),
-        "next_due": _or_null(_STAMP), "database": _TEXT}),
+        "next_due": _or_null(_STAMP), "database": _TEXT, "blocked": _AMOUNT}),
     "Stats": _object_schema({"seconds": _NUMBER_SCHEMA, **_SUMMARY, "queues": {
         "type": "object", "additionalProperties": _object_schema(_SUMMARY)}}),
     "History": _object_schema({"minutes": _array_of(_object_schema({
@@ -11127,7 +11301,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                              "jobs": _COUNTS_SCHEMA}),
     "Schedule": _object_schema({
         "name": _TEXT, "cron": _TEXT, "command": _TEXT, "queue": _TEXT,
-        "paused": _FLAG, "next_run": _or_null(_STAMP), "last_run": _or_null(_STAMP)}),
+        "paused": _FLAG, "next_run": _or_null(_STAMP), "last_run": _or_null(_STAMP),
+        "tz": _or_null(_TEXT), "last_job": _or_null(_TEXT),
+        "last_state": {"enum": [*STATES, None]}, "last_success": _or_null(_STAMP),
+        "skipped": _AMOUNT}),
     "Job": _JOB_SCHEMA,
     "WholeJob": _object_schema({**_JOB_SCHEMA["properties"],
                                 "waiting_for": _array_of(_TEXT),
@@ -12929,7 +13106,9 @@ class Screen:
         drawn = self._drawn
         with contextlib.suppress(OSError, ValueError):
             self._erase()
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            now = time.time()
+            stamp = local_time(now, now if sys.stderr.isatty() else None)
+            sys.stderr.write(f"{stamp} {text}\n")
             self._draw(drawn)
 
     @contextlib.contextmanager
@@ -14309,7 +14488,7 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     given = [{"command": shlex.join(args.words)}] if args.words else fields_of(args.job)
     if len(given) != 1:
         raise UsageError("a schedule has one job", "add a schedule for each")
-    schedule = queue.add_schedule(args.name, args.cron,
+    schedule = queue.add_schedule(args.name, args.cron, args.tz,
                                   **merged(given[0], _flag_fields(args)))
     for line in turn_lines(schedule, queue.clock()):
         screen.note(line)
@@ -14319,14 +14498,25 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the schedules."""
-    schedules = queue.schedules()
+    schedules = [(one, queue.last_job(one)) for one in queue.schedules()]
     if args.json:
-        screen.out(dumps([schedule_object(one) for one in schedules]))
+        screen.out(dumps([schedule_object(*one) for one in schedules]))
     elif schedules:
         screen.out(*schedule_lines(schedules, screen.style()))
     else:
         screen.note("no schedules; `queuectl schedule add NAME CRON -- PROG ARG...` "
                     "adds one")
+    return EX_OK
+
+
+def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Print one schedule whole."""
+    schedule = queue.schedule(args.name)
+    last = queue.last_job(schedule)
+    if args.json:
+        screen.out(dumps(schedule_object(schedule, last)))
+    else:
+        screen.out(*schedule_show_lines(schedule, last, queue.clock()))
     return EX_OK
 
 
@@ -14682,11 +14872,14 @@ COMMANDS = (
                help="minute hour day month weekday, in local time; or @daily ..."),
         option("job", nargs="?", metavar="COMMAND",
                help="a shell command; -- PROG ARG... takes words as they are"),
+        option("--tz", metavar="ZONE", help="as Europe/Berlin (default: the local)"),
         *_SCHEDULE_FLAGS),
         ("schedule add nightly '30 2 * * *' -- backup /home",
          "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
     Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
           (_JSON_FLAG,), ("schedule list", "schedule list --json")),
+    Entry(("schedule", "show"), cmd_schedule_show, "show one schedule whole", READS,
+          (_NAME_OF_SCHEDULE, _JSON_FLAG), ("schedule show nightly",)),
     Entry(("schedule", "remove"), cmd_schedule_remove,
           "remove a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
           ("schedule remove nightly",)),

@@ -1210,7 +1210,7 @@ class Cron(unittest.TestCase):
             with self.subTest(after=after):
                 self.assertEqual(queuectl.next_turn(cron, after, UTC), math.inf)
                 with self.assertRaisesRegex(queuectl.InvalidValue, "never comes"):
-                    queuectl.turn_after("* * * * *", after)
+                    queuectl.turn_after("* * * * *", after, "UTC")
         self.assertEqual(queuectl.next_turn(cron, stamp("9999-12-20"), UTC),
                          stamp("9999-12-20T00:01"))
 
@@ -3531,14 +3531,19 @@ class Turns(TestCase):
                 self.assertEqual(claims.turn({}, {}, [1]).claimed, [])
                 due += 86400
 
-    def test_a_turn_that_was_never_taken_stays_where_it_is_if_the_clock_is_set_back(self):
+    def test_an_interval_goes_on_by_the_new_time_if_the_clock_is_set_back(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        queue.add_schedule("often", "*/10 * * * *", command="true")
-        often = queue.schedule("often").next_run
-        self.clock.now -= 3600
+        self.clock.now = NOON - 60
+        for name, cron in (("often", "* * * * *"), ("noon", "0 8 * * *")):
+            queue.add_schedule(name, cron, "UTC", command="true")
+        self.clock.now = NOON + 60
+        self.ticks(claims)
+        fixed = queue.schedule("noon").next_run
+        self.clock.now = NOON - 3600 + 1
         claims.turn({}, {}, [1])
-        self.assertEqual(queue.schedule("often").next_run, often)
+        self.assertEqual(queue.schedule("often").next_run, queuectl.iso(NOON - 3600 + 60))
+        self.assertEqual(queue.schedule("noon").next_run, fixed)
 
     def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
         queue = self.a_queue()
@@ -4136,7 +4141,8 @@ class Turns(TestCase):
         far = queue.schedule("s").next_run
         self.clock.now = NOON
         claims.turn({}, {}, [])
-        self.assertEqual(queue.schedule("s").next_run, queuectl.turn_after("@yearly", NOON))
+        self.assertEqual(queue.schedule("s").next_run, queuectl.turn_after(
+            "@yearly", NOON, queue.schedule("s").tz))
         self.assertLess(queue.schedule("s").next_run, far)
 
     def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
@@ -4712,31 +4718,33 @@ class Views(TestCase):
         queue.run_schedule("a")
         self.clock.now += 120
         style = self.PLAIN._replace(now=self.clock.now)
-        self.assertEqual(queuectl.schedule_lines(queue.schedules(), style), [
-            "NAME   CRON          NEXT    LAST    QUEUE    COMMAND",
-            "a      */10 * * * *  in 8m   2m ago  q        make; all",
-            "rests  @daily        paused  -       default  x"])
-        self.assertEqual(queuectl.schedule_object(queue.schedule("a")), {
-            "name": "a", "cron": "*/10 * * * *", "command": "make\nall", "queue": "q",
-            "paused": False, "next_run": queuectl.iso(NOON + 600),
-            "last_run": queuectl.iso(NOON)})
+        schedules = [(one._replace(tz="Asia/Tokyo"), queue.last_job(one))
+                     for one in queue.schedules()]
+        self.assertEqual(queuectl.schedule_lines(schedules, style), [
+            "NAME   CRON          ZONE        NEXT    LAST              QUEUE    COMMAND",
+            "a      */10 * * * *  Asia/Tokyo  in 8m   2m ago (pending)  q        make; all",
+            "rests  @daily        Asia/Tokyo  paused  -                 default  x"])
+        self.assertEqual(queuectl.schedule_object(*schedules[0]), {
+            "name": "a", "cron": "*/10 * * * *", "tz": "Asia/Tokyo", "command": "make\nall",
+            "queue": "q", "paused": False, "next_run": queuectl.iso(NOON + 600),
+            "last_run": queuectl.iso(NOON), "last_job": "job-1", "last_state": PENDING,
+            "last_success": None, "skipped": 0})
 
     def test_the_next_turns_are_told_in_words_and_times(self):
         queue = self.a_queue()
-        zone = time.strftime("%Z", time.localtime(NOON))
-        schedule = queue.add_schedule("s", "*/10 * * * *", command="x")
-        words, times = queuectl.turn_lines(schedule, NOON)
-        self.assertEqual(words, f"s: {queuectl.cron_words(queuectl.parse_cron('*/10 * * * *'))}")
-        self.assertEqual(times, "next: " + ", ".join(time.strftime(
-            f"%a %Y-%m-%d %H:%M {zone}", time.localtime(NOON + 600 * n))
-            for n in (1, 2, 3)))
+        schedule = queue.add_schedule("s", "*/10 * * * *", "Asia/Tokyo", command="x")
+        self.assertEqual(queuectl.turn_lines(schedule, NOON), [
+            "s: every 10 minutes, Asia/Tokyo",
+            "next: Fri 2027-01-15 17:10+09:00, Fri 2027-01-15 17:20+09:00, "
+            "Fri 2027-01-15 17:30+09:00"])
 
     def test_a_change_is_one_line_that_no_terminal_obeys(self):
         event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
+        at = queuectl.local_time(NOON, NOON, "milliseconds")
         self.assertEqual(queuectl.event_line(event, self.PLAIN),
-                         "2027-01-15T08:00:00.000Z  job-1  failed -> dead  a [2J; b")
+                         f"{at}  job-1  failed -> dead  a [2J; b")
         self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
-                         "2027-01-15T08:00:00.000Z  \x1b[1mjob-1\x1b[0m  - -> "
+                         f"{at}  \x1b[1mjob-1\x1b[0m  - -> "
                          "\x1b[31mdead\x1b[0m  a [2J; b")
         self.assertEqual(queuectl.event_object(event), {
             "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
@@ -5937,7 +5945,7 @@ class Metrics(TestCase):
                   for part in ("bucket", "sum", "count")),
                 "queuectl_oldest_pending_seconds", "queuectl_workers",
                 "queuectl_worker_slots", "queuectl_queue_paused",
-                "queuectl_database_bytes", "queuectl_build_info"})
+                "queuectl_database_bytes", "queuectl_build_info", "queuectl_jobs_blocked"})
             self.assertEqual(kinds["queuectl_attempts" + "_total" * (not is_open)], "counter")
             self.assertEqual(samples["queuectl_attempts_total", (
                 ("outcome", "timeout"), ("queue", "default"))], 1)
@@ -6412,18 +6420,19 @@ class CommandLine(TestCase):
         code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
                                   "--priority", "4", "--", "sh", "-c", "a && b")
         self.assertEqual((code, out), (0, ""))
-        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
+        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30\S+\s){3}"
                               "no worker is running")
         shown = json.loads(self.cli("schedule", "list", "--json")[1])
-        self.assertEqual(tuple(shown[0]), ("name", "cron", "command", "queue", "paused",
-                                           "next_run", "last_run"))
+        self.assertEqual(tuple(shown[0]), (
+            "name", "cron", "tz", "command", "queue", "paused", "next_run", "last_run",
+            "last_job", "last_state", "last_success", "skipped"))
         self.assertEqual(shown[0]["command"], "sh -c 'a && b'")
         job_id = self.cli("schedule", "run", "night")[1].strip()
         job = json.loads(self.cli("show", job_id, "--json")[1])
         self.assertEqual((job["command"], job["queue"], job["priority"], job["tags"]),
                          ("sh -c 'a && b'", "q", 4, ["schedule:night"]))
         self.assertEqual(self.cli("schedule", "pause", "night")[2], "night paused\n")
-        self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +paused ")
+        self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +\S+ +paused ")
         self.assertIn("next: ", self.cli("schedule", "resume", "night")[2])
         self.assertIn("removed", self.cli("schedule", "remove", "night")[2])
         self.assertIn("no schedules", self.cli("schedule", "list")[2])
@@ -7525,7 +7534,7 @@ queuectl.Store.changes = changes""")
                 self.assertEqual(watch.end(), 130)
                 self.assertNotIn("Traceback", watch.text)
                 shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
-                self.assertEqual(shown[:3], ["jobs", "workers", "database"][:size[0] - 1])
+                self.assertEqual(shown[:3], ["jobs", "workers", "overdue"][:size[0] - 1])
                 self.assertNotIn("1 pending", "".join(watch.picture.lines))
                 self.call("delete", job_id)
 
@@ -7571,7 +7580,8 @@ queuectl.Store.changes = changes""")
 
         self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
         self.assertEqual(lines[-1], "")     # where the shell goes on
-        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines[:-1]))
+        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line)
+                            for line in lines[:-1]))
 
     def test_nothing_is_drawn_where_nobody_looks_or_wants_it(self):
         self.enqueue("true", "--id", "a")
@@ -7935,7 +7945,7 @@ class WebServer(Processes):
             self.request(port, method, path, body)
         self.request(port, "POST", "/api/pause", {}, Authorization="Bearer x")
         lines = self.read("web.log").splitlines()
-        self.assertEqual([line.split(" ", 1)[1] for line in lines], [
+        self.assertEqual([line.split(" ", 2)[2] for line in lines], [
             "web: POST /api/jobs by bearer from 127.0.0.1: 201 job-1",
             "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled",
             "web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 409 job-1 is "
@@ -11381,6 +11391,127 @@ class BadGround(Processes):
         self.assertEqual(self.format_of(self.path), (FORMAT, False, ids))
         self.assertEqual(self.told(self.upgrader(ADD_COLUMN, "config", "list"))[0], 0)
         self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, ids))
+
+
+# ---- Times -------------------------------------------------------------------
+
+class Times(Processes):
+    """Zones, clocks that are set, runs that are skipped, and how times are shown."""
+
+    def in_zone(self, zone, *argv):
+        return self.call(*argv, env={**os.environ, "TZ": zone})
+
+    def schedules(self, zone="UTC"):
+        return json.loads(self.in_zone(zone, "schedule", "list", "--json")[1])
+
+    def test_a_schedule_keeps_the_zone_in_which_it_was_added(self):
+        code, _, err = self.in_zone("Asia/Kolkata", "schedule", "add", "k", "30 9 * * *",
+                                    "--", "true")
+        self.assertEqual(code, 0, err)
+        self.assertIn("09:30+05:30", err)
+        for name, argv in (("a", ("CRON_TZ=Asia/Tokyo 0 9 * * *",)),
+                           ("b", ("0 9 * * *", "--tz", "Asia/Tokyo")),
+                           ("c", ("CRON_TZ=Asia/Tokyo 0 9 * * *", "--tz", "Asia/Tokyo"))):
+            code, _, err = self.in_zone("UTC", "schedule", "add", name, *argv, "--", "true")
+            self.assertEqual(code, 0, err)
+            self.assertIn("09:00+09:00", err)
+        found = {one["name"]: (one["tz"], one["cron"], one["next_run"][11:16])
+                 for one in self.schedules()}
+        tokyo = ("Asia/Tokyo", "0 9 * * *", "00:00")
+        self.assertEqual(found, {"k": ("Asia/Kolkata", "30 9 * * *", "04:00"),
+                                 "a": tokyo, "b": tokyo, "c": tokyo})
+        for argv in (("0 9 * * *", "--tz", "Mars/Olympus"), ("CRON_TZ=Asia/Tokyo 0 9 * * *",
+                                                             "--tz", "UTC")):
+            code, _, err = self.in_zone("UTC", "schedule", "add", "x", *argv, "--", "true")
+            self.assertEqual(code, 1, err)
+            self.assertIn("zone", err)
+
+    def test_a_worker_in_another_zone_keeps_the_next_runs_too(self):
+        self.in_zone("Asia/Kolkata", "schedule", "add", "k", "30 9 * * *", "--", "true")
+        with Queue(self.path) as queue, queue.store.transaction() as store:
+            store.do("UPDATE schedules SET next_run = '2001-01-01T04:00:00.000Z'", {})
+        self.worker("--max-jobs", "1", env={**os.environ, "TZ": "America/New_York"})
+        wait_for(lambda: self.schedules()[0]["last_success"], "the success")
+        [one] = self.schedules()
+        self.assertEqual((one["next_run"][11:16], one["last_job"], one["last_state"]),
+                         ("04:00", "job-1", COMPLETED))
+
+    def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
+        queue = self.a_queue()
+        for name, tz in (("b", "Europe/Berlin"), ("n", "America/New_York")):
+            queue.add_schedule(name, "30 2 * * *", tz, command="x")
+            schedule, seen = queue.schedule(name), []
+            at = queuectl.epoch("2027-03-13T12:00:00.000Z")
+            for _ in range(16):
+                stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
+                at = queuectl.epoch(stamp)
+                seen.append(stamp[5:16])
+            self.assertIn({"b": "03-28T01:00", "n": "03-14T07:00"}[name], seen)
+            self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
+
+    def test_a_zone_that_is_unknown_here_pauses_the_schedule_and_is_found(self):
+        self.call("schedule", "add", "s", "* * * * *", "--", "true")
+        queue = self.a_queue()
+        with queue.store.transaction() as store:
+            store.do("UPDATE schedules SET tz = 'Mars/Olympus', next_run = '2001'", {})
+        claims = self.a_pool(queue)
+        claims.turn({}, {}, [])
+        self.assertTrue(queue.schedule("s").paused)
+        self.assertIn("'Mars/Olympus' is unknown here", self.call("check")[1])
+
+    def test_a_run_that_is_skipped_is_counted_logged_and_shown(self):
+        self.call("schedule", "add", "s", "* * * * *", "--", "sleep", "60")
+        self.call("schedule", "run", "s")
+        self.worker("-c", "2")
+        self.wait_state("job-1", PROCESSING)
+        with Queue(self.path) as queue:
+            with queue.store.transaction() as store:
+                store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+            queue.wake(queuectl.NEW_JOBS)
+        wait_for(lambda: "schedule s: a run is skipped, job-1 is still processing"
+                 in self.read("worker.log"), "the log")
+        [one] = self.schedules()
+        self.assertGreaterEqual(one["skipped"], 1)
+        self.assertIn("SKIPPED", self.call("schedule", "list")[1])
+        self.assertRegex(self.call("schedule", "show", "s")[1], r"skipped +\d+ runs")
+        self.assertIn("schedule s skips runs", self.call("check")[1])
+        with Queue(self.path) as queue:
+            text = queuectl.metrics_text(queuectl.metric_families(queue.scrape()), False)
+        self.assertRegex(text, 'queuectl_schedule_skipped_total{schedule="s"} [1-9]')
+        self.assertIn('queuectl_schedule_last_success_timestamp_seconds{schedule="s"} 0', text)
+
+    def test_what_is_due_without_a_worker_is_told(self):
+        self.call("schedule", "add", "s", "0 0 1 1 *", "--", "true")
+        self.assertIn("next due  schedule s in", self.call("status")[1])
+        self.enqueue("true", "--queue", "gpu")
+        with Queue(self.path) as queue, queue.store.transaction() as store:
+            store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+        for command in ("status", "check"):
+            code, out, _ = self.call(command)
+            self.assertEqual(code, 0)
+            self.assertRegex(out, "jobs of queue gpu have been due for .*, and no worker is "
+                                  "running")
+            self.assertRegex(out, "schedule s has been due for .*, and no worker is running")
+        self.assertEqual(json.loads(self.call("status", "--json")[1])["next_due"],
+                         "2001-01-01T00:00:00.000Z")
+        self.worker("--queue", "other")
+        wait_for(lambda: "no worker takes it" in self.call("check")[1], "the check")
+
+    def test_people_read_local_times_with_their_offset(self):
+        self.enqueue("true", "--delay", "50d", "--id", "late")
+        self.enqueue("true")
+        with open(self.path_of("log"), "wb") as log:
+            subprocess.run(self.command("worker", "start", "--drain"), cwd=self.dir,
+                           stderr=log, env={**os.environ, "TZ": "Asia/Kolkata"}, check=True)
+        stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 "
+        for line in self.read("log").splitlines():
+            self.assertRegex(line, f"^{stamp}")
+        out = self.in_zone("Asia/Kolkata", "show", "late")[1]
+        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in 50d\)$")
+        out = self.in_zone("Asia/Kolkata", "events")[1]
+        self.assertRegex(out, r"(?m)^([\d-]+ )?\d\d:\d\d:\d\d\.\d{3}\+05:30  job-2 ")
+        self.assertEqual(queuectl.local_time(NOON, NOON + 86400)[:10],
+                         time.strftime("%Y-%m-%d", time.localtime(NOON)))
 
 
 # ---- Fuzz --------------------------------------------------------------------
