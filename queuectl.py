@@ -2757,10 +2757,13 @@ class Sql:
          LIMIT :limit
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
-    RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    # Stored output, up to 16 MiB a run, is read only where it is shown.
+    without_output = ", ".join("x'' AS output" if name == "output" else f"runs.{name}"
+                               for name in Run._fields)
+    RUN_BY_CLAIM = f"SELECT {without_output} FROM runs WHERE claim = :claim"
     # By jobs_by_claim: what runs, however many runs are over.
-    UNDER_WAY = """
-        SELECT runs.*
+    UNDER_WAY = f"""
+        SELECT {without_output}
           FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
@@ -3840,6 +3843,11 @@ POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim n
 # As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
 # file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
+SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
+
+
+def _flock(kind: int, offset: int) -> bytes:
+    return struct.pack(_FLOCK, kind, 0, offset, 1, 0)
 
 
 class Locks:
@@ -3855,8 +3863,8 @@ class Locks:
     def __init__(self, path: str) -> None:
         self.path = path
         self._probe = -1
-        self._set = getattr(fcntl, "F_OFD_SETLK", None)
-        self._get = getattr(fcntl, "F_OFD_GETLK", None)
+        # None: not tried yet.
+        self._works = None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
@@ -3864,36 +3872,70 @@ class Locks:
         Raises InUse if somebody holds it, Unwritable if the file cannot be made or
         the system has no lock to give.
         """
-        if self._set is None:
+        if self._works is False:
             return -1
-        fd = self._open(os.O_CREAT)
         try:
-            wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-            fcntl.fcntl(fd, self._set, wanted)
+            fd = self._open(os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
+                             "check who may write that directory") from None
+        try:
+            if self._is_proven(fd):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
+                return fd
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise InUse(f"lock {offset} of {self.path} is taken") from None
             raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
                              "check the disk that it is on") from None
-        return fd
+        os.close(fd)
+        return -1
 
     def is_held(self, offset: int) -> bool:
-        """Whether a process, this one included, holds the lock; False: who knows.
+        """Return True if a process, this one included, holds the lock.
 
-        Asked by an open file of its own, to which our own locks are another's. It does
-        not make the file: to look must leave nothing behind.
+        Also True if that cannot be found out, as without free descriptors: taking over
+        a run that lives is worse than waiting for one that does not.
         """
-        if self._get is None:
+        if self._works is False:
             return False
-        if self._probe < 0:
+        try:
+            if self._probe < 0:
+                self._probe = self._open(os.O_RDONLY)
+            return self._is_proven(self._probe) \
+                and self._holder(self._probe, offset) != fcntl.F_UNLCK
+        except FileNotFoundError:
+            return False        # nobody ever held a lock
+        except OSError:
+            return True
+
+    def _is_proven(self, fd: int) -> bool:
+        """Return True if a lock of one open file description refuses another its own.
+
+        The names prove nothing: macOS defines them for another `struct flock`, and old
+        kernels refuse them with EINVAL. The attempt is a shared lock on a scratch byte,
+        so it works on read-only media and never disturbs another process's attempt.
+        """
+        if self._works is None:
+            other = self._open(os.O_RDONLY)
             try:
-                self._probe = self._open(0)
-            except Unwritable:
-                return False        # no file: nobody ever held a lock
-        question = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-        answer = fcntl.fcntl(self._probe, self._get, question)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+                fcntl.fcntl(other, fcntl.F_OFD_SETLK,
+                            _flock(fcntl.F_RDLCK, SCRATCH_LOCK))
+                self._works = self._holder(fd, SCRATCH_LOCK) == fcntl.F_RDLCK
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EACCES):
+                    raise
+                self._works = error.errno != errno.EINVAL
+            finally:
+                os.close(other)
+        return self._works
+
+    @staticmethod
+    def _holder(fd: int, offset: int) -> int:
+        """The type of the lock that keeps this open file from an exclusive one."""
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, offset))
+        return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
         """Close the descriptor used for probing; the locks are their holders' own."""
@@ -3903,11 +3945,7 @@ class Locks:
 
     def _open(self, flags: int) -> int:
         """Not inherited: which run is to hold a lock, the start of its command says."""
-        try:
-            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        except OSError as error:
-            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
-                             "check who may write that directory") from None
+        return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
 def _read(path: str) -> bytes:
@@ -4012,8 +4050,12 @@ class Host:
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
             return self.locks.is_held(POOL_LOCKS + worker.id) or None
-        return (self.locks.is_held(POOL_LOCKS + worker.id)
-                or is_same_birth(self.born(worker.pid), worker.born))
+        if self.locks.is_held(POOL_LOCKS + worker.id):
+            return True
+        try:
+            return is_same_birth(self.born(worker.pid), worker.born)
+        except OSError:     # out of descriptors
+            return None
 
     def processes(self) -> list[Process]:
         """The processes that may be a run's: all with a session or a token told."""
@@ -4106,6 +4148,8 @@ def ring(ports: Iterable[int], message: bytes) -> None:
 # somebody reads along and wants the output of what runs.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
 
+
+PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
 
 # What a service manager tells its service, and nobody else.
 SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
@@ -4943,7 +4987,7 @@ class Queue:
         return Run(*row)
 
     def fresh_run(self, job_id: str, number: int | None = None,
-                  patience: float = 0.5) -> Run:
+                  patience: float = PEEK_PATIENCE) -> Run:
         """A run with its output as of now: one that is under way is asked for it.
 
         The output of what runs is stored with a heartbeat, or if somebody asks: to
@@ -4956,7 +5000,7 @@ class Queue:
             run = self.run(job_id, run.number)
         return run
 
-    def peek(self, patience: float = 0.5) -> None:
+    def peek(self, patience: float = PEEK_PATIENCE) -> None:
         """Have the pools store what running commands have printed; so many seconds at
         most, and less if anything else is committed meanwhile.
         """
@@ -5969,6 +6013,12 @@ class Claims:
         """
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
+
+    def orders(self) -> tuple[str | None, dict[int, str | None]]:
+        """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
+        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        return row[0] if row else None, dict(
+            self._store.rows(Sql.MINE, worker=self.worker.name))
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
@@ -7761,6 +7811,8 @@ TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
+HEARD_AT_ONCE = 64     # wake-ups read in one step
+PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
 
@@ -7861,10 +7913,11 @@ class Peers:
             if worker.id in self._known or worker.boot != self._host.boot:
                 continue
             self._known.add(worker.id)
-            watch = _watch_process(worker.pid)
+            watch, is_it = _watch_process(worker.pid), False
             # Looked at after the watch: the id may be another's, here or by now.
-            is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
-                                                 worker.born)
+            with contextlib.suppress(OSError):      # out of descriptors
+                is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
+                                                     worker.born)
             if watch >= 0 and not is_it:
                 os.close(watch)
             if is_it:
@@ -8057,7 +8110,8 @@ class Pool:
         self._grace_ends = math.inf                     # monotonic
         self._look = True       # there may be something to claim
         self._orders = True     # there may be something else to read
-        self._peek = False      # somebody reads along
+        self._peek_until = 0.0  # monotonic: until then a client waits for output
+        self._peek_at = 0.0     # monotonic: output is not stored for clients before
         self._beat_at = 0.0     # monotonic: the next heartbeat
         self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
         self._expire_at = math.inf                      # monotonic: the next of them
@@ -8103,8 +8157,8 @@ class Pool:
         self._collect()
         self._heed_times()
         try:
+            self._heed_orders()
             if self._is_turn_due():
-                has_orders = self._orders
                 self._turn()
                 if time.monotonic() >= self._beat_at:
                     self._watch()
@@ -8112,8 +8166,6 @@ class Pool:
                     self._beat_at = time.monotonic() + self._settings.heartbeat
                     if self._expire_at == math.inf:     # else it is under way
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
-                if has_orders:      # a new worker gives them, too
-                    self._peers.watch()
             self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
@@ -8152,7 +8204,7 @@ class Pool:
         self._wall = wall
         if self._due_at is not None and wall >= self._due_at:
             self._look = True
-        if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
+        if now >= min(self._beat_at, self._record_at(), self._peek_due()):
             return True
         if not (self._look and self._room()):
             return False
@@ -8210,12 +8262,13 @@ class Pool:
         thread), so what is cleared afterwards is exactly what was recorded.
         """
         beats = time.monotonic() >= self._beat_at
-        outputs = self._unsaved() if beats or self._peek else {}
+        outputs = self._unsaved() if beats or self._peek_due() < math.inf else {}
         room = self._room()
         turn = self._claims.turn(self._ended, outputs, self._free[:room],
                                  self._ahead(room))
         self._look = turn.behind
-        self._orders = self._peek = False
+        if outputs:
+            self._peek_until, self._peek_at = 0.0, time.monotonic() + PEEK_PAUSE
         self._settings, self._due_at = turn.settings, turn.next_due
         self._complaint, self._failing_since = "", None
         self._ended.clear()
@@ -8228,7 +8281,7 @@ class Pool:
             self._say(f"schedule {name}: a run is skipped, {last.id} is still "
                       f"{last.state}")
         self._take_on(turn.claimed)
-        self._obey(turn)
+        self._obey(turn.stop, turn.mine)
         if turn.settled and self._peers.are_there() and not self._room():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
@@ -8381,6 +8434,12 @@ class Pool:
         self._free.append(slot)
         self._free.sort()
 
+    def _peek_due(self) -> float:
+        """When output is to be stored because a client waits for it; inf: never."""
+        if time.monotonic() < self._peek_until and self._unsaved():
+            return self._peek_at
+        return math.inf
+
     def _unsaved(self) -> dict[int, Output]:
         """The output of running jobs that has grown since it was stored."""
         return {claim: ride.command.output for claim, ride in self._rides.items()
@@ -8417,9 +8476,12 @@ class Pool:
         """Have the ender end the whole tree; `why` becomes the outcome, unless None.
 
         It comes back by `_collect`. Asked for again, only the reason may be added: a
-        tree is ended once, and its grace does not begin anew.
+        tree is ended once, and its grace does not begin anew. A run that has finished
+        is left alone: its process id may belong to another process by now.
         """
         command, claim = ride.command, ride.claimed.claim
+        if claim not in self._rides:
+            return
         # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
@@ -8455,21 +8517,33 @@ class Pool:
 
     # Orders: signals, wishes in the database.
 
-    def _obey(self, turn: Turn) -> None:
+    def _heed_orders(self) -> None:
+        """Read what a wake-up may be about.
+
+        Reads alone: any local user may send datagrams, and none may cost a commit.
+        """
+        if self._orders:
+            self._peers.watch()     # a new worker sends one, too
+            self._settings = self._options.adapt(self._queue.store.settings())
+            self._obey(*self._claims.orders())
+            self._orders = False
+
+    def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
         """Do what the database asks of this pool and its runs; a claim that is gone
         was taken by another.
         """
-        if turn.stop:
-            self._leave(turn.stop, ASKED)
+        if stop:
+            self._leave(stop, ASKED)
         self._hand_back([one for one in self._ready
-                         if turn.mine.get(one.claim, LOST) is not None])
+                         if mine.get(one.claim, LOST) is not None])
         for claim, ride in list(self._rides.items()):
-            if claim not in turn.mine:
-                self._say(f"{ride.claimed.job.id} was taken over while this worker was"
-                          " silent; its command is ended")
+            if claim not in mine:
+                if claim not in self._ending:
+                    self._say(f"{ride.claimed.job.id} was taken over while this worker "
+                              "was silent; its command is ended")
                 self._end(ride, LOST)
-            elif turn.mine[claim] is not None:
-                self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
+            elif mine[claim] is not None:
+                self._end(ride, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end.
@@ -8543,9 +8617,10 @@ class Pool:
         if self._retry_at > now:
             return max(0.0, min([self._retry_at, *wake_at]) - now)
         room = self._room()
-        if (self._look and room) or self._orders or self._peek:
+        if (self._look and room) or self._orders:
             return 0.0
         wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
+                    self._peek_due(),
                     now + (FALLBACK_POLL if self._gear.bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
@@ -8554,14 +8629,20 @@ class Pool:
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
-        """Take in all wake-ups that have come: a crowd is one reason to look."""
+        """Take in the wake-ups that have come: a crowd is one reason to look.
+
+        In a flood the kernel drops some, of any kind.
+        """
         assert self._gear.bell is not None
+        heard = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                said = self._gear.bell.recv(SOCKET_BUFFER)
-                self._look = True
-                self._orders = self._orders or said == NEW_ORDERS
-                self._peek = self._peek or said == PEEK
+            while len(heard) < HEARD_AT_ONCE:
+                heard.append(self._gear.bell.recv(SOCKET_BUFFER))
+        self._look = True
+        if NEW_ORDERS in heard or len(heard) == HEARD_AT_ONCE:
+            self._orders = True
+        if PEEK in heard:
+            self._peek_until = time.monotonic() + PEEK_PATIENCE
 
     # What it says.
 

@@ -2233,7 +2233,7 @@ class Hosts(TestCase):
     def test_a_lock_that_the_system_does_not_give_is_not_said_to_be_taken(self):
         class Refusing:
             """Locks as of a file system that has none to give."""
-            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK = 0, 0, 0
+            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK, F_RDLCK = 0, 0, 0, 0
 
             def fcntl(self, *_):
                 raise OSError(self.error, os.strerror(self.error))
@@ -5002,11 +5002,20 @@ class Pools(TestCase):
         for name, value in changes.items():
             setattr(pool, name, value)
 
+    def a_reader(self, **changes):
+        """A client reads along; the one command has printed something new."""
+        talking = types.SimpleNamespace(command=types.SimpleNamespace(
+            output=types.SimpleNamespace(total=1), ends_at=math.inf, watch=9))
+        return {"_peek_until": self.NOW + .5, "_rides": {1: talking}, **changes}
+
     def test_a_pool_sleeps_until_the_first_thing_to_do(self):
         now, over = self.NOW, queuectl.Ending(self.queue.host, 1, 0.0)
         for changes, seconds in (
                 ({}, queuectl.DEAF_POLL),
-                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), ({"_peek": True}, 0.0),
+                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), (self.a_reader(), 0.0),
+                (self.a_reader(_saved={1: 1}), queuectl.DEAF_POLL),
+                (self.a_reader(_peek_at=now + .06), .06),
+                (self.a_reader(_peek_until=now), queuectl.DEAF_POLL),
                 ({"_over": [over]}, 0.0),
                 ({"_look": True, "_free": []}, queuectl.DEAF_POLL),
                 ({"_beat_at": now + .05}, .05), ({"_beat_at": now - 1}, 0.0),
@@ -5035,15 +5044,18 @@ class Pools(TestCase):
             pool._notifier.beat_at = now + .01
             self.assertAlmostEqual(pool._patience(), .01, 6)
 
-    def test_a_turn_is_due_for_orders_heartbeats_ends_and_work(self):
+    def test_a_turn_is_due_for_output_heartbeats_ends_and_work(self):
         now = self.NOW
         for changes, is_due in (
-                ({}, False), ({"_orders": True}, True), ({"_peek": True}, True),
+                ({}, False), ({"_orders": True}, False), (self.a_reader(), True),
+                (self.a_reader(_saved={1: 1}), False),
+                (self.a_reader(_peek_at=now + .1), False),
+                (self.a_reader(_peek_until=now), False),
                 ({"_beat_at": now}, True), ({"_beat_at": now + .1}, False),
                 ({"_ended": {1: 1}, "_ended_at": now}, True),
                 ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": []}, False),
-                ({"_retry_at": now + 1, "_orders": True}, False),
-                ({"_retry_at": now, "_orders": True}, True),
+                ({"_retry_at": now + 1, "_beat_at": now}, False),
+                ({"_retry_at": now, "_beat_at": now}, True),
                 ({"_look": True}, False), ({"_due_at": NOON}, False)):
             with self.subTest(changes), self.in_hand() as pool:
                 self.queue.clock = lambda: NOON
