@@ -12859,9 +12859,8 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: shells that complete its words, systemd. All of it is
-# text that a command prints; nothing is written anywhere, so a person sees what he
-# installs.
+# Where others start this program: a launcher, shells that complete its words, systemd.
+# `install` writes the module and its launcher; the rest is text that a command prints.
 #
 # The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
 # every press of the key, the last word being the one under the cursor. The answer is a
@@ -12975,6 +12974,9 @@ BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 
 
+LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
+
+
 def program_words() -> tuple[str, str]:
     """The absolute paths of this Python and of this file.
 
@@ -12983,6 +12985,80 @@ def program_words() -> tuple[str, str]:
     not UTF-8.
     """
     return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def start_words() -> tuple[str, ...]:
+    """The words that start this program with cached byte code; UnicodeError.
+
+    The installed launcher if this is its module. Where this file is not named as its
+    module it cannot be imported, and runs by its path.
+    """
+    python, file = program_words()
+    folder, name = os.path.split(file)
+    if name != "queuectl.py":
+        return python, file
+    launcher = os.path.join(folder[:-len(LIBRARY)], "bin", "queuectl")
+    if folder.endswith(os.sep + LIBRARY) and os.access(launcher, os.X_OK):
+        return (launcher,)
+    return python, "-c", BY_IMPORT, folder
+
+
+
+def _replace(path: str, content: bytes, mode: int) -> None:
+    """Write a file, in one step for everyone who reads or runs it meanwhile."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, mode)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def _own_source() -> bytes:
+    """The text of this module, also from within an archive; Unsupported."""
+    try:
+        source: bytes = globals()["__loader__"].get_data(__file__)
+    except (AttributeError, KeyError, NameError, OSError):
+        raise Unsupported("this program's own file cannot be read",
+                          "run it by the path of queuectl.py") from None
+    return source
+
+
+def install(to: str) -> str:
+    """Write the module, its byte code and a launcher below a directory; its path.
+
+    The launcher imports the module from there, so no file in the current directory can
+    take the place of a module, and Python uses the cached byte code. An older
+    installation is replaced. Unwritable.
+    """
+    import py_compile   # 5 ms
+    import shlex
+    source, library = _own_source(), os.path.join(to, LIBRARY)
+    launcher = os.path.join(to, "bin", "queuectl")
+    words = (sys.executable or "python3", "-c", BY_IMPORT, library)
+    script = f"#!/bin/sh\nexec {shlex.join(words)} \"$@\"\n"
+    umask = os.umask(0o022)     # others may run what root installs
+    try:
+        os.makedirs(library, exist_ok=True)
+        os.makedirs(os.path.dirname(launcher), exist_ok=True)
+        module = os.path.join(library, "queuectl.py")
+        _replace(module, source, 0o644)
+        # Named, for $PYTHONPYCACHEPREFIX of today says nothing about later starts.
+        py_compile.compile(module, os.path.join(
+            library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
+        _replace(launcher, os.fsencode(script), 0o755)
+    except OSError as error:
+        raise Unwritable(f"cannot write {error.filename} ({error.strerror})",
+                         "choose a directory with --to") from None
+    finally:
+        os.umask(umask)
+    return launcher
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
@@ -13015,7 +13091,7 @@ UNIT_FILE = """\
 # `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
 
 [Unit]
-Description=queuectl worker, {described}
+Description=queuectl worker, {described}{mounts}
 
 [Service]
 Type=notify
@@ -13064,6 +13140,20 @@ WantedBy={target}
 """
 
 
+def _mounts(path: str) -> str:
+    """The line that has systemd mount what a database is on; "" if it cannot be said.
+
+    There `%` is a specifier, and a backslash makes the next character literal: so a
+    control character cannot be written.
+    """
+    folders = dict.fromkeys((os.path.dirname(path),
+                             os.path.dirname(os.path.realpath(path))))
+    words = [re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%")
+             for folder in folders if folder.isprintable()]
+    return "\nRequiresMountsFor=" + " ".join(f'"{word}"' for word in words) \
+        if words else ""
+
+
 def unit_file(command: Sequence[str], path: str, user: str | None,
               stop_timeout: str) -> str:
     """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
@@ -13077,6 +13167,7 @@ def unit_file(command: Sequence[str], path: str, user: str | None,
     shown = one_line(path)
     return UNIT_FILE.format(
         shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        mounts=_mounts(path),
         place="~/.config/systemd/user/queuectl.service" if is_own
         else "/etc/systemd/system/queuectl.service",
         control="systemctl --user" if is_own else "systemctl",
@@ -14853,17 +14944,37 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script.
-
-    Where this file is not named as its module it cannot be imported, and runs by its
-    path.
-    """
+    """Print a shell's completion script."""
     import shlex  # 1 ms
-    python, file = program_words()
-    folder, name = os.path.split(file)
-    words = (python, "-c", BY_IMPORT, folder) if name == "queuectl.py" \
-        else (python, file)
-    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(words)).rstrip("\n"))
+    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
+               .rstrip("\n"))
+    return EX_OK
+
+
+def _is_on_path(folder: str) -> bool:
+    """Whether $PATH has the directory, by any of its names."""
+    return os.path.realpath(folder) in [
+        os.path.realpath(entry) for entry in os.get_exec_path() if entry]
+
+
+def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
+    """Install the program, and say where and what is missing."""
+    import shlex
+    import shutil
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    to = os.path.expanduser(args.to or ("/usr/local" if is_root else "~/.local"))
+    if to.startswith("~"):
+        raise Unsupported(f"{to} has no meaning here: there is no home directory",
+                          "give a directory: --to DIR")
+    launcher = install(os.path.abspath(to))
+    folder = os.path.dirname(launcher)
+    screen.out(launcher)
+    found = shutil.which("queuectl")
+    if not _is_on_path(folder):
+        screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
+                    f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
+    elif found and os.path.realpath(found) != os.path.realpath(launcher):
+        screen.note(f"warning: on PATH, {found} comes before it")
     return EX_OK
 
 
@@ -14904,7 +15015,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
         raise Unwritable("the current directory is gone",
                          "change to another, or give an absolute --db") from None
     try:
-        command = (*program_words(), "--db", as_utf8(path), "worker", "start",
+        command = (*start_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
     except UnicodeError:
         raise Unsupported("a path is not UTF-8, and systemd takes no other",
@@ -15120,6 +15231,11 @@ COMMANDS = (
            option("--user", action="store_true",
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
+    Entry(("install",), cmd_install, "install this program, without pip or network",
+          NEITHER, (
+        option("--to", metavar="DIR", help="for lib/queuectl and bin/queuectl "
+               "(default: ~/.local, as root /usr/local)"),),
+        ("install --to ~/.local",)),
 )
 # What a group of commands does when it is named alone: each time something that only
 # looks.

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import linecache
+import marshal
 import math
 import multiprocessing.connection
 import os
@@ -6233,8 +6234,8 @@ class CommandLine(TestCase):
         for entry in queuectl.COMMANDS:
             for example in entry.examples:
                 words = shlex.split(example)
-                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
-                        or {"--watch", "--follow"} & {*words}:
+                if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
+                        or {"--watch", "--follow", "-f", "-"} & {*words}:
                     continue
                 with self.subTest(example):
                     code, _, err = self.cli(*words)
@@ -6635,8 +6636,10 @@ class CommandLine(TestCase):
         code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
                                 "--grace", "1m30s", "--backoff-base", "500ms")
         self.assertEqual(code, 0)
-        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} "
-                      f'{queuectl.systemd_word(MODULE)} --db "{self.path}" worker start '
+        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} -c "
+                      f'"{queuectl.BY_IMPORT}" '
+                      f"{queuectl.systemd_word(os.path.dirname(MODULE))} "
+                      f'--db "{self.path}" worker start '
                       "--count 2 --queue a --queue b --backoff-base 0.5 --grace 90\n", out)
         for line in ("Type=notify", "NotifyAccess=main", "KillMode=mixed",
                      "TimeoutStopSec=110s", "OOMPolicy=continue", "Restart=on-failure",
@@ -8952,6 +8955,92 @@ class Names(Processes):
             f"A{n}": value for n in range(8)}}).encode(), "-", "--max-retries", "1")
         self.drain()
         self.assertEqual(int(self.call("logs", "job-1")[1]), len(value))
+
+    # Installing.
+
+    def installed(self, to, *argv, **options):
+        """What the installed program says."""
+        done = subprocess.run([os.path.join(to, "bin", "queuectl"), *argv],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=60, check=False, **options)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
+        to = self.path_of("of ü'$x")
+        with open(self.path_of("json.py"), "w") as file:
+            file.write("raise SystemExit('the wrong json')")
+        for _ in range(2):
+            code, out, err = self.call("install", "--to", to)
+            self.assertEqual((code, out), (0, os.path.join(to, "bin", "queuectl\n")))
+            self.assertIn("not on PATH", err)
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1],
+                         f"queuectl {queuectl.__version__}\n")
+        self.assertEqual(self.installed(to, "enqueue", "--db", self.path, "-", "-q",
+                                        input=b"exit 3", cwd=self.dir)[1], "job-1\n")
+        self.assertEqual(self.installed(to, "show", "nope", cwd=self.dir)[0], 1)
+        library = os.path.join(to, "lib", "queuectl")
+        self.assertEqual(os.listdir(os.path.join(to, "bin")), ["queuectl"])
+        self.assertEqual(sorted(os.listdir(library)), ["__pycache__", "queuectl.py"])
+        self.assertEqual(len(os.listdir(os.path.join(library, "__pycache__"))), 1)
+        cached = os.path.join(library, "__pycache__",
+                              f"queuectl.{sys.implementation.cache_tag}.pyc")
+        with open(cached, "r+b") as file:   # who runs this runs the byte code
+            header = file.read(16)
+            file.seek(0)
+            file.write(header + marshal.dumps(compile(
+                "def main(): print('cached')", "queuectl.py", "exec")))
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1], "cached\n")
+
+    def test_an_installed_worker_gets_its_signals(self):
+        self.call("install", "--to", self.path_of("to"))
+        worker = subprocess.Popen(
+            [self.path_of("to/bin/queuectl"), "--db", self.path, "worker", "start"],
+            stderr=subprocess.PIPE, cwd=self.dir)
+        self.addCleanup(self.end, worker)
+        self.addCleanup(worker.stderr.close)
+        self.assertIn(b" started: ", next(
+            line for line in worker.stderr if b"worker" in line and b"started" in line))
+        worker.send_signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_an_installed_program_names_its_launcher(self):
+        to = self.path_of("to")
+        self.call("install", "--to", to)
+        launcher = os.path.join(to, "bin", "queuectl")
+        self.assertIn(f'\nExecStart="{launcher}" --db ',
+                      self.installed(to, "systemd", cwd=self.dir)[1])
+        self.assertIn(shlex.quote(launcher), self.installed(to, "completion", "bash")[1])
+
+    def test_where_nothing_can_be_written_nothing_is_installed(self):
+        with open(self.path_of("file"), "w") as file:
+            file.write("")
+        code, out, err = self.call("install", "--to", self.path_of("file"), "--db", "x")
+        self.assertEqual((code, out), (1, ""))
+        self.assertRegex(err, r"^queuectl: error: cannot write .*--to\n$")
+        self.assertEqual(os.listdir(self.dir), ["file"])
+
+    def test_a_path_on_path_needs_no_word(self):
+        to = self.path_of("to")
+        for entries, said in (([], "not on PATH"), ([to + "/bin/"], ""),
+                              ([self.path_of("other"), to + "/bin"], "comes before")):
+            if said == "comes before":
+                os.mkdir(self.path_of("other"))
+                shutil.copy(os.path.join(to, "bin", "queuectl"), self.path_of("other"))
+            with self.subTest(said):
+                err = self.call("install", "--to", to, env={
+                    **os.environ, "PATH": os.pathsep.join(
+                        (*entries, "/usr/bin", "/bin"))})[2]
+                self.assertIn(said, err)
+                self.assertEqual(bool(err), bool(said))
+
+    def test_a_unit_waits_for_the_mounts_of_its_database(self):
+        folder = self.path_of('of 100% "\\ $x')
+        os.mkdir(folder)
+        os.symlink(folder, self.path_of("link"))
+        out = run_cli("--db", self.path_of("link/q.db"), "systemd")[1]
+        shown = [path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+                 for path in (self.path_of("link"), os.path.realpath(folder))]
+        self.assertIn(f'\nRequiresMountsFor="{shown[0]}" "{shown[1]}"\n', out)
 
 
 # ---- Chaos -------------------------------------------------------------------
