@@ -83,7 +83,7 @@ Contents: `grep -n '^# ----' queuectl.py`
     20 Reply        from a request to its reply, as bytes: no sockets
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
-    23 Install      scripts by which shells complete, a unit file for systemd
+    23 Install      a launcher, completion scripts, a unit file for systemd
     24 Screen       where commands write: results, words about them, a line in place
     25 Flags        what a command line gives: flags, jobs, streams of jobs
     26 Commands     one small function a command, and the table of all
