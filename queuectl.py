@@ -83,7 +83,7 @@ Contents: `grep -n '^# ----' queuectl.py`
     20 Reply        from a request to its reply, as bytes: no sockets
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
-    23 Install      scripts by which shells complete, a unit file for systemd
+    23 Install      a launcher, completion scripts, a unit file for systemd
     24 Screen       where commands write: results, words about them, a line in place
     25 Flags        what a command line gives: flags, jobs, streams of jobs
     26 Commands     one small function a command, and the table of all
@@ -214,7 +214,9 @@ CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 WILD_CORRECTION = 300.0     # seconds; the same for an interval
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one pool
-MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
+MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
+MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes some 2 MiB
+MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
@@ -1849,6 +1851,35 @@ def as_utf8(text: str) -> str:
     return text if is_text(text) else os.fsencode(text).decode()
 
 
+def word_bytes(word: str) -> bytes:
+    """The bytes of an argument, whatever the locale took them for; UnicodeError."""
+    try:
+        return os.fsencode(word)
+    except UnicodeEncodeError:  # a program's own text, where the locale is ASCII
+        return word.encode()
+
+
+def shell_word(word: bytes) -> str:
+    r"""A word that a POSIX shell expands to exactly these bytes.
+
+        b"a b" -> 'a b';  b"caf\351" -> "$(printf 'caf\351')"
+    """
+    import shlex  # 1 ms
+    with contextlib.suppress(UnicodeDecodeError):
+        return shlex.quote(word.decode())
+    if word.endswith(b"\n"):    # $(...) strips it
+        raise InvalidJob("command", f"{word!a} is not UTF-8 and ends with a newline",
+                         "rename the file: a command cannot hold such a name")
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./ "
+    printed = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in word)
+    return f"\"$(printf '{printed}')\""
+
+
+def shell_command(words: Iterable[bytes]) -> str:
+    """A shell command of separate arguments; their boundaries are kept."""
+    return " ".join(map(shell_word, words))
+
+
 # Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
 # or Python has it, and the time; it returns the value as Spec has it, or raises
 # InvalidJob. All take the time, so that `spec_of` need not know which one uses it.
@@ -1857,8 +1888,10 @@ def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
         raise InvalidJob(key, f"{key} is not text with something in it",
                          "give a shell command, in UTF-8 and without NUL")
-    if len(value) > MAX_TEXT:
-        raise InvalidJob(key, f"{key} is longer than {MAX_TEXT} characters",
+    size = len(value.encode())
+    if size > MAX_TEXT:
+        raise InvalidJob(key, f"{key} is {size:,} bytes long, more than the"
+                         f" {MAX_TEXT:,} that can be started",
                          "put it into a script and enqueue that")
     return str(value)
 
@@ -1930,14 +1963,14 @@ def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
 
 def _check_unique(key: str, value: Any, now: float) -> str:
     """Any text, as the name of a file that is to be worked on: it is only compared."""
-    if not is_text(value) or not 1 <= len(value) <= 256:
-        raise InvalidJob(key, f"{key}: {value!r} is not a key",
-                         "use text of 1 to 256 characters")
+    if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
+        raise InvalidJob(key, f"{key}: {str(value)[:80]!r} is not a key",
+                         f"use text of 1 to {MAX_KEY:,} characters")
     return str(value)
 
 
 def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
-    """Variables by names that a shell can expand."""
+    """Variables by names that a shell can expand, of a size that can be started."""
     if not isinstance(value, dict):
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
@@ -1946,6 +1979,16 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
                 or not is_text(text):
             raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
                              "names are of A-Z a-z 0-9 _, values are text")
+    sizes = {name: len(f"{name}={text}".encode()) for name, text in value.items()}
+    for name, size in sizes.items():
+        if size > MAX_TEXT:
+            raise InvalidJob(key, f"{key}: {name} is {size:,} bytes long, more than the"
+                             f" {MAX_TEXT:,} that can be started",
+                             "put the value into a file and give its name")
+    if sum(sizes.values()) > MAX_ENV:
+        raise InvalidJob(key, f"{key}: all variables are {sum(sizes.values()):,} bytes"
+                         f" long, more than {MAX_ENV:,}",
+                         "put the values into a file and give its name")
     return value
 
 
@@ -2102,8 +2145,10 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise InvalidJob("command", f"not UTF-8 ({error.reason} at byte {error.start})",
-                         "convert the file with iconv -t UTF-8") from None
+        raise InvalidJob(
+            "command", f"not UTF-8 ({error.reason} at byte {error.start})",
+            "JSON and shell commands are UTF-8; names in any encoding: "
+            "`enqueue - -- PROG ARG...`") from None
 
 
 def fields_of_line(line: bytes) -> list[dict[str, Any]]:
@@ -2112,23 +2157,95 @@ def fields_of_line(line: bytes) -> list[dict[str, Any]]:
     return fields_of(text) if text and not text.startswith("#") else []
 
 
-def jobs_in(content: bytes) -> Iterator[Given]:
-    """The job objects of a file: one JSON value, or a job a line.
+_MARK = re.compile(rb"\{#?\}")
+TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields in which marks count
+
+
+class Template:
+    """Makes a job of each item: `{}` stands for the item, `{#}` for its number.
+
+    The item is always one argument of the command; without `{}` it is the last one.
+    `fields` are those of each job.
+    """
+
+    def __init__(self, words: Sequence[bytes], fields: Mapping[str, Any]) -> None:
+        has_mark = any(b"{}" in word for word in words)
+        self._words = [*words] if has_mark else [*words, b"{}"]
+        self._fields = fields
+
+    def job(self, item: bytes, number: int) -> dict[str, Any]:
+        """The job object of an item; InvalidJob for what no argument can hold."""
+        if b"\0" in item:
+            raise InvalidJob("command", "an argument cannot hold a NUL",
+                             "--null reads items that end with NUL")
+
+        def filled(text: bytes) -> bytes:
+            """The text with its marks replaced, in one pass."""
+            return _MARK.sub(lambda mark: item if mark[0] == b"{}"
+                             else b"%d" % number, text)
+
+        def filled_field(key: str, value: Any) -> Any:
+            """A field's text, or all texts of a list or an object."""
+            if isinstance(value, dict):
+                return {name: filled_field(key, text) for name, text in value.items()}
+            if isinstance(value, list):
+                return [filled_field(key, text) for text in value]
+            try:
+                return filled(value.encode()).decode()
+            except UnicodeDecodeError:
+                raise InvalidJob(key, f"{key}: {item!a} is not UTF-8",
+                                 "only the command can hold such a name") from None
+
+        command = [shell_word(filled(word)) for word in self._words]
+        for place, word in enumerate(self._words):
+            # Unquoted, a shell could take an item for a keyword or an assignment.
+            if _MARK.search(word) and command[place][0] not in "'\"" \
+                    and (place == 0 or "=" in command[place]):
+                command[place] = f"'{command[place]}'"
+        fields = {key: filled_field(key, value) if key in TEMPLATED else value
+                  for key, value in self._fields.items()}
+        return {**fields, "command": " ".join(command), "env": {
+            **fields.get("env", {}), "QUEUECTL_ITEM": str(number)}}
+
+
+class Lines:
+    """Makes job objects of lines, or of items that end with NUL, one after the other.
+    """
+
+    def __init__(self, null: bool = False, template: Template | None = None) -> None:
+        self.end = b"\0" if null else b"\n"
+        self._null, self._template = null, template
+        self._lines = self._items = 0       # items: lines that are not empty
+
+    def read(self, line: bytes) -> list[Given]:
+        """The job objects of the next line; InvalidJob names the line."""
+        self._lines += 1
+        self._items += bool(line)
+        place = f"item {self._items}" if self._null else f"line {self._lines}"
+        with at_place(place):
+            if self._template is None:
+                found = fields_of_line(line)
+            else:
+                found = [self._template.job(line, self._items)] if line else []
+        return [Given(fields, place) for fields in found]
+
+
+def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
+    """The job objects of a file: one JSON value, or a job a line; or as `lines` reads.
 
     Raises InvalidJob with the line at fault.
     """
     # A look at the beginning spares most files a reading as one JSON value.
-    if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
+    if lines is None \
+            and content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = _whole(content)
         if whole is not None:
             yield from items(whole)
             return
+    lines = lines or Lines()
     # Not splitlines(): a lone CR may stand within a command.
-    for number, line in enumerate(content.split(b"\n"), 1):
-        with at_place(f"line {number}"):
-            found = fields_of_line(line)
-        for fields in found:
-            yield Given(fields, f"line {number}")
+    for line in content.split(lines.end):
+        yield from lines.read(line)
 
 
 # ---- 6 SQL -------------------------------------------------------------------
@@ -4396,7 +4513,7 @@ class Batch:
                 if state != COMPLETED or seq in unblocking:
                     unmet[job.seq] = unmet.get(job.seq, 0) + 1
                 self._needs.append({"needs": seq, "job": job.seq})
-        self._refuse_cycle()
+        self._refuse_cycle(jobs)
         return unmet
 
     def _needed(self, job_id: str) -> tuple[str, int]:
@@ -4412,7 +4529,7 @@ class Batch:
                              "`queuectl list` shows what there is")
         return found[0].state, found[0].seq
 
-    def _refuse_cycle(self) -> None:
+    def _refuse_cycle(self, jobs: Sequence[Job]) -> None:
         """Take away, one by one, what waits for nobody; what is left goes round.
 
         Only jobs of one batch can: an older one cannot name a newer. Each need is
@@ -4436,8 +4553,10 @@ class Batch:
         if waits:
             names = sorted(id for id, seq in self._seqs.items() if seq in waits)
             shown = ", ".join(names[:5])
-            raise InvalidJob("after", f"after: {shown} wait for each other",
-                             "take one of these out")
+            with at_item(next(item for item, job in enumerate(jobs)
+                              if job.seq in waits)):
+                raise InvalidJob("after", f"after: {shown} wait for each other",
+                                 "take one of these out")
 
     def _write(self, jobs: list[Job]) -> None:
         """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
@@ -11358,9 +11477,9 @@ _NEW_JOB_SCHEMA = {
                         "maximum": MAX_WHOLE},
         "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
         "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
-        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
                    "pattern": _NO_NUL},
-        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
                  "pattern": _NO_NUL},
         "env": {"type": ["object", "null"], "additionalProperties": {
             "type": "string", "pattern": "^[^\\u0000]*$"},
@@ -12829,9 +12948,8 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: shells that complete its words, systemd. All of it is
-# text that a command prints; nothing is written anywhere, so a person sees what he
-# installs.
+# Where others start this program: a launcher, shells that complete its words, systemd.
+# `install` writes the module and its launcher; the rest is text that a command prints.
 #
 # The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
 # every press of the key, the last word being the one under the cursor. The answer is a
@@ -12945,6 +13063,9 @@ BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 
 
+LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
+
+
 def program_words() -> tuple[str, str]:
     """The absolute paths of this Python and of this file.
 
@@ -12953,6 +13074,80 @@ def program_words() -> tuple[str, str]:
     not UTF-8.
     """
     return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def start_words() -> tuple[str, ...]:
+    """The words that start this program with cached byte code; UnicodeError.
+
+    The installed launcher if this is its module. Where this file is not named as its
+    module it cannot be imported, and runs by its path.
+    """
+    python, file = program_words()
+    folder, name = os.path.split(file)
+    if name != "queuectl.py":
+        return python, file
+    launcher = os.path.join(folder[:-len(LIBRARY)], "bin", "queuectl")
+    if folder.endswith(os.sep + LIBRARY) and os.access(launcher, os.X_OK):
+        return (launcher,)
+    return python, "-c", BY_IMPORT, folder
+
+
+
+def _replace(path: str, content: bytes, mode: int) -> None:
+    """Write a file, in one step for everyone who reads or runs it meanwhile."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, mode)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def _own_source() -> bytes:
+    """The text of this module, also from within an archive; Unsupported."""
+    try:
+        source: bytes = globals()["__loader__"].get_data(__file__)
+    except (AttributeError, KeyError, NameError, OSError):
+        raise Unsupported("this program's own file cannot be read",
+                          "run it by the path of queuectl.py") from None
+    return source
+
+
+def install(to: str) -> str:
+    """Write the module, its byte code and a launcher below a directory; its path.
+
+    The launcher imports the module from there, so no file in the current directory can
+    take the place of a module, and Python uses the cached byte code. An older
+    installation is replaced. Unwritable.
+    """
+    import py_compile   # 5 ms
+    import shlex
+    source, library = _own_source(), os.path.join(to, LIBRARY)
+    launcher = os.path.join(to, "bin", "queuectl")
+    words = (sys.executable or "python3", "-c", BY_IMPORT, library)
+    script = f"#!/bin/sh\nexec {shlex.join(words)} \"$@\"\n"
+    umask = os.umask(0o022)     # others may run what root installs
+    try:
+        os.makedirs(library, exist_ok=True)
+        os.makedirs(os.path.dirname(launcher), exist_ok=True)
+        module = os.path.join(library, "queuectl.py")
+        _replace(module, source, 0o644)
+        # Named, for $PYTHONPYCACHEPREFIX of today says nothing about later starts.
+        py_compile.compile(module, os.path.join(
+            library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
+        _replace(launcher, os.fsencode(script), 0o755)
+    except OSError as error:
+        raise Unwritable(f"cannot write {error.filename} ({error.strerror})",
+                         "choose a directory with --to") from None
+    finally:
+        os.umask(umask)
+    return launcher
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
@@ -12985,7 +13180,7 @@ UNIT_FILE = """\
 # `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
 
 [Unit]
-Description=queuectl worker, {described}
+Description=queuectl worker, {described}{mounts}
 
 [Service]
 Type=notify
@@ -13034,6 +13229,20 @@ WantedBy={target}
 """
 
 
+def _mounts(path: str) -> str:
+    """The line that has systemd mount what a database is on; "" if it cannot be said.
+
+    There `%` is a specifier, and a backslash makes the next character literal: so a
+    control character cannot be written.
+    """
+    folders = dict.fromkeys((os.path.dirname(path),
+                             os.path.dirname(os.path.realpath(path))))
+    words = [re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%")
+             for folder in folders if folder.isprintable()]
+    return "\nRequiresMountsFor=" + " ".join(f'"{word}"' for word in words) \
+        if words else ""
+
+
 def unit_file(command: Sequence[str], path: str, user: str | None,
               stop_timeout: str) -> str:
     """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
@@ -13047,6 +13256,7 @@ def unit_file(command: Sequence[str], path: str, user: str | None,
     shown = one_line(path)
     return UNIT_FILE.format(
         shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        mounts=_mounts(path),
         place="~/.config/systemd/user/queuectl.service" if is_own
         else "/etc/systemd/system/queuectl.service",
         control="systemctl --user" if is_own else "systemctl",
@@ -13570,22 +13780,71 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _read_jobs(path: str) -> list[Given]:
-    """The job objects of a file or, for `-`, of stdin, with their lines.
-
-    As a whole, for all of them are added or none; `--stream` is for what has no end.
-    Unreadable if it cannot be read, InvalidJob with the line for what is no job.
-    """
+def _content(path: str) -> bytes:
+    """What is in a file or, for `-`, in stdin; Unreadable."""
     try:
         if path == "-":
             if sys.stdin is None:
                 raise Unreadable("stdin is closed", "give a file or a pipe")
-            return list(jobs_in(sys.stdin.buffer.read()))
+            return sys.stdin.buffer.read()
         with open(system_path(path), "rb") as file:
-            return list(jobs_in(file.read()))
+            return file.read()
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror})",
                          "give another file") from None
+
+
+_SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
+
+
+def _script_at(words: Sequence[bytes], shell: int) -> int | None:
+    """The place of the script that the shell in that place gets with -c, if it does.
+
+    None also for a program of another name.
+    """
+    if not re.fullmatch(_SHELLS, words[shell], re.DOTALL):
+        return None
+    has_script, place = False, shell + 1
+    while place < len(words) and re.match(rb"[-+].", words[place]):
+        word = words[place]
+        place += 1
+        if word == b"--":
+            break
+        is_short = word[:2] != b"--"
+        has_script = has_script or (word[:1] == b"-" and is_short and b"c" in word)
+        # `-o pipefail`, also as `-eo pipefail`, and `--rcfile F` take a word.
+        place += word.endswith(b"o") if is_short \
+            else word in (b"--rcfile", b"--init-file")
+    return place if has_script else None
+
+
+def _template_of(args: argparse.Namespace) -> Template | None:
+    """The template of the words after `--` of a batch; None: it has none.
+
+    UsageError where an item would be part of a script, so that names became code.
+    """
+    if args.words is None:
+        return None
+    words: list[bytes] = args.words
+    if not words:
+        raise UsageError("there is no command after --", "write -- PROG ARG...")
+    if args.command is not None:
+        raise UsageError("two commands are given", "give --command or -- PROG ARG...")
+    is_appended = not any(b"{}" in word for word in words)
+    for shell in range(len(words)):
+        script = _script_at(words, shell)
+        if script is not None and (b"{}" in b"".join(words[script:script + 1])
+                                   or (is_appended and script == len(words))):
+            raise UsageError(
+                "an item within the script of a shell would be run as code",
+                "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
+    return Template(words, _flag_fields(args))
+
+
+def _lines_of(args: argparse.Namespace) -> Lines | None:
+    """How the lines of a batch are read; None: as a file of jobs."""
+    template = _template_of(args)
+    return Lines(args.null, template) if args.null or template else None
 
 
 def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
@@ -13593,25 +13852,30 @@ def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
 
         enqueue -- PROG ARG   one command, its words quoted so that they stay apart
         enqueue --file F      a batch, and so are @F and - (stdin)
+        enqueue - -- PROG     a batch by a template; its fields are those of the flags
         enqueue JOB           an object, a command, or an array, which is a batch
         enqueue --command C   one job of flags alone
 
     Of a batch the result is told as one (a JSON array, a count), also if it has one
     job.
     """
-    sources = [source for source in (args.job, args.file, args.words)
-               if source is not None]
+    job = args.job or ""
+    has_list = args.file is not None or job == "-" or job.startswith("@")
+    if args.null and not has_list:
+        raise UsageError("--null reads stdin or a file", "write - or --file F, too")
+    sources = [source for source in (args.job, args.file, None if has_list
+                                     else args.words) if source is not None]
     if len(sources) > 1:
         raise UsageError("more than one of JOB, --file and words after -- is given",
                          "give one; several words go in quotes or after --")
+    if has_list:
+        lines = _lines_of(args)
+        path = args.file or (job[1:] if job != "-" else job)
+        return True, list(jobs_in(_content(path), lines))
     if args.words is not None:
         if not args.words:
             raise UsageError("there is no command after --", "write -- PROG ARG...")
-        import shlex  # 1 ms
-        return False, [Given({"command": shlex.join(args.words)})]
-    job = args.job or ""
-    if args.file is not None or job == "-" or job.startswith("@"):
-        return True, _read_jobs(args.file or (job[1:] if job != "-" else job))
+        return False, [Given({"command": shell_command(args.words)})]
     if args.job is not None:
         if args.command is not None and not is_json(job):
             raise UsageError("two commands are given", "give JOB or --command")
@@ -13671,7 +13935,7 @@ def _has_more(fd: int, seconds: float) -> bool:
     return bool(poller.poll(math.ceil(seconds * 1000)))
 
 
-def _line_batches(fd: int) -> Iterator[list[bytes]]:
+def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
     Read, while no whole line is there, for as long as it takes; from the first one on
@@ -13689,7 +13953,7 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
             if not lines or (len(lines) < STREAM_BATCH
                              and _has_more(fd, due - time.monotonic())):
                 piece = os.read(fd, READ_SIZE)
-                *whole, rest = (rest + piece).split(b"\n")
+                *whole, rest = (rest + piece).split(end)
                 rest = rest[:MAX_LINE]
                 due = due if lines or not whole else time.monotonic() + STREAM_PAUSE
                 lines += whole
@@ -13706,23 +13970,23 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
 class Stream:
     """Jobs from lines that come one by one: a bad one is said and passed over.
 
-    `refuse` is told each refusal, `warn` each remark. `refused` counts what was passed
-    over. Lines are numbered from the beginning of the stream.
+    `refuse` is told each refusal, `warn` each remark. `refused` counts the lines that
+    were passed over: of each all jobs are added, or none.
     """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
                  refuse: Callable[[QueueError], object],
-                 warn: Callable[[str], object]) -> None:
+                 warn: Callable[[str], object], lines: Lines | None = None) -> None:
         self._queue, self._flags = queue, flags
         self._refuse, self._warn = refuse, warn
-        self._read = 0                      # lines
+        self._lines = lines or Lines()
         self._ignored: set[str] = set()     # keys that were warned of
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room.
 
-        All in one transaction, without the one at fault where there is one:
+        All in one transaction, without the line at fault where there is one:
         `enqueue_many` adds none then, so the others are tried again without it. A
         refusal that names none of them is no line's fault, and ends the stream.
         """
@@ -13746,12 +14010,13 @@ class Stream:
             except QueueError as error:
                 if error.item is None:
                     raise
-                error.name_place(f"line {given[error.item][0]}")
+                place = given[error.item][0]
+                error.name_place(place)
                 self._pass_over(error)
-                del given[error.item]
+                given = [one for one in given if one[0] != place]
         return []
 
-    def _rest(self, given: Sequence[tuple[int, Spec]]) -> None:
+    def _rest(self, given: Sequence[tuple[str, Spec]]) -> None:
         """A pause before the next try; who interrupts it is told what he gives up."""
         try:
             time.sleep(SYNC_PAUSE)
@@ -13759,25 +14024,26 @@ class Stream:
             self._give_up(given, "were not added")
             raise
 
-    def _give_up(self, given: Sequence[tuple[int, Spec]], fate: str) -> None:
+    def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
         self._refuse(NotFinished(
-            f"interrupted: {len(given)} lines were read and {fate}, from line "
+            f"interrupted: {len(given)} lines were read and {fate}, from "
             f"{given[0][0]} on", "give them again"))
 
-    def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
-        """The checked jobs of a line, each with its number; none of a bad one.
+    def _specs_of(self, line: bytes) -> list[tuple[str, Spec]]:
+        """The checked jobs of a line, each with its place; none of a bad one.
 
         With the time of this line: a delay counts from when its line came.
         """
-        self._read += 1
+        specs = []
         try:
-            with at_place(f"line {self._read}"):
-                given = fields_of_line(line)
-                specs = [spec_of(merged(fields, self._flags), self._queue.clock())
-                         for fields in given]
-            self._ignored.update(*map(ignored_keys, given))
-            return [(self._read, spec) for spec in specs]
+            given = self._lines.read(line)
+            for fields, place in given:
+                with at_place(place):
+                    specs.append((place, spec_of(merged(fields, self._flags),
+                                                 self._queue.clock())))
+            self._ignored.update(*(ignored_keys(fields) for fields, _ in given))
+            return specs
         except QueueError as error:
             self._pass_over(error)
             return []
@@ -13811,7 +14077,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     The write lock is waited for briefly, for the stream itself tries again, for ever,
     and says so.
     """
-    if args.job not in (None, "-") or args.file or args.words or args.command:
+    if args.job not in (None, "-") or args.file or args.command:
         raise UsageError("--stream reads stdin alone", "give no other job")
     if args.wait:
         raise UsageError("--stream and --wait do not go together",
@@ -13820,9 +14086,10 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         raise Unreadable("stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
-    stream = Stream(queue, _flag_fields(args),
-                    lambda error: _report(error, args.json), screen.note)
-    for lines in _line_batches(sys.stdin.fileno()):
+    reader = _lines_of(args) or Lines()
+    stream = Stream(queue, {} if args.words else _flag_fields(args),
+                    lambda error: _report(error, args.json), screen.note, reader)
+    for lines in _line_batches(sys.stdin.fileno(), reader.end):
         jobs = stream.add(lines)
         screen.out(*(dumps(job_object(job), None) if args.json else job.id
                      for job in jobs))
@@ -13944,8 +14211,10 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
+    # A template has put the flags into each job.
+    flags = {} if is_batch and args.words else _flag_fields(args)
     with screen.drawing():
-        specs = _specs(given, _flag_fields(args), queue.clock(), screen)
+        specs = _specs(given, flags, queue.clock(), screen)
         try:
             jobs, new = queue.add(specs)
         except QueueError as error:
@@ -14713,11 +14982,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     A person reads a cron line easily in a wrong way; the next moments show it. Workers
     take the turns, so it says where none is running.
     """
-    import shlex  # 1 ms
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
                          "write -- PROG ARG... or a shell command in quotes")
-    given = [{"command": shlex.join(args.words)}] if args.words else fields_of(args.job)
+    given = [{"command": shell_command(args.words)}] if args.words \
+        else fields_of(args.job)
     if len(given) != 1:
         raise UsageError("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron, args.tz,
@@ -14907,17 +15176,37 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script.
-
-    Where this file is not named as its module it cannot be imported, and runs by its
-    path.
-    """
+    """Print a shell's completion script."""
     import shlex  # 1 ms
-    python, file = program_words()
-    folder, name = os.path.split(file)
-    words = (python, "-c", BY_IMPORT, folder) if name == "queuectl.py" \
-        else (python, file)
-    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(words)).rstrip("\n"))
+    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
+               .rstrip("\n"))
+    return EX_OK
+
+
+def _is_on_path(folder: str) -> bool:
+    """Whether $PATH has the directory, by any of its names."""
+    return os.path.realpath(folder) in [
+        os.path.realpath(entry) for entry in os.get_exec_path() if entry]
+
+
+def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
+    """Install the program, and say where and what is missing."""
+    import shlex
+    import shutil
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    to = os.path.expanduser(args.to or ("/usr/local" if is_root else "~/.local"))
+    if to.startswith("~"):
+        raise Unsupported(f"{to} has no meaning here: there is no home directory",
+                          "give a directory: --to DIR")
+    launcher = install(os.path.abspath(to))
+    folder = os.path.dirname(launcher)
+    screen.out(launcher)
+    found = shutil.which("queuectl")
+    if not _is_on_path(folder):
+        screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
+                    f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
+    elif found and os.path.realpath(found) != os.path.realpath(launcher):
+        screen.note(f"warning: on PATH, {found} comes before it")
     return EX_OK
 
 
@@ -14958,7 +15247,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
         raise Unwritable("the current directory is gone",
                          "change to another, or give an absolute --db") from None
     try:
-        command = (*program_words(), "--db", as_utf8(path), "worker", "start",
+        command = (*start_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
     except UnicodeError:
         raise Unsupported("a path is not UTF-8, and systemd takes no other",
@@ -15002,8 +15291,12 @@ COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
         option("job", nargs="?", metavar="JOB",
                help="a shell command, a JSON object or array, @FILE, or - for stdin; "
-                    "-- PROG ARG... adds words as they are"),
-        option("--file", metavar="F", help="one job a line: JSON or a shell command"),
+                    "-- PROG ARG... adds a command of separate arguments"),
+        option("--file", metavar="F", help="one job a line: JSON or a shell command; "
+               "with -- PROG ARG... one job a line of any text, which replaces {} in "
+               "an argument (else it is the last one); {#} is its number"),
+        option("--null", "-0", action="store_true",
+               help="items end with NUL, as from find -print0"),
         option("--stream", action="store_true",
                help="the lines of stdin as they come, for as long as they come"),
         *_JOB_FLAGS,
@@ -15013,7 +15306,8 @@ COMMANDS = (
                group="output"),
         _JSON_FLAG),
         ("enqueue 'make -C /src test' --priority 5 --timeout 30m",
-         "enqueue -- convert 'my photo.png' out.jpg")),
+         "enqueue -- convert 'my photo.png' out.jpg",
+         "enqueue - --once '{}' -0 -- gzip -k {}")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
         *_POOL_FLAGS,
@@ -15169,6 +15463,11 @@ COMMANDS = (
            option("--user", action="store_true",
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
+    Entry(("install",), cmd_install, "install this program, without pip or network",
+          NEITHER, (
+        option("--to", metavar="DIR", help="for lib/queuectl and bin/queuectl "
+               "(default: ~/.local, as root /usr/local)"),),
+        ("install --to ~/.local",)),
 )
 # Those that only look stop once their results cannot be written; all others first do
 # what they were asked to.
@@ -15641,6 +15940,8 @@ def command_parser(entry: Entry) -> Parser:
             groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
                 one.group)
         groups[one.group].add_argument(*one.names, **one.settings)
+    # argparse would take `-5` for a flag as soon as `-0` is one.
+    parser._has_negative_number_optionals.clear()
     parser.add_argument(*_DB.names, **_DB.settings)
     parser.set_defaults(entry=entry, words=None)
     return parser
@@ -15709,6 +16010,15 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
                       hint or f"`queuectl {' '.join(entry.words)} --help` says more")
 
 
+def _as_utf8(word: str) -> str:
+    """An argument as UTF-8, also where the locale says that it is something else."""
+    try:
+        return as_utf8(word)
+    except UnicodeError:
+        raise UsageError(f"the argument {word!a} is not UTF-8",
+                         "only words after `enqueue --` may be other bytes") from None
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--`, where a job is given, stays as it is.
 
@@ -15720,10 +16030,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
+    words = [_as_utf8(word) for word in words]
     args, extra = command_parser(entry).parse_known_args(words)
     if extra:
         raise _unexpected(entry, extra)
-    args.words = rest
+    try:
+        args.words = rest and [word_bytes(word) for word in rest]
+    except UnicodeError:
+        raise UsageError("a word after -- is not text", "give valid Unicode") from None
     return args
 
 
@@ -15782,15 +16096,6 @@ def _open_standard_streams() -> None:
                 line_buffering=True if stream is sys.stderr else None)
 
 
-def _as_utf8(word: str) -> str:
-    """An argument as UTF-8, also where the locale says that it is something else."""
-    try:
-        return as_utf8(word)
-    except UnicodeError:
-        raise UsageError(f"the argument {word!a} is not UTF-8",
-                         "convert it with iconv -t UTF-8") from None
-
-
 def _abandon(stream: TextIO) -> None:
     """The interpreter must not flush into what cannot be written, and say so.
 
@@ -15815,8 +16120,9 @@ def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
 
     Anything else is a mistake of this program and keeps its traceback.
     """
+    end = words.index("--") if "--" in words else len(words)
     try:
-        return _run([_as_utf8(word) for word in words], stack)
+        return _run([*map(_as_utf8, words[:end]), *words[end:]], stack)
     except QueueError as error:
         return _report(error, _wants_json(words))
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import linecache
+import marshal
 import math
 import multiprocessing.connection
 import os
@@ -1384,15 +1385,15 @@ class Input(TestCase):
         spec = queuectl.spec_of({
             "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
             "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
-            "unique": "k" * 256, "priority": -10**9}, NOON)
+            "unique": "k" * 1024, "priority": -10**9}, NOON)
         self.assertEqual(spec, Spec(
-            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 256,
+            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 1024,
             cwd=os.path.abspath("here"), priority=-10**9))
         self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
                          ["created-at", "state"])
         for fields, key in (
                 ({"max-retries": 1, "max_retries": 1}, "max_retries"), ({5: 1}, "5"),
-                ({"unique": ""}, "unique"), ({"unique": "k" * 257}, "unique"),
+                ({"unique": ""}, "unique"), ({"unique": "k" * 1025}, "unique"),
                 ({"unique": 5}, "unique"), ({"cwd": ""}, "cwd"), ({"cwd": 5}, "cwd"),
                 ({"env": 5}, "env"), ({"tags": "a b"}, "tags"), ({"tags": 5}, "tags"),
                 ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
@@ -6249,8 +6250,8 @@ class CommandLine(TestCase):
                 if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
                                  queuectl.cmd_purge, queuectl.cmd_dlq_purge):
                     words.append("--yes")
-                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
-                        or {"--watch", "--follow"} & {*words}:
+                if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
+                        or {"--watch", "--follow", "-f", "-"} & {*words}:
                     continue
                 with self.subTest(example):
                     code, _, err = self.cli(*words)
@@ -6644,8 +6645,7 @@ class CommandLine(TestCase):
                     self.assertEqual(queuectl._split(words)[0], entry)
 
     def test_a_stream_takes_no_other_source(self):
-        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
-                     ("@f",)):
+        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("@f",)):
             with self.subTest(argv):
                 self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
 
@@ -6654,8 +6654,10 @@ class CommandLine(TestCase):
         code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
                                 "--grace", "1m30s", "--backoff-base", "500ms")
         self.assertEqual(code, 0)
-        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} "
-                      f'{queuectl.systemd_word(MODULE)} --db "{self.path}" worker start '
+        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} -c "
+                      f'"{queuectl.BY_IMPORT}" '
+                      f"{queuectl.systemd_word(os.path.dirname(MODULE))} "
+                      f'--db "{self.path}" worker start '
                       "--count 2 --queue a --queue b --backoff-base 0.5 --grace 90\n", out)
         for line in ("Type=notify", "NotifyAccess=main", "KillMode=mixed",
                      "TimeoutStopSec=110s", "OOMPolicy=continue", "Restart=on-failure",
@@ -9047,6 +9049,339 @@ class Services(Processes):
                     env={**os.environ, "XDG_RUNTIME_DIR": self.path_of("run")})
                 with self.subTest(flags):
                     self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+
+class Names(Processes):
+    """Any file name or line is one argument of a command, and never code."""
+
+    HOSTILE = (b"plain", b"a b", b"new\nline", b"quo\"te'", b"$(touch PWNED)",
+               b"`touch PWNED`", b";touch PWNED", b"-n", b"--help", b"--", b"@file", b"#x",
+               b"{}", b"{#}", b"a{}b", b"\\", b"%s\\n", b"trailing  ", b"\ttab\t", b"  ",
+               b"cr\r", b"~", b"*", b"=ls", b"A=b", b"if", b"!x", b'{"command": "x"}',
+               b"caf\xe9", b"\xe9'%d\\n$(touch PWNED)\n.", b"-\xff7",
+               "\u00e4".encode() * 100)
+
+    def add(self, data, *argv, status=0):
+        """What a batch of that stdin says."""
+        code, out, err = self.call("enqueue", *argv, input=data)
+        self.assertEqual(code, status, err)
+        return err if status else out
+
+    def commands(self, **filters):
+        with Queue(self.path, create=False) as queue:
+            return [job.command for job in queue.jobs(sort="oldest", **filters)]
+
+    def outputs(self):
+        """What each job's command prints, oldest first."""
+        with Queue(self.path, create=False) as queue:
+            return [subprocess.run(["/bin/sh", "-c", job.command], cwd=self.dir, env={
+                        **os.environ, **job.env}, stdout=subprocess.PIPE,
+                        check=True).stdout for job in queue.jobs(sort="oldest")]
+
+    # Templates.
+
+    def test_any_name_is_one_argument_whatever_bytes_it_has(self):
+        items = b"\0".join(self.HOSTILE) + b"\0"
+        self.add(items, "-0", "-", "--", "printf", "%s|", "<{}>")
+        self.add(items, "--null", "-", "--", "printf", "%s|", "last")
+        self.assertEqual(self.outputs(), [
+            *(b"<" + name + b">|" for name in self.HOSTILE),
+            *(b"last|" + name + b"|" for name in self.HOSTILE)])
+        self.assertFalse(os.path.exists(self.path_of("PWNED")))
+
+    def test_files_of_any_name_are_worked_on(self):
+        os.mkdir(self.path_of("names"))
+        folder, made = os.fsencode(self.path_of("names")), []
+        for name in self.HOSTILE:
+            with contextlib.suppress(OSError):  # a file system may take only UTF-8
+                os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY))
+                made.append(name)
+        self.add(b"\0".join(made), "-0", "-", "--cwd", "names", "--", "mv", "--", "{}",
+                 "{}.done")
+        self.drain("-c", "4")
+        self.assertEqual(sorted(os.listdir(folder)), sorted(n + b".done" for n in made))
+
+    def test_a_line_is_an_item_and_only_its_end_is_taken_off(self):
+        lines = b"# no comment\n\n {\"command\": 1}\r\n  \n\nlast "
+        for source in (("-",), ("--file", "list"), ("@list",)):
+            with open(self.path_of("list"), "wb") as file:
+                file.write(lines)
+            self.add(lines, *source, "--", "printf", "%s|", "{#}", "{}")
+        self.assertEqual(self.outputs(), 3 * [
+            b"1|# no comment|", b"2| {\"command\": 1}\r|", b"3|  |", b"4|last |"])
+
+    def test_marks_of_an_item_are_not_replaced_again(self):
+        self.add(b"{#}{}\n", "-", "--", "printf", "%s|", "{}{#}{}", "{#{}}")
+        self.assertEqual(self.outputs(), [b"{#}{}1{#}{}|{#{#}{}}|"])
+
+    def test_an_item_as_the_program_is_no_keyword_and_no_assignment(self):
+        self.add(b"A=b\nif\n", "-", "--max-retries", "1", "--", "{}", "x")
+        self.assertEqual(self.commands(), ["'A=b' x", "'if' x"])
+
+    def test_an_array_job_knows_its_number(self):
+        self.add(b"a\n\nb\n", "-", "--env", "N={#}:{}", "--", "sh", "-c",
+                 'printf "%s|" "$QUEUECTL_ITEM" "$N" "$1"', "sh")
+        self.drain()
+        self.assertEqual([self.call("logs", job)[1] for job in ("job-1", "job-2")],
+                         ["1|1:a|a|", "2|2:b|b|"])
+
+    def test_flags_hold_for_each_job_and_may_hold_marks(self):
+        self.add(b"a b\nc\n", "-", "--id", "n-{#}", "--unique", "u {}", "--once", "{}",
+                 "--tag", "t{#}", "--tag", "all", "--env", "X={}=", "--queue", "q",
+                 "--max-retries", "7", "--", "true")
+        with Queue(self.path, create=False) as queue:
+            self.assertEqual([(job.id, job.unique, job.once, job.tags, job.env["X"],
+                               job.queue, job.max_retries)
+                              for job in queue.jobs(sort="oldest")], [
+                ("n-1", "u a b", "a b", ("t1", "all"), "a b=", "q", 7),
+                ("n-2", "u c", "c", ("t2", "all"), "c=", "q", 7)])
+
+    def test_an_interrupted_batch_is_submitted_again(self):
+        self.add(b"a\nb\n", "-", "--once", "{}", "--", "true")
+        self.drain()
+        out = self.add(b"a\nb\nc\n", "-", "--once", "{}", "--", "true")
+        self.assertIn("1 added, 2 already there", out)
+        path = "\u00fc" * 1024
+        self.add(path.encode(), "-", "--once", "{}", "--", "true")
+        self.assertIn("line 1: once: ", self.add(
+            path.encode() + b"x", "-", "--once", "{}", "--", "true", status=1))
+
+    def test_results_are_those_of_a_batch(self):
+        self.assertEqual(self.add(b"a\nb\n", "-", "-q", "--", "true"), "job-1\njob-2\n")
+        self.assertEqual([job["command"] for job in json.loads(
+            self.add(b"a\n", "-", "--json", "--", "true"))], ["true a"])
+        self.assertEqual(self.add(b"", "-", "--", "true"), "")
+        worker = self.worker("--max-jobs", "5")
+        self.assertEqual(self.call("enqueue", "-", "--wait", "--max-retries", "1", "--",
+                                   "test", "a", "=", input=b"a\nb\n")[0], 1)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_an_item_that_makes_no_job_adds_nothing(self):
+        long = b"x" * queuectl.MAX_TEXT
+        for data, argv, said in (
+                (b"a\n\n" + long, ("--", "true"), "line 3: command is "),
+                (b"a\nb\0c", ("--", "true"), "line 2: an argument cannot hold a NUL"),
+                (b"a\n\xff", ("--id", "{}", "--", "true"), "line 2: id: "),
+                (b"a\na", ("--id", "{}", "--", "true"), "line 2: there is a job 'a' "),
+                (b"a\0\0" + long, ("-0", "--", "true"), "item 2: command is "),
+                (b"a\0\xff\n\0", ("-0", "--", "true"), "item 2: b'\\xff\\n' is not "),
+                (b"a\0\xff\0", ("-0", "--tag", "{}", "--", "true"), "item 2: tags: ")):
+            with self.subTest(said):
+                self.assertIn(f"error: {said}", self.add(data, "-", *argv, status=1))
+        self.assertEqual(self.commands(), [])
+
+    def test_an_item_within_the_script_of_a_shell_is_refused(self):
+        for words in (("sh", "-c", "echo {}"), ("/bin/bash", "-c", "{}"), ("sh", "-c"),
+                      ("env", "dash", "-ec", "x {}"), ("zsh", "-f", "-c", "x{}y"),
+                      ("bash", "-euo", "pipefail", "-c", "echo {}", "sh", "{}"),
+                      ("bash", "--norc", "-c", "--", "echo {}"),
+                      ("bash", "--rcfile", "f", "-lc", "echo {}"),
+                      ("ksh", "+x", "-c", "-e", "echo {}"),
+                      ("nice", "bash", "-o", "errexit", "-c")):
+            with self.subTest(words):
+                said = self.add(b"x\n", "-", "--", *words, status=2)
+                self.assertIn("sh -c 'echo \"$1\"' sh {}", said)
+        for words in (("sh", "-c", 'echo "$1"', "sh", "{}"), ("sh", "-c", 'echo "$0"'),
+                      ("sh", "script", "{}"), ("bash", "-e", "{}", "-c"), ("sh",),
+                      ("bash", "-c", "echo {#}", "sh", "{}"), ("sh", "{}")):
+            with self.subTest(words):
+                self.add(b"x\n", "-", "--", *words)
+
+    def test_what_makes_no_template_is_a_usage_error(self):
+        for argv in (("-", "--"), ("-", "--command", "x", "--", "y"), ("-0", "--", "x"),
+                     ("x", "--", "y"), ("-0", "x"), ("@f", "--file", "f", "--", "x"),
+                     ("--stream", "--")):
+            with self.subTest(argv):
+                self.add(b"x\n", *argv, status=2)
+
+    def test_a_negative_number_is_no_flag_beside_a_zero(self):
+        self.add(b"x\0", "-0", "-", "-p", "-5", "-q")
+        self.assertEqual(self.job("job-1").priority, -5)
+        self.assertEqual(self.add(b"a\0b\0", "-q0", "-"), "job-2\njob-3\n")
+
+    def test_items_without_a_template_are_jobs_and_may_hold_lines(self):
+        self.add(b'echo a\necho b\0\0{"command":\n"c"}\0# no\0[{"command": "d"}]\0',
+                 "-0", "-")
+        self.assertEqual(self.commands(), ["echo a\necho b", "c", "d"])
+        self.assertIn("item 2: ", self.add(b"a\0\0{x}\0", "-0", "-", status=1))
+
+    # Streams.
+
+    def test_a_template_takes_items_as_they_come(self):
+        for argv, end in (((), b"\n"), (("-0",), b"\0")):
+            with self.subTest(argv):
+                stream = subprocess.Popen(
+                    self.command("enqueue", "--stream", *argv, "--tag", "t{#}", "--",
+                                 "printf", "%s|"),
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.dir)
+                self.addCleanup(self.end, stream)
+                for item in (b"a b", b"$(touch PWNED)"):
+                    stream.stdin.write(item + end)
+                    stream.stdin.flush()
+                    job_id = stream.stdout.readline().decode().strip()
+                    self.assertTrue(self.job(job_id).tags)
+                stream.communicate(b"caf\xe9")
+                self.assertEqual(stream.returncode, 0)
+        self.assertEqual(self.outputs(), 2 * [b"a b|", b"$(touch PWNED)|", b"caf\xe9|"])
+
+    def test_of_a_line_of_a_stream_all_jobs_are_added_or_none(self):
+        self.call("enqueue", "x", "--id", "taken")
+        bad = (b'[{"command": "a"}, {"command": "b", "id": "taken"},'
+               b' {"command": "c", "id": "taken"}, {"command": "d"}]',
+               b'[{"command": "e"}, {"command": "f", "after": "unknown"}]',
+               b'[{"command": "g", "id": "g", "after": "h"},'
+               b' {"command": "i", "id": "h", "after": "g"}]')
+        code, out, err = self.call("enqueue", "--stream", input=b"\n".join(
+            (b"echo 1", *bad, b"echo 2")))
+        self.assertEqual((code, len(out.split())), (1, 2))
+        self.assertEqual([line.split(": ")[2] for line in err.splitlines()[:3]],
+                         ["line 2", "line 3", "line 4"])
+        self.assertEqual(err.count("error: "), 3)
+        self.assertEqual(self.commands(), ["x", "echo 1", "echo 2"])
+        fixed = bad[0].replace(b', "id": "taken"', b"")
+        self.assertEqual(self.call("enqueue", "--stream", input=fixed)[0], 0)
+        self.assertEqual(self.commands()[3:], ["a", "b", "c", "d"])
+
+    # Text that is not UTF-8, and text that is too long.
+
+    def test_an_argument_may_have_any_bytes(self):
+        with open(os.path.join(os.fsencode(self.dir), b"caf\xe9"), "wb") as file:
+            file.write(b"drink")
+        self.enqueue("--", b"cat", b"./caf\xe9")
+        self.assertIn("caf\\351", self.commands()[0])
+        code, _, err = self.call("schedule", "add", "s", "@daily", "--", b"cat", b"caf\xe9")
+        self.assertEqual(code, 0, err)
+        self.drain()
+        self.assertEqual(self.call("logs", "job-1")[1], "drink")
+        self.assertEqual(self.call("schedule", "run", "s")[0], 0)
+        code, _, err = self.call("enqueue", "--", b"cat", b"\xff\n")
+        self.assertEqual(code, 1)
+        self.assertIn("ends with a newline", err)
+
+    def test_other_bytes_elsewhere_are_named(self):
+        for argv in ((b"caf\xe9",), ("--id", b"caf\xe9", "--", "x"),
+                     ("x", "--tag", b"caf\xe9")):
+            with self.subTest(argv):
+                code, _, err = self.call("enqueue", *argv)
+                self.assertEqual(code, 2)
+                self.assertRegex(err, r"argument 'caf\\udce9' is not UTF-8")
+                self.assertNotIn("iconv", err)
+        err = self.add(b"echo a\necho \xe9\n", "-", status=1)
+        self.assertIn("line 2: not UTF-8", err)
+        self.assertNotIn("iconv", err)
+
+    def test_a_command_that_cannot_be_started_is_refused(self):
+        most = queuectl.MAX_TEXT
+        self.call("enqueue", "x", "--id", "a", "--delay", "1h")
+        fits = "printf %s xxx | wc -c; true ".ljust(most, "x")
+        self.add(fits.encode(), "-", "--id", "fits", "--max-retries", "1")
+        with self.assertRaises(queuectl.InvalidJob), Queue(self.path) as queue:
+            queue.edit("a", command=fits + "x")
+        wide = "\u00fc" * (most // 2)
+        for line in (fits + "x", wide + "xx", json.dumps({"command": wide + "xx"}),
+                     json.dumps({"command": "x", "env": {"A": "y" * (most - 1)}}),
+                     json.dumps({"command": "x", "env": {
+                         f"A{n}": "y" * 120_000 for n in range(9)}})):
+            with self.subTest(line[-10:]):
+                self.assertRegex(self.add(b"a\n" + line.encode(), "-", status=1),
+                                 "error: line 2: .*bytes.*; put ")
+        with self.assertRaises(queuectl.InvalidJob), Queue(self.path) as queue:
+            queue.add_schedule("s", "@daily", command=fits + "x")
+        self.drain()
+        self.assertEqual(self.call("logs", "fits")[1].strip(), "3")
+
+    def test_the_longest_variables_can_be_started(self):
+        value = "y" * (queuectl.MAX_TEXT - len("A0="))
+        self.add(json.dumps({"command": 'printf %s "$A7" | wc -c', "env": {
+            f"A{n}": value for n in range(8)}}).encode(), "-", "--max-retries", "1")
+        self.drain()
+        self.assertEqual(int(self.call("logs", "job-1")[1]), len(value))
+
+    # Installing.
+
+    def installed(self, to, *argv, **options):
+        """What the installed program says."""
+        done = subprocess.run([os.path.join(to, "bin", "queuectl"), *argv],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=60, check=False, **options)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
+        to = self.path_of("of ü'$x")
+        with open(self.path_of("json.py"), "w") as file:
+            file.write("raise SystemExit('the wrong json')")
+        for _ in range(2):
+            code, out, err = self.call("install", "--to", to)
+            self.assertEqual((code, out), (0, os.path.join(to, "bin", "queuectl\n")))
+            self.assertIn("not on PATH", err)
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1],
+                         f"queuectl {queuectl.__version__}\n")
+        self.assertEqual(self.installed(to, "enqueue", "--db", self.path, "-", "-q",
+                                        input=b"exit 3", cwd=self.dir)[1], "job-1\n")
+        self.assertEqual(self.installed(to, "show", "nope", cwd=self.dir)[0], 1)
+        library = os.path.join(to, "lib", "queuectl")
+        self.assertEqual(os.listdir(os.path.join(to, "bin")), ["queuectl"])
+        self.assertEqual(sorted(os.listdir(library)), ["__pycache__", "queuectl.py"])
+        self.assertEqual(len(os.listdir(os.path.join(library, "__pycache__"))), 1)
+        cached = os.path.join(library, "__pycache__",
+                              f"queuectl.{sys.implementation.cache_tag}.pyc")
+        with open(cached, "r+b") as file:   # who runs this runs the byte code
+            header = file.read(16)
+            file.seek(0)
+            file.write(header + marshal.dumps(compile(
+                "def main(): print('cached')", "queuectl.py", "exec")))
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1], "cached\n")
+
+    def test_an_installed_worker_gets_its_signals(self):
+        self.call("install", "--to", self.path_of("to"))
+        worker = subprocess.Popen(
+            [self.path_of("to/bin/queuectl"), "--db", self.path, "worker", "start"],
+            stderr=subprocess.PIPE, cwd=self.dir)
+        self.addCleanup(self.end, worker)
+        self.addCleanup(worker.stderr.close)
+        self.assertIn(b" started: ", next(
+            line for line in worker.stderr if b"worker" in line and b"started" in line))
+        worker.send_signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_an_installed_program_names_its_launcher(self):
+        to = self.path_of("to")
+        self.call("install", "--to", to)
+        launcher = os.path.join(to, "bin", "queuectl")
+        self.assertIn(f'\nExecStart="{launcher}" --db ',
+                      self.installed(to, "systemd", cwd=self.dir)[1])
+        self.assertIn(shlex.quote(launcher), self.installed(to, "completion", "bash")[1])
+
+    def test_where_nothing_can_be_written_nothing_is_installed(self):
+        with open(self.path_of("file"), "w") as file:
+            file.write("")
+        code, out, err = self.call("install", "--to", self.path_of("file"), "--db", "x")
+        self.assertEqual((code, out), (1, ""))
+        self.assertRegex(err, r"^queuectl: error: cannot write .*--to\n$")
+        self.assertEqual(os.listdir(self.dir), ["file"])
+
+    def test_a_path_on_path_needs_no_word(self):
+        to = self.path_of("to")
+        for entries, said in (([], "not on PATH"), ([to + "/bin/"], ""),
+                              ([self.path_of("other"), to + "/bin"], "comes before")):
+            if said == "comes before":
+                os.mkdir(self.path_of("other"))
+                shutil.copy(os.path.join(to, "bin", "queuectl"), self.path_of("other"))
+            with self.subTest(said):
+                err = self.call("install", "--to", to, env={
+                    **os.environ, "PATH": os.pathsep.join(
+                        (*entries, "/usr/bin", "/bin"))})[2]
+                self.assertIn(said, err)
+                self.assertEqual(bool(err), bool(said))
+
+    def test_a_unit_waits_for_the_mounts_of_its_database(self):
+        folder = self.path_of('of 100% "\\ $x')
+        os.mkdir(folder)
+        os.symlink(folder, self.path_of("link"))
+        out = run_cli("--db", self.path_of("link/q.db"), "systemd")[1]
+        shown = [path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+                 for path in (self.path_of("link"), os.path.realpath(folder))]
+        self.assertIn(f'\nRequiresMountsFor="{shown[0]}" "{shown[1]}"\n', out)
 
 
 # ---- Chaos -------------------------------------------------------------------
@@ -12737,7 +13072,7 @@ class ElsewherePosix(Processes):
 
 # What its recipes need beside queuectl: programs and files that are the reader's own.
 STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make")
-SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh")
+SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh", "handle.sh")
 ENDLESS = ("tail -F", "queuectl web")   # they go on until they are interrupted
 
 
