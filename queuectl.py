@@ -1770,8 +1770,8 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
 def local_zone(now: float) -> str | None:
     """The IANA name of the process's time zone; None if it has none.
 
-    What a file says counts only if the clock agrees, now and in half a year: a container
-    may have the host's data mounted over a zone of another name.
+    What a file says counts only if the clock agrees, now and in half a year: in a
+    container, the host's data may be mounted over a zone of another name.
     """
     path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
     is_file = path.startswith("/")
@@ -5042,7 +5042,8 @@ class Queue:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
                                     most=DUE_COUNTED)
-            found.append((seconds, f"queue {queue} has {n}{'+' * (n == DUE_COUNTED)} due "
+            more = "+" * (n == DUE_COUNTED)
+            found.append((seconds, f"queue {queue} has {n}{more} due "
                           f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
         found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
                    f"{span(now - epoch(one.next_run))}") for one in self.schedules()
@@ -6664,7 +6665,7 @@ class Style(NamedTuple):
 
 def _local(moment: float) -> datetime.datetime:
     """Local time; UTC at the ends of the calendar, where there may be no local one."""
-    at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(seconds=moment)
+    at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(0, moment)
     with contextlib.suppress(OSError, OverflowError, ValueError):
         at = at.astimezone()
     return at
@@ -14919,7 +14920,8 @@ COMMANDS = (
                help="minute hour day month weekday, in local time; or @daily ..."),
         option("job", nargs="?", metavar="COMMAND",
                help="a shell command; -- PROG ARG... takes words as they are"),
-        option("--tz", metavar="ZONE", help="as Europe/Berlin (default: the local zone)"),
+        option("--tz", metavar="ZONE",
+               help="such as Europe/Berlin (default: the local zone)"),
         *_SCHEDULE_FLAGS),
         ("schedule add nightly '30 2 * * *' -- backup /home",
          "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),

@@ -11437,19 +11437,16 @@ class Times(Processes):
                          ("04:00", "job-1", COMPLETED))
 
     def test_a_local_zone_is_found_by_its_name_or_by_where_it_leads(self):
-        queue = self.path
-        for zone, tz in (("Asia/Tokyo", "Asia/Tokyo"), (":Asia/Tokyo", "Asia/Tokyo"),
-                         ("", "UTC"), ("UTC", "UTC"), ("JST-9", None),
-                         (":/usr/share/zoneinfo/Asia/Kolkata", "Asia/Kolkata")):
-            if not os.path.exists("/usr/share/zoneinfo/Asia/Kolkata"):
-                self.skipTest("no time zones are installed here")
-            with self.subTest(zone):
-                code, _, err = self.in_zone(zone, "schedule", "add", "s", "0 9 * * *", "--",
-                                            "true", "--db", queue)
-                self.assertEqual(code, 0, err)
-                self.assertEqual(self.schedules()[0]["tz"], tz)
-                self.assertIn(f"every day, {tz or 'local time'}\n", err)
-                self.call("schedule", "remove", "s")
+        if not os.path.exists("/usr/share/zoneinfo/Asia/Kolkata"):
+            self.skipTest("no time zones are installed here")
+        zones = {":Asia/Tokyo": "Asia/Tokyo", "": "UTC", "JST-9": None,
+                 ":/usr/share/zoneinfo/Asia/Kolkata": "Asia/Kolkata"}
+        for n, (zone, tz) in enumerate(zones.items()):
+            code, _, err = self.in_zone(zone, "schedule", "add", f"s{n}", "0 9 * * *",
+                                        "--", "true")
+            self.assertEqual(code, 0, err)
+            self.assertIn(f"every day, {tz or 'local time'}\n", err)
+        self.assertEqual([one["tz"] for one in self.schedules()], [*zones.values()])
 
     def test_a_zone_whose_file_holds_the_data_of_another_does_not_count(self):
         """As where a container has the host's /etc/localtime mounted over its own."""
@@ -11578,7 +11575,7 @@ class Times(Processes):
         claims, codes = self.a_pool(queue), []
         for minute, is_over in ((1, False), (2, False), (3, True), (4, False)):
             self.clock.now = NOON + 60 * minute
-            claimed = claims.turn({}, {}, [1]).claimed
+            claims.turn({}, {}, [1])
             codes.append([one.code for one in queuectl.Inspection(queue).findings()
                           if one.code == "schedule-skips"])
             if is_over:
@@ -11618,7 +11615,7 @@ class Times(Processes):
         for line in self.read("log").splitlines():
             self.assertRegex(line, f"^{stamp}")
         out = self.in_zone("Asia/Kolkata", "show", "late")[1]
-        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in 50d\)$")
+        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in \d+d.*\)$")
         out = self.in_zone("Asia/Kolkata", "events")[1]
         self.assertRegex(out, r"(?m)^([\d-]+ )?\d\d:\d\d:\d\d\.\d{3}\+05:30  job-2 ")
         self.assertEqual(queuectl.local_time(NOON, NOON + 86400)[:10],
