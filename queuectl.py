@@ -100,6 +100,7 @@ import datetime
 import errno
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -111,7 +112,7 @@ import struct
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
@@ -396,6 +397,11 @@ class NotFinished(QueueError):
 class Blocked(QueueError):
     """What is waited for can never end, unless a person retries or cancels a job."""
     code = "blocked"
+
+
+class TimedOut(NotFinished):
+    """The time that the caller was willing to wait is over."""
+    exit_status = EX_TIMEOUT
 
 
 class Declined(QueueError):
@@ -2770,10 +2776,13 @@ class Sql:
          LIMIT :limit
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
-    RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    # Stored output, up to 16 MiB a run, is read only where it is shown.
+    without_output = ", ".join("x'' AS output" if name == "output" else f"runs.{name}"
+                               for name in Run._fields)
+    RUN_BY_CLAIM = f"SELECT {without_output} FROM runs WHERE claim = :claim"
     # By jobs_by_claim: what runs, however many runs are over.
-    UNDER_WAY = """
-        SELECT runs.*
+    UNDER_WAY = f"""
+        SELECT {without_output}
           FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
@@ -3305,6 +3314,7 @@ class Store:
             raise Unwritable("the current directory is gone",
                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
+        self.is_new = False                 # this process made its tables
         self._process = os.getpid()
         # Reentrant: within a transaction, which holds it, `rows` takes it again.
         self._lock = threading.RLock()      # guards the connection and the two below
@@ -3476,6 +3486,7 @@ class Store:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
+                self.is_new = True
                 self._migrate(0)
                 for key, value in (("id", os.urandom(8).hex()),
                                    ("created_at", iso(time.time()))):
@@ -3851,6 +3862,11 @@ POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim n
 # As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
 # file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
+SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
+
+
+def _flock(kind: int, offset: int) -> bytes:
+    return struct.pack(_FLOCK, kind, 0, offset, 1, 0)
 
 
 class Locks:
@@ -3866,8 +3882,8 @@ class Locks:
     def __init__(self, path: str) -> None:
         self.path = path
         self._probe = -1
-        self._set = getattr(fcntl, "F_OFD_SETLK", None)
-        self._get = getattr(fcntl, "F_OFD_GETLK", None)
+        # None: not tried yet.
+        self._works = None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
@@ -3875,36 +3891,70 @@ class Locks:
         Raises InUse if somebody holds it, Unwritable if the file cannot be made or
         the system has no lock to give.
         """
-        if self._set is None:
+        if self._works is False:
             return -1
-        fd = self._open(os.O_CREAT)
         try:
-            wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-            fcntl.fcntl(fd, self._set, wanted)
+            fd = self._open(os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
+                             "check who may write that directory") from None
+        try:
+            if self._is_proven(fd):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
+                return fd
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise InUse(f"lock {offset} of {self.path} is taken") from None
             raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
                              "check the disk that it is on") from None
-        return fd
+        os.close(fd)
+        return -1
 
     def is_held(self, offset: int) -> bool:
-        """Whether a process, this one included, holds the lock; False: who knows.
+        """Return True if a process, this one included, holds the lock.
 
-        Asked by an open file of its own, to which our own locks are another's. It does
-        not make the file: to look must leave nothing behind.
+        Also True if that cannot be found out, as without free descriptors: taking over
+        a run that lives is worse than waiting for one that does not.
         """
-        if self._get is None:
+        if self._works is False:
             return False
-        if self._probe < 0:
+        try:
+            if self._probe < 0:
+                self._probe = self._open(os.O_RDONLY)
+            return self._is_proven(self._probe) \
+                and self._holder(self._probe, offset) != fcntl.F_UNLCK
+        except FileNotFoundError:
+            return False        # nobody ever held a lock
+        except OSError:
+            return True
+
+    def _is_proven(self, fd: int) -> bool:
+        """Return True if a lock of one open file description refuses another its own.
+
+        The names prove nothing: macOS defines them for another `struct flock`, and old
+        kernels refuse them with EINVAL. The attempt is a shared lock on a scratch byte,
+        so it works on read-only media and never disturbs another process's attempt.
+        """
+        if self._works is None:
+            other = self._open(os.O_RDONLY)
             try:
-                self._probe = self._open(0)
-            except Unwritable:
-                return False        # no file: nobody ever held a lock
-        question = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-        answer = fcntl.fcntl(self._probe, self._get, question)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+                fcntl.fcntl(other, fcntl.F_OFD_SETLK,
+                            _flock(fcntl.F_RDLCK, SCRATCH_LOCK))
+                self._works = self._holder(fd, SCRATCH_LOCK) == fcntl.F_RDLCK
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EACCES):
+                    raise
+                self._works = error.errno != errno.EINVAL
+            finally:
+                os.close(other)
+        return self._works
+
+    @staticmethod
+    def _holder(fd: int, offset: int) -> int:
+        """The type of the lock that keeps this open file from an exclusive one."""
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, offset))
+        return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
         """Close the descriptor used for probing; the locks are their holders' own."""
@@ -3914,11 +3964,7 @@ class Locks:
 
     def _open(self, flags: int) -> int:
         """Not inherited: which run is to hold a lock, the start of its command says."""
-        try:
-            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        except OSError as error:
-            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
-                             "check who may write that directory") from None
+        return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
 def _read(path: str) -> bytes:
@@ -4023,8 +4069,12 @@ class Host:
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
             return self.locks.is_held(POOL_LOCKS + worker.id) or None
-        return (self.locks.is_held(POOL_LOCKS + worker.id)
-                or is_same_birth(self.born(worker.pid), worker.born))
+        if self.locks.is_held(POOL_LOCKS + worker.id):
+            return True
+        try:
+            return is_same_birth(self.born(worker.pid), worker.born)
+        except OSError:     # out of descriptors
+            return None
 
     def processes(self) -> list[Process]:
         """The processes that may be a run's: all with a session or a token told."""
@@ -4117,6 +4167,8 @@ def ring(ports: Iterable[int], message: bytes) -> None:
 # somebody reads along and wants the output of what runs.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
 
+
+PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
 
 # What a service manager tells its service, and nobody else.
 SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
@@ -4954,7 +5006,7 @@ class Queue:
         return Run(*row)
 
     def fresh_run(self, job_id: str, number: int | None = None,
-                  patience: float = 0.5) -> Run:
+                  patience: float = PEEK_PATIENCE) -> Run:
         """A run with its output as of now: one that is under way is asked for it.
 
         The output of what runs is stored with a heartbeat, or if somebody asks: to
@@ -4967,7 +5019,7 @@ class Queue:
             run = self.run(job_id, run.number)
         return run
 
-    def peek(self, patience: float = 0.5) -> None:
+    def peek(self, patience: float = PEEK_PATIENCE) -> None:
         """Have the pools store what running commands have printed; so many seconds at
         most, and less if anything else is committed meanwhile.
         """
@@ -5096,7 +5148,7 @@ class Queue:
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Return when these jobs are over, as they are then.
 
-        NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
+        TimedOut after `timeout` seconds (None: never); NoSuchJob for one that is
         not there (any more); Blocked if none of those left can end: they come after a
         dead or cancelled job, or wait for the job that makes this call. `tell` hears
         how far they are, with each look.
@@ -5117,8 +5169,8 @@ class Queue:
             self._refuse_blocked([job for job in left if job.state not in OVER])
             now = time.monotonic()
             if now >= end:
-                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
-                                  "over yet", "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
+                               "over yet", "wait longer, or see `queuectl list`")
             # Each look reads all that are not over yet. Five times as long asleep makes
             # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
@@ -5142,7 +5194,7 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
+        TimedOut after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
         that are added meanwhile are waited for as well. `tell` hears how far they are.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -5155,8 +5207,8 @@ class Queue:
                 return now
             self._refuse_all_blocked(now, queue)
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
-                                  "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{now.left} job{'s' * (now.left > 1)} not over yet",
+                               "wait longer, or see `queuectl list`")
             time.sleep(max(0.0, min(5 * (time.monotonic() - began),
                                     end - time.monotonic())))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -5986,6 +6038,12 @@ class Claims:
         """
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
+
+    def orders(self) -> tuple[str | None, dict[int, str | None]]:
+        """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
+        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        return row[0] if row else None, dict(
+            self._store.rows(Sql.MINE, worker=self.worker.name))
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
@@ -7802,6 +7860,8 @@ TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
+HEARD_AT_ONCE = 64     # wake-ups read in one step
+PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
 
@@ -7902,10 +7962,11 @@ class Peers:
             if worker.id in self._known or worker.boot != self._host.boot:
                 continue
             self._known.add(worker.id)
-            watch = _watch_process(worker.pid)
+            watch, is_it = _watch_process(worker.pid), False
             # Looked at after the watch: the id may be another's, here or by now.
-            is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
-                                                 worker.born)
+            with contextlib.suppress(OSError):      # out of descriptors
+                is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
+                                                     worker.born)
             if watch >= 0 and not is_it:
                 os.close(watch)
             if is_it:
@@ -8098,7 +8159,8 @@ class Pool:
         self._grace_ends = math.inf                     # monotonic
         self._look = True       # there may be something to claim
         self._orders = True     # there may be something else to read
-        self._peek = False      # somebody reads along
+        self._peek_until = 0.0  # monotonic: until then a client waits for output
+        self._peek_at = 0.0     # monotonic: output is not stored for clients before
         self._beat_at = 0.0     # monotonic: the next heartbeat
         self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
         self._expire_at = math.inf                      # monotonic: the next of them
@@ -8144,8 +8206,8 @@ class Pool:
         self._collect()
         self._heed_times()
         try:
+            self._heed_orders()
             if self._is_turn_due():
-                has_orders = self._orders
                 self._turn()
                 if time.monotonic() >= self._beat_at:
                     self._watch()
@@ -8153,8 +8215,6 @@ class Pool:
                     self._beat_at = time.monotonic() + self._settings.heartbeat
                     if self._expire_at == math.inf:     # else it is under way
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
-                if has_orders:      # a new worker gives them, too
-                    self._peers.watch()
             self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
@@ -8193,7 +8253,7 @@ class Pool:
         self._wall = wall
         if self._due_at is not None and wall >= self._due_at:
             self._look = True
-        if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
+        if now >= min(self._beat_at, self._record_at(), self._peek_due()):
             return True
         if not (self._look and self._room()):
             return False
@@ -8251,12 +8311,13 @@ class Pool:
         thread), so what is cleared afterwards is exactly what was recorded.
         """
         beats = time.monotonic() >= self._beat_at
-        outputs = self._unsaved() if beats or self._peek else {}
+        outputs = self._unsaved() if beats or self._peek_due() < math.inf else {}
         room = self._room()
         turn = self._claims.turn(self._ended, outputs, self._free[:room],
                                  self._ahead(room))
         self._look = turn.behind
-        self._orders = self._peek = False
+        if outputs:
+            self._peek_until, self._peek_at = 0.0, time.monotonic() + PEEK_PAUSE
         self._settings, self._due_at = turn.settings, turn.next_due
         self._complaint, self._failing_since = "", None
         self._ended.clear()
@@ -8268,7 +8329,7 @@ class Pool:
         for note in turn.notes:
             self._say(note)
         self._take_on(turn.claimed)
-        self._obey(turn)
+        self._obey(turn.stop, turn.mine)
         if turn.settled and self._peers.are_there() and not self._room():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
@@ -8421,6 +8482,12 @@ class Pool:
         self._free.append(slot)
         self._free.sort()
 
+    def _peek_due(self) -> float:
+        """When output is to be stored because a client waits for it; inf: never."""
+        if time.monotonic() < self._peek_until and self._unsaved():
+            return self._peek_at
+        return math.inf
+
     def _unsaved(self) -> dict[int, Output]:
         """The output of running jobs that has grown since it was stored."""
         return {claim: ride.command.output for claim, ride in self._rides.items()
@@ -8457,9 +8524,12 @@ class Pool:
         """Have the ender end the whole tree; `why` becomes the outcome, unless None.
 
         It comes back by `_collect`. Asked for again, only the reason may be added: a
-        tree is ended once, and its grace does not begin anew.
+        tree is ended once, and its grace does not begin anew. A run that has finished
+        is left alone: its process id may belong to another process by now.
         """
         command, claim = ride.command, ride.claimed.claim
+        if claim not in self._rides:
+            return
         # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
@@ -8495,21 +8565,33 @@ class Pool:
 
     # Orders: signals, wishes in the database.
 
-    def _obey(self, turn: Turn) -> None:
+    def _heed_orders(self) -> None:
+        """Read what a wake-up may be about.
+
+        Reads alone: any local user may send datagrams, and none may cost a commit.
+        """
+        if self._orders:
+            self._peers.watch()     # a new worker sends one, too
+            self._settings = self._options.adapt(self._queue.store.settings())
+            self._obey(*self._claims.orders())
+            self._orders = False
+
+    def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
         """Do what the database asks of this pool and its runs; a claim that is gone
         was taken by another.
         """
-        if turn.stop:
-            self._leave(turn.stop, ASKED)
+        if stop:
+            self._leave(stop, ASKED)
         self._hand_back([one for one in self._ready
-                         if turn.mine.get(one.claim, LOST) is not None])
+                         if mine.get(one.claim, LOST) is not None])
         for claim, ride in list(self._rides.items()):
-            if claim not in turn.mine:
-                self._say(f"{ride.claimed.job.id} was taken over while this worker was"
-                          " silent; its command is ended")
+            if claim not in mine:
+                if claim not in self._ending:
+                    self._say(f"{ride.claimed.job.id} was taken over while this worker "
+                              "was silent; its command is ended")
                 self._end(ride, LOST)
-            elif turn.mine[claim] is not None:
-                self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
+            elif mine[claim] is not None:
+                self._end(ride, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end.
@@ -8583,9 +8665,10 @@ class Pool:
         if self._retry_at > now:
             return max(0.0, min([self._retry_at, *wake_at]) - now)
         room = self._room()
-        if (self._look and room) or self._orders or self._peek:
+        if (self._look and room) or self._orders:
             return 0.0
         wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
+                    self._peek_due(),
                     now + (FALLBACK_POLL if self._gear.bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
@@ -8594,14 +8677,20 @@ class Pool:
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
-        """Take in all wake-ups that have come: a crowd is one reason to look."""
+        """Take in the wake-ups that have come: a crowd is one reason to look.
+
+        In a flood the kernel drops some, of any kind.
+        """
         assert self._gear.bell is not None
+        heard = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                said = self._gear.bell.recv(SOCKET_BUFFER)
-                self._look = True
-                self._orders = self._orders or said == NEW_ORDERS
-                self._peek = self._peek or said == PEEK
+            while len(heard) < HEARD_AT_ONCE:
+                heard.append(self._gear.bell.recv(SOCKET_BUFFER))
+        self._look = True
+        if NEW_ORDERS in heard or len(heard) == HEARD_AT_ONCE:
+            self._orders = True
+        if PEEK in heard:
+            self._peek_until = time.monotonic() + PEEK_PATIENCE
 
     # What it says.
 
@@ -13083,6 +13172,10 @@ def window() -> os.terminal_size:
                             for text, size in zip(wish, found))
 
 
+LOG_LINES = 1000       # texts that wait for a log to be read
+LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
+
+
 def _not_written(error: OSError) -> Exception:
     """What to raise where a result could not be written.
 
@@ -13095,27 +13188,124 @@ def _not_written(error: OSError) -> Exception:
                       "`queuectl status` shows what was done")
 
 
+class Log(io.TextIOBase):
+    """Text for stderr, in a bounded queue that a daemon thread writes out.
+
+    It stands in for sys.stderr while a worker or a server runs: a log that is not read
+    delays nobody, and lines that do not fit are dropped and counted. The thread uses
+    the descriptor alone: blocked in sys.stderr, it would hold a lock that the
+    interpreter needs to exit.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._texts: list[str] = []
+        self._dropped = 0           # lines, since the last text that got in
+        self._writes = False        # the thread has taken texts and writes them
+        self._ends = False
+        self._news = threading.Condition()      # guards the four above
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor that the text goes to."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Return True if the text goes to a terminal."""
+        return os.isatty(self._fd)
+
+    def write(self, text: str) -> int:
+        """Queue the text, or drop it if the queue is full; never wait."""
+        with self._news:
+            if len(self._texts) < LOG_LINES:
+                self._note_dropped()
+                self._texts.append(text)
+                self._news.notify_all()
+            else:
+                self._dropped += text.count("\n")
+        return len(text)
+
+    def end(self) -> None:
+        """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
+        with contextlib.suppress(KeyboardInterrupt), self._news:
+            self._note_dropped()
+            self._ends = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: not (self._texts or self._writes), LOG_LINGER)
+
+    def _note_dropped(self) -> None:
+        if self._dropped:
+            self._texts.append(f"{self._dropped:,} lines of this log were dropped: "
+                               "it was not read, or could not be written\n")
+            self._dropped = 0
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._texts or self._ends)
+                texts, self._texts = self._texts, []
+                self._writes = bool(texts)
+            if not texts:
+                return
+            is_written = self._put("".join(texts).encode("utf-8", "backslashreplace"))
+            with self._news:
+                self._dropped += 0 if is_written else "".join(texts).count("\n")
+                self._writes = False
+                self._news.notify_all()
+
+    def _put(self, rest: bytes) -> bool:
+        """Write all of it, however long that takes; False if it cannot be written."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest):]
+            except BlockingIOError:     # another program made it non-blocking
+                poller.poll()
+            except OSError:
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Send all that is written to sys.stderr through a Log."""
+    try:
+        log = Log(sys.stderr.fileno())
+    except (OSError, ValueError):   # it is no file, as in a program that calls `main`
+        yield
+        return
+    with contextlib.redirect_stderr(cast("TextIO", log)):
+        try:
+            yield
+        finally:
+            log.end()
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
     On a terminal a line that is drawn in place may stand below: how far something is.
     It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
     (--quiet, --json): no words, no drawing; logs and errors are said all the same.
+
+    `acts`: the command changes or waits for something, so it goes on if its results
+    cannot be written, and `finish` raises the first such error.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, acts: bool = False) -> None:
+        self._quiet, self._acts = quiet, acts
+        self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
         """Print results, a line each; Unwritable or BrokenPipeError."""
-        try:
-            self._erase()
-            for line in lines:
+        self._erase()
+        with self._printing():
+            for line in lines if self._failure is None else ():
                 print(line)
-        except OSError as error:
-            raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
         """Print a job's output as it is.
@@ -13124,40 +13314,58 @@ class Screen:
         first, for this goes past it.
         """
         self.flush()
-        try:
-            sys.stdout.buffer.write(output)
-            sys.stdout.buffer.flush()
-        except OSError as error:
-            raise _not_written(error) from None
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.buffer.write(output)
+                sys.stdout.buffer.flush()
 
-    @staticmethod
-    def flush() -> None:
+    def flush(self) -> None:
         """Have the results that were printed written; Unwritable or BrokenPipeError.
 
         Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
         disk would be told in its words, with the exit status 120.
         """
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Flush, and raise the failure that an acting command has not heard of.
+
+        A reader that has gone is none: it has seen enough.
+        """
+        self.flush()
+        if self._failure and not isinstance(self._failure, BrokenPipeError):
+            raise _not_written(self._failure)
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
         try:
-            sys.stdout.flush()
+            yield
         except OSError as error:
-            raise _not_written(error) from None
+            if not self._acts:
+                raise _not_written(error) from None
+            self._failure = error
+
+    @staticmethod
+    def check_reader() -> None:
+        """Raise BrokenPipeError once nobody reads the pipe that is stdout."""
+        poller = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+            poller.register(sys.stdout.fileno(), 0)     # errors are told unasked
+        if poller.poll(0):
+            raise BrokenPipeError
 
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
-            self._erase()
-            with contextlib.suppress(OSError, ValueError):  # what it is about is done
-                print(text, file=sys.stderr)
+            self._write(f"{text}\n")
 
     def log(self, text: str) -> None:
-        """A worker's line, with the time. A terminal that is gone stops no worker."""
-        drawn = self._drawn
-        with contextlib.suppress(OSError, ValueError):
-            self._erase()
-            now = time.time()
-            stamp = local_time(now, now if sys.stderr.isatty() else None)
-            sys.stderr.write(f"{stamp} {text}\n")
-            self._draw(drawn)
+        """A worker's line, with the time."""
+        now = time.time()
+        stamp = local_time(now, now if sys.stderr.isatty() else None)
+        self._write(f"{stamp} {text}\n", self._drawn)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Callable[[str], None]]:
@@ -13165,29 +13373,29 @@ class Screen:
         try:
             yield self.show
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                self._erase()
+            self._erase()
 
     def show(self, text: str) -> None:
         """Draw a line in place, some ten times a second; nothing but on a terminal."""
         if self.draws and time.monotonic() >= self._drawn_at + 0.1:
             self._drawn_at = time.monotonic()
-            self._erase()
-            self._draw(text)
-
-    def _draw(self, text: str) -> None:
-        self._drawn = text
-        if text:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self._write("", text)
 
     def _erase(self) -> None:
-        """Take the drawn line away: to its first column, then clear it (ECMA-48, EL).
-        """
         if self._drawn:
-            sys.stderr.write("\r\033[K")
+            self._write("")
+
+    def _write(self, text: str, drawn: str = "") -> None:
+        """Write to stderr, and draw a line below that, in one piece.
+
+        The line drawn last is taken away: to its first column, then clear it (ECMA-48,
+        EL). What cannot be written to stderr stops nothing.
+        """
+        erase = "\r\033[K" if self._drawn else ""
+        self._drawn = drawn
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(erase + text + drawn)
             sys.stderr.flush()
-            self._drawn = ""
 
     @staticmethod
     def height() -> int:
@@ -13216,11 +13424,12 @@ def _report(error: QueueError, as_json: bool) -> int:
     With --json an object on one line, still on stderr: stdout holds results or nothing.
     A line stays one, whatever names and words of users are in it.
     """
+    line = f"queuectl: error: {one_line(str(error))}"
     if as_json:
-        print(dumps({"error": {"code": error.code, "message": error.message,
-                               "hint": error.hint}}, None), file=sys.stderr)
-    else:
-        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+        line = dumps({"error": {"code": error.code, "message": error.message,
+                                "hint": error.hint}}, None)
+    with contextlib.suppress(OSError, ValueError):  # the exit status tells it, too
+        sys.stderr.write(f"{line}\n")
     return error.exit_status
 
 
@@ -13314,7 +13523,8 @@ _TEXT_FLAGS = (
     option("--queue", metavar="Q", help="those of a queue"),
     option("--tag", metavar="T", help="those with a tag"),
     option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
-_YES = option("--yes", "-y", action="store_true", help="do not ask", group="other")
+_YES = option("--yes", "-y", action="store_true", group="other",
+              help="do not ask; needed where stdin is not a terminal")
 _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
@@ -13638,6 +13848,7 @@ class Stream:
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
+READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -13887,6 +14098,15 @@ def _picture(lines: Sequence[str], above: int) -> str:
     return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
+def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
+    """Wait for a commit, `seconds` at most; BrokenPipeError once nobody reads stdout.
+    """
+    end = time.monotonic() + seconds
+    while queue.store.changes() == seen and (left := end - time.monotonic()) > 0:
+        screen.check_reader()
+        queue.await_change(seen, min(left, READER_TICK))
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed.
 
@@ -13907,7 +14127,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         above = len(lines)
         screen.flush()
-        queue.await_change(seen, args.watch)
+        _await_news(queue, screen, seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
 
 
@@ -14116,6 +14336,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
     pending: dict[str, bytes] = {}
     while left:
+        screen.check_reader()
         if any(queue.job(one.job_id).state == PROCESSING for one in left):
             queue.peek()
         for one in left:
@@ -14232,16 +14453,22 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given or USUAL[verb])
 
 
-def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before a wide step, where a person sits at a terminal; Declined.
+def _refuse_unasked(args: argparse.Namespace) -> None:
+    """Require --yes where nobody can be asked: only stdin can give an answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty())):
+        raise UsageError("this needs a confirmation, and stdin is not a terminal",
+                         "give --yes")
 
-    The question is on stderr and its answer comes from stdin, so both have to be
-    terminals: a script is never asked, and never waits.
-    """
-    if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
-                                     and sys.stderr.isatty()):
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    """Ask before jobs are taken away; Declined, or Unwritable if it cannot be asked."""
+    if args.yes:
         return
-    print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise Unwritable(f"the question could not be written ({error})",
+                         "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Declined("nothing was changed", "answer y, or give --yes")
 
@@ -14279,8 +14506,11 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     and only the sweep waits for who takes its jobs.
     """
     states = _chosen_states(verb, args.state)
+    if verb == "retry":     # no question: it takes nothing away
+        return _swept(verb, args, queue, screen, states)
+    _refuse_unasked(args)
     amounts = _amounts(queue, states, _filters(args))
-    if amounts and verb != "retry":     # no question: a retry takes nothing away
+    if amounts:
         _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
@@ -14399,6 +14629,8 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
             raise UsageError("--older-than counts from a job's end",
                              "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    if not is_dry:
+        _refuse_unasked(args)
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete jobs: {amounts}.", args)
@@ -14618,7 +14850,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
-        queue.await_change(seen, FALLBACK_POLL)
+        _await_news(queue, screen, seen, FALLBACK_POLL)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -14987,6 +15219,13 @@ COMMANDS = (
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
+# Those that only look stop once their results cannot be written; all others first do
+# what they were asked to.
+LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list,
+         cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
+         cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
+# Those that run on whether somebody reads their log or not.
+SERVES = (cmd_worker_start, cmd_web)
 # What a group of commands does when it is named alone: each time something that only
 # looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
@@ -15398,6 +15637,12 @@ class Parser(argparse.ArgumentParser):
         """
         raise UsageError(message, f"`{self.prog} --help` says more")
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Print a help or the version; argparse's own ignores a full disk."""
+        screen = Screen()
+        screen.out(message.rstrip("\n"))
+        screen.flush()
+
 
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands.
@@ -15531,25 +15776,36 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _run(argv: Sequence[str]) -> int:
-    """Run a command with its queue and its screen; its exit status.
+def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
+    """Run a command with its queue; its exit status."""
+    if args.entry.creates is NEITHER:
+        return int(args.entry.run(args, None, screen))
+    with Queue(path, create=args.entry.creates) as queue:
+        if queue.store.is_new:
+            screen.note(f"made a new queue at {queue.path}")
+        return int(args.entry.run(args, queue, screen))
 
-    `queuectl` alone, where there is no queue yet, is a first visit and no mistake.
+
+def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    """Run a command line; its exit status. What `stack` holds outlives its errors.
+
+    `queuectl` alone, where there is no queue yet, is a first visit and no mistake. The
+    results are flushed while an error can still be told, and the status changed.
     """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
-    screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
-    if args.entry.creates is NEITHER:
-        return int(args.entry.run(args, None, screen))
+    if args.entry.run in SERVES:
+        stack.enter_context(log_on_stderr())
+    screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
+                    acts=args.entry.run not in LOOKS)
     try:
-        queue = Queue(path, create=args.entry.creates)
+        status = _call(args, path, screen)
     except NoQueue:
-        if args.entry.words == ("status",) and "status" not in argv:
-            screen.out(WELCOME.format(path=os.path.abspath(path)))
-            return EX_OK
-        raise
-    with queue:
-        status: int = args.entry.run(args, queue, screen)
+        if args.entry.words != ("status",) or "status" in argv:
+            raise
+        screen.out(WELCOME.format(path=os.path.abspath(path)))
+        status = EX_OK
+    screen.finish()
     return status
 
 
@@ -15603,16 +15859,13 @@ def _wants_json(words: Sequence[str]) -> bool:
     return "--json" in words[:end]
 
 
-def _answer(words: Sequence[str]) -> int:
+def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
     """The exit status; each refusal and each end that we know becomes one here.
 
-    Anything else is a mistake of this program and keeps its traceback. The results are
-    flushed while an error can still be told, and the status changed.
+    Anything else is a mistake of this program and keeps its traceback.
     """
     try:
-        status = _run([_as_utf8(word) for word in words])
-        Screen.flush()
-        return status
+        return _run([_as_utf8(word) for word in words], stack)
     except QueueError as error:
         return _report(error, _wants_json(words))
     except KeyboardInterrupt:
@@ -15643,7 +15896,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
-    status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
+    with contextlib.ExitStack() as stack:
+        status = _complete(words[1:]) if words[:1] == [COMPLETE] \
+            else _answer(words, stack)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
