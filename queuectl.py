@@ -5367,6 +5367,7 @@ class Queue:
             and (not view.limit or view.counts[PROCESSING] < view.limit))
 
     def is_all_paused(self) -> bool:
+        """Return True if all queues are paused by one order."""
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Hindrance]]:
@@ -6042,8 +6043,9 @@ class Claims:
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
         """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
         row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
-        return row[0] if row else None, dict(
-            self._store.rows(Sql.MINE, worker=self.worker.name))
+        return row[0] if row else None, {
+            claim: wish for claim, wish, _ in self._store.rows(
+                Sql.MINE, worker=self.worker.name)}
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
