@@ -211,7 +211,7 @@ RESCUE_TICK = 0.02     # seconds between two looks at processes that are being e
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
-WILD_CORRECTION = 300.0     # seconds; the same for an interval
+WILD_CORRECTION = 60.0      # seconds; the same for an interval
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one pool
 MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
@@ -730,7 +730,7 @@ class Turn(NamedTuple):
     behind: bool                    # more jobs are due than one turn lets in
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
-    skipped: list[tuple[str, Job]]  # schedules left out: their last job is not over
+    notes: list[str]                # schedules that skipped a run or were paused
 
 
 class Spread(NamedTuple):
@@ -1767,30 +1767,38 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
         return datetime.timezone.utc
     import zoneinfo  # 4 ms, and only for schedules
     try:
+        if name == "localtime":         # on Debian a file, but another on each machine
+            raise ValueError
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
         raise InvalidValue(f"the time zone {name!r} is unknown here", "use a name such "
                            "as Europe/Berlin; `tzdata` has them") from None
 
 
-def local_zone() -> str | None:
-    """The name of the process's time zone; None if it has none.
+def local_zone(now: float) -> str | None:
+    """The IANA name of the process's time zone; None if it has none.
 
-    $TZ, else where /etc/localtime leads, else what /etc/timezone says.
+    What a file says counts only if the clock agrees, now and in half a year: in a
+    container, the host's data may be mounted over a zone of another name.
     """
-    names = [os.environ["TZ"].lstrip(":")] if os.environ.get("TZ") else [
-        os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]]
-    with contextlib.suppress(OSError), open("/etc/timezone", encoding="ascii") as file:
-        names += [file.read().strip()] if not os.environ.get("TZ") else []
+    path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
+    is_file = path.startswith("/")
+    names = [os.path.realpath(path).rpartition("/zoneinfo/")[2] if is_file else path]
+    if path == "/etc/localtime":
+        with contextlib.suppress(OSError, ValueError), \
+                open("/etc/timezone", encoding="ascii") as file:
+            names.append(file.read().strip())
+    moments = (int(now), int(now) + 182 * DAY)
     for name in names:
         with contextlib.suppress(InvalidValue):
-            if name and not name.startswith("/"):
-                zone_of(name)
+            zone = zone_of(name)
+            if not is_file or all(_utc_offset(moment, zone) == _utc_offset(moment, None)
+                                  for moment in moments):
                 return name
     return None
 
 
-def split_zone(cron: str, tz: str | None) -> tuple[str, str | None]:
+def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     """A cron line without its `CRON_TZ=ZONE`, and the zone that counts: that one, `tz`,
     or the local one; InvalidValue for an unknown one, or for two.
     """
@@ -1799,7 +1807,7 @@ def split_zone(cron: str, tz: str | None) -> tuple[str, str | None]:
         raise InvalidValue(f"two time zones are given: {match[1]} and {tz}", "give one")
     zone = match[1] if match else tz
     zone_of(zone)
-    return (match[2] if match else cron), zone or local_zone()
+    return (match[2] if match else cron), zone or local_zone(now)
 
 
 def turn_after(cron: str, now: float, tz: str | None) -> str:
@@ -2631,6 +2639,17 @@ class Sql:
                  ORDER BY run_at
                  LIMIT 1000)
          GROUP BY queue
+        """
+    COUNT_DUE = """
+        SELECT COUNT(*)
+          FROM (SELECT 1
+                  FROM jobs
+                 WHERE gate = 'open' AND queue = :queue
+                 UNION ALL
+                SELECT 1
+                  FROM jobs
+                 WHERE gate = 'time' AND run_at <= :now AND queue = :queue
+                 LIMIT :most)
         """
     # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
@@ -4880,7 +4899,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
     """Reckon the next turn anew, if a clock that was ahead has put it off.
 
     Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
-    was set back by more than five minutes; a fixed time that was taken already is not
+    was set back by more than a minute; a fixed time that was taken already is not
     repeated, if it was less than three hours.
     """
     next_run = turn_after(schedule.cron, now, schedule.tz)
@@ -4903,7 +4922,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
-OVERDUE = 60.0         # seconds; a schedule's run that is later has no worker
+DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 
 
@@ -5181,25 +5200,29 @@ class Queue:
                       self.unserved([view.worker for view in workers]))
 
     def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
-        """Jobs that are due and schedules that are overdue, with no worker for them."""
-        now, found = self.clock(), list[Finding]()
+        """Due jobs and overdue schedules without a worker, a line for each, the oldest
+        first; none while all queues are paused.
+        """
+        now = self.clock()
         queues = [view.name for view in self.queues() if not view.paused and not any(
             not one.queues or view.name in one.queues for one in workers)]
+        missing = "no worker takes it" if workers else "no worker is running"
+        found = []
         for queue, seconds in self._oldest(queues, now).items():
-            if queue in queues:
-                found.append(Finding(
-                    WARNING, "no-worker", f"jobs of queue {queue} have been due for "
-                    f"{span(seconds)}, and no worker "
-                    f"{'takes it' if workers else 'is running'}",
-                    "`queuectl worker start` starts one"))
-        overdue = [one for one in self.schedules() if not one.paused and not workers
-                   and epoch(one.next_run) < now - OVERDUE]
-        for one in overdue:
-            found.append(Finding(
-                WARNING, "no-worker", f"schedule {one.name} has been due for "
-                f"{span(now - epoch(one.next_run))}, and no worker is running",
-                "`queuectl worker start` starts one"))
-        return found
+            if queue not in queues:
+                continue
+            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
+                                    most=DUE_COUNTED)
+            more = "+" * (n == DUE_COUNTED)
+            found.append((seconds, f"queue {queue} has {n}{more} due "
+                          f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
+        found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
+                   f"{span(now - epoch(one.next_run))}") for one in self.schedules()
+                  if not one.paused and not workers and one.next_run <= iso(now)]
+        return [] if self.is_all_paused() else [
+            Finding(WARNING, "no-worker", f"{text}, and {missing}",
+                    "`queuectl worker start` starts one")
+            for _, text in sorted(found, reverse=True)]
 
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause; the default one always."""
@@ -5462,6 +5485,10 @@ class Queue:
                                        for w in scene.pools)
             and (not view.limit or view.counts[PROCESSING] < view.limit))
 
+    def is_all_paused(self) -> bool:
+        """Return True if all queues are paused by one order."""
+        return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
+
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Hindrance]]:
         """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
@@ -5472,8 +5499,7 @@ class Queue:
         """What `_hindrances` looks at, for any number of jobs."""
         return Scene([view.worker for view in self.workers()],
                      {view.name: view for view in self.queues()},
-                     any(name == EVERY_QUEUE
-                         for name, _, _ in self.store.rows(Sql.QUEUES)))
+                     self.is_all_paused())
 
     def _hindrances(self, job: Job, scene: Scene) -> list[Hindrance]:
         """What keeps it from running, whatever else waits."""
@@ -5882,7 +5908,7 @@ class Queue:
         """
         now = self.clock()
         parse_name(name)
-        cron, zone = split_zone(cron, tz)
+        cron, zone = split_zone(cron, tz, now)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
         fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
@@ -6136,8 +6162,9 @@ class Claims:
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
         """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
         row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
-        return row[0] if row else None, dict(
-            self._store.rows(Sql.MINE, worker=self.worker.name))
+        return row[0] if row else None, {
+            claim: wish for claim, wish, _ in self._store.rows(
+                Sql.MINE, worker=self.worker.name)}
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
@@ -6187,7 +6214,7 @@ class Claims:
                 settled = record(store, ends, settings, now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
-                skipped = self._fire(now)
+                notes = self._fire(now)
                 bring_forward(store, now)
                 behind = unblock_more(store, now) or self._let_in(now)
                 [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
@@ -6195,7 +6222,7 @@ class Claims:
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
                 turn = Turn(settled, claimed, mine, stop, behind, settings,
-                            self.next_due(), skipped)
+                            self.next_due(), notes)
         except BaseException:
             for lock in locks:
                 os.close(lock)
@@ -6241,33 +6268,35 @@ class Claims:
                 "heartbeat_at": iso(now)})
             self.worker = worker
 
-    def _fire(self, now: float) -> list[tuple[str, Job]]:
-        """Add the jobs of schedules whose turn has come; those that are skipped, with
-        the job that is not over.
+    def _fire(self, now: float) -> list[str]:
+        """Add the jobs of schedules whose turn has come; what to say about the others.
 
         With the first tick, and after the clock was set back, all turns are reckoned
         anew. A schedule that cannot be read any more is paused: it must not stop all
         work.
         """
-        skipped = list[tuple[str, Job]]()
+        notes: list[str] = []
         if now < self._last_tick - CLOCK_NOISE:
             for schedule in self._store.schedules():
                 if not schedule.paused:
-                    with self._pausing_unreadable(schedule):
+                    with self._pausing_unreadable(schedule, notes):
                         set_right(self._store, schedule, now)
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
-            with self._pausing_unreadable(schedule):
+            with self._pausing_unreadable(schedule, notes):
                 last = fire(self._store, schedule, now)
-                skipped += [(schedule.name, last)] if last else []
-        return skipped
+                notes += [f"schedule {schedule.name}: a run is skipped, {last.id} is "
+                          f"still {last.state}"] if last else []
+        return notes
 
     @contextlib.contextmanager
-    def _pausing_unreadable(self, schedule: Schedule) -> Iterator[None]:
+    def _pausing_unreadable(self, schedule: Schedule,
+                            notes: list[str]) -> Iterator[None]:
         try:
             yield
-        except (InvalidJob, InvalidValue):
+        except (InvalidJob, InvalidValue) as error:
             self._store.do(Sql.PAUSE_SCHEDULE, {
                 "name": schedule.name, "paused": True, "next_run": schedule.next_run})
+            notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -6655,7 +6684,12 @@ class Inspection:
         """Schedules whose last job goes on beyond their next run."""
         for schedule in self._store.schedules():
             last = self._queue.last_job(schedule)
-            if last and last.state not in OVER and schedule.skipped:
+            if not last or last.state in OVER or schedule.paused:
+                continue
+            with contextlib.suppress(InvalidValue):     # then `_schedules` reports it
+                if schedule.next_run <= turn_after(
+                        schedule.cron, epoch(schedule.last_run or ""), schedule.tz):
+                    continue
                 yield Finding(
                     WARNING, "schedule-skips", f"schedule {schedule.name} skips runs "
                     f"({schedule.skipped} so far): {last.id} is still {last.state}",
@@ -6787,6 +6821,7 @@ class Inspection:
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM = "1", "2"
+STATUS_SHOWN = 5        # queues and schedules without a worker that `status` lists
 
 
 class Style(NamedTuple):
@@ -6807,13 +6842,21 @@ class Style(NamedTuple):
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
+def _local(moment: float) -> datetime.datetime:
+    """Local time; UTC at the ends of the calendar, where there may be no local one."""
+    at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(0, moment)
+    with contextlib.suppress(OSError, OverflowError, ValueError):
+        at = at.astimezone()
+    return at
+
+
 def local_time(moment: float, now: float | None = None,
                digits: str = "seconds") -> str:
     """A moment as people read it: `14:03:07+01:00`, and before that the date unless it
     is today's; `now` None: always with the date.
     """
-    at = datetime.datetime.fromtimestamp(moment).astimezone()
-    if now is not None and at.date() == datetime.datetime.fromtimestamp(now).date():
+    at = _local(moment)
+    if now is not None and at.date() == _local(now).date():
         return at.timetz().isoformat(digits)
     return at.isoformat(" ", digits)
 
@@ -7133,7 +7176,10 @@ def status_lines(status: Status, style: Style) -> list[str]:
         what = "retry" if job.state == FAILED else "scheduled"
         lines.append(f"next due  {job.id} {ago(job.run_at, style.now)} ({what})")
     lines += [style.paint(f"overdue   {one.message}", STATE_COLOURS[FAILED])
-              for one in status.attention]
+              for one in status.attention[:STATUS_SHOWN]]
+    if len(status.attention) > STATUS_SHOWN:
+        lines.append(f"          and {len(status.attention) - STATUS_SHOWN} more; "
+                     "`queuectl check` names them")
     if status.blocked:
         lines.append(style.paint(
             f"blocked   {status.blocked} cannot run: they come after dead or cancelled "
@@ -7193,7 +7239,12 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
             ("success", local_time(epoch(schedule.last_success), now)
              if schedule.last_success else "-"),
             ("skipped", f"{schedule.skipped} runs"))
-    return [*turn_lines(schedule, now), *["paused"] * schedule.paused,
+    try:
+        when = turn_lines(schedule, now)
+    except InvalidValue as error:
+        when = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
+                f"cannot be read: {error.message}"]
+    return [*when, *["paused"] * schedule.paused,
             *(f"{name:<10}{text}" for name, text in rows)]
 
 
@@ -8396,9 +8447,8 @@ class Pool:
             if settled.outcome.duration is not None:    # else it has not begun
                 self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
                 self._say(settled_line(settled, self._queue.clock()))
-        for name, last in turn.skipped:
-            self._say(f"schedule {name}: a run is skipped, {last.id} is still "
-                      f"{last.state}")
+        for note in turn.notes:
+            self._say(note)
         self._take_on(turn.claimed)
         self._obey(turn.stop, turn.mine)
         if turn.settled and self._peers.are_there() and not self._room():
@@ -15398,7 +15448,8 @@ COMMANDS = (
                help="minute hour day month weekday, in local time; or @daily ..."),
         option("job", nargs="?", metavar="COMMAND",
                help="a shell command; -- PROG ARG... takes words as they are"),
-        option("--tz", metavar="ZONE", help="as Europe/Berlin (default: the local)"),
+        option("--tz", metavar="ZONE",
+               help="such as Europe/Berlin (default: the local zone)"),
         *_SCHEDULE_FLAGS),
         ("schedule add nightly '30 2 * * *' -- backup /home",
          "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),

@@ -1458,9 +1458,9 @@ class Statements(TestCase):
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
-        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN"),
+        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN COUNT_DUE"),
         ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
-        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
+        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN COUNT_DUE"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_OPEN"),
@@ -12296,28 +12296,114 @@ class Times(Processes):
         self.assertEqual((one["next_run"][11:16], one["last_job"], one["last_state"]),
                          ("04:00", "job-1", COMPLETED))
 
+    def test_a_local_zone_is_found_by_its_name_or_by_where_it_leads(self):
+        if not os.path.exists("/usr/share/zoneinfo/Asia/Kolkata"):
+            self.skipTest("no time zones are installed here")
+        zones = {":Asia/Tokyo": "Asia/Tokyo", "": "UTC", "JST-9": None,
+                 ":/usr/share/zoneinfo/Asia/Kolkata": "Asia/Kolkata"}
+        for n, (zone, tz) in enumerate(zones.items()):
+            code, _, err = self.in_zone(zone, "schedule", "add", f"s{n}", "0 9 * * *",
+                                        "--", "true")
+            self.assertEqual(code, 0, err)
+            self.assertIn(f"every day, {tz or 'local time'}\n", err)
+        self.assertEqual([one["tz"] for one in self.schedules()], [*zones.values()])
+
+    def test_a_zone_whose_file_holds_the_data_of_another_does_not_count(self):
+        """As where a container has the host's /etc/localtime mounted over its own."""
+        os.makedirs(self.path_of("zoneinfo/Asia"))
+        os.symlink("/usr/share/zoneinfo/Asia/Kolkata", self.path_of("data"))
+        shutil.copy(self.path_of("data"), self.path_of("zoneinfo/Asia/Tokyo"))
+        self.in_zone(":" + self.path_of("zoneinfo/Asia/Tokyo"), "schedule", "add", "s",
+                     "0 9 * * *", "--", "true")
+        [one] = self.schedules()
+        self.assertEqual((one["tz"], one["next_run"][11:16]), (None, "03:30"))
+
     def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
         queue = self.a_queue()
-        for name, tz in (("b", "Europe/Berlin"), ("n", "America/New_York")):
-            queue.add_schedule(name, "30 2 * * *", tz, command="x")
-            schedule, seen = queue.schedule(name), []
-            at = queuectl.epoch("2027-03-13T12:00:00.000Z")
-            for _ in range(16):
-                stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
-                at = queuectl.epoch(stamp)
-                seen.append(stamp[5:16])
-            self.assertIn({"b": "03-28T01:00", "n": "03-14T07:00"}[name], seen)
-            self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
+        spring, autumn = "2027-03-13T12:00:00.000Z", "2027-10-30T12:00:00.000Z"
+        for since, tz, turn in (
+                (spring, "Europe/Berlin", "03-28T01:00"),       # 02:30 is left out there
+                (spring, "America/New_York", "03-14T07:00"),
+                (autumn, "Europe/Berlin", "10-31T00:30"),       # 02:30 comes twice
+                (autumn, "Asia/Kolkata", "10-30T21:00")):
+            with self.subTest(since, tz=tz):
+                schedule = queue.add_schedule("s", "30 2 * * *", tz, command="x")
+                at, seen = queuectl.epoch(since), []
+                for _ in range(16):
+                    stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
+                    at = queuectl.epoch(stamp)
+                    seen.append(stamp[5:16])
+                self.assertIn(turn, seen)
+                self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
+                queue.remove_schedule("s")
+
+    def test_a_schedule_without_a_zone_goes_by_what_etc_localtime_has_become(self):
+        etc, zones = self.path_of("etc"), "/usr/share/zoneinfo/"
+        os.mkdir(etc)
+        shutil.copy("/etc/passwd", etc)
+        shutil.copy(zones + "Asia/Kolkata", etc + "/localtime")
+        inside = ["unshare", "-m", *["-r"] * (os.geteuid() != 0), "sh", "-c",
+                  f"mount --bind {shlex.quote(etc)} /etc && unset TZ && exec \"$@\"", "sh"]
+        try:
+            subprocess.run([*inside, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f"no mount namespace here: {error}")
+        self.call("config", "set", "heartbeat", "200ms")
+        subprocess.run([*inside, *self.command("schedule", "add", "s", "0 9 * * *", "--",
+                                               "true")], check=True, capture_output=True)
+        self.assertEqual(self.schedules()[0]["tz"], None)
+        with open(self.path_of("log"), "wb") as log:
+            worker = subprocess.Popen([*inside, *self.command("worker", "start")],
+                                      stderr=log)
+        self.addCleanup(self.end, worker)
+        wait_for(lambda: "+05:30 worker" in self.read("log"), "a start in the first zone")
+        shutil.copy(zones + "Asia/Tokyo", etc + "/new")
+        os.replace(etc + "/new", etc + "/localtime")
+
+        def is_noticed():
+            with Queue(self.path) as queue, queue.store.transaction() as store:
+                store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+            time.sleep(0.05)
+            return self.schedules()[0]["next_run"][11:16] == "00:00" \
+                and self.schedules()[0]["next_run"] > "2002"
+        wait_for(is_noticed, "the second zone")
 
     def test_a_zone_that_is_unknown_here_pauses_the_schedule_and_is_found(self):
         self.call("schedule", "add", "s", "* * * * *", "--", "true")
         queue = self.a_queue()
         with queue.store.transaction() as store:
             store.do("UPDATE schedules SET tz = 'Mars/Olympus', next_run = '2001'", {})
-        claims = self.a_pool(queue)
-        claims.turn({}, {}, [])
+        self.worker()
+        wait_for(lambda: "schedule s is paused: the time zone 'Mars/Olympus' is unknown "
+                 "here" in self.read("worker.log"), "the log")
         self.assertTrue(queue.schedule("s").paused)
+        self.assertEqual(queue.counts(), dict.fromkeys(STATES, 0))
         self.assertIn("'Mars/Olympus' is unknown here", self.call("check")[1])
+        code, out, _ = self.call("schedule", "show", "s")
+        self.assertEqual(code, 0)
+        self.assertIn("cannot be read: the time zone 'Mars/Olympus' is unknown here\npaused\n",
+                      out)
+
+    def test_an_interval_goes_on_after_a_set_back_of_minutes_and_fixed_times_do_not(self):
+        for back, goes_on in ((0.5, False), (50, False), (180, True), (7200, True),
+                              (366 * 86400, True)):
+            with self.subTest(back=back):
+                self.path = self.path_of(f"{back}.db")
+                queue = self.a_queue()
+                self.clock.now = NOON - 90
+                for name, cron in (("often", "* * * * *"), ("noon", "0 8 * * *")):
+                    queue.add_schedule(name, cron, "UTC", command="true")
+                claims = self.a_pool(queue)
+                self.clock.now = NOON + 10
+                [claims.turn({one.claim: Outcome("completed", 0, None, 0.1)}, {}, [])
+                 for one in claims.turn({}, {}, [1, 2]).claimed]
+                before = {name: queue.schedule(name).next_run for name in ("often", "noon")}
+                self.clock.now -= back
+                claims.turn({}, {}, [])
+                often = queuectl.epoch(queue.schedule("often").next_run)
+                self.assertLessEqual(often - self.clock.now, 60 if goes_on else 120)
+                is_new = queue.schedule("noon").next_run < before["noon"]
+                self.assertEqual(is_new, back > 10800)
 
     def test_a_run_that_is_skipped_is_counted_logged_and_shown(self):
         self.call("schedule", "add", "s", "* * * * *", "--", "sleep", "60")
@@ -12326,7 +12412,8 @@ class Times(Processes):
         self.wait_state("job-1", PROCESSING)
         with Queue(self.path) as queue:
             with queue.store.transaction() as store:
-                store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+                store.do("UPDATE schedules SET next_run = '2001-01-02T00:00:00.000Z', "
+                         "last_run = '2001-01-01T00:00:00.000Z'", {})
             queue.wake(queuectl.NEW_JOBS)
         wait_for(lambda: "schedule s: a run is skipped, job-1 is still processing"
                  in self.read("worker.log"), "the log")
@@ -12335,27 +12422,48 @@ class Times(Processes):
         self.assertIn("SKIPPED", self.call("schedule", "list")[1])
         self.assertRegex(self.call("schedule", "show", "s")[1], r"skipped +\d+ runs")
         self.assertIn("schedule s skips runs", self.call("check")[1])
+        self.assertEqual(self.read("worker.log").count("a run is skipped"),
+                         self.schedules()[0]["skipped"])
         with Queue(self.path) as queue:
             text = queuectl.metrics_text(queuectl.metric_families(queue.scrape()), False)
         self.assertRegex(text, 'queuectl_schedule_skipped_total{schedule="s"} [1-9]')
         self.assertIn('queuectl_schedule_last_success_timestamp_seconds{schedule="s"} 0', text)
 
+    def test_a_schedule_that_has_skipped_a_run_once_is_sound_again(self):
+        queue = self.a_queue()
+        queue.add_schedule("s", "* * * * *", "UTC", command="true")
+        claims, codes = self.a_pool(queue), []
+        for minute, is_over in ((1, False), (2, False), (3, True), (4, False)):
+            self.clock.now = NOON + 60 * minute
+            claims.turn({}, {}, [1])
+            codes.append([one.code for one in queuectl.Inspection(queue).findings()
+                          if one.code == "schedule-skips"])
+            if is_over:
+                job = queue.last_job(queue.schedule("s"))
+                claims.turn({job.claim: Outcome("completed", 0, None, 0.1)}, {}, [])
+        self.assertEqual(queue.schedule("s").skipped, 2)
+        self.assertEqual(codes, [[], ["schedule-skips"], ["schedule-skips"], []])
+
     def test_what_is_due_without_a_worker_is_told(self):
         self.call("schedule", "add", "s", "0 0 1 1 *", "--", "true")
         self.assertIn("next due  schedule s in", self.call("status")[1])
-        self.enqueue("true", "--queue", "gpu")
+        for _ in range(3):
+            self.enqueue("true", "--queue", "gpu")
+        self.enqueue("true", "--queue", "gpu", "--delay", "1h")
         with Queue(self.path) as queue, queue.store.transaction() as store:
             store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
         for command in ("status", "check"):
             code, out, _ = self.call(command)
             self.assertEqual(code, 0)
-            self.assertRegex(out, "jobs of queue gpu have been due for .*, and no worker is "
-                                  "running")
+            self.assertRegex(out, "queue gpu has 3 due jobs, the oldest for .*, and no "
+                                  "worker is running")
             self.assertRegex(out, "schedule s has been due for .*, and no worker is running")
         self.assertEqual(json.loads(self.call("status", "--json")[1])["next_due"],
                          "2001-01-01T00:00:00.000Z")
         self.worker("--queue", "other")
         wait_for(lambda: "no worker takes it" in self.call("check")[1], "the check")
+        self.call("pause")
+        self.assertNotIn("no worker", self.call("check")[1] + self.call("status")[1])
 
     def test_people_read_local_times_with_their_offset(self):
         self.enqueue("true", "--delay", "50d", "--id", "late")
@@ -12367,11 +12475,19 @@ class Times(Processes):
         for line in self.read("log").splitlines():
             self.assertRegex(line, f"^{stamp}")
         out = self.in_zone("Asia/Kolkata", "show", "late")[1]
-        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in 50d\)$")
+        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in \d+d.*\)$")
         out = self.in_zone("Asia/Kolkata", "events")[1]
         self.assertRegex(out, r"(?m)^([\d-]+ )?\d\d:\d\d:\d\d\.\d{3}\+05:30  job-2 ")
         self.assertEqual(queuectl.local_time(NOON, NOON + 86400)[:10],
                          time.strftime("%Y-%m-%d", time.localtime(NOON)))
+
+    def test_a_time_at_the_end_of_the_calendar_is_shown_too(self):
+        for zone, at in (("Asia/Tokyo", "9999-12-31T23:30:00Z"),
+                         ("America/New_York", "0001-01-01T00:30:00Z")):
+            job_id = self.enqueue("true", "--run-at", at)
+            code, out, _ = self.in_zone(zone, "show", job_id)
+            self.assertEqual(code, 0)
+            self.assertIn(at.replace("T", " ").replace("Z", "+00:00"), out)
 
 
 # ---- Fuzz --------------------------------------------------------------------
