@@ -100,6 +100,7 @@ import datetime
 import errno
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -111,7 +112,7 @@ import struct
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
@@ -380,6 +381,11 @@ class ScheduleExists(QueueError):
 class NotFinished(QueueError):
     """Something did not end in the time that was given; it goes on all the same."""
     code = "not-finished"
+
+
+class TimedOut(NotFinished):
+    """The time that the caller was willing to wait is over."""
+    exit_status = EX_TIMEOUT
 
 
 class Declined(QueueError):
@@ -3068,6 +3074,7 @@ class Store:
             raise Unwritable("the current directory is gone",
                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
+        self.is_new = False                 # this process made its tables
         self._process = os.getpid()
         # Reentrant: within a transaction, which holds it, `rows` takes it again.
         self._lock = threading.RLock()      # guards the connection and the two below
@@ -3239,6 +3246,7 @@ class Store:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
+                self.is_new = True
                 self._migrate(0)
                 for key, value in (("id", os.urandom(8).hex()),
                                    ("created_at", iso(time.time()))):
@@ -4768,7 +4776,7 @@ class Queue:
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Return when these jobs are over, as they are then.
 
-        NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
+        TimedOut after `timeout` seconds (None: never); NoSuchJob for one that is
         not there (any more). `tell` hears how far they are, with each look.
 
         One that was once seen to be over is not looked at again, so a retry or a
@@ -4786,8 +4794,8 @@ class Queue:
                 return [over[job_id] for job_id in jobs]
             now = time.monotonic()
             if now >= end:
-                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
-                                  "over yet", "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
+                               "over yet", "wait longer, or see `queuectl list`")
             # Each look reads all that are not over yet. Five times as long asleep makes
             # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
@@ -4811,7 +4819,7 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never). Jobs that are added meanwhile
+        TimedOut after `timeout` seconds (None: never). Jobs that are added meanwhile
         are waited for as well, and so is one that comes after a dead job: for ever.
         `tell` hears how far they are, as in `wait`.
         """
@@ -4824,8 +4832,8 @@ class Queue:
             if not now.left:
                 return now
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
-                                  "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{now.left} job{'s' * (now.left > 1)} not over yet",
+                               "wait longer, or see `queuectl list`")
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def workers(self) -> list[WorkerView]:
@@ -12461,6 +12469,10 @@ def window() -> os.terminal_size:
                             for text, size in zip(wish, found))
 
 
+LOG_LINES = 1000       # texts that wait for a log to be read
+LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
+
+
 def _not_written(error: OSError) -> Exception:
     """What to raise where a result could not be written.
 
@@ -12473,27 +12485,124 @@ def _not_written(error: OSError) -> Exception:
                       "`queuectl status` shows what was done")
 
 
+class Log(io.TextIOBase):
+    """Text for stderr, in a bounded queue that a daemon thread writes out.
+
+    It stands in for sys.stderr while a worker or a server runs: a log that is not read
+    delays nobody, and lines that do not fit are dropped and counted. The thread uses
+    the descriptor alone: blocked in sys.stderr, it would hold a lock that the
+    interpreter needs to exit.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._texts: list[str] = []
+        self._dropped = 0           # lines, since the last text that got in
+        self._writes = False        # the thread has taken texts and writes them
+        self._ends = False
+        self._news = threading.Condition()      # guards the four above
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor that the text goes to."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Return True if the text goes to a terminal."""
+        return os.isatty(self._fd)
+
+    def write(self, text: str) -> int:
+        """Queue the text, or drop it if the queue is full; never wait."""
+        with self._news:
+            if len(self._texts) < LOG_LINES:
+                self._note_dropped()
+                self._texts.append(text)
+                self._news.notify_all()
+            else:
+                self._dropped += text.count("\n")
+        return len(text)
+
+    def end(self) -> None:
+        """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
+        with contextlib.suppress(KeyboardInterrupt), self._news:
+            self._note_dropped()
+            self._ends = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: not (self._texts or self._writes), LOG_LINGER)
+
+    def _note_dropped(self) -> None:
+        if self._dropped:
+            self._texts.append(f"{self._dropped:,} lines of this log were dropped: "
+                               "it was not read, or could not be written\n")
+            self._dropped = 0
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._texts or self._ends)
+                texts, self._texts = self._texts, []
+                self._writes = bool(texts)
+            if not texts:
+                return
+            is_written = self._put("".join(texts).encode("utf-8", "backslashreplace"))
+            with self._news:
+                self._dropped += 0 if is_written else "".join(texts).count("\n")
+                self._writes = False
+                self._news.notify_all()
+
+    def _put(self, rest: bytes) -> bool:
+        """Write all of it, however long that takes; False if it cannot be written."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest):]
+            except BlockingIOError:     # another program made it non-blocking
+                poller.poll()
+            except OSError:
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Send all that is written to sys.stderr through a Log."""
+    try:
+        log = Log(sys.stderr.fileno())
+    except (OSError, ValueError):   # it is no file, as in a program that calls `main`
+        yield
+        return
+    with contextlib.redirect_stderr(cast("TextIO", log)):
+        try:
+            yield
+        finally:
+            log.end()
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
     On a terminal a line that is drawn in place may stand below: how far something is.
     It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
     (--quiet, --json): no words, no drawing; logs and errors are said all the same.
+
+    `acts`: the command changes or waits for something, so it goes on if its results
+    cannot be written, and `finish` raises the first such error.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, acts: bool = False) -> None:
+        self._quiet, self._acts = quiet, acts
+        self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
         """Print results, a line each; Unwritable or BrokenPipeError."""
-        try:
-            self._erase()
-            for line in lines:
+        self._erase()
+        with self._printing():
+            for line in lines if self._failure is None else ():
                 print(line)
-        except OSError as error:
-            raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
         """Print a job's output as it is.
@@ -12502,38 +12611,56 @@ class Screen:
         first, for this goes past it.
         """
         self.flush()
-        try:
-            sys.stdout.buffer.write(output)
-            sys.stdout.buffer.flush()
-        except OSError as error:
-            raise _not_written(error) from None
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.buffer.write(output)
+                sys.stdout.buffer.flush()
 
-    @staticmethod
-    def flush() -> None:
+    def flush(self) -> None:
         """Have the results that were printed written; Unwritable or BrokenPipeError.
 
         Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
         disk would be told in its words, with the exit status 120.
         """
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Flush, and raise the failure that an acting command has not heard of.
+
+        A reader that has gone is none: it has seen enough.
+        """
+        self.flush()
+        if self._failure and not isinstance(self._failure, BrokenPipeError):
+            raise _not_written(self._failure)
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
         try:
-            sys.stdout.flush()
+            yield
         except OSError as error:
-            raise _not_written(error) from None
+            if not self._acts:
+                raise _not_written(error) from None
+            self._failure = error
+
+    @staticmethod
+    def check_reader() -> None:
+        """Raise BrokenPipeError once nobody reads the pipe that is stdout."""
+        poller = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+            poller.register(sys.stdout.fileno(), 0)     # errors are told unasked
+        if poller.poll(0):
+            raise BrokenPipeError
 
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
-            self._erase()
-            with contextlib.suppress(OSError, ValueError):  # what it is about is done
-                print(text, file=sys.stderr)
+            self._write(f"{text}\n")
 
     def log(self, text: str) -> None:
-        """A worker's line, with the time. A terminal that is gone stops no worker."""
-        drawn = self._drawn
-        with contextlib.suppress(OSError, ValueError):
-            self._erase()
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-            self._draw(drawn)
+        """A worker's line, with the time."""
+        self._write(f"{time.strftime('%H:%M:%S')} {text}\n", self._drawn)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Callable[[str], None]]:
@@ -12541,29 +12668,29 @@ class Screen:
         try:
             yield self.show
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                self._erase()
+            self._erase()
 
     def show(self, text: str) -> None:
         """Draw a line in place, some ten times a second; nothing but on a terminal."""
         if self.draws and time.monotonic() >= self._drawn_at + 0.1:
             self._drawn_at = time.monotonic()
-            self._erase()
-            self._draw(text)
-
-    def _draw(self, text: str) -> None:
-        self._drawn = text
-        if text:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self._write("", text)
 
     def _erase(self) -> None:
-        """Take the drawn line away: to its first column, then clear it (ECMA-48, EL).
-        """
         if self._drawn:
-            sys.stderr.write("\r\033[K")
+            self._write("")
+
+    def _write(self, text: str, drawn: str = "") -> None:
+        """Write to stderr, and draw a line below that, in one piece.
+
+        The line drawn last is taken away: to its first column, then clear it (ECMA-48,
+        EL). What cannot be written to stderr stops nothing.
+        """
+        erase = "\r\033[K" if self._drawn else ""
+        self._drawn = drawn
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(erase + text + drawn)
             sys.stderr.flush()
-            self._drawn = ""
 
     @staticmethod
     def height() -> int:
@@ -12592,11 +12719,12 @@ def _report(error: QueueError, as_json: bool) -> int:
     With --json an object on one line, still on stderr: stdout holds results or nothing.
     A line stays one, whatever names and words of users are in it.
     """
+    line = f"queuectl: error: {one_line(str(error))}"
     if as_json:
-        print(dumps({"error": {"code": error.code, "message": error.message,
-                               "hint": error.hint}}, None), file=sys.stderr)
-    else:
-        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+        line = dumps({"error": {"code": error.code, "message": error.message,
+                                "hint": error.hint}}, None)
+    with contextlib.suppress(OSError, ValueError):  # the exit status tells it, too
+        sys.stderr.write(f"{line}\n")
     return error.exit_status
 
 
@@ -12684,7 +12812,8 @@ _TEXT_FLAGS = (
     option("--queue", metavar="Q", help="those of a queue"),
     option("--tag", metavar="T", help="those with a tag"),
     option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
-_YES = option("--yes", "-y", action="store_true", help="do not ask", group="other")
+_YES = option("--yes", "-y", action="store_true", group="other",
+              help="do not ask; needed where stdin is not a terminal")
 _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
@@ -13006,6 +13135,7 @@ class Stream:
 # the name that argparse gives it, and in `words` what stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
+READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -13241,6 +13371,15 @@ def _picture(lines: Sequence[str], above: int) -> str:
     return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
+def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
+    """Wait for a commit, `seconds` at most; BrokenPipeError once nobody reads stdout.
+    """
+    end = time.monotonic() + seconds
+    while queue.store.changes() == seen and (left := end - time.monotonic()) > 0:
+        screen.check_reader()
+        queue.await_change(seen, min(left, READER_TICK))
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed.
 
@@ -13261,7 +13400,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         above = len(lines)
         screen.flush()
-        queue.await_change(seen, args.watch)
+        _await_news(queue, screen, seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
 
 
@@ -13466,6 +13605,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
     pending: dict[str, bytes] = {}
     while left:
+        screen.check_reader()
         if any(queue.job(one.job_id).state == PROCESSING for one in left):
             queue.peek()
         for one in left:
@@ -13582,16 +13722,22 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given or USUAL[verb])
 
 
-def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before a wide step, where a person sits at a terminal; Declined.
+def _refuse_unasked(args: argparse.Namespace) -> None:
+    """Require --yes where nobody can be asked: only stdin can give an answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty())):
+        raise UsageError("this needs a confirmation, and stdin is not a terminal",
+                         "give --yes")
 
-    The question is on stderr and its answer comes from stdin, so both have to be
-    terminals: a script is never asked, and never waits.
-    """
-    if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
-                                     and sys.stderr.isatty()):
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    """Ask before jobs are taken away; Declined, or Unwritable if it cannot be asked."""
+    if args.yes:
         return
-    print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise Unwritable(f"the question could not be written ({error})",
+                         "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Declined("nothing was changed", "answer y, or give --yes")
 
@@ -13626,8 +13772,11 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     and only the sweep waits for who takes its jobs.
     """
     states = _chosen_states(verb, args.state)
+    if verb == "retry":     # no question: it takes nothing away
+        return _swept(verb, args, queue, screen, states)
+    _refuse_unasked(args)
     amounts = _amounts(queue, states, _filters(args))
-    if amounts and verb != "retry":     # no question: a retry takes nothing away
+    if amounts:
         _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
@@ -13746,6 +13895,8 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
             raise UsageError("--older-than counts from a job's end",
                              "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    if not is_dry:
+        _refuse_unasked(args)
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete jobs: {amounts}.", args)
@@ -13954,7 +14105,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
-        queue.await_change(seen, FALLBACK_POLL)
+        _await_news(queue, screen, seen, FALLBACK_POLL)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -14319,6 +14470,13 @@ COMMANDS = (
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
 )
+# Those that only look stop once their results cannot be written; all others first do
+# what they were asked to.
+LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list,
+         cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
+         cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
+# Those that run on whether somebody reads their log or not.
+SERVES = (cmd_worker_start, cmd_web)
 # What a group of commands does when it is named alone: each time something that only
 # looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
@@ -14730,6 +14888,12 @@ class Parser(argparse.ArgumentParser):
         """
         raise UsageError(message, f"`{self.prog} --help` says more")
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Print a help or the version; argparse's own ignores a full disk."""
+        screen = Screen()
+        screen.out(message.rstrip("\n"))
+        screen.flush()
+
 
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands.
@@ -14863,25 +15027,36 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _run(argv: Sequence[str]) -> int:
-    """Run a command with its queue and its screen; its exit status.
+def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
+    """Run a command with its queue; its exit status."""
+    if args.entry.creates is NEITHER:
+        return int(args.entry.run(args, None, screen))
+    with Queue(path, create=args.entry.creates) as queue:
+        if queue.store.is_new:
+            screen.note(f"made a new queue at {queue.path}")
+        return int(args.entry.run(args, queue, screen))
 
-    `queuectl` alone, where there is no queue yet, is a first visit and no mistake.
+
+def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    """Run a command line; its exit status. What `stack` holds outlives its errors.
+
+    `queuectl` alone, where there is no queue yet, is a first visit and no mistake. The
+    results are flushed while an error can still be told, and the status changed.
     """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
-    screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
-    if args.entry.creates is NEITHER:
-        return int(args.entry.run(args, None, screen))
+    if args.entry.run in SERVES:
+        stack.enter_context(log_on_stderr())
+    screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
+                    acts=args.entry.run not in LOOKS)
     try:
-        queue = Queue(path, create=args.entry.creates)
+        status = _call(args, path, screen)
     except NoQueue:
-        if args.entry.words == ("status",) and "status" not in argv:
-            screen.out(WELCOME.format(path=os.path.abspath(path)))
-            return EX_OK
-        raise
-    with queue:
-        status: int = args.entry.run(args, queue, screen)
+        if args.entry.words != ("status",) or "status" in argv:
+            raise
+        screen.out(WELCOME.format(path=os.path.abspath(path)))
+        status = EX_OK
+    screen.finish()
     return status
 
 
@@ -14935,16 +15110,13 @@ def _wants_json(words: Sequence[str]) -> bool:
     return "--json" in words[:end]
 
 
-def _answer(words: Sequence[str]) -> int:
+def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
     """The exit status; each refusal and each end that we know becomes one here.
 
-    Anything else is a mistake of this program and keeps its traceback. The results are
-    flushed while an error can still be told, and the status changed.
+    Anything else is a mistake of this program and keeps its traceback.
     """
     try:
-        status = _run([_as_utf8(word) for word in words])
-        Screen.flush()
-        return status
+        return _run([_as_utf8(word) for word in words], stack)
     except QueueError as error:
         return _report(error, _wants_json(words))
     except KeyboardInterrupt:
@@ -14975,7 +15147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
-    status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
+    with contextlib.ExitStack() as stack:
+        status = _complete(words[1:]) if words[:1] == [COMPLETE] \
+            else _answer(words, stack)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

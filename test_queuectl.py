@@ -6201,6 +6201,7 @@ class CommandLine(TestCase):
         self.assertEqual(len(self.cli("dlq", "list", "--limit", "1")[1].splitlines()), 3)
 
     def test_words_after_the_dashes_are_no_flags_of_ours(self):
+        self.a_queue().close()
         for argv in (("enqueue", "--queue", "a b", "--", "mytool", "--json"),
                      ("schedule", "add", "n", "bad", "--", "mytool", "--json")):
             self.assertTrue(self.cli(*argv)[2].startswith("queuectl: error: "), argv)
@@ -6265,6 +6266,9 @@ class CommandLine(TestCase):
         for entry in queuectl.COMMANDS:
             for example in entry.examples:
                 words = shlex.split(example)
+                if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
+                                 queuectl.cmd_purge, queuectl.cmd_dlq_purge):
+                    words.append("--yes")
                 if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
                         or {"--watch", "--follow"} & {*words}:
                     continue
@@ -6348,7 +6352,8 @@ class CommandLine(TestCase):
             with self.subTest(argv):
                 self.path = os.path.join(memory, "-".join(argv))
                 queue = self.some_jobs()
-                code, out, err = self.cli(*argv)
+                yes = ["--yes"] * (argv[:2] != ("dlq", "retry"))
+                code, out, err = self.cli(*argv, *yes)
                 self.assertEqual((code, out, err), (0, "", said + "\n"))
                 states = {job.id: job.state for job in queue.jobs()}
                 self.assertEqual({name: states[name] for name in left}, left)
@@ -6364,12 +6369,13 @@ class CommandLine(TestCase):
 
     def test_what_was_swept_is_printed_as_json(self):
         self.some_jobs()
-        out = self.cli("cancel", "--all", "--json")[1]
+        out = self.cli("cancel", "--all", "--yes", "--json")[1]
         self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
                          [("b", CANCELLED), ("a", CANCELLED)])
         self.assertEqual(json.loads(self.cli("purge", "--dry-run", "--json")[1]),
                          {"deleted": 0, "would_delete": 5})
-        self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
+        self.assertEqual(json.loads(self.cli("purge", "--yes", "--json")[1]),
+                         {"deleted": 5})
         self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
 
     def test_an_edit_says_what_it_changed(self):
@@ -6416,7 +6422,7 @@ class CommandLine(TestCase):
                      ("wait", "--tag", "t"), ("wait", "a", "b")):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv, "--timeout", "10ms")
-                self.assertEqual((code, out), (1, ""))
+                self.assertEqual((code, out), (124, ""))
                 self.assertRegex(err, r"^[ab] waits: no worker is running; `queuectl worker start` starts one\n")
                 self.assertIn("not over yet; wait longer", err)
         self.assertEqual(queuectl.NotFinished.code, "not-finished")
@@ -6452,7 +6458,7 @@ class CommandLine(TestCase):
         code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
                                   "--priority", "4", "--", "sh", "-c", "a && b")
         self.assertEqual((code, out), (0, ""))
-        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
+        self.assertRegex(err, r"^made .*\nnight: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30 \S+(, )?){3}\n"
                               "no worker is running")
         shown = json.loads(self.cli("schedule", "list", "--json")[1])
         self.assertEqual(tuple(shown[0]), ("name", "cron", "command", "queue", "paused",
@@ -7596,7 +7602,7 @@ queuectl.Store.changes = changes""")
                 self.assertIn(said, wait.text)
                 queue.retry("a", "b")
         late = self.terminal("wait", "a", "--timeout", "300ms")
-        self.assertEqual(late.end(), 1)
+        self.assertEqual(late.end(), 124)
         self.assertIn("] 0/1", late.text)
         self.assertNotIn("] 0/1", "".join(late.picture.lines))
 
@@ -7620,10 +7626,10 @@ queuectl.Store.changes = changes""")
                               (("wait", "a", "-q"), {})):
             with self.subTest(argv):
                 wait = self.terminal(*argv, "--timeout", "200ms", **environ)
-                self.assertEqual(wait.end(), 1)
+                self.assertEqual(wait.end(), 124)
                 self.assertNotRegex(wait.text, r"0/1|\x1b")
         code, out, err = self.call("wait", "--all", "--timeout", "200ms")
-        self.assertEqual((code, out), (1, ""))
+        self.assertEqual((code, out), (124, ""))
         self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
 
     def test_a_wide_step_is_taken_after_a_yes(self):
@@ -7649,17 +7655,14 @@ queuectl.Store.changes = changes""")
     def test_no_question_is_asked_that_the_answer_is_known_to(self):
         queue = Queue(self.path)
         self.addCleanup(queue.close)
-        for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
-                     ("purge", "--queue", "none"), ("retry", "--all")):
+        for argv in (("cancel", "--all", "--yes"), ("purge", "--queue", "none"),
+                     ("retry", "--all"), ("purge", "--dry-run")):
             with self.subTest(argv):
                 queue.enqueue("x")
                 queue.cancel(queue.enqueue("x").id)
                 done = self.terminal(*argv)
                 self.assertEqual(done.end(), 0)
                 self.assertNotIn("Go on?", done.text)
-        queue.enqueue("x")
-        self.assertEqual(self.call("cancel", "--all")[0], 0)     # no person is there
-        self.assertEqual(queue.counts()[PENDING], 0)
 
     # Never two at once.
 
@@ -8053,6 +8056,332 @@ class WebServer(Processes):
                         ("outcome", "completed"), ("queue", "default"))])
                     self.assertEqual(done, samples[
                         "queuectl_job_duration_seconds_count", (("queue", "default"),)])
+
+
+class Surroundings(Processes):
+    """Pipes that nobody reads, disks that are full, a terminal that is stopped."""
+
+    def closed_pipe(self):
+        """The writing end of a pipe whose reader is gone."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.addCleanup(os.close, writer)
+        return writer
+
+    def full_disk(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("there is no /dev/full here")
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        return full
+
+    def into(self, stdout, *argv, **options):
+        """(exit status, stderr) of a command that writes its results there."""
+        done = subprocess.run(self.command(*argv), stdout=stdout, stderr=subprocess.PIPE,
+                              cwd=self.dir, timeout=60, check=False, **options)
+        return done.returncode, done.stderr.decode()
+
+    def unread_fifo(self):
+        """(a descriptor to read from, its name) of a FIFO that holds all it can."""
+        os.mkfifo(self.path_of("fifo"))
+        reader = os.open(self.path_of("fifo"), os.O_RDWR | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        for size in (4096, 1):
+            with contextlib.suppress(BlockingIOError):
+                while os.write(reader, b"\n" * size):
+                    pass
+        return reader, self.path_of("fifo")
+
+    def start(self, *argv, **options):
+        process = subprocess.Popen(self.command(*argv), cwd=self.dir, **options)
+        self.addCleanup(self.end, process)
+        return process
+
+    # Results that cannot be written.
+
+    def test_a_sweep_is_finished_whether_or_not_its_report_is_read(self):
+        queue = self.a_queue()
+        many = 2 * SWEEP_BATCH + 1
+        for argv, before, after in (
+                (("cancel", "--all", "--yes"), PENDING, (CANCELLED, many)),
+                (("retry", "--all"), CANCELLED, (PENDING, many)),
+                (("delete", "--all", "--yes"), CANCELLED, (CANCELLED, 0)),
+                (("purge", "--yes"), CANCELLED, (CANCELLED, 0))):
+            for stdout in (self.closed_pipe(), self.full_disk()):
+                with self.subTest(argv=argv, stdout=stdout):
+                    swept(queue, "cancel")
+                    swept(queue, "delete")
+                    queue.enqueue_many([Spec("x" * 100)] * many)
+                    if before == CANCELLED:
+                        swept(queue, "cancel")
+                    code, err = self.into(stdout, *argv, "--json")
+                    self.assertEqual(queue.counts()[after[0]], after[1])
+                    if code:
+                        self.assertEqual(code, 1)
+                        self.assertRegex(json.loads(err)["error"]["message"],
+                                         "could not be written")
+                    else:
+                        self.assertEqual(err, "")
+        self.assertEqual(self.into(self.closed_pipe(), "purge", "--yes", "--json")[0], 0)
+        self.assertEqual(self.into(self.full_disk(), "purge", "--yes", "--json")[0], 1)
+
+    def test_an_action_is_taken_and_then_reported(self):
+        self.a_queue().close()
+        for argv, stdout, status, lines in (
+                (("enqueue", "true"), self.full_disk(), 1, 2),
+                (("enqueue", "true"), self.closed_pipe(), 0, 1),
+                (("pause",), self.full_disk(), 0, 1),
+                (("retry", "job-1"), self.full_disk(), 0, 1),
+                (("cancel", "job-1", "--json"), self.full_disk(), 1, 1)):
+            with self.subTest(argv=argv):
+                code, err = self.into(stdout, *argv)
+                self.assertEqual((code, err.count("\n")), (status, lines), err)
+        with Queue(self.path) as queue:
+            self.assertEqual([job.state for job in queue.jobs()], [PENDING, CANCELLED])
+            self.assertEqual(queue.status().paused, [queuectl.EVERY_QUEUE])
+
+    def test_waiting_goes_on_and_tells_the_status_of_the_job(self):
+        worker = self.worker()
+        self.assertEqual(self.into(self.closed_pipe(), "enqueue", "--wait", "--",
+                                   "sh", "-c", "sleep 0.1; exit 3", "--max-retries")[0], 3)
+        self.enqueue("sleep 0.1; exit 4", "--max-retries", "1", "--id", "a")
+        for stderr in (self.closed_pipe(), self.full_disk()):
+            done = subprocess.run(self.command("wait", "a"), check=False, stderr=stderr,
+                                  stdout=stderr, cwd=self.dir, timeout=60)
+            self.assertEqual(done.returncode, 4)
+        worker.terminate()
+
+    def test_a_stream_is_read_to_its_end(self):
+        for stdout, stderr, said in ((self.closed_pipe(), self.full_disk(), 1),
+                                     (self.full_disk(), self.closed_pipe(), 1),
+                                     (self.closed_pipe(), self.closed_pipe(), 1)):
+            with self.subTest(stdout=stdout, stderr=stderr):
+                stream = self.start("enqueue", "--stream", "--tag", f"t{stdout}",
+                                    stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
+                self.addCleanup(stream.stdin.close)
+                for number, line in enumerate((b"true\n", b"{bad\n", b"true\n")):
+                    stream.stdin.write(line)
+                    stream.stdin.flush()
+                    wait_for(lambda wanted=(number + 2) // 2, tag=f"t{stdout}":
+                             os.path.exists(self.path)
+                             and len(self.tagged(tag)) == wanted, "the job")
+                stream.stdin.close()
+                self.assertEqual(stream.wait(DEADLINE), said)
+
+    def tagged(self, tag):
+        with contextlib.suppress(queuectl.NoQueue), Queue(self.path, False) as queue:
+            return queue.jobs(tag=tag)
+        return []
+
+    def test_ctrl_c_stops_a_sweep_that_nobody_reads(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("x")] * 30000)
+            sweep = self.start("cancel", "--all", "--yes", "--json",
+                               stdout=self.closed_pipe())
+            wait_for(lambda: queue.counts()[CANCELLED] > SWEEP_BATCH, "a part of it")
+            sweep.send_signal(signal.SIGINT)
+            self.assertEqual(sweep.wait(DEADLINE), 130)
+            self.assertGreater(queue.counts()[PENDING], 0)
+
+    def test_who_follows_stops_soon_after_the_reader_has_gone(self):
+        self.enqueue("true", "--id", "a")
+        for argv in (("events", "-f"), ("status", "--watch", "1000"), ("logs", "-f", "a")):
+            with self.subTest(argv):
+                follower = self.start(*argv, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE)
+                self.addCleanup(follower.stderr.close)
+                if argv[0] != "logs":
+                    self.assertTrue(follower.stdout.readline())
+                follower.stdout.close()
+                self.assertEqual(follower.wait(DEADLINE), 0)
+                self.assertEqual(follower.stderr.read(), b"")
+
+    def test_a_stderr_that_cannot_be_written_changes_no_exit_status(self):
+        self.enqueue("true")
+        for argv, status in ((("statsu",), 2), (("list", "--nope", "--json"), 2),
+                             (("show", "nope"), 1), (("show", "nope", "--json"), 1),
+                             (("pause",), 0), (("wait", "--all", "--timeout", "0.05"), 124)):
+            for stderr in (self.full_disk(), self.closed_pipe()):
+                with self.subTest(argv=argv, stderr=stderr):
+                    self.assertEqual(subprocess.run(
+                        self.command(*argv), stderr=stderr, stdout=subprocess.PIPE,
+                        cwd=self.dir, timeout=60, check=False).returncode, status)
+
+    def test_a_help_that_cannot_be_written_is_a_failure(self):
+        for argv in (("--help",), ("--version",), ("enqueue", "--help"),
+                     ("dlq", "--help")):
+            for unbuffered in ("", "1"):
+                with self.subTest(argv=argv, unbuffered=unbuffered):
+                    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+                    done = [subprocess.run(
+                        [*program(), *argv], stdout=stdout, stderr=subprocess.PIPE,
+                        env=environ, timeout=60, check=False)
+                        for stdout in (self.full_disk(), self.closed_pipe())]
+                    self.assertEqual([one.returncode for one in done], [1, 0])
+                    self.assertEqual([one.stderr.count(b"\n") for one in done], [1, 0])
+
+    # A log that is not read.
+
+    def test_a_log_that_is_not_read_delays_no_worker(self):
+        reader, fifo = self.unread_fifo()
+        with self.a_queue() as queue, open(fifo, "wb", 0) as log:
+            queue.configure("heartbeat", "100ms")
+            queue.enqueue_many([Spec("true", id=f"q{n}") for n in range(700)])
+            queue.enqueue("sleep 100", id="slow", timeout=0.3, max_retries=1, priority=1)
+            worker = self.start("worker", "start", "-c", "4", stderr=log)
+            wait_for(lambda: queue.counts()[COMPLETED] == 700, "the jobs")
+            self.wait_state("slow", DEAD)
+            [run] = json.loads(self.call("show", "slow", "--json")[1])["runs"]
+            self.assertEqual(run["outcome"], "timeout")
+            self.assertLess(run["duration"], 5)
+            beats = [view.worker.heartbeat_at for view in queue.workers()]
+            wait_for(lambda: [view.worker.heartbeat_at for view in queue.workers()]
+                     != beats, "a heartbeat")
+            text = os.read(reader, 1 << 20).decode()    # somebody looks at last
+            self.assertEqual(text.strip(), "")
+
+            def read_on():
+                nonlocal text
+                with contextlib.suppress(BlockingIOError):
+                    text += os.read(reader, 1 << 16).decode()
+                return text
+            wait_for(lambda: "q300 started" in read_on(), "what was kept")
+            queue.enqueue("true", id="late")
+            wait_for(lambda: "late completed" in read_on(), "the last lines")
+            lines = text.split("\n\n")[-1].split("\n")
+            self.assertIn("worker", lines[0])
+            [dropped] = [line for line in lines if "dropped" in line]
+            missing = 700 * 2 + 2 + 2 + 1 - sum(
+                bool(re.search(" (started|completed|dead)", line)) for line in lines)
+            self.assertEqual(re.match("([0-9,]+) lines", dropped)[1], f"{missing:,}")
+            self.assertIn("late started", lines[lines.index(dropped) + 1])
+            first = [line.split()[1] for line in lines if "started: true" in line]
+            self.assertEqual(first[:300], [f"q{n}" for n in range(300)])
+            self.assertEqual(self.call("worker", "stop")[0], 0)
+            self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_a_worker_and_a_server_exit_though_nobody_reads_their_last_words(self):
+        _, fifo = self.unread_fifo()
+        with open(fifo, "wb", 0) as log:
+            worker = self.start("worker", "start", stderr=log)
+            wait_for(lambda: os.path.exists(self.path), "the queue")
+            self.enqueue("true")
+            self.wait_state("job-1", COMPLETED)
+            self.assertEqual(self.call("worker", "stop")[0], 0)
+            self.assertEqual(worker.wait(DEADLINE), 0)
+            self.assertEqual(self.start("worker", "start", "--drain", "--name", "x",
+                                        stderr=log).wait(DEADLINE), 0)
+            self.path = self.path_of("other.db")    # it says that it makes one
+            server = self.start("web", "--port", "0", stderr=log, stdout=subprocess.PIPE)
+            self.addCleanup(server.stdout.close)
+            url = server.stdout.readline().decode()
+            with contextlib.closing(http.client.HTTPConnection(
+                    "127.0.0.1", int(re.search(r":(\d+)/", url)[1]), timeout=10)) as client:
+                client.request("GET", "/healthz")
+                self.assertEqual(client.getresponse().status, 200)
+            server.send_signal(signal.SIGINT)
+            self.assertEqual(server.wait(DEADLINE), 0)
+
+    def test_a_worker_whose_error_nobody_reads_exits_with_its_status(self):
+        _, fifo = self.unread_fifo()
+        with open(self.path, "w") as file:
+            file.write("this is no queue")
+        with open(fifo, "wb", 0) as log:
+            self.assertEqual(self.start("worker", "start", stderr=log).wait(DEADLINE), 1)
+
+    def test_a_stopped_terminal_delays_no_worker(self):
+        with self.a_queue() as queue:
+            queue.enqueue("while [ ! -e go ]; do sleep .05; done", id="a", cwd=self.dir)
+            terminal = OnTerminal(self.command("worker", "start", "--drain"), self.dir,
+                                  (24, 80), {})
+            self.addCleanup(terminal.close)
+            terminal.until(lambda text: "a started" in text)
+            terminal.type(b"\x13")      # Ctrl+S
+            queue.enqueue_many([Spec("true")] * 100)
+            open(self.path_of("go"), "w").close()
+            wait_for(lambda: queue.counts()[COMPLETED] == 101, "the jobs")
+            self.assertEqual(terminal.process.wait(DEADLINE), 0)
+
+    def test_a_log_that_is_read_has_all_lines_in_their_order(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("true")] * 300)
+        reader, writer = os.pipe()
+        worker = self.start("worker", "start", "--drain", "-c", "4", stderr=writer)
+        os.close(writer)
+        with open(reader) as log:
+            lines = log.read().splitlines()
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(len(lines), 602)
+        self.assertEqual([line.split()[1] for line in lines if "started: true" in line],
+                         [f"job-{n}" for n in range(1, 301)])
+        for n in range(1, 301):
+            self.assertEqual([line.split()[2] for line in lines
+                              if line.split()[1] == f"job-{n}"], ["started:", "completed"])
+
+    def test_a_log_on_a_full_disk_stops_no_worker(self):
+        self.enqueue("true")
+        for stderr in (self.full_disk(), self.closed_pipe()):
+            self.enqueue("true")
+            self.assertEqual(self.start("worker", "start", "--drain",
+                                        stderr=stderr).wait(DEADLINE), 0)
+
+    # Who is asked.
+
+    WIDE = (("delete", "--all"), ("delete", "--state", "pending"), ("cancel", "--all"),
+            ("cancel", "--search", "x"), ("purge",), ("purge", "--older-than", "1d"),
+            ("purge", "-s", "pending"), ("dlq", "purge"), ("dlq", "purge", "--queue", "q"))
+
+    def test_without_a_terminal_a_wide_step_needs_a_yes(self):
+        self.enqueue("x")
+        for argv in self.WIDE:
+            for json_flag in ((), ("--json",)):
+                with self.subTest(argv=argv, json_flag=json_flag):
+                    code, out, err = self.call(*argv, *json_flag, stdin=subprocess.DEVNULL)
+                    self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+                    self.assertIn("--yes", err)
+                    if json_flag:
+                        self.assertEqual(json.loads(err)["error"]["code"], "usage")
+        closed = shlex.join(self.command("delete", "--all")) + " <&-"
+        self.assertEqual(subprocess.run(["/bin/sh", "-c", closed], cwd=self.dir,
+                                        stderr=subprocess.DEVNULL, check=False).returncode, 2)
+        self.assertEqual(self.job("job-1").state, PENDING)
+        for argv in (("retry", "--all"), ("purge", "--dry-run"), ("cancel", "job-1"),
+                     ("dlq", "retry", "--all"), ("delete", "job-1"),
+                     *((*argv, "--yes") for argv in self.WIDE)):
+            with self.subTest(argv):
+                self.assertEqual(self.call(*argv, stdin=subprocess.DEVNULL)[0], 0)
+
+    def test_at_a_terminal_the_question_is_on_stderr_wherever_that_goes(self):
+        for flag in ((), ("--json",)):
+            for answer, left in ((b"n\n", PENDING), (b"y\n", CANCELLED)):
+                with self.subTest(flag=flag, answer=answer):
+                    job_id = self.enqueue("x")
+                    main, side = pty.openpty()
+                    self.addCleanup(os.close, main)
+                    os.write(main, answer)
+                    code, out, err = self.call("cancel", "--all", *flag, stdin=side)
+                    os.close(side)
+                    self.assertEqual(code, 1 if left == PENDING else 0)
+                    self.assertIn("Go on? [y/N]", err)
+                    self.assertEqual(self.job(job_id).state, left)
+                    self.assertNotIn("Go on", out)
+                    self.call("delete", "--all", "--yes", "-s", "pending")
+
+    # A queue that was not there.
+
+    def test_whoever_makes_a_queue_says_so(self):
+        for argv in (("enqueue", "true"), ("pause",), ("queue", "set", "q", "--limit", "1"),
+                     ("schedule", "add", "n", "@daily", "true"),
+                     ("config", "set", "timeout", "5"), ("worker", "start", "--drain"),
+                     ("enqueue", "--stream")):
+            with self.subTest(argv):
+                self.path = self.path_of(f"{'-'.join(argv[:2])}.db")
+                said = f"made a new queue at {os.path.realpath(self.path)}\n"
+                errs = [self.call(*argv, stdin=subprocess.DEVNULL)[2] for _ in range(2)]
+                self.assertEqual([said in err for err in errs], [True, False])
+        for flag in ("--quiet", "--json"):
+            self.path = self.path_of(f"{flag}.db")
+            self.assertEqual(self.call("enqueue", "true", flag)[::2], (0, ""))
 
 
 # ---- Browser -----------------------------------------------------------------
