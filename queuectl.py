@@ -778,6 +778,7 @@ class WorkerView(NamedTuple):
     is_alive: bool | None
     running: list[Job]
     heartbeat: float            # seconds between two signs of life, as configured
+    is_silent: bool = False     # `has_gone_silent`: it does not count as running
 
 
 class Scrape(NamedTuple):
@@ -1247,6 +1248,22 @@ def wanted_ahead(pace: float, slots: int) -> int:
     if pace > QUICK:
         return 0
     return min(MAX_AHEAD, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
+
+
+def lease_of(settings: Settings) -> float:
+    """Seconds without a heartbeat after which a worker loses its runs: at least three
+    heartbeats, or the living would lose theirs.
+    """
+    return max(settings.lease, 3 * settings.heartbeat)
+
+
+def has_gone_silent(worker: Worker, is_alive: bool | None, now: float,
+                    settings: Settings) -> bool:
+    """Return True if a worker that cannot be asked last sent a heartbeat a lease ago.
+
+    By two wall clocks: for what people read, never a reason to take over its runs.
+    """
+    return is_alive is None and now - epoch(worker.heartbeat_at) > lease_of(settings)
 
 
 def silence_gap(settings: Settings) -> float:
@@ -3440,12 +3457,11 @@ class Store:
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
-        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
-        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
-        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
-        self._db = self._patiently(lambda: sqlite3.connect(
-            self.path, timeout=0, isolation_level=None, check_same_thread=False,
-            cached_statements=256))
+        self.is_read_only = not self._is_writable()
+        # Of files that SQLite is told not to change (immutable=1): what stat(2) says.
+        self._frozen: tuple[tuple[int, int], ...] = ()
+        self._opened = 0        # how often the file was opened
+        self._db = self._patiently(self._open)
         self.inode = _inode(self.path)      # device and number: what the file is
         try:
             self._set_up(create)
@@ -3530,6 +3546,66 @@ class Store:
             raise self._foreign()
         self._refuse_newer(version)
 
+    def _is_writable(self) -> bool:
+        """Return True if this user may write the file and SQLite's files beside it."""
+        beside = self.path + "-wal", self.path + "-shm"
+        return os.access(self.path, os.W_OK) and (
+            os.access(os.path.dirname(self.path), os.W_OK)
+            or all(os.access(name, os.W_OK) for name in beside))
+
+    def _connect(self, place: str) -> sqlite3.Connection:
+        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
+        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
+        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
+        return sqlite3.connect(place, timeout=0, isolation_level=None, uri=True,
+                               check_same_thread=False, cached_statements=256)
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the file; where it cannot be written, so that nothing beside it is made.
+
+        Without a -wal nobody writes it. Then, and where SQLite cannot open an empty
+        -wal, immutable=1 spares the -shm that cannot be made either; with it SQLite
+        would ignore commits in a -wal, so one with any has to be opened or refused.
+        """
+        self._opened += 1
+        if not self.is_read_only:
+            return self._connect(self.path)
+        wal, self._frozen = self.path + "-wal", ()
+        if os.path.exists(wal):
+            db = self._connect(_file_uri(self.path, "mode=ro"))
+            try:
+                self._first(db, Sql.ANY_TABLE)
+                return db
+            except sqlite3.Error as error:
+                db.close()
+                if not isinstance(refusal(error, self.path), Unwritable):
+                    raise
+                if os.stat(wal).st_size:
+                    raise Unwritable(
+                        f"{wal} holds changes that cannot be read where nothing can be "
+                        "written", f"copy {self.path} with its -wal to a directory "
+                        "that you may write") from None
+        self._frozen = self._stats()
+        return self._connect(_file_uri(self.path, "mode=ro&immutable=1"))
+
+    def _stats(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of change of the file and its -wal."""
+        found = []
+        for name in (self.path, self.path + "-wal"):
+            try:
+                stat = os.stat(name)
+                found.append((stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                found.append((-1, 0))
+        return tuple(found)
+
+    def _reopen(self) -> None:
+        """Open a frozen file again if somebody who may write it has done so."""
+        if self._frozen and not self._db.in_transaction \
+                and self._stats() != self._frozen:
+            self._db.close()
+            self._db = self._patiently(self._open)
+
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
@@ -3563,6 +3639,18 @@ class Store:
                 f"{self.path} was written by a newer queuectl (format {version}, this "
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
+    def _refuse_older(self, version: int) -> None:
+        if version < SCHEMA_VERSION:
+            raise Unwritable(
+                f"{self.path} has an older format ({version}, this queuectl writes "
+                f"{SCHEMA_VERSION}) and cannot be upgraded: it is read-only",
+                "copy it to a directory that you may write, or use that version")
+
+    def _refuse_read_only(self) -> None:
+        if self.is_read_only:
+            raise Unwritable(f"{self.path} is read-only",
+                             "make it and its directory writable, or work on a copy")
+
     def _set_up(self, create: bool) -> None:
         """Make or upgrade the tables, and set what is of a connection.
 
@@ -3571,8 +3659,12 @@ class Store:
         """
         if self._read_version() == 0:
             self._refuse_empty(create)
+            self._refuse_read_only()
             self._create()
         self._refuse_newer(self._read_version())
+        if self.is_read_only:
+            self._refuse_older(self._read_version())
+            return
         # Even a setting answers with a row; one not fetched is a statement in progress,
         # which no commit gets past, until (with PyPy) who knows when.
         self._patiently(lambda: self._db.execute(Sql.JOURNAL).fetchall())
@@ -3701,7 +3793,8 @@ class Store:
         """A second connection, which sees only what was committed: ours may be in the
         midst of a transaction, as an upgrade's is.
         """
-        return sqlite3.connect(_file_uri(self.path, "mode=ro"), uri=True, timeout=0)
+        mode = "mode=ro&immutable=1" if self._frozen else "mode=ro"
+        return sqlite3.connect(_file_uri(self.path, mode), uri=True, timeout=0)
 
     # Transactions.
 
@@ -3741,6 +3834,7 @@ class Store:
         has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
+        self._refuse_read_only()
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.BEGIN))
             try:
@@ -3765,6 +3859,7 @@ class Store:
         under a reader, and grows.
         """
         with self._lock:
+            self._reopen()
             self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
             try:
                 yield
@@ -3817,6 +3912,7 @@ class Store:
         """All rows at once: a reader that lingers would keep the WAL from shrinking."""
         self._guard_process()
         with self._lock:
+            self._reopen()
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
@@ -3906,7 +4002,7 @@ class Store:
         data_version).
         """
         row = self.row(Sql.CHANGED)
-        return int(row[0]) if row else 0
+        return (self._opened << 32) + (int(row[0]) if row else 0)
 
     def relieve(self) -> None:
         """On a full disk: move the WAL into the file, which may have room for it."""
@@ -5421,7 +5517,8 @@ class Queue:
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not.
 
-        One on another machine counts as there: only its silence could tell otherwise.
+        One on another machine is there until a worker or `worker stop` removes it;
+        `is_silent` tells that it has sent no heartbeat for a lease.
         What was claimed ahead of a free slot does not run yet, so it is not shown.
         """
         return self._living(self._pools())
@@ -5442,9 +5539,13 @@ class Queue:
         """Those of them that are not dead. Asked for outside of a transaction, as it
         may take a process, `ps` (I9).
         """
-        views = [view._replace(is_alive=self.host.is_alive(view.worker))
-                 for view in pools]
-        return [view for view in views if view.is_alive is not False]
+        now, settings, views = self.clock(), self.store.settings(), list[WorkerView]()
+        for view in pools:
+            is_alive = self.host.is_alive(view.worker)
+            if is_alive is not False:
+                views.append(view._replace(is_alive=is_alive, is_silent=has_gone_silent(
+                    view.worker, is_alive, now, settings)))
+        return views
 
     def backup(self, path: str) -> None:
         """Copy the queue as it is now, while workers run; see `Store.backup`."""
@@ -5497,7 +5598,7 @@ class Queue:
 
     def _scene(self) -> Scene:
         """What `_hindrances` looks at, for any number of jobs."""
-        return Scene([view.worker for view in self.workers()],
+        return Scene([view.worker for view in self.workers() if not view.is_silent],
                      {view.name: view for view in self.queues()},
                      self.is_all_paused())
 
@@ -6019,6 +6120,8 @@ class Queue:
                 raise NoSuchWorker(f"no worker {name!r} is running", nearest(
                     name, living) or "`queuectl worker list` shows them")
         asked = [living[name] for name in names or living]
+        if not asked:
+            return []
         with self.store.transaction() as store:
             for worker in asked:
                 store.do(Sql.STOP_WORKER, {"id": worker.id,
@@ -6099,11 +6202,17 @@ class Claims:
             os.close(self._lock)
 
     def _gone_named(self, name: str) -> set[int]:
-        """The dead pools of that name. Asked for outside the transaction, as it may
-        take a process, `ps` (I9); who is dead stays so.
+        """The dead pools of that name, and the silent. Asked for outside the
+        transaction, as it may take a process, `ps` (I9); who is dead stays so.
+
+        A silent one that lives after all loses its name and nothing else.
         """
-        return {worker.id for worker in self._store.workers()
-                if worker.name == name and self._host.is_alive(worker) is False}
+        now, settings, gone = self._clock(), self._store.settings(), set[int]()
+        for worker in self._store.workers():
+            is_alive = self._host.is_alive(worker) if worker.name == name else True
+            if is_alive is False or has_gone_silent(worker, is_alive, now, settings):
+                gone.add(worker.id)
+        return gone
 
     def _free_name(self, name: str, gone: Collection[int]) -> None:
         """A dead pool's row stays until its jobs are rescued, under another name.
@@ -6479,12 +6588,10 @@ class Rescuer:
         `gone`: pools whose end the kernel has told. A command that one was just about
         to start may hold its lock for a moment more.
 
-        `silent` is by the watcher's own monotonic clock: no two clocks are compared. A
-        lease of less than three heartbeats would take jobs from the living. To be asked
-        after a turn, which enters our own row anew if it is gone.
+        `silent` is by the watcher's own monotonic clock: no two clocks are compared. To
+        be asked after a turn, which enters our own row anew if it is gone.
         """
-        settings = self._store.settings()
-        lease = max(settings.lease, 3 * settings.heartbeat)
+        lease = lease_of(self._store.settings())
         # First the runs: a pool that comes and claims between two reads is no dead one.
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
@@ -6537,18 +6644,45 @@ class Rescuer:
                 store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
         return settled
 
-    def forget_dead(self) -> None:
-        """Take dead pools that hold nothing out of the table.
+    def forget_dead(self, silent: Mapping[int, float]) -> list[Worker]:
+        """Remove dead workers that hold nothing, and those that cannot be asked and
+        were silent for a lease; return the latter.
 
         A first look without a transaction: mostly there is none. What they hold is
         looked at again by the statement that deletes them.
         """
+        mute = self._mute(silent)
         dead = [worker for worker in self._store.workers()
-                if self._host.is_alive(worker) is False]
+                if worker in mute or self._host.is_alive(worker) is False]
+        removed = list[Worker]()
         if dead:
             with self._store.transaction() as store:
-                for worker in dead:
-                    store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+                removed = [worker for worker in dead if store.do(
+                    Sql.DELETE_IDLE_WORKER, {"id": worker.id}).rowcount]
+        return [worker for worker in removed if worker in mute]
+
+    def remove_silent(self, silent: Mapping[int, float]) -> list[Worker]:
+        """Remove workers that cannot be asked and were silent for a lease, whatever
+        they hold: the next worker that starts finds their runs lost.
+
+        One that lives after all enters itself again with its next heartbeat.
+        """
+        mute = self._mute(silent)
+        if mute:
+            with self._store.transaction() as store:
+                # A worker may have waited for the write lock before us.
+                beats = {worker.id: worker.beat for worker in store.workers()}
+                mute = [one for one in mute if beats.get(one.id) == one.beat]
+                for worker in mute:
+                    store.do(Sql.DELETE_WORKER, {"id": worker.id})
+        return mute
+
+    def _mute(self, silent: Mapping[int, float]) -> list[Worker]:
+        """The workers that cannot be asked and were silent for a lease."""
+        lease = lease_of(self._store.settings())
+        return [worker for worker in self._store.workers()
+                if silent.get(worker.id, 0.0) >= lease
+                and self._host.is_alive(worker) is None]
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -6628,6 +6762,7 @@ class Inspection:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._store, self._host, self.path = queue.store, queue.host, queue.path
+        self._workers = queue.workers
 
     def findings(self) -> list[Finding]:
         """All there is to say, the gravest first; [] of a sound queue.
@@ -6636,8 +6771,8 @@ class Inspection:
         longer the larger that is.
         """
         looks = (self._file, self._schedules, self._skips, self._unserved,
-                 self._stuck, self._clock, self._lost_runs, self._strays,
-                 self._filesystem, self._sqlite,
+                 self._stuck, self._clock, self._lost_runs, self._silent_workers,
+                 self._strays, self._filesystem, self._sqlite,
                  self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
@@ -6740,6 +6875,16 @@ class Inspection:
                                               else ""),
                 "`queuectl worker start` ends what is left and runs the job again")
 
+    def _silent_workers(self) -> Iterator[Finding]:
+        for view in self._workers():
+            worker = view.worker
+            if view.is_silent:
+                yield Finding(
+                    WARNING, "silent-worker", f"worker {worker.name} on {worker.host} "
+                    "has sent no heartbeat for "
+                    f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
+                    f"if it is gone, `queuectl worker stop {worker.name}` removes it")
+
     def _strays(self) -> Iterator[Finding]:
         """Processes of runs that are over: mostly background children.
 
@@ -6793,6 +6938,8 @@ class Inspection:
                           "WAL shrinks at the next quiet moment")
 
     def _room(self) -> Iterator[Finding]:
+        if self._store.is_read_only:
+            return
         stat = os.statvfs(os.path.dirname(self.path))
         # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
         free = stat.f_bavail * stat.f_frsize
@@ -7156,11 +7303,13 @@ def status_lines(status: Status, style: Style) -> list[str]:
     shown = [style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
              for state, n in status.counts.items()]
     lines = ["jobs      " + "  ".join(shown)]
-    if not status.workers:
-        lines.append("workers   none running; `queuectl worker start` starts one")
-    for number, view in enumerate(status.workers):
-        lines.append(("workers   " if number == 0 else " " * 10)
-                     + worker_line(view, style))
+    head = "workers   "
+    if all(view.is_silent for view in status.workers):
+        lines.append(f"{head}none running; `queuectl worker start` starts one")
+        head = " " * 10
+    for view in status.workers:
+        lines.append(head + worker_line(view, style))
+        head = " " * 10
         lines += [" " * 12 + running_line(job, style) for job in view.running]
     if status.paused:
         names = ["all queues" if name == EVERY_QUEUE else name
@@ -7516,12 +7665,13 @@ def metric_families(scrape: Scrape) -> list[Family]:
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
-    slots = sum(view.worker.slots for view in scrape.workers)
-    busy = sum(len(view.running) for view in scrape.workers)
+    workers = [view for view in scrape.workers if not view.is_silent]
+    slots = sum(view.worker.slots for view in workers)
+    busy = sum(len(view.running) for view in workers)
     return [
         *_job_families(scrape, queues),
         Family("queuectl_workers", "gauge", "Workers that run.",
-               [("", {}, len(scrape.workers))]),
+               [("", {}, len(workers))]),
         Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
             ("", {"state": "busy"}, busy),
             ("", {"state": "idle"}, max(0, slots - busy))]),
@@ -8057,6 +8207,7 @@ class Peers:
         self._known = {own}             # pools that have been looked at
         self._watches: set[int] = set()     # descriptors by which the kernel tells
         self._gone: set[int] = set()    # pools that have ended
+        self._silent: Mapping[int, float] = {}  # seconds, as of the last look
 
     def are_there(self) -> bool:
         """Whether another pool is on this machine, as far as pidfds tell."""
@@ -8069,9 +8220,13 @@ class Peers:
         nobody is silent.
         """
         # Of the configuration as it is now: with longer heartbeats looks are rarer.
-        silent = self._silence.look(self.rescuer.beats(), time.monotonic(),
-                                    silence_gap(self._store.settings()))
-        return self.rescuer.stranded(silent, self._gone)
+        self._silent = self._silence.look(self.rescuer.beats(), time.monotonic(),
+                                          silence_gap(self._store.settings()))
+        return self.rescuer.stranded(self._silent, self._gone)
+
+    def forget(self) -> list[Worker]:
+        """As `Rescuer.forget_dead`, by the silence that `lost` has seen."""
+        return self.rescuer.forget_dead(self._silent)
 
     def watch(self) -> None:
         """Let the kernel tell when one of those that have come ends.
@@ -8479,6 +8634,9 @@ class Pool:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
+            # The next turn claims nothing: what failed may be the lock of a claim, for
+            # want of descriptors, and heartbeats and ends must not wait for that.
+            self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
@@ -8763,7 +8921,9 @@ class Pool:
             self._ending.add(lost.run.claim)
             self._ender.add(Ending(self._queue.host, lost.run.claim,
                                    self._settings.kill_grace, lost=lost))
-        rescuer.forget_dead()
+        for worker in self._peers.forget():
+            self._say(f"worker {worker.name} on {worker.host} is removed: it sent no "
+                      f"heartbeat for {span(lease_of(self._settings))}")
 
     # Sleeping.
 
@@ -14252,7 +14412,7 @@ def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
-    if not queue.workers():
+    if all(view.is_silent for view in queue.workers()):
         screen.note("no worker is running; `queuectl worker start` starts one")
 
 
@@ -14323,11 +14483,24 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     caller = queue.caller()
     own = caller.worker if caller else None     # it waits for this very command
     waiting = {worker.id: worker.name for worker in asked if worker.name != own}
+    rescuer, silence, removed = Rescuer(queue), Silence(), set[int]()
+    for view in queue.workers():
+        if view.is_silent and view.worker.id in waiting:
+            lease = span(lease_of(queue.store.settings()))
+            silent = span(queue.clock() - epoch(view.worker.heartbeat_at))
+            screen.note(f"{view.worker.name} has sent no heartbeat for {silent}; it is "
+                        f"removed if none comes within {lease}")
     while waiting:
         time.sleep(RESCUE_TICK)
+        seen = silence.look(rescuer.beats(), time.monotonic(),
+                            silence_gap(queue.store.settings()))
+        removed |= {worker.id for worker in rescuer.remove_silent(
+            {pool: seen.get(pool, 0.0) for pool in waiting})}
         left = {view.worker.id for view in queue.workers()}
         for pool in [pool for pool in waiting if pool not in left]:
-            screen.note(f"{waiting.pop(pool)} has stopped")
+            how = "is removed: it sent no heartbeat" if pool in removed \
+                else "has stopped"
+            screen.note(f"{waiting.pop(pool)} {how}")
         if waiting and end is not None and time.monotonic() >= end:
             raise NotFinished(f"{', '.join(waiting.values())} still running jobs",
                               "wait longer, or give --now")
@@ -14342,10 +14515,9 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     views = queue.workers()
     if args.json:
         screen.out(dumps([worker_object(view) for view in views]))
-    elif views:
-        screen.out(*worker_lines(views, screen.style()))
-    else:
-        screen.note("no worker is running; `queuectl worker start` starts one")
+        return EX_OK
+    screen.out(*worker_lines(views, screen.style()))
+    _note_no_worker(queue, screen)
     return EX_OK
 
 

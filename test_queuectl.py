@@ -4328,7 +4328,7 @@ class Turns(TestCase):
         self.assertEqual([one.name for one in queue.store.workers()],
                          [f"w#{dead.worker.id}", "w"])
 
-        self.a_rescuer(queue, claims).forget_dead()        # it has a job yet
+        self.a_rescuer(queue, claims).forget_dead({})        # it has a job yet
         self.assertEqual(len(queue.store.workers()), 2)
         [lost] = self.a_rescuer(queue, claims).stranded({})
         self.assertEqual((lost.run.job, lost.owner.id), (1, dead.worker.id))
@@ -4366,7 +4366,7 @@ class Turns(TestCase):
         living.turn({}, {}, [])
         self.assertEqual(self.a_rescuer(queue, claims).beats(), {dead.worker.id: 0, living.worker.id: 1})
         self.leave_behind(queue, dead)
-        self.a_rescuer(queue, claims).forget_dead()
+        self.a_rescuer(queue, claims).forget_dead({})
         self.assertEqual([one.name for one in queue.store.workers()], ["a", "c"])
 
     def test_a_run_whose_pool_is_not_in_the_table_is_stranded(self):
@@ -8854,6 +8854,475 @@ class Browser(Processes):
         self.assertEqual(faults, [])
 
 
+# Run as the program, with parts of the kernel's interface missing or different.
+LESS = """
+import errno, fcntl, os, struct, sys
+plainly = fcntl.fcntl
+def refuse(fd, command, *rest):
+    if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return plainly(fd, command, *rest)
+def grant(fd, command, *rest):
+    if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+        return struct.pack("hhqqi", fcntl.F_UNLCK, 0, 0, 1, 0)
+    return plainly(fd, command, *rest)
+def without_pidfds():
+    if hasattr(os, "pidfd_open"):
+        del os.pidfd_open
+def with_refused_locks():
+    fcntl.fcntl = refuse
+def with_locks_of_processes():
+    fcntl.fcntl = grant
+globals()[sys.argv.pop(1)]()
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+sys.exit(queuectl.main())
+"""
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+import queuectl
+told = []
+for line in json.load(sys.stdin):
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = queuectl.main(line)
+    told.append((code, out.buffer.getvalue().decode(), err.getvalue()))
+print(json.dumps(told))
+"""
+
+
+class Kernels(Processes):
+    """Kernels that lack something, disks that cannot be written, workers out of sight."""
+
+    less = None     # the function of LESS that is called before the program starts
+
+    def command(self, *argv):
+        if self.less is None:
+            return super().command(*argv)
+        return [sys.executable, "-c", LESS, self.less,
+                os.path.dirname(os.path.abspath(MODULE)), "--db", self.path, *argv]
+
+    def log(self):
+        return self.read("worker.log")
+
+    # Without pidfds, without locks.
+
+    def test_a_run_that_ends_as_its_time_is_up_ends_once_where_there_are_no_pidfds(self):
+        self.less = "without_pidfds"
+        with Queue(self.path) as queue:
+            queue.enqueue_many([Spec(f"sleep 2 & sleep {.28 + n / 1000}", timeout=.3,
+                                     max_retries=1, cwd="/") for n in range(20)])
+        err = self.drain("-c", "10")
+        self.assertNotIn("Traceback", err)
+        with Queue(self.path) as queue:
+            self.assertEqual([len(queue.runs(f"job-{n}")) for n in range(1, 21)], [1] * 20)
+            self.assertEqual({queue.runs(f"job-{n}")[0].outcome for n in range(1, 21)}
+                             - {"completed", "timeout"}, set())
+            self.assert_sound(queue)
+
+    def test_locks_that_do_not_hold_are_found_out_by_trying(self):
+        for less in ("with_refused_locks", "with_locks_of_processes"):
+            with self.subTest(less):
+                self.less, self.path = less, self.path_of(f"{less}.db")
+                first = self.enqueue("while [ ! -e go ]; do sleep .05; done")
+                worker = self.worker("-c", "2", "--name", "w")
+                self.wait_state(first, PROCESSING)
+                self.assertIn("w  pid", self.call("worker", "list")[1])
+                self.assertNotIn("lost", self.call("check")[1])
+                worker.kill()
+                worker.wait()
+                write_bytes(self.path_of("go"), b"")
+                self.drain()
+                self.assertEqual((self.job(first).state, self.job(first).crashes),
+                                 (COMPLETED, 1))
+                os.unlink(self.path_of("go"))
+
+    @NEEDS_LOCKS
+    def test_a_lock_that_cannot_be_asked_for_counts_as_held(self):
+        locks = queuectl.Locks(self.path_of("lock"))
+        self.assertFalse(locks.is_held(7))
+        self.assertFalse(os.path.exists(locks.path))    # a reader leaves nothing behind
+        self.addCleanup(os.close, locks.hold(7))
+        done = subprocess.run([sys.executable, "-c", """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import queuectl
+locks = [queuectl.Locks(sys.argv[2]) for _ in "123"]
+print(locks[0].is_held(7), locks[0].is_held(8))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+print(locks[0].is_held(7), locks[0].is_held(8), locks[1].is_held(8))
+resource.setrlimit(resource.RLIMIT_NOFILE, (9, hard))
+print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
+""", os.path.dirname(os.path.abspath(MODULE)), locks.path],
+            stdout=subprocess.PIPE, check=True)
+        self.assertEqual(done.stdout.decode().split("\n")[:3],
+                         ["True False", "True False True", "True False False"])
+
+    def test_a_worker_without_free_descriptors_keeps_what_it_has(self):
+        """Each child that a job leaves behind keeps a pipe of its worker open."""
+        self.call("config", "set", "heartbeat", "100ms")
+        children = 60
+        with Queue(self.path) as queue:
+            queue.enqueue_many([Spec("sleep 100 & echo $! >> children", cwd=self.dir)]
+                               * children)
+        worker = self.worker(preexec_fn=functools.partial(
+            resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40)))
+        self.addCleanup(self.end_children)
+        wait_for(lambda: "Too many open files" in self.log(), "the limit")
+        with Queue(self.path) as queue:
+            [before] = queue.store.workers()
+            wait_for(lambda: queue.store.workers()[0].beat > before.beat + 2, "heartbeats")
+            done = queue.counts()[COMPLETED]
+        self.assertTrue(0 < done < children)
+        self.assertIsNone(worker.poll())
+        self.end_children()
+        wait_for(lambda: self.end_children() or self.job(f"job-{children}").state
+                 == COMPLETED, "the rest")
+
+    def end_children(self):
+        with contextlib.suppress(FileNotFoundError):
+            for pid in self.read("children").split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    # Workers that cannot be asked.
+
+    def a_foreign_worker(self, silent_for="1 hour", **options):
+        """The row of a worker in a container that was replaced; the jobs it ran."""
+        with Queue(self.path) as queue:
+            claims = Claims(queue, PoolOptions(**{"name": "old", **options}))
+            turn = claims.turn({}, {}, [1])
+            for one in turn.claimed:
+                let_go(one.lock)
+            let_go(claims._lock)
+            with queue.store.transaction() as store:
+                store.do("UPDATE workers SET boot = 'gone', host = 'gone', heartbeat_at "
+                         "= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', :ago) WHERE id = :id",
+                         {"ago": f"-{silent_for}", "id": claims.worker.id})
+        return [one.job.id for one in turn.claimed]
+
+    def quick_lease(self):
+        with Queue(self.path) as queue:
+            queue.configure("lease", "1s")
+            queue.configure("heartbeat", "100ms")
+
+    def names(self):
+        with Queue(self.path) as queue:
+            return [worker.name for worker in queue.store.workers()]
+
+    def test_a_worker_removes_those_that_nobody_hears_of(self):
+        self.quick_lease()
+        self.enqueue("true")
+        [job_id] = self.a_foreign_worker()
+        self.a_foreign_worker(name="idle")
+        self.worker("--name", "new")
+        self.wait_state(job_id, COMPLETED)
+        wait_for(lambda: self.names() == ["new"], "the removal")
+        self.assertEqual(self.job(job_id).crashes, 1)
+        self.assertIn("worker idle on gone is removed: it sent no heartbeat for 1s",
+                      self.log())
+
+    def test_stop_removes_a_worker_that_nobody_hears_of(self):
+        self.quick_lease()
+        self.enqueue("true")
+        [job_id] = self.a_foreign_worker()
+        self.a_foreign_worker(name="b")
+        begun = time.monotonic()
+        code, _, err = self.call("worker", "stop", "old")
+        self.assertGreater(time.monotonic() - begun, 1)
+        self.assertEqual((code, self.names()), (0, ["b"]), err)
+        self.assertIn("old is removed: it sent no heartbeat", err)
+        self.assertEqual(self.call("worker", "stop")[0], 0)
+        self.assertEqual(self.names(), [])
+        self.drain()
+        self.assertEqual((self.job(job_id).state, self.job(job_id).crashes), (COMPLETED, 1))
+
+    def test_stop_does_not_remove_a_worker_whose_heartbeats_come(self):
+        """Its clock may be an hour late."""
+        self.quick_lease()
+        self.a_foreign_worker()
+        stop = subprocess.Popen(self.command("worker", "stop", "--timeout", "1500ms"),
+                                stderr=subprocess.PIPE)
+        with Queue(self.path) as queue:
+            while stop.poll() is None:
+                with queue.store.transaction() as store:
+                    store.do("UPDATE workers SET beat = beat + 1", {})
+                time.sleep(.05)
+        stop.communicate()
+        self.assertEqual((stop.returncode != 0, self.names()), (True, ["old"]))
+
+    def test_the_name_of_a_worker_that_nobody_hears_of_is_free(self):
+        self.enqueue("true")
+        self.a_foreign_worker(silent_for="20 seconds")
+        code, _, err = self.call("worker", "start", "--name", "old", "--drain")
+        self.assertEqual(code, 1)
+        self.assertIn("a worker named 'old' is running already", err)
+        with Queue(self.path) as queue, queue.store.transaction() as store:
+            store.do("UPDATE workers SET heartbeat_at = '2020-01-01T00:00:00.000Z'", {})
+        self.worker("--name", "old")
+        wait_for(lambda: self.names() == ["old#1", "old"], "the new one")
+
+    def test_a_worker_that_nobody_hears_of_does_not_count_as_running(self):
+        for silent_for, is_there in (("1 hour", False), ("20 seconds", True)):
+            with self.subTest(silent_for):
+                self.path = self.path_of(f"{silent_for}.db")
+                self.call("config", "set", "lease", "25s")
+                self.a_foreign_worker(silent_for)
+                code, out, err = self.call("enqueue", "true")
+                self.assertEqual((code, out), (0, "job-1\n"))
+                self.assertEqual("no worker is running" in err, not is_there)
+                self.assertEqual("none running" in self.call("status")[1], not is_there)
+                listed, note = self.call("worker", "list")[1:]
+                self.assertRegex(listed, "old .*silent for")
+                self.assertEqual("no worker is running" in note, not is_there)
+                for json_of, get in (("status", lambda found: found["workers"]),
+                                     ("worker list", lambda found: found)):
+                    shown = get(json.loads(self.call(*json_of.split(), "--json")[1]))
+                    self.assertEqual([one["name"] for one in shown], ["old"])
+                shown = json.loads(self.call("show", "job-1", "--json")[1])
+                self.assertEqual("no worker is running" in str(shown["waiting_for"]),
+                                 not is_there)
+                found = json.loads(self.call("check", "--json")[1])
+                self.assertEqual(
+                    [(one["level"], one["hint"]) for one in found["findings"]
+                     if one["code"] == "silent-worker"],
+                    [] if is_there else [("warning", "if it is gone, `queuectl worker "
+                                          "stop old` removes it")])
+                self.assertTrue(found["sound"])
+
+    # Read-only media.
+
+    READS = (["list", "--json"], ["logs", "job-1"], ["status"], ["show", "job-1"], ["check"],
+             ["worker", "list"], ["stats"], ["events"], ["config", "list"], ["dlq"],
+             ["queue", "list"], ["schedule", "list"], ["wait", "job-1"])
+    WRITES = (["enqueue", "true"], ["cancel", "job-2"], ["retry", "job-1"], ["pause"],
+              ["worker", "start", "--drain"], ["config", "set", "lease", "1m"],
+              ["delete", "job-1", "--json"])
+
+    def a_medium(self):
+        """A disk of its own with a queue on it; what makes it read-only."""
+        place = self.path_of("medium")
+        os.mkdir(place)
+        if not shutil.which("mount") or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place],
+                stderr=subprocess.DEVNULL, check=False).returncode:
+            self.skipTest("a disk of its own needs root and mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", place], check=False)
+        self.path = os.path.join(place, "queue.db")
+        self.enqueue("echo hello")
+        self.drain()
+        self.enqueue("true")
+        return lambda: subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+
+    def told(self, lines, **options):
+        """(exit status, output, messages) of each command line, all in one process."""
+        done = subprocess.run(
+            [sys.executable, "-c", SEVERAL, os.path.dirname(os.path.abspath(MODULE))],
+            input=json.dumps([[*line, "--db", self.path] for line in lines]).encode(),
+            stdout=subprocess.PIPE, cwd=self.dir, check=True, **options)
+        return json.loads(done.stdout)
+
+    def assert_only_read(self, **options):
+        names = sorted(os.listdir(os.path.dirname(self.path)))
+        said = self.told([*self.READS, *self.WRITES], **options)
+        for words, (code, out, err) in zip(self.READS, said):
+            with self.subTest(words):
+                self.assertEqual((code, "error" in err), (0, False), out + err)
+        self.assertEqual(len(json.loads(said[0][1])), 2)
+        self.assertEqual(said[1][1], "hello\n")
+        for words, told in zip(self.WRITES, said[len(self.READS):]):
+            with self.subTest(words):
+                self.assertEqual(told[:2], [1, ""])
+                self.assertIn("is read-only", told[2])
+        self.assertEqual(json.loads(said[-1][2])["error"]["code"], "unwritable")
+        self.assertEqual(sorted(os.listdir(os.path.dirname(self.path))), names)
+
+    def test_a_queue_on_a_read_only_disk_can_be_read_and_not_changed(self):
+        make_read_only = self.a_medium()
+        backup = self.path_of("medium/backup.db")
+        self.call("backup", backup)
+        make_read_only()
+        self.assert_only_read()
+        self.assertEqual(self.call("backup", self.path_of("copy.db"))[0], 0)
+        self.path = backup
+        self.assert_only_read()
+
+    def test_who_may_not_write_a_queue_may_read_it(self):
+        self.path = os.path.join(self.path_of("here"), "queue.db")
+        os.mkdir(self.path_of("here"))
+        self.addCleanup(os.chmod, self.path_of("here"), 0o700)
+        self.enqueue("echo hello")
+        self.drain()
+        self.enqueue("true")
+        here = os.path.dirname(self.path)
+        for folder, file in ((0o555, 0o444), (0o755, 0o444), (0o555, 0o666)):
+            os.chmod(self.path, file)
+            os.chmod(here, folder)
+            if folder == 0o555 and not subprocess.run(
+                    ["touch", os.path.join(here, "new")], check=False,
+                    preexec_fn=bind_permissions, stderr=subprocess.DEVNULL).returncode:
+                self.skipTest("permissions do not bind this user")
+            with self.subTest(f"{folder:o} {file:o}"):
+                self.assert_only_read(preexec_fn=bind_permissions)
+
+    def test_commits_that_cannot_be_read_are_told_and_not_left_out(self):
+        make_read_only = self.a_medium()
+        kept = self.path
+        with Queue(kept) as queue:      # as it is when its worker is killed
+            queue.enqueue("true")
+            for name in ("a", "b"):
+                for suffix in ("", "-wal", "-shm")[:2 if name == "b" else 3]:
+                    shutil.copy(kept + suffix, self.path_of(f"medium/{name}.db{suffix}"))
+        make_read_only()
+        self.path = self.path_of("medium/a.db")
+        self.assertEqual(len(json.loads(self.call("list", "--json")[1])), 3)
+        self.path = self.path_of("medium/b.db")
+        code, out, err = self.call("list")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("b.db-wal holds changes that cannot be read", err)
+
+    def test_an_older_format_that_cannot_be_upgraded_is_refused_as_it_is(self):
+        self.a_medium()()
+        with mock.patch.object(queuectl, "SCHEMA_VERSION", queuectl.SCHEMA_VERSION + 1):
+            code, out, err = run_cli("status", "--db", self.path)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("older format", err)
+        self.assertIn("copy it", err)
+
+    def test_who_only_reads_a_queue_in_use_sees_what_others_commit(self):
+        """As in a container that mounts the directory read-only."""
+        self.a_medium()
+        glass = self.path_of("glass")
+        os.mkdir(glass)
+        for words in (["--bind", self.path_of("medium"), glass],
+                      ["-o", "remount,bind,ro", glass]):
+            if subprocess.run(["mount", *words], check=False).returncode:
+                self.skipTest("a directory cannot be mounted twice here")
+        self.addCleanup(subprocess.run, ["umount", "-l", glass], check=False)
+        with Queue(os.path.join(glass, "queue.db"), create=False) as reader:
+            seen = reader.store.changes()
+            self.assertEqual(len(reader.jobs()), 2)
+            self.enqueue("true")
+            self.assertEqual(len(reader.jobs()), 3)
+            self.assertNotEqual(reader.store.changes(), seen)
+            with Queue(self.path) as writer:
+                writer.enqueue("true")
+                self.assertEqual(len(reader.jobs()), 4)
+                self.assertEqual(len(writer.jobs()), 4)
+            self.enqueue("true")
+            self.assertEqual(len(reader.jobs()), 5)
+        self.assertEqual(os.listdir(glass), os.listdir(self.path_of("medium")))
+
+    # Wake-ups.
+
+    def a_deaf_worker(self, *argv):
+        """One whose next heartbeat does not come during the test; and its port."""
+        with Queue(self.path) as queue:
+            queue.configure("heartbeat", "10m")
+            self.worker(*argv)
+            [worker] = wait_for(queue.store.workers, "the worker")
+            wait_for(lambda: queue.store.workers()[0].beat, "its first heartbeat")
+        return worker.port
+
+    def flood(self, port, *messages):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for n in range(5000):
+                sender.sendto(messages[n % len(messages)], ("127.0.0.1", port))
+
+    def test_datagrams_alone_make_no_worker_write(self):
+        port = self.a_deaf_worker()
+        if port is None:
+            self.skipTest("there is no loopback here")
+        with Queue(self.path) as queue:
+            queue.enqueue("echo $$ > pid; while [ ! -e go ]; do sleep .02; done", cwd=self.dir)
+            wait_for(lambda: os.path.exists(self.path_of("pid")), "the start")
+            self.settle(queue)
+            before = queue.store.changes(), queue.store.workers()[0].beat
+            for messages in ([b"jobs"], [b"orders"], [b"output"], [b"", b"x" * 9000],
+                             [b"jobs", b"orders", b"output", b"jobs\n"]):
+                with self.subTest(messages[0]):
+                    self.flood(port, *messages)
+                    self.assertEqual((queue.store.changes(),
+                                      queue.store.workers()[0].beat), before)
+            write_bytes(self.path_of("go"), b"")
+            self.wait_state("job-1", COMPLETED)
+
+    def settle(self, queue):
+        """Wait until nothing has been committed for a moment."""
+        seen = None
+        while seen != queue.store.changes():
+            seen = queue.store.changes()
+            time.sleep(.2)
+
+    def test_in_a_flood_of_datagrams_a_worker_does_its_work(self):
+        port = self.a_deaf_worker("-c", "2", "--name", "w")
+        if port is None:
+            self.skipTest("there is no loopback here")
+        stop = threading.Event()
+
+        def pour():
+            while not stop.is_set():
+                self.flood(port, b"jobs", b"orders", b"output")
+        pouring = threading.Thread(target=pour)
+        pouring.start()
+        self.addCleanup(pouring.join)
+        self.addCleanup(stop.set)
+        self.enqueue("true")
+        self.wait_state("job-1", COMPLETED)
+        self.enqueue("sleep 100")
+        self.wait_state("job-2", PROCESSING)
+        self.assertEqual(self.call("cancel", "job-2")[0], 0)
+        self.assertEqual(self.call("worker", "stop", "w")[0], 0)
+        with Queue(self.path) as queue:
+            self.assertEqual(queue.counts()[CANCELLED], 1)
+
+    def test_orders_are_heeded_at_once_and_not_with_the_next_heartbeat(self):
+        self.a_deaf_worker("--name", "w")
+        begun = time.monotonic()
+        self.enqueue("sleep 100")
+        self.wait_state("job-1", PROCESSING)
+        self.call("cancel", "job-1")
+        self.wait_state("job-1", CANCELLED)
+        self.call("config", "set", "timeout", "200ms")
+        self.enqueue("sleep 100", "--max-retries", "1")
+        self.wait_state("job-2", DEAD)
+        self.assertEqual(self.call("worker", "stop")[0], 0)
+        self.assertLess(time.monotonic() - begun, DEADLINE)
+
+    def test_output_is_stored_for_readers_as_it_comes_and_not_more_often(self):
+        self.a_deaf_worker()
+        self.enqueue("i=0; while [ ! -e go ]; do i=$((i+1)); echo $i; sleep .01; done")
+        self.wait_state("job-1", PROCESSING)
+        with Queue(self.path) as queue:
+            wait_for(lambda: queue.fresh_run("job-1").output_bytes, "output")
+            begun, seen, commits = time.monotonic(), queue.store.changes(), 0
+            while time.monotonic() < begun + 1:
+                queue.wake(queuectl.PEEK)
+                commits += queue.store.changes() != seen
+                seen = queue.store.changes()
+                time.sleep(.005)
+            self.assertTrue(0 < commits < 16, commits)
+            write_bytes(self.path_of("go"), b"")
+
+    def test_what_is_under_way_is_read_without_its_output(self):
+        with Queue(self.path) as queue:
+            claims = Claims(queue, PoolOptions())
+            queue.enqueue("x")
+            [claimed] = claims.turn({}, {}, [1]).claimed
+            output = Output(9)
+            output.feed(b"printed")
+            claims.turn({}, {claimed.claim: output}, [])
+            self.assertEqual(queue.run("job-1").output, b"printed")
+            for sql in (queuectl.Sql.UNDER_WAY, queuectl.Sql.RUN_BY_CLAIM):
+                [row] = queue.store.rows(sql, **{"claim": claimed.claim} if ":" in sql else {})
+                run = queuectl.Run(*row)
+                self.assertEqual(run, queue.run("job-1")._replace(output=b""))
+
+
 # ---- Real shells and service managers ----------------------------------------
 
 class ShellTerminal:
@@ -10129,7 +10598,7 @@ class ModelPool:
             self.world.suspected(lost.run)
             self.rescues[lost.run.claim] = lost.run, self.world.q.Ending(
                 self.world, lost.run.claim, self.world.settings.kill_grace, lost=lost)
-        self.rescuer.forget_dead()
+        self.rescuer.forget_dead(silent)
 
     def rescue(self):
         """One look at one lost run's leftovers; record it when nothing is left."""
