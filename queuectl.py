@@ -83,7 +83,7 @@ Contents: `grep -n '^# ----' queuectl.py`
     20 Reply        from a request to its reply, as bytes: no sockets
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
-    23 Install      scripts by which shells complete, a unit file for systemd
+    23 Install      a launcher, completion scripts, a unit file for systemd
     24 Screen       where commands write: results, words about them, a line in place
     25 Flags        what a command line gives: flags, jobs, streams of jobs
     26 Commands     one small function a command, and the table of all
@@ -100,6 +100,7 @@ import datetime
 import errno
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -111,7 +112,7 @@ import struct
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
@@ -210,10 +211,12 @@ RESCUE_TICK = 0.02     # seconds between two looks at processes that are being e
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
-WILD_CORRECTION = 300.0     # seconds; the same for an interval
+WILD_CORRECTION = 60.0      # seconds; the same for an interval
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one pool
-MAX_TEXT = 1 << 20     # characters of a command; the kernel takes 128 KiB as sh -c
+MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
+MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes some 2 MiB
+MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
@@ -396,6 +399,11 @@ class NotFinished(QueueError):
 class Blocked(QueueError):
     """What is waited for can never end, unless a person retries or cancels a job."""
     code = "blocked"
+
+
+class TimedOut(NotFinished):
+    """The time that the caller was willing to wait is over."""
+    exit_status = EX_TIMEOUT
 
 
 class Declined(QueueError):
@@ -722,7 +730,7 @@ class Turn(NamedTuple):
     behind: bool                    # more jobs are due than one turn lets in
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
-    skipped: list[tuple[str, Job]]  # schedules left out: their last job is not over
+    notes: list[str]                # schedules that skipped a run or were paused
 
 
 class Spread(NamedTuple):
@@ -770,6 +778,7 @@ class WorkerView(NamedTuple):
     is_alive: bool | None
     running: list[Job]
     heartbeat: float            # seconds between two signs of life, as configured
+    is_silent: bool = False     # `has_gone_silent`: it does not count as running
 
 
 class Scrape(NamedTuple):
@@ -1239,6 +1248,22 @@ def wanted_ahead(pace: float, slots: int) -> int:
     if pace > QUICK:
         return 0
     return min(MAX_AHEAD, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
+
+
+def lease_of(settings: Settings) -> float:
+    """Seconds without a heartbeat after which a worker loses its runs: at least three
+    heartbeats, or the living would lose theirs.
+    """
+    return max(settings.lease, 3 * settings.heartbeat)
+
+
+def has_gone_silent(worker: Worker, is_alive: bool | None, now: float,
+                    settings: Settings) -> bool:
+    """Return True if a worker that cannot be asked last sent a heartbeat a lease ago.
+
+    By two wall clocks: for what people read, never a reason to take over its runs.
+    """
+    return is_alive is None and now - epoch(worker.heartbeat_at) > lease_of(settings)
 
 
 def silence_gap(settings: Settings) -> float:
@@ -1759,30 +1784,38 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
         return datetime.timezone.utc
     import zoneinfo  # 4 ms, and only for schedules
     try:
+        if name == "localtime":         # on Debian a file, but another on each machine
+            raise ValueError
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
         raise InvalidValue(f"the time zone {name!r} is unknown here", "use a name such "
                            "as Europe/Berlin; `tzdata` has them") from None
 
 
-def local_zone() -> str | None:
-    """The name of the process's time zone; None if it has none.
+def local_zone(now: float) -> str | None:
+    """The IANA name of the process's time zone; None if it has none.
 
-    $TZ, else where /etc/localtime leads, else what /etc/timezone says.
+    What a file says counts only if the clock agrees, now and in half a year: in a
+    container, the host's data may be mounted over a zone of another name.
     """
-    names = [os.environ["TZ"].lstrip(":")] if os.environ.get("TZ") else [
-        os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]]
-    with contextlib.suppress(OSError), open("/etc/timezone", encoding="ascii") as file:
-        names += [file.read().strip()] if not os.environ.get("TZ") else []
+    path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
+    is_file = path.startswith("/")
+    names = [os.path.realpath(path).rpartition("/zoneinfo/")[2] if is_file else path]
+    if path == "/etc/localtime":
+        with contextlib.suppress(OSError, ValueError), \
+                open("/etc/timezone", encoding="ascii") as file:
+            names.append(file.read().strip())
+    moments = (int(now), int(now) + 182 * DAY)
     for name in names:
         with contextlib.suppress(InvalidValue):
-            if name and not name.startswith("/"):
-                zone_of(name)
+            zone = zone_of(name)
+            if not is_file or all(_utc_offset(moment, zone) == _utc_offset(moment, None)
+                                  for moment in moments):
                 return name
     return None
 
 
-def split_zone(cron: str, tz: str | None) -> tuple[str, str | None]:
+def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     """A cron line without its `CRON_TZ=ZONE`, and the zone that counts: that one, `tz`,
     or the local one; InvalidValue for an unknown one, or for two.
     """
@@ -1791,7 +1824,7 @@ def split_zone(cron: str, tz: str | None) -> tuple[str, str | None]:
         raise InvalidValue(f"two time zones are given: {match[1]} and {tz}", "give one")
     zone = match[1] if match else tz
     zone_of(zone)
-    return (match[2] if match else cron), zone or local_zone()
+    return (match[2] if match else cron), zone or local_zone(now)
 
 
 def turn_after(cron: str, now: float, tz: str | None) -> str:
@@ -1843,6 +1876,35 @@ def as_utf8(text: str) -> str:
     return text if is_text(text) else os.fsencode(text).decode()
 
 
+def word_bytes(word: str) -> bytes:
+    """The bytes of an argument, whatever the locale took them for; UnicodeError."""
+    try:
+        return os.fsencode(word)
+    except UnicodeEncodeError:  # a program's own text, where the locale is ASCII
+        return word.encode()
+
+
+def shell_word(word: bytes) -> str:
+    r"""A word that a POSIX shell expands to exactly these bytes.
+
+        b"a b" -> 'a b';  b"caf\351" -> "$(printf 'caf\351')"
+    """
+    import shlex  # 1 ms
+    with contextlib.suppress(UnicodeDecodeError):
+        return shlex.quote(word.decode())
+    if word.endswith(b"\n"):    # $(...) strips it
+        raise InvalidJob("command", f"{word!a} is not UTF-8 and ends with a newline",
+                         "rename the file: a command cannot hold such a name")
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./ "
+    printed = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in word)
+    return f"\"$(printf '{printed}')\""
+
+
+def shell_command(words: Iterable[bytes]) -> str:
+    """A shell command of separate arguments; their boundaries are kept."""
+    return " ".join(map(shell_word, words))
+
+
 # Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
 # or Python has it, and the time; it returns the value as Spec has it, or raises
 # InvalidJob. All take the time, so that `spec_of` need not know which one uses it.
@@ -1851,8 +1913,10 @@ def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
         raise InvalidJob(key, f"{key} is not text with something in it",
                          "give a shell command, in UTF-8 and without NUL")
-    if len(value) > MAX_TEXT:
-        raise InvalidJob(key, f"{key} is longer than {MAX_TEXT} characters",
+    size = len(value.encode())
+    if size > MAX_TEXT:
+        raise InvalidJob(key, f"{key} is {size:,} bytes long, more than the"
+                         f" {MAX_TEXT:,} that can be started",
                          "put it into a script and enqueue that")
     return str(value)
 
@@ -1924,14 +1988,14 @@ def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
 
 def _check_unique(key: str, value: Any, now: float) -> str:
     """Any text, as the name of a file that is to be worked on: it is only compared."""
-    if not is_text(value) or not 1 <= len(value) <= 256:
-        raise InvalidJob(key, f"{key}: {value!r} is not a key",
-                         "use text of 1 to 256 characters")
+    if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
+        raise InvalidJob(key, f"{key}: {str(value)[:80]!r} is not a key",
+                         f"use text of 1 to {MAX_KEY:,} characters")
     return str(value)
 
 
 def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
-    """Variables by names that a shell can expand."""
+    """Variables by names that a shell can expand, of a size that can be started."""
     if not isinstance(value, dict):
         raise InvalidJob(key, f"{key}: {value!r} is not an object",
                          'use {"NAME": "value"}')
@@ -1940,6 +2004,16 @@ def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
                 or not is_text(text):
             raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
                              "names are of A-Z a-z 0-9 _, values are text")
+    sizes = {name: len(f"{name}={text}".encode()) for name, text in value.items()}
+    for name, size in sizes.items():
+        if size > MAX_TEXT:
+            raise InvalidJob(key, f"{key}: {name} is {size:,} bytes long, more than the"
+                             f" {MAX_TEXT:,} that can be started",
+                             "put the value into a file and give its name")
+    if sum(sizes.values()) > MAX_ENV:
+        raise InvalidJob(key, f"{key}: all variables are {sum(sizes.values()):,} bytes"
+                         f" long, more than {MAX_ENV:,}",
+                         "put the values into a file and give its name")
     return value
 
 
@@ -2096,8 +2170,10 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise InvalidJob("command", f"not UTF-8 ({error.reason} at byte {error.start})",
-                         "convert the file with iconv -t UTF-8") from None
+        raise InvalidJob(
+            "command", f"not UTF-8 ({error.reason} at byte {error.start})",
+            "JSON and shell commands are UTF-8; names in any encoding: "
+            "`enqueue - -- PROG ARG...`") from None
 
 
 def fields_of_line(line: bytes) -> list[dict[str, Any]]:
@@ -2106,23 +2182,95 @@ def fields_of_line(line: bytes) -> list[dict[str, Any]]:
     return fields_of(text) if text and not text.startswith("#") else []
 
 
-def jobs_in(content: bytes) -> Iterator[Given]:
-    """The job objects of a file: one JSON value, or a job a line.
+_MARK = re.compile(rb"\{#?\}")
+TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields in which marks count
+
+
+class Template:
+    """Makes a job of each item: `{}` stands for the item, `{#}` for its number.
+
+    The item is always one argument of the command; without `{}` it is the last one.
+    `fields` are those of each job.
+    """
+
+    def __init__(self, words: Sequence[bytes], fields: Mapping[str, Any]) -> None:
+        has_mark = any(b"{}" in word for word in words)
+        self._words = [*words] if has_mark else [*words, b"{}"]
+        self._fields = fields
+
+    def job(self, item: bytes, number: int) -> dict[str, Any]:
+        """The job object of an item; InvalidJob for what no argument can hold."""
+        if b"\0" in item:
+            raise InvalidJob("command", "an argument cannot hold a NUL",
+                             "--null reads items that end with NUL")
+
+        def filled(text: bytes) -> bytes:
+            """The text with its marks replaced, in one pass."""
+            return _MARK.sub(lambda mark: item if mark[0] == b"{}"
+                             else b"%d" % number, text)
+
+        def filled_field(key: str, value: Any) -> Any:
+            """A field's text, or all texts of a list or an object."""
+            if isinstance(value, dict):
+                return {name: filled_field(key, text) for name, text in value.items()}
+            if isinstance(value, list):
+                return [filled_field(key, text) for text in value]
+            try:
+                return filled(value.encode()).decode()
+            except UnicodeDecodeError:
+                raise InvalidJob(key, f"{key}: {item!a} is not UTF-8",
+                                 "only the command can hold such a name") from None
+
+        command = [shell_word(filled(word)) for word in self._words]
+        for place, word in enumerate(self._words):
+            # Unquoted, a shell could take an item for a keyword or an assignment.
+            if _MARK.search(word) and command[place][0] not in "'\"" \
+                    and (place == 0 or "=" in command[place]):
+                command[place] = f"'{command[place]}'"
+        fields = {key: filled_field(key, value) if key in TEMPLATED else value
+                  for key, value in self._fields.items()}
+        return {**fields, "command": " ".join(command), "env": {
+            **fields.get("env", {}), "QUEUECTL_ITEM": str(number)}}
+
+
+class Lines:
+    """Makes job objects of lines, or of items that end with NUL, one after the other.
+    """
+
+    def __init__(self, null: bool = False, template: Template | None = None) -> None:
+        self.end = b"\0" if null else b"\n"
+        self._null, self._template = null, template
+        self._lines = self._items = 0       # items: lines that are not empty
+
+    def read(self, line: bytes) -> list[Given]:
+        """The job objects of the next line; InvalidJob names the line."""
+        self._lines += 1
+        self._items += bool(line)
+        place = f"item {self._items}" if self._null else f"line {self._lines}"
+        with at_place(place):
+            if self._template is None:
+                found = fields_of_line(line)
+            else:
+                found = [self._template.job(line, self._items)] if line else []
+        return [Given(fields, place) for fields in found]
+
+
+def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
+    """The job objects of a file: one JSON value, or a job a line; or as `lines` reads.
 
     Raises InvalidJob with the line at fault.
     """
     # A look at the beginning spares most files a reading as one JSON value.
-    if content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
+    if lines is None \
+            and content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = _whole(content)
         if whole is not None:
             yield from items(whole)
             return
+    lines = lines or Lines()
     # Not splitlines(): a lone CR may stand within a command.
-    for number, line in enumerate(content.split(b"\n"), 1):
-        with at_place(f"line {number}"):
-            found = fields_of_line(line)
-        for fields in found:
-            yield Given(fields, f"line {number}")
+    for line in content.split(lines.end):
+        yield from lines.read(line)
 
 
 # ---- 6 SQL -------------------------------------------------------------------
@@ -2509,6 +2657,17 @@ class Sql:
                  LIMIT 1000)
          GROUP BY queue
         """
+    COUNT_DUE = """
+        SELECT COUNT(*)
+          FROM (SELECT 1
+                  FROM jobs
+                 WHERE gate = 'open' AND queue = :queue
+                 UNION ALL
+                SELECT 1
+                  FROM jobs
+                 WHERE gate = 'time' AND run_at <= :now AND queue = :queue
+                 LIMIT :most)
+        """
     # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
@@ -2751,10 +2910,13 @@ class Sql:
          LIMIT :limit
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
-    RUN_BY_CLAIM = "SELECT * FROM runs WHERE claim = :claim"
+    # Stored output, up to 16 MiB a run, is read only where it is shown.
+    without_output = ", ".join("x'' AS output" if name == "output" else f"runs.{name}"
+                               for name in Run._fields)
+    RUN_BY_CLAIM = f"SELECT {without_output} FROM runs WHERE claim = :claim"
     # By jobs_by_claim: what runs, however many runs are over.
-    UNDER_WAY = """
-        SELECT runs.*
+    UNDER_WAY = f"""
+        SELECT {without_output}
           FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
@@ -3286,6 +3448,7 @@ class Store:
             raise Unwritable("the current directory is gone",
                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
+        self.is_new = False                 # this process made its tables
         self._process = os.getpid()
         # Reentrant: within a transaction, which holds it, `rows` takes it again.
         self._lock = threading.RLock()      # guards the connection and the two below
@@ -3294,12 +3457,11 @@ class Store:
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
-        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
-        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
-        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
-        self._db = self._patiently(lambda: sqlite3.connect(
-            self.path, timeout=0, isolation_level=None, check_same_thread=False,
-            cached_statements=256))
+        self.is_read_only = not self._is_writable()
+        # Of files that SQLite is told not to change (immutable=1): what stat(2) says.
+        self._frozen: tuple[tuple[int, int], ...] = ()
+        self._opened = 0        # how often the file was opened
+        self._db = self._patiently(self._open)
         self.inode = _inode(self.path)      # device and number: what the file is
         try:
             self._set_up(create)
@@ -3384,6 +3546,66 @@ class Store:
             raise self._foreign()
         self._refuse_newer(version)
 
+    def _is_writable(self) -> bool:
+        """Return True if this user may write the file and SQLite's files beside it."""
+        beside = self.path + "-wal", self.path + "-shm"
+        return os.access(self.path, os.W_OK) and (
+            os.access(os.path.dirname(self.path), os.W_OK)
+            or all(os.access(name, os.W_OK) for name in beside))
+
+    def _connect(self, place: str) -> sqlite3.Connection:
+        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
+        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
+        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
+        return sqlite3.connect(place, timeout=0, isolation_level=None, uri=True,
+                               check_same_thread=False, cached_statements=256)
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the file; where it cannot be written, so that nothing beside it is made.
+
+        Without a -wal nobody writes it. Then, and where SQLite cannot open an empty
+        -wal, immutable=1 spares the -shm that cannot be made either; with it SQLite
+        would ignore commits in a -wal, so one with any has to be opened or refused.
+        """
+        self._opened += 1
+        if not self.is_read_only:
+            return self._connect(self.path)
+        wal, self._frozen = self.path + "-wal", ()
+        if os.path.exists(wal):
+            db = self._connect(_file_uri(self.path, "mode=ro"))
+            try:
+                self._first(db, Sql.ANY_TABLE)
+                return db
+            except sqlite3.Error as error:
+                db.close()
+                if not isinstance(refusal(error, self.path), Unwritable):
+                    raise
+                if os.stat(wal).st_size:
+                    raise Unwritable(
+                        f"{wal} holds changes that cannot be read where nothing can be "
+                        "written", f"copy {self.path} with its -wal to a directory "
+                        "that you may write") from None
+        self._frozen = self._stats()
+        return self._connect(_file_uri(self.path, "mode=ro&immutable=1"))
+
+    def _stats(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of change of the file and its -wal."""
+        found = []
+        for name in (self.path, self.path + "-wal"):
+            try:
+                stat = os.stat(name)
+                found.append((stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                found.append((-1, 0))
+        return tuple(found)
+
+    def _reopen(self) -> None:
+        """Open a frozen file again if somebody who may write it has done so."""
+        if self._frozen and not self._db.in_transaction \
+                and self._stats() != self._frozen:
+            self._db.close()
+            self._db = self._patiently(self._open)
+
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
@@ -3417,6 +3639,18 @@ class Store:
                 f"{self.path} was written by a newer queuectl (format {version}, this "
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
+    def _refuse_older(self, version: int) -> None:
+        if version < SCHEMA_VERSION:
+            raise Unwritable(
+                f"{self.path} has an older format ({version}, this queuectl writes "
+                f"{SCHEMA_VERSION}) and cannot be upgraded: it is read-only",
+                "copy it to a directory that you may write, or use that version")
+
+    def _refuse_read_only(self) -> None:
+        if self.is_read_only:
+            raise Unwritable(f"{self.path} is read-only",
+                             "make it and its directory writable, or work on a copy")
+
     def _set_up(self, create: bool) -> None:
         """Make or upgrade the tables, and set what is of a connection.
 
@@ -3425,8 +3659,12 @@ class Store:
         """
         if self._read_version() == 0:
             self._refuse_empty(create)
+            self._refuse_read_only()
             self._create()
         self._refuse_newer(self._read_version())
+        if self.is_read_only:
+            self._refuse_older(self._read_version())
+            return
         # Even a setting answers with a row; one not fetched is a statement in progress,
         # which no commit gets past, until (with PyPy) who knows when.
         self._patiently(lambda: self._db.execute(Sql.JOURNAL).fetchall())
@@ -3457,6 +3695,7 @@ class Store:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
+                self.is_new = True
                 self._migrate(0)
                 for key, value in (("id", os.urandom(8).hex()),
                                    ("created_at", iso(time.time()))):
@@ -3554,7 +3793,8 @@ class Store:
         """A second connection, which sees only what was committed: ours may be in the
         midst of a transaction, as an upgrade's is.
         """
-        return sqlite3.connect(_file_uri(self.path, "mode=ro"), uri=True, timeout=0)
+        mode = "mode=ro&immutable=1" if self._frozen else "mode=ro"
+        return sqlite3.connect(_file_uri(self.path, mode), uri=True, timeout=0)
 
     # Transactions.
 
@@ -3594,6 +3834,7 @@ class Store:
         has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
+        self._refuse_read_only()
         with self._lock:
             self._patiently(lambda: self._db.execute(Sql.BEGIN))
             try:
@@ -3618,6 +3859,7 @@ class Store:
         under a reader, and grows.
         """
         with self._lock:
+            self._reopen()
             self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
             try:
                 yield
@@ -3670,6 +3912,7 @@ class Store:
         """All rows at once: a reader that lingers would keep the WAL from shrinking."""
         self._guard_process()
         with self._lock:
+            self._reopen()
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
@@ -3759,7 +4002,7 @@ class Store:
         data_version).
         """
         row = self.row(Sql.CHANGED)
-        return int(row[0]) if row else 0
+        return (self._opened << 32) + (int(row[0]) if row else 0)
 
     def relieve(self) -> None:
         """On a full disk: move the WAL into the file, which may have room for it."""
@@ -3832,6 +4075,11 @@ POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim n
 # As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
 # file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
+SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
+
+
+def _flock(kind: int, offset: int) -> bytes:
+    return struct.pack(_FLOCK, kind, 0, offset, 1, 0)
 
 
 class Locks:
@@ -3847,8 +4095,8 @@ class Locks:
     def __init__(self, path: str) -> None:
         self.path = path
         self._probe = -1
-        self._set = getattr(fcntl, "F_OFD_SETLK", None)
-        self._get = getattr(fcntl, "F_OFD_GETLK", None)
+        # None: not tried yet.
+        self._works = None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
@@ -3856,36 +4104,70 @@ class Locks:
         Raises InUse if somebody holds it, Unwritable if the file cannot be made or
         the system has no lock to give.
         """
-        if self._set is None:
+        if self._works is False:
             return -1
-        fd = self._open(os.O_CREAT)
         try:
-            wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-            fcntl.fcntl(fd, self._set, wanted)
+            fd = self._open(os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
+                             "check who may write that directory") from None
+        try:
+            if self._is_proven(fd):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
+                return fd
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise InUse(f"lock {offset} of {self.path} is taken") from None
             raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
                              "check the disk that it is on") from None
-        return fd
+        os.close(fd)
+        return -1
 
     def is_held(self, offset: int) -> bool:
-        """Whether a process, this one included, holds the lock; False: who knows.
+        """Return True if a process, this one included, holds the lock.
 
-        Asked by an open file of its own, to which our own locks are another's. It does
-        not make the file: to look must leave nothing behind.
+        Also True if that cannot be found out, as without free descriptors: taking over
+        a run that lives is worse than waiting for one that does not.
         """
-        if self._get is None:
+        if self._works is False:
             return False
-        if self._probe < 0:
+        try:
+            if self._probe < 0:
+                self._probe = self._open(os.O_RDONLY)
+            return self._is_proven(self._probe) \
+                and self._holder(self._probe, offset) != fcntl.F_UNLCK
+        except FileNotFoundError:
+            return False        # nobody ever held a lock
+        except OSError:
+            return True
+
+    def _is_proven(self, fd: int) -> bool:
+        """Return True if a lock of one open file description refuses another its own.
+
+        The names prove nothing: macOS defines them for another `struct flock`, and old
+        kernels refuse them with EINVAL. The attempt is a shared lock on a scratch byte,
+        so it works on read-only media and never disturbs another process's attempt.
+        """
+        if self._works is None:
+            other = self._open(os.O_RDONLY)
             try:
-                self._probe = self._open(0)
-            except Unwritable:
-                return False        # no file: nobody ever held a lock
-        question = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, offset, 1, 0)
-        answer = fcntl.fcntl(self._probe, self._get, question)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+                fcntl.fcntl(other, fcntl.F_OFD_SETLK,
+                            _flock(fcntl.F_RDLCK, SCRATCH_LOCK))
+                self._works = self._holder(fd, SCRATCH_LOCK) == fcntl.F_RDLCK
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EACCES):
+                    raise
+                self._works = error.errno != errno.EINVAL
+            finally:
+                os.close(other)
+        return self._works
+
+    @staticmethod
+    def _holder(fd: int, offset: int) -> int:
+        """The type of the lock that keeps this open file from an exclusive one."""
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, offset))
+        return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
         """Close the descriptor used for probing; the locks are their holders' own."""
@@ -3895,11 +4177,7 @@ class Locks:
 
     def _open(self, flags: int) -> int:
         """Not inherited: which run is to hold a lock, the start of its command says."""
-        try:
-            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        except OSError as error:
-            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
-                             "check who may write that directory") from None
+        return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
 def _read(path: str) -> bytes:
@@ -4004,8 +4282,12 @@ class Host:
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
             return self.locks.is_held(POOL_LOCKS + worker.id) or None
-        return (self.locks.is_held(POOL_LOCKS + worker.id)
-                or is_same_birth(self.born(worker.pid), worker.born))
+        if self.locks.is_held(POOL_LOCKS + worker.id):
+            return True
+        try:
+            return is_same_birth(self.born(worker.pid), worker.born)
+        except OSError:     # out of descriptors
+            return None
 
     def processes(self) -> list[Process]:
         """The processes that may be a run's: all with a session or a token told."""
@@ -4098,6 +4380,8 @@ def ring(ports: Iterable[int], message: bytes) -> None:
 # somebody reads along and wants the output of what runs.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
 
+
+PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
 
 # What a service manager tells its service, and nobody else.
 SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
@@ -4344,7 +4628,7 @@ class Batch:
                 if state != COMPLETED or seq in unblocking:
                     unmet[job.seq] = unmet.get(job.seq, 0) + 1
                 self._needs.append({"needs": seq, "job": job.seq})
-        self._refuse_cycle()
+        self._refuse_cycle(jobs)
         return unmet
 
     def _needed(self, job_id: str) -> tuple[str, int]:
@@ -4360,7 +4644,7 @@ class Batch:
                              "`queuectl list` shows what there is")
         return found[0].state, found[0].seq
 
-    def _refuse_cycle(self) -> None:
+    def _refuse_cycle(self, jobs: Sequence[Job]) -> None:
         """Take away, one by one, what waits for nobody; what is left goes round.
 
         Only jobs of one batch can: an older one cannot name a newer. Each need is
@@ -4384,8 +4668,10 @@ class Batch:
         if waits:
             names = sorted(id for id, seq in self._seqs.items() if seq in waits)
             shown = ", ".join(names[:5])
-            raise InvalidJob("after", f"after: {shown} wait for each other",
-                             "take one of these out")
+            with at_item(next(item for item, job in enumerate(jobs)
+                              if job.seq in waits)):
+                raise InvalidJob("after", f"after: {shown} wait for each other",
+                                 "take one of these out")
 
     def _write(self, jobs: list[Job]) -> None:
         """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
@@ -4709,7 +4995,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
     """Reckon the next turn anew, if a clock that was ahead has put it off.
 
     Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
-    was set back by more than five minutes; a fixed time that was taken already is not
+    was set back by more than a minute; a fixed time that was taken already is not
     repeated, if it was less than three hours.
     """
     next_run = turn_after(schedule.cron, now, schedule.tz)
@@ -4732,7 +5018,7 @@ def set_right(store: Store, schedule: Schedule, now: float) -> None:
 
 SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
 SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
-OVERDUE = 60.0         # seconds; a schedule's run that is later has no worker
+DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
 WATCH_TICK = 0.02      # seconds between two looks whether something was committed
 
 
@@ -4935,7 +5221,7 @@ class Queue:
         return Run(*row)
 
     def fresh_run(self, job_id: str, number: int | None = None,
-                  patience: float = 0.5) -> Run:
+                  patience: float = PEEK_PATIENCE) -> Run:
         """A run with its output as of now: one that is under way is asked for it.
 
         The output of what runs is stored with a heartbeat, or if somebody asks: to
@@ -4948,7 +5234,7 @@ class Queue:
             run = self.run(job_id, run.number)
         return run
 
-    def peek(self, patience: float = 0.5) -> None:
+    def peek(self, patience: float = PEEK_PATIENCE) -> None:
         """Have the pools store what running commands have printed; so many seconds at
         most, and less if anything else is committed meanwhile.
         """
@@ -5010,25 +5296,29 @@ class Queue:
                       self.unserved([view.worker for view in workers]))
 
     def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
-        """Jobs that are due and schedules that are overdue, with no worker for them."""
-        now, found = self.clock(), list[Finding]()
+        """Due jobs and overdue schedules without a worker, a line for each, the oldest
+        first; none while all queues are paused.
+        """
+        now = self.clock()
         queues = [view.name for view in self.queues() if not view.paused and not any(
             not one.queues or view.name in one.queues for one in workers)]
+        missing = "no worker takes it" if workers else "no worker is running"
+        found = []
         for queue, seconds in self._oldest(queues, now).items():
-            if queue in queues:
-                found.append(Finding(
-                    WARNING, "no-worker", f"jobs of queue {queue} have been due for "
-                    f"{span(seconds)}, and no worker "
-                    f"{'takes it' if workers else 'is running'}",
-                    "`queuectl worker start` starts one"))
-        overdue = [one for one in self.schedules() if not one.paused and not workers
-                   and epoch(one.next_run) < now - OVERDUE]
-        for one in overdue:
-            found.append(Finding(
-                WARNING, "no-worker", f"schedule {one.name} has been due for "
-                f"{span(now - epoch(one.next_run))}, and no worker is running",
-                "`queuectl worker start` starts one"))
-        return found
+            if queue not in queues:
+                continue
+            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
+                                    most=DUE_COUNTED)
+            more = "+" * (n == DUE_COUNTED)
+            found.append((seconds, f"queue {queue} has {n}{more} due "
+                          f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
+        found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
+                   f"{span(now - epoch(one.next_run))}") for one in self.schedules()
+                  if not one.paused and not workers and one.next_run <= iso(now)]
+        return [] if self.is_all_paused() else [
+            Finding(WARNING, "no-worker", f"{text}, and {missing}",
+                    "`queuectl worker start` starts one")
+            for _, text in sorted(found, reverse=True)]
 
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause; the default one always."""
@@ -5073,7 +5363,7 @@ class Queue:
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Return when these jobs are over, as they are then.
 
-        NotFinished after `timeout` seconds (None: never); NoSuchJob for one that is
+        TimedOut after `timeout` seconds (None: never); NoSuchJob for one that is
         not there (any more); Blocked if none of those left can end: they come after a
         dead or cancelled job, or wait for the job that makes this call. `tell` hears
         how far they are, with each look.
@@ -5094,8 +5384,8 @@ class Queue:
             self._refuse_blocked([job for job in left if job.state not in OVER])
             now = time.monotonic()
             if now >= end:
-                raise NotFinished(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
-                                  "over yet", "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
+                               "over yet", "wait longer, or see `queuectl list`")
             # Each look reads all that are not over yet. Five times as long asleep makes
             # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
@@ -5119,7 +5409,7 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        NotFinished after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
+        TimedOut after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
         that are added meanwhile are waited for as well. `tell` hears how far they are.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -5132,8 +5422,8 @@ class Queue:
                 return now
             self._refuse_all_blocked(now, queue)
             if time.monotonic() >= end:
-                raise NotFinished(f"{now.left} job{'s' * (now.left > 1)} not over yet",
-                                  "wait longer, or see `queuectl list`")
+                raise TimedOut(f"{now.left} job{'s' * (now.left > 1)} not over yet",
+                               "wait longer, or see `queuectl list`")
             time.sleep(max(0.0, min(5 * (time.monotonic() - began),
                                     end - time.monotonic())))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -5227,7 +5517,8 @@ class Queue:
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not.
 
-        One on another machine counts as there: only its silence could tell otherwise.
+        One on another machine is there until a worker or `worker stop` removes it;
+        `is_silent` tells that it has sent no heartbeat for a lease.
         What was claimed ahead of a free slot does not run yet, so it is not shown.
         """
         return self._living(self._pools())
@@ -5248,9 +5539,13 @@ class Queue:
         """Those of them that are not dead. Asked for outside of a transaction, as it
         may take a process, `ps` (I9).
         """
-        views = [view._replace(is_alive=self.host.is_alive(view.worker))
-                 for view in pools]
-        return [view for view in views if view.is_alive is not False]
+        now, settings, views = self.clock(), self.store.settings(), list[WorkerView]()
+        for view in pools:
+            is_alive = self.host.is_alive(view.worker)
+            if is_alive is not False:
+                views.append(view._replace(is_alive=is_alive, is_silent=has_gone_silent(
+                    view.worker, is_alive, now, settings)))
+        return views
 
     def backup(self, path: str) -> None:
         """Copy the queue as it is now, while workers run; see `Store.backup`."""
@@ -5291,6 +5586,10 @@ class Queue:
                                        for w in scene.pools)
             and (not view.limit or view.counts[PROCESSING] < view.limit))
 
+    def is_all_paused(self) -> bool:
+        """Return True if all queues are paused by one order."""
+        return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
+
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Hindrance]]:
         """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
@@ -5299,10 +5598,9 @@ class Queue:
 
     def _scene(self) -> Scene:
         """What `_hindrances` looks at, for any number of jobs."""
-        return Scene([view.worker for view in self.workers()],
+        return Scene([view.worker for view in self.workers() if not view.is_silent],
                      {view.name: view for view in self.queues()},
-                     any(name == EVERY_QUEUE
-                         for name, _, _ in self.store.rows(Sql.QUEUES)))
+                     self.is_all_paused())
 
     def _hindrances(self, job: Job, scene: Scene) -> list[Hindrance]:
         """What keeps it from running, whatever else waits."""
@@ -5711,7 +6009,7 @@ class Queue:
         """
         now = self.clock()
         parse_name(name)
-        cron, zone = split_zone(cron, tz)
+        cron, zone = split_zone(cron, tz, now)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
         fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
@@ -5822,6 +6120,8 @@ class Queue:
                 raise NoSuchWorker(f"no worker {name!r} is running", nearest(
                     name, living) or "`queuectl worker list` shows them")
         asked = [living[name] for name in names or living]
+        if not asked:
+            return []
         with self.store.transaction() as store:
             for worker in asked:
                 store.do(Sql.STOP_WORKER, {"id": worker.id,
@@ -5902,11 +6202,17 @@ class Claims:
             os.close(self._lock)
 
     def _gone_named(self, name: str) -> set[int]:
-        """The dead pools of that name. Asked for outside the transaction, as it may
-        take a process, `ps` (I9); who is dead stays so.
+        """The dead pools of that name, and the silent. Asked for outside the
+        transaction, as it may take a process, `ps` (I9); who is dead stays so.
+
+        A silent one that lives after all loses its name and nothing else.
         """
-        return {worker.id for worker in self._store.workers()
-                if worker.name == name and self._host.is_alive(worker) is False}
+        now, settings, gone = self._clock(), self._store.settings(), set[int]()
+        for worker in self._store.workers():
+            is_alive = self._host.is_alive(worker) if worker.name == name else True
+            if is_alive is False or has_gone_silent(worker, is_alive, now, settings):
+                gone.add(worker.id)
+        return gone
 
     def _free_name(self, name: str, gone: Collection[int]) -> None:
         """A dead pool's row stays until its jobs are rescued, under another name.
@@ -5962,6 +6268,13 @@ class Claims:
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
 
+    def orders(self) -> tuple[str | None, dict[int, str | None]]:
+        """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
+        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        return row[0] if row else None, {
+            claim: wish for claim, wish, _ in self._store.rows(
+                Sql.MINE, worker=self.worker.name)}
+
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
         """Note that a run starts now in that slot; the next turn records it.
 
@@ -6010,7 +6323,7 @@ class Claims:
                 settled = record(store, ends, settings, now)
                 self._mark(mine.keys() - ended.keys())
                 self._save(outputs)
-                skipped = self._fire(now)
+                notes = self._fire(now)
                 bring_forward(store, now)
                 behind = unblock_more(store, now) or self._let_in(now)
                 [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
@@ -6018,7 +6331,7 @@ class Claims:
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
                 turn = Turn(settled, claimed, mine, stop, behind, settings,
-                            self.next_due(), skipped)
+                            self.next_due(), notes)
         except BaseException:
             for lock in locks:
                 os.close(lock)
@@ -6064,33 +6377,35 @@ class Claims:
                 "heartbeat_at": iso(now)})
             self.worker = worker
 
-    def _fire(self, now: float) -> list[tuple[str, Job]]:
-        """Add the jobs of schedules whose turn has come; those that are skipped, with
-        the job that is not over.
+    def _fire(self, now: float) -> list[str]:
+        """Add the jobs of schedules whose turn has come; what to say about the others.
 
         With the first tick, and after the clock was set back, all turns are reckoned
         anew. A schedule that cannot be read any more is paused: it must not stop all
         work.
         """
-        skipped = list[tuple[str, Job]]()
+        notes: list[str] = []
         if now < self._last_tick - CLOCK_NOISE:
             for schedule in self._store.schedules():
                 if not schedule.paused:
-                    with self._pausing_unreadable(schedule):
+                    with self._pausing_unreadable(schedule, notes):
                         set_right(self._store, schedule, now)
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
-            with self._pausing_unreadable(schedule):
+            with self._pausing_unreadable(schedule, notes):
                 last = fire(self._store, schedule, now)
-                skipped += [(schedule.name, last)] if last else []
-        return skipped
+                notes += [f"schedule {schedule.name}: a run is skipped, {last.id} is "
+                          f"still {last.state}"] if last else []
+        return notes
 
     @contextlib.contextmanager
-    def _pausing_unreadable(self, schedule: Schedule) -> Iterator[None]:
+    def _pausing_unreadable(self, schedule: Schedule,
+                            notes: list[str]) -> Iterator[None]:
         try:
             yield
-        except (InvalidJob, InvalidValue):
+        except (InvalidJob, InvalidValue) as error:
             self._store.do(Sql.PAUSE_SCHEDULE, {
                 "name": schedule.name, "paused": True, "next_run": schedule.next_run})
+            notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
         """Open the gate of jobs whose time has come; whether there are still more.
@@ -6273,12 +6588,10 @@ class Rescuer:
         `gone`: pools whose end the kernel has told. A command that one was just about
         to start may hold its lock for a moment more.
 
-        `silent` is by the watcher's own monotonic clock: no two clocks are compared. A
-        lease of less than three heartbeats would take jobs from the living. To be asked
-        after a turn, which enters our own row anew if it is gone.
+        `silent` is by the watcher's own monotonic clock: no two clocks are compared. To
+        be asked after a turn, which enters our own row anew if it is gone.
         """
-        settings = self._store.settings()
-        lease = max(settings.lease, 3 * settings.heartbeat)
+        lease = lease_of(self._store.settings())
         # First the runs: a pool that comes and claims between two reads is no dead one.
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         pools = {worker.id: worker for worker in self._store.workers()}
@@ -6331,18 +6644,45 @@ class Rescuer:
                 store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
         return settled
 
-    def forget_dead(self) -> None:
-        """Take dead pools that hold nothing out of the table.
+    def forget_dead(self, silent: Mapping[int, float]) -> list[Worker]:
+        """Remove dead workers that hold nothing, and those that cannot be asked and
+        were silent for a lease; return the latter.
 
         A first look without a transaction: mostly there is none. What they hold is
         looked at again by the statement that deletes them.
         """
+        mute = self._mute(silent)
         dead = [worker for worker in self._store.workers()
-                if self._host.is_alive(worker) is False]
+                if worker in mute or self._host.is_alive(worker) is False]
+        removed = list[Worker]()
         if dead:
             with self._store.transaction() as store:
-                for worker in dead:
-                    store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+                removed = [worker for worker in dead if store.do(
+                    Sql.DELETE_IDLE_WORKER, {"id": worker.id}).rowcount]
+        return [worker for worker in removed if worker in mute]
+
+    def remove_silent(self, silent: Mapping[int, float]) -> list[Worker]:
+        """Remove workers that cannot be asked and were silent for a lease, whatever
+        they hold: the next worker that starts finds their runs lost.
+
+        One that lives after all enters itself again with its next heartbeat.
+        """
+        mute = self._mute(silent)
+        if mute:
+            with self._store.transaction() as store:
+                # A worker may have waited for the write lock before us.
+                beats = {worker.id: worker.beat for worker in store.workers()}
+                mute = [one for one in mute if beats.get(one.id) == one.beat]
+                for worker in mute:
+                    store.do(Sql.DELETE_WORKER, {"id": worker.id})
+        return mute
+
+    def _mute(self, silent: Mapping[int, float]) -> list[Worker]:
+        """The workers that cannot be asked and were silent for a lease."""
+        lease = lease_of(self._store.settings())
+        return [worker for worker in self._store.workers()
+                if silent.get(worker.id, 0.0) >= lease
+                and self._host.is_alive(worker) is None]
 
 
 # ---- 12 Check ----------------------------------------------------------------
@@ -6422,6 +6762,7 @@ class Inspection:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._store, self._host, self.path = queue.store, queue.host, queue.path
+        self._workers = queue.workers
 
     def findings(self) -> list[Finding]:
         """All there is to say, the gravest first; [] of a sound queue.
@@ -6430,8 +6771,8 @@ class Inspection:
         longer the larger that is.
         """
         looks = (self._file, self._schedules, self._skips, self._unserved,
-                 self._stuck, self._clock, self._lost_runs, self._strays,
-                 self._filesystem, self._sqlite,
+                 self._stuck, self._clock, self._lost_runs, self._silent_workers,
+                 self._strays, self._filesystem, self._sqlite,
                  self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
@@ -6478,7 +6819,12 @@ class Inspection:
         """Schedules whose last job goes on beyond their next run."""
         for schedule in self._store.schedules():
             last = self._queue.last_job(schedule)
-            if last and last.state not in OVER and schedule.skipped:
+            if not last or last.state in OVER or schedule.paused:
+                continue
+            with contextlib.suppress(InvalidValue):     # then `_schedules` reports it
+                if schedule.next_run <= turn_after(
+                        schedule.cron, epoch(schedule.last_run or ""), schedule.tz):
+                    continue
                 yield Finding(
                     WARNING, "schedule-skips", f"schedule {schedule.name} skips runs "
                     f"({schedule.skipped} so far): {last.id} is still {last.state}",
@@ -6528,6 +6874,16 @@ class Inspection:
                 f"its worker {run.worker}" + (f"; still there: {_pids(left)}" if left
                                               else ""),
                 "`queuectl worker start` ends what is left and runs the job again")
+
+    def _silent_workers(self) -> Iterator[Finding]:
+        for view in self._workers():
+            worker = view.worker
+            if view.is_silent:
+                yield Finding(
+                    WARNING, "silent-worker", f"worker {worker.name} on {worker.host} "
+                    "has sent no heartbeat for "
+                    f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
+                    f"if it is gone, `queuectl worker stop {worker.name}` removes it")
 
     def _strays(self) -> Iterator[Finding]:
         """Processes of runs that are over: mostly background children.
@@ -6582,6 +6938,8 @@ class Inspection:
                           "WAL shrinks at the next quiet moment")
 
     def _room(self) -> Iterator[Finding]:
+        if self._store.is_read_only:
+            return
         stat = os.statvfs(os.path.dirname(self.path))
         # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
         free = stat.f_bavail * stat.f_frsize
@@ -6610,6 +6968,7 @@ class Inspection:
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM = "1", "2"
+STATUS_SHOWN = 5        # queues and schedules without a worker that `status` lists
 
 
 class Style(NamedTuple):
@@ -6630,13 +6989,21 @@ class Style(NamedTuple):
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
+def _local(moment: float) -> datetime.datetime:
+    """Local time; UTC at the ends of the calendar, where there may be no local one."""
+    at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(0, moment)
+    with contextlib.suppress(OSError, OverflowError, ValueError):
+        at = at.astimezone()
+    return at
+
+
 def local_time(moment: float, now: float | None = None,
                digits: str = "seconds") -> str:
     """A moment as people read it: `14:03:07+01:00`, and before that the date unless it
     is today's; `now` None: always with the date.
     """
-    at = datetime.datetime.fromtimestamp(moment).astimezone()
-    if now is not None and at.date() == datetime.datetime.fromtimestamp(now).date():
+    at = _local(moment)
+    if now is not None and at.date() == _local(now).date():
         return at.timetz().isoformat(digits)
     return at.isoformat(" ", digits)
 
@@ -6936,11 +7303,13 @@ def status_lines(status: Status, style: Style) -> list[str]:
     shown = [style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
              for state, n in status.counts.items()]
     lines = ["jobs      " + "  ".join(shown)]
-    if not status.workers:
-        lines.append("workers   none running; `queuectl worker start` starts one")
-    for number, view in enumerate(status.workers):
-        lines.append(("workers   " if number == 0 else " " * 10)
-                     + worker_line(view, style))
+    head = "workers   "
+    if all(view.is_silent for view in status.workers):
+        lines.append(f"{head}none running; `queuectl worker start` starts one")
+        head = " " * 10
+    for view in status.workers:
+        lines.append(head + worker_line(view, style))
+        head = " " * 10
         lines += [" " * 12 + running_line(job, style) for job in view.running]
     if status.paused:
         names = ["all queues" if name == EVERY_QUEUE else name
@@ -6956,7 +7325,10 @@ def status_lines(status: Status, style: Style) -> list[str]:
         what = "retry" if job.state == FAILED else "scheduled"
         lines.append(f"next due  {job.id} {ago(job.run_at, style.now)} ({what})")
     lines += [style.paint(f"overdue   {one.message}", STATE_COLOURS[FAILED])
-              for one in status.attention]
+              for one in status.attention[:STATUS_SHOWN]]
+    if len(status.attention) > STATUS_SHOWN:
+        lines.append(f"          and {len(status.attention) - STATUS_SHOWN} more; "
+                     "`queuectl check` names them")
     if status.blocked:
         lines.append(style.paint(
             f"blocked   {status.blocked} cannot run: they come after dead or cancelled "
@@ -7016,7 +7388,12 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
             ("success", local_time(epoch(schedule.last_success), now)
              if schedule.last_success else "-"),
             ("skipped", f"{schedule.skipped} runs"))
-    return [*turn_lines(schedule, now), *["paused"] * schedule.paused,
+    try:
+        when = turn_lines(schedule, now)
+    except InvalidValue as error:
+        when = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
+                f"cannot be read: {error.message}"]
+    return [*when, *["paused"] * schedule.paused,
             *(f"{name:<10}{text}" for name, text in rows)]
 
 
@@ -7288,12 +7665,13 @@ def metric_families(scrape: Scrape) -> list[Family]:
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
-    slots = sum(view.worker.slots for view in scrape.workers)
-    busy = sum(len(view.running) for view in scrape.workers)
+    workers = [view for view in scrape.workers if not view.is_silent]
+    slots = sum(view.worker.slots for view in workers)
+    busy = sum(len(view.running) for view in workers)
     return [
         *_job_families(scrape, queues),
         Family("queuectl_workers", "gauge", "Workers that run.",
-               [("", {}, len(scrape.workers))]),
+               [("", {}, len(workers))]),
         Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
             ("", {"state": "busy"}, busy),
             ("", {"state": "idle"}, max(0, slots - busy))]),
@@ -7753,6 +8131,8 @@ TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
+HEARD_AT_ONCE = 64     # wake-ups read in one step
+PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
 POOL_FILES = 32        # descriptors of a pool beside those
 
@@ -7827,6 +8207,7 @@ class Peers:
         self._known = {own}             # pools that have been looked at
         self._watches: set[int] = set()     # descriptors by which the kernel tells
         self._gone: set[int] = set()    # pools that have ended
+        self._silent: Mapping[int, float] = {}  # seconds, as of the last look
 
     def are_there(self) -> bool:
         """Whether another pool is on this machine, as far as pidfds tell."""
@@ -7839,9 +8220,13 @@ class Peers:
         nobody is silent.
         """
         # Of the configuration as it is now: with longer heartbeats looks are rarer.
-        silent = self._silence.look(self.rescuer.beats(), time.monotonic(),
-                                    silence_gap(self._store.settings()))
-        return self.rescuer.stranded(silent, self._gone)
+        self._silent = self._silence.look(self.rescuer.beats(), time.monotonic(),
+                                          silence_gap(self._store.settings()))
+        return self.rescuer.stranded(self._silent, self._gone)
+
+    def forget(self) -> list[Worker]:
+        """As `Rescuer.forget_dead`, by the silence that `lost` has seen."""
+        return self.rescuer.forget_dead(self._silent)
 
     def watch(self) -> None:
         """Let the kernel tell when one of those that have come ends.
@@ -7853,10 +8238,11 @@ class Peers:
             if worker.id in self._known or worker.boot != self._host.boot:
                 continue
             self._known.add(worker.id)
-            watch = _watch_process(worker.pid)
+            watch, is_it = _watch_process(worker.pid), False
             # Looked at after the watch: the id may be another's, here or by now.
-            is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
-                                                 worker.born)
+            with contextlib.suppress(OSError):      # out of descriptors
+                is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
+                                                     worker.born)
             if watch >= 0 and not is_it:
                 os.close(watch)
             if is_it:
@@ -8049,7 +8435,8 @@ class Pool:
         self._grace_ends = math.inf                     # monotonic
         self._look = True       # there may be something to claim
         self._orders = True     # there may be something else to read
-        self._peek = False      # somebody reads along
+        self._peek_until = 0.0  # monotonic: until then a client waits for output
+        self._peek_at = 0.0     # monotonic: output is not stored for clients before
         self._beat_at = 0.0     # monotonic: the next heartbeat
         self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
         self._expire_at = math.inf                      # monotonic: the next of them
@@ -8095,8 +8482,8 @@ class Pool:
         self._collect()
         self._heed_times()
         try:
+            self._heed_orders()
             if self._is_turn_due():
-                has_orders = self._orders
                 self._turn()
                 if time.monotonic() >= self._beat_at:
                     self._watch()
@@ -8104,8 +8491,6 @@ class Pool:
                     self._beat_at = time.monotonic() + self._settings.heartbeat
                     if self._expire_at == math.inf:     # else it is under way
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
-                if has_orders:      # a new worker gives them, too
-                    self._peers.watch()
             self._expire()
             return self._is_over()
         except (Busy, Unwritable) as error:
@@ -8144,7 +8529,7 @@ class Pool:
         self._wall = wall
         if self._due_at is not None and wall >= self._due_at:
             self._look = True
-        if self._orders or self._peek or now >= min(self._beat_at, self._record_at()):
+        if now >= min(self._beat_at, self._record_at(), self._peek_due()):
             return True
         if not (self._look and self._room()):
             return False
@@ -8202,12 +8587,13 @@ class Pool:
         thread), so what is cleared afterwards is exactly what was recorded.
         """
         beats = time.monotonic() >= self._beat_at
-        outputs = self._unsaved() if beats or self._peek else {}
+        outputs = self._unsaved() if beats or self._peek_due() < math.inf else {}
         room = self._room()
         turn = self._claims.turn(self._ended, outputs, self._free[:room],
                                  self._ahead(room))
         self._look = turn.behind
-        self._orders = self._peek = False
+        if outputs:
+            self._peek_until, self._peek_at = 0.0, time.monotonic() + PEEK_PAUSE
         self._settings, self._due_at = turn.settings, turn.next_due
         self._complaint, self._failing_since = "", None
         self._ended.clear()
@@ -8216,11 +8602,10 @@ class Pool:
             if settled.outcome.duration is not None:    # else it has not begun
                 self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
                 self._say(settled_line(settled, self._queue.clock()))
-        for name, last in turn.skipped:
-            self._say(f"schedule {name}: a run is skipped, {last.id} is still "
-                      f"{last.state}")
+        for note in turn.notes:
+            self._say(note)
         self._take_on(turn.claimed)
-        self._obey(turn)
+        self._obey(turn.stop, turn.mine)
         if turn.settled and self._peers.are_there() and not self._room():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
 
@@ -8249,6 +8634,9 @@ class Pool:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
+            # The next turn claims nothing: what failed may be the lock of a claim, for
+            # want of descriptors, and heartbeats and ends must not wait for that.
+            self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
@@ -8373,6 +8761,12 @@ class Pool:
         self._free.append(slot)
         self._free.sort()
 
+    def _peek_due(self) -> float:
+        """When output is to be stored because a client waits for it; inf: never."""
+        if time.monotonic() < self._peek_until and self._unsaved():
+            return self._peek_at
+        return math.inf
+
     def _unsaved(self) -> dict[int, Output]:
         """The output of running jobs that has grown since it was stored."""
         return {claim: ride.command.output for claim, ride in self._rides.items()
@@ -8409,9 +8803,12 @@ class Pool:
         """Have the ender end the whole tree; `why` becomes the outcome, unless None.
 
         It comes back by `_collect`. Asked for again, only the reason may be added: a
-        tree is ended once, and its grace does not begin anew.
+        tree is ended once, and its grace does not begin anew. A run that has finished
+        is left alone: its process id may belong to another process by now.
         """
         command, claim = ride.command, ride.claimed.claim
+        if claim not in self._rides:
+            return
         # The first reason stays.
         command.why, command.ends_at = command.why or why, math.inf
         if claim not in self._ending:
@@ -8447,21 +8844,33 @@ class Pool:
 
     # Orders: signals, wishes in the database.
 
-    def _obey(self, turn: Turn) -> None:
+    def _heed_orders(self) -> None:
+        """Read what a wake-up may be about.
+
+        Reads alone: any local user may send datagrams, and none may cost a commit.
+        """
+        if self._orders:
+            self._peers.watch()     # a new worker sends one, too
+            self._settings = self._options.adapt(self._queue.store.settings())
+            self._obey(*self._claims.orders())
+            self._orders = False
+
+    def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
         """Do what the database asks of this pool and its runs; a claim that is gone
         was taken by another.
         """
-        if turn.stop:
-            self._leave(turn.stop, ASKED)
+        if stop:
+            self._leave(stop, ASKED)
         self._hand_back([one for one in self._ready
-                         if turn.mine.get(one.claim, LOST) is not None])
+                         if mine.get(one.claim, LOST) is not None])
         for claim, ride in list(self._rides.items()):
-            if claim not in turn.mine:
-                self._say(f"{ride.claimed.job.id} was taken over while this worker was"
-                          " silent; its command is ended")
+            if claim not in mine:
+                if claim not in self._ending:
+                    self._say(f"{ride.claimed.job.id} was taken over while this worker "
+                              "was silent; its command is ended")
                 self._end(ride, LOST)
-            elif turn.mine[claim] is not None:
-                self._end(ride, STOPPED if turn.mine[claim] == CANCEL else LOST)
+            elif mine[claim] is not None:
+                self._end(ride, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _heed_signals(self) -> None:
         """The first signal drains, the second hands back; so does the grace's end.
@@ -8512,7 +8921,9 @@ class Pool:
             self._ending.add(lost.run.claim)
             self._ender.add(Ending(self._queue.host, lost.run.claim,
                                    self._settings.kill_grace, lost=lost))
-        rescuer.forget_dead()
+        for worker in self._peers.forget():
+            self._say(f"worker {worker.name} on {worker.host} is removed: it sent no "
+                      f"heartbeat for {span(lease_of(self._settings))}")
 
     # Sleeping.
 
@@ -8535,9 +8946,10 @@ class Pool:
         if self._retry_at > now:
             return max(0.0, min([self._retry_at, *wake_at]) - now)
         room = self._room()
-        if (self._look and room) or self._orders or self._peek:
+        if (self._look and room) or self._orders:
             return 0.0
         wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
+                    self._peek_due(),
                     now + (FALLBACK_POLL if self._gear.bell else DEAF_POLL)]
         if self._claim_at > now:
             wake_at.append(self._claim_at)
@@ -8546,14 +8958,20 @@ class Pool:
         return max(0.0, min(wake_at) - now)
 
     def _hear(self) -> None:
-        """Take in all wake-ups that have come: a crowd is one reason to look."""
+        """Take in the wake-ups that have come: a crowd is one reason to look.
+
+        In a flood the kernel drops some, of any kind.
+        """
         assert self._gear.bell is not None
+        heard = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                said = self._gear.bell.recv(SOCKET_BUFFER)
-                self._look = True
-                self._orders = self._orders or said == NEW_ORDERS
-                self._peek = self._peek or said == PEEK
+            while len(heard) < HEARD_AT_ONCE:
+                heard.append(self._gear.bell.recv(SOCKET_BUFFER))
+        self._look = True
+        if NEW_ORDERS in heard or len(heard) == HEARD_AT_ONCE:
+            self._orders = True
+        if PEEK in heard:
+            self._peek_until = time.monotonic() + PEEK_PATIENCE
 
     # What it says.
 
@@ -11269,9 +11687,9 @@ _NEW_JOB_SCHEMA = {
                         "maximum": MAX_WHOLE},
         "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
         "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
-        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
                    "pattern": _NO_NUL},
-        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": 256,
+        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
                  "pattern": _NO_NUL},
         "env": {"type": ["object", "null"], "additionalProperties": {
             "type": "string", "pattern": "^[^\\u0000]*$"},
@@ -12740,9 +13158,8 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: shells that complete its words, systemd. All of it is
-# text that a command prints; nothing is written anywhere, so a person sees what he
-# installs.
+# Where others start this program: a launcher, shells that complete its words, systemd.
+# `install` writes the module and its launcher; the rest is text that a command prints.
 #
 # The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
 # every press of the key, the last word being the one under the cursor. The answer is a
@@ -12856,6 +13273,9 @@ BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 
 
+LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
+
+
 def program_words() -> tuple[str, str]:
     """The absolute paths of this Python and of this file.
 
@@ -12864,6 +13284,80 @@ def program_words() -> tuple[str, str]:
     not UTF-8.
     """
     return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
+
+
+def start_words() -> tuple[str, ...]:
+    """The words that start this program with cached byte code; UnicodeError.
+
+    The installed launcher if this is its module. Where this file is not named as its
+    module it cannot be imported, and runs by its path.
+    """
+    python, file = program_words()
+    folder, name = os.path.split(file)
+    if name != "queuectl.py":
+        return python, file
+    launcher = os.path.join(folder[:-len(LIBRARY)], "bin", "queuectl")
+    if folder.endswith(os.sep + LIBRARY) and os.access(launcher, os.X_OK):
+        return (launcher,)
+    return python, "-c", BY_IMPORT, folder
+
+
+
+def _replace(path: str, content: bytes, mode: int) -> None:
+    """Write a file, in one step for everyone who reads or runs it meanwhile."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, mode)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def _own_source() -> bytes:
+    """The text of this module, also from within an archive; Unsupported."""
+    try:
+        source: bytes = globals()["__loader__"].get_data(__file__)
+    except (AttributeError, KeyError, NameError, OSError):
+        raise Unsupported("this program's own file cannot be read",
+                          "run it by the path of queuectl.py") from None
+    return source
+
+
+def install(to: str) -> str:
+    """Write the module, its byte code and a launcher below a directory; its path.
+
+    The launcher imports the module from there, so no file in the current directory can
+    take the place of a module, and Python uses the cached byte code. An older
+    installation is replaced. Unwritable.
+    """
+    import py_compile   # 5 ms
+    import shlex
+    source, library = _own_source(), os.path.join(to, LIBRARY)
+    launcher = os.path.join(to, "bin", "queuectl")
+    words = (sys.executable or "python3", "-c", BY_IMPORT, library)
+    script = f"#!/bin/sh\nexec {shlex.join(words)} \"$@\"\n"
+    umask = os.umask(0o022)     # others may run what root installs
+    try:
+        os.makedirs(library, exist_ok=True)
+        os.makedirs(os.path.dirname(launcher), exist_ok=True)
+        module = os.path.join(library, "queuectl.py")
+        _replace(module, source, 0o644)
+        # Named, for $PYTHONPYCACHEPREFIX of today says nothing about later starts.
+        py_compile.compile(module, os.path.join(
+            library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
+        _replace(launcher, os.fsencode(script), 0o755)
+    except OSError as error:
+        raise Unwritable(f"cannot write {error.filename} ({error.strerror})",
+                         "choose a directory with --to") from None
+    finally:
+        os.umask(umask)
+    return launcher
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
@@ -12896,7 +13390,7 @@ UNIT_FILE = """\
 # `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
 
 [Unit]
-Description=queuectl worker, {described}
+Description=queuectl worker, {described}{mounts}
 
 [Service]
 Type=notify
@@ -12945,6 +13439,20 @@ WantedBy={target}
 """
 
 
+def _mounts(path: str) -> str:
+    """The line that has systemd mount what a database is on; "" if it cannot be said.
+
+    There `%` is a specifier, and a backslash makes the next character literal: so a
+    control character cannot be written.
+    """
+    folders = dict.fromkeys((os.path.dirname(path),
+                             os.path.dirname(os.path.realpath(path))))
+    words = [re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%")
+             for folder in folders if folder.isprintable()]
+    return "\nRequiresMountsFor=" + " ".join(f'"{word}"' for word in words) \
+        if words else ""
+
+
 def unit_file(command: Sequence[str], path: str, user: str | None,
               stop_timeout: str) -> str:
     """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
@@ -12958,6 +13466,7 @@ def unit_file(command: Sequence[str], path: str, user: str | None,
     shown = one_line(path)
     return UNIT_FILE.format(
         shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
+        mounts=_mounts(path),
         place="~/.config/systemd/user/queuectl.service" if is_own
         else "/etc/systemd/system/queuectl.service",
         control="systemctl --user" if is_own else "systemctl",
@@ -13035,6 +13544,10 @@ def window() -> os.terminal_size:
                             for text, size in zip(wish, found))
 
 
+LOG_LINES = 1000       # texts that wait for a log to be read
+LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
+
+
 def _not_written(error: OSError) -> Exception:
     """What to raise where a result could not be written.
 
@@ -13047,27 +13560,124 @@ def _not_written(error: OSError) -> Exception:
                       "`queuectl status` shows what was done")
 
 
+class Log(io.TextIOBase):
+    """Text for stderr, in a bounded queue that a daemon thread writes out.
+
+    It stands in for sys.stderr while a worker or a server runs: a log that is not read
+    delays nobody, and lines that do not fit are dropped and counted. The thread uses
+    the descriptor alone: blocked in sys.stderr, it would hold a lock that the
+    interpreter needs to exit.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._texts: list[str] = []
+        self._dropped = 0           # lines, since the last text that got in
+        self._writes = False        # the thread has taken texts and writes them
+        self._ends = False
+        self._news = threading.Condition()      # guards the four above
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor that the text goes to."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Return True if the text goes to a terminal."""
+        return os.isatty(self._fd)
+
+    def write(self, text: str) -> int:
+        """Queue the text, or drop it if the queue is full; never wait."""
+        with self._news:
+            if len(self._texts) < LOG_LINES:
+                self._note_dropped()
+                self._texts.append(text)
+                self._news.notify_all()
+            else:
+                self._dropped += text.count("\n")
+        return len(text)
+
+    def end(self) -> None:
+        """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
+        with contextlib.suppress(KeyboardInterrupt), self._news:
+            self._note_dropped()
+            self._ends = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: not (self._texts or self._writes), LOG_LINGER)
+
+    def _note_dropped(self) -> None:
+        if self._dropped:
+            self._texts.append(f"{self._dropped:,} lines of this log were dropped: "
+                               "it was not read, or could not be written\n")
+            self._dropped = 0
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._texts or self._ends)
+                texts, self._texts = self._texts, []
+                self._writes = bool(texts)
+            if not texts:
+                return
+            is_written = self._put("".join(texts).encode("utf-8", "backslashreplace"))
+            with self._news:
+                self._dropped += 0 if is_written else "".join(texts).count("\n")
+                self._writes = False
+                self._news.notify_all()
+
+    def _put(self, rest: bytes) -> bool:
+        """Write all of it, however long that takes; False if it cannot be written."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest):]
+            except BlockingIOError:     # another program made it non-blocking
+                poller.poll()
+            except OSError:
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Send all that is written to sys.stderr through a Log."""
+    try:
+        log = Log(sys.stderr.fileno())
+    except (OSError, ValueError):   # it is no file, as in a program that calls `main`
+        yield
+        return
+    with contextlib.redirect_stderr(cast("TextIO", log)):
+        try:
+            yield
+        finally:
+            log.end()
+
+
 class Screen:
     """Where a command writes: results to stdout, words about them to stderr.
 
     On a terminal a line that is drawn in place may stand below: how far something is.
     It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
     (--quiet, --json): no words, no drawing; logs and errors are said all the same.
+
+    `acts`: the command changes or waits for something, so it goes on if its results
+    cannot be written, and `finish` raises the first such error.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, acts: bool = False) -> None:
+        self._quiet, self._acts = quiet, acts
+        self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
         """Print results, a line each; Unwritable or BrokenPipeError."""
-        try:
-            self._erase()
-            for line in lines:
+        self._erase()
+        with self._printing():
+            for line in lines if self._failure is None else ():
                 print(line)
-        except OSError as error:
-            raise _not_written(error) from None
 
     def raw(self, output: bytes) -> None:
         """Print a job's output as it is.
@@ -13076,40 +13686,58 @@ class Screen:
         first, for this goes past it.
         """
         self.flush()
-        try:
-            sys.stdout.buffer.write(output)
-            sys.stdout.buffer.flush()
-        except OSError as error:
-            raise _not_written(error) from None
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.buffer.write(output)
+                sys.stdout.buffer.flush()
 
-    @staticmethod
-    def flush() -> None:
+    def flush(self) -> None:
         """Have the results that were printed written; Unwritable or BrokenPipeError.
 
         Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
         disk would be told in its words, with the exit status 120.
         """
+        with self._printing():
+            if self._failure is None:
+                sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Flush, and raise the failure that an acting command has not heard of.
+
+        A reader that has gone is none: it has seen enough.
+        """
+        self.flush()
+        if self._failure and not isinstance(self._failure, BrokenPipeError):
+            raise _not_written(self._failure)
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
         try:
-            sys.stdout.flush()
+            yield
         except OSError as error:
-            raise _not_written(error) from None
+            if not self._acts:
+                raise _not_written(error) from None
+            self._failure = error
+
+    @staticmethod
+    def check_reader() -> None:
+        """Raise BrokenPipeError once nobody reads the pipe that is stdout."""
+        poller = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+            poller.register(sys.stdout.fileno(), 0)     # errors are told unasked
+        if poller.poll(0):
+            raise BrokenPipeError
 
     def note(self, text: str) -> None:
         """Say something that is no result; not with --quiet or --json."""
         if not self._quiet:
-            self._erase()
-            with contextlib.suppress(OSError, ValueError):  # what it is about is done
-                print(text, file=sys.stderr)
+            self._write(f"{text}\n")
 
     def log(self, text: str) -> None:
-        """A worker's line, with the time. A terminal that is gone stops no worker."""
-        drawn = self._drawn
-        with contextlib.suppress(OSError, ValueError):
-            self._erase()
-            now = time.time()
-            stamp = local_time(now, now if sys.stderr.isatty() else None)
-            sys.stderr.write(f"{stamp} {text}\n")
-            self._draw(drawn)
+        """A worker's line, with the time."""
+        now = time.time()
+        stamp = local_time(now, now if sys.stderr.isatty() else None)
+        self._write(f"{stamp} {text}\n", self._drawn)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Callable[[str], None]]:
@@ -13117,29 +13745,29 @@ class Screen:
         try:
             yield self.show
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                self._erase()
+            self._erase()
 
     def show(self, text: str) -> None:
         """Draw a line in place, some ten times a second; nothing but on a terminal."""
         if self.draws and time.monotonic() >= self._drawn_at + 0.1:
             self._drawn_at = time.monotonic()
-            self._erase()
-            self._draw(text)
-
-    def _draw(self, text: str) -> None:
-        self._drawn = text
-        if text:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self._write("", text)
 
     def _erase(self) -> None:
-        """Take the drawn line away: to its first column, then clear it (ECMA-48, EL).
-        """
         if self._drawn:
-            sys.stderr.write("\r\033[K")
+            self._write("")
+
+    def _write(self, text: str, drawn: str = "") -> None:
+        """Write to stderr, and draw a line below that, in one piece.
+
+        The line drawn last is taken away: to its first column, then clear it (ECMA-48,
+        EL). What cannot be written to stderr stops nothing.
+        """
+        erase = "\r\033[K" if self._drawn else ""
+        self._drawn = drawn
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(erase + text + drawn)
             sys.stderr.flush()
-            self._drawn = ""
 
     @staticmethod
     def height() -> int:
@@ -13168,11 +13796,12 @@ def _report(error: QueueError, as_json: bool) -> int:
     With --json an object on one line, still on stderr: stdout holds results or nothing.
     A line stays one, whatever names and words of users are in it.
     """
+    line = f"queuectl: error: {one_line(str(error))}"
     if as_json:
-        print(dumps({"error": {"code": error.code, "message": error.message,
-                               "hint": error.hint}}, None), file=sys.stderr)
-    else:
-        print(f"queuectl: error: {one_line(str(error))}", file=sys.stderr)
+        line = dumps({"error": {"code": error.code, "message": error.message,
+                                "hint": error.hint}}, None)
+    with contextlib.suppress(OSError, ValueError):  # the exit status tells it, too
+        sys.stderr.write(f"{line}\n")
     return error.exit_status
 
 
@@ -13266,7 +13895,8 @@ _TEXT_FLAGS = (
     option("--queue", metavar="Q", help="those of a queue"),
     option("--tag", metavar="T", help="those with a tag"),
     option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
-_YES = option("--yes", "-y", action="store_true", help="do not ask", group="other")
+_YES = option("--yes", "-y", action="store_true", group="other",
+              help="do not ask; needed where stdin is not a terminal")
 _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
@@ -13360,22 +13990,71 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _read_jobs(path: str) -> list[Given]:
-    """The job objects of a file or, for `-`, of stdin, with their lines.
-
-    As a whole, for all of them are added or none; `--stream` is for what has no end.
-    Unreadable if it cannot be read, InvalidJob with the line for what is no job.
-    """
+def _content(path: str) -> bytes:
+    """What is in a file or, for `-`, in stdin; Unreadable."""
     try:
         if path == "-":
             if sys.stdin is None:
                 raise Unreadable("stdin is closed", "give a file or a pipe")
-            return list(jobs_in(sys.stdin.buffer.read()))
+            return sys.stdin.buffer.read()
         with open(system_path(path), "rb") as file:
-            return list(jobs_in(file.read()))
+            return file.read()
     except OSError as error:
         raise Unreadable(f"cannot read {path} ({error.strerror})",
                          "give another file") from None
+
+
+_SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
+
+
+def _script_at(words: Sequence[bytes], shell: int) -> int | None:
+    """The place of the script that the shell in that place gets with -c, if it does.
+
+    None also for a program of another name.
+    """
+    if not re.fullmatch(_SHELLS, words[shell], re.DOTALL):
+        return None
+    has_script, place = False, shell + 1
+    while place < len(words) and re.match(rb"[-+].", words[place]):
+        word = words[place]
+        place += 1
+        if word == b"--":
+            break
+        is_short = word[:2] != b"--"
+        has_script = has_script or (word[:1] == b"-" and is_short and b"c" in word)
+        # `-o pipefail`, also as `-eo pipefail`, and `--rcfile F` take a word.
+        place += word.endswith(b"o") if is_short \
+            else word in (b"--rcfile", b"--init-file")
+    return place if has_script else None
+
+
+def _template_of(args: argparse.Namespace) -> Template | None:
+    """The template of the words after `--` of a batch; None: it has none.
+
+    UsageError where an item would be part of a script, so that names became code.
+    """
+    if args.words is None:
+        return None
+    words: list[bytes] = args.words
+    if not words:
+        raise UsageError("there is no command after --", "write -- PROG ARG...")
+    if args.command is not None:
+        raise UsageError("two commands are given", "give --command or -- PROG ARG...")
+    is_appended = not any(b"{}" in word for word in words)
+    for shell in range(len(words)):
+        script = _script_at(words, shell)
+        if script is not None and (b"{}" in b"".join(words[script:script + 1])
+                                   or (is_appended and script == len(words))):
+            raise UsageError(
+                "an item within the script of a shell would be run as code",
+                "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
+    return Template(words, _flag_fields(args))
+
+
+def _lines_of(args: argparse.Namespace) -> Lines | None:
+    """How the lines of a batch are read; None: as a file of jobs."""
+    template = _template_of(args)
+    return Lines(args.null, template) if args.null or template else None
 
 
 def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
@@ -13383,25 +14062,30 @@ def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
 
         enqueue -- PROG ARG   one command, its words quoted so that they stay apart
         enqueue --file F      a batch, and so are @F and - (stdin)
+        enqueue - -- PROG     a batch by a template; its fields are those of the flags
         enqueue JOB           an object, a command, or an array, which is a batch
         enqueue --command C   one job of flags alone
 
     Of a batch the result is told as one (a JSON array, a count), also if it has one
     job.
     """
-    sources = [source for source in (args.job, args.file, args.words)
-               if source is not None]
+    job = args.job or ""
+    has_list = args.file is not None or job == "-" or job.startswith("@")
+    if args.null and not has_list:
+        raise UsageError("--null reads stdin or a file", "write - or --file F, too")
+    sources = [source for source in (args.job, args.file, None if has_list
+                                     else args.words) if source is not None]
     if len(sources) > 1:
         raise UsageError("more than one of JOB, --file and words after -- is given",
                          "give one; several words go in quotes or after --")
+    if has_list:
+        lines = _lines_of(args)
+        path = args.file or (job[1:] if job != "-" else job)
+        return True, list(jobs_in(_content(path), lines))
     if args.words is not None:
         if not args.words:
             raise UsageError("there is no command after --", "write -- PROG ARG...")
-        import shlex  # 1 ms
-        return False, [Given({"command": shlex.join(args.words)})]
-    job = args.job or ""
-    if args.file is not None or job == "-" or job.startswith("@"):
-        return True, _read_jobs(args.file or (job[1:] if job != "-" else job))
+        return False, [Given({"command": shell_command(args.words)})]
     if args.job is not None:
         if args.command is not None and not is_json(job):
             raise UsageError("two commands are given", "give JOB or --command")
@@ -13461,7 +14145,7 @@ def _has_more(fd: int, seconds: float) -> bool:
     return bool(poller.poll(math.ceil(seconds * 1000)))
 
 
-def _line_batches(fd: int) -> Iterator[list[bytes]]:
+def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
     Read, while no whole line is there, for as long as it takes; from the first one on
@@ -13479,7 +14163,7 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
             if not lines or (len(lines) < STREAM_BATCH
                              and _has_more(fd, due - time.monotonic())):
                 piece = os.read(fd, READ_SIZE)
-                *whole, rest = (rest + piece).split(b"\n")
+                *whole, rest = (rest + piece).split(end)
                 rest = rest[:MAX_LINE]
                 due = due if lines or not whole else time.monotonic() + STREAM_PAUSE
                 lines += whole
@@ -13496,23 +14180,23 @@ def _line_batches(fd: int) -> Iterator[list[bytes]]:
 class Stream:
     """Jobs from lines that come one by one: a bad one is said and passed over.
 
-    `refuse` is told each refusal, `warn` each remark. `refused` counts what was passed
-    over. Lines are numbered from the beginning of the stream.
+    `refuse` is told each refusal, `warn` each remark. `refused` counts the lines that
+    were passed over: of each all jobs are added, or none.
     """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
                  refuse: Callable[[QueueError], object],
-                 warn: Callable[[str], object]) -> None:
+                 warn: Callable[[str], object], lines: Lines | None = None) -> None:
         self._queue, self._flags = queue, flags
         self._refuse, self._warn = refuse, warn
-        self._read = 0                      # lines
+        self._lines = lines or Lines()
         self._ignored: set[str] = set()     # keys that were warned of
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
         """The jobs of these lines, committed; on a full disk it waits for room.
 
-        All in one transaction, without the one at fault where there is one:
+        All in one transaction, without the line at fault where there is one:
         `enqueue_many` adds none then, so the others are tried again without it. A
         refusal that names none of them is no line's fault, and ends the stream.
         """
@@ -13536,12 +14220,13 @@ class Stream:
             except QueueError as error:
                 if error.item is None:
                     raise
-                error.name_place(f"line {given[error.item][0]}")
+                place = given[error.item][0]
+                error.name_place(place)
                 self._pass_over(error)
-                del given[error.item]
+                given = [one for one in given if one[0] != place]
         return []
 
-    def _rest(self, given: Sequence[tuple[int, Spec]]) -> None:
+    def _rest(self, given: Sequence[tuple[str, Spec]]) -> None:
         """A pause before the next try; who interrupts it is told what he gives up."""
         try:
             time.sleep(SYNC_PAUSE)
@@ -13549,25 +14234,26 @@ class Stream:
             self._give_up(given, "were not added")
             raise
 
-    def _give_up(self, given: Sequence[tuple[int, Spec]], fate: str) -> None:
+    def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
         self._refuse(NotFinished(
-            f"interrupted: {len(given)} lines were read and {fate}, from line "
+            f"interrupted: {len(given)} lines were read and {fate}, from "
             f"{given[0][0]} on", "give them again"))
 
-    def _specs_of(self, line: bytes) -> list[tuple[int, Spec]]:
-        """The checked jobs of a line, each with its number; none of a bad one.
+    def _specs_of(self, line: bytes) -> list[tuple[str, Spec]]:
+        """The checked jobs of a line, each with its place; none of a bad one.
 
         With the time of this line: a delay counts from when its line came.
         """
-        self._read += 1
+        specs = []
         try:
-            with at_place(f"line {self._read}"):
-                given = fields_of_line(line)
-                specs = [spec_of(merged(fields, self._flags), self._queue.clock())
-                         for fields in given]
-            self._ignored.update(*map(ignored_keys, given))
-            return [(self._read, spec) for spec in specs]
+            given = self._lines.read(line)
+            for fields, place in given:
+                with at_place(place):
+                    specs.append((place, spec_of(merged(fields, self._flags),
+                                                 self._queue.clock())))
+            self._ignored.update(*(ignored_keys(fields) for fields, _ in given))
+            return specs
         except QueueError as error:
             self._pass_over(error)
             return []
@@ -13590,6 +14276,7 @@ class Stream:
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
+READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -13600,7 +14287,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     The write lock is waited for briefly, for the stream itself tries again, for ever,
     and says so.
     """
-    if args.job not in (None, "-") or args.file or args.words or args.command:
+    if args.job not in (None, "-") or args.file or args.command:
         raise UsageError("--stream reads stdin alone", "give no other job")
     if args.wait:
         raise UsageError("--stream and --wait do not go together",
@@ -13609,9 +14296,10 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         raise Unreadable("stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
-    stream = Stream(queue, _flag_fields(args),
-                    lambda error: _report(error, args.json), screen.note)
-    for lines in _line_batches(sys.stdin.fileno()):
+    reader = _lines_of(args) or Lines()
+    stream = Stream(queue, {} if args.words else _flag_fields(args),
+                    lambda error: _report(error, args.json), screen.note, reader)
+    for lines in _line_batches(sys.stdin.fileno(), reader.end):
         jobs = stream.add(lines)
         screen.out(*(dumps(job_object(job), None) if args.json else job.id
                      for job in jobs))
@@ -13724,7 +14412,7 @@ def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
-    if not queue.workers():
+    if all(view.is_silent for view in queue.workers()):
         screen.note("no worker is running; `queuectl worker start` starts one")
 
 
@@ -13733,8 +14421,10 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
+    # A template has put the flags into each job.
+    flags = {} if is_batch and args.words else _flag_fields(args)
     with screen.drawing():
-        specs = _specs(given, _flag_fields(args), queue.clock(), screen)
+        specs = _specs(given, flags, queue.clock(), screen)
         try:
             jobs, new = queue.add(specs)
         except QueueError as error:
@@ -13793,11 +14483,24 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     caller = queue.caller()
     own = caller.worker if caller else None     # it waits for this very command
     waiting = {worker.id: worker.name for worker in asked if worker.name != own}
+    rescuer, silence, removed = Rescuer(queue), Silence(), set[int]()
+    for view in queue.workers():
+        if view.is_silent and view.worker.id in waiting:
+            lease = span(lease_of(queue.store.settings()))
+            silent = span(queue.clock() - epoch(view.worker.heartbeat_at))
+            screen.note(f"{view.worker.name} has sent no heartbeat for {silent}; it is "
+                        f"removed if none comes within {lease}")
     while waiting:
         time.sleep(RESCUE_TICK)
+        seen = silence.look(rescuer.beats(), time.monotonic(),
+                            silence_gap(queue.store.settings()))
+        removed |= {worker.id for worker in rescuer.remove_silent(
+            {pool: seen.get(pool, 0.0) for pool in waiting})}
         left = {view.worker.id for view in queue.workers()}
         for pool in [pool for pool in waiting if pool not in left]:
-            screen.note(f"{waiting.pop(pool)} has stopped")
+            how = "is removed: it sent no heartbeat" if pool in removed \
+                else "has stopped"
+            screen.note(f"{waiting.pop(pool)} {how}")
         if waiting and end is not None and time.monotonic() >= end:
             raise NotFinished(f"{', '.join(waiting.values())} still running jobs",
                               "wait longer, or give --now")
@@ -13812,10 +14515,9 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     views = queue.workers()
     if args.json:
         screen.out(dumps([worker_object(view) for view in views]))
-    elif views:
-        screen.out(*worker_lines(views, screen.style()))
-    else:
-        screen.note("no worker is running; `queuectl worker start` starts one")
+        return EX_OK
+    screen.out(*worker_lines(views, screen.style()))
+    _note_no_worker(queue, screen)
     return EX_OK
 
 
@@ -13839,6 +14541,15 @@ def _picture(lines: Sequence[str], above: int) -> str:
     return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
+def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
+    """Wait for a commit, `seconds` at most; BrokenPipeError once nobody reads stdout.
+    """
+    end = time.monotonic() + seconds
+    while queue.store.changes() == seen and (left := end - time.monotonic()) > 0:
+        screen.check_reader()
+        queue.await_change(seen, min(left, READER_TICK))
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed.
 
@@ -13859,7 +14570,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         above = len(lines)
         screen.flush()
-        queue.await_change(seen, args.watch)
+        _await_news(queue, screen, seen, args.watch)
         time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
 
 
@@ -14068,6 +14779,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
     pending: dict[str, bytes] = {}
     while left:
+        screen.check_reader()
         if any(queue.job(one.job_id).state == PROCESSING for one in left):
             queue.peek()
         for one in left:
@@ -14184,16 +14896,22 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given or USUAL[verb])
 
 
-def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before a wide step, where a person sits at a terminal; Declined.
+def _refuse_unasked(args: argparse.Namespace) -> None:
+    """Require --yes where nobody can be asked: only stdin can give an answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty())):
+        raise UsageError("this needs a confirmation, and stdin is not a terminal",
+                         "give --yes")
 
-    The question is on stderr and its answer comes from stdin, so both have to be
-    terminals: a script is never asked, and never waits.
-    """
-    if args.yes or args.json or not (sys.stdin and sys.stdin.isatty()
-                                     and sys.stderr.isatty()):
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    """Ask before jobs are taken away; Declined, or Unwritable if it cannot be asked."""
+    if args.yes:
         return
-    print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise Unwritable(f"the question could not be written ({error})",
+                         "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Declined("nothing was changed", "answer y, or give --yes")
 
@@ -14231,8 +14949,11 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     and only the sweep waits for who takes its jobs.
     """
     states = _chosen_states(verb, args.state)
+    if verb == "retry":     # no question: it takes nothing away
+        return _swept(verb, args, queue, screen, states)
+    _refuse_unasked(args)
     amounts = _amounts(queue, states, _filters(args))
-    if amounts and verb != "retry":     # no question: a retry takes nothing away
+    if amounts:
         _confirm(f"This will {verb} jobs: {amounts}.", args)
     return _swept(verb, args, queue, screen, states)
 
@@ -14351,6 +15072,8 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
             raise UsageError("--older-than counts from a job's end",
                              "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    if not is_dry:
+        _refuse_unasked(args)
     amounts = _amounts(queue, states, filters)
     if amounts and not is_dry:
         _confirm(f"This will delete jobs: {amounts}.", args)
@@ -14481,11 +15204,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     A person reads a cron line easily in a wrong way; the next moments show it. Workers
     take the turns, so it says where none is running.
     """
-    import shlex  # 1 ms
     if bool(args.words) == bool(args.job):
         raise UsageError("a schedule needs one command",
                          "write -- PROG ARG... or a shell command in quotes")
-    given = [{"command": shlex.join(args.words)}] if args.words else fields_of(args.job)
+    given = [{"command": shell_command(args.words)}] if args.words \
+        else fields_of(args.job)
     if len(given) != 1:
         raise UsageError("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron, args.tz,
@@ -14570,7 +15293,7 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
         screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
-        queue.await_change(seen, FALLBACK_POLL)
+        _await_news(queue, screen, seen, FALLBACK_POLL)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -14675,17 +15398,37 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script.
-
-    Where this file is not named as its module it cannot be imported, and runs by its
-    path.
-    """
+    """Print a shell's completion script."""
     import shlex  # 1 ms
-    python, file = program_words()
-    folder, name = os.path.split(file)
-    words = (python, "-c", BY_IMPORT, folder) if name == "queuectl.py" \
-        else (python, file)
-    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(words)).rstrip("\n"))
+    screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
+               .rstrip("\n"))
+    return EX_OK
+
+
+def _is_on_path(folder: str) -> bool:
+    """Whether $PATH has the directory, by any of its names."""
+    return os.path.realpath(folder) in [
+        os.path.realpath(entry) for entry in os.get_exec_path() if entry]
+
+
+def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
+    """Install the program, and say where and what is missing."""
+    import shlex
+    import shutil
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    to = os.path.expanduser(args.to or ("/usr/local" if is_root else "~/.local"))
+    if to.startswith("~"):
+        raise Unsupported(f"{to} has no meaning here: there is no home directory",
+                          "give a directory: --to DIR")
+    launcher = install(os.path.abspath(to))
+    folder = os.path.dirname(launcher)
+    screen.out(launcher)
+    found = shutil.which("queuectl")
+    if not _is_on_path(folder):
+        screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
+                    f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
+    elif found and os.path.realpath(found) != os.path.realpath(launcher):
+        screen.note(f"warning: on PATH, {found} comes before it")
     return EX_OK
 
 
@@ -14726,7 +15469,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
         raise Unwritable("the current directory is gone",
                          "change to another, or give an absolute --db") from None
     try:
-        command = (*program_words(), "--db", as_utf8(path), "worker", "start",
+        command = (*start_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
     except UnicodeError:
         raise Unsupported("a path is not UTF-8, and systemd takes no other",
@@ -14770,8 +15513,12 @@ COMMANDS = (
     Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
         option("job", nargs="?", metavar="JOB",
                help="a shell command, a JSON object or array, @FILE, or - for stdin; "
-                    "-- PROG ARG... adds words as they are"),
-        option("--file", metavar="F", help="one job a line: JSON or a shell command"),
+                    "-- PROG ARG... adds a command of separate arguments"),
+        option("--file", metavar="F", help="one job a line: JSON or a shell command; "
+               "with -- PROG ARG... one job a line of any text, which replaces {} in "
+               "an argument (else it is the last one); {#} is its number"),
+        option("--null", "-0", action="store_true",
+               help="items end with NUL, as from find -print0"),
         option("--stream", action="store_true",
                help="the lines of stdin as they come, for as long as they come"),
         *_JOB_FLAGS,
@@ -14781,7 +15528,8 @@ COMMANDS = (
                group="output"),
         _JSON_FLAG),
         ("enqueue 'make -C /src test' --priority 5 --timeout 30m",
-         "enqueue -- convert 'my photo.png' out.jpg")),
+         "enqueue -- convert 'my photo.png' out.jpg",
+         "enqueue - --once '{}' -0 -- gzip -k {}")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
         *_POOL_FLAGS,
@@ -14872,7 +15620,8 @@ COMMANDS = (
                help="minute hour day month weekday, in local time; or @daily ..."),
         option("job", nargs="?", metavar="COMMAND",
                help="a shell command; -- PROG ARG... takes words as they are"),
-        option("--tz", metavar="ZONE", help="as Europe/Berlin (default: the local)"),
+        option("--tz", metavar="ZONE",
+               help="such as Europe/Berlin (default: the local zone)"),
         *_SCHEDULE_FLAGS),
         ("schedule add nightly '30 2 * * *' -- backup /home",
          "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
@@ -14937,7 +15686,19 @@ COMMANDS = (
            option("--user", action="store_true",
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
+    Entry(("install",), cmd_install, "install this program, without pip or network",
+          NEITHER, (
+        option("--to", metavar="DIR", help="for lib/queuectl and bin/queuectl "
+               "(default: ~/.local, as root /usr/local)"),),
+        ("install --to ~/.local",)),
 )
+# Those that only look stop once their results cannot be written; all others first do
+# what they were asked to.
+LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list,
+         cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
+         cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
+# Those that run on whether somebody reads their log or not.
+SERVES = (cmd_worker_start, cmd_web)
 # What a group of commands does when it is named alone: each time something that only
 # looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
@@ -15349,6 +16110,12 @@ class Parser(argparse.ArgumentParser):
         """
         raise UsageError(message, f"`{self.prog} --help` says more")
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Print a help or the version; argparse's own ignores a full disk."""
+        screen = Screen()
+        screen.out(message.rstrip("\n"))
+        screen.flush()
+
 
 def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
     """The parser that only knows `--help`: a list of commands.
@@ -15396,6 +16163,8 @@ def command_parser(entry: Entry) -> Parser:
             groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
                 one.group)
         groups[one.group].add_argument(*one.names, **one.settings)
+    # argparse would take `-5` for a flag as soon as `-0` is one.
+    parser._has_negative_number_optionals.clear()
     parser.add_argument(*_DB.names, **_DB.settings)
     parser.set_defaults(entry=entry, words=None)
     return parser
@@ -15464,6 +16233,15 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
                       hint or f"`queuectl {' '.join(entry.words)} --help` says more")
 
 
+def _as_utf8(word: str) -> str:
+    """An argument as UTF-8, also where the locale says that it is something else."""
+    try:
+        return as_utf8(word)
+    except UnicodeError:
+        raise UsageError(f"the argument {word!a} is not UTF-8",
+                         "only words after `enqueue --` may be other bytes") from None
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--`, where a job is given, stays as it is.
 
@@ -15475,32 +16253,47 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
+    words = [_as_utf8(word) for word in words]
     args, extra = command_parser(entry).parse_known_args(words)
     if extra:
         raise _unexpected(entry, extra)
-    args.words = rest
+    try:
+        args.words = rest and [word_bytes(word) for word in rest]
+    except UnicodeError:
+        raise UsageError("a word after -- is not text", "give valid Unicode") from None
     return args
 
 
-def _run(argv: Sequence[str]) -> int:
-    """Run a command with its queue and its screen; its exit status.
+def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
+    """Run a command with its queue; its exit status."""
+    if args.entry.creates is NEITHER:
+        return int(args.entry.run(args, None, screen))
+    with Queue(path, create=args.entry.creates) as queue:
+        if queue.store.is_new:
+            screen.note(f"made a new queue at {queue.path}")
+        return int(args.entry.run(args, queue, screen))
 
-    `queuectl` alone, where there is no queue yet, is a first visit and no mistake.
+
+def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    """Run a command line; its exit status. What `stack` holds outlives its errors.
+
+    `queuectl` alone, where there is no queue yet, is a first visit and no mistake. The
+    results are flushed while an error can still be told, and the status changed.
     """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
-    screen = Screen(quiet=getattr(args, "json", False) or getattr(args, "quiet", False))
-    if args.entry.creates is NEITHER:
-        return int(args.entry.run(args, None, screen))
+    if args.entry.run in SERVES:
+        stack.enter_context(log_on_stderr())
+    screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
+                    acts=args.entry.run not in LOOKS)
     try:
-        queue = Queue(path, create=args.entry.creates)
+        status = _call(args, path, screen)
     except NoQueue:
-        if args.entry.words == ("status",) and "status" not in argv:
-            screen.out(WELCOME.format(path=os.path.abspath(path)))
-            return EX_OK
-        raise
-    with queue:
-        status: int = args.entry.run(args, queue, screen)
+        if args.entry.words != ("status",) or "status" in argv:
+            raise
+        screen.out(WELCOME.format(path=os.path.abspath(path)))
+        status = EX_OK
+    screen.finish()
     return status
 
 
@@ -15526,15 +16319,6 @@ def _open_standard_streams() -> None:
                 line_buffering=True if stream is sys.stderr else None)
 
 
-def _as_utf8(word: str) -> str:
-    """An argument as UTF-8, also where the locale says that it is something else."""
-    try:
-        return as_utf8(word)
-    except UnicodeError:
-        raise UsageError(f"the argument {word!a} is not UTF-8",
-                         "convert it with iconv -t UTF-8") from None
-
-
 def _abandon(stream: TextIO) -> None:
     """The interpreter must not flush into what cannot be written, and say so.
 
@@ -15554,16 +16338,14 @@ def _wants_json(words: Sequence[str]) -> bool:
     return "--json" in words[:end]
 
 
-def _answer(words: Sequence[str]) -> int:
+def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
     """The exit status; each refusal and each end that we know becomes one here.
 
-    Anything else is a mistake of this program and keeps its traceback. The results are
-    flushed while an error can still be told, and the status changed.
+    Anything else is a mistake of this program and keeps its traceback.
     """
+    end = words.index("--") if "--" in words else len(words)
     try:
-        status = _run([_as_utf8(word) for word in words])
-        Screen.flush()
-        return status
+        return _run([*map(_as_utf8, words[:end]), *words[end:]], stack)
     except QueueError as error:
         return _report(error, _wants_json(words))
     except KeyboardInterrupt:
@@ -15594,7 +16376,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
-    status = _complete(words[1:]) if words[:1] == [COMPLETE] else _answer(words)
+    with contextlib.ExitStack() as stack:
+        status = _complete(words[1:]) if words[:1] == [COMPLETE] \
+            else _answer(words, stack)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import linecache
+import marshal
 import math
 import multiprocessing.connection
 import os
@@ -1384,15 +1385,15 @@ class Input(TestCase):
         spec = queuectl.spec_of({
             "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
             "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
-            "unique": "k" * 256, "priority": -10**9}, NOON)
+            "unique": "k" * 1024, "priority": -10**9}, NOON)
         self.assertEqual(spec, Spec(
-            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 256,
+            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 1024,
             cwd=os.path.abspath("here"), priority=-10**9))
         self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
                          ["created-at", "state"])
         for fields, key in (
                 ({"max-retries": 1, "max_retries": 1}, "max_retries"), ({5: 1}, "5"),
-                ({"unique": ""}, "unique"), ({"unique": "k" * 257}, "unique"),
+                ({"unique": ""}, "unique"), ({"unique": "k" * 1025}, "unique"),
                 ({"unique": 5}, "unique"), ({"cwd": ""}, "cwd"), ({"cwd": 5}, "cwd"),
                 ({"env": 5}, "env"), ({"tags": "a b"}, "tags"), ({"tags": 5}, "tags"),
                 ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
@@ -1457,9 +1458,9 @@ class Statements(TestCase):
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
-        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN"),
+        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN COUNT_DUE"),
         ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
-        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN"),
+        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN COUNT_DUE"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_OPEN"),
@@ -2233,7 +2234,7 @@ class Hosts(TestCase):
     def test_a_lock_that_the_system_does_not_give_is_not_said_to_be_taken(self):
         class Refusing:
             """Locks as of a file system that has none to give."""
-            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK = 0, 0, 0
+            F_OFD_SETLK, F_OFD_GETLK, F_WRLCK, F_RDLCK = 0, 0, 0, 0
 
             def fcntl(self, *_):
                 raise OSError(self.error, os.strerror(self.error))
@@ -3750,7 +3751,7 @@ class Turns(TestCase):
 
     def test_a_pool_comes_fails_claims_and_goes_where_there_are_no_locks(self):
         queue = self.a_queue()
-        queue.host.locks._set = None
+        queue.host.locks._works = False
         claims = self.a_pool(queue)
         queue.enqueue("x")
         self.fail_at_the_end(claims, [1])
@@ -4327,7 +4328,7 @@ class Turns(TestCase):
         self.assertEqual([one.name for one in queue.store.workers()],
                          [f"w#{dead.worker.id}", "w"])
 
-        self.a_rescuer(queue, claims).forget_dead()        # it has a job yet
+        self.a_rescuer(queue, claims).forget_dead({})        # it has a job yet
         self.assertEqual(len(queue.store.workers()), 2)
         [lost] = self.a_rescuer(queue, claims).stranded({})
         self.assertEqual((lost.run.job, lost.owner.id), (1, dead.worker.id))
@@ -4365,7 +4366,7 @@ class Turns(TestCase):
         living.turn({}, {}, [])
         self.assertEqual(self.a_rescuer(queue, claims).beats(), {dead.worker.id: 0, living.worker.id: 1})
         self.leave_behind(queue, dead)
-        self.a_rescuer(queue, claims).forget_dead()
+        self.a_rescuer(queue, claims).forget_dead({})
         self.assertEqual([one.name for one in queue.store.workers()], ["a", "c"])
 
     def test_a_run_whose_pool_is_not_in_the_table_is_stranded(self):
@@ -5002,11 +5003,20 @@ class Pools(TestCase):
         for name, value in changes.items():
             setattr(pool, name, value)
 
+    def a_reader(self, **changes):
+        """A client reads along; the one command has printed something new."""
+        talking = types.SimpleNamespace(command=types.SimpleNamespace(
+            output=types.SimpleNamespace(total=1), ends_at=math.inf, watch=9))
+        return {"_peek_until": self.NOW + .5, "_rides": {1: talking}, **changes}
+
     def test_a_pool_sleeps_until_the_first_thing_to_do(self):
         now, over = self.NOW, queuectl.Ending(self.queue.host, 1, 0.0)
         for changes, seconds in (
                 ({}, queuectl.DEAF_POLL),
-                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), ({"_peek": True}, 0.0),
+                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), (self.a_reader(), 0.0),
+                (self.a_reader(_saved={1: 1}), queuectl.DEAF_POLL),
+                (self.a_reader(_peek_at=now + .06), .06),
+                (self.a_reader(_peek_until=now), queuectl.DEAF_POLL),
                 ({"_over": [over]}, 0.0),
                 ({"_look": True, "_free": []}, queuectl.DEAF_POLL),
                 ({"_beat_at": now + .05}, .05), ({"_beat_at": now - 1}, 0.0),
@@ -5035,15 +5045,18 @@ class Pools(TestCase):
             pool._notifier.beat_at = now + .01
             self.assertAlmostEqual(pool._patience(), .01, 6)
 
-    def test_a_turn_is_due_for_orders_heartbeats_ends_and_work(self):
+    def test_a_turn_is_due_for_output_heartbeats_ends_and_work(self):
         now = self.NOW
         for changes, is_due in (
-                ({}, False), ({"_orders": True}, True), ({"_peek": True}, True),
+                ({}, False), ({"_orders": True}, False), (self.a_reader(), True),
+                (self.a_reader(_saved={1: 1}), False),
+                (self.a_reader(_peek_at=now + .1), False),
+                (self.a_reader(_peek_until=now), False),
                 ({"_beat_at": now}, True), ({"_beat_at": now + .1}, False),
                 ({"_ended": {1: 1}, "_ended_at": now}, True),
                 ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": []}, False),
-                ({"_retry_at": now + 1, "_orders": True}, False),
-                ({"_retry_at": now, "_orders": True}, True),
+                ({"_retry_at": now + 1, "_beat_at": now}, False),
+                ({"_retry_at": now, "_beat_at": now}, True),
                 ({"_look": True}, False), ({"_due_at": NOON}, False)):
             with self.subTest(changes), self.in_hand() as pool:
                 self.queue.clock = lambda: NOON
@@ -6169,6 +6182,7 @@ class CommandLine(TestCase):
         self.assertEqual(len(self.cli("dlq", "list", "--limit", "1")[1].splitlines()), 3)
 
     def test_words_after_the_dashes_are_no_flags_of_ours(self):
+        self.a_queue().close()
         for argv in (("enqueue", "--queue", "a b", "--", "mytool", "--json"),
                      ("schedule", "add", "n", "bad", "--", "mytool", "--json")):
             self.assertTrue(self.cli(*argv)[2].startswith("queuectl: error: "), argv)
@@ -6233,8 +6247,11 @@ class CommandLine(TestCase):
         for entry in queuectl.COMMANDS:
             for example in entry.examples:
                 words = shlex.split(example)
-                if words[0] in ("worker", "wait", "logs", "backup", "web") or "-f" in words \
-                        or {"--watch", "--follow"} & {*words}:
+                if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
+                                 queuectl.cmd_purge, queuectl.cmd_dlq_purge):
+                    words.append("--yes")
+                if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
+                        or {"--watch", "--follow", "-f", "-"} & {*words}:
                     continue
                 with self.subTest(example):
                     code, _, err = self.cli(*words)
@@ -6316,7 +6333,8 @@ class CommandLine(TestCase):
             with self.subTest(argv):
                 self.path = os.path.join(memory, "-".join(argv))
                 queue = self.some_jobs()
-                code, out, err = self.cli(*argv)
+                yes = ["--yes"] * (argv[:2] != ("dlq", "retry"))
+                code, out, err = self.cli(*argv, *yes)
                 self.assertEqual((code, out, err), (0, "", said + "\n"))
                 states = {job.id: job.state for job in queue.jobs()}
                 self.assertEqual({name: states[name] for name in left}, left)
@@ -6332,12 +6350,13 @@ class CommandLine(TestCase):
 
     def test_what_was_swept_is_printed_as_json(self):
         self.some_jobs()
-        out = self.cli("cancel", "--all", "--json")[1]
+        out = self.cli("cancel", "--all", "--yes", "--json")[1]
         self.assertEqual([(job["id"], job["state"]) for job in json.loads(out)],
                          [("b", CANCELLED), ("a", CANCELLED)])
         self.assertEqual(json.loads(self.cli("purge", "--dry-run", "--json")[1]),
                          {"deleted": 0, "would_delete": 5})
-        self.assertEqual(json.loads(self.cli("purge", "--json")[1]), {"deleted": 5})
+        self.assertEqual(json.loads(self.cli("purge", "--yes", "--json")[1]),
+                         {"deleted": 5})
         self.assertEqual(json.loads(self.cli("retry", "--all", "--json")[1]), [])
 
     def test_an_edit_says_what_it_changed(self):
@@ -6384,7 +6403,7 @@ class CommandLine(TestCase):
                      ("wait", "--tag", "t"), ("wait", "a", "b")):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv, "--timeout", "10ms")
-                self.assertEqual((code, out), (1, ""))
+                self.assertEqual((code, out), (124, ""))
                 self.assertRegex(err, r"^[ab] waits: no worker is running; `queuectl worker start` starts one\n")
                 self.assertIn("not over yet; wait longer", err)
         self.assertEqual(queuectl.NotFinished.code, "not-finished")
@@ -6420,7 +6439,7 @@ class CommandLine(TestCase):
         code, out, err = self.cli("schedule", "add", "night", "30 2 * * *", "--queue", "q",
                                   "--priority", "4", "--", "sh", "-c", "a && b")
         self.assertEqual((code, out), (0, ""))
-        self.assertRegex(err, r"^night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30\S+\s){3}"
+        self.assertRegex(err, r"night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30\S+\s){3}"
                               "no worker is running")
         shown = json.loads(self.cli("schedule", "list", "--json")[1])
         self.assertEqual(tuple(shown[0]), (
@@ -6626,8 +6645,7 @@ class CommandLine(TestCase):
                     self.assertEqual(queuectl._split(words)[0], entry)
 
     def test_a_stream_takes_no_other_source(self):
-        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("--", "x"),
-                     ("@f",)):
+        for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("@f",)):
             with self.subTest(argv):
                 self.assertEqual(self.cli("enqueue", "--stream", *argv)[0], 2)
 
@@ -6636,8 +6654,10 @@ class CommandLine(TestCase):
         code, out, _ = self.cli("systemd", "-c", "2", "--queue", "a", "--queue", "b",
                                 "--grace", "1m30s", "--backoff-base", "500ms")
         self.assertEqual(code, 0)
-        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} "
-                      f'{queuectl.systemd_word(MODULE)} --db "{self.path}" worker start '
+        self.assertIn(f"\nExecStart={queuectl.systemd_word(sys.executable)} -c "
+                      f'"{queuectl.BY_IMPORT}" '
+                      f"{queuectl.systemd_word(os.path.dirname(MODULE))} "
+                      f'--db "{self.path}" worker start '
                       "--count 2 --queue a --queue b --backoff-base 0.5 --grace 90\n", out)
         for line in ("Type=notify", "NotifyAccess=main", "KillMode=mixed",
                      "TimeoutStopSec=110s", "OOMPolicy=continue", "Restart=on-failure",
@@ -7565,7 +7585,7 @@ queuectl.Store.changes = changes""")
                 self.assertIn(said, wait.text)
                 queue.retry("a", "b")
         late = self.terminal("wait", "a", "--timeout", "300ms")
-        self.assertEqual(late.end(), 1)
+        self.assertEqual(late.end(), 124)
         self.assertIn("] 0/1", late.text)
         self.assertNotIn("] 0/1", "".join(late.picture.lines))
 
@@ -7590,10 +7610,10 @@ queuectl.Store.changes = changes""")
                               (("wait", "a", "-q"), {})):
             with self.subTest(argv):
                 wait = self.terminal(*argv, "--timeout", "200ms", **environ)
-                self.assertEqual(wait.end(), 1)
+                self.assertEqual(wait.end(), 124)
                 self.assertNotRegex(wait.text, r"0/1|\x1b")
         code, out, err = self.call("wait", "--all", "--timeout", "200ms")
-        self.assertEqual((code, out), (1, ""))
+        self.assertEqual((code, out), (124, ""))
         self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
 
     def test_a_wide_step_is_taken_after_a_yes(self):
@@ -7619,17 +7639,14 @@ queuectl.Store.changes = changes""")
     def test_no_question_is_asked_that_the_answer_is_known_to(self):
         queue = Queue(self.path)
         self.addCleanup(queue.close)
-        for argv in (("cancel", "--all", "--yes"), ("delete", "--all", "--json"),
-                     ("purge", "--queue", "none"), ("retry", "--all")):
+        for argv in (("cancel", "--all", "--yes"), ("purge", "--queue", "none"),
+                     ("retry", "--all"), ("purge", "--dry-run")):
             with self.subTest(argv):
                 queue.enqueue("x")
                 queue.cancel(queue.enqueue("x").id)
                 done = self.terminal(*argv)
                 self.assertEqual(done.end(), 0)
                 self.assertNotIn("Go on?", done.text)
-        queue.enqueue("x")
-        self.assertEqual(self.call("cancel", "--all")[0], 0)     # no person is there
-        self.assertEqual(queue.counts()[PENDING], 0)
 
     # Never two at once.
 
@@ -8023,6 +8040,332 @@ class WebServer(Processes):
                         ("outcome", "completed"), ("queue", "default"))])
                     self.assertEqual(done, samples[
                         "queuectl_job_duration_seconds_count", (("queue", "default"),)])
+
+
+class Surroundings(Processes):
+    """Pipes that nobody reads, disks that are full, a terminal that is stopped."""
+
+    def closed_pipe(self):
+        """The writing end of a pipe whose reader is gone."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.addCleanup(os.close, writer)
+        return writer
+
+    def full_disk(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("there is no /dev/full here")
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        return full
+
+    def into(self, stdout, *argv, **options):
+        """(exit status, stderr) of a command that writes its results there."""
+        done = subprocess.run(self.command(*argv), stdout=stdout, stderr=subprocess.PIPE,
+                              cwd=self.dir, timeout=60, check=False, **options)
+        return done.returncode, done.stderr.decode()
+
+    def unread_fifo(self):
+        """(a descriptor to read from, its name) of a FIFO that holds all it can."""
+        os.mkfifo(self.path_of("fifo"))
+        reader = os.open(self.path_of("fifo"), os.O_RDWR | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        for size in (4096, 1):
+            with contextlib.suppress(BlockingIOError):
+                while os.write(reader, b"\n" * size):
+                    pass
+        return reader, self.path_of("fifo")
+
+    def start(self, *argv, **options):
+        process = subprocess.Popen(self.command(*argv), cwd=self.dir, **options)
+        self.addCleanup(self.end, process)
+        return process
+
+    # Results that cannot be written.
+
+    def test_a_sweep_is_finished_whether_or_not_its_report_is_read(self):
+        queue = self.a_queue()
+        many = 2 * SWEEP_BATCH + 1
+        for argv, before, after in (
+                (("cancel", "--all", "--yes"), PENDING, (CANCELLED, many)),
+                (("retry", "--all"), CANCELLED, (PENDING, many)),
+                (("delete", "--all", "--yes"), CANCELLED, (CANCELLED, 0)),
+                (("purge", "--yes"), CANCELLED, (CANCELLED, 0))):
+            for stdout in (self.closed_pipe(), self.full_disk()):
+                with self.subTest(argv=argv, stdout=stdout):
+                    swept(queue, "cancel")
+                    swept(queue, "delete")
+                    queue.enqueue_many([Spec("x" * 100)] * many)
+                    if before == CANCELLED:
+                        swept(queue, "cancel")
+                    code, err = self.into(stdout, *argv, "--json")
+                    self.assertEqual(queue.counts()[after[0]], after[1])
+                    if code:
+                        self.assertEqual(code, 1)
+                        self.assertRegex(json.loads(err)["error"]["message"],
+                                         "could not be written")
+                    else:
+                        self.assertEqual(err, "")
+        self.assertEqual(self.into(self.closed_pipe(), "purge", "--yes", "--json")[0], 0)
+        self.assertEqual(self.into(self.full_disk(), "purge", "--yes", "--json")[0], 1)
+
+    def test_an_action_is_taken_and_then_reported(self):
+        self.a_queue().close()
+        for argv, stdout, status, lines in (
+                (("enqueue", "true"), self.full_disk(), 1, 2),
+                (("enqueue", "true"), self.closed_pipe(), 0, 1),
+                (("pause",), self.full_disk(), 0, 1),
+                (("retry", "job-1"), self.full_disk(), 0, 1),
+                (("cancel", "job-1", "--json"), self.full_disk(), 1, 1)):
+            with self.subTest(argv=argv):
+                code, err = self.into(stdout, *argv)
+                self.assertEqual((code, err.count("\n")), (status, lines), err)
+        with Queue(self.path) as queue:
+            self.assertEqual([job.state for job in queue.jobs()], [PENDING, CANCELLED])
+            self.assertEqual(queue.status().paused, [queuectl.EVERY_QUEUE])
+
+    def test_waiting_goes_on_and_tells_the_status_of_the_job(self):
+        worker = self.worker()
+        self.assertEqual(self.into(self.closed_pipe(), "enqueue", "--wait", "--",
+                                   "sh", "-c", "sleep 0.1; exit 3", "--max-retries")[0], 3)
+        self.enqueue("sleep 0.1; exit 4", "--max-retries", "1", "--id", "a")
+        for stderr in (self.closed_pipe(), self.full_disk()):
+            done = subprocess.run(self.command("wait", "a"), check=False, stderr=stderr,
+                                  stdout=stderr, cwd=self.dir, timeout=60)
+            self.assertEqual(done.returncode, 4)
+        worker.terminate()
+
+    def test_a_stream_is_read_to_its_end(self):
+        for stdout, stderr, said in ((self.closed_pipe(), self.full_disk(), 1),
+                                     (self.full_disk(), self.closed_pipe(), 1),
+                                     (self.closed_pipe(), self.closed_pipe(), 1)):
+            with self.subTest(stdout=stdout, stderr=stderr):
+                stream = self.start("enqueue", "--stream", "--tag", f"t{stdout}",
+                                    stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
+                self.addCleanup(stream.stdin.close)
+                for number, line in enumerate((b"true\n", b"{bad\n", b"true\n")):
+                    stream.stdin.write(line)
+                    stream.stdin.flush()
+                    wait_for(lambda wanted=(number + 2) // 2, tag=f"t{stdout}":
+                             os.path.exists(self.path)
+                             and len(self.tagged(tag)) == wanted, "the job")
+                stream.stdin.close()
+                self.assertEqual(stream.wait(DEADLINE), said)
+
+    def tagged(self, tag):
+        with contextlib.suppress(queuectl.NoQueue), Queue(self.path, False) as queue:
+            return queue.jobs(tag=tag)
+        return []
+
+    def test_ctrl_c_stops_a_sweep_that_nobody_reads(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("x")] * 30000)
+            sweep = self.start("cancel", "--all", "--yes", "--json",
+                               stdout=self.closed_pipe())
+            wait_for(lambda: queue.counts()[CANCELLED] > SWEEP_BATCH, "a part of it")
+            sweep.send_signal(signal.SIGINT)
+            self.assertEqual(sweep.wait(DEADLINE), 130)
+            self.assertGreater(queue.counts()[PENDING], 0)
+
+    def test_who_follows_stops_soon_after_the_reader_has_gone(self):
+        self.enqueue("true", "--id", "a")
+        for argv in (("events", "-f"), ("status", "--watch", "1000"), ("logs", "-f", "a")):
+            with self.subTest(argv):
+                follower = self.start(*argv, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE)
+                self.addCleanup(follower.stderr.close)
+                if argv[0] != "logs":
+                    self.assertTrue(follower.stdout.readline())
+                follower.stdout.close()
+                self.assertEqual(follower.wait(DEADLINE), 0)
+                self.assertEqual(follower.stderr.read(), b"")
+
+    def test_a_stderr_that_cannot_be_written_changes_no_exit_status(self):
+        self.enqueue("true")
+        for argv, status in ((("statsu",), 2), (("list", "--nope", "--json"), 2),
+                             (("show", "nope"), 1), (("show", "nope", "--json"), 1),
+                             (("pause",), 0), (("wait", "--all", "--timeout", "0.05"), 124)):
+            for stderr in (self.full_disk(), self.closed_pipe()):
+                with self.subTest(argv=argv, stderr=stderr):
+                    self.assertEqual(subprocess.run(
+                        self.command(*argv), stderr=stderr, stdout=subprocess.PIPE,
+                        cwd=self.dir, timeout=60, check=False).returncode, status)
+
+    def test_a_help_that_cannot_be_written_is_a_failure(self):
+        for argv in (("--help",), ("--version",), ("enqueue", "--help"),
+                     ("dlq", "--help")):
+            for unbuffered in ("", "1"):
+                with self.subTest(argv=argv, unbuffered=unbuffered):
+                    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+                    done = [subprocess.run(
+                        [*program(), *argv], stdout=stdout, stderr=subprocess.PIPE,
+                        env=environ, timeout=60, check=False)
+                        for stdout in (self.full_disk(), self.closed_pipe())]
+                    self.assertEqual([one.returncode for one in done], [1, 0])
+                    self.assertEqual([one.stderr.count(b"\n") for one in done], [1, 0])
+
+    # A log that is not read.
+
+    def test_a_log_that_is_not_read_delays_no_worker(self):
+        reader, fifo = self.unread_fifo()
+        with self.a_queue() as queue, open(fifo, "wb", 0) as log:
+            queue.configure("heartbeat", "100ms")
+            queue.enqueue_many([Spec("true", id=f"q{n}") for n in range(700)])
+            queue.enqueue("sleep 100", id="slow", timeout=0.3, max_retries=1, priority=1)
+            worker = self.start("worker", "start", "-c", "4", stderr=log)
+            wait_for(lambda: queue.counts()[COMPLETED] == 700, "the jobs")
+            self.wait_state("slow", DEAD)
+            [run] = json.loads(self.call("show", "slow", "--json")[1])["runs"]
+            self.assertEqual(run["outcome"], "timeout")
+            self.assertLess(run["duration"], 5)
+            beats = [view.worker.heartbeat_at for view in queue.workers()]
+            wait_for(lambda: [view.worker.heartbeat_at for view in queue.workers()]
+                     != beats, "a heartbeat")
+            text = os.read(reader, 1 << 20).decode()    # somebody looks at last
+            self.assertEqual(text.strip(), "")
+
+            def read_on():
+                nonlocal text
+                with contextlib.suppress(BlockingIOError):
+                    text += os.read(reader, 1 << 16).decode()
+                return text
+            wait_for(lambda: "q300 started" in read_on(), "what was kept")
+            queue.enqueue("true", id="late")
+            wait_for(lambda: "late completed" in read_on(), "the last lines")
+            lines = text.split("\n\n")[-1].split("\n")
+            self.assertIn("worker", lines[0])
+            [dropped] = [line for line in lines if "dropped" in line]
+            missing = 700 * 2 + 2 + 2 + 1 - sum(
+                bool(re.search(" (started|completed|dead)", line)) for line in lines)
+            self.assertEqual(re.match("([0-9,]+) lines", dropped)[1], f"{missing:,}")
+            self.assertIn("late started", lines[lines.index(dropped) + 1])
+            first = [line.split()[2] for line in lines if "started: true" in line]
+            self.assertEqual(first[:300], [f"q{n}" for n in range(300)])
+            self.assertEqual(self.call("worker", "stop")[0], 0)
+            self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_a_worker_and_a_server_exit_though_nobody_reads_their_last_words(self):
+        _, fifo = self.unread_fifo()
+        with open(fifo, "wb", 0) as log:
+            worker = self.start("worker", "start", stderr=log)
+            wait_for(lambda: os.path.exists(self.path), "the queue")
+            self.enqueue("true")
+            self.wait_state("job-1", COMPLETED)
+            self.assertEqual(self.call("worker", "stop")[0], 0)
+            self.assertEqual(worker.wait(DEADLINE), 0)
+            self.assertEqual(self.start("worker", "start", "--drain", "--name", "x",
+                                        stderr=log).wait(DEADLINE), 0)
+            self.path = self.path_of("other.db")    # it says that it makes one
+            server = self.start("web", "--port", "0", stderr=log, stdout=subprocess.PIPE)
+            self.addCleanup(server.stdout.close)
+            url = server.stdout.readline().decode()
+            with contextlib.closing(http.client.HTTPConnection(
+                    "127.0.0.1", int(re.search(r":(\d+)/", url)[1]), timeout=10)) as client:
+                client.request("GET", "/healthz")
+                self.assertEqual(client.getresponse().status, 200)
+            server.send_signal(signal.SIGINT)
+            self.assertEqual(server.wait(DEADLINE), 0)
+
+    def test_a_worker_whose_error_nobody_reads_exits_with_its_status(self):
+        _, fifo = self.unread_fifo()
+        with open(self.path, "w") as file:
+            file.write("this is no queue")
+        with open(fifo, "wb", 0) as log:
+            self.assertEqual(self.start("worker", "start", stderr=log).wait(DEADLINE), 1)
+
+    def test_a_stopped_terminal_delays_no_worker(self):
+        with self.a_queue() as queue:
+            queue.enqueue("while [ ! -e go ]; do sleep .05; done", id="a", cwd=self.dir)
+            terminal = OnTerminal(self.command("worker", "start", "--drain"), self.dir,
+                                  (24, 80), {})
+            self.addCleanup(terminal.close)
+            terminal.until(lambda text: "a started" in text)
+            terminal.type(b"\x13")      # Ctrl+S
+            queue.enqueue_many([Spec("true")] * 100)
+            open(self.path_of("go"), "w").close()
+            wait_for(lambda: queue.counts()[COMPLETED] == 101, "the jobs")
+            self.assertEqual(terminal.process.wait(DEADLINE), 0)
+
+    def test_a_log_that_is_read_has_all_lines_in_their_order(self):
+        with self.a_queue() as queue:
+            queue.enqueue_many([Spec("true")] * 300)
+        reader, writer = os.pipe()
+        worker = self.start("worker", "start", "--drain", "-c", "4", stderr=writer)
+        os.close(writer)
+        with open(reader) as log:
+            lines = log.read().splitlines()
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(len(lines), 602)
+        self.assertEqual([line.split()[2] for line in lines if "started: true" in line],
+                         [f"job-{n}" for n in range(1, 301)])
+        for n in range(1, 301):
+            self.assertEqual([line.split()[2] for line in lines
+                              if line.split()[1] == f"job-{n}"], ["started:", "completed"])
+
+    def test_a_log_on_a_full_disk_stops_no_worker(self):
+        self.enqueue("true")
+        for stderr in (self.full_disk(), self.closed_pipe()):
+            self.enqueue("true")
+            self.assertEqual(self.start("worker", "start", "--drain",
+                                        stderr=stderr).wait(DEADLINE), 0)
+
+    # Who is asked.
+
+    WIDE = (("delete", "--all"), ("delete", "--state", "pending"), ("cancel", "--all"),
+            ("cancel", "--search", "x"), ("purge",), ("purge", "--older-than", "1d"),
+            ("purge", "-s", "pending"), ("dlq", "purge"), ("dlq", "purge", "--queue", "q"))
+
+    def test_without_a_terminal_a_wide_step_needs_a_yes(self):
+        self.enqueue("x")
+        for argv in self.WIDE:
+            for json_flag in ((), ("--json",)):
+                with self.subTest(argv=argv, json_flag=json_flag):
+                    code, out, err = self.call(*argv, *json_flag, stdin=subprocess.DEVNULL)
+                    self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+                    self.assertIn("--yes", err)
+                    if json_flag:
+                        self.assertEqual(json.loads(err)["error"]["code"], "usage")
+        closed = shlex.join(self.command("delete", "--all")) + " <&-"
+        self.assertEqual(subprocess.run(["/bin/sh", "-c", closed], cwd=self.dir,
+                                        stderr=subprocess.DEVNULL, check=False).returncode, 2)
+        self.assertEqual(self.job("job-1").state, PENDING)
+        for argv in (("retry", "--all"), ("purge", "--dry-run"), ("cancel", "job-1"),
+                     ("dlq", "retry", "--all"), ("delete", "job-1"),
+                     *((*argv, "--yes") for argv in self.WIDE)):
+            with self.subTest(argv):
+                self.assertEqual(self.call(*argv, stdin=subprocess.DEVNULL)[0], 0)
+
+    def test_at_a_terminal_the_question_is_on_stderr_wherever_that_goes(self):
+        for flag in ((), ("--json",)):
+            for answer, left in ((b"n\n", PENDING), (b"y\n", CANCELLED)):
+                with self.subTest(flag=flag, answer=answer):
+                    job_id = self.enqueue("x")
+                    main, side = pty.openpty()
+                    self.addCleanup(os.close, main)
+                    os.write(main, answer)
+                    code, out, err = self.call("cancel", "--all", *flag, stdin=side)
+                    os.close(side)
+                    self.assertEqual(code, 1 if left == PENDING else 0)
+                    self.assertIn("Go on? [y/N]", err)
+                    self.assertEqual(self.job(job_id).state, left)
+                    self.assertNotIn("Go on", out)
+                    self.call("delete", "--all", "--yes", "-s", "pending")
+
+    # A queue that was not there.
+
+    def test_whoever_makes_a_queue_says_so(self):
+        for argv in (("enqueue", "true"), ("pause",), ("queue", "set", "q", "--limit", "1"),
+                     ("schedule", "add", "n", "@daily", "true"),
+                     ("config", "set", "timeout", "5"), ("worker", "start", "--drain"),
+                     ("enqueue", "--stream")):
+            with self.subTest(argv):
+                self.path = self.path_of(f"{'-'.join(argv[:2])}.db")
+                said = f"made a new queue at {os.path.realpath(self.path)}\n"
+                errs = [self.call(*argv, stdin=subprocess.DEVNULL)[2] for _ in range(2)]
+                self.assertEqual([said in err for err in errs], [True, False])
+        for flag in ("--quiet", "--json"):
+            self.path = self.path_of(f"{flag}.db")
+            self.assertEqual(self.call("enqueue", "true", flag)[::2], (0, ""))
 
 
 # ---- Browser -----------------------------------------------------------------
@@ -8511,6 +8854,475 @@ class Browser(Processes):
         self.assertEqual(faults, [])
 
 
+# Run as the program, with parts of the kernel's interface missing or different.
+LESS = """
+import errno, fcntl, os, struct, sys
+plainly = fcntl.fcntl
+def refuse(fd, command, *rest):
+    if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return plainly(fd, command, *rest)
+def grant(fd, command, *rest):
+    if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+        return struct.pack("hhqqi", fcntl.F_UNLCK, 0, 0, 1, 0)
+    return plainly(fd, command, *rest)
+def without_pidfds():
+    if hasattr(os, "pidfd_open"):
+        del os.pidfd_open
+def with_refused_locks():
+    fcntl.fcntl = refuse
+def with_locks_of_processes():
+    fcntl.fcntl = grant
+globals()[sys.argv.pop(1)]()
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+sys.exit(queuectl.main())
+"""
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+import queuectl
+told = []
+for line in json.load(sys.stdin):
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = queuectl.main(line)
+    told.append((code, out.buffer.getvalue().decode(), err.getvalue()))
+print(json.dumps(told))
+"""
+
+
+class Kernels(Processes):
+    """Kernels that lack something, disks that cannot be written, workers out of sight."""
+
+    less = None     # the function of LESS that is called before the program starts
+
+    def command(self, *argv):
+        if self.less is None:
+            return super().command(*argv)
+        return [sys.executable, "-c", LESS, self.less,
+                os.path.dirname(os.path.abspath(MODULE)), "--db", self.path, *argv]
+
+    def log(self):
+        return self.read("worker.log")
+
+    # Without pidfds, without locks.
+
+    def test_a_run_that_ends_as_its_time_is_up_ends_once_where_there_are_no_pidfds(self):
+        self.less = "without_pidfds"
+        with Queue(self.path) as queue:
+            queue.enqueue_many([Spec(f"sleep 2 & sleep {.28 + n / 1000}", timeout=.3,
+                                     max_retries=1, cwd="/") for n in range(20)])
+        err = self.drain("-c", "10")
+        self.assertNotIn("Traceback", err)
+        with Queue(self.path) as queue:
+            self.assertEqual([len(queue.runs(f"job-{n}")) for n in range(1, 21)], [1] * 20)
+            self.assertEqual({queue.runs(f"job-{n}")[0].outcome for n in range(1, 21)}
+                             - {"completed", "timeout"}, set())
+            self.assert_sound(queue)
+
+    def test_locks_that_do_not_hold_are_found_out_by_trying(self):
+        for less in ("with_refused_locks", "with_locks_of_processes"):
+            with self.subTest(less):
+                self.less, self.path = less, self.path_of(f"{less}.db")
+                first = self.enqueue("while [ ! -e go ]; do sleep .05; done")
+                worker = self.worker("-c", "2", "--name", "w")
+                self.wait_state(first, PROCESSING)
+                self.assertIn("w  pid", self.call("worker", "list")[1])
+                self.assertNotIn("lost", self.call("check")[1])
+                worker.kill()
+                worker.wait()
+                write_bytes(self.path_of("go"), b"")
+                self.drain()
+                self.assertEqual((self.job(first).state, self.job(first).crashes),
+                                 (COMPLETED, 1))
+                os.unlink(self.path_of("go"))
+
+    @NEEDS_LOCKS
+    def test_a_lock_that_cannot_be_asked_for_counts_as_held(self):
+        locks = queuectl.Locks(self.path_of("lock"))
+        self.assertFalse(locks.is_held(7))
+        self.assertFalse(os.path.exists(locks.path))    # a reader leaves nothing behind
+        self.addCleanup(os.close, locks.hold(7))
+        done = subprocess.run([sys.executable, "-c", """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import queuectl
+locks = [queuectl.Locks(sys.argv[2]) for _ in "123"]
+print(locks[0].is_held(7), locks[0].is_held(8))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+print(locks[0].is_held(7), locks[0].is_held(8), locks[1].is_held(8))
+resource.setrlimit(resource.RLIMIT_NOFILE, (9, hard))
+print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
+""", os.path.dirname(os.path.abspath(MODULE)), locks.path],
+            stdout=subprocess.PIPE, check=True)
+        self.assertEqual(done.stdout.decode().split("\n")[:3],
+                         ["True False", "True False True", "True False False"])
+
+    def test_a_worker_without_free_descriptors_keeps_what_it_has(self):
+        """Each child that a job leaves behind keeps a pipe of its worker open."""
+        self.call("config", "set", "heartbeat", "100ms")
+        children = 60
+        with Queue(self.path) as queue:
+            queue.enqueue_many([Spec("sleep 100 & echo $! >> children", cwd=self.dir)]
+                               * children)
+        worker = self.worker(preexec_fn=functools.partial(
+            resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40)))
+        self.addCleanup(self.end_children)
+        wait_for(lambda: "Too many open files" in self.log(), "the limit")
+        with Queue(self.path) as queue:
+            [before] = queue.store.workers()
+            wait_for(lambda: queue.store.workers()[0].beat > before.beat + 2, "heartbeats")
+            done = queue.counts()[COMPLETED]
+        self.assertTrue(0 < done < children)
+        self.assertIsNone(worker.poll())
+        self.end_children()
+        wait_for(lambda: self.end_children() or self.job(f"job-{children}").state
+                 == COMPLETED, "the rest")
+
+    def end_children(self):
+        with contextlib.suppress(FileNotFoundError):
+            for pid in self.read("children").split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    # Workers that cannot be asked.
+
+    def a_foreign_worker(self, silent_for="1 hour", **options):
+        """The row of a worker in a container that was replaced; the jobs it ran."""
+        with Queue(self.path) as queue:
+            claims = Claims(queue, PoolOptions(**{"name": "old", **options}))
+            turn = claims.turn({}, {}, [1])
+            for one in turn.claimed:
+                let_go(one.lock)
+            let_go(claims._lock)
+            with queue.store.transaction() as store:
+                store.do("UPDATE workers SET boot = 'gone', host = 'gone', heartbeat_at "
+                         "= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', :ago) WHERE id = :id",
+                         {"ago": f"-{silent_for}", "id": claims.worker.id})
+        return [one.job.id for one in turn.claimed]
+
+    def quick_lease(self):
+        with Queue(self.path) as queue:
+            queue.configure("lease", "1s")
+            queue.configure("heartbeat", "100ms")
+
+    def names(self):
+        with Queue(self.path) as queue:
+            return [worker.name for worker in queue.store.workers()]
+
+    def test_a_worker_removes_those_that_nobody_hears_of(self):
+        self.quick_lease()
+        self.enqueue("true")
+        [job_id] = self.a_foreign_worker()
+        self.a_foreign_worker(name="idle")
+        self.worker("--name", "new")
+        self.wait_state(job_id, COMPLETED)
+        wait_for(lambda: self.names() == ["new"], "the removal")
+        self.assertEqual(self.job(job_id).crashes, 1)
+        self.assertIn("worker idle on gone is removed: it sent no heartbeat for 1s",
+                      self.log())
+
+    def test_stop_removes_a_worker_that_nobody_hears_of(self):
+        self.quick_lease()
+        self.enqueue("true")
+        [job_id] = self.a_foreign_worker()
+        self.a_foreign_worker(name="b")
+        begun = time.monotonic()
+        code, _, err = self.call("worker", "stop", "old")
+        self.assertGreater(time.monotonic() - begun, 1)
+        self.assertEqual((code, self.names()), (0, ["b"]), err)
+        self.assertIn("old is removed: it sent no heartbeat", err)
+        self.assertEqual(self.call("worker", "stop")[0], 0)
+        self.assertEqual(self.names(), [])
+        self.drain()
+        self.assertEqual((self.job(job_id).state, self.job(job_id).crashes), (COMPLETED, 1))
+
+    def test_stop_does_not_remove_a_worker_whose_heartbeats_come(self):
+        """Its clock may be an hour late."""
+        self.quick_lease()
+        self.a_foreign_worker()
+        stop = subprocess.Popen(self.command("worker", "stop", "--timeout", "1500ms"),
+                                stderr=subprocess.PIPE)
+        with Queue(self.path) as queue:
+            while stop.poll() is None:
+                with queue.store.transaction() as store:
+                    store.do("UPDATE workers SET beat = beat + 1", {})
+                time.sleep(.05)
+        stop.communicate()
+        self.assertEqual((stop.returncode != 0, self.names()), (True, ["old"]))
+
+    def test_the_name_of_a_worker_that_nobody_hears_of_is_free(self):
+        self.enqueue("true")
+        self.a_foreign_worker(silent_for="20 seconds")
+        code, _, err = self.call("worker", "start", "--name", "old", "--drain")
+        self.assertEqual(code, 1)
+        self.assertIn("a worker named 'old' is running already", err)
+        with Queue(self.path) as queue, queue.store.transaction() as store:
+            store.do("UPDATE workers SET heartbeat_at = '2020-01-01T00:00:00.000Z'", {})
+        self.worker("--name", "old")
+        wait_for(lambda: self.names() == ["old#1", "old"], "the new one")
+
+    def test_a_worker_that_nobody_hears_of_does_not_count_as_running(self):
+        for silent_for, is_there in (("1 hour", False), ("20 seconds", True)):
+            with self.subTest(silent_for):
+                self.path = self.path_of(f"{silent_for}.db")
+                self.call("config", "set", "lease", "25s")
+                self.a_foreign_worker(silent_for)
+                code, out, err = self.call("enqueue", "true")
+                self.assertEqual((code, out), (0, "job-1\n"))
+                self.assertEqual("no worker is running" in err, not is_there)
+                self.assertEqual("none running" in self.call("status")[1], not is_there)
+                listed, note = self.call("worker", "list")[1:]
+                self.assertRegex(listed, "old .*silent for")
+                self.assertEqual("no worker is running" in note, not is_there)
+                for json_of, get in (("status", lambda found: found["workers"]),
+                                     ("worker list", lambda found: found)):
+                    shown = get(json.loads(self.call(*json_of.split(), "--json")[1]))
+                    self.assertEqual([one["name"] for one in shown], ["old"])
+                shown = json.loads(self.call("show", "job-1", "--json")[1])
+                self.assertEqual("no worker is running" in str(shown["waiting_for"]),
+                                 not is_there)
+                found = json.loads(self.call("check", "--json")[1])
+                self.assertEqual(
+                    [(one["level"], one["hint"]) for one in found["findings"]
+                     if one["code"] == "silent-worker"],
+                    [] if is_there else [("warning", "if it is gone, `queuectl worker "
+                                          "stop old` removes it")])
+                self.assertTrue(found["sound"])
+
+    # Read-only media.
+
+    READS = (["list", "--json"], ["logs", "job-1"], ["status"], ["show", "job-1"], ["check"],
+             ["worker", "list"], ["stats"], ["events"], ["config", "list"], ["dlq"],
+             ["queue", "list"], ["schedule", "list"], ["wait", "job-1"])
+    WRITES = (["enqueue", "true"], ["cancel", "job-2"], ["retry", "job-1"], ["pause"],
+              ["worker", "start", "--drain"], ["config", "set", "lease", "1m"],
+              ["delete", "job-1", "--json"])
+
+    def a_medium(self):
+        """A disk of its own with a queue on it; what makes it read-only."""
+        place = self.path_of("medium")
+        os.mkdir(place)
+        if not shutil.which("mount") or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place],
+                stderr=subprocess.DEVNULL, check=False).returncode:
+            self.skipTest("a disk of its own needs root and mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", place], check=False)
+        self.path = os.path.join(place, "queue.db")
+        self.enqueue("echo hello")
+        self.drain()
+        self.enqueue("true")
+        return lambda: subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+
+    def told(self, lines, **options):
+        """(exit status, output, messages) of each command line, all in one process."""
+        done = subprocess.run(
+            [sys.executable, "-c", SEVERAL, os.path.dirname(os.path.abspath(MODULE))],
+            input=json.dumps([[*line, "--db", self.path] for line in lines]).encode(),
+            stdout=subprocess.PIPE, cwd=self.dir, check=True, **options)
+        return json.loads(done.stdout)
+
+    def assert_only_read(self, **options):
+        names = sorted(os.listdir(os.path.dirname(self.path)))
+        said = self.told([*self.READS, *self.WRITES], **options)
+        for words, (code, out, err) in zip(self.READS, said):
+            with self.subTest(words):
+                self.assertEqual((code, "error" in err), (0, False), out + err)
+        self.assertEqual(len(json.loads(said[0][1])), 2)
+        self.assertEqual(said[1][1], "hello\n")
+        for words, told in zip(self.WRITES, said[len(self.READS):]):
+            with self.subTest(words):
+                self.assertEqual(told[:2], [1, ""])
+                self.assertIn("is read-only", told[2])
+        self.assertEqual(json.loads(said[-1][2])["error"]["code"], "unwritable")
+        self.assertEqual(sorted(os.listdir(os.path.dirname(self.path))), names)
+
+    def test_a_queue_on_a_read_only_disk_can_be_read_and_not_changed(self):
+        make_read_only = self.a_medium()
+        backup = self.path_of("medium/backup.db")
+        self.call("backup", backup)
+        make_read_only()
+        self.assert_only_read()
+        self.assertEqual(self.call("backup", self.path_of("copy.db"))[0], 0)
+        self.path = backup
+        self.assert_only_read()
+
+    def test_who_may_not_write_a_queue_may_read_it(self):
+        self.path = os.path.join(self.path_of("here"), "queue.db")
+        os.mkdir(self.path_of("here"))
+        self.addCleanup(os.chmod, self.path_of("here"), 0o700)
+        self.enqueue("echo hello")
+        self.drain()
+        self.enqueue("true")
+        here = os.path.dirname(self.path)
+        for folder, file in ((0o555, 0o444), (0o755, 0o444), (0o555, 0o666)):
+            os.chmod(self.path, file)
+            os.chmod(here, folder)
+            if folder == 0o555 and not subprocess.run(
+                    ["touch", os.path.join(here, "new")], check=False,
+                    preexec_fn=bind_permissions, stderr=subprocess.DEVNULL).returncode:
+                self.skipTest("permissions do not bind this user")
+            with self.subTest(f"{folder:o} {file:o}"):
+                self.assert_only_read(preexec_fn=bind_permissions)
+
+    def test_commits_that_cannot_be_read_are_told_and_not_left_out(self):
+        make_read_only = self.a_medium()
+        kept = self.path
+        with Queue(kept) as queue:      # as it is when its worker is killed
+            queue.enqueue("true")
+            for name in ("a", "b"):
+                for suffix in ("", "-wal", "-shm")[:2 if name == "b" else 3]:
+                    shutil.copy(kept + suffix, self.path_of(f"medium/{name}.db{suffix}"))
+        make_read_only()
+        self.path = self.path_of("medium/a.db")
+        self.assertEqual(len(json.loads(self.call("list", "--json")[1])), 3)
+        self.path = self.path_of("medium/b.db")
+        code, out, err = self.call("list")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("b.db-wal holds changes that cannot be read", err)
+
+    def test_an_older_format_that_cannot_be_upgraded_is_refused_as_it_is(self):
+        self.a_medium()()
+        with mock.patch.object(queuectl, "SCHEMA_VERSION", queuectl.SCHEMA_VERSION + 1):
+            code, out, err = run_cli("status", "--db", self.path)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("older format", err)
+        self.assertIn("copy it", err)
+
+    def test_who_only_reads_a_queue_in_use_sees_what_others_commit(self):
+        """As in a container that mounts the directory read-only."""
+        self.a_medium()
+        glass = self.path_of("glass")
+        os.mkdir(glass)
+        for words in (["--bind", self.path_of("medium"), glass],
+                      ["-o", "remount,bind,ro", glass]):
+            if subprocess.run(["mount", *words], check=False).returncode:
+                self.skipTest("a directory cannot be mounted twice here")
+        self.addCleanup(subprocess.run, ["umount", "-l", glass], check=False)
+        with Queue(os.path.join(glass, "queue.db"), create=False) as reader:
+            seen = reader.store.changes()
+            self.assertEqual(len(reader.jobs()), 2)
+            self.enqueue("true")
+            self.assertEqual(len(reader.jobs()), 3)
+            self.assertNotEqual(reader.store.changes(), seen)
+            with Queue(self.path) as writer:
+                writer.enqueue("true")
+                self.assertEqual(len(reader.jobs()), 4)
+                self.assertEqual(len(writer.jobs()), 4)
+            self.enqueue("true")
+            self.assertEqual(len(reader.jobs()), 5)
+        self.assertEqual(os.listdir(glass), os.listdir(self.path_of("medium")))
+
+    # Wake-ups.
+
+    def a_deaf_worker(self, *argv):
+        """One whose next heartbeat does not come during the test; and its port."""
+        with Queue(self.path) as queue:
+            queue.configure("heartbeat", "10m")
+            self.worker(*argv)
+            [worker] = wait_for(queue.store.workers, "the worker")
+            wait_for(lambda: queue.store.workers()[0].beat, "its first heartbeat")
+        return worker.port
+
+    def flood(self, port, *messages):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for n in range(5000):
+                sender.sendto(messages[n % len(messages)], ("127.0.0.1", port))
+
+    def test_datagrams_alone_make_no_worker_write(self):
+        port = self.a_deaf_worker()
+        if port is None:
+            self.skipTest("there is no loopback here")
+        with Queue(self.path) as queue:
+            queue.enqueue("echo $$ > pid; while [ ! -e go ]; do sleep .02; done", cwd=self.dir)
+            wait_for(lambda: os.path.exists(self.path_of("pid")), "the start")
+            self.settle(queue)
+            before = queue.store.changes(), queue.store.workers()[0].beat
+            for messages in ([b"jobs"], [b"orders"], [b"output"], [b"", b"x" * 9000],
+                             [b"jobs", b"orders", b"output", b"jobs\n"]):
+                with self.subTest(messages[0]):
+                    self.flood(port, *messages)
+                    self.assertEqual((queue.store.changes(),
+                                      queue.store.workers()[0].beat), before)
+            write_bytes(self.path_of("go"), b"")
+            self.wait_state("job-1", COMPLETED)
+
+    def settle(self, queue):
+        """Wait until nothing has been committed for a moment."""
+        seen = None
+        while seen != queue.store.changes():
+            seen = queue.store.changes()
+            time.sleep(.2)
+
+    def test_in_a_flood_of_datagrams_a_worker_does_its_work(self):
+        port = self.a_deaf_worker("-c", "2", "--name", "w")
+        if port is None:
+            self.skipTest("there is no loopback here")
+        stop = threading.Event()
+
+        def pour():
+            while not stop.is_set():
+                self.flood(port, b"jobs", b"orders", b"output")
+        pouring = threading.Thread(target=pour)
+        pouring.start()
+        self.addCleanup(pouring.join)
+        self.addCleanup(stop.set)
+        self.enqueue("true")
+        self.wait_state("job-1", COMPLETED)
+        self.enqueue("sleep 100")
+        self.wait_state("job-2", PROCESSING)
+        self.assertEqual(self.call("cancel", "job-2")[0], 0)
+        self.assertEqual(self.call("worker", "stop", "w")[0], 0)
+        with Queue(self.path) as queue:
+            self.assertEqual(queue.counts()[CANCELLED], 1)
+
+    def test_orders_are_heeded_at_once_and_not_with_the_next_heartbeat(self):
+        self.a_deaf_worker("--name", "w")
+        begun = time.monotonic()
+        self.enqueue("sleep 100")
+        self.wait_state("job-1", PROCESSING)
+        self.call("cancel", "job-1")
+        self.wait_state("job-1", CANCELLED)
+        self.call("config", "set", "timeout", "200ms")
+        self.enqueue("sleep 100", "--max-retries", "1")
+        self.wait_state("job-2", DEAD)
+        self.assertEqual(self.call("worker", "stop")[0], 0)
+        self.assertLess(time.monotonic() - begun, DEADLINE)
+
+    def test_output_is_stored_for_readers_as_it_comes_and_not_more_often(self):
+        self.a_deaf_worker()
+        self.enqueue("i=0; while [ ! -e go ]; do i=$((i+1)); echo $i; sleep .01; done")
+        self.wait_state("job-1", PROCESSING)
+        with Queue(self.path) as queue:
+            wait_for(lambda: queue.fresh_run("job-1").output_bytes, "output")
+            begun, seen, commits = time.monotonic(), queue.store.changes(), 0
+            while time.monotonic() < begun + 1:
+                queue.wake(queuectl.PEEK)
+                commits += queue.store.changes() != seen
+                seen = queue.store.changes()
+                time.sleep(.005)
+            self.assertTrue(0 < commits < 16, commits)
+            write_bytes(self.path_of("go"), b"")
+
+    def test_what_is_under_way_is_read_without_its_output(self):
+        with Queue(self.path) as queue:
+            claims = Claims(queue, PoolOptions())
+            queue.enqueue("x")
+            [claimed] = claims.turn({}, {}, [1]).claimed
+            output = Output(9)
+            output.feed(b"printed")
+            claims.turn({}, {claimed.claim: output}, [])
+            self.assertEqual(queue.run("job-1").output, b"printed")
+            for sql in (queuectl.Sql.UNDER_WAY, queuectl.Sql.RUN_BY_CLAIM):
+                [row] = queue.store.rows(sql, **{"claim": claimed.claim} if ":" in sql else {})
+                run = queuectl.Run(*row)
+                self.assertEqual(run, queue.run("job-1")._replace(output=b""))
+
+
 # ---- Real shells and service managers ----------------------------------------
 
 class ShellTerminal:
@@ -8706,6 +9518,339 @@ class Services(Processes):
                     env={**os.environ, "XDG_RUNTIME_DIR": self.path_of("run")})
                 with self.subTest(flags):
                     self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+
+class Names(Processes):
+    """Any file name or line is one argument of a command, and never code."""
+
+    HOSTILE = (b"plain", b"a b", b"new\nline", b"quo\"te'", b"$(touch PWNED)",
+               b"`touch PWNED`", b";touch PWNED", b"-n", b"--help", b"--", b"@file", b"#x",
+               b"{}", b"{#}", b"a{}b", b"\\", b"%s\\n", b"trailing  ", b"\ttab\t", b"  ",
+               b"cr\r", b"~", b"*", b"=ls", b"A=b", b"if", b"!x", b'{"command": "x"}',
+               b"caf\xe9", b"\xe9'%d\\n$(touch PWNED)\n.", b"-\xff7",
+               "\u00e4".encode() * 100)
+
+    def add(self, data, *argv, status=0):
+        """What a batch of that stdin says."""
+        code, out, err = self.call("enqueue", *argv, input=data)
+        self.assertEqual(code, status, err)
+        return err if status else out
+
+    def commands(self, **filters):
+        with Queue(self.path, create=False) as queue:
+            return [job.command for job in queue.jobs(sort="oldest", **filters)]
+
+    def outputs(self):
+        """What each job's command prints, oldest first."""
+        with Queue(self.path, create=False) as queue:
+            return [subprocess.run(["/bin/sh", "-c", job.command], cwd=self.dir, env={
+                        **os.environ, **job.env}, stdout=subprocess.PIPE,
+                        check=True).stdout for job in queue.jobs(sort="oldest")]
+
+    # Templates.
+
+    def test_any_name_is_one_argument_whatever_bytes_it_has(self):
+        items = b"\0".join(self.HOSTILE) + b"\0"
+        self.add(items, "-0", "-", "--", "printf", "%s|", "<{}>")
+        self.add(items, "--null", "-", "--", "printf", "%s|", "last")
+        self.assertEqual(self.outputs(), [
+            *(b"<" + name + b">|" for name in self.HOSTILE),
+            *(b"last|" + name + b"|" for name in self.HOSTILE)])
+        self.assertFalse(os.path.exists(self.path_of("PWNED")))
+
+    def test_files_of_any_name_are_worked_on(self):
+        os.mkdir(self.path_of("names"))
+        folder, made = os.fsencode(self.path_of("names")), []
+        for name in self.HOSTILE:
+            with contextlib.suppress(OSError):  # a file system may take only UTF-8
+                os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY))
+                made.append(name)
+        self.add(b"\0".join(made), "-0", "-", "--cwd", "names", "--", "mv", "--", "{}",
+                 "{}.done")
+        self.drain("-c", "4")
+        self.assertEqual(sorted(os.listdir(folder)), sorted(n + b".done" for n in made))
+
+    def test_a_line_is_an_item_and_only_its_end_is_taken_off(self):
+        lines = b"# no comment\n\n {\"command\": 1}\r\n  \n\nlast "
+        for source in (("-",), ("--file", "list"), ("@list",)):
+            with open(self.path_of("list"), "wb") as file:
+                file.write(lines)
+            self.add(lines, *source, "--", "printf", "%s|", "{#}", "{}")
+        self.assertEqual(self.outputs(), 3 * [
+            b"1|# no comment|", b"2| {\"command\": 1}\r|", b"3|  |", b"4|last |"])
+
+    def test_marks_of_an_item_are_not_replaced_again(self):
+        self.add(b"{#}{}\n", "-", "--", "printf", "%s|", "{}{#}{}", "{#{}}")
+        self.assertEqual(self.outputs(), [b"{#}{}1{#}{}|{#{#}{}}|"])
+
+    def test_an_item_as_the_program_is_no_keyword_and_no_assignment(self):
+        self.add(b"A=b\nif\n", "-", "--max-retries", "1", "--", "{}", "x")
+        self.assertEqual(self.commands(), ["'A=b' x", "'if' x"])
+
+    def test_an_array_job_knows_its_number(self):
+        self.add(b"a\n\nb\n", "-", "--env", "N={#}:{}", "--", "sh", "-c",
+                 'printf "%s|" "$QUEUECTL_ITEM" "$N" "$1"', "sh")
+        self.drain()
+        self.assertEqual([self.call("logs", job)[1] for job in ("job-1", "job-2")],
+                         ["1|1:a|a|", "2|2:b|b|"])
+
+    def test_flags_hold_for_each_job_and_may_hold_marks(self):
+        self.add(b"a b\nc\n", "-", "--id", "n-{#}", "--unique", "u {}", "--once", "{}",
+                 "--tag", "t{#}", "--tag", "all", "--env", "X={}=", "--queue", "q",
+                 "--max-retries", "7", "--", "true")
+        with Queue(self.path, create=False) as queue:
+            self.assertEqual([(job.id, job.unique, job.once, job.tags, job.env["X"],
+                               job.queue, job.max_retries)
+                              for job in queue.jobs(sort="oldest")], [
+                ("n-1", "u a b", "a b", ("t1", "all"), "a b=", "q", 7),
+                ("n-2", "u c", "c", ("t2", "all"), "c=", "q", 7)])
+
+    def test_an_interrupted_batch_is_submitted_again(self):
+        self.add(b"a\nb\n", "-", "--once", "{}", "--", "true")
+        self.drain()
+        out = self.add(b"a\nb\nc\n", "-", "--once", "{}", "--", "true")
+        self.assertIn("1 added, 2 already there", out)
+        path = "\u00fc" * 1024
+        self.add(path.encode(), "-", "--once", "{}", "--", "true")
+        self.assertIn("line 1: once: ", self.add(
+            path.encode() + b"x", "-", "--once", "{}", "--", "true", status=1))
+
+    def test_results_are_those_of_a_batch(self):
+        self.assertEqual(self.add(b"a\nb\n", "-", "-q", "--", "true"), "job-1\njob-2\n")
+        self.assertEqual([job["command"] for job in json.loads(
+            self.add(b"a\n", "-", "--json", "--", "true"))], ["true a"])
+        self.assertEqual(self.add(b"", "-", "--", "true"), "")
+        worker = self.worker("--max-jobs", "5")
+        self.assertEqual(self.call("enqueue", "-", "--wait", "--max-retries", "1", "--",
+                                   "test", "a", "=", input=b"a\nb\n")[0], 1)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_an_item_that_makes_no_job_adds_nothing(self):
+        long = b"x" * queuectl.MAX_TEXT
+        for data, argv, said in (
+                (b"a\n\n" + long, ("--", "true"), "line 3: command is "),
+                (b"a\nb\0c", ("--", "true"), "line 2: an argument cannot hold a NUL"),
+                (b"a\n\xff", ("--id", "{}", "--", "true"), "line 2: id: "),
+                (b"a\na", ("--id", "{}", "--", "true"), "line 2: there is a job 'a' "),
+                (b"a\0\0" + long, ("-0", "--", "true"), "item 2: command is "),
+                (b"a\0\xff\n\0", ("-0", "--", "true"), "item 2: b'\\xff\\n' is not "),
+                (b"a\0\xff\0", ("-0", "--tag", "{}", "--", "true"), "item 2: tags: ")):
+            with self.subTest(said):
+                self.assertIn(f"error: {said}", self.add(data, "-", *argv, status=1))
+        self.assertEqual(self.commands(), [])
+
+    def test_an_item_within_the_script_of_a_shell_is_refused(self):
+        for words in (("sh", "-c", "echo {}"), ("/bin/bash", "-c", "{}"), ("sh", "-c"),
+                      ("env", "dash", "-ec", "x {}"), ("zsh", "-f", "-c", "x{}y"),
+                      ("bash", "-euo", "pipefail", "-c", "echo {}", "sh", "{}"),
+                      ("bash", "--norc", "-c", "--", "echo {}"),
+                      ("bash", "--rcfile", "f", "-lc", "echo {}"),
+                      ("ksh", "+x", "-c", "-e", "echo {}"),
+                      ("nice", "bash", "-o", "errexit", "-c")):
+            with self.subTest(words):
+                said = self.add(b"x\n", "-", "--", *words, status=2)
+                self.assertIn("sh -c 'echo \"$1\"' sh {}", said)
+        for words in (("sh", "-c", 'echo "$1"', "sh", "{}"), ("sh", "-c", 'echo "$0"'),
+                      ("sh", "script", "{}"), ("bash", "-e", "{}", "-c"), ("sh",),
+                      ("bash", "-c", "echo {#}", "sh", "{}"), ("sh", "{}")):
+            with self.subTest(words):
+                self.add(b"x\n", "-", "--", *words)
+
+    def test_what_makes_no_template_is_a_usage_error(self):
+        for argv in (("-", "--"), ("-", "--command", "x", "--", "y"), ("-0", "--", "x"),
+                     ("x", "--", "y"), ("-0", "x"), ("@f", "--file", "f", "--", "x"),
+                     ("--stream", "--")):
+            with self.subTest(argv):
+                self.add(b"x\n", *argv, status=2)
+
+    def test_a_negative_number_is_no_flag_beside_a_zero(self):
+        self.add(b"x\0", "-0", "-", "-p", "-5", "-q")
+        self.assertEqual(self.job("job-1").priority, -5)
+        self.assertEqual(self.add(b"a\0b\0", "-q0", "-"), "job-2\njob-3\n")
+
+    def test_items_without_a_template_are_jobs_and_may_hold_lines(self):
+        self.add(b'echo a\necho b\0\0{"command":\n"c"}\0# no\0[{"command": "d"}]\0',
+                 "-0", "-")
+        self.assertEqual(self.commands(), ["echo a\necho b", "c", "d"])
+        self.assertIn("item 2: ", self.add(b"a\0\0{x}\0", "-0", "-", status=1))
+
+    # Streams.
+
+    def test_a_template_takes_items_as_they_come(self):
+        for argv, end in (((), b"\n"), (("-0",), b"\0")):
+            with self.subTest(argv):
+                stream = subprocess.Popen(
+                    self.command("enqueue", "--stream", *argv, "--tag", "t{#}", "--",
+                                 "printf", "%s|"),
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.dir)
+                self.addCleanup(self.end, stream)
+                for item in (b"a b", b"$(touch PWNED)"):
+                    stream.stdin.write(item + end)
+                    stream.stdin.flush()
+                    job_id = stream.stdout.readline().decode().strip()
+                    self.assertTrue(self.job(job_id).tags)
+                stream.communicate(b"caf\xe9")
+                self.assertEqual(stream.returncode, 0)
+        self.assertEqual(self.outputs(), 2 * [b"a b|", b"$(touch PWNED)|", b"caf\xe9|"])
+
+    def test_of_a_line_of_a_stream_all_jobs_are_added_or_none(self):
+        self.call("enqueue", "x", "--id", "taken")
+        bad = (b'[{"command": "a"}, {"command": "b", "id": "taken"},'
+               b' {"command": "c", "id": "taken"}, {"command": "d"}]',
+               b'[{"command": "e"}, {"command": "f", "after": "unknown"}]',
+               b'[{"command": "g", "id": "g", "after": "h"},'
+               b' {"command": "i", "id": "h", "after": "g"}]')
+        code, out, err = self.call("enqueue", "--stream", input=b"\n".join(
+            (b"echo 1", *bad, b"echo 2")))
+        self.assertEqual((code, len(out.split())), (1, 2))
+        self.assertEqual([line.split(": ")[2] for line in err.splitlines()[:3]],
+                         ["line 2", "line 3", "line 4"])
+        self.assertEqual(err.count("error: "), 3)
+        self.assertEqual(self.commands(), ["x", "echo 1", "echo 2"])
+        fixed = bad[0].replace(b', "id": "taken"', b"")
+        self.assertEqual(self.call("enqueue", "--stream", input=fixed)[0], 0)
+        self.assertEqual(self.commands()[3:], ["a", "b", "c", "d"])
+
+    # Text that is not UTF-8, and text that is too long.
+
+    def test_an_argument_may_have_any_bytes(self):
+        with open(os.path.join(os.fsencode(self.dir), b"caf\xe9"), "wb") as file:
+            file.write(b"drink")
+        self.enqueue("--", b"cat", b"./caf\xe9")
+        self.assertIn("caf\\351", self.commands()[0])
+        code, _, err = self.call("schedule", "add", "s", "@daily", "--", b"cat", b"caf\xe9")
+        self.assertEqual(code, 0, err)
+        self.drain()
+        self.assertEqual(self.call("logs", "job-1")[1], "drink")
+        self.assertEqual(self.call("schedule", "run", "s")[0], 0)
+        code, _, err = self.call("enqueue", "--", b"cat", b"\xff\n")
+        self.assertEqual(code, 1)
+        self.assertIn("ends with a newline", err)
+
+    def test_other_bytes_elsewhere_are_named(self):
+        for argv in ((b"caf\xe9",), ("--id", b"caf\xe9", "--", "x"),
+                     ("x", "--tag", b"caf\xe9")):
+            with self.subTest(argv):
+                code, _, err = self.call("enqueue", *argv)
+                self.assertEqual(code, 2)
+                self.assertRegex(err, r"argument 'caf\\udce9' is not UTF-8")
+                self.assertNotIn("iconv", err)
+        err = self.add(b"echo a\necho \xe9\n", "-", status=1)
+        self.assertIn("line 2: not UTF-8", err)
+        self.assertNotIn("iconv", err)
+
+    def test_a_command_that_cannot_be_started_is_refused(self):
+        most = queuectl.MAX_TEXT
+        self.call("enqueue", "x", "--id", "a", "--delay", "1h")
+        fits = "printf %s xxx | wc -c; true ".ljust(most, "x")
+        self.add(fits.encode(), "-", "--id", "fits", "--max-retries", "1")
+        with self.assertRaises(queuectl.InvalidJob), Queue(self.path) as queue:
+            queue.edit("a", command=fits + "x")
+        wide = "\u00fc" * (most // 2)
+        for line in (fits + "x", wide + "xx", json.dumps({"command": wide + "xx"}),
+                     json.dumps({"command": "x", "env": {"A": "y" * (most - 1)}}),
+                     json.dumps({"command": "x", "env": {
+                         f"A{n}": "y" * 120_000 for n in range(9)}})):
+            with self.subTest(line[-10:]):
+                self.assertRegex(self.add(b"a\n" + line.encode(), "-", status=1),
+                                 "error: line 2: .*bytes.*; put ")
+        with self.assertRaises(queuectl.InvalidJob), Queue(self.path) as queue:
+            queue.add_schedule("s", "@daily", command=fits + "x")
+        self.drain()
+        self.assertEqual(self.call("logs", "fits")[1].strip(), "3")
+
+    def test_the_longest_variables_can_be_started(self):
+        value = "y" * (queuectl.MAX_TEXT - len("A0="))
+        self.add(json.dumps({"command": 'printf %s "$A7" | wc -c', "env": {
+            f"A{n}": value for n in range(8)}}).encode(), "-", "--max-retries", "1")
+        self.drain()
+        self.assertEqual(int(self.call("logs", "job-1")[1]), len(value))
+
+    # Installing.
+
+    def installed(self, to, *argv, **options):
+        """What the installed program says."""
+        done = subprocess.run([os.path.join(to, "bin", "queuectl"), *argv],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=60, check=False, **options)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
+        to = self.path_of("of ü'$x")
+        with open(self.path_of("json.py"), "w") as file:
+            file.write("raise SystemExit('the wrong json')")
+        for _ in range(2):
+            code, out, err = self.call("install", "--to", to)
+            self.assertEqual((code, out), (0, os.path.join(to, "bin", "queuectl\n")))
+            self.assertIn("not on PATH", err)
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1],
+                         f"queuectl {queuectl.__version__}\n")
+        self.assertEqual(self.installed(to, "enqueue", "--db", self.path, "-", "-q",
+                                        input=b"exit 3", cwd=self.dir)[1], "job-1\n")
+        self.assertEqual(self.installed(to, "show", "nope", cwd=self.dir)[0], 1)
+        library = os.path.join(to, "lib", "queuectl")
+        self.assertEqual(os.listdir(os.path.join(to, "bin")), ["queuectl"])
+        self.assertEqual(sorted(os.listdir(library)), ["__pycache__", "queuectl.py"])
+        self.assertEqual(len(os.listdir(os.path.join(library, "__pycache__"))), 1)
+        cached = os.path.join(library, "__pycache__",
+                              f"queuectl.{sys.implementation.cache_tag}.pyc")
+        with open(cached, "r+b") as file:   # who runs this runs the byte code
+            header = file.read(16)
+            file.seek(0)
+            file.write(header + marshal.dumps(compile(
+                "def main(): print('cached')", "queuectl.py", "exec")))
+        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1], "cached\n")
+
+    def test_an_installed_worker_gets_its_signals(self):
+        self.call("install", "--to", self.path_of("to"))
+        worker = subprocess.Popen(
+            [self.path_of("to/bin/queuectl"), "--db", self.path, "worker", "start"],
+            stderr=subprocess.PIPE, cwd=self.dir)
+        self.addCleanup(self.end, worker)
+        self.addCleanup(worker.stderr.close)
+        self.assertIn(b" started: ", next(
+            line for line in worker.stderr if b"worker" in line and b"started" in line))
+        worker.send_signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_an_installed_program_names_its_launcher(self):
+        to = self.path_of("to")
+        self.call("install", "--to", to)
+        launcher = os.path.join(to, "bin", "queuectl")
+        self.assertIn(f'\nExecStart="{launcher}" --db ',
+                      self.installed(to, "systemd", cwd=self.dir)[1])
+        self.assertIn(shlex.quote(launcher), self.installed(to, "completion", "bash")[1])
+
+    def test_where_nothing_can_be_written_nothing_is_installed(self):
+        with open(self.path_of("file"), "w") as file:
+            file.write("")
+        code, out, err = self.call("install", "--to", self.path_of("file"), "--db", "x")
+        self.assertEqual((code, out), (1, ""))
+        self.assertRegex(err, r"^queuectl: error: cannot write .*--to\n$")
+        self.assertEqual(os.listdir(self.dir), ["file"])
+
+    def test_a_path_on_path_needs_no_word(self):
+        to = self.path_of("to")
+        for entries, said in (([], "not on PATH"), ([to + "/bin/"], ""),
+                              ([self.path_of("other"), to + "/bin"], "comes before")):
+            if said == "comes before":
+                os.mkdir(self.path_of("other"))
+                shutil.copy(os.path.join(to, "bin", "queuectl"), self.path_of("other"))
+            with self.subTest(said):
+                err = self.call("install", "--to", to, env={
+                    **os.environ, "PATH": os.pathsep.join(
+                        (*entries, "/usr/bin", "/bin"))})[2]
+                self.assertIn(said, err)
+                self.assertEqual(bool(err), bool(said))
+
+    def test_a_unit_waits_for_the_mounts_of_its_database(self):
+        folder = self.path_of('of 100% "\\ $x')
+        os.mkdir(folder)
+        os.symlink(folder, self.path_of("link"))
+        out = run_cli("--db", self.path_of("link/q.db"), "systemd")[1]
+        shown = [path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+                 for path in (self.path_of("link"), os.path.realpath(folder))]
+        self.assertIn(f'\nRequiresMountsFor="{shown[0]}" "{shown[1]}"\n', out)
 
 
 # ---- Chaos -------------------------------------------------------------------
@@ -9457,7 +10602,7 @@ class ModelPool:
             self.world.suspected(lost.run)
             self.rescues[lost.run.claim] = lost.run, self.world.q.Ending(
                 self.world, lost.run.claim, self.world.settings.kill_grace, lost=lost)
-        self.rescuer.forget_dead()
+        self.rescuer.forget_dead(silent)
 
     def rescue(self):
         """One look at one lost run's leftovers; record it when nothing is left."""
@@ -11624,28 +12769,114 @@ class Times(Processes):
         self.assertEqual((one["next_run"][11:16], one["last_job"], one["last_state"]),
                          ("04:00", "job-1", COMPLETED))
 
+    def test_a_local_zone_is_found_by_its_name_or_by_where_it_leads(self):
+        if not os.path.exists("/usr/share/zoneinfo/Asia/Kolkata"):
+            self.skipTest("no time zones are installed here")
+        zones = {":Asia/Tokyo": "Asia/Tokyo", "": "UTC", "JST-9": None,
+                 ":/usr/share/zoneinfo/Asia/Kolkata": "Asia/Kolkata"}
+        for n, (zone, tz) in enumerate(zones.items()):
+            code, _, err = self.in_zone(zone, "schedule", "add", f"s{n}", "0 9 * * *",
+                                        "--", "true")
+            self.assertEqual(code, 0, err)
+            self.assertIn(f"every day, {tz or 'local time'}\n", err)
+        self.assertEqual([one["tz"] for one in self.schedules()], [*zones.values()])
+
+    def test_a_zone_whose_file_holds_the_data_of_another_does_not_count(self):
+        """As where a container has the host's /etc/localtime mounted over its own."""
+        os.makedirs(self.path_of("zoneinfo/Asia"))
+        os.symlink("/usr/share/zoneinfo/Asia/Kolkata", self.path_of("data"))
+        shutil.copy(self.path_of("data"), self.path_of("zoneinfo/Asia/Tokyo"))
+        self.in_zone(":" + self.path_of("zoneinfo/Asia/Tokyo"), "schedule", "add", "s",
+                     "0 9 * * *", "--", "true")
+        [one] = self.schedules()
+        self.assertEqual((one["tz"], one["next_run"][11:16]), (None, "03:30"))
+
     def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
         queue = self.a_queue()
-        for name, tz in (("b", "Europe/Berlin"), ("n", "America/New_York")):
-            queue.add_schedule(name, "30 2 * * *", tz, command="x")
-            schedule, seen = queue.schedule(name), []
-            at = queuectl.epoch("2027-03-13T12:00:00.000Z")
-            for _ in range(16):
-                stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
-                at = queuectl.epoch(stamp)
-                seen.append(stamp[5:16])
-            self.assertIn({"b": "03-28T01:00", "n": "03-14T07:00"}[name], seen)
-            self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
+        spring, autumn = "2027-03-13T12:00:00.000Z", "2027-10-30T12:00:00.000Z"
+        for since, tz, turn in (
+                (spring, "Europe/Berlin", "03-28T01:00"),       # 02:30 is left out there
+                (spring, "America/New_York", "03-14T07:00"),
+                (autumn, "Europe/Berlin", "10-31T00:30"),       # 02:30 comes twice
+                (autumn, "Asia/Kolkata", "10-30T21:00")):
+            with self.subTest(since, tz=tz):
+                schedule = queue.add_schedule("s", "30 2 * * *", tz, command="x")
+                at, seen = queuectl.epoch(since), []
+                for _ in range(16):
+                    stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
+                    at = queuectl.epoch(stamp)
+                    seen.append(stamp[5:16])
+                self.assertIn(turn, seen)
+                self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
+                queue.remove_schedule("s")
+
+    def test_a_schedule_without_a_zone_goes_by_what_etc_localtime_has_become(self):
+        etc, zones = self.path_of("etc"), "/usr/share/zoneinfo/"
+        os.mkdir(etc)
+        shutil.copy("/etc/passwd", etc)
+        shutil.copy(zones + "Asia/Kolkata", etc + "/localtime")
+        inside = ["unshare", "-m", *["-r"] * (os.geteuid() != 0), "sh", "-c",
+                  f"mount --bind {shlex.quote(etc)} /etc && unset TZ && exec \"$@\"", "sh"]
+        try:
+            subprocess.run([*inside, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f"no mount namespace here: {error}")
+        self.call("config", "set", "heartbeat", "200ms")
+        subprocess.run([*inside, *self.command("schedule", "add", "s", "0 9 * * *", "--",
+                                               "true")], check=True, capture_output=True)
+        self.assertEqual(self.schedules()[0]["tz"], None)
+        with open(self.path_of("log"), "wb") as log:
+            worker = subprocess.Popen([*inside, *self.command("worker", "start")],
+                                      stderr=log)
+        self.addCleanup(self.end, worker)
+        wait_for(lambda: "+05:30 worker" in self.read("log"), "a start in the first zone")
+        shutil.copy(zones + "Asia/Tokyo", etc + "/new")
+        os.replace(etc + "/new", etc + "/localtime")
+
+        def is_noticed():
+            with Queue(self.path) as queue, queue.store.transaction() as store:
+                store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+            time.sleep(0.05)
+            return self.schedules()[0]["next_run"][11:16] == "00:00" \
+                and self.schedules()[0]["next_run"] > "2002"
+        wait_for(is_noticed, "the second zone")
 
     def test_a_zone_that_is_unknown_here_pauses_the_schedule_and_is_found(self):
         self.call("schedule", "add", "s", "* * * * *", "--", "true")
         queue = self.a_queue()
         with queue.store.transaction() as store:
             store.do("UPDATE schedules SET tz = 'Mars/Olympus', next_run = '2001'", {})
-        claims = self.a_pool(queue)
-        claims.turn({}, {}, [])
+        self.worker()
+        wait_for(lambda: "schedule s is paused: the time zone 'Mars/Olympus' is unknown "
+                 "here" in self.read("worker.log"), "the log")
         self.assertTrue(queue.schedule("s").paused)
+        self.assertEqual(queue.counts(), dict.fromkeys(STATES, 0))
         self.assertIn("'Mars/Olympus' is unknown here", self.call("check")[1])
+        code, out, _ = self.call("schedule", "show", "s")
+        self.assertEqual(code, 0)
+        self.assertIn("cannot be read: the time zone 'Mars/Olympus' is unknown here\npaused\n",
+                      out)
+
+    def test_an_interval_goes_on_after_a_set_back_of_minutes_and_fixed_times_do_not(self):
+        for back, goes_on in ((0.5, False), (50, False), (180, True), (7200, True),
+                              (366 * 86400, True)):
+            with self.subTest(back=back):
+                self.path = self.path_of(f"{back}.db")
+                queue = self.a_queue()
+                self.clock.now = NOON - 90
+                for name, cron in (("often", "* * * * *"), ("noon", "0 8 * * *")):
+                    queue.add_schedule(name, cron, "UTC", command="true")
+                claims = self.a_pool(queue)
+                self.clock.now = NOON + 10
+                [claims.turn({one.claim: Outcome("completed", 0, None, 0.1)}, {}, [])
+                 for one in claims.turn({}, {}, [1, 2]).claimed]
+                before = {name: queue.schedule(name).next_run for name in ("often", "noon")}
+                self.clock.now -= back
+                claims.turn({}, {}, [])
+                often = queuectl.epoch(queue.schedule("often").next_run)
+                self.assertLessEqual(often - self.clock.now, 60 if goes_on else 120)
+                is_new = queue.schedule("noon").next_run < before["noon"]
+                self.assertEqual(is_new, back > 10800)
 
     def test_a_run_that_is_skipped_is_counted_logged_and_shown(self):
         self.call("schedule", "add", "s", "* * * * *", "--", "sleep", "60")
@@ -11654,7 +12885,8 @@ class Times(Processes):
         self.wait_state("job-1", PROCESSING)
         with Queue(self.path) as queue:
             with queue.store.transaction() as store:
-                store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
+                store.do("UPDATE schedules SET next_run = '2001-01-02T00:00:00.000Z', "
+                         "last_run = '2001-01-01T00:00:00.000Z'", {})
             queue.wake(queuectl.NEW_JOBS)
         wait_for(lambda: "schedule s: a run is skipped, job-1 is still processing"
                  in self.read("worker.log"), "the log")
@@ -11663,27 +12895,48 @@ class Times(Processes):
         self.assertIn("SKIPPED", self.call("schedule", "list")[1])
         self.assertRegex(self.call("schedule", "show", "s")[1], r"skipped +\d+ runs")
         self.assertIn("schedule s skips runs", self.call("check")[1])
+        self.assertEqual(self.read("worker.log").count("a run is skipped"),
+                         self.schedules()[0]["skipped"])
         with Queue(self.path) as queue:
             text = queuectl.metrics_text(queuectl.metric_families(queue.scrape()), False)
         self.assertRegex(text, 'queuectl_schedule_skipped_total{schedule="s"} [1-9]')
         self.assertIn('queuectl_schedule_last_success_timestamp_seconds{schedule="s"} 0', text)
 
+    def test_a_schedule_that_has_skipped_a_run_once_is_sound_again(self):
+        queue = self.a_queue()
+        queue.add_schedule("s", "* * * * *", "UTC", command="true")
+        claims, codes = self.a_pool(queue), []
+        for minute, is_over in ((1, False), (2, False), (3, True), (4, False)):
+            self.clock.now = NOON + 60 * minute
+            claims.turn({}, {}, [1])
+            codes.append([one.code for one in queuectl.Inspection(queue).findings()
+                          if one.code == "schedule-skips"])
+            if is_over:
+                job = queue.last_job(queue.schedule("s"))
+                claims.turn({job.claim: Outcome("completed", 0, None, 0.1)}, {}, [])
+        self.assertEqual(queue.schedule("s").skipped, 2)
+        self.assertEqual(codes, [[], ["schedule-skips"], ["schedule-skips"], []])
+
     def test_what_is_due_without_a_worker_is_told(self):
         self.call("schedule", "add", "s", "0 0 1 1 *", "--", "true")
         self.assertIn("next due  schedule s in", self.call("status")[1])
-        self.enqueue("true", "--queue", "gpu")
+        for _ in range(3):
+            self.enqueue("true", "--queue", "gpu")
+        self.enqueue("true", "--queue", "gpu", "--delay", "1h")
         with Queue(self.path) as queue, queue.store.transaction() as store:
             store.do("UPDATE schedules SET next_run = '2001-01-01T00:00:00.000Z'", {})
         for command in ("status", "check"):
             code, out, _ = self.call(command)
             self.assertEqual(code, 0)
-            self.assertRegex(out, "jobs of queue gpu have been due for .*, and no worker is "
-                                  "running")
+            self.assertRegex(out, "queue gpu has 3 due jobs, the oldest for .*, and no "
+                                  "worker is running")
             self.assertRegex(out, "schedule s has been due for .*, and no worker is running")
         self.assertEqual(json.loads(self.call("status", "--json")[1])["next_due"],
                          "2001-01-01T00:00:00.000Z")
         self.worker("--queue", "other")
         wait_for(lambda: "no worker takes it" in self.call("check")[1], "the check")
+        self.call("pause")
+        self.assertNotIn("no worker", self.call("check")[1] + self.call("status")[1])
 
     def test_people_read_local_times_with_their_offset(self):
         self.enqueue("true", "--delay", "50d", "--id", "late")
@@ -11695,11 +12948,19 @@ class Times(Processes):
         for line in self.read("log").splitlines():
             self.assertRegex(line, f"^{stamp}")
         out = self.in_zone("Asia/Kolkata", "show", "late")[1]
-        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in 50d\)$")
+        self.assertRegex(out, r"(?m)^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+05:30 \(in \d+d.*\)$")
         out = self.in_zone("Asia/Kolkata", "events")[1]
         self.assertRegex(out, r"(?m)^([\d-]+ )?\d\d:\d\d:\d\d\.\d{3}\+05:30  job-2 ")
         self.assertEqual(queuectl.local_time(NOON, NOON + 86400)[:10],
                          time.strftime("%Y-%m-%d", time.localtime(NOON)))
+
+    def test_a_time_at_the_end_of_the_calendar_is_shown_too(self):
+        for zone, at in (("Asia/Tokyo", "9999-12-31T23:30:00Z"),
+                         ("America/New_York", "0001-01-01T00:30:00Z")):
+            job_id = self.enqueue("true", "--run-at", at)
+            code, out, _ = self.in_zone(zone, "show", job_id)
+            self.assertEqual(code, 0)
+            self.assertIn(at.replace("T", " ").replace("Z", "+00:00"), out)
 
 
 # ---- Fuzz --------------------------------------------------------------------
@@ -12584,7 +13845,7 @@ class ElsewherePosix(Processes):
 
 # What its recipes need beside queuectl: programs and files that are the reader's own.
 STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make")
-SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh")
+SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh", "handle.sh")
 ENDLESS = ("tail -F", "queuectl web")   # they go on until they are interrupted
 
 
