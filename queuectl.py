@@ -13545,6 +13545,7 @@ def window() -> os.terminal_size:
 
 
 LOG_LINES = 1000       # texts that wait for a log to be read
+LOG_PAUSE = 0.02       # seconds between two writes of a log: each costs a switch
 LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
 
 
@@ -13591,9 +13592,10 @@ class Log(io.TextIOBase):
         """Queue the text, or drop it if the queue is full; never wait."""
         with self._news:
             if len(self._texts) < LOG_LINES:
+                if not self._texts:
+                    self._news.notify_all()
                 self._note_dropped()
                 self._texts.append(text)
-                self._news.notify_all()
             else:
                 self._dropped += text.count("\n")
         return len(text)
@@ -13625,6 +13627,7 @@ class Log(io.TextIOBase):
                 self._dropped += 0 if is_written else "".join(texts).count("\n")
                 self._writes = False
                 self._news.notify_all()
+                self._news.wait_for(lambda: self._ends, LOG_PAUSE)
 
     def _put(self, rest: bytes) -> bool:
         """Write all of it, however long that takes; False if it cannot be written."""
