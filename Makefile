@@ -16,7 +16,7 @@ test:   ## run the tests; needs Python alone
 bench:  ## measure it beside the limits and rivals: ratios, medians; a table
 	$(PYTHON) test_queuectl.py --bench
 
-chaos:  ## break it for TIME=5m by SEED=1: kills, freezes, held locks; a verdict
+chaos:  ## break it for TIME=5m by SEED=1: kills, locks, pipes, clocks; a verdict
 	$(PYTHON) test_queuectl.py --chaos $(TIME) --seed $(SEED)
 
 fuzz:   ## try the HTTP API by its own description, 5,000 cases, if schemathesis is installed

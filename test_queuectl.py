@@ -10364,10 +10364,14 @@ class Nemesis:
     def some_pool(self):
         return self.chance.choice(sorted(self.pools))
 
+    def some_reader(self):
+        """A pool whose log is read without a gap, or None."""
+        return self.chance.choice(sorted(self.readers.keys() - self.muted) or [None])
+
     def stall_log(self):
         """Fill the FIFO of a pool, and read it again some time later, or never."""
-        name = self.some_pool()
-        if name in self.readers.keys() - self.muted:
+        name = self.some_reader()
+        if name:
             self.done["stalled logs"] += 1
             self.stalled.add(name)
             self.muted.add(name)
@@ -10381,8 +10385,8 @@ class Nemesis:
                 self.after(self.chance.uniform(0.5, 6), lambda: self.stalled.discard(name))
 
     def close_log(self):
-        name = self.some_pool()
-        if name in self.readers.keys() - self.muted:
+        name = self.some_reader()
+        if name:
             self.done["closed logs"] += 1
             self.muted.add(name)
             os.close(self.readers.pop(name))
