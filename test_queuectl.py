@@ -8517,13 +8517,23 @@ class Browser(Processes):
         self.see_text("#jobs tbody tr", job_id, *texts)
 
     def click(self, selector, text=""):
-        """A real click on the first visible element with that text."""
-        found = self.see(
-            "return [...document.querySelectorAll(arguments[0])].find(node =>"
-            " node.checkVisibility() && node.innerText.includes(arguments[1]))",
-            selector, text)
-        self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
-        self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
+        """A real click on the first visible element with that text; again if the page has
+        drawn it anew meanwhile.
+        """
+        def is_clicked():
+            found = self.see(
+                "return [...document.querySelectorAll(arguments[0])].find(node =>"
+                " node.checkVisibility() && node.innerText.includes(arguments[1]))",
+                selector, text)
+            self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
+            try:
+                self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
+            except AssertionError as error:
+                if "stale element" not in str(error):
+                    raise
+                return False
+            return True
+        wait_for(is_clicked, f"a click on {selector}")
 
     def type_into(self, selector, text):
         found = self.see("return document.querySelector(arguments[0])", selector)
