@@ -8525,8 +8525,8 @@ class Browser(Processes):
                 "return [...document.querySelectorAll(arguments[0])].find(node =>"
                 " node.checkVisibility() && node.innerText.includes(arguments[1]))",
                 selector, text)
-            self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
             try:
+                self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
                 self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
             except AssertionError as error:
                 if "stale element" not in str(error):
