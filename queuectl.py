@@ -7331,8 +7331,8 @@ def status_lines(status: Status, style: Style) -> list[str]:
                      "`queuectl check` names them")
     if status.blocked:
         lines.append(style.paint(
-            f"blocked   {status.blocked} cannot run: they come after dead or cancelled "
-            "jobs; `queuectl check` names them", STATE_COLOURS[FAILED]))
+            f"blocked   {status.blocked} cannot run until a dead or cancelled job is "
+            "retried; `queuectl check` names them", STATE_COLOURS[FAILED]))
     if status.counts[DEAD]:
         lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
                                  STATE_COLOURS[DEAD]))
