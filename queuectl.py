@@ -2799,24 +2799,25 @@ class Sql:
                               AND (needed.state IN ('dead', 'cancelled')
                                    OR needed.seq = :caller))
              UNION
-            SELECT jobs.seq
+            SELECT dependencies.job
               FROM stuck
               JOIN dependencies ON dependencies.needs = stuck.seq
-              JOIN jobs ON jobs.seq = dependencies.job
-             WHERE jobs.gate = 'after')
+             WHERE EXISTS (SELECT 1
+                             FROM jobs
+                            WHERE jobs.seq = dependencies.job AND gate = 'after'))
         """
     COUNT_STUCK = _STUCK + """
         SELECT COUNT(*)
-          FROM stuck
-          JOIN jobs ON jobs.seq = stuck.seq
-         WHERE (:queue IS NULL OR jobs.queue = :queue)
+          FROM jobs
+         WHERE seq IN (SELECT seq FROM stuck)
+           AND (:queue IS NULL OR queue = :queue)
         """
     LIST_STUCK = _STUCK + """
-        SELECT jobs.*
-          FROM stuck
-          JOIN jobs ON jobs.seq = stuck.seq
-         WHERE (:queue IS NULL OR jobs.queue = :queue)
-         ORDER BY jobs.seq
+        SELECT *
+          FROM jobs
+         WHERE seq IN (SELECT seq FROM stuck)
+           AND (:queue IS NULL OR queue = :queue)
+         ORDER BY seq
          LIMIT :limit
         """
     STUCK_AMONG = _STUCK + """
