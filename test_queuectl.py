@@ -10173,9 +10173,11 @@ class Nemesis:
         fitting = [0, -signal.SIGKILL]
         if not in_charge:
             # Python's own words for a SIGINT before ours are loaded; 1 is its own, too.
+            # A later signal, or a gap, cuts them off.
             log, interrupts = re.subn(
                 r"(?s)(?:Fatal Python error: init_import_site[^\n]*\n[^\n]*\n)?"
-                r"Traceback (?:(?!queuectl.py\", line \d+, in main).)*\nKeyboardInterrupt\n",
+                r"Traceback (?:(?!queuectl.py\", line \d+, in main).)*?"
+                rf"(?:\nKeyboardInterrupt\n{'|$(?!.)' if status < 0 or is_muted else ''})",
                 "", log)
             fitting += [*SIGNALLED, *([1] if interrupts or (is_muted and not started) else [])]
         if status not in fitting:
