@@ -1181,6 +1181,13 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     return "fail", job._replace(run_at=iso_up(now + wait), at_time=False), reason
 
 
+def since_set_back(due: float, asked: float, now: float) -> float:
+    """When a delay ends that was given at one time and is stored at another: earlier by
+    as much as the clock was set back in between.
+    """
+    return due - max(0.0, asked - now)
+
+
 def brought_forward(job: Job, now: float) -> Job:
     """The job with its delay counted from now, if that began in the future.
 
@@ -5145,8 +5152,12 @@ class Queue:
                 specs.append(spec if spec.cwd
                              else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
-            batch = Batch(store, self.clock())
-            added = batch.add(specs)
+            begun = self.clock()
+            batch = Batch(store, begun)
+            added = batch.add([
+                spec if spec.run_at is None or spec.at_time else
+                spec._replace(run_at=since_set_back(spec.run_at, now, begun))
+                for spec in specs])
         self.wake(NEW_JOBS)
         return added, len(batch.new)
 
@@ -5830,10 +5841,12 @@ class Queue:
                                  "these can: " + ", ".join(EDITABLE))
         changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
         _take_delay(changes, fields, now)
-        if "run_at" in changes:
-            changes["run_at"] = iso_up(changes["run_at"])
         with self.store.transaction() as store:
-            now = self.clock()  # now: the wait for the lock may have been long
+            begun, now = now, self.clock()  # the wait for the lock may have been long
+            if "run_at" in changes:
+                changes["run_at"] = iso_up(
+                    changes["run_at"] if changes["at_time"]
+                    else since_set_back(changes["run_at"], begun, now))
             jobs = [edit(store, job, job._replace(**changes), now)
                     for job in map(store.job, dict.fromkeys(job_ids))]
         self.wake(NEW_JOBS)

@@ -13559,6 +13559,20 @@ class Ends(Processes):
         self.assertFalse(claims.is_work_there())
         self.assert_sound(queue)
 
+    def test_a_clock_set_back_while_the_lock_is_waited_for_stretches_no_delay(self):
+        queue = self.a_queue()
+        begin = queue.store.transaction
+
+        def late():
+            self.clock.now -= 3600
+            return begin()
+        with mock.patch.object(queue.store, "transaction", late):
+            queue.enqueue("x", delay=60)
+        self.assertEqual(queue.job("job-1").run_at, queuectl.iso(self.clock.now + 60))
+        with mock.patch.object(queue.store, "transaction", late):
+            queue.edit("job-1", delay=30)
+        self.assertEqual(queue.job("job-1").run_at, queuectl.iso(self.clock.now + 30))
+
     def test_very_many_dependents_are_let_go_on_in_steps(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
@@ -13608,8 +13622,8 @@ class Ends(Processes):
                         json.dumps([f"job-{n}" for n in after])))
             db.executemany("INSERT INTO dependencies VALUES (?, ?)", [(n, seq) for n in after])
             db.execute('INSERT INTO events (job, "to", at) VALUES (?, ?, ?)', (seq, state, ""))
-            db.execute("INSERT INTO counts VALUES ('default', ?, 1) ON CONFLICT DO UPDATE "
-                       "SET n = n + 1", (state,))
+            db.execute("INSERT INTO counts VALUES ('default', ?, 1) "
+                       "ON CONFLICT (queue, state) DO UPDATE SET n = n + 1", (state,))
         db.executemany("INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,"
                        " outcome) VALUES (?, ?, 1, 'w', 1, '', '', 'failed')", [(1, 1), (1, 2)])
         db.commit()
