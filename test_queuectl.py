@@ -14932,8 +14932,8 @@ def demo(count=1000, slots=4):
     files = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
                    for name in names if name.endswith((".py", ".txt")))[:count]
     with tempfile.TemporaryDirectory() as here:
-        def call(*argv, **options):
-            return subprocess.run([sys.executable, MODULE, *argv], cwd=here, check=True,
+        def call(*argv, check=True, **options):
+            return subprocess.run([sys.executable, MODULE, *argv], cwd=here, check=check,
                                   stdout=subprocess.PIPE, **options).stdout.decode()
         lines = [json.dumps({"id": f"file-{n}", "env": {"FILE": path},
                              "command": f'gzip -9 < "$FILE" > {n}.gz'})
@@ -14943,7 +14943,7 @@ def demo(count=1000, slots=4):
         print(call("enqueue", "-", input="\n".join(lines).encode()), end="")
         begun = time.monotonic()
         call("worker", "start", "--count", str(slots), "--drain",
-             stderr=subprocess.DEVNULL)
+             check=False, stderr=subprocess.DEVNULL)    # 1: some of its jobs are dead
         took = time.monotonic() - begun
         print(f"drained by {slots} slots in {took:.1f} s\n")
         print(call("status"), call("dlq"), sep="\n")
