@@ -5975,7 +5975,7 @@ class Metrics(TestCase):
         self.a_busy_hour(queue, self.a_pool(queue))
         old = list(parser.text_string_to_metric_families(self.scrape(queue)))
         new = list(open_parser.text_string_to_metric_families(self.scrape(queue, True)))
-        self.assertEqual(len(new), 11)
+        self.assertEqual(len(new), 14)
         self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
                           for family in old for one in family.samples},
                          {(one.name, *sorted(one.labels.items())): one.value
