@@ -13573,6 +13573,17 @@ class Ends(Processes):
             queue.edit("job-1", delay=30)
         self.assertEqual(queue.job("job-1").run_at, queuectl.iso(self.clock.now + 30))
 
+    def test_the_time_in_which_a_job_ran_is_no_wait_of_its_next_run(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        claim = self.claim_one(queue, claims).claim
+        self.clock.now += 100
+        claims.turn({claim: Outcome("released")}, {}, [])
+        self.clock.now += 1
+        self.claim_one(queue, claims)
+        self.assertEqual(queue.stats()[""].wait_time.mean, 0.5)    # of 0 s and 1 s
+
     def test_very_many_dependents_are_let_go_on_in_steps(self):
         queue = self.a_queue()
         claims = self.a_pool(queue)
