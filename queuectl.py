@@ -2330,6 +2330,7 @@ def like_pattern(text: str) -> str:
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
+# Stored output, up to 16 MiB a run, is read only where it is shown.
 RUN_WITHOUT_OUTPUT = ", ".join(
     "x'' AS output" if field == "output" else f"runs.{field}" for field in Run._fields)
 
@@ -2918,13 +2919,10 @@ class Sql:
          LIMIT :limit
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
-    # Stored output, up to 16 MiB a run, is read only where it is shown.
-    without_output = ", ".join("x'' AS output" if name == "output" else f"runs.{name}"
-                               for name in Run._fields)
-    RUN_BY_CLAIM = f"SELECT {without_output} FROM runs WHERE claim = :claim"
+    RUN_BY_CLAIM = f"SELECT {RUN_WITHOUT_OUTPUT} FROM runs WHERE claim = :claim"
     # By jobs_by_claim: what runs, however many runs are over.
     UNDER_WAY = f"""
-        SELECT {without_output}
+        SELECT {RUN_WITHOUT_OUTPUT}
           FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
