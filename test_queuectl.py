@@ -5366,7 +5366,7 @@ class Pools(TestCase):
 
     def test_a_pool_that_is_taken_for_dead_ends_its_command(self):
         def seize(queue):
-            self.once_running(queue, "job-1")
+            wait_for(lambda: os.path.exists(self.path_of("second")), "the first run")
             rescuer = queuectl.Rescuer(queue)
             [run] = queue.runs("job-1")
             rescuer.seize([run])
