@@ -14,7 +14,7 @@ Where the tests of a section are
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
 
-MUTANTS, MOMENTS and FINDERS quote lines of the module: they have to follow it.
+MUTANTS and MOMENTS name functions of the module: they have to follow it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import ast
 import atexit
 import collections
 import contextlib
+import copy
 import datetime
 import errno
 import fcntl
@@ -10524,6 +10525,62 @@ class Chaos(TestCase):
         self.assertGreater(done["runs"], 0)
 
 
+# ---- Places ------------------------------------------------------------------
+# Moments at which a process dies, and mutants, are told by names in the syntax tree.
+
+@functools.cache
+def module_tree():
+    return ast.parse(inspect.getsource(queuectl))
+
+
+def definition(name, tree):
+    """The class, function or method of that name."""
+    for part in name.split("."):
+        [tree] = [node for node in tree.body if getattr(node, "name", "") == part]
+    return tree
+
+
+def places(parent):
+    """(field, holder, key) of each node right below: `holder[key]` is the node."""
+    for field, value in ast.iter_fields(parent):
+        holder, keys = (value, range(len(value))) if isinstance(value, list) \
+            else (vars(parent), [field])
+        for key in keys:
+            if isinstance(holder[key], ast.AST):
+                yield field, holder, key
+
+
+def is_named(node, name):
+    """Whether it is that name, by itself or as an attribute of something."""
+    return isinstance(node, (ast.Name, ast.Attribute)) \
+        and f".{ast.unparse(node)}".endswith(f".{name}")
+
+
+def uses(node, name):
+    return any(is_named(one, name) for one in ast.walk(node))
+
+
+def uses_itself(statement, name):
+    """Whether a statement uses a name other than in the statements within it."""
+    return any(uses(one, name) for one in ast.iter_child_nodes(statement)
+               if not isinstance(one, (ast.stmt, ast.ExceptHandler)))
+
+
+def statements_of(node):
+    """The statements within one, in their order, but for those that handle errors."""
+    for field in ("body", "orelse", "finalbody"):
+        for one in getattr(node, field, ()):
+            yield one
+            yield from statements_of(one)
+
+
+def line_of(function, side, name):
+    """The line met before, or after, a function uses a name for the first time."""
+    statements = list(statements_of(definition(function, module_tree())))
+    n = next(n for n, one in enumerate(statements) if uses_itself(one, name))
+    return statements[n + (side == "after")].lineno
+
+
 # ---- Model -------------------------------------------------------------------
 # The same rules, driven in memory: two pools, clients and a nemesis take steps in an
 # order drawn from a seed, under clocks that only the model moves. A mutant is the
@@ -10818,14 +10875,16 @@ class World:
             pool.reap()
             pool.turn()
 
-    def interleave(self, claims):
-        """Let the other pools have their turn in the middle of this one's."""
+    def choose_early(self, claims, free):
+        """For a mutant: what is chosen before the other pools have their turn, too."""
+        claims.early = claims._choose(free)
         if not self.is_nested:
             self.is_nested = True
             for pool in self.alive():
                 if pool.claims is not claims:
                     pool.turn()
             self.is_nested = False
+        return claims._store
 
     def step_start(self):
         pool = self.some_pool()
@@ -10938,75 +10997,60 @@ class World:
                 return
 
 
-# Each guard with the text that it is, what stands there without it, and the rule of the
-# checker that must find out.
+# Each guard: the rule of the checker that must find out that it is missing, and changes:
+# a statement of Sql, a clause and what stands there instead; or a function and
+#     NAME         the statements that use it are left out,
+#     name NAME    an expression takes its place,
+#     call NAME    that of a call of it,
+#     if NAME      that of the test that uses it.
 MUTANTS = (
-    ("stuck", "no fence: a late worker ends a later claim", (
-        ("for claim, outcome in ended.items() if claim in mine]",
-         "for claim, outcome in ended.items()\n"
-         "                    if store.row('SELECT 1 FROM jobs WHERE claim IS NOT NULL '\n"
-         "                                 'AND seq = :seq', seq=self._held[claim].job.seq)]"),
-        ("._replace(wish=mine[claim],\n                                                           "
-         "unmet=unmet[claim])", ""),
-        ("           AND state = :source AND claim IS :held\n",
-         "           AND state = :source\n"))),
-    ("alone", "recovery unguarded: what a lost worker left is not ended first", (
-        ("        if not left and not self._host.locks.is_held(self.claim):\n"
-         "            return True", "        return True"),)),
-    ("caused", "read, then write: the job is chosen before the transaction", (
-        ("            with self._store.transaction() as store:\n"
-         "                now = self._clock()     # now",
-         "            early = self._choose(len(free))\n"
-         "            self._host.interleave(self)\n"
-         "            with self._store.transaction() as store:\n"
-         "                now = self._clock()     # now"),
-        ("self._claim(\n                    [*free, *[AHEAD] * ahead], locks, now)",
-         "self._claim(early, locks, now)"),
-        ("for job, slot in zip(self._choose(len(slots)), slots):",
-         "for slot, job in enumerate(slots, 1):"),
-        ("           AND state = :source AND claim IS :held\n", ""))),
-    ("alone", "the run's lock is taken after the claim's commit", (
-        ("return number, self._host.locks.hold(base + number)", "return number, -1"),)),
-    ("alone", "a queue's limit ignores what this turn has claimed", (
-        ("busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)",
-         "busy = 0"),)),
-    ("excused", "a pool is lost as soon as it is silent", (
-        ("or silent.get(pool, 0.0) >= lease)", "or pool in silent)"),)),
-    ("excused", "time in which nobody looked counts as silence", (
-        ("step = step if step <= gap else 0.0",
-         "step = 0.0 if step == math.inf else step"),)),
+    # The schema.
     ("numbered", "a claim's number is used again", (
-        ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
-         "            claim         INTEGER PRIMARY KEY"),
-        ("SELECT seq FROM sqlite_sequence WHERE name = 'runs'",
-         "SELECT MAX(claim) FROM runs"),
-        ("claim = row[0] if row else 0\n        taken",
-         "claim = row[0] or 0\n        taken"))),
-    ("charged", "a crash is charged as an attempt", (
-        ("crashes=job.crashes + 1, run_at", "attempts=job.attempts + 1, run_at"),)),
+        ("SCHEMA", "claim INTEGER PRIMARY KEY AUTOINCREMENT", "claim INTEGER PRIMARY KEY"),
+        ("LAST_CLAIM", "seq FROM sqlite_sequence WHERE name = 'runs'",
+         "IFNULL(MAX(claim), 0) FROM runs"))),
+    # Rules.
+    ("excused", "time in which nobody looked counts as silence", (
+        ("Silence.look", "if gap", "step < math.inf"),)),
+    ("charged", "a crash is charged as an attempt", (("settle", "if LOST", "False"),)),
+    # Ledger.
     ("truthful", "a run that a rescuer ended counts as failed", (
-        ("judgements = [judged(end.before, end.outcome) for end in ends]",
-         "judgements = [end.outcome for end in ends]"),)),
-    ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
-        ("if run.slot == AHEAD and not has_begun:", "if False:"),)),
-    ("caused", "a change of state without its event", (
-        ("        for change, job in zip(changes, jobs)])\n    for change",
-         "        for change, job in zip(changes, jobs) if change.verb != 'fail'])\n"
-         "    for change"),)),
-    ("summed", "the counters are not kept", (
-        ("        store.count(job.queue, job.state, +1)\n", ""),)),
+        ("record", "call judged", "end.outcome"),)),
+    ("caused", "a change of state without its event", (("move", "INSERT_EVENT", ""),)),
+    ("summed", "the counters are not kept", (("move", "count", ""),)),
     ("punctual", "a job is due at once", (
-        ("return TIMED if job.run_at > iso(now) else OPEN", "return OPEN"),
-        ("TIMED if run_at > now else OPEN", "OPEN"))),
+        ("gate_of", "name TIMED", "OPEN"), ("Batch._new", "name TIMED", "OPEN"))),
     ("ordered", "a job does not wait for those it comes after", (
-        ("        if unmet:\n            self._added", "        if ():\n            self._added"),)),
+        ("Batch.add", "if unmet", "False"),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
-        ("[job.seq for job in jobs if job.state == COMPLETED], now)", "[], now)"),)),
+        ("move", "_unblock", ""),)),
+    # Queue.
     ("acknowledged", "a cancelled job is not moved", (
-        ('moved = move(self.store, [Change("cancel", job, job._replace(\n'
-         "            finished_at=iso(now))) for job in jobs if job.state != PROCESSING],"
-         " now)", "moved = [job._replace(state=CANCELLED) for job in jobs"
-         " if job.state != PROCESSING]"),)),
+        ("Queue._cancel", "call move", "[job._replace(state=CANCELLED) for job in jobs"
+                                       " if job.state != PROCESSING]"),)),
+    # Claims.
+    ("caused", "no fence: a late worker ends a later claim", (
+        ("MOVE", "AND claim IS :held", ""), ("Store.change", "Stale", ""),
+        ("Claims.turn", "if mine", "True"),
+        ("Claims.turn", "call _replace", "self._held[claim].job"))),
+    ("caused", "read, then write: the job is chosen before the transaction", (
+        ("MOVE", "AND state = :source AND claim IS :held", ""),
+        ("Store.change", "Stale", ""),
+        ("Claims.turn", "call transaction",
+         "self._host.choose_early(self, len(free)).transaction()"),
+        ("Claims._claim", "call _choose", "self.early"))),
+    ("alone", "the run's lock is taken after the claim's commit", (
+        ("Claims._draw", "call hold", "-1"),)),
+    ("alone", "a queue's limit ignores what this turn has claimed", (
+        ("Claims._room", "call running.get", "0"), ("Claims._room", "call noted", "0"))),
+    # Rescuer.
+    ("excused", "a pool is lost as soon as it is silent", (
+        ("Rescuer.stranded", "call lease_of", "1e-9"),)),
+    ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
+        ("Rescuer.record", "if AHEAD", "False"),)),
+    # Ending.
+    ("alone", "recovery unguarded: what a lost worker left is not ended first", (
+        ("Ending.step", "if is_held", "True"),)),
 )
 
 
@@ -11014,35 +11058,49 @@ MUTANTS = (
 FINDERS = 0, 4, 30, 67, 78
 
 
-@functools.cache
-def compiled(text):
-    return compile(text, "mutant", "exec", annotations.compiler_flag, True)
+def change_tree(function, what, instead):
+    """Change a function's tree in place, as MUTANTS says."""
+    kind, _, name = what.rpartition(" ")
+    fits = {
+        "": lambda field, node: isinstance(node, ast.stmt) and uses_itself(node, name),
+        "name": lambda field, node: is_named(node, name),
+        "call": lambda field, node: isinstance(node, ast.Call) and is_named(node.func, name),
+        "if": lambda field, node: field in ("test", "ifs") and uses(node, name)}[kind]
+    found = [(holder, key) for parent in ast.walk(function)
+             for field, holder, key in places(parent) if fits(field, holder[key])]
+    assert len(found) == 1 or (found and not kind), f"{function.name}: {what}, {found}"
+    for holder, key in found:
+        new = ast.parse(instead, mode="eval").body if kind else ast.Pass()
+        holder[key] = ast.fix_missing_locations(ast.copy_location(new, holder[key]))
 
 
 @functools.cache
-def pieces():
-    """The text of the module, cut where a definition begins."""
-    source = inspect.getsource(queuectl)
-    lines = source.splitlines(keepends=True)
-    starts = [min([node.lineno] + [one.lineno for one in node.decorator_list]) - 1
-              for node in ast.parse(source).body
-              if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-    return tuple("".join(lines[start:end])
-                 for start, end in zip([0, *starts], [*starts, len(lines)]))
+def compiled(n):
+    """The code of the n-th statement of the module."""
+    return compiled_tree(module_tree().body[n])
+
+
+def compiled_tree(node):
+    return compile(ast.Module([node], []), MODULE, "exec", annotations.compiler_flag, True)
 
 
 def mutant(changes):
-    """The module with some of its text changed; each text must be there once.
-
-    Only what has changed is compiled anew.
-    """
-    texts = list(pieces())
-    for old, new in changes:
-        [place] = [n for n, text in enumerate(texts) for _ in range(text.count(old))]
-        texts[place] = texts[place].replace(old, new)
+    """The module with some of its definitions changed; only these are compiled anew."""
+    nodes = copy.deepcopy({node.name: node for node in module_tree().body for place, *_ in
+                           changes if place.split(".")[0] == getattr(node, "name", "")})
+    for place, what, instead in changes:
+        if not place.isupper():
+            change_tree(definition(place, ast.Module([*nodes.values()], [])), what, instead)
     module = types.ModuleType("mutant")
-    for text in texts:
-        exec(compiled(text), module.__dict__)
+    for n, node in enumerate(module_tree().body):
+        name = getattr(node, "name", "")
+        exec(compiled_tree(nodes[name]) if name in nodes else compiled(n), vars(module))
+        for place, what, instead in changes if name == "Sql" else ():
+            if place.isupper():
+                text, count = re.subn(r"\s+".join(map(re.escape, what.split())), instead,
+                                      getattr(module.Sql, place))
+                assert count == 1, f"{place} has {count} times {what}"
+                setattr(module.Sql, place, text)
     return module
 
 
@@ -11168,35 +11226,30 @@ CRASH_THREADS = 3       # trials at once; each waits half of its time
 NOWHERE = (-1, 0, 0, 0)     # a victim that is none: it lives to its end
 FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None   # a kill needs no real disk
 
-# The moments that matter most, told by a function and words of one of its lines.
+# The moments that matter most: before or after a function uses that name first.
 MOMENTS = (
-    ("before a commit",         "Store.transaction",        "Sql.COMMIT"),
-    ("after a commit",          "Store.transaction",        "self._counts.clear()"),
-    ("claimed, no commit yet",  "Claims._claim",            "taken.append("),
-    ("claimed, not started",    "Pool._start",              "self._free.pop(0)"),
-    ("spawned",                 "Command.start",            "self.watch ="),
-    ("the command has exited",  "Command.finish",           "status, duration ="),
-    ("an end not recorded",     "Pool._finish",             "self._pace ="),
-    ("moved, no event yet",     "move",                     "Sql.INSERT_EVENT"),
-    ("within a migration",      "Store._migrate",           "execute(statement)"),
-    ("copied, nothing new yet", "Store._upgrade",           "self._migrate(version)"),
-    ("a copy without a name",   "Store.backup",             "os.replace("),
-    ("a tree that is ended",    "Ending._signal",           "self._asked.add(pid)"),
-    ("a rescue not recorded",   "Rescuer.record",           "settled = "),
+    ("before a commit",         "Store.transaction",    "before",   "COMMIT"),
+    ("after a commit",          "Store.transaction",    "after",    "COMMIT"),
+    ("within a migration",      "Store._migrate",       "before",   "execute"),
+    ("copied, nothing new yet", "Store._upgrade",       "after",    "backup"),
+    ("a copy without a name",   "Store.backup",         "before",   "replace"),
+    ("moved, no event yet",     "move",                 "before",   "INSERT_EVENT"),
+    # Claims.
+    ("claimed, no commit yet",  "Claims._claim",        "after",    "_draw"),
+    # Rescuer.
+    ("a rescue not recorded",   "Rescuer.record",       "before",   "record"),
+    # Command.
+    ("spawned",                 "Command.start",        "after",    "_start_shell"),
+    ("the command has exited",  "Command.finish",       "before",   "_reap"),
+    # Ending.
+    ("a tree that is ended",    "Ending._signal",       "before",   "_asked.add"),
+    # Pool.
+    ("claimed, not started",    "Pool._start",          "before",   "begin"),
+    ("an end not recorded",     "Pool._finish",         "after",    "_keep"),
 )
+HEARD = "Command.read", "before", "feed"    # the pool hears what its command says
 # Lines before this one have the same effect in every command: none.
-OPENING = ("Queue.__init__", "self.store = ")
-
-
-def line_of(function, words):
-    """The one line of a function that has the words; the test must not rot in silence."""
-    found = queuectl
-    for name in function.split("."):
-        found = getattr(found, name)
-    lines, first = inspect.getsourcelines(found)
-    numbers = [first + n for n, line in enumerate(lines) if words in line]
-    assert len(numbers) == 1, f"{function} has {len(numbers)} lines with {words!r}"
-    return numbers[0]
+OPENING = "Queue.__init__", "before", "Store"
 
 
 class Victims:
@@ -11465,8 +11518,8 @@ def with_trees(directory, victims):
 def strand(trial):
     """Kill a pool as soon as it has heard of two jobs that their trees stand."""
     steps = (("worker", "start", "-c", "2", "--name", "first"),)
-    heard = line_of("Command.read", "self.output.feed(piece)")
-    assert trial.victims.run(trial.dir, *steps, at=(0, heard, 2, 0)) == signal.SIGKILL
+    assert trial.victims.run(
+        trial.dir, *steps, at=(0, line_of(*HEARD), 2, 0)) == signal.SIGKILL
 
 
 def half_made(trial):
