@@ -13115,7 +13115,7 @@ OTHER_SQL = (
 class Mutant(NamedTuple):
     """One change, and how to make it in a process."""
     section: str
-    line: int
+    place: str                  # the function, or the statement of Sql
     what: str
     lines: range                # of the statement; a test that met one may notice
     make: Callable[[], None]
@@ -13153,30 +13153,34 @@ def other_nodes(node, parent, field):
         yield ast.Pass()
 
 
+def shown(node):
+    """A node as text in one line."""
+    return " ".join(ast.unparse(node).split()) or type(node).__name__
+
+
 def other_trees(parent, statement, words=True):
     """Change each node below in each way, for the time of a step: (what, statement).
 
-    Texts of messages decide nothing.
+    An operator, a name and a number are told by what they stand in. Texts of messages
+    decide nothing.
     """
-    for field, value in ast.iter_fields(parent):
-        holder, keys = (value, range(len(value))) if isinstance(value, list) \
-            else (vars(parent), [field])
-        for key in [] if field in NO_DECISION else keys:
-            node = holder[key]
-            text = getattr(node, "value", None)
-            if not isinstance(node, ast.AST) or isinstance(node, ast.Assert) \
-                    or (isinstance(node, ast.Expr) and isinstance(text, ast.Constant)) \
-                    or (not words and isinstance(text, str)):
-                continue
-            own = node if isinstance(node, ast.stmt) else statement
-            for other in other_nodes(node, parent, field):
-                old, new = (" ".join(ast.unparse(one).split()) or type(one).__name__
-                            for one in (node, other))
-                holder[key] = ast.fix_missing_locations(ast.copy_location(other, node))
-                yield getattr(node, "lineno", getattr(parent, "lineno", own.lineno)), f"{old} -> {new}", own
-                holder[key] = node
-            yield from other_trees(node, own, words and not isinstance(
-                node, (ast.Raise, ast.JoinedStr)))
+    for field, holder, key in list(places(parent)):
+        node = holder[key]
+        text = getattr(node, "value", None)
+        if field in NO_DECISION or isinstance(node, ast.Assert) \
+                or (isinstance(node, ast.Expr) and isinstance(text, ast.Constant)) \
+                or (not words and isinstance(text, str)):
+            continue
+        own = node if isinstance(node, ast.stmt) else statement
+        is_part = isinstance(node, (ast.Constant, ast.Name, ast.cmpop, ast.operator)) \
+            and field not in ("test", "ifs") and not hasattr(parent, "body")
+        for other in other_nodes(node, parent, field):
+            old = shown(parent if is_part else node)
+            holder[key] = ast.fix_missing_locations(ast.copy_location(other, node))
+            yield f"{old} -> {shown(parent if is_part else other)}", own
+            holder[key] = node
+        yield from other_trees(node, own, words and not isinstance(
+            node, (ast.Raise, ast.JoinedStr)))
 
 
 class Met:
@@ -13354,10 +13358,12 @@ def code_mutants(tree, section_of, names):
         for function in node.body:
             if isinstance(function, ast.FunctionDef) and section_of(function.lineno) in names:
                 function.decorator_list = []
-                for line, what, own in other_trees(function, function):
+                place = function.name if owner is queuectl \
+                    else f"{owner.__name__}.{function.name}"
+                for what, own in other_trees(function, function):
                     last = own.end_lineno if own is function or not hasattr(own, "body") \
                         else max(own.lineno, own.body[0].lineno - 1)
-                    yield Mutant(section_of(line), line, what,
+                    yield Mutant(section_of(own.lineno), place, what,
                                  range(own.lineno, last + 1),
                                  changed_function(owner, function))
 
@@ -13375,8 +13381,7 @@ def sql_mutants(tree, users):
                 other = found.expand(new) if isinstance(new, str) else new(found)
                 if other == found[0]:
                     continue
-                line = node.lineno + text.count("\n", 0, found.start())
-                yield Mutant("SQL", line, f"{name}: {found[0].strip()} -> {other}",
+                yield Mutant("SQL", name, f"{found[0].strip()} -> {other}",
                              users[name], functools.partial(
                     setattr, queuectl.Sql, name,
                     text[:found.start()] + other + text[found.end():]))
@@ -13400,13 +13405,13 @@ def mutants(names):
     bare = ast.Module([node for block in blocks for node in block.body if not isinstance(
         node, (ast.FunctionDef, ast.ClassDef, ast.If))], [])
     untried = collections.Counter(
-        section_of(line) for line, _, _ in other_trees(bare, bare.body[0]))
+        section_of(own.lineno) for _, own in other_trees(bare, bare.body[0]))
     return itertools.chain(code_mutants(tree, section_of, names), sql_mutants(
         tree, users) if "SQL" in names else ()), untried
 
 
 def explained():
-    """{(section, line of the module, change): why no test notices, or none should}."""
+    """{(section, function or statement, change): why no test notices, or none should}."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "survivors.tsv")
     with open(path, encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file if line[0] != "#"]
@@ -13421,8 +13426,6 @@ def mutate(names, scale, seed):
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     tempfile.tempdir = tempfile.mkdtemp(prefix="queuectl mutants ", dir=FAST)
     begun, (all_mutants, untried) = time.monotonic(), mutants(names)
-    lines = [re.sub(r"  +# .*", "", line).strip()
-             for line in inspect.getsource(queuectl).split("\n")]
     judges = {None: judged(JUDGES)}
     for name in names:
         judges[name] = judges[None] + judged(SECTION_JUDGES.get(name, ()))
@@ -13437,13 +13440,13 @@ def mutate(names, scale, seed):
                     mutant.section == "SQL" and isinstance(test, Statements))):
                 tests.append((took, test))
                 left -= took
-        key = mutant.section, lines[mutant.line - 1], mutant.what
+        key = mutant.section, mutant.place, mutant.what
         fate = "killed" if tests and not survives(mutant, tests) else "explained" \
             if key in known else "survived" if tests else "untouched"
         figures[mutant.section][fate] += 1
         stale -= {key} if fate == "explained" else set()
         if fate in ("survived", "untouched"):
-            print(f"{mutant.section} {mutant.line}: {mutant.what}"
+            print(f"{mutant.section} {mutant.place}: {mutant.what}"
                   f"{'   (no test meets it)' * (not tests)}", flush=True)
     shutil.rmtree(tempfile.tempdir, True)
     if scale == 1:
