@@ -9920,7 +9920,9 @@ SIGNALLED = (-signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, 130)
 
 class Note(NamedTuple):
     """A line of the ledger."""
-    what: str       # start, end, overlap (two runs of a job), crowd (a limit broken)
+    # start, end, overlap (two runs of a job), crowd (a limit broken); in the model also
+    # failed, killed
+    what: str
     job: str
     claim: int
     pid: int
@@ -9946,32 +9948,41 @@ def read_ledger(directory):
     return []
 
 
-class Checker:
-    """Compares the histories; `violations` are lines that begin with a rule's name."""
+class History:
+    """What became of a queue, by its tables, what clients were told, its jobs' ledger.
 
-    def __init__(self, path, told, ledger):
-        self.told, self.ledger = told, ledger
-        self.violations = []
+    No ledger: the queue is at work, and nothing is known of its commands. An exact one
+    misses no start and no end.
+    """
+
+    def __init__(self, path, told=(), ledger=None, is_exact=False):
+        self.path, self.told, self.ledger, self.is_exact = path, told, ledger, is_exact
         with Queue(path, create=False) as queue:
-            self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
             rows = queue.store.rows
+            self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
             self.runs = [queuectl.Run(*row) for row in
                          rows("SELECT * FROM runs ORDER BY claim")]
             self.events = rows('SELECT job, "from", "to" FROM events ORDER BY seq')
+            self.ties = rows("SELECT job, tag FROM tags"), \
+                rows("SELECT job, needs FROM dependencies")
             self.counts = queue.counts()
             self.tallies = dict(rows("SELECT kind, SUM(n) FROM tallies "
                                      "WHERE minute = 0 GROUP BY kind"))
             self.integrity = rows("PRAGMA integrity_check")
+            self.broken = [message.format(*row) for _, message, rule in queuectl.Sql.RULES
+                           for row in rows(rule)]
+            self.workers = rows("SELECT name FROM workers")
+            self.token = queue.host.token(0)[:-1]
         self.gone = {id for one in told for id in one.ids if one.verb == "purge"
                      or (one.verb == "delete" and one.status != 1)}
 
-    def check(self):
-        """All rules; the violations."""
-        for rule in (self.acknowledged, self.whole, self.started, self.alone,
-                     self.numbered, self.caused, self.charged, self.summed, self.stuck):
-            for violation in rule():
-                self.violations.append(f"{rule.__name__}: {violation}")
-        return self.violations
+    def violations(self):
+        """What breaks a rule; each line begins with the rule's name."""
+        rules = [self.caused, self.charged, self.summed, self.tied]
+        if self.ledger is not None:
+            rules += [self.acknowledged, self.whole, self.started, self.truthful,
+                      self.alone, self.numbered, self.stuck]
+        return [f"{rule.__name__}: {violation}" for rule in rules for violation in rule()]
 
     def acknowledged(self):
         """What a client was told has happened, and has not been undone."""
@@ -10014,6 +10025,15 @@ class Checker:
             if run.outcome == "completed" and run.claim not in ended:
                 yield f"run {run.claim} is completed, but its command never ended"
 
+    def truthful(self):
+        """A run is recorded as it ended; what never began is no crash."""
+        fates = {note.claim: note.what for note in self.ledger}
+        for run in self.runs if self.is_exact else ():
+            fate = fates.get(run.claim)
+            if {"completed": "end", "failed": "failed"}.get(run.outcome, fate) != fate \
+                    or (run.outcome == "lost" and run.slot == queuectl.AHEAD and not fate):
+                yield f"run {run.claim} of {run.job} is {run.outcome}, but {fate}"
+
     def alone(self):
         """Never two runs of a job at once, nor two jobs where one is the limit."""
         last = {}
@@ -10021,7 +10041,7 @@ class Checker:
             if note.what in ("overlap", "crowd"):
                 yield f"{note}"
             before = last.get(note.job)
-            if note.what == "end" and before and before.claim != note.claim:
+            if note.what in ("end", "failed") and before and before.claim != note.claim:
                 yield f"{note} ended after {before} had started"
             if note.what == "start":
                 last[note.job] = note
@@ -10078,6 +10098,17 @@ class Checker:
         if self.integrity != [("ok",)]:
             yield f"integrity: {self.integrity}"
 
+    def tied(self):
+        """A job is there with all that belongs to it, or not at all."""
+        yield from self.broken
+        jobs = self.jobs.values()
+        wanted = [(job.seq, tag) for job in jobs for tag in job.tags], \
+            [(job.seq, self.jobs[id].seq) for job in jobs
+             for id in job.after if id in self.jobs]
+        for table, due in zip(self.ties, wanted):
+            if sorted(table) != sorted(due):
+                yield f"{table} should be {due}"
+
     def stuck(self):
         """At the end nothing is under way, and nothing waits for nothing."""
         for job in self.jobs.values():
@@ -10088,6 +10119,20 @@ class Checker:
         for run in self.runs:
             if run.outcome is None:
                 yield f"run {run.claim} has no end"
+
+    def left(self):
+        """After the last worker: no other and no process is left, the file is private."""
+        found = [("workers", self.workers), ("processes", token_holders(self.token)),
+                 ("mode", [oct(mode) for mode in [os.stat(self.path).st_mode & 0o777]
+                           if mode != 0o600])]
+        return [f"left: {what} {which}" for what, which in found if which]
+
+
+def token_holders(token):
+    """The processes of all runs of a database."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()
+            and f"QUEUECTL_RUN={token}".encode() in queuectl._read(f"/proc/{name}/environ")
+            and is_running(name)]
 
 
 class Nemesis:
@@ -10488,8 +10533,8 @@ class Nemesis:
             self.db.execute("SELECT claim, worker FROM runs WHERE outcome = 'lost'")
             if name not in self.hurt]
         self.db.close()
-        return self.strange + Checker(
-            self.env["QUEUECTL_DB"], self.told, read_ledger(self.dir)).check()
+        return self.strange + History(
+            self.env["QUEUECTL_DB"], self.told, read_ledger(self.dir)).violations()
 
     def is_quiet(self):
         return self.db.execute("SELECT COUNT(*) FROM jobs WHERE claim IS NOT NULL OR "
@@ -10770,8 +10815,7 @@ class World:
     def over(self, process, fate):
         process.fate = fate
         self.held.discard(process.claim)
-        if fate != "killed":
-            self.note("end", process.job, process.claim)
+        self.note("end" if fate == "done" else fate, process.job, process.claim)
 
     def note(self, what, job, claim):
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
@@ -10821,21 +10865,9 @@ class World:
             self.aim()
             getattr(self, "step_" + name)()
         self.peace()
-        found = [*self.broken, *self.truthful()]
         self.queue.close()
-        return found + Checker(self.queue.path, self.told, self.ledger).check()
-
-    def truthful(self):
-        """A run is recorded as it ended; what never began is no crash."""
-        for seq, claim, slot, outcome in self.queue.store.rows(
-                "SELECT job, claim, slot, outcome FROM runs WHERE outcome IS NOT NULL"):
-            if outcome == "lost" and slot == queuectl.AHEAD \
-                    and claim not in self.processes:
-                yield f"truthful: run {claim} of {seq} never began, and is lost"
-            process = self.processes.get(claim)
-            fate = process and process.fate
-            if {"completed": "done", "failed": "failed"}.get(outcome, fate) != fate:
-                yield f"truthful: run {claim} of {seq} is {outcome}, but {fate}"
+        return self.broken + History(
+            self.queue.path, self.told, self.ledger, is_exact=True).violations()
 
     def staff(self):
         """Two pools that live or are frozen, always."""
@@ -11317,54 +11349,6 @@ def told_point(scenario, point):
     return f"{where}, line {point.line} ({words}), time {point.nth}"
 
 
-class Aftermath(Checker):
-    """The rules above, and those that hold once a victim's queue is at peace again."""
-
-    def __init__(self, trial, told):
-        super().__init__(trial.path, told, read_ledger(trial.dir))
-        with Queue(trial.path, create=False) as queue:
-            rows = queue.store.rows
-            self.tags = rows("SELECT job, tag FROM tags")
-            self.needs = rows("SELECT job, needs FROM dependencies")
-            self.workers = rows("SELECT name FROM workers")
-            self.token = queue.host.token(0)[:-1]
-        self.mode = os.stat(trial.path).st_mode & 0o777
-
-    def check(self):
-        """All rules; the violations."""
-        super().check()
-        for rule in (self.tied, self.left):
-            for violation in rule():
-                self.violations.append(f"{rule.__name__}: {violation}")
-        return self.violations
-
-    def tied(self):
-        """A job is there with its tags and with what it comes after, or not at all."""
-        for table, wanted in (
-                (self.tags, [(job.seq, tag) for job in self.jobs.values()
-                             for tag in job.tags]),
-                (self.needs, [(job.seq, self.jobs[id].seq) for job in self.jobs.values()
-                              for id in job.after if id in self.jobs])):
-            if sorted(table) != sorted(wanted):
-                yield f"{table} should be {wanted}"
-
-    def left(self):
-        """No pool and no process outlives the recovery; the file is private."""
-        if self.workers:
-            yield f"pools in the table: {self.workers}"
-        for pid in token_holders(self.token):
-            yield f"process {pid} of a run is left"
-        if self.mode != 0o600:
-            yield f"mode {self.mode:o}"
-
-
-def token_holders(token):
-    """The processes of all runs of a database."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()
-            and f"QUEUECTL_RUN={token}".encode() in queuectl._read(f"/proc/{name}/environ")
-            and is_running(name)]
-
-
 class Trial:
     """A copy of a scenario's queue: victims die on it until one has changed it."""
 
@@ -11451,13 +11435,18 @@ class Trial:
         number = self.victims.run(self.dir, *scenario.recovery, newer=scenario.newer)
         found += self.ended("recovery", number, scenario.recovery)
         found += self.found_by(scenario.at_last)
-        found += self.found_by(lambda trial: Aftermath(trial, trial.acknowledged).check())
+        found += self.found_by(self.judge)
         if found:
             self.end_trees()
         else:
             shutil.rmtree(self.dir)
         return [f"{told_point(scenario, self.last)}: {violation.strip()} "
                 f"[{os.path.basename(self.dir)}]" for violation in found]
+
+    @staticmethod
+    def judge(trial):
+        history = History(trial.path, trial.acknowledged, read_ledger(trial.dir))
+        return history.violations() + history.left()
 
     def found_by(self, rule):
         """The violations that a rule finds; what it cannot read is one."""
@@ -12012,14 +12001,6 @@ def synced_bytes(directory):
         wal[8:12], "big"))
 
 
-def broken_rules(directory):
-    """The rules of the queue that a database breaks by itself."""
-    checker = Checker(os.path.join(directory, "queue.db"), [], [])
-    return [f"{rule.__name__}: {violation}"
-            for rule in (checker.caused, checker.charged, checker.summed)
-            for violation in rule()]
-
-
 class Cut(NamedTuple):
     """A copy of the files of a moment."""
     directory: str
@@ -12089,7 +12070,7 @@ def opened_state(directory, history):
             state = history.get(fingerprint(queue))
     except queuectl.NoQueue:
         return -1, []
-    return state, broken_rules(directory)
+    return state, History(os.path.join(directory, "queue.db")).violations()
 
 
 class Traced(NamedTuple):
@@ -12169,7 +12150,7 @@ class PowerCut(Processes):
                 queue.enqueue("true")
                 self.assertLessEqual(before, 1)
                 self.assertEqual(len(queue.jobs()), before + 1)
-            self.assertEqual(broken_rules(place), [])
+            self.assertEqual(History(os.path.join(place, "queue.db")).violations(), [])
 
     def test_pages_that_came_late_to_the_disk_do_not_spoil_the_making(self):
         """Pages reach the disk in any order: the first one may be the last."""
@@ -12182,7 +12163,7 @@ class PowerCut(Processes):
             write_bytes(path, bytes(4096) + read_bytes(path)[4096:])
             with Queue(path) as queue:
                 queue.enqueue("true")
-            self.assertEqual(broken_rules(place), [])
+            self.assertEqual(History(os.path.join(place, "queue.db")).violations(), [])
 
     def trace(self, *argv):
         """The calls that a command made to keep what it wrote."""
@@ -12318,7 +12299,7 @@ def lock_round(directory, seconds):
         ids = sorted(job.id for job in queue.jobs())
     if sorted(read_bytes(ran).decode().split()) != ids:
         violations.append(f"{read_bytes(ran).split()} ran of {ids}")
-    return violations + broken_rules(directory)
+    return violations + History(os.path.join(directory, "queue.db")).violations()
 
 
 def damage_round(directory, copies, seed):
@@ -12400,7 +12381,7 @@ class BadGround(Processes):
         self.assertRegex(err, words)
 
     def assert_sound(self):
-        self.assertEqual(broken_rules(os.path.dirname(self.path)), [])
+        self.assertEqual(History(self.path).violations(), [])
 
     # No room.
 
