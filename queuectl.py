@@ -4862,7 +4862,7 @@ def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
         for job in left:
             try:
                 remove(store, job, now)
-            except Conflict:     # raised before the first write
+            except Conflict:    # raised before the first write
                 kept.append(job)
         left = kept
     return left
@@ -5323,10 +5323,10 @@ class Queue:
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Return when these jobs are over, as they are then.
 
-        Refused after `timeout` seconds (None: never); NotFound for one that is
-        not there (any more); Refused if none of those left can end: they come after a
-        dead or cancelled job, or wait for the job that makes this call. `tell` hears
-        how far they are, with each look.
+        NotFound for one that is not there (any more); Refused after `timeout` seconds
+        (`not-finished`; None: never), and if none of those left can end (`blocked`):
+        they come after a dead or cancelled job, or wait for the job that makes this
+        call. `tell` hears how far they are, with each look.
 
         One that was once seen to be over is not looked at again, so a retry or a
         deletion after that changes nothing; an id given twice comes once.
@@ -5368,7 +5368,7 @@ class Queue:
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        Refused after `timeout` seconds (None: never) and as in `wait`. Jobs
+        Refused after `timeout` seconds (None: never), and as in `wait`. Jobs
         that are added meanwhile are waited for as well. `tell` hears how far they are.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -14160,7 +14160,7 @@ class Stream:
             except KeyboardInterrupt:
                 self._give_up(given, "may not have been added")
                 raise
-            except Unavailable as error:     # these lines cannot come again
+            except Unavailable as error:    # these lines cannot come again
                 if not complained:
                     self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
                                              "lines are held, to try again"))
