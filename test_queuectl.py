@@ -360,10 +360,10 @@ class Case(unittest.TestCase):
         self.assertEqual(self.queue.job(job.id).state, state)
         return self.queue.job(job.id)
 
-    def turn(self, free=0, ended=(), by=None, ahead=0):
+    def turn(self, free=0, ended=(), by=None, ahead=0, outputs=()):
         """A turn of a worker, which has so many slots free, or these."""
-        return (by or self.claims).turn(
-            dict(ended), {}, range(1, free + 1) if isinstance(free, int) else free, ahead)
+        free = range(1, free + 1) if isinstance(free, int) else free
+        return (by or self.claims).turn(dict(ended), dict(outputs), free, ahead)
 
     def claim(self, by=None):
         """The first in line, claimed."""
@@ -3257,7 +3257,7 @@ class Promises(Case):
 
         def answer():
             heard.append(bell.recv(99))
-            claims.turn({}, {claim: output}, [])
+            self.turn(outputs={claim: output}, by=claims)
         thread = threading.Thread(target=answer)
         thread.start()
         self.assertEqual(self.queue.fresh_run("job-1", patience=DEADLINE).output,
@@ -4373,7 +4373,7 @@ class Turns(Case):
         output = Output(9)
         output.feed(b"same")
         self.clock.now += 1
-        self.assertEqual(claims.turn({}, {claim: output}, []).mine, {claim: None})
+        self.assertEqual(self.turn(outputs={claim: output}, by=claims).mine, {claim: None})
         self.end(claim, Outcome("failed", 3, "no luck", 1.5, b"SAME", 4), by=claims)
         job, ended = self.queue.job("a"), queuectl.iso(self.clock.now)
         self.clock.now += 3600
@@ -5901,18 +5901,17 @@ class Metrics(Case):
         for n in range(jobs):
             queue.enqueue("x", queue=("default", "gpu")[n % 2], max_retries=2)
         for outcome in ("completed", "failed", "timeout", "lost"):
-            claimed = claims.turn({}, {}, [1]).claimed
+            claimed = self.turn(1, by=claims).claimed
             for one in claimed:
                 let_go(one.lock)
             self.clock.now += 7
-            claims.turn({one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
-                         for one in claimed}, {}, [])
+            self.turn(0, {one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
+                          for one in claimed}, by=claims)
 
     def test_both_formats_hold_the_metrics_of_the_contract(self):
-        queue = self.a_queue()
-        self.a_busy_hour(queue, self.a_pool(queue))
+        self.a_busy_hour(self.queue, self.worker())
         for is_open in (False, True):
-            kinds, samples = parse_metrics(self.scrape(queue, is_open))
+            kinds, samples = parse_metrics(self.scrape(self.queue, is_open))
             check_histograms(self, kinds, samples)
             self.assertEqual({name for name, _ in samples}, {
                 "queuectl_jobs", "queuectl_jobs_completed_total", "queuectl_attempts_total",
@@ -5933,10 +5932,10 @@ class Metrics(Case):
             from prometheus_client.openmetrics import parser as open_parser
         except ImportError:
             self.skipTest("prometheus_client is not installed")
-        queue = self.a_queue()
-        self.a_busy_hour(queue, self.a_pool(queue))
-        old = list(parser.text_string_to_metric_families(self.scrape(queue)))
-        new = list(open_parser.text_string_to_metric_families(self.scrape(queue, True)))
+        self.a_busy_hour(self.queue, self.worker())
+        old = list(parser.text_string_to_metric_families(self.scrape(self.queue)))
+        new = list(open_parser.text_string_to_metric_families(
+            self.scrape(self.queue, True)))
         self.assertEqual(len(new), 14)
         self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
                           for family in old for one in family.samples},
@@ -5965,12 +5964,11 @@ class Metrics(Case):
         self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family], False))
 
     def test_they_are_equal_to_status(self):
-        queue = self.a_queue()
-        self.a_busy_hour(queue, self.a_pool(queue), 12)
-        queue.enqueue("x", delay=100)
-        queue.pause("gpu")
+        self.a_busy_hour(self.queue, self.worker(), 12)
+        self.job(delay=100)
+        self.queue.pause("gpu")
         self.clock.now += 3
-        samples, status = parse_metrics(self.scrape(queue))[1], queue.status()
+        samples, status = parse_metrics(self.scrape(self.queue))[1], self.queue.status()
         for state in STATES:
             self.assertEqual(sum(n for (name, labels), n in samples.items()
                                  if name == "queuectl_jobs" and ("state", state) in labels),
@@ -5984,14 +5982,13 @@ class Metrics(Case):
                                         (("queue", "default"),)], 3)
 
     def test_the_oldest_is_of_any_priority_and_also_what_no_pool_has_let_in(self):
-        queue = self.a_queue()
         for name, priority in (("a", 0), ("b", 5), ("a", -3), ("a", 7)):
-            queue.enqueue("x", queue=name, priority=priority)
+            self.job(queue=name, priority=priority)
             self.clock.now += 10
-        queue.enqueue("x", queue="c", delay=5)
-        queue.enqueue("x", queue="d", delay=500)
+        self.job(queue="c", delay=5)
+        self.job(queue="d", delay=500)
         self.clock.now += 9
-        samples = parse_metrics(self.scrape(queue))[1]
+        samples = parse_metrics(self.scrape(self.queue))[1]
         self.assertEqual({dict(labels)["queue"]: seconds for (name, labels), seconds
                           in samples.items() if name == "queuectl_oldest_pending_seconds"},
                          {"a": 49, "b": 39, "c": 4, "d": 0, "default": 0})
@@ -6057,8 +6054,7 @@ class CommandLine(Case):
                                  {"command": "x", **flags})
         self.assertEqual(queuectl.merged({"max-retries": 5, "delay": 1}, {"run_at": 2.0}),
                          {"max-retries": 5, "run_at": 2.0})
-        queue = self.a_queue()
-        stream = queuectl.Stream(queue, flags, self.fail, self.fail)
+        stream = queuectl.Stream(self.queue, flags, self.fail, self.fail)
         line = b'{"command": "x", "run-at": "+1h", "max-retries": 5}'
         self.assertEqual([job.max_retries for job in stream.add([line])], [1])
 
@@ -6246,7 +6242,7 @@ class CommandLine(Case):
         claims = self.a_pool(queue)
         for name, kind in (("good", "completed"), ("bad", "failed")):
             queue.enqueue("x", id=name, max_retries=1)
-            claims.turn({self.claim_one(queue, claims).claim: Outcome(kind, 3)}, {}, [])
+            self.end(self.claim(claims), Outcome(kind, 3), by=claims)
         queue.enqueue_many([Spec("x", id="gone"), Spec("make", id="a", tags=("t",)),
                             Spec("make", id="b", queue="q")])
         queue.cancel("gone")
@@ -6336,8 +6332,6 @@ class CommandLine(Case):
     # Waiting.
 
     def test_waiting_ends_with_the_status_of_the_one_job(self):
-        queue = self.a_queue()
-        claims = self.a_pool(queue)
         for name, outcome, status in (
                 ("ok", Outcome("completed", 0), 0), ("own", Outcome("failed", 7), 7),
                 ("signal", Outcome("failed", 137, "killed by SIGKILL"), 137),
@@ -6345,11 +6339,11 @@ class CommandLine(Case):
                 ("unstarted", Outcome("failed", None, "no directory"), 1),
                 ("gone", Outcome("cancelled", None), 1)):
             with self.subTest(name):
-                queue.enqueue("x", id=name, max_retries=1)
-                claims.turn({self.claim_one(queue, claims).claim: outcome}, {}, [])
+                self.job(id=name, max_retries=1)
+                self.end(self.claim(), outcome)
                 code, out, err = self.cli("wait", name)
                 self.assertEqual((code, out), (status, ""))
-                self.assertIn(f"{name} {queue.job(name).state}", err)
+                self.assertIn(f"{name} {self.queue.job(name).state}", err)
                 self.assertEqual(self.cli("wait", name, "-q"), (status, "", ""))
         self.assertEqual(self.cli("wait", "ok", "ok")[0], 0)
         code, _, err = self.cli("wait", "ok", "own")
@@ -6453,42 +6447,38 @@ class CommandLine(Case):
         return output
 
     def test_a_follower_goes_through_the_retries_to_the_end(self):
-        queue = self.a_queue()
-        claims = self.a_pool(queue)
-        queue.enqueue("x", id="a", max_retries=2, backoff_base=0)
-        follower = queuectl.Follower(queue, "a")
-        last, early = queuectl.Follower(queue, "a"), queuectl.Follower(queue, "a", 1)
+        self.job(id="a", max_retries=2, backoff_base=0)
+        follower = queuectl.Follower(self.queue, "a")
+        last, early = (queuectl.Follower(self.queue, "a", n) for n in (None, 1))
         self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
-        claim = self.claim_one(queue, claims).claim
-        claims.turn({}, {claim: self.printed(b"one\ntw")}, [])
+        claim = self.claim().claim
+        self.turn(outputs={claim: self.printed(b"one\ntw")})
         self.assertEqual(follower.step(), (b"one\ntw", ""))
         self.assertEqual(follower.step(), (b"", ""))
-        claims.turn({claim: Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8)}, {}, [])
+        self.end(claim, Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8))
         self.assertEqual(follower.step(), (b"o\n", "-- run 1 of a: failed"))
         self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
         self.assertEqual((early.step(), early.is_over), ((b"one\ntwo\n", ""), True))
 
-        claim = self.claim_one(queue, claims).claim
-        claims.turn({claim: Outcome("completed", 0, None, 0.1, b"done", 4)}, {}, [])
+        claim = self.claim().claim
+        self.end(claim, Outcome("completed", 0, None, 0.1, b"done", 4))
         self.assertEqual((follower.step(), follower.is_over), ((b"done", ""), True))
         self.assertEqual((last.step(), last.is_over), ((b"done", ""), True))
 
     def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
-        queue = self.a_queue()
-        claims = self.a_pool(queue)
-        queue.enqueue("x", id="a")
-        claim = self.claim_one(queue, claims).claim
-        claims.turn({}, {claim: self.printed(b"1\n2\n3\n")}, [])
-        followers = [queuectl.Follower(queue, "a", lines=n) for n in (0, 2, 9, None)]
+        self.job(id="a")
+        claim = self.claim().claim
+        self.turn(outputs={claim: self.printed(b"1\n2\n3\n")})
+        followers = [queuectl.Follower(self.queue, "a", lines=n)
+                     for n in (0, 2, 9, None)]
         self.assertEqual([one.step()[0] for one in followers],
                          [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
-        claims.turn({}, {claim: self.printed(b"1\n2\n3\n4\n5\n")}, [])
+        self.turn(outputs={claim: self.printed(b"1\n2\n3\n4\n5\n")})
         self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
 
     def test_to_follow_what_never_ran_ends_in_words(self):
-        queue = self.a_queue()
-        queue.enqueue("x", id="a")
-        queue.cancel("a")
+        self.job(id="a")
+        self.queue.cancel("a")
         code, _, err = self.cli("logs", "-f", "a")
         self.assertEqual(code, 1)
         self.assertIn("a has not run yet", err)
@@ -6551,9 +6541,8 @@ class CommandLine(Case):
                          [job.id for job in jobs])
 
     def test_a_stream_waits_for_a_database_that_is_busy(self):
-        queue = self.a_queue()
-        queue.store.patience = 0.01
-        rival = sqlite3.connect(queue.path, isolation_level=None)
+        self.queue.store.patience = 0.01
+        rival = sqlite3.connect(self.queue.path, isolation_level=None)
         self.addCleanup(rival.close)
         rival.execute("BEGIN IMMEDIATE")
         refused = []
@@ -6561,7 +6550,7 @@ class CommandLine(Case):
         def refuse(error):
             refused.append(error.code)
             rival.execute("ROLLBACK")
-        stream = queuectl.Stream(queue, {}, refuse, self.fail)
+        stream = queuectl.Stream(self.queue, {}, refuse, self.fail)
         self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
         self.assertEqual((refused, stream.refused), (["busy"], 0))
 
@@ -6586,13 +6575,11 @@ class CommandLine(Case):
         self.assertIn("error: item 2: there is a job 'taken' already", err)
 
     def test_of_a_job_that_is_not_there_no_output_of_others_is_printed(self):
-        queue = self.a_queue()
-        queue.enqueue("x")
-        claims = self.a_pool(queue)
-        claimed = self.claim_one(queue, claims)
+        self.job()
+        claimed = self.claim()
         output = Output(99)
         output.feed(b"text")
-        claims.turn({}, {claimed.claim: output}, [])
+        self.turn(outputs={claimed.claim: output})
         self.assertEqual(self.cli("logs", "job-1")[1], "text")
         self.assertEqual(self.cli("logs", "job-1", "nope")[:2], (1, ""))
 
@@ -6684,12 +6671,11 @@ class Completion(Case):
             self.assertNotIn(name, offered)
 
     def test_ids_are_those_that_fit_the_newest_first(self):
-        queue = self.a_queue()
         for job_id in ("a:1", "a:2", "b@1"):
-            queue.enqueue("echo hi", id=job_id, max_retries=1)
-        claims = self.a_pool(queue, name="w1")
-        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
-        self.claim_one(queue, claims)
+            self.job("echo hi", id=job_id, max_retries=1)
+        claims = self.worker(name="w1")
+        self.end(self.claim(claims), 1, by=claims)
+        self.claim(claims)
         # a:1 is dead, a:2 runs, b@1 waits.
         for line, ids in (("show ", ["b@1", "a:2", "a:1"]), ("show a", ["a:2", "a:1"]),
                           ("show a:1", ["a:1"]), ("show x", []), ("show 'a:1", ["a:1"]),
@@ -6703,20 +6689,18 @@ class Completion(Case):
         self.assertEqual(out, "b@1\tpending: echo hi\n")
 
     def test_an_old_id_is_found_by_its_beginning_and_no_more_are_offered_than_help(self):
-        queue = self.a_queue()
-        queue.enqueue("x", id="older")
-        queue.enqueue("x", id="old")
-        queue.enqueue_many([queuectl.spec_of({"command": "x"}, NOON)
-                            for _ in range(queuectl.LOOKED_AT)])
-        queue.cancel("job-2000", "job-1900")
+        self.job(id="older")
+        self.job(id="old")
+        self.queue.enqueue_many([queuectl.spec_of({"command": "x"}, NOON)
+                                 for _ in range(queuectl.LOOKED_AT)])
+        self.queue.cancel("job-2000", "job-1900")
         newest = [f"job-{n}" for n in range(2002, 1802, -1)]
         self.assertEqual(self.offered("show", ""), newest)
         self.assertEqual(self.offered("show", "ol"), ["old", "older"])
 
     def test_queues_tags_and_schedules_are_those_that_are_there(self):
-        queue = self.a_queue()
         for name, tags in (("gpu", ["red", "blue"]), ("cpu", ["red"]), ("cpu", [])):
-            queue.enqueue("x", queue=name, tags=tags)
+            self.job(queue=name, tags=tags)
         for line, words in (("list --queue ", ["cpu", "gpu"]), ("list --tag ", ["blue", "red"]),
                             ("list --tag red", ["red"]), ("list --tag x", []),
                             ("worker start --queue gpu --queue ", ["cpu"])):
@@ -6761,9 +6745,8 @@ class Completion(Case):
                                   for name in os.listdir(self.dir)})
 
     def test_a_locked_queue_holds_a_key_up_no_longer_than_a_moment(self):
-        queue = self.a_queue()
-        queue.enqueue("x")
-        with queue.store.transaction():
+        self.job()
+        with self.queue.store.transaction():
             self.assertEqual(self.offered("show", ""), ["job-1"])
 
 
