@@ -267,14 +267,19 @@ class Case(unittest.TestCase):
     Its queue and worker are made when they are used first. At the end that queue has to
     be sound, unless the test has spoiled it.
     """
-    is_spoiled = False
 
     def setUp(self):
         self.dir = tempfile.mkdtemp(prefix="queuectl test ü ")
         self.addCleanup(shutil.rmtree, self.dir, True)
-        self.path = os.path.join(self.dir, "queue.db")
-        self.clock = FakeClock()
-        for name in ("queue", "claims", "is_spoiled"):      # of the test's last run
+        self.clock, self.is_spoiled = FakeClock(), False
+        self.anew()
+
+    def anew(self):
+        """Begin with an empty queue, at noon."""
+        number = len(os.listdir(self.dir))
+        self.path = self.path_of(f"{number}.db" if number else "queue.db")
+        self.clock.now = NOON
+        for name in ("queue", "claims"):
             vars(self).pop(name, None)
 
     def path_of(self, name):
@@ -324,13 +329,6 @@ class Case(unittest.TestCase):
     @functools.cached_property
     def claims(self):
         return self.a_pool(self.queue)
-
-    def anew(self):
-        """Go on with an empty queue, and with its worker."""
-        self.path = self.path_of(f"{len(os.listdir(self.dir))}.db")
-        self.clock.now = NOON
-        for name in ("queue", "claims"):
-            vars(self).pop(name, None)
 
     def worker(self, **options):
         return self.a_pool(self.queue, **options)
@@ -3503,21 +3501,6 @@ class Turns(Case):
         away = queuectl.epoch(self.queue.schedule("often").next_run) - self.clock.now
         self.assertLessEqual(away, 300)
 
-    def test_a_clock_set_back_a_little_repeats_no_turn(self):
-        self.queue.add_schedule("daily", "30 12 * * *", command="true")
-        due = queuectl.epoch(self.queue.schedule("daily").next_run)
-        for late, back in ((1, 3600), (0, 3600), (0, 10800)):
-            with self.subTest(late=late, back=back):
-                self.clock.now = due + late
-                one = self.turn(1).claimed[0]
-                self.end(one)
-
-                self.clock.now = due - back
-                self.turn(1)
-                self.clock.now = due + 60
-                self.assertEqual(self.turn(1).claimed, [])
-                due += 86400
-
     def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
         self.clock.now = 60.0
         self.job()
@@ -4014,32 +3997,24 @@ class Turns(Case):
         self.end(held, by=claims)
         self.assertTrue(claims.is_work_there())
 
-    def test_a_clock_set_back_by_minutes_brings_no_turn_twice(self):
-        self.queue.add_schedule("s", "*/10 * * * *", command="x")
-        self.clock.now = NOON + 601
-        self.assertEqual(len(self.ticks(self.claims)), 1)
-        self.clock.now = NOON + 540
-        added = []
-        while self.clock.now < NOON + 1190:
-            self.clock.now += 10
-            added += self.ticks(self.claims)
-        self.assertEqual(added, [])
-        self.clock.now = NOON + 1200
-        self.assertEqual(len(self.ticks(self.claims)), 1)
-
-    def test_a_clock_that_was_a_day_ahead_stops_no_schedule_for_a_day(self):
-        for has_run in (True, False):
-            with self.subTest(has_run=has_run):
+    def test_a_clock_that_is_set_brings_no_turn_twice_and_puts_none_off(self):
+        day, due = 86400, 16200     # 12:30, in seconds after NOON
+        for cron, start, steps in (
+                ("*/10 * * * *", 0, [(601, 1), *((at, 0) for at in range(550, 1200, 10)),
+                                     (1200, 1)]),
+                ("*/10 * * * *", day, [(day + 600, 1), (1, 0), (601, 1), (601, 0)]),
+                ("*/10 * * * *", day, [(day, 0), (1, 0), (601, 1), (601, 0)]),
+                ("30 12 * * *", 0, [
+                    (due + 1, 1), (due - 3600, 0), (due + 60, 0),
+                    (due + day, 1), (due + day - 3600, 0), (due + day + 60, 0),
+                    (due + 2 * day, 1), (due + 2 * day - 10800, 0), (due + 2 * day + 60, 0)])):
+            with self.subTest(cron, start=start):
                 self.anew()
-                self.queue.add_schedule("s", "*/10 * * * *", command="x")
-                self.clock.now += 600 * has_run
-                self.assertEqual(len(self.ticks(self.claims)), int(has_run))
-                self.clock.now = NOON + 1
-                self.assertEqual(self.ticks(self.claims), [])
-                self.assertEqual(self.queue.schedule("s").next_run,
-                                 queuectl.iso(NOON + 600))
-                self.clock.now = NOON + 601
-                self.assertEqual([len(self.ticks(self.claims)) for _ in "ab"], [1, 0])
+                self.clock.now += start
+                self.queue.add_schedule("s", cron, "UTC", command="x")
+                for at, jobs in steps:
+                    self.clock.now = NOON + at
+                    self.assertEqual(len(self.ticks(self.claims)), jobs, at)
 
     def test_a_turn_far_away_is_looked_at_anew_when_a_clock_is_set_back(self):
         self.clock.now = NOON + 400 * 86400
