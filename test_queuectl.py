@@ -613,7 +613,7 @@ class Rules(Case):
                          [1.0, 3.0])
 
     def test_every_outcome_leads_to_its_verb_and_says_why(self):
-        job = self.a_queue().enqueue("x", max_retries=2)._replace(state=PROCESSING)
+        job = self.job(max_retries=2)._replace(state=PROCESSING)
         done, ended = "exit status 0", "cancelled while it ran"
         lost, back = "its worker was lost", MOVES["release"].because
         table = (
@@ -752,7 +752,7 @@ class Rules(Case):
             queuectl.setting_key("xyz")
 
     def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
-        job = self.a_queue().enqueue("x")._replace(state=PROCESSING, wish="lost")
+        job = self.job()._replace(state=PROCESSING, wish="lost")
         silent = "ended by another worker: its own was silent"
         for kind, judged, error in (
                 ("failed", "lost", silent), ("timeout", "lost", silent),
@@ -763,7 +763,7 @@ class Rules(Case):
                 queuectl.judged(job._replace(wish=None), Outcome(kind, 1)).kind, kind)
 
     def test_a_run_that_ended_by_itself_is_an_attempt_and_a_crash_is_none(self):
-        job = self.a_queue().enqueue("x", max_retries=3)._replace(state=PROCESSING)
+        job = self.job(max_retries=3)._replace(state=PROCESSING)
         for kind, attempts, crashes in (("completed", 1, 0), ("failed", 1, 0),
                                         ("timeout", 1, 0), ("lost", 0, 1),
                                         ("released", 0, 0), ("cancelled", 0, 0)):
@@ -773,7 +773,7 @@ class Rules(Case):
                 self.assertEqual((after.attempts, after.crashes), (attempts, crashes))
 
     def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
-        job = self.a_queue().enqueue("x")
+        job = self.job()
         line = [job._replace(seq=n, queue="ab"[n % 2]) for n in range(10)]
 
         def chosen(room, free):
@@ -2561,7 +2561,7 @@ class Promises(Case):
 
     def test_the_spec_that_needs_a_job_that_is_not_there_is_named(self):
         with refused("invalid-job", item=2):
-            self.a_queue().enqueue_many([
+            self.queue.enqueue_many([
                 Spec("a", unique="k"), Spec("b", unique="k"),
                 Spec("c", after=("nothing",))])
 
@@ -2581,8 +2581,8 @@ class Promises(Case):
 
     def test_jobs_that_wait_for_each_other_are_refused(self):
         with refused("invalid-job", "a, b wait for each other"):
-            self.a_queue().enqueue_many([Spec("a", id="a", after=("b",)),
-                                         Spec("b", id="b", after=("a",))])
+            self.queue.enqueue_many([Spec("a", id="a", after=("b",)),
+                                     Spec("b", id="b", after=("a",))])
 
     def test_retry_resets_the_attempts_and_keeps_the_history(self):
         job = self.job_in(DEAD)
@@ -2953,7 +2953,7 @@ class Promises(Case):
                 other.cancel("b")
             elif len(told) == 2:
                 claims = self.a_pool(other)
-                self.end(self.claim_one(other, claims), by=claims)
+                self.end(self.claim(claims), by=claims)
         jobs = self.queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
         self.assertEqual([(job.id, job.state) for job in jobs],
                          [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
@@ -3145,7 +3145,7 @@ class Promises(Case):
     def test_of_those_that_go_round_five_are_named_and_none_that_is_free(self):
         ring = [Spec("x", id=f"r{n}", after=(f"r{(n + 1) % 6}", "free")) for n in range(6)]
         with refused("invalid-job", " r0, r1, r2, r3, r4 wait for each other"):
-            self.a_queue().enqueue_many([
+            self.queue.enqueue_many([
                 Spec("x", id="free"), Spec("x", id="behind", after=("free",)), *ring])
 
     def test_a_job_that_failed_keeps_an_attempt_whatever_is_edited(self):
@@ -3247,7 +3247,7 @@ class Promises(Case):
         self.addCleanup(other.close)
         claims = Claims(other, PoolOptions(name="w"), bell.getsockname()[1])
         self.job()
-        claim = self.claim_one(other, claims).claim
+        claim = self.claim(claims).claim
         heard, output = [], Output(99)
         output.feed(b"so far")
         while heard[-1:] != [queuectl.NEW_JOBS]:
@@ -3883,11 +3883,12 @@ class Turns(Case):
         return added
 
     def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
-        queue, other = self.a_queue(), Queue(self.path, clock=lambda: self.clock.now - 0.7)
+        one = self.worker(name="a")
+        other = Queue(self.path, clock=lambda: self.clock.now - 0.7)
         self.addCleanup(other.close)
-        pools = self.a_pool(queue, name="a"), self.a_pool(other, name="b")
-        queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
-                           tags=["own"], env={"A": "b"})
+        pools = one, self.a_pool(other, name="b")
+        self.queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
+                                tags=["own"], env={"A": "b"})
         added = []
         for _ in range(3600):
             self.clock.now += 1
@@ -3895,11 +3896,11 @@ class Turns(Case):
                 added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
 
         self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
-        job = queue.job("job-1")
+        job = self.queue.job("job-1")
         self.assertEqual((job.command, job.queue, job.priority, job.tags, job.env, job.cwd),
                          ("x", "q", 3, ("own", "schedule:s"), {"A": "b"}, os.getcwd()))
-        self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
-        self.assertEqual(queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
+        self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
+        self.assertEqual(self.queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
 
     def test_a_pool_sleeps_until_the_next_turn_of_a_schedule(self):
         self.assertIsNone(self.claims.next_due())
@@ -4648,7 +4649,7 @@ class Views(Case):
                           "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
 
     def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
-        job = self.a_queue().enqueue("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
+        job = self.job("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
         lines = "\n".join(queuectl.show_lines(job, [], [], self.PLAIN)).split("\n")
         self.assertEqual(lines[1:3], ["command      echo  [2J", " " * 15 + "rm x"])
         self.assertNotIn("\x1b", "".join(lines))
