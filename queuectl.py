@@ -21,12 +21,11 @@ Words
     claim     the number of a run, drawn when a pool takes the job; it only grows
     fence     the guard "only if the job's claim is still mine" on a later write
     lease     how long a pool may be silent before its claims are taken from it
-    gate      what a waiting job waits for: its time, other jobs, or just a slot
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
     rank      a waiting job's place in line: by priority, with ageing also by time
-    wish      that a running job be ended: somebody asked, or its pool was lost
+    ready     waits for nothing but a slot; scheduled: for its time; blocked: for jobs
     turn      one transaction of a pool: record what ended, claim what is due;
               of a schedule: one of the moments at which its job is enqueued
 
@@ -47,12 +46,13 @@ Invariants
          old state, and in one transaction with its row in `events`.
     (I2) A job is 'processing' exactly when it has a claim.     [CHECK in the schema]
     (I3) Only the holder of a job's claim can end its run; a late one changes nothing.
-    (I4) A claim number is never used twice.                          [AUTOINCREMENT]
+    (I4) A claim number is never used twice.                               [counters]
     (I5) From the commit of a claim until the last process of its run is gone, the
          run's lock is held: by the pool up to the start, then by the process tree.
     (I6) A job is taken from a pool only when that pool is gone or silent for a lease,
          and only when the run's lock is free.
-    (I7) A waiting job has a gate; only an open gate can be claimed.  [CHECK, index]
+    (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
+                                                                    [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a pool touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
@@ -140,7 +140,7 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 # be made from them is made from them: the guards of SQL, the CHECKs of the schema, the
 # choices of flags; so nothing is told twice. Nothing here computes or acts.
 
-# STATES, GATES and OUTCOMES stand in CHECKs of the schema: one more of them needs a
+# STATES, WAITS and OUTCOMES stand in CHECKs of the schema: one more of them needs a
 # migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
@@ -172,7 +172,7 @@ WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 
 # What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
-OPEN, TIMED, BLOCKED = GATES = ("open", "time", "after")
+READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
 
 # How a run ended. LOST: nobody saw it. RELEASED: handed back, at nobody's expense: its
 # pool left, had no slot for it in time, or the machine lacked what a start takes.
@@ -460,10 +460,10 @@ class Job(NamedTuple):
     finished_at: str | None     # of the last run that ended
     exit_code: int | None       # of the last run: status, 128+N for a signal
     error: str | None           # why the last run failed
-    gate: str | None            # what it waits for; None: it does not wait
+    waits: str | None           # what it waits for; None: it does not wait
     rank: int                   # place in line, lower first; see `rank_of`
     claim: int | None           # number of the run that is under way: the fence (I3)
-    wish: str | None            # CANCEL or LOST: somebody is ending this run
+    end_requested: str | None   # CANCEL or LOST: somebody is ending this run
     runs: int                   # times it was claimed; the number of the last run
     unmet: int                  # jobs in `after` that are not completed yet
     once: str | None            # key that only one job may ever have
@@ -472,8 +472,8 @@ class Job(NamedTuple):
 
 # The keys of a job in JSON: its fields, but for what is the queue's own affair.
 JSON_KEYS = tuple(field for field in Job._fields
-                  if field not in ("seq", "gate", "rank", "claim", "wish", "runs",
-                                   "unmet", "at_time"))
+                  if field not in ("seq", "waits", "rank", "claim",
+                                   "end_requested", "runs", "unmet", "at_time"))
 
 
 class Run(NamedTuple):
@@ -485,7 +485,7 @@ class Run(NamedTuple):
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
-    pool: int                   # Worker.id
+    worker_id: int              # Worker.id
     worker: str                 # the pool's name; its row goes when it leaves
     slot: int                   # 1 ... slots
     started_at: str
@@ -502,7 +502,7 @@ class Worker(NamedTuple):
     """One row of `workers`: a pool that runs, or died without a word.
 
     `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
-    Silence is told by `beat`, which no clock moves; `heartbeat_at` is for people.
+    Silence is told by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
     """
     id: int
     name: str
@@ -515,8 +515,8 @@ class Worker(NamedTuple):
     port: int | None            # UDP, loopback, for wake-ups
     started_at: str
     heartbeat_at: str
-    beat: int                   # grows with each heartbeat
-    wish: str | None            # DRAIN or NOW: somebody wants it stopped
+    heartbeats: int             # grows with each heartbeat
+    stop_requested: str | None  # DRAIN or NOW: somebody wants it stopped
 
 
 class Event(NamedTuple):
@@ -697,7 +697,7 @@ class Claimed(NamedTuple):
 
 class Change(NamedTuple):
     """A change of state that is to be written: the verb, the job as it was and as it
-    will be (but for state, gate and place in line, which follow), and the reason.
+    will be (but for state, `waits` and place in line, which follow), and the reason.
     """
     verb: str
     before: Job
@@ -725,8 +725,9 @@ class Turn(NamedTuple):
     """What one turn of a pool brought: all of it is committed."""
     settled: list[Settled]
     claimed: list[Claimed]
-    mine: dict[int, str | None]     # claims the database says this pool holds: wish
-    stop: str | None                # wish for the pool
+    mine: dict[int, str | None]     # claims the database says this pool holds:
+                                    # what is requested of each
+    stop: str | None                # DRAIN or NOW
     behind: bool                    # more jobs are due than one turn lets in
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
@@ -1132,7 +1133,7 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
 
     A pool that thaws just then sees its command killed: not the job's own doing.
     """
-    if job.wish == LOST and outcome.kind in (FAILURE, TIMEOUT):
+    if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None,
                                 error="ended by another worker: its own was silent")
     return outcome
@@ -1165,7 +1166,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
                        finished_at=iso(now))
     if outcome.kind == DONE:
         return "complete", job._replace(attempts=job.attempts + 1), "exit status 0"
-    if job.wish == CANCEL or outcome.kind == STOPPED:
+    if job.end_requested == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
     if outcome.kind == RELEASED:    # due now, also if the clock was set back meanwhile
         return "release", job._replace(run_at=min(job.run_at, iso(now))), \
@@ -1853,7 +1854,7 @@ def turn_after(cron: str, now: float, tz: str | None) -> str:
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
-# Fifteen digits: who chooses an id like ours moves the counter on (`Batch._last_seq`),
+# Fifteen digits: who chooses an id like ours moves the counter on (`Batch.add`),
 # and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
@@ -2339,37 +2340,43 @@ class Sql:
     """Every statement the program runs. Tests prepare each one.
 
     Partial indexes serve only the very literals they were made with, so these stand
-    in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
+    in the statements as they stand in the schema: waits = 'ready', claim IS NOT NULL.
     With a parameter in the place of a literal SQLite silently scans the table instead.
     (A comparison implies IS NOT NULL, so `claim = :claim` alone finds its index, too.)
     """
 
     # The tables.
-    #   AUTOINCREMENT: else SQLite gives the number of the newest row again once that is
-    #     deleted. Of `runs` it is the fence (I3, I4), of `jobs` the N of job-N, of
-    #     `events` the place from which readers go on, of `workers` a lock's offset.
-    #   WITHOUT ROWID: the key's tree is the table, so a look costs one search, not two.
-    #   No foreign keys: DELETE_JOB takes along what belongs to a job, and RULES finds
-    #     rows that were left. `runs.worker` is a copy: the pool's row goes before it.
-    #   The CHECKs are (I2) and (I7), and that only a running job can have a wish.
-    #   `gate` and `rank` are stored, though they follow from other columns: an index is
-    #     to hold just what may be claimed, in its order. With what is not due in the
-    #     same index, 100,000 jobs for tomorrow cost each claim 13 ms.
-    #   A job's `after` and `tags` stand twice: as given, in its row, to be read with
-    #     it; and in tables of their own, for who comes after it and what has a tag.
-    #   `counts`: to count a million jobs by state takes some 100 ms, even by an index.
-    #     `queues` has a row only where something was set. `next_run` is reckoned ahead,
-    #     so that a pool can sleep until then.
+    #   `counters`: the last numbers given to rows, one row. A number is never used
+    #     again, even after its row is deleted: of `runs` it is the fence (I3, I4), of
+    #     `jobs` the N of job-N, of `events` the place from which readers continue, of
+    #     `workers` the offset of a lock. AUTOINCREMENT would write at each INSERT.
+    #   WITHOUT ROWID: the key's tree is the table; a lookup is one search, not two.
+    #   No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds
+    #     leftovers. `runs.worker` is a copy, since the worker's row goes before it.
+    #   The CHECKs are (I2) and (I7); only the end of a running job can be requested.
+    #   `waits` and `rank` follow from other columns. They are stored for the indexes,
+    #     which hold just what can be claimed, in order: with scheduled jobs in the same
+    #     index, 100,000 jobs for tomorrow cost each claim 13 ms.
+    #   `after` and `tags` of a job are stored twice: as given, to be read with the job,
+    #     and in tables of their own, to find dependents and the jobs that have a tag.
+    #   `counts`, `runs`, `unmet` are kept as things change. Counting a million jobs by
+    #     state takes 100 ms even by an index.
+    #   `unblocking`: completed jobs that have very many dependents; those above `after`
+    #     still count the job as unmet, and the next ticks see to them.
+    #   `queues` has a row only where something was set.
     #
-    # The indexes. Each change of state costs an entry in each that holds the job, so
-    # most of them are partial: of a job that waits, runs or is over only some hold it.
+    # The indexes. A change of state writes an entry in each index that holds the job,
+    # so most are partial.
     #   jobs_by_state   lists by state; newest first without sorting
-    #   jobs_in_line    the line of all that may be claimed: LINE reads its beginning
-    #   jobs_in_queue   the same by queue, for pools and limits that pass over some
-    #   jobs_by_time    what waits for its time: the next alarm, and what is let in
-    #   jobs_by_claim   what runs: never more than there are slots and jobs ahead
-    #   jobs_by_unique  is the rule itself: one unfinished job a key, over are many
-    #   jobs_by_end     what is over, by its end: the dead letter queue, and retention
+    #   jobs_in_line    the ready jobs in the order of claims: LINE reads its beginning
+    #   jobs_in_queue   the same by queue, where some queues are passed over
+    #   jobs_by_time    scheduled jobs: the next alarm, and what becomes ready
+    #   jobs_delayed    those that wait for a delay or backoff, by when it began: if in
+    #                   the future, the clock was set back
+    #   jobs_blocked    jobs that wait for other jobs
+    #   jobs_by_claim   running jobs, and those claimed ahead
+    #   jobs_by_unique  enforces one unfinished job per key
+    #   jobs_by_end     finished jobs by their end: the dead letter queue, retention
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -2382,7 +2389,7 @@ class Sql:
         ) WITHOUT ROWID;
 
         CREATE TABLE jobs (
-            seq           INTEGER PRIMARY KEY AUTOINCREMENT,
+            seq           INTEGER PRIMARY KEY,
             id            TEXT NOT NULL UNIQUE,
             command       TEXT NOT NULL,
             state         TEXT NOT NULL CHECK (state IN ({_list(STATES)})),
@@ -2406,31 +2413,39 @@ class Sql:
             finished_at   TEXT,
             exit_code     INTEGER,
             error         TEXT,
-            gate          TEXT CHECK (gate IN ({_list(GATES)})),
+            waits         TEXT CHECK (waits IN ({_list(WAITS)})),
             rank          INTEGER NOT NULL DEFAULT 0,
             claim         INTEGER,
-            wish          TEXT,
+            end_requested TEXT,
+            runs          INTEGER NOT NULL DEFAULT 0,
+            unmet         INTEGER NOT NULL DEFAULT 0,
+            once          TEXT,
+            at_time       INTEGER NOT NULL DEFAULT 0,
             CHECK ((state = '{PROCESSING}') = (claim IS NOT NULL)),
             CHECK ((claim IS NULL) = (worker IS NULL)),
-            CHECK ((state IN ({_list(WAITING)})) = (gate IS NOT NULL)),
-            CHECK (wish IS NULL OR claim IS NOT NULL)
+            CHECK ((state IN ({_list(WAITING)})) = (waits IS NOT NULL)),
+            CHECK (end_requested IS NULL OR claim IS NOT NULL)
         );
         CREATE INDEX jobs_by_state ON jobs (state, seq);
-        CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE gate = 'open';
+        CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE waits = 'ready';
         CREATE INDEX jobs_in_queue ON jobs (queue, rank, run_at, seq)
-            WHERE gate = 'open';
-        CREATE INDEX jobs_by_time ON jobs (run_at) WHERE gate = 'time';
+            WHERE waits = 'ready';
+        CREATE INDEX jobs_by_time ON jobs (run_at) WHERE waits = 'scheduled';
+        CREATE INDEX jobs_delayed ON jobs (updated_at)
+            WHERE waits = 'scheduled' AND at_time = 0;
+        CREATE INDEX jobs_blocked ON jobs (seq) WHERE waits = 'blocked';
         CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
-            WHERE "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL);
+            WHERE "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL);
+        CREATE UNIQUE INDEX jobs_by_once ON jobs (once) WHERE once IS NOT NULL;
         CREATE INDEX jobs_by_end ON jobs (state, finished_at)
-            WHERE gate IS NULL AND claim IS NULL;
+            WHERE waits IS NULL AND claim IS NULL;
 
         CREATE TABLE runs (
-            claim         INTEGER PRIMARY KEY AUTOINCREMENT,
+            claim         INTEGER PRIMARY KEY,
             job           INTEGER NOT NULL,
             number        INTEGER NOT NULL,
-            pool          INTEGER NOT NULL,
+            worker_id     INTEGER NOT NULL,
             worker        TEXT NOT NULL,
             slot          INTEGER NOT NULL,
             started_at    TEXT NOT NULL,
@@ -2446,7 +2461,7 @@ class Sql:
         CREATE INDEX runs_by_job ON runs (job);
 
         CREATE TABLE events (
-            seq     INTEGER PRIMARY KEY AUTOINCREMENT,
+            seq     INTEGER PRIMARY KEY,
             job     INTEGER NOT NULL,
             "from"  TEXT,
             "to"    TEXT NOT NULL,
@@ -2462,6 +2477,11 @@ class Sql:
         ) WITHOUT ROWID;
         CREATE INDEX dependencies_by_job ON dependencies (job);
 
+        CREATE TABLE unblocking (
+            needs  INTEGER PRIMARY KEY,
+            after  INTEGER NOT NULL
+        );
+
         CREATE TABLE tags (
             tag  TEXT NOT NULL,
             job  INTEGER NOT NULL,
@@ -2476,30 +2496,40 @@ class Sql:
         ) WITHOUT ROWID;
 
         CREATE TABLE schedules (
-            name        TEXT PRIMARY KEY,
-            cron        TEXT NOT NULL,
-            job         TEXT NOT NULL,
-            paused      INTEGER NOT NULL DEFAULT 0,
-            created_at  TEXT NOT NULL,
-            next_run    TEXT,
-            last_run    TEXT,
-            last_job    INTEGER
+            name          TEXT PRIMARY KEY,
+            cron          TEXT NOT NULL,
+            job           TEXT NOT NULL,
+            paused        INTEGER NOT NULL DEFAULT 0,
+            created_at    TEXT NOT NULL,
+            next_run      TEXT,
+            last_run      TEXT,
+            last_job      INTEGER,
+            tz            TEXT,
+            skipped       INTEGER NOT NULL DEFAULT 0,
+            last_success  TEXT
         ) WITHOUT ROWID;
 
         CREATE TABLE workers (
-            id            INTEGER PRIMARY KEY AUTOINCREMENT,
-            name          TEXT NOT NULL UNIQUE,
-            host          TEXT NOT NULL,
-            boot          TEXT NOT NULL,
-            pid           INTEGER NOT NULL,
-            born          TEXT NOT NULL,
-            slots         INTEGER NOT NULL,
-            queues        TEXT NOT NULL,
-            port          INTEGER,
-            started_at    TEXT NOT NULL,
-            heartbeat_at  TEXT NOT NULL,
-            beat          INTEGER NOT NULL DEFAULT 0,
-            wish          TEXT
+            id              INTEGER PRIMARY KEY,
+            name            TEXT NOT NULL UNIQUE,
+            host            TEXT NOT NULL,
+            boot            TEXT NOT NULL,
+            pid             INTEGER NOT NULL,
+            born            TEXT NOT NULL,
+            slots           INTEGER NOT NULL,
+            queues          TEXT NOT NULL,
+            port            INTEGER,
+            started_at      TEXT NOT NULL,
+            heartbeat_at    TEXT NOT NULL,
+            heartbeats      INTEGER NOT NULL DEFAULT 0,
+            stop_requested  TEXT
+        );
+
+        CREATE TABLE counters (
+            jobs     INTEGER NOT NULL,
+            runs     INTEGER NOT NULL,
+            events   INTEGER NOT NULL,
+            workers  INTEGER NOT NULL
         );
 
         CREATE TABLE counts (
@@ -2557,19 +2587,22 @@ class Sql:
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
-    # Jobs, one by one and in lists. `seq` is chosen by us: an id, needs and events that
-    # name it are written in the same breath. SQLite notes the highest of AUTOINCREMENT
-    # in sqlite_sequence, also where it was given, and has no row there before the
-    # first. A field that INSERT_JOB does not name is passed over without a word.
+    FIRST_COUNTERS = "INSERT INTO counters VALUES (0, 0, 0, 0)"
+    COUNTERS = "SELECT jobs, runs, events, workers FROM counters"
+    SET_COUNTERS = """
+        UPDATE counters
+           SET jobs = :jobs, runs = :runs, events = :events, workers = :workers
+        """
+
+    # Jobs, one by one and in lists. A field that INSERT_JOB does not name is ignored.
     INSERT_JOB = """
         INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
                           queue, priority, run_at, timeout, backoff_base, after,
-                          "unique", tags, env, cwd, gate, rank, unmet, once, at_time)
+                          "unique", tags, env, cwd, waits, rank, unmet, once, at_time)
         VALUES (:seq, :id, :command, :state, :max_retries, :created_at, :updated_at,
                 :queue, :priority, :run_at, :timeout, :backoff_base, :after,
-                :unique, :tags, :env, :cwd, :gate, :rank, :unmet, :once, :at_time)
+                :unique, :tags, :env, :cwd, :waits, :rank, :unmet, :once, :at_time)
         """
-    LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
@@ -2579,7 +2612,7 @@ class Sql:
         SELECT *
           FROM jobs
          WHERE "unique" = :unique
-           AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
+           AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)
         """
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
     # A list of any length in one parameter: one statement stays prepared for all, and
@@ -2626,7 +2659,7 @@ class Sql:
         if state is not None:
             clauses.append(cls.FILTERS["state"])
         if state in OVER:       # the literals of jobs_by_end
-            clauses.append("gate IS NULL AND claim IS NULL")
+            clauses.append("waits IS NULL AND claim IS NULL")
         clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
         return " AND ".join(clauses)
 
@@ -2636,22 +2669,22 @@ class Sql:
     # From one rank to the next by the index: a scan of all that wait would be long.
     # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
     # at most: with ageing nearly each job has one of its own.
-    OLDEST_OPEN = """
+    OLDEST_READY = """
         WITH RECURSIVE ranks (rank) AS (
             SELECT MIN(rank)
               FROM jobs
-             WHERE gate = 'open' AND queue = :queue
+             WHERE waits = 'ready' AND queue = :queue
              UNION ALL
             SELECT (SELECT MIN(jobs.rank)
                       FROM jobs
-                     WHERE gate = 'open' AND queue = :queue
+                     WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank > ranks.rank)
               FROM ranks
              WHERE rank IS NOT NULL
              LIMIT 1000)
         SELECT MIN((SELECT MIN(run_at)
                       FROM jobs
-                     WHERE gate = 'open' AND queue = :queue
+                     WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
           FROM ranks
         """
@@ -2660,7 +2693,7 @@ class Sql:
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
                   FROM jobs
-                 WHERE gate = 'time' AND run_at <= :now
+                 WHERE waits = 'scheduled' AND run_at <= :now
                  ORDER BY run_at
                  LIMIT 1000)
          GROUP BY queue
@@ -2669,18 +2702,18 @@ class Sql:
         SELECT COUNT(*)
           FROM (SELECT 1
                   FROM jobs
-                 WHERE gate = 'open' AND queue = :queue
+                 WHERE waits = 'ready' AND queue = :queue
                  UNION ALL
                 SELECT 1
                   FROM jobs
-                 WHERE gate = 'time' AND run_at <= :now AND queue = :queue
+                 WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                  LIMIT :most)
         """
     # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'time'
+         WHERE waits = 'scheduled'
          ORDER BY run_at
          LIMIT 1
         """
@@ -2688,7 +2721,7 @@ class Sql:
     # look at the few schedules.
     DUE_AT = """
         SELECT MIN(at)
-          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
+          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0)
         """
@@ -2702,33 +2735,33 @@ class Sql:
            SET state = :state, attempts = :attempts, crashes = :crashes,
                updated_at = :updated_at, run_at = :run_at, worker = :worker,
                started_at = :started_at, finished_at = :finished_at,
-               exit_code = :exit_code, error = :error, gate = :gate, rank = :rank,
-               claim = :claim, wish = :wish, runs = :runs, at_time = :at_time
+               exit_code = :exit_code, error = :error, waits = :waits, rank = :rank,
+               claim = :claim, end_requested = :end_requested, runs = :runs,
+               at_time = :at_time
          WHERE seq = :seq
            AND state = :source AND claim IS :held
         """
-    # Somebody asks that a run be ended. By claim: it must not hit a later run, which
-    # nobody has asked to end.
-    WISH = """
+    # By claim: it must not hit a later run, whose end nobody has requested.
+    REQUEST_END = """
         UPDATE jobs
-           SET wish = :wish
+           SET end_requested = :end_requested
          WHERE seq = :seq
            AND claim = :claim
         """
     # A rescuer marks the run before its first signal: should the pool thaw and record
-    # the end, that counts as a crash (`judged`), not as the job's own failure. A wish
-    # to cancel stays: then the end of the run cancels the job.
+    # the end, that counts as a crash (`judged`), not as the job's own failure. A
+    # request to cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
-           SET wish = 'lost'
+           SET end_requested = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL
-           AND wish IS NULL
+           AND end_requested IS NULL
         """
     # Events. Times and reasons do not order them, seq does: clocks are set back.
     # A job's events go with it, so the JOIN leaves nothing out.
     INSERT_EVENT = """
-        INSERT INTO events (job, "from", "to", at, reason)
-        VALUES (:job, :source, :target, :at, :reason)
+        INSERT INTO events (seq, job, "from", "to", at, reason)
+        VALUES (:seq, :job, :source, :target, :at, :reason)
         """
     EVENTS_OF = """
         SELECT jobs.id, "from", "to", at, reason
@@ -2747,7 +2780,6 @@ class Sql:
          ORDER BY events.seq
          LIMIT :limit
         """
-    LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
     # Dependencies: a row as long as the job that is needed is there. Only a completed
     # job can be deleted while others wait for it: to those a row that is missing is
@@ -2755,7 +2787,7 @@ class Sql:
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
     # Who comes after a job, whatever its state, in pages: by the primary key. A job
     # that was completed lowers `unmet` of each; at 0 the job is no longer blocked. A
-    # gate is no state, so no event is written.
+    # `waits` is no state, so no event is written.
     DEPENDENTS = """
         SELECT needs, job
           FROM dependencies
@@ -2767,9 +2799,10 @@ class Sql:
     MEET = """
         UPDATE jobs
            SET unmet = unmet - 1,
-               gate = CASE WHEN gate = 'after' AND unmet = 1
-                           THEN CASE WHEN run_at > :now THEN 'time' ELSE 'open' END
-                           ELSE gate END
+               waits = CASE WHEN waits = 'blocked' AND unmet = 1
+                           THEN CASE WHEN run_at > :now THEN 'scheduled'
+                                     ELSE 'ready' END
+                           ELSE waits END
          WHERE seq = :job
            AND unmet > 0
         """
@@ -2777,7 +2810,8 @@ class Sql:
     UNMEET = """
         UPDATE jobs
            SET unmet = unmet + 1,
-               gate = CASE WHEN gate IN ('open', 'time') THEN 'after' ELSE gate END
+               waits = CASE WHEN waits IN ('ready', 'scheduled') THEN 'blocked'
+                            ELSE waits END
          WHERE seq IN (SELECT job
                          FROM dependencies
                         WHERE needs = :needs AND job <= :upto)
@@ -2790,7 +2824,7 @@ class Sql:
           FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs = :needs
-           AND jobs.gate IS NOT NULL
+           AND jobs.waits IS NOT NULL
          LIMIT 1
         """
     # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
@@ -2799,7 +2833,7 @@ class Sql:
         WITH RECURSIVE stuck (seq) AS (
             SELECT jobs.seq
               FROM jobs
-             WHERE gate = 'after'
+             WHERE waits = 'blocked'
                AND EXISTS (SELECT 1
                              FROM dependencies
                              JOIN jobs AS needed ON needed.seq = dependencies.needs
@@ -2812,7 +2846,7 @@ class Sql:
               JOIN dependencies ON dependencies.needs = stuck.seq
              WHERE EXISTS (SELECT 1
                              FROM jobs
-                            WHERE jobs.seq = dependencies.job AND gate = 'after'))
+                            WHERE jobs.seq = dependencies.job AND waits = 'blocked'))
         """
     COUNT_STUCK = _STUCK + """
         SELECT COUNT(*)
@@ -2837,25 +2871,25 @@ class Sql:
           JOIN jobs ON jobs.seq = dependencies.needs
          WHERE dependencies.job = :job
         """
-    # No `claim` to guard by: a gate says that it waits, so none is held (I2, I7).
+    # A job that waits has no claim to guard by (I2, I7).
     EDIT = """
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
                max_retries = :max_retries, timeout = :timeout, queue = :queue,
-               gate = :gate, rank = :rank, updated_at = :updated_at,
+               waits = :waits, rank = :rank, updated_at = :updated_at,
                at_time = :at_time
          WHERE seq = :seq
-           AND gate IS NOT NULL
+           AND waits IS NOT NULL
         """
     # All that wait, over the whole table: only when `priority-ageing` is changed.
     # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
     # SQLite 3.34 cuts some of them short by one.
-    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
+    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE waits IS NOT NULL"
     RANK_BY_AGE = """
         UPDATE jobs
            SET rank = strftime('%s', substr(run_at, 1, 19)) * 1000
                       + substr(run_at, 21, 3) - priority * :worth
-         WHERE gate IS NOT NULL
+         WHERE waits IS NOT NULL
         """
 
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
@@ -2873,13 +2907,11 @@ class Sql:
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
-    # Runs. The number is drawn before the row is written, so that its lock is held when
-    # the row can be seen (I5); see `Claims._draw`. What ends or changes a run asks for
-    # `outcome IS NULL`: an end is written once.
-    LAST_CLAIM = "SELECT seq FROM sqlite_sequence WHERE name = 'runs'"
+    # Runs. A run's end is written once, hence `outcome IS NULL`.
     INSERT_RUN = """
-        INSERT INTO runs (claim, job, number, pool, worker, slot, started_at)
-        VALUES (:claim, :job, :number, :pool, :worker, :slot, :started_at)
+        INSERT INTO runs (claim, job, number, worker_id, worker, slot, started_at)
+        VALUES (:claim, :job, :number, :worker_id, :worker, :slot,
+                :started_at)
         """
     # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
@@ -2931,21 +2963,21 @@ class Sql:
 
     # The claim. Selected and taken in one IMMEDIATE transaction (I2): without RETURNING
     # (SQLite 3.35) it takes two statements, and between them nobody else may choose.
-    # ANY_OPEN comes before all: an idle pool asks it at each wake-up, and writes
+    # ANY_READY comes before all: an idle pool asks it at each wake-up, and writes
     # nothing.
-    ANY_OPEN = """
-        SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
-            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
+    ANY_READY = """
+        SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready')
+            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
             OR EXISTS (SELECT 1 FROM unblocking)
-            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND at_time = 0
+            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)
         """
     # Delays that began in the future: the clock was set back. By jobs_delayed.
     DELAYED = """
         SELECT *
           FROM jobs
-         WHERE gate = 'time' AND at_time = 0
+         WHERE waits = 'scheduled' AND at_time = 0
            AND updated_at > :ahead
          ORDER BY updated_at
          LIMIT :limit
@@ -2954,31 +2986,31 @@ class Sql:
         UPDATE jobs
            SET run_at = :run_at, rank = :rank, updated_at = :updated_at
          WHERE seq = :seq
-           AND gate = 'time'
+           AND waits = 'scheduled'
         """
     # How many stand before a job in a queue: compared as one row, so by one index
     # range.
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
-         WHERE gate = 'open' AND queue = :queue
+         WHERE waits = 'ready' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
-    # From one gate to the next (I7), the longest due first and not all at once: those
+    # What is due becomes ready (I7), the longest due first and not all at once: those
     # of one moment may be very many, and the write lock is held. See `Claims._let_in`.
     LET_IN = """
         UPDATE jobs
-           SET gate = 'open'
+           SET waits = 'ready'
          WHERE seq IN (SELECT seq
                          FROM jobs
-                        WHERE gate = 'time' AND run_at <= :now
+                        WHERE waits = 'scheduled' AND run_at <= :now
                         ORDER BY run_at
                         LIMIT :limit)
         """
     LINE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'open'
+         WHERE waits = 'ready'
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
@@ -2986,23 +3018,23 @@ class Sql:
     QUEUE_LINE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'open' AND queue = :queue
+         WHERE waits = 'ready' AND queue = :queue
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
-    ANY_OPEN_IN = "SELECT 1 FROM jobs WHERE gate = 'open' AND queue = :queue LIMIT 1"
+    ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
     # By time alone: a pool that asks has let in what was due, so little is left to see.
     ANY_DUE_IN = """
         SELECT 1
           FROM jobs
-         WHERE gate = 'time' AND run_at <= :now
+         WHERE waits = 'scheduled' AND run_at <= :now
            AND queue = :queue
          LIMIT 1
         """
     # What the database says this pool holds. A claim of its own that is not there was
     # taken from it: whatever its run does, nothing of it may be recorded (I3).
     MINE = """
-        SELECT claim, wish, unmet
+        SELECT claim, end_requested, unmet
           FROM jobs
          WHERE claim IS NOT NULL AND worker = :worker
         """
@@ -3051,20 +3083,27 @@ class Sql:
         """
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # Pools. A new one gives no id (NULL), so SQLite draws it; one that was taken for
-    # dead comes back with its old id, which its lock and its runs bear. `beat` counts,
-    # for a watcher compares it with what it saw last, never a clock with another's.
+    # Workers. One that was taken for dead comes back with its old id, which its lock
+    # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
+    # last, and never two clocks.
     INSERT_WORKER = """
         INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
                              started_at, heartbeat_at)
         VALUES (:id, :name, :host, :boot, :pid, :born, :slots, :queues, :port,
                 :started_at, :heartbeat_at)
         """
-    LAST_POOL = "SELECT seq FROM sqlite_sequence WHERE name = 'workers'"
     WORKERS = "SELECT * FROM workers ORDER BY id"
-    WORKER_WISH = "SELECT wish FROM workers WHERE id = :id"
-    BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
-    STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
+    STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
+    HEARTBEAT = """
+        UPDATE workers
+           SET heartbeat_at = :now, heartbeats = heartbeats + 1
+         WHERE id = :id
+        """
+    STOP_WORKER = """
+        UPDATE workers
+           SET stop_requested = :stop_requested
+         WHERE id = :id
+        """
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
     # By the pool's id, not by `jobs.worker`: a dead pool's name may be another's by
     # now. CROSS JOIN is SQLite's word for "in this order": from the few jobs that run,
@@ -3075,7 +3114,7 @@ class Sql:
            AND NOT EXISTS (SELECT 1
                              FROM jobs
                             CROSS JOIN runs ON runs.claim = jobs.claim
-                            WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
+                            WHERE jobs.claim IS NOT NULL AND runs.worker_id = :id)
         """
     # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
@@ -3215,6 +3254,16 @@ class Sql:
              GROUP BY queue, state
             HAVING SUM(n) <> 0
             """),
+        ("counters", "the last number of {} is too low, so it would be used again (I4)",
+         """
+            SELECT 'jobs' FROM counters WHERE jobs < (SELECT MAX(seq) FROM jobs)
+             UNION
+            SELECT 'runs' FROM counters WHERE runs < (SELECT MAX(claim) FROM runs)
+             UNION
+            SELECT 'events' FROM counters WHERE events < (SELECT MAX(seq) FROM events)
+             UNION
+            SELECT 'workers' FROM counters WHERE workers < (SELECT MAX(id) FROM workers)
+            """),
         # The schema holds a claim and 'processing' together; these two hold the claim
         # and its row in `runs` together, which no CHECK can: it sees one table.
         ("claims", "{} is processing, but has no run under way (I2)", """
@@ -3243,7 +3292,7 @@ class Sql:
         ("gates", "{} waits for other jobs, but these are all completed (I7)", """
             SELECT id
               FROM jobs
-             WHERE gate = 'after'
+             WHERE waits = 'blocked'
                AND unmet = 0
             """),
         ("gates", "the number of jobs that {} waits for is wrong (I7)", """
@@ -3259,7 +3308,7 @@ class Sql:
             """),
         # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
-            SELECT id FROM jobs WHERE gate IN ('open', 'time') AND unmet > 0
+            SELECT id FROM jobs WHERE waits IN ('ready', 'scheduled') AND unmet > 0
             """),
         # What a foreign key would hold.
         ("orphans", "there are rows of {}, which is no job", """
@@ -3272,46 +3321,53 @@ class Sql:
     )
 
 
-# What a job costs must not grow with its history, its dependencies or its dependents:
-#   runs, unmet   counted as they change, instead of by a query for each claim
-#   unblocking    completed jobs that have very many dependents: those above `after`
-#                 still count it as unmet, and the next ticks see to them
-#   jobs_delayed  jobs that wait for a delay or a backoff, by the time at which that
-#                 began: one that began in the future shows that the clock was set back
-ADD_COUNTS = """
-    ALTER TABLE jobs ADD COLUMN runs INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN unmet INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN once TEXT;
-    ALTER TABLE jobs ADD COLUMN at_time INTEGER NOT NULL DEFAULT 0;
-    UPDATE jobs
-       SET runs = (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
-     WHERE seq IN (SELECT job FROM runs);
-    UPDATE jobs
-       SET unmet = (SELECT COUNT(*)
-                      FROM dependencies
-                      JOIN jobs AS needed ON needed.seq = dependencies.needs
-                     WHERE dependencies.job = jobs.seq
-                       AND needed.state <> 'completed')
-     WHERE seq IN (SELECT job FROM dependencies);
-    UPDATE jobs SET at_time = 1 WHERE gate = 'time' AND state = 'pending';
-    CREATE UNIQUE INDEX jobs_by_once ON jobs (once) WHERE once IS NOT NULL;
-    CREATE INDEX jobs_blocked ON jobs (seq) WHERE gate = 'after';
-    CREATE INDEX jobs_delayed ON jobs (updated_at) WHERE gate = 'time' AND at_time = 0;
-    CREATE TABLE unblocking (
-        needs  INTEGER PRIMARY KEY,
-        after  INTEGER NOT NULL
-    );
-    ALTER TABLE schedules ADD COLUMN tz TEXT;
-    ALTER TABLE schedules ADD COLUMN skipped INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE schedules ADD COLUMN last_success TEXT;
-    """
-
-# Migrations: the script that makes version N out of N - 1; the first makes the file.
-# Each is applied whole or not at all, and never edited after release: a file that has
-# had it would not get the change. A new field of a row comes last, as ALTER TABLE adds
-# it: rows are taken by position.
-MIGRATIONS = (Sql.SCHEMA, ADD_COUNTS)
-SCHEMA_VERSION = len(MIGRATIONS)
+# From each older format to the current one, in one transaction. Tables that differ are
+# moved away and made anew by SCHEMA: a CHECK cannot be changed, nor AUTOINCREMENT.
+UPGRADES = {
+    1: """
+        ALTER TABLE jobs RENAME TO old_jobs;
+        ALTER TABLE runs RENAME TO old_runs;
+        ALTER TABLE events RENAME TO old_events;
+        ALTER TABLE workers RENAME TO old_workers;
+        ALTER TABLE schedules RENAME TO old_schedules;
+        DROP INDEX jobs_by_state; DROP INDEX jobs_in_line; DROP INDEX jobs_in_queue;
+        DROP INDEX jobs_by_time; DROP INDEX jobs_by_claim; DROP INDEX jobs_by_unique;
+        DROP INDEX jobs_by_end; DROP INDEX runs_by_job; DROP INDEX events_by_job;
+        """ + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + """
+        INSERT INTO counters
+        SELECT COALESCE(MAX(CASE name WHEN 'old_jobs' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_runs' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_events' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_workers' THEN seq END), 0)
+          FROM sqlite_sequence;
+        INSERT INTO runs SELECT * FROM old_runs;
+        INSERT INTO events SELECT * FROM old_events;
+        INSERT INTO workers SELECT * FROM old_workers;
+        INSERT INTO schedules SELECT *, NULL, 0, NULL FROM old_schedules;
+        INSERT INTO jobs
+        SELECT seq, id, command, state, attempts, max_retries, created_at, updated_at,
+               queue, priority, run_at, timeout, backoff_base, after, "unique", tags,
+               env, cwd, crashes, worker, started_at, finished_at, exit_code, error,
+               CASE gate WHEN 'open' THEN 'ready' WHEN 'time' THEN 'scheduled'
+                         WHEN 'after' THEN 'blocked' END,
+               rank, claim, wish,
+               (SELECT COALESCE(MAX(number), 0) FROM runs WHERE job = old_jobs.seq),
+               (SELECT COUNT(*)
+                  FROM dependencies
+                  JOIN old_jobs AS needed ON needed.seq = dependencies.needs
+                 WHERE dependencies.job = old_jobs.seq
+                   AND needed.state <> 'completed'),
+               NULL,
+               COALESCE(gate = 'time' AND state = 'pending', 0)
+          FROM old_jobs;
+        DROP TABLE old_jobs;
+        DROP TABLE old_runs;
+        DROP TABLE old_events;
+        DROP TABLE old_workers;
+        DROP TABLE old_schedules;
+        """,
+}
+SCHEMA_VERSION = 1 + max(UPGRADES)
 
 
 # ---- 7 Store -----------------------------------------------------------------
@@ -3460,6 +3516,7 @@ class Store:
         self._lock = threading.RLock()      # guards the connection and the two below
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
+        self._numbers: dict[str, int] = {}      # last numbers drawn, by counter
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
         self._make_file(create)
         self._refuse_foreign(create)
@@ -3720,15 +3777,14 @@ class Store:
                 self._migrate(version)
 
     def _migrate(self, version: int) -> None:
-        """Run the scripts that are missing; none may hold a `;` within a statement.
+        """Run a script that makes the current format; it has no `;` within a statement.
 
-        Not by executescript(), which commits before it begins. The version stands in
-        the file's header, so it is part of the transaction: all holds, or nothing.
+        Not by executescript(), which commits first. The version is in the file's
+        header, so it is part of the transaction.
         """
-        for script in MIGRATIONS[version:]:
-            for statement in script.split(";"):
-                if statement.strip():
-                    self._db.execute(statement)
+        script = UPGRADES[version] if version else Sql.SCHEMA + Sql.FIRST_COUNTERS
+        for statement in filter(str.strip, script.split(";")):
+            self._db.execute(statement)
         self._db.execute(Sql.SET_VERSION.format(SCHEMA_VERSION))
 
     def backup(self, path: str) -> None:
@@ -3856,6 +3912,7 @@ class Store:
             finally:
                 self._counts.clear()
                 self._tallies.clear()
+                self._numbers.clear()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -3883,6 +3940,20 @@ class Store:
                                    if n < 0])
         self.many(Sql.TALLY, [(*key, n, total)
                               for key, (n, total) in self._tallies.items()])
+        if self._numbers:
+            self.do(Sql.SET_COUNTERS, self._numbers)
+
+    def draw(self, counter: str, n: int = 1, above: int = 0) -> int:
+        """The first of `n` new numbers, in a transaction; larger than `above`, too.
+
+        They are ours because the write lock is: nobody else draws one meanwhile.
+        """
+        if not self._numbers:
+            [last] = self.rows(Sql.COUNTERS)
+            self._numbers = dict(zip(("jobs", "runs", "events", "workers"), last))
+        first = 1 + max(self._numbers[counter], above)
+        self._numbers[counter] = first + n - 1
+        return first
 
     def count(self, queue: str, state: str, change: int) -> None:
         """Note that there are `change` more jobs; written when the transaction ends."""
@@ -4498,16 +4569,17 @@ KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
 DUE_BATCH = 2000            # jobs that one transaction lets go on: some 50 ms
 
 
-def gate_of(job: Job, now: float) -> str:
+def waits_of(job: Job, now: float) -> str:
     """What a waiting job waits for now (I7)."""
     if job.unmet:
         return BLOCKED
-    return TIMED if job.run_at > iso(now) else OPEN
+    return SCHEDULED if job.run_at > iso(now) else READY
 
 
 def _blocked(job: Job, unmet: Mapping[int, int]) -> Job:
     """The job, blocked if jobs that it comes after are not completed."""
-    return job._replace(gate=BLOCKED, unmet=unmet[job.seq]) if job.seq in unmet else job
+    return job._replace(waits=BLOCKED, unmet=unmet[job.seq]) \
+        if job.seq in unmet else job
 
 
 def _json(value: Any) -> str:
@@ -4550,11 +4622,14 @@ class Batch:
         An error has the number of the spec at fault in `item`, from 0. A spec that adds
         nothing uses its number up all the same.
         """
-        last = self._last_seq(specs)
+        # Above every job-N that somebody chose himself, so no N comes twice.
+        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
+        first = self._store.draw("jobs", len(specs),
+                                 max((int(m[1]) for m in chosen if m), default=0))
         jobs: list[Job] = []
         for item, spec in enumerate(specs):
             with at_item(item):
-                jobs.append(self._known(spec) or self._new(spec, last + item + 1))
+                jobs.append(self._known(spec) or self._new(spec, first + item))
         unmet = self._resolve_needs(jobs)
         if unmet:
             self._added = [_blocked(job, unmet) for job in self._added]
@@ -4566,15 +4641,6 @@ class Batch:
     def new(self) -> set[int]:
         """The numbers of the jobs that were added."""
         return {job.seq for job in self._added}
-
-    def _last_seq(self, specs: Sequence[Spec]) -> int:
-        """The number from which the new ones count on.
-
-        It is above every job-N that somebody chose himself: no N comes twice.
-        """
-        row = self._store.row(Sql.LAST_SEQ)
-        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
-        return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
 
     def _known(self, spec: Spec) -> Job | None:
         """The job that has one of its keys, of this batch or of before."""
@@ -4594,7 +4660,7 @@ class Batch:
 
         Of the settings only max_retries is taken over now: the others are read when
         they are needed. An id of the form job-N that is our own cannot be taken, for
-        `_last_seq` is above all of them.
+        `add` numbers from above all of them.
         """
         now = iso(self._now)
         run_at = now if spec.run_at is None else iso_up(spec.run_at)
@@ -4607,9 +4673,9 @@ class Batch:
             backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
             tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
             started_at=None, finished_at=None, exit_code=None, error=None,
-            gate=TIMED if run_at > now else OPEN,
-            rank=rank_of(spec.priority, run_at, self._settings), claim=None, wish=None,
-            runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
+            waits=SCHEDULED if run_at > now else READY,
+            rank=rank_of(spec.priority, run_at, self._settings), claim=None,
+            end_requested=None, runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
         if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
             raise JobExists(job.id)
         self._seqs[job.id] = seq
@@ -4685,9 +4751,11 @@ class Batch:
         store.many(Sql.INSERT_JOB, [
             {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
              "env": _json(job.env)} for job in jobs])
+        event = store.draw("events", len(jobs))
         store.many(Sql.INSERT_EVENT, [
-            {"job": job.seq, "source": None, "target": PENDING, "at": job.created_at,
-             "reason": None} for job in jobs])
+            {"seq": seq, "job": job.seq, "source": None, "target": PENDING,
+             "at": job.created_at, "reason": None}
+            for seq, job in enumerate(jobs, event)])
         store.many(Sql.INSERT_NEED, self._needs)
         store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
                                     for job in jobs for tag in job.tags])
@@ -4700,8 +4768,8 @@ def _moved(store: Store, change: Change, now: float) -> Job:
     """The job as it will stand; WrongState if the verb does not apply to it.
 
     What follows from the state alone is set here, so no caller can forget it: the claim
-    and the worker of what does not run are none (I2), a wish ends with its run, and
-    what waits has a gate and a rank (I7), of the time that it has then.
+    and the worker of what does not run are none (I2), a request to end goes with its
+    run, and what waits has a rank (I7).
     """
     verb, before, after, _ = change
     step = MOVES[verb]
@@ -4709,11 +4777,11 @@ def _moved(store: Store, change: Change, now: float) -> Job:
         raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
                          "it must be " + " or ".join(step.sources))
     is_run = step.target == PROCESSING
-    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
-                           claim=after.claim if is_run else None,
+    after = after._replace(state=step.target, updated_at=iso(now), waits=None,
+                           end_requested=None, claim=after.claim if is_run else None,
                            worker=after.worker if is_run else None)
     if step.target in WAITING:
-        after = after._replace(gate=gate_of(after, now), rank=rank_of(
+        after = after._replace(waits=waits_of(after, now), rank=rank_of(
             after.priority, after.run_at, store.settings()))
     return after
 
@@ -4821,18 +4889,21 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     guarded by the state and the claim that the job had (I1, I3); it was read in this
     very transaction, so a guard that does not hold is a mistake of ours: Stale.
     """
+    if not changes:
+        return []
     refuse_taken_keys(store, [change.before for change in changes
-                               if change.verb == "retry"])
+                              if change.verb == "retry"])
     jobs = [_moved(store, change, now) for change in changes]
     store.change(Sql.MOVE, [
         {**job._asdict(), "source": change.before.state, "held": change.before.claim}
         for change, job in zip(changes, jobs)])
+    event = store.draw("events", len(jobs))
     store.many(Sql.INSERT_EVENT, [
-        {"job": job.seq, "source": change.before.state, "target": job.state,
-         "at": job.updated_at,
+        {"seq": seq, "job": job.seq, "source": change.before.state,
+         "target": job.state, "at": job.updated_at,
          "reason": None if change.reason in ("", MOVES[change.verb].because)
          else change.reason}
-        for change, job in zip(changes, jobs)])
+        for seq, (change, job) in enumerate(zip(changes, jobs), event)])
     for change, job in zip(changes, jobs):
         store.count(job.queue, change.before.state, -1)
         store.count(job.queue, job.state, +1)
@@ -4872,7 +4943,7 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
     """Record the ends of runs whose claims still stand.
 
     One that fails, or is lost, while it is being cancelled is told as cancelled.
-    `before` has to bear the wish that the database has now, not that of the claim.
+    `before.end_requested` is what the database has now, not what the claim had.
     """
     import random  # 1 ms, and only in a pool
     judgements = [judged(end.before, end.outcome) for end in ends]
@@ -4930,10 +5001,10 @@ def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
 def edit(store: Store, before: Job, after: Job, now: float) -> Job:
     """Write what a person has changed in a waiting job; WrongState for any other.
 
-    No event: its state is the same. Gate and rank follow anew from what was changed,
+    No event: its state is the same. `waits` and rank follow anew from what was changed,
     and the counters if it was the queue.
     """
-    if before.gate is None:
+    if before.waits is None:
         raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
                          "it must be " + " or ".join(WAITING))
     if after.state == FAILED and after.attempts >= after.max_retries:
@@ -4942,9 +5013,9 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
                          f"use at least {after.attempts + 1}")
     if after.run_at == before.run_at:
         after = brought_forward(after, now)     # `updated_at` would hide its beginning
-    gate = OPEN if before.gate == OPEN and after.run_at == before.run_at \
-        else gate_of(after, now)
-    after = after._replace(updated_at=iso(now), gate=gate, rank=rank_of(
+    waits = READY if before.waits == READY and after.run_at == before.run_at \
+        else waits_of(after, now)
+    after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
         after.priority, after.run_at, store.settings()))
     store.change(Sql.EDIT, [after._asdict()])
     store.count(before.queue, before.state, -1)
@@ -5274,11 +5345,10 @@ class Queue:
     def last_event(self) -> int:
         """The `seq` of the latest change of all; 0: there was none yet.
 
-        From sqlite_sequence, so it does not fall when jobs are deleted with their
-        events, and who goes on from there misses nothing.
+        It does not fall when jobs are deleted with their events, so a reader that
+        continues from there misses nothing.
         """
-        row = self.store.row(Sql.LAST_EVENT)
-        return int(row[0]) if row else 0
+        return int(self.store.rows(Sql.COUNTERS)[0][2])
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """How many jobs there are in each state; also those that have none: 0.
@@ -5475,10 +5545,10 @@ class Queue:
         """Raise Blocked if none of these unfinished jobs can end."""
         caller = self.caller()
         waiting = [job for job in left if caller is None or job.seq != caller.seq]
-        gates = {job.gate: job for job in waiting}
-        if {*gates} - {BLOCKED}:
-            if caller and not {*gates} - {BLOCKED, OPEN}:
-                self._refuse_slot_of(caller, gates[OPEN])
+        waits = {job.waits: job for job in waiting}
+        if {*waits} - {BLOCKED}:
+            if caller and not {*waits} - {BLOCKED, READY}:
+                self._refuse_slot_of(caller, waits[READY])
             return
         if len(self.stuck_among(waiting, caller)) == len(waiting):
             self._raise_blocked(waiting, caller)
@@ -5506,7 +5576,7 @@ class Queue:
         limits = {view.name: view.limit for view in self.queues()}
         one_slot = sum(view.worker.slots for view in workers) == 1 \
             and caller.worker in [view.worker.name for view in workers]
-        if job.gate == OPEN and (one_slot or (
+        if job.waits == READY and (one_slot or (
                 caller.queue == job.queue and limits.get(job.queue) == 1)):
             raise Blocked(f"{job.id} cannot start: {caller.id}, which runs this "
                           "command, has the only slot for it",
@@ -5539,7 +5609,7 @@ class Queue:
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
             if run.slot != AHEAD:
-                running.setdefault(run.pool, []).extend(
+                running.setdefault(run.worker_id, []).extend(
                     self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
         heartbeat = self.store.settings().heartbeat
         return [WorkerView(worker, None, running.get(worker.id, []), heartbeat)
@@ -5575,7 +5645,7 @@ class Queue:
                 worker.name != job.worker for worker in scene.pools):
             return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
                     "again"]
-        if job.gate is None:
+        if job.waits is None:
             return []
         reasons = [one.text for one in self._hindrances(job, scene)]
         if not reasons:
@@ -5604,7 +5674,7 @@ class Queue:
         """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
         return {job.id: self._hindrances(job, scene)
-                for job in jobs if job.gate is not None}
+                for job in jobs if job.waits is not None}
 
     def _scene(self) -> Scene:
         """What `_hindrances` looks at, for any number of jobs."""
@@ -5623,7 +5693,7 @@ class Queue:
         if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
             found.append(Hindrance(f"queue `{job.queue}` is at its limit "
                                    f"{queue.limit}"))
-        if job.gate == TIMED:
+        if job.waits == SCHEDULED:
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
             found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
@@ -5640,7 +5710,7 @@ class Queue:
         One that is not there was: none else may be deleted while another waits for it.
         """
         needed = {one.id: one.state for one in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
+            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.waits == BLOCKED else {}
         return [Hindrance(f"after {job_id} ({needed[job_id]})", False,
                           f"retry {job_id}, or cancel what comes after it"
                           if needed[job_id] in (DEAD, CANCELLED) else "")
@@ -5665,7 +5735,7 @@ class Queue:
                     one.text for one in self._hindrances(job, scene)
                     if not one.text.startswith("no worker")) or "is ready")
                     for job in self.jobs(WAITING, "run-at", PAGE_SIZE, queue=name)
-                    if job.gate != BLOCKED), "")
+                    if job.waits != BLOCKED), "")
                 lines.append(f"{left - stuck} of queue {name}{why}")
         return [f"left waiting: {line}" for line in lines]
 
@@ -5716,14 +5786,14 @@ class Queue:
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
         """For how many seconds the first in line of each queue have been due.
 
-        Those whose gate is open, and those whose time has come but that no pool has let
-        in: where none runs, that is when it matters. Both look at a bounded number of
-        rows; see the statements.
+        Those that are ready, and those whose time has come but that no worker has made
+        ready: where none runs, that is when it matters. Both look at a bounded number
+        of rows; see the statements.
         """
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
-                Sql.OLDEST_OPEN, queue=queue)))), default=None) for queue in queues}
+                Sql.OLDEST_READY, queue=queue)))), default=None) for queue in queues}
         return {queue: max(0.0, now - epoch(run_at)) for queue, run_at in first.items()
                 if run_at is not None}
 
@@ -5789,7 +5859,7 @@ class Queue:
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
 
-        So a running one comes back as 'processing' with its `wish` set, and if its
+        So a running one comes back as 'processing' with `end_requested` set, and if its
         command completes before the worker hears of that, it is completed. Raises
         NoSuchJob, and WrongState for one that is over.
         """
@@ -5802,17 +5872,18 @@ class Queue:
     def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
         """As `cancel`, in a transaction of the caller.
 
-        A wish is no change of state: that comes with the end of the run, by its pool,
-        or by whoever rescues the run if the pool is dead.
+        A request is no change of state: that comes with the end of the run, by its
+        pool, or by whoever rescues the run if the pool is dead.
         """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
-        self.store.change(Sql.WISH, [
-            {"seq": job.seq, "claim": job.claim, "wish": CANCEL} for job in running])
+        self.store.change(Sql.REQUEST_END, [
+            {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
+            for job in running])
         moved = move(self.store, [Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         now_so = {job.seq: job for job in (
-            *moved, *(job._replace(wish=CANCEL) for job in running))}
+            *moved, *(job._replace(end_requested=CANCEL) for job in running))}
         return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
@@ -6137,7 +6208,7 @@ class Queue:
         with self.store.transaction() as store:
             for worker in asked:
                 store.do(Sql.STOP_WORKER, {"id": worker.id,
-                                           "wish": NOW if now else DRAIN})
+                                           "stop_requested": NOW if now else DRAIN})
         self.wake(NEW_ORDERS)
         return asked
 
@@ -6198,8 +6269,7 @@ class Claims:
         try:
             with self._store.transaction() as store:
                 self._free_name(name, gone)
-                last = store.row(Sql.LAST_POOL)
-                pool, self._lock = self._draw(POOL_LOCKS, last[0] + 1 if last else 1)
+                pool, self._lock = self._draw("workers", POOL_LOCKS)
                 worker = worker._replace(id=pool)
                 store.do(Sql.INSERT_WORKER, {**worker._asdict(),
                                              "queues": _json(worker.queues)})
@@ -6263,13 +6333,13 @@ class Claims:
         """
         now = self._clock()
         ahead = iso(now + CLOCK_NOISE)
-        if not self._store.rows(Sql.ANY_OPEN, now=iso(now), ahead=ahead)[0][0]:
+        if not self._store.rows(Sql.ANY_READY, now=iso(now), ahead=ahead)[0][0]:
             return False
         due, room = self.next_due(), self._room(1)
         return (due is not None and due <= now) or bool(
             self._store.rows(Sql.UNBLOCKING)
             or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
-            room(queue) and self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
             for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
@@ -6282,9 +6352,9 @@ class Claims:
 
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
         """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
-        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        row = self._store.row(Sql.STOP_REQUESTED, id=self.worker.id)
         return row[0] if row else None, {
-            claim: wish for claim, wish, _ in self._store.rows(
+            claim: asked for claim, asked, _ in self._store.rows(
                 Sql.MINE, worker=self.worker.name)}
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
@@ -6324,11 +6394,11 @@ class Claims:
                 # while we were silent, and its end is dropped. By the name, so those of
                 # a dead pool that had it are there, too: nobody here asks for them.
                 rows = store.rows(Sql.MINE, worker=self.worker.name)
-                mine = {claim: wish for claim, wish, _ in rows}
+                mine = {claim: asked for claim, asked, _ in rows}
                 unmet = {claim: n for claim, _, n in rows}
-                # The job as it was claimed, for no one edits it since; but with the
-                # wish of now: a cancel or a rescue decides how this end is judged.
-                ends = [End(self._held[claim].job._replace(wish=mine[claim],
+                # The job as it was claimed, for no one edits it since; but with what
+                # is requested now: a cancel or a rescue decides how this end is judged.
+                ends = [End(self._held[claim].job._replace(end_requested=mine[claim],
                                                            unmet=unmet[claim]),
                             self._held[claim], outcome)
                         for claim, outcome in ended.items() if claim in mine]
@@ -6338,7 +6408,7 @@ class Claims:
                 notes = self._fire(now)
                 bring_forward(store, now)
                 behind = unblock_more(store, now) or self._let_in(now)
-                [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
+                [[stop]] = store.rows(Sql.STOP_REQUESTED, id=self.worker.id)
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
@@ -6380,7 +6450,7 @@ class Claims:
         last of that has been rescued.
         """
         worker = self.worker
-        beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
+        beat = self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)})
         if beat.rowcount == 0:
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
@@ -6420,7 +6490,7 @@ class Claims:
             notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
-        """Open the gate of jobs whose time has come; whether there are still more.
+        """Make jobs ready whose time has come; whether there are still more.
 
         Until all are in, nothing is claimed: the most urgent may be among the last.
         What is due later stays out of the index that claims go by: 100,000 of a higher
@@ -6437,17 +6507,13 @@ class Claims:
         start at once. The locks taken go into `locks`, for the caller to let go of if
         the commit fails.
         """
-        row = self._store.row(Sql.LAST_CLAIM)
-        claim = row[0] if row else 0
         taken: list[Claimed] = []
         for job, slot in zip(self._choose(len(slots)), slots):
             if slot == AHEAD and job.runs > 0:
                 continue    # see `Rescuer.record`
-            claim, lock = self._draw(0, claim + 1)  # locked before the commit (I5)
+            claim, lock = self._draw("runs", 0)     # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claimed(job, claim, job.runs + 1, lock, slot))
-        # A number that is given explicitly, and is larger, moves AUTOINCREMENT's own
-        # count along: so it is never used again, even if its row is deleted (I4).
         self._write_runs(taken, now)
         jobs = move(self._store, [Change("claim", one.job, one.job._replace(
             claim=one.claim, worker=self.worker.name, runs=one.number,
@@ -6455,19 +6521,17 @@ class Claims:
             for one in taken], now)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
-    def _draw(self, base: int, number: int) -> tuple[int, int]:
-        """The next number from that one on, and the descriptor that holds its lock.
+    def _draw(self, counter: str, base: int) -> tuple[int, int]:
+        """A new number, and the descriptor that holds its lock, at `base` + number.
 
-        Of pools (`base` is POOL_LOCKS) or of runs (0). We choose it, not SQLite: the
-        lock is to be held before the row is there (I5). A number whose lock is held is
+        The lock is held before the row is there (I5). A number whose lock is held is
         passed over: that is of later days, if the file was put back to what it had been
         before.
         """
         while True:
-            try:
+            number = self._store.draw(counter)
+            with contextlib.suppress(InUse):
                 return number, self._host.locks.hold(base + number)
-            except InUse:
-                number += 1
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
         """The rows of these runs, and how long their jobs have waited for a slot.
@@ -6477,7 +6541,7 @@ class Claims:
         """
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
-             "pool": self.worker.id, "worker": self.worker.name, "slot": one.slot,
+             "worker_id": self.worker.id, "worker": self.worker.name, "slot": one.slot,
              "started_at": iso(now)} for one in taken])
         for one in taken:
             self._store.tally(now, one.job.queue, "wait_time",
@@ -6573,7 +6637,7 @@ class Claims:
                 and (not self._options.queues or queue in self._options.queues)}
         own = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
-            (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            (queue, FAILED) in states or self._store.row(Sql.ANY_READY_IN, queue=queue)
             or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
             for queue in own)
 
@@ -6611,15 +6675,15 @@ class Rescuer:
                 if pool != self._own and (pool in gone
                                     or self._host.is_alive(worker) is False
                                     or silent.get(pool, 0.0) >= lease)}
-        return [Stranded(run, pools.get(run.pool)) for run in runs
-                if run.pool not in pools or run.pool in lost]
+        return [Stranded(run, pools.get(run.worker_id)) for run in runs
+                if run.worker_id not in pools or run.worker_id in lost]
 
     def beats(self) -> dict[int, int]:
         """The heartbeats of the other pools, as counted by themselves.
 
         A count and no time: a clock that was set says nothing about them.
         """
-        return {worker.id: worker.beat for worker in self._store.workers()
+        return {worker.id: worker.heartbeats for worker in self._store.workers()
                 if worker.id != self._own}
 
     def seize(self, runs: Iterable[Run]) -> None:
@@ -6645,7 +6709,8 @@ class Rescuer:
             outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
         # A frozen pool stays in the table: it may thaw and claim again. Without a row
         # that would look stranded, and a rescuer would signal the living pool itself.
-        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
+        gone = [worker.id for worker in self._store.workers()
+                if worker.id == run.worker_id
                 and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
         with self._store.transaction() as store:
             settled = record(store, [
@@ -6683,8 +6748,8 @@ class Rescuer:
         if mute:
             with self._store.transaction() as store:
                 # A worker may have waited for the write lock before us.
-                beats = {worker.id: worker.beat for worker in store.workers()}
-                mute = [one for one in mute if beats.get(one.id) == one.beat]
+                beats = {worker.id: worker.heartbeats for worker in store.workers()}
+                mute = [one for one in mute if beats.get(one.id) == one.heartbeats]
                 for worker in mute:
                     store.do(Sql.DELETE_WORKER, {"id": worker.id})
         return mute
@@ -6876,7 +6941,7 @@ class Inspection:
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
             pools = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
-            owner = pools.get(run.pool)
+            owner = pools.get(run.worker_id)
             if owner and self._host.is_alive(owner) is not False:
                 continue
             left = sorted({*self._host.members(run.claim),
@@ -7217,7 +7282,7 @@ def state_cell(job: Job) -> str:
     """
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
-    if job.state == PENDING and job.gate == BLOCKED:
+    if job.state == PENDING and job.waits == BLOCKED:
         return f"{job.state} (after)"
     return job.state
 
@@ -7231,7 +7296,7 @@ def when_cell(job: Job, now: float) -> str:
     if job.state == PROCESSING:
         return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
     if job.state in WAITING:
-        return ago(job.run_at, now) if job.gate == TIMED else \
+        return ago(job.run_at, now) if job.waits == SCHEDULED else \
             f"waits {span(max(0, math.floor(now - epoch(job.run_at))))}"
     return ago(job.finished_at, now)
 
@@ -7297,7 +7362,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
              "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
     if worker.queues:
         parts.append("queues " + ",".join(worker.queues))
-    if worker.wish:
+    if worker.stop_requested:
         parts.append("stopping")
     if silent > 3 * view.heartbeat:     # one may be late, on a busy machine
         parts.append(style.paint(f"silent for {span(silent)}", "33"))
@@ -14417,7 +14482,7 @@ def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Nam
 
 def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
     """Say which of these jobs come after a dead or cancelled one."""
-    if all(job.gate != BLOCKED for job in jobs):
+    if all(job.waits != BLOCKED for job in jobs):
         return
     stuck = queue.stuck_among(jobs)
     if stuck:

@@ -288,7 +288,7 @@ class TestCase(unittest.TestCase):
         return claims.turn({}, {}, [1]).claimed[0]
 
     def assert_sound(self, queue):
-        """No counter, gate, event or claim is wrong."""
+        """No counter, event or claim is wrong."""
         self.assertEqual([finding for finding in queuectl.Inspection(queue).findings()
                           if finding.level == queuectl.PROBLEM], [])
 
@@ -522,7 +522,7 @@ class Rules(TestCase):
         )
         for kind, attempts, crashes, wish, *judgement in table:
             with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
-                now = job._replace(attempts=attempts, crashes=crashes, wish=wish)
+                now = job._replace(attempts=attempts, crashes=crashes, end_requested=wish)
                 verb, _, reason = queuectl.settle(
                     now, Outcome(kind), settings(), 0.5, NOON)
                 self.assertEqual([verb, reason], judgement)
@@ -642,7 +642,7 @@ class Rules(TestCase):
         self.assertIn("config list", caught.exception.hint)
 
     def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
-        job = self.a_queue().enqueue("x")._replace(state=PROCESSING, wish="lost")
+        job = self.a_queue().enqueue("x")._replace(state=PROCESSING, end_requested="lost")
         silent = "ended by another worker: its own was silent"
         for kind, judged, error in (
                 ("failed", "lost", silent), ("timeout", "lost", silent),
@@ -650,7 +650,7 @@ class Rules(TestCase):
             outcome = queuectl.judged(job, Outcome(kind, 1))
             self.assertEqual((outcome.kind, outcome.error), (judged, error))
             self.assertEqual(
-                queuectl.judged(job._replace(wish=None), Outcome(kind, 1)).kind, kind)
+                queuectl.judged(job._replace(end_requested=None), Outcome(kind, 1)).kind, kind)
 
     def test_a_run_that_ended_by_itself_is_an_attempt_and_a_crash_is_none(self):
         job = self.a_queue().enqueue("x", max_retries=3)._replace(state=PROCESSING)
@@ -1458,12 +1458,12 @@ class Statements(TestCase):
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
-        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_OPEN_IN COUNT_DUE"),
-        ("jobs_in_",       "ANY_OPEN"),     # either: each holds the open ones alone
-        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_OPEN ANY_DUE_IN COUNT_DUE"),
+        ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_READY_IN COUNT_DUE"),
+        ("jobs_in_",       "ANY_READY"),     # either: each holds the open ones alone
+        ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_READY ANY_DUE_IN COUNT_DUE"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
-        ("jobs_delayed",   "DELAYED ANY_OPEN"),
+        ("jobs_delayed",   "DELAYED ANY_READY"),
         ("jobs_blocked",   "COUNT_STUCK"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LAST_RUN LAST_RUNS RUNS RUN"),
@@ -1471,8 +1471,8 @@ class Statements(TestCase):
         ("jobs_by_state",  "NEWEST_IDS"),
         ("autoindex_jobs", "JOBS_NAMED"),
         ("PRIMARY KEY",    "EVENTS_AFTER TAGS_FROM"),
-        ("PRIMARY KEY",    "MOVE WISH MEET JOB_BY_SEQ BEGIN_RUN END_RUN SAVE_OUTPUT "
-                           "RUN_BY_CLAIM DEPENDENTS BEAT WORKER_WISH TALLIES_EVER"),
+        ("PRIMARY KEY",    "MOVE REQUEST_END MEET JOB_BY_SEQ BEGIN_RUN END_RUN SAVE_OUTPUT "
+                           "RUN_BY_CLAIM DEPENDENTS HEARTBEAT STOP_REQUESTED TALLIES_EVER"),
         ("autoindex_jobs", "JOB SEQ_OF IDS_FROM"),
     )
 
@@ -1612,7 +1612,7 @@ class Statements(TestCase):
         claims.turn({}, {}, [1, 2, 3])
         queue.cancel("job-2")
         self.a_rescuer(queue).seize([queue.run("job-1"), queue.run("job-2")])
-        self.assertEqual([queue.job(f"job-{n}").wish for n in (1, 2, 3)],
+        self.assertEqual([queue.job(f"job-{n}").end_requested for n in (1, 2, 3)],
                          ["lost", "cancel", None])
 
     def test_what_waits_no_more_holds_no_job_that_it_came_after(self):
@@ -1737,13 +1737,119 @@ class Statements(TestCase):
 
         for change in ("state = 'processing'",      # without a claim
                        "claim = 1",                 # without being processed
-                       "gate = NULL",               # waits for nothing
-                       "state = 'completed'"):      # is over and has a gate
+                       "waits = NULL",               # waits for nothing
+                       "state = 'completed'"):      # is over and waits
             with self.subTest(change), self.assertRaises(sqlite3.IntegrityError):
                 queue.store._db.execute(f"UPDATE jobs SET {change}")
 
 
 # ---- 7 Store -----------------------------------------------------------------
+
+# The first format, as it was released: jobs that wait in each way, that run (the end of
+# one is requested), that are over; the newest job was deleted.
+FORMAT_1 = """
+    PRAGMA application_id = 1363366961; PRAGMA user_version = 1;
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, command TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('pending', 'processing', 'completed', 'failed',
+                                             'dead', 'cancelled')),
+        attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER NOT NULL,
+        created_at TEXT NOT NULL, updated_at TEXT NOT NULL, queue TEXT NOT NULL,
+        priority INTEGER NOT NULL DEFAULT 0, run_at TEXT NOT NULL, timeout REAL,
+        backoff_base REAL, after TEXT NOT NULL DEFAULT '[]', "unique" TEXT,
+        tags TEXT NOT NULL DEFAULT '[]', env TEXT NOT NULL DEFAULT '{}', cwd TEXT NOT NULL,
+        crashes INTEGER NOT NULL DEFAULT 0, worker TEXT, started_at TEXT, finished_at TEXT,
+        exit_code INTEGER, error TEXT, gate TEXT CHECK (gate IN ('open', 'time', 'after')),
+        rank INTEGER NOT NULL DEFAULT 0, claim INTEGER, wish TEXT,
+        CHECK ((state = 'processing') = (claim IS NOT NULL)),
+        CHECK ((claim IS NULL) = (worker IS NULL)),
+        CHECK ((state IN ('pending', 'failed')) = (gate IS NOT NULL)),
+        CHECK (wish IS NULL OR claim IS NOT NULL));
+    CREATE INDEX jobs_by_state ON jobs (state, seq);
+    CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE gate = 'open';
+    CREATE INDEX jobs_in_queue ON jobs (queue, rank, run_at, seq) WHERE gate = 'open';
+    CREATE INDEX jobs_by_time ON jobs (run_at) WHERE gate = 'time';
+    CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
+    CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
+        WHERE "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL);
+    CREATE INDEX jobs_by_end ON jobs (state, finished_at)
+        WHERE gate IS NULL AND claim IS NULL;
+    CREATE TABLE runs (
+        claim INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL,
+        number INTEGER NOT NULL, pool INTEGER NOT NULL, worker TEXT NOT NULL,
+        slot INTEGER NOT NULL, started_at TEXT NOT NULL, finished_at TEXT, duration REAL,
+        outcome TEXT CHECK (outcome IN ('completed', 'failed', 'timeout', 'cancelled',
+                                        'released', 'lost')),
+        exit_code INTEGER, error TEXT, output_bytes INTEGER NOT NULL DEFAULT 0,
+        output BLOB NOT NULL DEFAULT x'', CHECK ((finished_at IS NULL) = (outcome IS NULL)));
+    CREATE INDEX runs_by_job ON runs (job);
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL, "from" TEXT,
+        "to" TEXT NOT NULL, at TEXT NOT NULL, reason TEXT);
+    CREATE INDEX events_by_job ON events (job);
+    CREATE TABLE dependencies (
+        needs INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (needs, job)) WITHOUT ROWID;
+    CREATE INDEX dependencies_by_job ON dependencies (job);
+    CREATE TABLE tags (
+        tag TEXT NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (tag, job)) WITHOUT ROWID;
+    CREATE INDEX tags_by_job ON tags (job);
+    CREATE TABLE queues (
+        name TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0,
+        job_limit INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+    CREATE TABLE schedules (
+        name TEXT PRIMARY KEY, cron TEXT NOT NULL, job TEXT NOT NULL,
+        paused INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL, next_run TEXT,
+        last_run TEXT, last_job INTEGER) WITHOUT ROWID;
+    CREATE TABLE workers (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, host TEXT NOT NULL,
+        boot TEXT NOT NULL, pid INTEGER NOT NULL, born TEXT NOT NULL, slots INTEGER NOT NULL,
+        queues TEXT NOT NULL, port INTEGER, started_at TEXT NOT NULL,
+        heartbeat_at TEXT NOT NULL, beat INTEGER NOT NULL DEFAULT 0, wish TEXT);
+    CREATE TABLE counts (
+        queue TEXT NOT NULL, state TEXT NOT NULL, n INTEGER NOT NULL CHECK (n >= 0),
+        PRIMARY KEY (queue, state)) WITHOUT ROWID;
+    CREATE TABLE tallies (
+        minute INTEGER NOT NULL, queue TEXT NOT NULL, kind TEXT NOT NULL,
+        bucket INTEGER NOT NULL, n INTEGER NOT NULL, total REAL NOT NULL DEFAULT 0,
+        PRIMARY KEY (minute, queue, kind, bucket)) WITHOUT ROWID;
+    INSERT INTO meta VALUES ('id', '0123456789abcdef'),
+                            ('created_at', '2027-01-01T12:00:00.000Z');
+    INSERT INTO jobs (seq, id, state, gate, priority, after, "unique", claim, wish, exit_code,
+                      command, max_retries, attempts, queue, rank, cwd, env, tags, worker,
+                      created_at, updated_at, run_at, started_at, finished_at)
+    SELECT column1, column2, column3, column4, column5, column6, column7, column8, column9,
+           column10, 'x', 3, column10 IS NOT NULL, 'default', -column5, '/', '{"A": "b"}',
+           '["t"]', CASE WHEN column8 THEN 'w' END, t, t,
+           CASE column4 WHEN 'time' THEN '2999-01-01T00:00:00.000Z' ELSE t END,
+           CASE WHEN column8 OR column10 IS NOT NULL THEN t END,
+           CASE WHEN column10 IS NOT NULL THEN t END
+      FROM (SELECT '2027-01-01T12:00:00.000Z' AS t), (VALUES
+           (1, 'done', 'completed', NULL, 0, '[]', NULL, NULL, NULL, 0),
+           (2, 'dead', 'dead', NULL, 0, '[]', NULL, NULL, NULL, 1),
+           (3, 'again', 'failed', 'time', 0, '[]', NULL, NULL, NULL, 1),
+           (4, 'runs', 'processing', NULL, 0, '[]', NULL, 4, NULL, NULL),
+           (5, 'ends', 'processing', NULL, 0, '[]', NULL, 5, 'cancel', NULL),
+           (6, 'ready', 'pending', 'open', 7, '[]', NULL, NULL, NULL, NULL),
+           (7, 'scheduled', 'pending', 'time', 0, '[]', NULL, NULL, NULL, NULL),
+           (8, 'blocked', 'pending', 'after', 0, '["done", "dead", "runs"]', 'k', NULL, NULL,
+            NULL));
+    INSERT INTO dependencies VALUES (1, 8), (2, 8), (4, 8);
+    INSERT INTO tags SELECT 't', seq FROM jobs;
+    INSERT INTO runs (claim, job, number, pool, worker, slot, started_at, finished_at, outcome)
+    VALUES (1, 1, 1, 1, 'w', 1, '', '', 'completed'), (2, 2, 1, 1, 'w', 1, '', '', 'failed'),
+           (3, 3, 1, 1, 'w', 1, '', '', 'lost'), (4, 4, 1, 1, 'w', 1, '', NULL, NULL),
+           (5, 5, 1, 1, 'w', 2, '', NULL, NULL), (6, 3, 2, 1, 'w', 1, '', '', 'failed');
+    INSERT INTO events (seq, job, "from", "to", at) SELECT seq, seq, NULL, state, '' FROM jobs;
+    INSERT INTO counts SELECT 'default', state, COUNT(*) FROM jobs GROUP BY state;
+    INSERT INTO schedules VALUES ('s', '@daily', '{"command": "x", "cwd": "/"}', 0, '',
+                                  '2999-01-01T00:00:00.000Z', NULL, NULL);
+    INSERT INTO workers VALUES (1, 'w', 'h', '', 1, '', 2, '[]', NULL, '', '', 2, NULL);
+    UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'jobs';
+    UPDATE sqlite_sequence SET seq = 99 WHERE name IN ('events', 'runs');
+    """
+
 
 class Files(TestCase):
     def test_the_file_is_private(self):
@@ -1893,6 +1999,64 @@ class Files(TestCase):
         self.addCleanup(store.close)
         self.assertEqual(store.job("first").command, "x")
         self.assertEqual([store.meta("id")], ids)
+
+    def a_released_file(self):
+        """A queue of the first format, partly processed by a worker that died."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.executescript(FORMAT_1)
+            host = queuectl.Host(self.path, "", (0, 0))
+            db.execute("UPDATE workers SET host = ?, boot = ?", (host.name, host.boot))
+            db.commit()
+        return self.a_queue()
+
+    def test_a_file_of_the_first_format_is_upgraded_with_all_that_is_in_it(self):
+        queue = self.a_released_file()
+        self.assertEqual(
+            [(job.id, job.waits, job.runs, job.unmet, job.at_time, job.end_requested)
+             for job in queue.jobs(sort="oldest")],
+            [("done", None, 1, 0, 0, None), ("dead", None, 1, 0, 0, None),
+             ("again", "scheduled", 2, 0, 0, None), ("runs", None, 1, 0, 0, None),
+             ("ends", None, 1, 0, 0, "cancel"), ("ready", "ready", 0, 0, 0, None),
+             ("scheduled", "scheduled", 0, 0, 1, None),
+             ("blocked", "blocked", 0, 2, 0, None)])
+        self.assertTrue(os.path.exists(self.path + ".format-1.backup"))
+        with contextlib.closing(sqlite3.connect(self.path + ".format-1.backup")) as old, \
+                contextlib.closing(sqlite3.connect(self.path)) as new:
+            for table in ("tags", "dependencies", "events", "runs", "workers", "counts"):
+                rows = f"SELECT * FROM {table}"
+                self.assertEqual(old.execute(rows).fetchall(), new.execute(rows).fetchall())
+        self.assert_sound(queue)
+
+    def test_an_upgraded_file_has_the_tables_of_a_new_one(self):
+        def schema(queue):
+            return {name: "".join(sql.split()) for name, sql in queue.store.rows(
+                "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'")}
+        upgraded = schema(self.a_released_file())
+        self.path = self.path_of("new.db")
+        self.assertEqual(upgraded, schema(self.a_queue()))
+
+    @NEEDS_LOCKS
+    def test_what_a_worker_of_the_first_format_left_goes_on_after_the_upgrade(self):
+        """(I4): no number of a row that was deleted is used again."""
+        queue = self.a_released_file()
+        claims = self.a_pool(queue)
+        rescuer = self.a_rescuer(queue, claims)
+        for lost in rescuer.stranded({}):
+            rescuer.record(lost.run)
+        self.assertEqual([(job.id, job.state) for job in (
+            queue.job("runs"), queue.job("ends"))], [("runs", FAILED), ("ends", CANCELLED)])
+        self.assertEqual(self.claim_one(queue, claims).job.id, "ready")
+        queue.retry("dead")
+        self.clock.now += 60
+        ended = dict.fromkeys(claims.turn({}, {}, []).mine, Outcome("completed", 0))
+        while ended:
+            ended = dict.fromkeys([one.claim for one in claims.turn(
+                ended, {}, [1, 2, 3, 4]).claimed], Outcome("completed", 0))
+        self.assertEqual(queue.job("blocked").state, COMPLETED)
+        self.assertEqual((queue.run("ready").claim, claims.worker.id), (100, 2))
+        self.assertEqual(queue.enqueue("x").id, "job-10")
+        self.assertGreater(queue.events_since(90)[0].seq, 99)
+        self.assert_sound(queue)
 
     def test_each_queue_has_an_id_of_its_own(self):
         with Queue(self.path_of("other")) as other:
@@ -2482,8 +2646,8 @@ class Promises(TestCase):
             Spec("c", unique="k", after=("x",)),
             Spec("d", unique="l"), Spec("e", unique="l", after=("x",))])
 
-        self.assertEqual([job.gate for job in jobs],
-                         ["open", "after", "after", "open", "open"])
+        self.assertEqual([job.waits for job in jobs],
+                         ["ready", "blocked", "blocked", "ready", "ready"])
         self.assertEqual(queue.store.rows("SELECT * FROM dependencies"),
                          [(jobs[0].seq, jobs[1].seq)])
 
@@ -2693,7 +2857,7 @@ class Promises(TestCase):
                                     Spec("x", id="free"), Spec("y", after=tuple(names))])
                 queue.cancel(*names, "free")
                 with queue.store.transaction() as store:
-                    store.do(f"UPDATE jobs SET finished_at = {moment} WHERE gate IS NULL", {})
+                    store.do(f"UPDATE jobs SET finished_at = {moment} WHERE waits IS NULL", {})
                 why = []
                 self.assertEqual([job.id for batch in queue.sweep(
                     "delete", CANCELLED, older_than=60, keep=why.append)
@@ -2750,8 +2914,8 @@ class Promises(TestCase):
                 ({"command": "y"}, {"command": "y"}), ({"timeout": "1m"}, {"timeout": 60}),
                 ({"max_retries": 9}, {"max_retries": 9}),
                 ({"priority": 5}, {"priority": 5, "rank": -5}),
-                ({"delay": 60}, {"run_at": queuectl.iso(NOON + 60), "gate": "time"}),
-                ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "gate": "open"}),
+                ({"delay": 60}, {"run_at": queuectl.iso(NOON + 60), "waits": "scheduled"}),
+                ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "waits": "ready"}),
                 ({"queue": "q"}, {"queue": "q"})):
             with self.subTest(fields):
                 job = queue.edit("a", **fields)[0]
@@ -2766,7 +2930,7 @@ class Promises(TestCase):
         queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b", after=("a",))])
         queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
 
-        self.assertEqual(queue.job("b").gate, "after")
+        self.assertEqual(queue.job("b").waits, "blocked")
         self.assertEqual(self.claim_one(queue, self.a_pool(queue)).job.id, "a")
         self.assert_sound(queue)
 
@@ -3127,7 +3291,7 @@ class Promises(TestCase):
 
         self.assertEqual([job.id for job in jobs],
                          ["job-3", "job-3", "old", "job-6", "job-7"])
-        self.assertEqual([queue.job(job.id).gate for job in jobs], ["open"] * 5)
+        self.assertEqual([queue.job(job.id).waits for job in jobs], ["ready"] * 5)
         self.assertEqual(queue.counts()[PENDING], 5)
 
     def test_only_what_is_not_completed_is_waited_for(self):
@@ -3137,10 +3301,10 @@ class Promises(TestCase):
         jobs = queue.enqueue_many([
             Spec("x", id="a", after=("job-1",)), Spec("x", id="b", after=("job-1", "a")),
             Spec("x", id="c", after=("a", "b")), Spec("x", id="d", after=("b", "c"))])
-        self.assertEqual([job.gate for job in jobs], ["open"] + ["after"] * 3)
+        self.assertEqual([job.waits for job in jobs], ["ready"] + ["blocked"] * 3)
 
         queue.delete("job-1")       # it is completed: nobody waits for it
-        self.assertEqual(queue.job("a").gate, "open")
+        self.assertEqual(queue.job("a").waits, "ready")
         self.assert_sound(queue)
 
     def test_of_those_that_go_round_five_are_named_and_none_that_is_free(self):
@@ -3166,7 +3330,7 @@ class Promises(TestCase):
                              ("max_retries", "use at least 3"))
         self.assertEqual(queue.edit("failed", max_retries=3)[0].max_retries, 3)
         self.assertEqual(queue.edit("new", max_retries=0)[0].max_retries, 0)
-        self.assertEqual(queue.edit("new", run_at=self.clock.now)[0].gate, "open")
+        self.assertEqual(queue.edit("new", run_at=self.clock.now)[0].waits, "ready")
 
     def test_a_retry_says_which_job_has_its_unique_key(self):
         queue = self.a_queue()
@@ -3393,7 +3557,7 @@ class Promises(TestCase):
         for state in (COMPLETED, DEAD, CANCELLED, FAILED, PROCESSING, PENDING):
             self.in_state(queue, claims, state)
         self.assertEqual(swept(queue, "cancel"), ["job-6", "job-5", "job-4"])
-        self.assertEqual(queue.job("job-5").wish, "cancel")
+        self.assertEqual(queue.job("job-5").end_requested, "cancel")
 
     def test_names_and_limits_of_queues_are_checked(self):
         queue = self.a_queue()
@@ -4173,7 +4337,7 @@ class Turns(TestCase):
             self.clock.now = turn
             act()
             claims.turn({}, {}, [])
-            jobs.append(queue.store.row(queuectl.Sql.LAST_SEQ)[0])
+            jobs.append(queue.store.row(queuectl.Sql.COUNTERS)[0])
             self.assertGreater(queue.schedule("s").next_run, queuectl.iso(turn))
         self.assertEqual(jobs, [1, 1, 1, 1, 2, 3])
         self.assertEqual(queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
@@ -4310,7 +4474,7 @@ class Turns(TestCase):
         claims = Claims(queue, PoolOptions(slots=3, queues=("a", "b")), 4567)
         worker = claims.worker
         self.assertEqual(queue.store.workers(), [worker])
-        self.assertEqual((worker.pid, worker.slots, worker.queues, worker.port, worker.beat),
+        self.assertEqual((worker.pid, worker.slots, worker.queues, worker.port, worker.heartbeats),
                          (os.getpid(), 3, ("a", "b"), 4567, 0))
         self.assertIn(str(os.getpid()), worker.name)
 
@@ -4542,11 +4706,13 @@ class Checks(TestCase):
     BREAKS = (
         ("counters", "UPDATE counts SET n = n + 1"),
         ("claims", "DELETE FROM runs WHERE outcome IS NULL"),
+        *(("counters", f"UPDATE counters SET {name} = 0")
+          for name in ("jobs", "runs", "events", "workers")),
         ("claims", "UPDATE runs SET outcome = NULL, finished_at = NULL"),
         ("history", "UPDATE jobs SET state = 'cancelled' WHERE state = 'completed'"),
         ("history", "DELETE FROM events"),
-        ("gates", "UPDATE jobs SET gate = 'after' WHERE gate = 'open'"),
-        ("gates", "UPDATE jobs SET gate = 'open' WHERE gate = 'after'"),
+        ("gates", "UPDATE jobs SET waits = 'blocked' WHERE waits = 'ready'"),
+        ("gates", "UPDATE jobs SET waits = 'ready' WHERE waits = 'blocked'"),
         ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
     )
 
@@ -8987,7 +9153,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
         wait_for(lambda: "Too many open files" in self.log(), "the limit")
         with Queue(self.path) as queue:
             [before] = queue.store.workers()
-            wait_for(lambda: queue.store.workers()[0].beat > before.beat + 2, "heartbeats")
+            wait_for(lambda: queue.store.workers()[0].heartbeats > before.heartbeats + 2, "heartbeats")
             done = queue.counts()[COMPLETED]
         self.assertTrue(0 < done < children)
         self.assertIsNone(worker.poll())
@@ -9062,7 +9228,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
         with Queue(self.path) as queue:
             while stop.poll() is None:
                 with queue.store.transaction() as store:
-                    store.do("UPDATE workers SET beat = beat + 1", {})
+                    store.do("UPDATE workers SET heartbeats = heartbeats + 1", {})
                 time.sleep(.05)
         stop.communicate()
         self.assertEqual((stop.returncode != 0, self.names()), (True, ["old"]))
@@ -9237,7 +9403,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
             queue.configure("heartbeat", "10m")
             self.worker(*argv)
             [worker] = wait_for(queue.store.workers, "the worker")
-            wait_for(lambda: queue.store.workers()[0].beat, "its first heartbeat")
+            wait_for(lambda: queue.store.workers()[0].heartbeats, "its first heartbeat")
         return worker.port
 
     def flood(self, port, *messages):
@@ -9253,13 +9419,13 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
             queue.enqueue("echo $$ > pid; while [ ! -e go ]; do sleep .02; done", cwd=self.dir)
             wait_for(lambda: os.path.exists(self.path_of("pid")), "the start")
             self.settle(queue)
-            before = queue.store.changes(), queue.store.workers()[0].beat
+            before = queue.store.changes(), queue.store.workers()[0].heartbeats
             for messages in ([b"jobs"], [b"orders"], [b"output"], [b"", b"x" * 9000],
                              [b"jobs", b"orders", b"output", b"jobs\n"]):
                 with self.subTest(messages[0]):
                     self.flood(port, *messages)
                     self.assertEqual((queue.store.changes(),
-                                      queue.store.workers()[0].beat), before)
+                                      queue.store.workers()[0].heartbeats), before)
             write_bytes(self.path_of("go"), b"")
             self.wait_state("job-1", COMPLETED)
 
@@ -10082,8 +10248,8 @@ class Checker:
         for job in self.jobs.values():
             needs = [self.jobs[id].state for id in job.after if id in self.jobs]
             if job.state in (PROCESSING, FAILED) or (job.state == PENDING and (
-                    job.gate != "after" or set(needs) <= {COMPLETED})):
-                yield f"{job.id} is {job.state} (gate {job.gate}, needs {needs})"
+                    job.waits != "blocked" or set(needs) <= {COMPLETED})):
+                yield f"{job.id} is {job.state} (waits {job.waits}, needs {needs})"
         for run in self.runs:
             if run.outcome is None:
                 yield f"run {run.claim} has no end"
@@ -10492,7 +10658,7 @@ class Nemesis:
 
     def is_quiet(self):
         return self.db.execute("SELECT COUNT(*) FROM jobs WHERE claim IS NOT NULL OR "
-                               "gate IN ('open', 'time')").fetchone()[0] == 0
+                               "waits IN ('ready', 'scheduled')").fetchone()[0] == 0
 
 
 CAN_CHAOS = all(map(shutil.which, ("flock", "setsid"))) \
@@ -10748,7 +10914,7 @@ class World:
 
     def suspected(self, run):
         """A run is taken from a pool: that one is gone, or silent for a lease."""
-        pool = self.pools[run.pool]
+        pool = self.pools[run.worker_id]
         if pool.state != "dead" and self.mono - pool.beat_at < self.settings.lease:
             self.broken.append(f"excused: run {run.claim} of a pool that is "
                                f"{pool.state}")
@@ -10934,7 +11100,7 @@ class World:
                     self.over(process, "done")
                 process.is_deaf = False
             if not self.queue.store.rows("SELECT 1 FROM jobs WHERE claim IS NOT NULL OR "
-                                         "gate IN ('open', 'time') LIMIT 1"):
+                                         "waits IN ('ready', 'scheduled') LIMIT 1"):
                 return
 
 
@@ -10946,7 +11112,7 @@ MUTANTS = (
          "for claim, outcome in ended.items()\n"
          "                    if store.row('SELECT 1 FROM jobs WHERE claim IS NOT NULL '\n"
          "                                 'AND seq = :seq', seq=self._held[claim].job.seq)]"),
-        ("._replace(wish=mine[claim],\n                                                           "
+        ("._replace(end_requested=mine[claim],\n                                                           "
          "unmet=unmet[claim])", ""),
         ("           AND state = :source AND claim IS :held\n",
          "           AND state = :source\n"))),
@@ -10976,12 +11142,9 @@ MUTANTS = (
         ("step = step if step <= gap else 0.0",
          "step = 0.0 if step == math.inf else step"),)),
     ("numbered", "a claim's number is used again", (
-        ("            claim         INTEGER PRIMARY KEY AUTOINCREMENT",
-         "            claim         INTEGER PRIMARY KEY"),
-        ("SELECT seq FROM sqlite_sequence WHERE name = 'runs'",
-         "SELECT MAX(claim) FROM runs"),
-        ("claim = row[0] if row else 0\n        taken",
-         "claim = row[0] or 0\n        taken"))),
+        ("SELECT jobs, runs, events, workers FROM counters",
+         "SELECT jobs, (SELECT COALESCE(MAX(claim), 0) FROM runs), events, workers "
+         "FROM counters"),)),
     ("charged", "a crash is charged as an attempt", (
         ("crashes=job.crashes + 1, run_at", "attempts=job.attempts + 1, run_at"),)),
     ("truthful", "a run that a rescuer ended counts as failed", (
@@ -10990,14 +11153,14 @@ MUTANTS = (
     ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
         ("if run.slot == AHEAD and not has_begun:", "if False:"),)),
     ("caused", "a change of state without its event", (
-        ("        for change, job in zip(changes, jobs)])\n    for change",
-         "        for change, job in zip(changes, jobs) if change.verb != 'fail'])\n"
-         "    for change"),)),
+        ("        for seq, (change, job) in enumerate(zip(changes, jobs), event)])",
+         "        for seq, (change, job) in enumerate(zip(changes, jobs), event)"
+         " if change.verb != 'fail'])"),)),
     ("summed", "the counters are not kept", (
         ("        store.count(job.queue, job.state, +1)\n", ""),)),
     ("punctual", "a job is due at once", (
-        ("return TIMED if job.run_at > iso(now) else OPEN", "return OPEN"),
-        ("TIMED if run_at > now else OPEN", "OPEN"))),
+        ("return SCHEDULED if job.run_at > iso(now) else READY", "return READY"),
+        ("SCHEDULED if run_at > now else READY", "READY"))),
     ("ordered", "a job does not wait for those it comes after", (
         ("        if unmet:\n            self._added", "        if ():\n            self._added"),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
@@ -11137,9 +11300,9 @@ def victim(order):
     os.chdir(order["dir"])
     os.environ["QUEUECTL_DB"] = os.path.join(order["dir"], "queue.db")
     if order["newer"]:
-        queuectl.MIGRATIONS = (*queuectl.MIGRATIONS, "CREATE TABLE extra (x);"
+        queuectl.UPGRADES[queuectl.SCHEMA_VERSION] = ("CREATE TABLE extra (x);"
             "CREATE INDEX extra_by_x ON extra (x); INSERT INTO extra VALUES (1)")
-        queuectl.SCHEMA_VERSION = len(queuectl.MIGRATIONS)
+        queuectl.SCHEMA_VERSION += 1
     at, line, nth, size = order["at"]
     for step, argv in enumerate(order["steps"]):
         redirect(step)
@@ -12308,8 +12471,8 @@ def damage_round(directory, copies, seed):
 # A queuectl that knows one format more; it begins when it is told to.
 UPGRADER = """
 import sys, queuectl
-queuectl.MIGRATIONS = (*queuectl.MIGRATIONS, sys.argv[1])
-queuectl.SCHEMA_VERSION = len(queuectl.MIGRATIONS)
+queuectl.UPGRADES[queuectl.SCHEMA_VERSION] = sys.argv[1]
+queuectl.SCHEMA_VERSION += 1
 print("ready", flush=True)
 sys.stdin.readline()
 sys.exit(queuectl.main(sys.argv[2:]))
@@ -13592,13 +13755,13 @@ class Ends(Processes):
         ready = []
         turn = claims.turn({claim: Outcome("completed", 0)}, {}, [])
         while turn.behind:
-            ready += queue.store.rows("SELECT COUNT(*) FROM jobs WHERE gate = 'open'")
+            ready += queue.store.rows("SELECT COUNT(*) FROM jobs WHERE waits = 'ready'")
             if len(ready) == 2:     # what comes in the midst of it is counted as well
                 queue.enqueue("x", id="new", after="first")
                 self.assert_sound(queue)
             turn = claims.turn({}, {}, [])
         self.assertEqual([n for n, in ready], [2000, 4000, 4501])
-        self.assertEqual(queue.job("new").gate, "open")
+        self.assertEqual(queue.job("new").waits, "ready")
         self.assert_sound(queue)
 
     def test_a_retry_in_the_midst_of_it_blocks_all_again(self):
@@ -13612,37 +13775,11 @@ class Ends(Processes):
                 claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)},
                             {}, [])
                 getattr(queue, verb)("first")
-                wanted = {"retry": {"after": 2500, "open": 1}, "delete": {"open": 2500}}
+                wanted = {"retry": {"blocked": 2500, "ready": 1}, "delete": {"ready": 2500}}
                 self.assertEqual(dict(queue.store.rows(
-                    "SELECT gate, COUNT(*) FROM jobs GROUP BY gate")), wanted[verb])
+                    "SELECT waits, COUNT(*) FROM jobs GROUP BY waits")), wanted[verb])
                 self.assertFalse(claims.turn({}, {}, []).behind)
                 self.assert_sound(queue)
-
-    def test_a_file_of_the_first_format_is_upgraded_with_all_that_is_in_it(self):
-        with mock.patch.object(queuectl, "MIGRATIONS", queuectl.MIGRATIONS[:1]), \
-                mock.patch.object(queuectl, "SCHEMA_VERSION", 1):
-            Queue(self.path).close()
-        db = sqlite3.connect(self.path)
-        for seq, state, gate, after in ((1, "dead", None, ()), (2, "pending", "after", (1, 3)),
-                                        (3, "failed", "time", ()), (4, "pending", "time", ())):
-            db.execute('INSERT INTO jobs (seq, id, command, state, max_retries, created_at, '
-                       'updated_at, queue, run_at, cwd, gate, after) VALUES '
-                       "(?, ?, 'x', ?, 3, '', '', 'default', '2999-01-01T00:00:00.000Z', '/', ?, ?)",
-                       (seq, f"job-{seq}", state, gate,
-                        json.dumps([f"job-{n}" for n in after])))
-            db.executemany("INSERT INTO dependencies VALUES (?, ?)", [(n, seq) for n in after])
-            db.execute('INSERT INTO events (job, "to", at) VALUES (?, ?, ?)', (seq, state, ""))
-            db.execute("INSERT INTO counts VALUES ('default', ?, 1) "
-                       "ON CONFLICT (queue, state) DO UPDATE SET n = n + 1", (state,))
-        db.executemany("INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,"
-                       " outcome) VALUES (?, ?, 1, 'w', 1, '', '', 'failed')", [(1, 1), (1, 2)])
-        db.commit()
-        db.close()
-        queue = self.a_queue()
-        self.assertEqual([(job.runs, job.unmet, bool(job.at_time)) for job in queue.jobs(
-            sort="oldest")], [(2, 0, False), (0, 2, False), (0, 0, False), (0, 0, True)])
-        self.assertTrue(os.path.exists(self.path + ".format-1.backup"))
-        self.assert_sound(queue)
 
     def test_a_file_shrinks_when_most_of_it_was_deleted(self):
         queue = self.a_queue()
@@ -13658,7 +13795,7 @@ class Ends(Processes):
         queue = self.a_queue()
         queue.enqueue("x")
         with queue.store.transaction() as store:
-            store.many("INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,"
+            store.many("INSERT INTO runs (job, number, worker_id, worker, slot, started_at, finished_at,"
                        " outcome, output) VALUES (1, ?, 1, 'w', 1, :at, :at, 'failed', "
                        "x'41')".replace(":at", "'2027-01-01T00:00:00.000Z'"),
                        [(n,) for n in range(1, 101)])
@@ -14280,10 +14417,10 @@ FINISH = """
     BEGIN;
     UPDATE jobs
        SET state = CASE WHEN seq % {every} THEN 'completed' ELSE 'dead' END,
-           exit_code = seq % {every} = 0, attempts = 1, max_retries = 1, gate = NULL,
+           exit_code = seq % {every} = 0, attempts = 1, max_retries = 1, waits = NULL,
            error = CASE WHEN seq % {every} THEN NULL ELSE 'exit status 1' END,
            started_at = created_at, finished_at = created_at;
-    INSERT INTO runs (job, number, pool, worker, slot, started_at, finished_at,
+    INSERT INTO runs (job, number, worker_id, worker, slot, started_at, finished_at,
                       duration, outcome, exit_code, error)
     SELECT seq, 1, 1, 'bench', 1, started_at, finished_at, 0.001,
            CASE state WHEN 'dead' THEN 'failed' ELSE state END, exit_code, error
@@ -14301,6 +14438,8 @@ FINISH = """
                             ('run_time', 10, 0.001, 'all'),
                             ('wait_time', 10, 0.001, 'all'))
      WHERE kind = 'enqueue';
+    UPDATE counters
+       SET runs = (SELECT MAX(claim) FROM runs), events = (SELECT MAX(seq) FROM events);
     DELETE FROM counts;
     INSERT INTO counts SELECT queue, state, COUNT(*) FROM jobs GROUP BY queue, state;
     COMMIT;
@@ -14409,7 +14548,7 @@ def bench_drain(bench):
 # pools: several on one file.
 
 CLAIMS = """
-    SELECT runs.pool, events.at
+    SELECT runs.worker_id, events.at
       FROM events
       JOIN runs ON runs.job = events.job
      WHERE events."to" = 'processing'
@@ -14558,7 +14697,7 @@ def bench_latency(bench):
 
 def settled(bench, path, worker):
     """Wait until a pool has had a second heartbeat: its start is over."""
-    wait_for(lambda: living(path, worker.name).beat > worker.beat + 1, "a heartbeat")
+    wait_for(lambda: living(path, worker.name).heartbeats > worker.heartbeats + 1, "a heartbeat")
 
 
 def idle_cpu(bench, seconds):
@@ -14577,9 +14716,9 @@ def idle_fsyncs(bench, seconds):
     with bench.pool(path, 4, "strace", "-f", "-qq", "-ttt", "-o", log,
                     "-e", "trace=fsync,fdatasync") as worker:
         settled(bench, path, worker)
-        begun, beats = time.time(), living(path, worker.name).beat
+        begun, beats = time.time(), living(path, worker.name).heartbeats
         time.sleep(seconds)
-        ended, beats = time.time(), living(path, worker.name).beat - beats
+        ended, beats = time.time(), living(path, worker.name).heartbeats - beats
     with open(log) as file:
         times = [float(line.split()[1]) for line in file if "sync(" in line]
     return sum(begun <= one <= ended for one in times), beats
