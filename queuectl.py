@@ -67,7 +67,7 @@ Contents: `grep -n '^# ----' queuectl.py`
      4 Cron         the turns of a schedule, also when clocks change: pure
      5 Input        what people hand in, checked: pure
      6 SQL          every statement
-     7 Store        the database file: opening, transactions, rows in and out
+     7 SQLite       the database file: opening, transactions, rows in and out
      8 Host         locks that tell who is alive, the process table, wake-ups
      9 Ledger       the only code that changes a job's state
     10 Queue        the promises to people: one method, one transaction
@@ -310,7 +310,7 @@ class DiskFull(Unwritable):
 
 
 class Busy(QueueError):
-    """Another process held the lock for longer than this one waits: see Store.patience.
+    """Another process held the lock for longer than SQLite.patience.
 
     Nothing was changed. A pool keeps what it has to record and tries again.
     """
@@ -2282,7 +2282,7 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 
 
 # ---- 6 SQL -------------------------------------------------------------------
-# Every statement, and nothing that runs one: Store does. No value is ever formatted
+# Every statement, and nothing that runs one: SQLite does. No value is ever formatted
 # into a text; what is put together (`listing`, `_list`) are constants of this file.
 # What is asked often has to go by an index and to sort nothing; the tests hold each
 # such plan. At a million jobs the right index made a claim 7 us long, a wrong one 13 to
@@ -2550,29 +2550,6 @@ class Sql:
         ) WITHOUT ROWID;
         """
 
-    # Opening. The file's kind is set before it becomes WAL, so it stands in the header.
-    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection,
-    # and set by each anew. How it is vacuumed can be chosen before the first table
-    # only. WAL_LIMIT cuts the WAL after a long reader: one beside 10,000 commits made
-    # it 85 MB. CHANGED costs 5 us, so clients can ask it again and again; a
-    # connection's own commits do not change it.
-    KIND = "PRAGMA application_id"
-    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
-    VERSION = "PRAGMA user_version"
-    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
-    # WAL with synchronous = NORMAL outlives a killed process only: a power cut takes
-    # the newest commits (SQLite's page on PRAGMA synchronous).
-    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
-    VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
-    JOURNAL = "PRAGMA journal_mode = WAL"
-    DURABLE = "PRAGMA synchronous = FULL"       # an fsync a commit: outlives power cuts
-    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"
-    WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
-    EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
-    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
-    CHANGED = "PRAGMA data_version"
-    ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
     # Facts of the database itself, from its making: `id` and `created_at`.
     SET_META = """
         INSERT INTO meta (key, value)
@@ -2580,12 +2557,6 @@ class Sql:
             ON CONFLICT (key) DO UPDATE SET value = excluded.value
         """
     META = "SELECT value FROM meta WHERE key = :key"
-
-    # COMMIT may fail and leave the transaction open, to be tried again (busy), or fail
-    # and end it (a full disk): see `Store.transaction`.
-    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
-    COMMIT = "COMMIT"
-    ROLLBACK = "ROLLBACK"
 
     FIRST_COUNTERS = "INSERT INTO counters VALUES (0, 0, 0, 0)"
     COUNTERS = "SELECT jobs, runs, events, workers FROM counters"
@@ -3237,12 +3208,8 @@ class Sql:
 
     # What must hold between the tables: the code, what is wrong with each row that a
     # statement finds, the statement. Nothing is found in a sound queue. They read whole
-    # tables, so only `check` asks them, in one SNAPSHOT: between two reads a pool would
-    # claim, and what is right would look wrong. SNAPSHOT is deferred, for it locks out
-    # nobody; what it sees is fixed by its first read.
-    SNAPSHOT = "BEGIN"
-    # Bounded, for a damaged file has any number of faults.
-    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"
+    # tables, so only `check` asks them, in one snapshot: between two reads a worker
+    # would claim, and what is right would look wrong.
     RULES = (
         # One list of ones and minuses (I8): sums that are not 0, also of what only one
         # side has.
@@ -3370,28 +3337,34 @@ UPGRADES = {
 SCHEMA_VERSION = 1 + max(UPGRADES)
 
 
-# ---- 7 Store -----------------------------------------------------------------
-# The database file and how to ask it. Store knows SQLite and no rule of the queue: it
-# opens and refuses files, runs statements of Sql, and turns rows into records and
-# SQLite's errors into refusals. Ledger, Queue and Claims write through it, always in
-# `transaction`; what only wants a glance at a file (completion, the unit file) takes
-# `glance`, which leaves nothing behind.
+# ---- 7 SQLite ----------------------------------------------------------------
+# The only code that names sqlite3, and no rule of the queue: it opens and refuses
+# files, runs statements, and turns errors into refusals. All of it raises QueueError,
+# or Stale where the mistake is ours. Ledger is on top of it; only what takes a mere
+# glance at a file (completion, the unit file) calls `glance`.
 
-BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
-BRIEF = 0.2            # seconds that a mere glance waits for a lock
+BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock
+BRIEF = 0.2            # seconds that a glance waits for a lock
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 
 # What SQLite's module raises: damaged text does not decode, foreign text not encode.
 SqlError = (sqlite3.Error, UnicodeError)
 
 
+def not_a_queue(path: str) -> NotAQueue:
+    """The refusal of a file that is something else."""
+    return NotAQueue(f"{path} is not a queuectl database",
+                     "give another path with --db")
+
+
 def refusal(error: Exception, path: str) -> QueueError | None:
     """What SQLite's error means to the user; None if it is a mistake of ours.
 
-    Told by SQLite's own words: error codes came to Python only with 3.11. An error in
-    our SQL or a broken constraint has none of these words, and is to be seen as it is.
+    Told by SQLite's own words: error codes came to Python only with 3.11.
     """
     said = str(error).lower()
+    if isinstance(error, sqlite3.IntegrityError):
+        return None     # it quotes our own words
     if isinstance(error, UnicodeEncodeError):
         return InvalidValue("that text is not UTF-8", "give text without odd bytes")
     if "closed database" in said:
@@ -3403,8 +3376,7 @@ def refusal(error: Exception, path: str) -> QueueError | None:
         return DiskFull(f"no room on the disk for {path}; nothing was changed",
                         "make room and try again")
     if "not a database" in said or "encrypted" in said:
-        return NotAQueue(f"{path} is not a queuectl database",
-                         "give another path with --db")
+        return not_a_queue(path)
     if "malformed" in said or "corrupt" in said or "decode" in said or not said:
         # Python 3.9 has no words for text that is damaged.
         return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
@@ -3418,67 +3390,23 @@ def refusal(error: Exception, path: str) -> QueueError | None:
     return None
 
 
-def is_busy(error: Exception) -> bool:
-    """Whether trying again may help: another connection holds a lock."""
-    return "locked" in str(error) or "busy" in str(error)
-
-
 def system_path(path: str) -> str:
     """A path given in UTF-8 as this locale's Python wants it; the same bytes."""
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
-def _file_uri(path: str, mode: str) -> str:
-    """A path of any bytes as SQLite takes it: all of them escaped.
+def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
+    """A connection that begins no transaction by itself.
 
-    In a URI ? and # end the path, % begins an escape, and two slashes at the beginning
-    a host (SQLite's page on URIs). Bytes that are no UTF-8 have no other way into one.
+    The path is escaped whole: in a URI ? and # end it, % begins an escape, two slashes
+    a host (SQLite's page on URIs), and bytes that are not UTF-8 fit no other way.
+    timeout=0: SQLite's own handler starves those who wait (with 8 workers the worst
+    claim took 5 s, some got nothing); `_patiently` asks each millisecond.
     """
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
-    return f"file:{escaped}?{mode}"
-
-
-def _sync_directory(path: str) -> None:
-    """Have the disk keep the name of a new file: fsync(2) of the file does not."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """The words of a column that holds a JSON array; it is mostly empty."""
-    return () if text == "[]" else tuple(json.loads(text))
-
-
-def _object_of(text: str) -> dict[str, Any]:
-    """The object in JSON; {} where it is none: who needs a key of it will say so."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def job_of(row: tuple[Any, ...]) -> Job:
-    """The job of a row of `jobs`."""
-    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
-    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
-        return job._replace(after=(), tags=(), env={})
-    return job._replace(after=_words(row[13]), tags=_words(row[15]),
-                        env=json.loads(row[16]))
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether no process has that id; one of another user has it, too."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
+    return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
+                           isolation_level=None, check_same_thread=False,
+                           cached_statements=256)
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -3490,15 +3418,39 @@ def _inode(path: str) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-class Store:
-    """The database file: rows in, records out, and the transaction.
+class SQLite:
+    """A database file, the engine below the ledger.
 
-    One connection. Its lock lets several threads share it; in a pool only one does
-    (I9). Every method may raise Busy, DiskFull, Unwritable, Damaged.
-
-    A row is read whole and at once, and a transaction never waits for anything else:
-    so nobody holds up the others, and no reader keeps the WAL from shrinking.
+    One connection. Its lock lets several threads share it; in a worker only one does
+    (I9). Rows are read whole, so no reader keeps the WAL from shrinking.
     """
+
+    # The file's kind is set before it becomes WAL, so it stands in the header. Kind,
+    # version, vacuum and WAL are facts of the file; the rest is of a connection.
+    KIND = "PRAGMA application_id"
+    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
+    VERSION = "PRAGMA user_version"
+    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
+    ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
+    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
+    VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
+    JOURNAL = "PRAGMA journal_mode = WAL"
+    # An fsync a commit. With NORMAL a power cut takes the newest commits (SQLite's page
+    # on PRAGMA synchronous).
+    DURABLE = "PRAGMA synchronous = FULL"
+    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # cuts it after a long reader
+    WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
+    EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
+    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
+    CHANGED = "PRAGMA data_version"             # 5 us
+    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # damage has no end
+    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that has read fails at once if busy
+    SNAPSHOT = "BEGIN"          # fixed by its first read; locks out nobody
+    # It may fail and leave the transaction open, to be tried again (busy), or fail and
+    # end it (a full disk).
+    COMMIT = "COMMIT"
+    ROLLBACK = "ROLLBACK"
 
     def __init__(self, path: str, create: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 34):
@@ -3512,15 +3464,13 @@ class Store:
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self.is_new = False                 # this process made its tables
         self._process = os.getpid()
-        # Reentrant: within a transaction, which holds it, `rows` takes it again.
-        self._lock = threading.RLock()      # guards the connection and the two below
-        self._counts: dict[tuple[str, str], int] = {}
-        self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
-        self._numbers: dict[str, int] = {}      # last numbers drawn, by counter
-        self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
+        self._lock = threading.RLock()      # guards the connection in a transaction
         self._make_file(create)
         self._refuse_foreign(create)
-        self.is_read_only = not self._is_writable()
+        beside = self.path + "-wal", self.path + "-shm"
+        self.is_read_only = not (os.access(self.path, os.W_OK) and (
+            os.access(os.path.dirname(self.path), os.W_OK)
+            or all(os.access(name, os.W_OK) for name in beside)))
         # Of files that SQLite is told not to change (immutable=1): what stat(2) says.
         self._frozen: tuple[tuple[int, int], ...] = ()
         self._opened = 0        # how often the file was opened
@@ -3537,8 +3487,7 @@ class Store:
         with self._lock:
             if not self.is_in_place():
                 # What was committed goes with the file, not to whatever has its name.
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute(Sql.EMPTY_WAL).fetchall()
+                self.relieve()
             self._db.close()
 
     # Opening: nothing that is not ours may change by a byte. In this order: the path is
@@ -3549,8 +3498,7 @@ class Store:
     def _make_file(self, create: bool) -> None:
         """See that a plain file with one name is there.
 
-        Two names would have a WAL each, -wal beside the name that was used (SQLite's
-        page on how to corrupt a file).
+        Two names would have a WAL each (SQLite's page on how to corrupt a file).
         """
         if not os.path.lexists(self.path):
             if not create:
@@ -3570,15 +3518,8 @@ class Store:
             raise Unsupported(f"{self.path} has another name (a hard link)",
                               "each name would have a WAL of its own: remove one, or "
                               "make a symbolic link")
-        else:
-            self._free_companions()
-
-    def _free_companions(self) -> None:
-        """Give -wal and -shm the mode of a file that has been made writable since.
-
-        SQLite gives them the file's own when it makes them, and never looks again. Of
-        a file that may not be written nothing is touched.
-        """
+        # SQLite gives -wal and -shm the mode of the file when it makes them, and never
+        # looks again: the file may have been made writable since.
         for name in (self.path + "-wal", self.path + "-shm"):
             if os.access(self.path, os.W_OK) and not os.access(name, os.W_OK):
                 with contextlib.suppress(OSError):
@@ -3597,31 +3538,17 @@ class Store:
             self._refuse_empty(create)      # a first page that may have to be undone
             return
         has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
-        with contextlib.closing(self._patiently(lambda: sqlite3.connect(
-                _file_uri(self.path, "immutable=1"), uri=True))) as peek:
+        with contextlib.closing(self._patiently(
+                lambda: _connect(self.path, "immutable=1"))) as peek:
             # In the midst of a checkpoint the header may name more pages than the file
             # has: the WAL has them. So lenient, SQLite does not take that for damage.
-            peek.execute(Sql.LENIENT)
+            peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
             self._refuse_empty(create)      # somebody has begun to make it
         elif kind != APPLICATION_ID:
-            raise self._foreign()
+            raise not_a_queue(self.path)
         self._refuse_newer(version)
-
-    def _is_writable(self) -> bool:
-        """Return True if this user may write the file and SQLite's files beside it."""
-        beside = self.path + "-wal", self.path + "-shm"
-        return os.access(self.path, os.W_OK) and (
-            os.access(os.path.dirname(self.path), os.W_OK)
-            or all(os.access(name, os.W_OK) for name in beside))
-
-    def _connect(self, place: str) -> sqlite3.Connection:
-        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
-        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
-        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
-        return sqlite3.connect(place, timeout=0, isolation_level=None, uri=True,
-                               check_same_thread=False, cached_statements=256)
 
     def _open(self) -> sqlite3.Connection:
         """Open the file; where it cannot be written, so that nothing beside it is made.
@@ -3632,12 +3559,12 @@ class Store:
         """
         self._opened += 1
         if not self.is_read_only:
-            return self._connect(self.path)
+            return _connect(self.path, "mode=rw")
         wal, self._frozen = self.path + "-wal", ()
         if os.path.exists(wal):
-            db = self._connect(_file_uri(self.path, "mode=ro"))
+            db = _connect(self.path, "mode=ro")
             try:
-                self._first(db, Sql.ANY_TABLE)
+                db.execute(self.ANY_TABLE).fetchall()
                 return db
             except sqlite3.Error as error:
                 db.close()
@@ -3649,7 +3576,7 @@ class Store:
                         "written", f"copy {self.path} with its -wal to a directory "
                         "that you may write") from None
         self._frozen = self._stats()
-        return self._connect(_file_uri(self.path, "mode=ro&immutable=1"))
+        return _connect(self.path, "mode=ro&immutable=1")
 
     def _stats(self) -> tuple[tuple[int, int], ...]:
         """Size and time of change of the file and its -wal."""
@@ -3669,27 +3596,23 @@ class Store:
             self._db.close()
             self._db = self._patiently(self._open)
 
+    def _ask(self, sql: str, db: sqlite3.Connection | None = None) -> int:
+        """A statement's one number.
+
+        All rows are fetched, here as elsewhere, also those of a setting: no commit gets
+        past a statement that is not over, until (with PyPy) who knows when.
+        """
+        return int(self._patiently(
+            lambda: (db or self._db).execute(sql).fetchall())[0][0])
+
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
         Of one with a version that is not asked: it is ours, whose pages may still be in
         the WAL alone, or foreign anyhow.
         """
-        kind, version = (self._patiently(functools.partial(self._first, db, sql))
-                         for sql in (Sql.KIND, Sql.VERSION))
-        if version:
-            return kind, version, 1
-        return kind, version, self._patiently(
-            functools.partial(self._first, db, Sql.ANY_TABLE))
-
-    @staticmethod
-    def _first(db: sqlite3.Connection, sql: str) -> int:
-        """A statement's one number; all rows are fetched, so that it is over."""
-        return int(db.execute(sql).fetchall()[0][0])
-
-    def _foreign(self) -> NotAQueue:
-        return NotAQueue(f"{self.path} is not a queuectl database",
-                         "give another path with --db")
+        kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
+        return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
 
     def _refuse_empty(self, create: bool) -> None:
         if not create:
@@ -3702,13 +3625,6 @@ class Store:
                 f"{self.path} was written by a newer queuectl (format {version}, this "
                 f"one knows {SCHEMA_VERSION})", "use that version")
 
-    def _refuse_older(self, version: int) -> None:
-        if version < SCHEMA_VERSION:
-            raise Unwritable(
-                f"{self.path} has an older format ({version}, this queuectl writes "
-                f"{SCHEMA_VERSION}) and cannot be upgraded: it is read-only",
-                "copy it to a directory that you may write, or use that version")
-
     def _refuse_read_only(self) -> None:
         if self.is_read_only:
             raise Unwritable(f"{self.path} is read-only",
@@ -3720,25 +3636,23 @@ class Store:
         The version is asked anew each time: another process may have been at it between
         two of these lines. It is refused again, for a newer one may have made the file.
         """
-        if self._read_version() == 0:
+        if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
             self._refuse_read_only()
             self._create()
-        self._refuse_newer(self._read_version())
+        version = self._ask(self.VERSION)
+        self._refuse_newer(version)
         if self.is_read_only:
-            self._refuse_older(self._read_version())
+            if version < SCHEMA_VERSION:
+                raise Unwritable(
+                    f"{self.path} has an older format ({version}, this queuectl writes "
+                    f"{SCHEMA_VERSION}) and cannot be upgraded: it is read-only",
+                    "copy it to a directory that you may write, or use that version")
             return
-        # Even a setting answers with a row; one not fetched is a statement in progress,
-        # which no commit gets past, until (with PyPy) who knows when.
-        self._patiently(lambda: self._db.execute(Sql.JOURNAL).fetchall())
-        for sql in (Sql.DURABLE, Sql.WAL_LIMIT, Sql.WAL_PAGES):
-            self._db.execute(sql).fetchall()
-        if self._read_version() < SCHEMA_VERSION:
+        for sql in (self.JOURNAL, self.DURABLE, self.WAL_LIMIT, self.WAL_PAGES):
+            self.rows(sql)
+        if self._ask(self.VERSION) < SCHEMA_VERSION:
             self._upgrade()
-
-    def _read_version(self) -> int:
-        return int(self._patiently(
-            functools.partial(self._first, self._db, Sql.VERSION)))
 
     def _create(self) -> None:
         """Make the first tables, unless another process is faster.
@@ -3750,19 +3664,19 @@ class Store:
         """
         kind, _, tables = self._nature(self._db)
         if tables or kind not in (0, APPLICATION_ID):
-            raise self._foreign()
-        for sql in (Sql.VACUUM_STEPWISE, Sql.SET_KIND, Sql.JOURNAL):
+            raise not_a_queue(self.path)
+        for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
             self.rows(sql)
         with self.transaction():
-            if self._read_version() == 0:
+            if self._ask(self.VERSION) == 0:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
                 self.is_new = True
-                self._migrate(0)
-                for key, value in (("id", os.urandom(8).hex()),
-                                   ("created_at", iso(time.time()))):
-                    self._db.execute(Sql.SET_META, {"key": key, "value": value})
+                self._run_script(Sql.SCHEMA + Sql.FIRST_COUNTERS)
+                self.write(Sql.SET_META, [
+                    {"key": "id", "value": os.urandom(8).hex()},
+                    {"key": "created_at", "value": iso(time.time())}])
 
     def _upgrade(self) -> None:
         """Bring an older format up to date in one transaction, after a backup.
@@ -3771,48 +3685,51 @@ class Store:
         backup holds all that was there before it and nothing after.
         """
         with self.transaction():
-            version = self._read_version()
+            version = self._ask(self.VERSION)
             if version < SCHEMA_VERSION:
                 self.backup(f"{self.path}.format-{version}.backup")
-                self._migrate(version)
+                self._run_script(UPGRADES[version])
 
-    def _migrate(self, version: int) -> None:
-        """Run a script that makes the current format; it has no `;` within a statement.
+    def _run_script(self, script: str) -> None:
+        """Make the current format; no statement may hold a `;`.
 
         Not by executescript(), which commits first. The version is in the file's
         header, so it is part of the transaction.
         """
-        script = UPGRADES[version] if version else Sql.SCHEMA + Sql.FIRST_COUNTERS
         for statement in filter(str.strip, script.split(";")):
-            self._db.execute(statement)
-        self._db.execute(Sql.SET_VERSION.format(SCHEMA_VERSION))
+            self.rows(statement)
+        self.rows(self.SET_VERSION.format(SCHEMA_VERSION))
 
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
-        The copy takes its name only when it is whole and on the disk. An older copy is
-        replaced; NotAQueue if something else is there, InUse if it is this very file,
-        or if what is there has a WAL: SQLite would apply that to the new file.
+        The copy takes its name only when it is whole and on the disk; one whose maker
+        was killed stays as a `.part`. An older copy is replaced; NotAQueue if something
+        else is there, InUse if it is this very file, or if what is there has a WAL:
+        SQLite would apply that to the new file.
 
         A copy of the file by other means would lack what is in the WAL alone, and still
-        pass for sound. The `.part` bears our process id: a later backup can tell one
-        that is being made from one whose maker was killed.
+        pass for sound.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
         self._refuse_wal(path)
         part = f"{path}.{os.getpid()}.part"
         try:
-            self._clear_parts(path)
             os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy, \
+            with contextlib.closing(_connect(part, "mode=rw")) as copy, \
                     contextlib.closing(self._reader()) as source:
                 source.backup(copy)     # in one step: it cannot be made to start anew
             self._refuse_wal(path)      # again: somebody may have opened it since
             os.replace(part, path)
-            _sync_directory(path)
+            # fsync(2) of a new file does not have the disk keep its name.
+            fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         except sqlite3.Error as error:
-            raise refusal(error, path) or error from error
+            raise self._refusal(error, path) from error
         except OSError as error:
             raise Unwritable(f"cannot write {path} ({error.strerror})",
                              "give a path in a directory that you may write") from None
@@ -3824,12 +3741,10 @@ class Store:
         """InUse or NotAQueue, unless an older backup of a queue is there."""
         if _inode(path) == self.inode:
             raise InUse(f"{path} is the queue itself", "give another name")
-        try:
-            with contextlib.closing(sqlite3.connect(
-                    _file_uri(path, "immutable=1"), uri=True)) as peek:
-                kind = self._first(peek, Sql.KIND)
-        except sqlite3.Error:
-            kind = -1
+        kind = -1
+        with contextlib.suppress(sqlite3.Error), \
+                contextlib.closing(_connect(path, "immutable=1")) as peek:
+            [[kind]] = peek.execute(self.KIND).fetchall()
         if kind != APPLICATION_ID:
             raise NotAQueue(f"{path} is there and no backup of a queue",
                             "give another name, or remove it")
@@ -3841,43 +3756,32 @@ class Store:
                 raise InUse(f"{path}-wal is not empty: a program works in that backup, "
                             "or died in it", "open it once, or give another name")
 
-    @staticmethod
-    def _clear_parts(path: str) -> None:
-        """Remove what backups to that name have left that were killed."""
-        folder, name = os.path.split(os.path.abspath(path))
-        for found in os.listdir(folder):
-            match = re.fullmatch(re.escape(name) + r"\.([0-9]+)\.part", found)
-            if match and _is_gone(int(match[1])):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, found))
-
     def _reader(self) -> sqlite3.Connection:
         """A second connection, which sees only what was committed: ours may be in the
         midst of a transaction, as an upgrade's is.
         """
-        mode = "mode=ro&immutable=1" if self._frozen else "mode=ro"
-        return sqlite3.connect(_file_uri(self.path, mode), uri=True, timeout=0)
+        return _connect(self.path,
+                        "mode=ro&immutable=1" if self._frozen else "mode=ro")
 
-    # Transactions.
+    # Transactions and rows.
 
-    def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Do it again each millisecond while others hold the lock; refuse in words.
+    def _refusal(self, error: Exception, path: str = "") -> Exception:
+        """What to raise instead of SQLite's error."""
+        return refusal(error, path or self.path) or Stale(
+            f"{type(error).__name__}: {error}")
 
-        `patience` bounds it: a command waits for a minute, a pool for a moment, as it
-        has others to serve and tries again.
-        """
-        end = time.monotonic() + self.patience
+    def _patiently(self, action: Callable[[], Any],
+                   patience: float | None = None) -> Any:
+        """Do it again each millisecond while others hold the lock; Busy in the end."""
+        end = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
                 return action()
             except SqlError as error:
-                if is_busy(error) and time.monotonic() < end:
-                    time.sleep(BUSY_PAUSE)
-                    continue
-                refused = refusal(error, self.path)
-                if refused is None:
-                    raise
-                raise refused from error
+                refused = self._refusal(error)
+                if not isinstance(refused, Busy) or time.monotonic() >= end:
+                    raise refused from error
+                time.sleep(BUSY_PAUSE)
 
     def _guard_process(self) -> None:
         """Refuse after a fork: two processes with one connection damage the file."""
@@ -3885,234 +3789,130 @@ class Store:
             raise Unsupported("this queue was opened before a fork",
                               "open a queuectl.Queue of its own in each process")
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[Store]:
-        """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
-
-        Moved if the file has lost its name: what went into it would be lost. It is
-        looked at with the lock in hand, by one stat(2).
+    def _begin(self, patience: float) -> None:
+        """Begin to write; Moved if the file has lost its name: what went into it would
+        be lost. It is looked at with the lock in hand, by one stat(2).
 
         If the process dies before the COMMIT nothing has happened; after it, everything
         has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
         self._refuse_read_only()
+        self._patiently(lambda: self._db.execute(self.BEGIN), patience)
+        if not self.is_in_place():
+            self.rollback()
+            raise Moved(f"{self.path} was deleted or replaced while it was open",
+                        "open it anew")
+
+    def begin(self) -> bool:
+        """Begin a transaction at once; False if another connection writes."""
+        try:
+            self._begin(0.0)
+        except Busy:
+            return False
+        return True
+
+    def commit(self) -> None:
+        """End the transaction; if that fails, `rollback` is the caller's next call.
+
+        Another thread may call it while the one that has begun keeps its hands off.
+        """
+        self._patiently(lambda: self._db.execute(self.COMMIT))
+
+    def rollback(self) -> None:
+        """Undo the transaction, unless SQLite has done so, as after a full disk."""
+        if self._db.in_transaction:
+            self._db.execute(self.ROLLBACK)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Begin, with patience; commit, or roll back and raise."""
         with self._lock:
-            self._patiently(lambda: self._db.execute(Sql.BEGIN))
+            self._begin(self.patience)
             try:
-                self._refuse_moved()
-                yield self
-                self._write_counters()
-                self._patiently(lambda: self._db.execute(Sql.COMMIT))
+                yield
+                self.commit()
             except BaseException:
-                # After a full disk SQLite may have rolled back by itself.
-                if self._db.in_transaction:
-                    self._db.execute(Sql.ROLLBACK)
+                self.rollback()
                 raise
-            finally:
-                self._counts.clear()
-                self._tallies.clear()
-                self._numbers.clear()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read the same state again and again, whatever others commit meanwhile.
 
-        Which state, the first read decides. Keep it short: the WAL cannot be begun anew
-        under a reader, and grows.
+        The first read decides which. Keep it short: the WAL cannot be begun anew under
+        a reader, and grows.
         """
         with self._lock:
-            self._reopen()
-            self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
+            self.rows(self.SNAPSHOT)
             try:
                 yield
             finally:
-                if self._db.in_transaction:     # some errors end it by themselves
-                    self._db.execute(Sql.ROLLBACK)
-
-    def _write_counters(self) -> None:
-        """Write what `count` and `tally` have noted, in the transaction it is of (I8).
-
-        As sums, once: forty jobs that end in a turn cost a few rows, not forty each.
-        """
-        self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
-        self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
-                                   if n < 0])
-        self.many(Sql.TALLY, [(*key, n, total)
-                              for key, (n, total) in self._tallies.items()])
-        if self._numbers:
-            self.do(Sql.SET_COUNTERS, self._numbers)
-
-    def draw(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers, in a transaction; larger than `above`, too.
-
-        They are ours because the write lock is: nobody else draws one meanwhile.
-        """
-        if not self._numbers:
-            [last] = self.rows(Sql.COUNTERS)
-            self._numbers = dict(zip(("jobs", "runs", "events", "workers"), last))
-        first = 1 + max(self._numbers[counter], above)
-        self._numbers[counter] = first + n - 1
-        return first
-
-    def count(self, queue: str, state: str, change: int) -> None:
-        """Note that there are `change` more jobs; written when the transaction ends."""
-        self._counts[queue, state] = self._counts.get((queue, state), 0) + change
-
-    def noted(self, queue: str, state: str) -> int:
-        """The change that this transaction has noted and not written yet."""
-        return self._counts.get((queue, state), 0)
-
-    def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state, with what this transaction noted."""
-        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
-        for key, change in self._counts.items():
-            counts[key] = counts.get(key, 0) + change
-        return counts
-
-    def tally(self, now: float, queue: str, kind: str, change: int = 1,
-              value: float | None = None) -> None:
-        """Note that something happened `change` times, or once for `value` seconds.
-
-        Twice, for this minute and for all time (minute 0): metrics must not fall when
-        old minutes are put together, nor cost more with each day.
-        """
-        bucket = 0 if value is None else bucket_of(value)
-        for minute in (0, int(now // 60)):
-            n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
-            self._tallies[minute, queue, kind, bucket] = (n + change,
-                                                          total + (value or 0.0))
-
-    # Rows.
+                self.rollback()
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """All rows at once: a reader that lingers would keep the WAL from shrinking."""
+        """All rows that a statement selects."""
         self._guard_process()
-        with self._lock:
+        with self._lock:    # a transaction of this thread holds it already
             self._reopen()
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
 
-    def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
-        """The first row, or None."""
-        return next(iter(self.rows(sql, **values)), None)
+    def write(self, sql: str, rows: Sequence[Any], expect: int | None = None) -> int:
+        """Run one statement of a transaction for each of the rows; how many it changed.
 
-    def do(self, sql: str, values: Mapping[str, Any]) -> sqlite3.Cursor:
-        """Run one statement of a transaction; IntegrityError is the caller's matter."""
-        with self._refusing():
-            cursor: sqlite3.Cursor = self._db.execute(sql, values)
-        return cursor
-
-    def many(self, sql: str, values: Sequence[Any]) -> int:
-        """Run one statement of a transaction for many rows; how many were changed.
-
-        The number is the fence: whoever moves jobs compares it with theirs (I3).
+        Stale if that is not `expect`: a guard of the statement did not hold (I3).
         """
-        if not values:
+        if not rows:
             return 0
-        with self._refusing():
-            changed: int = self._db.executemany(sql, values).rowcount
-        return changed
-
-    def change(self, sql: str, values: Sequence[Any]) -> None:
-        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
-        changed = self.many(sql, values)
-        if changed != len(values):
-            raise Stale(f"{changed} of {len(values)} rows changed by {sql.split()[:2]}")
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Within a transaction: no second try, for the lock is ours already."""
         try:
-            yield
+            changed: int = self._db.executemany(sql, rows).rowcount
         except SqlError as error:
-            refused = refusal(error, self.path)
-            if refused is None or isinstance(error, sqlite3.IntegrityError):
-                raise
-            raise refused from error
-
-    def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """The jobs a statement selects."""
-        return [job_of(row) for row in self.rows(sql, **values)]
-
-    def job(self, job_id: str) -> Job:
-        """The job of that id, else NoSuchJob."""
-        row = self.row(Sql.JOB, id=job_id)
-        if row is None:
-            raise NoSuchJob(job_id)
-        return job_of(row)
-
-    def workers(self) -> list[Worker]:
-        """The rows of all pools, dead or alive."""
-        return [Worker(*row)._replace(queues=_words(row[7]))
-                for row in self.rows(Sql.WORKERS)]
-
-    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects, by default all."""
-        return [Schedule(*row)._replace(job=_object_of(row[2]), paused=bool(row[3]))
-                for row in self.rows(sql, **values)]
-
-    def settings(self) -> Settings:
-        """The configuration in force; parsed anew only if it was changed.
-
-        It is read each time, though: what others set holds from the next turn on.
-        """
-        stored = self.stored_settings()
-        if stored != self._parsed[0]:
-            self._parsed = stored, settings_of(stored)
-        return self._parsed[1]
-
-    def stored_settings(self) -> dict[str, str]:
-        """The settings that somebody set, as text."""
-        return dict(self.rows(Sql.STORED_SETTINGS))
-
-    def meta(self, key: str) -> str:
-        """A fact from the database's making: `id` or `created_at`."""
-        row = self.row(Sql.META, key=key)
-        return row[0] if row else ""
+            raise self._refusal(error) from error
+        if expect not in (None, changed):
+            raise Stale(f"{changed} of {expect} rows changed by {sql.split()[:2]}")
+        return changed
 
     def changes(self) -> int:
         """A number that changes when another connection has committed something.
 
-        Not with our own commits. Only to be compared with what it was (PRAGMA
-        data_version).
+        Not with our own commits. Only to be compared with what it was.
         """
-        row = self.row(Sql.CHANGED)
-        return (self._opened << 32) + (int(row[0]) if row else 0)
+        return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
+
+    def integrity(self) -> list[str]:
+        """What SQLite finds damaged; it reads the whole file."""
+        said = [str(row[0]) for row in self.rows(self.INTEGRITY)]
+        return [] if said == ["ok"] else said
 
     def relieve(self) -> None:
         """On a full disk: move the WAL into the file, which may have room for it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
-            self._db.execute(Sql.EMPTY_WAL).fetchall()
+            self._db.execute(self.EMPTY_WAL).fetchall()
 
     def shrink(self) -> bool:
         """Give some unused pages at the file's end back to the disk, if they are many;
         whether there may be more. A small transaction, so that nobody waits for it.
         """
-        free, pages = (self.rows(sql)[0][0] for sql in (Sql.FREE_PAGES, Sql.PAGES))
+        free, pages = (self.rows(sql)[0][0] for sql in (self.FREE_PAGES, self.PAGES))
         if free < max(SHRINK_PAGES, pages // 4):
             return False
         with self.transaction():
-            self.rows(Sql.SHRINK)
-        return bool(self.rows(Sql.FREE_PAGES)[0][0] < free)
+            self.rows(self.SHRINK)
+        return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
         """The bytes that the file and its WAL take, by stat(2), not open(2)."""
-        found = 0
-        for name in (self.path, self.path + "-wal"):
-            with contextlib.suppress(OSError):
-                found += os.stat(name).st_size
-        return found
+        return sum(max(0, size) for size, _ in self._stats())
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
 
-    def _refuse_moved(self) -> None:
-        if not self.is_in_place():
-            raise Moved(f"{self.path} was deleted or replaced while it was open",
-                        "open it anew")
+    def release(self) -> tuple[int, int, int]:
+        """The version of SQLite."""
+        return sqlite3.sqlite_version_info
 
 
 @contextlib.contextmanager
@@ -4125,13 +3925,11 @@ def glance(path: str) -> Iterator[Rows]:
     """
     path = system_path(path)
     try:
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "mode=ro&immutable=1"), uri=True)) as peek:
-            peek.execute(Sql.LENIENT)
-            if peek.execute(Sql.KIND).fetchall() != [(APPLICATION_ID,)]:
+        with contextlib.closing(_connect(path, "mode=ro&immutable=1")) as peek:
+            peek.execute(SQLite.LENIENT)
+            if peek.execute(SQLite.KIND).fetchall() != [(APPLICATION_ID,)]:
                 raise NotAQueue(f"{path} is not a queuectl database")
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "mode=rw"), uri=True, timeout=BRIEF)) as db:
+        with contextlib.closing(_connect(path, "mode=rw", BRIEF)) as db:
             yield lambda sql, **values: db.execute(sql, values).fetchall()
     except SqlError as error:
         raise refusal(error, path) or Unsupported(
@@ -4556,10 +4354,9 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
-# The only code that adds, moves and removes jobs. Each function is part of a
-# transaction that its caller has begun: Queue for people, Claims for a pool, Rescuer
-# for what lost its pool. So whatever is refused half-way is rolled back whole, and
-# nothing here has to be undone.
+# Rows as records, and the only code that adds, moves and removes jobs. Each function is
+# part of a transaction of its caller: Queue for people, Claims and Rescuer for workers.
+# What is refused half-way is rolled back whole, so nothing here has to be undone.
 #
 # A change of state goes through `move`, for many jobs at once: one statement each for
 # rows, events and counters, whether one job ends in a turn or forty. What is decided
@@ -4567,6 +4364,187 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
 DUE_BATCH = 2000            # jobs that one transaction lets go on: some 50 ms
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a column that holds a JSON array; it is mostly empty."""
+    return () if text == "[]" else tuple(json.loads(text))
+
+
+def job_of(row: tuple[Any, ...]) -> Job:
+    """The job of a row of `jobs`."""
+    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
+    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
+        return job._replace(after=(), tags=(), env={})
+    return job._replace(after=_words(row[13]), tags=_words(row[15]),
+                        env=json.loads(row[16]))
+
+
+def schedule_of(row: tuple[Any, ...]) -> Schedule:
+    """The schedule of a row; its job is {} where it is no JSON object: who needs a key
+    of it will say so.
+    """
+    try:
+        job = json.loads(row[2])
+    except ValueError:
+        job = {}
+    return Schedule(*row)._replace(job=job if isinstance(job, dict) else {},
+                                   paused=bool(row[3]))
+
+
+class Ledger:
+    """Records of the rows of `db`, and what a transaction has counted and numbered.
+
+    Statements of the queue go through it; what is the file's own affair is asked of
+    `db`. All of it may raise Busy, DiskFull, Unwritable, Damaged.
+    """
+
+    def __init__(self, db: SQLite) -> None:
+        self.db = db
+        self.rows, self.snapshot, self.changes = db.rows, db.snapshot, db.changes
+        # Written and cleared by the end of the transaction, so guarded as that is.
+        self._counts: dict[tuple[str, str], int] = {}
+        self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
+        self._numbers: dict[str, int] = {}      # last numbers drawn, by counter
+        self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Ledger]:
+        """Begin to write, with patience; write the counters and commit, or roll back
+        and raise.
+        """
+        with self.db.transaction():
+            try:
+                yield self
+                self._write_counters()
+            finally:
+                self._forget()
+
+    # The same in three steps, for a worker: see SQLite.
+
+    def begin(self) -> bool:
+        """Begin to write at once; False if another connection does."""
+        return self.db.begin()
+
+    def commit(self) -> None:
+        """Write the counters and commit; if that fails, `rollback` comes next."""
+        self._write_counters()
+        self.db.commit()
+        self._forget()
+
+    def rollback(self) -> None:
+        """Undo the transaction."""
+        self._forget()
+        self.db.rollback()
+
+    def _write_counters(self) -> None:
+        """Write what was noted, as sums: forty jobs that end cost a few rows (I8)."""
+        self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
+        self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
+                                   if n < 0])
+        self.many(Sql.TALLY, [(*key, n, total)
+                              for key, (n, total) in self._tallies.items()])
+        if self._numbers:
+            self.do(Sql.SET_COUNTERS, self._numbers)
+
+    def _forget(self) -> None:
+        self._counts.clear()
+        self._tallies.clear()
+        self._numbers.clear()
+
+    def draw(self, counter: str, n: int = 1, above: int = 0) -> int:
+        """The first of `n` new numbers, in a transaction; larger than `above`, too.
+
+        They are ours because the write lock is: nobody else draws one meanwhile (I4).
+        """
+        if not self._numbers:
+            [last] = self.rows(Sql.COUNTERS)
+            self._numbers.update(zip(("jobs", "runs", "events", "workers"), last))
+        first = 1 + max(self._numbers[counter], above)
+        self._numbers[counter] = first + n - 1
+        return first
+
+    def count(self, queue: str, state: str, change: int) -> None:
+        """Note that there are `change` more jobs; written when the transaction ends."""
+        self._counts[queue, state] = self._counts.get((queue, state), 0) + change
+
+    def noted(self, queue: str, state: str) -> int:
+        """The change that this transaction has noted and not written yet."""
+        return self._counts.get((queue, state), 0)
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """The number of jobs by queue and state, with what this transaction noted."""
+        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
+        for key, change in self._counts.items():
+            counts[key] = counts.get(key, 0) + change
+        return counts
+
+    def tally(self, now: float, queue: str, kind: str, change: int = 1,
+              value: float | None = None) -> None:
+        """Note that something happened `change` times, or once for `value` seconds.
+
+        Twice, for this minute and for all time (minute 0): metrics must not fall when
+        old minutes are deleted, nor cost more with each day.
+        """
+        bucket = 0 if value is None else bucket_of(value)
+        for minute in (0, int(now // 60)):
+            n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
+            self._tallies[minute, queue, kind, bucket] = (n + change,
+                                                          total + (value or 0.0))
+
+    # Rows.
+
+    def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
+        """The first row, or None."""
+        return next(iter(self.rows(sql, **values)), None)
+
+    def do(self, sql: str, values: Mapping[str, Any]) -> int:
+        """Run one statement of a transaction; how many rows it changed."""
+        return self.db.write(sql, [values])
+
+    def many(self, sql: str, values: Sequence[Any]) -> int:
+        """Run one statement of a transaction for many rows; how many it changed."""
+        return self.db.write(sql, values)
+
+    def change(self, sql: str, values: Sequence[Any]) -> None:
+        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
+        self.db.write(sql, values, len(values))
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """The jobs a statement selects."""
+        return [job_of(row) for row in self.rows(sql, **values)]
+
+    def job(self, job_id: str) -> Job:
+        """The job of that id, else NoSuchJob."""
+        row = self.row(Sql.JOB, id=job_id)
+        if row is None:
+            raise NoSuchJob(job_id)
+        return job_of(row)
+
+    def workers(self) -> list[Worker]:
+        """The rows of all workers, dead or alive."""
+        return [Worker(*row)._replace(queues=_words(row[7]))
+                for row in self.rows(Sql.WORKERS)]
+
+    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
+        """The schedules a statement selects, by default all."""
+        return [schedule_of(row) for row in self.rows(sql, **values)]
+
+    def settings(self) -> Settings:
+        """The configuration in force, read each time; parsed only if it was changed."""
+        stored = self.stored_settings()
+        if stored != self._parsed[0]:
+            self._parsed = stored, settings_of(stored)
+        return self._parsed[1]
+
+    def stored_settings(self) -> dict[str, str]:
+        """The settings that somebody set, as text."""
+        return dict(self.rows(Sql.STORED_SETTINGS))
+
+    def meta(self, key: str) -> str:
+        """A fact from the database's making: `id` or `created_at`."""
+        row = self.row(Sql.META, key=key)
+        return row[0] if row else ""
 
 
 def waits_of(job: Job, now: float) -> str:
@@ -4608,7 +4586,7 @@ class Batch:
     ours because the write lock is: nobody else draws one meanwhile.
     """
 
-    def __init__(self, store: Store, now: float) -> None:
+    def __init__(self, store: Ledger, now: float) -> None:
         self._store, self._now = store, now
         self._settings = store.settings()
         self._seqs: dict[str, int] = {}                 # ids of this batch
@@ -4764,7 +4742,7 @@ class Batch:
             store.tally(self._now, job.queue, "enqueue")
 
 
-def _moved(store: Store, change: Change, now: float) -> Job:
+def _moved(store: Ledger, change: Change, now: float) -> Job:
     """The job as it will stand; WrongState if the verb does not apply to it.
 
     What follows from the state alone is set here, so no caller can forget it: the claim
@@ -4786,7 +4764,7 @@ def _moved(store: Store, change: Change, now: float) -> Job:
     return after
 
 
-def refuse_taken_keys(store: Store, jobs: Iterable[Job]) -> None:
+def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
     """InUse if a job that is to wait again has a unique key that another has by now."""
     first: dict[str, Job] = {}
     for job in jobs:
@@ -4801,14 +4779,14 @@ def refuse_taken_keys(store: Store, jobs: Iterable[Job]) -> None:
         first[job.unique] = job
 
 
-def _meet(store: Store, dependents: Sequence[tuple[int, int]], now: float) -> None:
+def _meet(store: Ledger, dependents: Sequence[tuple[int, int]], now: float) -> None:
     """Lower the number of jobs that each dependent waits for; `dependents` are pairs of
     the needed job and the dependent.
     """
     store.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in dependents])
 
 
-def _unblock(store: Store, completed: Sequence[int], now: float) -> None:
+def _unblock(store: Ledger, completed: Sequence[int], now: float) -> None:
     """Let the jobs go on that come after these.
 
     In the transaction of the change itself, so that no death in between leaves a job
@@ -4823,7 +4801,7 @@ def _unblock(store: Store, completed: Sequence[int], now: float) -> None:
                                         for seq in completed])
 
 
-def unblock_more(store: Store, now: float, limit: int = DUE_BATCH) -> bool:
+def unblock_more(store: Ledger, now: float, limit: int = DUE_BATCH) -> bool:
     """Let further dependents of completed jobs go on; True if there may be more."""
     for needs, after in store.rows(Sql.UNBLOCKING)[:1]:
         found = store.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
@@ -4837,7 +4815,7 @@ def unblock_more(store: Store, now: float, limit: int = DUE_BATCH) -> bool:
     return False
 
 
-def _block(store: Store, retried: Sequence[int]) -> None:
+def _block(store: Ledger, retried: Sequence[int]) -> None:
     """Have the jobs that come after these, and have not begun, wait for them again."""
     under_way = dict(store.rows(Sql.UNBLOCKING)) if retried else {}
     for seq in retried:
@@ -4856,13 +4834,13 @@ def _hook(command: str, job: Job, folder: str) -> Spec:
         "QUEUECTL_ERROR": job.error or ""})
 
 
-def _is_idle(store: Store) -> bool:
+def _is_idle(store: Ledger) -> bool:
     """Whether no job is left to do; those of hooks do not count."""
     return not any(n > 0 for (queue, state), n in store.counts().items()
                    if queue != HOOKS_QUEUE and state not in OVER)
 
 
-def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
+def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
     """Enqueue what the configuration wants to follow these changes.
 
     By a Batch of its own, which adds and does not move, so this ends; and what is over
@@ -4877,12 +4855,12 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
     wanted = [(commands.get(job.state), job) for job in jobs]
     if jobs and settings.on_idle and _is_idle(store):
         wanted.append((settings.on_idle, jobs[-1]))
-    folder = os.path.dirname(store.path)    # its name may be no text
+    folder = os.path.dirname(store.db.path)    # its name may be no text
     Batch(store, now).add([_hook(command, job, folder if is_text(folder) else "/")
                            for command, job in wanted if command])
 
 
-def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
+def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
     """Change the states of jobs by verbs of MOVES; the jobs as they are then.
 
     WrongState, and InUse for a unique key, before anything is written. Each row is
@@ -4919,7 +4897,7 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     return jobs
 
 
-def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
+def _end_runs(store: Ledger, ends: Sequence[tuple[Claimed, Outcome]],
               now: float) -> None:
     """Write how runs ended, and count it; no run time where nobody saw the end.
 
@@ -4938,7 +4916,7 @@ def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
             store.tally(now, run.job.queue, "run_time", value=outcome.duration)
 
 
-def record(store: Store, ends: Sequence[End], settings: Settings,
+def record(store: Ledger, ends: Sequence[End], settings: Settings,
            now: float) -> list[Settled]:
     """Record the ends of runs whose claims still stand.
 
@@ -4959,7 +4937,7 @@ def record(store: Store, ends: Sequence[End], settings: Settings,
             for job, outcome, end in zip(jobs, judgements, ends)]
 
 
-def remove(store: Store, job: Job, now: float) -> None:
+def remove(store: Ledger, job: Job, now: float) -> None:
     """Delete a job that is not running, with its history; InUse if another needs it.
 
     A completed one is needed by nobody any more. Another that is deleted would leave
@@ -4982,7 +4960,7 @@ def remove(store: Store, job: Job, now: float) -> None:
     store.tally(now, job.queue, "delete")   # no figure shows it: it settles the others
 
 
-def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
+def remove_all(store: Ledger, jobs: Sequence[Job], now: float) -> list[Job]:
     """Delete those that can go, in any order that lets a whole chain of dependents go;
     those that stay. The newest come first: mostly it is they that wait for the others.
     """
@@ -4998,7 +4976,7 @@ def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
     return left
 
 
-def edit(store: Store, before: Job, after: Job, now: float) -> Job:
+def edit(store: Ledger, before: Job, after: Job, now: float) -> Job:
     """Write what a person has changed in a waiting job; WrongState for any other.
 
     No event: its state is the same. `waits` and rank follow anew from what was changed,
@@ -5023,7 +5001,7 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
     return after
 
 
-def rerank(store: Store) -> None:
+def rerank(store: Ledger) -> None:
     """Give all waiting jobs their place anew, after a change of priority-ageing.
 
     In the transaction of that change: ranks of two kinds in one line mean nothing.
@@ -5035,7 +5013,7 @@ def rerank(store: Store) -> None:
         store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
 
 
-def bring_forward(store: Store, now: float) -> None:
+def bring_forward(store: Ledger, now: float) -> None:
     """Count delays and backoffs anew that began in the future: the clock was set back.
     """
     jobs = [brought_forward(job, now) for job in store.jobs(
@@ -5046,12 +5024,12 @@ def bring_forward(store: Store, now: float) -> None:
          "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
 
 
-def set_turn(store: Store, schedule: Schedule, **changes: Any) -> None:
+def set_turn(store: Ledger, schedule: Schedule, **changes: Any) -> None:
     """Write when a schedule comes next, and what was its last."""
     store.do(Sql.SET_TURN, schedule._replace(**changes)._asdict())
 
 
-def fire(store: Store, schedule: Schedule, now: float) -> Job | None:
+def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
     """Take a schedule's turn, unless its last job is not over: that job, else None.
 
     The job and the next turn are written together, so a turn is taken once, however
@@ -5068,7 +5046,7 @@ def fire(store: Store, schedule: Schedule, now: float) -> Job | None:
     return None
 
 
-def set_right(store: Store, schedule: Schedule, now: float) -> None:
+def set_right(store: Ledger, schedule: Schedule, now: float) -> None:
     """Reckon the next turn anew, if a clock that was ahead has put it off.
 
     Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
@@ -5172,10 +5150,10 @@ class Queue:
     def __init__(self, path: str = "queue.db", create: bool = True,
                  clock: Callable[[], float] = time.time,
                  host: Host | None = None) -> None:
-        self.store = Store(os.fspath(path), create)
-        self.path = self.store.path
+        self.store = Ledger(SQLite(os.fspath(path), create))
+        self.path = self.store.db.path
         self.clock = clock
-        self.host = host or Host(self.path, self.store.meta("id"), self.store.inode)
+        self.host = host or Host(self.path, self.store.meta("id"), self.store.db.inode)
 
     def __enter__(self) -> Queue:
         return self
@@ -5185,7 +5163,7 @@ class Queue:
 
     def close(self) -> None:
         """Close the database; the object is of no use after that: Unsupported."""
-        self.store.close()
+        self.store.db.close()
         self.host.locks.close()
 
     # Adding.
@@ -5628,8 +5606,8 @@ class Queue:
         return views
 
     def backup(self, path: str) -> None:
-        """Copy the queue as it is now, while workers run; see `Store.backup`."""
-        self.store.backup(system_path(path))
+        """Copy the queue as it is now, while workers run; see `SQLite.backup`."""
+        self.store.db.backup(system_path(path))
 
     def age(self) -> float:
         """Seconds since the database was made; above 0 also if clocks were set back."""
@@ -5814,7 +5792,7 @@ class Queue:
             pools, schedules = self._pools(), self.schedules()
             blocked = self.count_stuck()
         return Scrape(jobs, tallies, oldest, paused, self._living(pools),
-                      self.store.size(), schedules, blocked)
+                      self.store.db.size(), schedules, blocked)
 
     # Changing.
 
@@ -5959,7 +5937,7 @@ class Queue:
             again = verb == "delete" and bool(kept) and n > 0
         for why in kept:
             keep(why)
-        while verb == "delete" and self.store.shrink():
+        while verb == "delete" and self.store.db.shrink():
             yield []
             time.sleep(SWEEP_PAUSE)
 
@@ -6450,8 +6428,7 @@ class Claims:
         last of that has been rescued.
         """
         worker = self.worker
-        beat = self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)})
-        if beat.rowcount == 0:
+        if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
             self._store.do(Sql.INSERT_WORKER, {
@@ -6496,8 +6473,8 @@ class Claims:
         What is due later stays out of the index that claims go by: 100,000 of a higher
         priority in it cost each claim 13 ms.
         """
-        found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
-        return found.rowcount == DUE_BATCH
+        return self._store.do(
+            Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
 
     def _claim(self, slots: Sequence[int], locks: list[int],
                now: float) -> list[Claimed]:
@@ -6735,7 +6712,7 @@ class Rescuer:
         if dead:
             with self._store.transaction() as store:
                 removed = [worker for worker in dead if store.do(
-                    Sql.DELETE_IDLE_WORKER, {"id": worker.id}).rowcount]
+                    Sql.DELETE_IDLE_WORKER, {"id": worker.id})]
         return [worker for worker in removed if worker in mute]
 
     def remove_silent(self, silent: Mapping[int, float]) -> list[Worker]:
@@ -6862,12 +6839,12 @@ class Inspection:
         the damage's doing.
         """
         with self._store.snapshot():
-            said = [row[0] for row in self._store.rows(Sql.INTEGRITY)]
-            if said != ["ok"]:
-                for line in said:
-                    yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
-                                  "stop the workers and restore a backup, or save what "
-                                  f"can be read: sqlite3 {self.path} .recover")
+            damage = self._store.db.integrity()
+            for line in damage:
+                yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
+                              "stop the workers and restore a backup, or save what "
+                              f"can be read: sqlite3 {self.path} .recover")
+            if damage:
                 return
             for code, message, statement in Sql.RULES:
                 for row in self._store.rows(statement)[:CHECK_SHOWN]:
@@ -6999,10 +6976,11 @@ class Inspection:
                           "move it to a disk of this machine")
 
     def _sqlite(self) -> Iterator[Finding]:
-        if has_wal_bug(sqlite3.sqlite_version_info):
+        version = self._store.db.release()
+        if has_wal_bug(version):
             yield Finding(NOTE, "sqlite-version",
-                          f"SQLite {sqlite3.sqlite_version} has a rare bug that can "
-                          "damage a file when two connections tidy its WAL at once",
+                          f"SQLite {'.'.join(map(str, version))} has a rare bug that "
+                          "can damage a file when two connections tidy its WAL at once",
                           "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
 
     def _wal(self) -> Iterator[Finding]:
@@ -7015,7 +6993,7 @@ class Inspection:
                           "WAL shrinks at the next quiet moment")
 
     def _room(self) -> Iterator[Finding]:
-        if self._store.is_read_only:
+        if self._store.db.is_read_only:
             return
         stat = os.statvfs(os.path.dirname(self.path))
         # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
@@ -8457,10 +8435,10 @@ def _entered(queue: Queue, options: PoolOptions,
     claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
     try:
         queue.wake(NEW_ORDERS)      # the others are to watch this one
-        queue.store.patience = TURN_PATIENCE    # its thread has other things to do
+        queue.store.db.patience = TURN_PATIENCE    # its thread has other things to do
         yield claims
     finally:
-        queue.store.patience = POOL_PATIENCE
+        queue.store.db.patience = POOL_PATIENCE
         with contextlib.suppress(QueueError):
             claims.leave()
 
@@ -8714,7 +8692,7 @@ class Pool:
             # The next turn claims nothing: what failed may be the lock of a claim, for
             # want of descriptors, and heartbeats and ends must not wait for that.
             self._claim_at = now + 2 * SYNC_PAUSE
-            self._queue.store.relieve()
+            self._queue.store.db.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
             self._say(f"cannot write to the queue, will go on trying: {error.message}")
@@ -12458,7 +12436,7 @@ class Feed:
         try:
             with Queue(self._path, create=False) as queue:
                 watch = Watch(queue, self._seq)
-                while is_wanted and queue.store.is_in_place():
+                while is_wanted and queue.store.db.is_in_place():
                     piece = watch.look(time.monotonic())
                     if piece:
                         self._tell(piece, watch.seq)
@@ -12539,12 +12517,12 @@ class Queues:
             queue = self._free.pop() if self._free else None
         # The file may have been replaced since: who works on in the old one writes to
         # nobody.
-        if queue is not None and not queue.store.is_in_place():
+        if queue is not None and not queue.store.db.is_in_place():
             queue.close()
             queue = None
         if queue is None:
             queue = Queue(self._path, create=False)
-            queue.store.patience = WEB_PATIENCE
+            queue.store.db.patience = WEB_PATIENCE
         try:
             yield queue
         finally:
@@ -14375,7 +14353,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     if sys.stdin is None:
         raise Unreadable("stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
+    queue.store.db.patience = POOL_PATIENCE    # it tries again itself, and says so
     reader = _lines_of(args) or Lines()
     stream = Stream(queue, {} if args.words else _flag_fields(args),
                     lambda error: _report(error, args.json), screen.note, reader)
@@ -16349,7 +16327,7 @@ def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
     if args.entry.creates is NEITHER:
         return int(args.entry.run(args, None, screen))
     with Queue(path, create=args.entry.creates) as queue:
-        if queue.store.is_new:
+        if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
         return int(args.entry.run(args, queue, screen))
 

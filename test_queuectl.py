@@ -5,7 +5,7 @@ Where the tests of a section are
      4 Cron ........... Cron                    14 Runner ...... Pools, Program
      5 Input .......... Input                   15 Pool ........ Pools, Program, Model
      6 SQL ............ Statements              16 Page ........ Browser
-     7 Store .......... Files, BadGround        17 to 22 ....... Web, WebServer
+     7 SQLite ......... Files, BadGround        17 to 22 ....... Web, WebServer
      8 Host ........... Hosts, Notices          23 Install ..... Services, Shells
      9 Ledger ......... Promises                24 to 26 ....... CommandLine, Program
     10 Queue .......... Promises                27 Completion .. Completion, Shells
@@ -1452,8 +1452,7 @@ class Statements(TestCase):
             names = dict.fromkeys(re.findall(r":(\w+)", text))
             values = names if names else [None] * text.count("?")
             with self.subTest(name):
-                if not text.lstrip().startswith(("PRAGMA", "BEGIN", "COMMIT", "ROLL")):
-                    db.execute("EXPLAIN " + text, values).fetchall()
+                db.execute("EXPLAIN " + text, values).fetchall()
 
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
@@ -1739,11 +1738,12 @@ class Statements(TestCase):
                        "claim = 1",                 # without being processed
                        "waits = NULL",               # waits for nothing
                        "state = 'completed'"):      # is over and waits
-            with self.subTest(change), self.assertRaises(sqlite3.IntegrityError):
-                queue.store._db.execute(f"UPDATE jobs SET {change}")
+            with self.subTest(change), self.assertRaises(queuectl.Stale), \
+                    queue.store.transaction() as store:
+                store.do(f"UPDATE jobs SET {change}", {})
 
 
-# ---- 7 Store -----------------------------------------------------------------
+# ---- 7 SQLite ----------------------------------------------------------------
 
 # The first format, as it was released: jobs that wait in each way, that run (the end of
 # one is requested), that are over; the newest job was deleted.
@@ -1882,7 +1882,7 @@ class Files(TestCase):
         queue.enqueue("x" * 60_000, id="big")
         with open(self.path + "-wal", "rb") as file:
             wal = file.read()
-        queue.store.rows(queuectl.Sql.EMPTY_WAL)
+        queue.store.rows(queuectl.SQLite.EMPTY_WAL)
         with open(self.path, "rb") as file:
             first_page = file.read(4096)
         torn = {"": first_page + short[4096:], "-wal": wal}
@@ -1942,7 +1942,7 @@ class Files(TestCase):
 
     def test_what_is_foreign_or_newer_is_left_with_the_files_beside_it(self):
         self.a_queue().close()
-        newer = self.files_after(self.path, "PRAGMA user_version = 99", queuectl.Sql.EMPTY_WAL,
+        newer = self.files_after(self.path, "PRAGMA user_version = 99", queuectl.SQLite.EMPTY_WAL,
                                  "INSERT INTO settings VALUES ('of', 'tomorrow')")
         for number, (files, error) in enumerate((
                 (newer, queuectl.NewerVersion),
@@ -1973,9 +1973,9 @@ class Files(TestCase):
                 {"": b""}, {"": b"torn" * 1024, "-journal": undone.ljust(512, b"\0")},
                 self.files_after(self.path_of("a"), "PRAGMA user_version = 1",
                                  "PRAGMA user_version = 0"),
-                self.files_after(self.path_of("b"), queuectl.Sql.SET_KIND),
-                self.files_after(self.path_of("c"), queuectl.Sql.SET_KIND,
-                                 queuectl.Sql.JOURNAL))):
+                self.files_after(self.path_of("b"), queuectl.SQLite.SET_KIND),
+                self.files_after(self.path_of("c"), queuectl.SQLite.SET_KIND,
+                                 queuectl.SQLite.JOURNAL))):
             with self.subTest(number):
                 self.put(files)
                 with self.assertRaises(queuectl.NoQueue):
@@ -1986,7 +1986,7 @@ class Files(TestCase):
     def test_of_two_that_make_a_queue_at_once_one_makes_it(self):
         path, ids = self.path, []
 
-        class Overtaken(queuectl.Store):
+        class Overtaken(queuectl.SQLite):
             """Another one is faster, once this one has seen that there is nothing."""
 
             def _nature(self, db):
@@ -1995,8 +1995,8 @@ class Files(TestCase):
                     other.enqueue("x", id="first")
                     ids.append(other.store.meta("id"))
                 return found
-        store = Overtaken(path)
-        self.addCleanup(store.close)
+        store = queuectl.Ledger(Overtaken(path))
+        self.addCleanup(store.db.close)
         self.assertEqual(store.job("first").command, "x")
         self.assertEqual([store.meta("id")], ids)
 
@@ -2119,14 +2119,14 @@ class Files(TestCase):
 
     def test_no_backup_is_put_beside_a_wal_that_is_not_its_own(self):
         queue, copy = self.a_queue(), self.path_of("copy.db")
-        reader = queue.store._reader
+        reader = queue.store.db._reader
 
         def late():
             """Somebody comes while the copy is made."""
             with open(copy + "-wal", "wb") as wal:
                 wal.write(b"x")
             return reader()
-        queue.store._reader = late
+        queue.store.db._reader = late
         with self.assertRaises(queuectl.InUse):
             queue.backup(copy)
         self.assertFalse(os.path.exists(copy))
@@ -2135,8 +2135,8 @@ class Files(TestCase):
     def test_a_backup_that_fails_is_told_in_words_unless_it_is_our_mistake(self):
         queue = self.a_queue()
         for said, error in (("database or disk is full", queuectl.DiskFull),
-                            ("no such thing", sqlite3.OperationalError)):
-            queue.store._reader = mock.Mock(side_effect=sqlite3.OperationalError(said))
+                            ("no such thing", queuectl.Stale)):
+            queue.store.db._reader = mock.Mock(side_effect=sqlite3.OperationalError(said))
             with self.subTest(said), self.assertRaises(error):
                 queue.backup(self.path_of("copy.db"))
             self.assertEqual([name for name in os.listdir(self.dir) if "copy" in name], [])
@@ -2167,21 +2167,21 @@ class Files(TestCase):
         store = self.a_queue().store
         for begin in (store.snapshot, store.transaction):
             with self.subTest(begin), self.assertRaises(ZeroDivisionError), begin():
-                store.rows(queuectl.Sql.ROLLBACK)   # as SQLite does after some errors
+                store.rows(queuectl.SQLite.ROLLBACK)   # as SQLite does after some errors
                 raise ZeroDivisionError
 
     def test_a_statement_that_fails_is_told_in_words_unless_it_is_our_mistake(self):
         insert = "INSERT INTO almost_full VALUES (?)"
         with self.a_queue().store.transaction() as store:
-            store.do("CREATE TEMPORARY TABLE almost_full (x UNIQUE)", {})
+            store.rows("CREATE TEMPORARY TABLE almost_full (x UNIQUE)")
             store.do(insert, (1,))
             for number, (ask, error) in enumerate((
                     (lambda: store.do(insert, ("\ud800",)), queuectl.InvalidValue),
                     (lambda: store.many(insert, [("\ud800",)]), queuectl.InvalidValue),
-                    (lambda: store.do(insert, (1,)), sqlite3.IntegrityError),
-                    (lambda: store.many(insert, [(2,), (1,)]), sqlite3.IntegrityError),
-                    (lambda: store.do("DO", ()), sqlite3.OperationalError),
-                    (lambda: store.rows("DO"), sqlite3.OperationalError))):
+                    (lambda: store.do(insert, (1,)), queuectl.Stale),
+                    (lambda: store.many(insert, [(2,), (1,)]), queuectl.Stale),
+                    (lambda: store.do("DO", ()), queuectl.Stale),
+                    (lambda: store.rows("DO"), queuectl.Stale))):
                 with self.subTest(number), self.assertRaises(error):
                     ask()
 
@@ -2196,7 +2196,7 @@ class Files(TestCase):
 
     def test_a_queue_from_before_a_fork_is_refused_in_words(self):
         queue = self.a_queue()
-        queue.store._process += 1
+        queue.store.db._process += 1
         with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"):
             queue.counts()
         with self.assertRaisesRegex(queuectl.Unsupported, "before a fork"), \
@@ -2232,7 +2232,6 @@ class Files(TestCase):
                 found = queuectl.refusal(error, "q.db")
                 self.assertIs(type(found), refused)
                 self.assertTrue(found.message and found.hint)
-                self.assertEqual(queuectl.is_busy(error), refused is queuectl.Busy)
         self.assertIsNone(queuectl.refusal(sqlite3.OperationalError("no such table"), ""))
 
     def test_a_path_may_have_any_letters(self):
@@ -2276,39 +2275,26 @@ class Files(TestCase):
         with self.assertRaises(queuectl.Unsupported), queuectl.glance(self.path) as rows:
             rows("SELECT column_of_days_to_come FROM jobs")
 
-    def test_a_backup_replaces_only_an_older_one_and_leaves_no_parts(self):
+    def test_a_backup_replaces_only_an_older_one_and_leaves_nothing_else(self):
         queue = self.a_queue()
         queue.enqueue("x", id="first")
         copy, text = self.path_of("copy.db"), self.path_of("text")
         with open(text, "w") as file:
             file.write("mine")
-        ended = subprocess.Popen(["true"])
-        ended.wait()
-        lives = subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=functools.partial(
-            signal.signal, signal.SIGHUP, signal.SIG_DFL))      # nohup ignores it
-        self.addCleanup(lives.wait)
-        self.addCleanup(lives.stdin.close)
-        kept = (f"{copy}.{os.getpid()}.part.other", f"{copy}.1.part",
-                f"{copy}.{lives.pid}.part")
-        for name in (*kept, f"{copy}.{ended.pid}.part"):
-            open(name, "w").close()
         queue.backup(copy)
         queue.enqueue("x", id="second")
         descriptors = os.listdir("/dev/fd")     # SQLite has kept one for the next time
         queue.backup(copy)
 
         self.assertEqual(os.listdir("/dev/fd"), descriptors)
-        lives.stdin.close()
-        self.assertEqual(lives.wait(), 0)
         self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
         with Queue(copy, create=False) as again:
             self.assertEqual([job.id for job in again.jobs()], ["second", "first"])
-        self.assertEqual({name for name in os.listdir(self.dir) if "part" in name},
-                         set(map(os.path.basename, kept)))
         for path, error in ((self.path, queuectl.InUse), (text, queuectl.NotAQueue),
                             (self.path_of("none/copy"), queuectl.Unwritable)):
             with self.subTest(path), self.assertRaises(error):
                 queue.backup(path)
+        self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
         with open(text) as file:
             self.assertEqual(file.read(), "mine")
 
@@ -2316,12 +2302,12 @@ class Files(TestCase):
         queue = self.a_queue()
         queue.enqueue("x" * 9000)
         wal = self.path + "-wal"
-        self.assertEqual(queue.store.size(),
+        self.assertEqual(queue.store.db.size(),
                          os.stat(self.path).st_size + os.stat(wal).st_size)
-        self.assertTrue(queue.store.is_in_place())
+        self.assertTrue(queue.store.db.is_in_place())
 
         os.rename(self.path, self.path_of("moved.db"))
-        self.assertFalse(queue.store.is_in_place())
+        self.assertFalse(queue.store.db.is_in_place())
         queue.close()
         self.assertFalse(os.path.exists(wal) and os.stat(wal).st_size)
         with Queue(self.path_of("moved.db"), create=False) as moved:
@@ -2333,7 +2319,7 @@ class Files(TestCase):
         wal = self.path + "-wal"
         self.assertGreater(os.stat(wal).st_size, 9000)
 
-        queue.store.relieve()
+        queue.store.db.relieve()
         self.assertEqual(os.stat(wal).st_size, 0)
         self.assertEqual(len(queue.job("big").command), 9000)
 
@@ -2348,6 +2334,27 @@ class Files(TestCase):
             self.assertEqual(store.counts(), {("default", PENDING): 3, ("new", PENDING): 1})
             raise ZeroDivisionError
         self.assertEqual(queue.store.counts(), {("default", PENDING): 1})
+
+    def test_a_transaction_in_three_steps_is_committed_by_another_thread(self):
+        store, other = self.a_queue().store, self.a_queue()
+        self.assertTrue(store.begin())
+        begun = time.monotonic()
+        self.assertFalse(other.store.begin())
+        self.assertLess(time.monotonic() - begun, 0.5)      # `patience` is a minute
+        seq = store.draw("jobs", 3)
+        store.count("default", PENDING, 1)
+        with futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(store.commit).result()
+        self.assertEqual((seq, other.counts()[PENDING]), (1, 1))
+
+        self.assertTrue(other.store.begin())
+        self.assertEqual(other.store.draw("jobs"), 4)
+        other.store.rollback()
+        with store.transaction():
+            self.assertEqual((store.draw("jobs"), store.draw("jobs", above=10)), (4, 11))
+        os.unlink(self.path)
+        with self.assertRaises(queuectl.Moved):
+            store.begin()
 
     def test_a_lock_that_is_soon_let_go_is_waited_for(self):
         queue = self.a_queue()
@@ -2431,7 +2438,7 @@ class Hosts(TestCase):
 
     def test_a_tree_that_cannot_be_ended_holds_up_no_other(self):
         queue = self.a_queue()
-        host = StubbornHost(self.path, "id", queue.store.inode)
+        host = StubbornHost(self.path, "id", queue.store.db.inode)
         stubborn = subprocess.Popen(["sleep", "100"],
                                     env={"QUEUECTL_RUN": host.token(1)})
         self.addCleanup(stubborn.wait)
@@ -2581,7 +2588,7 @@ class Promises(TestCase):
         queue = self.a_queue()
         job = queue.enqueue("a", unique="k")
         bad = job._replace(attempts=None)
-        with self.assertRaises(sqlite3.IntegrityError), \
+        with self.assertRaises(queuectl.Stale), \
                 queue.store.transaction() as store:
             queuectl.move(store, [queuectl.Change("retry", job, bad)], NOON)
 
@@ -2732,7 +2739,7 @@ class Promises(TestCase):
             asked = []
 
             def clock(asked=asked):
-                asked.append(queue.store._db.in_transaction)
+                asked.append(queue.store.db._db.in_transaction)
                 return NOON
             queue.clock = claims._clock = clock
             call()
@@ -2894,7 +2901,7 @@ class Promises(TestCase):
 
     def test_who_stops_a_sweep_keeps_what_is_done(self):
         queue, other = self.a_queue(), self.a_queue()
-        other.store.patience = 0.0
+        other.store.db.patience = 0.0
         queue.enqueue_many([Spec("x")] * (SWEEP_BATCH + 50))
         sweep = queue.sweep("cancel")
         next(sweep)
@@ -3490,10 +3497,10 @@ class Promises(TestCase):
         """(I9)"""
         class Host(queuectl.Host):
             def is_alive(self, worker):
-                assert not queue.store._db.in_transaction
+                assert not queue.store.db._db.in_transaction
                 return True
         made = self.a_queue()
-        host = Host(self.path, made.store.meta("id"), made.store.inode)
+        host = Host(self.path, made.store.meta("id"), made.store.db.inode)
         queue = Queue(self.path, clock=self.clock, host=host)
         self.addCleanup(queue.close)
         self.a_pool(queue, name="w")
@@ -3881,7 +3888,7 @@ class Turns(TestCase):
         claims = self.a_pool(queue)
         queue.enqueue("x")
         claim = self.claim_one(queue, claims)
-        queue.store.patience = 0.01
+        queue.store.db.patience = 0.01
         rival = sqlite3.connect(queue.path, isolation_level=None)
         self.addCleanup(rival.close)
         rival.execute("BEGIN IMMEDIATE")
@@ -4182,7 +4189,7 @@ class Turns(TestCase):
         queue, held = self.a_queue(), []
         for name in ("born", "is_alive"):
             def asked(ask, what):
-                held.append(queue.store._db.in_transaction)
+                held.append(queue.store.db._db.in_transaction)
                 return ask(what)
             setattr(queue.host, name,
                     functools.partial(asked, getattr(queue.host, name)))
@@ -4520,7 +4527,7 @@ class Turns(TestCase):
         with queue.store.transaction() as store:
             store.do("CREATE TRIGGER no BEFORE INSERT ON workers "
                      "BEGIN SELECT RAISE(ABORT, 'no'); END", {})
-        with self.assertRaises(sqlite3.IntegrityError):
+        with self.assertRaises(queuectl.Stale):
             self.a_pool(queue)
         self.assertFalse(queue.host.locks.is_held(queuectl.POOL_LOCKS + 1))
 
@@ -5288,7 +5295,7 @@ class Pools(TestCase):
             pool._complain(busy)
             self.assertEqual(len(self.said), 1)
             self.assertIn("it is busy", self.said[0])
-            with mock.patch.object(self.queue.store, "relieve") as relieve:
+            with mock.patch.object(self.queue.store.db, "relieve") as relieve:
                 pool._complain(queuectl.DiskFull("it is full", ""))
             self.assertEqual((len(self.said), relieve.call_count), (2, 1))
             self.assertAlmostEqual(pool._retry_at, self.NOW + queuectl.SYNC_PAUSE)
@@ -5947,7 +5954,7 @@ class Web(TestCase):
         other = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("BEGIN IMMEDIATE")
-        self.queue.store.patience = 0.01
+        self.queue.store.db.patience = 0.01
         reply = self.ask("POST", "/api/jobs", {"command": "x"})
         self.assertEqual((reply.status, "Retry-After" in dict(reply.headers)), (503, True))
         self.assertEqual(self.ask("GET", "/api/status").status, 200)
@@ -6373,11 +6380,9 @@ class CommandLine(TestCase):
             self.cli("enqueue", "y")
         with open(self.path_of("letter"), "w") as file:
             file.write("dear")
-        open(self.path_of("copy.db.4194305.part"), "w").close()     # no such process
         for name, code in (("letter", 1), ("queue.db", 1), ("gone/copy.db", 1),
                            ("copy.db", 0)):
             self.assertEqual(self.cli("backup", self.path_of(name))[0], code, name)
-        self.assertFalse(os.path.exists(self.path_of("copy.db.4194305.part")))
 
     def test_readers_refuse_a_queue_that_is_not_there(self):
         for argv in (("list",), ("status",), ("stats",), ("worker", "stop")):
@@ -6757,7 +6762,7 @@ class CommandLine(TestCase):
 
     def test_a_stream_waits_for_a_database_that_is_busy(self):
         queue = self.a_queue()
-        queue.store.patience = 0.01
+        queue.store.db.patience = 0.01
         rival = sqlite3.connect(queue.path, isolation_level=None)
         self.addCleanup(rival.close)
         rival.execute("BEGIN IMMEDIATE")
@@ -7200,12 +7205,12 @@ class Program(Processes):
     def test_a_pool_outlives_a_file_that_is_busy_when_it_wakes_up(self):
         self.enqueue("true")
         code, _, err = self.drain_changed("""
-read, times = queuectl.Store.changes, iter(range(3))
+read, times = queuectl.SQLite.changes, iter(range(3))
 def changes(self):
     for _ in times:
         raise queuectl.Busy("it is busy", "wait")
     return read(self)
-queuectl.Store.changes = changes""")
+queuectl.SQLite.changes = changes""")
         self.assertEqual((code, self.job("job-1").state), (0, COMPLETED), err)
 
     def test_a_command_killed_from_outside_leaves_nothing_that_a_retry_would_meet(self):
@@ -11283,7 +11288,7 @@ def done(argv):
     if argv[0] != "backup":
         return queuectl.main(argv)
     with queuectl.Queue(os.environ["QUEUECTL_DB"]) as queue:
-        queue.store.backup(argv[1])
+        queue.store.db.backup(argv[1])
     return 0
 
 def redirect(step):
@@ -11333,17 +11338,17 @@ FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None   # a kill needs no rea
 
 # The moments that matter most, told by a function and words of one of its lines.
 MOMENTS = (
-    ("before a commit",         "Store.transaction",        "Sql.COMMIT"),
-    ("after a commit",          "Store.transaction",        "self._counts.clear()"),
+    ("before a commit",         "SQLite.commit",            "self.COMMIT"),
+    ("after a commit",          "Ledger.transaction",       "self._forget()"),
     ("claimed, no commit yet",  "Claims._claim",            "taken.append("),
     ("claimed, not started",    "Pool._start",              "self._free.pop(0)"),
     ("spawned",                 "Command.start",            "self.watch ="),
     ("the command has exited",  "Command.finish",           "status, duration ="),
     ("an end not recorded",     "Pool._finish",             "self._pace ="),
     ("moved, no event yet",     "move",                     "Sql.INSERT_EVENT"),
-    ("within a migration",      "Store._migrate",           "execute(statement)"),
-    ("copied, nothing new yet", "Store._upgrade",           "self._migrate(version)"),
-    ("a copy without a name",   "Store.backup",             "os.replace("),
+    ("within an upgrade",       "SQLite._run_script",       "self.rows(statement)"),
+    ("copied, nothing new yet", "SQLite._upgrade",          "self._run_script("),
+    ("a copy without a name",   "SQLite.backup",            "os.replace("),
     ("a tree that is ended",    "Ending._signal",           "self._asked.add(pid)"),
     ("a rescue not recorded",   "Rescuer.record",           "settled = "),
 )
@@ -11889,7 +11894,7 @@ class CrashPoints(unittest.TestCase):
     def test_a_file_that_somebody_has_begun_to_make_is_no_foreign_one(self):
         path = os.path.join(self.ground.place, "begun.db")
         with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute(queuectl.Sql.VACUUM_STEPWISE)
+            db.execute(queuectl.SQLite.VACUUM_STEPWISE)
 
         with self.assertRaises(queuectl.NoQueue):
             Queue(path, create=False)
@@ -13199,7 +13204,7 @@ def fuzz(cases, seed):
 # missing, that code is not needed, or that the change makes no difference.
 
 # The sections that decide.
-DECIDING = ("Rules", "Cron", "Input", "SQL", "Store", "Ledger", "Queue", "Claims", "Pool")
+DECIDING = ("Rules", "Cron", "Input", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Pool")
 JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
           Pools, Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
@@ -14409,7 +14414,7 @@ def stock(path, specs):
     with Queue(path) as queue:
         for start in range(0, len(specs), FILL_BATCH):
             queue.enqueue_many(specs[start:start + FILL_BATCH])
-        queue.store.relieve()
+        queue.store.db.relieve()
 
 
 # Jobs that have run: as if a pool had, but in a minute. Each N-th is dead.
@@ -14606,8 +14611,8 @@ def bare_inserts(bench, jobs, events):
     path = bench.filled(0)
     begun = time.monotonic()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute(queuectl.Sql.DURABLE)
-        db.execute(queuectl.Sql.WAL_PAGES)
+        db.execute(queuectl.SQLite.DURABLE)
+        db.execute(queuectl.SQLite.WAL_PAGES)
         db.execute("BEGIN IMMEDIATE")
         for table, rows in (("jobs", jobs), ("events", events)):
             marks = ", ".join("?" * len(rows[0]))
