@@ -230,23 +230,53 @@ LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal 
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
 
 
-# Errors: what a caller may want to tell apart has a class of its own. Its `code` is
-# what `--json` prints and the README lists, so a code is never renamed. A fact that a
-# program may need is an attribute as well: `key`, `job_id`, `item`. No section above
-# Screen prints one or exits.
+# Errors: a class for each way in which a caller acts. What happened is told by a code,
+# which `--json` prints, so a code is never renamed. No section above Screen prints an
+# error or exits.
+CODES = {
+    "usage": "the command line is wrong",
+    "no-queue": "there is no database at that path, and the command only reads",
+    "not-a-queue": "the file is something else; it is left as it is",
+    "newer-version": "a newer queuectl wrote the file; it is left as it is",
+    "damaged": "SQLite found the file damaged; it is left as it is",
+    "database-gone": "the file was deleted, moved or replaced while it was open",
+    "unwritable": "a file or a directory cannot be written",
+    "disk-full": "there is no room; nothing was changed",
+    "busy": "another process held the lock for too long; nothing was changed",
+    "no-such-job": "no job has that id",
+    "no-such-run": "the job has no run of that number (yet), or none at all",
+    "job-exists": "another job has that id",
+    "invalid-job": "a job's field is unknown, of a wrong type or out of range",
+    "wrong-state": "the job's state does not allow that",
+    "in-use": "another job, worker or program needs it, or has it",
+    "no-such-setting": "no setting has that name",
+    "invalid-value": "a value is of a wrong type or out of range",
+    "no-such-worker": "no worker of that name runs",
+    "no-such-schedule": "no schedule has that name",
+    "schedule-exists": "another schedule has that name",
+    "not-finished": "it did not end in the time that was given, and goes on",
+    "blocked": "it would never end, unless a person retries or cancels a job",
+    "declined": "a person was asked and did not say yes",
+    "unreadable": "a file or stdin cannot be read",
+    "unsupported": "this platform or situation cannot do that",
+    "refused": "the server does not take that request",
+}
+
+
 class QueueError(Exception):
     """A refusal: what is wrong, then what to do; never a mistake of our own.
 
-    `code` is one of a closed list that `--json` prints. `message` and `hint` are the
-    two halves of its text; a hint of "" means that there is nothing to be done.
+    `code` is one of CODES. `message` and `hint` are the two halves of the text; a hint
+    of "" means that there is nothing to be done.
     """
-    code = "refused"
+    status = 503                # of a reply over HTTP; it may pass
+    headers: tuple[tuple[str, str], ...] = ()       # of that reply
     exit_status = EX_NO
     item: int | None = None     # which one of several things was at fault, from 0
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(f"{message}; {hint}" if hint else message)
-        self.message, self.hint = message, hint
+        self.code, self.message, self.hint = code, message, hint
 
     def name_place(self, place: str) -> None:
         """Put where the fault was, as `line 3`, before the message; nothing for "".
@@ -258,43 +288,52 @@ class QueueError(Exception):
             self.args = (f"{place}: {self}",)
 
 
-class UsageError(QueueError):
+class NotFound(QueueError):
+    """Nothing has that name or number."""
+    status = 404
+
+
+class Conflict(QueueError):
+    """Something else stands against it; a sweep passes over such a job."""
+    status = 409
+
+
+class Invalid(QueueError):
+    """What was given is wrong; `key` names the job's field, if it is one."""
+    status = 400
+
+    def __init__(self, message: str, hint: str = "", key: str | None = None) -> None:
+        super().__init__("invalid-value" if key is None else "invalid-job",
+                         message, hint)
+        self.key = key
+
+
+class Usage(Invalid):
     """The command line itself is wrong."""
-    code = "usage"
     exit_status = EX_USAGE
 
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = "usage"
 
-class NoQueue(QueueError):
-    """There is no database at that path, and the command only reads.
 
-    A mistyped path is to be noticed, not to become an empty queue.
+class Unavailable(QueueError):
+    """The database cannot be written now; nothing was changed.
+
+    A pool keeps what it has to record and tries again.
     """
-    code = "no-queue"
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(code, message, hint)
+        if code == "disk-full":
+            self.status = 507   # WebDAV's (RFC 4918, section 11.5)
 
 
-class NotAQueue(QueueError):
-    """The file is something else; it is left as it is."""
-    code = "not-a-queue"
-
-
-class NewerVersion(QueueError):
-    """The file was written by a newer queuectl; it is left as it is."""
-    code = "newer-version"
-
-
-class Damaged(QueueError):
-    """SQLite found the file damaged; it is left as it is."""
-    code = "damaged"
-
-
-class Moved(QueueError):
+class Gone(QueueError):
     """The database was deleted, moved or replaced while it was open."""
-    code = "database-gone"
 
 
-class Unwritable(QueueError):
-    """The file or its directory cannot be written, or the disk does not take it."""
-    code = "unwritable"
+class Refused(QueueError):
+    """Anything else; who raises it may set `status` and `exit_status`."""
 
 
 class Stale(Exception):
@@ -304,121 +343,10 @@ class Stale(Exception):
     """
 
 
-class DiskFull(Unwritable):
-    """There is no room; nothing was changed."""
-    code = "disk-full"
-
-
-class Busy(QueueError):
-    """Another process held the lock for longer than SQLite.patience.
-
-    Nothing was changed. A pool keeps what it has to record and tries again.
-    """
-    code = "busy"
-
-
-class NoSuchJob(QueueError):
-    """No job has that id."""
-    code = "no-such-job"
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"no job {job_id!r}", "`queuectl list` shows what there is")
-        self.job_id = job_id
-
-
-class NoSuchRun(QueueError):
-    """The job has no run of that number (yet), or none at all."""
-    code = "no-such-run"
-
-
-class JobExists(QueueError):
-    """A job of that id is there already."""
-    code = "job-exists"
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"there is a job {job_id!r} already",
-                         "choose another id, or leave the id out")
-        self.job_id = job_id
-
-
-class InvalidJob(QueueError):
-    """A job's field is unknown, of a wrong type, or out of range; `key` names it."""
-    code = "invalid-job"
-
-    def __init__(self, key: str, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)
-        self.key = key
-
-
-class WrongState(QueueError):
-    """The job's state does not allow that."""
-    code = "wrong-state"
-
-
-class InUse(QueueError):
-    """Something else needs it: a job that waits for it, or has its unique key; a worker
-    of that name; who holds that lock; who works in the file to be replaced.
-    """
-    code = "in-use"
-
-
-class NoSuchSetting(QueueError):
-    """The configuration has no such key."""
-    code = "no-such-setting"
-
-
-class InvalidValue(QueueError):
-    """A value is of a wrong type or out of range."""
-    code = "invalid-value"
-
-
-class NoSuchWorker(QueueError):
-    """No worker of that name runs."""
-    code = "no-such-worker"
-
-
-class NoSuchSchedule(QueueError):
-    """No schedule has that name."""
-    code = "no-such-schedule"
-
-    def __init__(self, name: str, hint: str = "") -> None:
-        super().__init__(f"there is no schedule {name!r}",
-                         hint or "`queuectl schedule list` shows them")
-
-
-class ScheduleExists(QueueError):
-    """A schedule of that name is there already."""
-    code = "schedule-exists"
-
-
-class NotFinished(QueueError):
-    """Something did not end in the time that was given; it goes on all the same."""
-    code = "not-finished"
-
-
-class Blocked(QueueError):
-    """What is waited for can never end, unless a person retries or cancels a job."""
-    code = "blocked"
-
-
-class TimedOut(NotFinished):
-    """The time that the caller was willing to wait is over."""
-    exit_status = EX_TIMEOUT
-
-
-class Declined(QueueError):
-    """A person was asked and did not say yes."""
-    code = "declined"
-
-
-class Unreadable(QueueError):
-    """A file or stdin with jobs cannot be read."""
-    code = "unreadable"
-
-
-class Unsupported(QueueError):
-    """This platform or situation cannot do that."""
-    code = "unsupported"
+def no_such_job(job_id: str) -> NotFound:
+    """No job has that id, or none has it any more."""
+    return NotFound("no-such-job", f"no job {job_id!r}",
+                    "`queuectl list` shows what there is")
 
 
 # ---- 2 Records ---------------------------------------------------------------
@@ -905,7 +833,7 @@ DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
 
 
 def parse_duration(text: object) -> float:
-    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else InvalidValue.
+    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else Invalid.
 
     Parts add up in any order. True is no number here, though Python takes it for 1.
     """
@@ -918,7 +846,7 @@ def parse_duration(text: object) -> float:
     elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
         seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(_PART, text))
     if not 0 <= seconds <= MAX_DURATION:
-        raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+        raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return seconds
 
 
@@ -964,16 +892,15 @@ def _moment(text: object, now: float) -> float:
 def parse_time(text: object, now: float) -> float:
     """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`.
 
-    InvalidValue for all else. A time of the past is one, too.
+    Invalid for all else. A time of the past is one, too.
     """
     try:
         moment = _moment(text, now)
         # What has no stored form, as NaN or the year 10000, is refused here already.
         iso_up(moment)
     except (ValueError, OverflowError, OSError):
-        raise InvalidValue(
-            f"{text!r} is not a time", "use 2026-01-31T18:00, 2026-01-31T18:00Z, "
-            "epoch seconds, +10m or 18:00") from None
+        raise Invalid(f"{text!r} is not a time", "use 2026-01-31T18:00, "
+                      "2026-01-31T18:00Z, epoch seconds, +10m or 18:00") from None
     return moment
 
 
@@ -988,28 +915,27 @@ def parse_size(text: str) -> int:
         size = int(match[1]) * SIZES[match[2].lower()]
         if size <= 16 << 20:
             return size
-    raise InvalidValue(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
+    raise Invalid(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
 
 
 def parse_share(text: str) -> float:
-    """A number from 0 to 1; else InvalidValue.
+    """A number from 0 to 1; else Invalid.
 
     float() alone would let `nan` in, of which no comparison is true.
     """
     if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
-        raise InvalidValue(f"{text!r} is not a share", "use a number from 0 to 1")
+        raise Invalid(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
 
 
 def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
-    """A whole number within bounds; else InvalidValue.
+    """A whole number within bounds; else Invalid.
 
     Plain digits: int() also takes `1_000` and the digits of other scripts. Twelve are
     more than any bound has.
     """
     if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
-        raise InvalidValue(f"{text!r} is not a whole number from {least} to {most}",
-                           "")
+        raise Invalid(f"{text!r} is not a whole number from {least} to {most}")
     return int(text)
 
 
@@ -1023,9 +949,9 @@ def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]
     def parse(text: str) -> float:
         seconds = parse_duration(text)
         if seconds < least:
-            raise InvalidValue(f"{text!r} is too short", f"use at least {least}s")
+            raise Invalid(f"{text!r} is too short", f"use at least {least}s")
         if seconds > most:
-            raise InvalidValue(f"{text!r} is too long", f"use at most {span(most)}")
+            raise Invalid(f"{text!r} is too long", f"use at most {span(most)}")
         return seconds
     return parse
 
@@ -1084,11 +1010,11 @@ def nearest(word: str, words: Collection[str]) -> str:
 
 
 def setting_key(key: str) -> str:
-    """The key as the table has it, from either spelling; else NoSuchSetting."""
+    """The key as the table has it, from either spelling; else NotFound."""
     name = key.replace("_", "-")
     if name not in SETTINGS:
-        raise NoSuchSetting(f"there is no setting {key!r}", nearest(name, SETTINGS)
-                            or "`queuectl config list` shows them")
+        raise NotFound("no-such-setting", f"there is no setting {key!r}",
+                       nearest(name, SETTINGS) or "`queuectl config list` shows them")
     return name
 
 
@@ -1497,15 +1423,15 @@ CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
 
 
 def _cron_value(text: str, field: CronField) -> int:
-    """A number or a name; InvalidValue says what the field takes, for all mistakes."""
+    """A number or a name; Invalid says what the field takes, for all mistakes."""
     if text.lower() in field.names:
         return field.low + field.names.index(text.lower())
     if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
         return int(text)
     names = f" or {field.names[0]} to {field.names[-1]}" if field.names else ""
-    raise InvalidValue(f"the {field.name} field does not take {text!r}",
-                       f"use {field.low} to {field.high}{names}, or *; "
-                       "lists, ranges and steps as 1,3 or 1-5 or */2")
+    raise Invalid(f"the {field.name} field does not take {text!r}", f"use {field.low} "
+                  f"to {field.high}{names}, or *; lists, ranges and steps as 1,3 or "
+                  "1-5 or */2")
 
 
 def _cron_span(text: str, field: CronField) -> tuple[int, int]:
@@ -1520,8 +1446,8 @@ def _cron_span(text: str, field: CronField) -> tuple[int, int]:
     last = _cron_value(high, field) if dash else first
     if first > last:
         ends = field.names or (str(field.low), str(field.high))
-        raise InvalidValue(f"{text!r} in the {field.name} field runs backwards",
-                           f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
+        raise Invalid(f"{text!r} in the {field.name} field runs backwards",
+                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
     return first, last
 
 
@@ -1536,12 +1462,12 @@ def _cron_part(text: str, field: CronField) -> range:
     if not slash:
         return range(first, last + 1)
     if span != "*" and "-" not in span:
-        raise InvalidValue(f"{text!r} in the {field.name} field is a step without a "
-                           "range", f"use {span}-{field.high}/{step}")
+        raise Invalid(f"{text!r} in the {field.name} field is a step without a range",
+                      f"use {span}-{field.high}/{step}")
     most = field.high - field.low + 1   # a longer one is surely meant otherwise
     if not re.fullmatch("[0-9]{1,2}", step) or not 1 <= int(step) <= most:
-        raise InvalidValue(f"the {field.name} field does not take the step of {text!r}",
-                           f"use 1 to {most}")
+        raise Invalid(f"the {field.name} field does not take the step of {text!r}",
+                      f"use 1 to {most}")
     return range(first, last + 1, int(step))
 
 
@@ -1553,21 +1479,20 @@ def _cron_texts(text: str) -> list[str]:
     """
     line = text.strip()
     if line.lower() == "@reboot":
-        raise InvalidValue("'@reboot' is not a time", "put `queuectl enqueue` where "
-                           "the worker is started at boot, as in its service unit")
+        raise Invalid("'@reboot' is not a time", "put `queuectl enqueue` where the "
+                      "worker is started at boot, as in its service unit")
     if line.startswith("@") and line.lower() not in CRON_NAMES:
-        raise InvalidValue(f"{line!r} is not a schedule",
-                           f"use {', '.join(CRON_NAMES)}")
+        raise Invalid(f"{line!r} is not a schedule", f"use {', '.join(CRON_NAMES)}")
     texts = CRON_NAMES.get(line.lower(), line).split()
     if len(texts) != len(CRON_FIELDS):
-        raise InvalidValue(
-            f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not 5",
-            "use minute, hour, day of month, month, day of week, as '30 2 * * mon-fri'")
+        raise Invalid(f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not "
+                      "5", "use minute, hour, day of month, month, day of week, as '30 "
+                      "2 * * mon-fri'")
     return texts
 
 
 def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else InvalidValue.
+    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
 
     Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
     as stars. If neither day field begins so, a day that fits one of them is enough.
@@ -1582,8 +1507,8 @@ def parse_cron(text: str) -> Cron:
     # With is_either it comes on its weekdays at least. Its longest months are enough to
     # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
-        raise InvalidValue(f"{text.strip()!r} never comes: no month of it has a day "
-                           f"{days[0]}", "choose another day or month")
+        raise Invalid(f"{text.strip()!r} never comes: no month of it has a day "
+                      f"{days[0]}", "choose another day or month")
     return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
                 is_either, starred[0] or starred[1])
 
@@ -1785,7 +1710,7 @@ def cron_words(cron: Cron) -> str:
 
 
 def zone_of(name: str | None) -> datetime.tzinfo | None:
-    """The time zone of an IANA name, else InvalidValue; None: the process's own."""
+    """The time zone of an IANA name, else Invalid; None: the process's own."""
     if name is None:
         return None
     if name in ("UTC", "Etc/UTC"):      # also where no zone data is installed
@@ -1796,8 +1721,8 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
             raise ValueError
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise InvalidValue(f"the time zone {name!r} is unknown here", "use a name such "
-                           "as Europe/Berlin; `tzdata` has them") from None
+        raise Invalid(f"the time zone {name!r} is unknown here",
+                      "use a name such as Europe/Berlin; `tzdata` has them") from None
 
 
 def local_zone(now: float) -> str | None:
@@ -1815,7 +1740,7 @@ def local_zone(now: float) -> str | None:
             names.append(file.read().strip())
     moments = (int(now), int(now) + 182 * DAY)
     for name in names:
-        with contextlib.suppress(InvalidValue):
+        with contextlib.suppress(Invalid):
             zone = zone_of(name)
             if not is_file or all(_utc_offset(moment, zone) == _utc_offset(moment, None)
                                   for moment in moments):
@@ -1825,24 +1750,24 @@ def local_zone(now: float) -> str | None:
 
 def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     """A cron line without its `CRON_TZ=ZONE`, and the zone that counts: that one, `tz`,
-    or the local one; InvalidValue for an unknown one, or for two.
+    or the local one; Invalid for an unknown one, or for two.
     """
     match = re.fullmatch(r"\s*(?:CRON_)?TZ=(\S+)\s+(.*)", cron, re.S)
     if match and tz not in (None, match[1]):
-        raise InvalidValue(f"two time zones are given: {match[1]} and {tz}", "give one")
+        raise Invalid(f"two time zones are given: {match[1]} and {tz}", "give one")
     zone = match[1] if match else tz
     zone_of(zone)
     return (match[2] if match else cron), zone or local_zone(now)
 
 
 def turn_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first turn after a moment, as stored; InvalidValue: it has none.
+    """A cron line's first turn after a moment, as stored; Invalid: it has none.
 
     Turns are whole seconds, so nothing is rounded.
     """
     turn = next_turn(parse_cron(cron), now, zone_of(tz))
     if turn == math.inf:
-        raise InvalidValue(f"{cron!r} never comes", "choose another time")
+        raise Invalid(f"{cron!r} never comes", "choose another time")
     return iso(turn)
 
 
@@ -1901,8 +1826,8 @@ def shell_word(word: bytes) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return shlex.quote(word.decode())
     if word.endswith(b"\n"):    # $(...) strips it
-        raise InvalidJob("command", f"{word!a} is not UTF-8 and ends with a newline",
-                         "rename the file: a command cannot hold such a name")
+        raise Invalid(f"{word!a} is not UTF-8 and ends with a newline",
+                      "rename the file: a command cannot hold such a name", "command")
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./ "
     printed = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in word)
     return f"\"$(printf '{printed}')\""
@@ -1915,41 +1840,40 @@ def shell_command(words: Iterable[bytes]) -> str:
 
 # Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
 # or Python has it, and the time; it returns the value as Spec has it, or raises
-# InvalidJob. All take the time, so that `spec_of` need not know which one uses it.
+# Invalid. All take the time, so that `spec_of` need not know which one uses it.
 
 def _check_command(key: str, value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
-        raise InvalidJob(key, f"{key} is not text with something in it",
-                         "give a shell command, in UTF-8 and without NUL")
+        raise Invalid(f"{key} is not text with something in it",
+                      "give a shell command, in UTF-8 and without NUL", key)
     size = len(value.encode())
     if size > MAX_TEXT:
-        raise InvalidJob(key, f"{key} is {size:,} bytes long, more than the"
-                         f" {MAX_TEXT:,} that can be started",
-                         "put it into a script and enqueue that")
+        raise Invalid(f"{key} is {size:,} bytes long, more than the {MAX_TEXT:,} that "
+                      "can be started", "put it into a script and enqueue that", key)
     return str(value)
 
 
 def parse_name(text: object) -> str:
-    """A name of a job, a queue, a tag, a worker or a schedule; else InvalidValue."""
+    """A name of a job, a queue, a tag, a worker or a schedule; else Invalid."""
     if not isinstance(text, str) or not re.fullmatch(_NAME, text):
-        raise InvalidValue(f"{text!r} is not a name", NAME_FORM)
+        raise Invalid(f"{text!r} is not a name", NAME_FORM)
     return text
 
 
 def parse_state(text: object) -> str:
-    """One of STATES; else InvalidValue, with the nearest."""
+    """One of STATES; else Invalid, with the nearest."""
     if text not in STATES:
-        raise InvalidValue(f"there is no state {text!r}",
-                           nearest(str(text), STATES) or "use " + ", ".join(STATES))
+        raise Invalid(f"there is no state {text!r}",
+                      nearest(str(text), STATES) or "use " + ", ".join(STATES))
     return str(text)
 
 
 def _in_job(key: str, parse: Callable[[Any], T], value: Any) -> T:
-    """What a parser makes of a job's field; InvalidJob where it refuses."""
+    """What a parser makes of a job's field; Invalid where it refuses."""
     try:
         return parse(value)
-    except InvalidValue as error:
-        raise InvalidJob(key, f"{key}: {error.message}", error.hint) from None
+    except Invalid as error:
+        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
 
 
 def _check_name(key: str, value: Any, now: float) -> str:
@@ -1961,8 +1885,8 @@ def _check_whole(key: str, value: Any, least: int, most: int) -> int:
     is_whole = value.is_integer() if isinstance(value, float) \
         else isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or not least <= value <= most:
-        raise InvalidJob(key, f"{key}: {value!r} is not a whole number"
-                              f" from {least} to {most}")
+        raise Invalid(f"{key}: {value!r} is not a whole number from {least} to {most}",
+                      key=key)
     return int(value)
 
 
@@ -1990,45 +1914,45 @@ def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise InvalidJob(key, f"{key}: {value!r} is not a list of names", NAME_FORM)
+        raise Invalid(f"{key}: {value!r} is not a list of names", NAME_FORM, key)
     return tuple(dict.fromkeys(_check_name(key, name, now) for name in value))
 
 
 def _check_unique(key: str, value: Any, now: float) -> str:
     """Any text, as the name of a file that is to be worked on: it is only compared."""
     if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
-        raise InvalidJob(key, f"{key}: {str(value)[:80]!r} is not a key",
-                         f"use text of 1 to {MAX_KEY:,} characters")
+        raise Invalid(f"{key}: {str(value)[:80]!r} is not a key",
+                      f"use text of 1 to {MAX_KEY:,} characters", key)
     return str(value)
 
 
 def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
     """Variables by names that a shell can expand, of a size that can be started."""
     if not isinstance(value, dict):
-        raise InvalidJob(key, f"{key}: {value!r} is not an object",
-                         'use {"NAME": "value"}')
+        raise Invalid(f"{key}: {value!r} is not an object", 'use {"NAME": "value"}',
+                      key)
     for name, text in value.items():
         if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name) \
                 or not is_text(text):
-            raise InvalidJob(key, f"{key}: {name!r} and its value are no variable",
-                             "names are of A-Z a-z 0-9 _, values are text")
+            raise Invalid(f"{key}: {name!r} and its value are no variable",
+                          "names are of A-Z a-z 0-9 _, values are text", key)
     sizes = {name: len(f"{name}={text}".encode()) for name, text in value.items()}
     for name, size in sizes.items():
         if size > MAX_TEXT:
-            raise InvalidJob(key, f"{key}: {name} is {size:,} bytes long, more than the"
-                             f" {MAX_TEXT:,} that can be started",
-                             "put the value into a file and give its name")
+            raise Invalid(f"{key}: {name} is {size:,} bytes long, more than the "
+                          f"{MAX_TEXT:,} that can be started", "put the value into a "
+                          "file and give its name", key)
     if sum(sizes.values()) > MAX_ENV:
-        raise InvalidJob(key, f"{key}: all variables are {sum(sizes.values()):,} bytes"
-                         f" long, more than {MAX_ENV:,}",
-                         "put the values into a file and give its name")
+        raise Invalid(f"{key}: all variables are {sum(sizes.values()):,} bytes long, "
+                      f"more than {MAX_ENV:,}", "put the values into a file and give "
+                      "its name", key)
     return value
 
 
 def _check_cwd(key: str, value: Any, now: float) -> str:
     """The path, absolute; it need not be there before the job runs."""
     if not is_text(value) or not value:
-        raise InvalidJob(key, f"{key}: {value!r} is not a directory's path")
+        raise Invalid(f"{key}: {value!r} is not a directory's path", key=key)
     return os.path.abspath(str(value))
 
 
@@ -2054,7 +1978,7 @@ def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -
     """
     if "delay" in checked:
         if "run_at" in checked:
-            raise InvalidJob("delay", "delay and run_at are both given", "give one")
+            raise Invalid("delay and run_at are both given", "give one", "delay")
         checked.update(run_at=now + checked.pop("delay"), at_time=False)
     elif "run_at" in checked:
         text = given.get("run_at", given.get("run-at"))
@@ -2062,7 +1986,7 @@ def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -
 
 
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
-    """The checked job of a JSON object's keys; InvalidJob names the key at fault.
+    """The checked job of a JSON object's keys; Invalid names the key at fault.
 
     Keys may be written with `-` for `_`; a value of null means the default. Keys of
     KEPT are passed over: see `ignored_keys`. The first fault is told, not all.
@@ -2071,23 +1995,23 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     Spec(command="x", max_retries=5, run_at=160.0).
     """
     if not isinstance(fields, dict):
-        raise InvalidJob("command", "a job is a JSON object",
-                         'it looks like {"command": "echo hi"}')
+        raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
+                      "command")
     checked: dict[str, Any] = {}
     for given, value in fields.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
         check = FIELDS.get(key)
         if check is None and key not in KEPT:
-            raise InvalidJob(str(given), f"unknown key {given!r}", nearest(
-                str(key), FIELDS) or "a job has: " + ", ".join(FIELDS))
+            raise Invalid(f"unknown key {given!r}", nearest(
+                str(key), FIELDS) or "a job has: " + ", ".join(FIELDS), str(given))
         if key in checked:
-            raise InvalidJob(key, f"{key} is given twice", "give it once")
+            raise Invalid(f"{key} is given twice", "give it once", key)
         if check is not None and value is not None:
             checked[key] = check(key, value, now)
     _take_delay(checked, fields, now)
     if "command" not in checked:
-        raise InvalidJob("command", "the job has no command",
-                         'give {"command": "..."} at least')
+        raise Invalid("the job has no command", 'give {"command": "..."} at least',
+                      "command")
     return Spec(**checked)
 
 
@@ -2110,12 +2034,12 @@ def is_json(text: str) -> bool:
 
 
 def _objects_of(value: Any) -> list[dict[str, Any]]:
-    """The objects that a JSON value is, one or an array of them; else InvalidJob."""
+    """The objects that a JSON value is, one or an array of them; else Invalid."""
     values = value if isinstance(value, list) else [value]
     for number, item in enumerate(values, 1):
         if not isinstance(item, dict):
-            raise InvalidJob("command", f"item {number} is not a JSON object",
-                             'each looks like {"command": "echo hi"}')
+            raise Invalid(f"item {number} is not a JSON object",
+                          'each looks like {"command": "echo hi"}', "command")
     return values
 
 
@@ -2130,10 +2054,11 @@ def fields_of(text: str) -> list[dict[str, Any]]:
     try:
         return _objects_of(json.loads(text))
     except ValueError as error:
-        raise InvalidJob("command", f"not valid JSON ({error})",
-                         "a job object looks like {\"command\": \"echo hi\"}") from None
+        raise Invalid(f"not valid JSON ({error})",
+                      "a job object looks like {\"command\": \"echo hi\"}",
+                      "command") from None
     except RecursionError:
-        raise InvalidJob("command", "not valid JSON (nested too deeply)") from None
+        raise Invalid("not valid JSON (nested too deeply)", key="command") from None
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
@@ -2165,23 +2090,22 @@ def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
 
 @contextlib.contextmanager
 def at_place(place: str) -> Iterator[None]:
-    """Name the place in an InvalidJob; see `QueueError.name_place`."""
+    """Name the place in a refusal; see `QueueError.name_place`."""
     try:
         yield
-    except InvalidJob as error:
+    except Invalid as error:
         error.name_place(place)
         raise
 
 
 def _decoded(line: bytes) -> str:
-    """A line as text, without the blanks around it; InvalidJob if it is not UTF-8."""
+    """A line as text, without the blanks around it; Invalid if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise InvalidJob(
-            "command", f"not UTF-8 ({error.reason} at byte {error.start})",
-            "JSON and shell commands are UTF-8; names in any encoding: "
-            "`enqueue - -- PROG ARG...`") from None
+        raise Invalid(f"not UTF-8 ({error.reason} at byte {error.start})",
+                      "JSON and shell commands are UTF-8; names in any encoding: "
+                      "`enqueue - -- PROG ARG...`", "command") from None
 
 
 def fields_of_line(line: bytes) -> list[dict[str, Any]]:
@@ -2207,10 +2131,10 @@ class Template:
         self._fields = fields
 
     def job(self, item: bytes, number: int) -> dict[str, Any]:
-        """The job object of an item; InvalidJob for what no argument can hold."""
+        """The job object of an item; Invalid for what no argument can hold."""
         if b"\0" in item:
-            raise InvalidJob("command", "an argument cannot hold a NUL",
-                             "--null reads items that end with NUL")
+            raise Invalid("an argument cannot hold a NUL",
+                          "--null reads items that end with NUL", "command")
 
         def filled(text: bytes) -> bytes:
             """The text with its marks replaced, in one pass."""
@@ -2226,8 +2150,8 @@ class Template:
             try:
                 return filled(value.encode()).decode()
             except UnicodeDecodeError:
-                raise InvalidJob(key, f"{key}: {item!a} is not UTF-8",
-                                 "only the command can hold such a name") from None
+                raise Invalid(f"{key}: {item!a} is not UTF-8",
+                              "only the command can hold such a name", key) from None
 
         command = [shell_word(filled(word)) for word in self._words]
         for place, word in enumerate(self._words):
@@ -2251,7 +2175,7 @@ class Lines:
         self._lines = self._items = 0       # items: lines that are not empty
 
     def read(self, line: bytes) -> list[Given]:
-        """The job objects of the next line; InvalidJob names the line."""
+        """The job objects of the next line; Invalid names the line."""
         self._lines += 1
         self._items += bool(line)
         place = f"item {self._items}" if self._null else f"line {self._lines}"
@@ -2266,7 +2190,7 @@ class Lines:
 def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
     """The job objects of a file: one JSON value, or a job a line; or as `lines` reads.
 
-    Raises InvalidJob with the line at fault.
+    Raises Invalid with the line at fault.
     """
     # A look at the beginning spares most files a reading as one JSON value.
     if lines is None \
@@ -3351,10 +3275,10 @@ FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 SqlError = (sqlite3.Error, UnicodeError)
 
 
-def not_a_queue(path: str) -> NotAQueue:
-    """The refusal of a file that is something else."""
-    return NotAQueue(f"{path} is not a queuectl database",
-                     "give another path with --db")
+def not_a_queue(path: str) -> Refused:
+    """The file is something else; it is left as it is."""
+    return Refused("not-a-queue", f"{path} is not a queuectl database",
+                   "give another path with --db")
 
 
 def refusal(error: Exception, path: str) -> QueueError | None:
@@ -3366,28 +3290,37 @@ def refusal(error: Exception, path: str) -> QueueError | None:
     if isinstance(error, sqlite3.IntegrityError):
         return None     # it quotes our own words
     if isinstance(error, UnicodeEncodeError):
-        return InvalidValue("that text is not UTF-8", "give text without odd bytes")
+        return Invalid("that text is not UTF-8", "give text without odd bytes")
     if "closed database" in said:
-        return Unsupported("this queue was closed", "open a new queuectl.Queue")
+        return Refused("unsupported", "this queue was closed",
+                       "open a new queuectl.Queue")
     if "locked" in said or "busy" in said:
-        return Busy(f"{path} is busy: another program holds its write lock",
-                    "try again, or end that program")
+        return Unavailable("busy",
+                           f"{path} is busy: another program holds its write lock",
+                           "try again, or end that program")
     if "full" in said:
-        return DiskFull(f"no room on the disk for {path}; nothing was changed",
-                        "make room and try again")
+        return Unavailable("disk-full",
+                           f"no room on the disk for {path}; nothing was changed",
+                           "make room and try again")
     if "not a database" in said or "encrypted" in said:
         return not_a_queue(path)
     if "malformed" in said or "corrupt" in said or "decode" in said or not said:
         # Python 3.9 has no words for text that is damaged.
-        return Damaged(f"{path} is damaged", "restore a backup, or save what can be "
-                       f"read with `sqlite3 {path} .recover`")
+        return Refused("damaged", f"{path} is damaged", "restore a backup, or save "
+                       f"what can be read with `sqlite3 {path} .recover`")
     if any(words in said for words in (     # the last are PyPy's
             "readonly", "unable to open", "disk i/o", "could not open")):
-        return Unwritable(f"cannot use {path} ({error})",
-                          "check the disk and who may write the file and its directory")
+        return Unavailable("unwritable", f"cannot use {path} ({error})",
+                           "check the disk and who may write the file and its "
+                           "directory")
     if "too big" in said:
-        return InvalidValue("that text is too long for the database", "shorten it")
+        return Invalid("that text is too long for the database", "shorten it")
     return None
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether trying again may help: another connection holds a lock."""
+    return isinstance(error, Unavailable) and error.code == "busy"
 
 
 def system_path(path: str) -> str:
@@ -3454,13 +3387,13 @@ class SQLite:
 
     def __init__(self, path: str, create: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 34):
-            raise Unsupported(f"SQLite {sqlite3.sqlite_version} is too old",
-                              "queuectl needs 3.34 or newer")
+            raise Refused("unsupported", f"SQLite {sqlite3.sqlite_version} is too old",
+                          "queuectl needs 3.34 or newer")
         try:
             self.path = os.path.realpath(system_path(path))
         except FileNotFoundError:
-            raise Unwritable("the current directory is gone",
-                             "change to another, or give an absolute --db") from None
+            raise Unavailable("unwritable", "the current directory is gone",
+                              "change to another, or give an absolute --db") from None
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self.is_new = False                 # this process made its tables
         self._process = os.getpid()
@@ -3502,22 +3435,24 @@ class SQLite:
         """
         if not os.path.lexists(self.path):
             if not create:
-                raise NoQueue(f"no queue at {self.path}",
+                raise Refused("no-queue", f"no queue at {self.path}",
                               "`queuectl enqueue 'echo hi'` makes one")
             try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             except FileExistsError:
                 pass
             except OSError as error:
-                raise Unwritable(f"cannot make {self.path} ({error.strerror})",
-                                 "give a path in a directory that you may write") \
+                raise Unavailable("unwritable",
+                                  f"cannot make {self.path} ({error.strerror})",
+                                  "give a path in a directory that you may write") \
                     from None
         elif not os.path.isfile(self.path):
-            raise NotAQueue(f"{self.path} is not a file", "give another path with --db")
+            raise Refused("not-a-queue", f"{self.path} is not a file",
+                          "give another path with --db")
         elif os.stat(self.path).st_nlink > 1:
-            raise Unsupported(f"{self.path} has another name (a hard link)",
-                              "each name would have a WAL of its own: remove one, or "
-                              "make a symbolic link")
+            raise Refused("unsupported", f"{self.path} has another name (a hard link)",
+                          "each name would have a WAL of its own: remove one, or make "
+                          "a symbolic link")
         # SQLite gives -wal and -shm the mode of the file when it makes them, and never
         # looks again: the file may have been made writable since.
         for name in (self.path + "-wal", self.path + "-shm"):
@@ -3568,13 +3503,14 @@ class SQLite:
                 return db
             except sqlite3.Error as error:
                 db.close()
-                if not isinstance(refusal(error, self.path), Unwritable):
+                refused = refusal(error, self.path)
+                if refused is None or refused.code != "unwritable":
                     raise
                 if os.stat(wal).st_size:
-                    raise Unwritable(
-                        f"{wal} holds changes that cannot be read where nothing can be "
-                        "written", f"copy {self.path} with its -wal to a directory "
-                        "that you may write") from None
+                    raise Unavailable("unwritable", f"{wal} holds changes that cannot "
+                                      "be read where nothing can be written",
+                                      f"copy {self.path} with its -wal to a directory "
+                                      "that you may write") from None
         self._frozen = self._stats()
         return _connect(self.path, "mode=ro&immutable=1")
 
@@ -3616,19 +3552,19 @@ class SQLite:
 
     def _refuse_empty(self, create: bool) -> None:
         if not create:
-            raise NoQueue(f"no queue at {self.path} (the file is empty)",
+            raise Refused("no-queue", f"no queue at {self.path} (the file is empty)",
                           "`queuectl enqueue 'echo hi'` makes one")
 
     def _refuse_newer(self, version: int) -> None:
         if version > SCHEMA_VERSION:
-            raise NewerVersion(
-                f"{self.path} was written by a newer queuectl (format {version}, this "
-                f"one knows {SCHEMA_VERSION})", "use that version")
+            raise Refused("newer-version", f"{self.path} was written by a newer "
+                          f"queuectl (format {version}, this one knows "
+                          f"{SCHEMA_VERSION})", "use that version")
 
     def _refuse_read_only(self) -> None:
         if self.is_read_only:
-            raise Unwritable(f"{self.path} is read-only",
-                             "make it and its directory writable, or work on a copy")
+            raise Unavailable("unwritable", f"{self.path} is read-only",
+                              "make it and its directory writable, or work on a copy")
 
     def _set_up(self, create: bool) -> None:
         """Make or upgrade the tables, and set what is of a connection.
@@ -3644,10 +3580,11 @@ class SQLite:
         self._refuse_newer(version)
         if self.is_read_only:
             if version < SCHEMA_VERSION:
-                raise Unwritable(
-                    f"{self.path} has an older format ({version}, this queuectl writes "
-                    f"{SCHEMA_VERSION}) and cannot be upgraded: it is read-only",
-                    "copy it to a directory that you may write, or use that version")
+                raise Unavailable("unwritable", f"{self.path} has an older format "
+                                  f"({version}, this queuectl writes {SCHEMA_VERSION}) "
+                                  "and cannot be upgraded: it is read-only", "copy it "
+                                  "to a directory that you may write, or use that "
+                                  "version")
             return
         for sql in (self.JOURNAL, self.DURABLE, self.WAL_LIMIT, self.WAL_PAGES):
             self.rows(sql)
@@ -3704,9 +3641,9 @@ class SQLite:
         """Copy the database as it was committed last, while others work; mode 0600.
 
         The copy takes its name only when it is whole and on the disk; one whose maker
-        was killed stays as a `.part`. An older copy is replaced; NotAQueue if something
-        else is there, InUse if it is this very file, or if what is there has a WAL:
-        SQLite would apply that to the new file.
+        was killed stays as a `.part`. An older copy is replaced. Refused are the name
+        of another file or of this very one, and of a copy that has a WAL: SQLite would
+        apply that to the new file.
 
         A copy of the file by other means would lack what is in the WAL alone, and still
         pass for sound.
@@ -3731,30 +3668,31 @@ class SQLite:
         except sqlite3.Error as error:
             raise self._refusal(error, path) from error
         except OSError as error:
-            raise Unwritable(f"cannot write {path} ({error.strerror})",
-                             "give a path in a directory that you may write") from None
+            raise Unavailable("unwritable", f"cannot write {path} ({error.strerror})",
+                              "give a path in a directory that you may write") from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
 
     def _refuse_to_replace(self, path: str) -> None:
-        """InUse or NotAQueue, unless an older backup of a queue is there."""
+        """Refuse, unless an older backup of a queue is there."""
         if _inode(path) == self.inode:
-            raise InUse(f"{path} is the queue itself", "give another name")
+            raise Conflict("in-use", f"{path} is the queue itself", "give another name")
         kind = -1
         with contextlib.suppress(sqlite3.Error), \
                 contextlib.closing(_connect(path, "immutable=1")) as peek:
             [[kind]] = peek.execute(self.KIND).fetchall()
         if kind != APPLICATION_ID:
-            raise NotAQueue(f"{path} is there and no backup of a queue",
-                            "give another name, or remove it")
+            raise Refused("not-a-queue", f"{path} is there and no backup of a queue",
+                          "give another name, or remove it")
 
     @staticmethod
     def _refuse_wal(path: str) -> None:
         with contextlib.suppress(OSError):
             if os.stat(path + "-wal").st_size:
-                raise InUse(f"{path}-wal is not empty: a program works in that backup, "
-                            "or died in it", "open it once, or give another name")
+                raise Conflict("in-use", f"{path}-wal is not empty: a program works in "
+                               "that backup, or died in it", "open it once, or give "
+                               "another name")
 
     def _reader(self) -> sqlite3.Connection:
         """A second connection, which sees only what was committed: ours may be in the
@@ -3772,25 +3710,25 @@ class SQLite:
 
     def _patiently(self, action: Callable[[], Any],
                    patience: float | None = None) -> Any:
-        """Do it again each millisecond while others hold the lock; Busy in the end."""
+        """Do it again each millisecond while others hold the lock."""
         end = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
                 return action()
             except SqlError as error:
                 refused = self._refusal(error)
-                if not isinstance(refused, Busy) or time.monotonic() >= end:
+                if not is_busy(refused) or time.monotonic() >= end:
                     raise refused from error
                 time.sleep(BUSY_PAUSE)
 
     def _guard_process(self) -> None:
         """Refuse after a fork: two processes with one connection damage the file."""
         if os.getpid() != self._process:
-            raise Unsupported("this queue was opened before a fork",
-                              "open a queuectl.Queue of its own in each process")
+            raise Refused("unsupported", "this queue was opened before a fork",
+                          "open a queuectl.Queue of its own in each process")
 
     def _begin(self, patience: float) -> None:
-        """Begin to write; Moved if the file has lost its name: what went into it would
+        """Begin to write; Gone if the file has lost its name: what went into it would
         be lost. It is looked at with the lock in hand, by one stat(2).
 
         If the process dies before the COMMIT nothing has happened; after it, everything
@@ -3801,14 +3739,17 @@ class SQLite:
         self._patiently(lambda: self._db.execute(self.BEGIN), patience)
         if not self.is_in_place():
             self.rollback()
-            raise Moved(f"{self.path} was deleted or replaced while it was open",
-                        "open it anew")
+            raise Gone("database-gone",
+                       f"{self.path} was deleted or replaced while it was open",
+                       "open it anew")
 
     def begin(self) -> bool:
         """Begin a transaction at once; False if another connection writes."""
         try:
             self._begin(0.0)
-        except Busy:
+        except Unavailable as error:
+            if not is_busy(error):
+                raise
             return False
         return True
 
@@ -3921,19 +3862,20 @@ def glance(path: str) -> Iterator[Rows]:
 
     Raises QueueError. The mode is "rw": a connection that may not write leaves an
     empty WAL behind. It asks for rows by statements of today's format, whatever format
-    the file has: what those do not find there is told as Unsupported.
+    the file has: what those do not find there is refused.
     """
     path = system_path(path)
     try:
         with contextlib.closing(_connect(path, "mode=ro&immutable=1")) as peek:
             peek.execute(SQLite.LENIENT)
             if peek.execute(SQLite.KIND).fetchall() != [(APPLICATION_ID,)]:
-                raise NotAQueue(f"{path} is not a queuectl database")
+                raise not_a_queue(path)
         with contextlib.closing(_connect(path, "mode=rw", BRIEF)) as db:
             yield lambda sql, **values: db.execute(sql, values).fetchall()
     except SqlError as error:
-        raise refusal(error, path) or Unsupported(
-            f"{path} is of another format ({error})", "use its version") from error
+        raise refusal(error, path) or Refused("unsupported",
+                                              f"{path} is of another format ({error})",
+                                              "use its version") from error
 
 
 # ---- 8 Host ------------------------------------------------------------------
@@ -3976,7 +3918,7 @@ class Locks:
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
 
-        Raises InUse if somebody holds it, Unwritable if the file cannot be made or
+        Raises Conflict if somebody holds it, Unavailable if the file cannot be made or
         the system has no lock to give.
         """
         if self._works is False:
@@ -3984,8 +3926,9 @@ class Locks:
         try:
             fd = self._open(os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise Unwritable(f"cannot open {self.path} ({error.strerror})",
-                             "check who may write that directory") from None
+            raise Unavailable("unwritable",
+                              f"cannot open {self.path} ({error.strerror})",
+                              "check who may write that directory") from None
         try:
             if self._is_proven(fd):
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
@@ -3993,9 +3936,11 @@ class Locks:
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise InUse(f"lock {offset} of {self.path} is taken") from None
-            raise Unwritable(f"cannot lock {self.path} ({error.strerror})",
-                             "check the disk that it is on") from None
+                raise Conflict("in-use",
+                               f"lock {offset} of {self.path} is taken") from None
+            raise Unavailable("unwritable",
+                              f"cannot lock {self.path} ({error.strerror})",
+                              "check the disk that it is on") from None
         os.close(fd)
         return -1
 
@@ -4396,7 +4341,7 @@ class Ledger:
     """Records of the rows of `db`, and what a transaction has counted and numbered.
 
     Statements of the queue go through it; what is the file's own affair is asked of
-    `db`. All of it may raise Busy, DiskFull, Unwritable, Damaged.
+    `db`. All of it may raise Unavailable, or Refused for a damaged file.
     """
 
     def __init__(self, db: SQLite) -> None:
@@ -4515,10 +4460,10 @@ class Ledger:
         return [job_of(row) for row in self.rows(sql, **values)]
 
     def job(self, job_id: str) -> Job:
-        """The job of that id, else NoSuchJob."""
+        """The job of that id, else NotFound."""
         row = self.row(Sql.JOB, id=job_id)
         if row is None:
-            raise NoSuchJob(job_id)
+            raise no_such_job(job_id)
         return job_of(row)
 
     def workers(self) -> list[Worker]:
@@ -4634,7 +4579,7 @@ class Batch:
         return None
 
     def _new(self, spec: Spec, seq: int) -> Job:
-        """The job as it will stand, if it waits for no other; JobExists.
+        """The job as it will stand, if it waits for no other; Conflict.
 
         Of the settings only max_retries is taken over now: the others are read when
         they are needed. An id of the form job-N that is our own cannot be taken, for
@@ -4655,7 +4600,8 @@ class Batch:
             rank=rank_of(spec.priority, run_at, self._settings), claim=None,
             end_requested=None, runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
         if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
-            raise JobExists(job.id)
+            raise Conflict("job-exists", f"there is a job {job.id!r} already",
+                           "choose another id, or leave the id out")
         self._seqs[job.id] = seq
         self._keys.update({("once", spec.once): job} if spec.once else {})
         self._keys.update({("unique", spec.unique): job} if spec.unique else {})
@@ -4682,7 +4628,7 @@ class Batch:
         return unmet
 
     def _needed(self, job_id: str) -> tuple[str, int]:
-        """State and number of a job that another comes after; else InvalidJob.
+        """State and number of a job that another comes after; else Invalid.
 
         This batch first: of what it adds no row is there yet.
         """
@@ -4690,8 +4636,8 @@ class Batch:
             return PENDING, self._seqs[job_id]
         found = self._store.jobs(Sql.JOB, id=job_id)
         if not found:
-            raise InvalidJob("after", f"after: there is no job {job_id!r}",
-                             "`queuectl list` shows what there is")
+            raise Invalid(f"after: there is no job {job_id!r}",
+                          "`queuectl list` shows what there is", "after")
         return found[0].state, found[0].seq
 
     def _refuse_cycle(self, jobs: Sequence[Job]) -> None:
@@ -4720,8 +4666,8 @@ class Batch:
             shown = ", ".join(names[:5])
             with at_item(next(item for item, job in enumerate(jobs)
                               if job.seq in waits)):
-                raise InvalidJob("after", f"after: {shown} wait for each other",
-                                 "take one of these out")
+                raise Invalid(f"after: {shown} wait for each other",
+                              "take one of these out", "after")
 
     def _write(self, jobs: list[Job]) -> None:
         """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
@@ -4743,7 +4689,7 @@ class Batch:
 
 
 def _moved(store: Ledger, change: Change, now: float) -> Job:
-    """The job as it will stand; WrongState if the verb does not apply to it.
+    """The job as it will stand; Conflict if the verb does not apply to it.
 
     What follows from the state alone is set here, so no caller can forget it: the claim
     and the worker of what does not run are none (I2), a request to end goes with its
@@ -4752,8 +4698,9 @@ def _moved(store: Ledger, change: Change, now: float) -> Job:
     verb, before, after, _ = change
     step = MOVES[verb]
     if before.state not in step.sources:
-        raise WrongState(f"{before.id} is {before.state}, so `{verb}` does not apply",
-                         "it must be " + " or ".join(step.sources))
+        raise Conflict("wrong-state",
+                       f"{before.id} is {before.state}, so `{verb}` does not apply",
+                       "it must be " + " or ".join(step.sources))
     is_run = step.target == PROCESSING
     after = after._replace(state=step.target, updated_at=iso(now), waits=None,
                            end_requested=None, claim=after.claim if is_run else None,
@@ -4765,7 +4712,7 @@ def _moved(store: Ledger, change: Change, now: float) -> Job:
 
 
 def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
-    """InUse if a job that is to wait again has a unique key that another has by now."""
+    """Conflict if a job that is to wait again has a unique key that another has now."""
     first: dict[str, Job] = {}
     for job in jobs:
         if job.unique is None or job.state not in OVER:
@@ -4774,8 +4721,8 @@ def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
                        *store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
             hint = "retry one of the two" if holder.state in OVER \
                 else f"wait for {holder.id}, or cancel it"
-            raise InUse(f"{job.id} cannot wait again: {holder.id} has the same unique "
-                        f"key {job.unique!r}", hint)
+            raise Conflict("in-use", f"{job.id} cannot wait again: {holder.id} has the "
+                           f"same unique key {job.unique!r}", hint)
         first[job.unique] = job
 
 
@@ -4863,7 +4810,7 @@ def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
 def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
     """Change the states of jobs by verbs of MOVES; the jobs as they are then.
 
-    WrongState, and InUse for a unique key, before anything is written. Each row is
+    Conflict, also for a unique key, before anything is written. Each row is
     guarded by the state and the claim that the job had (I1, I3); it was read in this
     very transaction, so a guard that does not hold is a mistake of ours: Stale.
     """
@@ -4938,18 +4885,19 @@ def record(store: Ledger, ends: Sequence[End], settings: Settings,
 
 
 def remove(store: Ledger, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; InUse if another needs it.
+    """Delete a job that is not running, with its history; Conflict if another needs it.
 
     A completed one is needed by nobody any more. Another that is deleted would leave
     those that wait for it to wait for ever. It refuses before it writes anything, so
     `sweep` can pass over a job within a transaction. Tallies of all time stay.
     """
     if job.state == PROCESSING:
-        raise WrongState(f"{job.id} is processing", f"`queuectl cancel {job.id}` first")
+        raise Conflict("wrong-state", f"{job.id} is processing",
+                       f"`queuectl cancel {job.id}` first")
     needing = store.row(Sql.WAITING_DEPENDENT, needs=job.seq)
     if needing and job.state != COMPLETED:
-        raise InUse(f"{needing[0]} waits for {job.id} ({job.state})",
-                    f"delete or cancel {needing[0]}, too")
+        raise Conflict("in-use", f"{needing[0]} waits for {job.id} ({job.state})",
+                       f"delete or cancel {needing[0]}, too")
     met = dict(store.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME) \
         if job.state == COMPLETED else 0
     _meet(store, store.rows(Sql.DEPENDENTS, needs=json.dumps([job.seq]), after=met,
@@ -4970,25 +4918,25 @@ def remove_all(store: Ledger, jobs: Sequence[Job], now: float) -> list[Job]:
         for job in left:
             try:
                 remove(store, job, now)
-            except (InUse, WrongState):     # raised before the first write
+            except Conflict:    # raised before the first write
                 kept.append(job)
         left = kept
     return left
 
 
 def edit(store: Ledger, before: Job, after: Job, now: float) -> Job:
-    """Write what a person has changed in a waiting job; WrongState for any other.
+    """Write what a person has changed in a waiting job; Conflict for any other.
 
     No event: its state is the same. `waits` and rank follow anew from what was changed,
     and the counters if it was the queue.
     """
     if before.waits is None:
-        raise WrongState(f"{before.id} is {before.state}, so it cannot be edited",
-                         "it must be " + " or ".join(WAITING))
+        raise Conflict("wrong-state",
+                       f"{before.id} is {before.state}, so it cannot be edited",
+                       "it must be " + " or ".join(WAITING))
     if after.state == FAILED and after.attempts >= after.max_retries:
-        raise InvalidJob("max_retries", f"max_retries: {after.id} has failed "
-                         f"{after.attempts} times already",
-                         f"use at least {after.attempts + 1}")
+        raise Invalid(f"max_retries: {after.id} has failed {after.attempts} times "
+                      "already", f"use at least {after.attempts + 1}", "max_retries")
     if after.run_at == before.run_at:
         after = brought_forward(after, now)     # `updated_at` would hide its beginning
     waits = READY if before.waits == READY and after.run_at == before.run_at \
@@ -5034,7 +4982,7 @@ def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
 
     The job and the next turn are written together, so a turn is taken once, however
     many workers see it. The next one is that after now: what was missed is made up by
-    this one job. InvalidValue or InvalidJob where the schedule cannot be read.
+    this one job. Invalid where the schedule cannot be read.
     """
     next_run = turn_after(schedule.cron, now, schedule.tz)  # it may not be readable
     for last in store.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
@@ -5078,14 +5026,14 @@ WATCH_TICK = 0.02      # seconds between two looks whether something was committ
 
 
 def current_directory() -> str:
-    """Where jobs run that say nothing else; InvalidJob if that cannot be kept."""
+    """Where jobs run that say nothing else; Invalid if that cannot be kept."""
     try:
         return as_utf8(os.getcwd())
     except FileNotFoundError:
-        raise InvalidJob("cwd", "the current directory is gone", "give a cwd") from None
+        raise Invalid("the current directory is gone", "give a cwd", "cwd") from None
     except UnicodeError:
-        raise InvalidJob("cwd", "the current directory's name is not UTF-8",
-                         "give a cwd") from None
+        raise Invalid("the current directory's name is not UTF-8", "give a cwd",
+                      "cwd") from None
 
 
 def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
@@ -5100,7 +5048,7 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
 
 
 def _states(state: str | Sequence[str]) -> list[str | None]:
-    """The states that are asked for, each once; [None]: any. InvalidValue.
+    """The states that are asked for, each once; [None]: any. Invalid.
 
     Each becomes a read of its own: one named twice would tell its jobs twice.
     """
@@ -5109,14 +5057,14 @@ def _states(state: str | Sequence[str]) -> list[str | None]:
 
 
 def _ended(state: str | Sequence[str]) -> Sequence[str]:
-    """The states that are asked for, by default all of OVER; InvalidValue for others.
+    """The states that are asked for, by default all of OVER; Invalid for others.
 
     A failed job has an end as well, that of its last run, but it waits.
     """
     states = [name for name in _states(state) if name is not None]
     if not {*states} <= {*OVER}:
-        raise InvalidValue("`older_than` counts from a job's end",
-                           "it fits " + ", ".join(OVER))
+        raise Invalid("`older_than` counts from a job's end",
+                      "it fits " + ", ".join(OVER))
     return states or OVER
 
 
@@ -5132,13 +5080,21 @@ def _bound(wanted: Filter) -> dict[str, Any]:
     return {"before": END_OF_TIME, **values}
 
 
+def timed_out(what: str) -> Refused:
+    """The time is over that the caller was willing to wait."""
+    error = Refused("not-finished", f"{what} not over yet",
+                    "wait longer, or see `queuectl list`")
+    error.exit_status = EX_TIMEOUT
+    return error
+
+
 class Queue:
     """The promises: each public method is one transaction, or reads.
 
     `path` is the database's; it is made if it is not there, unless `create` is false
-    (NoQueue). One object may be shared by threads, not by processes: after a fork
-    each opens its own. All methods may raise Busy, DiskFull, Unwritable and Damaged,
-    and all that change something Moved, if the file has lost its name.
+    (Refused). One object may be shared by threads, not by processes: after a fork
+    each opens its own. All methods may raise Unavailable, or Refused for a damaged
+    file, and all that change something Gone, if the file has lost its name.
 
     `clock` tells epoch seconds; what is waited for goes by the monotonic clock.
 
@@ -5162,7 +5118,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the database; the object is of no use after that: Unsupported."""
+        """Close the database; the object is of no use after that."""
         self.store.db.close()
         self.host.locks.close()
 
@@ -5171,7 +5127,7 @@ class Queue:
     def enqueue(self, command: str | None = None, **fields: Any) -> Job:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
-        Raises InvalidJob (with the `key` at fault) and JobExists. With `unique`,
+        Raises Invalid (with the `key` at fault) and Conflict. With `unique`,
         returns the job that has that key already, if one is not over yet: with the
         command and the fields that it has, whatever was asked for here.
         """
@@ -5211,7 +5167,7 @@ class Queue:
     # Looking.
 
     def job(self, job_id: str) -> Job:
-        """The job of that id, else NoSuchJob."""
+        """The job of that id, else NotFound."""
         return self.store.job(job_id)
 
     def jobs(self, state: str | Sequence[str] = (), sort: str = "newest",
@@ -5219,11 +5175,11 @@ class Queue:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
         `filters` are the fields of a Filter; of `tag` and `search` one each. Raises
-        InvalidValue for an unknown state or sort, TypeError for an unknown filter.
+        Invalid for an unknown state or sort, TypeError for an unknown filter.
         `sort` is a key of ORDERS.
         """
         if sort not in ORDERS:
-            raise InvalidValue(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
+            raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
         values, states = _bound(Filter(**filters)), _states(state)
         # One indexed read a state; together they are put in order anew. With `state IN`
         # SQLite sorts all that fit, to give away but the first of them.
@@ -5267,7 +5223,7 @@ class Queue:
             Sql.LAST_RUNS, job=job.seq, limit=limit))]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
-        """One run of a job, by default the last, also while it runs; else NoSuchRun.
+        """One run of a job, by default the last, also while it runs; else NotFound.
 
         `number` counts the job's runs from 1, also those that were lost or handed back.
         """
@@ -5276,7 +5232,8 @@ class Queue:
                self.store.row(Sql.RUN, job=job.seq, number=number))
         if row is None:
             what = "has not run yet" if number is None else f"has no run {number}"
-            raise NoSuchRun(f"{job_id} {what}", f"`queuectl show {job_id}` says more")
+            raise NotFound("no-such-run", f"{job_id} {what}",
+                           f"`queuectl show {job_id}` says more")
         return Run(*row)
 
     def fresh_run(self, job_id: str, number: int | None = None,
@@ -5421,10 +5378,10 @@ class Queue:
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Return when these jobs are over, as they are then.
 
-        TimedOut after `timeout` seconds (None: never); NoSuchJob for one that is
-        not there (any more); Blocked if none of those left can end: they come after a
-        dead or cancelled job, or wait for the job that makes this call. `tell` hears
-        how far they are, with each look.
+        NotFound for one that is not there (any more); Refused after `timeout` seconds
+        (`not-finished`; None: never), and if none of those left can end (`blocked`):
+        they come after a dead or cancelled job, or wait for the job that makes this
+        call. `tell` hears how far they are, with each look.
 
         One that was once seen to be over is not looked at again, so a retry or a
         deletion after that changes nothing; an id given twice comes once.
@@ -5442,8 +5399,7 @@ class Queue:
             self._refuse_blocked([job for job in left if job.state not in OVER])
             now = time.monotonic()
             if now >= end:
-                raise TimedOut(f"{len(jobs) - len(over)} of {len(jobs)} jobs not "
-                               "over yet", "wait longer, or see `queuectl list`")
+                raise timed_out(f"{len(jobs) - len(over)} of {len(jobs)} jobs")
             # Each look reads all that are not over yet. Five times as long asleep makes
             # it a sixth of one core at most, whatever is committed meanwhile.
             # To look at very many must not become all that this machine does.
@@ -5451,7 +5407,7 @@ class Queue:
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
-        """The jobs of these ids, in their order; NoSuchJob.
+        """The jobs of these ids, in their order; NotFound.
 
         Their ids go in as one JSON array: one prepared statement for any number, where
         a list of `?` would be another text for each, of 32766 at most (SQLite's limit).
@@ -5460,14 +5416,14 @@ class Queue:
             Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
         for job_id in job_ids:
             if job_id not in found:
-                raise NoSuchJob(job_id)
+                raise no_such_job(job_id)
         return [found[job_id] for job_id in job_ids]
 
     def wait_all(self, queue: str | None = None, timeout: float | None = None,
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Return when no job (of the queue) is left; what came of them meanwhile.
 
-        TimedOut after `timeout` seconds (None: never), Blocked as in `wait`. Jobs
+        Refused after `timeout` seconds (None: never), and as in `wait`. Jobs
         that are added meanwhile are waited for as well. `tell` hears how far they are.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -5480,8 +5436,7 @@ class Queue:
                 return now
             self._refuse_all_blocked(now, queue)
             if time.monotonic() >= end:
-                raise TimedOut(f"{now.left} job{'s' * (now.left > 1)} not over yet",
-                               "wait longer, or see `queuectl list`")
+                raise timed_out(f"{now.left} job{'s' * (now.left > 1)}")
             time.sleep(max(0.0, min(5 * (time.monotonic() - began),
                                     end - time.monotonic())))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
@@ -5520,7 +5475,7 @@ class Queue:
         return f"{found[0].id} ({found[0].state})" if found else "other jobs"
 
     def _refuse_blocked(self, left: Sequence[Job]) -> None:
-        """Raise Blocked if none of these unfinished jobs can end."""
+        """Refuse if none of these unfinished jobs can end."""
         caller = self.caller()
         waiting = [job for job in left if caller is None or job.seq != caller.seq]
         waits = {job.waits: job for job in waiting}
@@ -5532,7 +5487,7 @@ class Queue:
             self._raise_blocked(waiting, caller)
 
     def _refuse_all_blocked(self, now: Progress, queue: str | None) -> None:
-        """Raise Blocked if no unfinished job (of the queue) can end."""
+        """Refuse if no unfinished job (of the queue) can end."""
         caller = self.caller()
         own = int(caller is not None and queue in (None, caller.queue))
         if now.running > own:
@@ -5548,7 +5503,7 @@ class Queue:
                 self._refuse_slot_of(caller, job)
 
     def _refuse_slot_of(self, caller: Job, job: Job) -> None:
-        """Raise Blocked if a job waits for the slot or limit that the caller uses."""
+        """Refuse if a job waits for the slot or limit that the caller uses."""
         workers = [view for view in self.workers()
                    if not view.worker.queues or job.queue in view.worker.queues]
         limits = {view.name: view.limit for view in self.queues()}
@@ -5556,21 +5511,21 @@ class Queue:
             and caller.worker in [view.worker.name for view in workers]
         if job.waits == READY and (one_slot or (
                 caller.queue == job.queue and limits.get(job.queue) == 1)):
-            raise Blocked(f"{job.id} cannot start: {caller.id}, which runs this "
-                          "command, has the only slot for it",
-                          "let the job end first, or start another worker")
+            raise Refused("blocked", f"{job.id} cannot start: {caller.id}, which runs "
+                          "this command, has the only slot for it", "let the job end "
+                          "first, or start another worker")
 
     def _raise_blocked(self, jobs: Sequence[Job], caller: Job | None,
                        n: int | None = None) -> None:
         if not jobs:
-            raise Blocked(f"{caller.id if caller else 'this job'} runs this command, "
-                          "so it cannot end before the command does",
+            raise Refused("blocked", f"{caller.id if caller else 'this job'} runs this "
+                          "command, so it cannot end before the command does",
                           "wait for other jobs, or from outside of the job")
         count = len(jobs) if n is None else n
         others = f" (and {count - 1} more)" if count > 1 else ""
-        raise Blocked(f"{jobs[0].id}{others} cannot run: it comes after "
-                      f"{self.why_stuck(jobs[0])}",
-                      "retry or cancel that job, or cancel what comes after it")
+        raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it comes after "
+                      f"{self.why_stuck(jobs[0])}", "retry or cancel that job, or "
+                      "cancel what comes after it")
 
     def workers(self) -> list[WorkerView]:
         """The pools that are there, with what each runs; dead ones are not.
@@ -5799,7 +5754,7 @@ class Queue:
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none.
 
-        Raises NoSuchJob, WrongState for a running one, InUse for a unique key that
+        Raises NotFound, Conflict for a running one and for a unique key that
         another job has taken meanwhile. Their runs stay, and count on. What comes after
         a completed job, and has not begun yet, waits for it anew.
         """
@@ -5810,7 +5765,7 @@ class Queue:
         return jobs
 
     def retry_dead(self, *job_ids: str) -> list[Job]:
-        """Put these dead jobs back, all or none; WrongState for one that is not dead.
+        """Put these dead jobs back, all or none; Conflict for one that is not dead.
 
         See `sweep` for all that fit.
         """
@@ -5818,8 +5773,8 @@ class Queue:
             dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in dead:
                 if job.state != DEAD:
-                    raise WrongState(f"{job.id} is {job.state}, not dead",
-                                     f"`queuectl retry {job.id}` retries any job")
+                    raise Conflict("wrong-state", f"{job.id} is {job.state}, not dead",
+                                   f"`queuectl retry {job.id}` retries any job")
             jobs = self._retry(dead)
         self.wake(NEW_JOBS)
         return jobs
@@ -5839,7 +5794,7 @@ class Queue:
 
         So a running one comes back as 'processing' with `end_requested` set, and if its
         command completes before the worker hears of that, it is completed. Raises
-        NoSuchJob, and WrongState for one that is over.
+        NotFound, and Conflict for one that is over.
         """
         with self.store.transaction() as store:
             jobs = self._cancel([store.job(job_id)
@@ -5865,7 +5820,7 @@ class Queue:
         return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
-        """Delete jobs with their history; all or none. WrongState for a running one."""
+        """Delete jobs with their history; all or none. Conflict for a running one."""
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
@@ -5877,15 +5832,15 @@ class Queue:
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
         """Change waiting jobs: all of them or none; those of EDITABLE, by name.
 
-        Raises NoSuchJob, InvalidJob (with the `key` at fault), and WrongState for a job
+        Raises NotFound, Invalid (with the `key` at fault), and Conflict for a job
         that runs or is over: what a run goes by, and is counted by, must not change
         under it. Values are as in a job object; a `delay` stands for `run_at`.
         """
         now = self.clock()
         for key in fields:
             if key not in EDITABLE:
-                raise InvalidJob(key, f"{key} cannot be edited",
-                                 "these can: " + ", ".join(EDITABLE))
+                raise Invalid(f"{key} cannot be edited",
+                              "these can: " + ", ".join(EDITABLE), key)
         changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
         _take_delay(changes, fields, now)
         with self.store.transaction() as store:
@@ -5910,7 +5865,7 @@ class Queue:
         are passed over: those that run (unless they are to be cancelled), those whose
         unique key another has, those that others wait for; `keep` is told why. Jobs
         that wait for each other are deleted in several passes. `older_than`: only those
-        that have been over for so many seconds; InvalidValue for states that are not
+        that have been over for so many seconds; Invalid for states that are not
         over. Filters as in `jobs`. Without a state and filters, all jobs fit.
 
         It goes through the list once, from key to key (`before`; with `older_than`
@@ -5973,7 +5928,7 @@ class Queue:
                     refuse_taken_keys(
                         self.store, [job] if rival is job else [rival, job])
                     free.append(job)
-            except InUse as why:
+            except Conflict as why:
                 kept.append(why)
         return self._retry(free)
 
@@ -5986,14 +5941,13 @@ class Queue:
         left = {job.seq for job in remove_all(self.store, jobs, now)}
         for job in jobs:
             if job.seq in left and job.state != PROCESSING:
-                with contextlib.suppress(WrongState):
-                    kept.append(self._why_kept(job))
+                kept.append(self._why_kept(job))
         return [job for job in jobs if job.seq not in left]
 
     def _why_kept(self, job: Job) -> QueueError:
         try:
             remove(self.store, job, self.clock())
-        except InUse as why:
+        except Conflict as why:
             return why
         raise Stale(f"{job.id} could be deleted after all")
 
@@ -6029,7 +5983,7 @@ class Queue:
         """
         name = parse_name(queue)
         if not 0 <= limit <= MAX_WHOLE:
-            raise InvalidValue(f"{limit} is no limit", "use a whole number from 0")
+            raise Invalid(f"{limit} is no limit", "use a whole number from 0")
         with self.store.transaction() as store:
             store.do(Sql.SET_LIMIT, {"name": name, "job_limit": limit})
             store.do(Sql.FORGET_QUEUES, {})
@@ -6042,11 +5996,12 @@ class Queue:
         return self.store.schedules()
 
     def schedule(self, name: str) -> Schedule:
-        """The schedule of that name, else NoSuchSchedule."""
+        """The schedule of that name, else NotFound."""
         found = self.store.schedules(Sql.SCHEDULE, name=name)
         if not found:
-            raise NoSuchSchedule(name, nearest(
-                name, [one.name for one in self.schedules()]))
+            raise NotFound("no-such-schedule", f"there is no schedule {name!r}",
+                           nearest(name, [one.name for one in self.schedules()])
+                           or "`queuectl schedule list` shows them")
         return found[0]
 
     def last_job(self, schedule: Schedule) -> Job | None:
@@ -6061,7 +6016,7 @@ class Queue:
         `tz` is an IANA name; None: what `CRON_TZ=` before the line says, else the local
         zone, which is kept by its name if it has one.
 
-        Raises InvalidValue for name or cron line, InvalidJob, ScheduleExists. Its jobs
+        Raises Invalid, and Conflict for a name that is taken. Its jobs
         get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
         have, for these fit one job only.
 
@@ -6076,13 +6031,14 @@ class Queue:
         fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
-            raise InvalidJob(key, f"{key} does not fit a schedule", "leave it out")
+            raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
         # A mistake is to be told now, not at a turn in the night.
         spec_of(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
-                raise ScheduleExists(f"there is a schedule {name!r} already",
-                                     f"`queuectl schedule remove {name}` first")
+                raise Conflict("schedule-exists",
+                               f"there is a schedule {name!r} already",
+                               f"`queuectl schedule remove {name}` first")
             store.do(Sql.INSERT_SCHEDULE, {
                 "name": name, "cron": cron, "job": json.dumps(fields),
                 "created_at": iso(now), "next_run": turn_after(cron, now, zone),
@@ -6105,7 +6061,7 @@ class Queue:
     def resume_schedule(self, name: str) -> Schedule:
         """Let a schedule go on; turns of the time of rest are not made up.
 
-        Raises InvalidJob and InvalidValue for one that cannot be read any more.
+        Raises Invalid for one that cannot be read any more.
         """
         with self.store.transaction():
             schedule = self.schedule(name)
@@ -6137,12 +6093,12 @@ class Queue:
     # Configuration.
 
     def setting(self, key: str) -> str:
-        """The value of a setting as text; NoSuchSetting names the nearest key."""
+        """The value of a setting as text; NotFound names the nearest key."""
         name = setting_key(key)
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
     def configure(self, key: str, value: str) -> None:
-        """Set a setting for all processes; raises NoSuchSetting, InvalidValue.
+        """Set a setting for all processes; raises NotFound, Invalid.
 
         `value` is text, as a person writes it (`30s`, `64KiB`; `none` or "": off, where
         it can be). A change of `priority-ageing` gives all waiting jobs a new rank, in
@@ -6171,15 +6127,16 @@ class Queue:
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
         """Ask pools to finish what they run and exit; those that were asked.
 
-        `now`: they end their jobs and hand them back. NoSuchWorker for a name that
+        `now`: they end their jobs and hand them back. NotFound for a name that
         no living pool has. Returns at once; who has left is in `workers` no more.
         Each is asked by its id, so one of the same name that comes later is not meant.
         """
         living = {view.worker.name: view.worker for view in self.workers()}
         for name in names:
             if name not in living:
-                raise NoSuchWorker(f"no worker {name!r} is running", nearest(
-                    name, living) or "`queuectl worker list` shows them")
+                raise NotFound(
+                    "no-such-worker", f"no worker {name!r} is running",
+                    nearest(name, living) or "`queuectl worker list` shows them")
         asked = [living[name] for name in names or living]
         if not asked:
             return []
@@ -6215,7 +6172,7 @@ CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking b
 class Claims:
     """The promises to one pool; used by its one database thread only (I9).
 
-    To make one enters the pool into the table: InUse if a living pool has the name.
+    To make one enters the pool into the table: Conflict if a living pool has the name.
     `port` is where it hears wake-ups; None: nowhere.
     """
 
@@ -6283,8 +6240,9 @@ class Claims:
         for worker in self._store.workers():
             if worker.name == name:
                 if worker.id not in gone:
-                    raise InUse(f"a worker named {name!r} is running already",
-                                "choose another --name")
+                    raise Conflict("in-use",
+                                   f"a worker named {name!r} is running already",
+                                   "choose another --name")
                 self._store.do(Sql.RENAME_WORKER, {
                     "id": worker.id, "name": f"{name}#{worker.id}"})
 
@@ -6461,7 +6419,7 @@ class Claims:
                             notes: list[str]) -> Iterator[None]:
         try:
             yield
-        except (InvalidJob, InvalidValue) as error:
+        except Invalid as error:
             self._store.do(Sql.PAUSE_SCHEDULE, {
                 "name": schedule.name, "paused": True, "next_run": schedule.next_run})
             notes.append(f"schedule {schedule.name} is paused: {error.message}")
@@ -6507,7 +6465,7 @@ class Claims:
         """
         while True:
             number = self._store.draw(counter)
-            with contextlib.suppress(InUse):
+            with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
@@ -6863,7 +6821,7 @@ class Inspection:
                 spec_of(schedule.job, 0.0)
                 parse_cron(schedule.cron)
                 zone_of(schedule.tz)
-            except (InvalidJob, InvalidValue) as error:
+            except Invalid as error:
                 yield Finding(PROBLEM, "schedule", f"the schedule {schedule.name} "
                               f"cannot be read, so it rests: {error.message}",
                               f"`queuectl schedule remove {schedule.name}`, and add it "
@@ -6875,7 +6833,7 @@ class Inspection:
             last = self._queue.last_job(schedule)
             if not last or last.state in OVER or schedule.paused:
                 continue
-            with contextlib.suppress(InvalidValue):     # then `_schedules` reports it
+            with contextlib.suppress(Invalid):     # then `_schedules` reports it
                 if schedule.next_run <= turn_after(
                         schedule.cron, epoch(schedule.last_run or ""), schedule.tz):
                     continue
@@ -7445,7 +7403,7 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
             ("skipped", f"{schedule.skipped} runs"))
     try:
         when = turn_lines(schedule, now)
-    except InvalidValue as error:
+    except Invalid as error:
         when = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
                 f"cannot be read: {error.message}"]
     return [*when, *["paused"] * schedule.paused,
@@ -8112,12 +8070,12 @@ class Ender:
         self._thread: futures.Future[None] | None = None
 
     def start(self, executor: futures.Executor) -> None:
-        """Begin; Unsupported where the system allows no more threads."""
+        """Begin; Refused where the system allows no more threads."""
         try:
             self._thread = executor.submit(self._run)
         except RuntimeError as error:
-            raise Unsupported(f"a thread could not be started ({error})",
-                              "raise `ulimit -u` or `ulimit -v`") from None
+            raise Refused("unsupported", f"a thread could not be started ({error})",
+                          "raise `ulimit -u` or `ulimit -v`") from None
 
     def check(self) -> None:
         """Raise what has ended the thread too early: nothing could be ended any more.
@@ -8323,8 +8281,9 @@ class Peers:
 def _refuse_platform() -> None:
     """Go by what Python has here, not by the system's name."""
     if fcntl is None or not hasattr(select, "poll"):
-        raise Unsupported("workers need a POSIX system (Linux, macOS, BSD, WSL)",
-                          "start the worker there")
+        raise Refused("unsupported",
+                      "workers need a POSIX system (Linux, macOS, BSD, WSL)",
+                      "start the worker there")
 
 
 def _allow_descriptors(slots: int) -> None:
@@ -8339,9 +8298,9 @@ def _allow_descriptors(slots: int) -> None:
         hard = 1 << 20
     needed = SLOT_FILES * slots + POOL_FILES
     if needed > hard:
-        raise Unsupported(f"only {hard} open files are allowed here, and {slots} "
-                          f"slot{'s' * (slots > 1)} may need {needed}",
-                          "use fewer slots, or raise `ulimit -n`")
+        raise Refused("unsupported", f"only {hard} open files are allowed here, and "
+                      f"{slots} slot{'s' * (slots > 1)} may need {needed}",
+                      "use fewer slots, or raise `ulimit -n`")
     # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
@@ -8508,7 +8467,7 @@ class Pool:
     # The loop.
 
     def run(self, executor: futures.Executor) -> None:
-        """Work until told to stop; Moved if the database went away.
+        """Work until told to stop; Gone if the database went away.
 
         Where an error ends it, its commands are ended as well and nothing is recorded:
         the claims stand, and who comes next finds the runs lost. Else none is left.
@@ -8548,7 +8507,7 @@ class Pool:
                         self._expiry, self._expire_at = self._claims.expiry(), 0.0
             self._expire()
             return self._is_over()
-        except (Busy, Unwritable) as error:
+        except Unavailable as error:
             self._complain(error)
             return False
 
@@ -8683,7 +8642,7 @@ class Pool:
         """
         now = time.monotonic()
         self._failing_since = self._failing_since or now
-        if isinstance(error, Busy):
+        if error.code == "busy":
             self._retry_at = now + BUSY_PAUSE
             if now < self._failing_since + POOL_PATIENCE:
                 return
@@ -8892,7 +8851,7 @@ class Pool:
         try:
             for settled in self._peers.rescuer.record(run, has_begun):
                 self._say(settled_line(settled, self._queue.clock()))
-        except (Busy, Unwritable) as error:
+        except Unavailable as error:
             self._complain(error)
             self._look_around()     # it finds the run again
         self._look = True
@@ -9062,7 +9021,7 @@ def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> 
     """Run a pool until it is told to stop; 0, or 1 if its database went away.
 
     In the caller's thread; signals are heeded if that is the main thread. Errors that
-    no pool outlives come out of here, such as Damaged; Busy and Unwritable do not.
+    no pool outlives come out of here, such as for a damaged file; Unavailable does not.
 
     Left in this order: the executor waits for the Ender's last ending, then the pool
     leaves the table, then signals have their old meaning again.
@@ -9074,7 +9033,7 @@ def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> 
         pool = Pool(queue, claims, options, gear, say)
         try:
             pool.run(executor)
-        except Moved as error:
+        except Gone as error:
             say(f"error: {error.message}, so this worker ends its jobs and stops; "
                 "start it anew")
             return EX_NO
@@ -11129,27 +11088,12 @@ class Site(NamedTuple):
     cookie: str = "queuectl"        # ports share cookies, so its name tells ours
 
 
-class WebRefusal(QueueError):
-    """A request is refused before the queue is asked.
-
-    It brings its status along: the refusals of the queue get theirs by their codes, but
-    all of these have the same one.
-    """
-    code = "refused"
-
-    def __init__(self, status: int, message: str, hint: str = "",
-                 *headers: tuple[str, str]) -> None:
-        super().__init__(message, hint)
-        self.status, self.headers = status, headers
-
-
-# Refusals of the queue by their code; what is not here is no fault of the client and
-# may pass (busy, database-gone ...): 503. 507 is WebDAV's (RFC 4918, section 11.5).
-REFUSAL_STATUS = {
-    "no-such-job": 404, "no-such-run": 404, "no-such-worker": 404,
-    "no-such-schedule": 404, "job-exists": 409, "schedule-exists": 409,
-    "wrong-state": 409, "in-use": 409, "invalid-job": 400, "invalid-value": 400,
-    "usage": 400, "no-such-setting": 400, "disk-full": 507}
+def denied(status: int, message: str, hint: str = "",
+           *headers: tuple[str, str]) -> Refused:
+    """A request is refused before the queue is asked."""
+    error = Refused("refused", message, hint)
+    error.status, error.headers = status, headers
+    return error
 
 
 def refusal_reply(error: QueueError) -> Reply:
@@ -11160,20 +11104,17 @@ def refusal_reply(error: QueueError) -> Reply:
     `hint` tells what to do, and is left out where nobody knows; `item` is the place in
     an array of jobs, from 0.
     """
-    status = REFUSAL_STATUS.get(error.code, 503)
-    headers: tuple[tuple[str, str], ...] = ()
-    if isinstance(error, WebRefusal):
-        status, headers = error.status, error.headers
-    elif status == 503:
+    headers = error.headers
+    if error.status == 503 and not headers:
         headers = (("Retry-After", "2"),)
     told: dict[str, Any] = {"error": error.message}
     if error.hint:
         told["hint"] = error.hint
-    if isinstance(error, InvalidJob):
+    if isinstance(error, Invalid) and error.key is not None:
         told["key"] = error.key
     if error.item is not None:
         told["item"] = error.item
-    return Reply(status, dumps(told, None).encode(), headers=headers)
+    return Reply(error.status, dumps(told, None).encode(), headers=headers)
 
 
 # Durations, as far as the API's description goes; none is over MAX_DURATION. The
@@ -11190,7 +11131,7 @@ class Param(NamedTuple):
 
     The two say the same, to this program and to others, so they stand in one row. Text
     may be blank, which is as good as not given; so the forms below allow it. A parser
-    raises InvalidValue.
+    raises Invalid.
     """
     name: str
     parse: Callable[[str], Any]
@@ -11201,14 +11142,14 @@ class Param(NamedTuple):
 
 def _a_span(text: str) -> float:
     if not re.fullmatch(SPAN_FORM, text):
-        raise InvalidValue(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+        raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return parse_duration(text)
 
 
 def _a_search(text: str) -> str:
     if not is_text(text) or len(text) > MAX_SEARCH:
-        raise InvalidValue("that is no text to search for",
-                           f"use at most {MAX_SEARCH} characters, without NUL")
+        raise Invalid("that is no text to search for",
+                      f"use at most {MAX_SEARCH} characters, without NUL")
     return text
 
 
@@ -11216,7 +11157,7 @@ def _a_cursor(text: str) -> int:
     """The seq in `next` of a page; of 18 digits each fits SQLite's 64 bits, of 19 not.
     """
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
-        raise InvalidValue(f"{text!r} is not a cursor", "use `next` of the page before")
+        raise Invalid(f"{text!r} is not a cursor", "use `next` of the page before")
     return int(text)
 
 
@@ -11248,7 +11189,7 @@ _OUTPUT_PARAMS = (
 
 
 def _query_fields(query: str) -> list[tuple[str, str]]:
-    """The names and values of a query, decoded, in their order; WebRefusal.
+    """The names and values of a query, decoded, in their order; Refused.
 
     Strict, for a byte that is no UTF-8 would else become U+FFFD, and something would be
     looked for that nobody has asked for. Blank values are kept: an unknown name is
@@ -11259,8 +11200,8 @@ def _query_fields(query: str) -> list[tuple[str, str]]:
         return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
                                       errors="strict", max_num_fields=64)
     except ValueError:
-        raise WebRefusal(400, "the query cannot be read",
-                         "use at most 64 fields, in UTF-8") from None
+        raise Invalid("the query cannot be read",
+                      "use at most 64 fields, in UTF-8") from None
 
 
 def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
@@ -11278,18 +11219,18 @@ def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
     for name, text in _query_fields(query):
         param = known.get(name)
         if param is None:
-            raise WebRefusal(400, f"unknown parameter {name!r}", "there are: "
-                             + ", ".join(known) if known else "there is none here")
+            raise Invalid(f"unknown parameter {name!r}", "there are: "
+                          + ", ".join(known) if known else "there is none here")
         if not text and param.schema["type"] != "integer":
             continue
         try:
             value = param.parse(text)
-        except InvalidValue as error:
-            raise WebRefusal(400, f"{name}: {error.message}", error.hint) from None
+        except Invalid as error:
+            raise Invalid(f"{name}: {error.message}", error.hint) from None
         if param.is_list:
             values.setdefault(name, []).append(value)
         elif name in values:
-            raise WebRefusal(400, f"{name} is given twice", "give it once")
+            raise Invalid(f"{name} is given twice", "give it once")
         else:
             values[name] = value
     return values
@@ -11341,8 +11282,8 @@ def json_body(request: Request) -> Any:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE and (kind or request.body):
-        raise WebRefusal(415, f"the body is {kind or 'of no kind'}",
-                         f"send Content-Type: {JSON_TYPE}")
+        raise denied(415, f"the body is {kind or 'of no kind'}",
+                     f"send Content-Type: {JSON_TYPE}")
     if not request.body:
         return {}
     try:
@@ -11350,22 +11291,22 @@ def json_body(request: Request) -> Any:
                           parse_float=_number)
     # RecursionError: of a body that is nested too deeply.
     except (ValueError, RecursionError) as error:
-        raise WebRefusal(400, f"the body is not JSON ({error})") from None
+        raise Invalid(f"the body is not JSON ({error})") from None
 
 
 def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
     """A body that is an object of no other keys.
 
     Routes that take nothing call it with none: so a mistyped body is refused there,
-    too, and one whose type a form could have is not let pass. InvalidJob names the key.
+    too, and one whose type a form could have is not let pass. Invalid names the key.
     """
     fields = json_body(request)
     if not isinstance(fields, dict):
-        raise WebRefusal(400, "the body is not an object", "send {} at least")
+        raise Invalid("the body is not an object", "send {} at least")
     for key in fields:
         if key not in keys:
-            raise InvalidJob(str(key), f"unknown key {key!r}", "there are: "
-                             + ", ".join(keys) if keys else "there is none here")
+            raise Invalid(f"unknown key {key!r}", "there are: " + ", ".join(keys)
+                          if keys else "there is none here", str(key))
     return fields
 
 
@@ -11443,8 +11384,8 @@ def get_output(queue: Queue, call: Call) -> Reply:
         # What a command has just printed is in the memory of its pool, which is asked
         # to store it.
         run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
-    except NoSuchRun:
-        if number is not None:
+    except NotFound as error:
+        if number is not None or error.code != "no-such-run":
             raise
         # Not 404: the job is there, and who follows its output may ask before its first
         # run.
@@ -11466,7 +11407,7 @@ def post_jobs(queue: Queue, call: Call) -> Reply:
     given = json_body(call.request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
-            raise WebRefusal(400, f"more than {MAX_BATCH} jobs", "send them in parts")
+            raise Invalid(f"more than {MAX_BATCH} jobs", "send them in parts")
         jobs = queue.enqueue_many(given)
         return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
     try:
@@ -11498,10 +11439,10 @@ def delete_job(queue: Queue, call: Call) -> Reply:
 
 
 def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
-    """Text of a body, checked by the parser of a query's text; InvalidJob with the key.
+    """Text of a body, checked by the parser of a query's text; Invalid with the key.
     """
     if not isinstance(value, str):
-        raise InvalidJob(key, f"{key} is not text")
+        raise Invalid(f"{key} is not text", key=key)
     return _in_job(key, check, value)
 
 
@@ -11510,7 +11451,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
     fields = _object_body(call.request, ("ids", "queue", "search"))
     if "ids" in fields:
         if len(fields) > 1:
-            raise InvalidJob("ids", "ids and a filter are both given", "give one")
+            raise Invalid("ids and a filter are both given", "give one", "ids")
         jobs = queue.retry_dead(*_check_names("ids", fields["ids"], 0.0))
     else:
         wanted: dict[str, Any] = {
@@ -11948,7 +11889,7 @@ def _host_of(request: Request) -> str:
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
     if match is None:
-        raise WebRefusal(400, "the request names no Host")
+        raise Invalid("the request names no Host")
     return match[1].lower()
 
 
@@ -11963,8 +11904,8 @@ def _check_host(site: Site, request: Request) -> None:
     host = _host_of(request)
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     if host not in site.hosts and not (site.is_wide and is_address):
-        raise WebRefusal(403, f"this is not {host}",
-                         "use the host that `queuectl web` printed, or give it --host")
+        raise denied(403, f"this is not {host}",
+                     "use the host that `queuectl web` printed, or give it --host")
 
 
 def _check_origin(request: Request) -> None:
@@ -11979,11 +11920,11 @@ def _check_origin(request: Request) -> None:
         scheme, _, place = origin.partition("://")
         if scheme not in ("http", "https") or \
                 place.lower() != request.headers.get("host", "").lower():
-            raise WebRefusal(403, "another site's page has sent this")
+            raise denied(403, "another site's page has sent this")
     # A foreign page may send a GET, as a link does, but is not let read the answer.
     if request.method not in ("GET", "HEAD") and request.headers.get(
             "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise WebRefusal(403, "another site's page has sent this")
+        raise denied(403, "another site's page has sent this")
 
 
 def cookie_value(token: str) -> str:
@@ -12040,11 +11981,11 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
             _role_of_token(site, cookie, cookie_value)), "cookie"
 
 
-def _no_token() -> WebRefusal:
+def _no_token() -> Refused:
     """A 401, with the challenge that it must have (RFC 9110, section 15.5.2)."""
-    return WebRefusal(401, "that needs a token", "open the URL that `queuectl web` "
-                      "printed, or send Authorization: Bearer TOKEN",
-                      ("WWW-Authenticate", 'Bearer realm="queuectl"'))
+    return denied(401, "that needs a token", "open the URL that `queuectl web` "
+                  "printed, or send Authorization: Bearer TOKEN",
+                  ("WWW-Authenticate", 'Bearer realm="queuectl"'))
 
 
 def _log_in(site: Site, token: str) -> Reply:
@@ -12069,9 +12010,9 @@ def _path_of(request: Request) -> tuple[str, str]:
     check.
     """
     if len(request.target) > MAX_TARGET:
-        raise WebRefusal(414, f"path and query are over {MAX_TARGET} bytes")
+        raise denied(414, f"path and query are over {MAX_TARGET} bytes")
     if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
-        raise WebRefusal(400, "that is not a path", "it begins with / and is ASCII")
+        raise Invalid("that is not a path", "it begins with / and is ASCII")
     path, _, query = request.target.partition("?")
     return path, query
 
@@ -12091,7 +12032,7 @@ def _job_in(pattern: str, path: str) -> str | None:
 
 
 def _job_id(given: str) -> str:
-    """An id out of a path: decoded once; NoSuchJob for what can be none.
+    """An id out of a path: decoded once; NotFound for what can be none.
 
     The parts were told apart before that: an encoded slash is in no id, so leads
     nowhere.
@@ -12099,7 +12040,7 @@ def _job_id(given: str) -> str:
     import urllib.parse
     job_id = urllib.parse.unquote(given, errors="replace")
     if given and not re.fullmatch(_NAME, job_id):
-        raise NoSuchJob(job_id)
+        raise no_such_job(job_id)
     return job_id
 
 
@@ -12112,21 +12053,21 @@ def find_route(method: str, path: str) -> tuple[Route, str]:
     fits = [(route, given) for route in ROUTES
             for given in [_job_in(route.path, path)] if given is not None]
     if not fits:
-        raise WebRefusal(404, "there is nothing at that path",
-                         "/api/openapi.json lists what there is")
+        raise denied(404, "there is nothing at that path",
+                     "/api/openapi.json lists what there is")
     for route, given in fits:
         if route.method == ("GET" if method == "HEAD" else method):
             return route, given
     methods = [route.method for route, _ in fits]
     allowed = ", ".join([*methods, *["HEAD"] * ("GET" in methods)])
-    raise WebRefusal(405, f"{method} is not for that path", f"use {allowed}",
-                     ("Allow", allowed))
+    raise denied(405, f"{method} is not for that path", f"use {allowed}",
+                 ("Allow", allowed))
 
 
 def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     """Who may come in, for what: all that can be said before the body is read (I10).
 
-    A reply for who only logs in; WebRefusal for who may not, NoSuchJob for an id that
+    A reply for who only logs in; Refused for who may not, NotFound for an id that
     can be none. It changes nothing: of a request with a body it is asked twice, before
     the body is read and when it is answered.
     """
@@ -12149,7 +12090,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     if site.is_read_only:
         role = READ
     if route.method != "GET" and role != FULL:
-        raise WebRefusal(403, "only looking is allowed here" if site.is_read_only
+        raise denied(403, "only looking is allowed here" if site.is_read_only
                          else "this token may only read")
     params = read_params(route.params, query)
     return route, Call(request, role or READ, how, params, _job_id(given))
@@ -12384,18 +12325,18 @@ class Feed:
         self._seq = 0                   # the last change that was told
 
     def join(self, queue: Queue) -> Subscriber:
-        """A new stream; WebRefusal if there are as many as there may be.
+        """A new stream; Refused if there are as many as there may be.
 
         It begins where the telling stands. Earlier changes the client gets from the
         database: see `Service._catch_up`.
         """
         with self._lock:
             if self._is_over:
-                raise WebRefusal(503, "the server is stopping", "come again later",
-                                 ("Retry-After", "10"))
+                raise denied(503, "the server is stopping", "come again later",
+                             ("Retry-After", "10"))
             if len(self._streams) >= MAX_STREAMS:
-                raise WebRefusal(503, f"{MAX_STREAMS} event streams are open already",
-                                 "close one", ("Retry-After", "10"))
+                raise denied(503, f"{MAX_STREAMS} event streams are open already",
+                             "close one", ("Retry-After", "10"))
             if not self._is_watching:
                 self._seq = queue.last_event()
                 threading.Thread(target=self._watch, daemon=True).start()
@@ -12512,7 +12453,7 @@ class Queues:
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Queue]:
-        """A queue for one request; NoQueue and others if it cannot be opened."""
+        """A queue for one request; QueueError if it cannot be opened."""
         with self._lock:
             queue = self._free.pop() if self._free else None
         # The file may have been replaced since: who works on in the old one writes to
@@ -12710,20 +12651,19 @@ def _is_gone_away(sock: socket.socket) -> bool:
 
 
 def _body_size(headers: Mapping[str, str]) -> int:
-    """How long the body is; WebRefusal if that is not told, or too much.
+    """How long the body is; Refused if that is not told, or too much.
 
     Chunks are refused, not read: two ways to tell a body's length are what request
     smuggling lives on (RFC 9112, section 11.2), and 411 is allowed for that (6.3).
     int() would take +1 and 1_0 as well.
     """
     if "transfer-encoding" in headers:
-        raise WebRefusal(411, "the body comes in chunks", "send Content-Length")
+        raise denied(411, "the body comes in chunks", "send Content-Length")
     size = headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", size):
-        raise WebRefusal(400, "Content-Length is not a number")
+        raise Invalid("Content-Length is not a number")
     if int(size) > MAX_BODY:
-        raise WebRefusal(413, f"the body is over {MAX_BODY} bytes",
-                         "send it in parts")
+        raise denied(413, f"the body is over {MAX_BODY} bytes", "send it in parts")
     return int(size)
 
 
@@ -12734,7 +12674,7 @@ _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "orig
 
 
 def _headers_of(message: Any) -> dict[str, str]:
-    """The headers by lower-case name; WebRefusal if they can be read in two ways.
+    """The headers by lower-case name; Refused if they can be read in two ways.
 
     To the email package, by which http.client reads them, a line without a colon ends
     the headers, and all that follows is the text of a letter: an Origin after it would
@@ -12744,11 +12684,11 @@ def _headers_of(message: Any) -> dict[str, str]:
     for name, value in message.items():
         name, value = name.lower(), str(value).strip()
         if name in headers and name in _SINGLE:
-            raise WebRefusal(400, f"{name} is sent twice")
+            raise Invalid(f"{name} is sent twice")
         comma = "; " if name == "cookie" else ", "      # RFC 9110, 5.3; RFC 9113, 8.2.3
         headers[name] = headers[name] + comma + value if name in headers else value
     if message.defects or message.get_payload():
-        raise WebRefusal(400, "the headers cannot be read")
+        raise Invalid("the headers cannot be read")
     return headers
 
 
@@ -12782,10 +12722,10 @@ class Service:
             reader.allow(MAX_HEAD, HEAD_SECONDS)
             self._answer_next(handler, sock, reader)
         except HeadTooLarge:
-            self._refuse(handler, WebRefusal(431, "the headers are too large"))
+            self._refuse(handler, denied(431, "the headers are too large"))
         except TimeoutError:
             if handler.raw_requestline or reader.has_part():    # else it was silent
-                self._refuse(handler, WebRefusal(408, "the request is too slow"))
+                self._refuse(handler, denied(408, "the request is too slow"))
         except (OSError, ValueError):   # ValueError: TLS on a socket that was closed
             pass
 
@@ -12803,7 +12743,7 @@ class Service:
             # HTTP/0.9 has no headers, so no Host. HTTP/1.0 is what old health checks
             # speak.
             if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
-                raise WebRefusal(400, "that is not HTTP/1.1")
+                raise Invalid("that is not HTTP/1.1")
             request = Request(handler.command, handler.path,
                               _headers_of(handler.headers), b"",
                               str(handler.client_address[0]))
@@ -12813,7 +12753,7 @@ class Service:
             request = self._with_body(handler, reader, request)
             with contextlib.nullcontext() if is_known else self._turn_of(sock):
                 reply, stream, begin = self._reply(request)
-        except WebRefusal as refusal:
+        except QueueError as refusal:
             self._refuse(handler, refusal)
             return
         if reply.said:
@@ -12831,8 +12771,8 @@ class Service:
         turn of one who still listens.
         """
         if not self._strangers.acquire(blocking=False):
-            raise WebRefusal(503, "too many ask without a token", "come again later",
-                             ("Retry-After", "5"))
+            raise denied(503, "too many ask without a token", "come again later",
+                         ("Retry-After", "5"))
         try:
             while not self._turns.acquire(timeout=STRANGER_TICK):
                 self.connections.check(sock)
@@ -12857,16 +12797,16 @@ class Service:
         if size:
             # A refusal of the body's sender goes up from here, and nothing of the body
             # is read (I10).
-            with contextlib.suppress(NoSuchJob):    # told once the body is read
+            with contextlib.suppress(NotFound):    # told once the body is read
                 admit(self._site, request)
             if request.method in ("GET", "HEAD"):   # some of these need no token
-                raise WebRefusal(413, "that takes no body", "send none")
+                raise denied(413, "that takes no body", "send none")
             if request.headers.get("expect", "").lower() == "100-continue":
                 handler.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             reader.allow(0, BODY_SECONDS)
             body = reader.read(size)
             if len(body) < size:
-                raise WebRefusal(400, "the body ends too soon")
+                raise Invalid("the body ends too soon")
             request = request._replace(body=body)
         handler.close_connection = not is_kept
         return request
@@ -12913,9 +12853,9 @@ class Service:
         except Exception:   # a mistake of ours: this client is told, others go on
             import traceback
             self._log("web: internal error\n" + traceback.format_exc())
-            return refusal_reply(WebRefusal(500, "internal error"))
+            return refusal_reply(denied(500, "internal error"))
 
-    def _refuse(self, handler: Any, refusal: WebRefusal) -> None:
+    def _refuse(self, handler: Any, refusal: QueueError) -> None:
         """Answer what could not be read to its end, and hang up.
 
         In two steps (RFC 9112, section 9.6): to close a socket of which not all was
@@ -12932,8 +12872,8 @@ class Service:
 
     def refuse(self, handler: Any, status: int, message: str | None) -> None:
         """Answer a head that http.server could not read."""
-        self._refuse(handler, WebRefusal(
-            status if status in REFUSALS else 400, message or "that cannot be read"))
+        self._refuse(handler, denied(status if status in REFUSALS else 400,
+                                     message or "that cannot be read"))
 
     def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
         """Send it in parts, each with SEND_SECONDS.
@@ -13102,8 +13042,8 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
         found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM,
                                     flags=sockets.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise InvalidValue(f"there is no host {host!r}",
-                           "give --host an address of this machine") from None
+        raise Invalid(f"there is no host {host!r}",
+                      "give --host an address of this machine") from None
     family, _, _, _, address = min(found, key=lambda one: one[0] != sockets.AF_INET)
     return int(family), address
 
@@ -13112,8 +13052,8 @@ def _token_of(environ: Mapping[str, str], name: str) -> str:
     """A token of the environment, or ""; visible ASCII, to fit into a header."""
     token = environ.get(name, "")
     if not re.fullmatch("[!-~]*", token):
-        raise InvalidValue(f"{name} has blanks or odd characters in it",
-                           "use letters and digits")
+        raise Invalid(f"{name} has blanks or odd characters in it",
+                      "use letters and digits")
     return token
 
 
@@ -13129,13 +13069,13 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
     if not options.needs_token and not there.is_loopback:
-        raise UsageError(f"without a token anybody who reaches {options.host} could "
-                         "run commands", "drop --no-auth, or --host")
+        raise Usage(f"without a token anybody who reaches {options.host} could run "
+                    "commands", "drop --no-auth, or --host")
     token, read_token = (_token_of(environ, name) for name in
                          ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN"))
     if token and token == read_token:
-        raise InvalidValue("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
-                           "give two, or one")
+        raise Invalid("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
+                      "give two, or one")
     given = f"[{options.host}]" if ":" in options.host else options.host
     own = [name for whole in names for name in (whole, whole.partition(".")[0])]
     return Site(
@@ -13150,10 +13090,10 @@ def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
 
 
 def tls_context(options: WebOptions) -> ssl.SSLContext | None:
-    """The certificate as asked for, or None; Unreadable if it cannot be used."""
+    """The certificate as asked for, or None; Refused if it cannot be used."""
     if options.tls_cert is None:
         if options.tls_key is not None:
-            raise UsageError("--tls-key is given without --tls-cert", "give both")
+            raise Usage("--tls-key is given without --tls-cert", "give both")
         return None
     import ssl  # 9 ms, and only with a certificate
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -13162,8 +13102,9 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
         # An empty password: without one OpenSSL would ask for it at the terminal.
         context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
     except (OSError, ValueError) as error:  # ValueError: it wants a password
-        raise Unreadable(f"cannot use the certificate {options.tls_cert} ({error})",
-                         "give PEM files, the key without a password") from None
+        raise Refused("unreadable",
+                      f"cannot use the certificate {options.tls_cert} ({error})",
+                      "give PEM files, the key without a password") from None
     return context
 
 
@@ -13175,10 +13116,10 @@ def listen(service: Service, options: WebOptions, family: int,
     except OSError as error:
         place = f"port {options.port} of {options.host}"
         if error.errno == errno.EADDRINUSE:
-            raise InUse(f"{place} is in use",
-                        "give another --port, or end what listens there") from None
-        raise Unsupported(f"cannot listen on {place} ({error.strerror})",
-                          "give another --host or --port") from None
+            raise Conflict("in-use", f"{place} is in use",
+                           "give another --port, or end what listens there") from None
+        raise Refused("unsupported", f"cannot listen on {place} ({error.strerror})",
+                      "give another --host or --port") from None
 
 
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
@@ -13375,12 +13316,12 @@ def _replace(path: str, content: bytes, mode: int) -> None:
 
 
 def _own_source() -> bytes:
-    """The text of this module, also from within an archive; Unsupported."""
+    """The text of this module, also from within an archive; Refused."""
     try:
         source: bytes = globals()["__loader__"].get_data(__file__)
     except (AttributeError, KeyError, NameError, OSError):
-        raise Unsupported("this program's own file cannot be read",
-                          "run it by the path of queuectl.py") from None
+        raise Refused("unsupported", "this program's own file cannot be read",
+                      "run it by the path of queuectl.py") from None
     return source
 
 
@@ -13389,7 +13330,7 @@ def install(to: str) -> str:
 
     The launcher imports the module from there, so no file in the current directory can
     take the place of a module, and Python uses the cached byte code. An older
-    installation is replaced. Unwritable.
+    installation is replaced. Unavailable.
     """
     import py_compile   # 5 ms
     import shlex
@@ -13408,8 +13349,9 @@ def install(to: str) -> str:
             library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
         _replace(launcher, os.fsencode(script), 0o755)
     except OSError as error:
-        raise Unwritable(f"cannot write {error.filename} ({error.strerror})",
-                         "choose a directory with --to") from None
+        raise Unavailable("unwritable",
+                          f"cannot write {error.filename} ({error.strerror})",
+                          "choose a directory with --to") from None
     finally:
         os.umask(umask)
     return launcher
@@ -13612,8 +13554,8 @@ def _not_written(error: OSError) -> Exception:
     """
     if isinstance(error, BrokenPipeError):      # the reader has seen enough
         return error
-    return Unwritable(f"the result could not be written ({error})",
-                      "`queuectl status` shows what was done")
+    return Unavailable("unwritable", f"the result could not be written ({error})",
+                       "`queuectl status` shows what was done")
 
 
 class Log(io.TextIOBase):
@@ -13731,7 +13673,7 @@ class Screen:
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
-        """Print results, a line each; Unwritable or BrokenPipeError."""
+        """Print results, a line each; Unavailable or BrokenPipeError."""
         self._erase()
         with self._printing():
             for line in lines if self._failure is None else ():
@@ -13750,7 +13692,7 @@ class Screen:
                 sys.stdout.buffer.flush()
 
     def flush(self) -> None:
-        """Have the results that were printed written; Unwritable or BrokenPipeError.
+        """Have the results that were printed written; Unavailable or BrokenPipeError.
 
         Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
         disk would be told in its words, with the exit status 120.
@@ -13929,8 +13871,8 @@ def _past(text: str, now: float) -> float:
         moment = (datetime.datetime.fromtimestamp(moment)
                   - datetime.timedelta(days=1)).timestamp()
     if moment > now:
-        raise InvalidValue(f"{text!r} is in the future",
-                           "give a time that has been, or a duration: 1h")
+        raise Invalid(f"{text!r} is in the future",
+                      "give a time that has been, or a duration: 1h")
     return moment
 
 
@@ -14026,13 +13968,13 @@ _SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
 
 
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
-    """{"A": "b=c"} of `A=b=c`; UsageError without a sign."""
+    """{"A": "b=c"} of `A=b=c`; Usage without a sign."""
     env = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
-            raise UsageError(f"--env {pair!r} is not of the form NAME=VALUE",
-                             "write --env NAME=VALUE")
+            raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
+                        "write --env NAME=VALUE")
         env[name] = value
     return env
 
@@ -14049,17 +13991,17 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _content(path: str) -> bytes:
-    """What is in a file or, for `-`, in stdin; Unreadable."""
+    """What is in a file or, for `-`, in stdin; Refused."""
     try:
         if path == "-":
             if sys.stdin is None:
-                raise Unreadable("stdin is closed", "give a file or a pipe")
+                raise Refused("unreadable", "stdin is closed", "give a file or a pipe")
             return sys.stdin.buffer.read()
         with open(system_path(path), "rb") as file:
             return file.read()
     except OSError as error:
-        raise Unreadable(f"cannot read {path} ({error.strerror})",
-                         "give another file") from None
+        raise Refused("unreadable", f"cannot read {path} ({error.strerror})",
+                      "give another file") from None
 
 
 _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
@@ -14089,23 +14031,22 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
 def _template_of(args: argparse.Namespace) -> Template | None:
     """The template of the words after `--` of a batch; None: it has none.
 
-    UsageError where an item would be part of a script, so that names became code.
+    Usage where an item would be part of a script, so that names became code.
     """
     if args.words is None:
         return None
     words: list[bytes] = args.words
     if not words:
-        raise UsageError("there is no command after --", "write -- PROG ARG...")
+        raise Usage("there is no command after --", "write -- PROG ARG...")
     if args.command is not None:
-        raise UsageError("two commands are given", "give --command or -- PROG ARG...")
+        raise Usage("two commands are given", "give --command or -- PROG ARG...")
     is_appended = not any(b"{}" in word for word in words)
     for shell in range(len(words)):
         script = _script_at(words, shell)
         if script is not None and (b"{}" in b"".join(words[script:script + 1])
                                    or (is_appended and script == len(words))):
-            raise UsageError(
-                "an item within the script of a shell would be run as code",
-                "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
+            raise Usage("an item within the script of a shell would be run as code",
+                        "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
     return Template(words, _flag_fields(args))
 
 
@@ -14130,28 +14071,28 @@ def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
     job = args.job or ""
     has_list = args.file is not None or job == "-" or job.startswith("@")
     if args.null and not has_list:
-        raise UsageError("--null reads stdin or a file", "write - or --file F, too")
+        raise Usage("--null reads stdin or a file", "write - or --file F, too")
     sources = [source for source in (args.job, args.file, None if has_list
                                      else args.words) if source is not None]
     if len(sources) > 1:
-        raise UsageError("more than one of JOB, --file and words after -- is given",
-                         "give one; several words go in quotes or after --")
+        raise Usage("more than one of JOB, --file and words after -- is given",
+                    "give one; several words go in quotes or after --")
     if has_list:
         lines = _lines_of(args)
         path = args.file or (job[1:] if job != "-" else job)
         return True, list(jobs_in(_content(path), lines))
     if args.words is not None:
         if not args.words:
-            raise UsageError("there is no command after --", "write -- PROG ARG...")
+            raise Usage("there is no command after --", "write -- PROG ARG...")
         return False, [Given({"command": shell_command(args.words)})]
     if args.job is not None:
         if args.command is not None and not is_json(job):
-            raise UsageError("two commands are given", "give JOB or --command")
+            raise Usage("two commands are given", "give JOB or --command")
         if is_json(job) and job.lstrip().startswith("["):
             return True, items(fields_of(job))
         return False, [Given(fields_of(job)[0])]
     if args.command is None:
-        raise UsageError("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
+        raise Usage("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
     return False, [Given({})]
 
 
@@ -14174,7 +14115,7 @@ def _ignored_warning(keys: Collection[str]) -> str:
 
 def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
            screen: Screen) -> list[Spec]:
-    """The checked jobs of a batch, flags applied; InvalidJob names the one at fault.
+    """The checked jobs of a batch, flags applied; Invalid names the one at fault.
 
     All before the transaction begins, so the write lock is not held meanwhile.
     """
@@ -14269,10 +14210,10 @@ class Stream:
             except KeyboardInterrupt:
                 self._give_up(given, "may not have been added")
                 raise
-            except (Busy, Unwritable) as error:     # these lines cannot come again
+            except Unavailable as error:    # these lines cannot come again
                 if not complained:
-                    self._refuse(type(error)(
-                        error.message, f"{len(given)} lines are held, to try again"))
+                    self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
+                                             "lines are held, to try again"))
                 complained = True
                 self._rest(given)
             except QueueError as error:
@@ -14294,9 +14235,9 @@ class Stream:
 
     def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
-        self._refuse(NotFinished(
-            f"interrupted: {len(given)} lines were read and {fate}, from "
-            f"{given[0][0]} on", "give them again"))
+        self._refuse(Refused("not-finished", f"interrupted: {len(given)} lines were "
+                             f"read and {fate}, from {given[0][0]} on",
+                             "give them again"))
 
     def _specs_of(self, line: bytes) -> list[tuple[str, Spec]]:
         """The checked jobs of a line, each with its place; none of a bad one.
@@ -14346,12 +14287,12 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     and says so.
     """
     if args.job not in (None, "-") or args.file or args.command:
-        raise UsageError("--stream reads stdin alone", "give no other job")
+        raise Usage("--stream reads stdin alone", "give no other job")
     if args.wait:
-        raise UsageError("--stream and --wait do not go together",
-                         "`queuectl wait --all` waits")
+        raise Usage("--stream and --wait do not go together",
+                    "`queuectl wait --all` waits")
     if sys.stdin is None:
-        raise Unreadable("stdin is closed", "give a pipe")
+        raise Refused("unreadable", "stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.db.patience = POOL_PATIENCE    # it tries again itself, and says so
     reader = _lines_of(args) or Lines()
@@ -14560,11 +14501,12 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
                 else "has stopped"
             screen.note(f"{waiting.pop(pool)} {how}")
         if waiting and end is not None and time.monotonic() >= end:
-            raise NotFinished(f"{', '.join(waiting.values())} still running jobs",
-                              "wait longer, or give --now")
+            raise Refused("not-finished",
+                          f"{', '.join(waiting.values())} still running jobs",
+                          "wait longer, or give --now")
     if caller and own in [worker.name for worker in asked]:
-        raise Blocked(f"{own} runs {caller.id}, which runs this command, so it stops "
-                      "when that job ends", "let the job end")
+        raise Refused("blocked", f"{own} runs {caller.id}, which runs this command, so "
+                      "it stops when that job ends", "let the job end")
     return EX_OK
 
 
@@ -14654,7 +14596,7 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     """What the last run of a job printed; nothing if it has none, or is gone by now."""
     try:
         run = queue.run(job.id)
-    except (NoSuchRun, NoSuchJob):
+    except NotFound:
         return b""
     return readable(run.output, run.output_bytes)
 
@@ -14796,7 +14738,9 @@ class Follower:
         """The run to look at; None: it has not begun."""
         try:
             return self._queue.run(self.job_id, self._number)
-        except NoSuchRun:
+        except NotFound as error:
+            if error.code != "no-such-run":
+                raise
             return None
 
 
@@ -14830,7 +14774,8 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
-        raise Blocked(f"{caller.id} runs this command, so its output has no end",
+        raise Refused("blocked",
+                      f"{caller.id} runs this command, so its output has no end",
                       "follow it from outside of the job")
     places = {job_id: place if len(ids) > 1 else None
               for place, job_id in enumerate(ids)}
@@ -14871,21 +14816,21 @@ def _refuse_blanks(args: argparse.Namespace) -> None:
     """
     for name, value in _filters(args).items():
         if value == "":
-            raise UsageError(f"--{name} names nothing", "leave it out, or name what is "
-                             "meant")
+            raise Usage(f"--{name} names nothing",
+                        "leave it out, or name what is meant")
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
-    """Whether jobs are chosen by what they are and not by ids; UsageError if by both
+    """Whether jobs are chosen by what they are and not by ids; Usage if by both
     or neither.
     """
     given = [args.all, getattr(args, "state", None), *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
         state = "--state, " if hasattr(args, "state") else ""
-        raise UsageError("ids and filters are both given" if is_wide
-                         else "no jobs are named",
-                         f"give ids, or --all, {state}--queue, --tag or --search")
+        raise Usage("ids and filters are both given" if is_wide
+                    else "no jobs are named",
+                    f"give ids, or --all, {state}--queue, --tag or --search")
     _refuse_blanks(args)
     return is_wide
 
@@ -14946,32 +14891,32 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
 
 
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The states that are named, else the usual ones; UsageError for a wrong one."""
+    """The states that are named, else the usual ones; Usage for a wrong one."""
     for state in given or ():
         if state not in ALLOWED[verb]:
-            raise UsageError(f"{state} jobs cannot be {SAID[verb]}",
-                             "these can: " + ", ".join(ALLOWED[verb]))
+            raise Usage(f"{state} jobs cannot be {SAID[verb]}",
+                        "these can: " + ", ".join(ALLOWED[verb]))
     return tuple(given or USUAL[verb])
 
 
 def _refuse_unasked(args: argparse.Namespace) -> None:
     """Require --yes where nobody can be asked: only stdin can give an answer."""
     if not (args.yes or (sys.stdin and sys.stdin.isatty())):
-        raise UsageError("this needs a confirmation, and stdin is not a terminal",
-                         "give --yes")
+        raise Usage("this needs a confirmation, and stdin is not a terminal",
+                    "give --yes")
 
 
 def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before jobs are taken away; Declined, or Unwritable if it cannot be asked."""
+    """Ask before jobs are taken away; Refused, or Unavailable if it cannot be asked."""
     if args.yes:
         return
     try:
         print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
     except OSError as error:
-        raise Unwritable(f"the question could not be written ({error})",
-                         "give --yes") from None
+        raise Unavailable("unwritable", f"the question could not be written ({error})",
+                          "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Declined("nothing was changed", "answer y, or give --yes")
+        raise Refused("declined", "nothing was changed", "answer y, or give --yes")
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
@@ -15024,7 +14969,7 @@ def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
-    """End what a lost run has left; NotFinished if that takes longer.
+    """End what a lost run has left; Refused if that takes longer.
 
     `until` is monotonic. As a pool's Ender does it (I6), but in this process.
     """
@@ -15032,8 +14977,8 @@ def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
                     lost=lost)
     while not ending.step(time.monotonic(), queue.host.processes()):
         if time.monotonic() > until:
-            raise NotFinished("a running job cannot be ended",
-                              "`queuectl check` shows what is left of it")
+            raise Refused("not-finished", "a running job cannot be ended",
+                          "`queuectl check` shows what is left of it")
         time.sleep(RESCUE_TICK)
 
 
@@ -15061,8 +15006,8 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
             say_at = math.inf
             screen.note("waiting for the worker to end what runs")
         if time.monotonic() > end:
-            raise NotFinished("a running job has not ended yet",
-                              "its worker will record it; `queuectl status` shows both")
+            raise Refused("not-finished", "a running job has not ended yet",
+                          "its worker will record it; `queuectl status` shows both")
         time.sleep(RESCUE_TICK)
     return list(jobs)
 
@@ -15127,8 +15072,8 @@ def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
     filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
-            raise UsageError("--older-than counts from a job's end",
-                             "it fits " + ", ".join(OVER))
+            raise Usage("--older-than counts from a job's end",
+                        "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
     if not is_dry:
         _refuse_unasked(args)
@@ -15157,7 +15102,7 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Change waiting jobs."""
     fields = _flag_fields(args)
     if not fields:
-        raise UsageError("nothing to change", "give a flag, as --priority 5")
+        raise Usage("nothing to change", "give a flag, as --priority 5")
     jobs = queue.edit(*args.ids, **fields)
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs]))
@@ -15263,12 +15208,12 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     take the turns, so it says where none is running.
     """
     if bool(args.words) == bool(args.job):
-        raise UsageError("a schedule needs one command",
-                         "write -- PROG ARG... or a shell command in quotes")
+        raise Usage("a schedule needs one command",
+                    "write -- PROG ARG... or a shell command in quotes")
     given = [{"command": shell_command(args.words)}] if args.words \
         else fields_of(args.job)
     if len(given) != 1:
-        raise UsageError("a schedule has one job", "add a schedule for each")
+        raise Usage("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron, args.tz,
                                   **merged(given[0], _flag_fields(args)))
     for line in turn_lines(schedule, queue.clock()):
@@ -15476,8 +15421,9 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     to = os.path.expanduser(args.to or ("/usr/local" if is_root else "~/.local"))
     if to.startswith("~"):
-        raise Unsupported(f"{to} has no meaning here: there is no home directory",
-                          "give a directory: --to DIR")
+        raise Refused("unsupported",
+                      f"{to} has no meaning here: there is no home directory",
+                      "give a directory: --to DIR")
     launcher = install(os.path.abspath(to))
     folder = os.path.dirname(launcher)
     screen.out(launcher)
@@ -15524,14 +15470,14 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     try:
         path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
-        raise Unwritable("the current directory is gone",
-                         "change to another, or give an absolute --db") from None
+        raise Unavailable("unwritable", "the current directory is gone",
+                          "change to another, or give an absolute --db") from None
     try:
         command = (*start_words(), "--db", as_utf8(path), "worker", "start",
                    *_again(_POOL_FLAGS, args))
     except UnicodeError:
-        raise Unsupported("a path is not UTF-8, and systemd takes no other",
-                          "rename its directories") from None
+        raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
+                      "rename its directories") from None
     screen.out(unit_file(
         command, as_utf8(path), None if args.user else _owner(path),
         _stop_timeout(path, args.grace)).rstrip("\n"))
@@ -16166,7 +16112,7 @@ class Parser(argparse.ArgumentParser):
         argparse itself would print two lines and end the process, with --json as
         without.
         """
-        raise UsageError(message, f"`{self.prog} --help` says more")
+        raise Usage(message, f"`{self.prog} --help` says more")
 
     def _print_message(self, message: str, file: object = None) -> None:
         """Print a help or the version; argparse's own ignores a full disk."""
@@ -16232,13 +16178,13 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
     """The command of that name, and how many words its name has here.
 
     Of a group (`dlq`) the second word says which; a flag in its place, or none, means
-    the usual one (ALONE). UsageError with the nearest name for one that there is not.
+    the usual one (ALONE). Usage with the nearest name for one that there is not.
     """
     found = [entry for entry in COMMANDS if entry.words[0] == name]
     if not found:
-        raise UsageError(f"there is no command `{name}`",
-                         nearest(name, [entry.words[0] for entry in COMMANDS])
-                         or "`queuectl --help` lists them")
+        raise Usage(f"there is no command `{name}`",
+                    nearest(name, [entry.words[0] for entry in COMMANDS])
+                    or "`queuectl --help` lists them")
     if len(found[0].words) == 1:
         return found[0], 1
     if following in ("-h", "--help"):
@@ -16250,9 +16196,9 @@ def _find(name: str, following: str | None) -> tuple[Entry, int]:
         if entry.words[1] == following:
             return entry, 2
     subs = [entry.words[1] for entry in found]
-    raise UsageError(f"there is no command `{name} {following}`",
-                     nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
-                     or "there are: " + ", ".join(subs))
+    raise Usage(f"there is no command `{name} {following}`",
+                nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
+                or "there are: " + ", ".join(subs))
 
 
 def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
@@ -16273,7 +16219,7 @@ def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
     return entry, words[:at] + words[at + taken:]
 
 
-def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
+def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
     """What to say of words that a command does not take.
 
     The nearest flag only of one that no command has: else `list --drain` would be told
@@ -16287,8 +16233,8 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> UsageError:
         if flag.startswith("--") and flag not in known else ""
     if not hint and entry.run is cmd_enqueue:
         hint = "put a command of several words in quotes, or -- before it"
-    return UsageError(f"unexpected: {' '.join(extra)}",
-                      hint or f"`queuectl {' '.join(entry.words)} --help` says more")
+    return Usage(f"unexpected: {' '.join(extra)}",
+                 hint or f"`queuectl {' '.join(entry.words)} --help` says more")
 
 
 def _as_utf8(word: str) -> str:
@@ -16296,8 +16242,8 @@ def _as_utf8(word: str) -> str:
     try:
         return as_utf8(word)
     except UnicodeError:
-        raise UsageError(f"the argument {word!a} is not UTF-8",
-                         "only words after `enqueue --` may be other bytes") from None
+        raise Usage(f"the argument {word!a} is not UTF-8",
+                    "only words after `enqueue --` may be other bytes") from None
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -16318,7 +16264,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     try:
         args.words = rest and [word_bytes(word) for word in rest]
     except UnicodeError:
-        raise UsageError("a word after -- is not text", "give valid Unicode") from None
+        raise Usage("a word after -- is not text", "give valid Unicode") from None
     return args
 
 
@@ -16346,8 +16292,9 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
                     acts=args.entry.run not in LOOKS)
     try:
         status = _call(args, path, screen)
-    except NoQueue:
-        if args.entry.words != ("status",) or "status" in argv:
+    except Refused as error:
+        if error.code != "no-queue" or args.entry.words != ("status",) \
+                or "status" in argv:
             raise
         screen.out(WELCOME.format(path=os.path.abspath(path)))
         status = EX_OK
@@ -16412,7 +16359,7 @@ def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
         return EX_OK
     except OSError as error:    # of the system, which no function has words for
         place = f": {error.filename}" if error.filename else ""
-        return _report(Unsupported(f"{error.strerror or error}{place}"),
+        return _report(Refused("unsupported", f"{error.strerror or error}{place}"),
                        _wants_json(words))
 
 
