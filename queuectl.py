@@ -2237,9 +2237,9 @@ ORDERS = {
     "priority": Order("priority DESC, run_at, seq",
                       lambda job: (-job.priority, job.run_at, job.seq)),
     "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
-    "finished": Order("finished_at DESC, seq DESC",
+    "finished": Order("finished_at DESC NULLS LAST, seq DESC",
                       lambda job: (job.finished_at or "", job.seq), True),
-    "ended":    Order("finished_at, seq",
+    "ended":    Order("finished_at NULLS FIRST, seq",
                       lambda job: (job.finished_at or "", job.seq)),
     "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
     "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
@@ -2248,10 +2248,7 @@ END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text` as it stands.
-
-    SQLite's LIKE takes A and a for the same, but no other letters than ASCII's.
-    """
+    """A LIKE pattern for text that contains `text` as it stands."""
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
@@ -2524,7 +2521,8 @@ class Sql:
         "state": "state = :state",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
-        "search": r"(command LIKE :search ESCAPE '\' OR id LIKE :search ESCAPE '\')",
+        "search": r"(lower(command) LIKE lower(:search) ESCAPE '\'"
+                  r" OR lower(id) LIKE lower(:search) ESCAPE '\')",
         "ended_before": "finished_at < :ended_before",
         "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
     }
@@ -2535,7 +2533,7 @@ class Sql:
         """A statement of constant parts, for the filters that have values.
 
         Not one with `:tag IS NULL OR ...` for each: no index serves that. There are few
-        combinations, and each stays prepared. A LIMIT of -1 is none.
+        combinations, and each stays prepared.
         """
         from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
         where = cls._fitting(from_jobs, state, values)
@@ -2565,18 +2563,17 @@ class Sql:
     # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
     # at most: with ageing nearly each job has one of its own.
     OLDEST_READY = """
-        WITH RECURSIVE ranks (rank) AS (
-            SELECT MIN(rank)
+        WITH RECURSIVE ranks (rank, n) AS (
+            SELECT MIN(rank), 1
               FROM jobs
              WHERE waits = 'ready' AND queue = :queue
              UNION ALL
             SELECT (SELECT MIN(jobs.rank)
                       FROM jobs
                      WHERE waits = 'ready' AND queue = :queue
-                       AND jobs.rank > ranks.rank)
+                       AND jobs.rank > ranks.rank), n + 1
               FROM ranks
-             WHERE rank IS NOT NULL
-             LIMIT 1000)
+             WHERE rank IS NOT NULL AND n < 1000)
         SELECT MIN((SELECT MIN(run_at)
                       FROM jobs
                      WHERE waits = 'ready' AND queue = :queue
@@ -2590,7 +2587,7 @@ class Sql:
                   FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now
                  ORDER BY run_at
-                 LIMIT 1000)
+                 LIMIT 1000) AS due
          GROUP BY queue
         """
     COUNT_DUE = """
@@ -2602,7 +2599,7 @@ class Sql:
                 SELECT 1
                   FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
-                 LIMIT :most)
+                 LIMIT :most) AS due
         """
     # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
@@ -2618,13 +2615,12 @@ class Sql:
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
-                SELECT MIN(next_run) FROM schedules WHERE paused = 0)
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times
         """
 
     # The one statement that changes a state. State alone would let a late worker end a
-    # later claim; the claim's number is the fence (I1, I3). `IS`, for a waiting job has
-    # none, and NULL = NULL is not true. It sets what verbs change; EDIT what people
-    # may.
+    # later claim; the claim's number is the fence (I1, I3), 0 for a job without one.
+    # It sets what verbs change; EDIT what people may.
     MOVE = """
         UPDATE jobs
            SET state = :state, attempts = :attempts, crashes = :crashes,
@@ -2634,7 +2630,7 @@ class Sql:
                claim = :claim, end_requested = :end_requested, runs = :runs,
                at_time = :at_time
          WHERE seq = :seq
-           AND state = :source AND claim IS :held
+           AND state = :source AND COALESCE(claim, 0) = :held
         """
     # By claim: it must not hit a later run, whose end nobody has requested.
     REQUEST_END = """
@@ -2671,7 +2667,7 @@ class Sql:
           JOIN jobs ON jobs.seq = events.job
          WHERE events.seq > :after
            AND at >= :since
-           AND (:queue IS NULL OR jobs.queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq
          LIMIT :limit
         """
@@ -2686,7 +2682,7 @@ class Sql:
     DEPENDENTS = """
         SELECT needs, job
           FROM dependencies
-         WHERE needs IN (SELECT value FROM json_each(:needs))
+         WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
            AND job > :after
          ORDER BY needs, job
          LIMIT :limit
@@ -2712,7 +2708,11 @@ class Sql:
                         WHERE needs = :needs AND job <= :upto)
         """
     UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
-    SET_UNBLOCKING = "INSERT OR REPLACE INTO unblocking VALUES (:needs, :after)"
+    SET_UNBLOCKING = """
+        INSERT INTO unblocking (needs, after)
+        VALUES (:needs, :after)
+            ON CONFLICT (needs) DO UPDATE SET after = excluded.after
+        """
     DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
     WAITING_DEPENDENT = """
         SELECT jobs.id
@@ -2747,18 +2747,20 @@ class Sql:
         SELECT COUNT(*)
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
         """
     LIST_STUCK = _STUCK + """
         SELECT *
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          ORDER BY seq
          LIMIT :limit
         """
     STUCK_AMONG = _STUCK + """
-        SELECT seq FROM stuck WHERE seq IN (SELECT value FROM json_each(:seqs))
+        SELECT seq
+          FROM stuck
+         WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))
         """
     LAST_NEED_END = """
         SELECT MAX(jobs.finished_at)
@@ -2776,16 +2778,15 @@ class Sql:
          WHERE seq = :seq
            AND waits IS NOT NULL
         """
-    # All that wait, over the whole table: only when `priority-ageing` is changed.
-    # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
-    # SQLite 3.34 cuts some of them short by one.
-    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE waits IS NOT NULL"
-    RANK_BY_AGE = """
-        UPDATE jobs
-           SET rank = strftime('%s', substr(run_at, 1, 19)) * 1000
-                      + substr(run_at, 21, 3) - priority * :worth
-         WHERE waits IS NOT NULL
+    # All that wait, in pages, when `priority-ageing` is changed.
+    WAITING = """
+        SELECT seq, priority, run_at
+          FROM jobs
+         WHERE waits IS NOT NULL AND seq > :after
+         ORDER BY seq
+         LIMIT :limit
         """
+    SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
 
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
@@ -2823,9 +2824,10 @@ class Sql:
            SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
                duration = :duration, outcome = :outcome, exit_code = :exit_code,
                error = :error,
-               output_bytes = MAX(output_bytes, :output_bytes),
-               output = CASE WHEN :output_bytes >= output_bytes THEN :output
-                             ELSE output END
+               output = CASE WHEN output_bytes > :output_bytes THEN output
+                             ELSE :output END,
+               output_bytes = CASE WHEN output_bytes > :output_bytes THEN output_bytes
+                                   ELSE :output_bytes END
          WHERE claim = :claim
            AND outcome IS NULL
         """
@@ -3000,16 +3002,17 @@ class Sql:
          WHERE id = :id
         """
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
-    # By the pool's id, not by `jobs.worker`: a dead pool's name may be another's by
-    # now. CROSS JOIN is SQLite's word for "in this order": from the few jobs that run,
-    # and not from all runs that ever were (108 ms of 300,000 of them).
+    # By the worker's id, not by `jobs.worker`: a dead worker's name may be another's by
+    # now. CROSS JOIN has SQLite begin with the few jobs that run, and not with all runs
+    # that ever were (108 ms of 300,000 of them).
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
            AND NOT EXISTS (SELECT 1
                              FROM jobs
-                            CROSS JOIN runs ON runs.claim = jobs.claim
-                            WHERE jobs.claim IS NOT NULL AND runs.worker_id = :id)
+                            CROSS JOIN runs
+                            WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
+                              AND runs.worker_id = :id)
         """
     # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
@@ -3023,7 +3026,7 @@ class Sql:
                   FROM jobs
                  WHERE state = :state
                  ORDER BY seq DESC
-                 LIMIT :look)
+                 LIMIT :look) AS newest
          WHERE id >= :word AND id < :end
          LIMIT :limit
         """
@@ -3065,24 +3068,24 @@ class Sql:
     # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
     # Triggers, row by row, cost 40 % of the claims a second. Two statements: SQLite
     # looks at the CHECK of a row to be inserted before it finds that there is one
-    # already, so COUNT_UP with -1 would be refused. Parameters by place, for rows are
-    # tuples here.
+    # already, so COUNT_UP with -1 would be refused.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
-        VALUES (?, ?, ?)
-            ON CONFLICT (queue, state) DO UPDATE SET n = n + excluded.n
+        VALUES (:queue, :state, :n)
+            ON CONFLICT (queue, state) DO UPDATE SET n = counts.n + excluded.n
         """
     # Never below nothing: were a count ever wrong, no worker may stumble over it.
     COUNT_DOWN = """
         UPDATE counts
-           SET n = MAX(0, n - ?)
-         WHERE queue = ? AND state = ?
+           SET n = CASE WHEN n > :n THEN n - :n ELSE 0 END
+         WHERE queue = :queue AND state = :state
         """
     TALLY = """
         INSERT INTO tallies (minute, queue, kind, bucket, n, total)
-        VALUES (?, ?, ?, ?, ?, ?)
+        VALUES (:minute, :queue, :kind, :bucket, :n, :total)
             ON CONFLICT (minute, queue, kind, bucket)
-            DO UPDATE SET n = n + excluded.n, total = total + excluded.total
+            DO UPDATE SET n = tallies.n + excluded.n,
+                          total = tallies.total + excluded.total
         """
     # All time has one row a kind and bucket, so a metric's price does not grow with
     # age.
@@ -3105,7 +3108,7 @@ class Sql:
           FROM tallies
          WHERE minute = 0
            AND kind IN ('complete', 'bury', 'cancel')
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY kind
         """
 
@@ -3113,7 +3116,7 @@ class Sql:
         SELECT minute, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :first AND minute <= :last
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY minute, kind, bucket
         """
 
@@ -3141,7 +3144,7 @@ class Sql:
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
                      UNION ALL
-                    SELECT queue, state, -n FROM counts)
+                    SELECT queue, state, -n FROM counts) AS both_sides
              GROUP BY queue, state
             HAVING SUM(n) <> 0
             """),
@@ -3172,13 +3175,12 @@ class Sql:
              WHERE runs.outcome IS NULL
                AND jobs.seq IS NULL
             """),
-        # IS NOT, for a job without any event has NULL there.
         ("history", "the state of {} is not where its last event leads (I1)", """
             SELECT jobs.id
               FROM jobs
               LEFT JOIN events ON events.seq = (SELECT MAX(seq) FROM events
                                                  WHERE job = jobs.seq)
-             WHERE events."to" IS NOT jobs.state
+             WHERE COALESCE(events."to", '') <> jobs.state
             """),
         ("gates", "{} waits for other jobs, but these are all completed (I7)", """
             SELECT id
@@ -3206,7 +3208,7 @@ class Sql:
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
                      UNION SELECT job FROM tags UNION SELECT job FROM dependencies
-                     UNION SELECT needs FROM dependencies)
+                     UNION SELECT needs FROM dependencies) AS belongings
              WHERE job NOT IN (SELECT seq FROM jobs)
             """),
     )
@@ -4384,11 +4386,14 @@ class Ledger:
 
     def _write_counters(self) -> None:
         """Write what was noted, as sums: forty jobs that end cost a few rows (I8)."""
-        self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
-        self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
-                                   if n < 0])
-        self.many(Sql.TALLY, [(*key, n, total)
-                              for key, (n, total) in self._tallies.items()])
+        for sql, sign in (Sql.COUNT_UP, 1), (Sql.COUNT_DOWN, -1):
+            self.many(sql, [{"queue": queue, "state": state, "n": sign * n}
+                            for (queue, state), n in self._counts.items()
+                            if sign * n > 0])
+        self.many(Sql.TALLY, [
+            {"minute": minute, "queue": queue, "kind": kind, "bucket": bucket, "n": n,
+             "total": total} for (minute, queue, kind, bucket), (n, total)
+            in self._tallies.items()])
         if self._numbers:
             self.do(Sql.SET_COUNTERS, self._numbers)
 
@@ -4820,7 +4825,8 @@ def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
                               if change.verb == "retry"])
     jobs = [_moved(store, change, now) for change in changes]
     store.change(Sql.MOVE, [
-        {**job._asdict(), "source": change.before.state, "held": change.before.claim}
+        {**job._asdict(), "source": change.before.state,
+         "held": change.before.claim or 0}
         for change, job in zip(changes, jobs)])
     event = store.draw("events", len(jobs))
     store.many(Sql.INSERT_EVENT, [
@@ -4954,11 +4960,12 @@ def rerank(store: Ledger) -> None:
 
     In the transaction of that change: ranks of two kinds in one line mean nothing.
     """
-    ageing = store.settings().priority_ageing
-    if ageing is None:
-        store.do(Sql.RANK_BY_PRIORITY, {})
-    else:
-        store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
+    settings, after = store.settings(), 0
+    while rows := store.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
+        store.change(Sql.SET_RANK, [
+            {"seq": seq, "rank": rank_of(priority, run_at, settings)}
+            for seq, priority, run_at in rows])
+        after = rows[-1][0]
 
 
 def bring_forward(store: Ledger, now: float) -> None:
@@ -5183,9 +5190,9 @@ class Queue:
         values, states = _bound(Filter(**filters)), _states(state)
         # One indexed read a state; together they are put in order anew. With `state IN`
         # SQLite sorts all that fit, to give away but the first of them.
-        found = [job for name in states
-                 for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
-                                            state=name, limit=limit or -1, **values)]
+        found = [job for name in states for job in self.store.jobs(
+            Sql.listing(name, ORDERS[sort].sql, values), state=name,
+            limit=limit or END_OF_TIME, **values)]
         found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
         return found[:limit or None]
 

@@ -1488,6 +1488,14 @@ class Statements(TestCase):
             with self.subTest(name):
                 db.execute("EXPLAIN " + text, values).fetchall()
 
+    def test_no_statement_has_what_other_engines_do_not_take(self):
+        for name, text in [*self.statements(), *(
+                (name, text) for name, _, text in queuectl.Sql.RULES)]:
+            with self.subTest(name):
+                self.assertNotRegex(text, r"IS :|IS NOT :|:\w+ IS |IS NOT \w+\.|"
+                                          r"M(AX|IN)\([^()]*,|LIMIT -|INSERT OR|strftime|"
+                                          r"\?|CROSS JOIN \w+ ON|CREATE|PRAGMA")
+
     # What a pool or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
@@ -1525,7 +1533,8 @@ class Statements(TestCase):
                         if step.startswith("SCAN"):
                             self.assertRegex(step, "USING (COVERING )?INDEX|"
                                                    "CONSTANT ROW|json_each|schedules|"
-                                                   "SUBQUERY|subquery|found|unblocking|stuck")
+                                                   "SUBQUERY|subquery|found|unblocking|stuck|"
+                                                   "due$|times$|newest$")
 
     def test_the_dead_are_listed_and_purged_by_an_index(self):
         db = sqlite3.connect(self.a_queue().path)
@@ -11143,7 +11152,7 @@ MUTANTS = (
          "                                 'AND seq = :seq', seq=self._held[claim].job.seq)]"),
         ("._replace(end_requested=mine[claim],\n                                                           "
          "unmet=unmet[claim])", ""),
-        ("           AND state = :source AND claim IS :held\n",
+        ("           AND state = :source AND COALESCE(claim, 0) = :held\n",
          "           AND state = :source\n"))),
     ("alone", "recovery unguarded: what a lost worker left is not ended first", (
         ("        if not left and not self._host.locks.is_held(self.claim):\n"
@@ -11159,7 +11168,7 @@ MUTANTS = (
          "self._claim(early, locks, now)"),
         ("for job, slot in zip(self._choose(len(slots)), slots):",
          "for slot, job in enumerate(slots, 1):"),
-        ("           AND state = :source AND claim IS :held\n", ""))),
+        ("           AND state = :source AND COALESCE(claim, 0) = :held\n", ""))),
     ("alone", "the run's lock is taken after the claim's commit", (
         ("return number, self._host.locks.hold(base + number)", "return number, -1"),)),
     ("alone", "a queue's limit ignores what this turn has claimed", (
