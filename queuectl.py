@@ -2217,32 +2217,18 @@ def _list(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in words)
 
 
-class Order(NamedTuple):
-    """One way to sort jobs: for SQL, and to put several sorted lists together.
-
-    One state is one range of an index, several are several reads: `Queue.jobs` merges
-    them by `key`, which has to say the same as `sql`.
-    """
-    sql: str
-    key: Callable[[Job], Any]
-    reverse: bool = False
-
-
-# Each ends with seq, so that no order is left to chance and a page can be gone on from.
-# Of one state that is over, newest, oldest, finished, ended and state go by an index;
-# the others sort what fits.
+# The orders of lists. Each ends with seq, so that nothing is left to chance and a page
+# can continue. Of one state that is over, newest, oldest, finished, ended and state go
+# by an index; the others sort what fits.
 ORDERS = {
-    "newest":   Order("seq DESC", lambda job: job.seq, True),
-    "oldest":   Order("seq", lambda job: job.seq),
-    "priority": Order("priority DESC, run_at, seq",
-                      lambda job: (-job.priority, job.run_at, job.seq)),
-    "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
-    "finished": Order("finished_at DESC NULLS LAST, seq DESC",
-                      lambda job: (job.finished_at or "", job.seq), True),
-    "ended":    Order("finished_at NULLS FIRST, seq",
-                      lambda job: (job.finished_at or "", job.seq)),
-    "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
-    "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
+    "newest":   "seq DESC",
+    "oldest":   "seq",
+    "priority": "priority DESC, run_at, seq",
+    "run-at":   "run_at, seq",
+    "finished": "finished_at DESC NULLS LAST, seq DESC",
+    "ended":    "finished_at NULLS FIRST, seq",
+    "queue":    "queue, seq DESC",
+    "state":    "state, seq DESC",
 }
 END_OF_TIME = 1 << 62   # a seq above all others
 
@@ -2511,14 +2497,8 @@ class Sql:
     # the number of parameters that SQLite takes (32,766) is no matter.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
-    # Lists. With +seq the bound is no reason for SQLite to go by the row numbers where
-    # another order is wanted: it then takes the index of the state. `before` is always
-    # bound, to END_OF_TIME if nobody goes on from somewhere.
-    LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
-    BEFORE_SEQ = "FROM jobs WHERE seq < :before"
-    BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
+    # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
-        "state": "state = :state",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
         "search": r"(lower(command) LIKE lower(:search) ESCAPE '\'"
@@ -2526,35 +2506,42 @@ class Sql:
         "ended_before": "finished_at < :ended_before",
         "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
     }
-    PAGE = "LIMIT :limit"
 
     @classmethod
-    def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
-        """A statement of constant parts, for the filters that have values.
+    def listing(cls, states: Sequence[str], order: str,
+                values: Mapping[str, Any]) -> str:
+        """The jobs of these states, of any if none is named, that fit the values.
 
-        Not one with `:tag IS NULL OR ...` for each: no index serves that. There are few
+        Each filter that has a value is a clause: no index serves `:tag IS NULL OR ...`.
+        Each state is a read of its own by its index, and only what these find is
+        sorted; for `state IN` SQLite would sort all that fit. There are few
         combinations, and each stays prepared.
         """
-        from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
-        where = cls._fitting(from_jobs, state, values)
-        return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
+        reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
+                 "LIMIT :limit" for some in [[state] for state in states] or [[]]]
+        if len(reads) == 1:
+            return reads[0]
+        return " UNION ALL ".join(
+            f"SELECT * FROM ({read}) AS read_{n}" for n, read in enumerate(reads)
+            ) + f" ORDER BY {order} LIMIT :limit"
 
     @classmethod
-    def counting(cls, state: str | None, values: Mapping[str, Any]) -> str:
+    def counting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
         """As `listing`, for the number of jobs that fit."""
-        return f"{cls.COUNT} {cls._fitting(cls.BEFORE_SEQ, state, values)}"
+        return f"SELECT COUNT(*) {cls._fitting(states, 'seq', values)}"
 
     @classmethod
-    def _fitting(cls, from_jobs: str, state: str | None,
+    def _fitting(cls, states: Sequence[str], order: str,
                  values: Mapping[str, Any]) -> str:
-        """Where the jobs come from; by `jobs_by_end` if their state is one of OVER."""
-        clauses = [from_jobs]
-        if state is not None:
-            clauses.append(cls.FILTERS["state"])
-        if state in OVER:       # the literals of jobs_by_end
-            clauses.append("waits IS NULL AND claim IS NULL")
-        clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
-        return " AND ".join(clauses)
+        # With +seq SQLite takes the index of the state instead of the row numbers.
+        clauses = [f"FROM jobs WHERE {'' if order.startswith('seq') else '+'}"
+                   "seq < :before"]
+        if states:
+            clauses.append(f"state IN ({_list(states)})")
+            if {*states} <= {*OVER}:    # the literals of jobs_by_end
+                clauses.append("waits IS NULL AND claim IS NULL")
+        return " AND ".join(clauses + [cls.FILTERS[key] for key in values
+                                       if key in cls.FILTERS])
 
     # A row stays when its count is 0 again: a metric must not vanish then.
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
@@ -5054,13 +5041,10 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
                     states.count(PROCESSING), completed, len(over) - completed)
 
 
-def _states(state: str | Sequence[str]) -> list[str | None]:
-    """The states that are asked for, each once; [None]: any. Invalid.
-
-    Each becomes a read of its own: one named twice would tell its jobs twice.
-    """
-    states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
-    return [*map(parse_state, states)] or [None]
+def _states(state: str | Sequence[str]) -> list[str]:
+    """The states that are asked for, each once; []: any. Invalid."""
+    return list(dict.fromkeys(map(
+        parse_state, [state] if isinstance(state, str) else state)))
 
 
 def _ended(state: str | Sequence[str]) -> Sequence[str]:
@@ -5068,7 +5052,7 @@ def _ended(state: str | Sequence[str]) -> Sequence[str]:
 
     A failed job has an end as well, that of its last run, but it waits.
     """
-    states = [name for name in _states(state) if name is not None]
+    states = _states(state)
     if not {*states} <= {*OVER}:
         raise Invalid("`older_than` counts from a job's end",
                       "it fits " + ", ".join(OVER))
@@ -5187,20 +5171,15 @@ class Queue:
         """
         if sort not in ORDERS:
             raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        values, states = _bound(Filter(**filters)), _states(state)
-        # One indexed read a state; together they are put in order anew. With `state IN`
-        # SQLite sorts all that fit, to give away but the first of them.
-        found = [job for name in states for job in self.store.jobs(
-            Sql.listing(name, ORDERS[sort].sql, values), state=name,
-            limit=limit or END_OF_TIME, **values)]
-        found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
-        return found[:limit or None]
+        values = _bound(Filter(**filters))
+        return self.store.jobs(Sql.listing(_states(state), ORDERS[sort], values),
+                               limit=limit or END_OF_TIME, **values)
 
     def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
         """How many jobs fit; filters as in `jobs`."""
         values = _bound(Filter(**filters))
-        return sum(self.store.rows(Sql.counting(name, values), state=name,
-                                   **values)[0][0] for name in _states(state))
+        return int(self.store.rows(Sql.counting(_states(state), values),
+                                   **values)[0][0])
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:

@@ -407,7 +407,7 @@ class Architecture(unittest.TestCase):
         self.assertEqual(shown, set(queuectl._JOB_SCHEMA["properties"]))
         self.assertEqual(given - {"delay"}, set(Spec._fields) & shown)
         self.assertEqual(set(queuectl.Filter._fields) - {"before", "ended_seq"},
-                         set(queuectl.Sql.FILTERS) - {"state"})
+                         set(queuectl.Sql.FILTERS))
         self.assertEqual(set(queuectl._NEW_JOB_SCHEMA["properties"]),
                          given | set(queuectl.KEPT))
         self.assertEqual(queuectl.Settings._fields, tuple(
@@ -1544,10 +1544,9 @@ class Statements(TestCase):
                               ("ended", {"ended_before": ""}),
                               ("ended", {"ended_before": "", "ended_at": "",
                                          "ended_seq": 1})):
-            text = queuectl.Sql.listing(DEAD, queuectl.ORDERS[order].sql, values)
+            text = queuectl.Sql.listing([DEAD], queuectl.ORDERS[order], values)
             plan = " ".join(row[3] for row in db.execute(
-                "EXPLAIN QUERY PLAN " + text, {**values, "state": "", "before": 1,
-                                               "limit": 1}))
+                "EXPLAIN QUERY PLAN " + text, {**values, "before": 1, "limit": 1}))
             self.assertRegex(plan, "SEARCH (TABLE )?jobs USING INDEX")
             self.assertNotIn("TEMP B-TREE", plan)
 
@@ -1561,7 +1560,7 @@ class Statements(TestCase):
         db = sqlite3.connect(self.a_queue().path)
         self.addCleanup(db.close)
         [plan] = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + queuectl.Sql.listing(
-            None, queuectl.ORDERS["newest"].sql, {}), {"before": 1, "limit": 1})]
+            [], queuectl.ORDERS["newest"], {}), {"before": 1, "limit": 1})]
         self.assertRegex(plan, r"SEARCH .*INTEGER PRIMARY KEY \(rowid<\?\)")
 
     # What a statement must tell apart, beside what the tests of its callers show.
