@@ -2206,11 +2206,10 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 
 
 # ---- 6 SQL -------------------------------------------------------------------
-# Every statement, and nothing that runs one: SQLite does. No value is ever formatted
-# into a text; what is put together (`listing`, `_list`) are constants of this file.
-# What is asked often has to go by an index and to sort nothing; the tests hold each
-# such plan. At a million jobs the right index made a claim 7 us long, a wrong one 13 to
-# 170 ms.
+# Every statement; SQLite runs them. No value is ever formatted into a text: what is put
+# together (`listing`, `_list`) are constants of this file. What is asked often uses an
+# index and sorts nothing, and the tests check each such plan: with a million jobs the
+# right index makes a claim 7 us long, a wrong one 13 to 170 ms.
 
 def _list(words: Iterable[str]) -> str:
     """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
@@ -2484,7 +2483,7 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With all the words of jobs_by_unique: a job that is over has its key still, but no
+    # With all the words of jobs_by_unique: a finished job keeps its key, but not the
     # claim to it.
     JOB_BY_UNIQUE = """
         SELECT *
@@ -2493,8 +2492,7 @@ class Sql:
            AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)
         """
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
-    # A list of any length in one parameter: one statement stays prepared for all, and
-    # the number of parameters that SQLite takes (32,766) is no matter.
+    # A JSON list in one parameter keeps one statement prepared, for any number of ids.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
     # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
@@ -2546,9 +2544,8 @@ class Sql:
     # A row stays when its count is 0 again: a metric must not vanish then.
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
-    # From one rank to the next by the index: a scan of all that wait would be long.
-    # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
-    # at most: with ageing nearly each job has one of its own.
+    # From one rank to the next by the index, a thousand at most: with ageing nearly
+    # each job has a rank of its own. Within a rank the index goes by run_at.
     OLDEST_READY = """
         WITH RECURSIVE ranks (rank, n) AS (
             SELECT MIN(rank), 1
@@ -2567,7 +2564,7 @@ class Sql:
                        AND jobs.rank = ranks.rank))
           FROM ranks
         """
-    # What is due and not yet let in: mostly none, many if no pool has run for long.
+    # Due but still scheduled: mostly none, many if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
@@ -2588,7 +2585,6 @@ class Sql:
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                  LIMIT :most) AS due
         """
-    # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
           FROM jobs
@@ -2596,8 +2592,7 @@ class Sql:
          ORDER BY run_at
          LIMIT 1
         """
-    # Until when a pool may sleep. Each MIN is the first entry of jobs_by_time, and a
-    # look at the few schedules.
+    # Until when a worker may sleep.
     DUE_AT = """
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
@@ -2626,17 +2621,16 @@ class Sql:
          WHERE seq = :seq
            AND claim = :claim
         """
-    # A rescuer marks the run before its first signal: should the pool thaw and record
-    # the end, that counts as a crash (`judged`), not as the job's own failure. A
-    # request to cancel stays: then the end of the run cancels the job.
+    # Before the first signal to a lost run: should its worker thaw and record the end,
+    # that counts as a crash (`judged`), not as the job's own failure. A request to
+    # cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
            SET end_requested = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL
            AND end_requested IS NULL
         """
-    # Events. Times and reasons do not order them, seq does: clocks are set back.
-    # A job's events go with it, so the JOIN leaves nothing out.
+    # Events are ordered by seq, not by time: clocks are set back.
     INSERT_EVENT = """
         INSERT INTO events (seq, job, "from", "to", at, reason)
         VALUES (:seq, :job, :source, :target, :at, :reason)
@@ -2659,12 +2653,10 @@ class Sql:
          LIMIT :limit
         """
 
-    # Dependencies: a row as long as the job that is needed is there. Only a completed
-    # job can be deleted while others wait for it: to those a row that is missing is
-    # met.
+    # Dependencies: a row while the needed job exists. Only a completed job can be
+    # deleted while others wait for it, so a missing row is met.
     INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
-    # Who comes after a job, whatever its state, in pages: by the primary key. A job
-    # that was completed lowers `unmet` of each; at 0 the job is no longer blocked. A
+    # Completing a job lowers `unmet` of its dependents; at 0 one is no longer blocked.
     # `waits` is no state, so no event is written.
     DEPENDENTS = """
         SELECT needs, job
@@ -2684,7 +2676,7 @@ class Sql:
          WHERE seq = :job
            AND unmet > 0
         """
-    # A completed job is retried: what comes after it and has not begun waits again.
+    # A completed job is retried: dependents that have not begun wait again.
     UNMEET = """
         UPDATE jobs
            SET unmet = unmet + 1,
@@ -2710,7 +2702,7 @@ class Sql:
          LIMIT 1
         """
     # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
-    # (the job that runs this very command), and what comes after these.
+    # (the job that runs this command), and what comes after these.
     _STUCK = """
         WITH RECURSIVE stuck (seq) AS (
             SELECT jobs.seq
@@ -2755,7 +2747,7 @@ class Sql:
           JOIN jobs ON jobs.seq = dependencies.needs
          WHERE dependencies.job = :job
         """
-    # A job that waits has no claim to guard by (I2, I7).
+    # A waiting job has no claim to guard by (I2, I7).
     EDIT = """
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
@@ -2777,9 +2769,7 @@ class Sql:
 
     INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
 
-    # Deleting: the job last, so that a reader never meets a job without its history.
-    # Each goes by an index or a key: without runs_by_job and its like a purge would
-    # read all history for each job.
+    # The job last, so that a reader never finds a job without its history.
     DELETE_JOB = (
         "DELETE FROM runs WHERE job = :seq",
         "DELETE FROM events WHERE job = :seq",
@@ -2804,8 +2794,8 @@ class Sql:
            AND outcome IS NULL
         """
     BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
-    # As much output as is stored, or more, replaces it, less does not: who records a
-    # lost run has none, and what its pool had saved of it by SAVE_OUTPUT stays.
+    # Less output than is stored does not replace it: who records a lost run has none,
+    # and what its worker had saved by SAVE_OUTPUT stays.
     END_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
@@ -2824,7 +2814,7 @@ class Sql:
          WHERE claim = :claim
            AND outcome IS NULL
         """
-    # Claims only grow (I4), so among the runs of a job they order as the numbers do.
+    # Claims only grow (I4), so they order the runs of a job.
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUNS = f"""
@@ -2836,7 +2826,6 @@ class Sql:
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
     RUN_BY_CLAIM = f"SELECT {RUN_WITHOUT_OUTPUT} FROM runs WHERE claim = :claim"
-    # By jobs_by_claim: what runs, however many runs are over.
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT}
           FROM jobs
@@ -2845,10 +2834,9 @@ class Sql:
          ORDER BY jobs.claim
         """
 
-    # The claim. Selected and taken in one IMMEDIATE transaction (I2): without RETURNING
-    # (SQLite 3.35) it takes two statements, and between them nobody else may choose.
-    # ANY_READY comes before all: an idle pool asks it at each wake-up, and writes
-    # nothing.
+    # The claim. Selected and taken in one IMMEDIATE transaction (I2), for SQLite has
+    # RETURNING only since 3.35. ANY_READY comes first: an idle worker asks it at each
+    # wake-up, and writes nothing.
     ANY_READY = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready')
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
@@ -2857,7 +2845,7 @@ class Sql:
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)
         """
-    # Delays that began in the future: the clock was set back. By jobs_delayed.
+    # Delays that began in the future: the clock was set back.
     DELAYED = """
         SELECT *
           FROM jobs
@@ -2872,16 +2860,14 @@ class Sql:
          WHERE seq = :seq
            AND waits = 'scheduled'
         """
-    # How many stand before a job in a queue: compared as one row, so by one index
-    # range.
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
          WHERE waits = 'ready' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
-    # What is due becomes ready (I7), the longest due first and not all at once: those
-    # of one moment may be very many, and the write lock is held. See `Claims._let_in`.
+    # What is due becomes ready (I7), longest due first, some at a time: those of one
+    # moment may be very many, and the write lock is held.
     LET_IN = """
         UPDATE jobs
            SET waits = 'ready'
@@ -2898,7 +2884,7 @@ class Sql:
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
-    # The same for one queue, where those at the head of LINE may not be taken.
+    # For one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = """
         SELECT *
           FROM jobs
@@ -2907,7 +2893,6 @@ class Sql:
          LIMIT :limit
         """
     ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
-    # By time alone: a pool that asks has let in what was due, so little is left to see.
     ANY_DUE_IN = """
         SELECT 1
           FROM jobs
@@ -2915,15 +2900,14 @@ class Sql:
            AND queue = :queue
          LIMIT 1
         """
-    # What the database says this pool holds. A claim of its own that is not there was
-    # taken from it: whatever its run does, nothing of it may be recorded (I3).
+    # What the database says this worker holds. A claim that is missing was taken from
+    # it, and nothing of its run may be recorded (I3).
     MINE = """
         SELECT claim, end_requested, unmet
           FROM jobs
          WHERE claim IS NOT NULL AND worker = :worker
         """
 
-    # Pauses and limits are kept apart from each other: setting one leaves the other.
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = """
         INSERT INTO queues (name, paused)
@@ -2935,11 +2919,9 @@ class Sql:
         VALUES (:name, :job_limit)
             ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
         """
-    # After each of the two: what is as if nothing had been set is no queue to be
-    # listed.
+    # After each of the two: a queue with neither is not listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
-    # Schedules: few; the turn that is taken is the one that is written (one a turn).
     INSERT_SCHEDULE = """
         INSERT INTO schedules (name, cron, job, created_at, next_run, tz)
         VALUES (:name, :cron, :job, :created_at, :next_run, :tz)
@@ -2959,7 +2941,7 @@ class Sql:
          WHERE name = :name
         """
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
-    # With its next turn: who resumes a schedule does not want those it has missed.
+    # With the next run: those missed during the pause are not made up.
     PAUSE_SCHEDULE = """
         UPDATE schedules
            SET paused = :paused, next_run = :next_run
@@ -2989,9 +2971,9 @@ class Sql:
          WHERE id = :id
         """
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
-    # By the worker's id, not by `jobs.worker`: a dead worker's name may be another's by
-    # now. CROSS JOIN has SQLite begin with the few jobs that run, and not with all runs
-    # that ever were (108 ms of 300,000 of them).
+    # By id: the name of a dead worker may be another's by now. CROSS JOIN has SQLite
+    # begin with the few running jobs, not with all runs there ever were (108 ms for
+    # 300,000).
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
@@ -3001,12 +2983,12 @@ class Sql:
                             WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
                               AND runs.worker_id = :id)
         """
-    # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
+    # Also of dead workers: a datagram to nobody costs less than finding out who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # What may come next on a command line: soon found, in a large queue as well. A
-    # word's continuations are a range, :word to :end, which an index serves; LIKE would
-    # not, as it takes A for a. `look` bounds what is read, `limit` what is shown.
+    # Completion: fast in a large queue, too. Continuations of a word are the range from
+    # :word to :end, which an index serves. `look` bounds what is read, `limit` the
+    # result.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT *
@@ -3024,8 +3006,7 @@ class Sql:
          ORDER BY id
          LIMIT :look
         """
-    # From one tag to the next by the key, one search each: DISTINCT would read a row of
-    # each job that has the tag.
+    # From one tag to the next by the key: DISTINCT would read a row for each job.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
             SELECT MIN(tag) FROM tags WHERE tag >= :word
@@ -3041,8 +3022,7 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Settings. Only what somebody has set: where nothing was, a new version's default
-    # holds.
+    # Settings: only what somebody has set; for the rest a new version's default holds.
     STORED_SETTINGS = "SELECT key, value FROM settings"
     SET = """
         INSERT INTO settings (key, value)
@@ -3052,16 +3032,15 @@ class Sql:
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     UNSET = "DELETE FROM settings WHERE key = :key"
 
-    # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
-    # Triggers, row by row, cost 40 % of the claims a second. Two statements: SQLite
-    # looks at the CHECK of a row to be inserted before it finds that there is one
-    # already, so COUNT_UP with -1 would be refused.
+    # Counters, written once a transaction (I8): triggers cost 40% of the claims a
+    # second. Minute 0 is all time. Two statements, for SQLite checks `n >= 0` of the
+    # row to be inserted before it finds that there is one already.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
         VALUES (:queue, :state, :n)
             ON CONFLICT (queue, state) DO UPDATE SET n = counts.n + excluded.n
         """
-    # Never below nothing: were a count ever wrong, no worker may stumble over it.
+    # Never below 0: a count that is wrong must not stop a worker.
     COUNT_DOWN = """
         UPDATE counts
            SET n = CASE WHEN n > :n THEN n - :n ELSE 0 END
@@ -3074,22 +3053,21 @@ class Sql:
             DO UPDATE SET n = tallies.n + excluded.n,
                           total = tallies.total + excluded.total
         """
-    # All time has one row a kind and bucket, so a metric's price does not grow with
-    # age.
+    # One row per queue, kind and bucket, so the price does not grow with age.
     TALLIES_EVER = """
         SELECT queue, kind, bucket, n, total
           FROM tallies
          WHERE minute = 0
         """
-    # From a minute on, so from 1: never with all time, which would count twice.
+    # From a minute on, so at least 1: with minute 0 all would count twice.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
         """
-    # What has come to an end since the database was made, deleted or not: a bar must
-    # not go back when a purge comes.
+    # Ended since the database was made, deleted or not: a progress bar must not go
+    # back.
     OVER_EVER = """
         SELECT kind, SUM(n)
           FROM tallies
@@ -3107,7 +3085,6 @@ class Sql:
          GROUP BY minute, kind, bucket
         """
 
-    # Minutes are kept for some days; minute 0, all time, is kept for good.
     OLD_TALLY = """
         SELECT EXISTS (SELECT 1 FROM tallies WHERE minute > 0 AND minute < :before)
         """
@@ -3120,13 +3097,10 @@ class Sql:
                 LIMIT :limit)
         """
 
-    # What must hold between the tables: the code, what is wrong with each row that a
-    # statement finds, the statement. Nothing is found in a sound queue. They read whole
-    # tables, so only `check` asks them, in one snapshot: between two reads a worker
-    # would claim, and what is right would look wrong.
+    # What must hold between tables: a code, what is wrong with each row found, a
+    # statement. They read whole tables, so only `check` runs them, in one snapshot.
     RULES = (
-        # One list of ones and minuses (I8): sums that are not 0, also of what only one
-        # side has.
+        # Sums of ones and minuses that are not 0 (I8).
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
@@ -3145,8 +3119,7 @@ class Sql:
              UNION
             SELECT 'workers' FROM counters WHERE workers < (SELECT MAX(id) FROM workers)
             """),
-        # The schema holds a claim and 'processing' together; these two hold the claim
-        # and its row in `runs` together, which no CHECK can: it sees one table.
+        # A CHECK sees one table, so these two hold a claim and its run together.
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id
               FROM jobs
@@ -3186,11 +3159,10 @@ class Sql:
                                               OR unblocking.after < jobs.seq
                                             THEN 1 END)
             """),
-        # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
             SELECT id FROM jobs WHERE waits IN ('ready', 'scheduled') AND unmet > 0
             """),
-        # What a foreign key would hold.
+        # Foreign keys.
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
