@@ -1779,7 +1779,7 @@ def turn_after(cron: str, now: float, tz: str | None) -> str:
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
-# Fifteen digits: who chooses an id like ours moves the counter on (`Batch.add`),
+# Fifteen digits: who chooses an id like ours moves the counter on (`add`),
 # and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
@@ -4463,12 +4463,6 @@ def waits_of(job: Job, now: float) -> str:
     return SCHEDULED if job.run_at > iso(now) else READY
 
 
-def _blocked(job: Job, unmet: Mapping[int, int]) -> Job:
-    """The job, blocked if jobs that it comes after are not completed."""
-    return job._replace(waits=BLOCKED, unmet=unmet[job.seq]) \
-        if job.seq in unmet else job
-
-
 def _json(value: Any) -> str:
     """As a column holds it: readable text, and exactly `[]` or `{}` for nothing, by
     which `job_of` knows without parsing.
@@ -4487,169 +4481,141 @@ def at_item(item: int) -> Iterator[None]:
         raise
 
 
-class Batch:
-    """Jobs to be added in one transaction, which may name each other.
+def _holder(store: Ledger, spec: Spec,
+            keys: Mapping[tuple[str, str], int]) -> Job | int | None:
+    """The job that has a key of the spec: an older one, or the place in `keys`."""
+    for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
+        key = getattr(spec, field)
+        if (field, key) in keys:
+            return keys[field, key]
+        for job in store.jobs(sql, **{field: key}) if key is not None else ():
+            return job
+    return None
 
-    All is decided before a row is written: numbers, whose key is taken, who waits for
-    whom. To write them takes four statements, for one job or 100,000. A number can be
-    ours because the write lock is: nobody else draws one meanwhile.
+
+def _needed(store: Ledger, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
+    """State and number of a job that another comes after; else Invalid.
+
+    First the jobs of the same batch, `seqs`: they have no rows yet.
     """
+    if job_id in seqs:
+        return PENDING, seqs[job_id]
+    for job in store.jobs(Sql.JOB, id=job_id):
+        return job.state, job.seq
+    raise Invalid(f"after: there is no job {job_id!r}",
+                  "`queuectl list` shows what there is", "after")
 
-    def __init__(self, store: Ledger, now: float) -> None:
-        self._store, self._now = store, now
-        self._settings = store.settings()
-        self._seqs: dict[str, int] = {}                 # ids of this batch
-        self._keys: dict[tuple[str, str], Job] = {}     # keys of this batch, by field
-        self._needs: list[dict[str, int]] = []
-        self._added: list[Job] = []
 
-    def add(self, specs: Sequence[Spec]) -> list[Job]:
-        """Add them; for a key (unique, once) that is taken, the job that has it.
+def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
+                  first: int) -> None:
+    """Take away, one by one, what waits for nobody; what is left goes round.
 
-        An error has the number of the spec at fault in `item`, from 0. A spec that adds
-        nothing uses its number up all the same.
-        """
-        # Above every job-N that somebody chose himself, so no N comes twice.
-        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
-        first = self._store.draw("jobs", len(specs),
-                                 max((int(m[1]) for m in chosen if m), default=0))
-        jobs: list[Job] = []
-        for item, spec in enumerate(specs):
+    Only jobs of one batch can: an older one cannot name a newer. Each need is looked at
+    once: rounds over all that is left took half a minute for a long chain.
+    """
+    waits: dict[int, int] = {}              # job: how many it waits for
+    followers: dict[int, list[int]] = {}
+    for need in needs:
+        if need["needs"] >= first:
+            waits[need["job"]] = waits.get(need["job"], 0) + 1
+            followers.setdefault(need["needs"], []).append(need["job"])
+    free = [seq for seq in followers if seq not in waits]
+    while free:
+        for job in followers.get(free.pop(), ()):
+            waits[job] -= 1
+            if not waits[job]:
+                del waits[job]
+                free.append(job)
+    if waits:
+        names = sorted(id for id, seq in seqs.items() if seq in waits)
+        with at_item(min(waits) - first):
+            raise Invalid(f"after: {', '.join(names[:5])} wait for each other",
+                          "take one of these out", "after")
+
+
+def _new_job(spec: Spec, seq: int, unmet: int, settings: Settings, now: float) -> Job:
+    """The job as it will stand.
+
+    Of the settings only max_retries is taken over: the others are read when needed.
+    """
+    at = iso(now)
+    run_at = at if spec.run_at is None else iso_up(spec.run_at)
+    job = Job(
+        seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
+        attempts=0, max_retries=settings.max_retries if spec.max_retries is None
+        else spec.max_retries, created_at=at, updated_at=at, queue=spec.queue,
+        priority=spec.priority, run_at=run_at, timeout=spec.timeout,
+        backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
+        tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
+        started_at=None, finished_at=None, exit_code=None, error=None, waits=None,
+        rank=rank_of(spec.priority, run_at, settings), claim=None, end_requested=None,
+        runs=0, unmet=unmet, once=spec.once, at_time=spec.at_time)
+    return job._replace(waits=waits_of(job, now))
+
+
+def _write_jobs(store: Ledger, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
+                now: float) -> None:
+    """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
+    store.many(Sql.INSERT_JOB, [
+        {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
+         "env": _json(job.env)} for job in jobs])
+    event = store.draw("events", len(jobs))
+    store.many(Sql.INSERT_EVENT, [
+        {"seq": seq, "job": job.seq, "source": None, "target": PENDING,
+         "at": job.created_at, "reason": None} for seq, job in enumerate(jobs, event)])
+    store.many(Sql.INSERT_NEED, needs)
+    store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
+                                for job in jobs for tag in job.tags])
+    for job in jobs:
+        store.count(job.queue, PENDING, +1)
+        store.tally(now, job.queue, "enqueue")
+
+
+def add(store: Ledger, specs: Sequence[Spec], now: float) -> tuple[list[Job], int]:
+    """Add jobs, which may name each other; how many are new. For a key (unique, once)
+    that is taken, the job that has it.
+
+    An error has the number of the spec at fault in `item`, from 0. All is decided
+    before a row is written, by four statements for one job or 100,000. A spec that adds
+    nothing uses its number up all the same.
+    """
+    settings = store.settings()
+    # Above every job-N that somebody chose, so no N comes twice.
+    chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
+    first = store.draw("jobs", len(specs),
+                       max((int(m[1]) for m in chosen if m), default=0))
+    seqs: dict[str, int] = {}
+    keys: dict[tuple[str, str], int] = {}
+    holders: list[Job | int | None] = []
+    for item, spec in enumerate(specs):
+        holders.append(_holder(store, spec, keys))
+        if holders[-1] is not None:
+            continue
+        job_id = spec.id or f"job-{first + item}"
+        if job_id in seqs or (spec.id and store.row(Sql.SEQ_OF, id=job_id)):
             with at_item(item):
-                jobs.append(self._known(spec) or self._new(spec, first + item))
-        unmet = self._resolve_needs(jobs)
-        if unmet:
-            self._added = [_blocked(job, unmet) for job in self._added]
-            jobs = [_blocked(job, unmet) for job in jobs]
-        self._write(self._added)
-        return jobs
-
-    @property
-    def new(self) -> set[int]:
-        """The numbers of the jobs that were added."""
-        return {job.seq for job in self._added}
-
-    def _known(self, spec: Spec) -> Job | None:
-        """The job that has one of its keys, of this batch or of before."""
-        for field, sql in (("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE)):
-            key = getattr(spec, field)
-            if key is None:
-                continue
-            if (field, key) in self._keys:
-                return self._keys[field, key]
-            found = self._store.jobs(sql, **{field: key})
-            if found:
-                return found[0]
-        return None
-
-    def _new(self, spec: Spec, seq: int) -> Job:
-        """The job as it will stand, if it waits for no other; Conflict.
-
-        Of the settings only max_retries is taken over now: the others are read when
-        they are needed. An id of the form job-N that is our own cannot be taken, for
-        `add` numbers from above all of them.
-        """
-        now = iso(self._now)
-        run_at = now if spec.run_at is None else iso_up(spec.run_at)
-        retries = spec.max_retries
-        job = Job(
-            seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
-            attempts=0, max_retries=self._settings.max_retries if retries is None
-            else retries, created_at=now, updated_at=now, queue=spec.queue,
-            priority=spec.priority, run_at=run_at, timeout=spec.timeout,
-            backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
-            tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
-            started_at=None, finished_at=None, exit_code=None, error=None,
-            waits=SCHEDULED if run_at > now else READY,
-            rank=rank_of(spec.priority, run_at, self._settings), claim=None,
-            end_requested=None, runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
-        if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
-            raise Conflict("job-exists", f"there is a job {job.id!r} already",
-                           "choose another id, or leave the id out")
-        self._seqs[job.id] = seq
-        self._keys.update({("once", spec.once): job} if spec.once else {})
-        self._keys.update({("unique", spec.unique): job} if spec.unique else {})
-        self._added.append(job)
-        return job
-
-    def _resolve_needs(self, jobs: Sequence[Job]) -> dict[int, int]:
-        """Note who comes after whom; how many jobs each of them has to wait for."""
-        unmet: dict[int, int] = {}
-        # Of these the next ticks lower `unmet` for all dependents, also for new ones.
-        unblocking = {row[0] for row in self._store.rows(Sql.UNBLOCKING)}
-        own = self.new
-        for item, job in enumerate(jobs):
-            if job.seq not in own:
-                continue
-            own.remove(job.seq)     # what it answers for after that adds no needs
-            for needed in job.after:
-                with at_item(item):
-                    state, seq = self._needed(needed)
-                if state != COMPLETED or seq in unblocking:
-                    unmet[job.seq] = unmet.get(job.seq, 0) + 1
-                self._needs.append({"needs": seq, "job": job.seq})
-        self._refuse_cycle(jobs)
-        return unmet
-
-    def _needed(self, job_id: str) -> tuple[str, int]:
-        """State and number of a job that another comes after; else Invalid.
-
-        This batch first: of what it adds no row is there yet.
-        """
-        if job_id in self._seqs:
-            return PENDING, self._seqs[job_id]
-        found = self._store.jobs(Sql.JOB, id=job_id)
-        if not found:
-            raise Invalid(f"after: there is no job {job_id!r}",
-                          "`queuectl list` shows what there is", "after")
-        return found[0].state, found[0].seq
-
-    def _refuse_cycle(self, jobs: Sequence[Job]) -> None:
-        """Take away, one by one, what waits for nobody; what is left goes round.
-
-        Only jobs of one batch can: an older one cannot name a newer. Each need is
-        looked at once, by who follows whom. To go through all that is left in rounds
-        held the write lock for half a minute with a long chain.
-        """
-        own = {need["job"] for need in self._needs}
-        waits: dict[int, int] = {}              # job: how many it waits for
-        followers: dict[int, list[int]] = {}
-        for need in self._needs:
-            if need["needs"] in own:
-                waits[need["job"]] = waits.get(need["job"], 0) + 1
-                followers.setdefault(need["needs"], []).append(need["job"])
-        free = [job for job in own if job not in waits]
-        while free:
-            for job in followers.get(free.pop(), ()):
-                waits[job] -= 1
-                if not waits[job]:
-                    del waits[job]
-                    free.append(job)
-        if waits:
-            names = sorted(id for id, seq in self._seqs.items() if seq in waits)
-            shown = ", ".join(names[:5])
-            with at_item(next(item for item, job in enumerate(jobs)
-                              if job.seq in waits)):
-                raise Invalid(f"after: {shown} wait for each other",
-                              "take one of these out", "after")
-
-    def _write(self, jobs: list[Job]) -> None:
-        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
-        store = self._store
-        store.many(Sql.INSERT_JOB, [
-            {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
-             "env": _json(job.env)} for job in jobs])
-        event = store.draw("events", len(jobs))
-        store.many(Sql.INSERT_EVENT, [
-            {"seq": seq, "job": job.seq, "source": None, "target": PENDING,
-             "at": job.created_at, "reason": None}
-            for seq, job in enumerate(jobs, event)])
-        store.many(Sql.INSERT_NEED, self._needs)
-        store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
-                                    for job in jobs for tag in job.tags])
-        for job in jobs:
-            store.count(job.queue, PENDING, +1)
-            store.tally(self._now, job.queue, "enqueue")
+                raise Conflict("job-exists", f"there is a job {job_id!r} already",
+                               "choose another id, or leave the id out")
+        seqs[job_id] = first + item
+        keys.update({(field, key): item for field, key in (
+            ("once", spec.once), ("unique", spec.unique)) if key is not None})
+    # Of these the next ticks lower `unmet` for all dependents, also for new ones.
+    unblocking = {row[0] for row in store.rows(Sql.UNBLOCKING)}
+    new: dict[int, Job] = {}
+    needs: list[dict[str, int]] = []
+    for item, spec in enumerate(specs):
+        if holders[item] is None:
+            with at_item(item):
+                found = [_needed(store, seqs, needed) for needed in spec.after]
+            needs += [{"needs": seq, "job": first + item} for _, seq in found]
+            new[item] = _new_job(spec, first + item, sum(
+                state != COMPLETED or seq in unblocking for state, seq in found),
+                settings, now)
+    _refuse_cycle(needs, seqs, first)
+    _write_jobs(store, [*new.values()], needs, now)
+    return [holder if isinstance(holder, Job) else
+            new[item if holder is None else holder]
+            for item, holder in enumerate(holders)], len(new)
 
 
 def _moved(store: Ledger, change: Change, now: float) -> Job:
@@ -4734,29 +4700,11 @@ def _block(store: Ledger, retried: Sequence[int]) -> None:
         store.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
 
-def _hook(command: str, job: Job, folder: str) -> Spec:
-    """The job of a hook: a shell command that is told of another job by variables.
-
-    Not by words put into the command: an error's text would be read by the shell.
-    """
-    return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
-        "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
-        "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
-        "QUEUECTL_ERROR": job.error or ""})
-
-
-def _is_idle(store: Ledger) -> bool:
-    """Whether no job is left to do; those of hooks do not count."""
-    return not any(n > 0 for (queue, state), n in store.counts().items()
-                   if queue != HOOKS_QUEUE and state not in OVER)
-
-
 def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
     """Enqueue what the configuration wants to follow these changes.
 
-    By a Batch of its own, which adds and does not move, so this ends; and what is over
-    in the queue of hooks is left out, so hooks call no hooks. `on-idle` comes once for
-    all that end together, and tells of the last of them.
+    Jobs of hooks call no hooks, so this ends. `on-idle` comes once for all that end
+    together, and tells of the last of them.
     """
     settings = store.settings()
     commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
@@ -4764,11 +4712,17 @@ def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
         return
     jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
     wanted = [(commands.get(job.state), job) for job in jobs]
-    if jobs and settings.on_idle and _is_idle(store):
+    if jobs and settings.on_idle and not any(
+            n > 0 for (queue, state), n in store.counts().items()
+            if queue != HOOKS_QUEUE and state not in OVER):
         wanted.append((settings.on_idle, jobs[-1]))
     folder = os.path.dirname(store.db.path)    # its name may be no text
-    Batch(store, now).add([_hook(command, job, folder if is_text(folder) else "/")
-                           for command, job in wanted if command])
+    # Told by variables: the shell would read an error's text as part of the command.
+    add(store, [Spec(command, queue=HOOKS_QUEUE, cwd=folder if is_text(folder) else "/",
+                     env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+                          "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
+                          else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
+                for command, job in wanted if command], now)
 
 
 def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
@@ -4809,44 +4763,36 @@ def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
     return jobs
 
 
-def _end_runs(store: Ledger, ends: Sequence[tuple[Claimed, Outcome]],
-              now: float) -> None:
-    """Write how runs ended, and count it; no run time where nobody saw the end.
-
-    With slot and start once more: a run claimed ahead may have begun since the last
-    turn, and ended before this one could say so.
-    """
-    store.change(Sql.END_RUN, [
-        {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
-         "finished_at": iso(now), "duration": outcome.duration,
-         "outcome": outcome.kind, "exit_code": outcome.exit_code,
-         "error": outcome.error, "output_bytes": outcome.output_bytes,
-         "output": outcome.output} for run, outcome in ends])
-    for run, outcome in ends:
-        store.tally(now, run.job.queue, f"run:{outcome.kind}")
-        if outcome.duration is not None:
-            store.tally(now, run.job.queue, "run_time", value=outcome.duration)
-
-
 def record(store: Ledger, ends: Sequence[End], settings: Settings,
            now: float) -> list[Settled]:
     """Record the ends of runs whose claims still stand.
 
     One that fails, or is lost, while it is being cancelled is told as cancelled.
-    `before.end_requested` is what the database has now, not what the claim had.
+    `before.end_requested` is what the database has now, not what the claim had. Slot
+    and start are written again, for a run claimed ahead may have begun since the last
+    turn. Where nobody saw the end there is no run time.
     """
-    import random  # 1 ms, and only in a pool
-    judgements = [judged(end.before, end.outcome) for end in ends]
+    import random  # 1 ms, and only in a worker
+    outcomes = [judged(end.before, end.outcome) for end in ends]
     changes = [Change(verb, end.before, after, reason) for end, outcome in
-               zip(ends, judgements) for verb, after, reason in [settle(
+               zip(ends, outcomes) for verb, after, reason in [settle(
                    end.before, outcome, settings, random.random(), now)]]
     jobs = move(store, changes, now)
-    _end_runs(store, [
-        (end.run, outcome._replace(kind=STOPPED) if change.verb == "cancel"
-         else outcome)
-        for end, outcome, change in zip(ends, judgements, changes)], now)
+    told = [outcome._replace(kind=STOPPED) if change.verb == "cancel" else outcome
+            for outcome, change in zip(outcomes, changes)]
+    store.change(Sql.END_RUN, [
+        {"claim": end.run.claim, "slot": end.run.slot,
+         "started_at": end.run.job.started_at, "finished_at": iso(now),
+         "duration": outcome.duration, "outcome": outcome.kind,
+         "exit_code": outcome.exit_code, "error": outcome.error,
+         "output_bytes": outcome.output_bytes, "output": outcome.output}
+        for end, outcome in zip(ends, told)])
+    for end, outcome in zip(ends, told):
+        store.tally(now, end.run.job.queue, f"run:{outcome.kind}")
+        if outcome.duration is not None:
+            store.tally(now, end.run.job.queue, "run_time", value=outcome.duration)
     return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
-            for job, outcome, end in zip(jobs, judgements, ends)]
+            for job, outcome, end in zip(jobs, outcomes, ends)]
 
 
 def remove(store: Ledger, job: Job, now: float) -> None:
@@ -4955,7 +4901,7 @@ def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
         if last.state not in OVER:
             set_turn(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
             return last
-    [job] = Batch(store, now).add([spec_of(schedule.job, now)])
+    [job], _ = add(store, [spec_of(schedule.job, now)], now)
     set_turn(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
     return None
 
@@ -5119,13 +5065,12 @@ class Queue:
                              else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
             begun = self.clock()
-            batch = Batch(store, begun)
-            added = batch.add([
+            added = add(store, [
                 spec if spec.run_at is None or spec.at_time else
                 spec._replace(run_at=since_set_back(spec.run_at, now, begun))
-                for spec in specs])
+                for spec in specs], begun)
         self.wake(NEW_JOBS)
-        return added, len(batch.new)
+        return added
 
     # Looking.
 
@@ -6043,7 +5988,7 @@ class Queue:
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
+            [job], _ = add(store, [spec_of(schedule.job, now)], now)
             set_turn(store, schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job

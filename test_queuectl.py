@@ -3407,7 +3407,7 @@ class Promises(TestCase):
         job = queue.run_schedule("s")
         self.assertEqual((job.cwd, job.max_retries, job.tags), ("/", 7, ("t", "schedule:s")))
         with queue.store.transaction() as store:    # the worker's own, if it says nothing
-            self.assertEqual(queuectl.Batch(store, NOON).add([Spec("x")])[0].cwd, "")
+            self.assertEqual(queuectl.add(store, [Spec("x")], NOON)[0][0].cwd, "")
         self.assertEqual(queue.add_schedule("t", "@daily", command="x").job["cwd"],
                          os.getcwd())
         for fields, key in (({"tags": ["a b"]}, "tags"), ({"run_at": NOON}, "run_at")):
@@ -11185,8 +11185,8 @@ MUTANTS = (
     ("charged", "a crash is charged as an attempt", (
         ("crashes=job.crashes + 1, run_at", "attempts=job.attempts + 1, run_at"),)),
     ("truthful", "a run that a rescuer ended counts as failed", (
-        ("judgements = [judged(end.before, end.outcome) for end in ends]",
-         "judgements = [end.outcome for end in ends]"),)),
+        ("outcomes = [judged(end.before, end.outcome) for end in ends]",
+         "outcomes = [end.outcome for end in ends]"),)),
     ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
         ("if run.slot == AHEAD and not has_begun:", "if False:"),)),
     ("caused", "a change of state without its event", (
@@ -11196,10 +11196,9 @@ MUTANTS = (
     ("summed", "the counters are not kept", (
         ("        store.count(job.queue, job.state, +1)\n", ""),)),
     ("punctual", "a job is due at once", (
-        ("return SCHEDULED if job.run_at > iso(now) else READY", "return READY"),
-        ("SCHEDULED if run_at > now else READY", "READY"))),
+        ("return SCHEDULED if job.run_at > iso(now) else READY", "return READY"),)),
     ("ordered", "a job does not wait for those it comes after", (
-        ("        if unmet:\n            self._added", "        if ():\n            self._added"),)),
+        ("    if job.unmet:\n        return BLOCKED\n", ""),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
         ("[job.seq for job in jobs if job.state == COMPLETED], now)", "[], now)"),)),
     ("acknowledged", "a cancelled job is not moved", (
