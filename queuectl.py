@@ -337,7 +337,7 @@ class Refused(QueueError):
 
 
 class Stale(Exception):
-    """A guarded statement did not change the rows it had to: a mistake of ours.
+    """A statement failed, or did not change the rows it had to: a mistake of ours.
 
     It ends the transaction, which changes nothing.
     """

@@ -450,6 +450,15 @@ class Architecture(unittest.TestCase):
                     and node.name not in ("note", "restore", "room", "parse", "parsed"):
                 self.assertTrue(ast.get_docstring(node), node.name)
 
+    def test_only_the_engine_names_sqlite3(self):
+        lines = self.source.splitlines()
+        first, last = (next(n for n, line in enumerate(lines, 1) if line.startswith(
+            f"# ---- {banner}")) for banner in ("7 SQLite ", "8 Host "))
+        used = {node.lineno for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and node.id == "sqlite3"}
+        self.assertTrue(used)
+        self.assertEqual([n for n in used if not first < n < last], [])
+
     def test_only_the_standard_library_is_imported(self):
         names = {alias.name.split(".")[0] for node in ast.walk(self.tree)
                  if isinstance(node, ast.Import) for alias in node.names}
@@ -1887,7 +1896,8 @@ FORMAT_1 = """
     INSERT INTO counts SELECT 'default', state, COUNT(*) FROM jobs GROUP BY state;
     INSERT INTO schedules VALUES ('s', '@daily', '{"command": "x", "cwd": "/"}', 0, '',
                                   '2999-01-01T00:00:00.000Z', NULL, NULL);
-    INSERT INTO workers VALUES (1, 'w', 'h', '', 1, '', 2, '[]', NULL, '', '', 2, NULL);
+    INSERT INTO workers SELECT 1, 'w', 'h', '', 1, '', 2, '[]', NULL, created_at, created_at,
+                               2, NULL FROM jobs WHERE seq = 1;
     UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'jobs';
     UPDATE sqlite_sequence SET seq = 99 WHERE name IN ('events', 'runs');
     """
