@@ -2216,6 +2216,12 @@ def _list(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in words)
 
 
+def _insert(table: str, keys: Sequence[str]) -> str:
+    """A statement that inserts rows by named parameters."""
+    return (f"INSERT INTO {table} ({', '.join(map(json.dumps, keys))}) "
+            f"VALUES ({', '.join(f':{key}' for key in keys)})")
+
+
 # The orders of lists. Each ends with seq, so that nothing is left to chance and a page
 # can continue. Of one state that is over, newest, oldest, finished, ended and state go
 # by an index; the others sort what fits.
@@ -2457,11 +2463,7 @@ class Sql:
         """
 
     # Facts of the database itself, from its making: `id` and `created_at`.
-    SET_META = """
-        INSERT INTO meta (key, value)
-        VALUES (:key, :value)
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value
-        """
+    INSERT_META = _insert("meta", ("key", "value"))
     META = "SELECT value FROM meta WHERE key = :key"
 
     FIRST_COUNTERS = "INSERT INTO counters VALUES (0, 0, 0, 0)"
@@ -2471,15 +2473,8 @@ class Sql:
            SET jobs = :jobs, runs = :runs, events = :events, workers = :workers
         """
 
-    # Jobs, one by one and in lists. A field that INSERT_JOB does not name is ignored.
-    INSERT_JOB = """
-        INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
-                          queue, priority, run_at, timeout, backoff_base, after,
-                          "unique", tags, env, cwd, waits, rank, unmet, once, at_time)
-        VALUES (:seq, :id, :command, :state, :max_retries, :created_at, :updated_at,
-                :queue, :priority, :run_at, :timeout, :backoff_base, :after,
-                :unique, :tags, :env, :cwd, :waits, :rank, :unmet, :once, :at_time)
-        """
+    # Jobs, one by one and in lists.
+    INSERT_JOB = _insert("jobs", Job._fields)
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
@@ -2655,7 +2650,7 @@ class Sql:
 
     # Dependencies: a row while the needed job exists. Only a completed job can be
     # deleted while others wait for it, so a missing row is met.
-    INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
+    INSERT_NEED = _insert("dependencies", ("needs", "job"))
     # Completing a job lowers `unmet` of its dependents; at 0 one is no longer blocked.
     # `waits` is no state, so no event is written.
     DEPENDENTS = """
@@ -2767,7 +2762,7 @@ class Sql:
         """
     SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
 
-    INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
+    INSERT_TAG = _insert("tags", ("tag", "job"))
 
     # The job last, so that a reader never finds a job without its history.
     DELETE_JOB = (
@@ -2781,11 +2776,8 @@ class Sql:
     )
 
     # Runs. A run's end is written once, hence `outcome IS NULL`.
-    INSERT_RUN = """
-        INSERT INTO runs (claim, job, number, worker_id, worker, slot, started_at)
-        VALUES (:claim, :job, :number, :worker_id, :worker, :slot,
-                :started_at)
-        """
+    INSERT_RUN = _insert("runs", (
+        "claim", "job", "number", "worker_id", "worker", "slot", "started_at"))
     # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
         UPDATE runs
@@ -2922,10 +2914,8 @@ class Sql:
     # After each of the two: a queue with neither is not listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
-    INSERT_SCHEDULE = """
-        INSERT INTO schedules (name, cron, job, created_at, next_run, tz)
-        VALUES (:name, :cron, :job, :created_at, :next_run, :tz)
-        """
+    INSERT_SCHEDULE = _insert("schedules", ("name", "cron", "job", "created_at",
+                                            "next_run", "tz"))
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
     SCHEDULES_DUE = """
@@ -2952,12 +2942,7 @@ class Sql:
     # Workers. One that was taken for dead comes back with its old id, which its lock
     # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
     # last, and never two clocks.
-    INSERT_WORKER = """
-        INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
-                             started_at, heartbeat_at)
-        VALUES (:id, :name, :host, :boot, :pid, :born, :slots, :queues, :port,
-                :started_at, :heartbeat_at)
-        """
+    INSERT_WORKER = _insert("workers", Worker._fields)
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
     HEARTBEAT = """
@@ -3572,7 +3557,7 @@ class SQLite:
                     os.unlink(self.path + LOCK_SUFFIX)
                 self.is_new = True
                 self._run_script(Sql.SCHEMA + Sql.FIRST_COUNTERS)
-                self.write(Sql.SET_META, [
+                self.write(Sql.INSERT_META, [
                     {"key": "id", "value": os.urandom(8).hex()},
                     {"key": "created_at", "value": iso(time.time())}])
 
