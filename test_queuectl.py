@@ -2053,16 +2053,16 @@ class Files(TestCase):
         self.assertEqual([store.meta("id")], ids)
 
     def a_released_file(self):
-        """A queue of the first format, partly processed by a worker that died."""
+        """A file of the first format, partly processed by a worker that died."""
         with contextlib.closing(sqlite3.connect(self.path)) as db:
             db.executescript(FORMAT_1)
             host = queuectl.Host(self.path, "", (0, 0))
             db.execute("UPDATE workers SET host = ?, boot = ?", (host.name, host.boot))
             db.commit()
-        return self.a_queue()
 
     def test_a_file_of_the_first_format_is_upgraded_with_all_that_is_in_it(self):
-        queue = self.a_released_file()
+        self.a_released_file()
+        queue = self.a_queue()
         self.assertEqual(
             [(job.id, job.waits, job.runs, job.unmet, job.at_time, job.end_requested)
              for job in queue.jobs(sort="oldest")],
@@ -2079,18 +2079,31 @@ class Files(TestCase):
                 self.assertEqual(old.execute(rows).fetchall(), new.execute(rows).fetchall())
         self.assert_sound(queue)
 
+    def test_an_upgrade_that_fails_at_any_statement_has_changed_nothing(self):
+        self.a_released_file()
+        parts = queuectl.UPGRADES[1].split(";")
+        for n in range(0, len(parts), 5):
+            with self.subTest(n), self.assertRaises(queuectl.Stale), mock.patch.dict(
+                    queuectl.UPGRADES, {1: ";".join([*parts[:n], "BREAK"])}):
+                Queue(self.path)
+            self.assertEqual(version_of(self.path), 1)
+        self.assertEqual(len(self.a_queue().jobs()), 8)
+        self.assert_sound(self.a_queue())
+
     def test_an_upgraded_file_has_the_tables_of_a_new_one(self):
         def schema(queue):
             return {name: "".join(sql.split()) for name, sql in queue.store.rows(
                 "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'")}
-        upgraded = schema(self.a_released_file())
+        self.a_released_file()
+        upgraded = schema(self.a_queue())
         self.path = self.path_of("new.db")
         self.assertEqual(upgraded, schema(self.a_queue()))
 
     @NEEDS_LOCKS
     def test_what_a_worker_of_the_first_format_left_goes_on_after_the_upgrade(self):
         """(I4): no number of a row that was deleted is used again."""
-        queue = self.a_released_file()
+        self.a_released_file()
+        queue = self.a_queue()
         claims = self.a_pool(queue)
         rescuer = self.a_rescuer(queue, claims)
         for lost in rescuer.stranded({}):
