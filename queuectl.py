@@ -3707,7 +3707,7 @@ class SQLite:
         self._patiently(lambda: self._db.execute(self.COMMIT))
 
     def rollback(self) -> None:
-        """Undo the transaction, unless SQLite has done so, as after a full disk."""
+        """Undo the transaction if it is not over: a full disk ends it, too."""
         if self._db.in_transaction:
             self._db.execute(self.ROLLBACK)
 
@@ -3719,9 +3719,8 @@ class SQLite:
             try:
                 yield
                 self.commit()
-            except BaseException:
+            finally:
                 self.rollback()
-                raise
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -4307,7 +4306,7 @@ class Ledger:
         with self.db.transaction():
             try:
                 yield self
-                self._write_counters()
+                self.flush()
             finally:
                 self._forget()
 
@@ -4319,17 +4318,19 @@ class Ledger:
 
     def commit(self) -> None:
         """Write the counters and commit; if that fails, `rollback` comes next."""
-        self._write_counters()
+        self.flush()
         self.db.commit()
-        self._forget()
 
     def rollback(self) -> None:
         """Undo the transaction."""
         self._forget()
         self.db.rollback()
 
-    def _write_counters(self) -> None:
-        """Write what was noted, as sums: forty jobs that end cost a few rows (I8)."""
+    def flush(self) -> None:
+        """Write what was noted, as sums: forty jobs that end cost a few rows (I8).
+
+        A caller that has another thread commit may do this before.
+        """
         for sql, sign in (Sql.COUNT_UP, 1), (Sql.COUNT_DOWN, -1):
             self.many(sql, [{"queue": queue, "state": state, "n": sign * n}
                             for (queue, state), n in self._counts.items()
@@ -4340,6 +4341,7 @@ class Ledger:
             in self._tallies.items()])
         if self._numbers:
             self.do(Sql.SET_COUNTERS, self._numbers)
+        self._forget()
 
     def _forget(self) -> None:
         self._counts.clear()

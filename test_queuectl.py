@@ -2409,6 +2409,7 @@ class Files(TestCase):
         self.assertLess(time.monotonic() - begun, 0.5)      # `patience` is a minute
         seq = store.draw("jobs", 3)
         store.count("default", PENDING, 1)
+        store.flush()
         with futures.ThreadPoolExecutor(1) as executor:
             executor.submit(store.commit).result()
         self.assertEqual((seq, other.counts()[PENDING]), (1, 1))
@@ -11393,7 +11394,7 @@ FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None   # a kill needs no rea
 # The moments that matter most, told by a function and words of one of its lines.
 MOMENTS = (
     ("before a commit",         "SQLite.commit",            "self.COMMIT"),
-    ("after a commit",          "Ledger.transaction",       "self._forget()"),
+    ("after a commit",          "SQLite.transaction",       "self.rollback()"),
     ("claimed, no commit yet",  "Claims._claim",            "taken.append("),
     ("claimed, not started",    "Pool._start",              "self._free.pop(0)"),
     ("spawned",                 "Command.start",            "self.watch ="),
