@@ -4306,7 +4306,7 @@ class Ledger:
         with self.db.transaction():
             try:
                 yield self
-                self.flush()
+                self.write_counters()
             finally:
                 self._forget()
 
@@ -4318,7 +4318,7 @@ class Ledger:
 
     def commit(self) -> None:
         """Write the counters and commit; if that fails, `rollback` comes next."""
-        self.flush()
+        self.write_counters()
         self.db.commit()
 
     def rollback(self) -> None:
@@ -4326,10 +4326,10 @@ class Ledger:
         self._forget()
         self.db.rollback()
 
-    def flush(self) -> None:
+    def write_counters(self) -> None:
         """Write what was noted, as sums: forty jobs that end cost a few rows (I8).
 
-        A caller that has another thread commit may do this before.
+        `commit` does so, too; a worker does it before, in the thread of its statements.
         """
         for sql, sign in (Sql.COUNT_UP, 1), (Sql.COUNT_DOWN, -1):
             self.many(sql, [{"queue": queue, "state": state, "n": sign * n}

@@ -2409,7 +2409,7 @@ class Files(TestCase):
         self.assertLess(time.monotonic() - begun, 0.5)      # `patience` is a minute
         seq = store.draw("jobs", 3)
         store.count("default", PENDING, 1)
-        store.flush()
+        store.write_counters()
         with futures.ThreadPoolExecutor(1) as executor:
             executor.submit(store.commit).result()
         self.assertEqual((seq, other.counts()[PENDING]), (1, 1))
