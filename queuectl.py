@@ -52,7 +52,7 @@ Invariants
     (I6) A job is taken from a pool only when that pool is gone or silent for a lease,
          and only when the run's lock is free.
     (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
-                                                                    [CHECK, index]
+         [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a pool touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
