@@ -21,12 +21,11 @@ Words
     claim     the number of a run, drawn when a pool takes the job; it only grows
     fence     the guard "only if the job's claim is still mine" on a later write
     lease     how long a pool may be silent before its claims are taken from it
-    gate      what a waiting job waits for: its time, other jobs, or just a slot
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
     lost      the end of a run that nobody saw, because its pool died
     rank      a waiting job's place in line: by priority, with ageing also by time
-    wish      that a running job be ended: somebody asked, or its pool was lost
+    ready     waits for nothing but a slot; scheduled: for its time; blocked: for jobs
     turn      one transaction of a pool: record what ended, claim what is due;
               of a schedule: one of the moments at which its job is enqueued
 
@@ -47,12 +46,13 @@ Invariants
          old state, and in one transaction with its row in `events`.
     (I2) A job is 'processing' exactly when it has a claim.     [CHECK in the schema]
     (I3) Only the holder of a job's claim can end its run; a late one changes nothing.
-    (I4) A claim number is never used twice.                          [AUTOINCREMENT]
+    (I4) A claim number is never used twice.                               [counters]
     (I5) From the commit of a claim until the last process of its run is gone, the
          run's lock is held: by the pool up to the start, then by the process tree.
     (I6) A job is taken from a pool only when that pool is gone or silent for a lease,
          and only when the run's lock is free.
-    (I7) A waiting job has a gate; only an open gate can be claimed.  [CHECK, index]
+    (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
+         [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a pool touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
@@ -67,7 +67,7 @@ Contents: `grep -n '^# ----' queuectl.py`
      4 Cron         the turns of a schedule, also when clocks change: pure
      5 Input        what people hand in, checked: pure
      6 SQL          every statement
-     7 Store        the database file: opening, transactions, rows in and out
+     7 SQLite       the database file: opening, transactions, rows in and out
      8 Host         locks that tell who is alive, the process table, wake-ups
      9 Ledger       the only code that changes a job's state
     10 Queue        the promises to people: one method, one transaction
@@ -140,7 +140,7 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 # be made from them is made from them: the guards of SQL, the CHECKs of the schema, the
 # choices of flags; so nothing is told twice. Nothing here computes or acts.
 
-# STATES, GATES and OUTCOMES stand in CHECKs of the schema: one more of them needs a
+# STATES, WAITS and OUTCOMES stand in CHECKs of the schema: one more of them needs a
 # migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
@@ -172,7 +172,7 @@ WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 
 # What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
-OPEN, TIMED, BLOCKED = GATES = ("open", "time", "after")
+READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
 
 # How a run ended. LOST: nobody saw it. RELEASED: handed back, at nobody's expense: its
 # pool left, had no slot for it in time, or the machine lacked what a start takes.
@@ -337,7 +337,7 @@ class Refused(QueueError):
 
 
 class Stale(Exception):
-    """A guarded statement did not change the rows it had to: a mistake of ours.
+    """A statement failed, or did not change the rows it had to: a mistake of ours.
 
     It ends the transaction, which changes nothing.
     """
@@ -388,10 +388,10 @@ class Job(NamedTuple):
     finished_at: str | None     # of the last run that ended
     exit_code: int | None       # of the last run: status, 128+N for a signal
     error: str | None           # why the last run failed
-    gate: str | None            # what it waits for; None: it does not wait
+    waits: str | None           # what it waits for; None: it does not wait
     rank: int                   # place in line, lower first; see `rank_of`
     claim: int | None           # number of the run that is under way: the fence (I3)
-    wish: str | None            # CANCEL or LOST: somebody is ending this run
+    end_requested: str | None   # CANCEL or LOST: somebody is ending this run
     runs: int                   # times it was claimed; the number of the last run
     unmet: int                  # jobs in `after` that are not completed yet
     once: str | None            # key that only one job may ever have
@@ -400,8 +400,8 @@ class Job(NamedTuple):
 
 # The keys of a job in JSON: its fields, but for what is the queue's own affair.
 JSON_KEYS = tuple(field for field in Job._fields
-                  if field not in ("seq", "gate", "rank", "claim", "wish", "runs",
-                                   "unmet", "at_time"))
+                  if field not in ("seq", "waits", "rank", "claim",
+                                   "end_requested", "runs", "unmet", "at_time"))
 
 
 class Run(NamedTuple):
@@ -413,7 +413,7 @@ class Run(NamedTuple):
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
-    pool: int                   # Worker.id
+    worker_id: int              # Worker.id
     worker: str                 # the pool's name; its row goes when it leaves
     slot: int                   # 1 ... slots
     started_at: str
@@ -430,7 +430,7 @@ class Worker(NamedTuple):
     """One row of `workers`: a pool that runs, or died without a word.
 
     `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
-    Silence is told by `beat`, which no clock moves; `heartbeat_at` is for people.
+    Silence is told by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
     """
     id: int
     name: str
@@ -443,8 +443,8 @@ class Worker(NamedTuple):
     port: int | None            # UDP, loopback, for wake-ups
     started_at: str
     heartbeat_at: str
-    beat: int                   # grows with each heartbeat
-    wish: str | None            # DRAIN or NOW: somebody wants it stopped
+    heartbeats: int             # grows with each heartbeat
+    stop_requested: str | None  # DRAIN or NOW: somebody wants it stopped
 
 
 class Event(NamedTuple):
@@ -625,7 +625,7 @@ class Claimed(NamedTuple):
 
 class Change(NamedTuple):
     """A change of state that is to be written: the verb, the job as it was and as it
-    will be (but for state, gate and place in line, which follow), and the reason.
+    will be (but for state, `waits` and place in line, which follow), and the reason.
     """
     verb: str
     before: Job
@@ -653,8 +653,9 @@ class Turn(NamedTuple):
     """What one turn of a pool brought: all of it is committed."""
     settled: list[Settled]
     claimed: list[Claimed]
-    mine: dict[int, str | None]     # claims the database says this pool holds: wish
-    stop: str | None                # wish for the pool
+    mine: dict[int, str | None]     # claims the database says this pool holds:
+                                    # what is requested of each
+    stop: str | None                # DRAIN or NOW
     behind: bool                    # more jobs are due than one turn lets in
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
@@ -1058,7 +1059,7 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
 
     A pool that thaws just then sees its command killed: not the job's own doing.
     """
-    if job.wish == LOST and outcome.kind in (FAILURE, TIMEOUT):
+    if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None,
                                 error="ended by another worker: its own was silent")
     return outcome
@@ -1091,7 +1092,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
                        finished_at=iso(now))
     if outcome.kind == DONE:
         return "complete", job._replace(attempts=job.attempts + 1), "exit status 0"
-    if job.wish == CANCEL or outcome.kind == STOPPED:
+    if job.end_requested == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
     if outcome.kind == RELEASED:    # due now, also if the clock was set back meanwhile
         return "release", job._replace(run_at=min(job.run_at, iso(now))), \
@@ -1778,7 +1779,7 @@ def turn_after(cron: str, now: float, tz: str | None) -> str:
 
 _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
-# Fifteen digits: who chooses an id like ours moves the counter on (`Batch._last_seq`),
+# Fifteen digits: who chooses an id like ours moves the counter on (`add`),
 # and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
@@ -2205,52 +2206,40 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 
 
 # ---- 6 SQL -------------------------------------------------------------------
-# Every statement, and nothing that runs one: Store does. No value is ever formatted
-# into a text; what is put together (`listing`, `_list`) are constants of this file.
-# What is asked often has to go by an index and to sort nothing; the tests hold each
-# such plan. At a million jobs the right index made a claim 7 us long, a wrong one 13 to
-# 170 ms.
+# Every statement; SQLite runs them. No value is ever formatted into a text: what is put
+# together (`listing`, `_list`) are constants of this file. What is asked often uses an
+# index and sorts nothing, and the tests check each such plan: with a million jobs the
+# right index makes a claim 7 us long, a wrong one 13 to 170 ms.
 
 def _list(words: Iterable[str]) -> str:
     """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
     return ", ".join(f"'{word}'" for word in words)
 
 
-class Order(NamedTuple):
-    """One way to sort jobs: for SQL, and to put several sorted lists together.
-
-    One state is one range of an index, several are several reads: `Queue.jobs` merges
-    them by `key`, which has to say the same as `sql`.
-    """
-    sql: str
-    key: Callable[[Job], Any]
-    reverse: bool = False
+def _insert(table: str, keys: Sequence[str]) -> str:
+    """A statement that inserts rows by named parameters."""
+    return (f"INSERT INTO {table} ({', '.join(map(json.dumps, keys))}) "
+            f"VALUES ({', '.join(f':{key}' for key in keys)})")
 
 
-# Each ends with seq, so that no order is left to chance and a page can be gone on from.
-# Of one state that is over, newest, oldest, finished, ended and state go by an index;
-# the others sort what fits.
+# The orders of lists. Each ends with seq, so that nothing is left to chance and a page
+# can continue. Of one state that is over, newest, oldest, finished, ended and state go
+# by an index; the others sort what fits.
 ORDERS = {
-    "newest":   Order("seq DESC", lambda job: job.seq, True),
-    "oldest":   Order("seq", lambda job: job.seq),
-    "priority": Order("priority DESC, run_at, seq",
-                      lambda job: (-job.priority, job.run_at, job.seq)),
-    "run-at":   Order("run_at, seq", lambda job: (job.run_at, job.seq)),
-    "finished": Order("finished_at DESC, seq DESC",
-                      lambda job: (job.finished_at or "", job.seq), True),
-    "ended":    Order("finished_at, seq",
-                      lambda job: (job.finished_at or "", job.seq)),
-    "queue":    Order("queue, seq DESC", lambda job: (job.queue, -job.seq)),
-    "state":    Order("state, seq DESC", lambda job: (job.state, -job.seq)),
+    "newest":   "seq DESC",
+    "oldest":   "seq",
+    "priority": "priority DESC, run_at, seq",
+    "run-at":   "run_at, seq",
+    "finished": "finished_at DESC NULLS LAST, seq DESC",
+    "ended":    "finished_at NULLS FIRST, seq",
+    "queue":    "queue, seq DESC",
+    "state":    "state, seq DESC",
 }
 END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text` as it stands.
-
-    SQLite's LIKE takes A and a for the same, but no other letters than ASCII's.
-    """
+    """A LIKE pattern for text that contains `text` as it stands."""
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
@@ -2263,37 +2252,43 @@ class Sql:
     """Every statement the program runs. Tests prepare each one.
 
     Partial indexes serve only the very literals they were made with, so these stand
-    in the statements as they stand in the schema: gate = 'open', claim IS NOT NULL.
+    in the statements as they stand in the schema: waits = 'ready', claim IS NOT NULL.
     With a parameter in the place of a literal SQLite silently scans the table instead.
     (A comparison implies IS NOT NULL, so `claim = :claim` alone finds its index, too.)
     """
 
     # The tables.
-    #   AUTOINCREMENT: else SQLite gives the number of the newest row again once that is
-    #     deleted. Of `runs` it is the fence (I3, I4), of `jobs` the N of job-N, of
-    #     `events` the place from which readers go on, of `workers` a lock's offset.
-    #   WITHOUT ROWID: the key's tree is the table, so a look costs one search, not two.
-    #   No foreign keys: DELETE_JOB takes along what belongs to a job, and RULES finds
-    #     rows that were left. `runs.worker` is a copy: the pool's row goes before it.
-    #   The CHECKs are (I2) and (I7), and that only a running job can have a wish.
-    #   `gate` and `rank` are stored, though they follow from other columns: an index is
-    #     to hold just what may be claimed, in its order. With what is not due in the
-    #     same index, 100,000 jobs for tomorrow cost each claim 13 ms.
-    #   A job's `after` and `tags` stand twice: as given, in its row, to be read with
-    #     it; and in tables of their own, for who comes after it and what has a tag.
-    #   `counts`: to count a million jobs by state takes some 100 ms, even by an index.
-    #     `queues` has a row only where something was set. `next_run` is reckoned ahead,
-    #     so that a pool can sleep until then.
+    #   `counters`: the last numbers given to rows, one row. A number is never used
+    #     again, even after its row is deleted: of `runs` it is the fence (I3, I4), of
+    #     `jobs` the N of job-N, of `events` the place from which readers continue, of
+    #     `workers` the offset of a lock. AUTOINCREMENT would write at each INSERT.
+    #   WITHOUT ROWID: the key's tree is the table; a lookup is one search, not two.
+    #   No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds
+    #     leftovers. `runs.worker` is a copy, since the worker's row goes before it.
+    #   The CHECKs are (I2) and (I7); only the end of a running job can be requested.
+    #   `waits` and `rank` follow from other columns. They are stored for the indexes,
+    #     which hold just what can be claimed, in order: with scheduled jobs in the same
+    #     index, 100,000 jobs for tomorrow cost each claim 13 ms.
+    #   `after` and `tags` of a job are stored twice: as given, to be read with the job,
+    #     and in tables of their own, to find dependents and the jobs that have a tag.
+    #   `counts`, `runs`, `unmet` are kept as things change. Counting a million jobs by
+    #     state takes 100 ms even by an index.
+    #   `unblocking`: completed jobs that have very many dependents; those above `after`
+    #     still count the job as unmet, and the next ticks see to them.
+    #   `queues` has a row only where something was set.
     #
-    # The indexes. Each change of state costs an entry in each that holds the job, so
-    # most of them are partial: of a job that waits, runs or is over only some hold it.
+    # The indexes. A change of state writes an entry in each index that holds the job,
+    # so most are partial.
     #   jobs_by_state   lists by state; newest first without sorting
-    #   jobs_in_line    the line of all that may be claimed: LINE reads its beginning
-    #   jobs_in_queue   the same by queue, for pools and limits that pass over some
-    #   jobs_by_time    what waits for its time: the next alarm, and what is let in
-    #   jobs_by_claim   what runs: never more than there are slots and jobs ahead
-    #   jobs_by_unique  is the rule itself: one unfinished job a key, over are many
-    #   jobs_by_end     what is over, by its end: the dead letter queue, and retention
+    #   jobs_in_line    the ready jobs in the order of claims: LINE reads its beginning
+    #   jobs_in_queue   the same by queue, where some queues are passed over
+    #   jobs_by_time    scheduled jobs: the next alarm, and what becomes ready
+    #   jobs_delayed    those that wait for a delay or backoff, by when it began: if in
+    #                   the future, the clock was set back
+    #   jobs_blocked    jobs that wait for other jobs
+    #   jobs_by_claim   running jobs, and those claimed ahead
+    #   jobs_by_unique  enforces one unfinished job per key
+    #   jobs_by_end     finished jobs by their end: the dead letter queue, retention
     SCHEMA = f"""
         CREATE TABLE meta (
             key    TEXT PRIMARY KEY,
@@ -2306,7 +2301,7 @@ class Sql:
         ) WITHOUT ROWID;
 
         CREATE TABLE jobs (
-            seq           INTEGER PRIMARY KEY AUTOINCREMENT,
+            seq           INTEGER PRIMARY KEY,
             id            TEXT NOT NULL UNIQUE,
             command       TEXT NOT NULL,
             state         TEXT NOT NULL CHECK (state IN ({_list(STATES)})),
@@ -2330,31 +2325,39 @@ class Sql:
             finished_at   TEXT,
             exit_code     INTEGER,
             error         TEXT,
-            gate          TEXT CHECK (gate IN ({_list(GATES)})),
+            waits         TEXT CHECK (waits IN ({_list(WAITS)})),
             rank          INTEGER NOT NULL DEFAULT 0,
             claim         INTEGER,
-            wish          TEXT,
+            end_requested TEXT,
+            runs          INTEGER NOT NULL DEFAULT 0,
+            unmet         INTEGER NOT NULL DEFAULT 0,
+            once          TEXT,
+            at_time       INTEGER NOT NULL DEFAULT 0,
             CHECK ((state = '{PROCESSING}') = (claim IS NOT NULL)),
             CHECK ((claim IS NULL) = (worker IS NULL)),
-            CHECK ((state IN ({_list(WAITING)})) = (gate IS NOT NULL)),
-            CHECK (wish IS NULL OR claim IS NOT NULL)
+            CHECK ((state IN ({_list(WAITING)})) = (waits IS NOT NULL)),
+            CHECK (end_requested IS NULL OR claim IS NOT NULL)
         );
         CREATE INDEX jobs_by_state ON jobs (state, seq);
-        CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE gate = 'open';
+        CREATE INDEX jobs_in_line ON jobs (rank, run_at, seq) WHERE waits = 'ready';
         CREATE INDEX jobs_in_queue ON jobs (queue, rank, run_at, seq)
-            WHERE gate = 'open';
-        CREATE INDEX jobs_by_time ON jobs (run_at) WHERE gate = 'time';
+            WHERE waits = 'ready';
+        CREATE INDEX jobs_by_time ON jobs (run_at) WHERE waits = 'scheduled';
+        CREATE INDEX jobs_delayed ON jobs (updated_at)
+            WHERE waits = 'scheduled' AND at_time = 0;
+        CREATE INDEX jobs_blocked ON jobs (seq) WHERE waits = 'blocked';
         CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
-            WHERE "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL);
+            WHERE "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL);
+        CREATE UNIQUE INDEX jobs_by_once ON jobs (once) WHERE once IS NOT NULL;
         CREATE INDEX jobs_by_end ON jobs (state, finished_at)
-            WHERE gate IS NULL AND claim IS NULL;
+            WHERE waits IS NULL AND claim IS NULL;
 
         CREATE TABLE runs (
-            claim         INTEGER PRIMARY KEY AUTOINCREMENT,
+            claim         INTEGER PRIMARY KEY,
             job           INTEGER NOT NULL,
             number        INTEGER NOT NULL,
-            pool          INTEGER NOT NULL,
+            worker_id     INTEGER NOT NULL,
             worker        TEXT NOT NULL,
             slot          INTEGER NOT NULL,
             started_at    TEXT NOT NULL,
@@ -2370,7 +2373,7 @@ class Sql:
         CREATE INDEX runs_by_job ON runs (job);
 
         CREATE TABLE events (
-            seq     INTEGER PRIMARY KEY AUTOINCREMENT,
+            seq     INTEGER PRIMARY KEY,
             job     INTEGER NOT NULL,
             "from"  TEXT,
             "to"    TEXT NOT NULL,
@@ -2386,6 +2389,11 @@ class Sql:
         ) WITHOUT ROWID;
         CREATE INDEX dependencies_by_job ON dependencies (job);
 
+        CREATE TABLE unblocking (
+            needs  INTEGER PRIMARY KEY,
+            after  INTEGER NOT NULL
+        );
+
         CREATE TABLE tags (
             tag  TEXT NOT NULL,
             job  INTEGER NOT NULL,
@@ -2400,30 +2408,40 @@ class Sql:
         ) WITHOUT ROWID;
 
         CREATE TABLE schedules (
-            name        TEXT PRIMARY KEY,
-            cron        TEXT NOT NULL,
-            job         TEXT NOT NULL,
-            paused      INTEGER NOT NULL DEFAULT 0,
-            created_at  TEXT NOT NULL,
-            next_run    TEXT,
-            last_run    TEXT,
-            last_job    INTEGER
+            name          TEXT PRIMARY KEY,
+            cron          TEXT NOT NULL,
+            job           TEXT NOT NULL,
+            paused        INTEGER NOT NULL DEFAULT 0,
+            created_at    TEXT NOT NULL,
+            next_run      TEXT,
+            last_run      TEXT,
+            last_job      INTEGER,
+            tz            TEXT,
+            skipped       INTEGER NOT NULL DEFAULT 0,
+            last_success  TEXT
         ) WITHOUT ROWID;
 
         CREATE TABLE workers (
-            id            INTEGER PRIMARY KEY AUTOINCREMENT,
-            name          TEXT NOT NULL UNIQUE,
-            host          TEXT NOT NULL,
-            boot          TEXT NOT NULL,
-            pid           INTEGER NOT NULL,
-            born          TEXT NOT NULL,
-            slots         INTEGER NOT NULL,
-            queues        TEXT NOT NULL,
-            port          INTEGER,
-            started_at    TEXT NOT NULL,
-            heartbeat_at  TEXT NOT NULL,
-            beat          INTEGER NOT NULL DEFAULT 0,
-            wish          TEXT
+            id              INTEGER PRIMARY KEY,
+            name            TEXT NOT NULL UNIQUE,
+            host            TEXT NOT NULL,
+            boot            TEXT NOT NULL,
+            pid             INTEGER NOT NULL,
+            born            TEXT NOT NULL,
+            slots           INTEGER NOT NULL,
+            queues          TEXT NOT NULL,
+            port            INTEGER,
+            started_at      TEXT NOT NULL,
+            heartbeat_at    TEXT NOT NULL,
+            heartbeats      INTEGER NOT NULL DEFAULT 0,
+            stop_requested  TEXT
+        );
+
+        CREATE TABLE counters (
+            jobs     INTEGER NOT NULL,
+            runs     INTEGER NOT NULL,
+            events   INTEGER NOT NULL,
+            workers  INTEGER NOT NULL
         );
 
         CREATE TABLE counts (
@@ -2444,215 +2462,173 @@ class Sql:
         ) WITHOUT ROWID;
         """
 
-    # Opening. The file's kind is set before it becomes WAL, so it stands in the header.
-    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection,
-    # and set by each anew. How it is vacuumed can be chosen before the first table
-    # only. WAL_LIMIT cuts the WAL after a long reader: one beside 10,000 commits made
-    # it 85 MB. CHANGED costs 5 us, so clients can ask it again and again; a
-    # connection's own commits do not change it.
-    KIND = "PRAGMA application_id"
-    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
-    VERSION = "PRAGMA user_version"
-    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
-    # WAL with synchronous = NORMAL outlives a killed process only: a power cut takes
-    # the newest commits (SQLite's page on PRAGMA synchronous).
-    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
-    VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"
-    JOURNAL = "PRAGMA journal_mode = WAL"
-    DURABLE = "PRAGMA synchronous = FULL"       # an fsync a commit: outlives power cuts
-    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"
-    WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
-    EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
-    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
-    CHANGED = "PRAGMA data_version"
-    ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
     # Facts of the database itself, from its making: `id` and `created_at`.
-    SET_META = """
-        INSERT INTO meta (key, value)
-        VALUES (:key, :value)
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value
-        """
+    INSERT_META = _insert("meta", ("key", "value"))
     META = "SELECT value FROM meta WHERE key = :key"
 
-    # COMMIT may fail and leave the transaction open, to be tried again (busy), or fail
-    # and end it (a full disk): see `Store.transaction`.
-    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that read fails at once if busy
-    COMMIT = "COMMIT"
-    ROLLBACK = "ROLLBACK"
-
-    # Jobs, one by one and in lists. `seq` is chosen by us: an id, needs and events that
-    # name it are written in the same breath. SQLite notes the highest of AUTOINCREMENT
-    # in sqlite_sequence, also where it was given, and has no row there before the
-    # first. A field that INSERT_JOB does not name is passed over without a word.
-    INSERT_JOB = """
-        INSERT INTO jobs (seq, id, command, state, max_retries, created_at, updated_at,
-                          queue, priority, run_at, timeout, backoff_base, after,
-                          "unique", tags, env, cwd, gate, rank, unmet, once, at_time)
-        VALUES (:seq, :id, :command, :state, :max_retries, :created_at, :updated_at,
-                :queue, :priority, :run_at, :timeout, :backoff_base, :after,
-                :unique, :tags, :env, :cwd, :gate, :rank, :unmet, :once, :at_time)
+    FIRST_COUNTERS = "INSERT INTO counters VALUES (0, 0, 0, 0)"
+    COUNTERS = "SELECT jobs, runs, events, workers FROM counters"
+    SET_COUNTERS = """
+        UPDATE counters
+           SET jobs = :jobs, runs = :runs, events = :events, workers = :workers
         """
-    LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+
+    # Jobs, one by one and in lists.
+    INSERT_JOB = _insert("jobs", Job._fields)
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With all the words of jobs_by_unique: a job that is over has its key still, but no
+    # With all the words of jobs_by_unique: a finished job keeps its key, but not the
     # claim to it.
     JOB_BY_UNIQUE = """
         SELECT *
           FROM jobs
          WHERE "unique" = :unique
-           AND "unique" IS NOT NULL AND (gate IS NOT NULL OR claim IS NOT NULL)
+           AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)
         """
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
-    # A list of any length in one parameter: one statement stays prepared for all, and
-    # the number of parameters that SQLite takes (32,766) is no matter.
+    # A JSON list in one parameter keeps one statement prepared, for any number of ids.
     SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
-    # Lists. With +seq the bound is no reason for SQLite to go by the row numbers where
-    # another order is wanted: it then takes the index of the state. `before` is always
-    # bound, to END_OF_TIME if nobody goes on from somewhere.
-    LIST, COUNT = "SELECT *", "SELECT COUNT(*)"
-    BEFORE_SEQ = "FROM jobs WHERE seq < :before"
-    BEFORE_SEQ_SORTED = "FROM jobs WHERE +seq < :before"    # not by that index
+    # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
-        "state": "state = :state",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
-        "search": r"(command LIKE :search ESCAPE '\' OR id LIKE :search ESCAPE '\')",
+        "search": r"(lower(command) LIKE lower(:search) ESCAPE '\'"
+                  r" OR lower(id) LIKE lower(:search) ESCAPE '\')",
         "ended_before": "finished_at < :ended_before",
         "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
     }
-    PAGE = "LIMIT :limit"
 
     @classmethod
-    def listing(cls, state: str | None, order: str, values: Mapping[str, Any]) -> str:
-        """A statement of constant parts, for the filters that have values.
+    def listing(cls, states: Sequence[str], order: str,
+                values: Mapping[str, Any]) -> str:
+        """The jobs of these states, of any if none is named, that fit the values.
 
-        Not one with `:tag IS NULL OR ...` for each: no index serves that. There are few
-        combinations, and each stays prepared. A LIMIT of -1 is none.
+        Each filter that has a value is a clause: no index serves `:tag IS NULL OR ...`.
+        Each state is a read of its own by its index, and only what these find is
+        sorted; for `state IN` SQLite would sort all that fit. There are few
+        combinations, and each stays prepared.
         """
-        from_jobs = cls.BEFORE_SEQ if order.startswith("seq") else cls.BEFORE_SEQ_SORTED
-        where = cls._fitting(from_jobs, state, values)
-        return f"{cls.LIST} {where} ORDER BY {order} {cls.PAGE}"
+        reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
+                 "LIMIT :limit" for some in [[state] for state in states] or [[]]]
+        if len(reads) == 1:
+            return reads[0]
+        return " UNION ALL ".join(
+            f"SELECT * FROM ({read}) AS read_{n}" for n, read in enumerate(reads)
+            ) + f" ORDER BY {order} LIMIT :limit"
 
     @classmethod
-    def counting(cls, state: str | None, values: Mapping[str, Any]) -> str:
+    def counting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
         """As `listing`, for the number of jobs that fit."""
-        return f"{cls.COUNT} {cls._fitting(cls.BEFORE_SEQ, state, values)}"
+        return f"SELECT COUNT(*) {cls._fitting(states, 'seq', values)}"
 
     @classmethod
-    def _fitting(cls, from_jobs: str, state: str | None,
+    def _fitting(cls, states: Sequence[str], order: str,
                  values: Mapping[str, Any]) -> str:
-        """Where the jobs come from; by `jobs_by_end` if their state is one of OVER."""
-        clauses = [from_jobs]
-        if state is not None:
-            clauses.append(cls.FILTERS["state"])
-        if state in OVER:       # the literals of jobs_by_end
-            clauses.append("gate IS NULL AND claim IS NULL")
-        clauses += [cls.FILTERS[key] for key in values if key in cls.FILTERS]
-        return " AND ".join(clauses)
+        # With +seq SQLite takes the index of the state instead of the row numbers.
+        clauses = [f"FROM jobs WHERE {'' if order.startswith('seq') else '+'}"
+                   "seq < :before"]
+        if states:
+            clauses.append(f"state IN ({_list(states)})")
+            if {*states} <= {*OVER}:    # the literals of jobs_by_end
+                clauses.append("waits IS NULL AND claim IS NULL")
+        return " AND ".join(clauses + [cls.FILTERS[key] for key in values
+                                       if key in cls.FILTERS])
 
     # A row stays when its count is 0 again: a metric must not vanish then.
     COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
     COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
-    # From one rank to the next by the index: a scan of all that wait would be long.
-    # Within a rank the index goes by run_at, so its MIN is one step. A thousand ranks
-    # at most: with ageing nearly each job has one of its own.
-    OLDEST_OPEN = """
-        WITH RECURSIVE ranks (rank) AS (
-            SELECT MIN(rank)
+    # From one rank to the next by the index, a thousand at most: with ageing nearly
+    # each job has a rank of its own. Within a rank the index goes by run_at.
+    OLDEST_READY = """
+        WITH RECURSIVE ranks (rank, n) AS (
+            SELECT MIN(rank), 1
               FROM jobs
-             WHERE gate = 'open' AND queue = :queue
+             WHERE waits = 'ready' AND queue = :queue
              UNION ALL
             SELECT (SELECT MIN(jobs.rank)
                       FROM jobs
-                     WHERE gate = 'open' AND queue = :queue
-                       AND jobs.rank > ranks.rank)
+                     WHERE waits = 'ready' AND queue = :queue
+                       AND jobs.rank > ranks.rank), n + 1
               FROM ranks
-             WHERE rank IS NOT NULL
-             LIMIT 1000)
+             WHERE rank IS NOT NULL AND n < 1000)
         SELECT MIN((SELECT MIN(run_at)
                       FROM jobs
-                     WHERE gate = 'open' AND queue = :queue
+                     WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
           FROM ranks
         """
-    # What is due and not yet let in: mostly none, many if no pool has run for long.
+    # Due but still scheduled: mostly none, many if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
                   FROM jobs
-                 WHERE gate = 'time' AND run_at <= :now
+                 WHERE waits = 'scheduled' AND run_at <= :now
                  ORDER BY run_at
-                 LIMIT 1000)
+                 LIMIT 1000) AS due
          GROUP BY queue
         """
     COUNT_DUE = """
         SELECT COUNT(*)
           FROM (SELECT 1
                   FROM jobs
-                 WHERE gate = 'open' AND queue = :queue
+                 WHERE waits = 'ready' AND queue = :queue
                  UNION ALL
                 SELECT 1
                   FROM jobs
-                 WHERE gate = 'time' AND run_at <= :now AND queue = :queue
-                 LIMIT :most)
+                 WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
+                 LIMIT :most) AS due
         """
-    # The whole job, for `status` says which it is; a pool needs but its time (DUE_AT).
     NEXT_DUE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'time'
+         WHERE waits = 'scheduled'
          ORDER BY run_at
          LIMIT 1
         """
-    # Until when a pool may sleep. Each MIN is the first entry of jobs_by_time, and a
-    # look at the few schedules.
+    # Until when a worker may sleep.
     DUE_AT = """
         SELECT MIN(at)
-          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE gate = 'time'
+          FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
-                SELECT MIN(next_run) FROM schedules WHERE paused = 0)
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times
         """
 
     # The one statement that changes a state. State alone would let a late worker end a
-    # later claim; the claim's number is the fence (I1, I3). `IS`, for a waiting job has
-    # none, and NULL = NULL is not true. It sets what verbs change; EDIT what people
-    # may.
+    # later claim; the claim's number is the fence (I1, I3), 0 for a job without one.
+    # It sets what verbs change; EDIT what people may.
     MOVE = """
         UPDATE jobs
            SET state = :state, attempts = :attempts, crashes = :crashes,
                updated_at = :updated_at, run_at = :run_at, worker = :worker,
                started_at = :started_at, finished_at = :finished_at,
-               exit_code = :exit_code, error = :error, gate = :gate, rank = :rank,
-               claim = :claim, wish = :wish, runs = :runs, at_time = :at_time
+               exit_code = :exit_code, error = :error, waits = :waits, rank = :rank,
+               claim = :claim, end_requested = :end_requested, runs = :runs,
+               at_time = :at_time
          WHERE seq = :seq
-           AND state = :source AND claim IS :held
+           AND state = :source AND COALESCE(claim, 0) = :held
         """
-    # Somebody asks that a run be ended. By claim: it must not hit a later run, which
-    # nobody has asked to end.
-    WISH = """
+    # By claim: it must not hit a later run, whose end nobody has requested.
+    REQUEST_END = """
         UPDATE jobs
-           SET wish = :wish
+           SET end_requested = :end_requested
          WHERE seq = :seq
            AND claim = :claim
         """
-    # A rescuer marks the run before its first signal: should the pool thaw and record
-    # the end, that counts as a crash (`judged`), not as the job's own failure. A wish
-    # to cancel stays: then the end of the run cancels the job.
+    # Before the first signal to a lost run: should its worker thaw and record the end,
+    # that counts as a crash (`judged`), not as the job's own failure. A request to
+    # cancel stays: then the end of the run cancels the job.
     SEIZE = """
         UPDATE jobs
-           SET wish = 'lost'
+           SET end_requested = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL
-           AND wish IS NULL
+           AND end_requested IS NULL
         """
-    # Events. Times and reasons do not order them, seq does: clocks are set back.
-    # A job's events go with it, so the JOIN leaves nothing out.
+    # Events are ordered by seq, not by time: clocks are set back.
     INSERT_EVENT = """
-        INSERT INTO events (job, "from", "to", at, reason)
-        VALUES (:job, :source, :target, :at, :reason)
+        INSERT INTO events (seq, job, "from", "to", at, reason)
+        VALUES (:seq, :job, :source, :target, :at, :reason)
         """
     EVENTS_OF = """
         SELECT jobs.id, "from", "to", at, reason
@@ -2667,23 +2643,20 @@ class Sql:
           JOIN jobs ON jobs.seq = events.job
          WHERE events.seq > :after
            AND at >= :since
-           AND (:queue IS NULL OR jobs.queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq
          LIMIT :limit
         """
-    LAST_EVENT = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
-    # Dependencies: a row as long as the job that is needed is there. Only a completed
-    # job can be deleted while others wait for it: to those a row that is missing is
-    # met.
-    INSERT_NEED = "INSERT INTO dependencies (needs, job) VALUES (:needs, :job)"
-    # Who comes after a job, whatever its state, in pages: by the primary key. A job
-    # that was completed lowers `unmet` of each; at 0 the job is no longer blocked. A
-    # gate is no state, so no event is written.
+    # Dependencies: a row while the needed job exists. Only a completed job can be
+    # deleted while others wait for it, so a missing row is met.
+    INSERT_NEED = _insert("dependencies", ("needs", "job"))
+    # Completing a job lowers `unmet` of its dependents; at 0 one is no longer blocked.
+    # `waits` is no state, so no event is written.
     DEPENDENTS = """
         SELECT needs, job
           FROM dependencies
-         WHERE needs IN (SELECT value FROM json_each(:needs))
+         WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
            AND job > :after
          ORDER BY needs, job
          LIMIT :limit
@@ -2691,39 +2664,45 @@ class Sql:
     MEET = """
         UPDATE jobs
            SET unmet = unmet - 1,
-               gate = CASE WHEN gate = 'after' AND unmet = 1
-                           THEN CASE WHEN run_at > :now THEN 'time' ELSE 'open' END
-                           ELSE gate END
+               waits = CASE WHEN waits = 'blocked' AND unmet = 1
+                           THEN CASE WHEN run_at > :now THEN 'scheduled'
+                                     ELSE 'ready' END
+                           ELSE waits END
          WHERE seq = :job
            AND unmet > 0
         """
-    # A completed job is retried: what comes after it and has not begun waits again.
+    # A completed job is retried: dependents that have not begun wait again.
     UNMEET = """
         UPDATE jobs
            SET unmet = unmet + 1,
-               gate = CASE WHEN gate IN ('open', 'time') THEN 'after' ELSE gate END
+               waits = CASE WHEN waits IN ('ready', 'scheduled') THEN 'blocked'
+                            ELSE waits END
          WHERE seq IN (SELECT job
                          FROM dependencies
                         WHERE needs = :needs AND job <= :upto)
         """
     UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
-    SET_UNBLOCKING = "INSERT OR REPLACE INTO unblocking VALUES (:needs, :after)"
+    SET_UNBLOCKING = """
+        INSERT INTO unblocking (needs, after)
+        VALUES (:needs, :after)
+            ON CONFLICT (needs) DO UPDATE SET after = excluded.after
+        """
     DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
     WAITING_DEPENDENT = """
         SELECT jobs.id
           FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs = :needs
-           AND jobs.gate IS NOT NULL
+           AND jobs.waits IS NOT NULL
          LIMIT 1
         """
     # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
-    # (the job that runs this very command), and what comes after these.
+    # (the job that runs this command), and what comes after these.
     _STUCK = """
         WITH RECURSIVE stuck (seq) AS (
             SELECT jobs.seq
               FROM jobs
-             WHERE gate = 'after'
+             WHERE waits = 'blocked'
                AND EXISTS (SELECT 1
                              FROM dependencies
                              JOIN jobs AS needed ON needed.seq = dependencies.needs
@@ -2736,24 +2715,26 @@ class Sql:
               JOIN dependencies ON dependencies.needs = stuck.seq
              WHERE EXISTS (SELECT 1
                              FROM jobs
-                            WHERE jobs.seq = dependencies.job AND gate = 'after'))
+                            WHERE jobs.seq = dependencies.job AND waits = 'blocked'))
         """
     COUNT_STUCK = _STUCK + """
         SELECT COUNT(*)
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
         """
     LIST_STUCK = _STUCK + """
         SELECT *
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          ORDER BY seq
          LIMIT :limit
         """
     STUCK_AMONG = _STUCK + """
-        SELECT seq FROM stuck WHERE seq IN (SELECT value FROM json_each(:seqs))
+        SELECT seq
+          FROM stuck
+         WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))
         """
     LAST_NEED_END = """
         SELECT MAX(jobs.finished_at)
@@ -2761,32 +2742,29 @@ class Sql:
           JOIN jobs ON jobs.seq = dependencies.needs
          WHERE dependencies.job = :job
         """
-    # No `claim` to guard by: a gate says that it waits, so none is held (I2, I7).
+    # A waiting job has no claim to guard by (I2, I7).
     EDIT = """
         UPDATE jobs
            SET command = :command, priority = :priority, run_at = :run_at,
                max_retries = :max_retries, timeout = :timeout, queue = :queue,
-               gate = :gate, rank = :rank, updated_at = :updated_at,
+               waits = :waits, rank = :rank, updated_at = :updated_at,
                at_time = :at_time
          WHERE seq = :seq
-           AND gate IS NOT NULL
+           AND waits IS NOT NULL
         """
-    # All that wait, over the whole table: only when `priority-ageing` is changed.
-    # As `rank_of` has it; a whole second is 1000. Its thousandths are the text's own:
-    # SQLite 3.34 cuts some of them short by one.
-    RANK_BY_PRIORITY = "UPDATE jobs SET rank = -priority WHERE gate IS NOT NULL"
-    RANK_BY_AGE = """
-        UPDATE jobs
-           SET rank = strftime('%s', substr(run_at, 1, 19)) * 1000
-                      + substr(run_at, 21, 3) - priority * :worth
-         WHERE gate IS NOT NULL
+    # All that wait, in pages, when `priority-ageing` is changed.
+    WAITING = """
+        SELECT seq, priority, run_at
+          FROM jobs
+         WHERE waits IS NOT NULL AND seq > :after
+         ORDER BY seq
+         LIMIT :limit
         """
+    SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
 
-    INSERT_TAG = "INSERT INTO tags (tag, job) VALUES (:tag, :job)"
+    INSERT_TAG = _insert("tags", ("tag", "job"))
 
-    # Deleting: the job last, so that a reader never meets a job without its history.
-    # Each goes by an index or a key: without runs_by_job and its like a purge would
-    # read all history for each job.
+    # The job last, so that a reader never finds a job without its history.
     DELETE_JOB = (
         "DELETE FROM runs WHERE job = :seq",
         "DELETE FROM events WHERE job = :seq",
@@ -2797,14 +2775,9 @@ class Sql:
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
-    # Runs. The number is drawn before the row is written, so that its lock is held when
-    # the row can be seen (I5); see `Claims._draw`. What ends or changes a run asks for
-    # `outcome IS NULL`: an end is written once.
-    LAST_CLAIM = "SELECT seq FROM sqlite_sequence WHERE name = 'runs'"
-    INSERT_RUN = """
-        INSERT INTO runs (claim, job, number, pool, worker, slot, started_at)
-        VALUES (:claim, :job, :number, :pool, :worker, :slot, :started_at)
-        """
+    # Runs. A run's end is written once, hence `outcome IS NULL`.
+    INSERT_RUN = _insert("runs", (
+        "claim", "job", "number", "worker_id", "worker", "slot", "started_at"))
     # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
         UPDATE runs
@@ -2813,16 +2786,17 @@ class Sql:
            AND outcome IS NULL
         """
     BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
-    # As much output as is stored, or more, replaces it, less does not: who records a
-    # lost run has none, and what its pool had saved of it by SAVE_OUTPUT stays.
+    # Less output than is stored does not replace it: who records a lost run has none,
+    # and what its worker had saved by SAVE_OUTPUT stays.
     END_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
                duration = :duration, outcome = :outcome, exit_code = :exit_code,
                error = :error,
-               output_bytes = MAX(output_bytes, :output_bytes),
-               output = CASE WHEN :output_bytes >= output_bytes THEN :output
-                             ELSE output END
+               output = CASE WHEN output_bytes > :output_bytes THEN output
+                             ELSE :output END,
+               output_bytes = CASE WHEN output_bytes > :output_bytes THEN output_bytes
+                                   ELSE :output_bytes END
          WHERE claim = :claim
            AND outcome IS NULL
         """
@@ -2832,7 +2806,7 @@ class Sql:
          WHERE claim = :claim
            AND outcome IS NULL
         """
-    # Claims only grow (I4), so among the runs of a job they order as the numbers do.
+    # Claims only grow (I4), so they order the runs of a job.
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUNS = f"""
@@ -2844,7 +2818,6 @@ class Sql:
         """
     LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
     RUN_BY_CLAIM = f"SELECT {RUN_WITHOUT_OUTPUT} FROM runs WHERE claim = :claim"
-    # By jobs_by_claim: what runs, however many runs are over.
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT}
           FROM jobs
@@ -2853,23 +2826,22 @@ class Sql:
          ORDER BY jobs.claim
         """
 
-    # The claim. Selected and taken in one IMMEDIATE transaction (I2): without RETURNING
-    # (SQLite 3.35) it takes two statements, and between them nobody else may choose.
-    # ANY_OPEN comes before all: an idle pool asks it at each wake-up, and writes
-    # nothing.
-    ANY_OPEN = """
-        SELECT EXISTS (SELECT 1 FROM jobs WHERE gate = 'open')
-            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND run_at <= :now)
+    # The claim. Selected and taken in one IMMEDIATE transaction (I2), for SQLite has
+    # RETURNING only since 3.35. ANY_READY comes first: an idle worker asks it at each
+    # wake-up, and writes nothing.
+    ANY_READY = """
+        SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready')
+            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
             OR EXISTS (SELECT 1 FROM unblocking)
-            OR EXISTS (SELECT 1 FROM jobs WHERE gate = 'time' AND at_time = 0
+            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)
         """
-    # Delays that began in the future: the clock was set back. By jobs_delayed.
+    # Delays that began in the future: the clock was set back.
     DELAYED = """
         SELECT *
           FROM jobs
-         WHERE gate = 'time' AND at_time = 0
+         WHERE waits = 'scheduled' AND at_time = 0
            AND updated_at > :ahead
          ORDER BY updated_at
          LIMIT :limit
@@ -2878,60 +2850,56 @@ class Sql:
         UPDATE jobs
            SET run_at = :run_at, rank = :rank, updated_at = :updated_at
          WHERE seq = :seq
-           AND gate = 'time'
+           AND waits = 'scheduled'
         """
-    # How many stand before a job in a queue: compared as one row, so by one index
-    # range.
     BEFORE = """
         SELECT COUNT(*)
           FROM jobs
-         WHERE gate = 'open' AND queue = :queue
+         WHERE waits = 'ready' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)
         """
-    # From one gate to the next (I7), the longest due first and not all at once: those
-    # of one moment may be very many, and the write lock is held. See `Claims._let_in`.
+    # What is due becomes ready (I7), longest due first, some at a time: those of one
+    # moment may be very many, and the write lock is held.
     LET_IN = """
         UPDATE jobs
-           SET gate = 'open'
+           SET waits = 'ready'
          WHERE seq IN (SELECT seq
                          FROM jobs
-                        WHERE gate = 'time' AND run_at <= :now
+                        WHERE waits = 'scheduled' AND run_at <= :now
                         ORDER BY run_at
                         LIMIT :limit)
         """
     LINE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'open'
+         WHERE waits = 'ready'
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
-    # The same for one queue, where those at the head of LINE may not be taken.
+    # For one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = """
         SELECT *
           FROM jobs
-         WHERE gate = 'open' AND queue = :queue
+         WHERE waits = 'ready' AND queue = :queue
          ORDER BY rank, run_at, seq
          LIMIT :limit
         """
-    ANY_OPEN_IN = "SELECT 1 FROM jobs WHERE gate = 'open' AND queue = :queue LIMIT 1"
-    # By time alone: a pool that asks has let in what was due, so little is left to see.
+    ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
     ANY_DUE_IN = """
         SELECT 1
           FROM jobs
-         WHERE gate = 'time' AND run_at <= :now
+         WHERE waits = 'scheduled' AND run_at <= :now
            AND queue = :queue
          LIMIT 1
         """
-    # What the database says this pool holds. A claim of its own that is not there was
-    # taken from it: whatever its run does, nothing of it may be recorded (I3).
+    # What the database says this worker holds. A claim that is missing was taken from
+    # it, and nothing of its run may be recorded (I3).
     MINE = """
-        SELECT claim, wish, unmet
+        SELECT claim, end_requested, unmet
           FROM jobs
          WHERE claim IS NOT NULL AND worker = :worker
         """
 
-    # Pauses and limits are kept apart from each other: setting one leaves the other.
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = """
         INSERT INTO queues (name, paused)
@@ -2943,15 +2911,11 @@ class Sql:
         VALUES (:name, :job_limit)
             ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
         """
-    # After each of the two: what is as if nothing had been set is no queue to be
-    # listed.
+    # After each of the two: a queue with neither is not listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
-    # Schedules: few; the turn that is taken is the one that is written (one a turn).
-    INSERT_SCHEDULE = """
-        INSERT INTO schedules (name, cron, job, created_at, next_run, tz)
-        VALUES (:name, :cron, :job, :created_at, :next_run, :tz)
-        """
+    INSERT_SCHEDULE = _insert("schedules", ("name", "cron", "job", "created_at",
+                                            "next_run", "tz"))
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
     SCHEDULES_DUE = """
@@ -2967,7 +2931,7 @@ class Sql:
          WHERE name = :name
         """
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
-    # With its next turn: who resumes a schedule does not want those it has missed.
+    # With the next run: those missed during the pause are not made up.
     PAUSE_SCHEDULE = """
         UPDATE schedules
            SET paused = :paused, next_run = :next_run
@@ -2975,45 +2939,48 @@ class Sql:
         """
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # Pools. A new one gives no id (NULL), so SQLite draws it; one that was taken for
-    # dead comes back with its old id, which its lock and its runs bear. `beat` counts,
-    # for a watcher compares it with what it saw last, never a clock with another's.
-    INSERT_WORKER = """
-        INSERT INTO workers (id, name, host, boot, pid, born, slots, queues, port,
-                             started_at, heartbeat_at)
-        VALUES (:id, :name, :host, :boot, :pid, :born, :slots, :queues, :port,
-                :started_at, :heartbeat_at)
-        """
-    LAST_POOL = "SELECT seq FROM sqlite_sequence WHERE name = 'workers'"
+    # Workers. One that was taken for dead comes back with its old id, which its lock
+    # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
+    # last, and never two clocks.
+    INSERT_WORKER = _insert("workers", Worker._fields)
     WORKERS = "SELECT * FROM workers ORDER BY id"
-    WORKER_WISH = "SELECT wish FROM workers WHERE id = :id"
-    BEAT = "UPDATE workers SET heartbeat_at = :now, beat = beat + 1 WHERE id = :id"
-    STOP_WORKER = "UPDATE workers SET wish = :wish WHERE id = :id"
+    STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
+    HEARTBEAT = """
+        UPDATE workers
+           SET heartbeat_at = :now, heartbeats = heartbeats + 1
+         WHERE id = :id
+        """
+    STOP_WORKER = """
+        UPDATE workers
+           SET stop_requested = :stop_requested
+         WHERE id = :id
+        """
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
-    # By the pool's id, not by `jobs.worker`: a dead pool's name may be another's by
-    # now. CROSS JOIN is SQLite's word for "in this order": from the few jobs that run,
-    # and not from all runs that ever were (108 ms of 300,000 of them).
+    # By id: the name of a dead worker may be another's by now. CROSS JOIN has SQLite
+    # begin with the few running jobs, not with all runs there ever were (108 ms for
+    # 300,000).
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
            AND NOT EXISTS (SELECT 1
                              FROM jobs
-                            CROSS JOIN runs ON runs.claim = jobs.claim
-                            WHERE jobs.claim IS NOT NULL AND runs.pool = :id)
+                            CROSS JOIN runs
+                            WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
+                              AND runs.worker_id = :id)
         """
-    # Of dead pools as well: a datagram to nobody costs less than to ask who lives.
+    # Also of dead workers: a datagram to nobody costs less than finding out who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # What may come next on a command line: soon found, in a large queue as well. A
-    # word's continuations are a range, :word to :end, which an index serves; LIKE would
-    # not, as it takes A for a. `look` bounds what is read, `limit` what is shown.
+    # Completion: fast in a large queue, too. Continuations of a word are the range from
+    # :word to :end, which an index serves. `look` bounds what is read, `limit` the
+    # result.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT *
                   FROM jobs
                  WHERE state = :state
                  ORDER BY seq DESC
-                 LIMIT :look)
+                 LIMIT :look) AS newest
          WHERE id >= :word AND id < :end
          LIMIT :limit
         """
@@ -3024,8 +2991,7 @@ class Sql:
          ORDER BY id
          LIMIT :look
         """
-    # From one tag to the next by the key, one search each: DISTINCT would read a row of
-    # each job that has the tag.
+    # From one tag to the next by the key: DISTINCT would read a row for each job.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
             SELECT MIN(tag) FROM tags WHERE tag >= :word
@@ -3041,8 +3007,7 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Settings. Only what somebody has set: where nothing was, a new version's default
-    # holds.
+    # Settings: only what somebody has set; for the rest a new version's default holds.
     STORED_SETTINGS = "SELECT key, value FROM settings"
     SET = """
         INSERT INTO settings (key, value)
@@ -3052,50 +3017,48 @@ class Sql:
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     UNSET = "DELETE FROM settings WHERE key = :key"
 
-    # Counters, written once a transaction (I8). Minute 0 is all time: purges spare it.
-    # Triggers, row by row, cost 40 % of the claims a second. Two statements: SQLite
-    # looks at the CHECK of a row to be inserted before it finds that there is one
-    # already, so COUNT_UP with -1 would be refused. Parameters by place, for rows are
-    # tuples here.
+    # Counters, written once a transaction (I8): triggers cost 40% of the claims a
+    # second. Minute 0 is all time. Two statements, for SQLite checks `n >= 0` of the
+    # row to be inserted before it finds that there is one already.
     COUNT_UP = """
         INSERT INTO counts (queue, state, n)
-        VALUES (?, ?, ?)
-            ON CONFLICT (queue, state) DO UPDATE SET n = n + excluded.n
+        VALUES (:queue, :state, :n)
+            ON CONFLICT (queue, state) DO UPDATE SET n = counts.n + excluded.n
         """
-    # Never below nothing: were a count ever wrong, no worker may stumble over it.
+    # Never below 0: a count that is wrong must not stop a worker.
     COUNT_DOWN = """
         UPDATE counts
-           SET n = MAX(0, n - ?)
-         WHERE queue = ? AND state = ?
+           SET n = CASE WHEN n > :n THEN n - :n ELSE 0 END
+         WHERE queue = :queue AND state = :state
         """
     TALLY = """
         INSERT INTO tallies (minute, queue, kind, bucket, n, total)
-        VALUES (?, ?, ?, ?, ?, ?)
+        VALUES (:minute, :queue, :kind, :bucket, :n, :total)
             ON CONFLICT (minute, queue, kind, bucket)
-            DO UPDATE SET n = n + excluded.n, total = total + excluded.total
+            DO UPDATE SET n = tallies.n + excluded.n,
+                          total = tallies.total + excluded.total
         """
-    # All time has one row a kind and bucket, so a metric's price does not grow with
-    # age.
+    # One row per queue, kind and bucket, so the price does not grow with age.
     TALLIES_EVER = """
         SELECT queue, kind, bucket, n, total
           FROM tallies
          WHERE minute = 0
         """
-    # From a minute on, so from 1: never with all time, which would count twice.
+    # From a minute on, so at least 1: with minute 0 all would count twice.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
         """
-    # What has come to an end since the database was made, deleted or not: a bar must
-    # not go back when a purge comes.
+    # Ended since the database was made, deleted or not: a progress bar must not go
+    # back.
     OVER_EVER = """
         SELECT kind, SUM(n)
           FROM tallies
          WHERE minute = 0
            AND kind IN ('complete', 'bury', 'cancel')
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY kind
         """
 
@@ -3103,11 +3066,10 @@ class Sql:
         SELECT minute, kind, bucket, SUM(n), SUM(total)
           FROM tallies
          WHERE minute >= :first AND minute <= :last
-           AND (:queue IS NULL OR queue = :queue)
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY minute, kind, bucket
         """
 
-    # Minutes are kept for some days; minute 0, all time, is kept for good.
     OLD_TALLY = """
         SELECT EXISTS (SELECT 1 FROM tallies WHERE minute > 0 AND minute < :before)
         """
@@ -3120,27 +3082,29 @@ class Sql:
                 LIMIT :limit)
         """
 
-    # What must hold between the tables: the code, what is wrong with each row that a
-    # statement finds, the statement. Nothing is found in a sound queue. They read whole
-    # tables, so only `check` asks them, in one SNAPSHOT: between two reads a pool would
-    # claim, and what is right would look wrong. SNAPSHOT is deferred, for it locks out
-    # nobody; what it sees is fixed by its first read.
-    SNAPSHOT = "BEGIN"
-    # Bounded, for a damaged file has any number of faults.
-    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"
+    # What must hold between tables: a code, what is wrong with each row found, a
+    # statement. They read whole tables, so only `check` runs them, in one snapshot.
     RULES = (
-        # One list of ones and minuses (I8): sums that are not 0, also of what only one
-        # side has.
+        # Sums of ones and minuses that are not 0 (I8).
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
                      UNION ALL
-                    SELECT queue, state, -n FROM counts)
+                    SELECT queue, state, -n FROM counts) AS both_sides
              GROUP BY queue, state
             HAVING SUM(n) <> 0
             """),
-        # The schema holds a claim and 'processing' together; these two hold the claim
-        # and its row in `runs` together, which no CHECK can: it sees one table.
+        ("counters", "the last number of {} is too low, so it would be used again (I4)",
+         """
+            SELECT 'jobs' FROM counters WHERE jobs < (SELECT MAX(seq) FROM jobs)
+             UNION
+            SELECT 'runs' FROM counters WHERE runs < (SELECT MAX(claim) FROM runs)
+             UNION
+            SELECT 'events' FROM counters WHERE events < (SELECT MAX(seq) FROM events)
+             UNION
+            SELECT 'workers' FROM counters WHERE workers < (SELECT MAX(id) FROM workers)
+            """),
+        # A CHECK sees one table, so these two hold a claim and its run together.
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id
               FROM jobs
@@ -3156,18 +3120,17 @@ class Sql:
              WHERE runs.outcome IS NULL
                AND jobs.seq IS NULL
             """),
-        # IS NOT, for a job without any event has NULL there.
         ("history", "the state of {} is not where its last event leads (I1)", """
             SELECT jobs.id
               FROM jobs
               LEFT JOIN events ON events.seq = (SELECT MAX(seq) FROM events
                                                  WHERE job = jobs.seq)
-             WHERE events."to" IS NOT jobs.state
+             WHERE COALESCE(events."to", '') <> jobs.state
             """),
         ("gates", "{} waits for other jobs, but these are all completed (I7)", """
             SELECT id
               FROM jobs
-             WHERE gate = 'after'
+             WHERE waits = 'blocked'
                AND unmet = 0
             """),
         ("gates", "the number of jobs that {} waits for is wrong (I7)", """
@@ -3181,72 +3144,77 @@ class Sql:
                                               OR unblocking.after < jobs.seq
                                             THEN 1 END)
             """),
-        # The other way round: what a retry of the needed job has to close again.
         ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
-            SELECT id FROM jobs WHERE gate IN ('open', 'time') AND unmet > 0
+            SELECT id FROM jobs WHERE waits IN ('ready', 'scheduled') AND unmet > 0
             """),
-        # What a foreign key would hold.
+        # Foreign keys.
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
                      UNION SELECT job FROM tags UNION SELECT job FROM dependencies
-                     UNION SELECT needs FROM dependencies)
+                     UNION SELECT needs FROM dependencies) AS belongings
              WHERE job NOT IN (SELECT seq FROM jobs)
             """),
     )
 
 
-# What a job costs must not grow with its history, its dependencies or its dependents:
-#   runs, unmet   counted as they change, instead of by a query for each claim
-#   unblocking    completed jobs that have very many dependents: those above `after`
-#                 still count it as unmet, and the next ticks see to them
-#   jobs_delayed  jobs that wait for a delay or a backoff, by the time at which that
-#                 began: one that began in the future shows that the clock was set back
-ADD_COUNTS = """
-    ALTER TABLE jobs ADD COLUMN runs INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN unmet INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN once TEXT;
-    ALTER TABLE jobs ADD COLUMN at_time INTEGER NOT NULL DEFAULT 0;
-    UPDATE jobs
-       SET runs = (SELECT MAX(number) FROM runs WHERE runs.job = jobs.seq)
-     WHERE seq IN (SELECT job FROM runs);
-    UPDATE jobs
-       SET unmet = (SELECT COUNT(*)
-                      FROM dependencies
-                      JOIN jobs AS needed ON needed.seq = dependencies.needs
-                     WHERE dependencies.job = jobs.seq
-                       AND needed.state <> 'completed')
-     WHERE seq IN (SELECT job FROM dependencies);
-    UPDATE jobs SET at_time = 1 WHERE gate = 'time' AND state = 'pending';
-    CREATE UNIQUE INDEX jobs_by_once ON jobs (once) WHERE once IS NOT NULL;
-    CREATE INDEX jobs_blocked ON jobs (seq) WHERE gate = 'after';
-    CREATE INDEX jobs_delayed ON jobs (updated_at) WHERE gate = 'time' AND at_time = 0;
-    CREATE TABLE unblocking (
-        needs  INTEGER PRIMARY KEY,
-        after  INTEGER NOT NULL
-    );
-    ALTER TABLE schedules ADD COLUMN tz TEXT;
-    ALTER TABLE schedules ADD COLUMN skipped INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE schedules ADD COLUMN last_success TEXT;
-    """
+# From each older format to the current one, in one transaction. Tables that differ are
+# moved away and made anew by SCHEMA: a CHECK cannot be changed, nor AUTOINCREMENT.
+UPGRADES = {
+    1: """
+        ALTER TABLE jobs RENAME TO old_jobs;
+        ALTER TABLE runs RENAME TO old_runs;
+        ALTER TABLE events RENAME TO old_events;
+        ALTER TABLE workers RENAME TO old_workers;
+        ALTER TABLE schedules RENAME TO old_schedules;
+        DROP INDEX jobs_by_state; DROP INDEX jobs_in_line; DROP INDEX jobs_in_queue;
+        DROP INDEX jobs_by_time; DROP INDEX jobs_by_claim; DROP INDEX jobs_by_unique;
+        DROP INDEX jobs_by_end; DROP INDEX runs_by_job; DROP INDEX events_by_job;
+        """ + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + """
+        INSERT INTO counters
+        SELECT COALESCE(MAX(CASE name WHEN 'old_jobs' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_runs' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_events' THEN seq END), 0),
+               COALESCE(MAX(CASE name WHEN 'old_workers' THEN seq END), 0)
+          FROM sqlite_sequence;
+        INSERT INTO runs SELECT * FROM old_runs;
+        INSERT INTO events SELECT * FROM old_events;
+        INSERT INTO workers SELECT * FROM old_workers;
+        INSERT INTO schedules SELECT *, NULL, 0, NULL FROM old_schedules;
+        INSERT INTO jobs
+        SELECT seq, id, command, state, attempts, max_retries, created_at, updated_at,
+               queue, priority, run_at, timeout, backoff_base, after, "unique", tags,
+               env, cwd, crashes, worker, started_at, finished_at, exit_code, error,
+               CASE gate WHEN 'open' THEN 'ready' WHEN 'time' THEN 'scheduled'
+                         WHEN 'after' THEN 'blocked' END,
+               rank, claim, wish,
+               (SELECT COALESCE(MAX(number), 0) FROM runs WHERE job = old_jobs.seq),
+               (SELECT COUNT(*)
+                  FROM dependencies
+                  JOIN old_jobs AS needed ON needed.seq = dependencies.needs
+                 WHERE dependencies.job = old_jobs.seq
+                   AND needed.state <> 'completed'),
+               NULL,
+               COALESCE(gate = 'time' AND state = 'pending', 0)
+          FROM old_jobs;
+        DROP TABLE old_jobs;
+        DROP TABLE old_runs;
+        DROP TABLE old_events;
+        DROP TABLE old_workers;
+        DROP TABLE old_schedules;
+        """,
+}
+SCHEMA_VERSION = 1 + max(UPGRADES)
 
-# Migrations: the script that makes version N out of N - 1; the first makes the file.
-# Each is applied whole or not at all, and never edited after release: a file that has
-# had it would not get the change. A new field of a row comes last, as ALTER TABLE adds
-# it: rows are taken by position.
-MIGRATIONS = (Sql.SCHEMA, ADD_COUNTS)
-SCHEMA_VERSION = len(MIGRATIONS)
 
+# ---- 7 SQLite ----------------------------------------------------------------
+# The only code that names sqlite3, and no rule of the queue: it opens and refuses
+# files, runs statements, and turns errors into refusals. All of it raises QueueError,
+# or Stale where the mistake is ours. Ledger is on top of it; only what takes a mere
+# glance at a file (completion, the unit file) calls `glance`.
 
-# ---- 7 Store -----------------------------------------------------------------
-# The database file and how to ask it. Store knows SQLite and no rule of the queue: it
-# opens and refuses files, runs statements of Sql, and turns rows into records and
-# SQLite's errors into refusals. Ledger, Queue and Claims write through it, always in
-# `transaction`; what only wants a glance at a file (completion, the unit file) takes
-# `glance`, which leaves nothing behind.
-
-BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock before it gives up
-BRIEF = 0.2            # seconds that a mere glance waits for a lock
+BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock
+BRIEF = 0.2            # seconds that a glance waits for a lock
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 
 # What SQLite's module raises: damaged text does not decode, foreign text not encode.
@@ -3262,10 +3230,11 @@ def not_a_queue(path: str) -> Refused:
 def refusal(error: Exception, path: str) -> QueueError | None:
     """What SQLite's error means to the user; None if it is a mistake of ours.
 
-    Told by SQLite's own words: error codes came to Python only with 3.11. An error in
-    our SQL or a broken constraint has none of these words, and is to be seen as it is.
+    Told by SQLite's own words: error codes came to Python only with 3.11.
     """
     said = str(error).lower()
+    if isinstance(error, sqlite3.IntegrityError):
+        return None     # it quotes our own words
     if isinstance(error, UnicodeEncodeError):
         return Invalid("that text is not UTF-8", "give text without odd bytes")
     if "closed database" in said:
@@ -3297,7 +3266,7 @@ def refusal(error: Exception, path: str) -> QueueError | None:
 
 def is_busy(error: Exception) -> bool:
     """Whether trying again may help: another connection holds a lock."""
-    return "locked" in str(error) or "busy" in str(error)
+    return isinstance(error, Unavailable) and error.code == "busy"
 
 
 def system_path(path: str) -> str:
@@ -3305,57 +3274,18 @@ def system_path(path: str) -> str:
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
-def _file_uri(path: str, mode: str) -> str:
-    """A path of any bytes as SQLite takes it: all of them escaped.
+def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
+    """A connection that begins no transaction by itself.
 
-    In a URI ? and # end the path, % begins an escape, and two slashes at the beginning
-    a host (SQLite's page on URIs). Bytes that are no UTF-8 have no other way into one.
+    The path is escaped whole: in a URI ? and # end it, % begins an escape, two slashes
+    a host (SQLite's page on URIs), and bytes that are not UTF-8 fit no other way.
+    timeout=0: SQLite's own handler starves those who wait (with 8 workers the worst
+    claim took 5 s, some got nothing); `_patiently` asks each millisecond.
     """
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
-    return f"file:{escaped}?{mode}"
-
-
-def _sync_directory(path: str) -> None:
-    """Have the disk keep the name of a new file: fsync(2) of the file does not."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """The words of a column that holds a JSON array; it is mostly empty."""
-    return () if text == "[]" else tuple(json.loads(text))
-
-
-def _object_of(text: str) -> dict[str, Any]:
-    """The object in JSON; {} where it is none: who needs a key of it will say so."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def job_of(row: tuple[Any, ...]) -> Job:
-    """The job of a row of `jobs`."""
-    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
-    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
-        return job._replace(after=(), tags=(), env={})
-    return job._replace(after=_words(row[13]), tags=_words(row[15]),
-                        env=json.loads(row[16]))
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether no process has that id; one of another user has it, too."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
+    return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
+                           isolation_level=None, check_same_thread=False,
+                           cached_statements=256)
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -3367,15 +3297,39 @@ def _inode(path: str) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-class Store:
-    """The database file: rows in, records out, and the transaction.
+class SQLite:
+    """A database file, the engine below the ledger.
 
-    One connection. Its lock lets several threads share it; in a pool only one does
-    (I9). Every method may raise Unavailable, or Refused for a damaged file.
-
-    A row is read whole and at once, and a transaction never waits for anything else:
-    so nobody holds up the others, and no reader keeps the WAL from shrinking.
+    One connection. Its lock lets several threads share it; in a worker only one does
+    (I9). Rows are read whole, so no reader keeps the WAL from shrinking.
     """
+
+    # The file's kind is set before it becomes WAL, so it stands in the header. Kind,
+    # version, vacuum and WAL are facts of the file; the rest is of a connection.
+    KIND = "PRAGMA application_id"
+    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
+    VERSION = "PRAGMA user_version"
+    SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
+    ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
+    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
+    VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
+    JOURNAL = "PRAGMA journal_mode = WAL"
+    # An fsync a commit. With NORMAL a power cut takes the newest commits (SQLite's page
+    # on PRAGMA synchronous).
+    DURABLE = "PRAGMA synchronous = FULL"
+    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # cuts it after a long reader
+    WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
+    EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
+    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
+    CHANGED = "PRAGMA data_version"             # 5 us
+    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # damage has no end
+    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that has read fails at once if busy
+    SNAPSHOT = "BEGIN"          # fixed by its first read; locks out nobody
+    # It may fail and leave the transaction open, to be tried again (busy), or fail and
+    # end it (a full disk).
+    COMMIT = "COMMIT"
+    ROLLBACK = "ROLLBACK"
 
     def __init__(self, path: str, create: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 34):
@@ -3389,14 +3343,13 @@ class Store:
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self.is_new = False                 # this process made its tables
         self._process = os.getpid()
-        # Reentrant: within a transaction, which holds it, `rows` takes it again.
-        self._lock = threading.RLock()      # guards the connection and the two below
-        self._counts: dict[tuple[str, str], int] = {}
-        self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
-        self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
+        self._lock = threading.RLock()      # guards the connection in a transaction
         self._make_file(create)
         self._refuse_foreign(create)
-        self.is_read_only = not self._is_writable()
+        beside = self.path + "-wal", self.path + "-shm"
+        self.is_read_only = not (os.access(self.path, os.W_OK) and (
+            os.access(os.path.dirname(self.path), os.W_OK)
+            or all(os.access(name, os.W_OK) for name in beside)))
         # Of files that SQLite is told not to change (immutable=1): what stat(2) says.
         self._frozen: tuple[tuple[int, int], ...] = ()
         self._opened = 0        # how often the file was opened
@@ -3413,8 +3366,7 @@ class Store:
         with self._lock:
             if not self.is_in_place():
                 # What was committed goes with the file, not to whatever has its name.
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute(Sql.EMPTY_WAL).fetchall()
+                self.relieve()
             self._db.close()
 
     # Opening: nothing that is not ours may change by a byte. In this order: the path is
@@ -3425,8 +3377,7 @@ class Store:
     def _make_file(self, create: bool) -> None:
         """See that a plain file with one name is there.
 
-        Two names would have a WAL each, -wal beside the name that was used (SQLite's
-        page on how to corrupt a file).
+        Two names would have a WAL each (SQLite's page on how to corrupt a file).
         """
         if not os.path.lexists(self.path):
             if not create:
@@ -3448,15 +3399,8 @@ class Store:
             raise Refused("unsupported", f"{self.path} has another name (a hard link)",
                           "each name would have a WAL of its own: remove one, or make "
                           "a symbolic link")
-        else:
-            self._free_companions()
-
-    def _free_companions(self) -> None:
-        """Give -wal and -shm the mode of a file that has been made writable since.
-
-        SQLite gives them the file's own when it makes them, and never looks again. Of
-        a file that may not be written nothing is touched.
-        """
+        # SQLite gives -wal and -shm the mode of the file when it makes them, and never
+        # looks again: the file may have been made writable since.
         for name in (self.path + "-wal", self.path + "-shm"):
             if os.access(self.path, os.W_OK) and not os.access(name, os.W_OK):
                 with contextlib.suppress(OSError):
@@ -3475,31 +3419,17 @@ class Store:
             self._refuse_empty(create)      # a first page that may have to be undone
             return
         has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
-        with contextlib.closing(self._patiently(lambda: sqlite3.connect(
-                _file_uri(self.path, "immutable=1"), uri=True))) as peek:
+        with contextlib.closing(self._patiently(
+                lambda: _connect(self.path, "immutable=1"))) as peek:
             # In the midst of a checkpoint the header may name more pages than the file
             # has: the WAL has them. So lenient, SQLite does not take that for damage.
-            peek.execute(Sql.LENIENT)
+            peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
             self._refuse_empty(create)      # somebody has begun to make it
         elif kind != APPLICATION_ID:
             raise not_a_queue(self.path)
         self._refuse_newer(version)
-
-    def _is_writable(self) -> bool:
-        """Return True if this user may write the file and SQLite's files beside it."""
-        beside = self.path + "-wal", self.path + "-shm"
-        return os.access(self.path, os.W_OK) and (
-            os.access(os.path.dirname(self.path), os.W_OK)
-            or all(os.access(name, os.W_OK) for name in beside))
-
-    def _connect(self, place: str) -> sqlite3.Connection:
-        # sqlite3 begins no transaction by itself, and keeps each statement prepared.
-        # timeout=0: SQLite's own handler starves those who wait (with 8 pools the worst
-        # claim took 5 s, some got nothing); `_patiently` asks each millisecond.
-        return sqlite3.connect(place, timeout=0, isolation_level=None, uri=True,
-                               check_same_thread=False, cached_statements=256)
 
     def _open(self) -> sqlite3.Connection:
         """Open the file; where it cannot be written, so that nothing beside it is made.
@@ -3510,12 +3440,12 @@ class Store:
         """
         self._opened += 1
         if not self.is_read_only:
-            return self._connect(self.path)
+            return _connect(self.path, "mode=rw")
         wal, self._frozen = self.path + "-wal", ()
         if os.path.exists(wal):
-            db = self._connect(_file_uri(self.path, "mode=ro"))
+            db = _connect(self.path, "mode=ro")
             try:
-                self._first(db, Sql.ANY_TABLE)
+                db.execute(self.ANY_TABLE).fetchall()
                 return db
             except sqlite3.Error as error:
                 db.close()
@@ -3528,7 +3458,7 @@ class Store:
                                       f"copy {self.path} with its -wal to a directory "
                                       "that you may write") from None
         self._frozen = self._stats()
-        return self._connect(_file_uri(self.path, "mode=ro&immutable=1"))
+        return _connect(self.path, "mode=ro&immutable=1")
 
     def _stats(self) -> tuple[tuple[int, int], ...]:
         """Size and time of change of the file and its -wal."""
@@ -3548,23 +3478,23 @@ class Store:
             self._db.close()
             self._db = self._patiently(self._open)
 
+    def _ask(self, sql: str, db: sqlite3.Connection | None = None) -> int:
+        """A statement's one number.
+
+        All rows are fetched, here as elsewhere, also those of a setting: no commit gets
+        past a statement that is not over, until (with PyPy) who knows when.
+        """
+        return int(self._patiently(
+            lambda: (db or self._db).execute(sql).fetchall())[0][0])
+
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
         Of one with a version that is not asked: it is ours, whose pages may still be in
         the WAL alone, or foreign anyhow.
         """
-        kind, version = (self._patiently(functools.partial(self._first, db, sql))
-                         for sql in (Sql.KIND, Sql.VERSION))
-        if version:
-            return kind, version, 1
-        return kind, version, self._patiently(
-            functools.partial(self._first, db, Sql.ANY_TABLE))
-
-    @staticmethod
-    def _first(db: sqlite3.Connection, sql: str) -> int:
-        """A statement's one number; all rows are fetched, so that it is over."""
-        return int(db.execute(sql).fetchall()[0][0])
+        kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
+        return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
 
     def _refuse_empty(self, create: bool) -> None:
         if not create:
@@ -3577,13 +3507,6 @@ class Store:
                           f"queuectl (format {version}, this one knows "
                           f"{SCHEMA_VERSION})", "use that version")
 
-    def _refuse_older(self, version: int) -> None:
-        if version < SCHEMA_VERSION:
-            raise Unavailable("unwritable", f"{self.path} has an older format "
-                              f"({version}, this queuectl writes {SCHEMA_VERSION}) and "
-                              "cannot be upgraded: it is read-only", "copy it to a "
-                              "directory that you may write, or use that version")
-
     def _refuse_read_only(self) -> None:
         if self.is_read_only:
             raise Unavailable("unwritable", f"{self.path} is read-only",
@@ -3595,25 +3518,24 @@ class Store:
         The version is asked anew each time: another process may have been at it between
         two of these lines. It is refused again, for a newer one may have made the file.
         """
-        if self._read_version() == 0:
+        if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
             self._refuse_read_only()
             self._create()
-        self._refuse_newer(self._read_version())
+        version = self._ask(self.VERSION)
+        self._refuse_newer(version)
         if self.is_read_only:
-            self._refuse_older(self._read_version())
+            if version < SCHEMA_VERSION:
+                raise Unavailable("unwritable", f"{self.path} has an older format "
+                                  f"({version}, this queuectl writes {SCHEMA_VERSION}) "
+                                  "and cannot be upgraded: it is read-only", "copy it "
+                                  "to a directory that you may write, or use that "
+                                  "version")
             return
-        # Even a setting answers with a row; one not fetched is a statement in progress,
-        # which no commit gets past, until (with PyPy) who knows when.
-        self._patiently(lambda: self._db.execute(Sql.JOURNAL).fetchall())
-        for sql in (Sql.DURABLE, Sql.WAL_LIMIT, Sql.WAL_PAGES):
-            self._db.execute(sql).fetchall()
-        if self._read_version() < SCHEMA_VERSION:
+        for sql in (self.JOURNAL, self.DURABLE, self.WAL_LIMIT, self.WAL_PAGES):
+            self.rows(sql)
+        if self._ask(self.VERSION) < SCHEMA_VERSION:
             self._upgrade()
-
-    def _read_version(self) -> int:
-        return int(self._patiently(
-            functools.partial(self._first, self._db, Sql.VERSION)))
 
     def _create(self) -> None:
         """Make the first tables, unless another process is faster.
@@ -3626,18 +3548,18 @@ class Store:
         kind, _, tables = self._nature(self._db)
         if tables or kind not in (0, APPLICATION_ID):
             raise not_a_queue(self.path)
-        for sql in (Sql.VACUUM_STEPWISE, Sql.SET_KIND, Sql.JOURNAL):
+        for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
             self.rows(sql)
         with self.transaction():
-            if self._read_version() == 0:
+            if self._ask(self.VERSION) == 0:
                 # Locks of an earlier database of that name say nothing about this one.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
                 self.is_new = True
-                self._migrate(0)
-                for key, value in (("id", os.urandom(8).hex()),
-                                   ("created_at", iso(time.time()))):
-                    self._db.execute(Sql.SET_META, {"key": key, "value": value})
+                self._run_script(Sql.SCHEMA + Sql.FIRST_COUNTERS)
+                self.write(Sql.INSERT_META, [
+                    {"key": "id", "value": os.urandom(8).hex()},
+                    {"key": "created_at", "value": iso(time.time())}])
 
     def _upgrade(self) -> None:
         """Bring an older format up to date in one transaction, after a backup.
@@ -3646,49 +3568,51 @@ class Store:
         backup holds all that was there before it and nothing after.
         """
         with self.transaction():
-            version = self._read_version()
+            version = self._ask(self.VERSION)
             if version < SCHEMA_VERSION:
                 self.backup(f"{self.path}.format-{version}.backup")
-                self._migrate(version)
+                self._run_script(UPGRADES[version])
 
-    def _migrate(self, version: int) -> None:
-        """Run the scripts that are missing; none may hold a `;` within a statement.
+    def _run_script(self, script: str) -> None:
+        """Make the current format; no statement may hold a `;`.
 
-        Not by executescript(), which commits before it begins. The version stands in
-        the file's header, so it is part of the transaction: all holds, or nothing.
+        Not by executescript(), which commits first. The version is in the file's
+        header, so it is part of the transaction.
         """
-        for script in MIGRATIONS[version:]:
-            for statement in script.split(";"):
-                if statement.strip():
-                    self._db.execute(statement)
-        self._db.execute(Sql.SET_VERSION.format(SCHEMA_VERSION))
+        for statement in filter(str.strip, script.split(";")):
+            self.rows(statement)
+        self.rows(self.SET_VERSION.format(SCHEMA_VERSION))
 
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
-        The copy takes its name only when it is whole and on the disk. An older copy is
-        replaced; Refused if something else is there, Conflict if it is this very file,
-        or if what is there has a WAL: SQLite would apply that to the new file.
+        The copy takes its name only when it is whole and on the disk; one whose maker
+        was killed stays as a `.part`. An older copy is replaced. Refused are the name
+        of another file or of this very one, and of a copy that has a WAL: SQLite would
+        apply that to the new file.
 
         A copy of the file by other means would lack what is in the WAL alone, and still
-        pass for sound. The `.part` bears our process id: a later backup can tell one
-        that is being made from one whose maker was killed.
+        pass for sound.
         """
         if os.path.exists(path):
             self._refuse_to_replace(path)
         self._refuse_wal(path)
         part = f"{path}.{os.getpid()}.part"
         try:
-            self._clear_parts(path)
             os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy, \
+            with contextlib.closing(_connect(part, "mode=rw")) as copy, \
                     contextlib.closing(self._reader()) as source:
                 source.backup(copy)     # in one step: it cannot be made to start anew
             self._refuse_wal(path)      # again: somebody may have opened it since
             os.replace(part, path)
-            _sync_directory(path)
+            # fsync(2) of a new file does not have the disk keep its name.
+            fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         except sqlite3.Error as error:
-            raise refusal(error, path) or error from error
+            raise self._refusal(error, path) from error
         except OSError as error:
             raise Unavailable("unwritable", f"cannot write {path} ({error.strerror})",
                               "give a path in a directory that you may write") from None
@@ -3700,12 +3624,10 @@ class Store:
         """Refuse, unless an older backup of a queue is there."""
         if _inode(path) == self.inode:
             raise Conflict("in-use", f"{path} is the queue itself", "give another name")
-        try:
-            with contextlib.closing(sqlite3.connect(
-                    _file_uri(path, "immutable=1"), uri=True)) as peek:
-                kind = self._first(peek, Sql.KIND)
-        except sqlite3.Error:
-            kind = -1
+        kind = -1
+        with contextlib.suppress(sqlite3.Error), \
+                contextlib.closing(_connect(path, "immutable=1")) as peek:
+            [[kind]] = peek.execute(self.KIND).fetchall()
         if kind != APPLICATION_ID:
             raise Refused("not-a-queue", f"{path} is there and no backup of a queue",
                           "give another name, or remove it")
@@ -3718,43 +3640,32 @@ class Store:
                                "that backup, or died in it", "open it once, or give "
                                "another name")
 
-    @staticmethod
-    def _clear_parts(path: str) -> None:
-        """Remove what backups to that name have left that were killed."""
-        folder, name = os.path.split(os.path.abspath(path))
-        for found in os.listdir(folder):
-            match = re.fullmatch(re.escape(name) + r"\.([0-9]+)\.part", found)
-            if match and _is_gone(int(match[1])):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, found))
-
     def _reader(self) -> sqlite3.Connection:
         """A second connection, which sees only what was committed: ours may be in the
         midst of a transaction, as an upgrade's is.
         """
-        mode = "mode=ro&immutable=1" if self._frozen else "mode=ro"
-        return sqlite3.connect(_file_uri(self.path, mode), uri=True, timeout=0)
+        return _connect(self.path,
+                        "mode=ro&immutable=1" if self._frozen else "mode=ro")
 
-    # Transactions.
+    # Transactions and rows.
 
-    def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Do it again each millisecond while others hold the lock; refuse in words.
+    def _refusal(self, error: Exception, path: str = "") -> Exception:
+        """What to raise instead of SQLite's error."""
+        return refusal(error, path or self.path) or Stale(
+            f"{type(error).__name__}: {error}")
 
-        `patience` bounds it: a command waits for a minute, a pool for a moment, as it
-        has others to serve and tries again.
-        """
-        end = time.monotonic() + self.patience
+    def _patiently(self, action: Callable[[], Any],
+                   patience: float | None = None) -> Any:
+        """Do it again each millisecond while others hold the lock."""
+        end = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
                 return action()
             except SqlError as error:
-                if is_busy(error) and time.monotonic() < end:
-                    time.sleep(BUSY_PAUSE)
-                    continue
-                refused = refusal(error, self.path)
-                if refused is None:
-                    raise
-                raise refused from error
+                refused = self._refusal(error)
+                if not is_busy(refused) or time.monotonic() >= end:
+                    raise refused from error
+                time.sleep(BUSY_PAUSE)
 
     def _guard_process(self) -> None:
         """Refuse after a fork: two processes with one connection damage the file."""
@@ -3762,220 +3673,132 @@ class Store:
             raise Refused("unsupported", "this queue was opened before a fork",
                           "open a queuectl.Queue of its own in each process")
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[Store]:
-        """Begin IMMEDIATE, write the counters, commit; or roll back and raise.
-
-        Gone if the file has lost its name: what went into it would be lost. It is
-        looked at with the lock in hand, by one stat(2).
+    def _begin(self, patience: float) -> None:
+        """Begin to write; Gone if the file has lost its name: what went into it would
+        be lost. It is looked at with the lock in hand, by one stat(2).
 
         If the process dies before the COMMIT nothing has happened; after it, everything
         has. Whoever died in between leaves a WAL whose last frames count for nothing.
         """
         self._guard_process()
         self._refuse_read_only()
-        with self._lock:
-            self._patiently(lambda: self._db.execute(Sql.BEGIN))
-            try:
-                self._refuse_moved()
-                yield self
-                self._write_counters()
-                self._patiently(lambda: self._db.execute(Sql.COMMIT))
-            except BaseException:
-                # After a full disk SQLite may have rolled back by itself.
-                if self._db.in_transaction:
-                    self._db.execute(Sql.ROLLBACK)
+        self._patiently(lambda: self._db.execute(self.BEGIN), patience)
+        if not self.is_in_place():
+            self.rollback()
+            raise Gone("database-gone",
+                       f"{self.path} was deleted or replaced while it was open",
+                       "open it anew")
+
+    def begin(self) -> bool:
+        """Begin a transaction at once; False if another connection writes."""
+        try:
+            self._begin(0.0)
+        except Unavailable as error:
+            if not is_busy(error):
                 raise
+            return False
+        return True
+
+    def commit(self) -> None:
+        """End the transaction; if that fails, `rollback` is the caller's next call.
+
+        Another thread may call it while the one that has begun keeps its hands off.
+        """
+        self._patiently(lambda: self._db.execute(self.COMMIT))
+
+    def rollback(self) -> None:
+        """Undo the transaction if it is not over: a full disk ends it, too."""
+        if self._db.in_transaction:
+            self._db.execute(self.ROLLBACK)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Begin, with patience; commit, or roll back and raise."""
+        with self._lock:
+            self._begin(self.patience)
+            try:
+                yield
+                self.commit()
             finally:
-                self._counts.clear()
-                self._tallies.clear()
+                self.rollback()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read the same state again and again, whatever others commit meanwhile.
 
-        Which state, the first read decides. Keep it short: the WAL cannot be begun anew
-        under a reader, and grows.
+        The first read decides which. Keep it short: the WAL cannot be begun anew under
+        a reader, and grows.
         """
         with self._lock:
-            self._reopen()
-            self._patiently(lambda: self._db.execute(Sql.SNAPSHOT))
+            self.rows(self.SNAPSHOT)
             try:
                 yield
             finally:
-                if self._db.in_transaction:     # some errors end it by themselves
-                    self._db.execute(Sql.ROLLBACK)
-
-    def _write_counters(self) -> None:
-        """Write what `count` and `tally` have noted, in the transaction it is of (I8).
-
-        As sums, once: forty jobs that end in a turn cost a few rows, not forty each.
-        """
-        self.many(Sql.COUNT_UP, [(*key, n) for key, n in self._counts.items() if n > 0])
-        self.many(Sql.COUNT_DOWN, [(-n, *key) for key, n in self._counts.items()
-                                   if n < 0])
-        self.many(Sql.TALLY, [(*key, n, total)
-                              for key, (n, total) in self._tallies.items()])
-
-    def count(self, queue: str, state: str, change: int) -> None:
-        """Note that there are `change` more jobs; written when the transaction ends."""
-        self._counts[queue, state] = self._counts.get((queue, state), 0) + change
-
-    def noted(self, queue: str, state: str) -> int:
-        """The change that this transaction has noted and not written yet."""
-        return self._counts.get((queue, state), 0)
-
-    def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state, with what this transaction noted."""
-        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
-        for key, change in self._counts.items():
-            counts[key] = counts.get(key, 0) + change
-        return counts
-
-    def tally(self, now: float, queue: str, kind: str, change: int = 1,
-              value: float | None = None) -> None:
-        """Note that something happened `change` times, or once for `value` seconds.
-
-        Twice, for this minute and for all time (minute 0): metrics must not fall when
-        old minutes are put together, nor cost more with each day.
-        """
-        bucket = 0 if value is None else bucket_of(value)
-        for minute in (0, int(now // 60)):
-            n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
-            self._tallies[minute, queue, kind, bucket] = (n + change,
-                                                          total + (value or 0.0))
-
-    # Rows.
+                self.rollback()
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """All rows at once: a reader that lingers would keep the WAL from shrinking."""
+        """All rows that a statement selects."""
         self._guard_process()
-        with self._lock:
+        with self._lock:    # a transaction of this thread holds it already
             self._reopen()
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
 
-    def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
-        """The first row, or None."""
-        return next(iter(self.rows(sql, **values)), None)
+    def write(self, sql: str, rows: Sequence[Any], expect: int | None = None) -> int:
+        """Run one statement of a transaction for each of the rows; how many it changed.
 
-    def do(self, sql: str, values: Mapping[str, Any]) -> sqlite3.Cursor:
-        """Run one statement of a transaction; IntegrityError is the caller's matter."""
-        with self._refusing():
-            cursor: sqlite3.Cursor = self._db.execute(sql, values)
-        return cursor
-
-    def many(self, sql: str, values: Sequence[Any]) -> int:
-        """Run one statement of a transaction for many rows; how many were changed.
-
-        The number is the fence: whoever moves jobs compares it with theirs (I3).
+        Stale if that is not `expect`: a guard of the statement did not hold (I3).
         """
-        if not values:
+        if not rows:
             return 0
-        with self._refusing():
-            changed: int = self._db.executemany(sql, values).rowcount
-        return changed
-
-    def change(self, sql: str, values: Sequence[Any]) -> None:
-        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
-        changed = self.many(sql, values)
-        if changed != len(values):
-            raise Stale(f"{changed} of {len(values)} rows changed by {sql.split()[:2]}")
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Within a transaction: no second try, for the lock is ours already."""
         try:
-            yield
+            changed: int = self._db.executemany(sql, rows).rowcount
         except SqlError as error:
-            refused = refusal(error, self.path)
-            if refused is None or isinstance(error, sqlite3.IntegrityError):
-                raise
-            raise refused from error
-
-    def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """The jobs a statement selects."""
-        return [job_of(row) for row in self.rows(sql, **values)]
-
-    def job(self, job_id: str) -> Job:
-        """The job of that id, else NotFound."""
-        row = self.row(Sql.JOB, id=job_id)
-        if row is None:
-            raise no_such_job(job_id)
-        return job_of(row)
-
-    def workers(self) -> list[Worker]:
-        """The rows of all pools, dead or alive."""
-        return [Worker(*row)._replace(queues=_words(row[7]))
-                for row in self.rows(Sql.WORKERS)]
-
-    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects, by default all."""
-        return [Schedule(*row)._replace(job=_object_of(row[2]), paused=bool(row[3]))
-                for row in self.rows(sql, **values)]
-
-    def settings(self) -> Settings:
-        """The configuration in force; parsed anew only if it was changed.
-
-        It is read each time, though: what others set holds from the next turn on.
-        """
-        stored = self.stored_settings()
-        if stored != self._parsed[0]:
-            self._parsed = stored, settings_of(stored)
-        return self._parsed[1]
-
-    def stored_settings(self) -> dict[str, str]:
-        """The settings that somebody set, as text."""
-        return dict(self.rows(Sql.STORED_SETTINGS))
-
-    def meta(self, key: str) -> str:
-        """A fact from the database's making: `id` or `created_at`."""
-        row = self.row(Sql.META, key=key)
-        return row[0] if row else ""
+            raise self._refusal(error) from error
+        if expect not in (None, changed):
+            raise Stale(f"{changed} of {expect} rows changed by {sql.split()[:2]}")
+        return changed
 
     def changes(self) -> int:
         """A number that changes when another connection has committed something.
 
-        Not with our own commits. Only to be compared with what it was (PRAGMA
-        data_version).
+        Not with our own commits. Only to be compared with what it was.
         """
-        row = self.row(Sql.CHANGED)
-        return (self._opened << 32) + (int(row[0]) if row else 0)
+        return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
+
+    def integrity(self) -> list[str]:
+        """What SQLite finds damaged; it reads the whole file."""
+        said = [str(row[0]) for row in self.rows(self.INTEGRITY)]
+        return [] if said == ["ok"] else said
 
     def relieve(self) -> None:
         """On a full disk: move the WAL into the file, which may have room for it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
-            self._db.execute(Sql.EMPTY_WAL).fetchall()
+            self._db.execute(self.EMPTY_WAL).fetchall()
 
     def shrink(self) -> bool:
         """Give some unused pages at the file's end back to the disk, if they are many;
         whether there may be more. A small transaction, so that nobody waits for it.
         """
-        free, pages = (self.rows(sql)[0][0] for sql in (Sql.FREE_PAGES, Sql.PAGES))
+        free, pages = (self.rows(sql)[0][0] for sql in (self.FREE_PAGES, self.PAGES))
         if free < max(SHRINK_PAGES, pages // 4):
             return False
         with self.transaction():
-            self.rows(Sql.SHRINK)
-        return bool(self.rows(Sql.FREE_PAGES)[0][0] < free)
+            self.rows(self.SHRINK)
+        return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
         """The bytes that the file and its WAL take, by stat(2), not open(2)."""
-        found = 0
-        for name in (self.path, self.path + "-wal"):
-            with contextlib.suppress(OSError):
-                found += os.stat(name).st_size
-        return found
+        return sum(max(0, size) for size, _ in self._stats())
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened."""
         return _inode(self.path) == self.inode
 
-    def _refuse_moved(self) -> None:
-        if not self.is_in_place():
-            raise Gone("database-gone",
-                       f"{self.path} was deleted or replaced while it was open",
-                       "open it anew")
+    def release(self) -> tuple[int, int, int]:
+        """The version of SQLite."""
+        return sqlite3.sqlite_version_info
 
 
 @contextlib.contextmanager
@@ -3988,13 +3811,11 @@ def glance(path: str) -> Iterator[Rows]:
     """
     path = system_path(path)
     try:
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "mode=ro&immutable=1"), uri=True)) as peek:
-            peek.execute(Sql.LENIENT)
-            if peek.execute(Sql.KIND).fetchall() != [(APPLICATION_ID,)]:
+        with contextlib.closing(_connect(path, "mode=ro&immutable=1")) as peek:
+            peek.execute(SQLite.LENIENT)
+            if peek.execute(SQLite.KIND).fetchall() != [(APPLICATION_ID,)]:
                 raise not_a_queue(path)
-        with contextlib.closing(sqlite3.connect(
-                _file_uri(path, "mode=rw"), uri=True, timeout=BRIEF)) as db:
+        with contextlib.closing(_connect(path, "mode=rw", BRIEF)) as db:
             yield lambda sql, **values: db.execute(sql, values).fetchall()
     except SqlError as error:
         raise refusal(error, path) or Refused("unsupported",
@@ -4423,10 +4244,9 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
-# The only code that adds, moves and removes jobs. Each function is part of a
-# transaction that its caller has begun: Queue for people, Claims for a pool, Rescuer
-# for what lost its pool. So whatever is refused half-way is rolled back whole, and
-# nothing here has to be undone.
+# Rows as records, and the only code that adds, moves and removes jobs. Each function is
+# part of a transaction of its caller: Queue for people, Claims and Rescuer for workers.
+# What is refused half-way is rolled back whole, so nothing here has to be undone.
 #
 # A change of state goes through `move`, for many jobs at once: one statement each for
 # rows, events and counters, whether one job ends in a turn or forty. What is decided
@@ -4436,16 +4256,198 @@ KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
 DUE_BATCH = 2000            # jobs that one transaction lets go on: some 50 ms
 
 
-def gate_of(job: Job, now: float) -> str:
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a column that holds a JSON array; it is mostly empty."""
+    return () if text == "[]" else tuple(json.loads(text))
+
+
+def job_of(row: tuple[Any, ...]) -> Job:
+    """The job of a row of `jobs`."""
+    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
+    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
+        return job._replace(after=(), tags=(), env={})
+    return job._replace(after=_words(row[13]), tags=_words(row[15]),
+                        env=json.loads(row[16]))
+
+
+def schedule_of(row: tuple[Any, ...]) -> Schedule:
+    """The schedule of a row; its job is {} where it is no JSON object: who needs a key
+    of it will say so.
+    """
+    try:
+        job = json.loads(row[2])
+    except ValueError:
+        job = {}
+    return Schedule(*row)._replace(job=job if isinstance(job, dict) else {},
+                                   paused=bool(row[3]))
+
+
+class Ledger:
+    """Records of the rows of `db`, and what a transaction has counted and numbered.
+
+    Statements of the queue go through it; what is the file's own affair is asked of
+    `db`. All of it may raise Unavailable, or Refused for a damaged file.
+    """
+
+    def __init__(self, db: SQLite) -> None:
+        self.db = db
+        self.rows, self.snapshot, self.changes = db.rows, db.snapshot, db.changes
+        # Written and cleared by the end of the transaction, so guarded as that is.
+        self._counts: dict[tuple[str, str], int] = {}
+        self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
+        self._numbers: dict[str, int] = {}      # last numbers drawn, by counter
+        self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Ledger]:
+        """Begin to write, with patience; write the counters and commit, or roll back
+        and raise.
+        """
+        with self.db.transaction():
+            try:
+                yield self
+                self.write_counters()
+            finally:
+                self._forget()
+
+    # The same in three steps, for a worker: see SQLite.
+
+    def begin(self) -> bool:
+        """Begin to write at once; False if another connection does."""
+        return self.db.begin()
+
+    def commit(self) -> None:
+        """Write the counters and commit; if that fails, `rollback` comes next."""
+        self.write_counters()
+        self.db.commit()
+
+    def rollback(self) -> None:
+        """Undo the transaction."""
+        self._forget()
+        self.db.rollback()
+
+    def write_counters(self) -> None:
+        """Write what was noted, as sums: forty jobs that end cost a few rows (I8).
+
+        `commit` does so, too; a worker does it before, in the thread of its statements.
+        """
+        for sql, sign in (Sql.COUNT_UP, 1), (Sql.COUNT_DOWN, -1):
+            self.many(sql, [{"queue": queue, "state": state, "n": sign * n}
+                            for (queue, state), n in self._counts.items()
+                            if sign * n > 0])
+        self.many(Sql.TALLY, [
+            {"minute": minute, "queue": queue, "kind": kind, "bucket": bucket, "n": n,
+             "total": total} for (minute, queue, kind, bucket), (n, total)
+            in self._tallies.items()])
+        if self._numbers:
+            self.do(Sql.SET_COUNTERS, self._numbers)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._counts.clear()
+        self._tallies.clear()
+        self._numbers.clear()
+
+    def draw(self, counter: str, n: int = 1, above: int = 0) -> int:
+        """The first of `n` new numbers, in a transaction; larger than `above`, too.
+
+        They are ours because the write lock is: nobody else draws one meanwhile (I4).
+        """
+        if not self._numbers:
+            [last] = self.rows(Sql.COUNTERS)
+            self._numbers.update(zip(("jobs", "runs", "events", "workers"), last))
+        first = 1 + max(self._numbers[counter], above)
+        self._numbers[counter] = first + n - 1
+        return first
+
+    def count(self, queue: str, state: str, change: int) -> None:
+        """Note that there are `change` more jobs; written when the transaction ends."""
+        self._counts[queue, state] = self._counts.get((queue, state), 0) + change
+
+    def noted(self, queue: str, state: str) -> int:
+        """The change that this transaction has noted and not written yet."""
+        return self._counts.get((queue, state), 0)
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """The number of jobs by queue and state, with what this transaction noted."""
+        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
+        for key, change in self._counts.items():
+            counts[key] = counts.get(key, 0) + change
+        return counts
+
+    def tally(self, now: float, queue: str, kind: str, change: int = 1,
+              value: float | None = None) -> None:
+        """Note that something happened `change` times, or once for `value` seconds.
+
+        Twice, for this minute and for all time (minute 0): metrics must not fall when
+        old minutes are deleted, nor cost more with each day.
+        """
+        bucket = 0 if value is None else bucket_of(value)
+        for minute in (0, int(now // 60)):
+            n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
+            self._tallies[minute, queue, kind, bucket] = (n + change,
+                                                          total + (value or 0.0))
+
+    # Rows.
+
+    def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
+        """The first row, or None."""
+        return next(iter(self.rows(sql, **values)), None)
+
+    def do(self, sql: str, values: Mapping[str, Any]) -> int:
+        """Run one statement of a transaction; how many rows it changed."""
+        return self.db.write(sql, [values])
+
+    def many(self, sql: str, values: Sequence[Any]) -> int:
+        """Run one statement of a transaction for many rows; how many it changed."""
+        return self.db.write(sql, values)
+
+    def change(self, sql: str, values: Sequence[Any]) -> None:
+        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
+        self.db.write(sql, values, len(values))
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """The jobs a statement selects."""
+        return [job_of(row) for row in self.rows(sql, **values)]
+
+    def job(self, job_id: str) -> Job:
+        """The job of that id, else NotFound."""
+        row = self.row(Sql.JOB, id=job_id)
+        if row is None:
+            raise no_such_job(job_id)
+        return job_of(row)
+
+    def workers(self) -> list[Worker]:
+        """The rows of all workers, dead or alive."""
+        return [Worker(*row)._replace(queues=_words(row[7]))
+                for row in self.rows(Sql.WORKERS)]
+
+    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
+        """The schedules a statement selects, by default all."""
+        return [schedule_of(row) for row in self.rows(sql, **values)]
+
+    def settings(self) -> Settings:
+        """The configuration in force, read each time; parsed only if it was changed."""
+        stored = self.stored_settings()
+        if stored != self._parsed[0]:
+            self._parsed = stored, settings_of(stored)
+        return self._parsed[1]
+
+    def stored_settings(self) -> dict[str, str]:
+        """The settings that somebody set, as text."""
+        return dict(self.rows(Sql.STORED_SETTINGS))
+
+    def meta(self, key: str) -> str:
+        """A fact from the database's making: `id` or `created_at`."""
+        row = self.row(Sql.META, key=key)
+        return row[0] if row else ""
+
+
+def waits_of(job: Job, now: float) -> str:
     """What a waiting job waits for now (I7)."""
     if job.unmet:
         return BLOCKED
-    return TIMED if job.run_at > iso(now) else OPEN
-
-
-def _blocked(job: Job, unmet: Mapping[int, int]) -> Job:
-    """The job, blocked if jobs that it comes after are not completed."""
-    return job._replace(gate=BLOCKED, unmet=unmet[job.seq]) if job.seq in unmet else job
+    return SCHEDULED if job.run_at > iso(now) else READY
 
 
 def _json(value: Any) -> str:
@@ -4466,181 +4468,149 @@ def at_item(item: int) -> Iterator[None]:
         raise
 
 
-class Batch:
-    """Jobs to be added in one transaction, which may name each other.
+def _holder(store: Ledger, spec: Spec,
+            keys: Mapping[tuple[str, str], int]) -> Job | int | None:
+    """The job that has a key of the spec: an older one, or the place in `keys`."""
+    for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
+        key = getattr(spec, field)
+        if (field, key) in keys:
+            return keys[field, key]
+        for job in store.jobs(sql, **{field: key}) if key is not None else ():
+            return job
+    return None
 
-    All is decided before a row is written: numbers, whose key is taken, who waits for
-    whom. To write them takes four statements, for one job or 100,000. A number can be
-    ours because the write lock is: nobody else draws one meanwhile.
+
+def _needed(store: Ledger, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
+    """State and number of a job that another comes after; else Invalid.
+
+    First the jobs of the same batch, `seqs`: they have no rows yet.
     """
+    if job_id in seqs:
+        return PENDING, seqs[job_id]
+    for job in store.jobs(Sql.JOB, id=job_id):
+        return job.state, job.seq
+    raise Invalid(f"after: there is no job {job_id!r}",
+                  "`queuectl list` shows what there is", "after")
 
-    def __init__(self, store: Store, now: float) -> None:
-        self._store, self._now = store, now
-        self._settings = store.settings()
-        self._seqs: dict[str, int] = {}                 # ids of this batch
-        self._keys: dict[tuple[str, str], Job] = {}     # keys of this batch, by field
-        self._needs: list[dict[str, int]] = []
-        self._added: list[Job] = []
 
-    def add(self, specs: Sequence[Spec]) -> list[Job]:
-        """Add them; for a key (unique, once) that is taken, the job that has it.
+def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
+                  first: int) -> None:
+    """Take away, one by one, what waits for nobody; what is left goes round.
 
-        An error has the number of the spec at fault in `item`, from 0. A spec that adds
-        nothing uses its number up all the same.
-        """
-        last = self._last_seq(specs)
-        jobs: list[Job] = []
-        for item, spec in enumerate(specs):
+    Only jobs of one batch can: an older one cannot name a newer. Each need is looked at
+    once: rounds over all that is left took half a minute for a long chain.
+    """
+    waits: dict[int, int] = {}              # job: how many it waits for
+    followers: dict[int, list[int]] = {}
+    for need in needs:
+        if need["needs"] >= first:
+            waits[need["job"]] = waits.get(need["job"], 0) + 1
+            followers.setdefault(need["needs"], []).append(need["job"])
+    free = [seq for seq in followers if seq not in waits]
+    while free:
+        for job in followers.get(free.pop(), ()):
+            waits[job] -= 1
+            if not waits[job]:
+                del waits[job]
+                free.append(job)
+    if waits:
+        names = sorted(id for id, seq in seqs.items() if seq in waits)
+        with at_item(min(waits) - first):
+            raise Invalid(f"after: {', '.join(names[:5])} wait for each other",
+                          "take one of these out", "after")
+
+
+def _new_job(spec: Spec, seq: int, unmet: int, settings: Settings, now: float) -> Job:
+    """The job as it will stand.
+
+    Of the settings only max_retries is taken over: the others are read when needed.
+    """
+    at = iso(now)
+    run_at = at if spec.run_at is None else iso_up(spec.run_at)
+    job = Job(
+        seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
+        attempts=0, max_retries=settings.max_retries if spec.max_retries is None
+        else spec.max_retries, created_at=at, updated_at=at, queue=spec.queue,
+        priority=spec.priority, run_at=run_at, timeout=spec.timeout,
+        backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
+        tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
+        started_at=None, finished_at=None, exit_code=None, error=None, waits=None,
+        rank=rank_of(spec.priority, run_at, settings), claim=None, end_requested=None,
+        runs=0, unmet=unmet, once=spec.once, at_time=spec.at_time)
+    return job._replace(waits=waits_of(job, now))
+
+
+def _write_jobs(store: Ledger, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
+                now: float) -> None:
+    """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
+    store.many(Sql.INSERT_JOB, [
+        {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
+         "env": _json(job.env)} for job in jobs])
+    event = store.draw("events", len(jobs))
+    store.many(Sql.INSERT_EVENT, [
+        {"seq": seq, "job": job.seq, "source": None, "target": PENDING,
+         "at": job.created_at, "reason": None} for seq, job in enumerate(jobs, event)])
+    store.many(Sql.INSERT_NEED, needs)
+    store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
+                                for job in jobs for tag in job.tags])
+    for job in jobs:
+        store.count(job.queue, PENDING, +1)
+        store.tally(now, job.queue, "enqueue")
+
+
+def add(store: Ledger, specs: Sequence[Spec], now: float) -> tuple[list[Job], int]:
+    """Add jobs, which may name each other; how many are new. For a key (unique, once)
+    that is taken, the job that has it.
+
+    An error has the number of the spec at fault in `item`, from 0. All is decided
+    before a row is written, by four statements for one job or 100,000. A spec that adds
+    nothing uses its number up all the same.
+    """
+    settings = store.settings()
+    # Above every job-N that somebody chose, so no N comes twice.
+    chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
+    first = store.draw("jobs", len(specs),
+                       max((int(m[1]) for m in chosen if m), default=0))
+    seqs: dict[str, int] = {}
+    keys: dict[tuple[str, str], int] = {}
+    holders: list[Job | int | None] = []
+    for item, spec in enumerate(specs):
+        holders.append(_holder(store, spec, keys))
+        if holders[-1] is not None:
+            continue
+        job_id = spec.id or f"job-{first + item}"
+        if job_id in seqs or (spec.id and store.row(Sql.SEQ_OF, id=job_id)):
             with at_item(item):
-                jobs.append(self._known(spec) or self._new(spec, last + item + 1))
-        unmet = self._resolve_needs(jobs)
-        if unmet:
-            self._added = [_blocked(job, unmet) for job in self._added]
-            jobs = [_blocked(job, unmet) for job in jobs]
-        self._write(self._added)
-        return jobs
-
-    @property
-    def new(self) -> set[int]:
-        """The numbers of the jobs that were added."""
-        return {job.seq for job in self._added}
-
-    def _last_seq(self, specs: Sequence[Spec]) -> int:
-        """The number from which the new ones count on.
-
-        It is above every job-N that somebody chose himself: no N comes twice.
-        """
-        row = self._store.row(Sql.LAST_SEQ)
-        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
-        return max([row[0] if row else 0, *(int(m[1]) for m in chosen if m)])
-
-    def _known(self, spec: Spec) -> Job | None:
-        """The job that has one of its keys, of this batch or of before."""
-        for field, sql in (("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE)):
-            key = getattr(spec, field)
-            if key is None:
-                continue
-            if (field, key) in self._keys:
-                return self._keys[field, key]
-            found = self._store.jobs(sql, **{field: key})
-            if found:
-                return found[0]
-        return None
-
-    def _new(self, spec: Spec, seq: int) -> Job:
-        """The job as it will stand, if it waits for no other; Conflict.
-
-        Of the settings only max_retries is taken over now: the others are read when
-        they are needed. An id of the form job-N that is our own cannot be taken, for
-        `_last_seq` is above all of them.
-        """
-        now = iso(self._now)
-        run_at = now if spec.run_at is None else iso_up(spec.run_at)
-        retries = spec.max_retries
-        job = Job(
-            seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
-            attempts=0, max_retries=self._settings.max_retries if retries is None
-            else retries, created_at=now, updated_at=now, queue=spec.queue,
-            priority=spec.priority, run_at=run_at, timeout=spec.timeout,
-            backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
-            tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
-            started_at=None, finished_at=None, exit_code=None, error=None,
-            gate=TIMED if run_at > now else OPEN,
-            rank=rank_of(spec.priority, run_at, self._settings), claim=None, wish=None,
-            runs=0, unmet=0, once=spec.once, at_time=spec.at_time)
-        if job.id in self._seqs or (spec.id and self._store.row(Sql.SEQ_OF, id=job.id)):
-            raise Conflict("job-exists", f"there is a job {job.id!r} already",
-                           "choose another id, or leave the id out")
-        self._seqs[job.id] = seq
-        self._keys.update({("once", spec.once): job} if spec.once else {})
-        self._keys.update({("unique", spec.unique): job} if spec.unique else {})
-        self._added.append(job)
-        return job
-
-    def _resolve_needs(self, jobs: Sequence[Job]) -> dict[int, int]:
-        """Note who comes after whom; how many jobs each of them has to wait for."""
-        unmet: dict[int, int] = {}
-        # Of these the next ticks lower `unmet` for all dependents, also for new ones.
-        unblocking = {row[0] for row in self._store.rows(Sql.UNBLOCKING)}
-        own = self.new
-        for item, job in enumerate(jobs):
-            if job.seq not in own:
-                continue
-            own.remove(job.seq)     # what it answers for after that adds no needs
-            for needed in job.after:
-                with at_item(item):
-                    state, seq = self._needed(needed)
-                if state != COMPLETED or seq in unblocking:
-                    unmet[job.seq] = unmet.get(job.seq, 0) + 1
-                self._needs.append({"needs": seq, "job": job.seq})
-        self._refuse_cycle(jobs)
-        return unmet
-
-    def _needed(self, job_id: str) -> tuple[str, int]:
-        """State and number of a job that another comes after; else Invalid.
-
-        This batch first: of what it adds no row is there yet.
-        """
-        if job_id in self._seqs:
-            return PENDING, self._seqs[job_id]
-        found = self._store.jobs(Sql.JOB, id=job_id)
-        if not found:
-            raise Invalid(f"after: there is no job {job_id!r}",
-                          "`queuectl list` shows what there is", "after")
-        return found[0].state, found[0].seq
-
-    def _refuse_cycle(self, jobs: Sequence[Job]) -> None:
-        """Take away, one by one, what waits for nobody; what is left goes round.
-
-        Only jobs of one batch can: an older one cannot name a newer. Each need is
-        looked at once, by who follows whom. To go through all that is left in rounds
-        held the write lock for half a minute with a long chain.
-        """
-        own = {need["job"] for need in self._needs}
-        waits: dict[int, int] = {}              # job: how many it waits for
-        followers: dict[int, list[int]] = {}
-        for need in self._needs:
-            if need["needs"] in own:
-                waits[need["job"]] = waits.get(need["job"], 0) + 1
-                followers.setdefault(need["needs"], []).append(need["job"])
-        free = [job for job in own if job not in waits]
-        while free:
-            for job in followers.get(free.pop(), ()):
-                waits[job] -= 1
-                if not waits[job]:
-                    del waits[job]
-                    free.append(job)
-        if waits:
-            names = sorted(id for id, seq in self._seqs.items() if seq in waits)
-            shown = ", ".join(names[:5])
-            with at_item(next(item for item, job in enumerate(jobs)
-                              if job.seq in waits)):
-                raise Invalid(f"after: {shown} wait for each other",
-                              "take one of these out", "after")
-
-    def _write(self, jobs: list[Job]) -> None:
-        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
-        store = self._store
-        store.many(Sql.INSERT_JOB, [
-            {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
-             "env": _json(job.env)} for job in jobs])
-        store.many(Sql.INSERT_EVENT, [
-            {"job": job.seq, "source": None, "target": PENDING, "at": job.created_at,
-             "reason": None} for job in jobs])
-        store.many(Sql.INSERT_NEED, self._needs)
-        store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
-                                    for job in jobs for tag in job.tags])
-        for job in jobs:
-            store.count(job.queue, PENDING, +1)
-            store.tally(self._now, job.queue, "enqueue")
+                raise Conflict("job-exists", f"there is a job {job_id!r} already",
+                               "choose another id, or leave the id out")
+        seqs[job_id] = first + item
+        keys.update({(field, key): item for field, key in (
+            ("once", spec.once), ("unique", spec.unique)) if key is not None})
+    # Of these the next ticks lower `unmet` for all dependents, also for new ones.
+    unblocking = {row[0] for row in store.rows(Sql.UNBLOCKING)}
+    new: dict[int, Job] = {}
+    needs: list[dict[str, int]] = []
+    for item, spec in enumerate(specs):
+        if holders[item] is None:
+            with at_item(item):
+                found = [_needed(store, seqs, needed) for needed in spec.after]
+            needs += [{"needs": seq, "job": first + item} for _, seq in found]
+            new[item] = _new_job(spec, first + item, sum(
+                state != COMPLETED or seq in unblocking for state, seq in found),
+                settings, now)
+    _refuse_cycle(needs, seqs, first)
+    _write_jobs(store, [*new.values()], needs, now)
+    return [holder if isinstance(holder, Job) else
+            new[item if holder is None else holder]
+            for item, holder in enumerate(holders)], len(new)
 
 
-def _moved(store: Store, change: Change, now: float) -> Job:
+def _moved(store: Ledger, change: Change, now: float) -> Job:
     """The job as it will stand; Conflict if the verb does not apply to it.
 
     What follows from the state alone is set here, so no caller can forget it: the claim
-    and the worker of what does not run are none (I2), a wish ends with its run, and
-    what waits has a gate and a rank (I7), of the time that it has then.
+    and the worker of what does not run are none (I2), a request to end goes with its
+    run, and what waits has a rank (I7).
     """
     verb, before, after, _ = change
     step = MOVES[verb]
@@ -4649,16 +4619,16 @@ def _moved(store: Store, change: Change, now: float) -> Job:
                        f"{before.id} is {before.state}, so `{verb}` does not apply",
                        "it must be " + " or ".join(step.sources))
     is_run = step.target == PROCESSING
-    after = after._replace(state=step.target, updated_at=iso(now), gate=None, wish=None,
-                           claim=after.claim if is_run else None,
+    after = after._replace(state=step.target, updated_at=iso(now), waits=None,
+                           end_requested=None, claim=after.claim if is_run else None,
                            worker=after.worker if is_run else None)
     if step.target in WAITING:
-        after = after._replace(gate=gate_of(after, now), rank=rank_of(
+        after = after._replace(waits=waits_of(after, now), rank=rank_of(
             after.priority, after.run_at, store.settings()))
     return after
 
 
-def refuse_taken_keys(store: Store, jobs: Iterable[Job]) -> None:
+def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
     """Conflict if a job that is to wait again has a unique key that another has now."""
     first: dict[str, Job] = {}
     for job in jobs:
@@ -4673,14 +4643,14 @@ def refuse_taken_keys(store: Store, jobs: Iterable[Job]) -> None:
         first[job.unique] = job
 
 
-def _meet(store: Store, dependents: Sequence[tuple[int, int]], now: float) -> None:
+def _meet(store: Ledger, dependents: Sequence[tuple[int, int]], now: float) -> None:
     """Lower the number of jobs that each dependent waits for; `dependents` are pairs of
     the needed job and the dependent.
     """
     store.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in dependents])
 
 
-def _unblock(store: Store, completed: Sequence[int], now: float) -> None:
+def _unblock(store: Ledger, completed: Sequence[int], now: float) -> None:
     """Let the jobs go on that come after these.
 
     In the transaction of the change itself, so that no death in between leaves a job
@@ -4695,7 +4665,7 @@ def _unblock(store: Store, completed: Sequence[int], now: float) -> None:
                                         for seq in completed])
 
 
-def unblock_more(store: Store, now: float, limit: int = DUE_BATCH) -> bool:
+def unblock_more(store: Ledger, now: float, limit: int = DUE_BATCH) -> bool:
     """Let further dependents of completed jobs go on; True if there may be more."""
     for needs, after in store.rows(Sql.UNBLOCKING)[:1]:
         found = store.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
@@ -4709,7 +4679,7 @@ def unblock_more(store: Store, now: float, limit: int = DUE_BATCH) -> bool:
     return False
 
 
-def _block(store: Store, retried: Sequence[int]) -> None:
+def _block(store: Ledger, retried: Sequence[int]) -> None:
     """Have the jobs that come after these, and have not begun, wait for them again."""
     under_way = dict(store.rows(Sql.UNBLOCKING)) if retried else {}
     for seq in retried:
@@ -4717,29 +4687,11 @@ def _block(store: Store, retried: Sequence[int]) -> None:
         store.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
 
-def _hook(command: str, job: Job, folder: str) -> Spec:
-    """The job of a hook: a shell command that is told of another job by variables.
-
-    Not by words put into the command: an error's text would be read by the shell.
-    """
-    return Spec(command, queue=HOOKS_QUEUE, cwd=folder, env={
-        "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
-        "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
-        "QUEUECTL_ERROR": job.error or ""})
-
-
-def _is_idle(store: Store) -> bool:
-    """Whether no job is left to do; those of hooks do not count."""
-    return not any(n > 0 for (queue, state), n in store.counts().items()
-                   if queue != HOOKS_QUEUE and state not in OVER)
-
-
-def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
+def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
     """Enqueue what the configuration wants to follow these changes.
 
-    By a Batch of its own, which adds and does not move, so this ends; and what is over
-    in the queue of hooks is left out, so hooks call no hooks. `on-idle` comes once for
-    all that end together, and tells of the last of them.
+    Jobs of hooks call no hooks, so this ends. `on-idle` comes once for all that end
+    together, and tells of the last of them.
     """
     settings = store.settings()
     commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
@@ -4747,32 +4699,42 @@ def _add_hooks(store: Store, jobs: Sequence[Job], now: float) -> None:
         return
     jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
     wanted = [(commands.get(job.state), job) for job in jobs]
-    if jobs and settings.on_idle and _is_idle(store):
+    if jobs and settings.on_idle and not any(
+            n > 0 for (queue, state), n in store.counts().items()
+            if queue != HOOKS_QUEUE and state not in OVER):
         wanted.append((settings.on_idle, jobs[-1]))
-    folder = os.path.dirname(store.path)    # its name may be no text
-    Batch(store, now).add([_hook(command, job, folder if is_text(folder) else "/")
-                           for command, job in wanted if command])
+    folder = os.path.dirname(store.db.path)    # its name may be no text
+    # Told by variables: the shell would read an error's text as part of the command.
+    add(store, [Spec(command, queue=HOOKS_QUEUE, cwd=folder if is_text(folder) else "/",
+                     env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+                          "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
+                          else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
+                for command, job in wanted if command], now)
 
 
-def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
+def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
     """Change the states of jobs by verbs of MOVES; the jobs as they are then.
 
     Conflict, also for a unique key, before anything is written. Each row is
     guarded by the state and the claim that the job had (I1, I3); it was read in this
     very transaction, so a guard that does not hold is a mistake of ours: Stale.
     """
+    if not changes:
+        return []
     refuse_taken_keys(store, [change.before for change in changes
-                               if change.verb == "retry"])
+                              if change.verb == "retry"])
     jobs = [_moved(store, change, now) for change in changes]
     store.change(Sql.MOVE, [
-        {**job._asdict(), "source": change.before.state, "held": change.before.claim}
+        {**job._asdict(), "source": change.before.state,
+         "held": change.before.claim or 0}
         for change, job in zip(changes, jobs)])
+    event = store.draw("events", len(jobs))
     store.many(Sql.INSERT_EVENT, [
-        {"job": job.seq, "source": change.before.state, "target": job.state,
-         "at": job.updated_at,
+        {"seq": seq, "job": job.seq, "source": change.before.state,
+         "target": job.state, "at": job.updated_at,
          "reason": None if change.reason in ("", MOVES[change.verb].because)
          else change.reason}
-        for change, job in zip(changes, jobs)])
+        for seq, (change, job) in enumerate(zip(changes, jobs), event)])
     for change, job in zip(changes, jobs):
         store.count(job.queue, change.before.state, -1)
         store.count(job.queue, job.state, +1)
@@ -4788,47 +4750,39 @@ def move(store: Store, changes: Sequence[Change], now: float) -> list[Job]:
     return jobs
 
 
-def _end_runs(store: Store, ends: Sequence[tuple[Claimed, Outcome]],
-              now: float) -> None:
-    """Write how runs ended, and count it; no run time where nobody saw the end.
-
-    With slot and start once more: a run claimed ahead may have begun since the last
-    turn, and ended before this one could say so.
-    """
-    store.change(Sql.END_RUN, [
-        {"claim": run.claim, "slot": run.slot, "started_at": run.job.started_at,
-         "finished_at": iso(now), "duration": outcome.duration,
-         "outcome": outcome.kind, "exit_code": outcome.exit_code,
-         "error": outcome.error, "output_bytes": outcome.output_bytes,
-         "output": outcome.output} for run, outcome in ends])
-    for run, outcome in ends:
-        store.tally(now, run.job.queue, f"run:{outcome.kind}")
-        if outcome.duration is not None:
-            store.tally(now, run.job.queue, "run_time", value=outcome.duration)
-
-
-def record(store: Store, ends: Sequence[End], settings: Settings,
+def record(store: Ledger, ends: Sequence[End], settings: Settings,
            now: float) -> list[Settled]:
     """Record the ends of runs whose claims still stand.
 
     One that fails, or is lost, while it is being cancelled is told as cancelled.
-    `before` has to bear the wish that the database has now, not that of the claim.
+    `before.end_requested` is what the database has now, not what the claim had. Slot
+    and start are written again, for a run claimed ahead may have begun since the last
+    turn. Where nobody saw the end there is no run time.
     """
-    import random  # 1 ms, and only in a pool
-    judgements = [judged(end.before, end.outcome) for end in ends]
+    import random  # 1 ms, and only in a worker
+    outcomes = [judged(end.before, end.outcome) for end in ends]
     changes = [Change(verb, end.before, after, reason) for end, outcome in
-               zip(ends, judgements) for verb, after, reason in [settle(
+               zip(ends, outcomes) for verb, after, reason in [settle(
                    end.before, outcome, settings, random.random(), now)]]
     jobs = move(store, changes, now)
-    _end_runs(store, [
-        (end.run, outcome._replace(kind=STOPPED) if change.verb == "cancel"
-         else outcome)
-        for end, outcome, change in zip(ends, judgements, changes)], now)
+    told = [outcome._replace(kind=STOPPED) if change.verb == "cancel" else outcome
+            for outcome, change in zip(outcomes, changes)]
+    store.change(Sql.END_RUN, [
+        {"claim": end.run.claim, "slot": end.run.slot,
+         "started_at": end.run.job.started_at, "finished_at": iso(now),
+         "duration": outcome.duration, "outcome": outcome.kind,
+         "exit_code": outcome.exit_code, "error": outcome.error,
+         "output_bytes": outcome.output_bytes, "output": outcome.output}
+        for end, outcome in zip(ends, told)])
+    for end, outcome in zip(ends, told):
+        store.tally(now, end.run.job.queue, f"run:{outcome.kind}")
+        if outcome.duration is not None:
+            store.tally(now, end.run.job.queue, "run_time", value=outcome.duration)
     return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
-            for job, outcome, end in zip(jobs, judgements, ends)]
+            for job, outcome, end in zip(jobs, outcomes, ends)]
 
 
-def remove(store: Store, job: Job, now: float) -> None:
+def remove(store: Ledger, job: Job, now: float) -> None:
     """Delete a job that is not running, with its history; Conflict if another needs it.
 
     A completed one is needed by nobody any more. Another that is deleted would leave
@@ -4852,7 +4806,7 @@ def remove(store: Store, job: Job, now: float) -> None:
     store.tally(now, job.queue, "delete")   # no figure shows it: it settles the others
 
 
-def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
+def remove_all(store: Ledger, jobs: Sequence[Job], now: float) -> list[Job]:
     """Delete those that can go, in any order that lets a whole chain of dependents go;
     those that stay. The newest come first: mostly it is they that wait for the others.
     """
@@ -4868,13 +4822,13 @@ def remove_all(store: Store, jobs: Sequence[Job], now: float) -> list[Job]:
     return left
 
 
-def edit(store: Store, before: Job, after: Job, now: float) -> Job:
+def edit(store: Ledger, before: Job, after: Job, now: float) -> Job:
     """Write what a person has changed in a waiting job; Conflict for any other.
 
-    No event: its state is the same. Gate and rank follow anew from what was changed,
+    No event: its state is the same. `waits` and rank follow anew from what was changed,
     and the counters if it was the queue.
     """
-    if before.gate is None:
+    if before.waits is None:
         raise Conflict("wrong-state",
                        f"{before.id} is {before.state}, so it cannot be edited",
                        "it must be " + " or ".join(WAITING))
@@ -4883,9 +4837,9 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
                       "already", f"use at least {after.attempts + 1}", "max_retries")
     if after.run_at == before.run_at:
         after = brought_forward(after, now)     # `updated_at` would hide its beginning
-    gate = OPEN if before.gate == OPEN and after.run_at == before.run_at \
-        else gate_of(after, now)
-    after = after._replace(updated_at=iso(now), gate=gate, rank=rank_of(
+    waits = READY if before.waits == READY and after.run_at == before.run_at \
+        else waits_of(after, now)
+    after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
         after.priority, after.run_at, store.settings()))
     store.change(Sql.EDIT, [after._asdict()])
     store.count(before.queue, before.state, -1)
@@ -4893,19 +4847,20 @@ def edit(store: Store, before: Job, after: Job, now: float) -> Job:
     return after
 
 
-def rerank(store: Store) -> None:
+def rerank(store: Ledger) -> None:
     """Give all waiting jobs their place anew, after a change of priority-ageing.
 
     In the transaction of that change: ranks of two kinds in one line mean nothing.
     """
-    ageing = store.settings().priority_ageing
-    if ageing is None:
-        store.do(Sql.RANK_BY_PRIORITY, {})
-    else:
-        store.do(Sql.RANK_BY_AGE, {"worth": round(ageing * 1000)})
+    settings, after = store.settings(), 0
+    while rows := store.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
+        store.change(Sql.SET_RANK, [
+            {"seq": seq, "rank": rank_of(priority, run_at, settings)}
+            for seq, priority, run_at in rows])
+        after = rows[-1][0]
 
 
-def bring_forward(store: Store, now: float) -> None:
+def bring_forward(store: Ledger, now: float) -> None:
     """Count delays and backoffs anew that began in the future: the clock was set back.
     """
     jobs = [brought_forward(job, now) for job in store.jobs(
@@ -4916,12 +4871,12 @@ def bring_forward(store: Store, now: float) -> None:
          "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
 
 
-def set_turn(store: Store, schedule: Schedule, **changes: Any) -> None:
+def set_turn(store: Ledger, schedule: Schedule, **changes: Any) -> None:
     """Write when a schedule comes next, and what was its last."""
     store.do(Sql.SET_TURN, schedule._replace(**changes)._asdict())
 
 
-def fire(store: Store, schedule: Schedule, now: float) -> Job | None:
+def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
     """Take a schedule's turn, unless its last job is not over: that job, else None.
 
     The job and the next turn are written together, so a turn is taken once, however
@@ -4933,12 +4888,12 @@ def fire(store: Store, schedule: Schedule, now: float) -> Job | None:
         if last.state not in OVER:
             set_turn(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
             return last
-    [job] = Batch(store, now).add([spec_of(schedule.job, now)])
+    [job], _ = add(store, [spec_of(schedule.job, now)], now)
     set_turn(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
     return None
 
 
-def set_right(store: Store, schedule: Schedule, now: float) -> None:
+def set_right(store: Ledger, schedule: Schedule, now: float) -> None:
     """Reckon the next turn anew, if a clock that was ahead has put it off.
 
     Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
@@ -4991,13 +4946,10 @@ def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
                     states.count(PROCESSING), completed, len(over) - completed)
 
 
-def _states(state: str | Sequence[str]) -> list[str | None]:
-    """The states that are asked for, each once; [None]: any. Invalid.
-
-    Each becomes a read of its own: one named twice would tell its jobs twice.
-    """
-    states = [state] if isinstance(state, str) else list(dict.fromkeys(state))
-    return [*map(parse_state, states)] or [None]
+def _states(state: str | Sequence[str]) -> list[str]:
+    """The states that are asked for, each once; []: any. Invalid."""
+    return list(dict.fromkeys(map(
+        parse_state, [state] if isinstance(state, str) else state)))
 
 
 def _ended(state: str | Sequence[str]) -> Sequence[str]:
@@ -5005,7 +4957,7 @@ def _ended(state: str | Sequence[str]) -> Sequence[str]:
 
     A failed job has an end as well, that of its last run, but it waits.
     """
-    states = [name for name in _states(state) if name is not None]
+    states = _states(state)
     if not {*states} <= {*OVER}:
         raise Invalid("`older_than` counts from a job's end",
                       "it fits " + ", ".join(OVER))
@@ -5050,10 +5002,10 @@ class Queue:
     def __init__(self, path: str = "queue.db", create: bool = True,
                  clock: Callable[[], float] = time.time,
                  host: Host | None = None) -> None:
-        self.store = Store(os.fspath(path), create)
-        self.path = self.store.path
+        self.store = Ledger(SQLite(os.fspath(path), create))
+        self.path = self.store.db.path
         self.clock = clock
-        self.host = host or Host(self.path, self.store.meta("id"), self.store.inode)
+        self.host = host or Host(self.path, self.store.meta("id"), self.store.db.inode)
 
     def __enter__(self) -> Queue:
         return self
@@ -5063,7 +5015,7 @@ class Queue:
 
     def close(self) -> None:
         """Close the database; the object is of no use after that."""
-        self.store.close()
+        self.store.db.close()
         self.host.locks.close()
 
     # Adding.
@@ -5100,13 +5052,12 @@ class Queue:
                              else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
             begun = self.clock()
-            batch = Batch(store, begun)
-            added = batch.add([
+            added = add(store, [
                 spec if spec.run_at is None or spec.at_time else
                 spec._replace(run_at=since_set_back(spec.run_at, now, begun))
-                for spec in specs])
+                for spec in specs], begun)
         self.wake(NEW_JOBS)
-        return added, len(batch.new)
+        return added
 
     # Looking.
 
@@ -5124,20 +5075,15 @@ class Queue:
         """
         if sort not in ORDERS:
             raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        values, states = _bound(Filter(**filters)), _states(state)
-        # One indexed read a state; together they are put in order anew. With `state IN`
-        # SQLite sorts all that fit, to give away but the first of them.
-        found = [job for name in states
-                 for job in self.store.jobs(Sql.listing(name, ORDERS[sort].sql, values),
-                                            state=name, limit=limit or -1, **values)]
-        found.sort(key=ORDERS[sort].key, reverse=ORDERS[sort].reverse)
-        return found[:limit or None]
+        values = _bound(Filter(**filters))
+        return self.store.jobs(Sql.listing(_states(state), ORDERS[sort], values),
+                               limit=limit or END_OF_TIME, **values)
 
     def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
         """How many jobs fit; filters as in `jobs`."""
         values = _bound(Filter(**filters))
-        return sum(self.store.rows(Sql.counting(name, values), state=name,
-                                   **values)[0][0] for name in _states(state))
+        return int(self.store.rows(Sql.counting(_states(state), values),
+                                   **values)[0][0])
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
@@ -5224,11 +5170,10 @@ class Queue:
     def last_event(self) -> int:
         """The `seq` of the latest change of all; 0: there was none yet.
 
-        From sqlite_sequence, so it does not fall when jobs are deleted with their
-        events, and who goes on from there misses nothing.
+        It does not fall when jobs are deleted with their events, so a reader that
+        continues from there misses nothing.
         """
-        row = self.store.row(Sql.LAST_EVENT)
-        return int(row[0]) if row else 0
+        return int(self.store.rows(Sql.COUNTERS)[0][2])
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """How many jobs there are in each state; also those that have none: 0.
@@ -5423,10 +5368,10 @@ class Queue:
         """Refuse if none of these unfinished jobs can end."""
         caller = self.caller()
         waiting = [job for job in left if caller is None or job.seq != caller.seq]
-        gates = {job.gate: job for job in waiting}
-        if {*gates} - {BLOCKED}:
-            if caller and not {*gates} - {BLOCKED, OPEN}:
-                self._refuse_slot_of(caller, gates[OPEN])
+        waits = {job.waits: job for job in waiting}
+        if {*waits} - {BLOCKED}:
+            if caller and not {*waits} - {BLOCKED, READY}:
+                self._refuse_slot_of(caller, waits[READY])
             return
         if len(self.stuck_among(waiting, caller)) == len(waiting):
             self._raise_blocked(waiting, caller)
@@ -5454,7 +5399,7 @@ class Queue:
         limits = {view.name: view.limit for view in self.queues()}
         one_slot = sum(view.worker.slots for view in workers) == 1 \
             and caller.worker in [view.worker.name for view in workers]
-        if job.gate == OPEN and (one_slot or (
+        if job.waits == READY and (one_slot or (
                 caller.queue == job.queue and limits.get(job.queue) == 1)):
             raise Refused("blocked", f"{job.id} cannot start: {caller.id}, which runs "
                           "this command, has the only slot for it", "let the job end "
@@ -5487,7 +5432,7 @@ class Queue:
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
             if run.slot != AHEAD:
-                running.setdefault(run.pool, []).extend(
+                running.setdefault(run.worker_id, []).extend(
                     self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
         heartbeat = self.store.settings().heartbeat
         return [WorkerView(worker, None, running.get(worker.id, []), heartbeat)
@@ -5506,8 +5451,8 @@ class Queue:
         return views
 
     def backup(self, path: str) -> None:
-        """Copy the queue as it is now, while workers run; see `Store.backup`."""
-        self.store.backup(system_path(path))
+        """Copy the queue as it is now, while workers run; see `SQLite.backup`."""
+        self.store.db.backup(system_path(path))
 
     def age(self) -> float:
         """Seconds since the database was made; above 0 also if clocks were set back."""
@@ -5523,7 +5468,7 @@ class Queue:
                 worker.name != job.worker for worker in scene.pools):
             return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
                     "again"]
-        if job.gate is None:
+        if job.waits is None:
             return []
         reasons = [one.text for one in self._hindrances(job, scene)]
         if not reasons:
@@ -5552,7 +5497,7 @@ class Queue:
         """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
         return {job.id: self._hindrances(job, scene)
-                for job in jobs if job.gate is not None}
+                for job in jobs if job.waits is not None}
 
     def _scene(self) -> Scene:
         """What `_hindrances` looks at, for any number of jobs."""
@@ -5571,7 +5516,7 @@ class Queue:
         if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
             found.append(Hindrance(f"queue `{job.queue}` is at its limit "
                                    f"{queue.limit}"))
-        if job.gate == TIMED:
+        if job.waits == SCHEDULED:
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
             found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
@@ -5588,7 +5533,7 @@ class Queue:
         One that is not there was: none else may be deleted while another waits for it.
         """
         needed = {one.id: one.state for one in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.gate == BLOCKED else {}
+            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.waits == BLOCKED else {}
         return [Hindrance(f"after {job_id} ({needed[job_id]})", False,
                           f"retry {job_id}, or cancel what comes after it"
                           if needed[job_id] in (DEAD, CANCELLED) else "")
@@ -5613,7 +5558,7 @@ class Queue:
                     one.text for one in self._hindrances(job, scene)
                     if not one.text.startswith("no worker")) or "is ready")
                     for job in self.jobs(WAITING, "run-at", PAGE_SIZE, queue=name)
-                    if job.gate != BLOCKED), "")
+                    if job.waits != BLOCKED), "")
                 lines.append(f"{left - stuck} of queue {name}{why}")
         return [f"left waiting: {line}" for line in lines]
 
@@ -5664,14 +5609,14 @@ class Queue:
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
         """For how many seconds the first in line of each queue have been due.
 
-        Those whose gate is open, and those whose time has come but that no pool has let
-        in: where none runs, that is when it matters. Both look at a bounded number of
-        rows; see the statements.
+        Those that are ready, and those whose time has come but that no worker has made
+        ready: where none runs, that is when it matters. Both look at a bounded number
+        of rows; see the statements.
         """
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
-                Sql.OLDEST_OPEN, queue=queue)))), default=None) for queue in queues}
+                Sql.OLDEST_READY, queue=queue)))), default=None) for queue in queues}
         return {queue: max(0.0, now - epoch(run_at)) for queue, run_at in first.items()
                 if run_at is not None}
 
@@ -5692,7 +5637,7 @@ class Queue:
             pools, schedules = self._pools(), self.schedules()
             blocked = self.count_stuck()
         return Scrape(jobs, tallies, oldest, paused, self._living(pools),
-                      self.store.size(), schedules, blocked)
+                      self.store.db.size(), schedules, blocked)
 
     # Changing.
 
@@ -5737,7 +5682,7 @@ class Queue:
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. One that runs is ended by its worker first.
 
-        So a running one comes back as 'processing' with its `wish` set, and if its
+        So a running one comes back as 'processing' with `end_requested` set, and if its
         command completes before the worker hears of that, it is completed. Raises
         NotFound, and Conflict for one that is over.
         """
@@ -5750,17 +5695,18 @@ class Queue:
     def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
         """As `cancel`, in a transaction of the caller.
 
-        A wish is no change of state: that comes with the end of the run, by its pool,
-        or by whoever rescues the run if the pool is dead.
+        A request is no change of state: that comes with the end of the run, by its
+        pool, or by whoever rescues the run if the pool is dead.
         """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
-        self.store.change(Sql.WISH, [
-            {"seq": job.seq, "claim": job.claim, "wish": CANCEL} for job in running])
+        self.store.change(Sql.REQUEST_END, [
+            {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
+            for job in running])
         moved = move(self.store, [Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         now_so = {job.seq: job for job in (
-            *moved, *(job._replace(wish=CANCEL) for job in running))}
+            *moved, *(job._replace(end_requested=CANCEL) for job in running))}
         return [now_so[job.seq] for job in jobs]
 
     def delete(self, *job_ids: str) -> list[Job]:
@@ -5836,7 +5782,7 @@ class Queue:
             again = verb == "delete" and bool(kept) and n > 0
         for why in kept:
             keep(why)
-        while verb == "delete" and self.store.shrink():
+        while verb == "delete" and self.store.db.shrink():
             yield []
             time.sleep(SWEEP_PAUSE)
 
@@ -6029,7 +5975,7 @@ class Queue:
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            job = Batch(store, now).add([spec_of(schedule.job, now)])[0]
+            [job], _ = add(store, [spec_of(schedule.job, now)], now)
             set_turn(store, schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job
@@ -6087,7 +6033,7 @@ class Queue:
         with self.store.transaction() as store:
             for worker in asked:
                 store.do(Sql.STOP_WORKER, {"id": worker.id,
-                                           "wish": NOW if now else DRAIN})
+                                           "stop_requested": NOW if now else DRAIN})
         self.wake(NEW_ORDERS)
         return asked
 
@@ -6148,8 +6094,7 @@ class Claims:
         try:
             with self._store.transaction() as store:
                 self._free_name(name, gone)
-                last = store.row(Sql.LAST_POOL)
-                pool, self._lock = self._draw(POOL_LOCKS, last[0] + 1 if last else 1)
+                pool, self._lock = self._draw("workers", POOL_LOCKS)
                 worker = worker._replace(id=pool)
                 store.do(Sql.INSERT_WORKER, {**worker._asdict(),
                                              "queues": _json(worker.queues)})
@@ -6214,13 +6159,13 @@ class Claims:
         """
         now = self._clock()
         ahead = iso(now + CLOCK_NOISE)
-        if not self._store.rows(Sql.ANY_OPEN, now=iso(now), ahead=ahead)[0][0]:
+        if not self._store.rows(Sql.ANY_READY, now=iso(now), ahead=ahead)[0][0]:
             return False
         due, room = self.next_due(), self._room(1)
         return (due is not None and due <= now) or bool(
             self._store.rows(Sql.UNBLOCKING)
             or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
-            room(queue) and self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
             for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
@@ -6233,9 +6178,9 @@ class Claims:
 
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
         """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
-        row = self._store.row(Sql.WORKER_WISH, id=self.worker.id)
+        row = self._store.row(Sql.STOP_REQUESTED, id=self.worker.id)
         return row[0] if row else None, {
-            claim: wish for claim, wish, _ in self._store.rows(
+            claim: asked for claim, asked, _ in self._store.rows(
                 Sql.MINE, worker=self.worker.name)}
 
     def begin(self, claimed: Claimed, slot: int) -> Claimed:
@@ -6275,11 +6220,11 @@ class Claims:
                 # while we were silent, and its end is dropped. By the name, so those of
                 # a dead pool that had it are there, too: nobody here asks for them.
                 rows = store.rows(Sql.MINE, worker=self.worker.name)
-                mine = {claim: wish for claim, wish, _ in rows}
+                mine = {claim: asked for claim, asked, _ in rows}
                 unmet = {claim: n for claim, _, n in rows}
-                # The job as it was claimed, for no one edits it since; but with the
-                # wish of now: a cancel or a rescue decides how this end is judged.
-                ends = [End(self._held[claim].job._replace(wish=mine[claim],
+                # The job as it was claimed, for no one edits it since; but with what
+                # is requested now: a cancel or a rescue decides how this end is judged.
+                ends = [End(self._held[claim].job._replace(end_requested=mine[claim],
                                                            unmet=unmet[claim]),
                             self._held[claim], outcome)
                         for claim, outcome in ended.items() if claim in mine]
@@ -6289,7 +6234,7 @@ class Claims:
                 notes = self._fire(now)
                 bring_forward(store, now)
                 behind = unblock_more(store, now) or self._let_in(now)
-                [[stop]] = store.rows(Sql.WORKER_WISH, id=self.worker.id)
+                [[stop]] = store.rows(Sql.STOP_REQUESTED, id=self.worker.id)
                 claimed = [] if behind or stop or not (free or ahead) else self._claim(
                     [*free, *[AHEAD] * ahead], locks, now)
                 mine.update((one.claim, None) for one in claimed)
@@ -6331,8 +6276,7 @@ class Claims:
         last of that has been rescued.
         """
         worker = self.worker
-        beat = self._store.do(Sql.BEAT, {"id": worker.id, "now": iso(now)})
-        if beat.rowcount == 0:
+        if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
             self._store.do(Sql.INSERT_WORKER, {
@@ -6371,14 +6315,14 @@ class Claims:
             notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
-        """Open the gate of jobs whose time has come; whether there are still more.
+        """Make jobs ready whose time has come; whether there are still more.
 
         Until all are in, nothing is claimed: the most urgent may be among the last.
         What is due later stays out of the index that claims go by: 100,000 of a higher
         priority in it cost each claim 13 ms.
         """
-        found = self._store.do(Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH})
-        return found.rowcount == DUE_BATCH
+        return self._store.do(
+            Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
 
     def _claim(self, slots: Sequence[int], locks: list[int],
                now: float) -> list[Claimed]:
@@ -6388,17 +6332,13 @@ class Claims:
         start at once. The locks taken go into `locks`, for the caller to let go of if
         the commit fails.
         """
-        row = self._store.row(Sql.LAST_CLAIM)
-        claim = row[0] if row else 0
         taken: list[Claimed] = []
         for job, slot in zip(self._choose(len(slots)), slots):
             if slot == AHEAD and job.runs > 0:
                 continue    # see `Rescuer.record`
-            claim, lock = self._draw(0, claim + 1)  # locked before the commit (I5)
+            claim, lock = self._draw("runs", 0)     # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claimed(job, claim, job.runs + 1, lock, slot))
-        # A number that is given explicitly, and is larger, moves AUTOINCREMENT's own
-        # count along: so it is never used again, even if its row is deleted (I4).
         self._write_runs(taken, now)
         jobs = move(self._store, [Change("claim", one.job, one.job._replace(
             claim=one.claim, worker=self.worker.name, runs=one.number,
@@ -6406,19 +6346,17 @@ class Claims:
             for one in taken], now)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
-    def _draw(self, base: int, number: int) -> tuple[int, int]:
-        """The next number from that one on, and the descriptor that holds its lock.
+    def _draw(self, counter: str, base: int) -> tuple[int, int]:
+        """A new number, and the descriptor that holds its lock, at `base` + number.
 
-        Of pools (`base` is POOL_LOCKS) or of runs (0). We choose it, not SQLite: the
-        lock is to be held before the row is there (I5). A number whose lock is held is
+        The lock is held before the row is there (I5). A number whose lock is held is
         passed over: that is of later days, if the file was put back to what it had been
         before.
         """
         while True:
-            try:
+            number = self._store.draw(counter)
+            with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
-            except Conflict:
-                number += 1
 
     def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
         """The rows of these runs, and how long their jobs have waited for a slot.
@@ -6428,7 +6366,7 @@ class Claims:
         """
         self._store.many(Sql.INSERT_RUN, [
             {"claim": one.claim, "job": one.job.seq, "number": one.number,
-             "pool": self.worker.id, "worker": self.worker.name, "slot": one.slot,
+             "worker_id": self.worker.id, "worker": self.worker.name, "slot": one.slot,
              "started_at": iso(now)} for one in taken])
         for one in taken:
             self._store.tally(now, one.job.queue, "wait_time",
@@ -6524,7 +6462,7 @@ class Claims:
                 and (not self._options.queues or queue in self._options.queues)}
         own = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
-            (queue, FAILED) in states or self._store.row(Sql.ANY_OPEN_IN, queue=queue)
+            (queue, FAILED) in states or self._store.row(Sql.ANY_READY_IN, queue=queue)
             or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
             for queue in own)
 
@@ -6562,15 +6500,15 @@ class Rescuer:
                 if pool != self._own and (pool in gone
                                     or self._host.is_alive(worker) is False
                                     or silent.get(pool, 0.0) >= lease)}
-        return [Stranded(run, pools.get(run.pool)) for run in runs
-                if run.pool not in pools or run.pool in lost]
+        return [Stranded(run, pools.get(run.worker_id)) for run in runs
+                if run.worker_id not in pools or run.worker_id in lost]
 
     def beats(self) -> dict[int, int]:
         """The heartbeats of the other pools, as counted by themselves.
 
         A count and no time: a clock that was set says nothing about them.
         """
-        return {worker.id: worker.beat for worker in self._store.workers()
+        return {worker.id: worker.heartbeats for worker in self._store.workers()
                 if worker.id != self._own}
 
     def seize(self, runs: Iterable[Run]) -> None:
@@ -6596,7 +6534,8 @@ class Rescuer:
             outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
         # A frozen pool stays in the table: it may thaw and claim again. Without a row
         # that would look stranded, and a rescuer would signal the living pool itself.
-        gone = [worker.id for worker in self._store.workers() if worker.id == run.pool
+        gone = [worker.id for worker in self._store.workers()
+                if worker.id == run.worker_id
                 and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
         with self._store.transaction() as store:
             settled = record(store, [
@@ -6621,7 +6560,7 @@ class Rescuer:
         if dead:
             with self._store.transaction() as store:
                 removed = [worker for worker in dead if store.do(
-                    Sql.DELETE_IDLE_WORKER, {"id": worker.id}).rowcount]
+                    Sql.DELETE_IDLE_WORKER, {"id": worker.id})]
         return [worker for worker in removed if worker in mute]
 
     def remove_silent(self, silent: Mapping[int, float]) -> list[Worker]:
@@ -6634,8 +6573,8 @@ class Rescuer:
         if mute:
             with self._store.transaction() as store:
                 # A worker may have waited for the write lock before us.
-                beats = {worker.id: worker.beat for worker in store.workers()}
-                mute = [one for one in mute if beats.get(one.id) == one.beat]
+                beats = {worker.id: worker.heartbeats for worker in store.workers()}
+                mute = [one for one in mute if beats.get(one.id) == one.heartbeats]
                 for worker in mute:
                     store.do(Sql.DELETE_WORKER, {"id": worker.id})
         return mute
@@ -6748,12 +6687,12 @@ class Inspection:
         the damage's doing.
         """
         with self._store.snapshot():
-            said = [row[0] for row in self._store.rows(Sql.INTEGRITY)]
-            if said != ["ok"]:
-                for line in said:
-                    yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
-                                  "stop the workers and restore a backup, or save what "
-                                  f"can be read: sqlite3 {self.path} .recover")
+            damage = self._store.db.integrity()
+            for line in damage:
+                yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
+                              "stop the workers and restore a backup, or save what "
+                              f"can be read: sqlite3 {self.path} .recover")
+            if damage:
                 return
             for code, message, statement in Sql.RULES:
                 for row in self._store.rows(statement)[:CHECK_SHOWN]:
@@ -6827,7 +6766,7 @@ class Inspection:
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
             pools = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
-            owner = pools.get(run.pool)
+            owner = pools.get(run.worker_id)
             if owner and self._host.is_alive(owner) is not False:
                 continue
             left = sorted({*self._host.members(run.claim),
@@ -6885,10 +6824,11 @@ class Inspection:
                           "move it to a disk of this machine")
 
     def _sqlite(self) -> Iterator[Finding]:
-        if has_wal_bug(sqlite3.sqlite_version_info):
+        version = self._store.db.release()
+        if has_wal_bug(version):
             yield Finding(NOTE, "sqlite-version",
-                          f"SQLite {sqlite3.sqlite_version} has a rare bug that can "
-                          "damage a file when two connections tidy its WAL at once",
+                          f"SQLite {'.'.join(map(str, version))} has a rare bug that "
+                          "can damage a file when two connections tidy its WAL at once",
                           "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
 
     def _wal(self) -> Iterator[Finding]:
@@ -6901,7 +6841,7 @@ class Inspection:
                           "WAL shrinks at the next quiet moment")
 
     def _room(self) -> Iterator[Finding]:
-        if self._store.is_read_only:
+        if self._store.db.is_read_only:
             return
         stat = os.statvfs(os.path.dirname(self.path))
         # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
@@ -7168,7 +7108,7 @@ def state_cell(job: Job) -> str:
     """
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
-    if job.state == PENDING and job.gate == BLOCKED:
+    if job.state == PENDING and job.waits == BLOCKED:
         return f"{job.state} (after)"
     return job.state
 
@@ -7182,7 +7122,7 @@ def when_cell(job: Job, now: float) -> str:
     if job.state == PROCESSING:
         return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
     if job.state in WAITING:
-        return ago(job.run_at, now) if job.gate == TIMED else \
+        return ago(job.run_at, now) if job.waits == SCHEDULED else \
             f"waits {span(max(0, math.floor(now - epoch(job.run_at))))}"
     return ago(job.finished_at, now)
 
@@ -7248,7 +7188,7 @@ def worker_line(view: WorkerView, style: Style) -> str:
              "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
     if worker.queues:
         parts.append("queues " + ",".join(worker.queues))
-    if worker.wish:
+    if worker.stop_requested:
         parts.append("stopping")
     if silent > 3 * view.heartbeat:     # one may be late, on a busy machine
         parts.append(style.paint(f"silent for {span(silent)}", "33"))
@@ -8344,10 +8284,10 @@ def _entered(queue: Queue, options: PoolOptions,
     claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
     try:
         queue.wake(NEW_ORDERS)      # the others are to watch this one
-        queue.store.patience = TURN_PATIENCE    # its thread has other things to do
+        queue.store.db.patience = TURN_PATIENCE    # its thread has other things to do
         yield claims
     finally:
-        queue.store.patience = POOL_PATIENCE
+        queue.store.db.patience = POOL_PATIENCE
         with contextlib.suppress(QueueError):
             claims.leave()
 
@@ -8601,7 +8541,7 @@ class Pool:
             # The next turn claims nothing: what failed may be the lock of a claim, for
             # want of descriptors, and heartbeats and ends must not wait for that.
             self._claim_at = now + 2 * SYNC_PAUSE
-            self._queue.store.relieve()
+            self._queue.store.db.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
             self._say(f"cannot write to the queue, will go on trying: {error.message}")
@@ -12327,7 +12267,7 @@ class Feed:
         try:
             with Queue(self._path, create=False) as queue:
                 watch = Watch(queue, self._seq)
-                while is_wanted and queue.store.is_in_place():
+                while is_wanted and queue.store.db.is_in_place():
                     piece = watch.look(time.monotonic())
                     if piece:
                         self._tell(piece, watch.seq)
@@ -12408,12 +12348,12 @@ class Queues:
             queue = self._free.pop() if self._free else None
         # The file may have been replaced since: who works on in the old one writes to
         # nobody.
-        if queue is not None and not queue.store.is_in_place():
+        if queue is not None and not queue.store.db.is_in_place():
             queue.close()
             queue = None
         if queue is None:
             queue = Queue(self._path, create=False)
-            queue.store.patience = WEB_PATIENCE
+            queue.store.db.patience = WEB_PATIENCE
         try:
             yield queue
         finally:
@@ -14244,7 +14184,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     if sys.stdin is None:
         raise Refused("unreadable", "stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    queue.store.patience = POOL_PATIENCE    # it tries again itself, and says so
+    queue.store.db.patience = POOL_PATIENCE    # it tries again itself, and says so
     reader = _lines_of(args) or Lines()
     stream = Stream(queue, {} if args.words else _flag_fields(args),
                     lambda error: _report(error, args.json), screen.note, reader)
@@ -14351,7 +14291,7 @@ def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Nam
 
 def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
     """Say which of these jobs come after a dead or cancelled one."""
-    if all(job.gate != BLOCKED for job in jobs):
+    if all(job.waits != BLOCKED for job in jobs):
         return
     stuck = queue.stuck_among(jobs)
     if stuck:
@@ -16223,7 +16163,7 @@ def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
     if args.entry.creates is NEITHER:
         return int(args.entry.run(args, None, screen))
     with Queue(path, create=args.entry.creates) as queue:
-        if queue.store.is_new:
+        if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
         return int(args.entry.run(args, queue, screen))
 
