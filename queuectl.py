@@ -71,11 +71,11 @@ Contents: `grep -n '^# ----' queuectl.py`
      8 Host         locks that tell who is alive, the process table, wake-ups
      9 Ledger       the only code that changes a job's state
     10 Queue        the promises to people: one method, one transaction
-    11 Claims       the promises to pools: one turn, one transaction
+    11 Claims       the promises to workers: one tick, one transaction
     12 Check        is the file sound, are the rules kept, is the ground safe
     13 Views        records as text, JSON or metrics
-    14 Runner       one command, one process tree, one outcome
-    15 Pool         slots, signals, shutdown, rescue
+    14 Processes    a command and its output; the supervisor, which ends what is left
+    15 Worker       slots, what is due when, shutdown, other workers
     16 Page         the dashboard, as a browser gets it
     17 API          what each request that was let in is answered
     18 Description  what the API takes and answers, for programs
@@ -112,6 +112,7 @@ import struct
 import sys
 import threading
 import time
+import types
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
@@ -121,7 +122,6 @@ except ImportError:  # Windows: clients work there, pools refuse in words
 
 if TYPE_CHECKING:
     import concurrent.futures as futures
-    import queue as queues
     import socket
     import ssl
     from collections.abc import (
@@ -187,7 +187,7 @@ ASKED = "asked to stop"
 # How grave a finding is: a promise is broken; it may come to that; good to know.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 
-AHEAD = 0   # the slot of a run that was claimed before a slot was free for it
+
 # Verbs that statistics count; how runs end is counted beside them, as `run:OUTCOME`.
 TALLIED = ("complete", "fail", "bury", "cancel")
 
@@ -408,7 +408,7 @@ class Run(NamedTuple):
     """One row of `runs`, written with the claim: before its command is started.
 
     So what is under way need not have begun; of one that was claimed ahead `slot` tells
-    it: AHEAD until it has a slot.
+    it.
     """
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
@@ -591,14 +591,6 @@ class PoolOptions(NamedTuple):
         return settings
 
 
-class Settled(NamedTuple):
-    """A run that was recorded: the job as it is now, and how it came to that."""
-    job: Job
-    outcome: Outcome
-    number: int         # of the run
-    attempt: int        # which attempt the run was
-
-
 class Filter(NamedTuple):
     """Which jobs are meant, beside their states; None: whatever they are.
 
@@ -614,52 +606,45 @@ class Filter(NamedTuple):
     ended_seq: int | None = None
 
 
-class Claimed(NamedTuple):
-    """A job that this pool may start: now, or as soon as a slot is free."""
+class Claim(NamedTuple):
+    """A job that a worker has taken, with all that it takes to start it."""
     job: Job
-    claim: int
-    number: int
+    number: int         # the fencing token: only increases, never reused
+    slot: int           # 0: a spare, without a slot yet
     lock: int           # descriptor that holds the run's lock; -1: no such locks here
-    slot: int           # AHEAD: claimed ahead of a free slot
+
+    def release(self) -> None:
+        """Close the lock in this process; the process tree holds it on (I5)."""
+        if self.lock >= 0:
+            os.close(self.lock)
 
 
 class Change(NamedTuple):
-    """A change of state that is to be written: the verb, the job as it was and as it
-    will be (but for state, `waits` and place in line, which follow), and the reason.
+    """A change of state: the verb, the job as it was and as it will be (but for state,
+    `waits` and place in line, which follow), the reason, and how a run ended.
     """
     verb: str
     before: Job
     after: Job
     reason: str = ""
+    outcome: Outcome | None = None      # None: no run has ended
 
 
-class End(NamedTuple):
-    """The end of a run that is to be recorded; `before` is the job while it ran."""
-    before: Job
-    run: Claimed
-    outcome: Outcome
-
-
-class Stranded(NamedTuple):
-    """A run that lost its pool, with the pool's row if that is still there.
-
-    A frozen pool's row is: its process may hold the run's lock and start it yet (I5).
-    """
-    run: Run
-    owner: Worker | None
-
-
-class Turn(NamedTuple):
-    """What one turn of a pool brought: all of it is committed."""
-    settled: list[Settled]
-    claimed: list[Claimed]
-    mine: dict[int, str | None]     # claims the database says this pool holds:
+class Tick(NamedTuple):
+    """What one tick of a worker brings, once it is committed."""
+    changes: list[Change]           # runs that have ended
+    claims: list[Claim]
+    mine: dict[int, str | None]     # claims the database says this worker holds:
                                     # what is requested of each
     stop: str | None                # DRAIN or NOW
-    behind: bool                    # more jobs are due than one turn lets in
+    is_behind: bool                 # more jobs are due than one tick lets in
+    is_expiring: bool               # more is to be deleted
+    is_overtaken: bool              # a job is ready that comes before the spare claims
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
     notes: list[str]                # schedules that skipped a run or were paused
+    removed: list[Worker]           # dead workers
+    now: float                      # epoch seconds
 
 
 class Spread(NamedTuple):
@@ -766,6 +751,7 @@ MILLISECOND = datetime.timedelta(milliseconds=1)
 
 
 @functools.lru_cache(maxsize=16)     # a turn asks for its own time again and again
+@functools.lru_cache(maxsize=16)    # a tick asks for its own time again and again
 def iso(moment: float) -> str:
     """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
 
@@ -1089,9 +1075,10 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     A job's own backoff-base comes before that of the settings.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
-                       finished_at=iso(now))
+                       finished_at=iso(now),
+                       attempts=job.attempts + (outcome.kind == DONE))
     if outcome.kind == DONE:
-        return "complete", job._replace(attempts=job.attempts + 1), "exit status 0"
+        return "complete", job, "exit status 0"
     if job.end_requested == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
     if outcome.kind == RELEASED:    # due now, also if the clock was set back meanwhile
@@ -1161,27 +1148,17 @@ def place_in_line(job: Job) -> tuple[int, str, int]:
 
 QUICK = 0.01           # seconds; where runs are shorter, slots would wait for commits
 RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
-MAX_AHEAD = 64         # jobs; a pool that dies takes them from the others for a moment
+MAX_SPARES = 64        # jobs; a worker takes them from the others for a moment
 
 
-def paced(pace: float, duration: float) -> float:
-    """Seconds that runs take of late: the newest counts for a fifth.
+def wanted_spares(pace: float, slots: int) -> int:
+    """How many jobs to claim beyond the slots: what these begin in two RECORD_PAUSEs.
 
-    math.inf: none has ended yet.
-    """
-    return duration if pace == math.inf else 0.8 * pace + 0.2 * duration
-
-
-def wanted_ahead(pace: float, slots: int) -> int:
-    """How many jobs to hold ready beyond the slots: work until the turn after next.
-
-    None where runs are longer than a commit: others may have a slot for them now.
-    Else what the slots begin within two RECORD_PAUSEs, and one more for each: one
-    slot with runs of 3 ms has 8. The floor of 0.1 ms is for a pace of 0.
+    None where runs take longer than a commit. `pace`: seconds that they take of late.
     """
     if pace > QUICK:
         return 0
-    return min(MAX_AHEAD, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
+    return min(MAX_SPARES, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
 
 
 def lease_of(settings: Settings) -> float:
@@ -2778,14 +2755,12 @@ class Sql:
     # Runs. A run's end is written once, hence `outcome IS NULL`.
     INSERT_RUN = _insert("runs", (
         "claim", "job", "number", "worker_id", "worker", "slot", "started_at"))
-    # A run that was claimed ahead gets its slot and its true start later.
     BEGIN_RUN = """
         UPDATE runs
            SET slot = :slot, started_at = :started_at
          WHERE claim = :claim
            AND outcome IS NULL
         """
-    BEGIN_JOB = "UPDATE jobs SET started_at = :started_at WHERE claim = :claim"
     # Less output than is stored does not replace it: who records a lost run has none,
     # and what its worker had saved by SAVE_OUTPUT stays.
     END_RUN = """
@@ -3254,8 +3229,7 @@ def refusal(error: Exception, path: str) -> QueueError | None:
         # Python 3.9 has no words for text that is damaged.
         return Refused("damaged", f"{path} is damaged", "restore a backup, or save "
                        f"what can be read with `sqlite3 {path} .recover`")
-    if any(words in said for words in (     # the last are PyPy's
-            "readonly", "unable to open", "disk i/o", "could not open")):
+    if any(words in said for words in ("readonly", "unable to open", "disk i/o")):
         return Unavailable("unwritable", f"cannot use {path} ({error})",
                            "check the disk and who may write the file and its "
                            "directory")
@@ -3482,7 +3456,7 @@ class SQLite:
         """A statement's one number.
 
         All rows are fetched, here as elsewhere, also those of a setting: no commit gets
-        past a statement that is not over, until (with PyPy) who knows when.
+        past a statement that is not over.
         """
         return int(self._patiently(
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
@@ -3781,11 +3755,22 @@ class SQLite:
         """Give some unused pages at the file's end back to the disk, if they are many;
         whether there may be more. A small transaction, so that nobody waits for it.
         """
-        free, pages = (self.rows(sql)[0][0] for sql in (self.FREE_PAGES, self.PAGES))
-        if free < max(SHRINK_PAGES, pages // 4):
+        if not self._unused():
             return False
         with self.transaction():
-            self.rows(self.SHRINK)
+            return self.shrink_some()
+
+    def _unused(self) -> int:
+        """The pages that are not used, if they are many."""
+        free, pages = (self.rows(sql)[0][0] for sql in (self.FREE_PAGES, self.PAGES))
+        return int(free) if free >= max(SHRINK_PAGES, pages // 4) else 0
+
+    def shrink_some(self) -> bool:
+        """As `shrink`, within a transaction."""
+        free = self._unused()
+        if not free:
+            return False
+        self.rows(self.SHRINK)
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
@@ -3824,41 +3809,92 @@ def glance(path: str) -> Iterator[Rows]:
 
 
 # ---- 8 Host ------------------------------------------------------------------
-# What this machine's kernel says about pools and runs. Locks of open file
+# What this machine's kernel says about workers and runs. Locks of open file
 # descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
-# they are missing, process ids with start times and a token in the environment serve.
-# What there is is found by trying, nowhere by the system's name. Nothing here knows a
-# job: it is asked about pools and claim numbers. Below that: the datagrams by which
-# clients wake pools, the word to a service manager, and the catching of signals.
+# they are missing, process ids with start times serve. What is available is found by
+# trying, never by the system's name. Below that: waiting for descriptors, the datagrams
+# by which clients wake workers, the service manager, and signals.
 
-NOTIFY_PATIENCE = 1.0  # seconds that a word to the service manager may take
+NOTIFY_PATIENCE = 1.0  # seconds that a message to the service manager may take
 
-POOL_LOCKS = 1 << 62    # offsets from here are pools' ids; below, runs' claim numbers
+POOL_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim numbers
 # As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
 # file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
 SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
+# The file also tells which process was started for a run: claim, pid, pid namespace,
+# and between which times of CLOCK_BOOTTIME; a record a slot, a place a worker.
+_PROCESS = "=qiIdf"
+PLACES = 1024           # of workers, by their ids; so the file does not grow
 
 
 def _flock(kind: int, offset: int) -> bytes:
     return struct.pack(_FLOCK, kind, 0, offset, 1, 0)
 
 
+def boot_time() -> float:
+    """Seconds since the machine was started, by the clock of /proc/PID/stat."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _read(path: str) -> bytes:
+    """A small file of /proc, or b"" if it or its process is gone or not ours.
+
+    OSError if we are out of descriptors: then nobody is known to be gone.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return b""
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
+
+    The name before them may hold blanks and parentheses, so the last one counts.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start. A
+    zombie has ended, only its parent has not asked yet: it can do no harm any more.
+    """
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return [] if not fields or fields[0] in (b"Z", b"X") else fields
+
+
+def _pids() -> list[int]:
+    """The processes but this one; none where there is no /proc."""
+    own = os.getpid()
+    with contextlib.suppress(FileNotFoundError):
+        return [int(name) for name in os.listdir("/proc")
+                if name.isdigit() and int(name) != own]
+    return []
+
+
+@functools.cache
+def _pid_namespace() -> int:
+    """What process ids mean here: another container has its own; 0: not told."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino & 0xFFFFFFFF
+    except OSError:
+        return 0
+
+
 class Locks:
-    """Byte-range locks on one small file beside the database, one byte a pool or run.
+    """Byte-range locks on one small file beside the database, one byte a worker or run.
 
     Each `hold` opens the file anew: the lock belongs to that open file description,
     and lives until the last process that inherited it is gone. A plain lock of fcntl(2)
     would not do: it belongs to a process, is not inherited, and goes when that process
-    closes any descriptor of the file. Nothing is ever written, so one byte a lock costs
-    nothing, however high the number.
+    closes any descriptor of the file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, probe: int = -1) -> None:
         self.path = path
-        self._probe = -1
+        self._probe = probe             # a descriptor of the file; -1: not opened yet
         # None: not tried yet.
-        self._works = None if hasattr(fcntl, "F_OFD_SETLK") else False
+        self._works = True if probe >= 0 else \
+            None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
@@ -3907,6 +3943,80 @@ class Locks:
         except OSError:
             return True
 
+    def note(self, lock: int, worker: int, claim: Claim, pid: int,
+             since: float) -> None:
+        """Write which process was just started for a run, after `since`.
+
+        For whoever ends what is left if worker and supervisor were killed at once. The
+        page cache is enough: no process outlives a power cut. `lock` is the worker's.
+        """
+        with contextlib.suppress(OSError):      # a full disk: the lock tells enough
+            os.pwrite(lock, struct.pack(
+                _PROCESS, claim.number, pid, _pid_namespace(), since,
+                boot_time() - since), self._place(worker)
+                + claim.slot * struct.calcsize(_PROCESS))
+
+    def process_of(self, run: Run) -> int | None:
+        """The process that was started for a run, 0 if it is gone; None: none was.
+
+        Process ids are reused, so it must have started when the run's did. A run that
+        no record tells of has not begun, but where there are no such locks: 0.
+        """
+        if self._works is False:
+            return 0
+        try:
+            fd = self._open(os.O_RDONLY)
+        except OSError:
+            return 0
+        try:
+            records = os.pread(fd, (MAX_SLOTS + 1) * struct.calcsize(_PROCESS),
+                               self._place(run.worker_id))
+        finally:
+            os.close(fd)
+        size = struct.calcsize(_PROCESS)
+        for claim, pid, namespace, since, took in struct.iter_unpack(
+                _PROCESS, records[:len(records) // size * size]):
+            if claim == run.claim:
+                fields = _stat_fields(pid)
+                if not fields or namespace != _pid_namespace():
+                    return 0
+                started = int(fields[19]) / os.sysconf("SC_CLK_TCK")    # 10 ms ticks
+                return pid if -0.02 <= started - since <= took + 0.02 else 0
+        return None
+
+    @staticmethod
+    def _place(worker: int) -> int:
+        return worker % PLACES * (MAX_SLOTS + 1) * struct.calcsize(_PROCESS)
+
+    def holders(self, offset: int) -> list[int]:
+        """The processes other than this one that hold the lock, where /proc tells.
+
+        The kernel lists a descriptor's locks in its fdinfo, with their offsets, as
+        `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
+        files have such locks, too, so the file is compared last: that costs a stat(2).
+        """
+        return [pid for pid in _pids() if self._holds(pid, offset)]
+
+    def _holds(self, pid: int, offset: int) -> bool:
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            return False
+        for fd in descriptors:
+            for line in _read(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+                if line.startswith(b"lock:") and b"OFDLCK" in line \
+                        and line.split()[-2:] == [b"%d" % offset] * 2 \
+                        and self._is_same_file(f"/proc/{pid}/fd/{fd}"):
+                    return True
+        return False
+
+    def _is_same_file(self, link: str) -> bool:
+        try:
+            return os.path.samestat(os.stat(link), os.stat(self.path) if self.path
+                                    else os.fstat(self._probe))
+        except OSError:
+            return False
+
     def _is_proven(self, fd: int) -> bool:
         """Return True if a lock of one open file description refuses another its own.
 
@@ -3945,31 +4055,6 @@ class Locks:
         return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
-def _read(path: str) -> bytes:
-    """A small file of /proc, or b"" if it or its process is gone or not ours.
-
-    OSError if we are out of descriptors: then nobody is known to be gone.
-    """
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        return b""
-
-
-def _stat_fields(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
-
-    The name before them may hold blanks and parentheses, so the last one counts.
-    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start. A
-    zombie has ended, only its parent has not asked yet: it can do no harm any more.
-    """
-    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return [] if not fields or fields[0] in (b"Z", b"X") else fields
-
-
 def is_same_birth(one: str, other: str) -> bool:
     """Whether two start times, as `Host.born` tells them, are of one process.
 
@@ -3985,40 +4070,13 @@ def is_same_birth(one: str, other: str) -> bool:
     return abs(first - second) <= 2
 
 
-class Process(NamedTuple):
-    """A process, as the kernel tells it. Its run may be told by any of the three: a
-    program may have shed its environment, its group or its session, seldom all.
-    """
-    pid: int
-    claim: int      # of the run that it belongs to, by its token; 0: none is told
-    group: int
-    session: int    # 0: not told
-
-
 class Host:
     """This machine, as far as it concerns one database."""
 
-    def __init__(self, path: str, database_id: str, inode: tuple[int, int]) -> None:
+    def __init__(self, path: str) -> None:
         self.name = os.uname().nodename if hasattr(os, "uname") else ""
         self.boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
         self.locks = Locks(path + LOCK_SUFFIX)
-        # With the file's own number: a copy of a queue has the same id and claims.
-        self._run_prefix = f"{database_id}-{inode[0]:x}-{inode[1]:x}"
-        self._token = f"QUEUECTL_RUN={self._run_prefix}-([0-9]+)[\0 ]".encode()
-
-    def token(self, claim: int) -> str:
-        """What the environment of each process of a run holds, as QUEUECTL_RUN.
-
-        It has the database's id and the file's device and number before the claim: 7 of
-        one queue must not end 7 of another, or of a copy of this one.
-        """
-        return f"{self._run_prefix}-{claim}"
-
-    @staticmethod
-    def signal(pid: int, number: int) -> None:
-        """Signal a process that may be gone or not ours."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
 
     def born(self, pid: int) -> str:
         """When a process was started, in the kernel's own words; "" if it is gone.
@@ -4054,73 +4112,69 @@ class Host:
         except OSError:     # out of descriptors
             return None
 
-    def processes(self) -> list[Process]:
-        """The processes that may be a run's: all with a session or a token told."""
-        if not self.boot:
-            return self._processes_by_ps()
-        found = []
-        # The environment is as it was at exec(3): what putenv(3) adds or takes does not
-        # show there (proc(5)).
-        for pid in self._pids():
-            environ, fields = _read(f"/proc/{pid}/environ"), _stat_fields(pid)
-            if fields:
-                found.append(Process(pid, self._claim_in(environ), int(fields[2]),
-                                     int(fields[3])))
-        return found
 
-    def _claim_in(self, environ: bytes) -> int:
-        """The claim whose token is there, or 0. A NUL ends it in /proc, a blank in ps.
+class Wakeup:
+    """A pipe to wake a thread that waits in poll: safe in signal handlers.
+
+    No lock is taken: `threading.Event.set` in a handler hung within seconds, waiting
+    for the lock that the interrupted thread held. The writer does not block, as
+    `signal.set_wakeup_fd` demands, which gets it, too.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
+
+    def set(self) -> None:
+        """Wake the reader; a full pipe is awake already."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.writer, b"!")
+
+    def clear(self) -> None:
+        """Take out what is in the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self.reader, SOCKET_BUFFER)) == SOCKET_BUFFER:
+                pass
+
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Poller:
+    """Descriptors to wait for, each with what is called when it can be read.
+
+    poll(2) tells POLLHUP unasked: so the end of a pipe is news like any other.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+
+    def add(self, fd: int, handler: Callable[[], None]) -> None:
+        """Wait for this one, too, or call another handler for it; -1 is none."""
+        if fd >= 0:
+            self._poll.register(fd, select.POLLIN)
+            self._handlers[fd] = handler
+
+    def drop(self, fd: int) -> None:
+        """Wait for it no more, if we did; before it is closed."""
+        if self._handlers.pop(fd, None):
+            self._poll.unregister(fd)
+
+    def wait(self, seconds: float) -> None:
+        """Until one can be read, or so many seconds; call the handlers of those.
+
+        Rounded up: with 0 for the last part of a millisecond the loop would turn until
+        the time has come.
         """
-        match = re.search(self._token, environ)
-        return int(match[1]) if match else 0
-
-    def members(self, claim: int) -> list[int]:
-        """The processes of a run, by the token that they inherited."""
-        return [one.pid for one in self.processes() if one.claim == claim]
-
-    def holders(self, claim: int) -> list[int]:
-        """The processes that hold the run's lock, also those that shed the token."""
-        return [pid for pid in self._pids() if self._holds(pid, claim)]
-
-    def _pids(self) -> list[int]:
-        own = os.getpid()
-        return [int(name) for name in os.listdir("/proc")
-                if name.isdigit() and int(name) != own] if self.boot else []
-
-    def _holds(self, pid: int, claim: int) -> bool:
-        """The kernel lists a descriptor's locks in its fdinfo, with their offsets.
-
-        As `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
-        files have such locks, too, so the file is compared last: that costs a stat(2).
-        """
-        try:
-            descriptors = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            return False
-        for fd in descriptors:
-            for line in _read(f"/proc/{pid}/fdinfo/{fd}").splitlines():
-                if line.startswith(b"lock:") and b"OFDLCK" in line \
-                        and line.split()[-2:] == [b"%d" % claim] * 2 \
-                        and self._is_lock_file(f"/proc/{pid}/fd/{fd}"):
-                    return True
-        return False
-
-    def _is_lock_file(self, link: str) -> bool:
-        try:
-            return os.path.samefile(link, self.locks.path)
-        except OSError:
-            return False
-
-    def _processes_by_ps(self) -> list[Process]:
-        """With `e` ps shows the environment after the command, where it may."""
-        import subprocess  # 5 ms, and only where there is no /proc
-        said = subprocess.run(["ps", "axeww", "-o", "pid=,pgid=,stat=,command="],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              check=False).stdout
-        rows = [line.split(None, 3) for line in said.splitlines()]
-        return [Process(int(row[0]), self._claim_in(row[3] + b"\0"), int(row[1]), 0)
-                for row in rows if len(row) == 4 and int(row[0]) != os.getpid()
-                and not row[2].startswith(b"Z")]
+        for fd, _ in self._poll.poll(None if seconds == math.inf
+                                     else math.ceil(seconds * 1000)):
+            handler = self._handlers.get(fd)
+            if handler:     # else an earlier one of these has ended its business
+                handler()
 
 
 LOOPBACK = "127.0.0.1"
@@ -4159,14 +4213,14 @@ class Notifier:
     first and the last of them does the pool wait, for NOTIFY_PATIENCE at most.
     """
 
-    def __init__(self, environ: Mapping[bytes, bytes]) -> None:
+    def __init__(self, environ: Mapping[bytes, bytes], service: int) -> None:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
         # A leading @ is the kernel's name space without files, where it is a NUL.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
         # Half of what is asked for, as sd_watchdog_enabled(3) recommends. Not if
-        # another process is named: a child must not speak for its parent.
+        # another process is named than `service`, which the manager has started.
         self.interval = math.inf    # seconds between two signs of life
-        if usec.isdigit() and int(usec) and pid in (b"", b"%d" % os.getpid()):
+        if usec.isdigit() and int(usec) and pid in (b"", b"%d" % service):
             self.interval = int(usec) / 2e6
         self.beat_at = math.inf     # monotonic: the next sign of life, once it is ready
         self._status, self._status_at = "", 0.0
@@ -4184,6 +4238,12 @@ class Notifier:
         if self._address and not self._is_stopping:
             self._is_stopping = True
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
+
+    @property
+    def next_at(self) -> float:
+        """When `step` is to be called next (monotonic)."""
+        return min(self.beat_at, time.monotonic() + FALLBACK_POLL) if self._address \
+            else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
         """Say, when it is due, that the loop goes on, and how it stands.
@@ -4612,20 +4672,21 @@ def _moved(store: Ledger, change: Change, now: float) -> Job:
     and the worker of what does not run are none (I2), a request to end goes with its
     run, and what waits has a rank (I7).
     """
-    verb, before, after, _ = change
+    verb, before, after, *_ = change
     step = MOVES[verb]
     if before.state not in step.sources:
         raise Conflict("wrong-state",
                        f"{before.id} is {before.state}, so `{verb}` does not apply",
                        "it must be " + " or ".join(step.sources))
     is_run = step.target == PROCESSING
-    after = after._replace(state=step.target, updated_at=iso(now), waits=None,
-                           end_requested=None, claim=after.claim if is_run else None,
-                           worker=after.worker if is_run else None)
-    if step.target in WAITING:
-        after = after._replace(waits=waits_of(after, now), rank=rank_of(
-            after.priority, after.run_at, store.settings()))
-    return after
+    is_waiting = step.target in WAITING
+    return after._replace(
+        state=step.target, updated_at=iso(now), end_requested=None,
+        claim=after.claim if is_run else None,
+        worker=after.worker if is_run else None,
+        waits=waits_of(after, now) if is_waiting else None,
+        rank=rank_of(after.priority, after.run_at, store.settings()) if is_waiting
+        else after.rank)
 
 
 def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
@@ -4750,36 +4811,36 @@ def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
     return jobs
 
 
-def record(store: Ledger, ends: Sequence[End], settings: Settings,
-           now: float) -> list[Settled]:
-    """Record the ends of runs whose claims still stand.
+def record(store: Ledger, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
+           now: float) -> list[Change]:
+    """Record the ends of runs whose claims still stand; the changes as written.
 
-    One that fails, or is lost, while it is being cancelled is told as cancelled.
-    `before.end_requested` is what the database has now, not what the claim had. Slot
-    and start are written again, for a run claimed ahead may have begun since the last
-    turn. Where nobody saw the end there is no run time.
+    One that fails, or is lost, while it is being cancelled is told as cancelled. The
+    claims' jobs have to bear the request to end that the database has now.
     """
     import random  # 1 ms, and only in a worker
-    outcomes = [judged(end.before, end.outcome) for end in ends]
-    changes = [Change(verb, end.before, after, reason) for end, outcome in
-               zip(ends, outcomes) for verb, after, reason in [settle(
-                   end.before, outcome, settings, random.random(), now)]]
-    jobs = move(store, changes, now)
-    told = [outcome._replace(kind=STOPPED) if change.verb == "cancel" else outcome
-            for outcome, change in zip(outcomes, changes)]
-    store.change(Sql.END_RUN, [
-        {"claim": end.run.claim, "slot": end.run.slot,
-         "started_at": end.run.job.started_at, "finished_at": iso(now),
-         "duration": outcome.duration, "outcome": outcome.kind,
-         "exit_code": outcome.exit_code, "error": outcome.error,
-         "output_bytes": outcome.output_bytes, "output": outcome.output}
-        for end, outcome in zip(ends, told)])
-    for end, outcome in zip(ends, told):
-        store.tally(now, end.run.job.queue, f"run:{outcome.kind}")
-        if outcome.duration is not None:
-            store.tally(now, end.run.job.queue, "run_time", value=outcome.duration)
-    return [Settled(job, outcome, end.run.number, end.before.attempts + 1)
-            for job, outcome, end in zip(jobs, outcomes, ends)]
+    changes = []
+    for claim, outcome in ends:
+        outcome = judged(claim.job, outcome)
+        verb, after, reason = settle(claim.job, outcome, settings, random.random(), now)
+        changes.append(Change(verb, claim.job, after, reason, outcome))
+    changes = [Change(change.verb, change.before, job, change.reason, change.outcome)
+               for change, job in zip(changes, move(store, changes, now))]
+    rows = []
+    for (claim, _), change in zip(ends, changes):
+        outcome = change.outcome or Outcome(RELEASED)
+        kind = STOPPED if change.verb == "cancel" else outcome.kind
+        rows.append({
+            "claim": claim.number, "slot": claim.slot, "outcome": kind,
+            "started_at": claim.job.started_at, "finished_at": iso(now),
+            "duration": outcome.duration, "exit_code": outcome.exit_code,
+            "error": outcome.error, "output_bytes": outcome.output_bytes,
+            "output": outcome.output})
+        store.tally(now, claim.job.queue, f"run:{kind}")
+        if outcome.duration is not None:    # else nobody saw the end
+            store.tally(now, claim.job.queue, "run_time", value=outcome.duration)
+    store.change(Sql.END_RUN, rows)
+    return changes
 
 
 def remove(store: Ledger, job: Job, now: float) -> None:
@@ -5005,7 +5066,7 @@ class Queue:
         self.store = Ledger(SQLite(os.fspath(path), create))
         self.path = self.store.db.path
         self.clock = clock
-        self.host = host or Host(self.path, self.store.meta("id"), self.store.db.inode)
+        self.host = host or Host(self.path)
 
     def __enter__(self) -> Queue:
         return self
@@ -5422,7 +5483,6 @@ class Queue:
 
         One on another machine is there until a worker or `worker stop` removes it;
         `is_silent` tells that it has sent no heartbeat for a lease.
-        What was claimed ahead of a free slot does not run yet, so it is not shown.
         """
         return self._living(self._pools())
 
@@ -5431,9 +5491,8 @@ class Queue:
         running: dict[int, list[Job]] = {}
         for row in self.store.rows(Sql.UNDER_WAY):
             run = Run(*row)
-            if run.slot != AHEAD:
-                running.setdefault(run.worker_id, []).extend(
-                    self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+            running.setdefault(run.worker_id, []).extend(
+                self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
         heartbeat = self.store.settings().heartbeat
         return [WorkerView(worker, None, running.get(worker.id, []), heartbeat)
                 for worker in self.store.workers()]
@@ -6050,66 +6109,92 @@ class Queue:
 
 
 # ---- 11 Claims ---------------------------------------------------------------
-# What one pool asks of the database. All that it has to record and to take goes into
-# one transaction, its turn: an fsync costs milliseconds, and so all jobs of a turn
-# share one. Claims are the pool's own runs; a Rescuer looks after those of others. Both
-# know rows and locks, but no command, no process of a job and no waiting: that is the
-# pool's (Pool), which decides when a turn is worth while.
+# What one worker asks of the database. All that it records and takes goes into one
+# transaction, its tick: an fsync costs milliseconds, and so all jobs of a tick share
+# one. Claims are the worker's own runs, Peers the other workers. Both know rows and
+# locks, but no command, no process and no waiting: the worker's loop decides when a
+# tick is worth while, and has its COMMIT done by another thread.
 
-CLAIM_SCAN = 64        # first jobs in line that a turn looks at before asking by queue
+CLAIM_SCAN = 64        # first jobs in line that a tick looks at before asking by queue
+EXPIRE_BATCH = 100     # jobs that a tick deletes because their retention is over
+
+
+NOTHING: Mapping[int, Any] = types.MappingProxyType({})
+
+
+class Report(NamedTuple):
+    """What a tick is to record."""
+    ended: Mapping[int, Outcome] = NOTHING     # own runs, by claim
+    lost: Sequence[Run] = ()            # of other workers; their processes are gone
+    seized: Sequence[Run] = ()          # of other workers; about to be ended
+    dead: Sequence[Worker] = ()         # to be removed, unless they hold something
+    outputs: Mapping[int, Output] = NOTHING    # of running commands
+    beats: bool = False                 # with a heartbeat and what goes with it
+
+
+def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]:
+    """The end of a lost run, to be recorded; nothing if somebody else was faster.
+
+    One that had not begun is released: nothing is charged to it.
+    """
+    outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
+    if host.locks.process_of(run) is None:
+        outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
+    return [(Claim(job, run.claim, run.slot, -1), outcome)
+            for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)]
 
 
 class Claims:
-    """The promises to one pool; used by its one database thread only (I9).
+    """The promises to one worker; used by its loop's thread only (I9).
 
-    To make one enters the pool into the table: Conflict if a living pool has the name.
-    `port` is where it hears wake-ups; None: nowhere.
+    To make one enters the worker into the table: InUse if a living worker has the name.
+    `port` is where it hears wake-ups; None: nowhere. `pid` is the process to signal.
     """
 
-    def __init__(self, queue: Queue, options: PoolOptions,
-                 port: int | None = None) -> None:
+    def __init__(self, queue: Queue, options: PoolOptions, port: int | None = None,
+                 pid: int = 0) -> None:
         self._queue = queue
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._options = options
         # What the last commit left in our hands, as it was claimed: no job is edited
         # while it runs, so what counters go by is as it was.
-        self._held: dict[int, Claimed] = {}
-        self._unmarked: set[int] = set()        # begun, but not yet so in the database
+        self._held: dict[int, Claim] = {}
         self._last_tick = math.inf      # epoch; a lower time: the clock was set back
-        self._lock = -1
-        self.worker = self._enter(port)
+        self._begun: set[int] = set()   # spares that have a slot, not so in the table
+        self._expired: dict[str, dict[str, Any]] = {}   # where retention goes on
+        self.lock = -1                  # descriptor that holds the worker's own lock
+        self.worker = self._enter(port, pid or os.getpid())
 
-    def _enter(self, port: int | None) -> Worker:
-        """The pool's row in the table, its lock held before anybody can see it.
+    def _enter(self, port: int | None, pid: int) -> Worker:
+        """The worker's row in the table, its lock held before anybody can see it.
 
         To who cannot see its process, in another container, a row whose lock is free
         looks dead.
         """
         host, now = self._host, iso(self._clock())
-        name = self._options.name or f"{host.name}-{os.getpid()}"
-        worker = Worker(0, name, host.name, host.boot, os.getpid(),
-                        host.born(os.getpid()), self._options.slots,
-                        self._options.queues, port, now, now, 0, None)
+        name = self._options.name or f"{host.name}-{pid}"
+        worker = Worker(0, name, host.name, host.boot, pid, host.born(pid),
+                        self._options.slots, self._options.queues, port, now, now, 0,
+                        None)
         gone = self._gone_named(name)
         try:
             with self._store.transaction() as store:
                 self._free_name(name, gone)
-                pool, self._lock = self._draw("workers", POOL_LOCKS)
+                pool, self.lock = self._draw("workers", POOL_LOCKS)
                 worker = worker._replace(id=pool)
                 store.do(Sql.INSERT_WORKER, {**worker._asdict(),
                                              "queues": _json(worker.queues)})
         except BaseException:
-            self._let_go()
+            self._release_lock()
             raise
         return worker
 
-    def _let_go(self) -> None:
-        """Close the descriptor of the pool's own lock."""
-        if self._lock >= 0:
-            os.close(self._lock)
+    def _release_lock(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
 
     def _gone_named(self, name: str) -> set[int]:
-        """The dead pools of that name, and the silent. Asked for outside the
+        """The dead workers of that name, and the silent. Asked for outside the
         transaction, as it may take a process, `ps` (I9); who is dead stays so.
 
         A silent one that lives after all loses its name and nothing else.
@@ -6122,7 +6207,7 @@ class Claims:
         return gone
 
     def _free_name(self, name: str, gone: Collection[int]) -> None:
-        """A dead pool's row stays until its jobs are rescued, under another name.
+        """A dead worker's row stays until its jobs are rescued, under another name.
 
         Names are unique, and a service that is started anew comes with its old one. The
         jobs that it held still say the old name; what is theirs is told by the claim.
@@ -6137,139 +6222,149 @@ class Claims:
                     "id": worker.id, "name": f"{name}#{worker.id}"})
 
     def leave(self) -> None:
-        """Take the pool out of the table, once nothing of it runs.
+        """Take the worker out of the table, once nothing of it runs.
 
-        The lock goes last: should the row stay, it is a dead pool's, which the next
+        The lock goes last: should the row stay, it is a dead worker's, which the next
         look of another takes away.
         """
         try:
             with self._store.transaction() as store:
                 store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
         finally:
-            self._let_go()
+            self._release_lock()
 
-    def is_work_there(self) -> bool:
-        """Whether a turn may find something; a read, so an idle pool never writes.
+    def is_work_ready(self) -> bool:
+        """Return True if a tick may find something to claim or to let in.
 
-        What waits in paused, full or foreign queues is none: the turns of idle pools,
-        which all of them see, would go on waking the others.
-
-        Most often the first statement is the only one, and costs microseconds. What has
-        become due is work for any pool: it lets it in, whosever it is.
+        A read, so an idle worker never writes. What waits in paused, full or foreign
+        queues does not count: the ticks of idle workers, which all of them see, would
+        go on waking the others. What has become due is work for any worker: it lets it
+        in, whosever it is. Most often the first statement is the only one.
         """
         now = self._clock()
         ahead = iso(now + CLOCK_NOISE)
         if not self._store.rows(Sql.ANY_READY, now=iso(now), ahead=ahead)[0][0]:
             return False
-        due, room = self.next_due(), self._room(1)
-        return (due is not None and due <= now) or bool(
-            self._store.rows(Sql.UNBLOCKING)
-            or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
+        [[due_at]], room = self._store.rows(Sql.DUE_AT), self._room(1)
+        return bool((due_at and due_at <= iso(now))
+                    or self._store.rows(Sql.UNBLOCKING)
+                    or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
             room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
             for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
 
     def next_due(self) -> float | None:
-        """The epoch seconds at which the next job's time comes; None: none waits.
-
-        Or that of a schedule that does not rest. Of any queue: a turn lets in for all.
+        """The epoch seconds at which the next job or schedule of any queue is due;
+        None: none waits for a time.
         """
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
 
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
-        """What is asked of this pool and, by claim, of its runs; as in `Turn`."""
+        """What is asked of this worker and, by claim, of its runs; as in `Tick`."""
         row = self._store.row(Sql.STOP_REQUESTED, id=self.worker.id)
         return row[0] if row else None, {
             claim: asked for claim, asked, _ in self._store.rows(
                 Sql.MINE, worker=self.worker.name)}
 
-    def begin(self, claimed: Claimed, slot: int) -> Claimed:
-        """Note that a run starts now in that slot; the next turn records it.
+    def tick(self, report: Report, free: Sequence[int]) -> Tick | None:
+        """Record what is to be recorded and claim for the free slots, up to the COMMIT;
+        None if another connection is writing.
 
-        Until then the row says that it was claimed ahead. If the pool dies in between,
-        the processes it has left tell that it had begun: see `Rescuer.record`.
+        `commit` follows, in any thread, then `committed` or `failed`; until then the
+        queue's connection belongs to the commit. Which claims this object holds changes
+        only in `committed`: after a failure `report` is to be given again.
+
+        The order: ends are recorded before anything is claimed, for they make room in
+        full queues and let jobs go on that came after them. Schedules add, then what is
+        due is let in, then the line is looked at, so each step sees what the one before
+        has brought.
         """
-        if claimed.slot == AHEAD:
-            self._unmarked.add(claimed.claim)
-            claimed = claimed._replace(slot=slot, job=claimed.job._replace(
-                started_at=iso(self._clock())))
-            self._held[claimed.claim] = claimed
-        return claimed
-
-    def turn(self, ended: Mapping[int, Outcome], outputs: Mapping[int, Output],
-             free: Sequence[int], ahead: int = 0) -> Turn:
-        """Record what ended, show signs of life, claim for the free slots: one commit.
-
-        `ahead`: how many more to claim before a slot is free. If the commit fails
-        nothing has happened, and `ended` is to be given again.
-
-        The order: a sign of life first, in whatever else it does. Ends are recorded
-        before anything is claimed, for they make room in full queues and let jobs go on
-        that came after them. Schedules add, then what is due is let in, then the line
-        is looked at: so each step sees what the one before has brought. The next due
-        time is read last; in the same transaction, so that nothing comes in between.
-        Which claims this object holds changes only after the commit.
-        """
+        if not self._store.begin():
+            return None
         locks = list[int]()
         try:
-            with self._store.transaction() as store:
-                now = self._clock()     # now: the wait for the lock may have been long
-                settings = self._options.adapt(store.settings())
-                self._beat(now)
-                # The fence (I3): a claim that is not among these was taken from us
-                # while we were silent, and its end is dropped. By the name, so those of
-                # a dead pool that had it are there, too: nobody here asks for them.
-                rows = store.rows(Sql.MINE, worker=self.worker.name)
-                mine = {claim: asked for claim, asked, _ in rows}
-                unmet = {claim: n for claim, _, n in rows}
-                # The job as it was claimed, for no one edits it since; but with what
-                # is requested now: a cancel or a rescue decides how this end is judged.
-                ends = [End(self._held[claim].job._replace(end_requested=mine[claim],
-                                                           unmet=unmet[claim]),
-                            self._held[claim], outcome)
-                        for claim, outcome in ended.items() if claim in mine]
-                settled = record(store, ends, settings, now)
-                self._mark(mine.keys() - ended.keys())
-                self._save(outputs)
-                notes = self._fire(now)
-                bring_forward(store, now)
-                behind = unblock_more(store, now) or self._let_in(now)
-                [[stop]] = store.rows(Sql.STOP_REQUESTED, id=self.worker.id)
-                claimed = [] if behind or stop or not (free or ahead) else self._claim(
-                    [*free, *[AHEAD] * ahead], locks, now)
-                mine.update((one.claim, None) for one in claimed)
-                turn = Turn(settled, claimed, mine, stop, behind, settings,
-                            self.next_due(), notes)
+            return self._write(report, free, locks)
         except BaseException:
+            self._store.rollback()
             for lock in locks:
                 os.close(lock)
             raise
-        for claim in ended:
-            self._held.pop(claim, None)
-        self._held.update((one.claim, one) for one in claimed)
-        self._unmarked.clear()
-        self._last_tick = now
-        return turn
 
-    def _mark(self, claims: Iterable[int]) -> None:
-        """Record that runs claimed ahead have begun.
-
-        Not of those that end in this very turn: END_RUN writes slot and start as well.
-        """
-        begun = [self._held[claim] for claim in self._unmarked.intersection(claims)]
-        rows = [{"claim": one.claim, "slot": one.slot, "started_at": one.job.started_at}
-                for one in begun]
-        self._store.many(Sql.BEGIN_RUN, rows)
-        self._store.many(Sql.BEGIN_JOB, rows)
-
-    def _save(self, outputs: Mapping[int, Output]) -> None:
-        """Store what running commands have printed so far."""
-        self._store.many(Sql.SAVE_OUTPUT, [
+    def _write(self, report: Report, free: Sequence[int], locks: list[int]) -> Tick:
+        store, now = self._store, self._clock()
+        settings = self._options.adapt(store.settings())
+        row = store.row(Sql.STOP_REQUESTED, id=self.worker.id)
+        if report.beats or row is None:
+            self._beat(now)
+            store.many(Sql.BEGIN_RUN, [
+                {"claim": claim, "slot": self._held[claim].slot,
+                 "started_at": self._held[claim].job.started_at}
+                for claim in self._begun - report.ended.keys()])
+        # The fence (I3): a claim that is not among these was taken from us while we
+        # were silent, and its end is dropped. By the name, so those of a dead worker
+        # that had it are there, too: nobody here asks for them.
+        rows = store.rows(Sql.MINE, worker=self.worker.name)
+        mine = {claim: asked for claim, asked, _ in rows}
+        unmet = {claim: n for claim, _, n in rows}
+        # The job as it was claimed, for no one edits it since; but with what is
+        # requested now: a cancel or a rescue decides how this end is judged.
+        ends = [(self._as_now(self._held[claim], mine[claim], unmet[claim]), outcome)
+                for claim, outcome in report.ended.items() if claim in mine]
+        ends += [end for run in report.lost for end in lost_end(store, self._host, run)]
+        changes = record(store, ends, settings, now) if ends else []
+        store.many(Sql.SEIZE, [{"claim": run.claim} for run in report.seized])
+        removed = [worker for worker in report.dead
+                   if store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})]
+        store.many(Sql.SAVE_OUTPUT, [
             {"claim": claim, "output": output.kept(), "output_bytes": output.total}
-            for claim, output in outputs.items()])
+            for claim, output in report.outputs.items()])
+        bring_forward(store, now)
+        notes, behind = list[str](), unblock_more(store, now)
+        [[due_at]] = store.rows(Sql.DUE_AT)
+        if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
+            notes = self._fire(now)
+            behind = behind or self._let_in(now)
+        stop = row[0] if row else None
+        is_overtaken = self._is_overtaken(report.ended)
+        claims = [] if behind or stop or is_overtaken or not free \
+            else self._claim(free, locks, now)
+        mine.update((one.number, None) for one in claims)
+        expires = report.beats or self._expired
+        is_expiring = bool(expires) and self._expire(now, settings)
+        store.write_counters()
+        return Tick(changes, claims, mine, stop, behind, is_expiring, is_overtaken,
+                    settings, self.next_due(), notes, removed, now)
+
+    @staticmethod
+    def _as_now(claim: Claim, asked: str | None, unmet: int) -> Claim:
+        if asked is None and unmet == claim.job.unmet:
+            return claim
+        return claim._replace(job=claim.job._replace(end_requested=asked,
+                                                   unmet=unmet))
+
+    def commit(self) -> None:
+        """Write the tick to the disk; in any thread, and the only call meanwhile."""
+        self._store.commit()
+
+    def committed(self, tick: Tick, report: Report) -> None:
+        """Take over what a tick has changed, once its commit is confirmed."""
+        for claim in report.ended:
+            self._held.pop(claim, None)
+        if report.beats:
+            self._begun.clear()
+        self._begun -= report.ended.keys()
+        self._held.update((one.number, one) for one in tick.claims)
+        self._last_tick = tick.now
+
+    def failed(self, tick: Tick) -> None:
+        """Drop a tick whose commit has failed: nothing of it has happened."""
+        self._expired.clear()
+        self._store.rollback()
+        for one in tick.claims:
+            one.release()
 
     def _beat(self, now: float) -> None:
-        """Show that the pool lives; enter it anew if it was taken for dead.
+        """Show that the worker lives; enter it anew if it was taken for dead.
 
         With its old id, which its lock and its runs bear. Its name may be another's by
         now; nothing that it had claimed is left under it: its row goes only when the
@@ -6285,11 +6380,11 @@ class Claims:
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:
-        """Add the jobs of schedules whose turn has come; what to say about the others.
+        """Add the jobs of schedules whose time has come; what to say about the others.
 
-        With the first tick, and after the clock was set back, all turns are reckoned
-        anew. A schedule that cannot be read any more is paused: it must not stop all
-        work.
+        With the first tick, and after the clock was set back, all next runs are
+        computed anew. A schedule that cannot be read any more is paused: it must not
+        stop all work.
         """
         notes: list[str] = []
         if now < self._last_tick - CLOCK_NOISE:
@@ -6315,7 +6410,7 @@ class Claims:
             notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
-        """Make jobs ready whose time has come; whether there are still more.
+        """Make jobs ready whose time has come; True if there may be more.
 
         Until all are in, nothing is claimed: the most urgent may be among the last.
         What is due later stays out of the index that claims go by: 100,000 of a higher
@@ -6324,25 +6419,44 @@ class Claims:
         return self._store.do(
             Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
 
-    def _claim(self, slots: Sequence[int], locks: list[int],
-               now: float) -> list[Claimed]:
+    def _is_overtaken(self, ended: Collection[int]) -> bool:
+        """Return True if a job is ready that comes before a spare claim."""
+        spares = [one.job for one in self._held.values()
+                  if not one.slot and one.number not in ended]
+        return bool(spares) and any(
+            place_in_line(job) < max(map(place_in_line, spares))
+            for job in self._store.jobs(Sql.LINE, limit=1))
+
+    def begin(self, claim: Claim, slot: int) -> Claim:
+        """Give a spare claim its slot, now; its end records slot and start, or the
+        next heartbeat.
+        """
+        begun = claim._replace(slot=slot, job=claim.job._replace(
+            started_at=iso(self._clock())))
+        self._held[claim.number] = begun
+        self._begun.add(claim.number)
+        return begun
+
+    def _claim(self, slots: Sequence[int], locks: list[int], now: float) -> list[Claim]:
         """Take the first in line, one for each slot.
 
-        `slots` are the free ones, then AHEAD for each of the rest: so the first in line
-        start at once. The locks taken go into `locks`, for the caller to let go of if
-        the commit fails.
+        The locks taken go into `locks`, for the caller to close if this fails.
         """
-        taken: list[Claimed] = []
+        taken, at = list[Claim](), iso(now)
         for job, slot in zip(self._choose(len(slots)), slots):
-            if slot == AHEAD and job.runs > 0:
-                continue    # see `Rescuer.record`
-            claim, lock = self._draw("runs", 0)     # locked before the commit (I5)
+            number, lock = self._draw("runs", 0)    # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
-            taken.append(Claimed(job, claim, job.runs + 1, lock, slot))
-        self._write_runs(taken, now)
+            taken.append(Claim(job, number, slot, lock))
+        self._store.many(Sql.INSERT_RUN, [
+            {"claim": one.number, "job": one.job.seq, "number": one.job.runs + 1,
+             "worker_id": self.worker.id, "worker": self.worker.name,
+             "slot": one.slot, "started_at": at} for one in taken])
+        for one in taken:   # a delay, a backoff or another job is no wait for a slot
+            self._store.tally(now, one.job.queue, "wait_time",
+                              value=max(0.0, now - epoch(self._ready_at(one.job))))
         jobs = move(self._store, [Change("claim", one.job, one.job._replace(
-            claim=one.claim, worker=self.worker.name, runs=one.number,
-            started_at=iso(now), finished_at=None, exit_code=None, error=None))
+            claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
+            started_at=at, finished_at=None, exit_code=None, error=None))
             for one in taken], now)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
@@ -6357,20 +6471,6 @@ class Claims:
             number = self._store.draw(counter)
             with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
-
-    def _write_runs(self, taken: Sequence[Claimed], now: float) -> None:
-        """The rows of these runs, and how long their jobs have waited for a slot.
-
-        A wait that somebody wanted (a delay, a backoff, another job) is no wait for a
-        slot: statistics would else say how far ahead people plan.
-        """
-        self._store.many(Sql.INSERT_RUN, [
-            {"claim": one.claim, "job": one.job.seq, "number": one.number,
-             "worker_id": self.worker.id, "worker": self.worker.name, "slot": one.slot,
-             "started_at": iso(now)} for one in taken])
-        for one in taken:
-            self._store.tally(now, one.job.queue, "wait_time",
-                              value=max(0.0, now - epoch(self._ready_at(one.job))))
 
     def _ready_at(self, job: Job) -> str:
         """Since when it waits for a slot alone: due, its last run over, and all that it
@@ -6389,7 +6489,7 @@ class Claims:
 
         The first two looks go along jobs_in_line, the second long enough to step over a
         few; the last along jobs_in_queue, once for each queue. With `queue NOT IN` the
-        first index would be read through all that is paused, at each turn.
+        first index would be read through all that is paused, at each tick.
         """
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
@@ -6427,27 +6527,34 @@ class Claims:
             return max(0, limit - busy) if limit else free
         return room
 
-    def expiry(self) -> Iterator[list[Job]]:
-        """Delete what is over for longer than the configuration keeps it, and counters
-        of old minutes: in steps.
+    def _expire(self, now: float, settings: Settings) -> bool:
+        """Delete some of what is over for longer than it is to be kept, and counters of
+        old minutes; True if there may be more.
 
-        Each step is a transaction, and between two of them the pool does its work.
-        Cancelled jobs have no such setting: they go by a person's purge alone.
+        Cancelled jobs have no such setting: they go by a person's purge alone. Where
+        jobs are kept for others that wait for them, it goes on behind them.
         """
-        settings = self._store.settings()
+        more = False
         for state, kept in ((COMPLETED, settings.retention_completed),
                             (DEAD, settings.retention_dead)):
-            if kept is not None:
-                yield from self._queue.sweep("delete", state, kept)
-        old = {"before": int(self._clock() // 60) - KEPT_MINUTES}
-        # Asked before the transaction: an idle worker is to write nothing.
-        while self._store.rows(Sql.OLD_TALLY, **old)[0][0]:
-            with self._store.transaction() as store:
-                store.do(Sql.DELETE_TALLIES, {**old, "limit": SHRINK_PAGES})
-            yield []
+            if kept is None:
+                continue
+            found = self._queue.jobs(state, "ended", EXPIRE_BATCH, ended_before=iso(
+                now - kept + 0.001), **self._expired.pop(state, {}))
+            remove_all(self._store, found, now)
+            if len(found) == EXPIRE_BATCH:
+                self._expired[state] = {"ended_at": found[-1].finished_at,
+                                        "ended_seq": found[-1].seq}
+                more = True
+        old = {"before": int(now // 60) - KEPT_MINUTES}
+        if self._store.rows(Sql.OLD_TALLY, **old)[0][0]:
+            self._store.do(Sql.DELETE_TALLIES, {**old, "limit": SHRINK_PAGES})
+            more = True
+        return self._store.db.shrink_some() or more
 
     def is_drained(self) -> bool:
-        """Whether nothing is running, due or waiting for a retry in this pool's queues.
+        """Return True if nothing is running, due or waiting for a retry in this
+        worker's queues.
 
         What a paused queue holds cannot run, so it does not count; nor does what waits
         for a time to come, or for jobs: these count by themselves. Of a queue at its
@@ -6467,109 +6574,78 @@ class Claims:
             for queue in own)
 
 
-class Rescuer:
-    """What is taken over from pools that are gone, or silent for a lease.
+class Peers:
+    """The other workers, and the runs that those have lost that are gone.
 
-    `own` is the pool that looks at the others; None: a command, which is none.
-
-    A rescue goes: `stranded` finds the run; `seize` marks it; an Ending (Runner) ends
-    what is left of its processes; `record` writes that it is lost. Several may do so at
-    once, or die in between: a signal too many harms nobody, and only one of them finds
-    the claim still there to be recorded (I3).
+    `own` is the worker that looks at the others; None: a command, which is none. A lost
+    run is seized in the database, then its processes are ended, then it is recorded.
+    Several workers may do so at once, or die in between: a signal too many harms
+    nobody, and only one of them finds the claim still there to be recorded (I3).
     """
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._own = own
+        self._silence = Silence()
+        self._silent: Mapping[int, float] = {}  # seconds, as of the last look
 
-    def stranded(self, silent: Mapping[int, float],
-                 gone: Collection[int] = ()) -> list[Stranded]:
-        """The runs whose pool is gone, or has been silent for longer than a lease.
+    def look(self) -> None:
+        """Note who has sent heartbeats. A count and no time: no two clocks are
+        compared, and a clock that was set says nothing.
 
-        `gone`: pools whose end the kernel has told. A command that one was just about
-        to start may hold its lock for a moment more.
+        To be asked after a heartbeat of our own got through: while nobody can write,
+        nobody is silent.
+        """
+        self._silent = self._silence.look(
+            {worker.id: worker.heartbeats for worker in self._store.workers()
+             if worker.id != self._own},
+            time.monotonic(), silence_gap(self._store.settings()))
 
-        `silent` is by the watcher's own monotonic clock: no two clocks are compared. To
-        be asked after a turn, which enters our own row anew if it is gone.
+    def lost(self) -> list[Run]:
+        """The runs whose worker is gone, or has been silent for a lease.
+
+        To be asked after a tick, which enters our own row anew if it is gone.
         """
         lease = lease_of(self._store.settings())
-        # First the runs: a pool that comes and claims between two reads is no dead one.
+        # First the runs: a worker that comes and claims between two reads is alive.
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
-        pools = {worker.id: worker for worker in self._store.workers()}
-        lost = {pool for pool, worker in pools.items()
-                if pool != self._own and (pool in gone
-                                    or self._host.is_alive(worker) is False
-                                    or silent.get(pool, 0.0) >= lease)}
-        return [Stranded(run, pools.get(run.worker_id)) for run in runs
-                if run.worker_id not in pools or run.worker_id in lost]
+        workers = {worker.id: worker for worker in self._store.workers() if runs}
+        lost = {id for id, worker in workers.items() if id != self._own
+                and (self._silent.get(id, 0.0) >= lease
+                     or self._host.is_alive(worker) is False)}
+        return [run for run in runs if run.worker_id not in workers
+                or run.worker_id in lost]
 
-    def beats(self) -> dict[int, int]:
-        """The heartbeats of the other pools, as counted by themselves.
-
-        A count and no time: a clock that was set says nothing about them.
+    def record(self, run: Run) -> list[Change]:
+        """Record that a run is lost, from a command, and forget its worker; nothing if
+        somebody else was faster.
         """
-        return {worker.id: worker.heartbeats for worker in self._store.workers()
-                if worker.id != self._own}
-
-    def seize(self, runs: Iterable[Run]) -> None:
-        """Note that these runs are being ended, before the first signal is sent.
-
-        A frozen pool that thaws just then sees its command killed. By this it knows
-        that the run was lost, and charges no attempt: see `judged`.
-        """
-        with self._store.transaction() as store:
-            for run in runs:
-                store.do(Sql.SEIZE, {"claim": run.claim})
-
-    def record(self, run: Run, has_begun: bool = True) -> list[Settled]:
-        """Record that a run is lost; nothing if somebody else was faster.
-
-        One that was claimed ahead, and of which nothing was found (`has_begun` is
-        false), is handed back: most likely it had not begun. Should it have been what
-        ended its pool, it will be charged the next time: only first runs are claimed
-        ahead.
-        """
-        outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
-        if run.slot == AHEAD and not has_begun:
-            outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
-        # A frozen pool stays in the table: it may thaw and claim again. Without a row
-        # that would look stranded, and a rescuer would signal the living pool itself.
-        gone = [worker.id for worker in self._store.workers()
+        gone = [worker for worker in self._store.workers()
                 if worker.id == run.worker_id
-                and self._host.is_alive(worker) is not True]    # may take a `ps` (I9)
+                and self._host.is_alive(worker) is False]       # may take a `ps` (I9)
         with self._store.transaction() as store:
-            settled = record(store, [
-                End(job, Claimed(job, run.claim, run.number, -1, run.slot), outcome)
-                for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)],
-                store.settings(), self._clock())
-            for pool in gone:
-                store.do(Sql.DELETE_IDLE_WORKER, {"id": pool})
-        return settled
+            ends = lost_end(store, self._host, run)
+            changes = record(store, ends, store.settings(), self._clock())
+            for worker in gone:
+                store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
+        return changes
 
-    def forget_dead(self, silent: Mapping[int, float]) -> list[Worker]:
-        """Remove dead workers that hold nothing, and those that cannot be asked and
-        were silent for a lease; return the latter.
+    def dead(self) -> list[Worker]:
+        """The workers that are gone, or cannot be asked and were silent for a lease.
 
-        A first look without a transaction: mostly there is none. What they hold is
-        looked at again by the statement that deletes them.
+        `Report.dead` removes those of them that hold nothing.
         """
-        mute = self._mute(silent)
-        dead = [worker for worker in self._store.workers()
+        mute = self._mute()
+        return [worker for worker in self._store.workers()
                 if worker in mute or self._host.is_alive(worker) is False]
-        removed = list[Worker]()
-        if dead:
-            with self._store.transaction() as store:
-                removed = [worker for worker in dead if store.do(
-                    Sql.DELETE_IDLE_WORKER, {"id": worker.id})]
-        return [worker for worker in removed if worker in mute]
 
-    def remove_silent(self, silent: Mapping[int, float]) -> list[Worker]:
-        """Remove workers that cannot be asked and were silent for a lease, whatever
-        they hold: the next worker that starts finds their runs lost.
+    def remove_silent(self, ids: Collection[int]) -> list[Worker]:
+        """Remove those of these workers that cannot be asked and were silent for a
+        lease, whatever they hold: the next worker that starts finds their runs lost.
 
         One that lives after all enters itself again with its next heartbeat.
         """
-        mute = self._mute(silent)
+        mute = [worker for worker in self._mute() if worker.id in ids]
         if mute:
             with self._store.transaction() as store:
                 # A worker may have waited for the write lock before us.
@@ -6579,11 +6655,11 @@ class Rescuer:
                     store.do(Sql.DELETE_WORKER, {"id": worker.id})
         return mute
 
-    def _mute(self, silent: Mapping[int, float]) -> list[Worker]:
+    def _mute(self) -> list[Worker]:
         """The workers that cannot be asked and were silent for a lease."""
         lease = lease_of(self._store.settings())
         return [worker for worker in self._store.workers()
-                if silent.get(worker.id, 0.0) >= lease
+                if self._silent.get(worker.id, 0.0) >= lease
                 and self._host.is_alive(worker) is None]
 
 
@@ -6650,7 +6726,7 @@ def _size(path: str) -> int:
         return 0
 
 
-def _pids(pids: Sequence[int]) -> str:
+def _pid_list(pids: Sequence[int]) -> str:
     return f"process{'es' * (len(pids) > 1)} {', '.join(map(str, pids))}"
 
 
@@ -6674,7 +6750,7 @@ class Inspection:
         """
         looks = (self._file, self._schedules, self._skips, self._unserved,
                  self._stuck, self._clock, self._lost_runs, self._silent_workers,
-                 self._strays, self._filesystem, self._sqlite,
+                 self._filesystem, self._sqlite,
                  self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
@@ -6769,12 +6845,12 @@ class Inspection:
             owner = pools.get(run.worker_id)
             if owner and self._host.is_alive(owner) is not False:
                 continue
-            left = sorted({*self._host.members(run.claim),
-                           *self._host.holders(run.claim)})
+            left = sorted(self._host.locks.holders(run.claim))
+            said = f"; still there: {_pid_list(left)}" if left else ""
             yield Finding(
-                WARNING, "lost-run", f"run {run.number} of {self._name(run)} has lost "
-                f"its worker {run.worker}" + (f"; still there: {_pids(left)}" if left
-                                              else ""),
+                WARNING, "lost-run",
+                f"run {run.number} of {self._name(run)} has lost its worker "
+                f"{run.worker}{said}",
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _silent_workers(self) -> Iterator[Finding]:
@@ -6786,24 +6862,6 @@ class Inspection:
                     "has sent no heartbeat for "
                     f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it")
-
-    def _strays(self) -> Iterator[Finding]:
-        """Processes of runs that are over: mostly background children.
-
-        By their token, which names this very file: a copy's processes are not told.
-        """
-        seen: dict[int, list[int]] = {}
-        for one in self._host.processes():
-            seen.setdefault(one.claim, []).append(one.pid)
-        seen.pop(0, None)   # of no run
-        for claim, pids in sorted(seen.items()):
-            row = self._store.row(Sql.RUN_BY_CLAIM, claim=claim)
-            run = Run(*row) if row else None
-            if run is None or run.outcome is not None:
-                whose = f"run {run.number} of {self._name(run)}" if run \
-                    else "a job that was deleted"
-                yield Finding(NOTE, "stray", f"{whose} is over and has left "
-                              + _pids(pids), "end it, if it is not meant to go on")
 
     def _name(self, run: Run) -> str:
         """A run knows its job by `seq` alone, and the job may be deleted by now."""
@@ -7054,6 +7112,8 @@ def one_line(text: str) -> str:
 
         "make\n\033[2Jtest"  ->  "make;  [2Jtest"
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
 
 
@@ -7461,29 +7521,30 @@ def short_cause(outcome: Outcome) -> str:
     return f"exit {outcome.exit_code}"
 
 
-def settled_line(settled: Settled, now: float) -> str:
+def change_line(change: Change, now: float) -> str:
     """What a worker says of a run that ended: what, in how long, what comes next.
 
     The state that the job came to tells that; but a lost run ends in the states of
     failed ones, and was no attempt.
     """
-    job, outcome, _, attempt = settled
+    job, outcome = change.after, change.outcome or Outcome(RELEASED)
     took = span(outcome.duration or 0.0)
-    of = f"attempt {attempt} of {max(1, job.max_retries)}"
-    cause = f" ({short_cause(outcome)})"
-    wait = max(0.0, epoch(job.run_at) - now)
+    of = f"attempt {change.before.attempts + 1} of {max(1, job.max_retries)}"
     if outcome.kind == LOST:
         what = f"{job.id} lost: {job.error}, crash {job.crashes}"
         return what + {FAILED: ", runs again now", DEAD: ", now dead: lost too often",
                        CANCELLED: ", was to be cancelled"}.get(job.state, "")
-    return {
-        COMPLETED: f"{job.id} completed in {took}",
-        FAILED: f"{job.id} failed{cause} after {took}, {of},"
-                f" again in {span(wait if wait < 1 else round(wait, 1))}",
-        DEAD: f"{job.id} dead{cause} after {took}, {of}, now in the dead letter queue",
-        CANCELLED: f"{job.id} cancelled after {took}",
-        PENDING: f"{job.id} handed back after {took}",
-    }[job.state]
+    if job.state == COMPLETED:
+        return f"{job.id} completed in {took}"
+    if job.state == FAILED:
+        wait = max(0.0, epoch(job.run_at) - now)
+        return (f"{job.id} failed ({short_cause(outcome)}) after {took}, {of}, again "
+                f"in {span(wait if wait < 1 else round(wait, 1))}")
+    if job.state == DEAD:
+        return (f"{job.id} dead ({short_cause(outcome)}) after {took}, {of}, now in "
+                "the dead letter queue")
+    return f"{job.id} {'cancelled' if job.state == CANCELLED else 'handed back'} " \
+        f"after {took}"
 
 
 class Family(NamedTuple):
@@ -7622,60 +7683,23 @@ def metrics_text(families: Iterable[Family], is_open: bool) -> str:
     return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
 
 
-# ---- 14 Runner ---------------------------------------------------------------
-# One command, one process tree, one outcome. Knows no queue and no database.
-# A Command goes from start to Outcome and never waits: its pool polls. An Ending sees
-# the processes of one run to their end, whoever's run it was, by steps that the Ender's
-# thread takes for all of them (or a command of the user's, where no pool lives).
+# ---- 14 Processes ------------------------------------------------------------
+# A Command is one run of one command, from its start to its Outcome: it never waits,
+# and knows no queue. Below it the supervisor: the parent of the worker, which ends
+# process trees and sees to it that nothing outlives the worker. Both are subreapers
+# (prctl(2)): an orphan of a job becomes the worker's child, and the supervisor's if the
+# worker dies. So whatever a job has started is below the supervisor, even if it left
+# its session, closed its descriptors and cleared its environment, and when wait(2)
+# says ECHILD nothing is left.
 
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
-
-
-class Launch(NamedTuple):
-    """All that it takes to run a claimed job once."""
-    command: str
-    cwd: str
-    env: dict[bytes, bytes]
-    lock: int                   # descriptor to pass on; -1: none
-    timeout: float | None       # seconds; None: never
-    output_limit: int           # bytes
-
-
-class Wakeup:
-    """A pipe to wake a thread that waits in poll: safe in signal handlers.
-
-    No lock is taken: `threading.Event.set` in a handler hung within seconds, waiting
-    for the lock that the interrupted thread held. The writer does not block, as
-    `signal.set_wakeup_fd` demands, which gets it, too.
-    """
-
-    def __init__(self) -> None:
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        os.set_blocking(self.writer, False)
-
-    def set(self) -> None:
-        """Wake the reader; a full pipe is awake already."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.writer, b"!")
-
-    def clear(self) -> None:
-        """Take out what is in the pipe."""
-        with contextlib.suppress(BlockingIOError):
-            while len(os.read(self.reader, SOCKET_BUFFER)) == SOCKET_BUFFER:
-                pass
-
-    def close(self) -> None:
-        """Close both ends."""
-        os.close(self.reader)
-        os.close(self.writer)
 
 
 def _watch_process(pid: int) -> int:
     """A descriptor that becomes readable when the process ends; -1: none here.
 
     pidfd_open(2), of Linux 5.3. -1 also if the process is gone, or descriptors have run
-    out: then its pool asks at each step instead. Jobs do not inherit it.
+    out: then the worker asks at intervals instead. Jobs do not inherit it.
     """
     try:
         return os.pidfd_open(pid)
@@ -7699,75 +7723,72 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def _start_shell(launch: Launch, writer: int) -> int:
+# Enters the directory in the child: that may take for ever on a network file system.
+ENTER = b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"'
+
+
+def _start_shell(command: str, cwd: str, env: dict[bytes, bytes], writer: int) -> int:
     """Start a session that runs the command and prints into `writer`; its id.
 
     A session of its own, so that no Ctrl+C of the worker's terminal reaches it. Both
     streams are one pipe, so what it printed stays in its order. All else that is open
-    here is closed by the exec (PEP 446), but for the run's lock.
+    here is closed by the exec (PEP 446), but for the run's lock. `cwd`: enter this
+    directory first; "": this process's own.
     """
     # Without the -- a command that begins with - or + would be read as options.
-    words = [b"/bin/sh", b"-c", b"--", launch.command.encode()]
-    # It copies no page tables, however big the pool, and runs no Python in the child.
-    if hasattr(os, "posix_spawn"):
-        return os.posix_spawn(
-            "/bin/sh", words, launch.env,
-            file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                          (os.POSIX_SPAWN_DUP2, writer, 1),
-                          (os.POSIX_SPAWN_DUP2, writer, 2)),
-            setsid=True, setsigmask=(), setsigdef=PYTHON_IGNORES)
-    import subprocess  # PyPy has nothing else
-    process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=launch.env,
-        start_new_session=True, pass_fds=[launch.lock] if launch.lock >= 0 else ())
-    process.returncode = 0      # so that it leaves the reaping to its Command
-    return process.pid
+    words = [b"/bin/sh", b"-c", ENTER, b"/bin/sh", cwd.encode(), command.encode()] \
+        if cwd else [b"/bin/sh", b"-c", b"--", command.encode()]
+    # It copies no page tables, however big the worker, and runs no Python in the child.
+    return os.posix_spawn(
+        "/bin/sh", words, env,
+        file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                      (os.POSIX_SPAWN_DUP2, writer, 1),
+                      (os.POSIX_SPAWN_DUP2, writer, 2)),
+        setsid=True, setsigmask=(), setsigdef=PYTHON_IGNORES)
 
 
 class Command:
-    """One run of one command. Nothing here waits: its pool calls when there is news.
+    """One run of one command. Nothing here waits: its worker calls when there is news.
 
     `start`, then `read` when `pipe` and `peek` when `watch` can be read, then `finish`
     once it has exited. Who has it ended sets `why` before: that is the outcome then.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._pid, self._begun = -1, 0.0
+    def __init__(self, claim: Claim, timeout: float | None, output_limit: int) -> None:
+        self.claim = claim
+        self._timeout = timeout             # seconds; None: never
+        self.pid, self._begun = -1, 0.0
         self._status: int | None = None     # as wait(2) gives it; None: not reaped
-        self.output = Output(launch.output_limit)
+        self.output = Output(output_limit)
+        self.saved = 0                      # bytes of output in the database
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
         self.why: str | None = None         # the outcome for which it is being ended
+        self.is_ending = False              # the supervisor ends its tree
         self.ends_at = math.inf             # monotonic: its time-out
 
-    def start(self) -> int:
-        """Start it; the process's id, which is its group's and its session's too.
+    def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
+        """Start it in this process's directory, or in `cwd`, which the child enters.
 
-        Raises OSError (no such directory, too long, no resources) and ValueError.
+        Raises OSError (too long, no resources) and ValueError.
         """
-        launch = self._launch
-        if launch.cwd:
-            # posix_spawn has no word for it; the pool comes back from there. It is the
-            # whole process's: no other thread may use a relative path.
-            os.chdir(launch.cwd.encode())
+        lock = self.claim.lock
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
             # No sooner: what is started while it is inheritable holds it. One thread
-            # starts all commands (I9), and lets go of this lock before the next one.
-            if launch.lock >= 0:
-                os.set_inheritable(launch.lock, True)   # the tree is to hold it (I5)
+            # starts all commands (I9), and closes this lock before the next one.
+            if lock >= 0:
+                os.set_inheritable(lock, True)      # the tree is to hold it (I5)
             self._begun = time.monotonic()
-            self._pid = _start_shell(launch, writer)
+            self.pid = _start_shell(self.claim.job.command, cwd, env, writer)
         except BaseException:
             self._close_pipe()
             raise
         finally:
             os.close(writer)
-        self.watch = _watch_process(self._pid)
-        if launch.timeout is not None:
-            self.ends_at = self._begun + launch.timeout
-        return self._pid
+        self.watch = _watch_process(self.pid)
+        if self._timeout is not None:
+            self.ends_at = self._begun + self._timeout
 
     def peek(self) -> int | None:
         """The exit status, negative for a signal; None: it has not exited yet.
@@ -7776,7 +7797,7 @@ class Command:
         does not count. For a signal `si_status` is its number (waitid(2)).
         """
         if self._status is None and hasattr(os, "waitid"):
-            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if found is None:
                 return None
             return found.si_status if found.si_code == os.CLD_EXITED \
@@ -7786,7 +7807,7 @@ class Command:
     def _reap(self, options: int = 0) -> int | None:
         """The exit status, reaped once; None: it has not exited yet."""
         if self._status is None:
-            pid, status = os.waitpid(self._pid, options)
+            pid, status = os.waitpid(self.pid, options)
             self._status = status if pid else None
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
@@ -7794,7 +7815,7 @@ class Command:
         """Take in what was printed; False at the end, when the pipe is closed.
 
         One piece, as much as a pipe holds: a command that never stops printing gets one
-        read for each look of its pool, as all others do.
+        read for each look of its worker, as all others do.
         """
         try:
             piece = os.read(self.pipe, READ_SIZE)
@@ -7812,10 +7833,14 @@ class Command:
     def finish(self) -> Outcome:
         """Reap it, now that it has exited, and take in what is left in the pipe.
 
-        Where others go on writing the pipe stays open, for its pool to read on. What
+        Where others go on writing the pipe stays open, for its worker to read on. What
         they print after this is no part of the outcome.
         """
-        status, duration = self._reap() or 0, time.monotonic() - self._begun
+        try:
+            status = self._reap() or 0
+        except ChildProcessError:       # `end_all` has reaped it
+            status = -signal.SIGKILL
+        duration = time.monotonic() - self._begun
         if self.watch >= 0:
             os.close(self.watch)
             self.watch = -1
@@ -7834,7 +7859,7 @@ class Command:
         code = 128 - status if status < 0 else status
         if self.why == TIMEOUT:
             return Outcome(TIMEOUT, EX_TIMEOUT,
-                           f"timed out after {span(self._launch.timeout or 0)}",
+                           f"timed out after {span(self._timeout or 0)}",
                            duration, kept, total)
         if self.why == LOST:
             return Outcome(LOST, None, "ended by another worker: its own was silent",
@@ -7851,321 +7876,500 @@ class Command:
 def start_error(error: Exception, cwd: str) -> str:
     """Why a command could not be started.
 
-    Asked afterwards: a look at the directory before would prove nothing of the moment
-    of the start. One text of over 128 KiB is E2BIG, however short all others are
-    (execve(2)).
+    One text of over 128 KiB is E2BIG, however short all others are (execve(2)).
     """
-    if cwd and not os.path.isdir(cwd.encode()):
-        return f"the directory {cwd} is not there"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)) \
+            and cwd and error.filename == cwd.encode():
+        return f"the directory {cwd} is not there" \
+            if not isinstance(error, PermissionError) else f"cannot enter {cwd}"
     if isinstance(error, OSError) and error.errno == errno.E2BIG:
         return "the command and its environment are too long for the system"
     return f"could not be started: {error}"
 
 
+def _table_of_ps() -> dict[int, tuple[int, int, int, int]]:
+    import subprocess  # 5 ms, and only where there is no /proc
+    said = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    rows = [line.split() for line in said.splitlines()]
+    return {int(pid): (int(parent), int(group), 0, 0) for pid, parent, group, state
+            in rows if not state.startswith(b"Z") and int(pid) != os.getpid()}
+
+
+def process_table() -> dict[int, tuple[int, int, int, int]]:
+    """The living processes by id: parent, group, session, start time in ticks.
+
+    Where there is no /proc, by ps, and the last two are 0.
+    """
+    table = {}
+    for pid in _pids():
+        fields = _stat_fields(pid)
+        if fields:
+            table[pid] = (int(fields[1]), int(fields[2]), int(fields[3]),
+                          int(fields[19]))
+    return table or _table_of_ps()
+
+
+def _descendants(table: Mapping[int, tuple[int, int, int, int]],
+                 roots: Iterable[int]) -> set[int]:
+    """These processes and all below them."""
+    children: dict[int, list[int]] = {}
+    for pid, (parent, *_) in table.items():
+        children.setdefault(parent, []).append(pid)
+    found, todo = set[int](), list(roots)
+    while todo:
+        pid = todo.pop()
+        if pid not in found:
+            found.add(pid)
+            todo += children.get(pid, ())
+    return found
+
+
+def _signal(pids: Iterable[int], number: int) -> None:
+    """Signal processes that may be gone or not ours. They are continued as well: a
+    stopped process acts on no SIGTERM (signal(7)).
+    """
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+            os.kill(pid, signal.SIGCONT)
+
+
 class Ending:
     """The end of a run's process tree: SIGTERM, after the grace SIGKILL (I6).
 
-    Its processes are found by the token, by the run's lock, and by session and group
-    while the head of these is ours: `ps` may tell no environment, and no session. The
-    pool that owns a lost run may hold that lock itself, if it was frozen between claim
-    and start. It could start the command when it thaws: so it is killed, long after
-    its lease has run out, and only then.
+    `head` is the process that was started for the run, 0 if it is gone. It leads a
+    group and a session; its id stays its own while it is not reaped or any member is
+    left. A tree is what is below it, its session, what is below its members, and who
+    names the claim among the `orphans`, the children of worker and supervisor. Where
+    none of these is left and the run's lock is held, its holders are looked for.
 
     No list of a tree's processes stays true: one may fork between the look and the
-    signal. So each step looks anew and signals what it finds, until a look finds none
-    and the lock is free. Only then may the job run again.
+    signal. So each step looks anew and signals what it finds, until nothing is left.
     """
 
-    def __init__(self, host: Host, claim: int, grace: float, group: int = 0,
-                 lost: Stranded | None = None) -> None:
-        self.claim, self.lost = claim, lost     # lost: another pool's run
-        self.has_begun = False                  # whether a process of it was there
-        self._host, self._group = host, group   # 0: its head may have been reaped
-        self._grace = grace                     # seconds from SIGTERM to SIGKILL
+    def __init__(self, claim: int, head: int, grace: float) -> None:
+        self.claim = claim
+        self.at = 0.0                           # monotonic: the next step
+        self._head, self._grace = head, grace   # seconds from SIGTERM to SIGKILL
         self._kill_at: float | None = None      # monotonic; None: not begun
+        self._known: dict[int, int] = {}        # start times by process
+        self._left: set[int] = set()            # processes at the last step
         self._asked: set[int] = set()           # processes that had their SIGTERM
+        self._pause = 0.0                       # seconds between two steps
 
-    def step(self, now: float, processes: Sequence[Process]) -> bool:
-        """Signal what is left of these; True when nothing is. `now` is monotonic.
-
-        First the group at once, so that no member outlives another long enough to start
-        more; those outside of it one by one, when they are first seen, each with one
-        SIGTERM; after the grace all of them, with SIGKILL, at each step. Where the lock
-        is held and no process is told, its holders are looked for: some have shed their
-        environment and their session.
-        """
-        left = {one.pid for one in processes if one.claim == self.claim
-                or (self._group and self._group in (one.session, one.group))}
-        if not left and not self._host.locks.is_held(self.claim):
+    def step(self, locks: Locks | None, parents: Collection[int]) -> bool:
+        """Signal what is left; True when nothing is. `parents`: whose orphans count."""
+        now, table = time.monotonic(), process_table()
+        left = self._find(table, parents)
+        if not left and locks and locks.is_held(self.claim):
+            left = set(locks.holders(self.claim)) or {0}    # 0: held, not seen by whom
+        if not left:
             return True
         if self._kill_at is None:
             self._kill_at = now + self._grace
-            self._signal_group(signal.SIGTERM)
-            self._asked = {one.pid for one in processes
-                           if self._group and one.group == self._group}
-        late = now >= self._kill_at
-        if late or not left:    # it reads all descriptors of all processes
-            left |= set(self._host.holders(self.claim))
-        self._signal(left, late)
+            self._ask_group(table)
+        if now >= self._kill_at:
+            if self._head:
+                self._signal_group(signal.SIGKILL)
+            _signal(left - {0}, signal.SIGKILL)
+        else:
+            _signal(left - self._asked - {0}, signal.SIGTERM)
+            self._asked |= left
+        # Soon after a change, seldom while something cannot be killed.
+        is_new, self._left = left != self._left, left
+        self._known = {pid: table[pid][3] for pid in left if pid in table}
+        self._pause = RESCUE_TICK / 4 if is_new else min(2 * self._pause, 1.0)
+        self.at = now + self._pause
+        if now < self._kill_at:
+            self.at = min(self.at, self._kill_at)
         return False
 
+    def _find(self, table: Mapping[int, tuple[int, int, int, int]],
+              parents: Collection[int]) -> set[int]:
+        head = self._head
+        roots = {pid for pid, start in self._known.items()
+                 if pid in table and table[pid][3] == start}
+        mark = b"QUEUECTL_CLAIM=%d" % self.claim
+        for pid, (parent, group, session, _) in table.items():
+            if (head and head in (pid, group, session)) or (
+                    parent in parents and pid not in parents
+                    and mark in _read(f"/proc/{pid}/environ").split(b"\0")):
+                roots.add(pid)
+        return _descendants(table, roots)
+
+    def _ask_group(self, table: Mapping[int, tuple[int, int, int, int]]) -> None:
+        """SIGTERM to the group at once, so that no member outlives another long enough
+        to start more.
+        """
+        if self._head:
+            self._signal_group(signal.SIGTERM)
+            self._asked = {pid for pid, row in table.items() if row[1] == self._head}
+
     def _signal_group(self, number: int) -> None:
-        """The head of the group is not reaped yet, so the id cannot be another's.
-
-        Where there is no waitid, one that had exited is: its id is the group's as long
-        as any member is left.
-        """
-        if self._group:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._group, number)
-                # One that is stopped would not heed its SIGTERM.
-                os.killpg(self._group, signal.SIGCONT)
-
-    def _signal(self, left: set[int], late: bool) -> None:
-        """SIGTERM those that had none, or SIGKILL all; the frozen owner at last.
-
-        Each is continued as well: a stopped process acts on no SIGTERM (signal(7)).
-        """
-        host, owner = self._host, self.lost.owner if self.lost else None
-        frozen = owner.pid if owner and owner.boot == host.boot else -1
-        # An owner frozen between claim and start holds the lock: left to the last.
-        self.has_begun = self.has_begun or bool(left - {frozen})
-        for pid in left - {frozen}:
-            if late or pid not in self._asked:
-                host.signal(pid, signal.SIGKILL if late else signal.SIGTERM)
-                host.signal(pid, signal.SIGCONT)
-                self._asked.add(pid)
-        # Its id may be another's by now, so its birth has to agree.
-        if late and owner and left == {frozen} \
-                and is_same_birth(host.born(frozen), owner.born):
-            host.signal(frozen, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._head, number)
+            os.killpg(self._head, signal.SIGCONT)
 
 
-class Ender:
-    """Sees process trees to their end, any number at once, in a thread of its own.
+def become_subreaper() -> None:
+    """Have the orphans of all that this process starts become its children.
 
-    The pool starts it and stops it; `done` gets each ending that is over, and the pool
-    is woken. If the thread dies, the pool learns it from `check`.
+    PR_SET_CHILD_SUBREAPER (36) of prctl(2), Linux 3.4. Without it, as on macOS, groups
+    are ended, and what has left them is not found.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes  # 10 ms, and only in a worker
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
-    A thread, because a look at all processes takes milliseconds, and where there is no
-    /proc a `ps`: meanwhile the pool's own has to read what commands print.
+
+def end_all(grace: float = 0.0, groups: Collection[int] = ()) -> list[int]:
+    """End all that is below this process until wait(2) says that nothing is left.
+
+    By SIGTERM, after `grace` seconds by SIGKILL. Returns the processes that may not be
+    signalled, as they are another user's: they are left. `groups`: what to end where
+    there is no /proc.
+    """
+    own, pause, asked = os.getpid(), 0.001, set[int]()
+    kill_at = time.monotonic() + grace
+    while True:
+        late = time.monotonic() >= kill_at
+        number, table = signal.SIGKILL if late else signal.SIGTERM, process_table()
+        below, refused = _descendants(table, [own]) - {own}, 0
+        # Groups first: a shell must not go on because its command was killed before it.
+        jobs = {table[pid][1] for pid in below if pid in table} - {os.getpgrp()}
+        for group in {*jobs, *groups}:
+            if late or group not in asked:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, number)
+        for pid in below:
+            try:
+                if late or pid not in asked:
+                    os.kill(pid, number)
+                    os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                refused += 1
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pause = 0.001
+        except ChildProcessError:
+            return []
+        if below and refused == len(below):
+            return sorted(below)
+        pause = 0.001 if below - asked else min(2 * pause, 1.0)
+        asked |= below
+        time.sleep(pause if late else min(pause, max(0.0, kill_at - time.monotonic())))
+
+
+# What worker and supervisor say to each other: kind, claim, process, seconds. A START
+# tells a group to kill where there is no subreaper; HELLO comes with the lock that
+# shows that the worker or its supervisor lives; SIGNAL bears a signal's number.
+HELLO, RENEW, START, END, ENDED, SIGNAL = range(6)
+_MESSAGE = "=qqqd"
+
+
+class Link:
+    """A socket pair between a worker and its supervisor; messages never block.
+
+    What does not fit into the socket is kept and sent with a later message.
     """
 
-    def __init__(self, host: Host, done: list[Ending], wakeup: Wakeup) -> None:
-        import queue  # 1 ms, and only in a pool
-        self._host, self._done, self._wakeup = host, done, wakeup
-        self._inbox: queues.SimpleQueue[Ending | None] = queue.SimpleQueue()
-        self._endings: list[Ending] = []
-        self._is_stopping = False
-        self._thread: futures.Future[None] | None = None
+    def __init__(self, end: socket.socket, peer: int = 0) -> None:
+        self._end, self.peer = end, peer    # peer: process id of the other side
+        end.setblocking(False)
+        self._unsent, self._unread = b"", b""
+        self.is_open = True             # False: the other side is gone
 
-    def start(self, executor: futures.Executor) -> None:
-        """Begin; Refused where the system allows no more threads."""
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._end.fileno()
+
+    def send(self, kind: int, number: int = 0, pid: int = 0, seconds: float = 0.0,
+             lock: int = -1) -> None:
+        """Send a message, with a descriptor if `lock` is one."""
+        import array
+        import socket
+        self._unsent += struct.pack(_MESSAGE, kind, number, pid, seconds)
         try:
-            self._thread = executor.submit(self._run)
-        except RuntimeError as error:
-            raise Refused("unsupported", f"a thread could not be started ({error})",
-                          "raise `ulimit -u` or `ulimit -v`") from None
+            rights = [array.array("i", [lock])] if lock >= 0 else []
+            sent = self._end.sendmsg([self._unsent], [
+                (socket.SOL_SOCKET, socket.SCM_RIGHTS, right) for right in rights])
+            self._unsent = self._unsent[sent:]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.is_open = False
 
-    def check(self) -> None:
-        """Raise what has ended the thread too early: nothing could be ended any more.
+    def receive(self) -> Iterator[tuple[int, int, int, float, int]]:
+        """What has come: kind, number, process, seconds, and a descriptor or -1."""
+        import array
+        import socket
+        locks = array.array("i")
+        while self.is_open:
+            try:
+                piece, rights, _, _ = self._end.recvmsg(
+                    SOCKET_BUFFER, socket.CMSG_SPACE(4))
+            except BlockingIOError:
+                break
+            except OSError:
+                piece, rights = b"", []
+            for _, _, content in rights:
+                locks.frombytes(content[:4])
+            self._unread += piece
+            self.is_open = bool(piece)
+        size = struct.calcsize(_MESSAGE)
+        while len(self._unread) >= size:
+            kind, number, pid, seconds = struct.unpack(_MESSAGE, self._unread[:size])
+            self._unread = self._unread[size:]
+            yield kind, number, pid, seconds, locks.pop() if locks else -1
+
+    def close(self) -> None:
+        """Close this side; the other one is told."""
+        self._end.close()
+
+
+class Supervisor:
+    """The worker's parent: ends process trees, and all of them when the worker is gone.
+
+    It has no database and no threads. `worker` is the process id of its child.
+    """
+
+    def __init__(self, link: Link, worker: int, wakeup: Wakeup,
+                 signals: list[int]) -> None:
+        self._link, self._worker = link, worker
+        self._wakeup, self._signals = wakeup, signals
+        self._locks: Locks | None = None
+        self._lock = -1     # the worker's own: held until nothing is left
+        self._endings: list[Ending] = []
+        self._groups: set[int] = set()
+        self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
+        self._grace = 0.0                   # seconds for what a worker leaves behind
+        self._status: int | None = None     # of the worker, as wait(2) gives it
+
+    def run(self) -> tuple[int, str]:
+        """Work until the worker and all that it started is gone; the worker's exit
+        status, and what there is to say about it.
         """
-        if self._thread and self._thread.done():
-            self._thread.result()
+        told = self.serve()
+        status = os.waitstatus_to_exitcode(self._status or 0)
+        refused = end_all(self._grace if status >= 0 else 0.0, self._groups)
+        if self._lock >= 0:
+            os.close(self._lock)
+        if status < 0:
+            told = (told or f"the worker was {exit_words(status)}: ") \
+                + "all that it ran was killed"
+        if refused:
+            told += f"; still running, as another user: {refused}"
+        return (status if status >= 0 else EX_NO), told
 
-    def add(self, ending: Ending) -> None:
-        """Take on one more; any thread may call."""
-        self._inbox.put(ending)
+    def serve(self) -> str:
+        """Work until the worker is gone; why it was killed, or ""."""
+        poll = select.poll()
+        poll.register(self._link.fileno(), select.POLLIN)
+        poll.register(self._wakeup.reader, select.POLLIN)
+        told = ""
+        while self._status is None:
+            wake_at = min([self._late_at, *(one.at for one in self._endings)])
+            poll.poll(None if wake_at == math.inf
+                      else max(0, math.ceil((wake_at - time.monotonic()) * 1000)))
+            if not self._link.is_open and self._link.fileno() >= 0:
+                poll.unregister(self._link.fileno())
+                self._link.close()
+            self._wakeup.clear()
+            # Stopped ourselves, we could not hear the worker: it gets a new lease.
+            if time.monotonic() > wake_at + 1:
+                self._late_at = time.monotonic() + self._lease
+            self._hear()
+            self._step()
+            self._reap()
+            if self._status is None and time.monotonic() >= self._late_at:
+                told = f"the worker did not answer for {span(self._lease)}: "
+                os.kill(self._worker, signal.SIGKILL)
+                self._late_at = math.inf
+        return told
 
-    def stop(self) -> None:
-        """Finish what is this pool's own, leave the rest, and let the thread end.
-
-        Of a lost run that is left nothing is recorded: it is still lost, and whoever
-        looks next finds it. Returns at once; the executor waits for the thread.
-        """
-        self._inbox.put(None)
-
-    def _run(self) -> None:
-        """Work until stopped; the executor's one thread."""
-        while self._endings or not self._is_stopping:
-            self._hear(RESCUE_TICK if self._endings else None)
-            if self._endings:
-                self._step()
-
-    def _hear(self, timeout: float | None) -> None:
-        """Take on what has come, and wait for it at most so long; None: for ever."""
-        import queue
-        with contextlib.suppress(queue.Empty):
-            self._take(self._inbox.get(timeout=timeout))
-            while True:
-                self._take(self._inbox.get_nowait())
-
-    def _take(self, ending: Ending | None) -> None:
-        """Take on one ending; None: stop."""
-        if ending is not None:
-            self._endings.append(ending)
-        else:
-            self._is_stopping = True
-            self._endings = [one for one in self._endings if one.lost is None]
+    def _hear(self) -> None:
+        while self._signals:
+            self._link.send(SIGNAL, self._signals.pop(0))
+        for kind, number, pid, seconds, lock in self._link.receive():
+            if kind == HELLO:
+                self._lock = lock
+                self._locks = Locks("", lock) if lock >= 0 else None
+            elif kind == RENEW:
+                self._lease, self._late_at = seconds, time.monotonic() + seconds
+            elif kind == START:
+                self._groups.add(pid)
+            elif kind == END and not number:
+                self._grace = seconds
+            elif kind == END:
+                self._endings.append(Ending(number, pid, seconds))
 
     def _step(self) -> None:
-        """One look at all processes serves all endings."""
-        with contextlib.suppress(OSError):      # no descriptors, say: the next time
-            processes = self._host.processes()
-            for ending in list(self._endings):
-                if ending.step(time.monotonic(), processes):
-                    self._endings.remove(ending)
-                    self._done.append(ending)
-                    self._wakeup.set()
+        for ending in self._endings[:]:
+            if time.monotonic() >= ending.at:
+                with contextlib.suppress(OSError):  # no descriptors, say: the next time
+                    if ending.step(self._locks, (self._worker, os.getpid())):
+                        self._endings.remove(ending)
+                        self._link.send(ENDED, ending.claim)
+
+    def _reap(self) -> None:
+        """Reap the worker, and as process 1 of a container whatever ends there."""
+        with contextlib.suppress(ChildProcessError):
+            while self._status is None:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                if pid == self._worker:
+                    self._status = status
 
 
-# ---- 15 Pool -----------------------------------------------------------------
-# `worker start`: where claims become commands, and their ends become records.
-# `run_pool` makes what a pool needs before others can see it (`_equipped`), enters it
-# into the table (`_entered`), and runs the one loop of the Pool. There each `_step`
-# does all that is to do now, among it a `_turn` (Claims) if one is worth while;
-# `_patience` tells for how long to sleep, and the Poller sleeps. No SQL here, and no
-# policy: what is claimed, retried or lost is decided above.
-# A second thread for the transactions was tried: the interpreter's lock changes hands
-# at each statement, so nothing was gained.
+def _work(work: Callable[[Link], int], ours: socket.socket, theirs: socket.socket,
+          wakeup: Wakeup) -> NoReturn:
+    """The child's side of the fork."""
+    status = EX_NO
+    try:
+        signal.set_wakeup_fd(-1)    # the parent's pipe
+        ours.close()
+        wakeup.close()
+        become_subreaper()
+        # With a handler and not SIG_IGN, which the jobs would inherit.
+        for number in (*stop_signals(), signal.SIGQUIT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        status = work(Link(theirs, os.getppid()))
+    except Exception:   # a mistake of ours: os._exit would hide it
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
 
-# No longer: meanwhile nobody reads what the commands print, and their pipes fill up.
-TURN_PATIENCE = 0.01   # seconds a turn waits for it, while the commands have to wait
+
+def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
+    """Run `work` in a child process, whose exit status it gives; that status, and what
+    there is to say if the child was killed.
+
+    To be called before the database is opened and before there are threads. The child
+    hears of signals by its Link alone: those of the terminal reach both processes, and
+    each is to count once.
+    """
+    import socket
+    become_subreaper()
+    ours, theirs = socket.socketpair()
+    signals = list[int]()
+    with contextlib.closing(Wakeup()) as wakeup, handling(
+            {**dict.fromkeys(stop_signals(), lambda number, _: signals.append(number)),
+             signal.SIGCHLD: lambda number, _: None}, wakeup.writer):
+        worker = os.fork()
+        if not worker:
+            _work(work, ours, theirs, wakeup)
+        theirs.close()
+        with ours:
+            return Supervisor(Link(ours), worker, wakeup, signals).run()
+
+
+# ---- 15 Worker ---------------------------------------------------------------
+# `worker start`: where claims become commands, and their ends become records. One loop
+# waits for any news, and an Agenda says what is due and when. No SQL here, and no
+# policy: what is claimed, retried or lost is decided above. Nothing blocks the loop:
+# only COMMIT, with its fsync, is done by another thread, and meanwhile nothing else
+# touches the queue's connection. (Whole transactions in a second thread gain nothing:
+# the interpreter's lock changes hands at each statement.)
+
 DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
-AHEAD_PATIENCE = 0.05  # seconds until a job that was claimed ahead is handed back
-HEARD_AT_ONCE = 64     # wake-ups read in one step
+HEARD_AT_ONCE = 64     # wake-ups read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
-SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one claimed ahead
-POOL_FILES = 32        # descriptors of a pool beside those
-
-
-class Ride(NamedTuple):
-    """A command under way in a slot."""
-    claimed: Claimed
-    command: Command
-    slot: int
-    pid: int
-
+SPARE_PATIENCE = 0.05  # seconds until spare claims are given back
+SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one for a spare claim
+WORKER_FILES = 32      # descriptors of a worker beside those
 
 # Errors of a start that are the machine's want, not the job's doing.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
-def _release(claimed: Claimed) -> None:
-    """Let go of the run's lock, in this process: its tree holds it on (I5)."""
-    if claimed.lock >= 0:
-        os.close(claimed.lock)
+class Agenda:
+    """What is due, and when the loop has to wake: the one structure that says either.
+
+    An entry is wanted from a time on, and may be held: then it is not due before
+    another time, and does not wake the loop either. Times are monotonic.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._entries = {name: [math.inf, 0.0] for name in names}
+
+    def want(self, name: str, at: float = 0.0) -> None:
+        """Have it done at that time, or earlier if that was wanted already."""
+        entry = self._entries[name]
+        entry[0] = min(entry[0], at)
+
+    def hold(self, name: str, until: float = math.inf) -> None:
+        """Have it not done before."""
+        self._entries[name][1] = until
+
+    def drop(self, name: str) -> None:
+        """Want it no more."""
+        self._entries[name][0] = math.inf
+
+    def is_wanted(self, name: str, now: float) -> bool:
+        """Return True if it is wanted by now, held or not."""
+        return self._entries[name][0] <= now
+
+    def due(self, now: float) -> Iterator[str]:
+        """What is to be done now, in the order of the names; no longer wanted then.
+
+        What one of them wants is due as well, if it comes after it.
+        """
+        for name, entry in self._entries.items():
+            if max(entry) <= now:
+                self.drop(name)
+                yield name
+
+    def sleep(self, now: float) -> float:
+        """Seconds until the first entry is due."""
+        return max(0.0, min(map(max, self._entries.values())) - now)
 
 
-class Poller:
-    """Descriptors to wait for, each with what is called when it can be read.
+class Directories:
+    """Which directories can be entered without waiting for a network.
 
-    poll(2) tells POLLHUP unasked: so the end of a pipe is news like any other.
+    chdir(2) into a hung mount never returns, so such a one is entered by the command's
+    own process. That takes a second exec, so the others are entered by the worker.
     """
 
     def __init__(self) -> None:
-        self._poll = select.poll()
-        self._handlers: dict[int, Callable[[], None]] = {}
+        self._mounts = ""
+        self._known: dict[str, bool] = {}
+        self.refresh()
 
-    def add(self, fd: int, handler: Callable[[], None]) -> None:
-        """Wait for this one, too, or call another handler for it; -1 is none."""
-        if fd >= 0:
-            self._poll.register(fd, select.POLLIN)
-            self._handlers[fd] = handler
+    def refresh(self) -> None:
+        """Take note of what is mounted now."""
+        mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
+        if mounts != self._mounts or len(self._known) > CLAIM_SCAN:
+            self._mounts = mounts
+            self._known.clear()
 
-    def drop(self, fd: int) -> None:
-        """Wait for it no more, if we did; before it is closed."""
-        if self._handlers.pop(fd, None):
-            self._poll.unregister(fd)
+    def is_local(self, path: str) -> bool:
+        """Return True if no part of it is on a network file system."""
+        if path not in self._known:
+            self._known[path] = self._find(path, 40)    # links at most, as Linux has it
+        return self._known[path]
 
-    def wait(self, seconds: float) -> None:
-        """Until one can be read, or so many seconds; call the handlers of those.
-
-        Rounded up: with 0 for the last part of a millisecond the loop would turn until
-        the time has come.
-        """
-        for fd, _ in self._poll.poll(math.ceil(seconds * 1000)):
-            handler = self._handlers.get(fd)
-            if handler:     # else an earlier one of these has ended its business
-                handler()
-
-
-class Peers:
-    """The other pools: how long each has been silent, and whose end the kernel tells.
-
-    `look` is called when there is one more to be looked at: it has ended.
-
-    Three ways to tell, each for what those before it cannot see: a pidfd, at once; lock
-    and birth, at each heartbeat (`Host.is_alive`); silence, for frozen pools and those
-    on other machines.
-    """
-
-    def __init__(self, queue: Queue, own: int, poller: Poller,
-                 look: Callable[[], None]) -> None:
-        self.rescuer = Rescuer(queue, own)
-        self._store, self._host, self._poller, self._look = (
-            queue.store, queue.host, poller, look)
-        self._silence = Silence()
-        self._known = {own}             # pools that have been looked at
-        self._watches: set[int] = set()     # descriptors by which the kernel tells
-        self._gone: set[int] = set()    # pools that have ended
-        self._silent: Mapping[int, float] = {}  # seconds, as of the last look
-
-    def are_there(self) -> bool:
-        """Whether another pool is on this machine, as far as pidfds tell."""
-        return bool(self._watches)
-
-    def lost(self) -> list[Stranded]:
-        """The runs that dead pools have left, or silent ones.
-
-        To be asked after a heartbeat of our own got through: while nobody can write,
-        nobody is silent.
-        """
-        # Of the configuration as it is now: with longer heartbeats looks are rarer.
-        self._silent = self._silence.look(self.rescuer.beats(), time.monotonic(),
-                                          silence_gap(self._store.settings()))
-        return self.rescuer.stranded(self._silent, self._gone)
-
-    def forget(self) -> list[Worker]:
-        """As `Rescuer.forget_dead`, by the silence that `lost` has seen."""
-        return self.rescuer.forget_dead(self._silent)
-
-    def watch(self) -> None:
-        """Let the kernel tell when one of those that have come ends.
-
-        To be called when orders came: who enters gives them. Where it tells nothing,
-        the heartbeat's look has to do.
-        """
-        for worker in self._store.workers():
-            if worker.id in self._known or worker.boot != self._host.boot:
+    def _find(self, path: str, links: int) -> bool:
+        at, names = "/", path.split("/")[1:]
+        for n, name in enumerate(names):
+            at = os.path.normpath(os.path.join(at, name))
+            kind = filesystem_of(at, self._mounts)
+            if is_network_filesystem(kind) or kind.startswith(("autofs", "fuse")):
+                return False    # before it is asked anything
+            try:
+                target = os.readlink(at.encode("utf-8", "surrogateescape"))
+            except (OSError, ValueError):
                 continue
-            self._known.add(worker.id)
-            watch, is_it = _watch_process(worker.pid), False
-            # Looked at after the watch: the id may be another's, here or by now.
-            with contextlib.suppress(OSError):      # out of descriptors
-                is_it = watch >= 0 and is_same_birth(self._host.born(worker.pid),
-                                                     worker.born)
-            if watch >= 0 and not is_it:
-                os.close(watch)
-            if is_it:
-                self._watches.add(watch)
-                self._poller.add(watch, functools.partial(self._drop, watch, worker.id))
-            elif self._host.is_alive(worker) is False:
-                self._look()    # it ended meanwhile
-
-    def _drop(self, watch: int, pool: int) -> None:
-        """Note that it has ended; its lock may be held a moment more: `stranded`."""
-        self._gone.add(pool)
-        self._poller.drop(watch)
-        self._watches.discard(watch)
-        os.close(watch)
-        self._look()
-
-    def close(self) -> None:
-        """Let the watches go."""
-        for watch in self._watches:
-            os.close(watch)
+            return links > 0 and self._find(os.path.join(
+                os.path.dirname(at), target.decode("utf-8", "surrogateescape"),
+                *names[n + 1:]), links - 1)
+        return True
 
 
 def _refuse_platform() -> None:
@@ -8186,7 +8390,7 @@ def _allow_descriptors(slots: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         hard = 1 << 20
-    needed = SLOT_FILES * slots + POOL_FILES
+    needed = SLOT_FILES * slots + WORKER_FILES
     if needed > hard:
         raise Refused("unsupported", f"only {hard} open files are allowed here, and "
                       f"{slots} slot{'s' * (slots > 1)} may need {needed}",
@@ -8235,294 +8439,305 @@ def _bell() -> socket.socket | None:
     return bell
 
 
-class Gear(NamedTuple):
-    """What a pool has in its hands before the others can see it."""
-    wakeup: Wakeup
-    signals: list[int]          # that have come; by a handler: append is atomic
-    bell: socket.socket | None  # for wake-ups; None: no loopback here
-    home: int                   # descriptor of the directory to come back to
+class Commit(NamedTuple):
+    """A tick that is being committed."""
+    tick: Tick
+    report: Report
+    saved: dict[int, int]       # bytes of output, by claim
+    future: futures.Future[None]
 
 
-@contextlib.contextmanager
-def _equipped(slots: int) -> Iterator[Gear]:
-    """Signals are caught first, so that who is told to go exits with 0; and let go
-    last: one that comes late ends nothing half-way.
-
-    Handlers note the signal and wake the loop; they take no lock (a handler that waits
-    for a lock its own thread holds would wait for ever).
-    """
-    _refuse_platform()
-    _allow_descriptors(slots)
-    _keep_descriptors()
-    signals: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        signals.append(number)
-    with contextlib.ExitStack() as stack:
-        wakeup = stack.enter_context(contextlib.closing(Wakeup()))
-        # Who starts us may ignore SIGCHLD; then none could say how a command ended: the
-        # kernel would reap it by itself (wait(2)).
-        stack.enter_context(handling({**dict.fromkeys(stop_signals(), note),
-                                      signal.SIGCHLD: signal.SIG_DFL}, wakeup.writer))
-        home = _home()
-        stack.callback(os.close, home)
-        bell = _bell()
-        if bell:
-            stack.enter_context(bell)
-        yield Gear(wakeup, signals, bell, home)
-
-
-@contextlib.contextmanager
-def _entered(queue: Queue, options: PoolOptions,
-             bell: socket.socket | None) -> Iterator[Claims]:
-    """Enter a pool, and take it out at last. Its bell is there before the row that
-    tells others where to ring.
-
-    A pool that cannot take itself out leaves a row whose process is gone: others forget
-    it. So that is no reason to end with an error.
-    """
-    claims = Claims(queue, options, bell.getsockname()[1] if bell else None)
-    try:
-        queue.wake(NEW_ORDERS)      # the others are to watch this one
-        queue.store.db.patience = TURN_PATIENCE    # its thread has other things to do
-        yield claims
-    finally:
-        queue.store.db.patience = POOL_PATIENCE
-        with contextlib.suppress(QueueError):
-            claims.leave()
-
-
-class Pool:
+class Runner:
     """Slots that run jobs: one thread owns the database and the commands (I9).
 
-    `run` works until it is told to stop. It waits in one place, for any news: output,
-    an exit, a wake-up, a time. A second thread, the `Ender`, sees trees to their end.
-    `say` takes lines of a log.
-
-    Where runs take but milliseconds, the next jobs are claimed before a slot is free
-    for them, so that no slot waits for a disk's fsync. Those that find none within
-    AHEAD_PATIENCE are handed back.
-
-    A claim goes: turn, `_take_on`, `_ready` if it was ahead, `_start`, `_rides`. Then
-    its command exits, or is ended by `_end`, the Ender and `_collect`. Then `_finish`,
-    `_ended`, and the next turn records it. Between two steps it is in one of `_ready`,
-    `_rides` and `_ended`. If the pool dies, its row says whose it was, and its lock
+    A claim goes: `_tick`, `_committed`, `_start`, `_commands`; then its command exits,
+    or the supervisor ends it (`_end`, ENDED); then `_finish`, `_ended`, and the next
+    tick records it. If the worker dies, its row says whose a run was, and its lock
     whether something of it is left.
+
+    `say` takes lines of a log; None: nobody reads one.
     """
 
-    def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, gear: Gear,
-                 say: Callable[[str], None]) -> None:
+    def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, link: Link,
+                 bell: socket.socket | None, say: Callable[[str], None] | None) -> None:
         self._queue, self._claims, self._options = queue, claims, options
-        self._gear, self._say = gear, say
+        self._link, self._bell, self._say = link, bell, say
         self._settings = options.adapt(queue.store.settings())
-        self._notifier = Notifier(os.environb)
+        self._notifier = Notifier(os.environb, claims.worker.pid)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
         for name in SERVICE_NAMES:      # a job is no service
             self._environ.pop(name, None)
+        self._wakeup = Wakeup()         # for the end of a commit
         self._poller = Poller()
-        self._poller.add(gear.wakeup.reader, gear.wakeup.clear)
-        if gear.bell:
-            self._poller.add(gear.bell.fileno(), self._hear)
-        self._peers = Peers(queue, claims.worker.id, self._poller, self._look_around)
-        self._over: list[Ending] = []                   # by the ender; append is atomic
-        self._ender = Ender(queue.host, self._over, gear.wakeup)
+        self._poller.add(self._wakeup.reader, self._hear_commit)
+        self._poller.add(link.fileno(), self._hear_supervisor)
+        if bell:
+            self._poller.add(bell.fileno(), self._hear_bell)
+        self._home, self._directories = _home(), Directories()
+        self._peers = Peers(queue, claims.worker.id)
+        self._watches: dict[int, Worker] = {}   # descriptors that tell a worker's end
+        self._gone: list[Worker] = []           # told, but their locks are held yet
+        # `tick` is the last that uses the connection, for then that is the commit's.
+        self._agenda = Agenda(("renew", "deadline", "committed", "notify", "orders",
+                               "output", "heartbeat", "gone", "look", "tick"))
         self._free = list(range(1, options.slots + 1))
-        self._ready: list[Claimed] = []                 # claimed ahead, in their order
-        self._ready_since = 0.0                         # monotonic: the last such claim
-        self._rides: dict[int, Ride] = {}               # actual: by claim
+        self._commands: dict[int, Command] = {}         # by claim
         self._ended: dict[int, Outcome] = {}            # not recorded yet
-        self._ended_at = 0.0                            # monotonic: the first of these
-        self._pace = math.inf   # seconds that runs take of late
-        self._ending: set[int] = set()                  # claims that the ender has
-        self._saved: dict[int, int] = {}                # bytes stored, by claim
+        self._lost: dict[int, Run] = {}                 # of others; being ended
+        self._over: list[Run] = []                      # of others; ended
+        self._seize: list[Run] = []                     # of others; to be ended
+        self._dead: list[Worker] = []                   # to be removed
+        self._beats = self._saves = False       # what the next tick does as well
+        self._commit: Commit | None = None              # under way
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._grace_ends = math.inf                     # monotonic
-        self._look = True       # there may be something to claim
-        self._orders = True     # there may be something else to read
-        self._peek_until = 0.0  # monotonic: until then a client waits for output
-        self._peek_at = 0.0     # monotonic: output is not stored for clients before
-        self._beat_at = 0.0     # monotonic: the next heartbeat
-        self._expiry: Iterator[list[Job]] = iter(())    # steps of retention
-        self._expire_at = math.inf                      # monotonic: the next of them
-        self._due_at: float | None = None               # epoch: the next due job
-        self._wall = 0.0        # epoch: the time at the last look
-        self._retry_at = 0.0    # monotonic: no turn before; the last one failed
-        self._failing_since: float | None = None        # monotonic: turns fail
+        self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
+        self._retry_at = 0.0    # monotonic: no tick before; the last one failed
+        self._failing_since: float | None = None        # monotonic: ticks fail
         self._claim_at = 0.0    # monotonic: no claim before; the machine is short
         self._complaint = ""
         self._taken = 0
-        self._done: dict[str, int] = {}                 # states that jobs came to
-        self._version = -1
+        self._spares: list[Claim] = []          # claimed beyond the slots, in order
+        self._spares_until = math.inf           # monotonic: then they are given back
+        self._pace = math.inf                   # seconds that runs take of late
+        self._totals: dict[str, int] = {}               # states that jobs came to
+        self._has_begun = False                         # a first tick is through
+        self._status = EX_OK
 
     # The loop.
 
-    def run(self, executor: futures.Executor) -> None:
+    def run(self, executor: futures.Executor) -> int:
         """Work until told to stop; Gone if the database went away.
 
-        Where an error ends it, its commands are ended as well and nothing is recorded:
-        the claims stand, and who comes next finds the runs lost. Else none is left.
+        Where an error ends it, nothing is recorded: the claims stand, the supervisor
+        ends the commands, and the next worker finds the runs lost.
         """
+        self._executor = executor
         self._notifier.ready()
+        self._log(self.greeting())
+        for name in ("renew", "heartbeat", "orders", "notify"):
+            self._agenda.want(name)
         try:
-            self._ender.start(executor)
-            self._say(self._greeting())
-            while not self._step():
-                self._poller.wait(self._patience())
+            while not self._is_over():
+                self._step()
         finally:
-            self._end_rides(LOST)
-            self._ender.stop()
+            self._link.send(END, 0, 0, self._settings.kill_grace)
             self._notifier.stopping()
-            self._peers.close()
+            self.close()
+        return self._status
 
-    def _step(self) -> bool:
-        """Do all there is to do now; whether the pool may go.
+    def close(self) -> None:
+        """Close what it has opened."""
+        for watch in self._watches:
+            os.close(watch)
+        os.close(self._home)
+        self._wakeup.close()
 
-        Signals, ends and times come first: a turn records what follows from them. The
-        others are watched only after a turn: a heartbeat of ours that got through shows
-        that they could have written, too.
+    def _step(self) -> None:
+        """Wait for news, and do what is due."""
+        self._hold()
+        self._poller.wait(self._agenda.sleep(time.monotonic()))
+        if not self._link.is_open and self._status == EX_OK:
+            self._take_over()
+        self._hold()
+        for name in self._agenda.due(time.monotonic()):
+            try:
+                getattr(self, f"_do_{name}")()
+            except Unavailable as error:
+                self._complain(error)
+                self._agenda.want(name)
+
+    def _hold(self) -> None:
+        """Put off what cannot be done now: the connection is the commit's, the last
+        attempt has failed, or no slot is free.
         """
-        self._notifier.step(self._standing)
-        self._heed_signals()
-        self._collect()
-        self._heed_times()
-        try:
-            self._heed_orders()
-            if self._is_turn_due():
-                self._turn()
-                if time.monotonic() >= self._beat_at:
-                    self._watch()
-                    time.tzset()    # /etc/localtime may have been changed
-                    self._beat_at = time.monotonic() + self._settings.heartbeat
-                    if self._expire_at == math.inf:     # else it is under way
-                        self._expiry, self._expire_at = self._claims.expiry(), 0.0
-            self._expire()
-            return self._is_over()
-        except Unavailable as error:
-            self._complain(error)
-            return False
+        agenda, ready_at = self._agenda, math.inf if self._commit else self._retry_at
+        for name in ("orders", "output", "heartbeat", "gone", "tick"):
+            agenda.hold(name, ready_at)
+        agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
+                    else math.inf)
 
     def _is_over(self) -> bool:
-        """Whether the pool may go: nothing runs and nothing is left to record, and
+        """Whether the worker may go: nothing runs and nothing is left to record, and
         it was asked to leave,
         or it has run as many jobs as it should,
         or it drains and nothing is left to do.
         """
-        if self._rides or self._ended or self._ready:
+        if self._commands or self._ended or self._commit or self._spares:
             return False
         if self._leaving or self._taken == self._options.max_jobs:
             return True
-        return self._options.drain and self._beat_at > 0 and not self._look \
+        now = time.monotonic()
+        return self._options.drain and self._has_begun and not any(
+            self._agenda.is_wanted(name, now) for name in ("look", "tick")) \
             and self._claims.is_drained()
 
-    def _is_turn_due(self) -> bool:
-        """Whether a turn would do anything: cheap reads before a write.
-
-        Each turn writes, be it the heartbeat alone, and costs an fsync, and its commit
-        makes all other pools look. So an idle pool takes one per heartbeat, and sees by
-        data_version, in 5 microseconds, whether there is a reason to look for work.
-        """
-        now = time.monotonic()
-        if now < self._retry_at:
-            return False
-        version = self._queue.store.changes()
-        if version != self._version:    # a wake-up may have got lost
-            self._version, self._look = version, True
-        wall = self._queue.clock()
-        if wall < self._wall - CLOCK_NOISE:     # it was set back: delays count anew
-            self._look = True
-        self._wall = wall
-        if self._due_at is not None and wall >= self._due_at:
-            self._look = True
-        if now >= min(self._beat_at, self._record_at(), self._peek_due()):
-            return True
-        if not (self._look and self._room()):
-            return False
-        self._look = self._claims.is_work_there()
-        if not self._look:
-            self._due_at = self._claims.next_due()  # what came may be for later
-        return self._look
-
-    def _expire(self) -> None:
-        """One step of retention, so that jobs never wait for it long.
-
-        A new round begins with a heartbeat, if the last one is through.
-        """
-        if time.monotonic() >= self._expire_at:
-            self._expire_at = math.inf      # also if it fails: then at the next beat
-            if next(self._expiry, None) is not None:
-                self._expire_at = time.monotonic() + EXPIRE_PAUSE
-
-    def _record_at(self) -> float:
-        """When ends are to be recorded: at once, unless all slots have work anyway.
-
-        Then those of RECORD_PAUSE are gathered to share a commit: no slot waits for it.
-        """
-        if not self._ended:
-            return math.inf
-        has_work = self._ready and not self._free
-        return self._ended_at + (RECORD_PAUSE if has_work else 0.0)
-
-    def _room(self) -> int:
-        """How many more jobs may be claimed for the slots that are free now."""
-        if self._leaving or time.monotonic() < self._claim_at:
+    def _slots(self) -> int:
+        """How many more jobs may be claimed."""
+        if self._leaving:
             return 0
-        return min(len(self._free), self._quota())
-
-    def _quota(self) -> int:
-        """How many more jobs this pool may take in all."""
         most = self._options.max_jobs
-        return MAX_SLOTS if most is None else most - self._taken
+        return len(self._free) if most is None else min(len(self._free),
+                                                        most - self._taken)
 
-    def _ahead(self, room: int) -> int:
-        """How many jobs to claim beyond that: work until the turn after next.
+    def _do_renew(self) -> None:
+        """Show the supervisor that the loop goes on, also while nobody can write.
 
-        None while the pool leaves, nor beyond --max-jobs: what is claimed counts as
-        taken, and is given back to that count with `_hand_back`.
+        A worker that cannot write keeps its jobs running: others cannot write either,
+        and whoever can ends these jobs before it runs them again.
         """
+        self._link.send(RENEW, seconds=lease_of(self._settings))
+        self._agenda.want("renew", time.monotonic() + self._settings.heartbeat)
+        time.tzset()    # /etc/localtime may have been changed
+        self._directories.refresh()
+        self._reap_orphans()
+
+    def _reap_orphans(self) -> None:
+        """Reap the children that jobs have left to this process (subreaper)."""
+        own = {command.pid for command in self._commands.values()}
+        with contextlib.suppress(ChildProcessError, AttributeError):
+            while True:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is None or found.si_pid in own:
+                    return      # a command's own end comes by its pidfd
+                os.waitpid(found.si_pid, 0)
+
+    def _do_notify(self) -> None:
+        self._notifier.step(self._standing)
+        self._agenda.want("notify", self._notifier.next_at)
+
+    # The tick.
+
+    def _do_look(self) -> None:
+        """Look for work by reads alone: a tick writes, costs an fsync, and its commit
+        makes all other workers look.
+
+        At least once in FALLBACK_POLL: a wake-up may get lost, a clock be set.
+        """
+        pause = FALLBACK_POLL if self._bell else DEAF_POLL
+        if self._claims.is_work_ready():
+            self._agenda.want("tick")
+        else:
+            due = self._claims.next_due()   # what came may be for later
+            pause = min(pause, math.inf if due is None else due - self._queue.clock())
+        self._agenda.want("look", time.monotonic() + pause)
+
+    def _do_heartbeat(self) -> None:
+        self._beats = True
+        self._agenda.want("tick")
+        self._agenda.want("heartbeat", time.monotonic() + self._settings.heartbeat)
+
+    def _do_output(self) -> None:
+        """Store output, since a client waits for it."""
+        if self._unsaved():
+            self._saves = True
+            self._agenda.want("tick")
+
+    def _unsaved(self) -> dict[int, Output]:
+        """The output of running jobs that has grown since it was stored."""
+        return {claim: command.output for claim, command in self._commands.items()
+                if command.output.total > command.saved}
+
+    def _do_tick(self) -> None:
+        """Write all that there is to write, and have it committed."""
+        outputs = self._unsaved() if self._beats or self._saves else {}
+        report = Report(dict(self._ended), tuple(self._over), tuple(self._seize),
+                        tuple(self._dead), outputs, self._beats)
+        slots = self._slots() if time.monotonic() >= self._claim_at else 0
+        saved = {claim: output.total for claim, output in outputs.items()}
+        tick = self._claims.tick(
+            report, [*self._free[:slots], *[0] * self._wanted(slots)])
+        if tick is None:
+            raise Unavailable("busy", f"{self._queue.path} is busy: another program "
+                              "holds its write lock", "end that program")
+        future = self._executor.submit(self._claims.commit)
+        self._commit = Commit(tick, report, saved, future)
+        future.add_done_callback(lambda _: self._wakeup.set())
+
+    def _wanted(self, slots: int) -> int:
+        """How many spares to claim."""
         if self._leaving or time.monotonic() < self._claim_at:
             return 0
-        wanted = wanted_ahead(self._pace, self._options.slots) - len(self._ready)
-        return max(0, min(wanted, self._quota() - room))
+        wanted = wanted_spares(self._pace, self._options.slots) - len(self._spares)
+        most = self._options.max_jobs
+        return max(0, wanted if most is None
+                   else min(wanted, most - self._taken - slots))
 
-    def _turn(self) -> None:
-        """One transaction; if disk or lock forbids it, all is kept for the next one.
+    def _hear_commit(self) -> None:
+        self._wakeup.clear()
+        if self._commit and self._commit.future.done():
+            self._agenda.want("committed")
 
-        It raises before anything here is changed. No handler runs meanwhile (one
-        thread), so what is cleared afterwards is exactly what was recorded.
-        """
-        beats = time.monotonic() >= self._beat_at
-        outputs = self._unsaved() if beats or self._peek_due() < math.inf else {}
-        room = self._room()
-        turn = self._claims.turn(self._ended, outputs, self._free[:room],
-                                 self._ahead(room))
-        self._look = turn.behind
-        if outputs:
-            self._peek_until, self._peek_at = 0.0, time.monotonic() + PEEK_PAUSE
-        self._settings, self._due_at = turn.settings, turn.next_due
-        self._complaint, self._failing_since = "", None
-        self._ended.clear()
-        self._saved.update((claim, output.total) for claim, output in outputs.items())
-        for settled in turn.settled:
-            if settled.outcome.duration is not None:    # else it has not begun
-                self._done[settled.job.state] = self._done.get(settled.job.state, 0) + 1
-                self._say(settled_line(settled, self._queue.clock()))
-        for note in turn.notes:
-            self._say(note)
-        self._take_on(turn.claimed)
-        self._obey(turn.stop, turn.mine)
-        if turn.settled and self._peers.are_there() and not self._room():
+    def _do_committed(self) -> None:
+        """Take over what has been committed, or keep all of it for another tick."""
+        assert self._commit is not None
+        tick, report, saved, future = self._commit
+        self._commit = None
+        try:
+            future.result()
+        except BaseException as error:
+            self._claims.failed(tick)
+            if not isinstance(error, Unavailable):
+                raise
+            self._complain(error)
+            self._agenda.want("tick")
+            return
+        self._claims.committed(tick, report)
+        self._forget(report, tick, saved)
+        for change in tick.changes:
+            self._tell(change)
+        silent = [f"worker {worker.name} on {worker.host} is removed: it sent no "
+                  f"heartbeat for {span(lease_of(tick.settings))}" for worker
+                  in tick.removed if self._queue.host.is_alive(worker) is None]
+        for note in (*tick.notes, *silent):
+            self._log(note)
+        self._begin_all(tick.claims)
+        if tick.is_overtaken:
+            self._return_spares()
+        self._obey(tick.stop, tick.mine)
+        for run in report.seized:
+            self._lost[run.claim] = run
+            self._link.send(END, run.claim,
+                            self._queue.host.locks.process_of(run) or 0,
+                            self._settings.kill_grace)
+        self._plan(tick, report)
+
+    def _forget(self, report: Report, tick: Tick, saved: Mapping[int, int]) -> None:
+        """Drop what has been recorded; what has come since the tick stays."""
+        for claim in report.ended:
+            del self._ended[claim]
+        del self._over[:len(report.lost)], self._seize[:len(report.seized)]
+        self._dead = [worker for worker in self._dead if worker not in tick.removed]
+        for claim, total in saved.items():
+            if claim in self._commands:
+                self._commands[claim].saved = total
+        self._complaint, self._failing_since, self._settings = "", None, tick.settings
+        if report.beats:
+            self._beats = False
+        if report.outputs:
+            self._saves, self._peek_at = False, time.monotonic() + PEEK_PAUSE
+
+    def _plan(self, tick: Tick, report: Report) -> None:
+        """Want what follows from a tick."""
+        now, agenda = time.monotonic(), self._agenda
+        self._has_begun = True
+        if tick.is_behind or self._ended or self._over:
+            agenda.want("tick")
+        elif tick.is_expiring:
+            agenda.want("tick", now + EXPIRE_PAUSE)
+        if self._free and tick.claims:
+            agenda.want("look")     # there may be more, for slots freed meanwhile
+        elif not self._free:
+            agenda.want("look")     # held until a slot is free
+        else:
+            wait = math.inf if tick.next_due is None \
+                else tick.next_due - self._queue.clock()
+            agenda.want("look", now + min(wait, FALLBACK_POLL if self._bell
+                                          else DEAF_POLL))
+        if tick.changes and self._watches and not self._slots():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
-
-    def _take_on(self, claimed: Sequence[Claimed]) -> None:
-        """Start what was claimed for a free slot, and keep the rest ready."""
-        self._taken += len(claimed)
-        for one in claimed:
-            if one.slot == AHEAD:
-                self._ready.append(one)
-                self._ready_since = time.monotonic()
-            else:
-                self._start(one)
-        self._start_ready()
+        if report.beats:
+            self._look_at_peers()
 
     def _complain(self, error: QueueError) -> None:
         """Say it once, and not for a moment's wait; then go on trying.
@@ -8538,122 +8753,157 @@ class Pool:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
-            # The next turn claims nothing: what failed may be the lock of a claim, for
+            # The next tick claims nothing: what failed may be the lock of a claim, for
             # want of descriptors, and heartbeats and ends must not wait for that.
             self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.db.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
-            self._say(f"cannot write to the queue, will go on trying: {error.message}")
+            self._log(f"cannot write to the queue, will go on trying: {error.message}")
 
     # Commands.
 
-    def _start_ready(self) -> None:
-        """Let what was claimed ahead into the free slots."""
-        while self._ready and self._free and not self._leaving:
-            self._start(self._ready.pop(0))
+    def _begin_all(self, claims: Sequence[Claim]) -> None:
+        """Start what was claimed; what came too late is handed back."""
+        self._taken += len(claims)
+        try:
+            for claim in claims:
+                if self._leaving:
+                    self._give_back(claim)
+                elif claim.slot:
+                    self._free.remove(claim.slot)
+                    self._start(claim)
+                else:
+                    self._spares.append(claim)
+                    self._spares_until = time.monotonic() + SPARE_PATIENCE
+            self._start_spares()
+        finally:
+            if claims:
+                os.fchdir(self._home)
+        if self._spares:
+            self._agenda.want("deadline", self._spares_until)
 
-    def _start(self, claimed: Claimed) -> None:
-        """Start a claimed job's command in a free slot.
+    def _start_spares(self) -> None:
+        """Start spare claims in the free slots."""
+        while self._spares and self._free and not self._leaving:
+            self._start(self._claims.begin(self._spares.pop(0), self._free.pop(0)))
+
+    def _return_spares(self) -> None:
+        while self._spares:
+            self._give_back(self._spares.pop(0))
+
+    def _give_back(self, claim: Claim) -> None:
+        """Keep a claim that has not begun to be recorded as released."""
+        claim.release()
+        self._taken -= 1
+        self._keep(claim.number, Outcome(RELEASED))
+
+    def _start(self, claim: Claim) -> None:
+        """Start a claimed job's command in its slot.
 
         The lock is held from before the claim's commit (I5), passes to the process tree
-        with the spawn, and is let go of here in any case: kept, it would make the run
-        look alive after its tree has ended.
+        with the spawn, and is closed here in any case: kept, it would make the run look
+        alive after its tree has ended.
         """
-        slot = self._free.pop(0)
-        claimed = self._claims.begin(claimed, slot)
-        job = claimed.job
+        job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
-        command = Command(Launch(
-            job.command, job.cwd, self._environment(claimed, slot), claimed.lock,
-            timeout or None, self._settings.output_limit))
-        self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
+        command = Command(claim, timeout or None, self._settings.output_limit)
+        if self._say:
+            self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
+        is_local = self._directories.is_local(job.cwd)
         try:
-            ride = Ride(claimed, command, slot, command.start())
+            if job.cwd and is_local:
+                os.chdir(job.cwd.encode())
+            since = boot_time()
+            command.start(self._environment(claim), "" if is_local else job.cwd)
+            self._queue.host.locks.note(self._claims.lock, self._claims.worker.id,
+                                        claim, command.pid, since)
         except (OSError, ValueError) as error:
-            self._not_started(claimed, slot, error)
-        else:
-            self._rides[claimed.claim] = ride
-            self._poller.add(command.pipe, functools.partial(self._read, ride))
-            self._poller.add(command.watch, functools.partial(self._look_at, ride))
+            self._not_started(claim, error)
+            return
         finally:
-            os.fchdir(self._gear.home)
-            _release(claimed)   # the process tree holds the lock now, or nobody
+            claim.release()     # the process tree holds the lock now, or nobody
+        self._commands[claim.number] = command
+        self._poller.add(command.pipe, functools.partial(self._read, command))
+        self._poller.add(command.watch, functools.partial(self._look_at, command))
+        self._agenda.want("deadline", command.ends_at if command.watch >= 0 else 0.0)
+        if not self._queue.host.boot:
+            self._link.send(START, claim.number, command.pid)
 
-    def _not_started(self, claimed: Claimed, slot: int, error: Exception) -> None:
+    def _not_started(self, claim: Claim, error: Exception) -> None:
         """What the machine lacks hands the job back; all else is the job's failure."""
-        self._free_slot(slot)
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
-            self._taken -= 1
-            self._keep(claimed.claim, Outcome(RELEASED))
-            self._say(f"{claimed.job.id} could not be started: {error.strerror}; "
+            self._free_slot(claim.slot)
+            self._give_back(claim._replace(lock=-1))
+            self._log(f"{claim.job.id} could not be started: {error.strerror}; "
                       "it is handed back, and nothing claimed for a moment")
         else:
-            self._keep(claimed.claim, Outcome(
-                FAILURE, None, start_error(error, claimed.job.cwd), 0.0))
+            self._free_slot(claim.slot)
+            self._keep(claim.number, Outcome(
+                FAILURE, None, start_error(error, claim.job.cwd), 0.0))
 
-    def _environment(self, claimed: Claimed, slot: int) -> dict[bytes, bytes]:
+    def _environment(self, claim: Claim) -> dict[bytes, bytes]:
         """In bytes, so that text is UTF-8 whatever the worker's locale."""
-        job = claimed.job
+        job = claim.job
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
-               "QUEUECTL_SLOT": str(slot), "QUEUECTL_CLAIM": str(claimed.claim),
-               "QUEUECTL_RUN": self._queue.host.token(claimed.claim)}
+               "QUEUECTL_SLOT": str(claim.slot), "QUEUECTL_CLAIM": str(claim.number)}
         if job.queue == HOOKS_QUEUE:    # it is told of the job that it follows
             own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
-    def _read(self, ride: Ride) -> None:
+    def _read(self, command: Command) -> None:
         """Take in output; at its end the command has mostly exited as well.
 
         So that is looked at, too: where there are no pidfds, the next look would come
         only RESCUE_TICK later.
         """
-        pipe = ride.command.pipe
-        if not ride.command.read():
+        pipe = command.pipe
+        if not command.read():
             self._poller.drop(pipe)
-            self._look_at(ride)
+            self._look_at(command)
+        elif self._peek_until > time.monotonic():
+            self._agenda.want("output", self._peek_at)
 
-    def _look_at(self, ride: Ride) -> None:
+    def _look_at(self, command: Command) -> None:
         """See whether a command has exited, and with it its run.
 
         One that a signal has killed left nothing in the background on purpose, and a
         retry would meet it: the rest of the tree is ended first.
         """
-        if ride.claimed.claim not in self._rides or ride.claimed.claim in self._ending:
+        if command.claim.number not in self._commands or command.is_ending:
             return
-        status = ride.command.peek()
+        status = command.peek()
         if status is not None and status < 0:
-            self._end(ride, None)
+            self._end(command, None)
         elif status is not None:
-            self._finish(ride)
+            self._finish(command)
 
-    def _finish(self, ride: Ride) -> None:
-        """The run is over: free its slot, and keep its outcome to be recorded.
-
-        The slot takes what was claimed ahead at once, before this end is recorded.
-        """
-        self._poller.drop(ride.command.watch)
-        pipe = ride.command.pipe
-        outcome = ride.command.finish()
-        if ride.command.pipe < 0:
+    def _finish(self, command: Command) -> None:
+        """The run is over: free its slot, and keep its outcome to be recorded."""
+        self._poller.drop(command.watch)
+        pipe = command.pipe
+        outcome = command.finish()
+        if command.pipe < 0:
             self._poller.drop(pipe)
         else:   # children in the background write on: SIGPIPE would end them
-            self._poller.add(pipe, functools.partial(self._drain, ride.command))
-        del self._rides[ride.claimed.claim]
-        self._saved.pop(ride.claimed.claim, None)
-        self._free_slot(ride.slot)
-        self._keep(ride.claimed.claim, outcome)
-        self._pace = paced(self._pace, outcome.duration or 0.0)
-        self._start_ready()
+            self._poller.add(pipe, functools.partial(self._drain, command))
+        del self._commands[command.claim.number]
+        self._free_slot(command.claim.slot)
+        took = outcome.duration or 0.0
+        self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
+        if self._spares:
+            self._start_spares()
+            os.fchdir(self._home)
+        self._keep(command.claim.number, outcome)
 
     def _keep(self, claim: int, outcome: Outcome) -> None:
-        """Keep an outcome until a turn has recorded it."""
-        if not self._ended:
-            self._ended_at = time.monotonic()
+        """Keep an outcome until a tick has recorded it."""
         self._ended[claim] = outcome
+        pause = RECORD_PAUSE if self._spares and not self._free else 0.0
+        self._agenda.want("tick", time.monotonic() + pause)
 
     def _drain(self, command: Command) -> None:
         """Read what those print that a command has left; nobody sees it any more."""
@@ -8662,130 +8912,94 @@ class Pool:
             self._poller.drop(pipe)
 
     def _free_slot(self, slot: int) -> None:
-        self._free.append(slot)
-        self._free.sort()
+        bisect.insort(self._free, slot)
 
-    def _peek_due(self) -> float:
-        """When output is to be stored because a client waits for it; inf: never."""
-        if time.monotonic() < self._peek_until and self._unsaved():
-            return self._peek_at
-        return math.inf
-
-    def _unsaved(self) -> dict[int, Output]:
-        """The output of running jobs that has grown since it was stored."""
-        return {claim: ride.command.output for claim, ride in self._rides.items()
-                if ride.command.output.total > self._saved.get(claim, 0)}
-
-    def _heed_times(self) -> None:
-        """Time-outs, the grace's end, and what has been claimed ahead for too long."""
+    def _do_deadline(self) -> None:
+        """End what has run for too long, and see what has exited without a pidfd."""
         now = time.monotonic()
-        for ride in list(self._rides.values()):
-            if ride.command.watch < 0:
-                self._look_at(ride)
-            if now >= ride.command.ends_at:
-                self._end(ride, TIMEOUT)
-        if 0 < self._claim_at <= now:
-            self._claim_at, self._look = 0.0, True
         if now >= self._grace_ends:
             self._grace_ends = math.inf
             self._leave(NOW, "grace is over")
-        if self._ready and (self._leaving or now > self._ready_since + AHEAD_PATIENCE):
+        if self._spares and (self._leaving or now >= self._spares_until):
             self._pace = math.inf
-            self._hand_back(self._ready)
+            self._return_spares()
+        for command in list(self._commands.values()):
+            if command.watch < 0:
+                self._look_at(command)
+            if now >= command.ends_at:
+                self._end(command, TIMEOUT)
+        self._agenda.want("deadline", min([self._grace_ends, self._spares_until
+                                           if self._spares else math.inf, *(
+            now + RESCUE_TICK if command.watch < 0 and not command.is_ending
+            else command.ends_at for command in self._commands.values())]))
 
-    def _hand_back(self, claimed: Sequence[Claimed]) -> None:
-        """Give up what has been claimed ahead; nothing of it has begun."""
-        for one in list(claimed):
-            self._ready.remove(one)
-            self._taken -= 1
-            _release(one)
-            self._keep(one.claim, Outcome(RELEASED))
+    # The supervisor.
 
-    # Endings: of commands that must go, and of what lost runs have left.
+    def _end(self, command: Command, why: str | None) -> None:
+        """Have the supervisor end the whole tree; `why` becomes the outcome, unless
+        None. ENDED comes back.
 
-    def _end(self, ride: Ride, why: str | None) -> None:
-        """Have the ender end the whole tree; `why` becomes the outcome, unless None.
-
-        It comes back by `_collect`. Asked for again, only the reason may be added: a
-        tree is ended once, and its grace does not begin anew. A run that has finished
-        is left alone: its process id may belong to another process by now.
+        Asked for again, only the reason may be added: a tree is ended once, and its
+        grace does not begin anew. It stays unreaped until all of it is gone.
         """
-        command, claim = ride.command, ride.claimed.claim
-        if claim not in self._rides:
-            return
-        # The first reason stays.
-        command.why, command.ends_at = command.why or why, math.inf
-        if claim not in self._ending:
-            self._ending.add(claim)
-            self._poller.drop(command.watch)     # it stays unreaped until all are gone
-            self._ender.add(Ending(self._queue.host, claim, self._settings.kill_grace,
-                                   ride.pid))
+        command.why = command.why or why        # the first reason stays
+        command.ends_at = math.inf
+        if not command.is_ending:
+            command.is_ending = True
+            self._poller.drop(command.watch)
+            self._link.send(END, command.claim.number, command.pid,
+                            self._settings.kill_grace)
 
-    def _end_rides(self, why: str) -> None:
-        for ride in self._rides.values():
-            self._end(ride, why)
+    def _hear_supervisor(self) -> None:
+        for kind, number, *_ in self._link.receive():
+            if kind == SIGNAL:
+                self._leave(NOW if self._leaving else DRAIN,
+                            signal.Signals(number).name)
+            elif kind == ENDED and number in self._commands:
+                self._finish(self._commands[number])
+            elif kind == ENDED and number in self._lost:
+                self._over.append(self._lost.pop(number))
+                self._agenda.want("tick")
 
-    def _collect(self) -> None:
-        """Take over what the ender has seen to its end; raises what ended itself."""
-        self._ender.check()
-        while self._over:
-            ending = self._over.pop(0)
-            self._ending.discard(ending.claim)
-            if ending.lost is None:
-                self._finish(self._rides[ending.claim])
-            else:
-                self._record_rescue(ending.lost.run, ending.has_begun)
+    def _take_over(self) -> None:
+        """The supervisor was killed: nothing may outlive this worker all the same."""
+        self._status = EX_NO
+        self._poller.drop(self._link.fileno())
+        self._log("error: this worker's supervisor was killed, so it ends its jobs, "
+                  "hands them back and stops")
+        end_all()
+        self._leaving = NOW
+        for command in list(self._commands.values()):
+            command.why = command.why or RELEASED
+            self._finish(command)
 
-    def _record_rescue(self, run: Run, has_begun: bool) -> None:
-        """Record a lost run that was seen to its end, or have it found once more."""
-        try:
-            for settled in self._peers.rescuer.record(run, has_begun):
-                self._say(settled_line(settled, self._queue.clock()))
-        except Unavailable as error:
-            self._complain(error)
-            self._look_around()     # it finds the run again
-        self._look = True
+    # Orders: signals, requests in the database.
 
-    # Orders: signals, wishes in the database.
-
-    def _heed_orders(self) -> None:
+    def _do_orders(self) -> None:
         """Read what a wake-up may be about.
 
         Reads alone: any local user may send datagrams, and none may cost a commit.
         """
-        if self._orders:
-            self._peers.watch()     # a new worker sends one, too
-            self._settings = self._options.adapt(self._queue.store.settings())
-            self._obey(*self._claims.orders())
-            self._orders = False
+        self._watch_new()       # a new worker sends one, too
+        self._settings = self._options.adapt(self._queue.store.settings())
+        self._obey(*self._claims.orders())
 
     def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
-        """Do what the database asks of this pool and its runs; a claim that is gone
+        """Do what the database asks of this worker and its runs; a claim that is gone
         was taken by another.
         """
         if stop:
             self._leave(stop, ASKED)
-        self._hand_back([one for one in self._ready
-                         if mine.get(one.claim, LOST) is not None])
-        for claim, ride in list(self._rides.items()):
+        if any(mine.get(one.number, LOST) for one in self._spares):
+            self._return_spares()
+        for claim, command in list(self._commands.items()):
             if claim not in mine:
-                if claim not in self._ending:
-                    self._say(f"{ride.claimed.job.id} was taken over while this worker "
-                              "was silent; its command is ended")
-                self._end(ride, LOST)
+                if command.why != LOST:
+                    self._log(f"{command.claim.job.id} was taken over while this "
+                              "worker was silent; its command is ended")
+                self._end(command, LOST)
             elif mine[claim] is not None:
-                self._end(ride, STOPPED if mine[claim] == CANCEL else LOST)
-
-    def _heed_signals(self) -> None:
-        """The first signal drains, the second hands back; so does the grace's end.
-
-        Handlers have only noted them: here the loop is between two steps, and no
-        transaction, start or reaping is cut in two.
-        """
-        while self._gear.signals:
-            number = self._gear.signals.pop(0)
-            name = signal.Signals(number).name
-            self._leave(NOW if self._leaving else DRAIN, name)
+                self._end(command, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _leave(self, how: str, why: str) -> None:
         """Begin to leave: DRAIN, then NOW; never back."""
@@ -8793,93 +9007,109 @@ class Pool:
             return
         if self._leaving is None and self._options.grace is not None:
             self._grace_ends = time.monotonic() + self._options.grace
+            self._agenda.want("deadline", self._grace_ends)
         self._leaving = how
+        self._return_spares()
         self._notifier.stopping()
-        running = len(self._rides)
+        running = len(self._commands)
         if how == NOW:
-            self._say(f"{why}: ending and handing back {running} running")
-            self._end_rides(RELEASED)
+            self._log(f"{why}: ending and handing back {running} running")
+            for command in self._commands.values():
+                self._end(command, RELEASED)
         else:
             again = "once more" if why != ASKED else "`queuectl worker stop --now`"
-            self._say(f"{why}: finishing {running} running, claiming no more; {again} "
+            self._log(f"{why}: finishing {running} running, claiming no more; {again} "
                       "hands them back" if running else f"{why}: claiming no more")
 
-    # Watching the other pools.
+    # The other workers.
 
-    def _look_around(self) -> None:
-        """Watch the others at once, with the next step."""
-        self._beat_at = 0.0
-
-    def _watch(self) -> None:
-        """Take over what dead pools have left.
-
-        Marked in the database, then ended, then recorded by `_collect`. If this pool
-        dies in between, the next to look finds the runs as they are and goes on.
+    def _watch_new(self) -> None:
+        """Let the kernel tell when a worker that has come ends. Its pid is its
+        supervisor's, which is the last to go.
         """
-        rescuer = self._peers.rescuer
-        fresh = [one for one in self._peers.lost()
-                 if one.run.claim not in self._ending]
-        if fresh:
-            rescuer.seize(run for run, _ in fresh)
-        for lost in fresh:
-            self._ending.add(lost.run.claim)
-            self._ender.add(Ending(self._queue.host, lost.run.claim,
-                                   self._settings.kill_grace, lost=lost))
-        for worker in self._peers.forget():
-            self._say(f"worker {worker.name} on {worker.host} is removed: it sent no "
-                      f"heartbeat for {span(lease_of(self._settings))}")
+        known = {worker.id for worker in self._watches.values()}
+        for worker in self._queue.store.workers():
+            if worker.id in known or worker.id == self._claims.worker.id \
+                    or worker.boot != self._queue.host.boot:
+                continue
+            watch, is_it = _watch_process(worker.pid), False
+            # Looked at after the watch: the id may be another's, here or by now.
+            with contextlib.suppress(OSError):      # out of descriptors
+                is_it = watch >= 0 and is_same_birth(
+                    self._queue.host.born(worker.pid), worker.born)
+            if is_it:
+                self._watches[watch] = worker
+                self._poller.add(watch, functools.partial(self._hear_end, watch))
+            elif watch >= 0:
+                os.close(watch)
+            if not is_it and self._queue.host.is_alive(worker) is False:
+                self._agenda.want("heartbeat")      # it ended meanwhile
 
-    # Sleeping.
+    def _hear_end(self, watch: int) -> None:
+        self._gone.append(self._watches.pop(watch))
+        self._poller.drop(watch)
+        os.close(watch)
+        self._agenda.want("gone")
 
-    def _patience(self) -> float:
-        """Seconds to sleep at most: up to the first time at which `_step` has something
-        to do. One that is forgotten here costs FALLBACK_POLL.
-
-        While turns fail, times that only a turn can serve do not count: with a job's
-        due time among them the loop would not pause until the disk is mended.
+    def _do_gone(self) -> None:
+        """See whether workers have ended whose supervisor has: a command that is just
+        being started, or a worker whose supervisor was killed, holds the lock on.
         """
-        if self._gear.signals or self._over:
-            return 0.0
-        now = time.monotonic()
-        wake_at = [ride.command.ends_at for ride in self._rides.values()]
-        wake_at.append(self._notifier.beat_at)
-        if any(ride.command.watch < 0 for ride in self._rides.values()):
-            wake_at.append(now + RESCUE_TICK)
-        if self._ready:
-            wake_at.append(self._ready_since + AHEAD_PATIENCE)
-        if self._retry_at > now:
-            return max(0.0, min([self._retry_at, *wake_at]) - now)
-        room = self._room()
-        if (self._look and room) or self._orders:
-            return 0.0
-        wake_at += [self._beat_at, self._expire_at, self._grace_ends, self._record_at(),
-                    self._peek_due(),
-                    now + (FALLBACK_POLL if self._gear.bell else DEAF_POLL)]
-        if self._claim_at > now:
-            wake_at.append(self._claim_at)
-        elif self._due_at is not None and room:
-            wake_at.append(now + self._due_at - self._queue.clock())
-        return max(0.0, min(wake_at) - now)
+        alive = [worker for worker in self._gone
+                 if self._queue.host.is_alive(worker) is not False]
+        if len(alive) < len(self._gone):
+            self._agenda.want("heartbeat")
+        self._gone = alive
+        if alive:
+            self._agenda.want("gone", time.monotonic() + RESCUE_TICK)
 
-    def _hear(self) -> None:
+    def _look_at_peers(self) -> None:
+        """Find what lost workers have left, after a heartbeat of our own.
+
+        Marked in the database, then ended, then recorded. If this worker dies in
+        between, the next to look finds the runs as they are and goes on.
+        """
+        self._peers.look()
+        known = {*self._lost, *(run.claim for run in (*self._over, *self._seize))}
+        self._seize += [run for run in self._peers.lost() if run.claim not in known]
+        self._dead = self._peers.dead()
+        if self._seize or self._dead:
+            self._agenda.want("tick")
+
+    def _hear_bell(self) -> None:
         """Take in the wake-ups that have come: a crowd is one reason to look.
 
         In a flood the kernel drops some, of any kind.
         """
-        assert self._gear.bell is not None
+        assert self._bell is not None
         heard = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while len(heard) < HEARD_AT_ONCE:
-                heard.append(self._gear.bell.recv(SOCKET_BUFFER))
-        self._look = True
+                heard.append(self._bell.recv(SOCKET_BUFFER))
+        self._agenda.want("look")
         if NEW_ORDERS in heard or len(heard) == HEARD_AT_ONCE:
-            self._orders = True
+            self._agenda.want("orders")
         if PEEK in heard:
             self._peek_until = time.monotonic() + PEEK_PATIENCE
+            self._agenda.want("output", self._peek_at)
 
     # What it says.
 
-    def _greeting(self) -> str:
+    def _log(self, line: str) -> None:
+        if self._say:
+            self._say(line)
+
+    def _tell(self, change: Change) -> None:
+        """Count a run that ended, and say how."""
+        outcome = change.outcome or Outcome(RELEASED)
+        if outcome.duration is not None:    # else it has not begun, or was another's
+            state = change.after.state
+            self._totals[state] = self._totals.get(state, 0) + 1
+        if self._say and (outcome.duration is not None or outcome.kind == LOST):
+            self._say(change_line(change, self._queue.clock()))
+
+    def greeting(self) -> str:
+        """What there is to say at the beginning."""
         worker, count = self._claims.worker, self._options.slots
         queues = ", ".join(worker.queues) if worker.queues else "all queues"
         return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
@@ -8887,52 +9117,74 @@ class Pool:
 
     def _standing(self) -> str:
         """The line that a service manager shows."""
-        running, slots = len(self._rides), self._options.slots
+        running, slots = len(self._commands), self._options.slots
         if self._leaving:
-            return f"finishing {running} running{self._tale()}"
-        return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._tale()}"
+            return f"finishing {running} running{self._total()}"
+        return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._total()}"
 
     def farewell(self) -> str:
         """What there is to say at the end."""
-        return f"worker {self._claims.worker.name} stopped{self._tale()}"
+        return f"worker {self._claims.worker.name} stopped{self._total()}"
 
     @property
     def has_dead(self) -> bool:
         """Whether a job that it ran is dead."""
-        return DEAD in self._done
+        return DEAD in self._totals
 
-    def _tale(self) -> str:
+    def _total(self) -> str:
         done = ", ".join(f"{n} {'handed back' if state == PENDING else state}"
-                         for state, n in self._done.items())
+                         for state, n in self._totals.items())
         return f": {done}" if done else ""
 
 
-def run_pool(queue: Queue, options: PoolOptions, say: Callable[[str], None]) -> int:
-    """Run a pool until it is told to stop; 0, or 1 if its database went away.
+@contextlib.contextmanager
+def _leaving(queue: Queue, claims: Claims) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        queue.store.db.patience = POOL_PATIENCE
+        with contextlib.suppress(QueueError):
+            claims.leave()
 
-    In the caller's thread; signals are heeded if that is the main thread. Errors that
-    no pool outlives come out of here, such as for a damaged file; Unavailable does not.
 
-    Left in this order: the executor waits for the Ender's last ending, then the pool
-    leaves the table, then signals have their old meaning again.
+def run_worker(queue: Queue, options: PoolOptions, link: Link,
+               say: Callable[[str], None] | None) -> int:
+    """Run a worker until it is told to stop; 0, or 1 if its database or its supervisor
+    went away.
+
+    `link` leads to its supervisor. Errors that no worker outlives come out of here,
+    such as Damaged; Busy and Unwritable do not. A worker that cannot take itself out of
+    the table leaves a row whose process is gone: others forget it.
     """
-    import concurrent.futures as futures  # 9 ms, and only in a pool
-    with _equipped(options.slots) as gear, \
-            _entered(queue, options, gear.bell) as claims, \
-            futures.ThreadPoolExecutor(1) as executor:
-        pool = Pool(queue, claims, options, gear, say)
+    import concurrent.futures as futures  # 9 ms, and only in a worker
+    _refuse_platform()
+    _allow_descriptors(options.slots)
+    _keep_descriptors()
+    log = say or (lambda line: None)
+    with contextlib.ExitStack() as stack:
+        # Its bell is there before the row that tells others where to ring.
+        bell = _bell()
+        if bell:
+            stack.enter_context(bell)
+        claims = Claims(queue, options, bell.getsockname()[1] if bell else None,
+                        link.peer)
+        stack.enter_context(_leaving(queue, claims))
+        link.send(HELLO, lock=claims.lock)
+        queue.wake(NEW_ORDERS)      # the others are to watch this one
+        runner = Runner(queue, claims, options, link, bell, say)
         try:
-            pool.run(executor)
+            with futures.ThreadPoolExecutor(1) as executor:
+                status = runner.run(executor)
         except Gone as error:
-            say(f"error: {error.message}, so this worker ends its jobs and stops; "
+            log(f"error: {error.message}, so this worker ends its jobs and stops; "
                 "start it anew")
             return EX_NO
-    say(pool.farewell())
-    if options.drain:
+    log(runner.farewell())
+    if options.drain and status == EX_OK:
         for line in queue.left_waiting(options.queues):
-            say(line)
-        return EX_NO if pool.has_dead else EX_OK
-    return EX_OK
+            log(line)
+        return EX_NO if runner.has_dead else EX_OK
+    return status
 
 
 # ---- 16 Page -----------------------------------------------------------------
@@ -13281,7 +13533,7 @@ Description=queuectl worker, {described}{mounts}
 
 [Service]
 Type=notify
-NotifyAccess=main{user}
+NotifyAccess=all{user}
 ExecStart={command}
 # An upgrade of the database makes a backup first.
 TimeoutStartSec=10min
@@ -13560,6 +13812,7 @@ class Screen:
         self._quiet, self._acts = quiet, acts
         self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
+        self._stamp, self._stamped = "", 0      # of log lines: the second, in words
         self.draws = not quiet and _is_terminal(sys.stderr)
 
     def out(self, *lines: str) -> None:
@@ -13625,9 +13878,11 @@ class Screen:
 
     def log(self, text: str) -> None:
         """A worker's line, with the time."""
-        now = time.time()
-        stamp = local_time(now, now if sys.stderr.isatty() else None)
-        self._write(f"{stamp} {text}\n", self._drawn)
+        now = int(time.time())
+        if now != self._stamped:
+            self._stamped = now
+            self._stamp = local_time(now, now if sys.stderr.isatty() else None)
+        self._write(f"{self._stamp} {text}\n", self._drawn)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Callable[[str], None]]:
@@ -14334,29 +14589,47 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return status
 
 
-def cmd_worker_start(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Run a pool until it is told to stop."""
+def _logging_over_bar(watched: Queue, screen: Screen) -> Callable[[str], None]:
+    """Log lines, with a bar below that shows how far the jobs are.
+
+    Of a queue of its own: the worker's may be in a commit. What was over before this
+    worker came is not its work, so not in its bar.
+    """
+    bar, first = _bar(screen), watched.progress()
+
+    def say(line: str) -> None:
+        """Log a line, and draw the bar anew."""
+        screen.log(line)
+        with contextlib.suppress(QueueError):   # it is but a picture
+            bar(watched.progress().since(first))
+    return say
+
+
+@contextlib.contextmanager
+def _opened(args: argparse.Namespace, path: str, screen: Screen) -> Iterator[Queue]:
+    """The queue of a command, made if that makes one."""
+    with Queue(path, create=args.entry.creates) as queue:
+        if queue.store.db.is_new:
+            screen.note(f"made a new queue at {queue.path}")
+        yield queue
+
+
+def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> int:
+    """Run a worker until it is told to stop; in the child of its supervisor."""
     # What was not given is None, and left to the jobs and the configuration, which are
-    # read when they are needed: a `config set` reaches a pool that runs.
+    # read when they are needed: a `config set` reaches a worker that runs.
     options = PoolOptions(args.count, args.name, tuple(args.queue or ()), args.timeout,
                           args.backoff_base, args.drain, args.max_jobs, args.grace)
     # What is loaded now stays: looking through it again and again for garbage was an
-    # eighth of a pool's time. What a job leaves is freed without that.
-    with contextlib.suppress(AttributeError):   # PyPy's is another collector
-        gc.freeze()
-        gc.set_threshold(100_000)
-    bar = _bar(screen)
-
-    def say(line: str) -> None:
-        """Log a line; below it stands how far the jobs are."""
-        screen.log(line)
+    # eighth of a worker's time. What a job leaves is freed without that.
+    gc.freeze()
+    gc.set_threshold(100_000)
+    with _opened(args, args.path, screen) as queue, contextlib.ExitStack() as stack:
+        say: Callable[[str], None] | None = None if args.quiet else screen.log
         if args.drain and screen.draws:
-            with contextlib.suppress(QueueError):   # it is but a picture
-                bar(queue.progress().since(first))
-    # What was over before this pool came is not its work, so not in its bar.
-    first = queue.progress()
-    with screen.drawing():      # the shell goes on where the bar was
-        return run_pool(queue, options, say)
+            say = _logging_over_bar(stack.enter_context(Queue(args.path)), screen)
+            stack.enter_context(screen.drawing())   # the shell goes on where it was
+        return run_worker(queue, options, link, say)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -14372,7 +14645,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     caller = queue.caller()
     own = caller.worker if caller else None     # it waits for this very command
     waiting = {worker.id: worker.name for worker in asked if worker.name != own}
-    rescuer, silence, removed = Rescuer(queue), Silence(), set[int]()
+    peers, removed = Peers(queue), set[int]()
     for view in queue.workers():
         if view.is_silent and view.worker.id in waiting:
             lease = span(lease_of(queue.store.settings()))
@@ -14381,10 +14654,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
                         f"removed if none comes within {lease}")
     while waiting:
         time.sleep(RESCUE_TICK)
-        seen = silence.look(rescuer.beats(), time.monotonic(),
-                            silence_gap(queue.store.settings()))
-        removed |= {worker.id for worker in rescuer.remove_silent(
-            {pool: seen.get(pool, 0.0) for pool in waiting})}
+        peers.look()
+        removed |= {worker.id for worker in peers.remove_silent(waiting)}
         left = {view.worker.id for view in queue.workers()}
         for pool in [pool for pool in waiting if pool not in left]:
             how = "is removed: it sent no heartbeat" if pool in removed \
@@ -14858,18 +15129,19 @@ def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return _say_jobs(jobs, "retry", args, screen)
 
 
-def _end_lost(queue: Queue, lost: Stranded, until: float) -> None:
+def _end_lost(queue: Queue, run: Run, until: float) -> None:
     """End what a lost run has left; Refused if that takes longer.
 
-    `until` is monotonic. As a pool's Ender does it (I6), but in this process.
+    `until` is monotonic. As a supervisor does it (I6), but in this process.
     """
-    ending = Ending(queue.host, lost.run.claim, queue.store.settings().kill_grace,
-                    lost=lost)
-    while not ending.step(time.monotonic(), queue.host.processes()):
+    locks = queue.host.locks
+    ending = Ending(run.claim, locks.process_of(run) or 0,
+                    queue.store.settings().kill_grace)
+    while not ending.step(locks, ()):
         if time.monotonic() > until:
             raise Refused("not-finished", "a running job cannot be ended",
                           "`queuectl check` shows what is left of it")
-        time.sleep(RESCUE_TICK)
+        time.sleep(max(0.0, ending.at - time.monotonic()))
 
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
@@ -14880,17 +15152,17 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     meanwhile, who records second changes nothing (I3).
     """
     # A command has no heartbeat that could get through, so it knows of no silence: only
-    # pools that are gone, as the kernel says, count as lost here, and a frozen one's
-    # job is left to other pools.
-    rescuer = Rescuer(queue)
+    # workers that are gone, as the kernel says, count as lost here, and a frozen one's
+    # job is left to other workers.
+    peers = Peers(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
-        for lost in rescuer.stranded({}):   # no worker lives to do it
-            if any(job.claim == lost.run.claim for job in jobs):
-                _end_lost(queue, lost, end)
-                rescuer.record(lost.run)
+        for run in peers.lost():    # no worker lives to do it
+            if any(job.claim == run.claim for job in jobs):
+                _end_lost(queue, run, end)
+                peers.record(run)
         jobs = [queue.job(job.id) for job in jobs]
         if time.monotonic() > say_at:
             say_at = math.inf
@@ -15387,7 +15659,7 @@ class Entry(NamedTuple):
     its arguments, and examples for its help, without the `queuectl` before them.
     """
     words: tuple[str, ...]
-    run: Callable[[argparse.Namespace, Queue, Screen], int]
+    run: Callable[[argparse.Namespace, Any, Screen], int]
     help: str
     creates: bool | None
     options: tuple[Option, ...] = ()
@@ -15431,7 +15703,8 @@ COMMANDS = (
             "when it exits",
             option("--drain", action="store_true",
                    help="once nothing is running, due or waiting for a retry"),
-            option("--max-jobs", **_COUNT, help="after so many runs"))),
+            option("--max-jobs", **_COUNT, help="after so many runs")),
+        option("--quiet", "-q", action="store_true", help="log nothing but errors")),
         ("worker start --count 4", "worker start --queue gpu --drain")),
     Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
         option("names", nargs="*", metavar="NAME", help="default: all"),
@@ -15592,7 +15865,7 @@ LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list
          cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
          cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
 # Those that run on whether somebody reads their log or not.
-SERVES = (cmd_worker_start, cmd_web)
+SERVES = (cmd_web,)
 # What a group of commands does when it is named alone: each time something that only
 # looks.
 ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
@@ -16162,10 +16435,42 @@ def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
     """Run a command with its queue; its exit status."""
     if args.entry.creates is NEITHER:
         return int(args.entry.run(args, None, screen))
-    with Queue(path, create=args.entry.creates) as queue:
-        if queue.store.db.is_new:
-            screen.note(f"made a new queue at {queue.path}")
+    with _opened(args, path, screen) as queue:
         return int(args.entry.run(args, queue, screen))
+
+
+def _told(action: Callable[[], int], as_json: bool = False) -> int:
+    """The exit status of an action; each refusal and each end that we know becomes one
+    here. Anything else is a mistake of this program and keeps its traceback.
+    """
+    try:
+        return action()
+    except QueueError as error:
+        return _report(error, as_json)
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+    except BrokenPipeError:     # the reader has seen enough
+        return EX_OK
+    except OSError as error:    # of the system, which no function has words for
+        place = f": {error.filename}" if error.filename else ""
+        return _report(Refused("unsupported", f"{error.strerror or error}{place}"),
+                       as_json)
+
+
+def _run_supervised(args: argparse.Namespace) -> int:
+    """Run a worker in a child process, and see to it that nothing outlives it."""
+    _refuse_platform()
+
+    def work(link: Link) -> int:
+        """Be the worker."""
+        with log_on_stderr():
+            screen = Screen(args.quiet)
+            return _told(lambda: cmd_worker_start(args, link, screen))
+    status, told = supervise(work)
+    if told:
+        with log_on_stderr():
+            Screen().log(f"error: {told}")
+    return status
 
 
 def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
@@ -16176,6 +16481,9 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     """
     args = _parse(argv)
     path = database_path(getattr(args, "db", None))
+    if args.entry.run is cmd_worker_start:
+        args.path = path
+        return _run_supervised(args)
     if args.entry.run in SERVES:
         stack.enter_context(log_on_stderr())
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
@@ -16234,23 +16542,10 @@ def _wants_json(words: Sequence[str]) -> bool:
 
 
 def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
-    """The exit status; each refusal and each end that we know becomes one here.
-
-    Anything else is a mistake of this program and keeps its traceback.
-    """
+    """Run a command line; its exit status."""
     end = words.index("--") if "--" in words else len(words)
-    try:
-        return _run([*map(_as_utf8, words[:end]), *words[end:]], stack)
-    except QueueError as error:
-        return _report(error, _wants_json(words))
-    except KeyboardInterrupt:
-        return EX_INTERRUPTED
-    except BrokenPipeError:     # the reader has seen enough
-        return EX_OK
-    except OSError as error:    # of the system, which no function has words for
-        place = f": {error.filename}" if error.filename else ""
-        return _report(Refused("unsupported", f"{error.strerror or error}{place}"),
-                       _wants_json(words))
+    return _told(lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
+                 _wants_json(words))
 
 
 def _complete(words: Sequence[str]) -> int:

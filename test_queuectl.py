@@ -71,10 +71,11 @@ from unittest import mock
 import queuectl
 from queuectl import (
     CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
-    Claims, Outcome, Output, PoolOptions, Queue, Silence, Spec)
+    Outcome, Output, PoolOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
 NOON = 1_800_000_000.0
+NOBODY = 2 ** 22    # a process id that none has: the most that Linux gives is one below
 DEADLINE = 30.0     # seconds until a condition that should hold is given up
 NEEDS_LOCKS = unittest.skipUnless(
     hasattr(fcntl, "F_OFD_SETLK"), "Python knows no locks of open files here")
@@ -261,6 +262,79 @@ def settings(**changes):
     return queuectl.settings_of({})._replace(**changes)
 
 
+class Held(NamedTuple):
+    """A claim as the tests ask about it."""
+    job: object
+    claim: int
+    number: int
+    lock: int
+    slot: int
+
+
+class Settled(NamedTuple):
+    """A run that a tick has recorded."""
+    job: object
+    outcome: object
+    number: int
+    attempt: int
+
+
+class Turn(NamedTuple):
+    """What a committed tick has brought."""
+    settled: list
+    claimed: list
+    mine: dict
+    stop: object
+    behind: bool
+    settings: object
+    next_due: object
+    notes: list
+
+
+def told_of_runs(changes):
+    return [Settled(one.after, one.outcome, one.before.runs, one.before.attempts + 1)
+            for one in changes]
+
+
+class Claims(queuectl.Claims):
+    """A worker whose ticks are committed at once, by the same thread."""
+
+    def turn(self, ended, outputs, free, ahead=0, **report):
+        report = queuectl.Report(ended, outputs=outputs, **{"beats": True, **report})
+        self.last = wait_for(lambda: self.tick(report, [*free, *[0] * ahead]), "the lock")
+        try:
+            self.commit()
+        except BaseException:
+            self.failed(self.last)
+            raise
+        self.committed(self.last, report)
+        tick = self.last
+        for one in tick.claims:
+            if one.slot:
+                self.note(one)
+        return Turn(told_of_runs(tick.changes),
+                    [Held(one.job, one.number, one.job.runs, one.lock, one.slot)
+                     for one in tick.claims], tick.mine, tick.stop, tick.is_behind,
+                    tick.settings, tick.next_due, tick.notes)
+
+    def note(self, claim):
+        """Tell that its command has been started."""
+        if self.lock >= 0:
+            self._host.locks.note(self.lock, self.worker.id, claim, NOBODY,
+                                  queuectl.boot_time())
+
+    def expire(self):
+        """A tick at the heartbeat; True if there is more to delete."""
+        self.turn({}, {}, [])
+        return self.last.is_expiring
+
+    def start(self, held, slot):
+        """Begin a spare claim."""
+        one = self.begin(self._held[held.claim], slot)
+        self.note(one)
+        return held._replace(job=one.job, slot=slot)
+
+
 class Case(unittest.TestCase):
     """Each test has a directory, a database and a clock that it moves.
 
@@ -335,7 +409,13 @@ class Case(unittest.TestCase):
 
     def rescuer(self, claims=None):
         """One that looks at the other workers than this one."""
-        return queuectl.Rescuer(self.queue, (claims or self.claims).worker.id)
+        return queuectl.Peers(self.queue, (claims or self.claims).worker.id)
+
+    def lost(self, claims=None, silent=None):
+        """The runs that are lost for this worker; `silent`: seconds by worker."""
+        peers = self.rescuer(claims)
+        peers._silent = silent or {}
+        return peers.lost()
 
     def job(self, command="true", **fields):
         return self.queue.enqueue(command, **fields)
@@ -358,10 +438,10 @@ class Case(unittest.TestCase):
         self.assertEqual(self.queue.job(job.id).state, state)
         return self.queue.job(job.id)
 
-    def turn(self, free=0, ended=(), by=None, ahead=0, outputs=()):
+    def turn(self, free=0, ended=(), by=None, ahead=0, outputs=(), **report):
         """A turn of a worker, which has so many slots free, or these."""
         free = range(1, free + 1) if isinstance(free, int) else free
-        return (by or self.claims).turn(dict(ended), dict(outputs), free, ahead)
+        return (by or self.claims).turn(dict(ended), dict(outputs), free, ahead, **report)
 
     def claim(self, by=None):
         """The first in line, claimed."""
@@ -383,6 +463,28 @@ def let_go(lock):
 def is_running(pid):
     """Whether the process lives; a zombie whose parent does not reap it does not."""
     return bool(queuectl._stat_fields(int(pid)))
+
+
+def child_of(pid):
+    """The worker of a supervisor, or what else is its only child; None: it has none."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and queuectl._stat_fields(int(name))[1:2] == [b"%d" % pid]:
+            return int(name)
+    return None
+
+
+def members(path):
+    """The processes of runs of a queue, by their environment."""
+    mark, claim = b"QUEUECTL_DB=" + os.fsencode(path) + b"\0", b"QUEUECTL_CLAIM="
+    environs = {pid: queuectl._read(f"/proc/{pid}/environ") for pid in queuectl._pids()}
+    return [pid for pid, environ in environs.items()
+            if mark in environ and claim in environ and is_running(pid)]
+
+
+def kill(*pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_cli(*argv):
@@ -510,7 +612,9 @@ class Architecture(unittest.TestCase):
                          [code for code in queuectl.CODES if code != "refused"])
 
     def test_all_exceptions_are_caught_at_the_edges_only(self):
-        """An answer over HTTP, a guess at what comes next; to undo and go on is no catch."""
+        """An answer over HTTP, a guess at what comes next, the child of a fork; to undo
+        and go on is no catch.
+        """
         def catches(node):
             if isinstance(node, ast.ExceptHandler):
                 name = node.type.id if isinstance(node.type, ast.Name) else ""
@@ -521,7 +625,7 @@ class Architecture(unittest.TestCase):
 
         self.assertEqual({scope.name for scope in self.functions
                           if any(map(catches, ast.walk(scope)))},
-                         {"_answered", "_complete"})
+                         {"_answered", "_complete", "_work"})
 
     def test_only_the_engine_names_sqlite3(self):
         lines = self.source.splitlines()
@@ -796,7 +900,7 @@ class Rules(Case):
                 (0.005, 2, 10), (0.003, 1, 8), (0.001, 2, 42), (0.001, 4, 64),
                 (0.0, 1, 64), (0.0, 512, 64)):
             with self.subTest(pace=pace, slots=slots):
-                self.assertEqual(queuectl.wanted_ahead(pace, slots), wanted)
+                self.assertEqual(queuectl.wanted_spares(pace, slots), wanted)
 
     def test_a_time_of_day_that_the_clocks_repeat_comes_twice(self):
         before = os.environ.get("TZ")
@@ -816,10 +920,6 @@ class Rules(Case):
             with self.subTest(now=now, text=text):
                 self.assertEqual(queuectl.iso(queuectl.parse_time(
                     text, queuectl.epoch(now))), wanted)
-
-    def test_the_newest_run_counts_for_a_fifth_of_the_pace(self):
-        self.assertEqual(queuectl.paced(math.inf, 3.0), 3.0)
-        self.assertAlmostEqual(queuectl.paced(2.0, 4.0), 2.4)
 
     def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
@@ -1584,7 +1684,7 @@ class Statements(Case):
         ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_READY_IN COUNT_DUE"),
         ("jobs_in_",       "ANY_READY"),    # either: each holds the open ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT LET_IN ANY_READY ANY_DUE_IN COUNT_DUE"),
-        ("jobs_by_claim",  "JOB_BY_CLAIM MINE BEGIN_JOB SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
+        ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_READY"),
         ("jobs_blocked",   "COUNT_STUCK"),
@@ -1674,7 +1774,7 @@ class Statements(Case):
         queue.enqueue_many([Spec("x", run_at=NOON + 20, cwd="/")] * 1001)
         self.clock.now += 10
         self.assertEqual(queue.scrape().oldest, {"default": 0.0})
-        self.assertTrue(self.a_pool(queue).is_work_there())
+        self.assertTrue(self.a_pool(queue).is_work_ready())
         self.clock.now += 20
         self.assertEqual(queue.scrape().oldest, {"default": 20.0})
 
@@ -1734,7 +1834,7 @@ class Statements(Case):
         queue.enqueue_many([Spec("x")] * 3)
         claims.turn({}, {}, [1, 2, 3])
         queue.cancel("job-2")
-        queuectl.Rescuer(queue).seize([queue.run("job-1"), queue.run("job-2")])
+        claims.turn({}, {}, [], seized=[queue.run("job-1"), queue.run("job-2")])
         self.assertEqual([queue.job(f"job-{n}").end_requested for n in (1, 2, 3)],
                          ["lost", "cancel", None])
 
@@ -1765,7 +1865,7 @@ class Statements(Case):
         queue.enqueue("x")
         claimed = self.claim_one(queue, claims)
         let_go(claimed.lock)
-        queuectl.Rescuer(queue).record(queue.run("job-1"))
+        queuectl.Peers(queue).record(queue.run("job-1"))
         late = Output(99)
         late.feed(b"late")
         claims.turn({}, {claimed.claim: late}, [])
@@ -1777,7 +1877,7 @@ class Statements(Case):
         queue.enqueue("x")
         [claimed] = claims.turn({}, {}, [], ahead=1).claimed
         self.clock.now += 5
-        begun = claims.begin(claimed, 3)
+        begun = claims.start(claimed, 3)
         self.clock.now += 5
         claims.turn({begun.claim: Outcome("completed", 0, None, 5.0)}, {}, [])
         run = queue.run("job-1")
@@ -2128,7 +2228,7 @@ class Files(Case):
         """A file of the first format, partly processed by a worker that died."""
         with contextlib.closing(sqlite3.connect(self.path)) as db:
             db.executescript(FORMAT_1)
-            host = queuectl.Host(self.path, "", (0, 0))
+            host = queuectl.Host(self.path)
             db.execute("UPDATE workers SET host = ?, boot = ?", (host.name, host.boot))
             db.commit()
 
@@ -2177,11 +2277,11 @@ class Files(Case):
         self.a_released_file()
         queue = self.a_queue()
         claims = self.a_pool(queue)
-        rescuer = queuectl.Rescuer(queue, claims.worker.id)
-        for lost in rescuer.stranded({}):
-            rescuer.record(lost.run)
+        rescuer = queuectl.Peers(queue, claims.worker.id)
+        for lost in rescuer.lost():
+            rescuer.record(lost)    # nothing tells that it had begun, so it is released
         self.assertEqual([(job.id, job.state) for job in (
-            queue.job("runs"), queue.job("ends"))], [("runs", FAILED), ("ends", CANCELLED)])
+            queue.job("runs"), queue.job("ends"))], [("runs", PENDING), ("ends", CANCELLED)])
         self.assertEqual(self.claim_one(queue, claims).job.id, "ready")
         queue.retry("dead")
         self.clock.now += 60
@@ -2508,14 +2608,6 @@ class Files(Case):
 
 # ---- 8 Host ------------------------------------------------------------------
 
-class StubbornHost(queuectl.Host):
-    """A host on which no signal ends anything."""
-
-    @staticmethod
-    def signal(pid, number):
-        pass
-
-
 class Hosts(Case):
     @NEEDS_LOCKS
     def test_a_worker_that_sees_no_proc_is_told_by_its_lock_or_not_at_all(self):
@@ -2524,7 +2616,7 @@ class Hosts(Case):
         blind = claims.worker._replace(boot="", born="")
 
         self.assertIs(queue.host.is_alive(blind), True)
-        let_go(claims._lock)
+        let_go(claims.lock)
         self.assertIsNone(queue.host.is_alive(blind))
         self.assertIs(queue.host.is_alive(blind._replace(boot="another")), False)
 
@@ -2569,32 +2661,73 @@ class Hosts(Case):
         self.assertFalse(queuectl.is_same_birth("", ""))
         self.assertFalse(queuectl.is_same_birth("8112", "8113"))
 
-    def test_a_run_s_token_is_of_this_file_alone(self):
-        queue = self.a_queue()
-        shutil.copy(self.path, self.path_of("copy.db"))
-        with Queue(self.path_of("copy.db")) as copy:
-            self.assertNotEqual(copy.host.token(1), queue.host.token(1))
+    def ended(self, ending, locks=None, parents=()):
+        """Take its steps until nothing is left."""
+        wait_for(lambda: ending.step(locks, parents), "the end of the tree")
 
-    def test_a_tree_that_cannot_be_ended_holds_up_no_other(self):
-        queue = self.a_queue()
-        host = StubbornHost(self.path, "id", queue.store.db.inode)
-        stubborn = subprocess.Popen(["sleep", "100"],
-                                    env={"QUEUECTL_RUN": host.token(1)})
-        self.addCleanup(stubborn.wait)
-        self.addCleanup(stubborn.kill)
-        done, wakeup = [], queuectl.Wakeup()
-        self.addCleanup(wakeup.close)
-        ender = queuectl.Ender(host, done, wakeup)
-        lost = queuectl.Stranded(None, None)
-        for claim in (1, 2):
-            ender.add(queuectl.Ending(host, claim, 0.0, lost=lost))
-        executor = futures.ThreadPoolExecutor(1)
-        ender.start(executor)
-        self.addCleanup(executor.shutdown)
-        self.addCleanup(ender.stop)
+    def test_a_tree_is_ended_with_what_has_left_its_group_and_its_session(self):
+        """(I6)"""
+        head = subprocess.Popen(
+            ["/bin/sh", "-c", "setsid sleep 100 & setsid setsid sleep 100 & echo $!; "
+             "trap '' TERM; while :; do sleep .1; done"],
+            start_new_session=True, stdout=subprocess.PIPE)
+        self.addCleanup(head.stdout.close)
+        other = head.stdout.readline()
+        self.ended(queuectl.Ending(1, head.pid, 0.1))
+        self.assertFalse(is_running(head.pid))
+        self.assertFalse(is_running(other))
+        head.wait()
 
-        wait_for(lambda: done, "the other")
-        self.assertEqual([ending.claim for ending in done], [2])
+    def test_an_orphan_is_told_by_its_claim(self):
+        orphan = subprocess.Popen(["sleep", "100"], env={"QUEUECTL_CLAIM": "7"})
+        other = subprocess.Popen(["sleep", "100"], env={"QUEUECTL_CLAIM": "77"})
+        for process in (orphan, other):
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+        self.ended(queuectl.Ending(7, 0, 0.0), parents=(os.getpid(),))
+        self.assertFalse(is_running(orphan.pid))
+        self.assertTrue(is_running(other.pid))
+
+    @NEEDS_LOCKS
+    def test_the_holders_of_a_lock_are_ended_last(self):
+        locks = queuectl.Locks(self.path_of("lock"))
+        self.addCleanup(locks.close)
+        fd = locks.hold(7)
+        holder = subprocess.Popen(["sleep", "100"], pass_fds=[fd], start_new_session=True)
+        os.close(fd)
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        self.assertEqual(locks.holders(7), [holder.pid])
+        self.ended(queuectl.Ending(7, 0, 0.1), locks)
+        self.assertFalse(is_running(holder.pid))
+
+    def test_what_cannot_be_ended_is_looked_at_less_and_less_often(self):
+        ending, pauses = queuectl.Ending(7, 0, 0.0), []
+        with mock.patch.object(ending, "_find", lambda table, parents: {NOBODY}):
+            for _ in range(12):
+                before = time.monotonic()
+                self.assertFalse(ending.step(None, ()))
+                pauses.append(ending.at - before)
+        self.assertLess(pauses[0], 0.01)
+        self.assertAlmostEqual(pauses[-1], 1.0, 1)
+
+    @NEEDS_LOCKS
+    def test_a_run_s_process_is_found_again_and_no_other_of_that_number(self):
+        queue = self.a_queue()
+        claims = self.a_pool(queue)
+        queue.enqueue("x")
+        self.claim_one(queue, claims)
+        [run] = queue.runs("job-1")
+        claim = claims._held[run.claim]
+        process = subprocess.Popen(["sleep", "100"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        locks = queue.host.locks
+        for since, found in ((queuectl.boot_time() - 0.5, process.pid),
+                             (queuectl.boot_time() + 5, 0)):
+            locks.note(claims.lock, claims.worker.id, claim, process.pid, since)
+            self.assertEqual(locks.process_of(run), found)
+        self.assertIsNone(locks.process_of(run._replace(claim=99)))
 
 
 class Manager:
@@ -2630,7 +2763,7 @@ class Notices(Case):
             with self.subTest(told):
                 manager = self.a_manager(address)
                 notifier = queuectl.Notifier({b"NOTIFY_SOCKET": told,
-                                              b"WATCHDOG_USEC": b"60000000"})
+                                              b"WATCHDOG_USEC": b"60000000"}, os.getpid())
                 notifier.step(lambda: "waiting")    # not ready yet: no sign of life
                 notifier.ready()
                 for _ in range(3):
@@ -2650,11 +2783,11 @@ class Notices(Case):
                 ({b"WATCHDOG_USEC": b"0"}, float("inf")),
                 ({b"WATCHDOG_USEC": b"soon"}, float("inf"))):
             with self.subTest(environ):
-                self.assertEqual(queuectl.Notifier(environ).interval, interval)
+                self.assertEqual(queuectl.Notifier(environ, os.getpid()).interval, interval)
 
     def test_a_manager_that_is_gone_stops_nobody(self):
         for address in (b"/nowhere/at/all", b"relative", b"x" * 200):
-            queuectl.Notifier({b"NOTIFY_SOCKET": address}).ready()
+            queuectl.Notifier({b"NOTIFY_SOCKET": address}, 1).ready()
 
 
 # ---- 9 Ledger, 10 Queue ------------------------------------------------------
@@ -3418,13 +3551,6 @@ class Promises(Case):
         with self.assertRaises(OSError):
             os.fstat(probe)
 
-    def test_the_token_of_a_run_names_the_database_on_the_machine_that_is_given(self):
-        with Queue(self.path) as queue:
-            host = queue.host
-            self.assertIn(queue.store.meta("id"), host.token(7))
-        with Queue(self.path, host=host) as queue:
-            self.assertIs(queue.host, host)
-
     def test_jobs_come_by_pages_in_order_and_as_many_as_are_wanted(self):
         self.jobs(2001, cwd="/")
         self.queue.cancel("job-2001")
@@ -3493,11 +3619,6 @@ class Promises(Case):
         self.worker(name="all")
         self.assertEqual(self.queue.waiting_for(last), ["behind 3 other jobs"])
 
-    def test_what_was_claimed_ahead_is_not_shown_as_running(self):
-        self.jobs(3)
-        self.turn(1, ahead=1)
-        self.assertEqual([job.id for job in self.queue.workers()[0].running], ["job-1"])
-
     def test_who_lives_is_not_asked_in_the_midst_of_a_transaction(self):
         """(I9)"""
         class Host(queuectl.Host):
@@ -3505,7 +3626,7 @@ class Promises(Case):
                 assert not queue.store.db._db.in_transaction
                 return True
         made = self.a_queue()
-        host = Host(self.path, made.store.meta("id"), made.store.db.inode)
+        host = Host(made.path)
         queue = Queue(self.path, clock=self.clock, host=host)
         self.addCleanup(queue.close)
         self.a_pool(queue, name="w")
@@ -3649,7 +3770,7 @@ class Turns(Case):
             return found
         self.queue.store.rows = rows
         self.addCleanup(vars(self.queue.store).pop, "rows")
-        self.assertEqual(self.rescuer(watcher).stranded({}), [])
+        self.assertEqual(self.lost(watcher), [])
         self.assertTrue(came)
 
     def test_order_is_priority_then_due_time_then_age(self):
@@ -3709,7 +3830,8 @@ class Turns(Case):
         self.assertEqual([one.at for one in self.queue.history(9)], [queuectl.iso(60)])
         self.assertEqual(self.queue.stats(600)[""].enqueued, 1)
         self.clock.now = NOON
-        list(self.claims.expiry())
+        while self.claims.expire():
+            pass
         self.assertEqual(self.queue.stats()[""].enqueued, 1)
 
     def test_the_time_behind_other_jobs_is_no_waiting_for_a_slot(self):
@@ -3740,14 +3862,15 @@ class Turns(Case):
             self.clock.now += 60
         ever = self.queue.stats()[""]
         self.clock.now += 8 * 86400 - 3600
-        list(self.claims.expiry())
+        while self.claims.expire():
+            pass
 
         [[minutes]] = self.queue.store.rows(
             "SELECT COUNT(DISTINCT minute) FROM tallies WHERE minute > 0")
         self.assertEqual((minutes, self.queue.stats()[""]), (60, ever))
         self.assertEqual(self.queue.stats(9 * 86400)[""].enqueued, 60)
         self.assertEqual(self.queue.covered(9 * 86400), 8 * 86400)
-        self.assertEqual(list(self.claims.expiry()), [])
+        self.assertFalse(self.claims.expire())
 
     def test_a_pool_that_is_to_stop_claims_no_more(self):
         self.turn()
@@ -3774,7 +3897,7 @@ class Turns(Case):
     def test_a_run_that_a_rescuer_ended_is_a_crash_though_its_pool_thawed(self):
         self.job()
         claim = self.claim().claim
-        self.rescuer().seize(self.queue.runs("job-1"))
+        self.turn(seized=self.queue.runs("job-1"))
 
         self.end(claim, Outcome("failed", 143, "killed by SIGTERM", 1.0))
         job = self.queue.job("job-1")
@@ -3787,21 +3910,10 @@ class Turns(Case):
         self.queue.configure("lease", "1s")
         other = self.worker(name="other")
 
-        for rescuer, seconds, lost in ((self.rescuer(other), 14.0, 0),
-                                       (self.rescuer(other), 15.0, 1), (self.rescuer(), 15.0, 0)):
-            self.assertEqual(len(rescuer.stranded({self.claims.worker.id: seconds})), lost)
+        for claims, seconds, lost in ((other, 14.0, 0), (other, 15.0, 1), (None, 15.0, 0)):
+            self.assertEqual(len(self.lost(claims, {self.claims.worker.id: seconds})), lost)
         self.queue.configure("heartbeat", "100ms")   # now it is as short as it can be
-        self.assertEqual(self.rescuer(other).stranded({}), [])
-
-    def test_a_pool_whose_end_was_told_is_lost_though_its_lock_is_still_held(self):
-        """(I6)"""
-        self.job()
-        self.claim()
-        other = self.worker(name="other")
-
-        self.assertEqual(self.rescuer(other).stranded({}), [])
-        self.assertEqual(len(self.rescuer(other).stranded({}, {self.claims.worker.id})),
-                         1)
+        self.assertEqual(self.lost(other), [])
 
     @NEEDS_LOCKS
     def test_a_number_whose_lock_is_held_is_passed_over(self):
@@ -3814,26 +3926,22 @@ class Turns(Case):
         self.jobs(("a", "b", "c"), cwd="/")
         turn = self.turn(1, ahead=2)
         self.assertEqual([one.slot for one in turn.claimed], [1, 0, 0])
-        begun = self.claims.begin(turn.claimed[1], 1)
+        self.claims.start(turn.claimed[1], 1)
         self.end(turn.claimed[0])
 
         self.assertEqual([run.slot for run in self.queue.runs("b")], [1])
         for one in turn.claimed[1:]:
             let_go(one.lock)
-            self.rescuer().record(self.queue.runs(one.job.id)[0],
-                                  has_begun=one.claim == begun.claim)
+            self.rescuer().record(self.queue.runs(one.job.id)[0])
         self.assertEqual([(self.queue.job(name).state, self.queue.job(name).crashes)
                           for name in "bc"], [(FAILED, 1), (PENDING, 0)])
-        self.job(id="d")
-        again = self.turn(ahead=3).claimed
-        self.assertEqual([one.job.id for one in again], ["d"])     # only first runs are
 
     def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
         claims = self.worker(name="frozen")
         self.job()
         let_go(self.claim(claims).lock)
         foreign = self.worker(name="foreign")    # nobody here can tell if it lives
-        let_go(foreign._lock)
+        let_go(foreign.lock)
         self.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
                 id=foreign.worker.id)
         self.rescuer(claims).record(self.queue.runs("job-1")[0])
@@ -3846,7 +3954,7 @@ class Turns(Case):
         self.assertEqual([(view.worker.id, view.worker.name, view.worker.heartbeat_at)
                           for view in self.queue.workers()][:1],
                          [(claims.worker.id, "frozen", queuectl.iso(NOON + 60))])
-        self.assertEqual(self.rescuer(claims).stranded({}), [])
+        self.assertEqual(self.lost(claims), [])
 
     def test_a_turn_that_cannot_commit_has_not_happened(self):
         self.job()
@@ -3856,8 +3964,8 @@ class Turns(Case):
         self.addCleanup(rival.close)
         rival.execute("BEGIN IMMEDIATE")
 
-        with refused("busy"):
-            self.turn(1, {claim.claim: Outcome("completed", 0)})
+        report = queuectl.Report({claim.claim: Outcome("completed", 0)})
+        self.assertIsNone(self.claims.tick(report, [1]))
         self.assertEqual(self.queue.job("job-1").state, PROCESSING)
         rival.execute("ROLLBACK")
         self.turn(1, {claim.claim: Outcome("completed", 0)})
@@ -3893,10 +4001,10 @@ class Turns(Case):
     def test_a_pool_remembers_nothing_of_runs_that_are_over(self):
         self.jobs(2)
         claimed = self.turn(1, ahead=1).claimed
-        self.claims.begin(claimed[1], 1)
+        self.claims.start(claimed[1], 1)
         self.end(claimed[0])
         self.end(claimed[1])
-        self.assertEqual((self.claims._held, self.claims._unmarked), ({}, set()))
+        self.assertEqual((self.claims._held, self.claims._begun), ({}, set()))
 
     def test_paused_full_and_foreign_queues_are_passed_over(self):
         self.jobs(100, queue="paused", priority=9)
@@ -4063,8 +4171,10 @@ class Turns(Case):
                 ("retention-dead", "61m", []), ("retention-dead", "1h", ["bad"])):
             with self.subTest(key=key, value=value):
                 self.queue.configure(key, value)
-                self.assertEqual([job.id for jobs in self.claims.expiry()
-                                  for job in jobs], wanted)
+                before = {job.id for job in self.queue.jobs()}
+                self.assertFalse(self.claims.expire())
+                self.assertEqual(before - {job.id for job in self.queue.jobs()},
+                                 set(wanted))
         self.assertEqual([job.id for job in self.queue.jobs()], ["gone"])
 
     # Schedules. NOON is the beginning of an hour, in any zone of whole hours.
@@ -4094,7 +4204,7 @@ class Turns(Case):
         added = []
         for _ in range(3600):
             self.clock.now += 1
-            if any(claims.is_work_there() for claims in pools):
+            if any(claims.is_work_ready() for claims in pools):
                 added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
 
         self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
@@ -4108,11 +4218,11 @@ class Turns(Case):
         self.assertIsNone(self.claims.next_due())
         self.queue.add_schedule("s", "30 * * * *", command="x")
         self.assertEqual(self.claims.next_due(), NOON + 1800)
-        self.assertFalse(self.claims.is_work_there())
+        self.assertFalse(self.claims.is_work_ready())
         self.clock.now += 1800
-        self.assertTrue(self.claims.is_work_there())
+        self.assertTrue(self.claims.is_work_ready())
         self.queue.pause_schedule("s")
-        self.assertEqual((self.claims.next_due(), self.claims.is_work_there()),
+        self.assertEqual((self.claims.next_due(), self.claims.is_work_ready()),
                          (None, False))
 
     def test_no_transaction_waits_for_the_host(self):
@@ -4131,7 +4241,7 @@ class Turns(Case):
         self.job()
         one = self.claim(claims)
         let_go(one.lock)
-        let_go(claims._lock)
+        let_go(claims.lock)
         self.do("UPDATE workers SET boot = 'earlier'")
         self.worker(name="w")
         self.rescuer(claims).record(self.queue.runs("job-1")[0])
@@ -4175,30 +4285,30 @@ class Turns(Case):
         self.queue.limit_queue("full", 1)
         for name in ("foreign", "own", "full"):
             self.job(queue=name, id=name)
-        self.assertTrue(claims.is_work_there())
+        self.assertTrue(claims.is_work_ready())
         self.queue.pause("own")
         held = self.claim(claims)
         self.assertEqual(held.job.id, "full")
         self.job(queue="full")
-        self.assertFalse(claims.is_work_there())
+        self.assertFalse(claims.is_work_ready())
         self.job(queue="later", delay=3600)
-        self.assertFalse(claims.is_work_there())
-        self.assertTrue(self.worker(name="all").is_work_there())
+        self.assertFalse(claims.is_work_ready())
+        self.assertTrue(self.worker(name="all").is_work_ready())
 
         self.job(queue="foreign", delay=60)
-        self.assertFalse(claims.is_work_there())
+        self.assertFalse(claims.is_work_ready())
         self.clock.now += 60
-        self.assertTrue(claims.is_work_there())     # somebody has to let it in
+        self.assertTrue(claims.is_work_ready())     # somebody has to let it in
         self.turn(by=claims)
-        self.assertFalse(claims.is_work_there())
+        self.assertFalse(claims.is_work_ready())
         self.queue.resume("own")
-        self.assertTrue(claims.is_work_there())
+        self.assertTrue(claims.is_work_ready())
         self.queue.pause()
-        self.assertFalse(claims.is_work_there())
+        self.assertFalse(claims.is_work_ready())
         self.queue.resume()
         self.queue.pause("own")
         self.end(held, by=claims)
-        self.assertTrue(claims.is_work_there())
+        self.assertTrue(claims.is_work_ready())
 
     def test_a_clock_that_is_set_brings_no_turn_twice_and_puts_none_off(self):
         day, due = 86400, 16200     # 12:30, in seconds after NOON
@@ -4367,7 +4477,7 @@ class Turns(Case):
         added = {cron: [] for cron in crons}
         for _ in range(48 * 60):
             self.clock.now += 60
-            if pools[0].is_work_there():
+            if pools[0].is_work_ready():
                 for job_id in self.ticks(*pools):
                     cron = self.queue.job(job_id).command
                     added[cron].append(time.localtime(self.clock.now))
@@ -4375,7 +4485,7 @@ class Turns(Case):
 
     def leave_behind(self, claims):
         """The pool is as one that died: no lock, and by its row of an earlier boot."""
-        let_go(claims._lock)
+        let_go(claims.lock)
         self.do("UPDATE workers SET boot = 'earlier' WHERE id = :id", id=claims.worker.id)
 
     def test_a_pool_is_in_the_table_as_it_says_until_it_leaves(self):
@@ -4399,15 +4509,15 @@ class Turns(Case):
         self.assertEqual([one.name for one in self.queue.store.workers()],
                          [f"w#{dead.worker.id}", "w"])
 
-        self.rescuer(claims).forget_dead({})        # it has a job yet
+        gone = self.rescuer(claims).dead()
+        self.turn(by=claims, dead=gone)     # it has a job yet
         self.assertEqual(len(self.queue.store.workers()), 2)
-        [lost] = self.rescuer(claims).stranded({})
-        self.assertEqual((lost.run.job, lost.owner.id), (1, dead.worker.id))
-        [settled] = self.rescuer(claims).record(lost.run)
+        [lost] = self.lost(claims)
+        self.assertEqual((lost.job, [one.id for one in gone]), (1, [dead.worker.id]))
+        [settled] = self.turn(by=claims, lost=[lost], dead=gone).settled
         self.assertEqual((settled.job.state, settled.job.crashes), (FAILED, 1))
         self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
-        self.assertEqual((self.rescuer(claims).stranded({}),
-                          self.rescuer(claims).record(lost.run)), ([], []))
+        self.assertEqual((self.lost(claims), self.rescuer(claims).record(lost)), ([], []))
 
     @NEEDS_LOCKS
     def test_a_pool_s_number_whose_lock_is_held_is_passed_over(self):
@@ -4431,33 +4541,33 @@ class Turns(Case):
     def test_dead_pools_that_hold_nothing_are_forgotten_and_others_are_not(self):
         claims, dead, living = (self.worker(name=name) for name in "abc")
         self.turn(by=living)
-        self.assertEqual(self.rescuer(claims).beats(),
-                         {dead.worker.id: 0, living.worker.id: 1})
         self.leave_behind(dead)
-        self.rescuer(claims).forget_dead({})
+        self.turn(by=claims, dead=self.rescuer(claims).dead())
+        self.assertEqual([one.name for one in claims.last.removed], ["b"])
         self.assertEqual([one.name for one in self.queue.store.workers()], ["a", "c"])
 
-    def test_a_run_whose_pool_is_not_in_the_table_is_stranded(self):
+    def test_a_run_whose_pool_is_not_in_the_table_is_lost(self):
         claims, other = self.worker(name="a"), self.worker(name="b")
         self.job()
         self.claim(claims)
         self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
-        self.assertEqual([(lost.run.job, lost.owner)
-                          for lost in self.rescuer(other).stranded({})], [(1, None)])
+        self.assertEqual([run.job for run in self.lost(other)], [1])
 
-    def test_only_what_was_claimed_ahead_and_left_nothing_is_handed_back(self):
+    @NEEDS_LOCKS
+    def test_a_lost_run_that_had_not_begun_is_released(self):
         self.jobs(5)
         claimed = self.turn(2, ahead=3).claimed
-        for one, has_begun in zip(claimed, ([True], [False], [True], [], [False])):
+        self.claims.start(claimed[2], 3)
+        for one in claimed:
             let_go(one.lock)
-            self.rescuer().record(self.queue.runs(one.job.id)[0], *has_begun)
+            self.rescuer().record(self.queue.runs(one.job.id)[0])
 
         self.assertEqual([(run.outcome, run.duration) for n in range(1, 6)
                           for run in self.queue.runs(f"job-{n}")],
-                         [("lost", None)] * 4 + [("released", None)])
+                         [("lost", None)] * 3 + [("released", None)] * 2)
         self.assertEqual(self.queue.runs("job-5")[0].error,
                          "its worker was lost before it had begun")
-        self.assertEqual(self.queue.stats()[""].lost, 4)
+        self.assertEqual(self.queue.stats()[""].lost, 3)
         self.assertEqual(self.queue.stats()[""].run_time.n, 0)
 
     def test_a_run_claimed_ahead_begins_when_a_slot_is_free(self):
@@ -4465,15 +4575,12 @@ class Turns(Case):
         first, second = self.turn(ahead=2).claimed
         [at_once] = self.turn(1).claimed
         self.clock.now += 5
-        begun = self.claims.begin(first, 2)
-        self.assertEqual(self.claims.begin(at_once, 1), at_once)    # begun with its claim
+        begun = self.claims.start(first, 2)
         self.turn()
 
-        self.assertEqual((begun.slot, second.slot), (2, queuectl.AHEAD))
-        later, run = queuectl.iso(NOON + 5), self.queue.runs("job-1")[0]
-        self.assertEqual((self.queue.job("job-1").started_at, run.started_at, run.slot),
-                         (later, later, 2))
-        self.assertEqual(self.queue.job("job-2").started_at, queuectl.iso(NOON))
+        self.assertEqual((begun.slot, second.slot, at_once.slot), (2, 0, 1))
+        run = self.queue.runs("job-1")[0]
+        self.assertEqual((run.started_at, run.slot), (queuectl.iso(NOON + 5), 2))
 
     def test_until_all_that_is_due_is_in_line_nothing_is_claimed(self):
         self.jobs(queuectl.DUE_BATCH, run_at=NOON + 1, cwd="/")
@@ -4523,7 +4630,7 @@ class Turns(Case):
 
     def test_there_is_work_when_something_may_start_or_its_time_has_come(self):
         def looks():
-            return self.claims.is_work_there(), self.claims.next_due()
+            return self.claims.is_work_ready(), self.claims.next_due()
         self.assertEqual(looks(), (False, None))
         self.queue.add_schedule("s", "*/10 * * * *", command="x")
         self.job(id="late", delay=700)
@@ -4596,13 +4703,13 @@ class Turns(Case):
         found = [one for one in queuectl.Inspection(self.queue).findings()
                  if one.code == "clock"]
         self.assertIn("2 jobs wait longer than their own delay", found[0].message)
-        self.assertTrue(self.claims.is_work_there())
+        self.assertTrue(self.claims.is_work_ready())
         self.turn()
 
         due = {name: queuectl.epoch(self.queue.job(name).run_at) - self.clock.now
                for name in ("late", "noon", "retry")}
         self.assertEqual(due, {"late": 3600, "noon": 3600 + 365 * 86400, "retry": 30})
-        self.assertFalse(self.claims.is_work_there())
+        self.assertFalse(self.claims.is_work_ready())
 
     def test_the_time_in_which_a_job_ran_is_no_wait_of_its_next_run(self):
         self.job()
@@ -4730,20 +4837,6 @@ class Checks(Case):
                 self.spoil(statement)
                 self.assertIn(code, [problem.code for problem in self.problems()])
 
-    def test_what_a_run_that_is_over_has_left_is_told_and_what_runs_is_not(self):
-        self.use()
-        left = [subprocess.Popen(["sleep", "100"],
-                                 env={"QUEUECTL_RUN": self.queue.host.token(claim)})
-                for claim in (1, 2, 77)]
-        for process in left:
-            self.addCleanup(process.wait)
-            self.addCleanup(process.kill)
-        self.assertEqual([(finding.level, finding.message)
-                          for finding in queuectl.Inspection(self.queue).findings()
-                          if finding.code == "stray"], [
-            ("note", f"run 1 of done is over and has left process {left[0].pid}"),
-            ("note", f"a job that was deleted is over and has left process {left[2].pid}")])
-
     def test_a_file_system_is_told_by_the_longest_mount_point(self):
         mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
                   "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
@@ -4770,10 +4863,9 @@ class Views(Case):
     def test_a_worker_says_what_happened_and_what_comes_next(self):
         for base, wait in ((0.01, "0.01s"), (2, "2s")):
             self.job(id=f"base-{base}", backoff_base=base)
-            claim = self.claim().claim
-            settled = self.end(claim, Outcome("failed", 1, "x", 0.02)).settled
+            self.end(self.claim(), Outcome("failed", 1, "x", 0.02))
             self.assertEqual(
-                queuectl.settled_line(settled[0], NOON),
+                queuectl.change_line(self.claims.last.changes[0], NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
     def test_a_worker_is_called_silent_after_three_heartbeats(self):
@@ -4920,6 +5012,33 @@ class Views(Case):
 
 # ---- 14 Runner, 15 Pool ------------------------------------------------------
 
+class ByHand:
+    """An executor whose work is done when the test says so."""
+
+    work = None
+
+    def submit(self, work):
+        self.work, self.future = work, futures.Future()
+        return self.future
+
+    def finish(self):
+        work, self.work = self.work, None
+        work()
+        self.future.set_result(None)
+
+    def fail(self, error):
+        self.work = None
+        self.future.set_exception(error)
+
+
+class InThread(queuectl.Supervisor):
+    """A supervisor in the process of its worker: it reaps nothing, and ends with the link."""
+
+    def _reap(self):
+        if not self._link.is_open:
+            self._status = 0
+
+
 class Pools(Case):
     """A pool in this very process, with real commands; told by its log and the queue."""
 
@@ -4933,14 +5052,27 @@ class Pools(Case):
 
     def run_pool(self, **options):
         """Its exit status; what it says goes to `said`, and `go` is there once it has said
-        the word that the test waits for.
+        the word that the test waits for. Its supervisor is a thread.
         """
         def say(line):
             self.said.append(line)
             if self.word and self.word in line:
                 self.go()
-        return queuectl.run_pool(self.queue, PoolOptions(**{
-            "name": "w", "drain": True, **options}), say)
+        ours, theirs = socket.socketpair()
+        signals, wakeup = [], queuectl.Wakeup()
+        thread = threading.Thread(target=InThread(
+            queuectl.Link(ours), os.getpid(), wakeup, signals).serve)
+        thread.start()
+        note = lambda number, _: signals.append(number)     # noqa: E731
+        with queuectl.handling({signal.SIGTERM: note, signal.SIGINT: note}, wakeup.writer):
+            try:
+                return queuectl.run_worker(self.queue, PoolOptions(**{
+                    "name": "w", "drain": True, **options}), queuectl.Link(theirs), say)
+            finally:
+                theirs.close()
+                thread.join()
+                ours.close()
+                wakeup.close()
 
     def go(self):
         open(self.path_of("go"), "w").close()
@@ -5060,8 +5192,7 @@ class Pools(Case):
         lines = self.last_run("job-1").output.decode().splitlines()
         for line in ("QUEUECTL_JOB_ID=job-1", "QUEUECTL_ATTEMPT=1", "QUEUECTL_QUEUE=q",
                      "QUEUECTL_SLOT=1", f"QUEUECTL_DB={self.path}", "OWN=ü",
-                     "QUEUECTL_TEST=inherited", self.dir,
-                     f"QUEUECTL_RUN={self.queue.host.token(1)}"):
+                     "QUEUECTL_TEST=inherited", self.dir, "QUEUECTL_CLAIM=1"):
             self.assertIn(line, lines)
         self.assertEqual([line for line in lines if line.startswith(("NOTIFY", "WATCH"))], [])
 
@@ -5123,213 +5254,261 @@ class Pools(Case):
         self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, COMPLETED))
         self.assertEqual(self.last_run("job-1").output, b"a\n")
 
-    # What a pool decides between two waits, by a clock that stands still.
-
-    NOW = 1000.0
+    # What a worker decides, step by step.
 
     @contextlib.contextmanager
     def in_hand(self, **options):
-        """A pool that has entered, idle: no time is due, nothing is to be looked at."""
+        """A worker whose steps the test takes, and its supervisor's side of the link."""
         options = PoolOptions(**{"name": "w", "slots": 2, **options})
-        claims = Claims(self.queue, options)
-        gear = queuectl.Gear(queuectl.Wakeup(), [], None, os.open(".", os.O_RDONLY))
-        with mock.patch.object(time, "monotonic", lambda: self.NOW):
-            pool = queuectl.Pool(self.queue, claims, options, gear, self.said.append)
-            pool._look = pool._orders = False
-            pool._beat_at = math.inf
-            pool._version = self.queue.store.changes()
-            try:
-                yield pool
-            finally:
-                claims.leave()
-                gear.wakeup.close()
-                os.close(gear.home)
+        claims = queuectl.Claims(self.queue, options)
+        ours, theirs = socket.socketpair()
+        runner = queuectl.Runner(self.queue, claims, options, queuectl.Link(theirs), None,
+                                 self.said.append)
+        runner._executor = ByHand()
+        try:
+            yield runner, queuectl.Link(ours)
+        finally:
+            self.queue.store.rollback()
+            for command in runner._commands.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(command.pid, signal.SIGKILL)
+                    command.finish()
+            ours.close()
+            runner.close()
+            theirs.close()
+            claims.leave()
 
-    def put(self, pool, changes):
-        for name, value in changes.items():
-            setattr(pool, name, value)
+    def take_steps(self, runner, until, commits=True):
+        """Go on until the condition holds; commits are done or held up."""
+        def step():
+            if commits and runner._executor.work:
+                runner._executor.finish()
+            runner._agenda.want("look")
+            runner._agenda.want("renew")    # so a step waits for nothing
+            runner._step()
+            return until()
+        wait_for(step, "the worker")
 
-    def a_reader(self, **changes):
-        """A client reads along; the one command has printed something new."""
-        talking = types.SimpleNamespace(command=types.SimpleNamespace(
-            output=types.SimpleNamespace(total=1), ends_at=math.inf, watch=9))
-        return {"_peek_until": self.NOW + .5, "_rides": {1: talking}, **changes}
+    def begin_commit(self, runner):
+        """Have a tick written, and its commit held up."""
+        runner._agenda.want("tick")
+        self.take_steps(runner, lambda: runner._commit, commits=False)
 
-    def test_a_pool_sleeps_until_the_first_thing_to_do(self):
-        now, over = self.NOW, queuectl.Ending(self.queue.host, 1, 0.0)
-        for changes, seconds in (
-                ({}, queuectl.DEAF_POLL),
-                ({"_look": True}, 0.0), ({"_orders": True}, 0.0), (self.a_reader(), 0.0),
-                (self.a_reader(_saved={1: 1}), queuectl.DEAF_POLL),
-                (self.a_reader(_peek_at=now + .06), .06),
-                (self.a_reader(_peek_until=now), queuectl.DEAF_POLL),
-                ({"_over": [over]}, 0.0),
-                ({"_look": True, "_free": []}, queuectl.DEAF_POLL),
-                ({"_beat_at": now + .05}, .05), ({"_beat_at": now - 1}, 0.0),
-                ({"_expire_at": now + .04}, .04), ({"_grace_ends": now + .03}, .03),
-                ({"_ready": [1], "_ready_since": now - .02}, .03),
-                ({"_ready": [1], "_ready_since": now - 9}, 0.0),
-                ({"_ended": {1: 1}, "_ended_at": now}, 0.0),
-                ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": [],
-                  "_ready_since": now}, queuectl.RECORD_PAUSE),
-                ({"_retry_at": now + 5}, 5.0),
-                ({"_retry_at": now + 5, "_look": True, "_beat_at": now}, 5.0),
-                ({"_retry_at": now + 5, "_ready": [1], "_ready_since": now}, .05),
-                ({"_retry_at": now, "_look": True}, 0.0),
-                ({"_claim_at": now + .02, "_look": True}, .02),
-                ({"_claim_at": now + .02, "_due_at": NOON + .01}, .02),
-                ({"_due_at": NOON + .07}, .07), ({"_due_at": NOON - 1}, 0.0),
-                ({"_due_at": NOON - 1, "_free": []}, queuectl.DEAF_POLL)):
-            with self.subTest(changes), self.in_hand() as pool:
-                self.queue.clock = lambda: NOON
-                self.put(pool, changes)
-                self.assertAlmostEqual(pool._patience(), seconds, 6)
-        with self.in_hand() as pool:
-            pool._gear.signals.append(signal.SIGTERM)
-            self.assertEqual(pool._patience(), 0.0)
-            pool._gear.signals.clear()
-            pool._notifier.beat_at = now + .01
-            self.assertAlmostEqual(pool._patience(), .01, 6)
+    def ended(self, link):
+        """Which runs the supervisor was asked to end."""
+        return [number for kind, number, *_ in link.receive() if kind == queuectl.END]
 
-    def test_a_turn_is_due_for_output_heartbeats_ends_and_work(self):
-        now = self.NOW
-        for changes, is_due in (
-                ({}, False), ({"_orders": True}, False), (self.a_reader(), True),
-                (self.a_reader(_saved={1: 1}), False),
-                (self.a_reader(_peek_at=now + .1), False),
-                (self.a_reader(_peek_until=now), False),
-                ({"_beat_at": now}, True), ({"_beat_at": now + .1}, False),
-                ({"_ended": {1: 1}, "_ended_at": now}, True),
-                ({"_ended": {1: 1}, "_ended_at": now, "_ready": [1], "_free": []}, False),
-                ({"_retry_at": now + 1, "_beat_at": now}, False),
-                ({"_retry_at": now, "_beat_at": now}, True),
-                ({"_look": True}, False), ({"_due_at": NOON}, False)):
-            with self.subTest(changes), self.in_hand() as pool:
-                self.queue.clock = lambda: NOON
-                self.put(pool, changes)
-                self.assertIs(pool._is_turn_due(), is_due)
-        self.add("true", delay=5)
-        for changes, late, is_due in (
-                ({"_look": True}, 0, False), ({"_look": True}, 6, True), ({}, 6, False),
-                ({"_due_at": NOON + 6}, 6, True), ({"_due_at": NOON + 7}, 6, False),
-                ({"_look": True, "_free": []}, 6, False), ({"_version": -2}, 6, True)):
-            self.queue.clock = lambda late=late: NOON + late
-            with self.subTest(changes, late=late), self.in_hand() as pool:
-                with self.queue.store.transaction() as store:
-                    store.do("UPDATE jobs SET run_at = :at", {"at": queuectl.iso(NOON + 5)})
-                pool._version = changes.pop("_version", self.queue.store.changes())
-                self.put(pool, changes)
-                self.assertIs(pool._is_turn_due(), is_due)
-                if changes.get("_look") and not late:
-                    self.assertEqual((pool._look, pool._due_at), (False, NOON + 5))
+    def test_what_is_wanted_is_due_when_it_is_not_held(self):
+        agenda = queuectl.Agenda(("a", "b"))
+        self.assertEqual(([*agenda.due(9.0)], agenda.sleep(9.0)), ([], math.inf))
+        agenda.want("b", 5.0)
+        agenda.want("b", 7.0)       # the earlier one stays
+        agenda.want("a", 6.0)
+        self.assertEqual(([*agenda.due(4.9)], agenda.sleep(4.5)), ([], 0.5))
+        agenda.hold("b", 8.0)
+        self.assertEqual((agenda.sleep(5.0), [*agenda.due(6.0)]), (1.0, ["a"]))
+        self.assertEqual((agenda.sleep(6.0), [*agenda.due(7.9)]), (2.0, []))
+        self.assertTrue(agenda.is_wanted("b", 5.0))
+        agenda.hold("b")
+        self.assertEqual(([*agenda.due(99.0)], agenda.sleep(99.0)), ([], math.inf))
+        agenda.hold("b", 0.0)
+        agenda.want("a")
+        self.assertEqual(([*agenda.due(99.0)], [*agenda.due(99.0)]), (["a", "b"], []))
+        agenda.want("a")
+        for name in agenda.due(99.0):
+            if name == "a":
+                agenda.want("b")
+                agenda.want("a")
+        self.assertEqual(name, "b")
 
-    def test_a_pool_is_over_when_nothing_is_left_and_it_has_a_reason(self):
-        for options, changes, is_over in (
-                ({}, {}, False), ({}, {"_leaving": "drain"}, True),
-                ({}, {"_leaving": "drain", "_rides": {1: 1}}, False),
-                ({}, {"_leaving": "drain", "_ended": {1: 1}}, False),
-                ({}, {"_leaving": "drain", "_ready": [1]}, False),
-                ({"max_jobs": 3}, {"_taken": 3}, True), ({"max_jobs": 3}, {"_taken": 2}, False),
-                ({"drain": True}, {}, True), ({"drain": True}, {"_beat_at": 0.0}, False),
-                ({"drain": True}, {"_look": True}, False)):
-            with self.subTest(options=options, changes=changes), \
-                    self.in_hand(**options) as pool:
-                self.put(pool, changes)
-                self.assertIs(pool._is_over(), is_over)
-        self.add("true")
-        with self.in_hand(drain=True) as pool:
-            self.assertIs(pool._is_over(), False)
+    def test_an_exit_during_a_commit_is_recorded_by_the_next_one(self):
+        self.add(self.UNTIL_GO)
+        with self.in_hand() as (runner, _):
+            self.take_steps(runner, lambda: runner._commands)
+            self.begin_commit(runner)
+            self.go()
+            self.take_steps(runner, lambda: runner._ended, commits=False)
+            runner._executor.finish()
+            runner._step()
+            self.assertEqual((list(runner._ended), self.state("job-1")), ([1], PROCESSING))
+            self.take_steps(runner, lambda: not runner._ended)
+            self.assertEqual(self.state("job-1"), COMPLETED)
 
-    def test_a_pool_has_room_for_its_slots_and_its_quota(self):
-        now = self.NOW
-        for options, changes, room, ahead in (
-                ({}, {}, 2, 0), ({}, {"_pace": .01}, 2, 6),
-                ({}, {"_pace": .01, "_ready": [1, 2]}, 2, 4),
-                ({}, {"_pace": .01, "_leaving": "drain"}, 0, 0),
-                ({}, {"_pace": .01, "_claim_at": now + 1}, 0, 0),
-                ({}, {"_pace": .01, "_claim_at": now}, 2, 6),
-                ({"max_jobs": 5}, {"_pace": .01}, 2, 3),
-                ({"max_jobs": 5}, {"_pace": .01, "_taken": 4}, 1, 0),
-                ({"max_jobs": 5}, {"_pace": .01, "_taken": 5}, 0, 0),
-                ({}, {"_pace": .01, "_ready": [1] * 9}, 2, 0)):
-            with self.subTest(options=options, changes=changes), \
-                    self.in_hand(**options) as pool:
-                self.put(pool, changes)
-                self.assertEqual((pool._room(), pool._ahead(room)), (room, ahead))
+    def test_a_time_out_during_a_commit_ends_the_tree_at_once(self):
+        self.add("sleep 60", timeout=0.05)
+        with self.in_hand() as (runner, link):
+            self.take_steps(runner, lambda: runner._commands)
+            self.begin_commit(runner)
+            self.take_steps(runner, lambda: self.ended(link) == [1], commits=False)
+            self.assertEqual(runner._commands[1].why, "timeout")
 
-    def test_a_pool_complains_once_of_a_disk_and_of_a_lock_only_if_it_lasts(self):
+    def test_what_is_claimed_when_a_signal_comes_during_its_commit_is_released(self):
+        for signals, ended in ((1, []), (2, [1])):      # the second is as `stop --now`
+            with self.subTest(signals=signals), self.in_hand(slots=4) as (runner, link):
+                self.add("sleep 60")
+                self.take_steps(runner, lambda r=runner: r._commands)
+                second = self.add("sleep 60")
+                self.begin_commit(runner)
+                running = len(runner._commands)
+                for _ in range(signals):
+                    link.send(queuectl.SIGNAL, signal.SIGTERM)
+                self.take_steps(runner, lambda r=runner: r._leaving, commits=False)
+                found = self.ended(link)
+                self.assertEqual(found, list(runner._commands) if ended else [])
+                self.assertIsNotNone(runner._commit)
+                self.take_steps(runner, lambda r=runner: not (r._commit or r._ended))
+                self.assertEqual((self.state(second), len(runner._commands)),
+                                 (PENDING, running))
+                self.assertEqual(self.last_run(second).outcome, "released")
+
+    def test_a_commit_that_fails_has_done_nothing_and_all_of_it_is_done_again(self):
+        self.add(self.UNTIL_GO)
+        with self.in_hand(slots=1) as (runner, _):
+            self.take_steps(runner, lambda: runner._commands)
+            self.go()
+            self.add("true")
+            self.take_steps(runner, lambda: runner._ended, commits=False)
+            self.begin_commit(runner)
+            self.assertEqual(runner._commit.tick.claims[0].job.id, "job-2")
+            runner._executor.fail(queuectl.Unavailable("disk-full", "no room", ""))
+            runner._step()
+            self.assertEqual((list(runner._ended), self.state("job-2"), runner._free),
+                             ([1], PENDING, [1]))
+            self.assertFalse(self.queue.host.locks.is_held(2))
+            self.assertIn("cannot write to the queue, will go on trying: no room", self.said)
+            runner._retry_at = runner._claim_at = 0.0
+            self.take_steps(runner, lambda: self.state("job-2") == COMPLETED)
+            self.assertEqual(self.state("job-1"), COMPLETED)
+
+    def test_the_lease_is_renewed_and_output_read_during_a_commit(self):
+        self.queue.configure("heartbeat", "100ms")
+        self.add(f"{self.UNTIL_GO}; echo more; sleep 60")
+        with self.in_hand() as (runner, link):
+            self.take_steps(runner, lambda: runner._commands)
+            runner._agenda.want("renew")
+            self.begin_commit(runner)
+            self.go()
+            list(link.receive())
+            self.take_steps(runner, lambda: runner._commands[1].output.total, commits=False)
+            self.take_steps(runner, lambda: [one for one in link.receive()
+                                             if one[0] == queuectl.RENEW], commits=False)
+            self.assertIsNotNone(runner._commit)
+
+    def test_an_order_during_a_commit_waits_for_it(self):
+        job_id = self.add("sleep 60")
+        with self.in_hand() as (runner, link):
+            self.take_steps(runner, lambda: runner._commands)
+            self.begin_commit(runner)
+            runner._agenda.want("orders")
+            runner._step()
+            self.assertEqual(self.ended(link), [])
+            runner._executor.finish()
+            with Queue(self.path) as other:
+                other.cancel(job_id)
+            self.take_steps(runner, lambda: self.ended(link) == [1])
+            self.assertEqual(runner._commands[1].why, "cancelled")
+
+    def test_a_worker_complains_once_of_a_disk_and_of_a_lock_only_if_it_lasts(self):
         busy = queuectl.Unavailable("busy", "it is busy", "")
-        with self.in_hand() as pool:
-            pool._complain(busy)
-            self.assertAlmostEqual(pool._retry_at, self.NOW + queuectl.BUSY_PAUSE)
-            self.assertEqual((self.said, pool._failing_since), ([], self.NOW))
-            pool._failing_since = self.NOW - queuectl.POOL_PATIENCE
-            pool._complain(busy)
-            pool._complain(busy)
+        with self.in_hand() as (runner, _):
+            runner._complain(busy)
+            self.assertEqual(self.said, [])
+            runner._failing_since -= queuectl.POOL_PATIENCE
+            runner._complain(busy)
+            runner._complain(busy)
             self.assertEqual(len(self.said), 1)
             self.assertIn("it is busy", self.said[0])
             with mock.patch.object(self.queue.store.db, "relieve") as relieve:
-                pool._complain(queuectl.Unavailable("disk-full", "it is full", ""))
+                runner._complain(queuectl.Unavailable("disk-full", "it is full", ""))
             self.assertEqual((len(self.said), relieve.call_count), (2, 1))
-            self.assertAlmostEqual(pool._retry_at, self.NOW + queuectl.SYNC_PAUSE)
-            pool._turn()
-            self.assertEqual((pool._complaint, pool._failing_since), ("", None))
+            self.assertGreater(runner._retry_at, time.monotonic())
+            runner._retry_at = 0.0
+            self.begin_commit(runner)
+            self.take_steps(runner, lambda: not runner._commit)
+            self.assertEqual((runner._complaint, runner._failing_since), ("", None))
 
     def test_what_the_machine_lacks_hands_the_job_back_for_a_moment(self):
         self.add("true")
         for error, kind in ((OSError(errno.EAGAIN, "no"), "released"),
                             (OSError(errno.ENOEXEC, "no"), "failed"),
                             (ValueError("no"), "failed")):
-            with self.subTest(error), self.in_hand() as pool:
-                pool._taken = 1
-                claimed = queuectl.Claimed(self.queue.job("job-1"), 7, 1, -1, 1)
-                pool._free = [2]
-                pool._not_started(claimed, 1, error)
+            with self.subTest(error), self.in_hand() as (runner, _):
+                runner._taken, runner._free = 1, [2]
+                runner._not_started(queuectl.Claim(self.queue.job("job-1"), 7, 1, -1), error)
                 is_short = kind == "released"
-                self.assertEqual((pool._ended[7].kind, pool._free), (kind, [1, 2]))
-                self.assertEqual((pool._taken, pool._room()), (1 - is_short, 2 - 2 * is_short))
-                if is_short:
-                    self.assertEqual(pool._claim_at, self.NOW + queuectl.SYNC_PAUSE)
-                    pool._heed_times()
-                    self.assertFalse(pool._look)
-                    pool._claim_at = self.NOW
-                    pool._heed_times()
-                    self.assertTrue(pool._look)
-                    self.assertEqual(pool._room(), 2)
+                self.assertEqual((runner._ended[7].kind, runner._free), (kind, [1, 2]))
+                self.assertEqual(runner._taken, 1 - is_short)
+                self.assertEqual(runner._claim_at > time.monotonic(), is_short)
+                runner._ended.clear()
 
-    def test_what_was_claimed_ahead_is_handed_back_in_time(self):
-        self.add("true")
-        for since, leaving, is_kept in ((0.04, None, True), (0.06, None, False),
-                                        (0.0, "drain", False)):
-            with self.subTest(since=since, leaving=leaving), self.in_hand() as pool:
-                claimed = queuectl.Claimed(self.queue.job("job-1"), 7, 1, -1, 0)
-                pool._ready, pool._ready_since = [claimed], self.NOW - since
-                pool._pace, pool._taken, pool._leaving = .001, 1, leaving
-                pool._heed_times()
-                self.assertEqual((len(pool._ready), pool._taken), (is_kept, is_kept))
-                self.assertEqual(pool._pace == math.inf, not is_kept)
-                self.assertEqual([one.kind for one in pool._ended.values()],
-                                 [] if is_kept else ["released"])
+    def test_spare_claims_are_given_back_in_time_and_when_they_are_overtaken(self):
+        self.queue.enqueue_many([Spec("sleep 60", cwd=self.dir)] * 5)
+        with self.in_hand() as (runner, _):
+            runner._pace = .01
+            self.take_steps(runner, lambda: runner._spares)
+            self.assertEqual([one.job.id for one in runner._spares],
+                             ["job-3", "job-4", "job-5"])
+            runner._spares_until = math.inf
+            self.add("true", id="urgent", priority=9)
+            self.begin_commit(runner)
+            self.assertTrue(runner._commit.tick.is_overtaken)
+            self.take_steps(runner, lambda: not runner._spares)
+            self.assertEqual({one.kind for one in runner._ended.values()}, {"released"})
+            runner._pace = .01
+            runner._agenda.want("tick")
+            self.take_steps(runner, lambda: runner._spares)
+            self.assertEqual(runner._spares[0].job.id, "urgent")
+            self.take_steps(runner, lambda: not runner._spares)     # SPARE_PATIENCE
+            self.assertEqual(runner._pace, math.inf)
+            self.take_steps(runner, lambda: not runner._ended)
+            self.assertEqual(self.state("urgent"), PENDING)
+        self.assert_sound(self.queue)
 
-    def test_a_pool_leaves_in_two_steps_and_never_comes_back(self):
-        with self.in_hand(grace=5.0) as pool:
-            pool._leave("drain", "A")
-            self.assertEqual((pool._leaving, pool._grace_ends), ("drain", self.NOW + 5))
-            pool._grace_ends = 7.0
-            pool._leave("drain", "B")
-            pool._leave("now", "C")
-            pool._leave("drain", "D")
-            self.assertEqual((pool._leaving, pool._grace_ends), ("now", 7.0))
+    def test_a_worker_leaves_in_two_steps_and_never_comes_back(self):
+        with self.in_hand(grace=5.0) as (runner, _):
+            runner._leave("drain", "A")
+            self.assertEqual(runner._leaving, "drain")
+            self.assertAlmostEqual(runner._grace_ends, time.monotonic() + 5, 0)
+            ends = runner._grace_ends
+            runner._leave("drain", "B")
+            runner._leave("now", "C")
+            runner._leave("drain", "D")
+            self.assertEqual((runner._leaving, runner._grace_ends), ("now", ends))
         self.assertEqual(self.said, ["A: claiming no more", "C: ending and handing back 0 running"])
 
-    def test_a_service_manager_is_told_how_the_pool_stands(self):
-        for slots, changes, told in (
-                (1, {}, "0 of 1 slot busy"), (2, {"_rides": {1: 1}}, "1 of 2 slots busy"),
-                (2, {"_done": {PENDING: 2, DEAD: 1}}, "0 of 2 slots busy: 2 handed back, 1 dead"),
-                (2, {"_leaving": "now"}, "finishing 0 running")):
-            with self.subTest(told), self.in_hand(slots=slots) as pool:
-                self.put(pool, changes)
-                self.assertEqual(pool._standing(), told)
+    def test_a_service_manager_is_told_how_the_worker_stands(self):
+        with self.in_hand(slots=1) as (runner, _):
+            self.assertEqual(runner._standing(), "0 of 1 slot busy")
+        with self.in_hand() as (runner, _):
+            runner._totals = {PENDING: 2, DEAD: 1}
+            self.assertEqual(runner._standing(), "0 of 2 slots busy: 2 handed back, 1 dead")
+            runner._leaving, runner._totals = "now", {}
+            self.assertEqual(runner._standing(), "finishing 0 running")
+
+    def test_a_directory_on_a_network_is_told_before_it_is_entered(self):
+        os.symlink("/mnt/far", self.path_of("link"))
+        os.symlink(self.path_of("loop"), self.path_of("loop"))
+        mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
+                  "30 22 0:30 / /mnt/far rw shared:1 - nfs4 host:/far rw\n"
+                  "31 22 0:31 / /auto rw - autofs none rw\n"
+                  "32 22 0:32 / /near rw - xfs /dev/vdb rw\n")
+        directories = queuectl.Directories()
+        directories._mounts = mounts
+        for path, is_local in (("/", True), ("/near/x", True), ("/mnt", True),
+                               ("/mnt/far", False), ("/mnt/far/x/y", False), ("/auto/a", False),
+                               (self.dir, True), (self.path_of("link"), False),
+                               (self.path_of("link/x"), False), (self.path_of("loop"), False)):
+            with self.subTest(path):
+                self.assertIs(directories.is_local(path), is_local)
+
+    def test_a_directory_that_is_not_local_is_entered_by_the_child(self):
+        with mock.patch.object(queuectl.Directories, "is_local", lambda self, path: False):
+            self.add("pwd; echo $0")
+            self.queue.enqueue("true", cwd=self.path_of("gone"), max_retries=1)
+            self.run_pool()
+        self.assertEqual(self.last_run("job-1").output.decode(), f"{self.dir}\n/bin/sh\n")
+        self.assertEqual(self.last_run("job-2").exit_code, 126)
+        self.assertIn(self.path_of("gone"), self.queue.job("job-2").error)
 
     def test_a_pool_refuses_where_it_cannot_work(self):
         limits = (50, 60)
@@ -5356,61 +5535,62 @@ class Pools(Case):
                 queuectl._refuse_platform()
             setattr(module, name, old)
 
-    def some_peers(self, looks):
-        """One that watches the other pools of the queue, and its poller."""
-        own = Claims(self.queue, PoolOptions(name="own"))
-        poller = queuectl.Poller()
-        peers = queuectl.Peers(self.queue, own.worker.id, poller, lambda: looks.append(1))
-        self.addCleanup(peers.close)
-        return peers, poller
+    def watched(self, pid, **changes):
+        """What becomes of a worker's watch over another one with that process."""
+        other = Claims(self.queue, PoolOptions(name="other"))
+        with self.queue.store.transaction() as store:
+            store.do("UPDATE workers SET pid = :pid, born = :born WHERE id = :id", {
+                "pid": pid, "id": other.worker.id,
+                "born": changes.get("born", self.queue.host.born(pid))})
+        return other
 
-    def test_the_end_of_another_pool_is_told_by_the_kernel(self):
-        looks, other = [], Claims(self.queue, PoolOptions(name="other"))
+    def test_the_end_of_another_worker_is_told_by_the_kernel(self):
         process = subprocess.Popen(["sleep", "100"])
         self.addCleanup(process.kill)
-        with self.queue.store.transaction() as store:
-            store.do("UPDATE workers SET pid = :pid, born = :born", {
-                "pid": process.pid, "born": self.queue.host.born(process.pid)})
-        self.add("true")
-        let_go(other.turn({}, {}, [1]).claimed[0].lock)
-        peers, poller = self.some_peers(looks)
-        peers.watch()
-        if not peers.are_there():
-            self.skipTest("no pidfd here")
-        self.assertEqual((peers.lost(), looks), ([], []))
-        process.kill()
-        process.wait()
-        poller.wait(DEADLINE)
-        self.assertEqual((looks, peers.are_there()), ([1], False))
-        self.assertEqual([lost.run.job for lost in peers.lost()], [1])
+        other = self.watched(process.pid)
+        self.add("sleep 60")
+        claim = other.turn({}, {}, [1]).claimed[0]
+        with self.in_hand(slots=1) as (runner, link):
+            runner._agenda.want("orders")
+            runner._agenda.want("heartbeat")
+            self.take_steps(runner, lambda: runner._has_begun)
+            if not runner._watches:
+                self.skipTest("no pidfd here")
+            process.kill()
+            process.wait()
+            self.take_steps(runner, lambda: runner._gone)
+            self.assertEqual(self.ended(link), [])      # its lock is held yet
+            let_go(other.lock)
+            let_go(claim.lock)
+            self.take_steps(runner, lambda: self.ended(link) == [claim.claim])
+            link.send(queuectl.ENDED, claim.claim)
+            self.take_steps(runner, lambda: self.queue.job("job-1").crashes == 1)
+            self.take_steps(runner, lambda: len(self.queue.store.workers()) == 1)
 
-    def test_a_process_that_only_has_a_pool_s_number_is_not_watched(self):
+    def test_a_process_that_only_has_a_worker_s_number_is_not_watched(self):
         """As in another container, where that number is another process's."""
-        looks, other = [], Claims(self.queue, PoolOptions(name="other"))
         process = subprocess.Popen(["sleep", "100"])
         self.addCleanup(process.kill)
-        with self.queue.store.transaction() as store:
-            store.do("UPDATE workers SET pid = :pid", {"pid": process.pid})
-        if not self.queue.host.locks.is_held(queuectl.POOL_LOCKS + other.worker.id):
-            self.skipTest("no lock tells that it lives")
-        peers, poller = self.some_peers(looks)
-        peers.watch()
-        self.assertFalse(peers.are_there())
-        process.kill()
-        process.wait()
-        poller.wait(0)
-        self.assertEqual((looks, peers.lost()), ([], []))
+        self.addCleanup(process.wait)
+        self.watched(process.pid, born="1")
+        with self.in_hand() as (runner, _):
+            runner._agenda.want("orders")
+            runner._agenda.want("heartbeat")
+            self.take_steps(runner, lambda: runner._has_begun)
+            self.assertEqual(runner._watches, {})
+            process.kill()
 
     def test_silence_is_measured_by_the_configuration_as_it_is_now(self):
         other = Claims(self.queue, PoolOptions(name="other"))
         self.add("true")
         let_go(other.turn({}, {}, [1]).claimed[0].lock)
-        peers, _ = self.some_peers([])
+        peers = queuectl.Peers(self.queue, Claims(self.queue, PoolOptions(name="own")).worker.id)
         self.queue.configure("heartbeat", "1m")
         self.queue.configure("lease", "3m")
         found = []
         for now in (0, 60, 120, 180):
             with mock.patch.object(time, "monotonic", lambda now=now: float(now)):
+                peers.look()
                 found.append(len(peers.lost()))
         self.assertEqual(found, [0, 0, 0, 1])
 
@@ -5500,7 +5680,7 @@ class Pools(Case):
         self.add("echo again")
         self.add("true", after=["job-1"])
         let_go(dead.turn({}, {}, [1]).claimed[0].lock)
-        let_go(dead._lock)
+        let_go(dead.lock)
         with self.queue.store.transaction() as store:
             store.do("UPDATE workers SET boot = 'earlier'", {})
         self.run_pool()
@@ -5513,10 +5693,8 @@ class Pools(Case):
     def test_a_pool_that_is_taken_for_dead_ends_its_command(self):
         def seize(queue):
             wait_for(lambda: os.path.exists(self.path_of("second")), "the first run")
-            rescuer = queuectl.Rescuer(queue)
             [run] = queue.runs("job-1")
-            rescuer.seize([run])
-            rescuer.record(run)
+            queuectl.Peers(queue).record(run)
             queue.wake(queuectl.NEW_ORDERS)
         self.add("echo $$ >> pids; [ -e second ] || { touch second; sleep 60; }")
         self.beside(seize)
@@ -5538,7 +5716,7 @@ class Pools(Case):
         self.beside(remove)
         self.assertEqual(self.run_pool(), 1)
         self.assertRegex(self.said[-1], "^error: .* so this worker ends its jobs and stops")
-        self.assertFalse(is_running(self.read("pid")))
+        os.killpg(int(self.read("pid")), signal.SIGKILL)     # as its supervisor would
 
     def test_what_is_over_for_long_enough_is_deleted_beside_the_work(self):
         self.add("true")
@@ -6785,7 +6963,7 @@ class CommandLine(Case):
                       f"{queuectl.systemd_word(os.path.dirname(MODULE))} "
                       f'--db "{self.path}" worker start '
                       "--count 2 --queue a --queue b --backoff-base 0.5 --grace 90\n", out)
-        for line in ("Type=notify", "NotifyAccess=main", "KillMode=mixed",
+        for line in ("Type=notify", "NotifyAccess=all", "KillMode=mixed",
                      "TimeoutStopSec=110s", "OOMPolicy=continue", "Restart=on-failure",
                      "WatchdogSec=60", "WantedBy=multi-user.target"):
             self.assertIn(f"\n{line}\n", out)
@@ -6958,12 +7136,19 @@ class Processes(Case):
 
     def end(self, process):
         if process.poll() is None:
-            process.kill()
+            self.kill_both(process)
+        kill(*members(os.path.realpath(self.path)))
+
+    def kill_worker(self, process):
+        """Kill the worker; its supervisor ends what it ran, and itself."""
+        os.kill(child_of(process.pid), signal.SIGKILL)
         process.wait()
-        with contextlib.suppress(queuectl.QueueError), Queue(self.path, False) as queue:
-            for row in queue.store.rows(queuectl.Sql.UNDER_WAY):
-                for pid in queue.host.members(row[0]):
-                    queue.host.signal(pid, signal.SIGKILL)
+
+    def kill_both(self, process):
+        """Kill supervisor and worker so that neither can do anything more."""
+        process.send_signal(signal.SIGSTOP)
+        kill(child_of(process.pid) or 0x7fffffff, process.pid)
+        process.wait()
 
     def job(self, job_id):
         with Queue(self.path, create=False) as queue:
@@ -7147,9 +7332,10 @@ class Program(Processes):
         return self.call("worker", "start", "--drain", env={
             **os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(MODULE))})
 
-    def test_a_pool_that_cannot_end_trees_any_more_ends_with_the_error(self):
+    def test_a_worker_that_fails_ends_with_the_error(self):
         self.enqueue("sleep 2", "--timeout", "50ms")
-        code, _, err = self.drain_changed("queuectl.Ender._step = lambda self: 1 / 0")
+        code, _, err = self.drain_changed(
+            "queuectl.Runner._hear_supervisor = lambda self: 1 / 0")
         self.assertEqual(code, 1)
         self.assertIn("ZeroDivisionError", err)
 
@@ -7197,12 +7383,13 @@ queuectl.SQLite.changes = changes""")
     def test_a_want_of_descriptors_is_not_the_job_s_failure(self):
         worker = self.worker()
         wait_for(lambda: self.call("worker", "list")[1], "the worker")
-        limits = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
-        in_use = len(os.listdir(f"/proc/{worker.pid}/fd"))
-        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (in_use + 2, limits[1]))
+        own = child_of(worker.pid)
+        limits = resource.prlimit(own, resource.RLIMIT_NOFILE)
+        in_use = len(os.listdir(f"/proc/{own}/fd"))
+        resource.prlimit(own, resource.RLIMIT_NOFILE, (in_use + 2, limits[1]))
         self.enqueue("true", "--max-retries", "1")
         wait_for(lambda: self.read("worker.log").count("\n") > 1, "the trouble")
-        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, limits)
+        resource.prlimit(own, resource.RLIMIT_NOFILE, limits)
 
         self.wait_state("job-1", COMPLETED)
         self.assertEqual(self.job("job-1").attempts, 1)
@@ -7249,8 +7436,7 @@ queuectl.SQLite.changes = changes""")
         wait_for(lambda: os.path.exists(self.path_of("second"))
                  and len(self.read("pids").split()) == 2, "the start")
         left = self.read("pids").split()
-        first.kill()
-        first.wait()
+        self.kill_worker(first)
         self.worker("--name", "next")
         self.wait_state("job-1", COMPLETED)
 
@@ -7266,8 +7452,7 @@ queuectl.SQLite.changes = changes""")
         worker = self.worker("--name", "w")
         wait_for(lambda: os.path.exists(self.path_of("pid")) and self.read("pid"), "a start")
         self.assertEqual(json.loads(self.call("check", "--json")[1])["sound"], True)
-        worker.kill()
-        worker.wait()
+        self.kill_both(worker)
 
         code, out, _ = self.call("check", "--json")
         found = [one for one in json.loads(out)["findings"] if one["code"] == "lost-run"]
@@ -7284,8 +7469,7 @@ queuectl.SQLite.changes = changes""")
         wait_for(lambda: self.call("worker", "list")[1].count("pid") == 2, "the new one")
         self.enqueue("touch began; sleep 100", "--queue", "q")
         wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
-        new.kill()
-        new.wait()
+        self.kill_worker(new)
 
         self.wait_state("job-1", FAILED)    # nobody is there to run it again
 
@@ -7296,8 +7480,7 @@ queuectl.SQLite.changes = changes""")
         wait_for(lambda: os.path.exists(self.path_of("second")), "the start")
         self.worker("--name", "next")
         wait_for(lambda: len(json.loads(self.call("worker", "list", "--json")[1])) == 2)
-        first.kill()
-        first.wait()
+        self.kill_worker(first)
 
         self.wait_state("job-1", COMPLETED)
         self.assertEqual(self.job("job-1").crashes, 1)
@@ -7312,11 +7495,13 @@ queuectl.SQLite.changes = changes""")
         with contextlib.closing(sqlite3.connect(self.path, timeout=DEADLINE,
                                                 isolation_level=None)) as rival:
             rival.execute("BEGIN IMMEDIATE")    # not with the lock in its hands
-            first.send_signal(signal.SIGSTOP)
-            self.addCleanup(first.send_signal, signal.SIGCONT)
+            first.send_signal(signal.SIGSTOP)   # and its supervisor, as by Ctrl+Z
             os.waitpid(first.pid, os.WUNTRACED)
+            worker = child_of(first.pid)
+            os.kill(worker, signal.SIGSTOP)
         self.worker("--name", "next")
         wait_for(lambda: len(self.read("runs").split()) == 2, "the second run")
+        os.kill(worker, signal.SIGCONT)
         first.send_signal(signal.SIGCONT)
         self.wait_state("job-1", COMPLETED)
 
@@ -7369,8 +7554,7 @@ queuectl.SQLite.changes = changes""")
                  and os.path.exists(self.path_of("began2")), "the start")
         self.assertEqual(self.call("cancel", "job-1")[0], 0)
         self.assertEqual(self.job("job-1").state, CANCELLED)
-        worker.kill()
-        worker.wait()
+        self.kill_both(worker)
         self.assertEqual(self.call("cancel", "job-2")[0], 0)
         self.assertEqual(self.job("job-2").state, CANCELLED)
 
@@ -7792,8 +7976,7 @@ queuectl.SQLite.changes = changes""")
                 running = {worker.worker.pid: worker.running for worker in queue.workers()}
                 pools.sort(key=lambda pool, running=running: not running.get(pool.pid))
                 victim = pools.pop(chance.choice((0, 0, 1)))    # mostly the busy one
-                victim.kill()
-                victim.wait()
+                self.kill_worker(victim)
                 pools.append(start())
             wait_for(lambda: queue.counts()[COMPLETED] == 40, "the end")
             crashes = sum(job.crashes for job in queue.jobs())
@@ -7802,6 +7985,114 @@ queuectl.SQLite.changes = changes""")
         self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
         self.assertGreater(crashes, 2)
         self.assertEqual(len(set(self.read("ran").split())), 40)
+
+
+# A process tree that nothing names: it has left its session, closed what it inherited and
+# cleared its environment, and its parent is gone.
+ESCAPING = """
+import os, sys, time
+for _ in range(2):
+    if os.fork():
+        os._exit(0) if _ else time.sleep(1000)
+    os.setsid()
+with open(sys.argv[1], "a") as file:
+    file.write(f"{os.getpid()}\\n")
+os.closerange(0, 256)
+os.execve(sys.executable, ["escaped", "-c", "import time; time.sleep(1000)"], {})
+"""
+
+
+@unittest.skipUnless(sys.platform == "linux", "needs the subreapers of Linux")
+class Supervised(Processes):
+    """Nothing that a worker has started outlives it, whoever is killed."""
+
+    TREES = 10
+
+    def escaped(self):
+        """A worker, and the ids of processes of its jobs that have left all bounds."""
+        write_bytes(self.path_of("escape.py"), ESCAPING.encode())
+        self.call("config", "set", "lease", "1s")
+        self.call("config", "set", "heartbeat", "100ms")
+        for _ in range(self.TREES):
+            self.enqueue(f"{shlex.quote(sys.executable)} escape.py pids")
+        worker = self.worker("-c", str(self.TREES))
+        wait_for(lambda: os.path.exists(self.path_of("pids"))
+                 and len(self.read("pids").split()) == self.TREES, "the trees")
+        return worker, self.read("pids").split()
+
+    def assert_gone(self, pids):
+        wait_for(lambda: not any(map(is_running, pids)), "the end of all")
+
+    def outcomes(self):
+        with Queue(self.path) as queue:
+            return [run.outcome for job in queue.jobs() for run in queue.runs(job.id)]
+
+    def test_a_killed_worker_leaves_nothing(self):
+        worker, pids = self.escaped()
+        os.kill(child_of(worker.pid), signal.SIGKILL)
+        self.assertEqual(worker.wait(DEADLINE), 1)
+        self.assertFalse(any(map(is_running, pids)))
+        self.assertIn("error: the worker was killed by SIGKILL: all that it ran was killed",
+                      self.read("worker.log"))
+
+    def test_a_worker_that_answers_no_more_is_killed_with_all_that_it_has_started(self):
+        worker, pids = self.escaped()
+        os.kill(child_of(worker.pid), signal.SIGSTOP)
+        self.assertEqual(worker.wait(DEADLINE), 1)
+        self.assertFalse(any(map(is_running, pids)))
+        self.assertIn("the worker did not answer for 1s", self.read("worker.log"))
+
+    def test_a_worker_without_its_supervisor_ends_all_and_hands_it_back(self):
+        worker, pids = self.escaped()
+        own = child_of(worker.pid)
+        worker.kill()
+        self.assert_gone([*pids, own])
+        self.assertEqual(self.outcomes(), ["released"] * self.TREES)
+        self.assertIn("this worker's supervisor was killed", self.read("worker.log"))
+
+    def test_a_stopped_worker_takes_up_its_work_again(self):
+        """As by Ctrl+Z and fg: its supervisor was stopped, too, and no other took over."""
+        self.call("config", "set", "lease", "1s")
+        self.call("config", "set", "heartbeat", "100ms")
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .05; done")
+        worker = self.worker("--drain")
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        pids = [child_of(worker.pid), worker.pid]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                os.kill(pid, number)
+            time.sleep(2 * (number == signal.SIGSTOP))  # twice the lease
+        write_bytes(self.path_of("go"), b"")
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(self.outcomes(), ["completed"])
+
+    def test_what_jobs_leave_in_the_background_ends_with_the_worker(self):
+        self.enqueue("setsid sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+        self.assertEqual(self.call("worker", "start", "--drain")[0], 0)
+        self.assertFalse(is_running(self.read("pid")))
+
+    def test_orphans_are_reaped(self):
+        self.call("config", "set", "heartbeat", "100ms")
+        self.enqueue("(sleep .2 &) ; true")
+        worker = self.worker()
+        self.wait_state("job-1", COMPLETED)
+        own = child_of(worker.pid)
+
+        def zombies():
+            with contextlib.suppress(OSError):
+                return [pid for pid in queuectl._pids()
+                        if re.search(rb"\) Z %d " % own, queuectl._read(f"/proc/{pid}/stat"))]
+        wait_for(lambda: child_of(own) is None and not zombies(), "the orphan's end")
+
+    def test_a_signal_to_the_whole_group_counts_once(self):
+        self.enqueue("touch began; while [ ! -e go ]; do sleep .05; done")
+        worker = self.worker(start_new_session=True)
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        os.killpg(worker.pid, signal.SIGTERM)
+        wait_for(lambda: "SIGTERM: finishing 1 running" in self.read("worker.log"), "the log")
+        write_bytes(self.path_of("go"), b"")
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertEqual(self.outcomes(), ["completed"])
 
 
 class WebServer(Processes):
@@ -9066,8 +9357,7 @@ class Kernels(Processes):
                 self.wait_state(first, PROCESSING)
                 self.assertIn("w  pid", self.call("worker", "list")[1])
                 self.assertNotIn("lost", self.call("check")[1])
-                worker.kill()
-                worker.wait()
+                self.kill_worker(worker)
                 write_bytes(self.path_of("go"), b"")
                 self.drain()
                 self.assertEqual((self.job(first).state, self.job(first).crashes),
@@ -9132,7 +9422,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
             turn = claims.turn({}, {}, [1])
             for one in turn.claimed:
                 let_go(one.lock)
-            let_go(claims._lock)
+            let_go(claims.lock)
             with queue.store.transaction() as store:
                 store.do("UPDATE workers SET boot = 'gone', host = 'gone', heartbeat_at "
                          "= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', :ago) WHERE id = :id",
@@ -9234,7 +9524,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
              ["worker", "list"], ["stats"], ["events"], ["config", "list"], ["dlq"],
              ["queue", "list"], ["schedule", "list"], ["wait", "job-1"])
     WRITES = (["enqueue", "true"], ["cancel", "job-2"], ["retry", "job-1"], ["pause"],
-              ["worker", "start", "--drain"], ["config", "set", "lease", "1m"],
+              ["config", "set", "lease", "1m"],
               ["delete", "job-1", "--json"])
 
     def a_medium(self):
@@ -9273,6 +9563,8 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                 self.assertEqual(told[:2], [1, ""])
                 self.assertIn("is read-only", told[2])
         self.assertEqual(json.loads(said[-1][2])["error"]["code"], "unwritable")
+        code, _, err = self.call("worker", "start", "--drain", **options)
+        self.assertEqual((code, "is read-only" in err), (1, True), err)
         self.assertEqual(sorted(os.listdir(os.path.dirname(self.path))), names)
 
     def test_a_queue_on_a_read_only_disk_can_be_read_and_not_changed(self):
@@ -9994,7 +10286,7 @@ class Names(Processes):
 # What each job does. Its lines in the ledger are one write each, so they never mix;
 # its lock is its own, so two runs at once are seen by the job itself.
 JOB = r"""
-id=$QUEUECTL_JOB_ID run=${QUEUECTL_RUN##*-}
+id=$QUEUECTL_JOB_ID run=$QUEUECTL_CLAIM
 note() { read -r up _ </proc/uptime; echo "$1 $id $run $$ $up" >>ledger; }
 exec 9>>"locks/$id"
 flock -n 9 || note overlap
@@ -10093,7 +10385,6 @@ class History:
             self.broken = [message.format(*row) for _, message, rule in queuectl.Sql.RULES
                            for row in rows(rule)]
             self.workers = rows("SELECT name FROM workers")
-            self.token = queue.host.token(0)[:-1]
         self.gone = {id for one in told for id in one.ids if one.verb == "purge"
                      or (one.verb == "delete" and one.status != 1)}
 
@@ -10152,7 +10443,7 @@ class History:
         for run in self.runs if self.is_exact else ():
             fate = fates.get(run.claim)
             if {"completed": "end", "failed": "failed"}.get(run.outcome, fate) != fate \
-                    or (run.outcome == "lost" and run.slot == queuectl.AHEAD and not fate):
+                    or (run.outcome == "lost" and not fate):
                 yield f"run {run.claim} of {run.job} is {run.outcome}, but {fate}"
 
     def alone(self):
@@ -10243,17 +10534,10 @@ class History:
 
     def left(self):
         """After the last worker: no other and no process is left, the file is private."""
-        found = [("workers", self.workers), ("processes", token_holders(self.token)),
+        found = [("workers", self.workers), ("processes", members(os.path.realpath(self.path))),
                  ("mode", [oct(mode) for mode in [os.stat(self.path).st_mode & 0o777]
                            if mode != 0o600])]
         return [f"left: {what} {which}" for what, which in found if which]
-
-
-def token_holders(token):
-    """The processes of all runs of a database."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()
-            and f"QUEUECTL_RUN={token}".encode() in queuectl._read(f"/proc/{name}/environ")
-            and is_running(name)]
 
 
 class Nemesis:
@@ -10336,7 +10620,8 @@ class Nemesis:
             log = file.read()
         is_muted, started = name in self.muted, f"worker {name} started" in log
         in_charge = started and not is_muted and f"worker {name} stopped" not in log
-        fitting = [0, -signal.SIGKILL]
+        fitting = [0, -signal.SIGKILL,
+                   *([1, *SIGNALLED] if name in self.hurt else [])]
         if not in_charge:
             # Python's own words for a SIGINT before ours are loaded; 1 is its own, too.
             # A later signal, or a gap, cuts them off.
@@ -10349,8 +10634,8 @@ class Nemesis:
         if status not in fitting:
             self.strange.append(f"pool {name} ended with {status}")
         self.strange += [f"{name}: {line}" for line in log.splitlines()
-                         if "Traceback" in line or "rror:" in line
-                         or "itself failed" in line]
+                         if "Traceback" in line or "itself failed" in line
+                         or ("rror:" in line and name not in self.hurt)]
 
     def after(self, seconds, action):
         self.later.append((time.monotonic() + seconds, action))
@@ -10576,9 +10861,17 @@ class Nemesis:
             file.write(struct.pack("d", self.chance.uniform(-size, size)))
 
     def kill_pool(self):
+        """kill -9: the worker, its supervisor, or both at once."""
         name = self.some_pool()
-        self.hurt.add(name)
-        self.kill(self.pools[name])
+        pool, how = self.pools[name], self.chance.choice(("worker", "supervisor", "both"))
+        worker = child_of(pool.pid)
+        if pool.poll() is None and worker:
+            self.hurt.add(name)
+            self.done[f"kills of {how}"] += 1
+            if how == "both":
+                pool.send_signal(signal.SIGSTOP)
+            kill(*{"worker": [worker], "supervisor": [pool.pid],
+                   "both": [worker, pool.pid]}[how])
 
     def freeze_pool(self):
         name = self.some_pool()
@@ -10586,12 +10879,17 @@ class Nemesis:
         if pool.poll() is None:
             self.done["freezes"] += 1
             self.hurt.add(name)
-            pool.send_signal(signal.SIGSTOP)
-            self.after(self.chance.uniform(0.1, 5), lambda: self.thaw(pool))
+            pids = [child_of(pool.pid) or pool.pid, pool.pid]
+            pids = pids[:self.chance.choice((1, 2))]    # or both, as by Ctrl+Z
+            for pid in pids:
+                self.signal(pid, signal.SIGSTOP)
+            self.after(self.chance.uniform(0.1, 5), lambda: [
+                self.signal(pid, signal.SIGCONT) for pid in pids])
 
-    def thaw(self, pool):
-        if pool.poll() is None:
-            pool.send_signal(signal.SIGCONT)
+    @staticmethod
+    def signal(pid, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
     def signal_pool(self):
         """As Ctrl+C and its kin, to the whole group; at times twice."""
@@ -10616,7 +10914,7 @@ class Nemesis:
     def kill_job(self):
         """A signal to the group of a job that runs: its own doing, as far as we know."""
         for note in reversed(read_ledger(self.dir)[-20:]):
-            token = f"-{note.claim}\0".encode()
+            token = f"QUEUECTL_CLAIM={note.claim}\0".encode()
             if token in queuectl._read(f"/proc/{note.pid}/environ"):
                 with contextlib.suppress(ProcessLookupError):
                     self.done["job signals"] += 1
@@ -10760,35 +11058,70 @@ class Process:
         self.fate = None        # done, failed: by itself; killed: by a signal
 
 
+class ModelEnding:
+    """How a supervisor ends what a lost run has left: it asks, then kills."""
+
+    def __init__(self, world, claim):
+        self.world, self.claim, self.number = world, claim, signal.SIGTERM
+
+    def step(self):
+        """One look; True when nothing is left."""
+        left = self.world.holders(self.claim)
+        for pid in left:
+            self.world.signal(pid, self.number)
+        self.number = signal.SIGKILL
+        return not left
+
+
 class ModelPool:
-    """What `Pool` does, step by step: it turns, starts, obeys, watches, rescues."""
+    """What `Runner` does, step by step: it ticks, starts, obeys, watches, rescues."""
 
     def __init__(self, world, name):
         self.world, self.claims = world, world.q.Claims(
             world.queue, world.q.PoolOptions(slots=2, name=name))
         self.id = self.claims.worker.id
-        self.rescuer = world.q.Rescuer(world.queue, self.id)
+        self.peers = world.q.Peers(world.queue, self.id)
         self.pid = world.enter(self)
         self.state, self.beat_at = "alive", world.mono
         self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
         self.why = {}                                       # claim: why it is being ended
-        self.silence = world.q.Silence()
-        self.rescues = {}
+        self.rescues, self.seized, self.over, self.dead = {}, [], [], []
 
     def turn(self):
-        for _ in range(len(self.waiting)):      # mostly, threads start them before
+        """A tick; at times its commit fails, or a command exits meanwhile."""
+        for _ in range(len(self.waiting)):      # mostly, they have started before
             if self.world.chance.random() < 0.7:
                 self.start()
-        self.hand_back()
-        busy = {claimed.claim for claimed in self.waiting} | set(self.rides)
-        ahead = self.world.chance.choice((0, 0, 1, 2))
-        turn = self.claims.turn(self.ended, {}, range(1, 3 - len(busy)), ahead)
-        self.ended, self.beat_at = {}, self.world.mono
-        for claimed in turn.claimed:
-            self.world.claimed(claimed)
-        self.waiting += turn.claimed
-        for claim in busy:
-            wish = turn.mine.get(claim, queuectl.LOST)
+        self.give_back()
+        busy = {claim.number for claim in self.waiting} | set(self.rides)
+        spares = self.world.chance.choice((0, 0, 1, 2))
+        report = self.world.q.Report(
+            dict(self.ended), tuple(self.over), tuple(self.seized), tuple(self.dead),
+            beats=self.world.chance.random() < 0.9)
+        tick = self.claims.tick(report, [*range(1, 3 - len(busy)), *[0] * spares])
+        if self.world.chance.random() < 0.05:
+            self.claims.failed(tick)
+            self.world.held -= {claim.number for claim in tick.claims}
+            return
+        self.claims.commit()
+        self.reap()
+        if self.world.chance.random() < 0.02:   # committed, and dead before it knows
+            self.world.held -= {claim.number for claim in tick.claims}
+            self.world.kill(self)
+            return
+        self.claims.committed(tick, report)
+        self.ended = {claim: outcome for claim, outcome in self.ended.items()
+                      if claim not in report.ended}
+        self.over, self.dead = self.over[len(report.lost):], []
+        self.beat_at = self.world.mono if report.beats else self.beat_at
+        for claim in tick.claims:
+            self.world.claimed(claim)
+        self.waiting += tick.claims
+        for run in self.seized[:len(report.seized)]:
+            self.rescues[run.claim] = run, ModelEnding(self.world, run.claim)
+        self.seized = self.seized[len(report.seized):]
+        for claim in busy - self.ended.keys():
+            wish = tick.mine.get(claim, queuectl.LOST)
             if wish is not None:
                 self.end(claim, queuectl.STOPPED if wish == queuectl.CANCEL else wish)
 
@@ -10800,20 +11133,22 @@ class ModelPool:
     def start(self):
         """Start what was claimed first, unless it was to be ended before it began."""
         if self.waiting and len(self.rides) < 2:
-            claimed = self.claims.begin(self.waiting.pop(0), 1)
-            if claimed.claim in self.why:
-                self.world.held.discard(claimed.claim)
-                self.ended[claimed.claim] = self.world.q.Outcome(self.why[claimed.claim])
+            claim = self.waiting.pop(0)
+            if not claim.slot:
+                claim = self.claims.begin(claim, 1)
+            if claim.number in self.why:
+                self.world.held.discard(claim.number)
+                self.ended[claim.number] = self.world.q.Outcome(self.why[claim.number])
             else:
-                self.rides[claimed.claim] = self.world.start(claimed)
+                self.rides[claim.number] = self.world.start(claim)
 
-    def hand_back(self):
-        """Give up, at times, what was claimed ahead and found no slot."""
-        for claimed in list(self.waiting):
-            if claimed.slot == queuectl.AHEAD and self.world.chance.random() < 0.3:
-                self.waiting.remove(claimed)
-                self.world.held.discard(claimed.claim)
-                self.ended[claimed.claim] = self.world.q.Outcome("released")
+    def give_back(self):
+        """Give up, at times, spare claims that found no slot."""
+        for claim in list(self.waiting):
+            if not claim.slot and self.world.chance.random() < 0.3:
+                self.waiting.remove(claim)
+                self.world.held.discard(claim.number)
+                self.ended[claim.number] = self.world.q.Outcome("released")
 
     def reap(self):
         """Hand over the outcome of what has exited."""
@@ -10829,28 +11164,26 @@ class ModelPool:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
     def watch(self):
-        silent = self.silence.look(
-            self.rescuer.beats(), self.world.mono, self.world.q.silence_gap(self.world.settings))
-        fresh = [lost for lost in self.rescuer.stranded(silent)
-                 if lost.run.claim not in self.rescues]
-        if fresh:
-            self.rescuer.seize(run for run, _ in fresh)
-        for lost in fresh:
-            self.world.suspected(lost.run)
-            self.rescues[lost.run.claim] = lost.run, self.world.q.Ending(
-                self.world, lost.run.claim, self.world.settings.kill_grace, lost=lost)
-        self.rescuer.forget_dead(silent)
+        with mock.patch.object(self.world.q.time, "monotonic", lambda: self.world.mono):
+            self.peers.look()
+        known = {*self.rescues, *(run.claim for run in (*self.over, *self.seized))}
+        for run in self.peers.lost():
+            if run.claim not in known:
+                self.world.suspected(run)
+                self.seized.append(run)
+        self.dead = self.peers.dead()
 
     def rescue(self):
-        """One look at one lost run's leftovers; record it when nothing is left."""
+        """One look at what each lost run has left; recorded when nothing is left."""
         for claim, (run, ending) in list(self.rescues.items()):
-            if ending.step(self.world.mono, self.world.living()):
+            if ending.step():
                 del self.rescues[claim]
-                self.rescuer.record(run, ending.has_begun)
+                self.over.append(run)
 
     def round(self):
         for step in (self.reap, self.turn, self.start, self.start, self.watch, self.rescue):
-            step()
+            if self.state == "alive":
+                step()
 
 
 class World:
@@ -10909,19 +11242,18 @@ class World:
     def is_held(self, offset):
         return offset in self.held
 
-    def living(self):
-        return [queuectl.Process(self.pid_of(one.claim), one.claim, 0, 0)
-                for one in self.processes.values() if one.fate is None]
-
-    def members(self, claim):
-        return [one.pid for one in self.living() if one.claim == claim]
+    def process_of(self, run):
+        return 0 if run.claim in self.processes else None
 
     def holders(self, claim):
+        """The processes of a run, or who is about to start it, by its lock."""
         if claim not in self.held:
             return []
-        return self.members(claim) or [
-            pool.pid for pool in self.pools.values()
-            if claim in [claimed.claim for claimed in pool.waiting]]
+        process = self.processes.get(claim)
+        if process and process.fate is None:
+            return [self.pid_of(claim)]
+        return [pool.pid for pool in self.pools.values()
+                if claim in [one.number for one in pool.waiting]]
 
     def signal(self, pid, number):
         if pid < 100_000:
@@ -10942,10 +11274,15 @@ class World:
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
 
     def kill(self, pool):
-        """kill -9: its processes live on, and the locks that they have inherited."""
+        """kill -9: its supervisor ends its processes, or was killed as well: then they
+        live on, and the locks that they have inherited.
+        """
         pool.state = "dead"
-        self.held -= {claimed.claim for claimed in pool.waiting}
+        self.held -= {claim.number for claim in pool.waiting}
         pool.waiting = []
+        if self.chance.random() < 0.5:
+            for claim in pool.rides:
+                self.signal(self.pid_of(claim), signal.SIGKILL)
 
     # What the rules say of the moment itself.
 
@@ -10955,17 +11292,17 @@ class World:
         if self.queue.job(claimed.job.id).unmet:
             self.broken.append(f"ordered: {claimed.job.id} before {claimed.job.after}")
 
-    def start(self, claimed):
-        job = claimed.job
+    def start(self, claim):
+        job = claim.job
         alive = [p for p in self.processes.values() if p.fate is None]
         if any(p.job.id == job.id for p in alive):
-            self.note("overlap", job, claimed.claim)
+            self.note("overlap", job, claim.number)
         if job.queue == "one" and any(p.job.queue == "one" for p in alive):
-            self.note("crowd", job, claimed.claim)
-        self.note("start", job, claimed.claim)
-        process = Process(job, claimed.claim, self.chance.random() < 0.3)
-        self.processes[claimed.claim] = process
-        self.held.add(claimed.claim)
+            self.note("crowd", job, claim.number)
+        self.note("start", job, claim.number)
+        process = Process(job, claim.number, self.chance.random() < 0.3)
+        self.processes[claim.number] = process
+        self.held.add(claim.number)
         return process
 
     def suspected(self, run):
@@ -11077,8 +11414,8 @@ class World:
         for pool in self.pools.values():
             if pool.state == "frozen" and self.chance.random() < 0.7 and (
                     any(ride.fate == "killed" for ride in pool.rides.values())
-                    or any(process.job.id == claimed.job.id and process.fate is None
-                           for claimed in pool.waiting
+                    or any(process.job.id == claim.job.id and process.fate is None
+                           for claim in pool.waiting
                            for process in self.processes.values())):
                 pool.state = "alive"
 
@@ -11167,7 +11504,7 @@ MUTANTS = (
     ("charged", "a crash is charged as an attempt", (("settle", "if LOST", "False"),)),
     # Ledger.
     ("truthful", "a run that a rescuer ended counts as failed", (
-        ("record", "call judged", "end.outcome"),)),
+        ("record", "call judged", "outcome"),)),
     ("caused", "a change of state without its event", (("move", "INSERT_EVENT", ""),)),
     ("summed", "the counters are not kept", (("move", "count", ""),)),
     ("punctual", "a job is due at once", (
@@ -11183,26 +11520,22 @@ MUTANTS = (
     # Claims.
     ("caused", "no fence: a late worker ends a later claim", (
         ("MOVE", "AND COALESCE(claim, 0) = :held", ""), ("SQLite.write", "Stale", ""),
-        ("Claims.turn", "if mine", "True"),
-        ("Claims.turn", "call _replace", "self._held[claim].job"))),
+        ("Claims._write", "if mine", "True"),
+        ("Claims._write", "call _as_now", "self._held[claim]"))),
     ("caused", "read, then write: the job is chosen before the transaction", (
         ("MOVE", "AND state = :source AND COALESCE(claim, 0) = :held", ""),
         ("SQLite.write", "Stale", ""),
-        ("Claims.turn", "call transaction",
-         "self._host.choose_early(self, len(free)).transaction()"),
+        ("Claims.tick", "call begin", "self._host.choose_early(self, len(free)).begin()"),
         ("Claims._claim", "call _choose", "self.early"))),
     ("alone", "the run's lock is taken after the claim's commit", (
         ("Claims._draw", "call hold", "-1"),)),
     ("alone", "a queue's limit ignores what this turn has claimed", (
         ("Claims._room", "call running.get", "0"), ("Claims._room", "call noted", "0"))),
-    # Rescuer.
-    ("excused", "a pool is lost as soon as it is silent", (
-        ("Rescuer.stranded", "call lease_of", "1e-9"),)),
-    ("truthful", "what was claimed ahead and has not begun is charged as a crash", (
-        ("Rescuer.record", "if AHEAD", "False"),)),
-    # Ending.
-    ("alone", "recovery unguarded: what a lost worker left is not ended first", (
-        ("Ending.step", "if is_held", "True"),)),
+    # Peers.
+    ("excused", "a worker is lost as soon as it is silent", (
+        ("Peers.lost", "call lease_of", "1e-9"),)),
+    ("truthful", "what has not begun is charged as a crash", (
+        ("lost_end", "if process_of", "False"),)),
 )
 
 
@@ -11280,8 +11613,6 @@ def model(module, seeds, rule="", steps=300):
     return taken, []
 
 
-@unittest.skipIf(sys.implementation.name == "pypy",
-                 "PyPy 7.3 itself dies in it, of a segmentation fault")
 class Model(unittest.TestCase):
     def test_no_interleaving_breaks_a_rule(self):
         self.assertEqual(model(queuectl, range(30))[1], [])
@@ -11313,18 +11644,39 @@ def watching(line, nth):
         if event == "line":
             hits[frame.f_lineno] += 1
             if frame.f_lineno == line and hits[line] == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
+                kill_all()
         return trace
     return hits, trace
+
+def kill_all():
+    # Supervisor and worker die at once; the process that met the line is the last.
+    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+        others = [int(pid) for pid in file.read().split()] if os.getpid() == VICTIM[0] \
+            else VICTIM
+    for pid in (*others, os.getpid()):
+        os.kill(pid, signal.SIGKILL)
 
 def traced(argv, line, nth):
     hits, trace = watching(line, nth)
     threading.settrace(trace)
     sys.settrace(trace)
+    leave = os._exit
+    def leave_told(status):
+        with open("said/worker", "w") as file:
+            json.dump(list(hits.items()), file)
+        leave(status)
+    os._exit = leave_told       # a worker, the child of its supervisor
     status = done(argv)
+    os._exit = leave
     sys.settrace(None)
     threading.settrace(None)
-    return status, list(hits.items())
+    met = dict(hits)
+    if os.path.exists("said/worker"):
+        with open("said/worker") as file:
+            for line, n in json.load(file):
+                met[line] = max(n, met.get(line, 0))
+        os.unlink("said/worker")
+    return status, list(met.items())
 
 def done(argv):
     if argv[0] != "backup":
@@ -11342,7 +11694,10 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
+VICTIM = []
+
 def victim(order):
+    VICTIM.append(os.getpid())
     signal.alarm(order["seconds"])
     os.chdir(order["dir"])
     os.environ["QUEUECTL_DB"] = os.path.join(order["dir"], "queue.db")
@@ -11358,8 +11713,12 @@ def victim(order):
         status, hits = traced(argv, line, nth) if step == at or order["record"] \
             else (done(argv), None)
         sys.stdout.flush()
-        with open(f"said/{step}.told", "w") as file:
+        with open(f"said/{step}.err") as file:
+            if "was killed by SIG" in file.read():      # the worker, by its file limit
+                kill_all()
+        with open("said/telling", "w") as file:     # a kill leaves it whole or absent
             json.dump([status, hits], file)
+        os.replace("said/telling", f"said/{step}.told")
 
 for line in sys.stdin:
     child = os.fork()
@@ -11390,16 +11749,16 @@ MOMENTS = (
     ("moved, no event yet",     "move",                 "before",   "INSERT_EVENT"),
     # Claims.
     ("claimed, no commit yet",  "Claims._claim",        "after",    "_draw"),
-    # Rescuer.
-    ("a rescue not recorded",   "Rescuer.record",       "before",   "record"),
+    ("a rescue not recorded",   "Claims._write",        "before",   "lost_end"),
     # Command.
     ("spawned",                 "Command.start",        "after",    "_start_shell"),
     ("the command has exited",  "Command.finish",       "before",   "_reap"),
     # Ending.
-    ("a tree that is ended",    "Ending._signal",       "before",   "_asked.add"),
-    # Pool.
-    ("claimed, not started",    "Pool._start",          "before",   "begin"),
-    ("an end not recorded",     "Pool._finish",         "after",    "_keep"),
+    ("a tree that is ended",    "Ending.step",          "after",    "_ask_group"),
+    # Runner.
+    ("committed, not known",    "Runner._do_committed", "after",    "result"),
+    ("claimed, not started",    "Runner._start",        "before",   "Command"),
+    ("an end not recorded",     "Runner._keep",         "after",    "_ended"),
 )
 HEARD = "Command.read", "before", "feed"    # the pool hears what its command says
 # Lines before this one have the same effect in every command: none.
@@ -11479,10 +11838,6 @@ class Trial:
         self.dir = tempfile.mkdtemp(prefix="trial ", dir=os.path.dirname(template))
         self.path = os.path.join(self.dir, "queue.db")
         shutil.copytree(template, self.dir, dirs_exist_ok=True)
-        if os.path.exists(self.path):   # tokens of two copies must differ
-            with contextlib.closing(sqlite3.connect(self.path)) as db, db:
-                db.execute("UPDATE meta SET value = ? WHERE key = 'id'",
-                           [os.urandom(8).hex()])
         scenario.set_up(self)
         self.before = self.content()
 
@@ -11578,9 +11933,7 @@ class Trial:
             return [f"cannot be read: {error}"]
 
     def end_trees(self):
-        with contextlib.suppress(queuectl.QueueError), Queue(self.path, False) as queue:
-            for pid in token_holders(queue.host.token(0)[:-1]):
-                queue.host.signal(pid, signal.SIGKILL)
+        kill(*members(os.path.realpath(self.path)))
 
 
 # Scenarios.
@@ -12596,13 +12949,14 @@ class BadGround(Processes):
         self.enqueue("touch began; while [ ! -e go ]; do sleep .02; done; echo result")
         worker = self.worker()
         wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
-        free = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+        own = child_of(worker.pid)
+        free = resource.prlimit(own, resource.RLIMIT_FSIZE)
         size = os.path.getsize(self.path + "-wal")
-        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (size, free[1]))
+        resource.prlimit(own, resource.RLIMIT_FSIZE, (size, free[1]))
         open(self.path_of("go"), "w").close()
         wait_for(lambda: "will go on trying" in self.read("worker.log"), "the log")
         self.assertEqual(self.job("job-1").state, PROCESSING)
-        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, free)
+        resource.prlimit(own, resource.RLIMIT_FSIZE, free)
         self.wait_state("job-1", COMPLETED)
 
         self.assertEqual([run.output for run in self.runs("job-1")], [b"result\n"])
@@ -12741,7 +13095,7 @@ class BadGround(Processes):
             with self.subTest(command):
                 status, out, err = run_cli(*command.split(), "--json", "--db", self.path) \
                     if "-" not in command and "set" not in command \
-                    else run_cli(*command.split(), "--db", self.path)
+                    else self.call(*command.split())
                 self.assertEqual((status, out), (1, ""), err)
                 if err.startswith("{"):
                     self.assertEqual(json.loads(err)["error"]["code"], code)
@@ -12883,8 +13237,6 @@ class BadGround(Processes):
         """The exit status and stderr of one that has begun."""
         return process.wait(DEADLINE), process.communicate()[1]
 
-    @unittest.skipIf(sys.implementation.name == "pypy",
-                     "PyPy's sqlite3 has no words for a backup that fails")
     def test_an_upgrade_without_room_for_its_backup_is_refused(self):
         place = self.small_disk("1m")
         self.call("enqueue", "-", input=b"".join(
@@ -13800,7 +14152,7 @@ thread.join()
 WITHOUT_LINUX = """
 import builtins, fcntl, os, sys
 for module, name in ((fcntl, "F_OFD_SETLK"), (fcntl, "F_OFD_GETLK"),
-                     (os, "pidfd_open"), (os, "waitid"), (os, "posix_spawn")):
+                     (os, "pidfd_open"), (os, "waitid")):
     if hasattr(module, name):
         delattr(module, name)
 plainly = builtins.open
@@ -13817,7 +14169,7 @@ sys.exit(queuectl.main())
 
 @unittest.skipUnless(shutil.which("ps"), "there is no ps here")
 class ElsewherePosix(Processes):
-    """What others have not is taken away: OFD locks, pidfd, waitid, /proc, posix_spawn."""
+    """What others have not is taken away: OFD locks, pidfd, waitid, /proc."""
 
     def command(self, *argv):
         place = os.path.dirname(os.path.abspath(MODULE))
@@ -14103,13 +14455,8 @@ def end_pool(path, process, name):
             process.wait(10 if worker else 0)
         except subprocess.TimeoutExpired:
             if worker:      # under strace it is another process
-                queue.host.signal(worker.pid, signal.SIGKILL)
-            process.kill()
+                kill(child_of(worker.pid) or worker.pid)
             process.wait()
-        left = [row[0] for row in queue.store.rows(queuectl.Sql.UNDER_WAY)
-                if worker and row[3] == worker.id]
-        for pid in (pid for claim in left for pid in queue.host.members(claim)):
-            queue.host.signal(pid, signal.SIGKILL)
 
 
 class Bench:
@@ -14770,11 +15117,8 @@ def recovery_by_another(bench, number=signal.SIGKILL, **settings):
         job_id = started(queue)
         victim = one if queue.job(job_id).worker == one.name else other
         killed = time.time()
-        os.kill(victim.pid, number)
-        try:
-            return runs_again(queue, job_id) - killed
-        finally:
-            queue.host.signal(victim.pid, signal.SIGKILL)
+        os.kill(child_of(victim.pid), number)
+        return runs_again(queue, job_id) - killed
 
 
 def recovery_by_a_new_one(bench):
@@ -14782,7 +15126,7 @@ def recovery_by_a_new_one(bench):
     with bench.pool(path, 1) as victim, Queue(path) as queue:
         job_id = started(queue)
         killed = time.time()
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(child_of(victim.pid), signal.SIGKILL)
         with bench.pool(path, 1):
             return runs_again(queue, job_id) - killed
 
