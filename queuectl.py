@@ -15,19 +15,18 @@ Words
     run       one start of a job's command; a job that is retried has several
     attempt   a run that ended by the job's own doing (a crash of the worker is not)
     queue     the name under which jobs are grouped; also the database as a whole
-    pool      one `worker start`: a process with a number of slots; people, and the
-              table of pools, call it a worker
-    slot      room in a pool for one running command
-    claim     the number of a run, drawn when a pool takes the job; it only grows
+    worker    one `worker start`, with a number of slots: two processes, for a small
+              supervisor starts the worker, and ends what it leaves behind
+    slot      room in a worker for one running command
+    claim     the number of a run, drawn when a worker takes the job; it only grows
     fence     the guard "only if the job's claim is still mine" on a later write
-    lease     how long a pool may be silent before its claims are taken from it
+    lease     how long a worker may be silent before its claims are taken from it
     due       its time has come
     dead      failed for good: in the dead letter queue (DLQ) until a person acts
-    lost      the end of a run that nobody saw, because its pool died
+    lost      the end of a run that nobody saw, because its worker died
     rank      a waiting job's place in line: by priority, with ageing also by time
     ready     waits for nothing but a slot; scheduled: for its time; blocked: for jobs
-    turn      one transaction of a pool: record what ended, claim what is due;
-              of a schedule: one of the moments at which its job is enqueued
+    tick      one transaction of a worker: record what ended, claim what is due
 
 Life cycle
 
@@ -48,13 +47,13 @@ Invariants
     (I3) Only the holder of a job's claim can end its run; a late one changes nothing.
     (I4) A claim number is never used twice.                               [counters]
     (I5) From the commit of a claim until the last process of its run is gone, the
-         run's lock is held: by the pool up to the start, then by the process tree.
-    (I6) A job is taken from a pool only when that pool is gone or silent for a lease,
-         and only when the run's lock is free.
+         run's lock is held: by the worker up to the start, then by the process tree.
+    (I6) A job is taken from a worker only if that is gone, or has sent no heartbeat
+         for a lease, and only when the run's lock is free.
     (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
          [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
-    (I9) One thread of a pool touches the database, and starts and reaps the commands;
+    (I9) One thread of a worker touches the database, and starts and reaps the commands;
          no transaction waits for anything but the write lock and the disk.
     (I10) No request over HTTP is looked at before it has named this host, shown a token
          and come from no other page; none holds a transaction while it waits for the
@@ -64,7 +63,7 @@ Contents: `grep -n '^# ----' queuectl.py`
      1 Vocabulary   states, moves, limits, errors
      2 Records      rows and values as named tuples
      3 Rules        times, durations, backoff, what follows an outcome: pure
-     4 Cron         the turns of a schedule, also when clocks change: pure
+     4 Cron         the runs of a schedule, also when clocks change: pure
      5 Input        what people hand in, checked: pure
      6 SQL          every statement
      7 SQLite       the database file: opening, transactions, rows in and out
@@ -117,7 +116,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
-except ImportError:  # Windows: clients work there, pools refuse in words
+except ImportError:  # Windows: clients work there, workers refuse in words
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ MOVES = {
     "complete": Move((PROCESSING,),         COMPLETED,  "exit status 0"),
     "fail":     Move((PROCESSING,),         FAILED,     "waits for its retry"),
     "bury":     Move((PROCESSING,),         DEAD,       "no attempt left"),
-    "release":  Move((PROCESSING,),         PENDING,    "handed back by its worker"),
+    "release":  Move((PROCESSING,),         PENDING,    "released by its worker"),
     "cancel":   Move((PENDING, FAILED, PROCESSING), CANCELLED, "cancelled"),
     "retry":    Move((DEAD, CANCELLED, COMPLETED, FAILED, PENDING), PENDING,
                      "retried by a person"),
@@ -174,12 +173,12 @@ OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 # What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
 READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
 
-# How a run ended. LOST: nobody saw it. RELEASED: handed back, at nobody's expense: its
-# pool left, had no slot for it in time, or the machine lacked what a start takes.
+# How a run ended. LOST: nobody saw it. RELEASED: requeued, and no attempt counted: its
+# worker left, had no slot for it in time, or the machine lacked what a start takes.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
 
-# What somebody asked of a running job, and of a pool.
+# What somebody asked of a running job, and of a worker.
 CANCEL = "cancel"
 DRAIN, NOW = "drain", "now"
 ASKED = "asked to stop"
@@ -201,10 +200,9 @@ EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-POOL_PATIENCE = 2.0    # seconds a pool waits for it before it says so
-# With SQLite's busy handler, which sleeps longer each time, one of 8 pools waited 5.1 s
-# for a claim and some got none in 5 s; with own tries it was 0.4 to 0.8 s at worst, and
-# more jobs were done.
+WORKER_PATIENCE = 2.0  # seconds a worker waits for it before it says so
+# With SQLite's busy handler, which sleeps longer each time, one of 8 workers waited
+# 5.1 s for a claim; with a retry each millisecond 0.4 to 0.8 s at worst.
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
@@ -213,7 +211,7 @@ CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 WILD_CORRECTION = 60.0      # seconds; the same for an interval
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
-MAX_SLOTS = 512        # of one pool
+MAX_SLOTS = 512        # of one worker
 MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
 MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes some 2 MiB
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
@@ -320,7 +318,7 @@ class Usage(Invalid):
 class Unavailable(QueueError):
     """The database cannot be written now; nothing was changed.
 
-    A pool keeps what it has to record and tries again.
+    A worker keeps what it has to record and tries again.
     """
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(code, message, hint)
@@ -383,7 +381,7 @@ class Job(NamedTuple):
     env: Mapping[str, str]
     cwd: str
     crashes: int                # runs that were lost with their worker
-    worker: str | None          # name of the pool that runs it; None: not running
+    worker: str | None          # the name of that which runs it; None: not running
     started_at: str | None      # of the last run
     finished_at: str | None     # of the last run that ended
     exit_code: int | None       # of the last run: status, 128+N for a signal
@@ -414,7 +412,7 @@ class Run(NamedTuple):
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
     worker_id: int              # Worker.id
-    worker: str                 # the pool's name; its row goes when it leaves
+    worker: str                 # the worker's name; its row goes when it leaves
     slot: int                   # 1 ... slots
     started_at: str
     finished_at: str | None     # None: under way
@@ -427,7 +425,7 @@ class Run(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a pool that runs, or died without a word.
+    """One row of `workers`: a worker that runs, or died without a word.
 
     `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
     Silence is told by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
@@ -460,7 +458,7 @@ class Event(NamedTuple):
 class Schedule(NamedTuple):
     """One row of `schedules`: a job that comes again and again.
 
-    `job` is kept as it was given and parsed at each turn, so it may be {} or wrong if
+    `job` is kept as it was given and parsed at each run, so it may be {} or wrong if
     somebody has written to the file: then the schedule is put to rest.
     """
     name: str
@@ -571,7 +569,7 @@ class Settings(NamedTuple):
     priority_ageing: float | None
 
 
-class PoolOptions(NamedTuple):
+class WorkerOptions(NamedTuple):
     """What `worker start` was asked to do."""
     slots: int = 1
     name: str | None = None             # None: host-pid
@@ -583,7 +581,7 @@ class PoolOptions(NamedTuple):
     grace: float | None = None          # seconds; None: wait for ever
 
     def adapt(self, settings: Settings) -> Settings:
-        """The configuration as it holds in this pool: what it was given comes first."""
+        """The configuration of this worker: what it was given comes first."""
         if self.timeout is not None:
             settings = settings._replace(timeout=self.timeout)
         if self.backoff_base is not None:
@@ -687,7 +685,7 @@ class Finding(NamedTuple):
 
 
 class WorkerView(NamedTuple):
-    """A pool with what it runs; `is_alive` is None on another machine."""
+    """A worker with what it runs; `is_alive` is None on another machine."""
     worker: Worker
     is_alive: bool | None
     running: list[Job]
@@ -719,7 +717,7 @@ class Hindrance(NamedTuple):
 
 class Scene(NamedTuple):
     """What matters to every job that waits: read once for a whole list of them."""
-    pools: list[Worker]
+    workers: list[Worker]
     queues: dict[str, QueueView]
     all_paused: bool
 
@@ -738,9 +736,9 @@ class Status(NamedTuple):
 
 # ---- 3 Rules -----------------------------------------------------------------
 # Decisions without effects: time, chance and rows come in, values go out. So each can
-# be tested with literals, and pools, commands and the API cannot decide differently.
+# be tested with literals, and workers, commands and the API cannot decide differently.
 # In this order: times and other values as people write them; the settings; what
-# follows from a run's end; who is next in line, and how much a pool takes ahead; who
+# follows from a run's end; who is next in line, and how much a worker takes ahead; who
 # counts as silent; what is kept of an output; histograms for statistics and metrics.
 #
 # A stored time has 24 characters, the largest unit first, so text sorts as time does:
@@ -750,7 +748,7 @@ EPOCH = datetime.datetime(1970, 1, 1)
 MILLISECOND = datetime.timedelta(milliseconds=1)
 
 
-@functools.lru_cache(maxsize=16)     # a turn asks for its own time again and again
+@functools.lru_cache(maxsize=16)     # a tick asks for its own time again and again
 @functools.lru_cache(maxsize=16)    # a tick asks for its own time again and again
 def iso(moment: float) -> str:
     """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
@@ -1043,7 +1041,7 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
 def judged(job: Job, outcome: Outcome) -> Outcome:
     """The outcome, or LOST if the run failed while a rescuer was ending it.
 
-    A pool that thaws just then sees its command killed: not the job's own doing.
+    A worker that thaws just then sees its command killed: not the job's own doing.
     """
     if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None,
@@ -1186,7 +1184,7 @@ def silence_gap(settings: Settings) -> float:
 
 
 class Silence:
-    """How long each pool has been silent, as this watcher itself has seen it.
+    """How long each worker has been silent, as this watcher itself has seen it.
 
     Only time in which we looked counts. Two looks that are too far apart say nothing:
     who could not look, suspended or waiting for the lock, could not be heard either,
@@ -1194,24 +1192,24 @@ class Silence:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, float]] = {}   # pool: last beat, silent for
+        self._seen: dict[int, tuple[int, float]] = {}   # worker: last beat, silent for
         self._last: float | None = None
 
     def look(self, beats: Mapping[int, int], now: float,
              gap: float) -> dict[int, float]:
-        """Seconds of silence by pool; `now` is a monotonic clock's, `gap` the seconds
+        """Seconds of silence by worker; `now` is a monotonic clock's, `gap` the seconds
         beyond which the time since the last look does not count: see `silence_gap`.
 
-        A pool begins at 0 when it is seen first; one without a beat is forgotten.
+        A worker begins at 0 when it is seen first; one without a beat is forgotten.
         """
         step = now - self._last if self._last is not None else math.inf
         step = step if step <= gap else 0.0
         self._last = now
         self._seen = {
-            pool: (beat, self._seen[pool][1] + step)
-            if pool in self._seen and self._seen[pool][0] == beat else (beat, 0.0)
-            for pool, beat in beats.items()}
-        return {pool: silent for pool, (_, silent) in self._seen.items()}
+            worker: (beat, self._seen[worker][1] + step)
+            if worker in self._seen and self._seen[worker][0] == beat else (beat, 0.0)
+            for worker, beat in beats.items()}
+        return {worker: silent for worker, (_, silent) in self._seen.items()}
 
 
 class Output:
@@ -1368,10 +1366,10 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 
 
 # ---- 4 Cron ------------------------------------------------------------------
-# When a schedule comes: its line read, and its turns reckoned, as Debian's cron does.
+# When a schedule comes: its line read, and its runs reckoned, as Debian's cron does.
 # Pure but for the time zone, which is asked for its offsets: by default the process's
-# own. First the line is parsed, then turns are found, then said in words. Queue and
-# Ledger store the next turn by `turn_after`; Views shows the next few and the words.
+# own. First the line is parsed, then runs are found, then said in words. Queue and
+# Ledger store the next run by `run_after`; Views shows the next few and the words.
 
 class CronField(NamedTuple):
     """What one field of a cron line takes: numbers from low to high, names from low on.
@@ -1490,7 +1488,7 @@ def parse_cron(text: str) -> Cron:
                 is_either, starred[0] or starred[1])
 
 
-# Turns are found in two steps. The calendar alone tells on which local dates the cron
+# Runs are found in two steps. The calendar alone tells on which local dates the cron
 # comes, which passes over years quickly. Around such a date the zone's clock is laid
 # out as stretches of constant offset from UTC, and each stretch is searched for local
 # minutes that match. Between two stretches the clock jumps; what then happens is, in
@@ -1499,7 +1497,7 @@ def parse_cron(text: str) -> Cron:
 #   - a wild one follows the clock: skipped is skipped, repeated comes again
 #     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
 #   - from 3 hours forwards, or more than 3 back, the new time is used as it is.
-# What is made up at one jump is one turn, so turns are distinct moments.
+# What is made up at one jump is one run, so runs are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
     """Whether the cron comes on a local date, given as days since 1970.
@@ -1560,9 +1558,9 @@ def _stretches(start: int, end: int,
     yield start, end, offset
 
 
-def _turns(cron: Cron, after: int, until: int,
+def _runs(cron: Cron, after: int, until: int,
            zone: datetime.tzinfo | None) -> Iterator[int]:
-    """The turns after one moment and before another, in order; some more than once.
+    """The runs after one moment and before another, in order; some more than once.
 
     It begins a day early, to know of a jump what was seen on the clock before it.
 
@@ -1585,11 +1583,11 @@ def _turns(cron: Cron, after: int, until: int,
             yield max(minute * 60 - offset, start)
 
 
-def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
-    """The first turn after a moment, in epoch seconds.
+def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
+    """The first run after a moment, in epoch seconds.
 
     math.inf: never, as an interval that lies where the zone always skips an hour.
-    Dates are gone through in order and their windows with them, so the first turn that
+    Dates are gone through in order and their windows with them, so the first run that
     is found is the first of all.
     """
     since = math.floor(after)
@@ -1598,8 +1596,8 @@ def next_turn(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
         if _is_cron_day(cron, day):
             # An offset is less than a day to either side (datetime's own bound).
             start = max(since, (day - 1) * DAY)
-            for turn in _turns(cron, start, (day + 2) * DAY, zone):
-                return float(turn)
+            for run in _runs(cron, start, (day + 2) * DAY, zone):
+                return float(run)
     return math.inf
 
 
@@ -1737,15 +1735,15 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     return (match[2] if match else cron), zone or local_zone(now)
 
 
-def turn_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first turn after a moment, as stored; Invalid: it has none.
+def run_after(cron: str, now: float, tz: str | None) -> str:
+    """A cron line's first run after a moment, as stored; Invalid: it has none.
 
-    Turns are whole seconds, so nothing is rounded.
+    Runs are whole seconds, so nothing is rounded.
     """
-    turn = next_turn(parse_cron(cron), now, zone_of(tz))
-    if turn == math.inf:
+    run = first_run(parse_cron(cron), now, zone_of(tz))
+    if run == math.inf:
         raise Invalid(f"{cron!r} never comes", "choose another time")
-    return iso(turn)
+    return iso(run)
 
 
 # ---- 5 Input -----------------------------------------------------------------
@@ -1942,7 +1940,7 @@ FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
 }
 # What the queue keeps itself: ignored on the way in, so `show --json` can come back.
 KEPT = (*(key for key in JSON_KEYS if key not in FIELDS), "runs", "waiting_for")
-# What a person may change while a job waits; not later: a pool keeps the job as it was
+# What may be changed while a job waits; not later: a worker keeps the job as it was
 # when claimed, and counts its end under the queue that it had then.
 EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
@@ -2899,7 +2897,7 @@ class Sql:
          WHERE paused = 0
            AND next_run <= :now
         """
-    SET_TURN = """
+    SET_TIMES = """
         UPDATE schedules
            SET next_run = :next_run, last_run = :last_run, last_job = :last_job,
                skipped = :skipped
@@ -3817,7 +3815,7 @@ def glance(path: str) -> Iterator[Rows]:
 
 NOTIFY_PATIENCE = 1.0  # seconds that a message to the service manager may take
 
-POOL_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim numbers
+WORKER_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim numbers
 # As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
 # file descriptions the pid has to be 0.
 _FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
@@ -4094,7 +4092,7 @@ class Host:
         return said.decode("utf-8", "replace").strip()
 
     def is_alive(self, worker: Worker) -> bool | None:
-        """Whether the pool's process is there; None: on another machine, who knows.
+        """Whether the worker's process is there; None: on another machine, who knows.
 
         Either sign of life counts, so a lock file that somebody deleted, or a process
         id of another container, does no harm.
@@ -4104,8 +4102,8 @@ class Host:
             return False if worker.host == self.name else None
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of us cannot see /proc: the lock may tell, else only the lease.
-            return self.locks.is_held(POOL_LOCKS + worker.id) or None
-        if self.locks.is_held(POOL_LOCKS + worker.id):
+            return self.locks.is_held(WORKER_LOCKS + worker.id) or None
+        if self.locks.is_held(WORKER_LOCKS + worker.id):
             return True
         try:
             return is_same_birth(self.born(worker.pid), worker.born)
@@ -4181,12 +4179,12 @@ LOOPBACK = "127.0.0.1"
 
 
 def ring(ports: Iterable[int], message: bytes) -> None:
-    """Wake pools up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
+    """Wake workers up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
 
     So nothing is waited for and no error told: the change itself is committed. What is
-    sent carries no data, and who else sends it makes a pool look, no more.
+    sent carries no data, and who else sends it makes a worker look, no more.
     """
-    import socket  # 3 ms, and only if a pool is there to be woken
+    import socket  # 3 ms, and only if a worker is there to be woken
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
@@ -4207,10 +4205,10 @@ SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
 
 
 class Notifier:
-    """What a pool tells the service manager that started it, as sd_notify(3) does.
+    """What a worker tells the service manager that started it, as sd_notify(3) does.
 
     Silent where there is none. One that does not listen loses a word: only for the
-    first and the last of them does the pool wait, for NOTIFY_PATIENCE at most.
+    first and the last of them does the worker wait, for NOTIFY_PATIENCE at most.
     """
 
     def __init__(self, environ: Mapping[bytes, bytes], service: int) -> None:
@@ -4227,14 +4225,14 @@ class Notifier:
         self._is_stopping = False
 
     def ready(self) -> None:
-        """Say that the pool works, and from now on that it lives."""
+        """Say that the worker works, and from now on that it lives."""
         if self._address:
             self._tell("READY=1", NOTIFY_PATIENCE)
             if self.interval < math.inf:
                 self.beat_at = time.monotonic()
 
     def stopping(self) -> None:
-        """Say, once, that the pool is leaving."""
+        """Say, once, that the worker is leaving."""
         if self._address and not self._is_stopping:
             self._is_stopping = True
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
@@ -4248,7 +4246,7 @@ class Notifier:
     def step(self, status: Callable[[], str]) -> None:
         """Say, when it is due, that the loop goes on, and how it stands.
 
-        From the pool's own loop, not from a thread: a sign of life that goes on while
+        From the worker's own loop, not from a thread: a sign of life that goes on while
         the loop hangs would be none. The status is told once a second at most.
         """
         if not self._address:
@@ -4264,7 +4262,7 @@ class Notifier:
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
         """Send a word; whether it was taken within so many seconds."""
-        import socket  # a pool has it already
+        import socket  # a worker has it already
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.settimeout(patience)
@@ -4309,7 +4307,7 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 # What is refused half-way is rolled back whole, so nothing here has to be undone.
 #
 # A change of state goes through `move`, for many jobs at once: one statement each for
-# rows, events and counters, whether one job ends in a turn or forty. What is decided
+# rows, events and counters, whether one job ends in a tick or forty. What is decided
 # stands in Rules; here it is written, with all that has to be true beside it (I1, I8).
 
 KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
@@ -4932,50 +4930,50 @@ def bring_forward(store: Ledger, now: float) -> None:
          "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
 
 
-def set_turn(store: Ledger, schedule: Schedule, **changes: Any) -> None:
+def set_times(store: Ledger, schedule: Schedule, **changes: Any) -> None:
     """Write when a schedule comes next, and what was its last."""
-    store.do(Sql.SET_TURN, schedule._replace(**changes)._asdict())
+    store.do(Sql.SET_TIMES, schedule._replace(**changes)._asdict())
 
 
 def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
-    """Take a schedule's turn, unless its last job is not over: that job, else None.
+    """Take a schedule's run, unless its last job is not over: that job, else None.
 
-    The job and the next turn are written together, so a turn is taken once, however
+    The job and the next run are written together, so a run is taken once, however
     many workers see it. The next one is that after now: what was missed is made up by
     this one job. Invalid where the schedule cannot be read.
     """
-    next_run = turn_after(schedule.cron, now, schedule.tz)  # it may not be readable
+    next_run = run_after(schedule.cron, now, schedule.tz)  # it may not be readable
     for last in store.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
         if last.state not in OVER:
-            set_turn(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
+            set_times(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
             return last
     [job], _ = add(store, [spec_of(schedule.job, now)], now)
-    set_turn(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
+    set_times(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
     return None
 
 
 def set_right(store: Ledger, schedule: Schedule, now: float) -> None:
-    """Reckon the next turn anew, if a clock that was ahead has put it off.
+    """Reckon the next run anew, if a clock that was ahead has put it off.
 
     Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
     was set back by more than a minute; a fixed time that was taken already is not
     repeated, if it was less than three hours.
     """
-    next_run = turn_after(schedule.cron, now, schedule.tz)
+    next_run = run_after(schedule.cron, now, schedule.tz)
     last_run = schedule.last_run
     repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
         else CLOCK_CORRECTION
     is_new = last_run is None or last_run < next_run or last_run > iso(now + repeated)
     if next_run < schedule.next_run and is_new:
-        set_turn(store, schedule, next_run=next_run)
+        set_times(store, schedule, next_run=next_run)
 
 
 # ---- 10 Queue ----------------------------------------------------------------
 # The library: what people and programs ask of a queue. Commands and API are thin layers
-# on it; Claims and Rescuer are its counterpart for pools. A method that changes
+# on it; Claims and Rescuer are its counterpart for workers. A method that changes
 # something checks what it was given before the transaction where it can, so that nobody
 # waits for the write lock meanwhile; has the ledger do it within (I1); and wakes the
-# pools after the commit: one woken before would look too early, and find nothing.
+# workers after the commit: one woken before would look too early, and find nothing.
 # What is called within a transaction reads through the same connection, so it sees what
 # that has written.
 
@@ -5176,7 +5174,7 @@ class Queue:
     def run(self, job_id: str, number: int | None = None) -> Run:
         """One run of a job, by default the last, also while it runs; else NotFound.
 
-        `number` counts the job's runs from 1, also those that were lost or handed back.
+        `number` counts the job's runs from 1, also those that were lost or requeued.
         """
         job = self.store.job(job_id)
         row = (self.store.row(Sql.LAST_RUN, job=job.seq) if number is None else
@@ -5192,8 +5190,8 @@ class Queue:
         """A run with its output as of now: one that is under way is asked for it.
 
         The output of what runs is stored with a heartbeat, or if somebody asks: to
-        store each piece as it comes would be an fsync for each. Where its pool does not
-        answer in `patience` seconds, it is what was stored last.
+        store each piece as it comes would be an fsync for each. Where its worker does
+        not answer in `patience` seconds, it is what was stored last.
         """
         run = self.run(job_id, number)
         if run.outcome is None:
@@ -5202,7 +5200,7 @@ class Queue:
         return run
 
     def peek(self, patience: float = PEEK_PATIENCE) -> None:
-        """Have the pools store what running commands have printed; so many seconds at
+        """Have the workers store what running commands have printed; so many seconds at
         most, and less if anything else is committed meanwhile.
         """
         seen = self.store.changes()
@@ -5301,7 +5299,7 @@ class Queue:
         """How far the jobs of a queue, or of all, have come.
 
         What is over is told by counters that outlive the jobs: a bar must not run
-        backwards when a pool deletes what it need not keep. So a job that was retried
+        backwards when a worker deletes what it need not keep. So a job that was retried
         and is over again counts twice.
         """
         counts = self.counts(queue)
@@ -5316,7 +5314,7 @@ class Queue:
         `seen` is what `store.changes()` said before the last read; the number now.
         Asked for before the read, it lets no commit slip through in between.
 
-        SQLite wakes nobody, and only pools have a socket for wake-ups, so a client
+        SQLite wakes nobody, and only workers have a socket for wake-ups, so a client
         looks each WATCH_TICK; a look at data_version costs 5 microseconds. It tells of
         commits by other connections alone: not by a thread with this very object.
         """
@@ -5479,14 +5477,14 @@ class Queue:
                       "cancel what comes after it")
 
     def workers(self) -> list[WorkerView]:
-        """The pools that are there, with what each runs; dead ones are not.
+        """The workers that are there, with what each runs; dead ones are not.
 
         One on another machine is there until a worker or `worker stop` removes it;
         `is_silent` tells that it has sent no heartbeat for a lease.
         """
-        return self._living(self._pools())
+        return self._living(self._views())
 
-    def _pools(self) -> list[WorkerView]:
+    def _views(self) -> list[WorkerView]:
         """All that the table has, dead or alive."""
         running: dict[int, list[Job]] = {}
         for row in self.store.rows(Sql.UNDER_WAY):
@@ -5497,12 +5495,12 @@ class Queue:
         return [WorkerView(worker, None, running.get(worker.id, []), heartbeat)
                 for worker in self.store.workers()]
 
-    def _living(self, pools: Iterable[WorkerView]) -> list[WorkerView]:
+    def _living(self, workers: Iterable[WorkerView]) -> list[WorkerView]:
         """Those of them that are not dead. Asked for outside of a transaction, as it
         may take a process, `ps` (I9).
         """
         now, settings, views = self.clock(), self.store.settings(), list[WorkerView]()
-        for view in pools:
+        for view in workers:
             is_alive = self.host.is_alive(view.worker)
             if is_alive is not False:
                 views.append(view._replace(is_alive=is_alive, is_silent=has_gone_silent(
@@ -5524,7 +5522,7 @@ class Queue:
         """
         scene = self._scene()
         if job.state == PROCESSING and all(
-                worker.name != job.worker for worker in scene.pools):
+                worker.name != job.worker for worker in scene.workers):
             return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
                     "again"]
         if job.waits is None:
@@ -5538,14 +5536,14 @@ class Queue:
     def _count_before(self, job: Job, scene: Scene) -> int:
         """How many jobs that could start stand before it.
 
-        A paused or full queue's do not, nor those that no pool takes: they hold up
+        A paused or full queue's do not, nor those that no worker takes: they hold up
         nobody. Counted along jobs_in_queue, from the first in line up to its place.
         """
         return sum(self.store.rows(
             Sql.BEFORE, queue=name, rank=job.rank, run_at=job.run_at, seq=job.seq)[0][0]
             for name, view in scene.queues.items()
             if not view.paused and any(not w.queues or name in w.queues
-                                       for w in scene.pools)
+                                       for w in scene.workers)
             and (not view.limit or view.counts[PROCESSING] < view.limit))
 
     def is_all_paused(self) -> bool:
@@ -5579,10 +5577,10 @@ class Queue:
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
             found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
-        if not scene.pools:
+        if not scene.workers:
             found.append(Hindrance("no worker is running", False,
                                    "`queuectl worker start` starts one"))
-        elif not any(not w.queues or job.queue in w.queues for w in scene.pools):
+        elif not any(not w.queues or job.queue in w.queues for w in scene.workers):
             found.append(Hindrance(f"no worker takes queue `{job.queue}`"))
         return found
 
@@ -5693,9 +5691,9 @@ class Queue:
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
-            pools, schedules = self._pools(), self.schedules()
+            workers, schedules = self._views(), self.schedules()
             blocked = self.count_stuck()
-        return Scrape(jobs, tallies, oldest, paused, self._living(pools),
+        return Scrape(jobs, tallies, oldest, paused, self._living(workers),
                       self.store.db.size(), schedules, blocked)
 
     # Changing.
@@ -5755,7 +5753,7 @@ class Queue:
         """As `cancel`, in a transaction of the caller.
 
         A request is no change of state: that comes with the end of the run, by its
-        pool, or by whoever rescues the run if the pool is dead.
+        worker, or by whoever rescues the run if the worker is dead.
         """
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
@@ -5928,7 +5926,7 @@ class Queue:
     def limit_queue(self, queue: str, limit: int) -> None:
         """Let at most so many jobs of a queue run at once; 0: any number.
 
-        In all pools together. If more run already, they go on, and none is claimed.
+        In all workers together. If more run already, they go on, and none is claimed.
         """
         name = parse_name(queue)
         if not 0 <= limit <= MAX_WHOLE:
@@ -5960,7 +5958,7 @@ class Queue:
 
     def add_schedule(self, name: str, cron: str, tz: str | None = None,
                      **fields: Any) -> Schedule:
-        """Have a job enqueued at each turn of a cron line; `fields` are the job's.
+        """Have a job enqueued at each run of a cron line; `fields` are the job's.
 
         `tz` is an IANA name; None: what `CRON_TZ=` before the line says, else the local
         zone, which is kept by its name if it has one.
@@ -5969,7 +5967,7 @@ class Queue:
         get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
         have, for these fit one job only.
 
-        The fields are kept as they were given, not as the Spec they make: each turn
+        The fields are kept as they were given, not as the Spec they make: each run
         parses them anew, with the defaults and settings of that day.
         """
         now = self.clock()
@@ -5981,7 +5979,7 @@ class Queue:
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
-        # A mistake is to be told now, not at a turn in the night.
+        # A mistake is to be told now, not at a run in the night.
         spec_of(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
@@ -5990,7 +5988,7 @@ class Queue:
                                f"`queuectl schedule remove {name}` first")
             store.do(Sql.INSERT_SCHEDULE, {
                 "name": name, "cron": cron, "job": json.dumps(fields),
-                "created_at": iso(now), "next_run": turn_after(cron, now, zone),
+                "created_at": iso(now), "next_run": run_after(cron, now, zone),
                 "tz": zone})
         self.wake(NEW_JOBS)
         return self.schedule(name)
@@ -6008,7 +6006,7 @@ class Queue:
             return self._rest_schedule(self.schedule(name), True)
 
     def resume_schedule(self, name: str) -> Schedule:
-        """Let a schedule go on; turns of the time of rest are not made up.
+        """Let a schedule go on; runs of the time of rest are not made up.
 
         Raises Invalid for one that cannot be read any more.
         """
@@ -6017,7 +6015,7 @@ class Queue:
             spec_of(schedule.job, self.clock())
             if schedule.paused:
                 schedule = schedule._replace(
-                    next_run=turn_after(schedule.cron, self.clock(), schedule.tz))
+                    next_run=run_after(schedule.cron, self.clock(), schedule.tz))
             schedule = self._rest_schedule(schedule, False)
         self.wake(NEW_JOBS)
         return schedule
@@ -6028,14 +6026,14 @@ class Queue:
         return schedule._replace(paused=paused)
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, beside its turns, also while it rests.
+        """Enqueue a schedule's job now, beside its runs, also while it rests.
 
-        It counts as the schedule's last job: until it is over, turns are skipped.
+        It counts as the schedule's last job: until it is over, runs are skipped.
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             [job], _ = add(store, [spec_of(schedule.job, now)], now)
-            set_turn(store, schedule, last_run=iso(now), last_job=job.seq)
+            set_times(store, schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job
 
@@ -6071,13 +6069,13 @@ class Queue:
                 rerank(store)
         self.wake(NEW_ORDERS)
 
-    # Pools, from outside.
+    # Workers, from outside.
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
-        """Ask pools to finish what they run and exit; those that were asked.
+        """Ask workers to finish what they run and exit; those that were asked.
 
         `now`: they end their jobs and hand them back. NotFound for a name that
-        no living pool has. Returns at once; who has left is in `workers` no more.
+        no living worker has. Returns at once; who has left is in `workers` no more.
         Each is asked by its id, so one of the same name that comes later is not meant.
         """
         living = {view.worker.name: view.worker for view in self.workers()}
@@ -6097,7 +6095,7 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> bool:
-        """Wake every pool; whether there is one that may hear it.
+        """Wake every worker; whether there is one that may hear it.
 
         After the commit, and never instead of it: what is to be done stands in the
         database, so a datagram that gets lost only costs time.
@@ -6151,7 +6149,7 @@ class Claims:
     `port` is where it hears wake-ups; None: nowhere. `pid` is the process to signal.
     """
 
-    def __init__(self, queue: Queue, options: PoolOptions, port: int | None = None,
+    def __init__(self, queue: Queue, options: WorkerOptions, port: int | None = None,
                  pid: int = 0) -> None:
         self._queue = queue
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
@@ -6180,8 +6178,8 @@ class Claims:
         try:
             with self._store.transaction() as store:
                 self._free_name(name, gone)
-                pool, self.lock = self._draw("workers", POOL_LOCKS)
-                worker = worker._replace(id=pool)
+                number, self.lock = self._draw("workers", WORKER_LOCKS)
+                worker = worker._replace(id=number)
                 store.do(Sql.INSERT_WORKER, {**worker._asdict(),
                                              "queues": _json(worker.queues)})
         except BaseException:
@@ -6671,7 +6669,7 @@ class Peers:
 # It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
 # It grows far beyond that only while some connection goes on reading an old state: then
 # no checkpoint can begin it anew (sqlite.org/wal.html, checkpoint starvation).
-WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy pool leaves
+WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy worker leaves
 DISK_LOW = 100 << 20   # bytes free on the disk
 
 # Where files of several machines lie: WAL needs memory that all its users share. The
@@ -6777,7 +6775,7 @@ class Inspection:
                                   "wrote the file: keep a copy and report it")
 
     def _schedules(self) -> Iterator[Finding]:
-        """A turn that should come and cannot is a broken promise.
+        """A run that should come and cannot is a broken promise.
 
         No command stores such a schedule; another program may, or a version whose rules
         were others.
@@ -6800,7 +6798,7 @@ class Inspection:
             if not last or last.state in OVER or schedule.paused:
                 continue
             with contextlib.suppress(Invalid):     # then `_schedules` reports it
-                if schedule.next_run <= turn_after(
+                if schedule.next_run <= run_after(
                         schedule.cron, epoch(schedule.last_run or ""), schedule.tz):
                     continue
                 yield Finding(
@@ -6834,15 +6832,15 @@ class Inspection:
     def _lost_runs(self) -> Iterator[Finding]:
         """No promise is broken yet: the next worker that comes takes these over.
 
-        Runs and pools of one moment: else a run that ends just now, and its pool that
+        Runs and workers of one moment: else a run that ends now, and its worker that
         leaves, would be told. What is left is found in both ways: some processes shed
         their environment, some their descriptors.
         """
         with self._store.snapshot():
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
-            pools = {worker.id: worker for worker in self._store.workers()}
+            workers = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
-            owner = pools.get(run.worker_id)
+            owner = workers.get(run.worker_id)
             if owner and self._host.is_alive(owner) is not False:
                 continue
             left = sorted(self._host.locks.holders(run.claim))
@@ -6988,7 +6986,7 @@ def run_object(run: Run) -> dict[str, Any]:
 
 
 def worker_object(view: WorkerView) -> dict[str, Any]:
-    """A pool as JSON shows it."""
+    """A worker as JSON shows it."""
     worker = view.worker
     return {"name": worker.name, "host": worker.host, "pid": worker.pid,
             "slots": worker.slots, "running": [job.id for job in view.running],
@@ -7240,7 +7238,7 @@ def job_table(jobs: Sequence[Job], style: Style,
 
 
 def worker_line(view: WorkerView, style: Style) -> str:
-    """A pool on one line."""
+    """A worker on one line."""
     worker = view.worker
     silent = style.now - epoch(worker.heartbeat_at)
     parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
@@ -7326,17 +7324,17 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
          one_line(str(one.job.get("command")))] for one, last in schedules)], style)
 
 
-def turn_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next three turns in its zone; fewer
+def when_lines(schedule: Schedule, now: float) -> list[str]:
+    """When a schedule comes: in words, and its next three runs in its zone; fewer
     where no more will come.
     """
-    cron, zone, turns = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
-    while len(turns) < 4 and turns[-1] < math.inf:
-        turns.append(next_turn(cron, turns[-1], zone))
+    cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
+    while len(runs) < 4 and runs[-1] < math.inf:
+        runs.append(first_run(cron, runs[-1], zone))
     shown = [f"{at:%a} " + at.isoformat(" ", "minutes")
              for at in (datetime.datetime.fromtimestamp(
-                 turn, datetime.timezone.utc).astimezone(zone)
-                 for turn in turns[1:] if turn < math.inf)]
+                 run, datetime.timezone.utc).astimezone(zone)
+                 for run in runs[1:] if run < math.inf)]
     return [f"{schedule.name}: {cron_words(cron)}, {schedule.tz or 'local time'}",
             "next: " + ", ".join(shown)]
 
@@ -7352,7 +7350,7 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
              if schedule.last_success else "-"),
             ("skipped", f"{schedule.skipped} runs"))
     try:
-        when = turn_lines(schedule, now)
+        when = when_lines(schedule, now)
     except Invalid as error:
         when = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
                 f"cannot be read: {error.message}"]
@@ -7400,7 +7398,7 @@ def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
 
 
 def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
-    """The pools and what each runs."""
+    """The workers and what each runs."""
     lines = []
     for view in views:
         heard = ago(view.worker.heartbeat_at, style.now)
@@ -7543,7 +7541,7 @@ def change_line(change: Change, now: float) -> str:
     if job.state == DEAD:
         return (f"{job.id} dead ({short_cause(outcome)}) after {took}, {of}, now in "
                 "the dead letter queue")
-    return f"{job.id} {'cancelled' if job.state == CANCELLED else 'handed back'} " \
+    return f"{job.id} {'cancelled' if job.state == CANCELLED else 'requeued'} " \
         f"after {took}"
 
 
@@ -8458,7 +8456,7 @@ class Runner:
     `say` takes lines of a log; None: nobody reads one.
     """
 
-    def __init__(self, queue: Queue, claims: Claims, options: PoolOptions, link: Link,
+    def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
                  bell: socket.socket | None, say: Callable[[str], None] | None) -> None:
         self._queue, self._claims, self._options = queue, claims, options
         self._link, self._bell, self._say = link, bell, say
@@ -8749,7 +8747,7 @@ class Runner:
         self._failing_since = self._failing_since or now
         if error.code == "busy":
             self._retry_at = now + BUSY_PAUSE
-            if now < self._failing_since + POOL_PATIENCE:
+            if now < self._failing_since + WORKER_PATIENCE:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
@@ -8764,7 +8762,7 @@ class Runner:
     # Commands.
 
     def _begin_all(self, claims: Sequence[Claim]) -> None:
-        """Start what was claimed; what came too late is handed back."""
+        """Start what was claimed; what came too late is requeued."""
         self._taken += len(claims)
         try:
             for claim in claims:
@@ -8831,13 +8829,13 @@ class Runner:
             self._link.send(START, claim.number, command.pid)
 
     def _not_started(self, claim: Claim, error: Exception) -> None:
-        """What the machine lacks hands the job back; all else is the job's failure."""
+        """What the machine lacks requeues the job; all else is the job's failure."""
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
             self._free_slot(claim.slot)
             self._give_back(claim._replace(lock=-1))
             self._log(f"{claim.job.id} could not be started: {error.strerror}; "
-                      "it is handed back, and nothing claimed for a moment")
+                      "it is requeued, and nothing claimed for a moment")
         else:
             self._free_slot(claim.slot)
             self._keep(claim.number, Outcome(
@@ -8966,7 +8964,7 @@ class Runner:
         self._status = EX_NO
         self._poller.drop(self._link.fileno())
         self._log("error: this worker's supervisor was killed, so it ends its jobs, "
-                  "hands them back and stops")
+                  "requeues them and stops")
         end_all()
         self._leaving = NOW
         for command in list(self._commands.values()):
@@ -9013,13 +9011,13 @@ class Runner:
         self._notifier.stopping()
         running = len(self._commands)
         if how == NOW:
-            self._log(f"{why}: ending and handing back {running} running")
+            self._log(f"{why}: ending and requeuing {running} running")
             for command in self._commands.values():
                 self._end(command, RELEASED)
         else:
             again = "once more" if why != ASKED else "`queuectl worker stop --now`"
             self._log(f"{why}: finishing {running} running, claiming no more; {again} "
-                      "hands them back" if running else f"{why}: claiming no more")
+                      "requeues them" if running else f"{why}: claiming no more")
 
     # The other workers.
 
@@ -9132,7 +9130,7 @@ class Runner:
         return DEAD in self._totals
 
     def _total(self) -> str:
-        done = ", ".join(f"{n} {'handed back' if state == PENDING else state}"
+        done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
                          for state, n in self._totals.items())
         return f": {done}" if done else ""
 
@@ -9142,12 +9140,12 @@ def _leaving(queue: Queue, claims: Claims) -> Iterator[None]:
     try:
         yield
     finally:
-        queue.store.db.patience = POOL_PATIENCE
+        queue.store.db.patience = WORKER_PATIENCE
         with contextlib.suppress(QueueError):
             claims.leave()
 
 
-def run_worker(queue: Queue, options: PoolOptions, link: Link,
+def run_worker(queue: Queue, options: WorkerOptions, link: Link,
                say: Callable[[str], None] | None) -> int:
     """Run a worker until it is told to stop; 0, or 1 if its database or its supervisor
     went away.
@@ -11523,7 +11521,7 @@ def get_output(queue: Queue, call: Call) -> Reply:
     """What a run printed, up to now; of a job that has not run yet nothing."""
     number, offset = call.params.get("run"), call.params.get("offset", 0)
     try:
-        # What a command has just printed is in the memory of its pool, which is asked
+        # What a command has just printed is in the memory of its worker, which is asked
         # to store it.
         run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
     except NotFound as error:
@@ -14085,7 +14083,7 @@ _JOB_FLAGS = (
 _QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
                       help="only this queue; again and again for more (default: all)")
 # The flags of `worker start` that a service may have as well.
-_POOL_FLAGS = (
+_WORKER_FLAGS = (
     option("--count", "-c", default=1, metavar="N",
            type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
            help="jobs at once (default: 1)"),
@@ -14097,7 +14095,7 @@ _POOL_FLAGS = (
         option("--backoff-base", **_DUR, help="wait after the first failure")),
     *_grouped(
         "when it exits",
-        option("--grace", **_DUR, help="when stopping, hand back what runs longer")),
+        option("--grace", **_DUR, help="when stopping, requeue what runs longer")),
 )
 
 
@@ -14439,7 +14437,7 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     if sys.stdin is None:
         raise Refused("unreadable", "stdin is closed", "give a pipe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    queue.store.db.patience = POOL_PATIENCE    # it tries again itself, and says so
+    queue.store.db.patience = WORKER_PATIENCE    # it tries again itself, and says so
     reader = _lines_of(args) or Lines()
     stream = Stream(queue, {} if args.words else _flag_fields(args),
                     lambda error: _report(error, args.json), screen.note, reader)
@@ -14618,8 +14616,9 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     """Run a worker until it is told to stop; in the child of its supervisor."""
     # What was not given is None, and left to the jobs and the configuration, which are
     # read when they are needed: a `config set` reaches a worker that runs.
-    options = PoolOptions(args.count, args.name, tuple(args.queue or ()), args.timeout,
-                          args.backoff_base, args.drain, args.max_jobs, args.grace)
+    options = WorkerOptions(
+        args.count, args.name, tuple(args.queue or ()), args.timeout,
+        args.backoff_base, args.drain, args.max_jobs, args.grace)
     # What is loaded now stays: looking through it again and again for garbage was an
     # eighth of a worker's time. What a job leaves is freed without that.
     gc.freeze()
@@ -14633,9 +14632,9 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Ask pools to stop, and wait until they have.
+    """Ask workers to stop, and wait until they have.
 
-    A pool that dies meanwhile has stopped, too: `workers` leaves out the dead.
+    A worker that dies meanwhile has stopped, too: `workers` leaves out the dead.
     """
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
@@ -14657,10 +14656,10 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         peers.look()
         removed |= {worker.id for worker in peers.remove_silent(waiting)}
         left = {view.worker.id for view in queue.workers()}
-        for pool in [pool for pool in waiting if pool not in left]:
-            how = "is removed: it sent no heartbeat" if pool in removed \
+        for number in waiting.keys() - left:
+            how = "is removed: it sent no heartbeat" if number in removed \
                 else "has stopped"
-            screen.note(f"{waiting.pop(pool)} {how}")
+            screen.note(f"{waiting.pop(number)} {how}")
         if waiting and end is not None and time.monotonic() >= end:
             raise Refused("not-finished",
                           f"{', '.join(waiting.values())} still running jobs",
@@ -14672,7 +14671,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the pools."""
+    """Print the workers."""
     views = queue.workers()
     if args.json:
         screen.out(dumps([worker_object(view) for view in views]))
@@ -14930,8 +14929,8 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print what jobs print as it comes, until they (or that run) are over.
 
-    Ten times a second. What a running command has printed is in its pool's memory; one
-    wake-up has all pools store all of it.
+    Ten times a second. What a running command has printed is in its worker's memory;
+    one wake-up has all workers store all of it.
     """
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
@@ -15147,9 +15146,8 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then.
 
-    Their pool does it. Where that is gone, and no other takes its place, nobody would:
-    so what its runs have left is ended and recorded here. If another pool does the same
-    meanwhile, who records second changes nothing (I3).
+    Their worker does it. If that is gone, what its runs have left is ended and recorded
+    here. If another worker does the same meanwhile, the second changes nothing (I3).
     """
     # A command has no heartbeat that could get through, so it knows of no silence: only
     # workers that are gone, as the kernel says, count as lost here, and a frozen one's
@@ -15177,7 +15175,7 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel all that fit; then wait until those that ran have been ended.
 
-    Not batch by batch: each wait may take `kill-grace`, and their pools end them side
+    Not batch by batch: each wait may take `kill-grace`, and their workers end them side
     by side.
     """
     running: list[Job] = []
@@ -15367,7 +15365,7 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
     """Add a job that comes again and again, and say when that will be.
 
     A person reads a cron line easily in a wrong way; the next moments show it. Workers
-    take the turns, so it says where none is running.
+    take the runs, so it says where none is running.
     """
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
@@ -15378,7 +15376,7 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         raise Usage("a schedule has one job", "add a schedule for each")
     schedule = queue.add_schedule(args.name, args.cron, args.tz,
                                   **merged(given[0], _flag_fields(args)))
-    for line in turn_lines(schedule, queue.clock()):
+    for line in when_lines(schedule, queue.clock()):
         screen.note(line)
     _note_no_worker(queue, screen)
     return EX_OK
@@ -15423,16 +15421,16 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Let a schedule go on; what it missed is not made up.
 
-    So it says when the next turn is.
+    So it says when the next run is.
     """
     schedule = queue.resume_schedule(args.name)
-    for line in turn_lines(schedule, queue.clock()):
+    for line in when_lines(schedule, queue.clock()):
         screen.note(line)
     return EX_OK
 
 
 def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Enqueue a schedule's job now, beside its turns."""
+    """Enqueue a schedule's job now, beside its runs."""
     screen.out(queue.run_schedule(args.name).id)
     return EX_OK
 
@@ -15636,7 +15634,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
                           "change to another, or give an absolute --db") from None
     try:
         command = (*start_words(), "--db", as_utf8(path), "worker", "start",
-                   *_again(_POOL_FLAGS, args))
+                   *_again(_WORKER_FLAGS, args))
     except UnicodeError:
         raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
                       "rename its directories") from None
@@ -15698,7 +15696,7 @@ COMMANDS = (
          "enqueue - --once '{}' -0 -- gzip -k {}")),
     Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
           CREATES, (
-        *_POOL_FLAGS,
+        *_WORKER_FLAGS,
         *_grouped(
             "when it exits",
             option("--drain", action="store_true",
@@ -15849,7 +15847,7 @@ COMMANDS = (
                help="one of " + ", ".join(SHELLS)),),
         tuple(f"completion {shell}" for shell in SHELLS)),
     Entry(("systemd",), cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
-          (*_POOL_FLAGS,
+          (*_WORKER_FLAGS,
            option("--user", action="store_true",
                   help="a unit of your own, not of the system")),
           ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),

@@ -2,14 +2,14 @@
 
 Where the tests of a section are
      3 Rules .......... Rules                   13 Views ....... Views, Metrics
-     4 Cron ........... Cron                    14 Runner ...... Pools, Program
-     5 Input .......... Input                   15 Pool ........ Pools, Program, Model
+     4 Cron ........... Cron                    14 Runner ...... Workers, Program
+     5 Input .......... Input                   15 Worker ........ Workers, Program, Model
      6 SQL ............ Statements              16 Page ........ Browser
      7 SQLite ......... Files, BadGround        17 to 22 ....... Web, WebServer
      8 Host ........... Hosts, Notices          23 Install ..... Services, Shells
      9 Ledger ......... Promises                24 to 26 ....... CommandLine, Program
     10 Queue .......... Promises                27 Completion .. Completion, Shells
-    11 Claims ......... Turns, Model            28 Main ........ CommandLine, Program
+    11 Claims ......... Ticks, Model            28 Main ........ CommandLine, Program
     12 Check .......... Checks
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
@@ -71,7 +71,7 @@ from unittest import mock
 import queuectl
 from queuectl import (
     CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
-    Outcome, Output, PoolOptions, Queue, Silence, Spec)
+    Outcome, Output, WorkerOptions, Queue, Silence, Spec)
 
 MODULE = os.path.abspath(queuectl.__file__)
 NOON = 1_800_000_000.0
@@ -279,7 +279,7 @@ class Settled(NamedTuple):
     attempt: int
 
 
-class Turn(NamedTuple):
+class TickSeen(NamedTuple):
     """What a committed tick has brought."""
     settled: list
     claimed: list
@@ -299,7 +299,7 @@ def told_of_runs(changes):
 class Claims(queuectl.Claims):
     """A worker whose ticks are committed at once, by the same thread."""
 
-    def turn(self, ended, outputs, free, ahead=0, **report):
+    def whole_tick(self, ended, outputs, free, ahead=0, **report):
         report = queuectl.Report(ended, outputs=outputs, **{"beats": True, **report})
         self.last = wait_for(lambda: self.tick(report, [*free, *[0] * ahead]), "the lock")
         try:
@@ -312,10 +312,10 @@ class Claims(queuectl.Claims):
         for one in tick.claims:
             if one.slot:
                 self.note(one)
-        return Turn(told_of_runs(tick.changes),
-                    [Held(one.job, one.number, one.job.runs, one.lock, one.slot)
-                     for one in tick.claims], tick.mine, tick.stop, tick.is_behind,
-                    tick.settings, tick.next_due, tick.notes)
+        claimed = [Held(one.job, one.number, one.job.runs, one.lock, one.slot)
+                   for one in tick.claims]
+        return TickSeen(told_of_runs(tick.changes), claimed, tick.mine, tick.stop,
+                        tick.is_behind, tick.settings, tick.next_due, tick.notes)
 
     def note(self, claim):
         """Tell that its command has been started."""
@@ -325,7 +325,7 @@ class Claims(queuectl.Claims):
 
     def expire(self):
         """A tick at the heartbeat; True if there is more to delete."""
-        self.turn({}, {}, [])
+        self.whole_tick({}, {}, [])
         return self.last.is_expiring
 
     def start(self, held, slot):
@@ -364,11 +364,11 @@ class Case(unittest.TestCase):
         self.addCleanup(queue.close)
         return queue
 
-    def a_pool(self, queue, **options):
-        return Claims(queue, PoolOptions(**{"slots": 4, **options}))
+    def a_worker(self, queue, **options):
+        return Claims(queue, WorkerOptions(**{"slots": 4, **options}))
 
     def claim_one(self, queue, claims):
-        return claims.turn({}, {}, [1]).claimed[0]
+        return claims.whole_tick({}, {}, [1]).claimed[0]
 
     def problems(self, queue=None):
         return [one for one in queuectl.Inspection(queue or self.queue).findings()
@@ -402,10 +402,10 @@ class Case(unittest.TestCase):
 
     @functools.cached_property
     def claims(self):
-        return self.a_pool(self.queue)
+        return self.a_worker(self.queue)
 
     def worker(self, **options):
-        return self.a_pool(self.queue, **options)
+        return self.a_worker(self.queue, **options)
 
     def rescuer(self, claims=None):
         """One that looks at the other workers than this one."""
@@ -438,20 +438,20 @@ class Case(unittest.TestCase):
         self.assertEqual(self.queue.job(job.id).state, state)
         return self.queue.job(job.id)
 
-    def turn(self, free=0, ended=(), by=None, ahead=0, outputs=(), **report):
-        """A turn of a worker, which has so many slots free, or these."""
+    def tick(self, free=0, ended=(), by=None, ahead=0, outputs=(), **report):
+        """A tick of a worker, which has so many slots free, or these."""
         free = range(1, free + 1) if isinstance(free, int) else free
-        return (by or self.claims).turn(dict(ended), dict(outputs), free, ahead, **report)
+        return (by or self.claims).whole_tick(dict(ended), dict(outputs), free, ahead, **report)
 
     def claim(self, by=None):
         """The first in line, claimed."""
-        return self.turn(1, by=by).claimed[0]
+        return self.tick(1, by=by).claimed[0]
 
     def end(self, claimed, how=0, by=None):
-        """A turn that ends a run: with an exit status, or an outcome."""
+        """A tick that ends a run: with an exit status, or an outcome."""
         if isinstance(how, int):
             how = Outcome("failed" if how else "completed", how, None, 0.1)
-        return self.turn(0, {getattr(claimed, "claim", claimed): how}, by=by)
+        return self.tick(0, {getattr(claimed, "claim", claimed): how}, by=by)
 
 
 def let_go(lock):
@@ -998,7 +998,7 @@ ZONE_CHANGES = (
     ("Pacific/Kwajalein", "1993-08-20", "1993-08-23"),
 )
 WILD, FIXED = "*/10 * * * *", "5,30 0-5 * * *"
-MANY = 150      # turns that are walked over at most
+MANY = 150      # runs that are walked over at most
 
 
 def stamp(text: str, zone: datetime.tzinfo = UTC) -> float:
@@ -1100,7 +1100,7 @@ def ticks(start: int, end: int, zone: datetime.tzinfo) -> list[tuple[int, list, 
 
 def debian(line: str, values: list[set[int]],
            woken: list[tuple[int, list, list]]) -> list[float]:
-    """The turns of a cron line by Debian's cron."""
+    """The runs of a cron line by Debian's cron."""
     kind = 1 if line[0] == "*" or line.split()[1][0] == "*" else 2
     return [float(tick[0]) for tick in woken
             if any(comes(line, values, minute) for minute in tick[kind])]
@@ -1108,13 +1108,13 @@ def debian(line: str, values: list[set[int]],
 
 def walk(line: str, start: float, end: float,
          zone: datetime.tzinfo | None = None) -> list[float]:
-    """The turns in (start, end] by `next_turn`, at most MANY."""
-    cron, turns = queuectl.parse_cron(line), []
-    turn = queuectl.next_turn(cron, start, zone)
-    while turn <= end and len(turns) < MANY:
-        turns.append(turn)
-        turn = queuectl.next_turn(cron, turn, zone)
-    return turns
+    """The runs in (start, end] by `first_run`, at most MANY."""
+    cron, runs = queuectl.parse_cron(line), []
+    run = queuectl.first_run(cron, start, zone)
+    while run <= end and len(runs) < MANY:
+        runs.append(run)
+        run = queuectl.first_run(cron, run, zone)
+    return runs
 
 
 @unittest.skipUnless(HAS_ZONES, "there are no time zones on this machine")
@@ -1122,11 +1122,11 @@ class Cron(unittest.TestCase):
     berlin = zoneinfo.ZoneInfo("Europe/Berlin") if HAS_ZONES else None
 
     def local(self, line: str, day: str, zone: str = "Europe/Berlin") -> list[str]:
-        """The turns of a local day, as HH:MM and offset."""
+        """The runs of a local day, as HH:MM and offset."""
         place = zoneinfo.ZoneInfo(zone)
         after = stamp(day, place) - 1
-        return [datetime.datetime.fromtimestamp(turn, place).strftime("%H:%M%z")[:8]
-                for turn in walk(line, after, stamp(f"{day}T23:59:59", place), place)]
+        return [datetime.datetime.fromtimestamp(run, place).strftime("%H:%M%z")[:8]
+                for run in walk(line, after, stamp(f"{day}T23:59:59", place), place)]
 
     # -- parsing
 
@@ -1250,8 +1250,8 @@ class Cron(unittest.TestCase):
                         with refused("invalid-value"):
                             queuectl.parse_cron(line)
                     else:
-                        turn = queuectl.next_turn(queuectl.parse_cron(line), 0, UTC)
-                        self.assertLess(turn, math.inf)
+                        run = queuectl.first_run(queuectl.parse_cron(line), 0, UTC)
+                        self.assertLess(run, math.inf)
         self.assertEqual(queuectl.parse_cron("0 0 31 2,3 *").months, (2, 3))
         self.assertTrue(queuectl.parse_cron("0 0 31 2 mon").is_either)
 
@@ -1262,9 +1262,9 @@ class Cron(unittest.TestCase):
                 cron = queuectl.parse_cron(f"0 0 * * {text}")
                 self.assertEqual(cron.weekdays, weekdays)
 
-    # -- turns
+    # -- runs
 
-    def test_the_next_turn_is_strictly_after_the_moment(self):
+    def test_the_next_run_is_strictly_after_the_moment(self):
         table = (
             ("*/5 * * * *", "2024-05-01T10:00", "2024-05-01T10:05"),
             ("*/5 * * * *", "2024-05-01T09:59:59.999", "2024-05-01T10:00"),
@@ -1283,13 +1283,13 @@ class Cron(unittest.TestCase):
             ("0 0 * * *", "1969-12-30T12:00", "1969-12-31T00:00"),
             ("0 0 * * *", "1960-02-28T12:00", "1960-02-29T00:00"),
         )
-        for line, after, turn in table:
+        for line, after, run in table:
             for zone in (UTC, self.berlin, zoneinfo.ZoneInfo("Pacific/Kiritimati"),
                          zoneinfo.ZoneInfo("Pacific/Pago_Pago")):
                 with self.subTest(line, after=after, zone=zone):
-                    self.assertEqual(queuectl.next_turn(
+                    self.assertEqual(queuectl.first_run(
                         queuectl.parse_cron(line), stamp(after, zone), zone),
-                        stamp(turn, zone))
+                        stamp(run, zone))
 
     def test_a_fixed_time_that_is_skipped_comes_at_the_jump_and_only_once(self):
         table = (
@@ -1300,9 +1300,9 @@ class Cron(unittest.TestCase):
             ("30 1,4 * * *", ["01:30+01", "04:30+02"]),
             ("@daily", ["00:00+01"]),
         )
-        for line, turns in table:
+        for line, runs in table:
             with self.subTest(line):
-                self.assertEqual(self.local(line, "2024-03-31"), turns)
+                self.assertEqual(self.local(line, "2024-03-31"), runs)
         self.assertEqual(self.local("10 0 * * *", "2018-11-04", "America/Sao_Paulo"),
                          ["01:00-02"])
         self.assertEqual(self.local("15 2 * * *", "2024-10-06", "Australia/Lord_Howe"),
@@ -1315,9 +1315,9 @@ class Cron(unittest.TestCase):
             ("59 2 * * *", ["02:59+02"]),
             ("0 3 * * *", ["03:00+01"]),
         )
-        for line, turns in table:
+        for line, runs in table:
             with self.subTest(line):
-                self.assertEqual(self.local(line, "2024-10-27"), turns)
+                self.assertEqual(self.local(line, "2024-10-27"), runs)
         self.assertEqual(self.local("30 23 * * *", "2018-02-17", "America/Sao_Paulo"),
                          ["23:30-02"])
 
@@ -1334,7 +1334,7 @@ class Cron(unittest.TestCase):
 
     def test_a_jump_of_three_hours_is_a_correction_of_the_clock(self):
         jump = int(stamp("2024-05-01T12:00"))
-        table = (   # minutes that the clock is set on, turns of a time within these
+        table = (   # minutes that the clock is set on, runs of a time within these
             (179, 1), (180, 0), (240, 0), (-180, 1), (-181, 2), (-240, 2))
         for minutes, count in table:
             zone = JumpyZone(jump, minutes)
@@ -1350,24 +1350,24 @@ class Cron(unittest.TestCase):
             zone = JumpyZone(jump, minutes)
             skipped = time.gmtime(jump + zone.offsets[0].total_seconds())
             with self.subTest(minutes=minutes):
-                turns = walk(f"{skipped.tm_min} * * * *", jump - 60, jump + 60, zone)
-                self.assertEqual(turns, [jump] if is_made_up else [])
+                runs = walk(f"{skipped.tm_min} * * * *", jump - 60, jump + 60, zone)
+                self.assertEqual(runs, [jump] if is_made_up else [])
 
     def test_clocks_set_on_for_two_days_are_followed_there_and_back(self):
         zone = JumpyZone(stamp("2024-05-01T06:00"), 60, stamp("2024-05-03T06:00"))
         cron = queuectl.parse_cron("0 12 2 * *")
 
-        self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01"), zone),
+        self.assertEqual(queuectl.first_run(cron, stamp("2024-05-01"), zone),
                          stamp("2024-05-02T11:30"))
 
     def test_of_a_skipped_day_nothing_is_made_up(self):
         apia = zoneinfo.ZoneInfo("Pacific/Apia")
-        days = [datetime.datetime.fromtimestamp(turn, apia).day for turn in walk(
+        days = [datetime.datetime.fromtimestamp(run, apia).day for run in walk(
             "30 12 * * *", stamp("2011-12-28", apia), stamp("2012-01-02", apia), apia)]
 
         self.assertEqual(days, [28, 29, 31, 1])
 
-    def test_turns_are_those_of_debians_loop(self):
+    def test_runs_are_those_of_debians_loop(self):
         dice = random.Random(7)
         for name, first, last in ZONE_CHANGES:
             zone = zoneinfo.ZoneInfo(name)
@@ -1378,7 +1378,7 @@ class Cron(unittest.TestCase):
                 with self.subTest(line, zone=name, day=first):
                     self.agree(line, debian(line, values, woken), start, end, zone)
 
-    def test_turns_are_those_of_debians_loop_whatever_the_jump(self):
+    def test_runs_are_those_of_debians_loop_whatever_the_jump(self):
         dice = random.Random(8)
         for minutes in (-1500, -240, -181, -180, -179, -60, -5, -1, 1, 3, 4, 5, 6, 20,
                         90, 178, 179, 180, 181, 1440):
@@ -1390,7 +1390,7 @@ class Cron(unittest.TestCase):
                 with self.subTest(line, minutes=minutes):
                     self.agree(line, debian(line, values, woken), start, end, zone)
 
-    def agree(self, line: str, turns: list[float], start: int, end: int,
+    def agree(self, line: str, runs: list[float], start: int, end: int,
               zone: datetime.tzinfo) -> None:
         """Compare with the reference: walked, asked at any moment."""
         try:
@@ -1399,11 +1399,11 @@ class Cron(unittest.TestCase):
             self.assertIn("never comes", str(error))
             return
         dice = random.Random(line)
-        self.assertEqual(walk(line, start, end, zone), turns[:MANY])
+        self.assertEqual(walk(line, start, end, zone), runs[:MANY])
         for moment in (dice.uniform(start, end) for _ in range(6)):
-            later = [turn for turn in turns if turn > moment]
+            later = [run for run in runs if run > moment]
             if later:
-                self.assertEqual(queuectl.next_turn(cron, moment, zone), later[0])
+                self.assertEqual(queuectl.first_run(cron, moment, zone), later[0])
 
     def test_a_walk_over_years_meets_each_fixed_day_once(self):
         for name in ("Europe/Berlin", "America/Sao_Paulo", "Australia/Lord_Howe"):
@@ -1411,35 +1411,35 @@ class Cron(unittest.TestCase):
             start, end = stamp("2018-01-01", zone), stamp("2019-01-01", zone)
             for line in ("0 0 * * *", "30 2 * * *", "59 23 * * *"):
                 with self.subTest(line, zone=name):
-                    days = {datetime.datetime.fromtimestamp(turn, zone).date()
-                            for turn in walk(line, start - 1, end - 1, zone)}
+                    days = {datetime.datetime.fromtimestamp(run, zone).date()
+                            for run in walk(line, start - 1, end - 1, zone)}
                     self.assertEqual(len(days), 365)
                     self.assertEqual(len(walk(line, start - 1, end - 1, zone)), 365)
 
     def test_what_the_zone_always_skips_never_comes(self):
         cron = queuectl.parse_cron("*/60 2 25-31 3 */7")    # last Sunday of March
 
-        self.assertEqual(queuectl.next_turn(cron, stamp("2024-01-01"), self.berlin),
+        self.assertEqual(queuectl.first_run(cron, stamp("2024-01-01"), self.berlin),
                          math.inf)
-        self.assertLess(queuectl.next_turn(cron, stamp("2024-01-01"), UTC), math.inf)
+        self.assertLess(queuectl.first_run(cron, stamp("2024-01-01"), UTC), math.inf)
 
     def test_after_the_end_of_the_calendar_nothing_comes(self):
         cron = queuectl.parse_cron("* * * * *")
 
         for after in (stamp("9999-12-30T10:00"), 1e12, 1e15):
             with self.subTest(after=after):
-                self.assertEqual(queuectl.next_turn(cron, after, UTC), math.inf)
+                self.assertEqual(queuectl.first_run(cron, after, UTC), math.inf)
                 with refused("invalid-value", "never comes"):
-                    queuectl.turn_after("* * * * *", after, "UTC")
-        self.assertEqual(queuectl.next_turn(cron, stamp("9999-12-20"), UTC),
+                    queuectl.run_after("* * * * *", after, "UTC")
+        self.assertEqual(queuectl.first_run(cron, stamp("9999-12-20"), UTC),
                          stamp("9999-12-20T00:01"))
 
-    def test_an_offset_of_odd_seconds_makes_no_turn_twice(self):
+    def test_an_offset_of_odd_seconds_makes_no_run_twice(self):
         monrovia = zoneinfo.ZoneInfo("Africa/Monrovia")     # 44:30 behind, until 1972
         jump = stamp("1972-01-07T00:44:30")
-        turns = walk("* * * * *", jump - 90, jump + 90, monrovia)
+        runs = walk("* * * * *", jump - 90, jump + 90, monrovia)
 
-        self.assertEqual([turn - jump for turn in turns], [-60, 0, 30, 90])
+        self.assertEqual([run - jump for run in runs], [-60, 0, 30, 90])
 
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
     def test_without_a_zone_the_process_s_own_is_taken(self):
@@ -1462,17 +1462,17 @@ class Cron(unittest.TestCase):
             capture_output=True, check=True, env={**os.environ, "TZ": "UTC"},
             cwd=os.path.dirname(os.path.abspath(__file__)))
 
-        for span, line, turns in zip(spans, child.stdout.splitlines(), expected):
+        for span, line, runs in zip(spans, child.stdout.splitlines(), expected):
             with self.subTest(span):
-                self.assertEqual(json.loads(line), turns)
+                self.assertEqual(json.loads(line), runs)
 
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
     def test_a_zone_that_the_process_changes_is_taken_at_once(self):
         cron = queuectl.parse_cron("0 0 * * *")
-        for zone, turn in (("UTC", "2024-05-02"), ("Asia/Tokyo", "2024-05-01T15:00")):
+        for zone, run in (("UTC", "2024-05-02"), ("Asia/Tokyo", "2024-05-01T15:00")):
             with self.subTest(zone), local_zone(zone):
-                self.assertEqual(queuectl.next_turn(cron, stamp("2024-05-01")),
-                                 stamp(turn))
+                self.assertEqual(queuectl.first_run(cron, stamp("2024-05-01")),
+                                 stamp(run))
 
     # -- words
 
@@ -1520,7 +1520,7 @@ class Cron(unittest.TestCase):
             with self.subTest(line):
                 self.assertEqual(queuectl.cron_words(queuectl.parse_cron(line)), words)
 
-    def test_the_same_words_mean_the_same_turns(self):
+    def test_the_same_words_mean_the_same_runs(self):
         dice, said = random.Random(9), {}
         for _ in range(6000):
             try:
@@ -1678,7 +1678,7 @@ class Statements(Case):
                                           r"M(AX|IN)\([^()]*,|LIMIT -|INSERT OR|strftime|"
                                           r"\?|CROSS JOIN \w+ ON|CREATE|PRAGMA")
 
-    # What a pool or a command asks again and again, and what each step goes by.
+    # What a worker or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
         ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_READY_IN COUNT_DUE"),
@@ -1756,9 +1756,9 @@ class Statements(Case):
 
     def test_the_oldest_due_job_of_a_queue_whatever_its_rank_or_its_neighbours(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue_many([Spec("x", priority=1), Spec("x", queue="q", priority=9)])
-        claims.turn(dict.fromkeys([one.claim for one in claims.turn(
+        claims.whole_tick(dict.fromkeys([one.claim for one in claims.whole_tick(
             {}, {}, [1, 2]).claimed], Outcome("completed", 0)), {}, [])
         self.clock.now += 100       # what is over is of the same ranks, and older
         queue.enqueue_many([Spec("x", queue="q", priority=1), Spec("x", queue="other")])
@@ -1774,13 +1774,13 @@ class Statements(Case):
         queue.enqueue_many([Spec("x", run_at=NOON + 20, cwd="/")] * 1001)
         self.clock.now += 10
         self.assertEqual(queue.scrape().oldest, {"default": 0.0})
-        self.assertTrue(self.a_pool(queue).is_work_ready())
+        self.assertTrue(self.a_worker(queue).is_work_ready())
         self.clock.now += 20
         self.assertEqual(queue.scrape().oldest, {"default": 20.0})
 
     def test_the_next_time_is_the_first_of_jobs_and_schedules(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x", delay=7200)
         queue.enqueue("x", delay=7100)
         self.assertEqual(claims.next_due(), NOON + 7100)
@@ -1788,18 +1788,18 @@ class Statements(Case):
         queue.add_schedule("yearly", "@yearly", command="x")
         self.assertEqual(claims.next_due(), queuectl.epoch(queue.schedule("hourly").next_run))
 
-    def test_times_of_several_turns_add_up(self):
+    def test_times_of_several_ticks_add_up(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         for number, seconds in enumerate((1.0, 3.0, 5.0), 1):
             queue.enqueue("x", id=f"{number}", max_retries=9, backoff_base=0.0)
-            claims.turn({self.claim_one(queue, claims).claim: Outcome(
+            claims.whole_tick({self.claim_one(queue, claims).claim: Outcome(
                 "completed", 0, None, seconds)}, {}, [])
         self.assertEqual((queue.stats()[""].run_time.n, queue.stats()[""].run_time.mean),
                          (3, 3.0))
         queue.enqueue("x", id="fails", max_retries=9, backoff_base=0.0)
         for _ in range(3):
-            claims.turn({self.claim_one(queue, claims).claim: Outcome(
+            claims.whole_tick({self.claim_one(queue, claims).claim: Outcome(
                 "failed", 1, None, 2.0)}, {}, [])
         self.assertEqual([run.number for run in queue.runs("fails")], [1, 2, 3])
         self.assertEqual(queue.stats()[""].run_time.mean, 2.5)
@@ -1810,7 +1810,7 @@ class Statements(Case):
         stale = queue.enqueue("x")
         queue.cancel(stale.id)
         queue.retry(stale.id)
-        [claimed] = self.a_pool(queue).turn({}, {}, [1]).claimed
+        [claimed] = self.a_worker(queue).whole_tick({}, {}, [1]).claimed
         for before in (stale, stale._replace(state=PROCESSING),
                        claimed.job._replace(claim=claimed.claim + 1)):
             with self.subTest(before), self.assertRaises(queuectl.Stale), \
@@ -1821,20 +1821,20 @@ class Statements(Case):
     def test_a_retry_has_the_place_in_line_of_its_new_time(self):
         queue = self.a_queue()
         queue.configure("priority-ageing", "1m")
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x", max_retries=2, backoff_base=100)
-        claims.turn({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
+        claims.whole_tick({self.claim_one(queue, claims).claim: Outcome("failed", 1)}, {}, [])
         job = queue.job("job-1")
         self.assertEqual(job.rank, queuectl.rank_of(
             0, queuectl.iso(NOON + 100), queue.store.settings()))
 
     def test_only_the_runs_that_are_named_are_seized_and_a_cancel_stays(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue_many([Spec("x")] * 3)
-        claims.turn({}, {}, [1, 2, 3])
+        claims.whole_tick({}, {}, [1, 2, 3])
         queue.cancel("job-2")
-        claims.turn({}, {}, [], seized=[queue.run("job-1"), queue.run("job-2")])
+        claims.whole_tick({}, {}, [], seized=[queue.run("job-1"), queue.run("job-2")])
         self.assertEqual([queue.job(f"job-{n}").end_requested for n in (1, 2, 3)],
                          ["lost", "cancel", None])
 
@@ -1861,39 +1861,39 @@ class Statements(Case):
 
     def test_a_run_that_has_ended_keeps_its_output(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x")
         claimed = self.claim_one(queue, claims)
         let_go(claimed.lock)
         queuectl.Peers(queue).record(queue.run("job-1"))
         late = Output(99)
         late.feed(b"late")
-        claims.turn({}, {claimed.claim: late}, [])
+        claims.whole_tick({}, {claimed.claim: late}, [])
         self.assertEqual(queue.run("job-1").output, b"")
 
-    def test_what_began_and_ended_within_one_turn_has_its_slot_and_its_time(self):
+    def test_what_began_and_ended_within_one_tick_has_its_slot_and_its_time(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x")
-        [claimed] = claims.turn({}, {}, [], ahead=1).claimed
+        [claimed] = claims.whole_tick({}, {}, [], ahead=1).claimed
         self.clock.now += 5
         begun = claims.start(claimed, 3)
         self.clock.now += 5
-        claims.turn({begun.claim: Outcome("completed", 0, None, 5.0)}, {}, [])
+        claims.whole_tick({begun.claim: Outcome("completed", 0, None, 5.0)}, {}, [])
         run = queue.run("job-1")
         self.assertEqual((run.slot, run.started_at, run.finished_at),
                          (3, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)))
 
     def test_runs_are_counted_by_job_and_go_on(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue_many([Spec("x", id="other"), Spec("x", id="a", max_retries=9,
                                                         backoff_base=0.0)])
         queue.enqueue_many([Spec("x", queue="paused", priority=1)] * 200)
         queue.pause("paused")       # so the queue is asked for its own line
         for _ in range(4):
-            claimed = claims.turn({}, {}, [1]).claimed
-            claims.turn({one.claim: Outcome("failed", 1) for one in claimed
+            claimed = claims.whole_tick({}, {}, [1]).claimed
+            claims.whole_tick({one.claim: Outcome("failed", 1) for one in claimed
                          if one.job.id == "a"}, {}, [])
         self.assertEqual([run.number for run in queue.runs("a")], [1, 2, 3])
         self.assertEqual(queue.run("a", 1).job, queue.job("a").seq)
@@ -1904,21 +1904,21 @@ class Statements(Case):
         queue.pause("paused")
         queue.enqueue_many([Spec("x", queue="paused", priority=9)] * 200)
         queue.enqueue_many([Spec("x", priority=n % 5, id=f"p{n}") for n in range(5)])
-        self.assertEqual([self.a_pool(queue).turn({}, {}, [1]).claimed[0].job.id], ["p4"])
+        self.assertEqual([self.a_worker(queue).whole_tick({}, {}, [1]).claimed[0].job.id], ["p4"])
 
     def test_what_is_over_stands_before_nobody(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x", priority=5)
-        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        claims.whole_tick({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
         queue.enqueue_many([Spec("x"), Spec("x")])
         self.assertEqual(queue.waiting_for(queue.job("job-3")), ["behind 1 other job"])
 
-    def test_a_pool_has_drained_when_its_own_queues_have_nothing_due(self):
+    def test_a_worker_has_drained_when_its_own_queues_have_nothing_due(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue, queues=("a",))
+        claims = self.a_worker(queue, queues=("a",))
         queue.enqueue("x", queue="a")
-        claims.turn({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
+        claims.whole_tick({self.claim_one(queue, claims).claim: Outcome("completed", 0)}, {}, [])
         queue.enqueue_many([Spec("x", queue="a", run_at=NOON + 10), Spec("x", queue="b"),
                             Spec("x", queue="b", run_at=NOON + 5)])
         self.clock.now += 6
@@ -1926,17 +1926,17 @@ class Statements(Case):
         self.clock.now += 4
         self.assertFalse(claims.is_drained())
 
-    def test_a_turn_tells_its_time(self):
+    def test_a_tick_tells_its_time(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         self.clock.now += 3
-        claims.turn({}, {}, [])
+        claims.whole_tick({}, {}, [])
         self.assertEqual(queue.store.workers()[0].heartbeat_at, queuectl.iso(NOON + 3))
 
-    def test_pools_and_schedules_are_offered_by_their_names(self):
+    def test_workers_and_schedules_are_offered_by_their_names(self):
         queue = self.a_queue()
         for name in "bac":
-            self.a_pool(queue, name=name)
+            self.a_worker(queue, name=name)
             queue.add_schedule(name, "@daily", command="x")
         self.assertEqual([one.name for one in queue.schedules()], ["a", "b", "c"])
         with queuectl.glance(self.path) as rows:
@@ -2276,7 +2276,7 @@ class Files(Case):
         """(I4): no number of a row that was deleted is used again."""
         self.a_released_file()
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         rescuer = queuectl.Peers(queue, claims.worker.id)
         for lost in rescuer.lost():
             rescuer.record(lost)    # nothing tells that it had begun, so it is released
@@ -2285,9 +2285,9 @@ class Files(Case):
         self.assertEqual(self.claim_one(queue, claims).job.id, "ready")
         queue.retry("dead")
         self.clock.now += 60
-        ended = dict.fromkeys(claims.turn({}, {}, []).mine, Outcome("completed", 0))
+        ended = dict.fromkeys(claims.whole_tick({}, {}, []).mine, Outcome("completed", 0))
         while ended:
-            ended = dict.fromkeys([one.claim for one in claims.turn(
+            ended = dict.fromkeys([one.claim for one in claims.whole_tick(
                 ended, {}, [1, 2, 3, 4]).claimed], Outcome("completed", 0))
         self.assertEqual(queue.job("blocked").state, COMPLETED)
         self.assertEqual((queue.run("ready").claim, claims.worker.id), (100, 2))
@@ -2301,10 +2301,10 @@ class Files(Case):
 
     @NEEDS_LOCKS
     def test_who_lives_by_an_earlier_database_of_that_name_is_nobody_here(self):
-        self.a_pool(self.a_queue())
+        self.a_worker(self.a_queue())
         for suffix in ("", "-wal", "-shm"):
             os.unlink(self.path + suffix)
-        self.assertEqual(self.a_pool(self.a_queue()).worker.id, 1)
+        self.assertEqual(self.a_worker(self.a_queue()).worker.id, 1)
 
     def test_an_sqlite_that_is_too_old_is_refused_in_words(self):
         with mock.patch.object(sqlite3, "sqlite_version_info", (3, 33, 0)), \
@@ -2461,8 +2461,6 @@ class Files(Case):
                 (sqlite3.OperationalError("unable to open database file"),
                  "unwritable"),
                 (sqlite3.OperationalError("disk I/O error"), "unwritable"),
-                (sqlite3.OperationalError("Could not open database"),
-                 "unwritable"),
                 (sqlite3.ProgrammingError("Cannot operate on a closed database."),
                  "unsupported"),
                 (sqlite3.DataError("string or blob too big"), "invalid-value")):
@@ -2612,7 +2610,7 @@ class Hosts(Case):
     @NEEDS_LOCKS
     def test_a_worker_that_sees_no_proc_is_told_by_its_lock_or_not_at_all(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         blind = claims.worker._replace(boot="", born="")
 
         self.assertIs(queue.host.is_alive(blind), True)
@@ -2623,7 +2621,7 @@ class Hosts(Case):
     @NEEDS_LOCKS
     def test_of_a_running_job_it_is_said_that_its_worker_is_gone(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x")
         job = self.claim_one(queue, claims).job
         self.assertEqual(queue.waiting_for(job), [])
@@ -2714,7 +2712,7 @@ class Hosts(Case):
     @NEEDS_LOCKS
     def test_a_run_s_process_is_found_again_and_no_other_of_that_number(self):
         queue = self.a_queue()
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         queue.enqueue("x")
         self.claim_one(queue, claims)
         [run] = queue.runs("job-1")
@@ -2902,11 +2900,11 @@ class Promises(Case):
 
     def test_a_job_waits_for_those_it_comes_after(self):
         self.queue.enqueue_many([Spec("b", id="b", after=("a",)), Spec("a", id="a")])
-        first = self.turn(2)
+        first = self.tick(2)
         self.assertEqual([c.job.id for c in first.claimed], ["a"])
         self.assertEqual(self.queue.waiting_for(self.queue.job("b"))[0],
                          "after a (processing)")
-        second = self.turn(1, {first.claimed[0].claim: Outcome("completed", 0)})
+        second = self.tick(1, {first.claimed[0].claim: Outcome("completed", 0)})
         self.assertEqual([c.job.id for c in second.claimed], ["b"])
 
         third = self.job("c", after=["a", "b"])    # of these it waits for b alone
@@ -2947,7 +2945,7 @@ class Promises(Case):
             self.queue.retry_dead("old")
 
     def test_times_are_taken_when_the_lock_is_there(self):
-        self.turn()
+        self.tick()
         self.job()
         for call in (lambda: self.claim(), lambda: self.queue.cancel("job-1"),
                      lambda: self.end(1, Outcome("cancelled")),
@@ -3079,7 +3077,7 @@ class Promises(Case):
 
         self.assertEqual(swept(self.queue, "cancel"), ["waits", "runs"])
         self.assertEqual(self.queue.job("runs").state, PROCESSING)
-        self.assertEqual(self.turn().mine, {claim.claim: queuectl.CANCEL})
+        self.assertEqual(self.tick().mine, {claim.claim: queuectl.CANCEL})
 
     def test_who_stops_a_sweep_keeps_what_is_done(self):
         other = self.a_queue()
@@ -3185,10 +3183,10 @@ class Promises(Case):
         self.job(id="dead")
         self.queue.cancel("dead")
         self.job(id="full")
-        pool = self.worker(name="p", queues=("q", "full"))
+        worker = self.worker(name="p", queues=("q", "full"))
         side = self.worker(name="s", queues=("side",))
         self.queue.edit("full", queue="full")
-        self.claim(pool)
+        self.claim(worker)
         self.queue.limit_queue("full", 1)
         self.queue.limit_queue("q", 1)
         self.queue.pause("halt")
@@ -3213,7 +3211,7 @@ class Promises(Case):
         self.assertEqual(self.queue.waiting_for(gone),
                          ["no worker takes queue `fleeting`"])
         self.queue.pause()
-        pool.leave()
+        worker.leave()
         side.leave()
         job = self.job()
         self.assertEqual(self.queue.waiting_for(job),
@@ -3287,7 +3285,7 @@ class Promises(Case):
             if len(told) == 1:
                 other.cancel("b")
             elif len(told) == 2:
-                claims = self.a_pool(other)
+                claims = self.a_worker(other)
                 self.end(self.claim(claims), by=claims)
         jobs = self.queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
         self.assertEqual([(job.id, job.state) for job in jobs],
@@ -3445,8 +3443,8 @@ class Promises(Case):
     def test_the_idle_hook_comes_once_for_all_that_end_together(self):
         self.queue.configure("on-idle", "idle")
         self.jobs("abc")
-        runs = self.turn(2).claimed
-        self.turn(0, {run.claim: Outcome("completed", 0) for run in runs})
+        runs = self.tick(2).claimed
+        self.tick(0, {run.claim: Outcome("completed", 0) for run in runs})
         self.assertEqual(self.hooks(), [])
         self.queue.cancel("c")
         self.assertEqual(self.hooks(), [("idle", "c", CANCELLED, "", "")])
@@ -3573,7 +3571,7 @@ class Promises(Case):
         bell.settimeout(DEADLINE)
         other = Queue(self.path, clock=self.clock)
         self.addCleanup(other.close)
-        claims = Claims(other, PoolOptions(name="w"), bell.getsockname()[1])
+        claims = Claims(other, WorkerOptions(name="w"), bell.getsockname()[1])
         self.job()
         claim = self.claim(claims).claim
         heard, output = [], Output(99)
@@ -3583,7 +3581,7 @@ class Promises(Case):
 
         def answer():
             heard.append(bell.recv(99))
-            self.turn(outputs={claim: output}, by=claims)
+            self.tick(outputs={claim: output}, by=claims)
         thread = threading.Thread(target=answer)
         thread.start()
         self.assertEqual(self.queue.fresh_run("job-1", patience=DEADLINE).output,
@@ -3629,25 +3627,25 @@ class Promises(Case):
         host = Host(made.path)
         queue = Queue(self.path, clock=self.clock, host=host)
         self.addCleanup(queue.close)
-        self.a_pool(queue, name="w")
+        self.a_worker(queue, name="w")
         for view in (queue.workers()[0], queue.scrape().workers[0]):
             self.assertEqual((view.worker.name, view.is_alive), ("w", True))
         queuectl.Inspection(queue).findings()
 
-    def test_nobody_waits_for_output_where_no_pool_can_hear(self):
+    def test_nobody_waits_for_output_where_no_worker_can_hear(self):
         class Impatient(Queue):
             def await_change(self, seen, timeout):
                 raise AssertionError
         queue = Impatient(self.path, clock=self.clock)
         self.addCleanup(queue.close)
         queue.enqueue("x")
-        claims = self.a_pool(queue)     # without a port
+        claims = self.a_worker(queue)     # without a port
         self.claim_one(queue, claims)
         self.assertEqual(queue.fresh_run("job-1").output, b"")
 
     def test_each_queue_has_its_own_statistics_and_oldest_job(self):
         self.queue.enqueue_many([Spec("x"), Spec("x", queue="q")])
-        self.turn(0, dict.fromkeys([one.claim for one in self.turn(2).claimed],
+        self.tick(0, dict.fromkeys([one.claim for one in self.tick(2).claimed],
                                    Outcome("completed", 0, None, 1.0)))
         self.job()
         self.queue.enqueue_many([Spec("x", run_at=NOON + 10),
@@ -3707,17 +3705,17 @@ class Promises(Case):
         self.queue.limit_queue("q", 0)
         self.assertEqual([view.name for view in self.queue.queues()], ["default"])
 
-    def test_a_schedule_that_is_resumed_without_having_rested_keeps_its_turn(self):
+    def test_a_schedule_that_is_resumed_without_having_rested_keeps_its_run(self):
         due = self.queue.add_schedule("s", "*/10 * * * *", command="x").next_run
         self.clock.now += 3600
         self.assertEqual(self.queue.resume_schedule("s").next_run, due)
         self.assertEqual(self.queue.pause_schedule("s").next_run, due)
 
-    def test_a_pool_is_asked_to_stop_by_its_name_or_with_all(self):
-        pools = self.worker(name="one"), self.worker(name="two")
+    def test_a_worker_is_asked_to_stop_by_its_name_or_with_all(self):
+        workers = self.worker(name="one"), self.worker(name="two")
 
         def wishes():
-            return [self.turn(by=pool).stop for pool in pools]
+            return [self.tick(by=worker).stop for worker in workers]
         with refused("no-such-worker", "did you mean `two`"):
             self.queue.stop_workers("one", "tow")
         self.assertEqual(wishes(), [None, None])
@@ -3755,8 +3753,8 @@ class Promises(Case):
 
 # ---- 11 Claims ---------------------------------------------------------------
 
-class Turns(Case):
-    def test_a_pool_that_comes_and_claims_between_two_looks_is_not_lost(self):
+class Ticks(Case):
+    def test_a_worker_that_comes_and_claims_between_two_looks_is_not_lost(self):
         watcher = self.worker()
         self.job()
         look = self.queue.store.rows
@@ -3779,21 +3777,21 @@ class Turns(Case):
         self.job(id="high", priority=1)
         self.job(id="later")
 
-        turn = self.turn(4)
-        self.assertEqual([c.job.id for c in turn.claimed],
+        tick = self.tick(4)
+        self.assertEqual([c.job.id for c in tick.claimed],
                          ["high", "early", "late", "later"])
 
     def test_nothing_starts_before_its_time(self):
         self.job(delay=10)
         self.clock.now += 9.998
-        self.assertEqual(self.turn(1).claimed, [])
+        self.assertEqual(self.tick(1).claimed, [])
         self.clock.now += 0.003
-        self.assertEqual(len(self.turn(1).claimed), 1)
+        self.assertEqual(len(self.tick(1).claimed), 1)
 
     def test_a_job_for_now_starts_though_the_clock_was_set_back(self):
         self.job()
         self.clock.now -= 86400
-        self.assertEqual(len(self.turn(1).claimed), 1)
+        self.assertEqual(len(self.tick(1).claimed), 1)
 
     def test_a_schedule_that_cannot_be_read_rests_and_stops_nobody(self):
         for name, change in (("job", "job = '{\"command\": 7}'"), ("text", "job = '{'"),
@@ -3803,7 +3801,7 @@ class Turns(Case):
         self.job("true", delay=60)
         self.clock.now += 120
 
-        self.assertEqual(len(self.turn(2).claimed), 1)
+        self.assertEqual(len(self.tick(2).claimed), 1)
         self.assertEqual([one.paused for one in self.queue.schedules()], [True] * 4)
         self.assertEqual([self.queue.schedule(name).job for name in ("text", "list")],
                          [{}, {}])
@@ -3811,16 +3809,16 @@ class Turns(Case):
         with refused("invalid-job"):
             self.queue.resume_schedule("text")
 
-    def test_a_turn_put_off_by_a_clock_that_was_ahead_is_set_right(self):
+    def test_a_run_put_off_by_a_clock_that_was_ahead_is_set_right(self):
         """Also if it was skipped meanwhile, so that nothing else shows it."""
         self.queue.add_schedule("often", "*/5 * * * *", command="sleep 9")
         self.clock.now += 300
-        self.assertEqual(len(self.turn(1).claimed), 1)
+        self.assertEqual(len(self.tick(1).claimed), 1)
         self.clock.now += 365 * 86400
-        self.turn()
+        self.tick()
 
         self.clock.now -= 365 * 86400 - 60
-        self.turn()
+        self.tick()
         away = queuectl.epoch(self.queue.schedule("often").next_run) - self.clock.now
         self.assertLessEqual(away, 300)
 
@@ -3872,12 +3870,12 @@ class Turns(Case):
         self.assertEqual(self.queue.covered(9 * 86400), 8 * 86400)
         self.assertFalse(self.claims.expire())
 
-    def test_a_pool_that_is_to_stop_claims_no_more(self):
-        self.turn()
+    def test_a_worker_that_is_to_stop_claims_no_more(self):
+        self.tick()
         self.job()
         self.queue.stop_workers()
-        turn = self.turn(1, ahead=1)
-        self.assertEqual((turn.stop, turn.claimed), (queuectl.DRAIN, []))
+        tick = self.tick(1, ahead=1)
+        self.assertEqual((tick.stop, tick.claimed), (queuectl.DRAIN, []))
 
     def test_a_late_worker_cannot_end_a_later_claim(self):
         """(I3)"""
@@ -3894,10 +3892,10 @@ class Turns(Case):
         self.assertEqual(self.queue.job("job-1").crashes, 1)
         self.assertEqual(self.queue.job("job-1").attempts, 0)
 
-    def test_a_run_that_a_rescuer_ended_is_a_crash_though_its_pool_thawed(self):
+    def test_a_run_that_a_rescuer_ended_is_a_crash_though_its_worker_thawed(self):
         self.job()
         claim = self.claim().claim
-        self.turn(seized=self.queue.runs("job-1"))
+        self.tick(seized=self.queue.runs("job-1"))
 
         self.end(claim, Outcome("failed", 143, "killed by SIGTERM", 1.0))
         job = self.queue.job("job-1")
@@ -3924,19 +3922,19 @@ class Turns(Case):
 
     def test_what_was_claimed_ahead_and_has_not_begun_is_no_crash(self):
         self.jobs(("a", "b", "c"), cwd="/")
-        turn = self.turn(1, ahead=2)
-        self.assertEqual([one.slot for one in turn.claimed], [1, 0, 0])
-        self.claims.start(turn.claimed[1], 1)
-        self.end(turn.claimed[0])
+        tick = self.tick(1, ahead=2)
+        self.assertEqual([one.slot for one in tick.claimed], [1, 0, 0])
+        self.claims.start(tick.claimed[1], 1)
+        self.end(tick.claimed[0])
 
         self.assertEqual([run.slot for run in self.queue.runs("b")], [1])
-        for one in turn.claimed[1:]:
+        for one in tick.claimed[1:]:
             let_go(one.lock)
             self.rescuer().record(self.queue.runs(one.job.id)[0])
         self.assertEqual([(self.queue.job(name).state, self.queue.job(name).crashes)
                           for name in "bc"], [(FAILED, 1), (PENDING, 0)])
 
-    def test_a_pool_that_lost_its_jobs_and_lives_stays_in_the_table(self):
+    def test_a_worker_that_lost_its_jobs_and_lives_stays_in_the_table(self):
         claims = self.worker(name="frozen")
         self.job()
         let_go(self.claim(claims).lock)
@@ -3950,13 +3948,13 @@ class Turns(Case):
 
         self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
         self.clock.now += 60
-        self.turn(by=claims)
+        self.tick(by=claims)
         self.assertEqual([(view.worker.id, view.worker.name, view.worker.heartbeat_at)
                           for view in self.queue.workers()][:1],
                          [(claims.worker.id, "frozen", queuectl.iso(NOON + 60))])
         self.assertEqual(self.lost(claims), [])
 
-    def test_a_turn_that_cannot_commit_has_not_happened(self):
+    def test_a_tick_that_cannot_commit_has_not_happened(self):
         self.job()
         claim = self.claim()
         self.queue.store.db.patience = 0.01
@@ -3968,28 +3966,28 @@ class Turns(Case):
         self.assertIsNone(self.claims.tick(report, [1]))
         self.assertEqual(self.queue.job("job-1").state, PROCESSING)
         rival.execute("ROLLBACK")
-        self.turn(1, {claim.claim: Outcome("completed", 0)})
+        self.tick(1, {claim.claim: Outcome("completed", 0)})
         self.assertEqual(self.queue.job("job-1").state, COMPLETED)
 
     def fail_at_the_end(self, claims, free):
-        """A turn that has claimed already when it fails."""
+        """A tick that has claimed already when it fails."""
         with mock.patch.object(claims, "next_due", side_effect=ZeroDivisionError), \
                 self.assertRaises(ZeroDivisionError):
-            self.turn(free, by=claims)
+            self.tick(free, by=claims)
 
     @NEEDS_LOCKS
-    def test_a_turn_that_fails_at_its_end_holds_no_lock_of_what_it_claimed(self):
+    def test_a_tick_that_fails_at_its_end_holds_no_lock_of_what_it_claimed(self):
         self.jobs(2)
         self.fail_at_the_end(self.claims, [1, 2])
         self.assertEqual([self.queue.host.locks.is_held(claim) for claim in (1, 2)],
                          [False, False])
 
-        claimed = self.turn(2).claimed
+        claimed = self.tick(2).claimed
         self.assertEqual([one.claim for one in claimed], [1, 2])
         self.assertEqual([self.queue.host.locks.is_held(claim) for claim in (1, 2)],
                          [True, True])
 
-    def test_a_pool_comes_fails_claims_and_goes_where_there_are_no_locks(self):
+    def test_a_worker_comes_fails_claims_and_goes_where_there_are_no_locks(self):
         self.queue.host.locks._works = False
         self.job()
         self.fail_at_the_end(self.claims, [1])
@@ -3998,9 +3996,9 @@ class Turns(Case):
         self.claims.leave()
         self.assertEqual(self.queue.store.workers(), [])
 
-    def test_a_pool_remembers_nothing_of_runs_that_are_over(self):
+    def test_a_worker_remembers_nothing_of_runs_that_are_over(self):
         self.jobs(2)
-        claimed = self.turn(1, ahead=1).claimed
+        claimed = self.tick(1, ahead=1).claimed
         self.claims.start(claimed[1], 1)
         self.end(claimed[0])
         self.end(claimed[1])
@@ -4012,24 +4010,24 @@ class Turns(Case):
         self.jobs(3, queue="free")
         self.do("INSERT INTO queues VALUES ('paused', 1, 0), ('one', 0, 1)")
 
-        turn = self.turn(3)
-        self.assertEqual([c.job.queue for c in turn.claimed], ["one", "free", "free"])
-        only = self.turn(2, by=self.worker(name="only", queues=("free",)))
+        tick = self.tick(3)
+        self.assertEqual([c.job.queue for c in tick.claimed], ["one", "free", "free"])
+        only = self.tick(2, by=self.worker(name="only", queues=("free",)))
         self.assertEqual([c.job.queue for c in only.claimed], ["free"])
 
-    def test_two_pools_never_get_the_same_job(self):
+    def test_two_workers_never_get_the_same_job(self):
         self.jobs(6)
         one, two = self.worker(name="a"), self.worker(name="b")
-        got = [c.claim for c in self.turn(3, by=one).claimed
-               + self.turn(3, by=two).claimed]
+        got = [c.claim for c in self.tick(3, by=one).claimed
+               + self.tick(3, by=two).claimed]
         self.assertEqual(len(set(got)), 6)
         with refused("in-use"):
             self.worker(name="a")
 
-    def test_each_change_that_matters_to_a_pool_rings_its_bell(self):
+    def test_each_change_that_matters_to_a_worker_rings_its_bell(self):
         bell = queuectl._bell()
         self.addCleanup(bell.close)
-        claims = Claims(self.queue, PoolOptions(), bell.getsockname()[1])
+        claims = Claims(self.queue, WorkerOptions(), bell.getsockname()[1])
         self.job(id="dead", max_retries=1)
         self.end(self.claim(claims), 1, by=claims)
         self.job(id="a")
@@ -4062,7 +4060,7 @@ class Turns(Case):
         heard()
         for verb, filters, changed in (("cancel", {}, False), ("delete", {}, True),
                                        ("retry", {"search": "none"}, False)):
-            with self.subTest(verb):        # that gives a pool nothing to do
+            with self.subTest(verb):        # that gives a worker nothing to do
                 self.assertEqual(bool(swept(self.queue, verb, CANCELLED, **filters)),
                                  changed)
                 self.assertEqual(heard(), set())
@@ -4070,7 +4068,7 @@ class Turns(Case):
     # Pauses, limits, ageing.
 
     def claimed_ids(self, free=4, by=None):
-        return [one.job.id for one in self.turn(free, by=by).claimed]
+        return [one.job.id for one in self.tick(free, by=by).claimed]
 
     def test_a_paused_queue_waits_and_what_runs_goes_on(self):
         self.queue.enqueue_many([Spec("x", id="a", queue="a"),
@@ -4080,7 +4078,7 @@ class Turns(Case):
         self.queue.pause("a")
         self.assertEqual(self.claimed_ids(), ["b"])
         self.assertTrue(self.queue.status().paused)
-        settled = self.turn(1, {claim: Outcome("completed", 0)}).settled
+        settled = self.tick(1, {claim: Outcome("completed", 0)}).settled
         self.assertEqual([one.job.state for one in settled], [COMPLETED])
 
         self.queue.resume("a")
@@ -4098,22 +4096,22 @@ class Turns(Case):
         self.queue.resume("a")
         self.assertEqual(self.claimed_ids(), ["a"])
 
-    def test_what_a_paused_queue_holds_keeps_no_pool_from_draining(self):
+    def test_what_a_paused_queue_holds_keeps_no_worker_from_draining(self):
         self.job(queue="a")
         self.assertFalse(self.claims.is_drained())
         self.queue.pause("a")
         self.assertTrue(self.claims.is_drained())
 
-    def test_no_more_of_a_queue_run_than_its_limit_in_all_pools_together(self):
+    def test_no_more_of_a_queue_run_than_its_limit_in_all_workers_together(self):
         one, two = self.worker(name="one"), self.worker(name="two")
         self.queue.limit_queue("q", 2)
         self.jobs("abcde", queue="q")
-        first = self.turn(1, by=one).claimed[0]
+        first = self.tick(1, by=one).claimed[0]
         self.assertEqual(self.claimed_ids([1, 2, 3], two), ["b"])
         self.assertEqual(self.claimed_ids([2, 3], one), [])
 
-        turn = self.turn(3, {first.claim: Outcome("completed", 0)}, by=one)
-        self.assertEqual([claim.job.id for claim in turn.claimed], ["c"])
+        tick = self.tick(3, {first.claim: Outcome("completed", 0)}, by=one)
+        self.assertEqual([claim.job.id for claim in tick.claimed], ["c"])
         self.queue.limit_queue("q", 1)
         self.assertEqual(self.claimed_ids([2, 3], one), [])
         self.queue.limit_queue("q", 0)
@@ -4179,33 +4177,33 @@ class Turns(Case):
 
     # Schedules. NOON is the beginning of an hour, in any zone of whole hours.
 
-    def ticks(self, *pools):
-        """The jobs that schedules add in a turn of each pool; they end at once."""
-        before = pools[0]._queue.last_event()
-        for claims in pools:
-            self.turn(by=claims)
-        added = [event.id for event in pools[0]._queue.events_since(before)]
-        for claims in pools:
-            taken = self.turn(4, by=claims).claimed
+    def ticks(self, *workers):
+        """The jobs that schedules add in a tick of each worker; they end at once."""
+        before = workers[0]._queue.last_event()
+        for claims in workers:
+            self.tick(by=claims)
+        added = [event.id for event in workers[0]._queue.events_since(before)]
+        for claims in workers:
+            taken = self.tick(4, by=claims).claimed
             if taken:
-                self.turn(0, {one.claim: Outcome("completed", 0) for one in taken},
+                self.tick(0, {one.claim: Outcome("completed", 0) for one in taken},
                           by=claims)
             for one in taken:
                 let_go(one.lock)
         return added
 
-    def test_a_turn_brings_one_job_whatever_the_number_of_pools(self):
+    def test_a_run_brings_one_job_whatever_the_number_of_workers(self):
         one = self.worker(name="a")
         other = Queue(self.path, clock=lambda: self.clock.now - 0.7)
         self.addCleanup(other.close)
-        pools = one, self.a_pool(other, name="b")
+        workers = one, self.a_worker(other, name="b")
         self.queue.add_schedule("s", "*/10 * * * *", command="x", queue="q", priority=3,
                                 tags=["own"], env={"A": "b"})
         added = []
         for _ in range(3600):
             self.clock.now += 1
-            if any(claims.is_work_ready() for claims in pools):
-                added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*pools)]
+            if any(claims.is_work_ready() for claims in workers):
+                added += [(self.clock.now - NOON, job_id) for job_id in self.ticks(*workers)]
 
         self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
         job = self.queue.job("job-1")
@@ -4214,7 +4212,7 @@ class Turns(Case):
         self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
         self.assertEqual(self.queue.schedule("s").next_run, queuectl.iso(NOON + 4200))
 
-    def test_a_pool_sleeps_until_the_next_turn_of_a_schedule(self):
+    def test_a_worker_sleeps_until_the_next_run_of_a_schedule(self):
         self.assertIsNone(self.claims.next_due())
         self.queue.add_schedule("s", "30 * * * *", command="x")
         self.assertEqual(self.claims.next_due(), NOON + 1800)
@@ -4265,7 +4263,7 @@ class Turns(Case):
             self.assertEqual(len(self.claims._choose(free)), 1)
             self.assertEqual(limits, sorted(set(limits)))
 
-    def test_a_pool_that_comes_back_finds_its_name_taken(self):
+    def test_a_worker_that_comes_back_finds_its_name_taken(self):
         claims = self.worker(name="w")
         self.job()
         # as those do that take it for dead
@@ -4273,14 +4271,14 @@ class Turns(Case):
         third, other = self.worker(name="v"), self.worker(name="w")
 
         mine = self.claim(claims)
-        self.assertEqual(self.turn(1, by=other).mine, {})
+        self.assertEqual(self.tick(1, by=other).mine, {})
         self.end(mine, by=claims)
         self.assertEqual([(one.id, one.name) for one in self.queue.store.workers()],
                          [(1, "w#1"), (third.worker.id, "v"), (other.worker.id, "w")])
         self.assertEqual(self.queue.runs("job-1")[0].worker, "w#1")
 
-    def test_what_a_pool_could_not_take_is_no_work_for_it(self):
-        """Else two idle pools would go on waking each other with their turns."""
+    def test_what_a_worker_could_not_take_is_no_work_for_it(self):
+        """Else two idle workers would go on waking each other with their ticks."""
         claims = self.worker(queues=("own", "full", "later"))
         self.queue.limit_queue("full", 1)
         for name in ("foreign", "own", "full"):
@@ -4299,7 +4297,7 @@ class Turns(Case):
         self.assertFalse(claims.is_work_ready())
         self.clock.now += 60
         self.assertTrue(claims.is_work_ready())     # somebody has to let it in
-        self.turn(by=claims)
+        self.tick(by=claims)
         self.assertFalse(claims.is_work_ready())
         self.queue.resume("own")
         self.assertTrue(claims.is_work_ready())
@@ -4310,7 +4308,7 @@ class Turns(Case):
         self.end(held, by=claims)
         self.assertTrue(claims.is_work_ready())
 
-    def test_a_clock_that_is_set_brings_no_turn_twice_and_puts_none_off(self):
+    def test_a_clock_that_is_set_brings_no_run_twice_and_puts_none_off(self):
         day, due = 86400, 16200     # 12:30, in seconds after NOON
         for cron, start, steps in (
                 ("*/10 * * * *", 0, [(601, 1), *((at, 0) for at in range(550, 1200, 10)),
@@ -4329,43 +4327,43 @@ class Turns(Case):
                     self.clock.now = NOON + at
                     self.assertEqual(len(self.ticks(self.claims)), jobs, at)
 
-    def test_a_turn_far_away_is_looked_at_anew_when_a_clock_is_set_back(self):
+    def test_a_run_far_away_is_looked_at_anew_when_a_clock_is_set_back(self):
         self.clock.now = NOON + 400 * 86400
         self.queue.add_schedule("s", "@yearly", command="x")
-        self.turn()
+        self.tick()
         far = self.queue.schedule("s").next_run
         self.clock.now = NOON
-        self.turn()
-        self.assertEqual(self.queue.schedule("s").next_run, queuectl.turn_after(
+        self.tick()
+        self.assertEqual(self.queue.schedule("s").next_run, queuectl.run_after(
             "@yearly", NOON, self.queue.schedule("s").tz))
         self.assertLess(self.queue.schedule("s").next_run, far)
 
-    def test_turns_missed_in_three_days_of_suspension_are_made_up_once(self):
-        pools = self.worker(name="a"), self.worker(name="b")
+    def test_runs_missed_in_three_days_of_suspension_are_made_up_once(self):
+        workers = self.worker(name="a"), self.worker(name="b")
         for name, cron in (("often", "*/10 * * * *"), ("daily", "0 0 * * *"),
                            ("seldom", "@yearly")):
             self.queue.add_schedule(name, cron, command=name)
         self.clock.now += 3 * 86400 + 5
         self.assertEqual(sorted(self.queue.job(job_id).command
-                                for job_id in self.ticks(*pools)), ["daily", "often"])
-        self.assertEqual(self.ticks(*pools), [])
+                                for job_id in self.ticks(*workers)), ["daily", "often"])
+        self.assertEqual(self.ticks(*workers), [])
         self.assertEqual(self.queue.schedule("often").next_run,
                          queuectl.iso(NOON + 3 * 86400 + 600))
 
-    def test_a_turn_whose_last_job_is_not_over_is_skipped(self):
+    def test_a_run_whose_last_job_is_not_over_is_skipped(self):
         self.queue.add_schedule("s", "*/10 * * * *", command="x", max_retries=2,
                                 backoff_base=3600)
-        turn, jobs = NOON, []
+        tick, jobs = NOON, []
         for act in (lambda: None, lambda: None,     # it waits
                     lambda: self.claim(),
                     lambda: self.end(1, 1),
                     lambda: self.queue.cancel("job-1"), lambda: self.queue.delete("job-2")):
-            turn += 600
-            self.clock.now = turn
+            tick += 600
+            self.clock.now = tick
             act()
-            self.turn()
+            self.tick()
             jobs.append(self.queue.store.row(queuectl.Sql.COUNTERS)[0])
-            self.assertGreater(self.queue.schedule("s").next_run, queuectl.iso(turn))
+            self.assertGreater(self.queue.schedule("s").next_run, queuectl.iso(tick))
         self.assertEqual(jobs, [1, 1, 1, 1, 2, 3])
         self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
 
@@ -4382,7 +4380,7 @@ class Turns(Case):
         self.clock.now = NOON + 4200
         self.assertEqual(len(self.ticks(self.claims)), 1)
 
-    def test_a_schedule_run_by_hand_runs_beside_its_turns(self):
+    def test_a_schedule_run_by_hand_runs_beside_its_runs(self):
         self.queue.add_schedule("s", "*/10 * * * *", command="x")
         self.queue.pause_schedule("s")
         job = self.queue.run_schedule("s")
@@ -4390,7 +4388,7 @@ class Turns(Case):
         self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON))
         self.queue.resume_schedule("s")
         self.clock.now += 600
-        self.turn()
+        self.tick()
         self.assertEqual(len(self.queue.jobs()), 1)      # that one is not over
         self.queue.cancel(job.id)
         self.clock.now += 600
@@ -4399,7 +4397,7 @@ class Turns(Case):
     def test_a_removed_schedule_comes_no_more_and_its_jobs_stay(self):
         self.queue.add_schedule("s", "*/10 * * * *", command="x")
         self.clock.now += 600
-        self.turn()
+        self.tick()
         self.assertEqual(self.queue.remove_schedule("s").name, "s")
         self.clock.now += 600
         self.assertEqual(self.ticks(self.claims), [])
@@ -4449,8 +4447,8 @@ class Turns(Case):
         os.environ["TZ"] = zone
         time.tzset()
 
-    def test_on_the_days_of_daylight_saving_each_turn_brings_one_job(self):
-        """Two pools, minute by minute, for 48 hours from noon."""
+    def test_on_the_days_of_daylight_saving_each_run_brings_one_job(self):
+        """Two workers, minute by minute, for 48 hours from noon."""
         fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
         self.dir = memory_directory()
         self.addCleanup(shutil.rmtree, self.dir)
@@ -4459,7 +4457,7 @@ class Turns(Case):
                 with self.subTest(zone=zone, noon=noon):
                     self.anew()
                     self.local_zone(zone)
-                    added = self.turns_from(noon, (*fixed, "*/30 * * * *", "0 * * * *"))
+                    added = self.runs_from(noon, (*fixed, "*/30 * * * *", "0 * * * *"))
                     nights = [time.localtime(time.mktime(
                         (*noon[:2], noon[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday
                         for n in (1, 2)]
@@ -4468,28 +4466,28 @@ class Turns(Case):
                     self.assertEqual(len(added["*/30 * * * *"]), 48 * 2)
                     self.assertEqual(len(added["0 * * * *"]), hours)
 
-    def turns_from(self, day, crons):
+    def runs_from(self, day, crons):
         """When each of these schedules has a job in the 48 hours from a local noon."""
         self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
-        pools = self.worker(name="a"), self.worker(name="b")
+        workers = self.worker(name="a"), self.worker(name="b")
         for number, cron in enumerate(crons):
             self.queue.add_schedule(f"s{number}", cron, command=cron)
         added = {cron: [] for cron in crons}
         for _ in range(48 * 60):
             self.clock.now += 60
-            if pools[0].is_work_ready():
-                for job_id in self.ticks(*pools):
+            if workers[0].is_work_ready():
+                for job_id in self.ticks(*workers):
                     cron = self.queue.job(job_id).command
                     added[cron].append(time.localtime(self.clock.now))
         return added
 
     def leave_behind(self, claims):
-        """The pool is as one that died: no lock, and by its row of an earlier boot."""
+        """The worker is as one that died: no lock, and by its row of an earlier boot."""
         let_go(claims.lock)
         self.do("UPDATE workers SET boot = 'earlier' WHERE id = :id", id=claims.worker.id)
 
-    def test_a_pool_is_in_the_table_as_it_says_until_it_leaves(self):
-        claims = Claims(self.queue, PoolOptions(slots=3, queues=("a", "b")), 4567)
+    def test_a_worker_is_in_the_table_as_it_says_until_it_leaves(self):
+        claims = Claims(self.queue, WorkerOptions(slots=3, queues=("a", "b")), 4567)
         worker = claims.worker
         self.assertEqual(self.queue.store.workers(), [worker])
         self.assertEqual((worker.pid, worker.slots, worker.queues, worker.port, worker.heartbeats),
@@ -4498,9 +4496,9 @@ class Turns(Case):
 
         claims.leave()
         self.assertEqual(self.queue.store.workers(), [])
-        let_go(self.queue.host.locks.hold(queuectl.POOL_LOCKS + worker.id))
+        let_go(self.queue.host.locks.hold(queuectl.WORKER_LOCKS + worker.id))
 
-    def test_the_name_of_a_dead_pool_is_free_and_its_jobs_are_still_found(self):
+    def test_the_name_of_a_dead_worker_is_free_and_its_jobs_are_still_found(self):
         dead = self.worker(name="w")
         self.job()
         let_go(self.claim(dead).lock)
@@ -4510,43 +4508,43 @@ class Turns(Case):
                          [f"w#{dead.worker.id}", "w"])
 
         gone = self.rescuer(claims).dead()
-        self.turn(by=claims, dead=gone)     # it has a job yet
+        self.tick(by=claims, dead=gone)     # it has a job yet
         self.assertEqual(len(self.queue.store.workers()), 2)
         [lost] = self.lost(claims)
         self.assertEqual((lost.job, [one.id for one in gone]), (1, [dead.worker.id]))
-        [settled] = self.turn(by=claims, lost=[lost], dead=gone).settled
+        [settled] = self.tick(by=claims, lost=[lost], dead=gone).settled
         self.assertEqual((settled.job.state, settled.job.crashes), (FAILED, 1))
         self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
         self.assertEqual((self.lost(claims), self.rescuer(claims).record(lost)), ([], []))
 
     @NEEDS_LOCKS
-    def test_a_pool_s_number_whose_lock_is_held_is_passed_over(self):
-        """Of a pool of later days, where the file was put back to what it had been."""
-        self.addCleanup(os.close, self.queue.host.locks.hold(queuectl.POOL_LOCKS + 1))
+    def test_a_worker_s_number_whose_lock_is_held_is_passed_over(self):
+        """Of a worker of later days, where the file was put back to what it had been."""
+        self.addCleanup(os.close, self.queue.host.locks.hold(queuectl.WORKER_LOCKS + 1))
         self.assertEqual(self.claims.worker.id, 2)
         self.assertEqual([one.id for one in self.queue.store.workers()], [2])
 
-    def test_pools_are_numbered_among_themselves(self):
+    def test_workers_are_numbered_among_themselves(self):
         self.jobs(5)
         self.assertEqual([self.worker(name=name).worker.id for name in "ab"], [1, 2])
 
-    def test_a_pool_that_cannot_enter_holds_no_lock(self):
+    def test_a_worker_that_cannot_enter_holds_no_lock(self):
         with self.queue.store.transaction() as store:
             store.do("CREATE TRIGGER no BEFORE INSERT ON workers "
                      "BEGIN SELECT RAISE(ABORT, 'no'); END", {})
         with self.assertRaises(queuectl.Stale):
             self.worker()
-        self.assertFalse(self.queue.host.locks.is_held(queuectl.POOL_LOCKS + 1))
+        self.assertFalse(self.queue.host.locks.is_held(queuectl.WORKER_LOCKS + 1))
 
-    def test_dead_pools_that_hold_nothing_are_forgotten_and_others_are_not(self):
+    def test_dead_workers_that_hold_nothing_are_forgotten_and_others_are_not(self):
         claims, dead, living = (self.worker(name=name) for name in "abc")
-        self.turn(by=living)
+        self.tick(by=living)
         self.leave_behind(dead)
-        self.turn(by=claims, dead=self.rescuer(claims).dead())
+        self.tick(by=claims, dead=self.rescuer(claims).dead())
         self.assertEqual([one.name for one in claims.last.removed], ["b"])
         self.assertEqual([one.name for one in self.queue.store.workers()], ["a", "c"])
 
-    def test_a_run_whose_pool_is_not_in_the_table_is_lost(self):
+    def test_a_run_whose_worker_is_not_in_the_table_is_lost(self):
         claims, other = self.worker(name="a"), self.worker(name="b")
         self.job()
         self.claim(claims)
@@ -4556,7 +4554,7 @@ class Turns(Case):
     @NEEDS_LOCKS
     def test_a_lost_run_that_had_not_begun_is_released(self):
         self.jobs(5)
-        claimed = self.turn(2, ahead=3).claimed
+        claimed = self.tick(2, ahead=3).claimed
         self.claims.start(claimed[2], 3)
         for one in claimed:
             let_go(one.lock)
@@ -4572,11 +4570,11 @@ class Turns(Case):
 
     def test_a_run_claimed_ahead_begins_when_a_slot_is_free(self):
         self.jobs(3)
-        first, second = self.turn(ahead=2).claimed
-        [at_once] = self.turn(1).claimed
+        first, second = self.tick(ahead=2).claimed
+        [at_once] = self.tick(1).claimed
         self.clock.now += 5
         begun = self.claims.start(first, 2)
-        self.turn()
+        self.tick()
 
         self.assertEqual((begun.slot, second.slot, at_once.slot), (2, 0, 1))
         run = self.queue.runs("job-1")[0]
@@ -4587,25 +4585,25 @@ class Turns(Case):
         self.job(id="urgent", run_at=NOON + 2, priority=9)
         self.clock.now += 10
 
-        turn = self.turn(1)
-        self.assertEqual((turn.behind, turn.claimed), (True, []))
-        turn = self.turn(1)
-        self.assertEqual((turn.behind, turn.claimed[0].job.id), (False, "urgent"))
-        self.assertEqual(turn.mine, {turn.claimed[0].claim: None})
+        tick = self.tick(1)
+        self.assertEqual((tick.behind, tick.claimed), (True, []))
+        tick = self.tick(1)
+        self.assertEqual((tick.behind, tick.claimed[0].job.id), (False, "urgent"))
+        self.assertEqual(tick.mine, {tick.claimed[0].claim: None})
 
     def test_a_run_ended_by_a_cancel_is_told_as_such_whatever_its_status(self):
         self.job()
         claim = self.claim().claim
         self.queue.cancel("job-1")
-        turn = self.turn()
-        self.assertEqual(turn.mine, {claim: "cancel"})
+        tick = self.tick()
+        self.assertEqual(tick.mine, {claim: "cancel"})
         self.end(claim, Outcome("failed", 143, "killed", 2.0))
         self.assertEqual((self.queue.job("job-1").state,
                           self.queue.runs("job-1")[0].outcome),
                          (CANCELLED, "cancelled"))
         self.assertEqual(self.queue.stats()[""].run_time.n, 1)
 
-    def test_a_pool_has_drained_when_its_own_queues_hold_nothing_for_now(self):
+    def test_a_worker_has_drained_when_its_own_queues_hold_nothing_for_now(self):
         for held, is_drained in (
                 ("other pending", True), ("other processing", True), ("q pending", False),
                 ("q processing", False), ("q failed", False), ("q due", False),
@@ -4640,7 +4638,7 @@ class Turns(Case):
         self.assertEqual(self.queue.status().next_due.id, "soon")
         self.clock.now += 60
         self.assertEqual(looks(), (True, NOON + 60))
-        self.assertEqual(len(self.turn(1).claimed), 1)
+        self.assertEqual(len(self.tick(1).claimed), 1)
         self.assertEqual(looks(), (False, NOON + 600))
         self.clock.now = NOON + 600
         self.assertEqual(looks(), (True, NOON + 600))
@@ -4658,11 +4656,11 @@ class Turns(Case):
         output = Output(9)
         output.feed(b"same")
         self.clock.now += 1
-        self.assertEqual(self.turn(outputs={claim: output}, by=claims).mine, {claim: None})
+        self.assertEqual(self.tick(outputs={claim: output}, by=claims).mine, {claim: None})
         self.end(claim, Outcome("failed", 3, "no luck", 1.5, b"SAME", 4), by=claims)
         job, ended = self.queue.job("a"), queuectl.iso(self.clock.now)
         self.clock.now += 3600
-        [again] = self.turn([2], by=claims).claimed
+        [again] = self.tick([2], by=claims).claimed
 
         first, second = self.queue.runs("a")
         self.assertEqual((job.exit_code, job.error, job.updated_at, job.finished_at),
@@ -4704,7 +4702,7 @@ class Turns(Case):
                  if one.code == "clock"]
         self.assertIn("2 jobs wait longer than their own delay", found[0].message)
         self.assertTrue(self.claims.is_work_ready())
-        self.turn()
+        self.tick()
 
         due = {name: queuectl.epoch(self.queue.job(name).run_at) - self.clock.now
                for name in ("late", "noon", "retry")}
@@ -4725,14 +4723,14 @@ class Turns(Case):
         self.jobs(4500, after=("first",))
         claim = self.claim().claim
         ready = []
-        turn = self.end(claim)
-        while turn.behind:
+        tick = self.end(claim)
+        while tick.behind:
             ready += self.queue.store.rows(
                 "SELECT COUNT(*) FROM jobs WHERE waits = 'ready'")
             if len(ready) == 2:     # what comes in the midst of it is counted as well
                 self.job(id="new", after="first")
                 self.assert_sound()
-            turn = self.turn()
+            tick = self.tick()
         self.assertEqual([n for n, in ready], [2000, 4000, 4501])
         self.assertEqual(self.queue.job("new").waits, "ready")
 
@@ -4747,11 +4745,11 @@ class Turns(Case):
                 wanted = {"retry": {"blocked": 2500, "ready": 1}, "delete": {"ready": 2500}}
                 self.assertEqual(dict(self.queue.store.rows(
                     "SELECT waits, COUNT(*) FROM jobs GROUP BY waits")), wanted[verb])
-                self.assertFalse(self.turn().behind)
+                self.assertFalse(self.tick().behind)
 
     def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
         spring, autumn = "2027-03-13T12:00:00.000Z", "2027-10-30T12:00:00.000Z"
-        for since, tz, turn in (
+        for since, tz, tick in (
                 (spring, "Europe/Berlin", "03-28T01:00"),       # 02:30 is left out there
                 (spring, "America/New_York", "03-14T07:00"),
                 (autumn, "Europe/Berlin", "10-31T00:30"),       # 02:30 comes twice
@@ -4760,10 +4758,10 @@ class Turns(Case):
                 schedule = self.queue.add_schedule("s", "30 2 * * *", tz, command="x")
                 at, seen = queuectl.epoch(since), []
                 for _ in range(16):
-                    stamp = queuectl.turn_after(schedule.cron, at, schedule.tz)
+                    stamp = queuectl.run_after(schedule.cron, at, schedule.tz)
                     at = queuectl.epoch(stamp)
                     seen.append(stamp[5:16])
-                self.assertIn(turn, seen)
+                self.assertIn(tick, seen)
                 self.assertEqual(len({stamp[:5] for stamp in seen}), 16)
                 self.queue.remove_schedule("s")
 
@@ -4776,12 +4774,12 @@ class Turns(Case):
                 for name, cron in (("often", "* * * * *"), ("noon", "0 8 * * *")):
                     self.queue.add_schedule(name, cron, "UTC", command="true")
                 self.clock.now = NOON + 10
-                for one in self.turn(2).claimed:
+                for one in self.tick(2).claimed:
                     self.end(one)
                 before = {name: self.queue.schedule(name).next_run
                           for name in ("often", "noon")}
                 self.clock.now -= back
-                self.turn()
+                self.tick()
                 often = queuectl.epoch(self.queue.schedule("often").next_run)
                 self.assertLessEqual(often - self.clock.now, 60 if goes_on else 120)
                 is_new = self.queue.schedule("noon").next_run < before["noon"]
@@ -4792,7 +4790,7 @@ class Turns(Case):
         claims, codes = self.worker(), []
         for minute, is_over in ((1, False), (2, False), (3, True), (4, False)):
             self.clock.now = NOON + 60 * minute
-            self.turn(1, by=claims)
+            self.tick(1, by=claims)
             codes.append([one.code for one in queuectl.Inspection(self.queue).findings()
                           if one.code == "schedule-skips"])
             if is_over:
@@ -4969,10 +4967,10 @@ class Views(Case):
             "last_run": queuectl.iso(NOON), "last_job": "job-1", "last_state": PENDING,
             "last_success": None, "skipped": 0})
 
-    def test_the_next_turns_are_told_in_words_and_times(self):
+    def test_the_next_runs_are_told_in_words_and_times(self):
         schedule = self.queue.add_schedule("s", "*/10 * * * *", "Asia/Tokyo",
                                            command="x")
-        self.assertEqual(queuectl.turn_lines(schedule, NOON), [
+        self.assertEqual(queuectl.when_lines(schedule, NOON), [
             "s: every 10 minutes, Asia/Tokyo",
             "next: Fri 2027-01-15 17:10+09:00, Fri 2027-01-15 17:20+09:00, "
             "Fri 2027-01-15 17:30+09:00"])
@@ -5010,7 +5008,7 @@ class Views(Case):
         self.assertEqual(queuectl.systemd_word("/a$b %", True), '"/a$b %%"')
 
 
-# ---- 14 Runner, 15 Pool ------------------------------------------------------
+# ---- 14 Runner, 15 Worker ------------------------------------------------------
 
 class ByHand:
     """An executor whose work is done when the test says so."""
@@ -5039,8 +5037,8 @@ class InThread(queuectl.Supervisor):
             self._status = 0
 
 
-class Pools(Case):
-    """A pool in this very process, with real commands; told by its log and the queue."""
+class Workers(Case):
+    """A worker in this very process, with real commands; told by its log and the queue."""
 
     UNTIL_GO = "while [ ! -e go ]; do sleep .01; done"
 
@@ -5050,7 +5048,7 @@ class Pools(Case):
         self.addCleanup(self.queue.close)
         self.said, self.word = [], None
 
-    def run_pool(self, **options):
+    def run_worker(self, **options):
         """Its exit status; what it says goes to `said`, and `go` is there once it has said
         the word that the test waits for. Its supervisor is a thread.
         """
@@ -5066,7 +5064,7 @@ class Pools(Case):
         note = lambda number, _: signals.append(number)     # noqa: E731
         with queuectl.handling({signal.SIGTERM: note, signal.SIGINT: note}, wakeup.writer):
             try:
-                return queuectl.run_worker(self.queue, PoolOptions(**{
+                return queuectl.run_worker(self.queue, WorkerOptions(**{
                     "name": "w", "drain": True, **options}), queuectl.Link(theirs), say)
             finally:
                 theirs.close()
@@ -5102,10 +5100,10 @@ class Pools(Case):
     def once_running(self, queue, job_id):
         wait_for(lambda: queue.job(job_id).state == PROCESSING, f"the start of {job_id}")
 
-    def test_what_a_pool_says_of_a_job_that_fails_and_of_one_that_does_not(self):
+    def test_what_a_worker_says_of_a_job_that_fails_and_of_one_that_does_not(self):
         self.add("echo a")
         self.add("exit 3", max_retries=2, backoff_base=0)
-        self.assertEqual(self.run_pool(slots=2), 1)
+        self.assertEqual(self.run_worker(slots=2), 1)
 
         self.assertEqual(self.said[0], f"worker w started: 2 slots, all queues, {self.path}")
         told, _, tale = self.said[-1].partition(": ")   # in the order in which it came
@@ -5120,10 +5118,10 @@ class Pools(Case):
             "job-2 dead (exit 3) after T, attempt 2 of 2, now in the dead letter queue"])
         self.assertEqual(self.queue.store.workers(), [])
 
-    def test_a_pool_takes_its_queues_alone_and_says_so(self):
+    def test_a_worker_takes_its_queues_alone_and_says_so(self):
         self.add("true", queue="a")
         self.add("true", queue="b")
-        self.run_pool(queues=("a", "c"))
+        self.run_worker(queues=("a", "c"))
         self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, PENDING))
         self.assertIn(": 1 slot, a, c, ", self.said[0])
 
@@ -5132,40 +5130,40 @@ class Pools(Case):
             self.add(f"touch {n}; while [ ! -e {n ^ 1} ]; do sleep .01; done;"
                      " ls -d running-* 2>/dev/null | wc -l; touch running-$QUEUECTL_SLOT;"
                      " sleep .05; rm running-$QUEUECTL_SLOT")
-        self.run_pool(slots=2)
+        self.run_worker(slots=2)
         self.assertEqual([self.state(f"job-{n}") for n in range(1, 5)], [COMPLETED] * 4)
         for n in range(1, 5):
             run = self.last_run(f"job-{n}")
             self.assertIn(run.output, (b"0\n", b"1\n"))
             self.assertIn(run.slot, (1, 2))
 
-    def test_a_pool_ends_after_as_many_runs_as_it_should(self):
+    def test_a_worker_ends_after_as_many_runs_as_it_should(self):
         for n in range(5):
             self.add("true", priority=-n)
-        self.run_pool(slots=2, max_jobs=3, drain=False)
+        self.run_worker(slots=2, max_jobs=3, drain=False)
         self.assertEqual([self.state(f"job-{n}") for n in range(1, 6)],
                          [COMPLETED] * 3 + [PENDING] * 2)
         self.assertEqual(self.said[-1], "worker w stopped: 3 completed")
 
-    def test_a_pool_that_drains_leaves_what_cannot_run_now(self):
+    def test_a_worker_that_drains_leaves_what_cannot_run_now(self):
         self.queue.pause("paused")
         self.add("true", queue="paused")
         self.add("true", delay=1000)
         self.add("true", id="x")
-        self.run_pool()
+        self.run_worker()
         self.assertEqual([self.state(job_id) for job_id in ("job-1", "job-2", "x")],
                          [PENDING, PENDING, COMPLETED])
 
     def test_a_job_due_in_a_moment_is_met_and_not_before(self):
         self.add("true", delay=0.15, id="soon")
-        self.run_pool(drain=False, max_jobs=1)
+        self.run_worker(drain=False, max_jobs=1)
         job = self.queue.job("soon")
         self.assertGreaterEqual(job.started_at, job.run_at)
 
     def test_many_quick_jobs_run_each_once(self):
         for batch in range(3):
             self.queue.enqueue_many([Spec("echo x >> $QUEUECTL_JOB_ID", cwd=self.dir)] * 40)
-        self.run_pool(slots=3)
+        self.run_worker(slots=3)
         self.assertEqual(self.queue.counts()[COMPLETED], 120)
         self.assertEqual({self.read(f"job-{n}") for n in range(1, 121)}, {"x\n"})
         self.assertEqual({run.slot for n in range(1, 121)
@@ -5177,7 +5175,7 @@ class Pools(Case):
         self.queue.enqueue_many([Spec("true", cwd=self.dir, priority=1)] * 30
                                 + [Spec("sleep .4", cwd=self.dir)]
                                 + [Spec("true", cwd=self.dir, priority=-1)] * 5)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual(self.queue.counts()[COMPLETED], 36)
         ends = {run.outcome for n in range(32, 37) for run in self.queue.runs(f"job-{n}")}
         self.assertLessEqual(ends, {"completed", "released"})
@@ -5188,7 +5186,7 @@ class Pools(Case):
         self.addCleanup(os.environ.pop, "QUEUECTL_TEST")
         self.add("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9"}):
-            self.run_pool()
+            self.run_worker()
         lines = self.last_run("job-1").output.decode().splitlines()
         for line in ("QUEUECTL_JOB_ID=job-1", "QUEUECTL_ATTEMPT=1", "QUEUECTL_QUEUE=q",
                      "QUEUECTL_SLOT=1", f"QUEUECTL_DB={self.path}", "OWN=ü",
@@ -5199,34 +5197,34 @@ class Pools(Case):
     def test_a_hook_s_job_is_told_of_the_job_that_it_follows(self):
         self.queue.configure("on-dead", "echo $QUEUECTL_JOB_ID $QUEUECTL_EXIT_CODE")
         self.add("exit 7", id="x", max_retries=1)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual(self.last_run("job-2").output, b"x 7\n")
 
-    def test_time_outs_of_job_pool_and_configuration_in_this_order(self):
+    def test_time_outs_of_job_worker_and_configuration_in_this_order(self):
         self.queue.configure("timeout", "50ms")
-        for own, pools, outcome in ((None, None, "timeout"), (0, None, "completed"),
+        for own, workers, outcome in ((None, None, "timeout"), (0, None, "completed"),
                                     (5, None, "completed"), (None, 5.0, "completed"),
                                     (0.05, 5.0, "timeout"), (None, 0.0, "completed")):
-            with self.subTest(own=own, pools=pools):
+            with self.subTest(own=own, workers=workers):
                 job_id = self.add("sleep 60" if outcome == "timeout" else "sleep .2",
                                   timeout=own, max_retries=1)
-                self.run_pool(timeout=pools)
+                self.run_worker(timeout=workers)
                 run = self.last_run(job_id)
                 self.assertEqual(run.outcome, outcome)
                 if outcome == "timeout":
                     self.assertEqual(run.exit_code, 124)
                     self.assertEqual(self.queue.job(job_id).error, "timed out after 0.05s")
 
-    def test_the_pool_s_own_backoff_comes_before_the_configuration_s(self):
+    def test_the_worker_s_own_backoff_comes_before_the_configuration_s(self):
         self.queue.configure("backoff-base", "1h")
         self.add("exit 1", max_retries=2)
-        self.run_pool(backoff_base=0.0)
+        self.run_worker(backoff_base=0.0)
         self.assertEqual(self.state("job-1"), DEAD)
 
     def test_a_command_that_cannot_start_has_failed_and_frees_its_slot(self):
         self.queue.enqueue("true", cwd=self.path_of("gone"), max_retries=1)
         self.add("true")
-        self.run_pool()
+        self.run_worker()
         self.assertEqual((self.state("job-1"), self.state("job-2")), (DEAD, COMPLETED))
         self.assertEqual(self.queue.job("job-1").error,
                          f"the directory {self.path_of('gone')} is not there")
@@ -5235,22 +5233,22 @@ class Pools(Case):
     def test_a_command_is_no_option_of_the_shell(self):
         for number, command in enumerate(("-x", "+x", "--version"), 1):
             self.add(command, max_retries=1)
-            self.run_pool()
+            self.run_worker()
             self.assertEqual(self.last_run(f"job-{number}").exit_code, 127, command)
         self.add("-- ; echo $0")
-        self.run_pool(max_jobs=1)
+        self.run_worker(max_jobs=1)
         self.assertEqual(self.last_run("job-4").output.splitlines()[-1], b"/bin/sh")
 
     def test_a_command_that_a_signal_kills_leaves_nothing_behind(self):
         self.add("setsid sleep 100 & echo $! > pid; kill -9 $$", max_retries=1)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual((self.state("job-1"), self.last_run("job-1").exit_code), (DEAD, 137))
         self.assertFalse(is_running(self.read("pid")))
 
     def test_who_prints_on_in_the_background_is_not_ended_by_it(self):
         self.add("(while [ ! -e go ]; do sleep .01; done; echo late; echo; touch went) & echo a")
         self.add("touch go; while [ ! -e went ]; do sleep .01; done", after=["job-1"])
-        self.run_pool()
+        self.run_worker()
         self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, COMPLETED))
         self.assertEqual(self.last_run("job-1").output, b"a\n")
 
@@ -5259,7 +5257,7 @@ class Pools(Case):
     @contextlib.contextmanager
     def in_hand(self, **options):
         """A worker whose steps the test takes, and its supervisor's side of the link."""
-        options = PoolOptions(**{"name": "w", "slots": 2, **options})
+        options = WorkerOptions(**{"name": "w", "slots": 2, **options})
         claims = queuectl.Claims(self.queue, options)
         ours, theirs = socket.socketpair()
         runner = queuectl.Runner(self.queue, claims, options, queuectl.Link(theirs), None,
@@ -5413,7 +5411,7 @@ class Pools(Case):
         with self.in_hand() as (runner, _):
             runner._complain(busy)
             self.assertEqual(self.said, [])
-            runner._failing_since -= queuectl.POOL_PATIENCE
+            runner._failing_since -= queuectl.WORKER_PATIENCE
             runner._complain(busy)
             runner._complain(busy)
             self.assertEqual(len(self.said), 1)
@@ -5474,14 +5472,14 @@ class Pools(Case):
             runner._leave("now", "C")
             runner._leave("drain", "D")
             self.assertEqual((runner._leaving, runner._grace_ends), ("now", ends))
-        self.assertEqual(self.said, ["A: claiming no more", "C: ending and handing back 0 running"])
+        self.assertEqual(self.said, ["A: claiming no more", "C: ending and requeuing 0 running"])
 
     def test_a_service_manager_is_told_how_the_worker_stands(self):
         with self.in_hand(slots=1) as (runner, _):
             self.assertEqual(runner._standing(), "0 of 1 slot busy")
         with self.in_hand() as (runner, _):
             runner._totals = {PENDING: 2, DEAD: 1}
-            self.assertEqual(runner._standing(), "0 of 2 slots busy: 2 handed back, 1 dead")
+            self.assertEqual(runner._standing(), "0 of 2 slots busy: 2 requeued, 1 dead")
             runner._leaving, runner._totals = "now", {}
             self.assertEqual(runner._standing(), "finishing 0 running")
 
@@ -5505,12 +5503,12 @@ class Pools(Case):
         with mock.patch.object(queuectl.Directories, "is_local", lambda self, path: False):
             self.add("pwd; echo $0")
             self.queue.enqueue("true", cwd=self.path_of("gone"), max_retries=1)
-            self.run_pool()
+            self.run_worker()
         self.assertEqual(self.last_run("job-1").output.decode(), f"{self.dir}\n/bin/sh\n")
         self.assertEqual(self.last_run("job-2").exit_code, 126)
         self.assertIn(self.path_of("gone"), self.queue.job("job-2").error)
 
-    def test_a_pool_refuses_where_it_cannot_work(self):
+    def test_a_worker_refuses_where_it_cannot_work(self):
         limits = (50, 60)
         with mock.patch.object(resource, "getrlimit", lambda _: limits), \
                 mock.patch.object(resource, "setrlimit") as set_to:
@@ -5537,7 +5535,7 @@ class Pools(Case):
 
     def watched(self, pid, **changes):
         """What becomes of a worker's watch over another one with that process."""
-        other = Claims(self.queue, PoolOptions(name="other"))
+        other = Claims(self.queue, WorkerOptions(name="other"))
         with self.queue.store.transaction() as store:
             store.do("UPDATE workers SET pid = :pid, born = :born WHERE id = :id", {
                 "pid": pid, "id": other.worker.id,
@@ -5549,7 +5547,7 @@ class Pools(Case):
         self.addCleanup(process.kill)
         other = self.watched(process.pid)
         self.add("sleep 60")
-        claim = other.turn({}, {}, [1]).claimed[0]
+        claim = other.whole_tick({}, {}, [1]).claimed[0]
         with self.in_hand(slots=1) as (runner, link):
             runner._agenda.want("orders")
             runner._agenda.want("heartbeat")
@@ -5581,10 +5579,10 @@ class Pools(Case):
             process.kill()
 
     def test_silence_is_measured_by_the_configuration_as_it_is_now(self):
-        other = Claims(self.queue, PoolOptions(name="other"))
+        other = Claims(self.queue, WorkerOptions(name="other"))
         self.add("true")
-        let_go(other.turn({}, {}, [1]).claimed[0].lock)
-        peers = queuectl.Peers(self.queue, Claims(self.queue, PoolOptions(name="own")).worker.id)
+        let_go(other.whole_tick({}, {}, [1]).claimed[0].lock)
+        peers = queuectl.Peers(self.queue, Claims(self.queue, WorkerOptions(name="own")).worker.id)
         self.queue.configure("heartbeat", "1m")
         self.queue.configure("lease", "3m")
         found = []
@@ -5594,48 +5592,48 @@ class Pools(Case):
                 found.append(len(peers.lost()))
         self.assertEqual(found, [0, 0, 0, 1])
 
-    def test_a_pool_comes_back_from_its_jobs_directories(self):
+    def test_a_worker_comes_back_from_its_jobs_directories(self):
         here = os.getcwd()
         self.queue.enqueue("true", cwd="/")
-        self.run_pool()
+        self.run_worker()
         self.assertEqual(os.getcwd(), here)
 
     def test_the_first_signal_lets_what_runs_finish(self):
         self.word = "SIGTERM"
         self.add(f"kill -TERM $PPID; {self.UNTIL_GO}; echo done")
         self.add("true")
-        self.assertEqual(self.run_pool(drain=False), 0)
+        self.assertEqual(self.run_worker(drain=False), 0)
         self.assertEqual((self.state("job-1"), self.state("job-2")), (COMPLETED, PENDING))
-        self.assertIn("SIGTERM: finishing 1 running, claiming no more; once more hands them "
-                      "back", self.said)
+        self.assertIn("SIGTERM: finishing 1 running, claiming no more; once more "
+                      "requeues them", self.said)
 
     def test_the_second_signal_hands_back(self):
         self.add("trap '' TERM; kill -INT $PPID; sleep .1; kill -TERM $PPID; sleep 60")
         self.queue.configure("kill-grace", "100ms")
-        self.run_pool(drain=False)
+        self.run_worker(drain=False)
         job = self.queue.job("job-1")
         self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
         self.assertEqual(self.last_run("job-1").outcome, "released")
-        self.assertIn("SIGTERM: ending and handing back 1 running", self.said)
-        self.assertEqual(self.said[-1], "worker w stopped: 1 handed back")
+        self.assertIn("SIGTERM: ending and requeuing 1 running", self.said)
+        self.assertEqual(self.said[-1], "worker w stopped: 1 requeued")
 
-    def test_a_signal_to_an_idle_pool_ends_it_at_once(self):
-        self.beside(lambda queue: (wait_for(queue.store.workers, "the pool"),
+    def test_a_signal_to_an_idle_worker_ends_it_at_once(self):
+        self.beside(lambda queue: (wait_for(queue.store.workers, "the worker"),
                                    os.kill(os.getpid(), signal.SIGTERM)))
-        self.assertEqual(self.run_pool(drain=False), 0)
+        self.assertEqual(self.run_worker(drain=False), 0)
         self.assertIn("SIGTERM: claiming no more", self.said)
 
     def test_what_runs_on_when_the_grace_is_over_is_handed_back(self):
         self.add("kill -TERM $PPID; sleep 60")
-        self.run_pool(drain=False, grace=0.1)
+        self.run_worker(drain=False, grace=0.1)
         self.assertEqual(self.state("job-1"), PENDING)
-        self.assertIn("grace is over: ending and handing back 1 running", self.said)
+        self.assertIn("grace is over: ending and requeuing 1 running", self.said)
 
-    def test_a_pool_heeds_orders_from_outside(self):
+    def test_a_worker_heeds_orders_from_outside(self):
         for now, said, state in (
                 (False, f"{queuectl.ASKED}: finishing 1 running, claiming no more; "
-                 "`queuectl worker stop --now` hands them back", COMPLETED),
-                (True, f"{queuectl.ASKED}: ending and handing back 1 running", PENDING)):
+                 "`queuectl worker stop --now` requeues them", COMPLETED),
+                (True, f"{queuectl.ASKED}: ending and requeuing 1 running", PENDING)):
             with self.subTest(now=now):
                 job_id, self.word = self.add(self.UNTIL_GO), "finishing"
 
@@ -5643,7 +5641,7 @@ class Pools(Case):
                     self.once_running(queue, job_id)
                     queue.stop_workers(now=now)
                 self.beside(stop)
-                self.run_pool(drain=False)
+                self.run_worker(drain=False)
                 self.assertIn(said, self.said)
                 self.assertEqual(self.state(job_id), state)
                 with contextlib.suppress(FileNotFoundError):
@@ -5655,7 +5653,7 @@ class Pools(Case):
             queue.cancel("job-1")
         self.add("sleep 60 & echo $! > child; sleep 60")
         self.beside(cancel)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual((self.state("job-1"), self.last_run("job-1").outcome),
                          (CANCELLED, "cancelled"))
         self.assertEqual(self.queue.job("job-1").attempts, 0)
@@ -5671,26 +5669,26 @@ class Pools(Case):
             self.go()
         self.add("echo so far; while [ ! -e go ]; do sleep .01; done; echo end")
         self.beside(look)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual(seen, [None])
         self.assertEqual(self.last_run("job-1").output, b"so far\nend\n")
 
-    def test_what_a_dead_pool_left_runs_again(self):
-        dead = Claims(self.queue, PoolOptions(name="dead"))
+    def test_what_a_dead_worker_left_runs_again(self):
+        dead = Claims(self.queue, WorkerOptions(name="dead"))
         self.add("echo again")
         self.add("true", after=["job-1"])
-        let_go(dead.turn({}, {}, [1]).claimed[0].lock)
+        let_go(dead.whole_tick({}, {}, [1]).claimed[0].lock)
         let_go(dead.lock)
         with self.queue.store.transaction() as store:
             store.do("UPDATE workers SET boot = 'earlier'", {})
-        self.run_pool()
+        self.run_worker()
         job = self.queue.job("job-1")
         self.assertEqual((job.state, job.crashes, job.attempts), (COMPLETED, 1, 1))
         self.assertIn("job-1 lost: its worker dead was lost, crash 1, runs again now", self.said)
         self.assertEqual(self.state("job-2"), COMPLETED)
         self.assertEqual(self.queue.store.workers(), [])
 
-    def test_a_pool_that_is_taken_for_dead_ends_its_command(self):
+    def test_a_worker_that_is_taken_for_dead_ends_its_command(self):
         def seize(queue):
             wait_for(lambda: os.path.exists(self.path_of("second")), "the first run")
             [run] = queue.runs("job-1")
@@ -5698,14 +5696,14 @@ class Pools(Case):
             queue.wake(queuectl.NEW_ORDERS)
         self.add("echo $$ >> pids; [ -e second ] || { touch second; sleep 60; }")
         self.beside(seize)
-        self.run_pool()
+        self.run_worker()
         self.assertEqual([run.outcome for run in self.queue.runs("job-1")],
                          ["lost", "completed"])
         self.assertIn("job-1 was taken over while this worker was silent; its command is "
                       "ended", self.said)
         self.assertFalse(is_running(self.read("pids").split()[0]))
 
-    def test_without_its_database_a_pool_ends_its_jobs_and_says_so(self):
+    def test_without_its_database_a_worker_ends_its_jobs_and_says_so(self):
         def remove(queue):
             self.once_running(queue, "job-1")
             wait_for(lambda: os.path.exists(self.path_of("pid")), "the command")
@@ -5714,13 +5712,13 @@ class Pools(Case):
         self.queue.configure("heartbeat", "100ms")
         self.add("echo $$ > pid; sleep 60")
         self.beside(remove)
-        self.assertEqual(self.run_pool(), 1)
+        self.assertEqual(self.run_worker(), 1)
         self.assertRegex(self.said[-1], "^error: .* so this worker ends its jobs and stops")
         os.killpg(int(self.read("pid")), signal.SIGKILL)     # as its supervisor would
 
     def test_what_is_over_for_long_enough_is_deleted_beside_the_work(self):
         self.add("true")
-        self.run_pool()
+        self.run_worker()
         self.queue.configure("retention-completed", "1ms")
         self.queue.configure("heartbeat", "100ms")
         self.add(self.UNTIL_GO, id="long")
@@ -5729,17 +5727,17 @@ class Pools(Case):
             wait_for(lambda: "job-1" not in [job.id for job in queue.jobs()], "its end")
             self.go()
         self.beside(see)
-        self.run_pool()
+        self.run_worker()
         self.assertNotIn("job-1", [job.id for job in self.queue.jobs()])
 
-    def test_a_second_pool_of_that_name_is_refused_and_the_first_goes_on(self):
+    def test_a_second_worker_of_that_name_is_refused_and_the_first_goes_on(self):
         self.add("true")
-        other = Claims(self.queue, PoolOptions(name="w"))
+        other = Claims(self.queue, WorkerOptions(name="w"))
         with refused("in-use"):
-            self.run_pool()
+            self.run_worker()
         self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
         other.leave()
-        self.assertEqual(self.run_pool(), 0)
+        self.assertEqual(self.run_worker(), 0)
 
 
 # ---- 17 API to 22 Server -----------------------------------------------------
@@ -6259,11 +6257,11 @@ class Metrics(Case):
         for n in range(jobs):
             queue.enqueue("x", queue=("default", "gpu")[n % 2], max_retries=2)
         for outcome in ("completed", "failed", "timeout", "lost"):
-            claimed = self.turn(1, by=claims).claimed
+            claimed = self.tick(1, by=claims).claimed
             for one in claimed:
                 let_go(one.lock)
             self.clock.now += 7
-            self.turn(0, {one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
+            self.tick(0, {one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
                           for one in claimed}, by=claims)
 
     def test_both_formats_hold_the_metrics_of_the_contract(self):
@@ -6339,7 +6337,7 @@ class Metrics(Case):
         self.assertGreaterEqual(samples["queuectl_oldest_pending_seconds",
                                         (("queue", "default"),)], 3)
 
-    def test_the_oldest_is_of_any_priority_and_also_what_no_pool_has_let_in(self):
+    def test_the_oldest_is_of_any_priority_and_also_what_no_worker_has_let_in(self):
         for name, priority in (("a", 0), ("b", 5), ("a", -3), ("a", 7)):
             self.job(queue=name, priority=priority)
             self.clock.now += 10
@@ -6355,7 +6353,7 @@ class Metrics(Case):
         last, kinds = {}, {}
         for hour in range(24):
             with Queue(self.path, clock=self.clock) as queue:
-                claims = self.a_pool(queue, name=f"w{hour}")
+                claims = self.a_worker(queue, name=f"w{hour}")
                 self.a_busy_hour(queue, claims, 1 + hour % 5)
                 claims.leave()
                 if hour % 3 == 2:
@@ -6595,7 +6593,7 @@ class CommandLine(Case):
         """Two pending jobs and one of each of completed, dead and cancelled."""
         queue = Queue(self.path)
         self.addCleanup(queue.close)
-        claims = self.a_pool(queue)
+        claims = self.a_worker(queue)
         for name, kind in (("good", "completed"), ("bad", "failed")):
             queue.enqueue("x", id=name, max_retries=1)
             self.end(self.claim(claims), Outcome(kind, 3), by=claims)
@@ -6808,7 +6806,7 @@ class CommandLine(Case):
         last, early = (queuectl.Follower(self.queue, "a", n) for n in (None, 1))
         self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
         claim = self.claim().claim
-        self.turn(outputs={claim: self.printed(b"one\ntw")})
+        self.tick(outputs={claim: self.printed(b"one\ntw")})
         self.assertEqual(follower.step(), (b"one\ntw", ""))
         self.assertEqual(follower.step(), (b"", ""))
         self.end(claim, Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8))
@@ -6824,12 +6822,12 @@ class CommandLine(Case):
     def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
         self.job(id="a")
         claim = self.claim().claim
-        self.turn(outputs={claim: self.printed(b"1\n2\n3\n")})
+        self.tick(outputs={claim: self.printed(b"1\n2\n3\n")})
         followers = [queuectl.Follower(self.queue, "a", lines=n)
                      for n in (0, 2, 9, None)]
         self.assertEqual([one.step()[0] for one in followers],
                          [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
-        self.turn(outputs={claim: self.printed(b"1\n2\n3\n4\n5\n")})
+        self.tick(outputs={claim: self.printed(b"1\n2\n3\n4\n5\n")})
         self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
 
     def test_to_follow_what_never_ran_ends_in_words(self):
@@ -6935,7 +6933,7 @@ class CommandLine(Case):
         claimed = self.claim()
         output = Output(99)
         output.feed(b"text")
-        self.turn(outputs={claimed.claim: output})
+        self.tick(outputs={claimed.claim: output})
         self.assertEqual(self.cli("logs", "job-1")[1], "text")
         self.assertEqual(self.cli("logs", "job-1", "nope")[:2], (1, ""))
 
@@ -7141,7 +7139,7 @@ class Processes(Case):
 
     def kill_worker(self, process):
         """Kill the worker; its supervisor ends what it ran, and itself."""
-        os.kill(child_of(process.pid), signal.SIGKILL)
+        os.kill(wait_for(lambda: child_of(process.pid), "the worker"), signal.SIGKILL)
         process.wait()
 
     def kill_both(self, process):
@@ -7283,12 +7281,12 @@ class Program(Processes):
         self.assertEqual(self.call("dlq", "retry", "job-2")[0], 0)
         self.assertEqual(self.job("job-2").attempts, 0)
 
-    def test_three_pools_run_each_job_once(self):
+    def test_three_workers_run_each_job_once(self):
         lines = "echo $QUEUECTL_JOB_ID >> ran\n" * 300
         self.call("enqueue", "-", input=lines.encode())
-        pools = [self.worker("-c", "4", "--drain", "--name", f"w{n}") for n in range(3)]
-        for pool in pools:
-            self.assertEqual(pool.wait(60), 0)
+        workers = [self.worker("-c", "4", "--drain", "--name", f"w{n}") for n in range(3)]
+        for worker in workers:
+            self.assertEqual(worker.wait(60), 0)
 
         self.assertEqual(sorted(self.read("ran").split()),
                          sorted(f"job-{n}" for n in range(1, 301)))
@@ -7325,7 +7323,7 @@ class Program(Processes):
         self.assertFalse(is_running(self.read("out")))
 
     def drain_changed(self, change):
-        """What a pool says that drains, with some of the program changed."""
+        """What a worker says that drains, with some of the program changed."""
         self.command = lambda *argv: [
             sys.executable, "-c", f"import sys, queuectl\n{change}\n"
             "sys.exit(queuectl.main())", "--db", self.path, *argv]
@@ -7339,7 +7337,7 @@ class Program(Processes):
         self.assertEqual(code, 1)
         self.assertIn("ZeroDivisionError", err)
 
-    def test_a_pool_outlives_a_file_that_is_busy_when_it_wakes_up(self):
+    def test_a_worker_outlives_a_file_that_is_busy_when_it_wakes_up(self):
         self.enqueue("true")
         code, _, err = self.drain_changed("""
 read, times = queuectl.SQLite.changes, iter(range(3))
@@ -7713,7 +7711,7 @@ queuectl.SQLite.changes = changes""")
             self.assertEqual(self.runs(name)[-1].output.split()[0].decode(), wanted)
         self.assertEqual(json.loads(self.call("status", "--json")[1])["jobs"]["dead"], 1)
 
-    # Waiting, hooks, schedules, retention: by a real pool.
+    # Waiting, hooks, schedules, retention: by a real worker.
 
     def test_enqueue_wait_ends_as_the_job_did(self):
         self.worker("-c", "4", "--name", "w")
@@ -7749,7 +7747,7 @@ queuectl.SQLite.changes = changes""")
         self.drain()
         self.assertEqual(self.read("here/ran"), "b\n")
 
-    def test_a_pool_deletes_what_is_over_for_long_enough(self):
+    def test_a_worker_deletes_what_is_over_for_long_enough(self):
         for key, value in (("heartbeat", "100ms"), ("retention-completed", "200ms"),
                            ("retention-dead", "1d")):
             self.call("config", "set", key, value)
@@ -7809,9 +7807,9 @@ queuectl.SQLite.changes = changes""")
         self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
         follower = self.running("events", "--follow", "--json")
         seen = [json.loads(follower.stdout.readline())]
-        pools = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
+        workers = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
         self.call("enqueue", "-", input=b"true\n" * 30)
-        self.assertEqual(sorted(pool.wait(60) for pool in pools), [0, 1])    # one ran `exit 1`
+        self.assertEqual(sorted(worker.wait(60) for worker in workers), [0, 1])    # one ran `exit 1`
         self.drain()
         with Queue(self.path) as queue:
             wanted = [queuectl.event_object(one) for one in queue.events_since()]
@@ -7954,7 +7952,7 @@ queuectl.SQLite.changes = changes""")
 
     # Never two at once.
 
-    def test_a_limit_holds_in_three_pools_that_are_killed_again_and_again(self):
+    def test_a_limit_holds_in_three_workers_that_are_killed_again_and_again(self):
         chance = random.Random("limit")
         for key, value in (("crash-limit", "1000"), ("heartbeat", "200ms"),
                            ("kill-grace", "100ms")):
@@ -7962,29 +7960,29 @@ queuectl.SQLite.changes = changes""")
         self.call("queue", "set", "one", "--limit", "1")
         self.call("enqueue", "--queue", "one", "-", input=(
             "exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
-            "sleep 0.03; echo $QUEUECTL_JOB_ID >> ran\n" * 40).encode())
+            "sleep 0.2; echo $QUEUECTL_JOB_ID >> ran\n" * 20).encode())
         starts = itertools.count()
 
         def start():
             return self.worker("-c", "4", "--name", f"w{next(starts)}")
-        pools = [start() for _ in range(3)]
+        workers = [start() for _ in range(3)]
         with Queue(self.path) as queue:
             for _ in range(6):
                 done = queue.counts()[COMPLETED]
-                wait_for(lambda done=done: queue.counts()[COMPLETED] >= done + 3
+                wait_for(lambda done=done: queue.counts()[COMPLETED] > done
                          and queue.counts()[PROCESSING], "some progress")
                 running = {worker.worker.pid: worker.running for worker in queue.workers()}
-                pools.sort(key=lambda pool, running=running: not running.get(pool.pid))
-                victim = pools.pop(chance.choice((0, 0, 1)))    # mostly the busy one
+                workers.sort(key=lambda started, running=running: not running.get(started.pid))
+                victim = workers.pop(chance.choice((0, 0, 1)))    # mostly the busy one
                 self.kill_worker(victim)
-                pools.append(start())
-            wait_for(lambda: queue.counts()[COMPLETED] == 40, "the end")
+                workers.append(start())
+            wait_for(lambda: queue.counts()[COMPLETED] == 20, "the end")
             crashes = sum(job.crashes for job in queue.jobs())
             self.assert_sound(queue)
 
         self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
         self.assertGreater(crashes, 2)
-        self.assertEqual(len(set(self.read("ran").split())), 40)
+        self.assertEqual(len(set(self.read("ran").split())), 20)
 
 
 # A process tree that nothing names: it has left its session, closed what it inherited and
@@ -8356,8 +8354,8 @@ class WebServer(Processes):
         other = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("BEGIN IMMEDIATE")
-        with futures.ThreadPoolExecutor(1) as pool:
-            change = pool.submit(self.request, port, "POST", "/api/jobs/one/cancel")
+        with futures.ThreadPoolExecutor(1) as executor:
+            change = executor.submit(self.request, port, "POST", "/api/jobs/one/cancel")
             for target in ("/api/status", "/api/jobs", "/api/jobs/one", "/metrics", "/healthz"):
                 began = time.monotonic()
                 self.assertEqual(self.request(port, "GET", target)[0], 200)
@@ -8436,10 +8434,10 @@ class WebServer(Processes):
     def test_twenty_scrapes_at_once_under_load_are_each_consistent(self):
         _, port = self.web()
         self.call("enqueue", "-", input=b"true\n" * 200)
-        pool = self.worker("-c", "4", "--drain")
+        worker = self.worker("-c", "4", "--drain")
         rounds = 0
         with futures.ThreadPoolExecutor(20) as threads:
-            while pool.poll() is None or not rounds:
+            while worker.poll() is None or not rounds:
                 scrapes = list(threads.map(lambda _: self.request(
                     port, "GET", "/metrics")[2].decode(), range(20)))
                 rounds += 1
@@ -9418,16 +9416,16 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
     def a_foreign_worker(self, silent_for="1 hour", **options):
         """The row of a worker in a container that was replaced; the jobs it ran."""
         with Queue(self.path) as queue:
-            claims = Claims(queue, PoolOptions(**{"name": "old", **options}))
-            turn = claims.turn({}, {}, [1])
-            for one in turn.claimed:
+            claims = Claims(queue, WorkerOptions(**{"name": "old", **options}))
+            tick = claims.whole_tick({}, {}, [1])
+            for one in tick.claimed:
                 let_go(one.lock)
             let_go(claims.lock)
             with queue.store.transaction() as store:
                 store.do("UPDATE workers SET boot = 'gone', host = 'gone', heartbeat_at "
                          "= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', :ago) WHERE id = :id",
                          {"ago": f"-{silent_for}", "id": claims.worker.id})
-        return [one.job.id for one in turn.claimed]
+        return [one.job.id for one in tick.claimed]
 
     def quick_lease(self):
         with Queue(self.path) as queue:
@@ -9736,12 +9734,12 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
 
     def test_what_is_under_way_is_read_without_its_output(self):
         with Queue(self.path) as queue:
-            claims = Claims(queue, PoolOptions())
+            claims = Claims(queue, WorkerOptions())
             queue.enqueue("x")
-            [claimed] = claims.turn({}, {}, [1]).claimed
+            [claimed] = claims.whole_tick({}, {}, [1]).claimed
             output = Output(9)
             output.feed(b"printed")
-            claims.turn({}, {claimed.claim: output}, [])
+            claims.whole_tick({}, {claimed.claim: output}, [])
             self.assertEqual(queue.run("job-1").output, b"printed")
             for sql in (queuectl.Sql.UNDER_WAY, queuectl.Sql.RUN_BY_CLAIM):
                 [row] = queue.store.rows(sql, **{"claim": claimed.claim} if ":" in sql else {})
@@ -10307,7 +10305,7 @@ tree)  if mkdir "locks/$id.began" 2>/dev/null; then
 esac
 note end
 """
-# Only a pool's death may end a run that did not end by itself, however often.
+# Only a worker's death may end a run that did not end by itself, however often.
 CHAOS_SETTINGS = {"heartbeat": "300ms", "lease": "2s", "kill-grace": "500ms",
                   "backoff-base": "50ms", "crash-limit": "100000", "max-retries": "99"}
 OWN_DOING = ("completed", "failed", "timeout")
@@ -10541,13 +10539,13 @@ class History:
 
 
 class Nemesis:
-    """A queue, three pools, clients, and all that can befall them, by a seed."""
+    """A queue, three workers, clients, and all that can befall them, by a seed."""
 
-    POOLS, SLOTS = 3, 3
+    WORKERS, SLOTS = 3, 3
     FAULTS = (      # how often a second each happens
         ("enqueue", 2.4), ("cancel", 0.4), ("retry", 0.4), ("delete", 0.2),
         ("sweep", 0.2), ("sweep_bulk", 0.3),
-        ("kill_pool", 0.9), ("freeze_pool", 0.15), ("signal_pool", 0.15),
+        ("kill_worker", 0.9), ("freeze_worker", 0.15), ("signal_worker", 0.15),
         ("hold_lock", 0.05), ("kill_job", 0.2),
         ("close_pipe", 0.5), ("fill_stdout", 0.3), ("fill_stderr", 0.1),
         ("stall_log", 0.3), ("close_log", 0.1), ("jump_clock", 0.3))
@@ -10566,10 +10564,10 @@ class Nemesis:
         self.env = {**os.environ, "PYTHONPATH": os.path.dirname(MODULE),
                     "QUEUECTL_DB": os.path.join(directory, "queue.db"),
                     "SHIFT": os.path.join(directory, "shift")}
-        self.pools, self.clients, self.fault = {}, [], "no fault"
-        self.readers = {}       # the reading ends of the pools that log into a FIFO
+        self.workers, self.clients, self.fault = {}, [], "no fault"
+        self.readers = {}       # the reading ends of the workers that log into a FIFO
         self.stalled, self.muted = set(), set()     # not read now; read with gaps
-        self.hurt = set()       # pools that were killed or frozen: they may lose runs
+        self.hurt = set()       # workers that were killed or frozen: they may lose runs
         self.bulk, self.steps = ("none",), []       # many ids, and what to do with them
         self.told, self.ids, self.later = [], [], []
         self.done = collections.Counter()       # what befell them, by its name
@@ -10587,16 +10585,16 @@ class Nemesis:
         return subprocess.Popen([sys.executable, "clock", *argv], cwd=self.dir,
                                 env=self.env, start_new_session=True, **options)
 
-    def start_pool(self, *argv):
-        self.done["pools"] += 1
-        name = f"w{self.done['pools']}"
+    def start_worker(self, *argv):
+        self.done["workers"] += 1
+        name = f"w{self.done['workers']}"
         log = os.path.join(self.dir, "logs", name)
         if self.chance.random() < 0.5:
             log += ".fifo"
             os.mkfifo(log)
             self.readers[name] = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
         stderr = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.pools[name] = self.start("worker", "start", "--count", str(self.SLOTS),
+        self.workers[name] = self.start("worker", "start", "--count", str(self.SLOTS),
                                       "--name", name, *argv, stderr=stderr)
         os.close(stderr)
 
@@ -10607,10 +10605,10 @@ class Nemesis:
                 with open(os.path.join(self.dir, "logs", name), "ab") as file:
                     file.write(piece)
 
-    def judge_pool(self, name, status):
-        """A pool in charge ends well or by kill -9; before and after, also by signals.
+    def judge_worker(self, name, status):
+        """A worker in charge ends well or by kill -9; before and after, also by signals.
 
-        A log with gaps does not tell when the pool was in charge.
+        A log with gaps does not tell when the worker was in charge.
         """
         if name in self.readers:
             self.drain(name)
@@ -10632,7 +10630,7 @@ class Nemesis:
                 "", log)
             fitting += [*SIGNALLED, *([1] if interrupts or (is_muted and not started) else [])]
         if status not in fitting:
-            self.strange.append(f"pool {name} ended with {status}")
+            self.strange.append(f"worker {name} ended with {status}")
         self.strange += [f"{name}: {line}" for line in log.splitlines()
                          if "Traceback" in line or "itself failed" in line
                          or ("rror:" in line and name not in self.hurt)]
@@ -10655,7 +10653,7 @@ class Nemesis:
         return self.finish()
 
     def tend(self):
-        """Start pools that are missing, do what is due, hear what clients were told."""
+        """Start workers that are missing, do what is due, hear what clients were told."""
         now = time.monotonic()
         due = [item for item in self.later if item[0] <= now]
         self.later = [item for item in self.later if item[0] > now]
@@ -10663,12 +10661,12 @@ class Nemesis:
             action()
         for name in self.readers.keys() - self.stalled:
             self.drain(name)
-        for name, pool in list(self.pools.items()):
-            if pool.poll() is not None:
-                del self.pools[name]
-                self.judge_pool(name, pool.returncode)
-        while len(self.pools) < self.POOLS:
-            self.start_pool()
+        for name, worker in list(self.workers.items()):
+            if worker.poll() is not None:
+                del self.workers[name]
+                self.judge_worker(name, worker.returncode)
+        while len(self.workers) < self.WORKERS:
+            self.start_worker()
         for client in [client for client in self.clients if client[0].poll() is not None]:
             self.clients.remove(client)
             self.hear(*client)
@@ -10824,15 +10822,15 @@ class Nemesis:
 
     # Faults.
 
-    def some_pool(self):
-        return self.chance.choice(sorted(self.pools))
+    def some_worker(self):
+        return self.chance.choice(sorted(self.workers))
 
     def some_reader(self):
-        """A pool whose log is read without a gap, or None."""
+        """A worker whose log is read without a gap, or None."""
         return self.chance.choice(sorted(self.readers.keys() - self.muted) or [None])
 
     def stall_log(self):
-        """Fill the FIFO of a pool, and read it again some time later, or never."""
+        """Fill the FIFO of a worker, and read it again some time later, or never."""
         name = self.some_reader()
         if name:
             self.done["stalled logs"] += 1
@@ -10860,26 +10858,26 @@ class Nemesis:
         with open(self.env["SHIFT"], "r+b", buffering=0) as file:
             file.write(struct.pack("d", self.chance.uniform(-size, size)))
 
-    def kill_pool(self):
+    def kill_worker(self):
         """kill -9: the worker, its supervisor, or both at once."""
-        name = self.some_pool()
-        pool, how = self.pools[name], self.chance.choice(("worker", "supervisor", "both"))
-        worker = child_of(pool.pid)
-        if pool.poll() is None and worker:
+        name = self.some_worker()
+        leader, how = self.workers[name], self.chance.choice(("worker", "supervisor", "both"))
+        worker = child_of(leader.pid)
+        if leader.poll() is None and worker:
             self.hurt.add(name)
             self.done[f"kills of {how}"] += 1
             if how == "both":
-                pool.send_signal(signal.SIGSTOP)
-            kill(*{"worker": [worker], "supervisor": [pool.pid],
-                   "both": [worker, pool.pid]}[how])
+                leader.send_signal(signal.SIGSTOP)
+            kill(*{"worker": [worker], "supervisor": [leader.pid],
+                   "both": [worker, leader.pid]}[how])
 
-    def freeze_pool(self):
-        name = self.some_pool()
-        pool = self.pools[name]
-        if pool.poll() is None:
+    def freeze_worker(self):
+        name = self.some_worker()
+        worker = self.workers[name]
+        if worker.poll() is None:
             self.done["freezes"] += 1
             self.hurt.add(name)
-            pids = [child_of(pool.pid) or pool.pid, pool.pid]
+            pids = [child_of(worker.pid) or worker.pid, worker.pid]
             pids = pids[:self.chance.choice((1, 2))]    # or both, as by Ctrl+Z
             for pid in pids:
                 self.signal(pid, signal.SIGSTOP)
@@ -10891,14 +10889,14 @@ class Nemesis:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    def signal_pool(self):
+    def signal_worker(self):
         """As Ctrl+C and its kin, to the whole group; at times twice."""
-        pool = self.pools[self.some_pool()]
+        worker = self.workers[self.some_worker()]
         number = self.chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         for _ in range(self.chance.choice((1, 1, 2))):
-            if pool.poll() is None:
+            if worker.poll() is None:
                 self.done["signals"] += 1
-                os.killpg(pool.pid, number)
+                os.killpg(worker.pid, number)
 
     def hold_lock(self):
         if not self.db.in_transaction:
@@ -10937,17 +10935,17 @@ class Nemesis:
             wait_for(lambda: (self.tend(), self.is_quiet())[1], "the queue's end", 60)
         except (AssertionError, subprocess.TimeoutExpired) as error:
             self.strange.append(str(error))
-        for pool in self.pools.values():
-            pool.terminate()
-        for name, pool in self.pools.items():
+        for worker in self.workers.values():
+            worker.terminate()
+        for name, worker in self.workers.items():
             try:
-                pool.wait(DEADLINE)
+                worker.wait(DEADLINE)
             except subprocess.TimeoutExpired:
-                self.strange.append(f"pool {name} does not stop")
-                pool.kill()
-            self.judge_pool(name, pool.wait())
+                self.strange.append(f"worker {name} does not stop")
+                worker.kill()
+            self.judge_worker(name, worker.wait())
         self.strange += [
-            f"excused: run {claim} of {name} is lost, but nobody killed or froze that pool"
+            f"excused: run {claim} of {name} is lost, but nobody killed or froze that worker"
             f"{', only its log' if name in self.muted else ''}" for claim, name in
             self.db.execute("SELECT claim, worker FROM runs WHERE outcome = 'lost'")
             if name not in self.hurt]
@@ -11046,7 +11044,7 @@ def line_of(function, side, name):
 
 
 # ---- Model -------------------------------------------------------------------
-# The same rules, driven in memory: two pools, clients and a nemesis take steps in an
+# The same rules, driven in memory: two workers, clients and a nemesis take steps in an
 # order drawn from a seed, under clocks that only the model moves. A mutant is the
 # module with one guard taken out: the checker must find each of them.
 
@@ -11073,12 +11071,12 @@ class ModelEnding:
         return not left
 
 
-class ModelPool:
+class ModelWorker:
     """What `Runner` does, step by step: it ticks, starts, obeys, watches, rescues."""
 
     def __init__(self, world, name):
         self.world, self.claims = world, world.q.Claims(
-            world.queue, world.q.PoolOptions(slots=2, name=name))
+            world.queue, world.q.WorkerOptions(slots=2, name=name))
         self.id = self.claims.worker.id
         self.peers = world.q.Peers(world.queue, self.id)
         self.pid = world.enter(self)
@@ -11087,7 +11085,7 @@ class ModelPool:
         self.why = {}                                       # claim: why it is being ended
         self.rescues, self.seized, self.over, self.dead = {}, [], [], []
 
-    def turn(self):
+    def tick(self):
         """A tick; at times its commit fails, or a command exits meanwhile."""
         for _ in range(len(self.waiting)):      # mostly, they have started before
             if self.world.chance.random() < 0.7:
@@ -11181,24 +11179,24 @@ class ModelPool:
                 self.over.append(run)
 
     def round(self):
-        for step in (self.reap, self.turn, self.start, self.start, self.watch, self.rescue):
+        for step in (self.reap, self.tick, self.start, self.start, self.watch, self.rescue):
             if self.state == "alive":
                 step()
 
 
 class World:
-    """Clocks, kernel, pools and clients of one episode; also the queue's `Host`."""
+    """Clocks, kernel, workers and clients of one episode; also the queue's `Host`."""
 
     name, boot = "model", "boot"
     STEPS = (   # how often each happens, relative to the others
-        ("tick", 8), ("enqueue", 6), ("turn", 8), ("start", 6), ("exit", 6),
+        ("time", 8), ("enqueue", 6), ("tick", 8), ("start", 6), ("exit", 6),
         ("rescue", 4), ("cancel", 2), ("retry", 2), ("delete", 1), ("purge", 1),
         ("crash", 1), ("freeze", 1.5), ("thaw", 0.4), ("jump", 1), ("suspend", 0.5))
 
     def __init__(self, module, path, seed):
         self.q, self.chance = module, random.Random(seed)
         self.mono, self.wall, self.latest = 0.0, NOON, NOON
-        self.held, self.processes, self.pools = set(), {}, {}
+        self.held, self.processes, self.workers = set(), {}, {}
         self.told, self.ledger, self.broken = [], [], []
         self.peaks = {}     # job: the latest time that the clock has shown since enqueued
         self.steps, self.is_nested = 0, False
@@ -11211,18 +11209,18 @@ class World:
 
     # The kernel.
 
-    def enter(self, pool):
-        """Give the pool a process id of its own."""
-        pid = 1000 + pool.id
+    def enter(self, worker):
+        """Give the worker a process id of its own."""
+        pid = 1000 + worker.id
         with self.queue.store.transaction() as store:
             store.do("UPDATE workers SET pid = :pid WHERE id = :id",
-                     {"pid": pid, "id": pool.id})
-        pool.claims.worker = pool.claims.worker._replace(pid=pid)
-        self.pools[pool.id] = pool
+                     {"pid": pid, "id": worker.id})
+        worker.claims.worker = worker.claims.worker._replace(pid=pid)
+        self.workers[worker.id] = worker
         return pid
 
     def hold(self, offset):
-        if offset < queuectl.POOL_LOCKS:
+        if offset < queuectl.WORKER_LOCKS:
             self.held.add(offset)
         return -1
 
@@ -11236,8 +11234,8 @@ class World:
         return "then"
 
     def is_alive(self, worker):
-        pool = self.pools.get(worker.id)
-        return pool is not None and pool.state != "dead"
+        found = self.workers.get(worker.id)
+        return found is not None and found.state != "dead"
 
     def is_held(self, offset):
         return offset in self.held
@@ -11252,13 +11250,13 @@ class World:
         process = self.processes.get(claim)
         if process and process.fate is None:
             return [self.pid_of(claim)]
-        return [pool.pid for pool in self.pools.values()
-                if claim in [one.number for one in pool.waiting]]
+        return [worker.pid for worker in self.workers.values()
+                if claim in [one.number for one in worker.waiting]]
 
     def signal(self, pid, number):
         if pid < 100_000:
             if number == signal.SIGKILL:
-                self.kill(self.pools[pid - 1000])
+                self.kill(self.workers[pid - 1000])
             return
         process = self.processes[pid - 100_000]
         if process.fate is None and (number == signal.SIGKILL or (
@@ -11273,15 +11271,15 @@ class World:
     def note(self, what, job, claim):
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
 
-    def kill(self, pool):
+    def kill(self, worker):
         """kill -9: its supervisor ends its processes, or was killed as well: then they
         live on, and the locks that they have inherited.
         """
-        pool.state = "dead"
-        self.held -= {claim.number for claim in pool.waiting}
-        pool.waiting = []
+        worker.state = "dead"
+        self.held -= {claim.number for claim in worker.waiting}
+        worker.waiting = []
         if self.chance.random() < 0.5:
-            for claim in pool.rides:
+            for claim in worker.rides:
                 self.signal(self.pid_of(claim), signal.SIGKILL)
 
     # What the rules say of the moment itself.
@@ -11306,11 +11304,11 @@ class World:
         return process
 
     def suspected(self, run):
-        """A run is taken from a pool: that one is gone, or silent for a lease."""
-        pool = self.pools[run.worker_id]
-        if pool.state != "dead" and self.mono - pool.beat_at < self.settings.lease:
-            self.broken.append(f"excused: run {run.claim} of a pool that is "
-                               f"{pool.state}")
+        """A run is taken from a worker: that one is gone, or silent for a lease."""
+        worker = self.workers[run.worker_id]
+        if worker.state != "dead" and self.mono - worker.beat_at < self.settings.lease:
+            self.broken.append(f"excused: run {run.claim} of a worker that is "
+                               f"{worker.state}")
 
     # Steps.
 
@@ -11328,20 +11326,20 @@ class World:
             self.queue.path, self.told, self.ledger, is_exact=True).violations()
 
     def staff(self):
-        """Two pools that live or are frozen, always."""
-        while sum(pool.state != "dead" for pool in self.pools.values()) < 2:
-            ModelPool(self, f"pool{len(self.pools)}")
+        """Two workers that live or are frozen, always."""
+        while sum(worker.state != "dead" for worker in self.workers.values()) < 2:
+            ModelWorker(self, f"worker{len(self.workers)}")
 
     def alive(self):
-        return [pool for pool in self.pools.values() if pool.state == "alive"]
+        return [worker for worker in self.workers.values() if worker.state == "alive"]
 
-    def step_tick(self, seconds=None):
-        """Time goes by, and each living pool comes to its turn."""
+    def step_time(self, seconds=None):
+        """Time goes by, and each living worker comes to its turn."""
         seconds = self.chance.uniform(0, 6) if seconds is None else seconds
         self.mono += seconds
         self.set_clock(self.wall + seconds)
-        for pool in self.alive():
-            pool.round()
+        for worker in self.alive():
+            worker.round()
 
     def set_clock(self, wall):
         self.wall, self.latest = wall, max(wall, self.latest)
@@ -11354,37 +11352,37 @@ class World:
         """The machine sleeps for minutes: nobody is to blame."""
         self.mono += 600
         self.set_clock(self.wall + 600)
-        for pool in self.pools.values():
-            pool.beat_at += 600
+        for worker in self.workers.values():
+            worker.beat_at += 600
 
-    def some_pool(self):
+    def some_worker(self):
         return self.chance.choice(self.alive() or [None])
 
-    def step_turn(self):
-        for pool in self.alive()[:1] if self.chance.random() < 0.5 else self.alive()[1:]:
-            pool.reap()
-            pool.turn()
+    def step_tick(self):
+        for worker in self.alive()[:1] if self.chance.random() < 0.5 else self.alive()[1:]:
+            worker.reap()
+            worker.tick()
 
     def choose_early(self, claims, free):
-        """For a mutant: what is chosen before the other pools have their turn, too."""
+        """For a mutant: what is chosen before the other workers have their turn, too."""
         claims.early = claims._choose(free)
         if not self.is_nested:
             self.is_nested = True
-            for pool in self.alive():
-                if pool.claims is not claims:
-                    pool.turn()
+            for worker in self.alive():
+                if worker.claims is not claims:
+                    worker.tick()
             self.is_nested = False
         return claims._store
 
     def step_start(self):
-        pool = self.some_pool()
-        if pool:
-            pool.start()
+        worker = self.some_worker()
+        if worker:
+            worker.start()
 
     def step_rescue(self):
-        pool = self.some_pool()
-        if pool:
-            pool.rescue()
+        worker = self.some_worker()
+        if worker:
+            worker.rescue()
 
     def step_exit(self):
         running = [p for p in self.processes.values() if p.fate is None]
@@ -11393,36 +11391,36 @@ class World:
                       self.chance.choice(("done", "done", "failed")))
 
     def step_crash(self):
-        pool = self.some_pool()
-        if pool:
-            self.kill(pool)
+        worker = self.some_worker()
+        if worker:
+            self.kill(worker)
 
     def step_freeze(self):
         """At the worst of moments, if one is there: between a claim and its start."""
-        between = [pool for pool in self.alive() if pool.waiting]
-        pool = between[0] if between else self.some_pool()
-        if pool:
-            pool.state = "frozen"
+        between = [worker for worker in self.alive() if worker.waiting]
+        worker = between[0] if between else self.some_worker()
+        if worker:
+            worker.state = "frozen"
 
     def aim(self):
         """Thaw at the worst of moments: a rescuer is at work, or has just been; and let
-        the lease of a pool that is frozen between a claim and its start run out.
+        the lease of a worker that is frozen between a claim and its start run out.
         """
-        if any(pool.state == "frozen" and pool.waiting for pool in self.pools.values()) \
+        if any(worker.state == "frozen" and worker.waiting for worker in self.workers.values()) \
                 and self.chance.random() < 0.3:
-            self.step_tick(5)
-        for pool in self.pools.values():
-            if pool.state == "frozen" and self.chance.random() < 0.7 and (
-                    any(ride.fate == "killed" for ride in pool.rides.values())
+            self.step_time(5)
+        for worker in self.workers.values():
+            if worker.state == "frozen" and self.chance.random() < 0.7 and (
+                    any(ride.fate == "killed" for ride in worker.rides.values())
                     or any(process.job.id == claim.job.id and process.fate is None
-                           for claim in pool.waiting
+                           for claim in worker.waiting
                            for process in self.processes.values())):
-                pool.state = "alive"
+                worker.state = "alive"
 
     def step_thaw(self):
-        for pool in self.pools.values():
-            if pool.state == "frozen":
-                pool.state = "alive"
+        for worker in self.workers.values():
+            if worker.state == "frozen":
+                worker.state = "alive"
 
     # Clients.
 
@@ -11477,7 +11475,7 @@ class World:
         self.set_clock(self.latest + 4000)     # no delay is longer
         for _ in range(400):
             self.staff()
-            self.step_tick(1)
+            self.step_time(1)
             for process in self.processes.values():
                 if process.fate is None and not process.is_deaf:
                     self.over(process, "done")
@@ -11529,7 +11527,7 @@ MUTANTS = (
         ("Claims._claim", "call _choose", "self.early"))),
     ("alone", "the run's lock is taken after the claim's commit", (
         ("Claims._draw", "call hold", "-1"),)),
-    ("alone", "a queue's limit ignores what this turn has claimed", (
+    ("alone", "a queue's limit ignores what this tick has claimed", (
         ("Claims._room", "call running.get", "0"), ("Claims._room", "call noted", "0"))),
     # Peers.
     ("excused", "a worker is lost as soon as it is silent", (
@@ -11632,7 +11630,7 @@ class Model(unittest.TestCase):
 # for each the signal that ended the victim (0: none) on stdout.
 VICTIMS = r"""
 import collections, json, os, resource, signal, sys, threading, traceback
-import concurrent.futures.thread, socket, subprocess    # what a pool imports late
+import concurrent.futures.thread, socket, subprocess    # what a worker imports late
 import queuectl
 
 def watching(line, nth):
@@ -11760,7 +11758,7 @@ MOMENTS = (
     ("claimed, not started",    "Runner._start",        "before",   "Command"),
     ("an end not recorded",     "Runner._keep",         "after",    "_ended"),
 )
-HEARD = "Command.read", "before", "feed"    # the pool hears what its command says
+HEARD = "Command.read", "before", "feed"    # the worker hears what its command says
 # Lines before this one have the same effect in every command: none.
 OPENING = "Queue.__init__", "before", "Ledger"
 
@@ -11980,7 +11978,7 @@ def with_trees(directory, victims):
 
 
 def strand(trial):
-    """Kill a pool as soon as it has heard of two jobs that their trees stand."""
+    """Kill a worker as soon as it has heard of two jobs that their trees stand."""
     steps = (("worker", "start", "-c", "2", "--name", "first"),)
     assert trial.victims.run(
         trial.dir, *steps, at=(0, line_of(*HEARD), 2, 0)) == signal.SIGKILL
@@ -12312,11 +12310,11 @@ class Writer:
 
     def __init__(self, queue, seed):
         self.queue, self.chance = queue, random.Random(seed)
-        self.claims = Claims(queue, PoolOptions(slots=4, name="writer"))
+        self.claims = Claims(queue, WorkerOptions(slots=4, name="writer"))
         self.under_way = []     # claims
 
     def step(self):
-        verb = self.chance.choice((self.enqueue, self.turn, self.turn, self.cancel,
+        verb = self.chance.choice((self.enqueue, self.tick, self.tick, self.cancel,
                                    self.retry, self.delete))
         with contextlib.suppress(queuectl.QueueError):  # no such job: no commit
             verb()
@@ -12327,13 +12325,13 @@ class Writer:
                  priority=self.chance.randint(0, 3), tags=("t",) * (n % 2))
             for n in range(self.chance.randint(1, 5))])
 
-    def turn(self):
+    def tick(self):
         """End about half of what runs, claim for all free slots."""
         ended = {claim: self.outcome() for claim in self.under_way
                  if self.chance.random() < 0.6}
         self.under_way = [claim for claim in self.under_way if claim not in ended]
-        turn = self.claims.turn(ended, {}, range(1, 5 - len(self.under_way)))
-        for claimed in turn.claimed:
+        tick = self.claims.whole_tick(ended, {}, range(1, 5 - len(self.under_way)))
+        for claimed in tick.claimed:
             self.under_way.append(claimed.claim)
             let_go(claimed.lock)
 
@@ -12734,8 +12732,8 @@ def changed(before, after):
 
 
 def lock_round(directory, seconds):
-    """Hold the write lock under pools and clients that are at work; the violations."""
-    path, log = (os.path.join(directory, name) for name in ("queue.db", "pools.log"))
+    """Hold the write lock under workers and clients that are at work; the violations."""
+    path, log = (os.path.join(directory, name) for name in ("queue.db", "workers.log"))
     with Queue(path) as queue:
         queue.configure("heartbeat", "200ms")
         queue.configure("lease", "1s")
@@ -12747,9 +12745,9 @@ def lock_round(directory, seconds):
     violations, ran = [], os.path.join(directory, "ran")
     with open(log, "ab") as errors, \
             contextlib.closing(sqlite3.connect(path, isolation_level=None)) as rival:
-        pools = [start("worker", "start", "-c", "2", stderr=errors) for _ in range(2)]
+        workers = [start("worker", "start", "-c", "2", stderr=errors) for _ in range(2)]
         try:
-            wait_for(lambda: len(read_bytes(ran).split()) > 4, "the pools")
+            wait_for(lambda: len(read_bytes(ran).split()) > 4, "the workers")
             rival.execute("PRAGMA busy_timeout = 10000")
             rival.execute("BEGIN IMMEDIATE")
             end = time.monotonic() + seconds
@@ -12764,10 +12762,10 @@ def lock_round(directory, seconds):
                 wait_for(lambda: queue.counts()[COMPLETED] == 15
                          or sum(queue.counts().values()) != 15, "the jobs")
         finally:
-            for pool in pools:
-                pool.terminate()
-            violations += [f"a pool ended with {pool.returncode}"
-                           for pool in pools if pool.wait(DEADLINE)]
+            for worker in workers:
+                worker.terminate()
+            violations += [f"a worker ended with {worker.returncode}"
+                           for worker in workers if worker.wait(DEADLINE)]
     violations += [f"a client was told {ids}" for ids in told if len(ids) != 1]
     with Queue(path) as queue:
         violations += [f"{job.id}: {job.state}, {[run.outcome for run in runs]}"
@@ -12784,11 +12782,11 @@ def damage_round(directory, copies, seed):
     chance, said, violations = random.Random(seed), collections.Counter(), []
     path = os.path.join(directory, "queue.db")
     with Queue(path) as queue:
-        claims = Claims(queue, PoolOptions(slots=9))
+        claims = Claims(queue, WorkerOptions(slots=9))
         queue.enqueue_many([Spec(f"echo {n}", tags=("a", "b"), env={"K": f"v{n}"})
                             for n in range(40)])
-        for claimed in claims.turn({}, {}, range(1, 10)).claimed:
-            claims.turn({claimed.claim: Outcome(queuectl.DONE, 0, None, 1.0, b"hi", 2)},
+        for claimed in claims.whole_tick({}, {}, range(1, 10)).claimed:
+            claims.whole_tick({claimed.claim: Outcome(queuectl.DONE, 0, None, 1.0, b"hi", 2)},
                         {}, [])
             let_go(claimed.lock)
         claims.leave()
@@ -13491,10 +13489,10 @@ def fuzz(cases, seed):
 # missing, that code is not needed, or that the change makes no difference.
 
 # The sections that decide.
-DECIDING = ("Rules", "Cron", "Input", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Pool")
-JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Turns, Checks,
-          Pools, Views, Web, Metrics, CommandLine, Completion)
-SECTION_JUDGES = {"Pool": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
+DECIDING = ("Rules", "Cron", "Input", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Worker")
+JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Ticks, Checks,
+          Workers, Views, Web, Metrics, CommandLine, Completion)
+SECTION_JUDGES = {"Worker": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
 JUDGE_PATIENCE = 40     # seconds for a test, looked at twice, that is to be a judge
 
@@ -14078,14 +14076,14 @@ class Anywhere(Processes):
         plainly = self.command
         self.command = lambda *argv: [*alone, *plainly(*argv)]
         Queue(self.path).close()
-        pool = self.worker()
-        wait_for(self.pools, "a pool")
+        worker = self.worker()
+        wait_for(self.workers, "a worker")
         for line in (["enqueue", "true"], ["wait", "job-1"], ["worker", "stop"]):
-            # Nothing can wake the pool up: it looks by itself.
+            # Nothing can wake the worker up: it looks by itself.
             self.assertEqual(self.call(*line)[0], 0)
-        self.assertEqual(pool.wait(DEADLINE), 0)
+        self.assertEqual(worker.wait(DEADLINE), 0)
 
-    def pools(self):
+    def workers(self):
         with Queue(self.path, create=False) as queue:
             return queue.workers()
 
@@ -14177,7 +14175,7 @@ class ElsewherePosix(Processes):
         return [*start, "--db", self.path, *argv]
 
     test_the_first_walk = Program.test_the_first_walk
-    test_three_pools_run_each_job_once = Program.test_three_pools_run_each_job_once
+    test_three_workers_run_each_job_once = Program.test_three_workers_run_each_job_once
     test_a_time_out_ends_a_tree = Program.test_a_time_out_ends_a_tree_that_will_not_go
     test_a_lost_worker_is_charged_as_a_crash = \
         Program.test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first
@@ -14334,7 +14332,7 @@ BATCH_LINES = 100_000
 LATENCY_JOBS = 200
 DUE_JOBS, DUE_STEP = 50, 0.1            # jobs; seconds between two that become due
 IDLE_SECONDS, TRACED_SECONDS = 60, 20
-TURNS = 200                 # of a pool, on each file
+TICKS = 200                 # of a worker, on each file
 FEW, MANY, SOME = 1000, 1_000_000, 100_000      # jobs in a file
 KINDS = 1000                # priorities, or queues, among SOME jobs
 FILL_BATCH = 50_000         # jobs enqueued in one transaction
@@ -14439,14 +14437,14 @@ def memory(pid, key):
 
 
 def living(path, name):
-    """The row of a pool, if it runs; else None."""
+    """The row of a worker, if it runs; else None."""
     with Queue(path) as queue:
         return next((view.worker for view in queue.workers()
                      if view.worker.name == name), None)
 
 
-def end_pool(path, process, name):
-    """Stop a pool, one way or the other, with all that it runs."""
+def end_worker(path, process, name):
+    """Stop a worker, one way or the other, with all that it runs."""
     with Queue(path) as queue:
         worker = next((one for one in queue.store.workers() if one.name == name), None)
         with contextlib.suppress(queuectl.QueueError):
@@ -14563,25 +14561,25 @@ class Bench:
             process.wait()
 
     @contextlib.contextmanager
-    def pool(self, path, slots, *before):
-        """A pool that runs meanwhile: its row. `before`: a program that starts it."""
+    def worker(self, path, slots, *before):
+        """A worker that runs meanwhile: its row. `before`: a program that starts it."""
         self._number += 1
-        name = f"pool-{self._number}"
+        name = f"worker-{self._number}"
         with self.process(*before, *self.argv(path, "worker", "start", "-c", str(slots),
                                               "--name", name)) as process:
             try:
                 yield wait_for(lambda: living(path, name), f"the start of {name}")
             finally:
-                end_pool(path, process, name)
+                end_worker(path, process, name)
 
-    def drained(self, path, slots, pools=1):
-        """The time that whole pools take to run what is there."""
+    def drained(self, path, slots, workers=1):
+        """The time that whole workers take to run what is there."""
         words = ("worker", "start", "--drain", "-c", str(slots))
         with contextlib.ExitStack() as stack:
             begun = time.monotonic()
             started = [stack.enter_context(self.process(
-                *self.argv(path, *words, "--name", f"pool-{n}"))) for n in range(pools)]
-            assert [process.wait() for process in started] == [0] * pools
+                *self.argv(path, *words, "--name", f"worker-{n}"))) for n in range(workers)]
+            assert [process.wait() for process in started] == [0] * workers
             return time.monotonic() - begun
 
 
@@ -14593,7 +14591,7 @@ def stock(path, specs):
         queue.store.db.relieve()
 
 
-# Jobs that have run: as if a pool had, but in a minute. Each N-th is dead.
+# Jobs that have run: as if a worker had, but in a minute. Each N-th is dead.
 FINISH = """
     BEGIN;
     UPDATE jobs
@@ -14726,7 +14724,7 @@ def bench_drain(bench):
             bench.leave_out(f"against `{name}`", "not installed")
 
 
-# pools: several on one file.
+# workers: several on one file.
 
 CLAIMS = """
     SELECT runs.worker_id, events.at
@@ -14737,16 +14735,16 @@ CLAIMS = """
     """
 
 
-def claims_by_pool(path):
-    """When each pool made its claims."""
+def claims_by_worker(path):
+    """When each worker made its claims."""
     claims = collections.defaultdict(list)
     with Queue(path) as queue:
-        for pool, at in queue.store.rows(CLAIMS):
-            claims[pool].append(queuectl.epoch(at))
+        for worker, at in queue.store.rows(CLAIMS):
+            claims[worker].append(queuectl.epoch(at))
     return list(claims.values())
 
 
-def bench_pools(bench):
+def bench_workers(bench):
     count, paths = bench.size(DRAIN_JOBS, 200), []
 
     def three():
@@ -14754,17 +14752,17 @@ def bench_pools(bench):
         return bench.drained(paths[-1], 2, 3)
     took = in_turn({"one": lambda: bench.drained(bench.filled(count), 6),
                     "three": three})
-    bench.tell("3 pools x 2 slots against one of 6: rate",
+    bench.tell("3 workers x 2 slots against one of 6: rate",
                ratios(took["one"], took["three"]), (">=", 0.9))
-    found = [claims_by_pool(path) for path in paths]
-    # Jobs wait until the last of all claims, and so does a pool that claims no more.
-    ends = [max(max(claims) for claims in pools) for pools in found]
+    found = [claims_by_worker(path) for path in paths]
+    # Jobs wait until the last of all claims, and so does a worker that claims no more.
+    ends = [max(max(claims) for claims in workers) for workers in found]
     bench.tell("longest wait of one of them for a claim", [
-        max(b - a for claims in pools for a, b in zip(claims, [*claims[1:], end]))
-        for pools, end in zip(found, ends)], ("<=", 0.5), " s", max)
+        max(b - a for claims in workers for a, b in zip(claims, [*claims[1:], end]))
+        for workers, end in zip(found, ends)], ("<=", 0.5), " s", max)
     bench.tell("least share of one, of the mean", [
-        min(map(len, pools)) * 3 / sum(map(len, pools)) if len(pools) == 3 else 0.0
-        for pools in found], (">=", 0.2), "", min)
+        min(map(len, workers)) * 3 / sum(map(len, workers)) if len(workers) == 3 else 0.0
+        for workers in found], (">=", 0.2), "", min)
 
 
 # enqueue, batch: whole processes.
@@ -14818,7 +14816,7 @@ def bench_batch(bench):
 # latency: from the commit, or from the time that was set, to the start.
 
 class Stamped(Queue):
-    """Notes when a commit has come back: right after it the pools are woken."""
+    """Notes when a commit has come back: right after it the workers are woken."""
     committed = 0.0
 
     def wake(self, message):
@@ -14833,12 +14831,12 @@ def run_of(queue, job_id):
 
 
 def start_latencies(bench, count):
-    """Milliseconds from a commit to the command's first instruction, on an idle pool.
+    """Milliseconds from a commit to the command's first instruction, on an idle worker.
 
     The command says what time it is, twice: in between passes what it costs to ask.
     """
     path, waits, costs = bench.filled(0), [], []
-    with bench.pool(path, 4), Stamped(path) as queue:
+    with bench.worker(path, 4), Stamped(path) as queue:
         for _ in range(count):
             job = queue.enqueue("date +%s%N; date +%s%N; :", cwd="/")
             first, second = (int(word) / 1e9 for word in
@@ -14851,7 +14849,7 @@ def start_latencies(bench, count):
 def due_latencies(bench, **fields):
     """Milliseconds by which jobs start after the time that was set for them."""
     path, count = bench.filled(0), bench.size(DUE_JOBS, 5)
-    with bench.pool(path, 4), Queue(path) as queue:
+    with bench.worker(path, 4), Queue(path) as queue:
         now = time.time() + 1
         jobs = queue.enqueue_many([Spec(cwd="/", run_at=now + n * DUE_STEP, **fields)
                                    for n in range(count)])
@@ -14862,7 +14860,7 @@ def due_latencies(bench, **fields):
 
 def bench_latency(bench):
     waits = start_latencies(bench, bench.size(LATENCY_JOBS, 10))
-    bench.tell("from the commit to the command's start, idle pool", waits, ("<=", 5),
+    bench.tell("from the commit to the command's start, idle worker", waits, ("<=", 5),
                " ms")
     bench.tell("... of 99 in 100", waits, ("<=", 20), " ms", p99)
     for what, fields in (
@@ -14874,17 +14872,17 @@ def bench_latency(bench):
         bench.tell("... the earliest", late, (">=", 0), " ms", min)
 
 
-# idle: what a pool costs that has nothing to do.
+# idle: what a worker costs that has nothing to do.
 
 def settled(bench, path, worker):
-    """Wait until a pool has had a second heartbeat: its start is over."""
+    """Wait until a worker has had a second heartbeat: its start is over."""
     wait_for(lambda: living(path, worker.name).heartbeats > worker.heartbeats + 1, "a heartbeat")
 
 
 def idle_cpu(bench, seconds):
     """Percent of a core."""
     path = bench.filled(0)
-    with bench.pool(path, 4) as worker:
+    with bench.worker(path, 4) as worker:
         settled(bench, path, worker)
         before = cpu_seconds(worker.pid)
         time.sleep(seconds)
@@ -14892,9 +14890,9 @@ def idle_cpu(bench, seconds):
 
 
 def idle_fsyncs(bench, seconds):
-    """(fsyncs, heartbeats) of a pool that nobody asks for anything."""
+    """(fsyncs, heartbeats) of a worker that nobody asks for anything."""
     path, log = bench.filled(0), os.path.join(bench.dir, "strace")
-    with bench.pool(path, 4, "strace", "-f", "-qq", "-ttt", "-o", log,
+    with bench.worker(path, 4, "strace", "-f", "-qq", "-ttt", "-o", log,
                     "-e", "trace=fsync,fdatasync") as worker:
         settled(bench, path, worker)
         begun, beats = time.time(), living(path, worker.name).heartbeats
@@ -14907,7 +14905,7 @@ def idle_fsyncs(bench, seconds):
 
 def bench_idle(bench):
     seconds = bench.size(IDLE_SECONDS, 5)
-    bench.tell(f"an idle pool of 4 for {seconds} s: CPU", [idle_cpu(bench, seconds)],
+    bench.tell(f"an idle worker of 4 for {seconds} s: CPU", [idle_cpu(bench, seconds)],
                ("<=", 0.1), " % of a core")
     seconds = bench.size(TRACED_SECONDS, 6)
     if shutil.which("strace"):
@@ -14918,38 +14916,38 @@ def bench_idle(bench):
         bench.leave_out("its fsyncs", "no strace")
 
 
-# turn: what a pool's transaction costs, in files of all kinds.
+# tick: what a worker's transaction costs, in files of all kinds.
 
-class PoolTurns:
-    """Turns of a pool on a file, each of which records 4 runs and claims 4."""
+class TickTimes:
+    """Ticks of a worker on a file, each of which records 4 runs and claims 4."""
 
     def __init__(self, path):
         self.queue = Queue(path)
-        self._claims = Claims(self.queue, PoolOptions(4, os.urandom(4).hex()))
+        self._claims = Claims(self.queue, WorkerOptions(4, os.urandom(4).hex()))
         self._held = []
-        self.turn()
+        self.tick()
 
-    def turn(self):
+    def tick(self):
         """Milliseconds."""
         ended = {one.claim: Outcome(queuectl.DONE, 0, None, 0.001)
                  for one in self._held}
         for one in self._held:
             queuectl._release(one)
         begun = time.perf_counter()
-        self._held = self._claims.turn(ended, {}, (1, 2, 3, 4)).claimed
+        self._held = self._claims.whole_tick(ended, {}, (1, 2, 3, 4)).claimed
         took = time.perf_counter() - begun
         assert len(self._held) == 4
         return took * 1000
 
     def take(self):
-        """The median of some turns; as many jobs are added as they took."""
-        times = [self.turn() for _ in range(TURNS // PAIRS)]
+        """The median of some ticks; as many jobs are added as they took."""
+        times = [self.tick() for _ in range(TICKS // PAIRS)]
         self.queue.enqueue_many([TRUE] * 4 * len(times))
         return median(times)
 
     def close(self):
         """Hand back what is held, and leave."""
-        self._claims.turn({one.claim: Outcome(queuectl.RELEASED)
+        self._claims.whole_tick({one.claim: Outcome(queuectl.RELEASED)
                            for one in self._held}, {}, ())
         for one in self._held:
             queuectl._release(one)
@@ -14957,19 +14955,19 @@ class PoolTurns:
         self.queue.close()
 
 
-def bench_turn(bench):
+def bench_tick(bench):
     many, some = bench.size(MANY, FEW), bench.size(SOME, FEW)
     files = [("pending", bench.size(MANY // 100, FEW)), ("pending", some),
              ("pending", many),
              *((kind, some if str(f"{KINDS:,}") in kind else many) for kind in FILES
                if kind not in ("jobs to copy", "pending", "dead"))]
-    with contextlib.closing(PoolTurns(bench.file("pending", FEW))) as few:
-        bench.tell(f"a turn that records 4 and claims 4, at {FEW:,} pending",
+    with contextlib.closing(TickTimes(bench.file("pending", FEW))) as few:
+        bench.tell(f"a tick that records 4 and claims 4, at {FEW:,} pending",
                    [few.take() for _ in range(PAIRS)], None, " ms")
         for kind, count in files:
-            with contextlib.closing(PoolTurns(bench.file(kind, count))) as other:
+            with contextlib.closing(TickTimes(bench.file(kind, count))) as other:
                 took = in_turn({"few": few.take, "other": other.take})
-            bench.tell(f"a turn at {count:,} {kind}", took["other"], None, " ms")
+            bench.tell(f"a tick at {count:,} {kind}", took["other"], None, " ms")
             bench.tell(f"... against one at {FEW:,} pending",
                        ratios(took["other"], took["few"]), ("<=", 1.3))
 
@@ -15005,12 +15003,12 @@ def bench_memory(bench):
     path = bench.fresh()
     stock(path, [TRUE._replace(command=LOUD) if n % LOUD_EVERY == 9 else TRUE
                 for n in range(count)])
-    with bench.pool(path, 4) as worker:
+    with bench.worker(path, 4) as worker:
         samples = memory_samples(path, worker, count)
         peak = memory(worker.pid, "VmHWM")
     early, late = ([size for done, size in samples if low <= done <= high] or [peak]
                    for low, high in ((0.2, 0.3), (0.9, 1.0)))
-    bench.tell(f"a pool of 4 that has run {count:,} jobs, each {LOUD_EVERY:,}th "
+    bench.tell(f"a worker of 4 that has run {count:,} jobs, each {LOUD_EVERY:,}th "
                "printing 100 MB: most memory", [peak], ("<=", 35), " MB")
     bench.tell("... its growth over the last four fifths",
                [median(late) - median(early)], ("<=", 1), " MB")
@@ -15019,11 +15017,11 @@ def bench_memory(bench):
 # file: what it costs on the disk, and how long a purge holds others up.
 
 def watched_drain(bench, path):
-    """Largest WAL in MB, while a pool of 4 drains the file and a reader looks on."""
+    """Largest WAL in MB, while a worker of 4 drains the file and a reader looks on."""
     sizes = []
     with bench.process(*bench.argv(path, "worker", "start", "--drain", "-c", "4")) as \
-            pool, Queue(path) as queue:
-        while pool.poll() is None:
+            worker, Queue(path) as queue:
+        while worker.poll() is None:
             queue.status()
             queue.jobs(limit=50)
             with contextlib.suppress(FileNotFoundError):
@@ -15074,9 +15072,9 @@ def bench_file(bench):
 # retries: is a second run dearer than a first one?
 
 def retry_cost(bench):
-    """A pool's CPU time for a retry against that for a first run."""
+    """A worker's CPU time for a retry against that for a first run."""
     path, count = bench.filled(0), bench.size(RETRY_JOBS, 50)
-    with bench.pool(path, RETRY_SLOTS) as worker, Queue(path) as queue:
+    with bench.worker(path, RETRY_SLOTS) as worker, Queue(path) as queue:
         def cpu_when_all_are(state):
             wait_for(lambda: queue.counts()[state] == count, f"all {state}", PATIENCE)
             return cpu_seconds(worker.pid)
@@ -15113,7 +15111,7 @@ def recovery_by_another(bench, number=signal.SIGKILL, **settings):
     with Queue(path) as queue:
         for key, value in settings.items():
             queue.configure(key, value)
-    with bench.pool(path, 1) as one, bench.pool(path, 1) as other, Queue(path) as queue:
+    with bench.worker(path, 1) as one, bench.worker(path, 1) as other, Queue(path) as queue:
         job_id = started(queue)
         victim = one if queue.job(job_id).worker == one.name else other
         killed = time.time()
@@ -15123,11 +15121,11 @@ def recovery_by_another(bench, number=signal.SIGKILL, **settings):
 
 def recovery_by_a_new_one(bench):
     path = bench.filled(0)
-    with bench.pool(path, 1) as victim, Queue(path) as queue:
+    with bench.worker(path, 1) as victim, Queue(path) as queue:
         job_id = started(queue)
         killed = time.time()
         os.kill(child_of(victim.pid), signal.SIGKILL)
-        with bench.pool(path, 1):
+        with bench.worker(path, 1):
             return runs_again(queue, job_id) - killed
 
 
@@ -15147,7 +15145,7 @@ def bench_recovery(bench):
         bench.tell("... the longest", waits, ("<=", WELL_UNDER), " s", max)
 
 
-# web: what an open dashboard costs the pool, and how long it lets people wait meanwhile.
+# web: what an open dashboard costs the worker, and how long it lets people wait meanwhile.
 
 STREAMS = 20
 ASK_PAUSE = 0.01            # seconds between two requests
@@ -15228,9 +15226,9 @@ def bench_web(bench):
 
 
 MEASURES = {
-    "drain": bench_drain, "pools": bench_pools, "enqueue": bench_enqueue,
+    "drain": bench_drain, "workers": bench_workers, "enqueue": bench_enqueue,
     "batch": bench_batch, "latency": bench_latency, "idle": bench_idle,
-    "turn": bench_turn, "views": bench_views, "memory": bench_memory,
+    "tick": bench_tick, "views": bench_views, "memory": bench_memory,
     "file": bench_file, "retries": bench_retries, "recovery": bench_recovery,
     "web": bench_web}
 
