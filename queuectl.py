@@ -205,6 +205,7 @@ WORKER_PATIENCE = 2.0  # seconds a worker waits for it before it says so
 # 5.1 s for a claim; with a retry each millisecond 0.4 to 0.8 s at worst.
 BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
 FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
+LONGEST_WAIT = 3600.0  # seconds; poll(2) takes no more than 24 days
 RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
 CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
@@ -3327,6 +3328,7 @@ class SQLite:
         self._opened = 0        # how often the file was opened
         self._db = self._patiently(self._open)
         self.inode = _inode(self.path)      # device and number: what the file is
+        self._wal: tuple[int, int] | None = None    # of its -wal; None: not seen yet
         try:
             self._set_up(create)
         except BaseException:
@@ -3658,8 +3660,8 @@ class SQLite:
         if not self.is_in_place():
             self.rollback()
             raise Gone("database-gone",
-                       f"{self.path} was deleted or replaced while it was open",
-                       "open it anew")
+                       f"{self.path}, or its -wal, was deleted or replaced while it "
+                       "was open", "open it anew")
 
     def begin(self) -> bool:
         """Begin a transaction at once; False if another connection writes."""
@@ -3776,8 +3778,13 @@ class SQLite:
         return sum(max(0, size) for size, _ in self._stats())
 
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the file that was opened."""
-        return _inode(self.path) == self.inode
+        """Whether the path still leads to the file that was opened, and to its -wal,
+        which is deleted with what is not in the file yet.
+        """
+        wal = _inode(self.path + "-wal")
+        if self._wal is None and self._db.in_transaction:
+            self._wal = wal     # it is there from the first transaction on
+        return _inode(self.path) == self.inode and self._wal in (None, wal)
 
     def release(self) -> tuple[int, int, int]:
         """The version of SQLite."""
@@ -4168,8 +4175,7 @@ class Poller:
         Rounded up: with 0 for the last part of a millisecond the loop would turn until
         the time has come.
         """
-        for fd, _ in self._poll.poll(None if seconds == math.inf
-                                     else math.ceil(seconds * 1000)):
+        for fd, _ in self._poll.poll(math.ceil(min(seconds, LONGEST_WAIT) * 1000)):
             handler = self._handlers.get(fd)
             if handler:     # else an earlier one of these has ended its business
                 handler()
@@ -6159,6 +6165,7 @@ class Claims:
         self._held: dict[int, Claim] = {}
         self._last_tick = math.inf      # epoch; a lower time: the clock was set back
         self._begun: set[int] = set()   # spares that have a slot, not so in the table
+        self._begun_before: frozenset[int] = frozenset()    # at the last tick
         self._expired: dict[str, dict[str, Any]] = {}   # where retention goes on
         self.lock = -1                  # descriptor that holds the worker's own lock
         self.worker = self._enter(port, pid or os.getpid())
@@ -6279,7 +6286,7 @@ class Claims:
         """
         if not self._store.begin():
             return None
-        locks = list[int]()
+        locks, self._begun_before = list[int](), frozenset(self._begun)
         try:
             return self._write(report, free, locks)
         except BaseException:
@@ -6349,7 +6356,7 @@ class Claims:
         for claim in report.ended:
             self._held.pop(claim, None)
         if report.beats:
-            self._begun.clear()
+            self._begun -= self._begun_before   # one may have begun since the tick
         self._begun -= report.ended.keys()
         self._held.update((one.number, one) for one in tick.claims)
         self._last_tick = tick.now
@@ -6369,6 +6376,9 @@ class Claims:
         last of that has been rescued.
         """
         worker = self.worker
+        if self.lock >= 0 and not os.fstat(self.lock).st_nlink:
+            raise Gone("database-gone", f"{self._host.locks.path} was deleted", "start "
+                       "the worker anew")   # others do not see its locks any more
         if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
@@ -6560,10 +6570,13 @@ class Claims:
         """
         if self._store.rows(Sql.UNBLOCKING):
             return False
-        states = {(queue, state) for queue, state, _ in self._store.rows(Sql.COUNTS)}
+        counts = {(queue, state): n for queue, state, n in self._store.rows(Sql.COUNTS)}
+        caller, states = self._queue.caller(), counts.keys()
+        if caller and caller.state == PROCESSING:   # it waits for this very worker
+            counts[caller.queue, PROCESSING] -= 1
         room = self._room(1)
-        busy = {queue for queue, state in states
-                if state == PROCESSING
+        busy = {queue for (queue, state), n in counts.items()
+                if state == PROCESSING and n
                 and (not self._options.queues or queue in self._options.queues)}
         own = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
@@ -7885,7 +7898,11 @@ def start_error(error: Exception, cwd: str) -> str:
     return f"could not be started: {error}"
 
 
-def _table_of_ps() -> dict[int, tuple[int, int, int, int]]:
+# The living processes by id: parent, group, session, start time in ticks.
+Table = dict[int, tuple[int, int, int, int]]
+
+
+def _table_of_ps() -> Table:
     import subprocess  # 5 ms, and only where there is no /proc
     said = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], check=False,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
@@ -7894,11 +7911,8 @@ def _table_of_ps() -> dict[int, tuple[int, int, int, int]]:
             in rows if not state.startswith(b"Z") and int(pid) != os.getpid()}
 
 
-def process_table() -> dict[int, tuple[int, int, int, int]]:
-    """The living processes by id: parent, group, session, start time in ticks.
-
-    Where there is no /proc, by ps, and the last two are 0.
-    """
+def process_table() -> Table:
+    """The living processes. Where there is no /proc, by ps: the last two are 0."""
     table = {}
     for pid in _pids():
         fields = _stat_fields(pid)
@@ -7908,8 +7922,7 @@ def process_table() -> dict[int, tuple[int, int, int, int]]:
     return table or _table_of_ps()
 
 
-def _descendants(table: Mapping[int, tuple[int, int, int, int]],
-                 roots: Iterable[int]) -> set[int]:
+def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
     """These processes and all below them."""
     children: dict[int, list[int]] = {}
     for pid, (parent, *_) in table.items():
@@ -7923,91 +7936,141 @@ def _descendants(table: Mapping[int, tuple[int, int, int, int]],
     return found
 
 
-def _signal(pids: Iterable[int], number: int) -> None:
-    """Signal processes that may be gone or not ours. They are continued as well: a
-    stopped process acts on no SIGTERM (signal(7)).
+def _claims_of_orphans(table: Table, parents: Collection[int]) -> dict[int, int]:
+    """The runs that the children of these processes belong to, by their environment."""
+    found = {}
+    for pid, (parent, *_) in table.items():
+        if parent in parents and pid not in parents:
+            named = re.search(rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0",
+                              _read(f"/proc/{pid}/environ"))
+            if named:
+                found[pid] = int(named[1])
+    return found
+
+
+class Signals:
+    """What a process tree is sent: SIGTERM, once each; after the grace SIGKILL.
+
+    Groups come first: a shell must not go on because its command was killed before it.
+    SIGCONT follows, for a stopped process acts on no SIGTERM (signal(7)).
     """
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-            os.kill(pid, signal.SIGCONT)
+
+    def __init__(self, grace: float) -> None:
+        self.kill_at = time.monotonic() + grace
+        self._asked: set[int] = set()   # processes; groups negative, as for kill(2)
+
+    def send(self, left: Collection[int], table: Table,
+             groups: Iterable[int] = ()) -> set[int]:
+        """Signal processes, their groups and these; those, once it is SIGKILL, that
+        are another user's.
+        """
+        late, refused = time.monotonic() >= self.kill_at, set[int]()
+        number, own = signal.SIGKILL if late else signal.SIGTERM, os.getpgrp()
+        groups = {*groups, *(table[pid][1] for pid in left if pid in table)} - {own, 0}
+        for group in groups:
+            if late or -group not in self._asked:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, number)
+                    os.killpg(group, signal.SIGCONT)
+                self._asked |= {-group, *(pid for pid, row in table.items()
+                                          if row[1] == group)}
+        for pid in left:
+            try:
+                if late or pid not in self._asked:
+                    os.kill(pid, number)
+                    os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                refused |= {pid} if late else set()
+        self._asked |= set(left)
+        return refused
 
 
 class Ending:
-    """The end of a run's process tree: SIGTERM, after the grace SIGKILL (I6).
+    """The end of one run's process tree (I6).
 
     `head` is the process that was started for the run, 0 if it is gone. It leads a
     group and a session; its id stays its own while it is not reaped or any member is
-    left. A tree is what is below it, its session, what is below its members, and who
-    names the claim among the `orphans`, the children of worker and supervisor. Where
-    none of these is left and the run's lock is held, its holders are looked for.
+    left. A tree is what is below it, its session, what is below its members, and the
+    orphans that name the claim. Where none of these is left and the run's lock is held,
+    its holders are looked for.
+    """
+
+    def __init__(self, claim: int, head: int, grace: float) -> None:
+        self.claim = claim
+        self.is_refused = False                 # what is left is another user's
+        self.left: set[int] = set()             # processes; 0: unknown ones
+        self.signals = Signals(grace)
+        self._head, self._start = head, 0       # process id; when it was started
+        self._known: dict[int, int] = {}        # start times by process
+
+    def step(self, locks: Locks | None, table: Table,
+             orphans: Mapping[int, int]) -> bool:
+        """Signal what is left; True when nothing is. `orphans`: claims by process."""
+        self.left = self._find(table, orphans)
+        if not self.left and locks and locks.is_held(self.claim):
+            self.left = set(locks.holders(self.claim)) or {0}
+        refused = self.signals.send(self.left - {0}, table)
+        self.is_refused = bool(refused) and self.left <= refused
+        self._known = {pid: table[pid][3] for pid in self.left if pid in table}
+        return not self.left
+
+    def _find(self, table: Table, orphans: Mapping[int, int]) -> set[int]:
+        head = self._head
+        if head in table:
+            self._start = self._start or table[head][3]
+            if table[head][3] != self._start:   # another process has that id by now
+                head = self._head = 0
+        roots = {pid for pid, start in self._known.items()
+                 if pid in table and table[pid][3] == start}
+        roots |= {pid for pid, (_, group, session, _) in table.items()
+                  if head and head in (pid, group, session)}
+        return _descendants(table, {*roots, *(
+            pid for pid, claim in orphans.items() if claim == self.claim)})
+
+
+class Endings:
+    """The runs whose trees are being ended; a step reads /proc once for all of them.
 
     No list of a tree's processes stays true: one may fork between the look and the
     signal. So each step looks anew and signals what it finds, until nothing is left.
     """
 
-    def __init__(self, claim: int, head: int, grace: float) -> None:
-        self.claim = claim
-        self.at = 0.0                           # monotonic: the next step
-        self._head, self._grace = head, grace   # seconds from SIGTERM to SIGKILL
-        self._kill_at: float | None = None      # monotonic; None: not begun
-        self._known: dict[int, int] = {}        # start times by process
+    def __init__(self) -> None:
+        self.at = math.inf                      # monotonic: the next step
+        self._endings: list[Ending] = []
         self._left: set[int] = set()            # processes at the last step
-        self._asked: set[int] = set()           # processes that had their SIGTERM
         self._pause = 0.0                       # seconds between two steps
 
-    def step(self, locks: Locks | None, parents: Collection[int]) -> bool:
-        """Signal what is left; True when nothing is. `parents`: whose orphans count."""
-        now, table = time.monotonic(), process_table()
-        left = self._find(table, parents)
-        if not left and locks and locks.is_held(self.claim):
-            left = set(locks.holders(self.claim)) or {0}    # 0: held, not seen by whom
-        if not left:
-            return True
-        if self._kill_at is None:
-            self._kill_at = now + self._grace
-            self._ask_group(table)
-        if now >= self._kill_at:
-            if self._head:
-                self._signal_group(signal.SIGKILL)
-            _signal(left - {0}, signal.SIGKILL)
-        else:
-            _signal(left - self._asked - {0}, signal.SIGTERM)
-            self._asked |= left
-        # Soon after a change, seldom while something cannot be killed.
-        is_new, self._left = left != self._left, left
-        self._known = {pid: table[pid][3] for pid in left if pid in table}
-        self._pause = RESCUE_TICK / 4 if is_new else min(2 * self._pause, 1.0)
-        self.at = now + self._pause
-        if now < self._kill_at:
-            self.at = min(self.at, self._kill_at)
-        return False
+    def add(self, claim: int, head: int, grace: float) -> None:
+        """End the tree of this run, too."""
+        self._endings.append(Ending(claim, head, grace))
+        self.at = 0.0
 
-    def _find(self, table: Mapping[int, tuple[int, int, int, int]],
-              parents: Collection[int]) -> set[int]:
-        head = self._head
-        roots = {pid for pid, start in self._known.items()
-                 if pid in table and table[pid][3] == start}
-        mark = b"QUEUECTL_CLAIM=%d" % self.claim
-        for pid, (parent, group, session, _) in table.items():
-            if (head and head in (pid, group, session)) or (
-                    parent in parents and pid not in parents
-                    and mark in _read(f"/proc/{pid}/environ").split(b"\0")):
-                roots.add(pid)
-        return _descendants(table, roots)
+    def step(self, locks: Locks | None, parents: Collection[int]) -> list[Ending]:
+        """Signal what is left; those of which nothing is, or only what is another
+        user's. `parents`: the processes whose children may be orphans of a run.
 
-    def _ask_group(self, table: Mapping[int, tuple[int, int, int, int]]) -> None:
-        """SIGTERM to the group at once, so that no member outlives another long enough
-        to start more.
+        Raises OSError without free descriptors; then it is to be tried again.
         """
-        if self._head:
-            self._signal_group(signal.SIGTERM)
-            self._asked = {pid for pid, row in table.items() if row[1] == self._head}
-
-    def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._head, number)
-            os.killpg(self._head, signal.SIGCONT)
+        begun = time.monotonic()
+        self.at = begun + RESCUE_TICK
+        table = process_table()
+        orphans = _claims_of_orphans(table, parents)
+        over = [one for one in self._endings if one.step(locks, table, orphans)]
+        self._endings = [one for one in self._endings if one not in over]
+        # Soon after a change, seldom while something cannot be killed; and where there
+        # are many processes, at most a fifth of the time.
+        left = {pid for one in self._endings for pid in one.left}
+        is_new, self._left = left != self._left, left
+        self._pause = RESCUE_TICK / 4 if is_new else min(2 * self._pause, 1.0)
+        now = time.monotonic()
+        self.at = min([now + max(self._pause, 4 * (now - begun)), *(
+            one.signals.kill_at for one in self._endings if one.signals.kill_at > now)])
+        if not self._endings:
+            self.at = math.inf
+        return over + [one for one in self._endings if one.is_refused]
 
 
 def become_subreaper() -> None:
@@ -8021,57 +8084,51 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
-def end_all(grace: float = 0.0, groups: Collection[int] = ()) -> list[int]:
+def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
+            hurry: Sequence[int] = ()) -> list[int]:
     """End all that is below this process until wait(2) says that nothing is left.
 
-    By SIGTERM, after `grace` seconds by SIGKILL. Returns the processes that may not be
-    signalled, as they are another user's: they are left. `groups`: what to end where
-    there is no /proc.
+    By SIGTERM; by SIGKILL after `grace` seconds, or as soon as `hurry` has an element.
+    Returns the processes of other users, which cannot be ended. `spared`: children that
+    stay, with all below them. `groups`: what to end where there is no /proc.
     """
-    own, pause, asked = os.getpid(), 0.001, set[int]()
-    kill_at = time.monotonic() + grace
+    own, pause, signals, seen = os.getpid(), 0.001, Signals(grace), set[int]()
     while True:
-        late = time.monotonic() >= kill_at
-        number, table = signal.SIGKILL if late else signal.SIGTERM, process_table()
-        below, refused = _descendants(table, [own]) - {own}, 0
-        # Groups first: a shell must not go on because its command was killed before it.
-        jobs = {table[pid][1] for pid in below if pid in table} - {os.getpgrp()}
-        for group in {*jobs, *groups}:
-            if late or group not in asked:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, number)
-        for pid in below:
-            try:
-                if late or pid not in asked:
-                    os.kill(pid, number)
-                    os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
-            except PermissionError:
-                refused += 1
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pause = 0.001
         except ChildProcessError:
             return []
-        if below and refused == len(below):
-            return sorted(below)
-        pause = 0.001 if below - asked else min(2 * pause, 1.0)
-        asked |= below
-        time.sleep(pause if late else min(pause, max(0.0, kill_at - time.monotonic())))
+        try:
+            table = process_table()
+        except OSError:     # no descriptor is free
+            time.sleep(RESCUE_TICK)
+            continue
+        if hurry:
+            signals.kill_at = 0.0
+        left = _descendants(table, [own]) - _descendants(table, spared) - {own}
+        refused = signals.send(left, table, groups)
+        if left <= refused and (refused or spared) and not seen - refused:
+            return sorted(refused)      # twice: one may have come meanwhile
+        pause = 0.001 if left - seen else min(2 * pause, 1.0)
+        seen = left
+        time.sleep(max(0.001, min(pause, signals.kill_at - time.monotonic()))
+                   if time.monotonic() < signals.kill_at else pause)
 
 
-# What worker and supervisor say to each other: kind, claim, process, seconds. A START
-# tells a group to kill where there is no subreaper; HELLO comes with the lock that
-# shows that the worker or its supervisor lives; SIGNAL bears a signal's number.
-HELLO, RENEW, START, END, ENDED, SIGNAL = range(6)
+# What worker and supervisor say to each other: kind, claim, process, seconds. HELLO
+# comes with the lock that shows that the worker or its supervisor lives. START tells,
+# where there is no subreaper, a group to kill, and 0 once there is none. REFUSED: what
+# is left of a tree is another user's. SIGNAL bears a signal's number.
+HELLO, RENEW, START, END, ENDED, REFUSED, SIGNAL = range(7)
 _MESSAGE = "=qqqd"
 
 
 class Link:
     """A socket pair between a worker and its supervisor; messages never block.
 
-    What does not fit into the socket is kept and sent with a later message.
+    They go out together by `flush`; what does not fit into the socket stays for the
+    next, so while `is_behind` there has to be one soon.
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
@@ -8084,17 +8141,26 @@ class Link:
         """The descriptor to poll."""
         return self._end.fileno()
 
-    def send(self, kind: int, number: int = 0, pid: int = 0, seconds: float = 0.0,
-             lock: int = -1) -> None:
-        """Send a message, with a descriptor if `lock` is one."""
+    def send(self, kind: int, number: int = 0, pid: int = 0,
+             seconds: float = 0.0) -> None:
+        """Add a message to what `flush` sends."""
+        self._unsent += struct.pack(_MESSAGE, kind, number, pid, seconds)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something has not been sent yet."""
+        return bool(self._unsent) and self.is_open
+
+    def flush(self, lock: int = -1) -> None:
+        """Send what there is to be sent, with a descriptor if `lock` is one."""
         import array
         import socket
-        self._unsent += struct.pack(_MESSAGE, kind, number, pid, seconds)
+        rights = [array.array("i", [lock])] if lock >= 0 else []
         try:
-            rights = [array.array("i", [lock])] if lock >= 0 else []
-            sent = self._end.sendmsg([self._unsent], [
-                (socket.SOL_SOCKET, socket.SCM_RIGHTS, right) for right in rights])
-            self._unsent = self._unsent[sent:]
+            if self._unsent:
+                sent = self._end.sendmsg([self._unsent], [
+                    (socket.SOL_SOCKET, socket.SCM_RIGHTS, right) for right in rights])
+                self._unsent = self._unsent[sent:]
         except BlockingIOError:
             pass
         except OSError:
@@ -8134,86 +8200,105 @@ class Supervisor:
     It has no database and no threads. `worker` is the process id of its child.
     """
 
-    def __init__(self, link: Link, worker: int, wakeup: Wakeup,
-                 signals: list[int]) -> None:
-        self._link, self._worker = link, worker
-        self._wakeup, self._signals = wakeup, signals
+    def __init__(self, link: Link, worker: int, wakeup: Wakeup, signals: list[int],
+                 spared: Collection[int]) -> None:
+        self._link, self._worker, self._signals = link, worker, signals
+        self._poller = Poller()
+        self._poller.add(wakeup.reader, wakeup.clear)
+        self._poller.add(link.fileno(), self._hear)
+        self._spared = spared               # children that are not the worker's
         self._locks: Locks | None = None
         self._lock = -1     # the worker's own: held until nothing is left
-        self._endings: list[Ending] = []
-        self._groups: set[int] = set()
+        self._endings = Endings()
+        self._groups: dict[int, int] = {}   # by claim
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
+        self._is_warned = False             # it is late, and has its last second
         self._grace = 0.0                   # seconds for what a worker leaves behind
         self._status: int | None = None     # of the worker, as wait(2) gives it
+        self._told = ""                     # why it was killed
+        self._has_begun = False
+        self._stopped_by = 0                # the signal that came before it had begun
 
     def run(self) -> tuple[int, str]:
         """Work until the worker and all that it started is gone; the worker's exit
         status, and what there is to say about it.
         """
-        told = self.serve()
-        status = os.waitstatus_to_exitcode(self._status or 0)
-        refused = end_all(self._grace if status >= 0 else 0.0, self._groups)
+        while self._status is None:
+            self._step()
+        status = os.waitstatus_to_exitcode(self._status)
+        refused = end_all(self._grace if status >= 0 else 0.0, self._groups.values(),
+                          self._spared, self._signals)
         if self._lock >= 0:
             os.close(self._lock)
+        if self._stopped_by:
+            return 128 + self._stopped_by, ""
+        told = self._told
         if status < 0:
             told = (told or f"the worker was {exit_words(status)}: ") \
                 + "all that it ran was killed"
         if refused:
-            told += f"; still running, as another user: {refused}"
+            told += f"{'; ' * bool(told)}{_pid_list(refused)} of another user " \
+                    f"{'go' if len(refused) > 1 else 'goes'} on running"
         return (status if status >= 0 else EX_NO), told
 
-    def serve(self) -> str:
-        """Work until the worker is gone; why it was killed, or ""."""
-        poll = select.poll()
-        poll.register(self._link.fileno(), select.POLLIN)
-        poll.register(self._wakeup.reader, select.POLLIN)
-        told = ""
-        while self._status is None:
-            wake_at = min([self._late_at, *(one.at for one in self._endings)])
-            poll.poll(None if wake_at == math.inf
-                      else max(0, math.ceil((wake_at - time.monotonic()) * 1000)))
-            if not self._link.is_open and self._link.fileno() >= 0:
-                poll.unregister(self._link.fileno())
-                self._link.close()
-            self._wakeup.clear()
-            # Stopped ourselves, we could not hear the worker: it gets a new lease.
-            if time.monotonic() > wake_at + 1:
-                self._late_at = time.monotonic() + self._lease
+    def _step(self) -> None:
+        at = min(self._late_at, self._endings.at)
+        if self._link.is_behind:
+            at = min(at, time.monotonic() + RESCUE_TICK)
+        self._poller.wait(max(0.0, at - time.monotonic()))
+        self._hear()
+        if time.monotonic() >= self._endings.at:
+            with contextlib.suppress(OSError):  # no descriptors are free: tried again
+                for ending in self._endings.step(
+                        self._locks, (self._worker, os.getpid())):
+                    self._link.send(REFUSED if ending.left else ENDED, ending.claim,
+                                    min(ending.left, default=0))
             self._hear()
-            self._step()
-            self._reap()
-            if self._status is None and time.monotonic() >= self._late_at:
-                told = f"the worker did not answer for {span(self._lease)}: "
-                os.kill(self._worker, signal.SIGKILL)
-                self._late_at = math.inf
-        return told
+        self._link.flush()
+        if not self._link.is_open:
+            self._poller.drop(self._link.fileno())
+        self._reap()
+        if self._status is None and time.monotonic() >= self._late_at:
+            self._warn()
+
+    def _warn(self) -> None:
+        """Kill a worker that is late, if it stays so for a second in which this process
+        runs: one that is stopped with it (Ctrl+Z) could not be heard.
+        """
+        now = time.monotonic()
+        if self._is_warned and now < self._late_at + 0.5:
+            self._told = f"the worker did not answer for {span(self._lease)}: "
+            os.kill(self._worker, signal.SIGKILL)
+            self._late_at = math.inf
+        else:
+            self._is_warned, self._late_at = True, now + 1.0
 
     def _hear(self) -> None:
-        while self._signals:
-            self._link.send(SIGNAL, self._signals.pop(0))
+        signals = len(self._signals)    # those that came before what is read next
         for kind, number, pid, seconds, lock in self._link.receive():
             if kind == HELLO:
-                self._lock = lock
+                self._has_begun, self._lock = True, lock
                 self._locks = Locks("", lock) if lock >= 0 else None
             elif kind == RENEW:
                 self._lease, self._late_at = seconds, time.monotonic() + seconds
+                self._is_warned = False
+            elif kind == START and pid:
+                self._groups[number] = pid
             elif kind == START:
-                self._groups.add(pid)
+                self._groups.pop(number, None)
             elif kind == END and not number:
                 self._grace = seconds
             elif kind == END:
-                self._endings.append(Ending(number, pid, seconds))
-
-    def _step(self) -> None:
-        for ending in self._endings[:]:
-            if time.monotonic() >= ending.at:
-                with contextlib.suppress(OSError):  # no descriptors, say: the next time
-                    if ending.step(self._locks, (self._worker, os.getpid())):
-                        self._endings.remove(ending)
-                        self._link.send(ENDED, ending.claim)
+                self._endings.add(number, pid, seconds)
+        for number in self._signals[:signals]:
+            if not self._has_begun:     # nothing is to finish
+                self._stopped_by = number
+                os.kill(self._worker, signal.SIGKILL)
+            self._link.send(SIGNAL, number)
+        del self._signals[:signals]
 
     def _reap(self) -> None:
-        """Reap the worker, and as process 1 of a container whatever ends there."""
+        """Reap the worker, and whatever else was left to this process."""
         with contextlib.suppress(ChildProcessError):
             while self._status is None:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -8221,6 +8306,14 @@ class Supervisor:
                     return
                 if pid == self._worker:
                     self._status = status
+
+
+def _supervised_signals() -> list[int]:
+    """Those that ask a worker to stop. The last end a process that does not expect
+    them: sent to the group, they would end worker and supervisor at once.
+    """
+    return [*stop_signals(), signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+            signal.SIGALRM]
 
 
 def _work(work: Callable[[Link], int], ours: socket.socket, theirs: socket.socket,
@@ -8233,7 +8326,7 @@ def _work(work: Callable[[Link], int], ours: socket.socket, theirs: socket.socke
         wakeup.close()
         become_subreaper()
         # With a handler and not SIG_IGN, which the jobs would inherit.
-        for number in (*stop_signals(), signal.SIGQUIT):
+        for number in _supervised_signals():
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         status = work(Link(theirs, os.getppid()))
@@ -8254,16 +8347,21 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
     import socket
     become_subreaper()
     ours, theirs = socket.socketpair()
-    signals = list[int]()
+    signals, own, spared = list[int](), os.getpid(), set[int]()
+    with contextlib.suppress(ChildProcessError, AttributeError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        table = process_table()     # it has children, of a shell that called exec
+        spared = {pid for pid, (parent, *_) in table.items() if parent == own}
     with contextlib.closing(Wakeup()) as wakeup, handling(
-            {**dict.fromkeys(stop_signals(), lambda number, _: signals.append(number)),
+            {**dict.fromkeys(_supervised_signals(),
+                             lambda number, _: signals.append(number)),
              signal.SIGCHLD: lambda number, _: None}, wakeup.writer):
         worker = os.fork()
         if not worker:
             _work(work, ours, theirs, wakeup)
         theirs.close()
         with ours:
-            return Supervisor(Link(ours), worker, wakeup, signals).run()
+            return Supervisor(Link(ours), worker, wakeup, signals, spared).run()
 
 
 # ---- 15 Worker ---------------------------------------------------------------
@@ -8342,7 +8440,9 @@ class Directories:
 
     def refresh(self) -> None:
         """Take note of what is mounted now."""
-        mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
+        mounts = self._mounts
+        with contextlib.suppress(OSError):      # no descriptor is free
+            mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
         if mounts != self._mounts or len(self._known) > CLAIM_SCAN:
             self._mounts = mounts
             self._known.clear()
@@ -8404,10 +8504,14 @@ def _keep_descriptors() -> None:
     Python opens its own so that they end with an exec (PEP 446); inherited ones stay as
     they came. In the list is also the descriptor by which it was read: gone by then.
     """
-    for name in os.listdir("/dev/fd"):
+    try:
+        found = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:     # in a container without /proc
+        found = [*range(1024)]
+    for number in found:
         with contextlib.suppress(OSError):
-            if int(name) > 2:
-                os.set_inheritable(int(name), False)
+            if number > 2:
+                os.set_inheritable(number, False)
 
 
 def _home() -> int:
@@ -8477,7 +8581,7 @@ class Runner:
         self._gone: list[Worker] = []           # told, but their locks are held yet
         # `tick` is the last that uses the connection, for then that is the commit's.
         self._agenda = Agenda(("renew", "deadline", "committed", "notify", "orders",
-                               "output", "heartbeat", "gone", "look", "tick"))
+                               "output", "heartbeat", "gone", "peers", "look", "tick"))
         self._free = list(range(1, options.slots + 1))
         self._commands: dict[int, Command] = {}         # by claim
         self._ended: dict[int, Outcome] = {}            # not recorded yet
@@ -8500,6 +8604,8 @@ class Runner:
         self._pace = math.inf                   # seconds that runs take of late
         self._totals: dict[str, int] = {}               # states that jobs came to
         self._has_begun = False                         # a first tick is through
+        self._refused: set[int] = set()     # claims of which a process cannot be ended
+        self._gives_up = False                          # to leave without recording
         self._status = EX_OK
 
     # The loop.
@@ -8520,9 +8626,10 @@ class Runner:
                 self._step()
         finally:
             self._link.send(END, 0, 0, self._settings.kill_grace)
+            self._link.flush()
             self._notifier.stopping()
             self.close()
-        return self._status
+        return EX_NO if self._refused else self._status
 
     def close(self) -> None:
         """Close what it has opened."""
@@ -8534,7 +8641,8 @@ class Runner:
     def _step(self) -> None:
         """Wait for news, and do what is due."""
         self._hold()
-        self._poller.wait(self._agenda.sleep(time.monotonic()))
+        self._poller.wait(min(self._agenda.sleep(time.monotonic()),
+                              RESCUE_TICK if self._link.is_behind else math.inf))
         if not self._link.is_open and self._status == EX_OK:
             self._take_over()
         self._hold()
@@ -8544,13 +8652,14 @@ class Runner:
             except Unavailable as error:
                 self._complain(error)
                 self._agenda.want(name)
+        self._link.flush()
 
     def _hold(self) -> None:
         """Put off what cannot be done now: the connection is the commit's, the last
         attempt has failed, or no slot is free.
         """
         agenda, ready_at = self._agenda, math.inf if self._commit else self._retry_at
-        for name in ("orders", "output", "heartbeat", "gone", "tick"):
+        for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
             agenda.hold(name, ready_at)
         agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
                     else math.inf)
@@ -8560,15 +8669,27 @@ class Runner:
         it was asked to leave,
         or it has run as many jobs as it should,
         or it drains and nothing is left to do.
+        When it is to go at once, it leaves what it cannot end to the next worker, and,
+        if asked once more, what it cannot record.
         """
-        if self._commands or self._ended or self._commit or self._spares:
+        if self._gives_up:
+            return True
+        left = self._refused if self._leaving == NOW else ()
+        if any(claim not in left for claim in self._commands) \
+                or self._ended or self._commit or self._spares:
             return False
         if self._leaving or self._taken == self._options.max_jobs:
             return True
         now = time.monotonic()
-        return self._options.drain and self._has_begun and not any(
-            self._agenda.is_wanted(name, now) for name in ("look", "tick")) \
-            and self._claims.is_drained()
+        if not self._options.drain or not self._has_begun or any(
+                self._agenda.is_wanted(name, now)
+                for name in ("peers", "look", "tick")):
+            return False
+        try:
+            return self._claims.is_drained()
+        except Unavailable as error:
+            self._complain(error)
+            return False
 
     def _slots(self) -> int:
         """How many more jobs may be claimed."""
@@ -8592,13 +8713,14 @@ class Runner:
 
     def _reap_orphans(self) -> None:
         """Reap the children that jobs have left to this process (subreaper)."""
-        own = {command.pid for command in self._commands.values()}
-        with contextlib.suppress(ChildProcessError, AttributeError):
-            while True:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is None or found.si_pid in own:
-                    return      # a command's own end comes by its pidfd
-                os.waitpid(found.si_pid, 0)
+        own, me = {command.pid for command in self._commands.values()}, os.getpid()
+        with contextlib.suppress(ChildProcessError, AttributeError, OSError):
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return
+            for pid in set(_pids()) - own:      # a command's own end comes by its pidfd
+                fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+                if fields[:1] == [b"Z"] and int(fields[1]) == me:
+                    os.waitpid(pid, os.WNOHANG)
 
     def _do_notify(self) -> None:
         self._notifier.step(self._standing)
@@ -8723,10 +8845,8 @@ class Runner:
             agenda.want("tick")
         elif tick.is_expiring:
             agenda.want("tick", now + EXPIRE_PAUSE)
-        if self._free and tick.claims:
-            agenda.want("look")     # there may be more, for slots freed meanwhile
-        elif not self._free:
-            agenda.want("look")     # held until a slot is free
+        if tick.claims or not self._free:
+            agenda.want("look")     # there may be more; held until a slot is free
         else:
             wait = math.inf if tick.next_due is None \
                 else tick.next_due - self._queue.clock()
@@ -8735,7 +8855,7 @@ class Runner:
         if tick.changes and self._watches and not self._slots():
             self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
         if report.beats:
-            self._look_at_peers()
+            agenda.want("peers")
 
     def _complain(self, error: QueueError) -> None:
         """Say it once, and not for a moment's wait; then go on trying.
@@ -8889,6 +9009,9 @@ class Runner:
         else:   # children in the background write on: SIGPIPE would end them
             self._poller.add(pipe, functools.partial(self._drain, command))
         del self._commands[command.claim.number]
+        self._refused.discard(command.claim.number)
+        if not self._queue.host.boot:
+            self._link.send(START, command.claim.number, 0)
         self._free_slot(command.claim.slot)
         took = outcome.duration or 0.0
         self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
@@ -8949,15 +9072,33 @@ class Runner:
                             self._settings.kill_grace)
 
     def _hear_supervisor(self) -> None:
-        for kind, number, *_ in self._link.receive():
+        for kind, number, pid, *_ in self._link.receive():
             if kind == SIGNAL:
-                self._leave(NOW if self._leaving else DRAIN,
-                            signal.Signals(number).name)
+                self._hear_signal(signal.Signals(number))
+            elif kind == REFUSED:
+                self._hear_refused(number, pid)
             elif kind == ENDED and number in self._commands:
                 self._finish(self._commands[number])
             elif kind == ENDED and number in self._lost:
                 self._over.append(self._lost.pop(number))
                 self._agenda.want("tick")
+
+    def _hear_signal(self, number: signal.Signals) -> None:
+        """SIGHUP is no second request: a shell sends it, too, when a terminal goes."""
+        if self._leaving == NOW and self._failing_since:
+            self._log(f"{number.name}: leaving without recording {len(self._ended)} "
+                      "runs; the next worker finds them lost")
+            self._gives_up, self._status = True, EX_NO
+        is_second = self._leaving and number != signal.SIGHUP
+        at_once = is_second or number == signal.SIGQUIT
+        self._leave(NOW if at_once else DRAIN, number.name)
+
+    def _hear_refused(self, claim: int, pid: int) -> None:
+        command = self._commands.get(claim)
+        if command and claim not in self._refused:
+            self._refused.add(claim)
+            self._log(f"{command.claim.job.id} cannot be ended: process {pid} is "
+                      "another user's; it goes on until that process ends")
 
     def _take_over(self) -> None:
         """The supervisor was killed: nothing may outlive this worker all the same."""
@@ -8965,11 +9106,14 @@ class Runner:
         self._poller.drop(self._link.fileno())
         self._log("error: this worker's supervisor was killed, so it ends its jobs, "
                   "requeues them and stops")
-        end_all()
+        refused, locks = end_all(), self._queue.host.locks
         self._leaving = NOW
-        for command in list(self._commands.values()):
-            command.why = command.why or RELEASED
-            self._finish(command)
+        for claim, command in list(self._commands.items()):
+            if refused and locks.is_held(claim):
+                self._hear_refused(claim, refused[0])
+            else:
+                command.why = command.why or RELEASED
+                self._finish(command)
 
     # Orders: signals, requests in the database.
 
@@ -9061,7 +9205,7 @@ class Runner:
         if alive:
             self._agenda.want("gone", time.monotonic() + RESCUE_TICK)
 
-    def _look_at_peers(self) -> None:
+    def _do_peers(self) -> None:
         """Find what lost workers have left, after a heartbeat of our own.
 
         Marked in the database, then ended, then recorded. If this worker dies in
@@ -9167,7 +9311,8 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
         claims = Claims(queue, options, bell.getsockname()[1] if bell else None,
                         link.peer)
         stack.enter_context(_leaving(queue, claims))
-        link.send(HELLO, lock=claims.lock)
+        link.send(HELLO)
+        link.flush(claims.lock)
         queue.wake(NEW_ORDERS)      # the others are to watch this one
         runner = Runner(queue, claims, options, link, bell, say)
         try:
@@ -14656,6 +14801,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
         peers.look()
         removed |= {worker.id for worker in peers.remove_silent(waiting)}
         left = {view.worker.id for view in queue.workers()}
+        left |= {worker.id for worker in asked if queue.host.is_alive(worker)}
         for number in waiting.keys() - left:
             how = "is removed: it sent no heartbeat" if number in removed \
                 else "has stopped"
@@ -15134,13 +15280,14 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
     `until` is monotonic. As a supervisor does it (I6), but in this process.
     """
     locks = queue.host.locks
-    ending = Ending(run.claim, locks.process_of(run) or 0,
-                    queue.store.settings().kill_grace)
-    while not ending.step(locks, ()):
+    endings = Endings()
+    endings.add(run.claim, locks.process_of(run) or 0,
+                queue.store.settings().kill_grace)
+    while not any(not one.left for one in endings.step(locks, ())):
         if time.monotonic() > until:
             raise Refused("not-finished", "a running job cannot be ended",
                           "`queuectl check` shows what is left of it")
-        time.sleep(max(0.0, ending.at - time.monotonic()))
+        time.sleep(max(0.0, endings.at - time.monotonic()))
 
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
@@ -16451,8 +16598,14 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
         return EX_OK
     except OSError as error:    # of the system, which no function has words for
         place = f": {error.filename}" if error.filename else ""
-        return _report(Refused("unsupported", f"{error.strerror or error}{place}"),
-                       as_json)
+        limits = "see what `ulimit -a` allows" if error.errno in SCARCE else ""
+        return _report(Refused("unsupported", f"{error.strerror or error}{place}",
+                               limits), as_json)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return _report(Refused("unsupported", "the system allows no more threads",
+                               "see what `ulimit -a` allows"), as_json)
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
@@ -16464,7 +16617,7 @@ def _run_supervised(args: argparse.Namespace) -> int:
         with log_on_stderr():
             screen = Screen(args.quiet)
             return _told(lambda: cmd_worker_start(args, link, screen))
-    status, told = supervise(work)
+    status, told = supervise(lambda link: _told(lambda: work(link)))
     if told:
         with log_on_stderr():
             Screen().log(f"error: {told}")
@@ -16563,7 +16716,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     and stderr are changed to UTF-8 for good.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _open_standard_streams()
+    try:
+        _open_standard_streams()
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
     with contextlib.ExitStack() as stack:
         status = _complete(words[1:]) if words[:1] == [COMPLETE] \
             else _answer(words, stack)

@@ -2659,9 +2659,11 @@ class Hosts(Case):
         self.assertFalse(queuectl.is_same_birth("", ""))
         self.assertFalse(queuectl.is_same_birth("8112", "8113"))
 
-    def ended(self, ending, locks=None, parents=()):
-        """Take its steps until nothing is left."""
-        wait_for(lambda: ending.step(locks, parents), "the end of the tree")
+    def ended(self, claim, head, grace, locks=None, parents=()):
+        """End a tree, step by step, until nothing is left."""
+        endings = queuectl.Endings()
+        endings.add(claim, head, grace)
+        wait_for(lambda: endings.step(locks, parents), "the end of the tree")
 
     def test_a_tree_is_ended_with_what_has_left_its_group_and_its_session(self):
         """(I6)"""
@@ -2671,7 +2673,7 @@ class Hosts(Case):
             start_new_session=True, stdout=subprocess.PIPE)
         self.addCleanup(head.stdout.close)
         other = head.stdout.readline()
-        self.ended(queuectl.Ending(1, head.pid, 0.1))
+        self.ended(1, head.pid, 0.1)
         self.assertFalse(is_running(head.pid))
         self.assertFalse(is_running(other))
         head.wait()
@@ -2682,7 +2684,7 @@ class Hosts(Case):
         for process in (orphan, other):
             self.addCleanup(process.wait)
             self.addCleanup(process.kill)
-        self.ended(queuectl.Ending(7, 0, 0.0), parents=(os.getpid(),))
+        self.ended(7, 0, 0.0, parents=(os.getpid(),))
         self.assertFalse(is_running(orphan.pid))
         self.assertTrue(is_running(other.pid))
 
@@ -2696,18 +2698,18 @@ class Hosts(Case):
         self.addCleanup(holder.wait)
         self.addCleanup(holder.kill)
         self.assertEqual(locks.holders(7), [holder.pid])
-        self.ended(queuectl.Ending(7, 0, 0.1), locks)
+        self.ended(7, 0, 0.1, locks)
         self.assertFalse(is_running(holder.pid))
 
     def test_what_cannot_be_ended_is_looked_at_less_and_less_often(self):
-        ending, pauses = queuectl.Ending(7, 0, 0.0), []
-        with mock.patch.object(ending, "_find", lambda table, parents: {NOBODY}):
+        endings, pauses = queuectl.Endings(), []
+        endings.add(7, 0, 0.0)
+        with mock.patch.object(queuectl.Ending, "_find", lambda *_: {NOBODY}):
             for _ in range(12):
-                before = time.monotonic()
-                self.assertFalse(ending.step(None, ()))
-                pauses.append(ending.at - before)
-        self.assertLess(pauses[0], 0.01)
-        self.assertAlmostEqual(pauses[-1], 1.0, 1)
+                self.assertEqual(endings.step(None, ()), [])
+                pauses.append(endings.at - time.monotonic())
+        self.assertLess(pauses[0], pauses[-1] / 2)
+        self.assertGreaterEqual(pauses[-1], 0.9)
 
     @NEEDS_LOCKS
     def test_a_run_s_process_is_found_again_and_no_other_of_that_number(self):
@@ -5032,6 +5034,10 @@ class ByHand:
 class InThread(queuectl.Supervisor):
     """A supervisor in the process of its worker: it reaps nothing, and ends with the link."""
 
+    def serve(self):
+        while self._status is None:
+            self._step()
+
     def _reap(self):
         if not self._link.is_open:
             self._status = 0
@@ -5059,7 +5065,7 @@ class Workers(Case):
         ours, theirs = socket.socketpair()
         signals, wakeup = [], queuectl.Wakeup()
         thread = threading.Thread(target=InThread(
-            queuectl.Link(ours), os.getpid(), wakeup, signals).serve)
+            queuectl.Link(ours), os.getpid(), wakeup, signals, ()).serve)
         thread.start()
         note = lambda number, _: signals.append(number)     # noqa: E731
         with queuectl.handling({signal.SIGTERM: note, signal.SIGINT: note}, wakeup.writer):
@@ -5350,6 +5356,7 @@ class Workers(Case):
                 running = len(runner._commands)
                 for _ in range(signals):
                     link.send(queuectl.SIGNAL, signal.SIGTERM)
+                link.flush()
                 self.take_steps(runner, lambda r=runner: r._leaving, commits=False)
                 found = self.ended(link)
                 self.assertEqual(found, list(runner._commands) if ended else [])
@@ -5562,6 +5569,7 @@ class Workers(Case):
             let_go(claim.lock)
             self.take_steps(runner, lambda: self.ended(link) == [claim.claim])
             link.send(queuectl.ENDED, claim.claim)
+            link.flush()
             self.take_steps(runner, lambda: self.queue.job("job-1").crashes == 1)
             self.take_steps(runner, lambda: len(self.queue.store.workers()) == 1)
 
@@ -7981,7 +7989,7 @@ queuectl.SQLite.changes = changes""")
             self.assert_sound(queue)
 
         self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
-        self.assertGreater(crashes, 2)
+        self.assertGreater(crashes, 0)
         self.assertEqual(len(set(self.read("ran").split())), 20)
 
 
@@ -8091,6 +8099,141 @@ class Supervised(Processes):
         write_bytes(self.path_of("go"), b"")
         self.assertEqual(worker.wait(DEADLINE), 0)
         self.assertEqual(self.outcomes(), ["completed"])
+
+    def under_way(self, command="sleep 1000", *argv, **options):
+        """A worker that runs this command."""
+        self.enqueue(f"touch began; {command}")
+        worker = self.worker(*argv, **options)
+        wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
+        return worker
+
+    def test_signals_that_nobody_expects_stop_it_and_no_job_runs_on(self):
+        for number, outcome in ((signal.SIGQUIT, "released"), (signal.SIGUSR1, "completed"),
+                                (signal.SIGALRM, "completed")):
+            with self.subTest(number):
+                worker = self.under_way("while [ ! -e go ]; do sleep .05; done",
+                                        start_new_session=True)
+                os.killpg(worker.pid, number)
+                wait_for(lambda number=number: f"{number.name}: " in self.read("worker.log"),
+                         "the log")
+                if outcome == "completed":
+                    write_bytes(self.path_of("go"), b"")
+                self.assertEqual(worker.wait(DEADLINE), 0)
+                self.assertEqual(self.outcomes()[-1], outcome)
+                os.remove(self.path_of("began"))
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path_of("go"))
+
+    def test_a_terminal_that_goes_is_one_request_however_often_it_is_told(self):
+        """The kernel and the shell each send SIGHUP."""
+        worker = self.under_way("while [ ! -e go ]; do sleep .05; done")
+        worker.send_signal(signal.SIGHUP)
+        wait_for(lambda: "SIGHUP: finishing" in self.read("worker.log"), "the log")
+        worker.send_signal(signal.SIGHUP)
+        worker.send_signal(signal.SIGUSR1)      # heard after that, and the second
+        wait_for(lambda: "SIGUSR1: ending" in self.read("worker.log"), "the log")
+        self.assertNotIn("SIGHUP: ending", self.read("worker.log"))
+        self.assertEqual(worker.wait(DEADLINE), 0)
+
+    def test_a_start_that_waits_for_the_file_can_be_interrupted(self):
+        self.enqueue("true")
+        with self.locked():
+            worker = self.worker()
+            wait_for(lambda: child_of(worker.pid), "the worker")
+            worker.send_signal(signal.SIGINT)
+            self.assertEqual(worker.wait(5), 130)
+
+    @contextlib.contextmanager
+    def locked(self):
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield
+
+    def test_children_that_were_there_before_are_left_alone(self):
+        """`sleep 100 & exec queuectl worker start`, or a log reader `2> >(logger)`."""
+        self.enqueue("true")
+        words = shlex.join(self.command("worker", "start", "--drain"))
+        process = subprocess.Popen(
+            ["sh", "-c", f"sleep 1000 & echo $! > pid; exec {words}"], cwd=self.dir,
+            stderr=subprocess.DEVNULL)
+        self.assertEqual(process.wait(DEADLINE), 0)
+        other = self.read("pid")
+        self.assertTrue(is_running(other))
+        kill(int(other))
+
+    def test_a_worker_has_stopped_when_nothing_of_it_is_left(self):
+        self.call("config", "set", "kill-grace", "1s")
+        self.enqueue("(trap '' TERM; sleep 1000) > /dev/null 2>&1 & echo $! > pid")
+        worker = self.worker()
+        self.wait_state("job-1", COMPLETED)
+        self.assertEqual(self.call("worker", "stop")[0], 0)
+        self.assertFalse(is_running(self.read("pid")))
+        worker.wait(DEADLINE)
+
+    def test_what_is_in_the_background_gets_one_sigterm(self):
+        self.call("config", "set", "kill-grace", "1s")
+        self.enqueue("(trap 'echo TERM >> terms' TERM; while :; do sleep .05; done)"
+                     " > /dev/null 2>&1 & sleep .2")
+        self.assertEqual(self.call("worker", "start", "--drain")[0], 0)
+        self.assertEqual(self.read("terms"), "TERM\n")
+
+    def test_many_trees_that_end_do_not_make_the_worker_late(self):
+        self.call("config", "set", "lease", "1s")
+        self.call("config", "set", "heartbeat", "100ms")
+        self.call("config", "set", "kill-grace", "300ms")
+        self.call("enqueue", "-", input=b"trap '' TERM; while :; do sleep .1; done\n" * 60)
+        worker = self.worker("-c", "60")
+        with Queue(self.path) as queue:
+            wait_for(lambda: queue.counts()[PROCESSING] == 60, "the start")
+            self.assertEqual(self.call("worker", "stop", "--now")[0], 0)
+            self.assertEqual(queue.counts()[PENDING], 60)
+        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assertNotIn("did not answer", self.read("worker.log"))
+
+    def test_a_lease_may_be_of_any_length(self):
+        self.call("config", "set", "lease", "60d")
+        self.enqueue("true")
+        self.assertEqual(self.call("worker", "start", "--drain")[0], 0)
+
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
+    def test_descriptors_that_run_out_meanwhile_leave_nothing(self):
+        worker = self.under_way("setsid sleep 1000 & echo $! > pid; wait", "--timeout", "2s")
+        own, pid = child_of(worker.pid), self.read("pid")
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (3, 1000))
+        resource.prlimit(own, resource.RLIMIT_NOFILE, (3, 1000))
+        time.sleep(3)       # longer than the time-out
+        self.assertIsNone(worker.poll())
+        kill(own)
+        time.sleep(0.3)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (1000, 1000))
+        self.assertEqual(worker.wait(DEADLINE), 1)
+        self.assertFalse(is_running(pid))
+
+    @NEEDS_LOCKS
+    def test_a_worker_whose_lock_file_or_log_is_deleted_stops(self):
+        self.call("config", "set", "heartbeat", "100ms")
+        for name in ("queue.db-lock", "queue.db-wal"):
+            with self.subTest(name):
+                worker = self.under_way("echo $$ > pid; exec sleep 1000")
+                wait_for(lambda: self.read("pid"), "the command")
+                os.remove(self.path_of(name))
+                self.assertEqual(worker.wait(DEADLINE), 1)
+                self.assertIn("deleted", self.read("worker.log").splitlines()[-1])
+                self.assertFalse(is_running(self.read("pid")))
+                os.remove(self.path_of("began"))
+
+    def test_a_job_may_drain_the_queue_that_it_is_in(self):
+        self.enqueue(shlex.join(self.command("worker", "start", "--drain")))
+        self.assertEqual(self.call("worker", "start", "--drain")[0], 0)
+
+    def test_a_system_that_allows_no_thread_or_process_more_is_named(self):
+        for error in (RuntimeError("can't start new thread"),
+                      BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(queuectl._told(mock.Mock(side_effect=error)), 1)
+            self.assertIn("ulimit -a", said.getvalue())
+        with self.assertRaises(RuntimeError):
+            queuectl._told(mock.Mock(side_effect=RuntimeError("ours")))
 
 
 class WebServer(Processes):
@@ -9220,6 +9363,7 @@ class Browser(Processes):
             self.chromium.press(ESCAPE)
 
     def test_a_chart_is_read_with_the_arrow_keys(self):
+        wait_for(lambda: time.time() % 60 < 45, "a minute that lasts for the test")
         self.add("true")
         self.drain()
         self.log_in()
@@ -10297,7 +10441,7 @@ away)  setsid -w sleep "$2" ;;
 flaky) [ "$QUEUECTL_ATTEMPT" -ge 2 ] || exit 3 ;;
 poor)  exit 4 ;;
 loud)  head -c 200000 /dev/zero ;;
-kid)   sleep 1 8>&- 9>&- & ;;
+kid)   exec 8>&- 9>&-; sleep 1 & ;;     # it is to outlive the run, not to hold locks
 tree)  if mkdir "locks/$id.began" 2>/dev/null; then
            [ "$2" != deaf ] || trap "" TERM
            setsid sleep 60 & echo ready; sleep 60; sleep 60
@@ -11752,7 +11896,7 @@ MOMENTS = (
     ("spawned",                 "Command.start",        "after",    "_start_shell"),
     ("the command has exited",  "Command.finish",       "before",   "_reap"),
     # Ending.
-    ("a tree that is ended",    "Ending.step",          "after",    "_ask_group"),
+    ("a tree that is ended",    "Ending.step",          "after",    "send"),
     # Runner.
     ("committed, not known",    "Runner._do_committed", "after",    "result"),
     ("claimed, not started",    "Runner._start",        "before",   "Command"),
