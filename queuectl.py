@@ -8841,7 +8841,7 @@ class Runner:
         """Want what follows from a tick."""
         now, agenda = time.monotonic(), self._agenda
         self._has_begun = True
-        if tick.is_behind or self._ended or self._over:
+        if tick.is_behind:
             agenda.want("tick")
         elif tick.is_expiring:
             agenda.want("tick", now + EXPIRE_PAUSE)
