@@ -8745,7 +8745,6 @@ class Runner:
     def _do_heartbeat(self) -> None:
         self._beats = True
         self._agenda.want("tick")
-        self._agenda.want("heartbeat", time.monotonic() + self._settings.heartbeat)
 
     def _do_output(self) -> None:
         """Store output, since a client waits for it."""
@@ -8832,8 +8831,9 @@ class Runner:
             if claim in self._commands:
                 self._commands[claim].saved = total
         self._complaint, self._failing_since, self._settings = "", None, tick.settings
-        if report.beats:
+        if report.beats:    # the next from now: on a slow disk there is time for others
             self._beats = False
+            self._agenda.want("heartbeat", time.monotonic() + self._settings.heartbeat)
         if report.outputs:
             self._saves, self._peek_at = False, time.monotonic() + PEEK_PAUSE
 

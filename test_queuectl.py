@@ -5302,6 +5302,22 @@ class Workers(Case):
         """Which runs the supervisor was asked to end."""
         return [number for kind, number, *_ in link.receive() if kind == queuectl.END]
 
+    def test_on_a_disk_slower_than_the_heartbeat_a_worker_drains(self):
+        self.queue.configure("heartbeat", "100ms")
+        self.add("true")
+        with self.in_hand(drain=True) as (runner, _):
+            for name in ("heartbeat", "look"):
+                runner._agenda.want(name)
+            for _ in range(60):
+                if runner._executor.work:
+                    time.sleep(0.15)        # so long does a commit take
+                    runner._executor.finish()
+                if runner._is_over():
+                    return
+                runner._agenda.want("renew")
+                runner._step()
+            self.fail("it goes on for ever")
+
     def test_what_is_wanted_is_due_when_it_is_not_held(self):
         agenda = queuectl.Agenda(("a", "b"))
         self.assertEqual(([*agenda.due(9.0)], agenda.sleep(9.0)), ([], math.inf))
