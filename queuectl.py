@@ -1814,21 +1814,6 @@ def shell_command(words: Iterable[bytes]) -> str:
     return " ".join(map(shell_word, words))
 
 
-# Each _check_... is a row of FIELDS: it takes the key, for its words, the value as JSON
-# or Python has it, and the time; it returns the value as Spec has it, or raises
-# Invalid. All take the time, so that `spec_of` need not know which one uses it.
-
-def _check_command(key: str, value: Any, now: float) -> str:
-    if not is_text(value) or not value.strip():
-        raise Invalid(f"{key} is not text with something in it",
-                      "give a shell command, in UTF-8 and without NUL", key)
-    size = len(value.encode())
-    if size > MAX_TEXT:
-        raise Invalid(f"{key} is {size:,} bytes long, more than the {MAX_TEXT:,} that "
-                      "can be started", "put it into a script and enqueue that", key)
-    return str(value)
-
-
 def parse_name(text: object) -> str:
     """A name of a job, a queue, a tag, a worker or a schedule; else Invalid."""
     if not isinstance(text, str) or not re.fullmatch(_NAME, text):
@@ -1844,107 +1829,217 @@ def parse_state(text: object) -> str:
     return str(text)
 
 
-def _in_job(key: str, parse: Callable[[Any], T], value: Any) -> T:
-    """What a parser makes of a job's field; Invalid where it refuses."""
-    try:
-        return parse(value)
-    except Invalid as error:
-        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
-
-
-def _check_name(key: str, value: Any, now: float) -> str:
-    return _in_job(key, parse_name, value)
-
-
-def _check_whole(key: str, value: Any, least: int, most: int) -> int:
-    """The number; JSON knows but one kind, so 5.0 is the whole number 5."""
+def _integer(value: Any, least: int, most: int) -> int:
+    """The number; JSON has one kind only, so 5.0 is the whole number 5."""
     is_whole = value.is_integer() if isinstance(value, float) \
         else isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or not least <= value <= most:
-        raise Invalid(f"{key}: {value!r} is not a whole number from {least} to {most}",
-                      key=key)
+        raise Invalid(f"{value!r} is not a whole number from {least} to {most}")
     return int(value)
 
 
-def _check_priority(key: str, value: Any, now: float) -> int:
-    return _check_whole(key, value, -MAX_WHOLE, MAX_WHOLE)
+def _command(value: Any, now: float) -> str:
+    if not is_text(value) or not value.strip():
+        raise Invalid("it is empty or not text",
+                      "give a shell command, in UTF-8 and without NUL")
+    size = len(value.encode())
+    if size > MAX_TEXT:
+        raise Invalid(f"it is {size:,} bytes long, more than the {MAX_TEXT:,} that can "
+                      "be started", "put it into a script and enqueue that")
+    return str(value)
 
 
-def _check_retries(key: str, value: Any, now: float) -> int:
-    return _check_whole(key, value, 0, MAX_WHOLE)
-
-
-def _check_duration(key: str, value: Any, now: float) -> float:
-    return _in_job(key, parse_duration, value)
-
-
-def _check_time(key: str, value: Any, now: float) -> float:
-    return _in_job(key, lambda text: parse_time(text, now), value)
-
-
-def _check_names(key: str, value: Any, now: float) -> tuple[str, ...]:
-    """Names, each once, in their order; one alone may come without a list.
+def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
+    """Names, each once, in their order; a single one needs no list.
 
     A double would break the primary keys of `tags` and `dependencies`.
     """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise Invalid(f"{key}: {value!r} is not a list of names", NAME_FORM, key)
-    return tuple(dict.fromkeys(_check_name(key, name, now) for name in value))
+        raise Invalid(f"{value!r} is not a list of names", NAME_FORM)
+    return tuple(dict.fromkeys(map(parse_name, value)))
 
 
-def _check_unique(key: str, value: Any, now: float) -> str:
-    """Any text, as the name of a file that is to be worked on: it is only compared."""
+def _key(value: Any, now: float) -> str:
     if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
-        raise Invalid(f"{key}: {str(value)[:80]!r} is not a key",
-                      f"use text of 1 to {MAX_KEY:,} characters", key)
+        raise Invalid(f"{str(value)[:80]!r} is not a key",
+                      f"use text of 1 to {MAX_KEY:,} characters")
     return str(value)
 
 
-def _check_env(key: str, value: Any, now: float) -> dict[str, str]:
-    """Variables by names that a shell can expand, of a size that can be started."""
+def _env(value: Any, now: float) -> dict[str, str]:
+    """Variables whose names a shell can expand, of a size that can be started."""
     if not isinstance(value, dict):
-        raise Invalid(f"{key}: {value!r} is not an object", 'use {"NAME": "value"}',
-                      key)
+        raise Invalid(f"{value!r} is not an object", 'use {"NAME": "value"}')
     for name, text in value.items():
-        if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name) \
-                or not is_text(text):
-            raise Invalid(f"{key}: {name!r} and its value are no variable",
-                          "names are of A-Z a-z 0-9 _, values are text", key)
+        if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name):
+            raise Invalid(f"invalid variable name {name!r}", "use A-Z a-z 0-9 _")
+        if not is_text(text):
+            raise Invalid(f"the value of {name} is not text", "put it in quotes")
     sizes = {name: len(f"{name}={text}".encode()) for name, text in value.items()}
     for name, size in sizes.items():
         if size > MAX_TEXT:
-            raise Invalid(f"{key}: {name} is {size:,} bytes long, more than the "
-                          f"{MAX_TEXT:,} that can be started", "put the value into a "
-                          "file and give its name", key)
+            raise Invalid(f"{name} is {size:,} bytes long, more than the {MAX_TEXT:,} "
+                          "that can be started",
+                          "put the value into a file and give its name")
     if sum(sizes.values()) > MAX_ENV:
-        raise Invalid(f"{key}: all variables are {sum(sizes.values()):,} bytes long, "
-                      f"more than {MAX_ENV:,}", "put the values into a file and give "
-                      "its name", key)
+        raise Invalid(f"all variables are {sum(sizes.values()):,} bytes long, more "
+                      f"than {MAX_ENV:,}", "put the values into a file and give its "
+                      "name")
     return value
 
 
-def _check_cwd(key: str, value: Any, now: float) -> str:
-    """The path, absolute; it need not be there before the job runs."""
+def _directory(value: Any, now: float) -> str:
+    """The path, absolute; it need not exist before the job runs."""
     if not is_text(value) or not value:
-        raise Invalid(f"{key}: {value!r} is not a directory's path", key=key)
+        raise Invalid(f"{value!r} is not a directory's path")
     return os.path.abspath(str(value))
 
 
-FIELDS: dict[str, Callable[[str, Any, float], Any]] = {
-    "command": _check_command, "id": _check_name, "queue": _check_name,
-    "priority": _check_priority, "run_at": _check_time, "delay": _check_duration,
-    "max_retries": _check_retries, "timeout": _check_duration,
-    "backoff_base": _check_duration, "after": _check_names, "unique": _check_unique,
-    "tags": _check_names, "env": _check_env, "cwd": _check_cwd, "once": _check_unique,
-}
-# What the queue keeps itself: ignored on the way in, so `show --json` can come back.
-KEPT = (*(key for key in JSON_KEYS if key not in FIELDS), "runs", "waiting_for")
-# What may be changed while a job waits; not later: a worker keeps the job as it was
-# when claimed, and counts its end under the queue that it had then.
-EDITABLE = ("command", "priority", "run_at", "delay", "max_retries", "timeout", "queue")
+def _time_text(text: str) -> str:
+    """The text of a time, as it is: a time of the clock and `+DUR` are not the same."""
+    parse_time(text, time.time())
+    return text
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+# Durations, as far as the API's description goes; none is over MAX_DURATION. The
+# command line takes longer forms, but no pattern can bound the sum of their parts: so
+# three parts at most, of few digits. What a query gives has to fit it, so that whatever
+# the description forbids is refused (`make fuzz` holds the server to it).
+_SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
+SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
+# Narrower than what is taken: whatever fits it is a date in any month.
+_DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
+              "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
+_NO_NUL = "^[^\\u0000]+$"
+_TEXT, _WHOLE, _STAMP = {"type": "string"}, {"type": "integer"}, \
+    {"type": "string", "format": "date-time"}
+_AMOUNT = {"type": "integer", "minimum": 0}
+_REAL = {"type": "number"}
+NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
+_STATE = {"type": "string", "enum": list(STATES)}
+_KEY_SCHEMA = {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
+               "pattern": _NO_NUL}
+
+
+class Kind(NamedTuple):
+    """What values of a field may be.
+
+    In JSON Schema a keyword says nothing of values of other types (Core, 7.6.1), so
+    bounds of a number and the pattern of a text stand in one schema. A pattern is not
+    anchored by itself (Validation, 6.3.3), hence ^ and $.
+    """
+    parse: Callable[[Any, float], Any]  # a value of JSON, and the time; raises Invalid
+    given: dict[str, Any]               # JSON Schema of what it takes
+    told: dict[str, Any]                # JSON Schema of what replies have
+    flag: dict[str, Any]                # for argparse; `type` raises Invalid
+
+
+class Field(NamedTuple):
+    """A key of a job object; all that lists such keys is made from these."""
+    name: str
+    kind: Kind
+    uses: str           # e enqueue, u edit, s schedule; k: kept by the queue
+    group: str = ""     # of the help
+    help: str = ""
+    flags: tuple[str, ...] = ()     # where not --name
+
+
+_COMMAND = Kind(
+    _command, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
+               "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
+    _TEXT, {"metavar": "C"})
+_ID = Kind(lambda value, now: parse_name(value), _or_null(NAME_SCHEMA), NAME_SCHEMA,
+           {"metavar": "ID"})
+_QUEUE = _ID._replace(flag={"metavar": "Q"})
+_TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
+                      "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
+             {"action": "append", "metavar": "T"})
+_IDS_KIND = _TAGS._replace(flag={"action": "append", "metavar": "ID"})
+_UNIQUE = Kind(_key, _KEY_SCHEMA, _or_null(_TEXT), {"metavar": "KEY"})
+_VARIABLES = Kind(
+    _env, {"type": ["object", "null"], "additionalProperties": {
+        "type": "string", "pattern": "^[^\\u0000]*$"},
+        "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
+    {"type": "object", "additionalProperties": _TEXT},
+    {"action": "append", "metavar": "K=V"})
+_PATH = Kind(_directory, {"type": ["string", "null"], "minLength": 1,
+                          "pattern": _NO_NUL}, _TEXT, {"metavar": "DIR"})
+_PRIORITY = Kind(
+    lambda value, now: _integer(value, -MAX_WHOLE, MAX_WHOLE),
+    {"type": ["integer", "null"], "minimum": -MAX_WHOLE, "maximum": MAX_WHOLE}, _WHOLE,
+    {"metavar": "N", "type": lambda text: parse_whole(text, -MAX_WHOLE, MAX_WHOLE)})
+_RETRIES = Kind(
+    lambda value, now: _integer(value, 0, MAX_WHOLE),
+    {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_WHOLE}, _AMOUNT,
+    {"metavar": "N", "type": parse_whole})
+_SPAN = Kind(
+    lambda value, now: parse_duration(value),
+    {"type": ["number", "string", "null"], "minimum": 0, "maximum": MAX_DURATION,
+     "pattern": f"^({SPAN_FORM})$"}, _or_null(_REAL),
+    {"metavar": "DUR", "type": parse_duration})
+_TIME = Kind(
+    parse_time, {"type": ["string", "number", "null"], "minimum": 0,
+                 "maximum": MAX_DURATION, "pattern": _DATE_FORM}, _STAMP,
+    {"metavar": "TIME", "type": _time_text})
+
+
+def _kept(name: str, told: dict[str, Any]) -> Field:
+    """What the queue keeps itself: ignored when given, so `show --json` can come back.
+    """
+    given = {"description": "kept by the queue itself: ignored"}
+    return Field(name, Kind(lambda value, now: value, given, told, {}), "k")
+
+
+# In the order of the help. What is edited may change only while the job waits: a worker
+# keeps a job as it was when claimed, and counts its end under the queue it had then.
+FIELDS = {field.name: field for field in (
+    Field("command", _COMMAND, "eu", "the job", "the shell command"),
+    Field("id", _ID, "e", "the job", "a name of your own (default: job-N)"),
+    Field("queue", _QUEUE, "eus", "the job", "default: default"),
+    Field("tags", _TAGS, "es", "the job", "a label; repeatable", ("--tag",)),
+    Field("unique", _UNIQUE, "es", "the job",
+          "add nothing while a job with this key is not over"),
+    Field("once", _UNIQUE, "es", "the job",
+          "add nothing while any job with this key exists, in any state"),
+    Field("env", _VARIABLES, "es", "the job", "a variable for the command; repeatable"),
+    Field("cwd", _PATH, "es", "the job", "where it runs (default: here)"),
+    Field("priority", _PRIORITY, "eus", "when it runs", "higher first (default: 0)",
+          ("--priority", "-p")),
+    Field("delay", _SPAN, "eu", "when it runs", "not before this time has passed"),
+    Field("run_at", _TIME, "eu", "when it runs",
+          "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
+    Field("after", _IDS_KIND, "e", "when it runs",
+          "run once that job is completed; repeatable"),
+    Field("max_retries", _RETRIES, "eus", "how it ends",
+          "runs that may fail, including the first"),
+    Field("timeout", _SPAN, "eus", "how it ends",
+          "end a run after this time; 0: never"),
+    Field("backoff_base", _SPAN, "es", "how it ends",
+          "wait after the first failure, then doubled"),
+    *(_kept(name, told) for name, told in (
+        ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
+        ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
+        ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
+        ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
+        ("runs", {}), ("waiting_for", {}))))}
+EDITABLE = tuple(name for name, field in FIELDS.items() if "u" in field.uses)
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
+
+
+def field_value(key: str, value: Any, now: float, shown: str | None = None) -> Any:
+    """A field's value, checked; Invalid with the key. `shown`: the key as it was given.
+    """
+    try:
+        return FIELDS[key].kind.parse(value, now)
+    except Invalid as error:
+        raise Invalid(f"{shown or key}: {error.message}", error.hint, shown or key) \
+            from None
 
 
 def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -> None:
@@ -1964,8 +2059,8 @@ def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -
 def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     """The checked job of a JSON object's keys; Invalid names the key at fault.
 
-    Keys may be written with `-` for `_`; a value of null means the default. Keys of
-    KEPT are passed over: see `ignored_keys`. The first fault is told, not all.
+    Keys may be written with `-` for `_`; a value of null means the default. What the
+    queue keeps itself is ignored: see `ignored_keys`. The first fault is told, not all.
 
     {"command": "x", "max-retries": 5, "delay": "1m"} at 100.0 is
     Spec(command="x", max_retries=5, run_at=160.0).
@@ -1976,14 +2071,14 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
     checked: dict[str, Any] = {}
     for given, value in fields.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
-        check = FIELDS.get(key)
-        if check is None and key not in KEPT:
+        if key not in FIELDS:
+            known = [name for name, field in FIELDS.items() if "e" in field.uses]
             raise Invalid(f"unknown key {given!r}", nearest(
-                str(key), FIELDS) or "a job has: " + ", ".join(FIELDS), str(given))
+                str(key), known) or "a job has: " + ", ".join(known), str(given))
         if key in checked:
             raise Invalid(f"{key} is given twice", "give it once", key)
-        if check is not None and value is not None:
-            checked[key] = check(key, value, now)
+        if "e" in FIELDS[key].uses and value is not None:
+            checked[key] = field_value(key, value, now)
     _take_delay(checked, fields, now)
     if "command" not in checked:
         raise Invalid("the job has no command", 'give {"command": "..."} at least',
@@ -1992,8 +2087,8 @@ def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
 
 
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
-    """The keys of a job object that the queue keeps itself; who gave them is warned."""
-    return [key for key in fields if key.replace("-", "_") in KEPT]
+    """The keys of a job object that the queue keeps itself; the user is warned."""
+    return [key for key in fields if "k" in FIELDS[key.replace("-", "_")].uses]
 
 
 # JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
@@ -5794,7 +5889,7 @@ class Queue:
             if key not in EDITABLE:
                 raise Invalid(f"{key} cannot be edited",
                               "these can: " + ", ".join(EDITABLE), key)
-        changes = {key: FIELDS[key](key, value, now) for key, value in fields.items()}
+        changes = {key: field_value(key, value, now) for key, value in fields.items()}
         _take_delay(changes, fields, now)
         with self.store.transaction() as store:
             begun, now = now, self.clock()  # the wait for the lock may have been long
@@ -5981,7 +6076,7 @@ class Queue:
         cron, zone = split_zone(cron, tz, now)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
-        fields["tags"] = [*_check_names("tags", fields.get("tags") or (), now),
+        fields["tags"] = [*field_value("tags", fields.get("tags") or (), now),
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
@@ -11402,13 +11497,6 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(error.status, dumps(told, None).encode(), headers=headers)
 
 
-# Durations, as far as the API's description goes; none is over MAX_DURATION. The
-# command line takes longer forms, but no pattern can bound the sum of their parts: so
-# three parts at most, of few digits. What a query gives has to fit it, so that whatever
-# the description forbids is refused (`make fuzz` holds the server to it).
-_SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
-SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
-
 # Parameters: read from a request by the same table that describes them.
 
 class Param(NamedTuple):
@@ -11452,7 +11540,6 @@ def _whole_param(name: str, least: int, most: int, help: str) -> Param:
                  {"type": "integer", "minimum": least, "maximum": most}, help)
 
 
-NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 _BLANK_OR_NAME = {"type": "string", "pattern": f"^({_NAME})?$"}
 _QUEUE_PARAM = Param("queue", parse_name, _BLANK_OR_NAME, "only of this queue")
 _LIST_PARAMS = (
@@ -11726,9 +11813,12 @@ def delete_job(queue: Queue, call: Call) -> Reply:
 def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
     """Text of a body, checked by the parser of a query's text; Invalid with the key.
     """
-    if not isinstance(value, str):
-        raise Invalid(f"{key} is not text", key=key)
-    return _in_job(key, check, value)
+    try:
+        if not isinstance(value, str):
+            raise Invalid("it is not text")
+        return check(value)
+    except Invalid as error:
+        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
 
 
 def post_dlq_retry(queue: Queue, call: Call) -> Reply:
@@ -11737,7 +11827,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
     if "ids" in fields:
         if len(fields) > 1:
             raise Invalid("ids and a filter are both given", "give one", "ids")
-        jobs = queue.retry_dead(*_check_names("ids", fields["ids"], 0.0))
+        jobs = queue.retry_dead(*_names(fields["ids"]))
     else:
         wanted: dict[str, Any] = {
             key: _in_body(key, check, fields[key])
@@ -11871,8 +11961,7 @@ PUBLIC = ("/healthz", "/metrics")       # they tell no command
 # refused; too narrow, and what it forbids is let pass.
 #
 # Replies may gain keys, so their schemas forbid none. Bodies may not: a mistyped key is
-# refused. A field of a job stands here as well as in Job and FIELDS; a test compares
-# them.
+# refused.
 
 def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
     """An object that has all of these: what is not known is null, never left out."""
@@ -11885,33 +11974,11 @@ def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": dict(items)}
 
 
-def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """That, or null; for schemas of one type.
-
-    OpenAPI 3.1 takes JSON Schema as it is; 3.0 had a `nullable` of its own.
-    """
-    return {**schema, "type": [schema["type"], "null"]}
-
-
-_TEXT, _WHOLE, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-_NUMBER_SCHEMA = {"type": "number"}
-_STAMP = {"type": "string", "format": "date-time"}
-_AMOUNT = {"type": "integer", "minimum": 0}
-_STATE_SCHEMA = {"type": "string", "enum": list(STATES)}
-_NAMES_SCHEMA = _array_of(NAME_SCHEMA)
-_ENV_SCHEMA = {"type": "object", "additionalProperties": {"type": "string"}}
-_JOB_SCHEMA = _object_schema({
-    "id": NAME_SCHEMA, "command": _TEXT, "state": _STATE_SCHEMA, "attempts": _AMOUNT,
-    "max_retries": _AMOUNT, "created_at": _STAMP, "updated_at": _STAMP,
-    "queue": NAME_SCHEMA, "priority": _WHOLE, "run_at": _STAMP,
-    "timeout": _or_null(_NUMBER_SCHEMA), "backoff_base": _or_null(_NUMBER_SCHEMA),
-    "after": _NAMES_SCHEMA, "unique": _or_null(_TEXT), "tags": _NAMES_SCHEMA,
-    "env": _ENV_SCHEMA, "cwd": _TEXT, "crashes": _AMOUNT, "worker": _or_null(_TEXT),
-    "started_at": _or_null(_STAMP), "finished_at": _or_null(_STAMP),
-    "exit_code": _or_null(_WHOLE), "error": _or_null(_TEXT), "once": _or_null(_TEXT)})
+_FLAG = {"type": "boolean"}
+_JOB_SCHEMA = _object_schema({key: FIELDS[key].kind.told for key in JSON_KEYS})
 _RUN_SCHEMA = _object_schema({
     "number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
-    "finished_at": _or_null(_STAMP), "duration": _or_null(_NUMBER_SCHEMA),
+    "finished_at": _or_null(_STAMP), "duration": _or_null(_REAL),
     "outcome": _or_null(_TEXT), "exit_code": _or_null(_WHOLE),
     "error": _or_null(_TEXT), "output": _TEXT})
 _WORKER_SCHEMA = _object_schema({
@@ -11920,26 +11987,12 @@ _WORKER_SCHEMA = _object_schema({
     "heartbeat_at": _STAMP})
 _COUNTS_SCHEMA = _object_schema(dict.fromkeys(STATES, _AMOUNT))
 _SPREAD_SCHEMA = _object_schema({"count": _AMOUNT, **dict.fromkeys(
-    ("mean", "p50", "p95", "p99"), _or_null(_NUMBER_SCHEMA))})
+    ("mean", "p50", "p95", "p99"), _or_null(_REAL))})
 _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
                              "lost"), _AMOUNT),
-            "success_rate": _or_null(_NUMBER_SCHEMA),
-            "throughput": _or_null(_NUMBER_SCHEMA),
+            "success_rate": _or_null(_REAL),
+            "throughput": _or_null(_REAL),
             "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
-# A keyword says nothing of values of other types (JSON Schema Core, 7.6.1): so bounds
-# of the number and the form of the text stand in one schema. A pattern is not anchored
-# by itself (Validation, 6.3.3), hence ^ and $.
-_SPAN_SCHEMA = {"type": ["number", "string", "null"], "minimum": 0,
-                "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"}
-# Narrower than what is taken: whatever fits it is a date that there is, in any month,
-# and so no day is above 28.
-_DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
-              "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
-# One name may stand for a list of it.
-_GIVEN_NAMES = {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
-                "pattern": f"^{_NAME}$"}
-_NO_NUL = "^[^\\u0000]+$"
-
 
 def _not_both(one: str, other: str) -> dict[str, Any]:
     """Of the two at most one is given; null is not given.
@@ -11954,30 +12007,7 @@ def _not_both(one: str, other: str) -> dict[str, Any]:
 _NEW_JOB_SCHEMA = {
     "type": "object", "required": ["command"], "additionalProperties": False,
     **_not_both("delay", "run_at"),
-    "properties": {
-        # Something in it that is no blank, and no NUL, as `_check_command` asks.
-        "command": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
-                    "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
-        "id": _or_null(NAME_SCHEMA), "queue": _or_null(NAME_SCHEMA),
-        "priority": {"type": ["integer", "null"], "minimum": -MAX_WHOLE,
-                     "maximum": MAX_WHOLE},
-        "run_at": {"type": ["string", "number", "null"], "minimum": 0,
-                   "maximum": MAX_DURATION, "pattern": _DATE_FORM},
-        "delay": _SPAN_SCHEMA,
-        "max_retries": {"type": ["integer", "null"], "minimum": 0,
-                        "maximum": MAX_WHOLE},
-        "timeout": _SPAN_SCHEMA, "backoff_base": _SPAN_SCHEMA,
-        "after": _GIVEN_NAMES, "tags": _GIVEN_NAMES,
-        "unique": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
-                   "pattern": _NO_NUL},
-        "once": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
-                 "pattern": _NO_NUL},
-        "env": {"type": ["object", "null"], "additionalProperties": {
-            "type": "string", "pattern": "^[^\\u0000]*$"},
-            "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
-        "cwd": {"type": ["string", "null"], "minLength": 1, "pattern": _NO_NUL},
-        # With any value: so what `show --json` or a GET has told can be sent back.
-        **{key: {"description": "kept by the queue itself: ignored"} for key in KEPT}}}
+    "properties": {name: field.kind.given for name, field in FIELDS.items()}}
 # By the names that the routes' `reply` and `body` use. Tests check replies against
 # them.
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -11989,12 +12019,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "jobs": _object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
         "workers": _array_of(_WORKER_SCHEMA), "paused": _array_of(_TEXT),
         "next_due": _or_null(_STAMP), "database": _TEXT, "blocked": _AMOUNT}),
-    "Stats": _object_schema({"seconds": _NUMBER_SCHEMA, **_SUMMARY, "queues": {
+    "Stats": _object_schema({"seconds": _REAL, **_SUMMARY, "queues": {
         "type": "object", "additionalProperties": _object_schema(_SUMMARY)}}),
     "History": _object_schema({"minutes": _array_of(_object_schema({
         "at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT, "retried": _AMOUNT,
         **dict.fromkeys(("wait_p50", "wait_p95", "run_p50", "run_p95"),
-                        _or_null(_NUMBER_SCHEMA))}))}),
+                        _or_null(_REAL))}))}),
     "Worker": _WORKER_SCHEMA,
     "Queue": _object_schema({"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
                              "jobs": _COUNTS_SCHEMA}),
@@ -14164,12 +14194,6 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
-def _checked_time(text: str) -> str:
-    """The text of a time, as it is: a time of the clock and `+DUR` are not the same."""
-    parse_time(text, time.time())
-    return text
-
-
 # Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
@@ -14189,41 +14213,24 @@ _ALL = option("--all", action="store_true", help="all that it applies to")
 # What stands for the ids of many jobs.
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
-# The flags of `enqueue` that are fields of a job, under the field's name. Numbers and
-# times are parsed here, for a wrong one is a wrong command line; text is left to
-# `spec_of`. A default of None tells a flag that was not given from any that was.
-_JOB_FLAGS = (
-    *_grouped(
-        "the job",
-        option("--command", metavar="C", help="the shell command"),
-        option("--id", metavar="ID", help="a name of your own (default: job-N)"),
-        option("--queue", metavar="Q", help="default: default"),
-        option("--tag", action="append", dest="tags", metavar="T",
-               help="a label; again and again"),
-        option("--unique", metavar="KEY",
-               help="add nothing while a job with this key is not over"),
-        option("--once", metavar="KEY",
-               help="add nothing while any job with this key exists, in any state"),
-        option("--env", action="append", metavar="K=V",
-               help="a variable for the command; again and again"),
-        option("--cwd", metavar="DIR", help="where it runs (default: here)")),
-    *_grouped(
-        "when it runs",
-        option("--priority", "-p", type=_typed(lambda text: parse_whole(
-            text, -MAX_WHOLE, MAX_WHOLE)), metavar="N",
-            help="higher first (default: 0)"),
-        option("--delay", **_DUR, help="not before this time has passed"),
-        option("--run-at", type=_typed(_checked_time), metavar="TIME",
-               help="not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
-        option("--after", action="append", metavar="ID",
-               help="run once that job is completed; again and again")),
-    *_grouped(
-        "how it ends",
-        option("--max-retries", **_COUNT, help="runs that may fail, with the first"),
-        option("--timeout", **_DUR, help="end a run after this time; 0: never"),
-        option("--backoff-base", **_DUR,
-               help="wait after the first failure, then doubled")),
-)
+
+def _field_flags(use: str) -> tuple[Option, ...]:
+    """The flags of a command for the fields of a job, under the fields' names.
+
+    Numbers and times are parsed here, for a wrong one is a wrong command line; text is
+    left to `spec_of`. A default of None tells a flag that was not given from any other.
+    """
+    found = []
+    for field in FIELDS.values():
+        if use in field.uses:
+            settings = {**field.kind.flag, "dest": field.name, "help": field.help}
+            if "type" in settings:
+                settings["type"] = _typed(settings["type"])
+            found.append(Option(
+                field.flags or ("--" + field.name.replace("_", "-"),), settings,
+                field.group))
+    return tuple(found)
+
 
 _QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
                       help="only this queue; again and again for more (default: all)")
@@ -14244,17 +14251,6 @@ _WORKER_FLAGS = (
 )
 
 
-def _field_of(flag: Option) -> str:
-    """The field of a job that a flag sets."""
-    name: str = flag.settings.get("dest") or flag.names[0].lstrip("-").replace("-", "_")
-    return name
-
-
-_EDIT_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) in EDITABLE)
-_SCHEDULE_FLAGS = tuple(flag for flag in _JOB_FLAGS if _field_of(flag) not in (
-    "command", "id", "delay", "run_at", "after"))
-
-
 def _env_of(pairs: Sequence[str]) -> dict[str, str]:
     """{"A": "b=c"} of `A=b=c`; Usage without a sign."""
     env = {}
@@ -14272,7 +14268,8 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
     `edit` and `schedule add` have some of these flags only.
     """
-    given = {name: getattr(args, name, None) for name in map(_field_of, _JOB_FLAGS)}
+    given = {name: getattr(args, name, None) for name, field in FIELDS.items()
+             if "e" in field.uses}
     if given["env"] is not None:
         given["env"] = _env_of(given["env"])
     return {name: value for name, value in given.items() if value is not None}
@@ -15832,7 +15829,7 @@ COMMANDS = (
                help="items end with NUL, as from find -print0"),
         option("--stream", action="store_true",
                help="the lines of stdin as they come, for as long as they come"),
-        *_JOB_FLAGS,
+        *_field_flags("e"),
         option("--wait", action="store_true", group="output",
                help="until it is over; exit with the job's own status"),
         option("--quiet", "-q", action="store_true", help="print ids only",
@@ -15897,7 +15894,7 @@ COMMANDS = (
     Entry(("cancel",), cmd_cancel, "cancel jobs; running ones are ended", READS,
           (*_WHICH, _YES, _JSON_FLAG), ("cancel job-1 job-2", "cancel --tag nightly")),
     Entry(("edit",), cmd_edit, "change waiting jobs", READS, (
-        option("ids", nargs="+", metavar="ID"), *_EDIT_FLAGS, _JSON_FLAG),
+        option("ids", nargs="+", metavar="ID"), *_field_flags("u"), _JSON_FLAG),
         ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
     Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
           (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
@@ -15934,7 +15931,7 @@ COMMANDS = (
                help="a shell command; -- PROG ARG... takes words as they are"),
         option("--tz", metavar="ZONE",
                help="such as Europe/Berlin (default: the local zone)"),
-        *_SCHEDULE_FLAGS),
+        *_field_flags("s")),
         ("schedule add nightly '30 2 * * *' -- backup /home",
          "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
     Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
