@@ -678,11 +678,13 @@ class Minute(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that `check` has to say."""
+    """Something that `check` has to say, or a reason for which a job waits: a NOTE if
+    it passes by itself.
+    """
     level: str                  # PROBLEM, WARNING or NOTE
     code: str                   # one of a closed list
     message: str
-    hint: str                   # what to do
+    hint: str                   # what to do; "": nothing, or who knows
 
 
 class WorkerView(NamedTuple):
@@ -704,16 +706,6 @@ class Scrape(NamedTuple):
     database_bytes: int
     schedules: list[Schedule]
     blocked: int                    # jobs that cannot run until another is retried
-
-
-class Hindrance(NamedTuple):
-    """What keeps a waiting job from running.
-
-    Who waits for jobs is warned of what does not pass: it would wait in vain.
-    """
-    text: str
-    passes: bool = False    # by itself, with time
-    hint: str = ""          # what to do
 
 
 class Scene(NamedTuple):
@@ -5628,7 +5620,7 @@ class Queue:
                     "again"]
         if job.waits is None:
             return []
-        reasons = [one.text for one in self._hindrances(job, scene)]
+        reasons = [one.message for one in self._hindrances(job, scene)]
         if not reasons:
             n = self._count_before(job, scene)
             reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
@@ -5651,7 +5643,7 @@ class Queue:
         """Return True if all queues are paused by one order."""
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
-    def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Hindrance]]:
+    def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
         """What hinders each of many jobs that wait, by its id; []: it is in line."""
         scene = self._scene()
         return {job.id: self._hindrances(job, scene)
@@ -5663,38 +5655,41 @@ class Queue:
                      {view.name: view for view in self.queues()},
                      self.is_all_paused())
 
-    def _hindrances(self, job: Job, scene: Scene) -> list[Hindrance]:
+    def _hindrances(self, job: Job, scene: Scene) -> list[Finding]:
         """What keeps it from running, whatever else waits."""
         found = self._needs_of(job)
         if scene.all_paused:
-            found.append(Hindrance("all queues are paused"))
+            found.append(Finding(WARNING, "paused", "all queues are paused", ""))
         queue = scene.queues.get(job.queue)
         if queue and queue.paused:
-            found.append(Hindrance(f"queue `{job.queue}` is paused"))
+            found.append(Finding(
+                WARNING, "paused", f"queue `{job.queue}` is paused", ""))
         if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
-            found.append(Hindrance(f"queue `{job.queue}` is at its limit "
-                                   f"{queue.limit}"))
+            found.append(Finding(WARNING, "limit", f"queue `{job.queue}` is at its "
+                                 f"limit {queue.limit}", ""))
         if job.waits == SCHEDULED:
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
-            found.append(Hindrance(f"due {ago(job.run_at, self.clock())}{tries}", True))
+            found.append(Finding(
+                NOTE, "due", f"due {ago(job.run_at, self.clock())}{tries}", ""))
         if not scene.workers:
-            found.append(Hindrance("no worker is running", False,
-                                   "`queuectl worker start` starts one"))
+            found.append(Finding(WARNING, "no-worker", "no worker is running",
+                                 "`queuectl worker start` starts one"))
         elif not any(not w.queues or job.queue in w.queues for w in scene.workers):
-            found.append(Hindrance(f"no worker takes queue `{job.queue}`"))
+            found.append(Finding(
+                WARNING, "no-worker", f"no worker takes queue `{job.queue}`", ""))
         return found
 
-    def _needs_of(self, job: Job) -> list[Hindrance]:
+    def _needs_of(self, job: Job) -> list[Finding]:
         """The jobs it comes after that are not completed.
 
         One that is not there was: none else may be deleted while another waits for it.
         """
         needed = {one.id: one.state for one in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.waits == BLOCKED else {}
-        return [Hindrance(f"after {job_id} ({needed[job_id]})", False,
-                          f"retry {job_id}, or cancel what comes after it"
-                          if needed[job_id] in (DEAD, CANCELLED) else "")
+        return [Finding(WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
+                        f"retry {job_id}, or cancel what comes after it"
+                        if needed[job_id] in (DEAD, CANCELLED) else "")
                 for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
 
     def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
@@ -5713,8 +5708,8 @@ class Queue:
                              f"after {self.why_stuck(job)}")
             if left > stuck:
                 why = next((f": {job.id} " + (", ".join(
-                    one.text for one in self._hindrances(job, scene)
-                    if not one.text.startswith("no worker")) or "is ready")
+                    one.message for one in self._hindrances(job, scene)
+                    if one.code != "no-worker") or "is ready")
                     for job in self.jobs(WAITING, "run-at", PAGE_SIZE, queue=name)
                     if job.waits != BLOCKED), "")
                 lines.append(f"{left - stuck} of queue {name}{why}")
@@ -14625,9 +14620,9 @@ def _watchful_bar(queue: Queue, screen: Screen,
     def explain() -> None:
         """Name each hindrance once, with the first job that it keeps waiting."""
         for job_id, found in queue.hindrances(looked_at()).items():
-            why = "; ".join([", ".join(one.text for one in found),
+            why = "; ".join([", ".join(one.message for one in found),
                              *(one.hint for one in found if one.hint)])
-            if why and why not in said and not any(one.passes for one in found):
+            if why and why not in said and not any(one.level == NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
 
@@ -14926,7 +14921,7 @@ def _for_people(args: argparse.Namespace,
 
 def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
     """Why each of these waits, on one line, by its id."""
-    return {job_id: ", ".join(one.text for one in found) or "waits for a slot"
+    return {job_id: ", ".join(one.message for one in found) or "waits for a slot"
             for job_id, found in queue.hindrances(jobs).items()}
 
 

@@ -3206,8 +3206,8 @@ class Promises(Case):
                 self.assertEqual(self.queue.waiting_for(job), wanted)
                 lasting = [] if wanted[0].startswith(("next", "behind")) else wanted
                 [found] = self.queue.hindrances([job, self.queue.job("full")]).values()
-                self.assertEqual([one.text for one in found], lasting)
-                self.assertEqual([one.text for one in found if one.passes],
+                self.assertEqual([one.message for one in found], lasting)
+                self.assertEqual([one.message for one in found if one.level == queuectl.NOTE],
                                  [text for text in lasting if text.startswith("due")])
         [gone] = self.queue.delete(self.job(queue="fleeting").id)
         self.assertEqual(self.queue.waiting_for(gone),
