@@ -7,8 +7,19 @@ SECTIONS ?=
 help:   ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
-demo:   ## compress real files, a job each, check every result; some jobs fail on purpose
-	$(PYTHON) test_queuectl.py --demo
+demo:   ## compress 300 files, a job each, with four at once; in a directory of its own
+	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	queuectl() { $(PYTHON) "$(CURDIR)/queuectl.py" "$$@"; }; \
+	files=$$($(PYTHON) -c 'import os; print(os.path.dirname(os.__file__))'); \
+	cd "$$dir"; export QUEUECTL_DB="$$dir/queue.db"; \
+	find "$$files" -name '*.py' -print0 | head -z -n 300 | \
+	    queuectl enqueue --null -q - -- sh -c 'gzip -9 < "$$1" > "$$2.gz"' sh {} {#} >/dev/null; \
+	queuectl enqueue -q --backoff-base 100ms 'echo "this one always fails"; exit 3' >/dev/null; \
+	queuectl worker start --count 4 --drain --quiet & sleep 1; queuectl wait --all || true; wait; \
+	queuectl status; queuectl dlq; gzip -t ./*.gz; \
+	echo "$$(ls ./*.gz | wc -l) of 300 files are compressed; one job was made to fail."; \
+	[ "$$(ls ./*.gz | wc -l)" -eq 300 ]; \
+	echo 'Next: `queuectl --help`, or `queuectl web` for the dashboard of your own queue.'
 
 test:   ## run the tests; needs Python alone
 	$(PYTHON) -m unittest

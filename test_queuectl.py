@@ -10788,7 +10788,7 @@ class Nemesis:
                 r"Traceback (?:(?!queuectl.py\", line \d+, in main).)*?"
                 rf"(?:\nKeyboardInterrupt\n{'|$(?!.)' if status < 0 or is_muted else ''})",
                 "", log)
-            fitting += [*SIGNALLED, *([1] if interrupts or (is_muted and not started) else [])]
+            fitting += [*SIGNALLED, *(128 - one for one in SIGNALLED), *([1] if interrupts or (is_muted and not started) else [])]
         if status not in fitting:
             self.strange.append(f"worker {name} ended with {status}")
         self.strange += [f"{name}: {line}" for line in log.splitlines()
@@ -14488,24 +14488,15 @@ PAIRS = 5                   # takes of each side of a ratio, where one takes sec
 QUICK_PAIRS = 20            # where it is a command of milliseconds
 DRAIN_JOBS = 2000
 RIVAL_JOBS = 400            # for programs that start a process or more to enqueue one
-BATCH_LINES = 100_000
 LATENCY_JOBS = 200
-DUE_JOBS, DUE_STEP = 50, 0.1            # jobs; seconds between two that become due
 IDLE_SECONDS, TRACED_SECONDS = 60, 20
 TICKS = 200                 # of a worker, on each file
 FEW, MANY, SOME = 1000, 1_000_000, 100_000      # jobs in a file
 KINDS = 1000                # priorities, or queues, among SOME jobs
 FILL_BATCH = 50_000         # jobs enqueued in one transaction
-MEMORY_JOBS = 20_000        # 50,000 for a long look
-LOUD_EVERY, LOUD = 1000, "head -c 100000000 /dev/zero"
-FILE_JOBS = 5000
-DEAD_JOBS = 500_000
-RETRY_JOBS, RETRY_SLOTS = 1000, 12
-RETRY_PAUSE = 5             # seconds, in which all first runs must be over
 KILLS, FREEZES = 20, 5
 WELL_UNDER = 30             # seconds: well under 60
 PATIENCE = 300              # seconds until a measure is given up
-MB = 1e6                    # bytes
 
 TRUE = Spec("true", cwd="/")
 
@@ -14587,13 +14578,6 @@ def cpu_seconds(pid):
     """What the process has used so far, without its children."""
     user, system = queuectl._stat_fields(pid)[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def memory(pid, key):
-    """VmRSS or VmHWM of a process, in MB."""
-    with open(f"/proc/{pid}/status") as file:
-        return next(int(line.split()[1]) for line in file
-                    if line.startswith(key)) * 1024 / MB
 
 
 def living(path, name):
@@ -14802,11 +14786,6 @@ def make_finished(bench, path, count):
     stock(path, [TRUE] * FEW)
 
 
-def make_dead(bench, path, count):
-    copy_plain(bench, path, count)
-    finish(path, 1)
-
-
 def make_tomorrow(bench, path, count):
     """Of a higher priority than the few that are due."""
     later = TRUE._replace(priority=5, run_at=time.time() + 86400)
@@ -14817,7 +14796,6 @@ FILES = {
     "jobs to copy": lambda bench, path, count: stock(path, [TRUE] * count),
     "pending": copy_plain,
     "finished": make_finished,
-    "dead": make_dead,
     "jobs of higher priority due tomorrow": make_tomorrow,
     f"pending of {KINDS:,} priorities": lambda bench, path, count: stock(path, [
         TRUE._replace(priority=n % KINDS) for n in range(count)]),
@@ -14884,48 +14862,7 @@ def bench_drain(bench):
             bench.leave_out(f"against `{name}`", "not installed")
 
 
-# workers: several on one file.
-
-CLAIMS = """
-    SELECT runs.worker_id, events.at
-      FROM events
-      JOIN runs ON runs.job = events.job
-     WHERE events."to" = 'processing'
-     ORDER BY events.seq
-    """
-
-
-def claims_by_worker(path):
-    """When each worker made its claims."""
-    claims = collections.defaultdict(list)
-    with Queue(path) as queue:
-        for worker, at in queue.store.rows(CLAIMS):
-            claims[worker].append(queuectl.epoch(at))
-    return list(claims.values())
-
-
-def bench_workers(bench):
-    count, paths = bench.size(DRAIN_JOBS, 200), []
-
-    def three():
-        paths.append(bench.filled(count))
-        return bench.drained(paths[-1], 2, 3)
-    took = in_turn({"one": lambda: bench.drained(bench.filled(count), 6),
-                    "three": three})
-    bench.tell("3 workers x 2 slots against one of 6: rate",
-               ratios(took["one"], took["three"]), (">=", 0.9))
-    found = [claims_by_worker(path) for path in paths]
-    # Jobs wait until the last of all claims, and so does a worker that claims no more.
-    ends = [max(max(claims) for claims in workers) for workers in found]
-    bench.tell("longest wait of one of them for a claim", [
-        max(b - a for claims in workers for a, b in zip(claims, [*claims[1:], end]))
-        for workers, end in zip(found, ends)], ("<=", 0.5), " s", max)
-    bench.tell("least share of one, of the mean", [
-        min(map(len, workers)) * 3 / sum(map(len, workers)) if len(workers) == 3 else 0.0
-        for workers in found], (">=", 0.2), "", min)
-
-
-# enqueue, batch: whole processes.
+# enqueue: whole processes.
 
 def bench_enqueue(bench):
     few, many = bench.filled(1), bench.file("finished", bench.size(MANY, FEW))
@@ -14940,40 +14877,7 @@ def bench_enqueue(bench):
                ratios(took["many"], took["few"]), ("<=", 1.1))
 
 
-def bare_inserts(bench, jobs, events):
-    """The time to write the same rows into the same tables, in one transaction."""
-    path = bench.filled(0)
-    begun = time.monotonic()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute(queuectl.SQLite.DURABLE)
-        db.execute(queuectl.SQLite.WAL_PAGES)
-        db.execute("BEGIN IMMEDIATE")
-        for table, rows in (("jobs", jobs), ("events", events)):
-            marks = ", ".join("?" * len(rows[0]))
-            db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
-        db.execute("COMMIT")
-    return time.monotonic() - begun
-
-
-def bench_batch(bench):
-    count = bench.size(BATCH_LINES)
-    lines = b"".join(b'{"command": "echo %d"}\n' % n for n in range(count))
-
-    def batch(path=None):
-        return bench.ctl(path or bench.fresh(), "enqueue", "-", lines=lines)
-    model = bench.fresh()
-    batch(model)
-    with Queue(model) as queue:
-        jobs, events = (queue.store.rows(f"SELECT * FROM {table}")
-                        for table in ("jobs", "events"))
-    took = in_turn({"queue": batch, "bare": lambda: bare_inserts(bench, jobs, events)})
-    bench.tell(f"`enqueue -` of {count:,} JSON lines: lines a second",
-               [count / one for one in took["queue"]])
-    bench.tell("against a bare `executemany` of these rows",
-               ratios(took["bare"], took["queue"]), (">=", 0.35))
-
-
-# latency: from the commit, or from the time that was set, to the start.
+# latency: from the commit to the start.
 
 class Stamped(Queue):
     """Notes when a commit has come back: right after it the workers are woken."""
@@ -15006,30 +14910,11 @@ def start_latencies(bench, count):
     return [(wait - median(costs)) * 1000 for wait in waits]
 
 
-def due_latencies(bench, **fields):
-    """Milliseconds by which jobs start after the time that was set for them."""
-    path, count = bench.filled(0), bench.size(DUE_JOBS, 5)
-    with bench.worker(path, 4), Queue(path) as queue:
-        now = time.time() + 1
-        jobs = queue.enqueue_many([Spec(cwd="/", run_at=now + n * DUE_STEP, **fields)
-                                   for n in range(count)])
-        runs = [(run_of(queue, job.id), queue.job(job.id)) for job in jobs]
-    return [(queuectl.epoch(run.started_at) - queuectl.epoch(job.run_at)) * 1000
-            for run, job in runs]
-
-
 def bench_latency(bench):
     waits = start_latencies(bench, bench.size(LATENCY_JOBS, 10))
     bench.tell("from the commit to the command's start, idle worker", waits, ("<=", 5),
                " ms")
     bench.tell("... of 99 in 100", waits, ("<=", 20), " ms", p99)
-    for what, fields in (
-            ("a delayed job's due time", {"command": "true"}),
-            ("a retry's due time", {"command": '[ "$QUEUECTL_ATTEMPT" = 2 ]',
-                                    "backoff_base": 0.25})):
-        late = due_latencies(bench, **fields)
-        bench.tell(f"from {what} to its start", late, ("<=", 5), " ms")
-        bench.tell("... the earliest", late, (">=", 0), " ms", min)
 
 
 # idle: what a worker costs that has nothing to do.
@@ -15044,9 +14929,10 @@ def idle_cpu(bench, seconds):
     path = bench.filled(0)
     with bench.worker(path, 4) as worker:
         settled(bench, path, worker)
-        before = cpu_seconds(worker.pid)
+        both = worker.pid, child_of(worker.pid)
+        before = sum(map(cpu_seconds, both))
         time.sleep(seconds)
-        return (cpu_seconds(worker.pid) - before) / seconds * 100
+        return (sum(map(cpu_seconds, both)) - before) / seconds * 100
 
 
 def idle_fsyncs(bench, seconds):
@@ -15092,7 +14978,7 @@ class TickTimes:
         ended = {one.claim: Outcome(queuectl.DONE, 0, None, 0.001)
                  for one in self._held}
         for one in self._held:
-            queuectl._release(one)
+            let_go(one.lock)
         begun = time.perf_counter()
         self._held = self._claims.whole_tick(ended, {}, (1, 2, 3, 4)).claimed
         took = time.perf_counter() - begun
@@ -15110,7 +14996,7 @@ class TickTimes:
         self._claims.whole_tick({one.claim: Outcome(queuectl.RELEASED)
                            for one in self._held}, {}, ())
         for one in self._held:
-            queuectl._release(one)
+            let_go(one.lock)
         self._claims.leave()
         self.queue.close()
 
@@ -15120,7 +15006,7 @@ def bench_tick(bench):
     files = [("pending", bench.size(MANY // 100, FEW)), ("pending", some),
              ("pending", many),
              *((kind, some if str(f"{KINDS:,}") in kind else many) for kind in FILES
-               if kind not in ("jobs to copy", "pending", "dead"))]
+               if kind not in ("jobs to copy", "pending"))]
     with contextlib.closing(TickTimes(bench.file("pending", FEW))) as few:
         bench.tell(f"a tick that records 4 and claims 4, at {FEW:,} pending",
                    [few.take() for _ in range(PAIRS)], None, " ms")
@@ -15130,124 +15016,6 @@ def bench_tick(bench):
             bench.tell(f"a tick at {count:,} {kind}", took["other"], None, " ms")
             bench.tell(f"... against one at {FEW:,} pending",
                        ratios(took["other"], took["few"]), ("<=", 1.3))
-
-
-# views: what people look at most.
-
-def bench_views(bench):
-    many = bench.size(MANY, FEW)
-    paths = {"few": bench.file("finished", FEW), "many": bench.file("finished", many)}
-    for command in ("status", "list", "dlq", "stats"):
-        took = in_turn({name: functools.partial(bench.ctl, path, command)
-                        for name, path in paths.items()}, QUICK_PAIRS)
-        bench.tell(f"`{command}` at {many:,} jobs against {FEW:,}",
-                   ratios(took["many"], took["few"]), ("<=", 1.5))
-
-
-# memory: does it grow?
-
-def memory_samples(path, worker, count):
-    """(share of the jobs that are done, MB) again and again until all are."""
-    samples, end = [], time.monotonic() + PATIENCE
-    with Queue(path) as queue:
-        while not samples or samples[-1][0] < 1:
-            assert time.monotonic() < end, "the jobs are not done in time"
-            time.sleep(0.05)
-            done = queue.counts()[COMPLETED]
-            samples.append((done / count, memory(worker.pid, "VmRSS")))
-    return samples
-
-
-def bench_memory(bench):
-    count = bench.size(MEMORY_JOBS, LOUD_EVERY)
-    path = bench.fresh()
-    stock(path, [TRUE._replace(command=LOUD) if n % LOUD_EVERY == 9 else TRUE
-                for n in range(count)])
-    with bench.worker(path, 4) as worker:
-        samples = memory_samples(path, worker, count)
-        peak = memory(worker.pid, "VmHWM")
-    early, late = ([size for done, size in samples if low <= done <= high] or [peak]
-                   for low, high in ((0.2, 0.3), (0.9, 1.0)))
-    bench.tell(f"a worker of 4 that has run {count:,} jobs, each {LOUD_EVERY:,}th "
-               "printing 100 MB: most memory", [peak], ("<=", 35), " MB")
-    bench.tell("... its growth over the last four fifths",
-               [median(late) - median(early)], ("<=", 1), " MB")
-
-
-# file: what it costs on the disk, and how long a purge holds others up.
-
-def watched_drain(bench, path):
-    """Largest WAL in MB, while a worker of 4 drains the file and a reader looks on."""
-    sizes = []
-    with bench.process(*bench.argv(path, "worker", "start", "--drain", "-c", "4")) as \
-            worker, Queue(path) as queue:
-        while worker.poll() is None:
-            queue.status()
-            queue.jobs(limit=50)
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(os.path.getsize(path + "-wal") / MB)
-            time.sleep(0.02)
-    return max(sizes)
-
-
-def busy_stretches(path, process):
-    """Milliseconds for which the write lock was not to be had, while a process ran.
-
-    Asked for as often as our own commands do that wait for it.
-    """
-    stretches, free_at, is_busy = [0.0], time.monotonic(), False
-    with contextlib.closing(sqlite3.connect(
-            path, timeout=0, isolation_level=None)) as db:
-        while process.poll() is None:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                db.execute("ROLLBACK")
-            except sqlite3.OperationalError:
-                is_busy = True
-            else:
-                now = time.monotonic()
-                stretches += [(now - free_at) * 1000] if is_busy else []
-                free_at, is_busy = now, False
-            time.sleep(queuectl.BUSY_PAUSE)
-    return stretches
-
-
-def bench_file(bench):
-    count, dead = bench.size(FILE_JOBS, 100), bench.size(DEAD_JOBS, 1000)
-    path = bench.filled(0)
-    empty = os.path.getsize(path)
-    stock(path, [TRUE] * count)
-    largest = watched_drain(bench, path)
-    bench.tell(f"a finished job in the file, of {count:,}",
-               [(os.path.getsize(path) - empty) / count], ("<=", 700), " bytes")
-    bench.tell("largest WAL meanwhile, a reader polls", [largest], ("<=", 16), " MB")
-    path = bench.file("dead", dead)
-    with bench.process(*bench.argv(path, "dlq", "purge", "--yes")) as purge:
-        stretches = busy_stretches(path, purge)
-    assert purge.returncode == 0
-    bench.tell(f"longest time without the write lock, while {dead:,} are purged",
-               stretches, ("<=", 50), " ms", max)
-
-
-# retries: is a second run dearer than a first one?
-
-def retry_cost(bench):
-    """A worker's CPU time for a retry against that for a first run."""
-    path, count = bench.filled(0), bench.size(RETRY_JOBS, 50)
-    with bench.worker(path, RETRY_SLOTS) as worker, Queue(path) as queue:
-        def cpu_when_all_are(state):
-            wait_for(lambda: queue.counts()[state] == count, f"all {state}", PATIENCE)
-            return cpu_seconds(worker.pid)
-        begun = cpu_seconds(worker.pid)
-        queue.enqueue_many([Spec("exit 1", cwd="/", max_retries=3,
-                                 backoff_base=RETRY_PAUSE)] * count)
-        first = cpu_when_all_are(FAILED)
-        return (cpu_when_all_are(DEAD) - first) / 2 / (first - begun)
-
-
-def bench_retries(bench):
-    bench.tell("CPU of a retry against a first run",
-               [retry_cost(bench) for _ in range(PAIRS)], ("<=", 1.1))
 
 
 # recovery: until a job runs again whose worker is gone.
@@ -15386,10 +15154,8 @@ def bench_web(bench):
 
 
 MEASURES = {
-    "drain": bench_drain, "workers": bench_workers, "enqueue": bench_enqueue,
-    "batch": bench_batch, "latency": bench_latency, "idle": bench_idle,
-    "tick": bench_tick, "views": bench_views, "memory": bench_memory,
-    "file": bench_file, "retries": bench_retries, "recovery": bench_recovery,
+    "drain": bench_drain, "enqueue": bench_enqueue, "latency": bench_latency,
+    "idle": bench_idle, "tick": bench_tick, "recovery": bench_recovery,
     "web": bench_web}
 
 
@@ -15408,45 +15174,9 @@ def bench(names, scale):
     return 0
 
 
-# ---- Demo --------------------------------------------------------------------
-
-def demo(count=1000, slots=4):
-    """Compress real files, a job each, and compare every result with one made here."""
-    import gzip
-    folder = os.path.dirname(os.__file__)
-    files = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
-                   for name in names if name.endswith((".py", ".txt")))[:count]
-    with tempfile.TemporaryDirectory() as here:
-        def call(*argv, check=True, **options):
-            return subprocess.run([sys.executable, MODULE, *argv], cwd=here, check=check,
-                                  stdout=subprocess.PIPE, **options).stdout.decode()
-        lines = [json.dumps({"id": f"file-{n}", "env": {"FILE": path},
-                             "command": f'gzip -9 < "$FILE" > {n}.gz'})
-                 for n, path in enumerate(files)]
-        lines += [f'echo "no luck with {n}"; exit {n}' for n in (1, 2, 3)]
-        call("config", "set", "backoff-base", "50ms")
-        print(call("enqueue", "-", input="\n".join(lines).encode()), end="")
-        begun = time.monotonic()
-        call("worker", "start", "--count", str(slots), "--drain",
-             check=False, stderr=subprocess.DEVNULL)    # 1: some of its jobs are dead
-        took = time.monotonic() - begun
-        print(f"drained by {slots} slots in {took:.1f} s\n")
-        print(call("status"), call("dlq"), sep="\n")
-        print(call("logs", "--tail", "1", f"job-{len(files) + 3}"), end="")
-        same = 0
-        for n, path in enumerate(files):
-            with open(path, "rb") as original, gzip.open(f"{here}/{n}.gz") as result:
-                same += original.read() == result.read()
-        dead = json.loads(call("dlq", "list", "--json"))
-        print(f"{same} of {len(files)} files came out right, {len(dead)} of 3 jobs that "
-              "were made to fail are in the dead letter queue")
-        return 0 if same == len(files) and len(dead) == 3 else 1
-
-
 def main():
-    """`--demo`, `--bench`, `--chaos`, `--fuzz`, `--crash-points`, `--mutants`; or the tests."""
+    """`--bench`, `--chaos`, `--fuzz`, `--crash-points`, `--mutants`; or the tests."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--demo", action="store_true")
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
     parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
                         metavar="SHARE")
@@ -15456,8 +15186,6 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", default="1")
     args, rest = parser.parse_known_args()
-    if args.demo:
-        return demo()
     if args.bench is not None:
         return bench(args.bench, args.scale)
     if args.chaos is not None:
