@@ -7575,7 +7575,6 @@ def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
     """The buckets of each queue as a histogram.
 
     Each bucket counts all values up to its bound `le`; that of +Inf equals `_count`.
-    `repr` writes bounds as OpenMetrics has its canonical numbers: 1.0, not 1.
     """
     samples: list[tuple[str, dict[str, str], float]] = []
     for queue, buckets in tallies.items():
@@ -7613,13 +7612,15 @@ def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
         Family("queuectl_jobs", "gauge", "Jobs that are there now.", [
             ("", {"queue": queue, "state": state}, scrape.jobs.get((queue, state), 0))
             for queue in queues for state in STATES]),
-        Family("queuectl_jobs_completed", "counter", "Jobs that were completed.", [
-            ("_total", {"queue": queue}, ever.get((queue, "complete"), 0))
-            for queue in queues]),
-        Family("queuectl_attempts", "counter", "Runs that ended, by how they ended.", [
-            ("_total", {"queue": queue, "outcome": outcome},
-             ever.get((queue, f"run:{outcome}"), 0))
-            for queue in queues for outcome in OUTCOMES]),
+        Family("queuectl_jobs_completed_total", "counter",
+               "Jobs that were completed.", [
+                   ("", {"queue": queue}, ever.get((queue, "complete"), 0))
+                   for queue in queues]),
+        Family("queuectl_attempts_total", "counter",
+               "Runs that ended, by how they ended.", [
+                   ("", {"queue": queue, "outcome": outcome},
+                    ever.get((queue, f"run:{outcome}"), 0))
+                   for queue in queues for outcome in OUTCOMES]),
         _time_family("queuectl_job_duration_seconds", "Time that a run took.",
                      "run_time", scrape, queues),
         _time_family("queuectl_job_wait_seconds", "Time from due to started.",
@@ -7655,43 +7656,35 @@ def metric_families(scrape: Scrape) -> list[Family]:
         Family("queuectl_jobs_blocked", "gauge",
                "Jobs that come after dead or cancelled ones.",
                [("", {}, scrape.blocked)]),
-        Family("queuectl_schedule_skipped", "counter",
+        Family("queuectl_schedule_skipped_total", "counter",
                "Runs left out because the previous job was not over.", [
-                   ("_total", {"schedule": one.name}, one.skipped)
+                   ("", {"schedule": one.name}, one.skipped)
                    for one in scrape.schedules]),
         Family("queuectl_schedule_last_success_timestamp_seconds", "gauge",
                "When a job of the schedule last completed; 0: not yet.", [
                    ("", {"schedule": one.name},
                     epoch(one.last_success) if one.last_success else 0)
                    for one in scrape.schedules]),
-        Family("queuectl_build", "info", "The version that answers.",
-               [("_info", {"version": __version__}, 1)])]
+        Family("queuectl_build_info", "gauge", "The version that answers.",
+               [("", {"version": __version__}, 1)])]
 
 
 def _labelled(labels: Mapping[str, str]) -> str:
-    """`{queue="a",state="dead"}`, escaped as both formats have it; "" for no labels."""
+    """`{queue="a",state="dead"}`, escaped; "" for no labels."""
     def _escaped(text: str) -> str:
         return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
     return f"{{{inner}}}" if inner else ""
 
 
-def metrics_text(families: Iterable[Family], is_open: bool) -> str:
-    """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
-
-    The older format knows no kind `info`, and names a counter with its `_total`. The
-    newer one names the family without it, and has to end with `# EOF`: so a scrape that
-    was cut off is told from a whole one.
-    """
+def metrics_text(families: Iterable[Family]) -> str:
+    """The metrics in Prometheus' text format 0.0.4."""
     lines = []
     for name, kind, help, samples in families:
-        told = name if is_open else name + {"counter": "_total", "info": "_info"}.get(
-            kind, "")
-        shown = "gauge" if kind == "info" and not is_open else kind
-        lines += [f"# HELP {told} {help}", f"# TYPE {told} {shown}"]
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{suffix}{_labelled(labels)} {value!r}"
                   for suffix, labels, value in samples]
-    return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 # ---- 14 Processes ------------------------------------------------------------
@@ -11326,7 +11319,6 @@ FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Request(NamedTuple):
@@ -11790,31 +11782,10 @@ def get_health(queue: Queue, call: Call) -> Reply:
     return _json_reply({"status": "ok"})
 
 
-def _wants_open_metrics(accept: str) -> bool:
-    """Whether OpenMetrics is named, and not liked less than plain text.
-
-        application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5 -> True
-
-    As Prometheus asks. Weights go from 0 (never) to 1 (RFC 9110, section 12.4.2); of a
-    type that is named several times, for its versions, the best counts. `*/*` is not
-    taken as naming it: who has no wish (curl, a browser) gets the older format.
-    """
-    liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
-    for part in accept.lower().split(","):
-        kind, _, rest = part.strip().partition(";")
-        weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)", rest)
-        kind = kind.strip()
-        if kind in liked:
-            liked[kind] = max(liked[kind], float(weight[1]) if weight else 1.0)
-    return 0 < liked["application/openmetrics-text"] >= liked["text/plain"]
-
-
 def get_metrics(queue: Queue, call: Call) -> Reply:
-    """The metrics for Prometheus, in one of its formats."""
-    is_open = _wants_open_metrics(call.request.headers.get("accept", ""))
-    text = metrics_text(metric_families(queue.scrape()), is_open)
-    return Reply(200, text.encode(), OPEN_METRICS_TYPE if is_open else METRICS_TYPE,
-                 (("Vary", "Accept"),))
+    """The metrics for Prometheus."""
+    text = metrics_text(metric_families(queue.scrape()))
+    return Reply(200, text.encode(), METRICS_TYPE)
 
 
 class Route(NamedTuple):
@@ -12076,8 +12047,6 @@ def _replies_of(route: Route) -> dict[str, Any]:
     kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
         else (JSON_TYPE, _schema_named(route.reply))
     content: dict[str, Any] = {kind: {"schema": schema}}
-    if route.answer is get_metrics:
-        content[OPEN_METRICS_TYPE.partition(";")[0]] = {"schema": _TEXT}
     statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
     if route.method != "GET":
         statuses |= {415, 507}

@@ -6240,10 +6240,9 @@ SAMPLE = r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)$
 
 
 def parse_metrics(text):
-    """({family: kind}, {(name, labels): value}) of either format; AssertionError."""
-    is_open, kinds, samples, family = text.endswith("\n# EOF\n"), {}, {}, None
-    lines = text.splitlines()
-    for line in lines[:-1] if is_open else lines:
+    """({family: kind}, {(name, labels): value}); AssertionError."""
+    kinds, samples, family = {}, {}, None
+    for line in text.splitlines():
         if line.startswith("# HELP "):
             family = line.split(" ")[2]
             assert family not in kinds, f"{family} comes twice"
@@ -6253,9 +6252,8 @@ def parse_metrics(text):
         else:
             match = re.match(SAMPLE, line)
             assert match, line
-            suffixes = {"counter": ("_total",) if is_open else ("",), "info": ("_info",),
-                        "histogram": ("_bucket", "_sum", "_count")}
-            assert match[1] in [family + end for end in suffixes.get(kinds[family], ("",))]
+            suffixes = {"histogram": ("_bucket", "_sum", "_count")}.get(kinds[family], ("",))
+            assert match[1] in [family + end for end in suffixes]
             labels = tuple(sorted(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', match[2] or "")))
             assert (match[1], labels) not in samples, line
             samples[match[1], labels] = float(match[3])
@@ -6274,8 +6272,8 @@ def check_histograms(test, kinds, samples):
 
 
 class Metrics(Case):
-    def scrape(self, queue, is_open=False):
-        return queuectl.metrics_text(queuectl.metric_families(queue.scrape()), is_open)
+    def scrape(self, queue):
+        return queuectl.metrics_text(queuectl.metric_families(queue.scrape()))
 
     def a_busy_hour(self, queue, claims, jobs=4):
         for n in range(jobs):
@@ -6288,60 +6286,41 @@ class Metrics(Case):
             self.tick(0, {one.claim: Outcome(outcome, 0, None, 0.02 * jobs)
                           for one in claimed}, by=claims)
 
-    def test_both_formats_hold_the_metrics_of_the_contract(self):
+    def test_they_are_the_metrics_of_the_contract(self):
         self.a_busy_hour(self.queue, self.worker())
-        for is_open in (False, True):
-            kinds, samples = parse_metrics(self.scrape(self.queue, is_open))
-            check_histograms(self, kinds, samples)
-            self.assertEqual({name for name, _ in samples}, {
-                "queuectl_jobs", "queuectl_jobs_completed_total", "queuectl_attempts_total",
-                *(f"queuectl_job_{what}_seconds_{part}" for what in ("duration", "wait")
-                  for part in ("bucket", "sum", "count")),
-                "queuectl_oldest_pending_seconds", "queuectl_workers",
-                "queuectl_worker_slots", "queuectl_queue_paused",
-                "queuectl_database_bytes", "queuectl_build_info", "queuectl_jobs_blocked"})
-            self.assertEqual(kinds["queuectl_attempts" + "_total" * (not is_open)], "counter")
-            self.assertEqual(samples["queuectl_attempts_total", (
-                ("outcome", "timeout"), ("queue", "default"))], 1)
-            self.assertEqual(samples["queuectl_jobs", (
-                ("queue", "gpu"), ("state", "cancelled"))], 0)
+        kinds, samples = parse_metrics(self.scrape(self.queue))
+        check_histograms(self, kinds, samples)
+        self.assertEqual({name for name, _ in samples}, {
+            "queuectl_jobs", "queuectl_jobs_completed_total", "queuectl_attempts_total",
+            *(f"queuectl_job_{what}_seconds_{part}" for what in ("duration", "wait")
+              for part in ("bucket", "sum", "count")),
+            "queuectl_oldest_pending_seconds", "queuectl_workers",
+            "queuectl_worker_slots", "queuectl_queue_paused",
+            "queuectl_database_bytes", "queuectl_build_info", "queuectl_jobs_blocked"})
+        self.assertEqual(kinds["queuectl_attempts_total"], "counter")
+        self.assertEqual(samples["queuectl_attempts_total", (
+            ("outcome", "timeout"), ("queue", "default"))], 1)
+        self.assertEqual(samples["queuectl_jobs", (
+            ("queue", "gpu"), ("state", "cancelled"))], 0)
 
-    def test_the_parsers_of_prometheus_take_both(self):
+    def test_the_parser_of_prometheus_takes_them(self):
         try:
             from prometheus_client import parser
-            from prometheus_client.openmetrics import parser as open_parser
         except ImportError:
             self.skipTest("prometheus_client is not installed")
         self.a_busy_hour(self.queue, self.worker())
-        old = list(parser.text_string_to_metric_families(self.scrape(self.queue)))
-        new = list(open_parser.text_string_to_metric_families(
-            self.scrape(self.queue, True)))
-        self.assertEqual(len(new), 14)
-        self.assertEqual({(one.name, *sorted(one.labels.items())): one.value
-                          for family in old for one in family.samples},
-                         {(one.name, *sorted(one.labels.items())): one.value
-                          for family in new for one in family.samples})
-
-    def test_the_format_is_chosen_by_accept(self):
-        wants = queuectl._wants_open_metrics
-        self.assertTrue(wants("application/openmetrics-text;version=1.0.0;q=0.5,"
-                              "text/plain;version=0.0.4;q=0.3,*/*;q=0.1"))
-        self.assertTrue(wants("application/openmetrics-text; version=1.0.0"))
-        for accept in ("", "*/*", "text/plain", "application/openmetrics-text;q=0",
-                       "text/plain;q=0.9, application/openmetrics-text;q=0.8"):
-            self.assertFalse(wants(accept), accept)
+        families = list(parser.text_string_to_metric_families(self.scrape(self.queue)))
+        self.assertEqual(len(families), 14)
 
     def test_a_header_that_comes_twice_is_a_list(self):
         message = http.client.parse_headers(io.BytesIO(
-            b"Accept: application/openmetrics-text;q=0.5\r\nAccept: text/plain\r\n"
-            b"Cookie: a=1\r\nCookie: b=2\r\n\r\n"))
-        headers = queuectl._headers_of(message)
-        self.assertFalse(queuectl._wants_open_metrics(headers["accept"]))
-        self.assertEqual(headers["cookie"], "a=1; b=2")
+            b"Accept: a\r\nAccept: b\r\nCookie: a=1\r\nCookie: b=2\r\n\r\n"))
+        self.assertEqual(queuectl._headers_of(message),
+                         {"accept": "a, b", "cookie": "a=1; b=2"})
 
     def test_labels_are_escaped(self):
         family = queuectl.Family("f", "gauge", "h", [("", {"l": 'a"b\\c\nd'}, 1)])
-        self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family], False))
+        self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family]))
 
     def test_they_are_equal_to_status(self):
         self.a_busy_hour(self.queue, self.worker(), 12)
