@@ -11810,7 +11810,7 @@ DESCRIBED = (
     Route("GET", "/api/status", get_status, "Status"),
     Route("GET", "/api/stats", get_stats, "Stats", (
         Param("since", _a_span, {"type": "string", "pattern": f"^({SPAN_FORM})?$"},
-              "only the last DUR"),)),
+              "only the last DUR, at most 8 days"),)),
     Route("GET", "/api/history", get_history, "History", (
         _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
     Route("GET", "/api/workers", get_workers, "[Worker]"),
@@ -15615,11 +15615,7 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done.
-
-    `seconds` may be more or less than was asked for: counters are kept by the minute or
-    the hour, and the queue may be younger.
-    """
+    """Print what was done."""
     stats = queue.stats(args.since)
     seconds = queue.covered(args.since)
     if args.json:
@@ -15920,8 +15916,8 @@ COMMANDS = (
     Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
           (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
-        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG),
-        ("stats", "stats --since 1h")),
+        option("--since", **_DUR, help="only the last DUR, at most 8 days"),
+        _JSON_FLAG), ("stats", "stats --since 1h")),
     Entry(("events",), cmd_events, "show the changes of jobs' states, oldest first",
           READS, (
         option("--follow", "-f", action="store_true", help="go on as they come"),
