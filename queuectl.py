@@ -1369,8 +1369,7 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 # ---- 4 Cron ------------------------------------------------------------------
 # When a schedule comes: its line read, and its runs reckoned, as Debian's cron does.
 # Pure but for the time zone, which is asked for its offsets: by default the process's
-# own. First the line is parsed, then runs are found, then said in words. Queue and
-# Ledger store the next run by `run_after`; Views shows the next few and the words.
+# own. Queue and Ledger store the next run by `run_after`; Views shows the next few.
 
 class CronField(NamedTuple):
     """What one field of a cron line takes: numbers from low to high, names from low on.
@@ -1602,87 +1601,29 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     return math.inf
 
 
-def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`.
-
-    Two in a row are no range, and a step is told of five values or more.
-    """
-    def name(value: int) -> str:
-        """What it is called."""
-        return names[value].title() if names else str(value)
-    step = values[1] - values[0] if len(values) > 4 else 1
-    if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
-        return f"{name(values[0])}, {name(values[1])} ... {name(values[-1])}"
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and runs[-1][-1] == value - 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(f"{name(run[0])}-{name(run[-1])}" if len(run) > 2
-                     else ", ".join(map(name, run)) for run in runs)
-
-
-def _counted(unit: str, values: tuple[int, ...]) -> str:
-    """`hour 5`, `hours 5-7`."""
-    return f"{unit}{'s' * (len(values) > 1)} {_spelt(values)}"
-
-
-def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
-    """`every minute`, `every 5 minutes`; "" if the values are not so regular.
-
-    `*/7` of minutes is not: 7 does not divide 60, so the last interval is shorter.
-    """
-    step = whole // len(values)
-    if values != tuple(range(0, whole, step)) or step == whole:
-        return ""
-    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
-
-
-def _time_words(cron: Cron) -> str:
-    """`at 02:30, 14:30`, `every 5 minutes of hours 8-18`, `at minute 5 of every hour`.
-
-    Up to four times of day are told as such, more of them as fields.
-    """
-    minutely = _every(cron.minutes, 60, "minute")
-    hourly = _every(cron.hours, 24, "hour")
-    if cron.minutes == (0,) and hourly:
-        return hourly
-    if len(cron.minutes) * len(cron.hours) <= 4:
-        return "at " + ", ".join(f"{hour:02}:{minute:02}"
-                                 for hour in cron.hours for minute in cron.minutes)
-    words = minutely or f"at {_counted('minute', cron.minutes)}"
-    if hourly == "every hour":
-        return words if minutely else f"{words} of every hour"
-    return f"{words} of {_counted('hour', cron.hours)}"
-
-
-def _day_words(cron: Cron) -> str:
-    """`every day in Jan, Feb`, `on Fri-Sun`, `on days 1, 15 of every month, or on Mon`.
-
-    Weeks are told from Monday on, so that a weekend is one range.
-    """
-    sunday, *others = CRON_FIELDS[4].names
-    in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
-                     (*others, sunday))
-    in_year = _spelt(cron.months, ("", *CRON_FIELDS[3].names))
-    if len(cron.months) == 12:
-        in_year = ""
-    in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
-    if cron.is_either:
-        return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
-    if len(cron.days) < 31:
-        return f"on {in_month}" + (f" if {in_week}" if len(cron.weekdays) < 7 else "")
-    words = f"on {in_week}" if len(cron.weekdays) < 7 else "every day"
-    return f"{words} in {in_year}" if in_year else words
-
-
-def cron_words(cron: Cron) -> str:
-    """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
-    times, days = _time_words(cron), _day_words(cron)
-    if not re.match("at [0-9]", times):     # `every 5 minutes` is every day
-        days = re.sub("^every day ?", "", days)
-    return f"{times} {days}".strip()
+def cron_words(line: str) -> str:
+    """A plain schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
+    cron = parse_cron(line)
+    is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
+    is_plain = len(cron.months) == 12 and not cron.is_either
+    if is_plain and is_any_day and is_any_weekday and len(cron.hours) == 24:
+        step = 60 // len(cron.minutes)
+        if cron.minutes == tuple(range(0, 60, step)):
+            return {1: "every minute", 60: "every hour"}.get(
+                step, f"every {step} minutes")
+        if len(cron.minutes) == 1:
+            return f"at minute {cron.minutes[0]} of every hour"
+    if is_plain and len(cron.minutes) == len(cron.hours) == 1:
+        time_of_day = f"at {cron.hours[0]:02}:{cron.minutes[0]:02}"
+        if is_any_day and is_any_weekday:
+            return f"{time_of_day} every day"
+        if is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
+            return f"{time_of_day} on Mon-Fri"
+        if is_any_day and len(cron.weekdays) == 1:
+            return f"{time_of_day} on {CRON_FIELDS[4].names[cron.weekdays[0]].title()}"
+        if is_any_weekday and len(cron.days) == 1:
+            return f"{time_of_day} on day {cron.days[0]} of every month"
+    return " ".join(line.split())
 
 
 def zone_of(name: str | None) -> datetime.tzinfo | None:
@@ -7338,8 +7279,8 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next three runs in its zone; fewer
-    where no more will come.
+    """When a schedule comes, and its next three runs in its zone; fewer where no more
+    will come.
     """
     cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(runs) < 4 and runs[-1] < math.inf:
@@ -7348,7 +7289,8 @@ def when_lines(schedule: Schedule, now: float) -> list[str]:
              for at in (datetime.datetime.fromtimestamp(
                  run, datetime.timezone.utc).astimezone(zone)
                  for run in runs[1:] if run < math.inf)]
-    return [f"{schedule.name}: {cron_words(cron)}, {schedule.tz or 'local time'}",
+    return [f"{schedule.name}: {cron_words(schedule.cron)}, "
+            f"{schedule.tz or 'local time'}",
             "next: " + ", ".join(shown)]
 
 

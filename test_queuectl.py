@@ -1476,61 +1476,48 @@ class Cron(unittest.TestCase):
 
     # -- words
 
-    def test_a_schedule_is_said_in_words(self):
+    def test_a_plain_schedule_is_said_in_words_and_any_other_by_its_line(self):
         table = (
             ("* * * * *", "every minute"),
             ("*/5 * * * *", "every 5 minutes"),
             ("0,30 * * * *", "every 30 minutes"),
-            ("*/7 * * * *", "at minutes 0, 7 ... 56 of every hour"),
-            ("*/45 * * * *", "at minutes 0, 45 of every hour"),
+            ("*/7 * * * *", "*/7 * * * *"),
+            ("*/45 * * * *", "*/45 * * * *"),
             ("15 * * * *", "at minute 15 of every hour"),
             ("@hourly", "every hour"),
-            ("0 */2 * * *", "every 2 hours"),
-            ("5 */2 * * *", "at minute 5 of hours 0, 2 ... 22"),
-            ("*/10 9-17 * * 1-5", "every 10 minutes of hours 9-17 on Mon-Fri"),
-            ("*/10 9 * * *", "every 10 minutes of hour 9"),
+            ("0 */2 * * *", "0 */2 * * *"),
+            ("*/10 9-17 * * 1-5", "*/10 9-17 * * 1-5"),
             ("30 2 * * *", "at 02:30 every day"),
-            ("0 9,12,15 * * *", "at 09:00, 12:00, 15:00 every day"),
-            ("0,30 8,20 * * *", "at 08:00, 08:30, 20:00, 20:30 every day"),
-            ("0,30 8,9,20 * * *", "every 30 minutes of hours 8, 9, 20"),
+            (" 0  9,12 * * * ", "0 9,12 * * *"),
             ("0 9 * * mon-fri", "at 09:00 on Mon-Fri"),
-            ("0 9 * * 0,6", "at 09:00 on Sat, Sun"),
-            ("0 9 * * 5-7", "at 09:00 on Fri-Sun"),
-            ("0 9 * * mon,wed,fri", "at 09:00 on Mon, Wed, Fri"),
+            ("0 9 * * 0,6", "0 9 * * 0,6"),
             ("@weekly", "at 00:00 on Sun"),
+            ("0 9 * * 7", "at 09:00 on Sun"),
             ("@monthly", "at 00:00 on day 1 of every month"),
-            ("@yearly", "at 00:00 on day 1 of Jan"),
-            ("0 0 1,15 * *", "at 00:00 on days 1, 15 of every month"),
-            ("0 0 1,8,15,22 * *", "at 00:00 on days 1, 8, 15, 22 of every month"),
-            ("0 0 */7 * *", "at 00:00 on days 1, 8 ... 29 of every month"),
-            ("0 0 2-31 * *", "at 00:00 on days 2-31 of every month"),
-            ("0 0 1 * */7,1-5", "at 00:00 on day 1 of every month if Mon-Fri, Sun"),
-            ("15 1-3,5-7 * * *", "at minute 15 of hours 1-3, 5-7"),
-            ("0 8,9,11,14,20 * * *", "at minute 0 of hours 8, 9, 11, 14, 20"),
-            ("0 8,10,13,14,20 * * *", "at minute 0 of hours 8, 10, 13, 14, 20"),
-            ("0 0 13 * fri", "at 00:00 on day 13 of every month, or on Fri"),
-            ("0 0 1-7 jan,dec sun",
-             "at 00:00 on days 1-7 of Jan, Dec, or on Sun in Jan, Dec"),
-            ("0 0 1-7 * */7", "at 00:00 on days 1-7 of every month if Sun"),
-            ("0 0 * 6-8 *", "at 00:00 every day in Jun-Aug"),
-            ("*/5 * * 6 *", "every 5 minutes in Jun"),
-            ("0 9 * 6 1", "at 09:00 on Mon in Jun"),
+            ("@yearly", "@yearly"),
+            ("0 0 1,15 * *", "0 0 1,15 * *"),
+            ("0 0 13 * fri", "0 0 13 * fri"),
+            ("0 0 1 * 0-6", "0 0 1 * 0-6"),
+            ("0 0 1-7 * */7", "0 0 1-7 * */7"),
+            ("*/5 * * 6 *", "*/5 * * 6 *"),
+            ("0 9 * 6 1", "0 9 * 6 1"),
         )
         for line, words in table:
             with self.subTest(line):
-                self.assertEqual(queuectl.cron_words(queuectl.parse_cron(line)), words)
+                self.assertEqual(queuectl.cron_words(line), words)
 
     def test_the_same_words_mean_the_same_runs(self):
         dice, said = random.Random(9), {}
         for _ in range(6000):
+            line = random_cron(dice)[0]
             try:
-                cron = queuectl.parse_cron(random_cron(dice)[0])
+                cron = queuectl.parse_cron(line)
             except queuectl.Invalid:
                 continue
             meaning = cron._replace(is_wild=False)
             if len(cron.days) == 31 or len(cron.weekdays) == 7:
                 meaning = meaning._replace(is_either=False)
-            self.assertEqual(said.setdefault(queuectl.cron_words(cron), meaning)[:5],
+            self.assertEqual(said.setdefault(queuectl.cron_words(line), meaning)[:5],
                              meaning[:5])
 
 
