@@ -183,9 +183,8 @@ CANCEL = "cancel"
 DRAIN, NOW = "drain", "now"
 ASKED = "asked to stop"
 
-# How grave a finding is: a promise is broken; it may come to that; good to know.
-PROBLEM, WARNING, NOTE = "problem", "warning", "note"
-
+# How grave a finding is: a promise is broken; it may come to that.
+PROBLEM, WARNING = "problem", "warning"
 
 # Verbs that statistics count; how runs end is counted beside them, as `run:OUTCOME`.
 TALLIED = ("complete", "fail", "bury", "cancel")
@@ -679,7 +678,7 @@ class Minute(NamedTuple):
 
 class Finding(NamedTuple):
     """Something that `check` has to say."""
-    level: str                  # PROBLEM, WARNING or NOTE
+    level: str                  # PROBLEM or WARNING
     code: str                   # one of a closed list
     message: str
     hint: str                   # what to do
@@ -3727,10 +3726,6 @@ class SQLite:
             self._wal = wal     # it is there from the first transaction on
         return _inode(self.path) == self.inode and self._wal in (None, wal)
 
-    def release(self) -> tuple[int, int, int]:
-        """The version of SQLite."""
-        return sqlite3.sqlite_version_info
-
 
 @contextlib.contextmanager
 def glance(path: str) -> Iterator[Rows]:
@@ -6618,7 +6613,7 @@ class Peers:
 # ---- 12 Check ----------------------------------------------------------------
 # Each check tells what it found, with what to do; none changes anything, so it may run
 # beside workers. A PROBLEM is a broken promise: the command ends with 1. A WARNING is
-# what may become one, or what only a worker can mend; a NOTE is nobody's fault.
+# what may become one, or what only a worker can mend.
 
 # It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
 # It grows far beyond that only while some connection goes on reading an old state: then
@@ -6660,16 +6655,6 @@ def is_network_filesystem(kind: str) -> bool:
     return name.startswith(NETWORK_FILESYSTEMS)
 
 
-def has_wal_bug(version: tuple[int, int, int]) -> bool:
-    """Whether this SQLite can, very rarely, damage a WAL database.
-
-    https://sqlite.org/wal.html#walresetbug: all before 3.51.3, but for the repaired
-    3.44.6 and 3.50.7 and what follows these.
-    """
-    repaired = {(3, 44): 6, (3, 50): 7}.get((version[0], version[1]))
-    return version < (3, 51, 3) and (repaired is None or version[2] < repaired)
-
-
 def _size(path: str) -> int:
     """The bytes of a file; 0 if it is not there: there is no WAL where none works."""
     try:
@@ -6702,10 +6687,9 @@ class Inspection:
         """
         looks = (self._file, self._schedules, self._skips, self._unserved,
                  self._stuck, self._clock, self._lost_runs, self._silent_workers,
-                 self._filesystem, self._sqlite,
-                 self._wal, self._room, self._mode)
+                 self._filesystem, self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
-        return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
+        return sorted(found, key=lambda one: one.level != PROBLEM)
 
     def _file(self) -> Iterator[Finding]:
         """What SQLite says of the file, and the queue's own rules, in one moment.
@@ -6832,14 +6816,6 @@ class Inspection:
                           f"the file is on a network or shared file system ({kind}): "
                           "SQLite's WAL is not safe there",
                           "move it to a disk of this machine")
-
-    def _sqlite(self) -> Iterator[Finding]:
-        version = self._store.db.release()
-        if has_wal_bug(version):
-            yield Finding(NOTE, "sqlite-version",
-                          f"SQLite {'.'.join(map(str, version))} has a rare bug that "
-                          "can damage a file when two connections tidy its WAL at once",
-                          "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
 
     def _wal(self) -> Iterator[Finding]:
         """Whether a reader that lingers keeps the WAL growing."""
@@ -7004,7 +6980,7 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
     Only a problem makes it unsound: a warning beside "sound" is no contradiction.
     """
-    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
+    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED]}
     lines = []
     for level, _, message, hint in findings:
         lines += [style.paint(f"{level:<8}", shades[level]) + f" {message}",

@@ -4837,12 +4837,6 @@ class Checks(Case):
                                 ("fuseblk", False), ("fuse.ntfs-3g", False)):
             self.assertEqual(queuectl.is_network_filesystem(kind), is_shared, kind)
 
-    def test_versions_of_sqlite_with_the_bug_are_known(self):
-        for version, is_bad in (((3, 34, 1), True), ((3, 44, 5), True), ((3, 44, 6), False),
-                                ((3, 45, 0), True), ((3, 50, 6), True), ((3, 50, 7), False),
-                                ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 0), False)):
-            self.assertEqual(queuectl.has_wal_bug(version), is_bad, version)
-
 
 # ---- 13 Views ----------------------------------------------------------------
 
