@@ -12585,25 +12585,22 @@ class Feed:
 # What listens. Whoever connects gets a thread, few bytes and little time, until it has
 # shown a token; when the threads are all taken, the most silent one makes room.
 #
-# The main thread waits for a signal (`serve`). One thread accepts (`make_listener`).
-# Each connection has a thread in http.server's handler, which reads the heads; the
-# Service takes a request from there to its reply; a Reader bounds what is read,
-# Connections say who is cut off. What is asked and answered is none of its business:
-# `respond` does that.
+# The main thread accepts, until a signal comes (`serve`). Each connection has a thread
+# in http.server's handler, which reads the heads; the Service takes a request from
+# there to its reply; a Reader bounds what is read, Connections say who is cut off. What
+# is asked and answered is none of its business: `respond` does that.
 #
 # Nothing here waits without a bound, neither for the database nor for a client; and of
 # what a client sends no more is kept than a head, a body and READ_SIZE bytes.
 
 MAX_CONNECTIONS = 100       # each has a thread
-MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
-STRANGER_TURNS = 2          # and that are answered at once
+MAX_STRANGERS = 2           # unauthenticated requests that are answered at once
 SPARE_QUEUES = 8            # open databases that are kept for the next request
 WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
 BODY_SECONDS = 60           # for a whole body
 KEEP_SECONDS = 60           # that a connection may be silent between requests
 SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
 LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
 ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
 STOP_SECONDS = 1            # for what is being answered when the server stops
@@ -12878,7 +12875,6 @@ class Service:
         self.connections = Connections()
         # A crowd that asks for metrics must not take the whole interpreter.
         self._strangers = threading.Semaphore(MAX_STRANGERS)
-        self._turns = threading.Semaphore(STRANGER_TURNS)
 
     def converse(self, handler: Any) -> None:
         """Read one request and answer it; whatever goes wrong ends the connection.
@@ -12905,8 +12901,8 @@ class Service:
         """Read a head, let its sender in or not, read the body, answer.
 
         Who has shown a token counts as busy from then on, before its body is read: a
-        crowd of strangers must not cut it off. All others take turns, for the answer
-        alone.
+        crowd of strangers must not cut it off. The others wait for each other, and who
+        was cut off meanwhile is not answered.
         """
         handler.raw_requestline = reader.readline(MAX_HEAD)
         if not handler.parse_request():     # it has refused that itself
@@ -12923,7 +12919,8 @@ class Service:
             if is_known:
                 self.connections.note_asking(sock)
             request = self._with_body(handler, reader, request)
-            with contextlib.nullcontext() if is_known else self._turn_of(sock):
+            with contextlib.nullcontext() if is_known else self._strangers:
+                self.connections.check(sock)
                 reply, stream, begin = self._reply(request)
         except QueueError as refusal:
             self._refuse(handler, refusal)
@@ -12933,28 +12930,6 @@ class Service:
         self._deliver(handler, reply, stream, begin, request.method != "HEAD")
         self.connections.note_answered(sock)
         handler.raw_requestline = b""
-
-    @contextlib.contextmanager
-    def _turn_of(self, sock: socket.socket) -> Iterator[None]:
-        """The turn of one who has shown no token; it may be cut off before that.
-
-        MAX_STRANGERS are here at once, STRANGER_TURNS of them are answered. Who waits
-        looks now and then whether it was cut off, since to answer it would take the
-        turn of one who still listens.
-        """
-        if not self._strangers.acquire(blocking=False):
-            raise denied(503, "too many ask without a token", "come again later",
-                         ("Retry-After", "5"))
-        try:
-            while not self._turns.acquire(timeout=STRANGER_TICK):
-                self.connections.check(sock)
-            try:
-                self.connections.check(sock)
-                yield
-            finally:
-                self._turns.release()
-        finally:
-            self._strangers.release()
 
     def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
         """The request with its body, which only who is let in may send.
@@ -13140,7 +13115,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
     return Handler
 
 
-# Sent by the thread that accepts: made before, and put together without http.server.
+# Sent by the main thread: made before, and put together without http.server.
 _BUSY_BODY = b'{"error": "too many connected"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
               b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -13297,21 +13272,20 @@ def listen(service: Service, options: WebOptions, family: int,
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal says to stop; for the main thread.
 
-    The listener runs in a thread of its own, so that this one is free for signals: only
-    the main thread hears them. The handlers do nothing, for to be woken is all; without
-    one SIGTERM would end the process where it stands. At the end nobody new is taken in
-    first, then the streams are ended and the silent cut off.
+    The handlers do nothing, for to be woken is all; without one SIGTERM would end the
+    process where it stands. At the end nobody new is taken in first, then the streams
+    are ended and the silent cut off.
     """
+    listener.socket.setblocking(False)  # a client may be gone before it is accepted
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
             dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
-        threading.Thread(target=listener.serve_forever, args=(0.1,),
-                         daemon=True).start()
         try:
             announce()
-            select.select([wakeup.reader], [], [])
+            awaited = (wakeup.reader, listener)
+            while wakeup.reader not in select.select(awaited, (), ())[0]:
+                listener.handle_request()
         finally:
-            listener.shutdown()
             listener.server_close()
             service.stop()
 
