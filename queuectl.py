@@ -7476,132 +7476,91 @@ def change_line(change: Change, now: float) -> str:
         f"after {took}"
 
 
-class Family(NamedTuple):
-    """One metric with its samples: suffix of the name, labels, value.
-
-    No label has a job's id: each value of a label is a series of its own, which the
-    server that scrapes keeps for weeks.
-    """
-    name: str
-    kind: str
-    help: str
-    samples: list[tuple[str, dict[str, str], float]]
+def _labels(**labels: str) -> str:
+    """`{queue="a",state="dead"}`; in quotes Prometheus and JSON escape alike."""
+    told = ",".join(f"{name}={dumps(text)}" for name, text in labels.items())
+    return f"{{{told}}}"
 
 
-def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
-               totals: Mapping[str, float]) -> Family:
-    """The buckets of each queue as a histogram.
+def metric_families(scrape: Scrape) -> Iterator[
+        tuple[str, str, str, Iterable[tuple[str, float]]]]:
+    """All metrics: name, kind, help, samples.
 
-    Each bucket counts all values up to its bound `le`; that of +Inf equals `_count`.
-    """
-    samples: list[tuple[str, dict[str, str], float]] = []
-    for queue, buckets in tallies.items():
-        counts = cumulated(buckets)
-        for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
-            samples.append(("_bucket", {"queue": queue, "le": bound}, n))
-        samples.append(("_sum", {"queue": queue}, totals[queue]))
-        samples.append(("_count", {"queue": queue}, counts[-1]))
-    return Family(name, "histogram", help, samples)
-
-
-def _time_family(name: str, help: str, kind: str, scrape: Scrape,
-                 queues: Sequence[str]) -> Family:
-    """The durations of one kind, for each queue; also where there were none.
-
-    A series that begins with 0 shows its first value as a rise; one that begins with
-    that value does not.
-    """
-    tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
-    totals = dict.fromkeys(queues, 0.0)
-    for queue, one, bucket, n, total in scrape.tallies:
-        if one == kind:
-            tallies[queue][bucket] = n
-            totals[queue] += total
-    return _histogram(name, help, tallies, totals)
-
-
-def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
-    """The metrics that are told of each queue."""
-    # Verbs and outcomes have one bucket. Of durations only the last stays in here, and
-    # nobody asks for these.
-    ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
-    stopped = scrape.paused.get(EVERY_QUEUE, False)
-    return [
-        Family("queuectl_jobs", "gauge", "Jobs that are there now.", [
-            ("", {"queue": queue, "state": state}, scrape.jobs.get((queue, state), 0))
-            for queue in queues for state in STATES]),
-        Family("queuectl_jobs_completed_total", "counter",
-               "Jobs that were completed.", [
-                   ("", {"queue": queue}, ever.get((queue, "complete"), 0))
-                   for queue in queues]),
-        Family("queuectl_attempts_total", "counter",
-               "Runs that ended, by how they ended.", [
-                   ("", {"queue": queue, "outcome": outcome},
-                    ever.get((queue, f"run:{outcome}"), 0))
-                   for queue in queues for outcome in OUTCOMES]),
-        _time_family("queuectl_job_duration_seconds", "Time that a run took.",
-                     "run_time", scrape, queues),
-        _time_family("queuectl_job_wait_seconds", "Time from due to started.",
-                     "wait_time", scrape, queues),
-        Family("queuectl_oldest_pending_seconds", "gauge",
-               "Time for which the first in line has been due.", [
-                   ("", {"queue": queue}, scrape.oldest.get(queue, 0))
-                   for queue in queues]),
-        Family("queuectl_queue_paused", "gauge", "1 if nothing of it is claimed.", [
-            ("", {"queue": queue}, int(stopped or scrape.paused.get(queue, False)))
-            for queue in queues])]
-
-
-def metric_families(scrape: Scrape) -> list[Family]:
-    """All metrics; those of a queue stay once it was there: counters must never fall,
-    and a series that is gone and comes back looks as if they had.
+    Those of a queue stay once it was there: counters must never fall, and a series that
+    is gone and comes back looks as if they had. One that begins with 0 shows its first
+    value as a rise. No label has a job's id: each value of a label is a series of its
+    own, which the server that scrapes keeps for weeks.
     """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
+    tallies: dict[tuple[str, str], dict[int, int]] = {}     # by queue and kind
+    totals: dict[tuple[str, str], float] = {}
+    for queue, kind, bucket, n, total in scrape.tallies:
+        tallies.setdefault((queue, kind), {})[bucket] = n
+        totals[queue, kind] = totals.get((queue, kind), 0.0) + total
+
+    def _ever(queue: str, kind: str) -> int:
+        return sum(tallies.get((queue, kind), {}).values())
+
+    def _times(kind: str) -> Iterator[tuple[str, float]]:
+        """A histogram: each bucket counts all values up to its bound `le`."""
+        for queue in queues:
+            counts = cumulated(tallies.get((queue, kind), {}))
+            for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
+                yield "_bucket" + _labels(queue=queue, le=bound), n
+            yield "_sum" + _labels(queue=queue), totals.get((queue, kind), 0.0)
+            yield "_count" + _labels(queue=queue), counts[-1]
+
+    stopped = scrape.paused.get(EVERY_QUEUE, False)
     workers = [view for view in scrape.workers if not view.is_silent]
     slots = sum(view.worker.slots for view in workers)
     busy = sum(len(view.running) for view in workers)
-    return [
-        *_job_families(scrape, queues),
-        Family("queuectl_workers", "gauge", "Workers that run.",
-               [("", {}, len(workers))]),
-        Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
-            ("", {"state": "busy"}, busy),
-            ("", {"state": "idle"}, max(0, slots - busy))]),
-        Family("queuectl_database_bytes", "gauge", "Size of the file with its WAL.",
-               [("", {}, scrape.database_bytes)]),
-        Family("queuectl_jobs_blocked", "gauge",
-               "Jobs that come after dead or cancelled ones.",
-               [("", {}, scrape.blocked)]),
-        Family("queuectl_schedule_skipped_total", "counter",
-               "Runs left out because the previous job was not over.", [
-                   ("", {"schedule": one.name}, one.skipped)
-                   for one in scrape.schedules]),
-        Family("queuectl_schedule_last_success_timestamp_seconds", "gauge",
-               "When a job of the schedule last completed; 0: not yet.", [
-                   ("", {"schedule": one.name},
-                    epoch(one.last_success) if one.last_success else 0)
-                   for one in scrape.schedules]),
-        Family("queuectl_build_info", "gauge", "The version that answers.",
-               [("", {"version": __version__}, 1)])]
+    yield from (
+        ("jobs", "gauge", "Jobs that are there now.", (
+            (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
+            for queue in queues for state in STATES)),
+        ("jobs_completed_total", "counter", "Jobs that were completed.", (
+            (_labels(queue=queue), _ever(queue, "complete")) for queue in queues)),
+        ("attempts_total", "counter", "Runs that ended, by how they ended.", (
+            (_labels(queue=queue, outcome=outcome), _ever(queue, f"run:{outcome}"))
+            for queue in queues for outcome in OUTCOMES)),
+        ("job_duration_seconds", "histogram", "Time that a run took.",
+         _times("run_time")),
+        ("job_wait_seconds", "histogram", "Time from due to started.",
+         _times("wait_time")),
+        ("oldest_pending_seconds", "gauge",
+         "Time for which the first in line has been due.", (
+            (_labels(queue=queue), scrape.oldest.get(queue, 0)) for queue in queues)),
+        ("queue_paused", "gauge", "1 if nothing of it is claimed.", (
+            (_labels(queue=queue), int(stopped or scrape.paused.get(queue, False)))
+            for queue in queues)),
+        ("workers", "gauge", "Workers that run.", [("", len(workers))]),
+        ("worker_slots", "gauge", "Slots of the workers.", [
+            (_labels(state="busy"), busy),
+            (_labels(state="idle"), max(0, slots - busy))]),
+        ("database_bytes", "gauge", "Size of the file with its WAL.",
+         [("", scrape.database_bytes)]),
+        ("jobs_blocked", "gauge", "Jobs that come after dead or cancelled ones.",
+         [("", scrape.blocked)]),
+        ("schedule_skipped_total", "counter",
+         "Runs left out because the previous job was not over.", (
+            (_labels(schedule=one.name), one.skipped) for one in scrape.schedules)),
+        ("schedule_last_success_timestamp_seconds", "gauge",
+         "When a job of the schedule last completed; 0: not yet.", (
+            (_labels(schedule=one.name),
+             epoch(one.last_success) if one.last_success else 0)
+            for one in scrape.schedules)),
+        ("build_info", "gauge", "The version that answers.",
+         [(_labels(version=__version__), 1)]))
 
 
-def _labelled(labels: Mapping[str, str]) -> str:
-    """`{queue="a",state="dead"}`, escaped; "" for no labels."""
-    def _escaped(text: str) -> str:
-        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
-    return f"{{{inner}}}" if inner else ""
-
-
-def metrics_text(families: Iterable[Family]) -> str:
+def metrics_text(scrape: Scrape) -> str:
     """The metrics in Prometheus' text format 0.0.4."""
     lines = []
-    for name, kind, help, samples in families:
-        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{suffix}{_labelled(labels)} {value!r}"
-                  for suffix, labels, value in samples]
+    for name, kind, help, samples in metric_families(scrape):
+        lines += [f"# HELP queuectl_{name} {help}", f"# TYPE queuectl_{name} {kind}",
+                  *(f"queuectl_{name}{rest} {value!r}" for rest, value in samples)]
     return "\n".join(lines) + "\n"
 
 
@@ -11702,8 +11661,7 @@ def get_health(queue: Queue, call: Call) -> Reply:
 
 def get_metrics(queue: Queue, call: Call) -> Reply:
     """The metrics for Prometheus."""
-    text = metrics_text(metric_families(queue.scrape()))
-    return Reply(200, text.encode(), METRICS_TYPE)
+    return Reply(200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)
 
 
 class Route(NamedTuple):

@@ -6254,7 +6254,7 @@ def check_histograms(test, kinds, samples):
 
 class Metrics(Case):
     def scrape(self, queue):
-        return queuectl.metrics_text(queuectl.metric_families(queue.scrape()))
+        return queuectl.metrics_text(queue.scrape())
 
     def a_busy_hour(self, queue, claims, jobs=4):
         for n in range(jobs):
@@ -6300,8 +6300,9 @@ class Metrics(Case):
                          {"accept": "a, b", "cookie": "a=1; b=2"})
 
     def test_labels_are_escaped(self):
-        family = queuectl.Family("f", "gauge", "h", [("", {"l": 'a"b\\c\nd'}, 1)])
-        self.assertIn(r'f{l="a\"b\\c\nd"} 1', queuectl.metrics_text([family]))
+        scrape = self.queue.scrape()._replace(oldest={}, paused={'a"b\\c\nd': True})
+        self.assertIn(r'queuectl_queue_paused{queue="a\"b\\c\nd"} 1',
+                      queuectl.metrics_text(scrape))
 
     def test_they_are_equal_to_status(self):
         self.a_busy_hour(self.queue, self.worker(), 12)
