@@ -6655,14 +6655,6 @@ def is_network_filesystem(kind: str) -> bool:
     return name.startswith(NETWORK_FILESYSTEMS)
 
 
-def _size(path: str) -> int:
-    """The bytes of a file; 0 if it is not there: there is no WAL where none works."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
 def _pid_list(pids: Sequence[int]) -> str:
     return f"process{'es' * (len(pids) > 1)} {', '.join(map(str, pids))}"
 
@@ -6677,7 +6669,6 @@ class Inspection:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._store, self._host, self.path = queue.store, queue.host, queue.path
-        self._workers = queue.workers
 
     def findings(self) -> list[Finding]:
         """All there is to say, the gravest first; [] of a sound queue.
@@ -6771,8 +6762,7 @@ class Inspection:
         """No promise is broken yet: the next worker that comes takes these over.
 
         Runs and workers of one moment: else a run that ends now, and its worker that
-        leaves, would be told. What is left is found in both ways: some processes shed
-        their environment, some their descriptors.
+        leaves, would be told.
         """
         with self._store.snapshot():
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
@@ -6783,14 +6773,15 @@ class Inspection:
                 continue
             left = sorted(self._host.locks.holders(run.claim))
             said = f"; still there: {_pid_list(left)}" if left else ""
+            jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # or deleted by now
+            name = jobs[0].id if jobs else f"job number {run.job}"
             yield Finding(
                 WARNING, "lost-run",
-                f"run {run.number} of {self._name(run)} has lost its worker "
-                f"{run.worker}{said}",
+                f"run {run.number} of {name} has lost its worker {run.worker}{said}",
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _silent_workers(self) -> Iterator[Finding]:
-        for view in self._workers():
+        for view in self._queue.workers():
             worker = view.worker
             if view.is_silent:
                 yield Finding(
@@ -6798,11 +6789,6 @@ class Inspection:
                     "has sent no heartbeat for "
                     f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it")
-
-    def _name(self, run: Run) -> str:
-        """A run knows its job by `seq` alone, and the job may be deleted by now."""
-        found = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)
-        return found[0].id if found else f"job number {run.job}"
 
     def _filesystem(self) -> Iterator[Finding]:
         """Whether WAL's -shm file is memory that all users of the file share.
@@ -6819,7 +6805,9 @@ class Inspection:
 
     def _wal(self) -> Iterator[Finding]:
         """Whether a reader that lingers keeps the WAL growing."""
-        size = _size(self.path + "-wal")
+        size = 0
+        with contextlib.suppress(OSError):      # there is none where WAL does not work
+            size = os.stat(self.path + "-wal").st_size
         if size > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
                           f"the WAL has grown to {size >> 20} MiB",
