@@ -11998,28 +11998,20 @@ ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 # What they know is the site, the request's head and the table of routes. Nothing is
 # kept between requests: there are no sessions, so nothing to run out or to fill.
 
-def _host_of(request: Request) -> str:
-    """The name by which the client calls this host, without the port.
-
-    A last dot is no other name: `localhost.` is the same host. A request without a
-    Host, or with one that is none, gets a 400, as RFC 9112, section 3.2 demands.
-    """
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
-                         request.headers.get("host", ""))
-    if match is None:
-        raise Invalid("the request names no Host")
-    return match[1].lower()
-
-
 def _check_host(site: Site, request: Request) -> None:
     """Refuse names that are not ours: a foreign one may be made to lead here.
 
     A page of evil.example is served with a DNS entry that is soon replaced by
     127.0.0.1; what it asks for then is of its own origin to the browser, and nothing
     but the Host tells. No DNS entry can change an address, so a server on all addresses
-    takes any.
+    takes any. A last dot is no other name: `localhost.` is the same host. A request
+    without a Host, or with one that is none, gets a 400 (RFC 9112, section 3.2).
     """
-    host = _host_of(request)
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
+                         request.headers.get("host", ""))
+    if match is None:
+        raise Invalid("the request names no Host")
+    host = match[1].lower()
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     if host not in site.hosts and not (site.is_wide and is_address):
         raise denied(403, f"this is not {host}",
@@ -12135,20 +12127,6 @@ def _path_of(request: Request) -> tuple[str, str]:
     return path, query
 
 
-def _job_in(pattern: str, path: str) -> str | None:
-    """The job's id in a path, "" where it has none; None if it is another path."""
-    if "/ID" not in pattern:
-        return "" if path == pattern else None
-    before, after = pattern.split("ID")
-    # One segment, so that /api/jobs/ID takes neither the path of its output nor
-    # nothing.
-    inner = path[len(before):len(path) - len(after)]
-    if not path.startswith(before) or not path.endswith(after) or not inner \
-            or "/" in inner:
-        return None
-    return inner
-
-
 def _job_id(given: str) -> str:
     """An id out of a path: decoded once; NotFound for what can be none.
 
@@ -12168,8 +12146,10 @@ def find_route(method: str, path: str) -> tuple[Route, str]:
     HEAD is GET without the body (RFC 9110, section 9.3.2). A 405 has to tell what is
     allowed (15.5.6).
     """
-    fits = [(route, given) for route in ROUTES
-            for given in [_job_in(route.path, path)] if given is not None]
+    # An id is one segment: /api/jobs/ID takes neither its output's path nor nothing.
+    fits = [(route, match[1] if match.re.groups else "") for route in ROUTES
+            for match in [re.fullmatch(re.escape(route.path).replace("/ID", "/([^/]+)"),
+                                       path)] if match]
     if not fits:
         raise denied(404, "there is nothing at that path",
                      "/api/openapi.json lists what there is")
@@ -12873,7 +12853,15 @@ class Service:
             return
         if reply.said:
             self._log(reply.said)
-        self._deliver(handler, reply, stream, begin, request.method != "HEAD")
+        if stream is None:
+            self._send(handler, reply, request.method != "HEAD")
+        else:
+            try:
+                handler.close_connection = True
+                self._send(handler, reply)
+                self._stream(sock, begin, stream)
+            finally:
+                self._feed.leave(stream)
         self.connections.note_answered(sock)
         handler.raw_requestline = b""
 
@@ -12924,19 +12912,6 @@ class Service:
                     raise
         except QueueError as error:
             return refusal_reply(error), None, b""
-
-    def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
-                 begin: bytes, with_body: bool) -> None:
-        """Send the reply and the events that follow it; in any case, leave the feed."""
-        if stream is None:
-            self._send(handler, reply, with_body)
-            return
-        try:
-            handler.close_connection = True
-            self._send(handler, reply)
-            self._stream(handler.request, begin, stream)
-        finally:
-            self._feed.leave(stream)
 
     def _answered(self, queue: Queue, request: Request) -> Reply:
         """What `respond` says; of a mistake of ours 500, with a traceback in the log.
@@ -13068,56 +13043,6 @@ BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/js
               % len(_BUSY_BODY) + _BUSY_BODY)
 
 
-def make_listener(service: Service, family: int, address: tuple[Any, ...],
-                  tls: ssl.SSLContext | None) -> Any:
-    """What accepts connections; OSError if it cannot have that address.
-
-    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
-    which may take seconds. Threads are daemons and nobody joins them: an end must not
-    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
-    last one's connections (TIME_WAIT).
-    """
-    import socketserver
-
-    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-        """The socket that listens; each connection has a thread."""
-
-        address_family = family
-        allow_reuse_address = True
-        daemon_threads, block_on_close = True, False
-        request_queue_size = 128
-
-        def get_request(self) -> Any:
-            """Accept one; TLS begins later, in its own thread."""
-            try:
-                sock, client = self.socket.accept()
-            except OSError:     # out of descriptors: that will not pass at once
-                time.sleep(ACCEPT_PAUSE)
-                raise
-            return (sock if tls is None else tls.wrap_socket(
-                sock, server_side=True, do_handshake_on_connect=False)), client
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            """Take it in, if there is room."""
-            if service.connections.enter(request):
-                return True
-            if tls is None:
-                with contextlib.suppress(OSError):
-                    request.setblocking(False)
-                    request.send(BUSY_REPLY)
-            return False
-
-        def shutdown_request(self, request: Any) -> None:
-            """Close it."""
-            service.connections.leave(request)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: a client has gone away, or cannot speak TLS."""
-
-    return Listener(address, _handler_class(service, tls is not None))
-
-
 class WebOptions(NamedTuple):
     """What `web` was asked to do."""
     host: str
@@ -13203,9 +13128,54 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
 
 def listen(service: Service, options: WebOptions, family: int,
            address: tuple[Any, ...]) -> Any:
-    """The listener; a refusal in words if the address is not to be had."""
+    """What accepts connections; a refusal in words if the address is not to be had.
+
+    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
+    which may take seconds. Threads are daemons and nobody joins them: an end must not
+    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
+    last one's connections (TIME_WAIT).
+    """
+    tls = tls_context(options)
+    import socketserver
+
+    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        """The socket that listens; each connection has a thread."""
+
+        address_family = family
+        allow_reuse_address = True
+        daemon_threads, block_on_close = True, False
+        request_queue_size = 128
+
+        def get_request(self) -> Any:
+            """Accept one; TLS begins later, in its own thread."""
+            try:
+                sock, client = self.socket.accept()
+            except OSError:     # out of descriptors: that will not pass at once
+                time.sleep(ACCEPT_PAUSE)
+                raise
+            return (sock if tls is None else tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False)), client
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            """Take it in, if there is room."""
+            if service.connections.enter(request):
+                return True
+            if tls is None:
+                with contextlib.suppress(OSError):
+                    request.setblocking(False)
+                    request.send(BUSY_REPLY)
+            return False
+
+        def shutdown_request(self, request: Any) -> None:
+            """Close it."""
+            service.connections.leave(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client has gone away, or cannot speak TLS."""
+
     try:
-        return make_listener(service, family, address, tls_context(options))
+        return Listener(address, _handler_class(service, tls is not None))
     except OSError as error:
         place = f"port {options.port} of {options.host}"
         if error.errno == errno.EADDRINUSE:
