@@ -1371,8 +1371,7 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 # own. Queue and Ledger store the next run by `run_after`; Views shows the next few.
 
 class CronField(NamedTuple):
-    """What one field of a cron line takes: numbers from low to high, names from low on.
-    """
+    """What one field of a cron line takes; `names` count from `low` on."""
     name: str
     low: int
     high: int
@@ -1397,7 +1396,7 @@ CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
 
 
 def _cron_value(text: str, field: CronField) -> int:
-    """A number or a name; Invalid says what the field takes, for all mistakes."""
+    """A number or a name, else Invalid."""
     if text.lower() in field.names:
         return field.low + field.names.index(text.lower())
     if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
@@ -1408,34 +1407,25 @@ def _cron_value(text: str, field: CronField) -> int:
                   "1-5 or */2")
 
 
-def _cron_span(text: str, field: CronField) -> tuple[int, int]:
-    """The ends of `*`, `1-5` or `5`.
-
-    What runs backwards, as fri-mon, is refused; the hint writes it as two.
-    """
-    low, dash, high = text.partition("-")
-    if text == "*":
-        return field.low, field.high
-    first = _cron_value(low, field)
-    last = _cron_value(high, field) if dash else first
-    if first > last:
-        ends = field.names or (str(field.low), str(field.high))
-        raise Invalid(f"{text!r} in the {field.name} field runs backwards",
-                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
-    return first, last
-
-
 def _cron_part(text: str, field: CronField) -> range:
-    """The values of one item of a field's list: a span, or a span with a step.
+    """The values of one item of a field's list: `*`, `1-5` or `5`, also with a step.
 
     A step counts from the span's beginning, so `*/7` of minutes is 0, 7 ... 56, and 4
     minutes later 0 again.
     """
     span, slash, step = text.partition("/")
-    first, last = _cron_span(span, field)
+    low, dash, high = span.partition("-")
+    first, last = field.low, field.high
+    if span != "*":
+        first = _cron_value(low, field)
+        last = _cron_value(high, field) if dash else first
+    if first > last:
+        ends = field.names or (str(field.low), str(field.high))
+        raise Invalid(f"{span!r} in the {field.name} field runs backwards",
+                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
     if not slash:
         return range(first, last + 1)
-    if span != "*" and "-" not in span:
+    if span != "*" and not dash:
         raise Invalid(f"{text!r} in the {field.name} field is a step without a range",
                       f"use {span}-{field.high}/{step}")
     most = field.high - field.low + 1   # a longer one is surely meant otherwise
@@ -1445,11 +1435,11 @@ def _cron_part(text: str, field: CronField) -> range:
     return range(first, last + 1, int(step))
 
 
-def _cron_texts(text: str) -> list[str]:
-    """The five fields as text, a name like @daily replaced.
+def parse_cron(text: str) -> Cron:
+    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
 
-    One blank between fields is as good as many; anything after the fifth is an error:
-    the command has a place of its own.
+    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
+    as stars. If neither day field begins so, a day that fits one of them is enough.
     """
     line = text.strip()
     if line.lower() == "@reboot":
@@ -1462,16 +1452,6 @@ def _cron_texts(text: str) -> list[str]:
         raise Invalid(f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not "
                       "5", "use minute, hour, day of month, month, day of week, as '30 "
                       "2 * * mon-fri'")
-    return texts
-
-
-def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
-
-    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
-    as stars. If neither day field begins so, a day that fits one of them is enough.
-    """
-    texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
         tuple(sorted({value for part in text.split(",")
                       for value in _cron_part(part, field)}))
@@ -1481,7 +1461,7 @@ def parse_cron(text: str) -> Cron:
     # With is_either it comes on its weekdays at least. Its longest months are enough to
     # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
-        raise Invalid(f"{text.strip()!r} never comes: no month of it has a day "
+        raise Invalid(f"{line!r} never comes: no month of it has a day "
                       f"{days[0]}", "choose another day or month")
     return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
                 is_either, starred[0] or starred[1])
@@ -1499,10 +1479,7 @@ def parse_cron(text: str) -> Cron:
 # What is made up at one jump is one run, so runs are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Whether the cron comes on a local date, given as days since 1970.
-
-    The calendar's question alone: what the clocks do on that day is not asked.
-    """
+    """Whether the cron comes on a local date, given as days since 1970."""
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1512,9 +1489,7 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
-    """The matching local minutes, as minutes since 1970, both ends included.
-
-    In order, and no more is looked at than is asked for: mostly the first is enough.
+    """The matching local minutes, as minutes since 1970, both ends included, in order.
     """
     hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
              if _is_cron_day(cron, day) for hour in cron.hours)
@@ -1586,8 +1561,6 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     """The first run after a moment, in epoch seconds.
 
     math.inf: never, as an interval that lies where the zone always skips an hour.
-    Dates are gone through in order and their windows with them, so the first run that
-    is found is the first of all.
     """
     since = math.floor(after)
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
@@ -1677,10 +1650,7 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 
 def run_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first run after a moment, as stored; Invalid: it has none.
-
-    Runs are whole seconds, so nothing is rounded.
-    """
+    """A cron line's first run after a moment, as stored; Invalid: it has none."""
     run = first_run(parse_cron(cron), now, zone_of(tz))
     if run == math.inf:
         raise Invalid(f"{cron!r} never comes", "choose another time")
