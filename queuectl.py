@@ -12019,15 +12019,6 @@ def cookie_value(token: str) -> str:
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
-def _cookie_of(site: Site, request: Request) -> str | None:
-    """Our cookie, or None; others of this host may stand beside it."""
-    for part in request.headers.get("cookie", "").split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == site.cookie:
-            return value
-    return None
-
-
 def _role_of_token(site: Site, given: str,
                    made: Callable[[str], str] = str) -> str | None:
     """The role of who has that token, or what is made of it; in constant time.
@@ -12056,7 +12047,9 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
         scheme, _, token = header.partition(" ")
         return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
                 else None), "bearer"
-    cookie = _cookie_of(site, request)
+    # The first of a name counts: browsers send that of the longest path first.
+    cookie = dict(part.strip().partition("=")[::2] for part in reversed(
+        request.headers.get("cookie", "").split(";"))).get(site.cookie)
     return (None if cookie is None else
             _role_of_token(site, cookie, cookie_value)), "cookie"
 
@@ -12080,34 +12073,6 @@ def _log_in(site: Site, token: str) -> Reply:
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
               + ("; Secure" if site.is_secure else ""))
     return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
-
-
-def _path_of(request: Request) -> tuple[str, str]:
-    """Path and query of a request's target.
-
-    Not yet decoded, so %2F is no slash and what is forbidden cannot be written in
-    another way. A whole URL, as for a proxy, is refused: there would be two hosts to
-    check.
-    """
-    if len(request.target) > MAX_TARGET:
-        raise denied(414, f"path and query are over {MAX_TARGET} bytes")
-    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
-        raise Invalid("that is not a path", "it begins with / and is ASCII")
-    path, _, query = request.target.partition("?")
-    return path, query
-
-
-def _job_id(given: str) -> str:
-    """An id out of a path: decoded once; NotFound for what can be none.
-
-    The parts were told apart before that: an encoded slash is in no id, so leads
-    nowhere.
-    """
-    import urllib.parse
-    job_id = urllib.parse.unquote(given, errors="replace")
-    if given and not re.fullmatch(_NAME, job_id):
-        raise no_such_job(job_id)
-    return job_id
 
 
 def find_route(method: str, path: str) -> tuple[Route, str]:
@@ -12139,7 +12104,12 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     can be none. It changes nothing: of a request with a body it is asked twice, before
     the body is read and when it is answered.
     """
-    path, query = _path_of(request)
+    if len(request.target) > MAX_TARGET:
+        raise denied(414, f"path and query are over {MAX_TARGET} bytes")
+    # A whole URL, as for a proxy, is refused: there would be two hosts to check.
+    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
+        raise Invalid("that is not a path", "it begins with / and is ASCII")
+    path, _, query = request.target.partition("?")
     _check_host(site, request)
     _check_origin(request)
     # Only here: a token in the query of the API would stay in logs and histories.
@@ -12161,7 +12131,12 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
         raise denied(403, "only looking is allowed here" if site.is_read_only
                          else "this token may only read")
     params = read_params(route.params, query)
-    return route, Call(request, role or READ, how, params, _job_id(given))
+    import urllib.parse
+    # Decoded once, and after the parts were told apart: %2F is no slash.
+    job_id = urllib.parse.unquote(given, errors="replace")
+    if given and not re.fullmatch(_NAME, job_id):
+        raise no_such_job(job_id)
+    return route, Call(request, role or READ, how, params, job_id)
 
 
 # ---- 20 Reply ----------------------------------------------------------------
@@ -12170,25 +12145,15 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
 # answered; here the two meet, refusals become replies, and what was changed gets its
 # line in the log.
 
-def log_line(route: Route, call: Call, reply: Reply) -> str:
-    """What was changed, or was not: by whom, from where, with what result.
+def respond(site: Site, queue: Queue, request: Request) -> Reply:
+    """One request, one reply. A change has a line for the log in `said`: by whom, from
+    where, with what result.
 
         web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
 
     Path and words may come from anywhere: they are cut, and nothing in them can begin a
-    line of its own or command a terminal. The query is left out, as it is no part of a
-    change.
-    """
-    path = call.request.target.partition("?")[0]
-    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
-    return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
-                    f"{call.request.peer}: {reply.status} {cut(said, 200)}").rstrip()
-
-
-def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply. A change has something to be `said`.
-
-    Who was not let in leaves no line: else a stranger could fill the disk by the log.
+    line of its own or command a terminal. Who was not let in leaves no line: else a
+    stranger could fill the disk by the log.
     """
     try:
         admitted = admit(site, request)
@@ -12203,7 +12168,11 @@ def respond(site: Site, queue: Queue, request: Request) -> Reply:
         reply = refusal_reply(error)
     if route.method == "GET":
         return reply
-    return reply._replace(said=log_line(route, call, reply))
+    path = request.target.partition("?")[0]
+    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
+    return reply._replace(said=one_line(
+        f"web: {route.method} {cut(path, 200)} by {call.how} from {request.peer}: "
+        f"{reply.status} {cut(said, 200)}").rstrip())
 
 
 @functools.lru_cache(maxsize=4)
