@@ -7306,11 +7306,6 @@ def run_line(run: Run, style: Style) -> str:
     return line + (f"  {one_line(run.error)}" if run.error else "")
 
 
-def _on_lines(text: str) -> str:
-    """Text with its own line breaks, the next lines below the first; see `one_line`."""
-    return ("\n" + " " * 13).join(map(one_line, text.split("\n")))
-
-
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
     """One job whole; what is as usual is left out, such as a priority of 0."""
@@ -7335,7 +7330,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("error", one_line(job.error or ""), job.error is not None),
     )
     lines = [row("job", style.paint(job.id, BOLD)),
-             row("command", _on_lines(job.command)),
+             row("command", ("\n" + row("", "")).join(
+                 map(one_line, job.command.split("\n")))),
              row("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
              *(row("", reason) for reason in reasons),
              row("queue", job.queue),
