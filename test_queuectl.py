@@ -13531,7 +13531,7 @@ class Times(Processes):
         self.assertEqual(self.read("worker.log").count("a run is skipped"),
                          self.schedules()[0]["skipped"])
         with Queue(self.path) as queue:
-            text = queuectl.metrics_text(queuectl.metric_families(queue.scrape()), False)
+            text = queuectl.metrics_text(queue.scrape())
         self.assertRegex(text, 'queuectl_schedule_skipped_total{schedule="s"} [1-9]')
         self.assertIn('queuectl_schedule_last_success_timestamp_seconds{schedule="s"} 0', text)
 
