@@ -183,9 +183,8 @@ CANCEL = "cancel"
 DRAIN, NOW = "drain", "now"
 ASKED = "asked to stop"
 
-# How grave a finding is: a promise is broken; it may come to that; good to know.
+# How grave a finding is: a promise is broken; it may come to that; it passes by itself.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
-
 
 # Verbs that statistics count; how runs end is counted beside them, as `run:OUTCOME`.
 TALLIED = ("complete", "fail", "bury", "cancel")
@@ -1361,12 +1360,10 @@ def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
 # ---- 4 Cron ------------------------------------------------------------------
 # When a schedule comes: its line read, and its runs reckoned, as Debian's cron does.
 # Pure but for the time zone, which is asked for its offsets: by default the process's
-# own. First the line is parsed, then runs are found, then said in words. Queue and
-# Ledger store the next run by `run_after`; Views shows the next few and the words.
+# own. Queue and Ledger store the next run by `run_after`; Views shows the next few.
 
 class CronField(NamedTuple):
-    """What one field of a cron line takes: numbers from low to high, names from low on.
-    """
+    """What one field of a cron line takes; `names` count from `low` on."""
     name: str
     low: int
     high: int
@@ -1391,7 +1388,7 @@ CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
 
 
 def _cron_value(text: str, field: CronField) -> int:
-    """A number or a name; Invalid says what the field takes, for all mistakes."""
+    """A number or a name, else Invalid."""
     if text.lower() in field.names:
         return field.low + field.names.index(text.lower())
     if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
@@ -1402,34 +1399,25 @@ def _cron_value(text: str, field: CronField) -> int:
                   "1-5 or */2")
 
 
-def _cron_span(text: str, field: CronField) -> tuple[int, int]:
-    """The ends of `*`, `1-5` or `5`.
-
-    What runs backwards, as fri-mon, is refused; the hint writes it as two.
-    """
-    low, dash, high = text.partition("-")
-    if text == "*":
-        return field.low, field.high
-    first = _cron_value(low, field)
-    last = _cron_value(high, field) if dash else first
-    if first > last:
-        ends = field.names or (str(field.low), str(field.high))
-        raise Invalid(f"{text!r} in the {field.name} field runs backwards",
-                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
-    return first, last
-
-
 def _cron_part(text: str, field: CronField) -> range:
-    """The values of one item of a field's list: a span, or a span with a step.
+    """The values of one item of a field's list: `*`, `1-5` or `5`, also with a step.
 
     A step counts from the span's beginning, so `*/7` of minutes is 0, 7 ... 56, and 4
     minutes later 0 again.
     """
     span, slash, step = text.partition("/")
-    first, last = _cron_span(span, field)
+    low, dash, high = span.partition("-")
+    first, last = field.low, field.high
+    if span != "*":
+        first = _cron_value(low, field)
+        last = _cron_value(high, field) if dash else first
+    if first > last:
+        ends = field.names or (str(field.low), str(field.high))
+        raise Invalid(f"{span!r} in the {field.name} field runs backwards",
+                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
     if not slash:
         return range(first, last + 1)
-    if span != "*" and "-" not in span:
+    if span != "*" and not dash:
         raise Invalid(f"{text!r} in the {field.name} field is a step without a range",
                       f"use {span}-{field.high}/{step}")
     most = field.high - field.low + 1   # a longer one is surely meant otherwise
@@ -1439,11 +1427,11 @@ def _cron_part(text: str, field: CronField) -> range:
     return range(first, last + 1, int(step))
 
 
-def _cron_texts(text: str) -> list[str]:
-    """The five fields as text, a name like @daily replaced.
+def parse_cron(text: str) -> Cron:
+    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
 
-    One blank between fields is as good as many; anything after the fifth is an error:
-    the command has a place of its own.
+    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
+    as stars. If neither day field begins so, a day that fits one of them is enough.
     """
     line = text.strip()
     if line.lower() == "@reboot":
@@ -1456,16 +1444,6 @@ def _cron_texts(text: str) -> list[str]:
         raise Invalid(f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not "
                       "5", "use minute, hour, day of month, month, day of week, as '30 "
                       "2 * * mon-fri'")
-    return texts
-
-
-def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
-
-    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
-    as stars. If neither day field begins so, a day that fits one of them is enough.
-    """
-    texts = _cron_texts(text)
     minutes, hours, days, months, weekdays = (
         tuple(sorted({value for part in text.split(",")
                       for value in _cron_part(part, field)}))
@@ -1475,7 +1453,7 @@ def parse_cron(text: str) -> Cron:
     # With is_either it comes on its weekdays at least. Its longest months are enough to
     # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
-        raise Invalid(f"{text.strip()!r} never comes: no month of it has a day "
+        raise Invalid(f"{line!r} never comes: no month of it has a day "
                       f"{days[0]}", "choose another day or month")
     return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
                 is_either, starred[0] or starred[1])
@@ -1493,10 +1471,7 @@ def parse_cron(text: str) -> Cron:
 # What is made up at one jump is one run, so runs are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Whether the cron comes on a local date, given as days since 1970.
-
-    The calendar's question alone: what the clocks do on that day is not asked.
-    """
+    """Whether the cron comes on a local date, given as days since 1970."""
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1506,9 +1481,7 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 
 def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
-    """The matching local minutes, as minutes since 1970, both ends included.
-
-    In order, and no more is looked at than is asked for: mostly the first is enough.
+    """The matching local minutes, as minutes since 1970, both ends included, in order.
     """
     hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
              if _is_cron_day(cron, day) for hour in cron.hours)
@@ -1580,8 +1553,6 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     """The first run after a moment, in epoch seconds.
 
     math.inf: never, as an interval that lies where the zone always skips an hour.
-    Dates are gone through in order and their windows with them, so the first run that
-    is found is the first of all.
     """
     since = math.floor(after)
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
@@ -1594,87 +1565,29 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
     return math.inf
 
 
-def _spelt(values: tuple[int, ...], names: Sequence[str] = ()) -> str:
-    """Sorted values for people: `5`, `1-5, 9`, `0, 7 ... 56`, `Mon-Fri`.
-
-    Two in a row are no range, and a step is told of five values or more.
-    """
-    def name(value: int) -> str:
-        """What it is called."""
-        return names[value].title() if names else str(value)
-    step = values[1] - values[0] if len(values) > 4 else 1
-    if step > 1 and values == tuple(range(values[0], values[-1] + 1, step)):
-        return f"{name(values[0])}, {name(values[1])} ... {name(values[-1])}"
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and runs[-1][-1] == value - 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(f"{name(run[0])}-{name(run[-1])}" if len(run) > 2
-                     else ", ".join(map(name, run)) for run in runs)
-
-
-def _counted(unit: str, values: tuple[int, ...]) -> str:
-    """`hour 5`, `hours 5-7`."""
-    return f"{unit}{'s' * (len(values) > 1)} {_spelt(values)}"
-
-
-def _every(values: tuple[int, ...], whole: int, unit: str) -> str:
-    """`every minute`, `every 5 minutes`; "" if the values are not so regular.
-
-    `*/7` of minutes is not: 7 does not divide 60, so the last interval is shorter.
-    """
-    step = whole // len(values)
-    if values != tuple(range(0, whole, step)) or step == whole:
-        return ""
-    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
-
-
-def _time_words(cron: Cron) -> str:
-    """`at 02:30, 14:30`, `every 5 minutes of hours 8-18`, `at minute 5 of every hour`.
-
-    Up to four times of day are told as such, more of them as fields.
-    """
-    minutely = _every(cron.minutes, 60, "minute")
-    hourly = _every(cron.hours, 24, "hour")
-    if cron.minutes == (0,) and hourly:
-        return hourly
-    if len(cron.minutes) * len(cron.hours) <= 4:
-        return "at " + ", ".join(f"{hour:02}:{minute:02}"
-                                 for hour in cron.hours for minute in cron.minutes)
-    words = minutely or f"at {_counted('minute', cron.minutes)}"
-    if hourly == "every hour":
-        return words if minutely else f"{words} of every hour"
-    return f"{words} of {_counted('hour', cron.hours)}"
-
-
-def _day_words(cron: Cron) -> str:
-    """`every day in Jan, Feb`, `on Fri-Sun`, `on days 1, 15 of every month, or on Mon`.
-
-    Weeks are told from Monday on, so that a weekend is one range.
-    """
-    sunday, *others = CRON_FIELDS[4].names
-    in_week = _spelt(tuple(sorted((day - 1) % 7 for day in cron.weekdays)),
-                     (*others, sunday))
-    in_year = _spelt(cron.months, ("", *CRON_FIELDS[3].names))
-    if len(cron.months) == 12:
-        in_year = ""
-    in_month = f"{_counted('day', cron.days)} of {in_year or 'every month'}"
-    if cron.is_either:
-        return f"on {in_month}, or on {in_week}" + (f" in {in_year}" if in_year else "")
-    if len(cron.days) < 31:
-        return f"on {in_month}" + (f" if {in_week}" if len(cron.weekdays) < 7 else "")
-    words = f"on {in_week}" if len(cron.weekdays) < 7 else "every day"
-    return f"{words} in {in_year}" if in_year else words
-
-
-def cron_words(cron: Cron) -> str:
-    """The schedule for people: `every 5 minutes`, `at 02:30 on Mon-Fri`."""
-    times, days = _time_words(cron), _day_words(cron)
-    if not re.match("at [0-9]", times):     # `every 5 minutes` is every day
-        days = re.sub("^every day ?", "", days)
-    return f"{times} {days}".strip()
+def cron_words(line: str) -> str:
+    """A plain schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
+    cron = parse_cron(line)
+    is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
+    is_plain = len(cron.months) == 12 and not cron.is_either
+    if is_plain and is_any_day and is_any_weekday and len(cron.hours) == 24:
+        step = 60 // len(cron.minutes)
+        if cron.minutes == tuple(range(0, 60, step)):
+            return {1: "every minute", 60: "every hour"}.get(
+                step, f"every {step} minutes")
+        if len(cron.minutes) == 1:
+            return f"at minute {cron.minutes[0]} of every hour"
+    if is_plain and len(cron.minutes) == len(cron.hours) == 1:
+        time_of_day = f"at {cron.hours[0]:02}:{cron.minutes[0]:02}"
+        if is_any_day and is_any_weekday:
+            return f"{time_of_day} every day"
+        if is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
+            return f"{time_of_day} on Mon-Fri"
+        if is_any_day and len(cron.weekdays) == 1:
+            return f"{time_of_day} on {CRON_FIELDS[4].names[cron.weekdays[0]].title()}"
+        if is_any_weekday and len(cron.days) == 1:
+            return f"{time_of_day} on day {cron.days[0]} of every month"
+    return " ".join(line.split())
 
 
 def zone_of(name: str | None) -> datetime.tzinfo | None:
@@ -1729,10 +1642,7 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 
 def run_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first run after a moment, as stored; Invalid: it has none.
-
-    Runs are whole seconds, so nothing is rounded.
-    """
+    """A cron line's first run after a moment, as stored; Invalid: it has none."""
     run = first_run(parse_cron(cron), now, zone_of(tz))
     if run == math.inf:
         raise Invalid(f"{cron!r} never comes", "choose another time")
@@ -3872,10 +3782,6 @@ class SQLite:
         if self._wal is None and self._db.in_transaction:
             self._wal = wal     # it is there from the first transaction on
         return _inode(self.path) == self.inode and self._wal in (None, wal)
-
-    def release(self) -> tuple[int, int, int]:
-        """The version of SQLite."""
-        return sqlite3.sqlite_version_info
 
 
 @contextlib.contextmanager
@@ -6767,7 +6673,7 @@ class Peers:
 # ---- 12 Check ----------------------------------------------------------------
 # Each check tells what it found, with what to do; none changes anything, so it may run
 # beside workers. A PROBLEM is a broken promise: the command ends with 1. A WARNING is
-# what may become one, or what only a worker can mend; a NOTE is nobody's fault.
+# what may become one, or what only a worker can mend.
 
 # It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
 # It grows far beyond that only while some connection goes on reading an old state: then
@@ -6809,24 +6715,6 @@ def is_network_filesystem(kind: str) -> bool:
     return name.startswith(NETWORK_FILESYSTEMS)
 
 
-def has_wal_bug(version: tuple[int, int, int]) -> bool:
-    """Whether this SQLite can, very rarely, damage a WAL database.
-
-    https://sqlite.org/wal.html#walresetbug: all before 3.51.3, but for the repaired
-    3.44.6 and 3.50.7 and what follows these.
-    """
-    repaired = {(3, 44): 6, (3, 50): 7}.get((version[0], version[1]))
-    return version < (3, 51, 3) and (repaired is None or version[2] < repaired)
-
-
-def _size(path: str) -> int:
-    """The bytes of a file; 0 if it is not there: there is no WAL where none works."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
 def _pid_list(pids: Sequence[int]) -> str:
     return f"process{'es' * (len(pids) > 1)} {', '.join(map(str, pids))}"
 
@@ -6841,7 +6729,6 @@ class Inspection:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._store, self._host, self.path = queue.store, queue.host, queue.path
-        self._workers = queue.workers
 
     def findings(self) -> list[Finding]:
         """All there is to say, the gravest first; [] of a sound queue.
@@ -6851,10 +6738,9 @@ class Inspection:
         """
         looks = (self._file, self._schedules, self._skips, self._unserved,
                  self._stuck, self._clock, self._lost_runs, self._silent_workers,
-                 self._filesystem, self._sqlite,
-                 self._wal, self._room, self._mode)
+                 self._filesystem, self._wal, self._room, self._mode)
         found = [finding for look in looks for finding in look()]
-        return sorted(found, key=lambda one: (PROBLEM, WARNING, NOTE).index(one.level))
+        return sorted(found, key=lambda one: one.level != PROBLEM)
 
     def _file(self) -> Iterator[Finding]:
         """What SQLite says of the file, and the queue's own rules, in one moment.
@@ -6936,8 +6822,7 @@ class Inspection:
         """No promise is broken yet: the next worker that comes takes these over.
 
         Runs and workers of one moment: else a run that ends now, and its worker that
-        leaves, would be told. What is left is found in both ways: some processes shed
-        their environment, some their descriptors.
+        leaves, would be told.
         """
         with self._store.snapshot():
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
@@ -6948,14 +6833,15 @@ class Inspection:
                 continue
             left = sorted(self._host.locks.holders(run.claim))
             said = f"; still there: {_pid_list(left)}" if left else ""
+            jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # or deleted by now
+            name = jobs[0].id if jobs else f"job number {run.job}"
             yield Finding(
                 WARNING, "lost-run",
-                f"run {run.number} of {self._name(run)} has lost its worker "
-                f"{run.worker}{said}",
+                f"run {run.number} of {name} has lost its worker {run.worker}{said}",
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _silent_workers(self) -> Iterator[Finding]:
-        for view in self._workers():
+        for view in self._queue.workers():
             worker = view.worker
             if view.is_silent:
                 yield Finding(
@@ -6963,11 +6849,6 @@ class Inspection:
                     "has sent no heartbeat for "
                     f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it")
-
-    def _name(self, run: Run) -> str:
-        """A run knows its job by `seq` alone, and the job may be deleted by now."""
-        found = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)
-        return found[0].id if found else f"job number {run.job}"
 
     def _filesystem(self) -> Iterator[Finding]:
         """Whether WAL's -shm file is memory that all users of the file share.
@@ -6982,17 +6863,11 @@ class Inspection:
                           "SQLite's WAL is not safe there",
                           "move it to a disk of this machine")
 
-    def _sqlite(self) -> Iterator[Finding]:
-        version = self._store.db.release()
-        if has_wal_bug(version):
-            yield Finding(NOTE, "sqlite-version",
-                          f"SQLite {'.'.join(map(str, version))} has a rare bug that "
-                          "can damage a file when two connections tidy its WAL at once",
-                          "3.51.3 has it mended (also 3.50.7, 3.44.6); keep backups")
-
     def _wal(self) -> Iterator[Finding]:
         """Whether a reader that lingers keeps the WAL growing."""
-        size = _size(self.path + "-wal")
+        size = 0
+        with contextlib.suppress(OSError):      # there is none where WAL does not work
+            size = os.stat(self.path + "-wal").st_size
         if size > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
                           f"the WAL has grown to {size >> 20} MiB",
@@ -7153,7 +7028,7 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
     Only a problem makes it unsound: a warning beside "sound" is no contradiction.
     """
-    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED], NOTE: DIM}
+    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED]}
     lines = []
     for level, _, message, hint in findings:
         lines += [style.paint(f"{level:<8}", shades[level]) + f" {message}",
@@ -7428,8 +7303,8 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes: in words, and its next three runs in its zone; fewer
-    where no more will come.
+    """When a schedule comes, and its next three runs in its zone; fewer where no more
+    will come.
     """
     cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(runs) < 4 and runs[-1] < math.inf:
@@ -7438,7 +7313,8 @@ def when_lines(schedule: Schedule, now: float) -> list[str]:
              for at in (datetime.datetime.fromtimestamp(
                  run, datetime.timezone.utc).astimezone(zone)
                  for run in runs[1:] if run < math.inf)]
-    return [f"{schedule.name}: {cron_words(cron)}, {schedule.tz or 'local time'}",
+    return [f"{schedule.name}: {cron_words(schedule.cron)}, "
+            f"{schedule.tz or 'local time'}",
             "next: " + ", ".join(shown)]
 
 
@@ -7520,11 +7396,6 @@ def run_line(run: Run, style: Style) -> str:
     return line + (f"  {one_line(run.error)}" if run.error else "")
 
 
-def _on_lines(text: str) -> str:
-    """Text with its own line breaks, the next lines below the first; see `one_line`."""
-    return ("\n" + " " * 13).join(map(one_line, text.split("\n")))
-
-
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
     """One job whole; what is as usual is left out, such as a priority of 0."""
@@ -7549,7 +7420,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("error", one_line(job.error or ""), job.error is not None),
     )
     lines = [row("job", style.paint(job.id, BOLD)),
-             row("command", _on_lines(job.command)),
+             row("command", ("\n" + row("", "")).join(
+                 map(one_line, job.command.split("\n")))),
              row("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
              *(row("", reason) for reason in reasons),
              row("queue", job.queue),
@@ -7648,140 +7520,92 @@ def change_line(change: Change, now: float) -> str:
         f"after {took}"
 
 
-class Family(NamedTuple):
-    """One metric with its samples: suffix of the name, labels, value.
-
-    No label has a job's id: each value of a label is a series of its own, which the
-    server that scrapes keeps for weeks.
-    """
-    name: str
-    kind: str
-    help: str
-    samples: list[tuple[str, dict[str, str], float]]
+def _labels(**labels: str) -> str:
+    """`{queue="a",state="dead"}`; in quotes Prometheus and JSON escape alike."""
+    told = ",".join(f"{name}={dumps(text)}" for name, text in labels.items())
+    return f"{{{told}}}"
 
 
-def _histogram(name: str, help: str, tallies: Mapping[str, dict[int, int]],
-               totals: Mapping[str, float]) -> Family:
-    """The buckets of each queue as a histogram.
+def metric_families(scrape: Scrape) -> Iterator[
+        tuple[str, str, str, Iterable[tuple[str, float]]]]:
+    """All metrics: name, kind, help, samples.
 
-    Each bucket counts all values up to its bound `le`; that of +Inf equals `_count`.
-    `repr` writes bounds as OpenMetrics has its canonical numbers: 1.0, not 1.
-    """
-    samples: list[tuple[str, dict[str, str], float]] = []
-    for queue, buckets in tallies.items():
-        counts = cumulated(buckets)
-        for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
-            samples.append(("_bucket", {"queue": queue, "le": bound}, n))
-        samples.append(("_sum", {"queue": queue}, totals[queue]))
-        samples.append(("_count", {"queue": queue}, counts[-1]))
-    return Family(name, "histogram", help, samples)
-
-
-def _time_family(name: str, help: str, kind: str, scrape: Scrape,
-                 queues: Sequence[str]) -> Family:
-    """The durations of one kind, for each queue; also where there were none.
-
-    A series that begins with 0 shows its first value as a rise; one that begins with
-    that value does not.
-    """
-    tallies: dict[str, dict[int, int]] = {queue: {} for queue in queues}
-    totals = dict.fromkeys(queues, 0.0)
-    for queue, one, bucket, n, total in scrape.tallies:
-        if one == kind:
-            tallies[queue][bucket] = n
-            totals[queue] += total
-    return _histogram(name, help, tallies, totals)
-
-
-def _job_families(scrape: Scrape, queues: Sequence[str]) -> list[Family]:
-    """The metrics that are told of each queue."""
-    # Verbs and outcomes have one bucket. Of durations only the last stays in here, and
-    # nobody asks for these.
-    ever = {(queue, kind): n for queue, kind, _, n, _ in scrape.tallies}
-    stopped = scrape.paused.get(EVERY_QUEUE, False)
-    return [
-        Family("queuectl_jobs", "gauge", "Jobs that are there now.", [
-            ("", {"queue": queue, "state": state}, scrape.jobs.get((queue, state), 0))
-            for queue in queues for state in STATES]),
-        Family("queuectl_jobs_completed", "counter", "Jobs that were completed.", [
-            ("_total", {"queue": queue}, ever.get((queue, "complete"), 0))
-            for queue in queues]),
-        Family("queuectl_attempts", "counter", "Runs that ended, by how they ended.", [
-            ("_total", {"queue": queue, "outcome": outcome},
-             ever.get((queue, f"run:{outcome}"), 0))
-            for queue in queues for outcome in OUTCOMES]),
-        _time_family("queuectl_job_duration_seconds", "Time that a run took.",
-                     "run_time", scrape, queues),
-        _time_family("queuectl_job_wait_seconds", "Time from due to started.",
-                     "wait_time", scrape, queues),
-        Family("queuectl_oldest_pending_seconds", "gauge",
-               "Time for which the first in line has been due.", [
-                   ("", {"queue": queue}, scrape.oldest.get(queue, 0))
-                   for queue in queues]),
-        Family("queuectl_queue_paused", "gauge", "1 if nothing of it is claimed.", [
-            ("", {"queue": queue}, int(stopped or scrape.paused.get(queue, False)))
-            for queue in queues])]
-
-
-def metric_families(scrape: Scrape) -> list[Family]:
-    """All metrics; those of a queue stay once it was there: counters must never fall,
-    and a series that is gone and comes back looks as if they had.
+    Those of a queue stay once it was there: counters must never fall, and a series that
+    is gone and comes back looks as if they had. One that begins with 0 shows its first
+    value as a rise. No label has a job's id: each value of a label is a series of its
+    own, which the server that scrapes keeps for weeks.
     """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
+    tallies: dict[tuple[str, str], dict[int, int]] = {}     # by queue and kind
+    totals: dict[tuple[str, str], float] = {}
+    for queue, kind, bucket, n, total in scrape.tallies:
+        tallies.setdefault((queue, kind), {})[bucket] = n
+        totals[queue, kind] = totals.get((queue, kind), 0.0) + total
+
+    def _ever(queue: str, kind: str) -> int:
+        return sum(tallies.get((queue, kind), {}).values())
+
+    def _times(kind: str) -> Iterator[tuple[str, float]]:
+        """A histogram: each bucket counts all values up to its bound `le`."""
+        for queue in queues:
+            counts = cumulated(tallies.get((queue, kind), {}))
+            for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
+                yield "_bucket" + _labels(queue=queue, le=bound), n
+            yield "_sum" + _labels(queue=queue), totals.get((queue, kind), 0.0)
+            yield "_count" + _labels(queue=queue), counts[-1]
+
+    stopped = scrape.paused.get(EVERY_QUEUE, False)
     workers = [view for view in scrape.workers if not view.is_silent]
     slots = sum(view.worker.slots for view in workers)
     busy = sum(len(view.running) for view in workers)
-    return [
-        *_job_families(scrape, queues),
-        Family("queuectl_workers", "gauge", "Workers that run.",
-               [("", {}, len(workers))]),
-        Family("queuectl_worker_slots", "gauge", "Slots of the workers.", [
-            ("", {"state": "busy"}, busy),
-            ("", {"state": "idle"}, max(0, slots - busy))]),
-        Family("queuectl_database_bytes", "gauge", "Size of the file with its WAL.",
-               [("", {}, scrape.database_bytes)]),
-        Family("queuectl_jobs_blocked", "gauge",
-               "Jobs that come after dead or cancelled ones.",
-               [("", {}, scrape.blocked)]),
-        Family("queuectl_schedule_skipped", "counter",
-               "Runs left out because the previous job was not over.", [
-                   ("_total", {"schedule": one.name}, one.skipped)
-                   for one in scrape.schedules]),
-        Family("queuectl_schedule_last_success_timestamp_seconds", "gauge",
-               "When a job of the schedule last completed; 0: not yet.", [
-                   ("", {"schedule": one.name},
-                    epoch(one.last_success) if one.last_success else 0)
-                   for one in scrape.schedules]),
-        Family("queuectl_build", "info", "The version that answers.",
-               [("_info", {"version": __version__}, 1)])]
+    yield from (
+        ("jobs", "gauge", "Jobs that are there now.", (
+            (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
+            for queue in queues for state in STATES)),
+        ("jobs_completed_total", "counter", "Jobs that were completed.", (
+            (_labels(queue=queue), _ever(queue, "complete")) for queue in queues)),
+        ("attempts_total", "counter", "Runs that ended, by how they ended.", (
+            (_labels(queue=queue, outcome=outcome), _ever(queue, f"run:{outcome}"))
+            for queue in queues for outcome in OUTCOMES)),
+        ("job_duration_seconds", "histogram", "Time that a run took.",
+         _times("run_time")),
+        ("job_wait_seconds", "histogram", "Time from due to started.",
+         _times("wait_time")),
+        ("oldest_pending_seconds", "gauge",
+         "Time for which the first in line has been due.", (
+            (_labels(queue=queue), scrape.oldest.get(queue, 0)) for queue in queues)),
+        ("queue_paused", "gauge", "1 if nothing of it is claimed.", (
+            (_labels(queue=queue), int(stopped or scrape.paused.get(queue, False)))
+            for queue in queues)),
+        ("workers", "gauge", "Workers that run.", [("", len(workers))]),
+        ("worker_slots", "gauge", "Slots of the workers.", [
+            (_labels(state="busy"), busy),
+            (_labels(state="idle"), max(0, slots - busy))]),
+        ("database_bytes", "gauge", "Size of the file with its WAL.",
+         [("", scrape.database_bytes)]),
+        ("jobs_blocked", "gauge", "Jobs that come after dead or cancelled ones.",
+         [("", scrape.blocked)]),
+        ("schedule_skipped_total", "counter",
+         "Runs left out because the previous job was not over.", (
+            (_labels(schedule=one.name), one.skipped) for one in scrape.schedules)),
+        ("schedule_last_success_timestamp_seconds", "gauge",
+         "When a job of the schedule last completed; 0: not yet.", (
+            (_labels(schedule=one.name),
+             epoch(one.last_success) if one.last_success else 0)
+            for one in scrape.schedules)),
+        ("build_info", "gauge", "The version that answers.",
+         [(_labels(version=__version__), 1)]))
 
 
-def _labelled(labels: Mapping[str, str]) -> str:
-    """`{queue="a",state="dead"}`, escaped as both formats have it; "" for no labels."""
-    def _escaped(text: str) -> str:
-        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
-    return f"{{{inner}}}" if inner else ""
-
-
-def metrics_text(families: Iterable[Family], is_open: bool) -> str:
-    """The metrics as Prometheus' text format 0.0.4, or as OpenMetrics 1.0.
-
-    The older format knows no kind `info`, and names a counter with its `_total`. The
-    newer one names the family without it, and has to end with `# EOF`: so a scrape that
-    was cut off is told from a whole one.
-    """
+def metrics_text(scrape: Scrape) -> str:
+    """The metrics in Prometheus' text format 0.0.4."""
     lines = []
-    for name, kind, help, samples in families:
-        told = name if is_open else name + {"counter": "_total", "info": "_info"}.get(
-            kind, "")
-        shown = "gauge" if kind == "info" and not is_open else kind
-        lines += [f"# HELP {told} {help}", f"# TYPE {told} {shown}"]
-        lines += [f"{name}{suffix}{_labelled(labels)} {value!r}"
-                  for suffix, labels, value in samples]
-    return "\n".join([*lines, "# EOF"] if is_open else lines) + "\n"
+    for name, kind, help, samples in metric_families(scrape):
+        lines += [f"# HELP queuectl_{name} {help}", f"# TYPE queuectl_{name} {kind}",
+                  *(f"queuectl_{name}{rest} {value!r}" for rest, value in samples)]
+    return "\n".join(lines) + "\n"
 
 
 # ---- 14 Processes ------------------------------------------------------------
@@ -11416,7 +11240,6 @@ FULL, READ = ROLES = ("full", "read")
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Request(NamedTuple):
@@ -11875,31 +11698,9 @@ def get_health(queue: Queue, call: Call) -> Reply:
     return _json_reply({"status": "ok"})
 
 
-def _wants_open_metrics(accept: str) -> bool:
-    """Whether OpenMetrics is named, and not liked less than plain text.
-
-        application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5 -> True
-
-    As Prometheus asks. Weights go from 0 (never) to 1 (RFC 9110, section 12.4.2); of a
-    type that is named several times, for its versions, the best counts. `*/*` is not
-    taken as naming it: who has no wish (curl, a browser) gets the older format.
-    """
-    liked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
-    for part in accept.lower().split(","):
-        kind, _, rest = part.strip().partition(";")
-        weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)", rest)
-        kind = kind.strip()
-        if kind in liked:
-            liked[kind] = max(liked[kind], float(weight[1]) if weight else 1.0)
-    return 0 < liked["application/openmetrics-text"] >= liked["text/plain"]
-
-
 def get_metrics(queue: Queue, call: Call) -> Reply:
-    """The metrics for Prometheus, in one of its formats."""
-    is_open = _wants_open_metrics(call.request.headers.get("accept", ""))
-    text = metrics_text(metric_families(queue.scrape()), is_open)
-    return Reply(200, text.encode(), OPEN_METRICS_TYPE if is_open else METRICS_TYPE,
-                 (("Vary", "Accept"),))
+    """The metrics for Prometheus."""
+    return Reply(200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)
 
 
 class Route(NamedTuple):
@@ -11924,7 +11725,7 @@ DESCRIBED = (
     Route("GET", "/api/status", get_status, "Status"),
     Route("GET", "/api/stats", get_stats, "Stats", (
         Param("since", _a_span, {"type": "string", "pattern": f"^({SPAN_FORM})?$"},
-              "only the last DUR"),)),
+              "only the last DUR, at most 8 days"),)),
     Route("GET", "/api/history", get_history, "History", (
         _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
     Route("GET", "/api/workers", get_workers, "[Worker]"),
@@ -12101,8 +11902,6 @@ def _replies_of(route: Route) -> dict[str, Any]:
     kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
         else (JSON_TYPE, _schema_named(route.reply))
     content: dict[str, Any] = {kind: {"schema": schema}}
-    if route.answer is get_metrics:
-        content[OPEN_METRICS_TYPE.partition(";")[0]] = {"schema": _TEXT}
     statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
     if route.method != "GET":
         statuses |= {415, 507}
@@ -12190,28 +11989,20 @@ ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 # What they know is the site, the request's head and the table of routes. Nothing is
 # kept between requests: there are no sessions, so nothing to run out or to fill.
 
-def _host_of(request: Request) -> str:
-    """The name by which the client calls this host, without the port.
-
-    A last dot is no other name: `localhost.` is the same host. A request without a
-    Host, or with one that is none, gets a 400, as RFC 9112, section 3.2 demands.
-    """
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
-                         request.headers.get("host", ""))
-    if match is None:
-        raise Invalid("the request names no Host")
-    return match[1].lower()
-
-
 def _check_host(site: Site, request: Request) -> None:
     """Refuse names that are not ours: a foreign one may be made to lead here.
 
     A page of evil.example is served with a DNS entry that is soon replaced by
     127.0.0.1; what it asks for then is of its own origin to the browser, and nothing
     but the Host tells. No DNS entry can change an address, so a server on all addresses
-    takes any.
+    takes any. A last dot is no other name: `localhost.` is the same host. A request
+    without a Host, or with one that is none, gets a 400 (RFC 9112, section 3.2).
     """
-    host = _host_of(request)
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
+                         request.headers.get("host", ""))
+    if match is None:
+        raise Invalid("the request names no Host")
+    host = match[1].lower()
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     if host not in site.hosts and not (site.is_wide and is_address):
         raise denied(403, f"this is not {host}",
@@ -12249,15 +12040,6 @@ def cookie_value(token: str) -> str:
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
-def _cookie_of(site: Site, request: Request) -> str | None:
-    """Our cookie, or None; others of this host may stand beside it."""
-    for part in request.headers.get("cookie", "").split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == site.cookie:
-            return value
-    return None
-
-
 def _role_of_token(site: Site, given: str,
                    made: Callable[[str], str] = str) -> str | None:
     """The role of who has that token, or what is made of it; in constant time.
@@ -12286,7 +12068,9 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
         scheme, _, token = header.partition(" ")
         return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
                 else None), "bearer"
-    cookie = _cookie_of(site, request)
+    # The first of a name counts: browsers send that of the longest path first.
+    cookie = dict(part.strip().partition("=")[::2] for part in reversed(
+        request.headers.get("cookie", "").split(";"))).get(site.cookie)
     return (None if cookie is None else
             _role_of_token(site, cookie, cookie_value)), "cookie"
 
@@ -12312,56 +12096,16 @@ def _log_in(site: Site, token: str) -> Reply:
     return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
 
 
-def _path_of(request: Request) -> tuple[str, str]:
-    """Path and query of a request's target.
-
-    Not yet decoded, so %2F is no slash and what is forbidden cannot be written in
-    another way. A whole URL, as for a proxy, is refused: there would be two hosts to
-    check.
-    """
-    if len(request.target) > MAX_TARGET:
-        raise denied(414, f"path and query are over {MAX_TARGET} bytes")
-    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
-        raise Invalid("that is not a path", "it begins with / and is ASCII")
-    path, _, query = request.target.partition("?")
-    return path, query
-
-
-def _job_in(pattern: str, path: str) -> str | None:
-    """The job's id in a path, "" where it has none; None if it is another path."""
-    if "/ID" not in pattern:
-        return "" if path == pattern else None
-    before, after = pattern.split("ID")
-    # One segment, so that /api/jobs/ID takes neither the path of its output nor
-    # nothing.
-    inner = path[len(before):len(path) - len(after)]
-    if not path.startswith(before) or not path.endswith(after) or not inner \
-            or "/" in inner:
-        return None
-    return inner
-
-
-def _job_id(given: str) -> str:
-    """An id out of a path: decoded once; NotFound for what can be none.
-
-    The parts were told apart before that: an encoded slash is in no id, so leads
-    nowhere.
-    """
-    import urllib.parse
-    job_id = urllib.parse.unquote(given, errors="replace")
-    if given and not re.fullmatch(_NAME, job_id):
-        raise no_such_job(job_id)
-    return job_id
-
-
 def find_route(method: str, path: str) -> tuple[Route, str]:
     """The route, and the job's id as it stands in the path; else 404 or 405.
 
     HEAD is GET without the body (RFC 9110, section 9.3.2). A 405 has to tell what is
     allowed (15.5.6).
     """
-    fits = [(route, given) for route in ROUTES
-            for given in [_job_in(route.path, path)] if given is not None]
+    # An id is one segment: /api/jobs/ID takes neither its output's path nor nothing.
+    fits = [(route, match[1] if match.re.groups else "") for route in ROUTES
+            for match in [re.fullmatch(re.escape(route.path).replace("/ID", "/([^/]+)"),
+                                       path)] if match]
     if not fits:
         raise denied(404, "there is nothing at that path",
                      "/api/openapi.json lists what there is")
@@ -12381,7 +12125,12 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     can be none. It changes nothing: of a request with a body it is asked twice, before
     the body is read and when it is answered.
     """
-    path, query = _path_of(request)
+    if len(request.target) > MAX_TARGET:
+        raise denied(414, f"path and query are over {MAX_TARGET} bytes")
+    # A whole URL, as for a proxy, is refused: there would be two hosts to check.
+    if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
+        raise Invalid("that is not a path", "it begins with / and is ASCII")
+    path, _, query = request.target.partition("?")
     _check_host(site, request)
     _check_origin(request)
     # Only here: a token in the query of the API would stay in logs and histories.
@@ -12403,7 +12152,12 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
         raise denied(403, "only looking is allowed here" if site.is_read_only
                          else "this token may only read")
     params = read_params(route.params, query)
-    return route, Call(request, role or READ, how, params, _job_id(given))
+    import urllib.parse
+    # Decoded once, and after the parts were told apart: %2F is no slash.
+    job_id = urllib.parse.unquote(given, errors="replace")
+    if given and not re.fullmatch(_NAME, job_id):
+        raise no_such_job(job_id)
+    return route, Call(request, role or READ, how, params, job_id)
 
 
 # ---- 20 Reply ----------------------------------------------------------------
@@ -12412,25 +12166,15 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
 # answered; here the two meet, refusals become replies, and what was changed gets its
 # line in the log.
 
-def log_line(route: Route, call: Call, reply: Reply) -> str:
-    """What was changed, or was not: by whom, from where, with what result.
+def respond(site: Site, queue: Queue, request: Request) -> Reply:
+    """One request, one reply. A change has a line for the log in `said`: by whom, from
+    where, with what result.
 
         web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
 
     Path and words may come from anywhere: they are cut, and nothing in them can begin a
-    line of its own or command a terminal. The query is left out, as it is no part of a
-    change.
-    """
-    path = call.request.target.partition("?")[0]
-    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
-    return one_line(f"web: {route.method} {cut(path, 200)} by {call.how} from "
-                    f"{call.request.peer}: {reply.status} {cut(said, 200)}").rstrip()
-
-
-def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply. A change has something to be `said`.
-
-    Who was not let in leaves no line: else a stranger could fill the disk by the log.
+    line of its own or command a terminal. Who was not let in leaves no line: else a
+    stranger could fill the disk by the log.
     """
     try:
         admitted = admit(site, request)
@@ -12445,7 +12189,11 @@ def respond(site: Site, queue: Queue, request: Request) -> Reply:
         reply = refusal_reply(error)
     if route.method == "GET":
         return reply
-    return reply._replace(said=log_line(route, call, reply))
+    path = request.target.partition("?")[0]
+    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
+    return reply._replace(said=one_line(
+        f"web: {route.method} {cut(path, 200)} by {call.how} from {request.peer}: "
+        f"{reply.status} {cut(said, 200)}").rstrip())
 
 
 @functools.lru_cache(maxsize=4)
@@ -12723,25 +12471,22 @@ class Feed:
 # What listens. Whoever connects gets a thread, few bytes and little time, until it has
 # shown a token; when the threads are all taken, the most silent one makes room.
 #
-# The main thread waits for a signal (`serve`). One thread accepts (`make_listener`).
-# Each connection has a thread in http.server's handler, which reads the heads; the
-# Service takes a request from there to its reply; a Reader bounds what is read,
-# Connections say who is cut off. What is asked and answered is none of its business:
-# `respond` does that.
+# The main thread accepts, until a signal comes (`serve`). Each connection has a thread
+# in http.server's handler, which reads the heads; the Service takes a request from
+# there to its reply; a Reader bounds what is read, Connections say who is cut off. What
+# is asked and answered is none of its business: `respond` does that.
 #
 # Nothing here waits without a bound, neither for the database nor for a client; and of
 # what a client sends no more is kept than a head, a body and READ_SIZE bytes.
 
 MAX_CONNECTIONS = 100       # each has a thread
-MAX_STRANGERS = 32          # of these, that wait for an answer without a token,
-STRANGER_TURNS = 2          # and that are answered at once
+MAX_STRANGERS = 2           # unauthenticated requests that are answered at once
 SPARE_QUEUES = 8            # open databases that are kept for the next request
 WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
 BODY_SECONDS = 60           # for a whole body
 KEEP_SECONDS = 60           # that a connection may be silent between requests
 SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-STRANGER_TICK = 0.1         # between two looks whether one who waits was cut off
 LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
 ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
 STOP_SECONDS = 1            # for what is being answered when the server stops
@@ -13016,7 +12761,6 @@ class Service:
         self.connections = Connections()
         # A crowd that asks for metrics must not take the whole interpreter.
         self._strangers = threading.Semaphore(MAX_STRANGERS)
-        self._turns = threading.Semaphore(STRANGER_TURNS)
 
     def converse(self, handler: Any) -> None:
         """Read one request and answer it; whatever goes wrong ends the connection.
@@ -13043,8 +12787,8 @@ class Service:
         """Read a head, let its sender in or not, read the body, answer.
 
         Who has shown a token counts as busy from then on, before its body is read: a
-        crowd of strangers must not cut it off. All others take turns, for the answer
-        alone.
+        crowd of strangers must not cut it off. The others wait for each other, and who
+        was cut off meanwhile is not answered.
         """
         handler.raw_requestline = reader.readline(MAX_HEAD)
         if not handler.parse_request():     # it has refused that itself
@@ -13061,38 +12805,25 @@ class Service:
             if is_known:
                 self.connections.note_asking(sock)
             request = self._with_body(handler, reader, request)
-            with contextlib.nullcontext() if is_known else self._turn_of(sock):
+            with contextlib.nullcontext() if is_known else self._strangers:
+                self.connections.check(sock)
                 reply, stream, begin = self._reply(request)
         except QueueError as refusal:
             self._refuse(handler, refusal)
             return
         if reply.said:
             self._log(reply.said)
-        self._deliver(handler, reply, stream, begin, request.method != "HEAD")
+        if stream is None:
+            self._send(handler, reply, request.method != "HEAD")
+        else:
+            try:
+                handler.close_connection = True
+                self._send(handler, reply)
+                self._stream(sock, begin, stream)
+            finally:
+                self._feed.leave(stream)
         self.connections.note_answered(sock)
         handler.raw_requestline = b""
-
-    @contextlib.contextmanager
-    def _turn_of(self, sock: socket.socket) -> Iterator[None]:
-        """The turn of one who has shown no token; it may be cut off before that.
-
-        MAX_STRANGERS are here at once, STRANGER_TURNS of them are answered. Who waits
-        looks now and then whether it was cut off, since to answer it would take the
-        turn of one who still listens.
-        """
-        if not self._strangers.acquire(blocking=False):
-            raise denied(503, "too many ask without a token", "come again later",
-                         ("Retry-After", "5"))
-        try:
-            while not self._turns.acquire(timeout=STRANGER_TICK):
-                self.connections.check(sock)
-            try:
-                self.connections.check(sock)
-                yield
-            finally:
-                self._turns.release()
-        finally:
-            self._strangers.release()
 
     def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
         """The request with its body, which only who is let in may send.
@@ -13141,19 +12872,6 @@ class Service:
                     raise
         except QueueError as error:
             return refusal_reply(error), None, b""
-
-    def _deliver(self, handler: Any, reply: Reply, stream: Subscriber | None,
-                 begin: bytes, with_body: bool) -> None:
-        """Send the reply and the events that follow it; in any case, leave the feed."""
-        if stream is None:
-            self._send(handler, reply, with_body)
-            return
-        try:
-            handler.close_connection = True
-            self._send(handler, reply)
-            self._stream(handler.request, begin, stream)
-        finally:
-            self._feed.leave(stream)
 
     def _answered(self, queue: Queue, request: Request) -> Reply:
         """What `respond` says; of a mistake of ours 500, with a traceback in the log.
@@ -13278,61 +12996,11 @@ def _handler_class(service: Service, is_tls: bool) -> type:
     return Handler
 
 
-# Sent by the thread that accepts: made before, and put together without http.server.
+# Sent by the main thread: made before, and put together without http.server.
 _BUSY_BODY = b'{"error": "too many connected"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
               b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
               % len(_BUSY_BODY) + _BUSY_BODY)
-
-
-def make_listener(service: Service, family: int, address: tuple[Any, ...],
-                  tls: ssl.SSLContext | None) -> Any:
-    """What accepts connections; OSError if it cannot have that address.
-
-    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
-    which may take seconds. Threads are daemons and nobody joins them: an end must not
-    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
-    last one's connections (TIME_WAIT).
-    """
-    import socketserver
-
-    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-        """The socket that listens; each connection has a thread."""
-
-        address_family = family
-        allow_reuse_address = True
-        daemon_threads, block_on_close = True, False
-        request_queue_size = 128
-
-        def get_request(self) -> Any:
-            """Accept one; TLS begins later, in its own thread."""
-            try:
-                sock, client = self.socket.accept()
-            except OSError:     # out of descriptors: that will not pass at once
-                time.sleep(ACCEPT_PAUSE)
-                raise
-            return (sock if tls is None else tls.wrap_socket(
-                sock, server_side=True, do_handshake_on_connect=False)), client
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            """Take it in, if there is room."""
-            if service.connections.enter(request):
-                return True
-            if tls is None:
-                with contextlib.suppress(OSError):
-                    request.setblocking(False)
-                    request.send(BUSY_REPLY)
-            return False
-
-        def shutdown_request(self, request: Any) -> None:
-            """Close it."""
-            service.connections.leave(request)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: a client has gone away, or cannot speak TLS."""
-
-    return Listener(address, _handler_class(service, tls is not None))
 
 
 class WebOptions(NamedTuple):
@@ -13420,9 +13088,54 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
 
 def listen(service: Service, options: WebOptions, family: int,
            address: tuple[Any, ...]) -> Any:
-    """The listener; a refusal in words if the address is not to be had."""
+    """What accepts connections; a refusal in words if the address is not to be had.
+
+    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
+    which may take seconds. Threads are daemons and nobody joins them: an end must not
+    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
+    last one's connections (TIME_WAIT).
+    """
+    tls = tls_context(options)
+    import socketserver
+
+    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        """The socket that listens; each connection has a thread."""
+
+        address_family = family
+        allow_reuse_address = True
+        daemon_threads, block_on_close = True, False
+        request_queue_size = 128
+
+        def get_request(self) -> Any:
+            """Accept one; TLS begins later, in its own thread."""
+            try:
+                sock, client = self.socket.accept()
+            except OSError:     # out of descriptors: that will not pass at once
+                time.sleep(ACCEPT_PAUSE)
+                raise
+            return (sock if tls is None else tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False)), client
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            """Take it in, if there is room."""
+            if service.connections.enter(request):
+                return True
+            if tls is None:
+                with contextlib.suppress(OSError):
+                    request.setblocking(False)
+                    request.send(BUSY_REPLY)
+            return False
+
+        def shutdown_request(self, request: Any) -> None:
+            """Close it."""
+            service.connections.leave(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client has gone away, or cannot speak TLS."""
+
     try:
-        return make_listener(service, family, address, tls_context(options))
+        return Listener(address, _handler_class(service, tls is not None))
     except OSError as error:
         place = f"port {options.port} of {options.host}"
         if error.errno == errno.EADDRINUSE:
@@ -13435,21 +13148,20 @@ def listen(service: Service, options: WebOptions, family: int,
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal says to stop; for the main thread.
 
-    The listener runs in a thread of its own, so that this one is free for signals: only
-    the main thread hears them. The handlers do nothing, for to be woken is all; without
-    one SIGTERM would end the process where it stands. At the end nobody new is taken in
-    first, then the streams are ended and the silent cut off.
+    The handlers do nothing, for to be woken is all; without one SIGTERM would end the
+    process where it stands. At the end nobody new is taken in first, then the streams
+    are ended and the silent cut off.
     """
+    listener.socket.setblocking(False)  # a client may be gone before it is accepted
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
             dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
-        threading.Thread(target=listener.serve_forever, args=(0.1,),
-                         daemon=True).start()
         try:
             announce()
-            select.select([wakeup.reader], [], [])
+            awaited = (wakeup.reader, listener)
+            while wakeup.reader not in select.select(awaited, (), ())[0]:
+                listener.handle_request()
         finally:
-            listener.shutdown()
             listener.server_close()
             service.stop()
 
@@ -15638,11 +15350,7 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done.
-
-    `seconds` may be more or less than was asked for: counters are kept by the minute or
-    the hour, and the queue may be younger.
-    """
+    """Print what was done."""
     stats = queue.stats(args.since)
     seconds = queue.covered(args.since)
     if args.json:
@@ -15943,8 +15651,8 @@ COMMANDS = (
     Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
           (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),
     Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
-        option("--since", **_DUR, help="only the last DUR"), _JSON_FLAG),
-        ("stats", "stats --since 1h")),
+        option("--since", **_DUR, help="only the last DUR, at most 8 days"),
+        _JSON_FLAG), ("stats", "stats --since 1h")),
     Entry(("events",), cmd_events, "show the changes of jobs' states, oldest first",
           READS, (
         option("--follow", "-f", action="store_true", help="go on as they come"),
