@@ -6375,6 +6375,10 @@ class Claims:
         if self.lock >= 0 and not os.fstat(self.lock).st_nlink:
             raise Gone("database-gone", f"{self._host.locks.path} was deleted", "start "
                        "the worker anew")   # others do not see its locks any more
+        _, runs, _, workers = self._store.rows(Sql.COUNTERS)[0]
+        if workers < worker.id or runs < max(self._held, default=0):    # (I4)
+            raise Gone("database-gone", "an older copy was put in the place of "
+                       f"{self._queue.path}", "start the worker anew")
         if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")

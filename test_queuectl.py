@@ -3743,6 +3743,17 @@ class Promises(Case):
 # ---- 11 Claims ---------------------------------------------------------------
 
 class Ticks(Case):
+    def test_a_worker_leaves_a_file_that_was_put_back_to_an_older_one(self):
+        """(I4): its numbers would be given again."""
+        for counter in ("runs", "workers"):
+            with self.subTest(counter):
+                self.job()
+                self.claim()
+                self.spoil(f"UPDATE counters SET {counter} = {counter} - 1")
+                with self.assertRaises(queuectl.Gone):
+                    self.tick()
+                self.spoil(f"UPDATE counters SET {counter} = {counter} + 1")
+
     def test_a_worker_that_comes_and_claims_between_two_looks_is_not_lost(self):
         watcher = self.worker()
         self.job()
