@@ -8090,8 +8090,8 @@ class Supervised(Processes):
         self.assertEqual(self.outcomes(), ["completed"])
 
     def under_way(self, command="sleep 1000", *argv, **options):
-        """A worker that runs this command."""
-        self.enqueue(f"touch began; {command}")
+        """A worker that runs this command; its shell's id is in the file `pid`."""
+        self.enqueue(f"echo $$ > pid; touch began; {command}")
         worker = self.worker(*argv, **options)
         wait_for(lambda: os.path.exists(self.path_of("began")), "the start")
         return worker
@@ -8186,7 +8186,7 @@ class Supervised(Processes):
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
     def test_descriptors_that_run_out_meanwhile_leave_nothing(self):
-        worker = self.under_way("setsid sleep 1000 & echo $! > pid; wait", "--timeout", "2s")
+        worker = self.under_way("setsid sleep 1000", "--timeout", "2s")
         own, pid = child_of(worker.pid), self.read("pid")
         resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (3, 1000))
         resource.prlimit(own, resource.RLIMIT_NOFILE, (3, 1000))
@@ -8203,8 +8203,7 @@ class Supervised(Processes):
         self.call("config", "set", "heartbeat", "100ms")
         for name in ("queue.db-lock", "queue.db-wal"):
             with self.subTest(name):
-                worker = self.under_way("echo $$ > pid; exec sleep 1000")
-                wait_for(lambda: self.read("pid"), "the command")
+                worker = self.under_way("exec sleep 1000")
                 os.remove(self.path_of(name))
                 self.assertEqual(worker.wait(DEADLINE), 1)
                 self.assertIn("deleted", self.read("worker.log").splitlines()[-1])
