@@ -336,8 +336,7 @@ class Case(unittest.TestCase):
         return queue
 
     def worker(self, queue=None, port=None, **options):
-        return queuectl.Claims(queue or self.queue, WorkerOptions(**{"slots": 4, **options}),
-                               port)
+        return queuectl.Claims(queue or self.queue, WorkerOptions(**{"slots": 4, **options}), port)
 
     @functools.cached_property
     def claims(self):
@@ -1861,8 +1860,7 @@ class Statements(Case):
             for choices, wanted in ((queuectl._worker_choices, "abc"),
                                     (queuectl._schedule_choices, "abc"),
                                     (queuectl._tag_choices, "abcd")):
-                self.assertEqual([one.word for one in choices(rows, queuectl.Place())],
-                                 [*wanted])
+                self.assertEqual([one.word for one in choices(rows, queuectl.Place())], [*wanted])
 
     def test_the_schema_refuses_impossible_states(self):
         """(I2), (I7)"""
@@ -2365,8 +2363,7 @@ class Files(Case):
         before = sorted(os.listdir(self.dir))
         for name, error in (("none.db", "unwritable"), ("text", "not-a-queue"),
                             ("other.db", "not-a-queue")):
-            with self.subTest(name), refused(error), \
-                    queuectl.glance(self.path_of(name)) as rows:
+            with self.subTest(name), refused(error), queuectl.glance(self.path_of(name)) as rows:
                 rows("SELECT id FROM jobs")
         self.assertEqual(sorted(os.listdir(self.dir)), before)
         self.queue.jobs()
@@ -2376,8 +2373,7 @@ class Files(Case):
     def test_a_queue_knows_when_its_file_is_no_longer_in_place(self):
         queue, wal = self.a_queue(), self.path + "-wal"
         queue.enqueue("x" * 9000)
-        self.assertEqual(queue.store.db.size(),
-                         os.stat(self.path).st_size + os.stat(wal).st_size)
+        self.assertEqual(queue.store.db.size(), os.stat(self.path).st_size + os.stat(wal).st_size)
         self.assertTrue(queue.store.db.is_in_place())
 
         os.rename(self.path, self.path_of("moved.db"))
@@ -2625,8 +2621,7 @@ class Promises(Case):
     def test_a_broken_rule_is_not_told_as_a_taken_key(self):
         job = self.job(unique="k")
         with self.assertRaises(queuectl.Stale), self.queue.store.transaction() as store:
-            queuectl.move(store, [queuectl.Change("retry", job, job._replace(attempts=None))],
-                          NOON)
+            queuectl.move(store, [queuectl.Change("retry", job, job._replace(attempts=None))], NOON)
 
     # Adding jobs.
 
@@ -2684,8 +2679,7 @@ class Promises(Case):
         self.assertEqual([self.queue.job(job.id).waits for job in jobs],
                          ["blocked"] * 2 + ["ready"] * 5)
         self.assertEqual(self.queue.counts()[PENDING], 6)
-        self.assertEqual(self.queue.store.rows("SELECT * FROM dependencies"),
-                         [(1, jobs[0].seq)])
+        self.assertEqual(self.queue.store.rows("SELECT * FROM dependencies"), [(1, jobs[0].seq)])
 
     def test_a_job_waits_for_those_it_comes_after(self):
         self.jobs([{"id": "b", "after": ["a"]}, "a"])
@@ -2763,8 +2757,7 @@ class Promises(Case):
 
     def test_an_id_given_twice_counts_once(self):
         one, two = self.job_in(DEAD), self.job_in(DEAD)
-        for verb in (self.queue.retry_dead, self.queue.cancel, self.queue.retry,
-                     self.queue.delete):
+        for verb in (self.queue.retry_dead, self.queue.cancel, self.queue.retry, self.queue.delete):
             self.assertEqual(ids(verb(one.id, one.id)), [one.id])
         self.assertEqual(self.state(two.id), DEAD)
 
@@ -2810,8 +2803,7 @@ class Promises(Case):
         self.queue.clock = self.claims._clock = self.clock
         job = self.job()
         self.queue.clock = functools.partial(next, iter((NOON, NOON + 60)))     # before it, too
-        self.assertEqual(self.queue.edit(job.id, priority=1)[0].updated_at,
-                         queuectl.iso(NOON + 60))
+        self.assertEqual(self.queue.edit(job.id, priority=1)[0].updated_at, queuectl.iso(NOON + 60))
         self.queue.clock = self.clock
 
     def test_extremes_of_time_and_number_are_kept(self):
@@ -2877,8 +2869,7 @@ class Promises(Case):
             swept(self.queue, "delete", "deda")
 
     def test_a_sweep_by_age_takes_what_is_over_the_oldest_end_first(self):
-        self.jobs([*"abcd", {"id": "waits", "max_retries": 3, "backoff_base": 1000,
-                             "priority": 1}])
+        self.jobs([*"abcd", {"id": "waits", "max_retries": 3, "backoff_base": 1000, "priority": 1}])
         self.run_next(1)
         for name in "cabd":
             self.queue.cancel(name)
@@ -2927,8 +2918,7 @@ class Promises(Case):
             job = self.job_in(state)
         self.assertEqual(swept(self.queue, "cancel"), ["job-6", "job-5", "job-4"])
         self.assertEqual((job.id, self.state("job-5")), ("job-6", PROCESSING))
-        self.assertEqual(self.tick().mine,
-                         {self.queue.job("job-5").claim: queuectl.CANCEL})
+        self.assertEqual(self.tick().mine, {self.queue.job("job-5").claim: queuectl.CANCEL})
 
     def test_who_stops_a_sweep_keeps_what_is_done(self):
         other = self.a_queue()
@@ -3006,8 +2996,7 @@ class Promises(Case):
                                 (lambda: self.queue.edit("job-1", delay=30), 30)):
             with mock.patch.object(self.queue.store, "transaction", late):
                 change()
-            self.assertEqual(self.queue.job("job-1").run_at,
-                             queuectl.iso(self.clock.now + seconds))
+            self.assertEqual(self.queue.job("job-1").run_at, queuectl.iso(self.clock.now + seconds))
 
     # The order of those that wait.
 
@@ -3024,8 +3013,7 @@ class Promises(Case):
                 self.queue.configure("priority-ageing", value)
                 now = self.queue.store.settings()
                 for job in self.queue.jobs(PENDING):
-                    self.assertEqual(
-                        job.rank, queuectl.rank_of(job.priority, job.run_at, now))
+                    self.assertEqual(job.rank, queuectl.rank_of(job.priority, job.run_at, now))
         self.queue.reset("priority-ageing")
         self.assertEqual([job.rank for job in self.queue.jobs(PENDING)],
                          [-job.priority for job in self.queue.jobs(PENDING)])
@@ -3174,8 +3162,7 @@ class Promises(Case):
         other = self.a_queue()
         self.jobs("abc")
         other.cancel("a")
-        told, steps = [], [lambda: other.cancel("b"), lambda: self.run_next(
-            by=self.worker(other))]
+        told, steps = [], [lambda: other.cancel("b"), lambda: self.run_next(by=self.worker(other))]
 
         def tell(progress):
             told.append(progress)
@@ -3192,8 +3179,7 @@ class Promises(Case):
         other = self.a_queue()
         self.jobs("ab")
         other.cancel("a")
-        steps = [lambda: other.retry("a"), lambda: other.delete("a"),
-                 lambda: other.cancel("b")]
+        steps = [lambda: other.retry("a"), lambda: other.delete("a"), lambda: other.cancel("b")]
         jobs = self.queue.wait("a", "b", timeout=DEADLINE,
                                tell=lambda progress: steps.pop(0)() if steps else None)
         self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
@@ -3286,8 +3272,7 @@ class Promises(Case):
                 self.assertEqual(self.hooks()[before:], wanted)
                 if name == "d":
                     self.queue.cancel("d")
-        self.assertEqual(self.queue.jobs(queue="hooks")[0].cwd,
-                         os.path.dirname(self.queue.path))
+        self.assertEqual(self.queue.jobs(queue="hooks")[0].cwd, os.path.dirname(self.queue.path))
 
     def test_a_hook_for_deaths_needs_no_other_hook(self):
         self.queue.configure("on-dead", "mail")
@@ -3423,8 +3408,7 @@ class Promises(Case):
         for names, now, asked, stops in (
                 (["one"], False, ["one"], ["drain", None]),
                 ([], True, ["one", "two"], ["now", "now"])):
-            self.assertEqual([one.name for one in self.queue.stop_workers(*names, now=now)],
-                             asked)
+            self.assertEqual([one.name for one in self.queue.stop_workers(*names, now=now)], asked)
             self.assertEqual([self.tick(by=worker).stop for worker in workers], stops)
 
     def test_a_file_shrinks_when_most_of_it_was_deleted(self):
@@ -3635,8 +3619,7 @@ class Ticks(Case):
         self.jobs(4500, after=["first"], cwd="/")
         tick, ready = self.end(self.claim()), []
         while tick.is_behind:
-            ready += self.queue.store.rows(
-                "SELECT COUNT(*) FROM jobs WHERE waits = 'ready'")
+            ready += self.queue.store.rows("SELECT COUNT(*) FROM jobs WHERE waits = 'ready'")
             if len(ready) == 2:     # what comes in the midst of it is counted as well
                 self.job(id="new", after="first")
                 self.assert_sound()
@@ -3645,8 +3628,7 @@ class Ticks(Case):
         self.assertEqual(self.queue.job("new").waits, "ready")
 
     def test_a_retry_in_the_midst_of_it_blocks_all_again(self):
-        for verb, wanted in (("retry", {"blocked": 2500, "ready": 1}),
-                             ("delete", {"ready": 2500})):
+        for verb, wanted in (("retry", {"blocked": 2500, "ready": 1}), ("delete", {"ready": 2500})):
             with self.subTest(verb):
                 self.anew()
                 self.job(id="first")
@@ -3784,8 +3766,7 @@ class Ticks(Case):
         for verb, filters, is_changed in (("cancel", {}, False), ("delete", {}, True),
                                           ("retry", {"search": "none"}, False)):
             with self.subTest(verb):        # that gives a worker nothing to do
-                self.assertEqual(bool(swept(self.queue, verb, CANCELLED, **filters)),
-                                 is_changed)
+                self.assertEqual(bool(swept(self.queue, verb, CANCELLED, **filters)), is_changed)
                 self.assertEqual(heard(), set())
 
     def test_a_worker_sleeps_until_a_job_or_a_schedule_is_due(self):
@@ -3848,8 +3829,7 @@ class Ticks(Case):
                 self.anew()
                 name, what = held.split()
                 worker = self.worker(name="worker")
-                self.job(queue=name, delay={"due": 5, "later": 60}.get(what),
-                         backoff_base=3600)
+                self.job(queue=name, delay={"due": 5, "later": 60}.get(what), backoff_base=3600)
                 if what in ("processing", "failed"):
                     claim = self.claim(worker)
                     if what == "failed":
@@ -3920,8 +3900,7 @@ class Ticks(Case):
         self.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
                 id=foreign.worker.id)
         self.lose(claim)
-        self.assertEqual([v.worker.name for v in self.queue.workers()],
-                         ["frozen", "foreign"])
+        self.assertEqual([v.worker.name for v in self.queue.workers()], ["frozen", "foreign"])
         self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
         self.after(60)
         self.tick(by=claims)
@@ -3983,8 +3962,7 @@ class Ticks(Case):
             def asked(ask, what):
                 held.append(self.queue.store.db._db.in_transaction)
                 return ask(what)
-            setattr(self.queue.host, name,
-                    functools.partial(asked, getattr(self.queue.host, name)))
+            setattr(self.queue.host, name, functools.partial(asked, getattr(self.queue.host, name)))
             self.addCleanup(vars(self.queue.host).pop, name)
         claims = self.worker(name="w")
         with refused("in-use"):
@@ -4092,8 +4070,7 @@ class Ticks(Case):
         self.after(120)
         self.assertEqual(len(self.tick(2).claims), 1)
         self.assertEqual([one.paused for one in self.queue.schedules()], [True] * 4)
-        self.assertEqual([self.queue.schedule(name).job for name in ("text", "list")],
-                         [{}, {}])
+        self.assertEqual([self.queue.schedule(name).job for name in ("text", "list")], [{}, {}])
         self.assertEqual([one.code for one in self.problems()], ["schedule"] * 4)
         with refused("invalid-job"):
             self.queue.resume_schedule("text")
@@ -4177,8 +4154,7 @@ class Ticks(Case):
                    {"id": "retry", "backoff_base": 30, "priority": 9}])
         self.run_next(1)
         self.after(-365 * 86400)
-        [found] = [one for one in queuectl.Inspection(self.queue).findings()
-                   if one.code == "clock"]
+        [found] = [one for one in queuectl.Inspection(self.queue).findings() if one.code == "clock"]
         self.assertIn("2 jobs wait longer than their own delay", found.message)
         self.assertTrue(self.claims.is_work_ready())
         self.tick()
@@ -4322,8 +4298,7 @@ class Ticks(Case):
             self.after(60)
             if workers[0].is_work_ready():
                 for job_id in self.added(*workers):
-                    added[self.queue.job(job_id).command].append(
-                        time.localtime(self.clock.now))
+                    added[self.queue.job(job_id).command].append(time.localtime(self.clock.now))
         return added
 
     def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
@@ -4906,8 +4881,7 @@ class Workers(Case):
                 self.assertEqual(self.ended(link), running if ended else [])
                 self.assertIsNotNone(runner._commit)
                 self.take_steps(runner, lambda r=runner: not (r._commit or r._ended))
-                self.assertEqual((self.state(second), list(runner._commands)),
-                                 (PENDING, running))
+                self.assertEqual((self.state(second), list(runner._commands)), (PENDING, running))
                 self.assertEqual(self.last_run(second).outcome, "released")
 
     def test_a_commit_that_fails_has_done_nothing_and_is_repeated(self):
@@ -5147,8 +5121,7 @@ class Workers(Case):
         self.job("echo $$ >> pids; [ -e second ] || { touch second; sleep 60; }")
         self.beside(seize)
         self.run_worker()
-        self.assertEqual([run.outcome for run in self.queue.runs("job-1")],
-                         ["lost", "completed"])
+        self.assertEqual([run.outcome for run in self.queue.runs("job-1")], ["lost", "completed"])
         self.assertIn("job-1 was taken over while this worker was silent; its command is "
                       "ended", self.said)
         self.assertFalse(is_running(self.read("pids").split()[0]))
@@ -10823,8 +10796,7 @@ class World:
         """Give the worker a process id of its own."""
         pid = 1000 + worker.id
         with self.queue.store.transaction() as store:
-            store.do("UPDATE workers SET pid = :pid WHERE id = :id",
-                     {"pid": pid, "id": worker.id})
+            store.do("UPDATE workers SET pid = :pid WHERE id = :id", {"pid": pid, "id": worker.id})
         worker.claims.worker = worker.claims.worker._replace(pid=pid)
         self.workers[worker.id] = worker
         return pid
@@ -10995,8 +10967,7 @@ class World:
     def step_exit(self):
         running = [p for p in self.processes.values() if p.fate is None]
         if running:
-            self.over(self.chance.choice(running),
-                      self.chance.choice(("done", "done", "failed")))
+            self.over(self.chance.choice(running), self.chance.choice(("done", "done", "failed")))
 
     def step_crash(self):
         self.some_worker(self.kill)
