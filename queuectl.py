@@ -86,7 +86,7 @@ Contents: `grep -n '^# ----' queuectl.py`
     24 Screen       where commands write: results, words about them, a line in place
     25 Flags        what a command line gives: flags, jobs, streams of jobs
     26 Commands     one small function a command, and the table of all
-    27 Completion   what may come next on a command line
+    27 Parser       which command a line names, its arguments, what may come next
     28 Main         from the words of a command line to its exit status
 """
 
@@ -16003,11 +16003,8 @@ LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list
          cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
 # Those that run on whether somebody reads their log or not.
 SERVES = (cmd_web,)
-# What a group of commands does when it is named alone: each time something that only
-# looks.
-ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
-         "schedule": "list"}
-TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
+TITLES = {"": "A background job queue for the command line",
+          "dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, kept in the database", "queue": "Queues of jobs",
           "schedule": "Jobs that come again and again"}
@@ -16024,394 +16021,80 @@ _DB = option("--db", metavar="PATH", default=argparse.SUPPRESS,
              help="the database (default: $QUEUECTL_DB, else queue.db)")
 _VERSION = option("--version", action="version", version=f"queuectl {__version__}",
                   help="show the version and exit")
-
-
-# ---- 27 Completion -----------------------------------------------------------
-# What may come next on a command line: COMMANDS tells it, a metavar what kind of value
-# an argument takes, and the queue which there are. Nothing here fails for a half-typed
-# line; what is not understood is passed over.
-#
-# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`, and
-# the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So the
-# choices are the queues' names, and `--queue=gpu` may be offered.
-#
-# A press of a key must not be noticed: no queue is made, upgraded or waited for
-# (`glance`), and however many jobs there are, only so many rows are looked at, by an
-# index. A new command needs no word here: a row of COMMANDS and its metavars are all
-# that is read.
-
-OFFERED = 200          # ids that completion offers at most
-LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
-
-COMPLETE = "__complete"     # the command by which the shells' scripts ask
-# Beside the rows of a command, as argparse adds it by itself.
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
-# Kinds of values that the shell itself completes, by metavar.
-FILES, DIRS = "files", "dirs"
-_BY_SHELL = {"F": FILES, "FILE": FILES, "PATH": FILES, "DIR": DIRS}
-_NEW = ("--id", "--unique")     # what these take is not there yet
+
+
+# ---- 27 Parser ---------------------------------------------------------------
+# From the words of a command line to a command and its arguments, its help, or what may
+# come next. One parser, made from the rows of COMMANDS, serves all three. argparse's
+# subparsers would make those of all commands, which takes as long as all the rest.
+
+OFFERED = 200          # words that completion offers at most
+LOOKED_AT = 2000       # newest jobs of each state that completion looks through
+
+ASKS = ("-h", "--help", "--version")
+MARK = "\0"            # completion: in place of the word under the cursor
+FILES, DIRS = "files", "dirs"   # kinds of values that the shell itself completes
+# Those that take what follows the first `--` as it stands.
+TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command takes, if not all.
 _FITTING: dict[tuple[str, ...], tuple[str, ...]] = {
     **{(verb,): states for verb, states in ALLOWED.items()},
     ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
 
 
-class Choice(NamedTuple):
-    """A word that may come next, and what it means."""
-    word: str
-    meaning: str = ""
+def _dest(one: Option) -> str:
+    """The name of an argument's value, as argparse makes it."""
+    name: str = one.settings.get("dest") or one.names[0].lstrip("-").replace("-", "_")
+    return name
 
 
-class Reading(NamedTuple):
-    """The words after a command's name, as far as they are there.
-
-    What is given tells which flag may not come twice, and whose turn is next of the
-    arguments without a dash.
+def usual(entries: Sequence[Entry]) -> Entry:
+    """What a group means that is named alone, or a line without a name: one that looks.
     """
-    given: list[tuple[Option, str]]     # each argument with its value, in their order
-    awaiting: Option | None             # the flag whose value comes next
-    is_verbatim: bool                   # after `--` all is a command of the user's
+    return min(entries, key=lambda entry: (entry.words != ("status",),
+                                           entry.words[-1] != "list"))
 
 
-class Place(NamedTuple):
-    """What may stand where the cursor is.
+def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
+    """The commands that these words may name, and the words beside the name; Usage.
 
-    Either `choices`, or a `kind` of which the queue or the shell knows the values;
-    neither where only a person knows (a command, a new name).
-    """
-    choices: tuple[Choice, ...] = ()    # known without the queue
-    kind: str = ""                      # else: of what kind
-    word: str = ""                      # its beginning
-    before: str = ""                    # what stands before it, in the same word
-    states: tuple[str, ...] = ()        # those of jobs that fit
-    given: tuple[str, ...] = ()         # values that are there already
-    db: str = ""                        # the database that the line names
+        --db x.db retry job-1 -> `retry`
+        dlq --limit 5         -> `dlq list`: before a flag a group is its `usual` one
+        dlq, dlq --help       -> its three
+        --db x.db, --help     -> COMMANDS
 
-
-def unquoted(word: str) -> str:
-    """A word of a line without the quotes and backslashes that are for the shell."""
-    if not any(char in word for char in "\\'\""):
-        return word
-    import shlex  # 1 ms
-    for end in ("", "'", '"'):      # one that is still open
-        with contextlib.suppress(ValueError):
-            return "".join(shlex.split(word + end))
-    return word
-
-
-def _is_flag(word: str) -> bool:
-    """Whether it is one; `-` alone is stdin."""
-    return word.startswith("-") and word != "-"
-
-
-def _takes_value(one: Option) -> bool:
-    """Whether a word follows it: what argparse stores, not what it only notes."""
-    return one.settings.get("action") in (None, "append")
-
-
-def _flag_named(name: str, options: Sequence[Option]) -> Option | None:
-    return next((one for one in options if name in one.names), None)
-
-
-def _next_argument(options: Sequence[Option],
-                   given: Sequence[tuple[Option, str]]) -> Option | None:
-    """The argument that the next word without a dash is for."""
-    taken = [one for one, _ in given]
-    return next((one for one in options if not one.names[0].startswith("-")
-                 and (one not in taken or one.settings.get("nargs") in ("*", "+"))),
-                None)
-
-
-def _read_flag(options: Sequence[Option], word: str,
-               given: list[tuple[Option, str]]) -> Reading:
-    """`--flag`, `--flag=value`, `-f` or `-fvalue`."""
-    name, sign, value = word.partition("=") if word.startswith("--") \
-        else (word[:2], word[2:], word[2:])
-    flag = _flag_named(name, options)
-    if flag is None:
-        return Reading(given, None, False)
-    awaits = _takes_value(flag) and not sign
-    return Reading([*given, (flag, value)], flag if awaits else None, False)
-
-
-def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
-    """Read them as argparse will.
-
-    Not by argparse itself: it ends at the first mistake, and a line that is being typed
-    is one mistake to its end.
-    """
-    reading = Reading([], None, False)
-    for word in words:
-        given, awaiting, _ = reading
-        if word == "--":
-            return Reading(given, None, True)
-        if awaiting and not (awaiting.settings.get("nargs") == "?" and _is_flag(word)):
-            given[-1] = (awaiting, word)
-            reading = Reading(given, None, False)
-        elif _is_flag(word):
-            reading = _read_flag(options, word, given)
-        else:
-            place = _next_argument(options, given)
-            given += [(place, word)] if place else []
-    return reading
-
-
-def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The commands that these words may come to, and the words beside the name.
-
-        dlq           -> its three, as long as no second word is there
-        dlq --limit 5 -> `dlq list`, which is what a flag comes to (ALONE)
-        --db x.db     -> all
-
-    As `_split` and `_find` (Main) read a line that is complete. None of them for a
-    wrong name.
+    Flags may stand before the name as well; of these only --db takes a word.
     """
     at = 0
-    while at < len(words) and _is_flag(words[at]):
+    while at < len(words) and words[at].startswith("-"):
+        if words[at] in ASKS:
+            return COMMANDS, [*words]
         at += 2 if words[at] == "--db" else 1
-    if at >= len(words):
-        return list(COMMANDS), list(words)
-    name, following = words[at], words[at + 1] if at + 1 < len(words) else None
-    found = [entry for entry in COMMANDS if entry.words[0] == name]
-    taken = at + 1
-    if following is not None and found and len(found[0].words) > 1:
-        sub = ALONE.get(name) if _is_flag(following) else following
-        found = [entry for entry in found if entry.words[1] == sub]
-        taken += not _is_flag(following)
-    return found, [*words[:at], *words[taken:]]
-
-
-def _meant(found: Sequence[Entry]) -> Entry | None:
-    """The one command that these come to as the line stands: of a group, the first."""
-    if len({entry.words[0] for entry in found}) != 1:
-        return None
-    return next((entry for entry in found if len(found) == 1
-                 or entry.words[1] == ALONE.get(entry.words[0])), None)
-
-
-def _command_choices(entries: Sequence[Entry]) -> list[Choice]:
-    """The words by which these commands differ; of a group, what belongs to it."""
-    if len({entry.words[0] for entry in entries}) == 1:
-        return [Choice(entry.words[1], entry.help) for entry in entries]
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.words[0], []).append(entry)
-    return [Choice(name, group[0].help if len(group) == 1 else
-                   ", ".join(entry.words[1] for entry in group))
-            for name, group in groups.items()]
-
-
-def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]],
-                  word: str) -> list[Choice]:
-    """Long names, and a short one that is there; none that may not come twice.
-
-    After a lone dash only long ones: a list of letters helps nobody.
-    """
-    taken = [one for one, _ in given if one.settings.get("action") != "append"]
-    return [Choice(name, one.settings.get("help", "")) for one in options
-            if one not in taken for name in one.names
-            if name.startswith("--") or name == word != "-"]
-
-
-def _kind_of(entry: Entry | None, one: Option) -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind.
-
-    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
-    setting.
-    """
-    metavar = str(one.settings.get("metavar", ""))
-    if one.names[0] in _NEW or (metavar == "KEY" and one.names[0].startswith("-")):
-        return ""
-    if metavar == "NAME":       # a command that makes something gives it a new name
-        return "" if entry is None or entry.creates is not False else entry.words[0]
-    return _BY_SHELL.get(metavar, metavar)
-
-
-def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
-    """Values that are the same in each queue."""
-    if kind == "KEY":
-        return tuple(Choice(key, setting.meaning) for key, setting in SETTINGS.items())
-    return tuple(Choice(word) for word in one.settings.get("choices", ()))
-
-
-def _span(word: str) -> dict[str, str]:
-    """The bounds of what begins with a word; names are ASCII without DEL.
-
-    So `name >= word AND name < end` is a range of an index; LIKE is not, unless it
-    respects case (SQLite, "The LIKE Optimization").
-    """
-    return {"word": word, "end": word + "\x7f"}
-
-
-def _job_choices(rows: Rows, place: Place) -> list[Choice]:
-    """The newest of each state; then those that the index of ids leads to.
-
-    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
-    million jobs the newest are meant. An id of one's own may be older: that is found by
-    the word that it begins with. Both may find the same job, once for the shell.
-    """
-    found = [row for state in place.states for row in rows(
-        Sql.NEWEST_IDS, state=state, look=LOOKED_AT, limit=OFFERED,
-        **_span(place.word))]
-    found.sort(reverse=True)
-    if place.word and len(found) < OFFERED:
-        found += [row for row in rows(Sql.IDS_FROM, look=LOOKED_AT, **_span(place.word))
-                  if row[2] in place.states]
-    return [Choice(job_id, f"{state}: {command}")
-            for _, job_id, state, command in dict.fromkeys(found)]
-
-
-def _queue_choices(rows: Rows, place: Place) -> list[Choice]:
-    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
-    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
-    for name, state, n in rows(Sql.COUNTS):
-        counts.setdefault(name, []).append(f"{n} {state}")
-    counts.pop(EVERY_QUEUE, None)
-    return [Choice(name, ", ".join(counts[name])) for name in sorted(counts)]
-
-
-def _tag_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(tag) for tag, in rows(Sql.TAGS_FROM, limit=OFFERED,
-                                         **_span(place.word))]
-
-
-def _worker_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(*row) for row in rows(Sql.WORKER_NAMES)]
-
-
-def _schedule_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(*row) for row in rows(Sql.SCHEDULE_NAMES)]
-
-
-# Kinds of values that only the queue knows, by metavar; names by their command.
-_IN_QUEUE = {"ID": _job_choices, "Q": _queue_choices, "T": _tag_choices,
-             "worker": _worker_choices, "schedule": _schedule_choices}
-
-
-def _valued(place: Place, entry: Entry | None, reading: Reading, one: Option) -> Place:
-    """The place of an argument's value.
-
-    `enqueue @F` names a file in the place of a job. What an argument has already is not
-    offered for it again; only jobs of states that the command takes are (_FITTING).
-    """
-    kind = _kind_of(entry, one)
-    if kind == "JOB" and place.word.startswith("@"):
-        return place._replace(kind=FILES, word=place.word[1:], before="@")
-    return place._replace(
-        kind=kind, choices=_fixed_choices(one, kind),
-        states=_FITTING.get(entry.words if entry else (), STATES),
-        given=tuple(value for other, value in reading.given if other == one))
-
-
-def _at_flag(place: Place, entry: Entry | None, reading: Reading,
-             options: Sequence[Option]) -> Place:
-    """The place of a flag, or of the value in `--flag=value`."""
-    name, sign, value = place.word.partition("=")
-    if not sign:
-        return place._replace(choices=tuple(
-            _flag_choices(options, reading.given, place.word)))
-    flag = _flag_named(name, options)
-    if flag is None or not _takes_value(flag):
-        return place
-    return _valued(place._replace(word=value, before=name + sign), entry, reading, flag)
-
-
-def _at_argument(place: Place, entry: Entry | None, reading: Reading,
-                 options: Sequence[Option]) -> Place:
-    """The place of an argument without a name; of flags, where none is known.
-
-    After `--` stands a command of the user's: of that only the names of files are
-    known.
-    """
-    one = _next_argument(options, reading.given)
-    if one:
-        place = _valued(place, entry, reading, one)
-        if place.kind in (FILES, DIRS, *_IN_QUEUE) or place.choices:
-            return place
-    if reading.is_verbatim:
-        return place._replace(kind=FILES)
-    return place._replace(choices=tuple(_flag_choices(options, reading.given, "")))
-
-
-def place_of(words: Sequence[str]) -> Place:
-    """What may stand in place of the last of these words, the line's without quotes.
-
-    Asked in this order: a value that a flag awaits (unless it may do without one), a
-    flag, the rest of the command's name, an argument of it. The last --db of the line
-    counts, as it does for argparse.
-    """
-    *before, word = words or ("",)
-    found, rest = named_commands(before)
-    entry = _meant(found)
-    options = (*(entry.options if entry else (_VERSION,)), _DB, _HELP)
-    reading = read_words(options, rest)
-    place = Place(word=word, db=next((value for one, value in reversed(reading.given)
-                                      if one == _DB and value), ""))
-    if reading.awaiting and reading.awaiting.settings.get("nargs") != "?":
-        return _valued(place, entry, reading, reading.awaiting)
-    if word.startswith("-") and not reading.is_verbatim:
-        return _at_flag(place, entry, reading, options)
-    if len(found) != 1:
-        return place._replace(choices=tuple(_command_choices(found)))
-    return _at_argument(place, entry, reading, options)
-
-
-def _expanded(path: str) -> str:
-    """A path as the shell would have made it of a word: ~ and $NAME are known.
-
-    The word comes from the line before the shell has read it.
-    """
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def choices_at(place: Place) -> list[Choice]:
-    """What may stand there, of the queue that is named, if there is one."""
-    choices = list(place.choices)
-    if not choices and place.kind in _IN_QUEUE:
-        path = database_path(_expanded(place.db))
-        with contextlib.suppress(QueueError), glance(path) as rows:
-            choices = _IN_QUEUE[place.kind](rows, place)
-    return [choice for choice in choices if choice.word.startswith(place.word)
-            and choice.word not in place.given][:OFFERED]
-
-
-def completion_lines(words: Sequence[str]) -> list[str]:
-    """What a shell's script reads: words with their meanings, parted by a tab.
-
-    One that begins with a tab says that the shell is to complete files or directories,
-    after what stands in the word already.
-    """
-    place = place_of([unquoted(word) for word in words])
-    if place.kind in (FILES, DIRS):
-        return [f"\t{place.kind}\t{place.before}"]
-    return [f"{place.before}{choice.word}\t{cut(one_line(choice.meaning), 60)}"
-            for choice in choices_at(place)]
-
-
-# ---- 28 Main -----------------------------------------------------------------
-# From the words of a command line to its exit status: which command it is, its parser,
-# its queue; and what each end that we know is told as. `main` is the entry point of the
-# installed command, of `python3 -m queuectl`, of the file run by its path, and of
-# programs and tests, to which it returns: nothing below it ends the process, but
-# argparse where it prints a help.
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """What lays a help out: descriptions as they stand, two columns left free.
-
-    With a width of its own, for argparse would load shutil to find one.
-    """
-    return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
+    flags, names = [*words[:at]], [*words[at:]]
+    if not names:
+        return COMMANDS, flags
+    for length in (2, 1):
+        for entry in COMMANDS:
+            if entry.words == tuple(names[:length]):
+                return [entry], [*flags, *names[length:]]
+    group = [entry for entry in COMMANDS if entry.words[0] == names[0]]
+    if group and (len(names) == 1 or names[1].startswith("-")):
+        is_open = len(names) == 1 or names[1] in ("-h", "--help")
+        return group if is_open else [usual(group)], [*flags, *names[1:]]
+    wrong = " ".join(names[:2 if group else 1])
+    raise Usage(f"there is no command `{wrong}`", nearest(
+        wrong, [" ".join(entry.words if group else entry.words[:1])
+                for entry in group or COMMANDS])
+        or ("there are: " + ", ".join(entry.words[1] for entry in group) if group
+            else "`queuectl --help` lists them"))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        argparse itself would print two lines and end the process, with --json as
-        without.
-        """
+        """Refuse the command line, in one line, and with --json as JSON."""
         raise Usage(message, f"`{self.prog} --help` says more")
 
     def _print_message(self, message: str, file: object = None) -> None:
@@ -16421,102 +16104,59 @@ class Parser(argparse.ArgumentParser):
         screen.flush()
 
 
-def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
-    """The parser that only knows `--help`: a list of commands.
+def parser_of(entry: Entry, strict: bool = True) -> Parser:
+    """The parser of a command.
 
-    argparse's subparsers would need the parser of each command. As it is, this one is
-    made only when its help is asked for.
-    """
-    parser = Parser(
-        prog=name, formatter_class=_formatter,
-        usage=f"{name} [--db PATH] COMMAND ...",
-        description=f"{title}.\n\ncommands:\n" + "\n".join(
-            f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
-        epilog=f"`{name} COMMAND --help` says more. Without a command: {alone}.")
-    for one in (_DB, _VERSION):
-        parser.add_argument(*one.names, **one.settings)
-    return parser
-
-
-def _shown_word(word: Option) -> str:
-    """A word of a command as its usage shows it: ID, [JOB], ID ..."""
-    shown = str(word.settings.get("metavar"))
-    return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(
-        word.settings.get("nargs", ""), shown)
-
-
-def command_parser(entry: Entry) -> Parser:
-    """The parser of one command; to make all of them would take as long as the rest.
+    Not strict, for completion: nothing is required or checked, what is not given is not
+    there, and of a flag with a value all values are kept.
 
     No abbreviations: `--run` would be --run-at today and a mistake once there is
-    another flag of that beginning. Its own usage line, for argparse's lists all
-    flags.
+    another flag of that beginning. Its own usage line, for argparse's lists all flags.
     """
-    name = "queuectl " + " ".join(entry.words)
-    words = " ".join(_shown_word(one) for one in entry.options
-                     if not one.names[0].startswith("-"))
-    parser = Parser(
-        prog=name, allow_abbrev=False, usage=f"{name} [OPTION ...] {words}".rstrip(),
-        description=entry.help[0].upper() + entry.help[1:] + ".",
-        formatter_class=_formatter,
-        epilog="examples:\n" + "\n".join(
-            f"  queuectl {example}" for example in entry.examples))
-    groups = {"": parser}
+    name = " ".join(("queuectl", *entry.words))
+    words = ""
     for one in entry.options:
+        if not one.names[0].startswith("-"):
+            words += {"?": " [{}]", "*": " [{} ...]", "+": " {} ..."}.get(
+                one.settings.get("nargs", ""), " {}").format(one.settings["metavar"])
+    parser = Parser(
+        prog=name, allow_abbrev=False, add_help=False,
+        usage=f"{name} [OPTION ...]{words}",
+        description=entry.help[0].upper() + entry.help[1:] + ".",
+        # With a width of its own: argparse would load shutil to find one.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=window().columns - 2),
+        epilog="\n  queuectl ".join(("examples:", *entry.examples))
+        if entry.examples else None)
+    groups: dict[str, Any] = {"": parser}
+    for one in (*entry.options, _DB, _HELP):
+        settings = one.settings
+        if not strict:
+            settings = {"default": argparse.SUPPRESS, **{
+                key: settings[key] for key in ("nargs", "dest") if key in settings}}
+            if one.names[0].startswith("-"):
+                takes_value = one.settings.get("action") in (None, "append")
+                settings["action"] = "append" if takes_value else "store_true"
         if one.group not in groups:
-            groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
-                one.group)
-        groups[one.group].add_argument(*one.names, **one.settings)
+            groups[one.group] = parser.add_argument_group(one.group)
+        action = groups[one.group].add_argument(*one.names, **settings)
+        action.required = action.required and strict
     # argparse would take `-5` for a flag as soon as `-0` is one.
     parser._has_negative_number_optionals.clear()
-    parser.add_argument(*_DB.names, **_DB.settings)
     parser.set_defaults(entry=entry, words=None)
     return parser
 
 
-def _find(name: str, following: str | None) -> tuple[Entry, int]:
-    """The command of that name, and how many words its name has here.
-
-    Of a group (`dlq`) the second word says which; a flag in its place, or none, means
-    the usual one (ALONE). Usage with the nearest name for one that there is not.
-    """
-    found = [entry for entry in COMMANDS if entry.words[0] == name]
-    if not found:
-        raise Usage(f"there is no command `{name}`",
-                    nearest(name, [entry.words[0] for entry in COMMANDS])
-                    or "`queuectl --help` lists them")
-    if len(found[0].words) == 1:
-        return found[0], 1
-    if following in ("-h", "--help"):
-        _overview(f"queuectl {name}", TITLES[name], ALONE[name], found).parse_args(
-            ["--help"])
-    if following is None or following.startswith("-"):
-        return next(entry for entry in found if entry.words[1] == ALONE[name]), 1
-    for entry in found:
-        if entry.words[1] == following:
-            return entry, 2
-    subs = [entry.words[1] for entry in found]
-    raise Usage(f"there is no command `{name} {following}`",
-                nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
-                or "there are: " + ", ".join(subs))
-
-
-def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
-    """The command, and the other words; `status` where none is named.
-
-    Found by hand: flags may stand before the name as well, and of these only --db takes
-    a word, so its value is not taken for the command.
-    """
-    words, at = list(argv), 0
-    while at < len(words) and words[at].startswith("-"):
-        if words[at] in ("-h", "--help", "--version"):
-            _overview("queuectl", "A background job queue for the command line",
-                      "status", COMMANDS).parse_args([words[at]])
-        at += 2 if words[at] == "--db" else 1
-    if at >= len(words):
-        return _find("status", None)[0], words
-    entry, taken = _find(words[at], words[at + 1] if at + 1 < len(words) else None)
-    return entry, words[:at] + words[at + taken:]
+def _overview(entries: Sequence[Entry]) -> Entry:
+    """What stands for a group of commands, or for all, and has only a help."""
+    words = () if entries is COMMANDS else entries[0].words[:1]
+    rows = "\n".join(f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries)
+    name = " ".join(("queuectl", *words))
+    return Entry(
+        words, lambda *_: EX_OK, f"{TITLES[' '.join(words)]}.\n\ncommands:\n{rows}\n\n"
+        f"`{name} COMMAND --help` says more. Without a command: "
+        f"{usual(entries).words[-1]}", NEITHER,
+        (option("command", metavar="COMMAND ...", help=argparse.SUPPRESS), _VERSION))
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
@@ -16550,15 +16190,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows the first `--`, where a job is given, stays as it is.
 
     Cut off before argparse sees it, which would take the dashes out and the words for
-    JOB. What it does not know it returns, so the words about that are ours.
+    JOB.
     """
-    entry, words = _split(argv)
-    rest = None
-    if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
+    entries, words = find(argv)
+    asked = next((word for word in words if word in ASKS), None)
+    if asked and len(entries) > 1:
+        parser_of(_overview(entries)).parse_args([asked])   # prints, and exits
+    entry, rest = usual(entries), None
+    if entry.run in TAKE_WORDS and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    words = [_as_utf8(word) for word in words]
-    args, extra = command_parser(entry).parse_known_args(words)
+    args, extra = parser_of(entry).parse_known_args([_as_utf8(word) for word in words])
     if extra:
         raise _unexpected(entry, extra)
     try:
@@ -16566,6 +16208,159 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     except UnicodeError:
         raise Usage("a word after -- is not text", "give valid Unicode") from None
     return args
+
+
+def unquoted(word: str) -> str:
+    """A word of a line without the quotes and backslashes that are for the shell."""
+    if not any(char in word for char in "\\'\""):
+        return word
+    import shlex  # 1 ms
+    for end in ("", "'", '"'):      # one that is still open
+        with contextlib.suppress(ValueError):
+            return "".join(shlex.split(word + end))
+    return word
+
+
+def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
+    """What kind of thing an argument names; "" for what is new, or of no kind.
+
+    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
+    setting. `enqueue @F` names a file in the place of a job.
+    """
+    metavar = one.settings.get("metavar", "")
+    if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
+        return ""
+    if metavar == "NAME":       # a command that makes something gives it a new name
+        return entry.words[0] if entry.creates is False else ""
+    if metavar in ("F", "FILE", "PATH") or (metavar == "JOB" and word[:1] == "@"):
+        return FILES
+    return DIRS if metavar == "DIR" else str(metavar)
+
+
+def _job_choices(rows: Rows, bounds: Mapping[str, Any],
+                 states: Sequence[str]) -> list[tuple[str, str]]:
+    """The newest of each state; then those that the index of ids leads to.
+
+    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
+    million jobs the newest are meant. An id of one's own may be older: that is found by
+    the word that it begins with. Both may find the same job, once for the shell.
+    """
+    found = [row for state in states
+             for row in rows(Sql.NEWEST_IDS, state=state, **bounds)]
+    found.sort(reverse=True)
+    if bounds["word"] and len(found) < OFFERED:
+        found += [row for row in rows(Sql.IDS_FROM, **bounds) if row[2] in states]
+    return [(job_id, f"{state}: {command}")
+            for _, job_id, state, command in dict.fromkeys(found)]
+
+
+def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
+    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
+    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
+    for name, state, n in rows(Sql.COUNTS):
+        counts.setdefault(name, []).append(f"{n} {state}")
+    counts.pop(EVERY_QUEUE, None)
+    return [(name, ", ".join(counts[name])) for name in sorted(counts)]
+
+
+# Kinds of values that only the queue knows, by metavar; names by their command.
+_IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
+    "ID": _job_choices, "Q": _queue_choices,
+    "T": lambda rows, bounds, _: [(tag, "") for tag, in rows(Sql.TAGS_FROM, **bounds)],
+    "worker": lambda rows, *_: rows(Sql.WORKER_NAMES),
+    "schedule": lambda rows, *_: rows(Sql.SCHEDULE_NAMES)}
+
+
+def _values(kind: str, word: str, states: Sequence[str],
+            path: str) -> Sequence[tuple[str, str]]:
+    """Values of a kind, each with its meaning, in a queue, if there is one.
+
+    A press of a key must not be noticed: no queue is made, upgraded or waited for
+    (`glance`), and however many jobs there are, only so many rows are looked at, by an
+    index. `name >= word AND name < end` is a range of it; LIKE is not (SQLite, "The
+    LIKE Optimization"). Names are ASCII without DEL.
+    """
+    if kind == "KEY":
+        return [(key, setting.meaning) for key, setting in SETTINGS.items()]
+    bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
+    if kind in _IN_QUEUE:
+        with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
+            return _IN_QUEUE[kind](rows, bounds, states)
+    return ()
+
+
+def _flag_choices(options: Sequence[Option], given: Collection[str],
+                  word: str) -> list[tuple[str, str]]:
+    """Long names, and a short one that is there; none that may not come twice.
+
+    After a lone dash only long ones: a list of letters helps nobody.
+    """
+    return [(name, one.settings.get("help", "")) for one in options
+            if one.settings.get("action") == "append" or _dest(one) not in given
+            for name in one.names if name.startswith("--") or name == word != "-"]
+
+
+def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The words by which these commands differ; of a group, what belongs to it."""
+    if entries is not COMMANDS:
+        return [(entry.words[1], entry.help) for entry in entries]
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.words[0], []).append(entry)
+    return [(name, group[0].help if len(group) == 1 else
+             ", ".join(entry.words[1] for entry in group))
+            for name, group in groups.items()]
+
+
+def offers(words: Sequence[str]) -> list[str]:
+    """What may come next, for a shell's script (Install); Usage for an invalid line.
+
+    The last of these words, the line's without quotes, is the one under the cursor, or
+    the value in its `--flag=value`. MARK stands there for the parser, which tells whose
+    value it is. In this order it may be: a value that a flag needs, a flag, the rest of
+    the command's name, another argument; flags again, where no values are known.
+    """
+    *before, word = words or ("",)
+    entries, rest = find(before)
+    entry = _overview(entries) if entries is COMMANDS else usual(entries)
+    if entry.run in TAKE_WORDS and "--" in rest:
+        return [f"\t{FILES}\t"]     # a command of the user's
+    flag, sign, value = word.partition("=")
+    head, word = (flag + sign, value) if word.startswith("--") and sign else ("", word)
+    args, extra = parser_of(entry, False).parse_known_args([*rest, head + MARK])
+    if extra not in ([], [MARK]):
+        return []
+    given = {name: value if isinstance(value, list) else [value]
+             for name, value in vars(args).items()}
+    options = (*entry.options, _DB, _HELP)
+    one = next((one for one in options if MARK in given.get(_dest(one), ())), None)
+    choices: Iterable[tuple[str, str]] = _flag_choices(options, given, word)
+    is_needed = one and (head or (one.names[0].startswith("-")
+                                  and one.settings.get("nargs") != "?"))
+    if one and (is_needed or not word.startswith("-")):
+        kind = _kind_of(entry, one, word)
+        fixed = [(value, "") for value in one.settings.get("choices", ())]
+        if kind in (FILES, DIRS):
+            is_at = one.settings["metavar"] == "JOB"
+            return [f"\t{kind}\t{'@' if is_at else head}"]
+        if is_needed or fixed or kind in _IN_QUEUE or kind == "KEY":
+            path = next(filter(None, reversed(given.get("db", []))), "")
+            choices = fixed or _values(kind, word, _FITTING.get(entry.words, STATES),
+                                       os.path.expanduser(os.path.expandvars(path)))
+    if not is_needed and not word.startswith("-") and len(entries) > 1:
+        choices = _command_choices(entries)
+    taken = given[_dest(one)] if one else ()
+    return [f"{head}{choice}\t{cut(one_line(meaning), 60)}"
+            for choice, meaning in choices
+            if choice.startswith(word) and choice not in taken][:OFFERED]
+
+
+# ---- 28 Main -----------------------------------------------------------------
+# From a command line to its exit status. `main` is the entry point of the installed
+# command, of `python3 -m queuectl`, of the file run by its path, and of programs and
+# tests, to which it returns: only argparse, when it prints a help, ends the process.
+
+COMPLETE = "__complete"     # the command by which the shells' scripts ask
 
 
 def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
@@ -16675,27 +16470,11 @@ def _abandon(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _wants_json(words: Sequence[str]) -> bool:
-    """Whether errors are to be JSON; what follows `--` is somebody else's.
-
-    Looked for in the words: of a line that could not be parsed there are no arguments.
-    """
-    end = words.index("--") if "--" in words else len(words)
-    return "--json" in words[:end]
-
-
-def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
-    """Run a command line; its exit status."""
-    end = words.index("--") if "--" in words else len(words)
-    return _told(lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
-                 _wants_json(words))
-
-
 def _complete(words: Sequence[str]) -> int:
     """Say what may come next."""
     # A key that was pressed half-way through a line must never print a traceback.
     with contextlib.suppress(Exception):
-        for line in completion_lines([_as_utf8(word) for word in words[1:]]):
+        for line in offers([unquoted(_as_utf8(word)) for word in words]):
             print(line)
         sys.stdout.flush()
     return EX_OK
@@ -16712,9 +16491,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _open_standard_streams()
     except KeyboardInterrupt:
         return EX_INTERRUPTED
+    end = words.index("--") if "--" in words else len(words)
     with contextlib.ExitStack() as stack:
-        status = _complete(words[1:]) if words[:1] == [COMPLETE] \
-            else _answer(words, stack)
+        # Of a line that cannot be parsed only the words tell whether --json was meant.
+        status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
+            lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
+            "--json" in words[:end])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
