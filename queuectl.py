@@ -14899,63 +14899,49 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """A job as JSON, with --show-output also what it printed, damaged UTF-8 replaced.
-    """
-    found = job_object(job)
-    if args.show_output:
-        found["output"] = _output_of(queue, job).decode("utf-8", "replace")
-    return found
-
-
-def _for_people(args: argparse.Namespace,
-                look: Callable[[int], list[Job]]) -> tuple[list[Job], str]:
-    """The jobs that a table shows, of those that `look` finds, up to a number; and a
-    remark if there are more, else "".
-    """
-    limit = PEOPLE_LIMIT if args.limit is None else args.limit
-    jobs = look(limit + 1 if limit else 0)  # one more, to know whether there are more
-    more = f"there are more than {limit}; --limit 0 shows all"
-    return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
-
-
-def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
-    """Why each of these waits, on one line, by its id."""
-    return {job_id: ", ".join(one.message for one in found) or "waits for a slot"
-            for job_id, found in queue.hindrances(jobs).items()}
-
-
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print jobs.
+    """Print jobs; for `dlq list` each with its error below.
 
     Without a limit as JSON: newest first of one state, or of any, they can be read by
     the page, in any number; otherwise they have to be put in order first, so all are in
     memory. Reasons are looked up only where all states asked for are of jobs that wait.
     """
-    filters = _filters(args)
-    states = tuple(args.state or ())
+    filters, style = _filters(args), screen.style()
+    states, is_dlq = tuple(args.state or ()), bool(args.entry.preset)
     if args.json:
         limit = args.limit or 0
         found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
             if len(states) > 1 or args.sort != "newest" \
             else queue.pages(limit, state=states, **filters)
-        _print_array((_list_object(queue, job, args) for job in found), screen)
+        _print_array(({**job_object(job), **(
+            {"output": _output_of(queue, job).decode("utf-8", "replace")}
+            if args.show_output else {})} for job in found), screen)
         return EX_OK
-    shown, more = _for_people(
-        args, lambda limit: queue.jobs(states, args.sort, limit, **filters))
+    limit = PEOPLE_LIMIT if args.limit is None else args.limit
+    # One more, to know whether there are more.
+    jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
+    shown = jobs[:limit or None]
+    why = {} if not states or {*states} - {*WAITING} else {
+        job_id: ", ".join(one.message for one in found) or "waits for a slot"
+        for job_id, found in queue.hindrances(shown).items()}
     if args.show_output:
         for job in shown:
-            screen.out(*job_table([job], screen.style())[1:])
+            screen.out(*job_table([job], style)[1:])
             screen.raw(_output_of(queue, job))
+    elif shown:
+        head, *lines = job_table(shown, style, why)
+        screen.out(head)
+        for job, line in zip(shown, lines):
+            screen.out(line)
+            if is_dlq and job.error:
+                screen.out(style.paint(
+                    "    " + cut(one_line(job.error), style.width - 4), DIM))
     else:
-        why = _reasons(queue, shown) if states and {*states} <= {*WAITING} else {}
-        if shown:
-            screen.out(*job_table(shown, screen.style(), why))
-        else:
-            screen.note("no such jobs" if any((*filters.values(), states))
-                        else "no jobs; `queuectl enqueue 'echo hi'` adds one")
-    if more:
-        screen.note(more)
+        screen.note("the dead letter queue is empty" if is_dlq
+                    else "no such jobs" if any((*filters.values(), states))
+                    else "no jobs; `queuectl enqueue 'echo hi'` adds one")
+    if len(jobs) > len(shown):
+        screen.note(f"there are more than {limit}; --limit 0 shows all")
     return EX_OK
 
 
@@ -15122,10 +15108,11 @@ def _is_wide(args: argparse.Namespace) -> bool:
     """Whether jobs are chosen by what they are and not by ids; Usage if by both
     or neither.
     """
-    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
+    has_state = hasattr(args, "state") and not args.entry.preset
+    given = [args.all, args.state if has_state else None, *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        state = "--state, " if hasattr(args, "state") else ""
+        state = "--state, " if has_state else ""
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named",
                     f"give ids, or --all, {state}--queue, --tag or --search")
@@ -15260,9 +15247,9 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
 
 
 def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Run jobs again from now."""
-    jobs = _wide("retry", args, queue, screen) if _is_wide(args) \
-        else queue.retry(*args.ids)
+    """Run jobs again from now; `dlq retry` refuses an id of one that is not dead."""
+    retry = queue.retry_dead if args.entry.preset else queue.retry
+    jobs = _wide("retry", args, queue, screen) if _is_wide(args) else retry(*args.ids)
     return _say_jobs(jobs, "retry", args, screen)
 
 
@@ -15359,42 +15346,35 @@ def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return _say_jobs(jobs, "delete", args, screen)
 
 
-def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
-           states: Sequence[str], is_dry: bool = False) -> int:
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete all jobs that fit, and say how many.
 
     A dry run and a question count with the bound that the sweep will have: a stored
     time is cut to its millisecond, and `ended_before` leaves out the bound itself,
     hence 0.001.
     """
+    states, filters = _chosen_states("delete", args.state), _filters(args)
     _refuse_blanks(args)
-    filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
             raise Usage("--older-than counts from a job's end",
                         "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
-    if not is_dry:
+    if not args.dry_run:
         _refuse_unasked(args)
     amounts = _amounts(queue, states, filters)
-    if amounts and not is_dry:
-        _confirm(f"This will delete jobs: {amounts}.", args)
-    if is_dry and not args.json:
+    if args.dry_run and not args.json:
         screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
         return EX_OK
-    jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
+    if amounts and not args.dry_run:
+        _confirm(f"This will delete jobs: {amounts}.", args)
+    jobs = iter(()) if args.dry_run else _swept("delete", args, queue, screen, states)
     if args.json:
         fitting = sum(queue.count(state, **filters) for state in states)
-        would = {"would_delete": fitting} if is_dry else {}
+        would = {"would_delete": fitting} if args.dry_run else {}
         screen.out(dumps({"deleted": sum(1 for _ in jobs), **would}))
         return EX_OK
     return _say_jobs(jobs, "delete", args, screen)
-
-
-def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete jobs that are over, or in other states that are named."""
-    return _purge(args, queue, screen, _chosen_states("delete", args.state),
-                  args.dry_run)
 
 
 def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -15411,42 +15391,6 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
         screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
     return EX_OK
-
-
-def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the dead jobs, the latest death first.
-
-    Below each stands its error. The table's line 0 is its head: line 1 is job 0.
-    """
-    def _look(limit: int) -> list[Job]:
-        return queue.jobs(DEAD, "finished", limit)
-    if args.json:
-        _print_array(map(job_object, _look(args.limit or 0)), screen)
-        return EX_OK
-    jobs, more = _for_people(args, _look)
-    style = screen.style()
-    if not jobs:
-        screen.note("the dead letter queue is empty")
-    for number, line in enumerate(job_table(jobs, style) if jobs else ()):
-        screen.out(line)
-        if number and jobs[number - 1].error:
-            error = one_line(jobs[number - 1].error or "")
-            screen.out(style.paint("    " + cut(error, style.width - 4), DIM))
-    if more:
-        screen.note(more)
-    return EX_OK
-
-
-def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Put dead jobs back."""
-    jobs = _swept("retry", args, queue, screen, (DEAD,)) if _is_wide(args) \
-        else queue.retry_dead(*args.ids)
-    return _say_jobs(jobs, "retry", args, screen)
-
-
-def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete dead jobs."""
-    return _purge(args, queue, screen, (DEAD,))
 
 
 def _named_queues(queues: Sequence[str] | None) -> str:
@@ -15793,7 +15737,8 @@ NEITHER = None      # it does not open the database
 
 class Entry(NamedTuple):
     """One command: its words, its function, one sentence, whether it makes a database,
-    its arguments, and examples for its help, without the `queuectl` before them.
+    its arguments, examples for its help, without the `queuectl` before them, and values
+    of arguments of that function that it does not have.
     """
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Any, Screen], int]
@@ -15801,6 +15746,7 @@ class Entry(NamedTuple):
     creates: bool | None
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = types.MappingProxyType({})
 
 
 _NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
@@ -15898,14 +15844,16 @@ COMMANDS = (
         *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
         _YES, _JSON_FLAG),
         ("purge --state completed --older-than 7d", "purge --dry-run")),
-    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS,
-          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json")),
-    Entry(("dlq", "retry"), cmd_dlq_retry, "put dead jobs back", READS, (
+    Entry(("dlq", "list"), cmd_list, "show the dead jobs", READS,
+          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json"),
+          {"state": [DEAD], "sort": "finished", "show_output": False}),
+    Entry(("dlq", "retry"), cmd_retry, "put dead jobs back", READS, (
         _IDS, *_grouped("instead of ids", _ALL, *_TEXT_FLAGS), _JSON_FLAG),
-        ("dlq retry job-1", "dlq retry --all")),
-    Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
+        ("dlq retry job-1", "dlq retry --all"), {"state": [DEAD]}),
+    Entry(("dlq", "purge"), cmd_purge, "delete dead jobs", READS, (
         *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
-        ("dlq purge --older-than 30d", "dlq purge --yes")),
+        ("dlq purge --older-than 30d", "dlq purge --yes"),
+        {"state": [DEAD], "dry_run": False}),
     Entry(("pause",), cmd_pause, "start no more jobs, until resume", CREATES,
           (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
     Entry(("resume",), cmd_resume, "start jobs again", READS, (_QUEUES_FLAG,),
@@ -15998,9 +15946,9 @@ COMMANDS = (
 )
 # Those that only look stop once their results cannot be written; all others first do
 # what they were asked to.
-LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list,
-         cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
-         cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
+LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_queue_list,
+         cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list, cmd_config_get,
+         cmd_check, cmd_completion, cmd_systemd)
 # Those that run on whether somebody reads their log or not.
 SERVES = (cmd_web,)
 TITLES = {"": "A background job queue for the command line",
@@ -16143,7 +16091,7 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
         action.required = action.required and strict
     # argparse would take `-5` for a flag as soon as `-0` is one.
     parser._has_negative_number_optionals.clear()
-    parser.set_defaults(entry=entry, words=None)
+    parser.set_defaults(entry=entry, words=None, **entry.preset)
     return parser
 
 

@@ -6584,7 +6584,7 @@ class CommandLine(Case):
             for example in entry.examples:
                 words = shlex.split(example)
                 if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
-                                 queuectl.cmd_purge, queuectl.cmd_dlq_purge):
+                                 queuectl.cmd_purge):
                     words.append("--yes")
                 if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
                         or {"--watch", "--follow", "-f", "-"} & {*words}:
