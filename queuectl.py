@@ -14246,18 +14246,6 @@ _WORKER_FLAGS = (
 )
 
 
-def _env_of(pairs: Sequence[str]) -> dict[str, str]:
-    """{"A": "b=c"} of `A=b=c`; Usage without a sign."""
-    env = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
-                        "write --env NAME=VALUE")
-        env[name] = value
-    return env
-
-
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a job that flags have set; what was not given is not there.
 
@@ -14266,7 +14254,11 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name, None) for name, field in FIELDS.items()
              if "e" in field.uses}
     if given["env"] is not None:
-        given["env"] = _env_of(given["env"])
+        for pair in given["env"]:
+            if "=" not in pair:
+                raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
+                            "write --env NAME=VALUE")
+        given["env"] = dict(pair.split("=", 1) for pair in given["env"])
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -14308,14 +14300,14 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
     return place if has_script else None
 
 
-def _template_of(args: argparse.Namespace) -> Template | None:
-    """The template of the words after `--` of a batch; None: it has none.
+def _lines_of(args: argparse.Namespace) -> Lines | None:
+    """How the lines of a batch are read, by the template after `--`; None: as jobs.
 
     Usage where an item would be part of a script, so that names became code.
     """
-    if args.words is None:
-        return None
-    words: list[bytes] = args.words
+    words: list[bytes] | None = args.words
+    if words is None:
+        return Lines(True, None) if args.null else None
     if not words:
         raise Usage("there is no command after --", "write -- PROG ARG...")
     if args.command is not None:
@@ -14327,13 +14319,7 @@ def _template_of(args: argparse.Namespace) -> Template | None:
                                    or (is_appended and script == len(words))):
             raise Usage("an item within the script of a shell would be run as code",
                         "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
-    return Template(words, _flag_fields(args))
-
-
-def _lines_of(args: argparse.Namespace) -> Lines | None:
-    """How the lines of a batch are read; None: as a file of jobs."""
-    template = _template_of(args)
-    return Lines(args.null, template) if args.null or template else None
+    return Lines(args.null, Template(words, _flag_fields(args)))
 
 
 def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
@@ -14495,7 +14481,11 @@ class Stream:
                     self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
                                              "lines are held, to try again"))
                 complained = True
-                self._rest(given)
+                try:
+                    time.sleep(SYNC_PAUSE)
+                except KeyboardInterrupt:
+                    self._give_up(given, "were not added")
+                    raise
             except QueueError as error:
                 if error.item is None:
                     raise
@@ -14504,14 +14494,6 @@ class Stream:
                 self._pass_over(error)
                 given = [one for one in given if one[0] != place]
         return []
-
-    def _rest(self, given: Sequence[tuple[str, Spec]]) -> None:
-        """A pause before the next try; who interrupts it is told what he gives up."""
-        try:
-            time.sleep(SYNC_PAUSE)
-        except KeyboardInterrupt:
-            self._give_up(given, "were not added")
-            raise
 
     def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
@@ -14586,16 +14568,6 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     return EX_NO if stream.refused else EX_OK
 
 
-def _exit_status(jobs: Sequence[Job]) -> int:
-    """One job's own exit status; of several 0 if all are completed, else 1.
-
-    A job that was cancelled before it ran has none, so it is 1.
-    """
-    if all(job.state == COMPLETED for job in jobs):
-        return EX_OK
-    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
-
-
 def _bar(screen: Screen) -> Callable[[Progress], None]:
     """What draws how far jobs are, with the rate since now."""
     began = time.monotonic()
@@ -14617,19 +14589,16 @@ def _watchful_bar(queue: Queue, screen: Screen,
     """
     bar, said = _bar(screen), set[str]()
 
-    def explain() -> None:
-        """Name each hindrance once, with the first job that it keeps waiting."""
-        for job_id, found in queue.hindrances(looked_at()).items():
+    def show(progress: Progress) -> None:
+        """Draw it, and name each hindrance once, with the first job that it delays."""
+        stuck = queue.hindrances(looked_at()) \
+            if progress.waiting and not progress.running else {}
+        for job_id, found in stuck.items():
             why = "; ".join([", ".join(one.message for one in found),
                              *(one.hint for one in found if one.hint)])
             if why and why not in said and not any(one.level == NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
-
-    def show(progress: Progress) -> None:
-        """Draw it, and look at what keeps the jobs waiting where none runs."""
-        if progress.waiting and not progress.running:
-            explain()
         bar(progress)
     return show
 
@@ -14653,7 +14622,10 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     else:
         done = sum(job.state == COMPLETED for job in jobs)
         screen.note(f"{done} of {len(jobs)} jobs completed, after {took}")
-    return _exit_status(jobs)
+    if all(job.state == COMPLETED for job in jobs):
+        return EX_OK
+    # One that was cancelled before it ran has no exit status.
+    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
 
 
 def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
@@ -14696,7 +14668,6 @@ def _note_no_worker(queue: Queue, screen: Screen) -> None:
 
 
 def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add jobs and say their ids."""
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
@@ -14809,7 +14780,6 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the workers."""
     views = queue.workers()
     if args.json:
         screen.out(dumps([worker_object(view) for view in views]))
@@ -14817,26 +14787,6 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     screen.out(*worker_lines(views, screen.style()))
     _note_no_worker(queue, screen)
     return EX_OK
-
-
-def _status_lines(args: argparse.Namespace, queue: Queue,
-                  screen: Screen) -> list[str]:
-    """What `status` prints; of --watch --json an object a line (JSON lines)."""
-    status = queue.status()
-    if args.json:
-        return [dumps(status_object(status), 2 if args.watch is None else None)]
-    return status_lines(status, screen.style())
-
-
-def _picture(lines: Sequence[str], above: int) -> str:
-    """Lines to be drawn in the place of the last picture, of `above` lines.
-
-    Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap. Too long
-    lines end at the window's edge: wrapped they would be two, and the next picture
-    would begin too low.
-    """
-    place = f"\033[{above}A\033[J" if above else ""
-    return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
 def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
@@ -14858,10 +14808,15 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
     above = 0
     while True:
-        seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+        seen, status = queue.store.changes(), queue.status()
+        lines = status_lines(status, screen.style()) if not args.json else [
+            dumps(status_object(status), 2 if args.watch is None else None)]
         if in_place:
             lines = lines[:max(1, screen.height() - 1)]
-            screen.out(_picture(lines, above))
+            # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap.
+            # A line that wrapped would be two, and the next picture begin too low.
+            place = f"\033[{above}A\033[J" if above else ""
+            screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
         else:
             screen.out(*([""] if above and not args.json else []), *lines)
         if args.watch is None:
@@ -14946,7 +14901,6 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print one job whole."""
     # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
     # moment.
     job = queue.job(args.id)
@@ -15077,7 +15031,6 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs printed."""
     if args.follow:
         return _follow(args, queue, screen)
     # All are looked at first: of one that is not there nothing is printed.
@@ -15340,7 +15293,6 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete jobs that do not run."""
     jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
         else queue.delete(*args.ids)
     return _say_jobs(jobs, "delete", args, screen)
@@ -15378,7 +15330,6 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Change waiting jobs."""
     fields = _flag_fields(args)
     if not fields:
         raise Usage("nothing to change", "give a flag, as --priority 5")
@@ -15401,7 +15352,6 @@ def _named_queues(queues: Sequence[str] | None) -> str:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
     flags = "".join(f" --queue {name}" for name in args.queue or ())
     screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
@@ -15410,7 +15360,6 @@ def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
     # What still holds claims back, for that is what one wants to know: a queue has its
     # own pause, and all of them have one together.
@@ -15425,7 +15374,6 @@ def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the queues."""
     views = queue.queues()
     if args.json:
         screen.out(dumps([queue_object(view) for view in views]))
@@ -15437,7 +15385,6 @@ def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> in
 
 
 def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Limit how many jobs of a queue run at once."""
     queue.limit_queue(args.queue, args.limit)
     screen.note(f"queue {args.queue}: " + (
         f"at most {args.limit} at once" if args.limit else "no limit"))
@@ -15466,7 +15413,6 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the schedules."""
     schedules = [(one, queue.last_job(one)) for one in queue.schedules()]
     if args.json:
         screen.out(dumps([schedule_object(*one) for one in schedules]))
@@ -15479,7 +15425,6 @@ def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print one schedule whole."""
     schedule = queue.schedule(args.name)
     last = queue.last_job(schedule)
     if args.json:
@@ -15490,13 +15435,11 @@ def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Forget a schedule; its jobs stay."""
     screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
     return EX_OK
 
 
 def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule rest."""
     screen.note(f"{queue.pause_schedule(args.name).name} paused")
     return EX_OK
 
@@ -15513,7 +15456,6 @@ def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) 
 
 
 def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Enqueue a schedule's job now, beside its runs."""
     screen.out(queue.run_schedule(args.name).id)
     return EX_OK
 
@@ -15543,7 +15485,6 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print all settings, those that somebody has set in bold."""
     stored = queue.store.stored_settings()
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
@@ -15560,13 +15501,11 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the bare value of a setting."""
     screen.out(queue.setting(args.key))
     return EX_OK
 
 
 def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Set a setting, and say what it means."""
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
     screen.note(f"{key} = {args.value}: {SETTINGS[key].meaning}")
@@ -15574,7 +15513,6 @@ def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> in
 
 
 def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Put a setting back to its default."""
     queue.reset(args.key)
     key = setting_key(args.key)
     screen.note(f"{key} = {SETTINGS[key].default} (the default)")
@@ -15609,7 +15547,6 @@ def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Make a consistent copy."""
     queue.backup(args.file)
     # To open it is to try it: a copy that is no queue is told now.
     with Queue(args.file, create=False) as copy:
@@ -15644,21 +15581,13 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script."""
     import shlex  # 1 ms
     screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
                .rstrip("\n"))
     return EX_OK
 
 
-def _is_on_path(folder: str) -> bool:
-    """Whether $PATH has the directory, by any of its names."""
-    return os.path.realpath(folder) in [
-        os.path.realpath(entry) for entry in os.get_exec_path() if entry]
-
-
 def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Install the program, and say where and what is missing."""
     import shlex
     import shutil
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -15671,7 +15600,8 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
     folder = os.path.dirname(launcher)
     screen.out(launcher)
     found = shutil.which("queuectl")
-    if not _is_on_path(folder):
+    if os.path.realpath(folder) not in [    # by any of its names
+            os.path.realpath(entry) for entry in os.get_exec_path() if entry]:
         screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
                     f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
     elif found and os.path.realpath(found) != os.path.realpath(launcher):
@@ -16311,14 +16241,6 @@ def offers(words: Sequence[str]) -> list[str]:
 COMPLETE = "__complete"     # the command by which the shells' scripts ask
 
 
-def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
-    """Run a command with its queue; its exit status."""
-    if args.entry.creates is NEITHER:
-        return int(args.entry.run(args, None, screen))
-    with _opened(args, path, screen) as queue:
-        return int(args.entry.run(args, queue, screen))
-
-
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
     """The exit status of an action; each refusal and each end that we know becomes one
     here. Anything else is a mistake of this program and keeps its traceback.
@@ -16375,7 +16297,9 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
                     acts=args.entry.run not in LOOKS)
     try:
-        status = _call(args, path, screen)
+        with contextlib.nullcontext() if args.entry.creates is NEITHER \
+                else _opened(args, path, screen) as queue:
+            status = int(args.entry.run(args, queue, screen))
     except Refused as error:
         if error.code != "no-queue" or args.entry.words != ("status",) \
                 or "status" in argv:
@@ -16406,16 +16330,6 @@ def _open_standard_streams() -> None:
             stream.reconfigure(     # and a line of the log is written at once
                 encoding="utf-8", errors="backslashreplace",
                 line_buffering=True if stream is sys.stderr else None)
-
-
-def _abandon(stream: TextIO) -> None:
-    """The interpreter must not flush into what cannot be written, and say so.
-
-    At its exit it flushes both streams. What is left goes to /dev/null: Python's own
-    documentation has it so (library, signal, "Note on SIGPIPE").
-    """
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complete(words: Sequence[str]) -> int:
@@ -16449,7 +16363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             stream.flush()
         except (OSError, ValueError):   # said above, or a log's, which fails no command
-            _abandon(stream)
+            # At its exit the interpreter would flush what is left, and complain.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
 
