@@ -1832,11 +1832,11 @@ def _integer(value: Any, least: int, most: int) -> int:
 
 def _command(value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
-        raise Invalid("it is empty or not text",
+        raise Invalid("empty or not text",
                       "give a shell command, in UTF-8 and without NUL")
     size = len(value.encode())
     if size > MAX_TEXT:
-        raise Invalid(f"it is {size:,} bytes long, more than the {MAX_TEXT:,} that can "
+        raise Invalid(f"{size:,} bytes long, more than the {MAX_TEXT:,} that can "
                       "be started", "put it into a script and enqueue that")
     return str(value)
 
@@ -11810,7 +11810,7 @@ def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
     """
     try:
         if not isinstance(value, str):
-            raise Invalid("it is not text")
+            raise Invalid("not text")
         return check(value)
     except Invalid as error:
         raise Invalid(f"{key}: {error.message}", error.hint, key) from None

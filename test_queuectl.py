@@ -10216,11 +10216,11 @@ class Names(Processes):
     def test_an_item_that_makes_no_job_adds_nothing(self):
         long = b"x" * queuectl.MAX_TEXT
         for data, argv, said in (
-                (b"a\n\n" + long, ("--", "true"), "line 3: command is "),
+                (b"a\n\n" + long, ("--", "true"), "line 3: command: "),
                 (b"a\nb\0c", ("--", "true"), "line 2: an argument cannot hold a NUL"),
                 (b"a\n\xff", ("--id", "{}", "--", "true"), "line 2: id: "),
                 (b"a\na", ("--id", "{}", "--", "true"), "line 2: there is a job 'a' "),
-                (b"a\0\0" + long, ("-0", "--", "true"), "item 2: command is "),
+                (b"a\0\0" + long, ("-0", "--", "true"), "item 2: command: "),
                 (b"a\0\xff\n\0", ("-0", "--", "true"), "item 2: b'\\xff\\n' is not "),
                 (b"a\0\xff\0", ("-0", "--tag", "{}", "--", "true"), "item 2: tags: ")):
             with self.subTest(said):
