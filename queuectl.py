@@ -14119,13 +14119,8 @@ def _report(error: QueueError, as_json: bool) -> int:
 
 
 # ---- 25 Flags ----------------------------------------------------------------
-# What a command line gives: flags, jobs in words, in files or line by line.
-#
-# Flags are rows here, Options, not argparse's objects: the parser of a command is made
-# from its rows when that command is run (to make all parsers took a sixth of the time
-# of an enqueue), completion reads the same rows, and so does `systemd`, which hands on
-# those of a worker. What a field of a job may be is decided by `spec_of` (Input), for a
-# flag, a line of a file and a body over HTTP alike.
+# What a command line gives: flags, and jobs in words, in files or line by line. Flags
+# are rows, of which Parser makes argparse's objects for the command that is run.
 
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
@@ -14133,12 +14128,7 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a wrong command line.
-
-    argparse makes a usage error (exit status 2) of an ArgumentTypeError, and tells its
-    text. A QueueError would pass through it, with the status 1 of a thing that cannot
-    be done.
-    """
+    """A parser as argparse wants it: a wrong flag is a usage error (exit status 2)."""
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -14150,10 +14140,7 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 class Option(NamedTuple):
     """One argument of a command, as argparse takes it, and its group in the help.
 
-    A flag has names that begin with a dash, short or long, any other argument has one
-    without. `settings` are the rest of add_argument's; the metavar is looked at by
-    completion, too, which takes from it of what kind a value is (ID, Q, FILE ...).
-    Group "": argparse's own.
+    The metavar tells completion of what kind a value is. Group "": argparse's own.
     """
     names: tuple[str, ...]
     settings: dict[str, Any]
@@ -14161,22 +14148,15 @@ class Option(NamedTuple):
 
 
 def option(*names: str, group: str = "", **settings: Any) -> Option:
-    """An argument of a command."""
     return Option(names, settings, group)
 
 
 def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
-    """These options, in a group of the help."""
     return tuple(one._replace(group=group) for one in options)
 
 
 def _past(text: str, now: float) -> float:
-    """Epoch seconds of a time that has been, or a duration ago; of HH:MM the last one.
-
-        1h -> an hour ago;  18:00 at noon -> yesterday's;  2026-01-31T18:00 -> that
-
-    `parse_time` looks ahead, as jobs need it: of HH:MM it tells the next.
-    """
+    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
@@ -14189,7 +14169,6 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
-# Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
 _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
@@ -14247,10 +14226,7 @@ _WORKER_FLAGS = (
 
 
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a job that flags have set; what was not given is not there.
-
-    `edit` and `schedule add` have some of these flags only.
-    """
+    """The fields of a job that flags have set."""
     given = {name: getattr(args, name, None) for name, field in FIELDS.items()
              if "e" in field.uses}
     if given["env"] is not None:
@@ -14263,7 +14239,6 @@ def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _content(path: str) -> bytes:
-    """What is in a file or, for `-`, in stdin; Refused."""
     try:
         if path == "-":
             if sys.stdin is None:
@@ -14280,10 +14255,7 @@ _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
 
 
 def _script_at(words: Sequence[bytes], shell: int) -> int | None:
-    """The place of the script that the shell in that place gets with -c, if it does.
-
-    None also for a program of another name.
-    """
+    """The place of the script that the shell in that place gets with -c, if it does."""
     if not re.fullmatch(_SHELLS, words[shell], re.DOTALL):
         return None
     has_script, place = False, shell + 1
@@ -14374,8 +14346,6 @@ def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
 
 
 def _ignored_warning(keys: Collection[str]) -> str:
-    """What to say of keys without effect; `show --json` tells them, so they come back.
-    """
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
 
@@ -14398,11 +14368,7 @@ def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
 
 
 def _has_more(fd: int, seconds: float) -> bool:
-    """Whether there is something to read within that time.
-
-    A file always has, its end included. Where there is no poll() (Windows): no, so what
-    has come is handed on at once.
-    """
+    """Whether there is something to read within that time; without poll(), never."""
     if seconds <= 0 or not hasattr(select, "poll"):
         return False
     poller = select.poll()
@@ -14413,14 +14379,10 @@ def _has_more(fd: int, seconds: float) -> bool:
 def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
-    Read, while no whole line is there, for as long as it takes; from the first one on
-    only what comes within STREAM_PAUSE, or until there are STREAM_BATCH: then hand them
-    on. So a slow stream is added line by line, and a fast one with one fsync for many.
-
-    By os.read and poll(), for a buffered file reads ahead, and poll() sees nothing of
-    that. The last line may lack its end. Of one that is too long for any job the
-    beginning serves, to be refused; the rest is let go as it comes, so an endless line
-    fills no memory. Who interrupts gets what has been read first.
+    So a slow stream is added line by line, and a fast one with one fsync for many. By
+    os.read, for poll() sees nothing of what a buffered file has read ahead. Of a line
+    that is too long for any job only the beginning is kept, to be refused. An interrupt
+    is raised after what has been read.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -14526,14 +14488,9 @@ class Stream:
 
 
 # ---- 26 Commands -------------------------------------------------------------
-# One small function a command, and the table of all: parser, help and completion follow
-# from it.
-#
-# A command reads its arguments, makes a call on the queue, prints one view of what
-# comes of it, and returns the exit status. It holds no rule of the queue and no SQL:
-# what it changes, a program can change by the same method of a Queue. It refuses by
-# raising; Main makes the line and the exit status of that. `args` has each flag under
-# the name that argparse gives it, and in `words` what stood after `--`.
+# One small function a command, and the table of all. A command calls the queue, prints
+# one view, and returns the exit status; it refuses by raising. In `args.words` is what
+# stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
@@ -15610,20 +15567,14 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
 
 
 def database_path(given: str | None) -> str:
-    """The path of the database that is meant: as given, else as the environment says.
-
-    An empty one counts as none, so `--db "$UNSET"` is the usual one.
-    """
+    """As given, else as the environment says; `--db "$UNSET"` counts as none."""
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
 def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
-    """The words that give these flags once more; durations in seconds.
+    """The words that give these flags once more, from parsed values; no defaults.
 
         --timeout 5m --queue a --queue b -> --timeout 300 --queue a --queue b
-
-    Parsed values are written anew, so what is printed has been checked. Defaults are
-    left out.
     """
     for flag in flags:
         value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
@@ -15635,11 +15586,7 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a unit file that runs a worker of this queue.
-
-    The queue need not be there yet. A service starts in another directory, so the path
-    is absolute.
-    """
+    """Print a unit file that runs a worker of this queue, which need not exist yet."""
     try:
         path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
@@ -15657,10 +15604,8 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     return EX_OK
 
 
-# Whether a command makes a database that is not there. Those do that hand something
-# over, or set something up that jobs will meet later (a pause, a limit, a setting, a
-# schedule), or stay to serve what comes (worker start, web). Any other would but hide a
-# mistyped path behind an empty queue.
+# Whether a command makes a database that is not there: only those that add or set
+# something, or serve. Any other would hide a mistyped path behind an empty queue.
 CREATES, READS = True, False
 NEITHER = None      # it does not open the database
 
@@ -15874,12 +15819,11 @@ COMMANDS = (
                "(default: ~/.local, as root /usr/local)"),),
         ("install --to ~/.local",)),
 )
-# Those that only look stop once their results cannot be written; all others first do
-# what they were asked to.
+# These stop once their results cannot be written; all others do what they are to.
 LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_queue_list,
          cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list, cmd_config_get,
          cmd_check, cmd_completion, cmd_systemd)
-# Those that run on whether somebody reads their log or not.
+# These run on, whether somebody reads their log or not.
 SERVES = (cmd_web,)
 TITLES = {"": "A background job queue for the command line",
           "dlq": "The dead letter queue: jobs that failed for good",
@@ -16040,9 +15984,7 @@ def _overview(entries: Sequence[Entry]) -> Entry:
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
     """What to say of words that a command does not take.
 
-    The nearest flag only of one that no command has: else `list --drain` would be told
-    of a flag that looks alike. Bare words after `enqueue` are mostly a command without
-    quotes.
+    The nearest flag only of one that no command has: `list --drain` is no mistyping.
     """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
@@ -16065,10 +16007,7 @@ def _as_utf8(word: str) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; what follows the first `--`, where a job is given, stays as it is.
-
-    Cut off before argparse sees it, which would take the dashes out and the words for
-    JOB.
+    """The arguments; argparse does not see the words that TAKE_WORDS take as they are.
     """
     entries, words = find(argv)
     asked = next((word for word in words if word in ASKS), None)
@@ -16117,12 +16056,7 @@ def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
 
 def _job_choices(rows: Rows, bounds: Mapping[str, Any],
                  states: Sequence[str]) -> list[tuple[str, str]]:
-    """The newest of each state; then those that the index of ids leads to.
-
-    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
-    million jobs the newest are meant. An id of one's own may be older: that is found by
-    the word that it begins with. Both may find the same job, once for the shell.
-    """
+    """The newest of each state, then older ones that begin with the word."""
     found = [row for state in states
              for row in rows(Sql.NEWEST_IDS, state=state, **bounds)]
     found.sort(reverse=True)
@@ -16266,11 +16200,10 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
-    """Run a worker in a child process, and see to it that nothing outlives it."""
+    """Run a worker in a child process, which nothing of it outlives."""
     _refuse_platform()
 
     def work(link: Link) -> int:
-        """Be the worker."""
         with log_on_stderr():
             screen = Screen(args.quiet)
             return _told(lambda: cmd_worker_start(args, link, screen))
@@ -16313,9 +16246,8 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
 def _open_standard_streams() -> None:
     """Put /dev/null where stdin, stdout or stderr is closed, or a database would be.
 
-    A file gets the lowest number that is free (open(2)): with stdout closed that is 1,
-    and the next print would go into the database. Python has None for a stream that was
-    closed when it started. stdin stays None, so that who reads jobs from it says so.
+    A file gets the lowest free number: with stdout closed, prints would go into the
+    database. stdin stays None, so that who reads jobs from it says so.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
