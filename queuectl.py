@@ -14500,10 +14500,8 @@ READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Add the lines of stdin as they come; 1 if any of them was bad.
 
-    Ids are printed when their jobs are committed, and flushed, so who reads them may
-    rely on them. SIGTERM is taken as Ctrl+C: what was read meanwhile is added first.
-    The write lock is waited for briefly, for the stream itself tries again, for ever,
-    and says so.
+    Ids are printed once their jobs are committed. SIGTERM is taken as Ctrl+C: what was
+    read meanwhile is added first.
     """
     if args.job not in (None, "-") or args.file or args.command:
         raise Usage("--stream reads stdin alone", "give no other job")
@@ -14539,10 +14537,9 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
 
 def _watchful_bar(queue: Queue, screen: Screen,
                   looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
-    """A bar that also says once why nothing runs, if jobs wait for what will not come.
+    """A bar that also says once why nothing runs, unless that passes by itself.
 
-    `looked_at` tells the jobs that wait, some of them. A hindrance that passes by
-    itself (a due time) is no news, nor is one beside another that passes.
+    `looked_at` tells some of the jobs that wait.
     """
     bar, said = _bar(screen), set[str]()
 
@@ -14562,11 +14559,7 @@ def _watchful_bar(queue: Queue, screen: Screen,
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and say how it went; their exit status.
-
-    Of many jobs the first PEOPLE_LIMIT are looked at for what keeps them waiting: that
-    is asked again and again, and a few tell the reason.
-    """
+    """Wait until jobs are over, and say how it went; their exit status."""
     began = time.monotonic()
     bar = _watchful_bar(queue, screen, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -14587,10 +14580,7 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
 
 def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
-    """Print what was added: as JSON, as ids, or of a batch how many.
-
-    Flushed, for `--wait` may go on for hours after it.
-    """
+    """Print what was added; flushed, for `--wait` may go on for hours after it."""
     known = len(jobs) - new
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
@@ -14655,8 +14645,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def _logging_over_bar(watched: Queue, screen: Screen) -> Callable[[str], None]:
     """Log lines, with a bar below that shows how far the jobs are.
 
-    Of a queue of its own: the worker's may be in a commit. What was over before this
-    worker came is not its work, so not in its bar.
+    `watched` is a connection of its own: the worker's may be in a commit.
     """
     bar, first = _bar(screen), watched.progress()
 
@@ -14697,10 +14686,6 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Ask workers to stop, and wait until they have.
-
-    A worker that dies meanwhile has stopped, too: `workers` leaves out the dead.
-    """
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
         screen.note("no worker is running")
@@ -14758,9 +14743,8 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed.
 
-    What has changed is noted before the reading: a commit between the two brings the
-    next picture at once. One line of the window stays free, for the cursor stands below
-    the picture, and a picture that scrolls could not be drawn over.
+    Changes are counted before the reading, so none between the two is missed. One line
+    of the window stays free: a picture that scrolls could not be drawn over.
     """
     in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
     above = 0
@@ -14790,11 +14774,7 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory.
-
-    A line is held back until the next one comes, for only then is it known whether a
-    comma stands at its end. No element: `[]`.
-    """
+    """A JSON array, an element at a time: any number needs little memory."""
     line = "["
     for one in objects:
         screen.out(line)
@@ -14814,9 +14794,8 @@ def _output_of(queue: Queue, job: Job) -> bytes:
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print jobs; for `dlq list` each with its error below.
 
-    Without a limit as JSON: newest first of one state, or of any, they can be read by
-    the page, in any number; otherwise they have to be put in order first, so all are in
-    memory. Reasons are looked up only where all states asked for are of jobs that wait.
+    As JSON, newest first of one state or of any, they are read by the page; otherwise
+    all are in memory, to be put in order.
     """
     filters, style = _filters(args), screen.style()
     states, is_dlq = tuple(args.state or ()), bool(args.entry.preset)
@@ -14943,8 +14922,7 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
                    screen: Screen) -> None:
     """Print what is new; of several jobs (`place`) only whole lines, with the job.
 
-    `pending` holds the begun line of each job until its end comes: two jobs that print
-    at once would else share a line.
+    `pending` holds the begun line of each job until its end comes.
     """
     fresh, remark = follower.step()
     if place is not None:
@@ -14962,11 +14940,7 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs print as it comes, until they (or that run) are over.
-
-    Ten times a second. What a running command has printed is in its worker's memory;
-    one wake-up has all workers store all of it.
-    """
+    """Print what jobs print as it comes, until they (or that run) are over."""
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
         raise Refused("blocked",
@@ -15005,9 +14979,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _refuse_blanks(args: argparse.Namespace) -> None:
-    """Refuse a filter of "": a shell's variable that is not set must neither stand for
-    all jobs nor for none.
-    """
+    """Refuse a filter of "", as of a shell's variable that is not set."""
     for name, value in _filters(args).items():
         if value == "":
             raise Usage(f"--{name} names nothing",
@@ -15015,9 +14987,7 @@ def _refuse_blanks(args: argparse.Namespace) -> None:
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
-    """Whether jobs are chosen by what they are and not by ids; Usage if by both
-    or neither.
-    """
+    """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
     has_state = hasattr(args, "state") and not args.entry.preset
     given = [args.all, args.state if has_state else None, *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
@@ -15033,8 +15003,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait until jobs are over; a single one's own exit status.
 
-    With a tag or a text it waits for the jobs that fit now. --all, or --queue alone,
-    goes by the counters: whatever is added meanwhile is waited for as well.
+    With a tag or a text it waits for the jobs that fit now; with --all or --queue alone
+    also for whatever is added meanwhile.
     """
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
@@ -15065,11 +15035,7 @@ SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
 
 def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs, as it is done.
-
-    `jobs` may be a sweep that goes on while it is reported, so an interrupt says how
-    far it came: that much is committed.
-    """
+    """Report what was done to jobs, as it is done; of an interrupted sweep how far."""
     if args.json:
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
@@ -15115,10 +15081,7 @@ def _confirm(what: str, args: argparse.Namespace) -> None:
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does.
-
-    For a question or a dry run. What is changed after it is what fits then.
-    """
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
     counted = [(queue.count(state, **filters), state) for state in states]
     return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
@@ -15143,8 +15106,7 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
     """All jobs that the flags describe, changed; on a terminal after a question.
 
-    No generator itself: states are checked and the question is put when it is called,
-    and only the sweep waits for who takes its jobs.
+    No generator itself: all is checked and asked when it is called.
     """
     states = _chosen_states(verb, args.state)
     if verb == "retry":     # no question: it takes nothing away
@@ -15182,8 +15144,7 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then.
 
-    Their worker does it. If that is gone, what its runs have left is ended and recorded
-    here. If another worker does the same meanwhile, the second changes nothing (I3).
+    If their worker is gone, what their runs have left is ended and recorded here.
     """
     # A command has no heartbeat that could get through, so it knows of no silence: only
     # workers that are gone, as the kernel says, count as lost here, and a frozen one's
@@ -15209,10 +15170,8 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 
 
 def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel all that fit; then wait until those that ran have been ended.
-
-    Not batch by batch: each wait may take `kill-grace`, and their workers end them side
-    by side.
+    """Cancel all that fit; then wait until those that ran have been ended: together,
+    for each may take `kill-grace`.
     """
     running: list[Job] = []
 
@@ -15230,8 +15189,7 @@ def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended.
 
-    A run that completes before it is ended stays completed (`settle`): that is said,
-    and if it was so for all of them the exit status is 1.
+    If all of them complete before that, the exit status is 1.
     """
     if _is_wide(args):
         return _cancel_wide(args, queue, screen)
@@ -15258,9 +15216,8 @@ def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete all jobs that fit, and say how many.
 
-    A dry run and a question count with the bound that the sweep will have: a stored
-    time is cut to its millisecond, and `ended_before` leaves out the bound itself,
-    hence 0.001.
+    A stored time is cut to its millisecond, and `ended_before` leaves out the bound
+    itself, hence 0.001.
     """
     states, filters = _chosen_states("delete", args.state), _filters(args)
     _refuse_blanks(args)
@@ -15349,11 +15306,7 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add a job that comes again and again, and say when that will be.
-
-    A person reads a cron line easily in a wrong way; the next moments show it. Workers
-    take the runs, so it says where none is running.
-    """
+    """Add a job that comes again and again, and say when that will be."""
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
                     "write -- PROG ARG... or a shell command in quotes")
@@ -15402,10 +15355,6 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule go on; what it missed is not made up.
-
-    So it says when the next run is.
-    """
     schedule = queue.resume_schedule(args.name)
     for line in when_lines(schedule, queue.clock()):
         screen.note(line)
@@ -15418,11 +15367,9 @@ def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the changes of jobs' states, oldest first.
+    """Print the changes of jobs' states, oldest first, by the page.
 
-    By the page, so any number needs little memory. `newest` is read before the page:
-    when a page is not full, all up to it have been looked through, also those of other
-    queues, and the next look can begin there. Read after it, it could skip a change.
+    `newest` is read before the page: read after it, it could skip a change.
     """
     after, since_when = 0, "" if args.since is None else iso(args.since)
     while True:
@@ -15477,11 +15424,7 @@ def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done.
-
-    `seconds` may be more or less than was asked for: counters are kept by the minute or
-    the hour, and the queue may be younger.
-    """
+    """Print what was done; `seconds` is what the counters cover of what was asked."""
     stats = queue.stats(args.since)
     seconds = queue.covered(args.since)
     if args.json:
@@ -15513,11 +15456,7 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Serve the dashboard, the API and the metrics until told to stop.
-
-    All that can be refused (a name, a token, a certificate, the port) is, before the
-    URL is printed: that says that it is served.
-    """
+    """Serve the dashboard; all that can be refused is, before the URL is printed."""
     # The address is looked up before the site is made: whether strangers reach it
     # decides whether a token may be left out.
     options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
