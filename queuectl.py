@@ -15060,30 +15060,33 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given or USUAL[verb])
 
 
-def _refuse_unasked(args: argparse.Namespace) -> None:
-    """Require --yes where nobody can be asked: only stdin can give an answer."""
-    if not (args.yes or (sys.stdin and sys.stdin.isatty())):
-        raise Usage("this needs a confirmation, and stdin is not a terminal",
-                    "give --yes")
+def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    counted = [(queue.count(state, **filters), state) for state in states]
+    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
-def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before jobs are taken away; Refused, or Unavailable if it cannot be asked."""
+def _confirm(verb: str, args: argparse.Namespace, queue: Queue, states: Sequence[str],
+             filters: Mapping[str, Any]) -> None:
+    """Ask before jobs are taken away, if there are any; require --yes without a
+    terminal on stdin, for only that can give an answer.
+    """
     if args.yes:
         return
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise Usage("this needs a confirmation, and stdin is not a terminal",
+                    "give --yes")
+    amounts = _amounts(queue, states, filters)
+    if not amounts:
+        return
     try:
-        print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
+              file=sys.stderr, flush=True)
     except OSError as error:
         raise Unavailable("unwritable", f"the question could not be written ({error})",
                           "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("declined", "nothing was changed", "answer y, or give --yes")
-
-
-def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
-    counted = [(queue.count(state, **filters), state) for state in states]
-    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
 def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
@@ -15109,12 +15112,8 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
     No generator itself: all is checked and asked when it is called.
     """
     states = _chosen_states(verb, args.state)
-    if verb == "retry":     # no question: it takes nothing away
-        return _swept(verb, args, queue, screen, states)
-    _refuse_unasked(args)
-    amounts = _amounts(queue, states, _filters(args))
-    if amounts:
-        _confirm(f"This will {verb} jobs: {amounts}.", args)
+    if verb != "retry":     # which takes nothing away
+        _confirm(verb, args, queue, states, _filters(args))
     return _swept(verb, args, queue, screen, states)
 
 
@@ -15227,13 +15226,11 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
                         "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
     if not args.dry_run:
-        _refuse_unasked(args)
-    amounts = _amounts(queue, states, filters)
-    if args.dry_run and not args.json:
+        _confirm("delete", args, queue, states, filters)
+    elif not args.json:
+        amounts = _amounts(queue, states, filters)
         screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
         return EX_OK
-    if amounts and not args.dry_run:
-        _confirm(f"This will delete jobs: {amounts}.", args)
     jobs = iter(()) if args.dry_run else _swept("delete", args, queue, screen, states)
     if args.json:
         fitting = sum(queue.count(state, **filters) for state in states)
