@@ -1938,18 +1938,16 @@ class Statements(Case):
             self.a_worker(queue, name=name)
             queue.add_schedule(name, "@daily", command="x")
         self.assertEqual([one.name for one in queue.schedules()], ["a", "b", "c"])
-        with queuectl.glance(self.path) as rows:
-            for choices in (queuectl._worker_choices, queuectl._schedule_choices):
-                self.assertEqual([one.word for one in choices(rows, queuectl.Place())],
-                                 ["a", "b", "c"])
+        for kind in ("worker", "schedule"):
+            self.assertEqual([name for name, _ in queuectl._values(kind, "", (), self.path)],
+                             ["a", "b", "c"])
 
     def test_tags_are_offered_each_once_in_order(self):
         queue = self.a_queue()
         for tags in (("c", "a"), ("b",), ("a", "d")):
             queue.enqueue("x", tags=tags)
-        with queuectl.glance(self.path) as rows:
-            self.assertEqual([one.word for one in queuectl._tag_choices(
-                rows, queuectl.Place())], ["a", "b", "c", "d"])
+        self.assertEqual(queuectl._values("T", "", (), self.path),
+                         [(tag, "") for tag in "abcd"])
 
     def test_the_schema_itself_refuses_what_must_not_be(self):
         """(I2), (I7)"""
