@@ -86,7 +86,7 @@ Contents: `grep -n '^# ----' queuectl.py`
     24 Screen       where commands write: results, words about them, a line in place
     25 Flags        what a command line gives: flags, jobs, streams of jobs
     26 Commands     one small function a command, and the table of all
-    27 Completion   what may come next on a command line
+    27 Parser       which command a line names, its arguments, what may come next
     28 Main         from the words of a command line to its exit status
 """
 
@@ -13835,13 +13835,8 @@ def _report(error: QueueError, as_json: bool) -> int:
 
 
 # ---- 25 Flags ----------------------------------------------------------------
-# What a command line gives: flags, jobs in words, in files or line by line.
-#
-# Flags are rows here, Options, not argparse's objects: the parser of a command is made
-# from its rows when that command is run (to make all parsers took a sixth of the time
-# of an enqueue), completion reads the same rows, and so does `systemd`, which hands on
-# those of a worker. What a field of a job may be is decided by `spec_of` (Input), for a
-# flag, a line of a file and a body over HTTP alike.
+# What a command line gives: flags, and jobs in words, in files or line by line. Flags
+# are rows, of which Parser makes argparse's objects for the command that is run.
 
 STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
 STREAM_BATCH = 1000    # lines of a stream in one transaction at most
@@ -13849,12 +13844,7 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a wrong command line.
-
-    argparse makes a usage error (exit status 2) of an ArgumentTypeError, and tells its
-    text. A QueueError would pass through it, with the status 1 of a thing that cannot
-    be done.
-    """
+    """A parser as argparse wants it: a wrong flag is a usage error (exit status 2)."""
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -13866,10 +13856,7 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 class Option(NamedTuple):
     """One argument of a command, as argparse takes it, and its group in the help.
 
-    A flag has names that begin with a dash, short or long, any other argument has one
-    without. `settings` are the rest of add_argument's; the metavar is looked at by
-    completion, too, which takes from it of what kind a value is (ID, Q, FILE ...).
-    Group "": argparse's own.
+    The metavar tells completion of what kind a value is. Group "": argparse's own.
     """
     names: tuple[str, ...]
     settings: dict[str, Any]
@@ -13877,22 +13864,15 @@ class Option(NamedTuple):
 
 
 def option(*names: str, group: str = "", **settings: Any) -> Option:
-    """An argument of a command."""
     return Option(names, settings, group)
 
 
 def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
-    """These options, in a group of the help."""
     return tuple(one._replace(group=group) for one in options)
 
 
 def _past(text: str, now: float) -> float:
-    """Epoch seconds of a time that has been, or a duration ago; of HH:MM the last one.
-
-        1h -> an hour ago;  18:00 at noon -> yesterday's;  2026-01-31T18:00 -> that
-
-    `parse_time` looks ahead, as jobs need it: of HH:MM it tells the next.
-    """
+    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
     if re.fullmatch(_DURATION, text):
         return now - parse_duration(text)
     moment = parse_time(text, now)
@@ -13905,7 +13885,6 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
-# Pieces that several commands share, so that a flag means the same in each.
 _DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
 _NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
 _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
@@ -13962,32 +13941,20 @@ _WORKER_FLAGS = (
 )
 
 
-def _env_of(pairs: Sequence[str]) -> dict[str, str]:
-    """{"A": "b=c"} of `A=b=c`; Usage without a sign."""
-    env = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
-                        "write --env NAME=VALUE")
-        env[name] = value
-    return env
-
-
 def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a job that flags have set; what was not given is not there.
-
-    `edit` and `schedule add` have some of these flags only.
-    """
+    """The fields of a job that flags have set."""
     given = {name: getattr(args, name, None) for name, field in FIELDS.items()
              if "e" in field.uses}
     if given["env"] is not None:
-        given["env"] = _env_of(given["env"])
+        for pair in given["env"]:
+            if "=" not in pair:
+                raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
+                            "write --env NAME=VALUE")
+        given["env"] = dict(pair.split("=", 1) for pair in given["env"])
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _content(path: str) -> bytes:
-    """What is in a file or, for `-`, in stdin; Refused."""
     try:
         if path == "-":
             if sys.stdin is None:
@@ -14004,10 +13971,7 @@ _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
 
 
 def _script_at(words: Sequence[bytes], shell: int) -> int | None:
-    """The place of the script that the shell in that place gets with -c, if it does.
-
-    None also for a program of another name.
-    """
+    """The place of the script that the shell in that place gets with -c, if it does."""
     if not re.fullmatch(_SHELLS, words[shell], re.DOTALL):
         return None
     has_script, place = False, shell + 1
@@ -14024,14 +13988,14 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
     return place if has_script else None
 
 
-def _template_of(args: argparse.Namespace) -> Template | None:
-    """The template of the words after `--` of a batch; None: it has none.
+def _lines_of(args: argparse.Namespace) -> Lines | None:
+    """How the lines of a batch are read, by the template after `--`; None: as jobs.
 
     Usage where an item would be part of a script, so that names became code.
     """
-    if args.words is None:
-        return None
-    words: list[bytes] = args.words
+    words: list[bytes] | None = args.words
+    if words is None:
+        return Lines(True, None) if args.null else None
     if not words:
         raise Usage("there is no command after --", "write -- PROG ARG...")
     if args.command is not None:
@@ -14043,13 +14007,7 @@ def _template_of(args: argparse.Namespace) -> Template | None:
                                    or (is_appended and script == len(words))):
             raise Usage("an item within the script of a shell would be run as code",
                         "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
-    return Template(words, _flag_fields(args))
-
-
-def _lines_of(args: argparse.Namespace) -> Lines | None:
-    """How the lines of a batch are read; None: as a file of jobs."""
-    template = _template_of(args)
-    return Lines(args.null, template) if args.null or template else None
+    return Lines(args.null, Template(words, _flag_fields(args)))
 
 
 def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
@@ -14104,8 +14062,6 @@ def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
 
 
 def _ignored_warning(keys: Collection[str]) -> str:
-    """What to say of keys without effect; `show --json` tells them, so they come back.
-    """
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
 
@@ -14128,11 +14084,7 @@ def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
 
 
 def _has_more(fd: int, seconds: float) -> bool:
-    """Whether there is something to read within that time.
-
-    A file always has, its end included. Where there is no poll() (Windows): no, so what
-    has come is handed on at once.
-    """
+    """Whether there is something to read within that time; without poll(), never."""
     if seconds <= 0 or not hasattr(select, "poll"):
         return False
     poller = select.poll()
@@ -14143,14 +14095,10 @@ def _has_more(fd: int, seconds: float) -> bool:
 def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
 
-    Read, while no whole line is there, for as long as it takes; from the first one on
-    only what comes within STREAM_PAUSE, or until there are STREAM_BATCH: then hand them
-    on. So a slow stream is added line by line, and a fast one with one fsync for many.
-
-    By os.read and poll(), for a buffered file reads ahead, and poll() sees nothing of
-    that. The last line may lack its end. Of one that is too long for any job the
-    beginning serves, to be refused; the rest is let go as it comes, so an endless line
-    fills no memory. Who interrupts gets what has been read first.
+    So a slow stream is added line by line, and a fast one with one fsync for many. By
+    os.read, for poll() sees nothing of what a buffered file has read ahead. Of a line
+    that is too long for any job only the beginning is kept, to be refused. An interrupt
+    is raised after what has been read.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -14211,7 +14159,11 @@ class Stream:
                     self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
                                              "lines are held, to try again"))
                 complained = True
-                self._rest(given)
+                try:
+                    time.sleep(SYNC_PAUSE)
+                except KeyboardInterrupt:
+                    self._give_up(given, "were not added")
+                    raise
             except QueueError as error:
                 if error.item is None:
                     raise
@@ -14220,14 +14172,6 @@ class Stream:
                 self._pass_over(error)
                 given = [one for one in given if one[0] != place]
         return []
-
-    def _rest(self, given: Sequence[tuple[str, Spec]]) -> None:
-        """A pause before the next try; who interrupts it is told what he gives up."""
-        try:
-            time.sleep(SYNC_PAUSE)
-        except KeyboardInterrupt:
-            self._give_up(given, "were not added")
-            raise
 
     def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
@@ -14260,14 +14204,9 @@ class Stream:
 
 
 # ---- 26 Commands -------------------------------------------------------------
-# One small function a command, and the table of all: parser, help and completion follow
-# from it.
-#
-# A command reads its arguments, makes a call on the queue, prints one view of what
-# comes of it, and returns the exit status. It holds no rule of the queue and no SQL:
-# what it changes, a program can change by the same method of a Queue. It refuses by
-# raising; Main makes the line and the exit status of that. `args` has each flag under
-# the name that argparse gives it, and in `words` what stood after `--`.
+# One small function a command, and the table of all. A command calls the queue, prints
+# one view, and returns the exit status; it refuses by raising. In `args.words` is what
+# stood after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
@@ -14277,10 +14216,8 @@ READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Add the lines of stdin as they come; 1 if any of them was bad.
 
-    Ids are printed when their jobs are committed, and flushed, so who reads them may
-    rely on them. SIGTERM is taken as Ctrl+C: what was read meanwhile is added first.
-    The write lock is waited for briefly, for the stream itself tries again, for ever,
-    and says so.
+    Ids are printed once their jobs are committed. SIGTERM is taken as Ctrl+C: what was
+    read meanwhile is added first.
     """
     if args.job not in (None, "-") or args.file or args.command:
         raise Usage("--stream reads stdin alone", "give no other job")
@@ -14302,16 +14239,6 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     return EX_NO if stream.refused else EX_OK
 
 
-def _exit_status(jobs: Sequence[Job]) -> int:
-    """One job's own exit status; of several 0 if all are completed, else 1.
-
-    A job that was cancelled before it ran has none, so it is 1.
-    """
-    if all(job.state == COMPLETED for job in jobs):
-        return EX_OK
-    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
-
-
 def _bar(screen: Screen) -> Callable[[Progress], None]:
     """What draws how far jobs are, with the rate since now."""
     began = time.monotonic()
@@ -14326,37 +14253,29 @@ def _bar(screen: Screen) -> Callable[[Progress], None]:
 
 def _watchful_bar(queue: Queue, screen: Screen,
                   looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
-    """A bar that also says once why nothing runs, if jobs wait for what will not come.
+    """A bar that also says once why nothing runs, unless that passes by itself.
 
-    `looked_at` tells the jobs that wait, some of them. A hindrance that passes by
-    itself (a due time) is no news, nor is one beside another that passes.
+    `looked_at` tells some of the jobs that wait.
     """
     bar, said = _bar(screen), set[str]()
 
-    def explain() -> None:
-        """Name each hindrance once, with the first job that it keeps waiting."""
-        for job_id, found in queue.hindrances(looked_at()).items():
+    def show(progress: Progress) -> None:
+        """Draw it, and name each hindrance once, with the first job that it delays."""
+        stuck = queue.hindrances(looked_at()) \
+            if progress.waiting and not progress.running else {}
+        for job_id, found in stuck.items():
             why = "; ".join([", ".join(one.message for one in found),
                              *(one.hint for one in found if one.hint)])
             if why and why not in said and not any(one.level == NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
-
-    def show(progress: Progress) -> None:
-        """Draw it, and look at what keeps the jobs waiting where none runs."""
-        if progress.waiting and not progress.running:
-            explain()
         bar(progress)
     return show
 
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and say how it went; their exit status.
-
-    Of many jobs the first PEOPLE_LIMIT are looked at for what keeps them waiting: that
-    is asked again and again, and a few tell the reason.
-    """
+    """Wait until jobs are over, and say how it went; their exit status."""
     began = time.monotonic()
     bar = _watchful_bar(queue, screen, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -14369,15 +14288,15 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     else:
         done = sum(job.state == COMPLETED for job in jobs)
         screen.note(f"{done} of {len(jobs)} jobs completed, after {took}")
-    return _exit_status(jobs)
+    if all(job.state == COMPLETED for job in jobs):
+        return EX_OK
+    # One that was cancelled before it ran has no exit status.
+    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
 
 
 def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
-    """Print what was added: as JSON, as ids, or of a batch how many.
-
-    Flushed, for `--wait` may go on for hours after it.
-    """
+    """Print what was added; flushed, for `--wait` may go on for hours after it."""
     known = len(jobs) - new
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
@@ -14412,7 +14331,6 @@ def _note_no_worker(queue: Queue, screen: Screen) -> None:
 
 
 def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add jobs and say their ids."""
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = _given_jobs(args)
@@ -14443,8 +14361,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def _logging_over_bar(watched: Queue, screen: Screen) -> Callable[[str], None]:
     """Log lines, with a bar below that shows how far the jobs are.
 
-    Of a queue of its own: the worker's may be in a commit. What was over before this
-    worker came is not its work, so not in its bar.
+    `watched` is a connection of its own: the worker's may be in a commit.
     """
     bar, first = _bar(screen), watched.progress()
 
@@ -14485,10 +14402,6 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Ask workers to stop, and wait until they have.
-
-    A worker that dies meanwhile has stopped, too: `workers` leaves out the dead.
-    """
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
         screen.note("no worker is running")
@@ -14525,7 +14438,6 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the workers."""
     views = queue.workers()
     if args.json:
         screen.out(dumps([worker_object(view) for view in views]))
@@ -14533,26 +14445,6 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     screen.out(*worker_lines(views, screen.style()))
     _note_no_worker(queue, screen)
     return EX_OK
-
-
-def _status_lines(args: argparse.Namespace, queue: Queue,
-                  screen: Screen) -> list[str]:
-    """What `status` prints; of --watch --json an object a line (JSON lines)."""
-    status = queue.status()
-    if args.json:
-        return [dumps(status_object(status), 2 if args.watch is None else None)]
-    return status_lines(status, screen.style())
-
-
-def _picture(lines: Sequence[str], above: int) -> str:
-    """Lines to be drawn in the place of the last picture, of `above` lines.
-
-    Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap. Too long
-    lines end at the window's edge: wrapped they would be two, and the next picture
-    would begin too low.
-    """
-    place = f"\033[{above}A\033[J" if above else ""
-    return f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h"
 
 
 def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
@@ -14567,17 +14459,21 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Print the first screen; with --watch again whenever something has changed.
 
-    What has changed is noted before the reading: a commit between the two brings the
-    next picture at once. One line of the window stays free, for the cursor stands below
-    the picture, and a picture that scrolls could not be drawn over.
+    Changes are counted before the reading, so none between the two is missed. One line
+    of the window stays free: a picture that scrolls could not be drawn over.
     """
     in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
     above = 0
     while True:
-        seen, lines = queue.store.changes(), _status_lines(args, queue, screen)
+        seen, status = queue.store.changes(), queue.status()
+        lines = status_lines(status, screen.style()) if not args.json else [
+            dumps(status_object(status), 2 if args.watch is None else None)]
         if in_place:
             lines = lines[:max(1, screen.height() - 1)]
-            screen.out(_picture(lines, above))
+            # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap.
+            # A line that wrapped would be two, and the next picture begin too low.
+            place = f"\033[{above}A\033[J" if above else ""
+            screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
         else:
             screen.out(*([""] if above and not args.json else []), *lines)
         if args.watch is None:
@@ -14594,11 +14490,7 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory.
-
-    A line is held back until the next one comes, for only then is it known whether a
-    comma stands at its end. No element: `[]`.
-    """
+    """A JSON array, an element at a time: any number needs little memory."""
     line = "["
     for one in objects:
         screen.out(line)
@@ -14615,68 +14507,52 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def _list_object(queue: Queue, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """A job as JSON, with --show-output also what it printed, damaged UTF-8 replaced.
-    """
-    found = job_object(job)
-    if args.show_output:
-        found["output"] = _output_of(queue, job).decode("utf-8", "replace")
-    return found
-
-
-def _for_people(args: argparse.Namespace,
-                look: Callable[[int], list[Job]]) -> tuple[list[Job], str]:
-    """The jobs that a table shows, of those that `look` finds, up to a number; and a
-    remark if there are more, else "".
-    """
-    limit = PEOPLE_LIMIT if args.limit is None else args.limit
-    jobs = look(limit + 1 if limit else 0)  # one more, to know whether there are more
-    more = f"there are more than {limit}; --limit 0 shows all"
-    return jobs[:limit or None], more if 0 < limit < len(jobs) else ""
-
-
-def _reasons(queue: Queue, jobs: Sequence[Job]) -> dict[str, str]:
-    """Why each of these waits, on one line, by its id."""
-    return {job_id: ", ".join(one.message for one in found) or "waits for a slot"
-            for job_id, found in queue.hindrances(jobs).items()}
-
-
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print jobs.
+    """Print jobs; for `dlq list` each with its error below.
 
-    Without a limit as JSON: newest first of one state, or of any, they can be read by
-    the page, in any number; otherwise they have to be put in order first, so all are in
-    memory. Reasons are looked up only where all states asked for are of jobs that wait.
+    As JSON, newest first of one state or of any, they are read by the page; otherwise
+    all are in memory, to be put in order.
     """
-    filters = _filters(args)
-    states = tuple(args.state or ())
+    filters, style = _filters(args), screen.style()
+    states, is_dlq = tuple(args.state or ()), bool(args.entry.preset)
     if args.json:
         limit = args.limit or 0
         found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
             if len(states) > 1 or args.sort != "newest" \
             else queue.pages(limit, state=states, **filters)
-        _print_array((_list_object(queue, job, args) for job in found), screen)
+        _print_array(({**job_object(job), **(
+            {"output": _output_of(queue, job).decode("utf-8", "replace")}
+            if args.show_output else {})} for job in found), screen)
         return EX_OK
-    shown, more = _for_people(
-        args, lambda limit: queue.jobs(states, args.sort, limit, **filters))
+    limit = PEOPLE_LIMIT if args.limit is None else args.limit
+    # One more, to know whether there are more.
+    jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
+    shown = jobs[:limit or None]
+    why = {} if not states or {*states} - {*WAITING} else {
+        job_id: ", ".join(one.message for one in found) or "waits for a slot"
+        for job_id, found in queue.hindrances(shown).items()}
     if args.show_output:
         for job in shown:
-            screen.out(*job_table([job], screen.style())[1:])
+            screen.out(*job_table([job], style)[1:])
             screen.raw(_output_of(queue, job))
+    elif shown:
+        head, *lines = job_table(shown, style, why)
+        screen.out(head)
+        for job, line in zip(shown, lines):
+            screen.out(line)
+            if is_dlq and job.error:
+                screen.out(style.paint(
+                    "    " + cut(one_line(job.error), style.width - 4), DIM))
     else:
-        why = _reasons(queue, shown) if states and {*states} <= {*WAITING} else {}
-        if shown:
-            screen.out(*job_table(shown, screen.style(), why))
-        else:
-            screen.note("no such jobs" if any((*filters.values(), states))
-                        else "no jobs; `queuectl enqueue 'echo hi'` adds one")
-    if more:
-        screen.note(more)
+        screen.note("the dead letter queue is empty" if is_dlq
+                    else "no such jobs" if any((*filters.values(), states))
+                    else "no jobs; `queuectl enqueue 'echo hi'` adds one")
+    if len(jobs) > len(shown):
+        screen.note(f"there are more than {limit}; --limit 0 shows all")
     return EX_OK
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print one job whole."""
     # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
     # moment.
     job = queue.job(args.id)
@@ -14762,8 +14638,7 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
                    screen: Screen) -> None:
     """Print what is new; of several jobs (`place`) only whole lines, with the job.
 
-    `pending` holds the begun line of each job until its end comes: two jobs that print
-    at once would else share a line.
+    `pending` holds the begun line of each job until its end comes.
     """
     fresh, remark = follower.step()
     if place is not None:
@@ -14781,11 +14656,7 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs print as it comes, until they (or that run) are over.
-
-    Ten times a second. What a running command has printed is in its worker's memory;
-    one wake-up has all workers store all of it.
-    """
+    """Print what jobs print as it comes, until they (or that run) are over."""
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
         raise Refused("blocked",
@@ -14807,7 +14678,6 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what jobs printed."""
     if args.follow:
         return _follow(args, queue, screen)
     # All are looked at first: of one that is not there nothing is printed.
@@ -14825,9 +14695,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def _refuse_blanks(args: argparse.Namespace) -> None:
-    """Refuse a filter of "": a shell's variable that is not set must neither stand for
-    all jobs nor for none.
-    """
+    """Refuse a filter of "", as of a shell's variable that is not set."""
     for name, value in _filters(args).items():
         if value == "":
             raise Usage(f"--{name} names nothing",
@@ -14835,13 +14703,12 @@ def _refuse_blanks(args: argparse.Namespace) -> None:
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
-    """Whether jobs are chosen by what they are and not by ids; Usage if by both
-    or neither.
-    """
-    given = [args.all, getattr(args, "state", None), *_filters(args).values()]
+    """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
+    has_state = hasattr(args, "state") and not args.entry.preset
+    given = [args.all, args.state if has_state else None, *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        state = "--state, " if hasattr(args, "state") else ""
+        state = "--state, " if has_state else ""
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named",
                     f"give ids, or --all, {state}--queue, --tag or --search")
@@ -14852,8 +14719,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait until jobs are over; a single one's own exit status.
 
-    With a tag or a text it waits for the jobs that fit now. --all, or --queue alone,
-    goes by the counters: whatever is added meanwhile is waited for as well.
+    With a tag or a text it waits for the jobs that fit now; with --all or --queue alone
+    also for whatever is added meanwhile.
     """
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
@@ -14884,11 +14751,7 @@ SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
 
 def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> int:
-    """Report what was done to jobs, as it is done.
-
-    `jobs` may be a sweep that goes on while it is reported, so an interrupt says how
-    far it came: that much is committed.
-    """
+    """Report what was done to jobs, as it is done; of an interrupted sweep how far."""
     if args.json:
         _print_array((job_object(job) for job in jobs), screen)
         return EX_OK
@@ -14913,33 +14776,33 @@ def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given or USUAL[verb])
 
 
-def _refuse_unasked(args: argparse.Namespace) -> None:
-    """Require --yes where nobody can be asked: only stdin can give an answer."""
-    if not (args.yes or (sys.stdin and sys.stdin.isatty())):
-        raise Usage("this needs a confirmation, and stdin is not a terminal",
-                    "give --yes")
+def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    counted = [(queue.count(state, **filters), state) for state in states]
+    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
-def _confirm(what: str, args: argparse.Namespace) -> None:
-    """Ask before jobs are taken away; Refused, or Unavailable if it cannot be asked."""
+def _confirm(verb: str, args: argparse.Namespace, queue: Queue, states: Sequence[str],
+             filters: Mapping[str, Any]) -> None:
+    """Ask before jobs are taken away, if there are any; require --yes without a
+    terminal on stdin, for only that can give an answer.
+    """
     if args.yes:
         return
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise Usage("this needs a confirmation, and stdin is not a terminal",
+                    "give --yes")
+    amounts = _amounts(queue, states, filters)
+    if not amounts:
+        return
     try:
-        print(f"{what} Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
+              file=sys.stderr, flush=True)
     except OSError as error:
         raise Unavailable("unwritable", f"the question could not be written ({error})",
                           "give --yes") from None
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("declined", "nothing was changed", "answer y, or give --yes")
-
-
-def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does.
-
-    For a question or a dry run. What is changed after it is what fits then.
-    """
-    counted = [(queue.count(state, **filters), state) for state in states]
-    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
 def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
@@ -14962,23 +14825,18 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
     """All jobs that the flags describe, changed; on a terminal after a question.
 
-    No generator itself: states are checked and the question is put when it is called,
-    and only the sweep waits for who takes its jobs.
+    No generator itself: all is checked and asked when it is called.
     """
     states = _chosen_states(verb, args.state)
-    if verb == "retry":     # no question: it takes nothing away
-        return _swept(verb, args, queue, screen, states)
-    _refuse_unasked(args)
-    amounts = _amounts(queue, states, _filters(args))
-    if amounts:
-        _confirm(f"This will {verb} jobs: {amounts}.", args)
+    if verb != "retry":     # which takes nothing away
+        _confirm(verb, args, queue, states, _filters(args))
     return _swept(verb, args, queue, screen, states)
 
 
 def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Run jobs again from now."""
-    jobs = _wide("retry", args, queue, screen) if _is_wide(args) \
-        else queue.retry(*args.ids)
+    """Run jobs again from now; `dlq retry` refuses an id of one that is not dead."""
+    retry = queue.retry_dead if args.entry.preset else queue.retry
+    jobs = _wide("retry", args, queue, screen) if _is_wide(args) else retry(*args.ids)
     return _say_jobs(jobs, "retry", args, screen)
 
 
@@ -15001,8 +14859,7 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then.
 
-    Their worker does it. If that is gone, what its runs have left is ended and recorded
-    here. If another worker does the same meanwhile, the second changes nothing (I3).
+    If their worker is gone, what their runs have left is ended and recorded here.
     """
     # A command has no heartbeat that could get through, so it knows of no silence: only
     # workers that are gone, as the kernel says, count as lost here, and a frozen one's
@@ -15028,10 +14885,8 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 
 
 def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel all that fit; then wait until those that ran have been ended.
-
-    Not batch by batch: each wait may take `kill-grace`, and their workers end them side
-    by side.
+    """Cancel all that fit; then wait until those that ran have been ended: together,
+    for each may take `kill-grace`.
     """
     running: list[Job] = []
 
@@ -15049,8 +14904,7 @@ def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended.
 
-    A run that completes before it is ended stays completed (`settle`): that is said,
-    and if it was so for all of them the exit status is 1.
+    If all of them complete before that, the exit status is 1.
     """
     if _is_wide(args):
         return _cancel_wide(args, queue, screen)
@@ -15069,52 +14923,40 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete jobs that do not run."""
     jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
         else queue.delete(*args.ids)
     return _say_jobs(jobs, "delete", args, screen)
 
 
-def _purge(args: argparse.Namespace, queue: Queue, screen: Screen,
-           states: Sequence[str], is_dry: bool = False) -> int:
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Delete all jobs that fit, and say how many.
 
-    A dry run and a question count with the bound that the sweep will have: a stored
-    time is cut to its millisecond, and `ended_before` leaves out the bound itself,
-    hence 0.001.
+    A stored time is cut to its millisecond, and `ended_before` leaves out the bound
+    itself, hence 0.001.
     """
+    states, filters = _chosen_states("delete", args.state), _filters(args)
     _refuse_blanks(args)
-    filters = _filters(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
             raise Usage("--older-than counts from a job's end",
                         "it fits " + ", ".join(OVER))
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
-    if not is_dry:
-        _refuse_unasked(args)
-    amounts = _amounts(queue, states, filters)
-    if amounts and not is_dry:
-        _confirm(f"This will delete jobs: {amounts}.", args)
-    if is_dry and not args.json:
+    if not args.dry_run:
+        _confirm("delete", args, queue, states, filters)
+    elif not args.json:
+        amounts = _amounts(queue, states, filters)
         screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
         return EX_OK
-    jobs = iter(()) if is_dry else _swept("delete", args, queue, screen, states)
+    jobs = iter(()) if args.dry_run else _swept("delete", args, queue, screen, states)
     if args.json:
         fitting = sum(queue.count(state, **filters) for state in states)
-        would = {"would_delete": fitting} if is_dry else {}
+        would = {"would_delete": fitting} if args.dry_run else {}
         screen.out(dumps({"deleted": sum(1 for _ in jobs), **would}))
         return EX_OK
     return _say_jobs(jobs, "delete", args, screen)
 
 
-def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete jobs that are over, or in other states that are named."""
-    return _purge(args, queue, screen, _chosen_states("delete", args.state),
-                  args.dry_run)
-
-
 def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Change waiting jobs."""
     fields = _flag_fields(args)
     if not fields:
         raise Usage("nothing to change", "give a flag, as --priority 5")
@@ -15129,42 +14971,6 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_OK
 
 
-def cmd_dlq_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the dead jobs, the latest death first.
-
-    Below each stands its error. The table's line 0 is its head: line 1 is job 0.
-    """
-    def _look(limit: int) -> list[Job]:
-        return queue.jobs(DEAD, "finished", limit)
-    if args.json:
-        _print_array(map(job_object, _look(args.limit or 0)), screen)
-        return EX_OK
-    jobs, more = _for_people(args, _look)
-    style = screen.style()
-    if not jobs:
-        screen.note("the dead letter queue is empty")
-    for number, line in enumerate(job_table(jobs, style) if jobs else ()):
-        screen.out(line)
-        if number and jobs[number - 1].error:
-            error = one_line(jobs[number - 1].error or "")
-            screen.out(style.paint("    " + cut(error, style.width - 4), DIM))
-    if more:
-        screen.note(more)
-    return EX_OK
-
-
-def cmd_dlq_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Put dead jobs back."""
-    jobs = _swept("retry", args, queue, screen, (DEAD,)) if _is_wide(args) \
-        else queue.retry_dead(*args.ids)
-    return _say_jobs(jobs, "retry", args, screen)
-
-
-def cmd_dlq_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete dead jobs."""
-    return _purge(args, queue, screen, (DEAD,))
-
-
 def _named_queues(queues: Sequence[str] | None) -> str:
     """`all queues`, `queue a`, `queues a, b`: as a sentence wants it."""
     if not queues:
@@ -15173,7 +14979,6 @@ def _named_queues(queues: Sequence[str] | None) -> str:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Stop the claiming of jobs; what runs goes on."""
     queue.pause(*args.queue or ())
     flags = "".join(f" --queue {name}" for name in args.queue or ())
     screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
@@ -15182,7 +14987,6 @@ def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let jobs be claimed again."""
     queue.resume(*args.queue or ())
     # What still holds claims back, for that is what one wants to know: a queue has its
     # own pause, and all of them have one together.
@@ -15197,7 +15001,6 @@ def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the queues."""
     views = queue.queues()
     if args.json:
         screen.out(dumps([queue_object(view) for view in views]))
@@ -15209,7 +15012,6 @@ def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> in
 
 
 def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Limit how many jobs of a queue run at once."""
     queue.limit_queue(args.queue, args.limit)
     screen.note(f"queue {args.queue}: " + (
         f"at most {args.limit} at once" if args.limit else "no limit"))
@@ -15217,11 +15019,7 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add a job that comes again and again, and say when that will be.
-
-    A person reads a cron line easily in a wrong way; the next moments show it. Workers
-    take the runs, so it says where none is running.
-    """
+    """Add a job that comes again and again, and say when that will be."""
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
                     "write -- PROG ARG... or a shell command in quotes")
@@ -15238,7 +15036,6 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the schedules."""
     schedules = [(one, queue.last_job(one)) for one in queue.schedules()]
     if args.json:
         screen.out(dumps([schedule_object(*one) for one in schedules]))
@@ -15251,7 +15048,6 @@ def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print one schedule whole."""
     schedule = queue.schedule(args.name)
     last = queue.last_job(schedule)
     if args.json:
@@ -15262,22 +15058,16 @@ def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Forget a schedule; its jobs stay."""
     screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
     return EX_OK
 
 
 def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule rest."""
     screen.note(f"{queue.pause_schedule(args.name).name} paused")
     return EX_OK
 
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Let a schedule go on; what it missed is not made up.
-
-    So it says when the next run is.
-    """
     schedule = queue.resume_schedule(args.name)
     for line in when_lines(schedule, queue.clock()):
         screen.note(line)
@@ -15285,17 +15075,14 @@ def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) 
 
 
 def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Enqueue a schedule's job now, beside its runs."""
     screen.out(queue.run_schedule(args.name).id)
     return EX_OK
 
 
 def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the changes of jobs' states, oldest first.
+    """Print the changes of jobs' states, oldest first, by the page.
 
-    By the page, so any number needs little memory. `newest` is read before the page:
-    when a page is not full, all up to it have been looked through, also those of other
-    queues, and the next look can begin there. Read after it, it could skip a change.
+    `newest` is read before the page: read after it, it could skip a change.
     """
     after, since_when = 0, "" if args.since is None else iso(args.since)
     while True:
@@ -15315,7 +15102,6 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print all settings, those that somebody has set in bold."""
     stored = queue.store.stored_settings()
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
@@ -15332,13 +15118,11 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print the bare value of a setting."""
     screen.out(queue.setting(args.key))
     return EX_OK
 
 
 def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Set a setting, and say what it means."""
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
     screen.note(f"{key} = {args.value}: {SETTINGS[key].meaning}")
@@ -15346,7 +15130,6 @@ def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> in
 
 
 def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Put a setting back to its default."""
     queue.reset(args.key)
     key = setting_key(args.key)
     screen.note(f"{key} = {SETTINGS[key].default} (the default)")
@@ -15377,7 +15160,6 @@ def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Make a consistent copy."""
     queue.backup(args.file)
     # To open it is to try it: a copy that is no queue is told now.
     with Queue(args.file, create=False) as copy:
@@ -15387,11 +15169,7 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Serve the dashboard, the API and the metrics until told to stop.
-
-    All that can be refused (a name, a token, a certificate, the port) is, before the
-    URL is printed: that says that it is served.
-    """
+    """Serve the dashboard; all that can be refused is, before the URL is printed."""
     # The address is looked up before the site is made: whether strangers reach it
     # decides whether a token may be left out.
     options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
@@ -15412,21 +15190,13 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a shell's completion script."""
     import shlex  # 1 ms
     screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
                .rstrip("\n"))
     return EX_OK
 
 
-def _is_on_path(folder: str) -> bool:
-    """Whether $PATH has the directory, by any of its names."""
-    return os.path.realpath(folder) in [
-        os.path.realpath(entry) for entry in os.get_exec_path() if entry]
-
-
 def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Install the program, and say where and what is missing."""
     import shlex
     import shutil
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -15439,7 +15209,8 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
     folder = os.path.dirname(launcher)
     screen.out(launcher)
     found = shutil.which("queuectl")
-    if not _is_on_path(folder):
+    if os.path.realpath(folder) not in [    # by any of its names
+            os.path.realpath(entry) for entry in os.get_exec_path() if entry]:
         screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
                     f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
     elif found and os.path.realpath(found) != os.path.realpath(launcher):
@@ -15448,20 +15219,14 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
 
 
 def database_path(given: str | None) -> str:
-    """The path of the database that is meant: as given, else as the environment says.
-
-    An empty one counts as none, so `--db "$UNSET"` is the usual one.
-    """
+    """As given, else as the environment says; `--db "$UNSET"` counts as none."""
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
 def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
-    """The words that give these flags once more; durations in seconds.
+    """The words that give these flags once more, from parsed values; no defaults.
 
         --timeout 5m --queue a --queue b -> --timeout 300 --queue a --queue b
-
-    Parsed values are written anew, so what is printed has been checked. Defaults are
-    left out.
     """
     for flag in flags:
         value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
@@ -15473,11 +15238,7 @@ def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a unit file that runs a worker of this queue.
-
-    The queue need not be there yet. A service starts in another directory, so the path
-    is absolute.
-    """
+    """Print a unit file that runs a worker of this queue, which need not exist yet."""
     try:
         path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
     except FileNotFoundError:
@@ -15495,17 +15256,16 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     return EX_OK
 
 
-# Whether a command makes a database that is not there. Those do that hand something
-# over, or set something up that jobs will meet later (a pause, a limit, a setting, a
-# schedule), or stay to serve what comes (worker start, web). Any other would but hide a
-# mistyped path behind an empty queue.
+# Whether a command makes a database that is not there: only those that add or set
+# something, or serve. Any other would hide a mistyped path behind an empty queue.
 CREATES, READS = True, False
 NEITHER = None      # it does not open the database
 
 
 class Entry(NamedTuple):
     """One command: its words, its function, one sentence, whether it makes a database,
-    its arguments, and examples for its help, without the `queuectl` before them.
+    its arguments, examples for its help, without the `queuectl` before them, and values
+    of arguments of that function that it does not have.
     """
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Any, Screen], int]
@@ -15513,6 +15273,7 @@ class Entry(NamedTuple):
     creates: bool | None
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = types.MappingProxyType({})
 
 
 _NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
@@ -15610,14 +15371,16 @@ COMMANDS = (
         *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
         _YES, _JSON_FLAG),
         ("purge --state completed --older-than 7d", "purge --dry-run")),
-    Entry(("dlq", "list"), cmd_dlq_list, "show the dead jobs", READS,
-          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json")),
-    Entry(("dlq", "retry"), cmd_dlq_retry, "put dead jobs back", READS, (
+    Entry(("dlq", "list"), cmd_list, "show the dead jobs", READS,
+          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json"),
+          {"state": [DEAD], "sort": "finished", "show_output": False}),
+    Entry(("dlq", "retry"), cmd_retry, "put dead jobs back", READS, (
         _IDS, *_grouped("instead of ids", _ALL, *_TEXT_FLAGS), _JSON_FLAG),
-        ("dlq retry job-1", "dlq retry --all")),
-    Entry(("dlq", "purge"), cmd_dlq_purge, "delete dead jobs", READS, (
+        ("dlq retry job-1", "dlq retry --all"), {"state": [DEAD]}),
+    Entry(("dlq", "purge"), cmd_purge, "delete dead jobs", READS, (
         *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
-        ("dlq purge --older-than 30d", "dlq purge --yes")),
+        ("dlq purge --older-than 30d", "dlq purge --yes"),
+        {"state": [DEAD], "dry_run": False}),
     Entry(("pause",), cmd_pause, "start no more jobs, until resume", CREATES,
           (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
     Entry(("resume",), cmd_resume, "start jobs again", READS, (_QUEUES_FLAG,),
@@ -15708,18 +15471,14 @@ COMMANDS = (
                "(default: ~/.local, as root /usr/local)"),),
         ("install --to ~/.local",)),
 )
-# Those that only look stop once their results cannot be written; all others first do
-# what they were asked to.
-LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_dlq_list,
-         cmd_queue_list, cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list,
-         cmd_config_get, cmd_check, cmd_completion, cmd_systemd)
-# Those that run on whether somebody reads their log or not.
+# These stop once their results cannot be written; all others do what they are to.
+LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_queue_list,
+         cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list, cmd_config_get,
+         cmd_check, cmd_completion, cmd_systemd)
+# These run on, whether somebody reads their log or not.
 SERVES = (cmd_web,)
-# What a group of commands does when it is named alone: each time something that only
-# looks.
-ALONE = {"dlq": "list", "worker": "list", "config": "list", "queue": "list",
-         "schedule": "list"}
-TITLES = {"dlq": "The dead letter queue: jobs that failed for good",
+TITLES = {"": "A background job queue for the command line",
+          "dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, kept in the database", "queue": "Queues of jobs",
           "schedule": "Jobs that come again and again"}
@@ -15736,394 +15495,80 @@ _DB = option("--db", metavar="PATH", default=argparse.SUPPRESS,
              help="the database (default: $QUEUECTL_DB, else queue.db)")
 _VERSION = option("--version", action="version", version=f"queuectl {__version__}",
                   help="show the version and exit")
-
-
-# ---- 27 Completion -----------------------------------------------------------
-# What may come next on a command line: COMMANDS tells it, a metavar what kind of value
-# an argument takes, and the queue which there are. Nothing here fails for a half-typed
-# line; what is not understood is passed over.
-#
-# Of `retry job-1 --queue=g` the command is `retry`, what is read before is `job-1`, and
-# the place is the value of --queue: of kind Q, begun with `g`, after `--queue=`. So the
-# choices are the queues' names, and `--queue=gpu` may be offered.
-#
-# A press of a key must not be noticed: no queue is made, upgraded or waited for
-# (`glance`), and however many jobs there are, only so many rows are looked at, by an
-# index. A new command needs no word here: a row of COMMANDS and its metavars are all
-# that is read.
-
-OFFERED = 200          # ids that completion offers at most
-LOOKED_AT = 2000       # newest jobs of each state that it looks through for them
-
-COMPLETE = "__complete"     # the command by which the shells' scripts ask
-# Beside the rows of a command, as argparse adds it by itself.
 _HELP = option("--help", "-h", action="help", help="show what it takes and exit")
-# Kinds of values that the shell itself completes, by metavar.
-FILES, DIRS = "files", "dirs"
-_BY_SHELL = {"F": FILES, "FILE": FILES, "PATH": FILES, "DIR": DIRS}
-_NEW = ("--id", "--unique")     # what these take is not there yet
+
+
+# ---- 27 Parser ---------------------------------------------------------------
+# From the words of a command line to a command and its arguments, its help, or what may
+# come next. One parser, made from the rows of COMMANDS, serves all three. argparse's
+# subparsers would make those of all commands, which takes as long as all the rest.
+
+OFFERED = 200          # words that completion offers at most
+LOOKED_AT = 2000       # newest jobs of each state that completion looks through
+
+ASKS = ("-h", "--help", "--version")
+MARK = "\0"            # completion: in place of the word under the cursor
+FILES, DIRS = "files", "dirs"   # kinds of values that the shell itself completes
+# Those that take what follows the first `--` as it stands.
+TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command takes, if not all.
 _FITTING: dict[tuple[str, ...], tuple[str, ...]] = {
     **{(verb,): states for verb, states in ALLOWED.items()},
     ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
 
 
-class Choice(NamedTuple):
-    """A word that may come next, and what it means."""
-    word: str
-    meaning: str = ""
+def _dest(one: Option) -> str:
+    """The name of an argument's value, as argparse makes it."""
+    name: str = one.settings.get("dest") or one.names[0].lstrip("-").replace("-", "_")
+    return name
 
 
-class Reading(NamedTuple):
-    """The words after a command's name, as far as they are there.
-
-    What is given tells which flag may not come twice, and whose turn is next of the
-    arguments without a dash.
+def usual(entries: Sequence[Entry]) -> Entry:
+    """What a group means that is named alone, or a line without a name: one that looks.
     """
-    given: list[tuple[Option, str]]     # each argument with its value, in their order
-    awaiting: Option | None             # the flag whose value comes next
-    is_verbatim: bool                   # after `--` all is a command of the user's
+    return min(entries, key=lambda entry: (entry.words != ("status",),
+                                           entry.words[-1] != "list"))
 
 
-class Place(NamedTuple):
-    """What may stand where the cursor is.
+def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
+    """The commands that these words may name, and the words beside the name; Usage.
 
-    Either `choices`, or a `kind` of which the queue or the shell knows the values;
-    neither where only a person knows (a command, a new name).
-    """
-    choices: tuple[Choice, ...] = ()    # known without the queue
-    kind: str = ""                      # else: of what kind
-    word: str = ""                      # its beginning
-    before: str = ""                    # what stands before it, in the same word
-    states: tuple[str, ...] = ()        # those of jobs that fit
-    given: tuple[str, ...] = ()         # values that are there already
-    db: str = ""                        # the database that the line names
+        --db x.db retry job-1 -> `retry`
+        dlq --limit 5         -> `dlq list`: before a flag a group is its `usual` one
+        dlq, dlq --help       -> its three
+        --db x.db, --help     -> COMMANDS
 
-
-def unquoted(word: str) -> str:
-    """A word of a line without the quotes and backslashes that are for the shell."""
-    if not any(char in word for char in "\\'\""):
-        return word
-    import shlex  # 1 ms
-    for end in ("", "'", '"'):      # one that is still open
-        with contextlib.suppress(ValueError):
-            return "".join(shlex.split(word + end))
-    return word
-
-
-def _is_flag(word: str) -> bool:
-    """Whether it is one; `-` alone is stdin."""
-    return word.startswith("-") and word != "-"
-
-
-def _takes_value(one: Option) -> bool:
-    """Whether a word follows it: what argparse stores, not what it only notes."""
-    return one.settings.get("action") in (None, "append")
-
-
-def _flag_named(name: str, options: Sequence[Option]) -> Option | None:
-    return next((one for one in options if name in one.names), None)
-
-
-def _next_argument(options: Sequence[Option],
-                   given: Sequence[tuple[Option, str]]) -> Option | None:
-    """The argument that the next word without a dash is for."""
-    taken = [one for one, _ in given]
-    return next((one for one in options if not one.names[0].startswith("-")
-                 and (one not in taken or one.settings.get("nargs") in ("*", "+"))),
-                None)
-
-
-def _read_flag(options: Sequence[Option], word: str,
-               given: list[tuple[Option, str]]) -> Reading:
-    """`--flag`, `--flag=value`, `-f` or `-fvalue`."""
-    name, sign, value = word.partition("=") if word.startswith("--") \
-        else (word[:2], word[2:], word[2:])
-    flag = _flag_named(name, options)
-    if flag is None:
-        return Reading(given, None, False)
-    awaits = _takes_value(flag) and not sign
-    return Reading([*given, (flag, value)], flag if awaits else None, False)
-
-
-def read_words(options: Sequence[Option], words: Sequence[str]) -> Reading:
-    """Read them as argparse will.
-
-    Not by argparse itself: it ends at the first mistake, and a line that is being typed
-    is one mistake to its end.
-    """
-    reading = Reading([], None, False)
-    for word in words:
-        given, awaiting, _ = reading
-        if word == "--":
-            return Reading(given, None, True)
-        if awaiting and not (awaiting.settings.get("nargs") == "?" and _is_flag(word)):
-            given[-1] = (awaiting, word)
-            reading = Reading(given, None, False)
-        elif _is_flag(word):
-            reading = _read_flag(options, word, given)
-        else:
-            place = _next_argument(options, given)
-            given += [(place, word)] if place else []
-    return reading
-
-
-def named_commands(words: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The commands that these words may come to, and the words beside the name.
-
-        dlq           -> its three, as long as no second word is there
-        dlq --limit 5 -> `dlq list`, which is what a flag comes to (ALONE)
-        --db x.db     -> all
-
-    As `_split` and `_find` (Main) read a line that is complete. None of them for a
-    wrong name.
+    Flags may stand before the name as well; of these only --db takes a word.
     """
     at = 0
-    while at < len(words) and _is_flag(words[at]):
+    while at < len(words) and words[at].startswith("-"):
+        if words[at] in ASKS:
+            return COMMANDS, [*words]
         at += 2 if words[at] == "--db" else 1
-    if at >= len(words):
-        return list(COMMANDS), list(words)
-    name, following = words[at], words[at + 1] if at + 1 < len(words) else None
-    found = [entry for entry in COMMANDS if entry.words[0] == name]
-    taken = at + 1
-    if following is not None and found and len(found[0].words) > 1:
-        sub = ALONE.get(name) if _is_flag(following) else following
-        found = [entry for entry in found if entry.words[1] == sub]
-        taken += not _is_flag(following)
-    return found, [*words[:at], *words[taken:]]
-
-
-def _meant(found: Sequence[Entry]) -> Entry | None:
-    """The one command that these come to as the line stands: of a group, the first."""
-    if len({entry.words[0] for entry in found}) != 1:
-        return None
-    return next((entry for entry in found if len(found) == 1
-                 or entry.words[1] == ALONE.get(entry.words[0])), None)
-
-
-def _command_choices(entries: Sequence[Entry]) -> list[Choice]:
-    """The words by which these commands differ; of a group, what belongs to it."""
-    if len({entry.words[0] for entry in entries}) == 1:
-        return [Choice(entry.words[1], entry.help) for entry in entries]
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.words[0], []).append(entry)
-    return [Choice(name, group[0].help if len(group) == 1 else
-                   ", ".join(entry.words[1] for entry in group))
-            for name, group in groups.items()]
-
-
-def _flag_choices(options: Sequence[Option], given: Sequence[tuple[Option, str]],
-                  word: str) -> list[Choice]:
-    """Long names, and a short one that is there; none that may not come twice.
-
-    After a lone dash only long ones: a list of letters helps nobody.
-    """
-    taken = [one for one, _ in given if one.settings.get("action") != "append"]
-    return [Choice(name, one.settings.get("help", "")) for one in options
-            if one not in taken for name in one.names
-            if name.startswith("--") or name == word != "-"]
-
-
-def _kind_of(entry: Entry | None, one: Option) -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind.
-
-    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
-    setting.
-    """
-    metavar = str(one.settings.get("metavar", ""))
-    if one.names[0] in _NEW or (metavar == "KEY" and one.names[0].startswith("-")):
-        return ""
-    if metavar == "NAME":       # a command that makes something gives it a new name
-        return "" if entry is None or entry.creates is not False else entry.words[0]
-    return _BY_SHELL.get(metavar, metavar)
-
-
-def _fixed_choices(one: Option, kind: str) -> tuple[Choice, ...]:
-    """Values that are the same in each queue."""
-    if kind == "KEY":
-        return tuple(Choice(key, setting.meaning) for key, setting in SETTINGS.items())
-    return tuple(Choice(word) for word in one.settings.get("choices", ()))
-
-
-def _span(word: str) -> dict[str, str]:
-    """The bounds of what begins with a word; names are ASCII without DEL.
-
-    So `name >= word AND name < end` is a range of an index; LIKE is not, unless it
-    respects case (SQLite, "The LIKE Optimization").
-    """
-    return {"word": word, "end": word + "\x7f"}
-
-
-def _job_choices(rows: Rows, place: Place) -> list[Choice]:
-    """The newest of each state; then those that the index of ids leads to.
-
-    First jobs_by_state, from its end, LOOKED_AT rows a state: of `show job-1` with a
-    million jobs the newest are meant. An id of one's own may be older: that is found by
-    the word that it begins with. Both may find the same job, once for the shell.
-    """
-    found = [row for state in place.states for row in rows(
-        Sql.NEWEST_IDS, state=state, look=LOOKED_AT, limit=OFFERED,
-        **_span(place.word))]
-    found.sort(reverse=True)
-    if place.word and len(found) < OFFERED:
-        found += [row for row in rows(Sql.IDS_FROM, look=LOOKED_AT, **_span(place.word))
-                  if row[2] in place.states]
-    return [Choice(job_id, f"{state}: {command}")
-            for _, job_id, state, command in dict.fromkeys(found)]
-
-
-def _queue_choices(rows: Rows, place: Place) -> list[Choice]:
-    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
-    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
-    for name, state, n in rows(Sql.COUNTS):
-        counts.setdefault(name, []).append(f"{n} {state}")
-    counts.pop(EVERY_QUEUE, None)
-    return [Choice(name, ", ".join(counts[name])) for name in sorted(counts)]
-
-
-def _tag_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(tag) for tag, in rows(Sql.TAGS_FROM, limit=OFFERED,
-                                         **_span(place.word))]
-
-
-def _worker_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(*row) for row in rows(Sql.WORKER_NAMES)]
-
-
-def _schedule_choices(rows: Rows, place: Place) -> list[Choice]:
-    return [Choice(*row) for row in rows(Sql.SCHEDULE_NAMES)]
-
-
-# Kinds of values that only the queue knows, by metavar; names by their command.
-_IN_QUEUE = {"ID": _job_choices, "Q": _queue_choices, "T": _tag_choices,
-             "worker": _worker_choices, "schedule": _schedule_choices}
-
-
-def _valued(place: Place, entry: Entry | None, reading: Reading, one: Option) -> Place:
-    """The place of an argument's value.
-
-    `enqueue @F` names a file in the place of a job. What an argument has already is not
-    offered for it again; only jobs of states that the command takes are (_FITTING).
-    """
-    kind = _kind_of(entry, one)
-    if kind == "JOB" and place.word.startswith("@"):
-        return place._replace(kind=FILES, word=place.word[1:], before="@")
-    return place._replace(
-        kind=kind, choices=_fixed_choices(one, kind),
-        states=_FITTING.get(entry.words if entry else (), STATES),
-        given=tuple(value for other, value in reading.given if other == one))
-
-
-def _at_flag(place: Place, entry: Entry | None, reading: Reading,
-             options: Sequence[Option]) -> Place:
-    """The place of a flag, or of the value in `--flag=value`."""
-    name, sign, value = place.word.partition("=")
-    if not sign:
-        return place._replace(choices=tuple(
-            _flag_choices(options, reading.given, place.word)))
-    flag = _flag_named(name, options)
-    if flag is None or not _takes_value(flag):
-        return place
-    return _valued(place._replace(word=value, before=name + sign), entry, reading, flag)
-
-
-def _at_argument(place: Place, entry: Entry | None, reading: Reading,
-                 options: Sequence[Option]) -> Place:
-    """The place of an argument without a name; of flags, where none is known.
-
-    After `--` stands a command of the user's: of that only the names of files are
-    known.
-    """
-    one = _next_argument(options, reading.given)
-    if one:
-        place = _valued(place, entry, reading, one)
-        if place.kind in (FILES, DIRS, *_IN_QUEUE) or place.choices:
-            return place
-    if reading.is_verbatim:
-        return place._replace(kind=FILES)
-    return place._replace(choices=tuple(_flag_choices(options, reading.given, "")))
-
-
-def place_of(words: Sequence[str]) -> Place:
-    """What may stand in place of the last of these words, the line's without quotes.
-
-    Asked in this order: a value that a flag awaits (unless it may do without one), a
-    flag, the rest of the command's name, an argument of it. The last --db of the line
-    counts, as it does for argparse.
-    """
-    *before, word = words or ("",)
-    found, rest = named_commands(before)
-    entry = _meant(found)
-    options = (*(entry.options if entry else (_VERSION,)), _DB, _HELP)
-    reading = read_words(options, rest)
-    place = Place(word=word, db=next((value for one, value in reversed(reading.given)
-                                      if one == _DB and value), ""))
-    if reading.awaiting and reading.awaiting.settings.get("nargs") != "?":
-        return _valued(place, entry, reading, reading.awaiting)
-    if word.startswith("-") and not reading.is_verbatim:
-        return _at_flag(place, entry, reading, options)
-    if len(found) != 1:
-        return place._replace(choices=tuple(_command_choices(found)))
-    return _at_argument(place, entry, reading, options)
-
-
-def _expanded(path: str) -> str:
-    """A path as the shell would have made it of a word: ~ and $NAME are known.
-
-    The word comes from the line before the shell has read it.
-    """
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def choices_at(place: Place) -> list[Choice]:
-    """What may stand there, of the queue that is named, if there is one."""
-    choices = list(place.choices)
-    if not choices and place.kind in _IN_QUEUE:
-        path = database_path(_expanded(place.db))
-        with contextlib.suppress(QueueError), glance(path) as rows:
-            choices = _IN_QUEUE[place.kind](rows, place)
-    return [choice for choice in choices if choice.word.startswith(place.word)
-            and choice.word not in place.given][:OFFERED]
-
-
-def completion_lines(words: Sequence[str]) -> list[str]:
-    """What a shell's script reads: words with their meanings, parted by a tab.
-
-    One that begins with a tab says that the shell is to complete files or directories,
-    after what stands in the word already.
-    """
-    place = place_of([unquoted(word) for word in words])
-    if place.kind in (FILES, DIRS):
-        return [f"\t{place.kind}\t{place.before}"]
-    return [f"{place.before}{choice.word}\t{cut(one_line(choice.meaning), 60)}"
-            for choice in choices_at(place)]
-
-
-# ---- 28 Main -----------------------------------------------------------------
-# From the words of a command line to its exit status: which command it is, its parser,
-# its queue; and what each end that we know is told as. `main` is the entry point of the
-# installed command, of `python3 -m queuectl`, of the file run by its path, and of
-# programs and tests, to which it returns: nothing below it ends the process, but
-# argparse where it prints a help.
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """What lays a help out: descriptions as they stand, two columns left free.
-
-    With a width of its own, for argparse would load shutil to find one.
-    """
-    return argparse.RawDescriptionHelpFormatter(prog, width=window().columns - 2)
+    flags, names = [*words[:at]], [*words[at:]]
+    if not names:
+        return COMMANDS, flags
+    for length in (2, 1):
+        for entry in COMMANDS:
+            if entry.words == tuple(names[:length]):
+                return [entry], [*flags, *names[length:]]
+    group = [entry for entry in COMMANDS if entry.words[0] == names[0]]
+    if group and (len(names) == 1 or names[1].startswith("-")):
+        is_open = len(names) == 1 or names[1] in ("-h", "--help")
+        return group if is_open else [usual(group)], [*flags, *names[1:]]
+    wrong = " ".join(names[:2 if group else 1])
+    raise Usage(f"there is no command `{wrong}`", nearest(
+        wrong, [" ".join(entry.words if group else entry.words[:1])
+                for entry in group or COMMANDS])
+        or ("there are: " + ", ".join(entry.words[1] for entry in group) if group
+            else "`queuectl --help` lists them"))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        argparse itself would print two lines and end the process, with --json as
-        without.
-        """
+        """Refuse the command line, in one line, and with --json as JSON."""
         raise Usage(message, f"`{self.prog} --help` says more")
 
     def _print_message(self, message: str, file: object = None) -> None:
@@ -16133,110 +15578,65 @@ class Parser(argparse.ArgumentParser):
         screen.flush()
 
 
-def _overview(name: str, title: str, alone: str, entries: Sequence[Entry]) -> Parser:
-    """The parser that only knows `--help`: a list of commands.
+def parser_of(entry: Entry, strict: bool = True) -> Parser:
+    """The parser of a command.
 
-    argparse's subparsers would need the parser of each command. As it is, this one is
-    made only when its help is asked for.
-    """
-    parser = Parser(
-        prog=name, formatter_class=_formatter,
-        usage=f"{name} [--db PATH] COMMAND ...",
-        description=f"{title}.\n\ncommands:\n" + "\n".join(
-            f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries),
-        epilog=f"`{name} COMMAND --help` says more. Without a command: {alone}.")
-    for one in (_DB, _VERSION):
-        parser.add_argument(*one.names, **one.settings)
-    return parser
-
-
-def _shown_word(word: Option) -> str:
-    """A word of a command as its usage shows it: ID, [JOB], ID ..."""
-    shown = str(word.settings.get("metavar"))
-    return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(
-        word.settings.get("nargs", ""), shown)
-
-
-def command_parser(entry: Entry) -> Parser:
-    """The parser of one command; to make all of them would take as long as the rest.
+    Not strict, for completion: nothing is required or checked, what is not given is not
+    there, and of a flag with a value all values are kept.
 
     No abbreviations: `--run` would be --run-at today and a mistake once there is
-    another flag of that beginning. Its own usage line, for argparse's lists all
-    flags.
+    another flag of that beginning. Its own usage line, for argparse's lists all flags.
     """
-    name = "queuectl " + " ".join(entry.words)
-    words = " ".join(_shown_word(one) for one in entry.options
-                     if not one.names[0].startswith("-"))
-    parser = Parser(
-        prog=name, allow_abbrev=False, usage=f"{name} [OPTION ...] {words}".rstrip(),
-        description=entry.help[0].upper() + entry.help[1:] + ".",
-        formatter_class=_formatter,
-        epilog="examples:\n" + "\n".join(
-            f"  queuectl {example}" for example in entry.examples))
-    groups = {"": parser}
+    name = " ".join(("queuectl", *entry.words))
+    words = ""
     for one in entry.options:
+        if not one.names[0].startswith("-"):
+            words += {"?": " [{}]", "*": " [{} ...]", "+": " {} ..."}.get(
+                one.settings.get("nargs", ""), " {}").format(one.settings["metavar"])
+    parser = Parser(
+        prog=name, allow_abbrev=False, add_help=False,
+        usage=f"{name} [OPTION ...]{words}",
+        description=entry.help[0].upper() + entry.help[1:] + ".",
+        # With a width of its own: argparse would load shutil to find one.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=window().columns - 2),
+        epilog="\n  queuectl ".join(("examples:", *entry.examples))
+        if entry.examples else None)
+    groups: dict[str, Any] = {"": parser}
+    for one in (*entry.options, _DB, _HELP):
+        settings = one.settings
+        if not strict:
+            settings = {"default": argparse.SUPPRESS, **{
+                key: settings[key] for key in ("nargs", "dest") if key in settings}}
+            if one.names[0].startswith("-"):
+                takes_value = one.settings.get("action") in (None, "append")
+                settings["action"] = "append" if takes_value else "store_true"
         if one.group not in groups:
-            groups[one.group] = parser.add_argument_group(  # type: ignore[assignment]
-                one.group)
-        groups[one.group].add_argument(*one.names, **one.settings)
+            groups[one.group] = parser.add_argument_group(one.group)
+        action = groups[one.group].add_argument(*one.names, **settings)
+        action.required = action.required and strict
     # argparse would take `-5` for a flag as soon as `-0` is one.
     parser._has_negative_number_optionals.clear()
-    parser.add_argument(*_DB.names, **_DB.settings)
-    parser.set_defaults(entry=entry, words=None)
+    parser.set_defaults(entry=entry, words=None, **entry.preset)
     return parser
 
 
-def _find(name: str, following: str | None) -> tuple[Entry, int]:
-    """The command of that name, and how many words its name has here.
-
-    Of a group (`dlq`) the second word says which; a flag in its place, or none, means
-    the usual one (ALONE). Usage with the nearest name for one that there is not.
-    """
-    found = [entry for entry in COMMANDS if entry.words[0] == name]
-    if not found:
-        raise Usage(f"there is no command `{name}`",
-                    nearest(name, [entry.words[0] for entry in COMMANDS])
-                    or "`queuectl --help` lists them")
-    if len(found[0].words) == 1:
-        return found[0], 1
-    if following in ("-h", "--help"):
-        _overview(f"queuectl {name}", TITLES[name], ALONE[name], found).parse_args(
-            ["--help"])
-    if following is None or following.startswith("-"):
-        return next(entry for entry in found if entry.words[1] == ALONE[name]), 1
-    for entry in found:
-        if entry.words[1] == following:
-            return entry, 2
-    subs = [entry.words[1] for entry in found]
-    raise Usage(f"there is no command `{name} {following}`",
-                nearest(f"{name} {following}", [f"{name} {sub}" for sub in subs])
-                or "there are: " + ", ".join(subs))
-
-
-def _split(argv: Sequence[str]) -> tuple[Entry, list[str]]:
-    """The command, and the other words; `status` where none is named.
-
-    Found by hand: flags may stand before the name as well, and of these only --db takes
-    a word, so its value is not taken for the command.
-    """
-    words, at = list(argv), 0
-    while at < len(words) and words[at].startswith("-"):
-        if words[at] in ("-h", "--help", "--version"):
-            _overview("queuectl", "A background job queue for the command line",
-                      "status", COMMANDS).parse_args([words[at]])
-        at += 2 if words[at] == "--db" else 1
-    if at >= len(words):
-        return _find("status", None)[0], words
-    entry, taken = _find(words[at], words[at + 1] if at + 1 < len(words) else None)
-    return entry, words[:at] + words[at + taken:]
+def _overview(entries: Sequence[Entry]) -> Entry:
+    """What stands for a group of commands, or for all, and has only a help."""
+    words = () if entries is COMMANDS else entries[0].words[:1]
+    rows = "\n".join(f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries)
+    name = " ".join(("queuectl", *words))
+    return Entry(
+        words, lambda *_: EX_OK, f"{TITLES[' '.join(words)]}.\n\ncommands:\n{rows}\n\n"
+        f"`{name} COMMAND --help` says more. Without a command: "
+        f"{usual(entries).words[-1]}", NEITHER,
+        (option("command", metavar="COMMAND ...", help=argparse.SUPPRESS), _VERSION))
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
     """What to say of words that a command does not take.
 
-    The nearest flag only of one that no command has: else `list --drain` would be told
-    of a flag that looks alike. Bare words after `enqueue` are mostly a command without
-    quotes.
+    The nearest flag only of one that no command has: `list --drain` is no mistyping.
     """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
@@ -16259,18 +15659,17 @@ def _as_utf8(word: str) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; what follows the first `--`, where a job is given, stays as it is.
-
-    Cut off before argparse sees it, which would take the dashes out and the words for
-    JOB. What it does not know it returns, so the words about that are ours.
+    """The arguments; argparse does not see the words that TAKE_WORDS take as they are.
     """
-    entry, words = _split(argv)
-    rest = None
-    if entry.run in (cmd_enqueue, cmd_schedule_add) and "--" in words:
+    entries, words = find(argv)
+    asked = next((word for word in words if word in ASKS), None)
+    if asked and len(entries) > 1:
+        parser_of(_overview(entries)).parse_args([asked])   # prints, and exits
+    entry, rest = usual(entries), None
+    if entry.run in TAKE_WORDS and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    words = [_as_utf8(word) for word in words]
-    args, extra = command_parser(entry).parse_known_args(words)
+    args, extra = parser_of(entry).parse_known_args([_as_utf8(word) for word in words])
     if extra:
         raise _unexpected(entry, extra)
     try:
@@ -16280,12 +15679,152 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _call(args: argparse.Namespace, path: str, screen: Screen) -> int:
-    """Run a command with its queue; its exit status."""
-    if args.entry.creates is NEITHER:
-        return int(args.entry.run(args, None, screen))
-    with _opened(args, path, screen) as queue:
-        return int(args.entry.run(args, queue, screen))
+def unquoted(word: str) -> str:
+    """A word of a line without the quotes and backslashes that are for the shell."""
+    if not any(char in word for char in "\\'\""):
+        return word
+    import shlex  # 1 ms
+    for end in ("", "'", '"'):      # one that is still open
+        with contextlib.suppress(ValueError):
+            return "".join(shlex.split(word + end))
+    return word
+
+
+def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
+    """What kind of thing an argument names; "" for what is new, or of no kind.
+
+    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
+    setting. `enqueue @F` names a file in the place of a job.
+    """
+    metavar = one.settings.get("metavar", "")
+    if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
+        return ""
+    if metavar == "NAME":       # a command that makes something gives it a new name
+        return entry.words[0] if entry.creates is False else ""
+    if metavar in ("F", "FILE", "PATH") or (metavar == "JOB" and word[:1] == "@"):
+        return FILES
+    return DIRS if metavar == "DIR" else str(metavar)
+
+
+def _job_choices(rows: Rows, bounds: Mapping[str, Any],
+                 states: Sequence[str]) -> list[tuple[str, str]]:
+    """The newest of each state, then older ones that begin with the word."""
+    found = [row for state in states
+             for row in rows(Sql.NEWEST_IDS, state=state, **bounds)]
+    found.sort(reverse=True)
+    if bounds["word"] and len(found) < OFFERED:
+        found += [row for row in rows(Sql.IDS_FROM, **bounds) if row[2] in states]
+    return [(job_id, f"{state}: {command}")
+            for _, job_id, state, command in dict.fromkeys(found)]
+
+
+def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
+    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
+    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
+    for name, state, n in rows(Sql.COUNTS):
+        counts.setdefault(name, []).append(f"{n} {state}")
+    counts.pop(EVERY_QUEUE, None)
+    return [(name, ", ".join(counts[name])) for name in sorted(counts)]
+
+
+# Kinds of values that only the queue knows, by metavar; names by their command.
+_IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
+    "ID": _job_choices, "Q": _queue_choices,
+    "T": lambda rows, bounds, _: [(tag, "") for tag, in rows(Sql.TAGS_FROM, **bounds)],
+    "worker": lambda rows, *_: rows(Sql.WORKER_NAMES),
+    "schedule": lambda rows, *_: rows(Sql.SCHEDULE_NAMES)}
+
+
+def _values(kind: str, word: str, states: Sequence[str],
+            path: str) -> Sequence[tuple[str, str]]:
+    """Values of a kind, each with its meaning, in a queue, if there is one.
+
+    A press of a key must not be noticed: no queue is made, upgraded or waited for
+    (`glance`), and however many jobs there are, only so many rows are looked at, by an
+    index. `name >= word AND name < end` is a range of it; LIKE is not (SQLite, "The
+    LIKE Optimization"). Names are ASCII without DEL.
+    """
+    if kind == "KEY":
+        return [(key, setting.meaning) for key, setting in SETTINGS.items()]
+    bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
+    if kind in _IN_QUEUE:
+        with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
+            return _IN_QUEUE[kind](rows, bounds, states)
+    return ()
+
+
+def _flag_choices(options: Sequence[Option], given: Collection[str],
+                  word: str) -> list[tuple[str, str]]:
+    """Long names, and a short one that is there; none that may not come twice.
+
+    After a lone dash only long ones: a list of letters helps nobody.
+    """
+    return [(name, one.settings.get("help", "")) for one in options
+            if one.settings.get("action") == "append" or _dest(one) not in given
+            for name in one.names if name.startswith("--") or name == word != "-"]
+
+
+def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The words by which these commands differ; of a group, what belongs to it."""
+    if entries is not COMMANDS:
+        return [(entry.words[1], entry.help) for entry in entries]
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.words[0], []).append(entry)
+    return [(name, group[0].help if len(group) == 1 else
+             ", ".join(entry.words[1] for entry in group))
+            for name, group in groups.items()]
+
+
+def offers(words: Sequence[str]) -> list[str]:
+    """What may come next, for a shell's script (Install); Usage for an invalid line.
+
+    The last of these words, the line's without quotes, is the one under the cursor, or
+    the value in its `--flag=value`. MARK stands there for the parser, which tells whose
+    value it is. In this order it may be: a value that a flag needs, a flag, the rest of
+    the command's name, another argument; flags again, where no values are known.
+    """
+    *before, word = words or ("",)
+    entries, rest = find(before)
+    entry = _overview(entries) if entries is COMMANDS else usual(entries)
+    if entry.run in TAKE_WORDS and "--" in rest:
+        return [f"\t{FILES}\t"]     # a command of the user's
+    flag, sign, value = word.partition("=")
+    head, word = (flag + sign, value) if word.startswith("--") and sign else ("", word)
+    args, extra = parser_of(entry, False).parse_known_args([*rest, head + MARK])
+    if extra not in ([], [MARK]):
+        return []
+    given = {name: value if isinstance(value, list) else [value]
+             for name, value in vars(args).items()}
+    options = (*entry.options, _DB, _HELP)
+    one = next((one for one in options if MARK in given.get(_dest(one), ())), None)
+    choices: Iterable[tuple[str, str]] = _flag_choices(options, given, word)
+    is_needed = one and (head or (one.names[0].startswith("-")
+                                  and one.settings.get("nargs") != "?"))
+    if one and (is_needed or not word.startswith("-")):
+        kind = _kind_of(entry, one, word)
+        fixed = [(value, "") for value in one.settings.get("choices", ())]
+        if kind in (FILES, DIRS):
+            is_at = one.settings["metavar"] == "JOB"
+            return [f"\t{kind}\t{'@' if is_at else head}"]
+        if is_needed or fixed or kind in _IN_QUEUE or kind == "KEY":
+            path = next(filter(None, reversed(given.get("db", []))), "")
+            choices = fixed or _values(kind, word, _FITTING.get(entry.words, STATES),
+                                       os.path.expanduser(os.path.expandvars(path)))
+    if not is_needed and not word.startswith("-") and len(entries) > 1:
+        choices = _command_choices(entries)
+    taken = given[_dest(one)] if one else ()
+    return [f"{head}{choice}\t{cut(one_line(meaning), 60)}"
+            for choice, meaning in choices
+            if choice.startswith(word) and choice not in taken][:OFFERED]
+
+
+# ---- 28 Main -----------------------------------------------------------------
+# From a command line to its exit status. `main` is the entry point of the installed
+# command, of `python3 -m queuectl`, of the file run by its path, and of programs and
+# tests, to which it returns: only argparse, when it prints a help, ends the process.
+
+COMPLETE = "__complete"     # the command by which the shells' scripts ask
 
 
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
@@ -16313,11 +15852,10 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
-    """Run a worker in a child process, and see to it that nothing outlives it."""
+    """Run a worker in a child process, which nothing of it outlives."""
     _refuse_platform()
 
     def work(link: Link) -> int:
-        """Be the worker."""
         with log_on_stderr():
             screen = Screen(args.quiet)
             return _told(lambda: cmd_worker_start(args, link, screen))
@@ -16344,7 +15882,9 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
                     acts=args.entry.run not in LOOKS)
     try:
-        status = _call(args, path, screen)
+        with contextlib.nullcontext() if args.entry.creates is NEITHER \
+                else _opened(args, path, screen) as queue:
+            status = int(args.entry.run(args, queue, screen))
     except Refused as error:
         if error.code != "no-queue" or args.entry.words != ("status",) \
                 or "status" in argv:
@@ -16358,9 +15898,8 @@ def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
 def _open_standard_streams() -> None:
     """Put /dev/null where stdin, stdout or stderr is closed, or a database would be.
 
-    A file gets the lowest number that is free (open(2)): with stdout closed that is 1,
-    and the next print would go into the database. Python has None for a stream that was
-    closed when it started. stdin stays None, so that who reads jobs from it says so.
+    A file gets the lowest free number: with stdout closed, prints would go into the
+    database. stdin stays None, so that who reads jobs from it says so.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -16377,37 +15916,11 @@ def _open_standard_streams() -> None:
                 line_buffering=True if stream is sys.stderr else None)
 
 
-def _abandon(stream: TextIO) -> None:
-    """The interpreter must not flush into what cannot be written, and say so.
-
-    At its exit it flushes both streams. What is left goes to /dev/null: Python's own
-    documentation has it so (library, signal, "Note on SIGPIPE").
-    """
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _wants_json(words: Sequence[str]) -> bool:
-    """Whether errors are to be JSON; what follows `--` is somebody else's.
-
-    Looked for in the words: of a line that could not be parsed there are no arguments.
-    """
-    end = words.index("--") if "--" in words else len(words)
-    return "--json" in words[:end]
-
-
-def _answer(words: Sequence[str], stack: contextlib.ExitStack) -> int:
-    """Run a command line; its exit status."""
-    end = words.index("--") if "--" in words else len(words)
-    return _told(lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
-                 _wants_json(words))
-
-
 def _complete(words: Sequence[str]) -> int:
     """Say what may come next."""
     # A key that was pressed half-way through a line must never print a traceback.
     with contextlib.suppress(Exception):
-        for line in completion_lines([_as_utf8(word) for word in words[1:]]):
+        for line in offers([unquoted(_as_utf8(word)) for word in words]):
             print(line)
         sys.stdout.flush()
     return EX_OK
@@ -16424,14 +15937,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _open_standard_streams()
     except KeyboardInterrupt:
         return EX_INTERRUPTED
+    end = words.index("--") if "--" in words else len(words)
     with contextlib.ExitStack() as stack:
-        status = _complete(words[1:]) if words[:1] == [COMPLETE] \
-            else _answer(words, stack)
+        # Of a line that cannot be parsed only the words tell whether --json was meant.
+        status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
+            lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
+            "--json" in words[:end])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):   # said above, or a log's, which fails no command
-            _abandon(stream)
+            # At its exit the interpreter would flush what is left, and complain.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
 

@@ -1834,11 +1834,9 @@ class Statements(Case):
             self.queue.add_schedule(name, "@daily", command="x")
             self.job(tags=[*tags])
         self.assertEqual([one.name for one in self.queue.schedules()], ["a", "b", "c"])
-        with queuectl.glance(self.path) as rows:
-            for choices, wanted in ((queuectl._worker_choices, "abc"),
-                                    (queuectl._schedule_choices, "abc"),
-                                    (queuectl._tag_choices, "abcd")):
-                self.assertEqual([one.word for one in choices(rows, queuectl.Place())], [*wanted])
+        for kind, wanted in (("worker", "abc"), ("schedule", "abc"), ("T", "abcd")):
+            self.assertEqual([word for word, _ in queuectl._values(kind, "", (), self.path)],
+                             [*wanted])
 
     def test_the_schema_refuses_impossible_states(self):
         """(I2), (I7)"""
@@ -5977,7 +5975,7 @@ class CommandLine(Case):
             for example in entry.examples:
                 words = shlex.split(example)
                 if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
-                                 queuectl.cmd_purge, queuectl.cmd_dlq_purge):
+                                 queuectl.cmd_purge):
                     words.append("--yes")
                 if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
                         or {"--watch", "--follow", "-f", "-"} & {*words}:
@@ -6346,14 +6344,16 @@ class CommandLine(Case):
         self.assertEqual(self.cli("logs", "job-1")[1], "text")
         self.assertEqual(self.cli("logs", "job-1", "nope")[:2], (1, ""))
 
-    def test_a_line_is_read_alike_by_those_who_run_and_those_who_complete_it(self):
+    def test_the_name_of_a_command_is_found_among_flags(self):
         for entry in queuectl.COMMANDS:
-            for words in ([*entry.words], ["--db", "x", *entry.words, "--json"],
-                          ["--db=x", *entry.words, "y", "--", "z"]):
-                with self.subTest(words):
-                    found, rest = queuectl.named_commands(words)
-                    self.assertEqual((found, rest), ([entry], queuectl._split(words)[1]))
-                    self.assertEqual(queuectl._split(words)[0], entry)
+            for before, after in ((["--db", "x"], ["--json"]), (["--db=x"], ["y", "--", "z"])):
+                self.assertEqual(queuectl.find([*before, *entry.words, *after]),
+                                 ([entry], [*before, *after]))
+        dlq = [entry for entry in queuectl.COMMANDS if entry.words[0] == "dlq"]
+        for words, found in (([], queuectl.COMMANDS), (["--db", "list"], queuectl.COMMANDS),
+                             (["dlq"], dlq), (["dlq", "--help"], dlq),
+                             (["--json", "dlq", "--limit", "5"], dlq[:1])):
+            self.assertEqual(queuectl.find(words)[0], found, words)
 
     def test_a_stream_takes_no_other_source(self):
         for argv in (("x",), ("--file", "f"), ("--command", "x"), ("--wait",), ("@f",)):
@@ -6406,7 +6406,7 @@ class Completion(Case):
                 ("list --stat de", []), ("list -sdead --state de", []),
                 ("list --sort n", ["newest"]), ("list --search ", []),
                 ("dlq --l", ["--limit"]), ("config get kill", ["kill-grace"]),
-                ("config set kill-grace ", ["--help"]), ("list x --h", ["--help"]),
+                ("config set kill-grace ", ["--help"]), ("list x --h", []),
                 ("completion ", list(queuectl.SHELLS)),
                 ("backup ", files), ("backup x ", ["--help"]), ("--db ", files),
                 ("enqueue --file x", files), ("enqueue --cwd ", [("dirs", "")]),
@@ -6471,22 +6471,24 @@ class Completion(Case):
                 self.assertEqual(self.offered(*line.split(" ")), words)
 
     def test_a_new_command_needs_no_word_about_it_here(self):
-        entry = queuectl.Entry(("schedule", "pause"), None, "", queuectl.READS, (
-            queuectl.option("name", metavar="NAME"),
-            queuectl.option("--watch", nargs="?", metavar="SECONDS")))
-        name, watch = entry.options
+        name = queuectl.option("name", metavar="NAME")
+        entry = queuectl.Entry(("schedule", "x"), None, "", queuectl.READS, (name,))
         self.assertEqual(queuectl._kind_of(entry, name), "schedule")
         self.assertEqual(queuectl._kind_of(entry._replace(creates=True), name), "")
-        for words, given in ((["--watch", "5"], [(watch, "5")]),
-                             (["--watch", "--watch"], [(watch, ""), (watch, "")]),
-                             (["x", "y"], [(name, "x")])):
-            self.assertEqual(queuectl.read_words(entry.options, words).given, given)
         with sqlite3.connect(self.a_queue().path) as db:
             db.execute("INSERT INTO schedules (name, cron, job, created_at) "
                        "VALUES ('nightly', '@daily', '', '')")
-        with queuectl.glance(self.path) as rows:
-            self.assertEqual(queuectl._schedule_choices(rows, queuectl.Place()),
-                             [("nightly", "@daily")])
+        self.assertEqual(self.offered("schedule", "pause", ""), ["nightly"])
+
+    def test_a_flag_whose_value_may_be_left_out_awaits_none(self):
+        self.assertEqual(self.offered("status", "--watch", "--js"), ["--json"])
+        self.assertEqual(self.offered("status", "--watch", "5", "--js"), ["--json"])
+
+    def test_an_invalid_line_is_offered_nothing(self):
+        for line in ("list --bogus --", "list --limit --json --", "list x y --", "dlq x --",
+                     "show --json=x --"):
+            with self.subTest(line):
+                self.assertEqual(self.offered(*line.split(" ")), [])
 
     def test_it_makes_and_changes_nothing_and_never_fails(self):
         self.assertEqual(self.offered("show", ""), [])
