@@ -4302,7 +4302,7 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 # ---- 9 Ledger ----------------------------------------------------------------
 # Rows as records, and the only code that adds, moves and removes jobs. Each function is
-# part of a transaction of its caller: Queue for people, Claims and Rescuer for workers.
+# part of a transaction of its caller: Queue for people, Claims and Peers for workers.
 # What is refused half-way is rolled back whole, so nothing here has to be undone.
 #
 # A change of state goes through `move`, for many jobs at once: one statement each for
@@ -4969,7 +4969,7 @@ def set_right(store: Ledger, schedule: Schedule, now: float) -> None:
 
 # ---- 10 Queue ----------------------------------------------------------------
 # The library: what people and programs ask of a queue. Commands and API are thin layers
-# on it; Claims and Rescuer are its counterpart for workers. A method that changes
+# on it; Claims and Peers are its counterpart for workers. A method that changes
 # something checks what it was given before the transaction where it can, so that nobody
 # waits for the write lock meanwhile; has the ledger do it within (I1); and wakes the
 # workers after the commit: one woken before would look too early, and find nothing.
@@ -6147,7 +6147,7 @@ def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]
 class Claims:
     """The promises to one worker; used by its loop's thread only (I9).
 
-    To make one enters the worker into the table: InUse if a living worker has the name.
+    To make one enters the worker into the table: Conflict if a living one has the name.
     `port` is where it hears wake-ups; None: nowhere. `pid` is the process to signal.
     """
 
@@ -8294,7 +8294,7 @@ DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 HEARD_AT_ONCE = 64     # wake-ups read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
-SPARE_PATIENCE = 0.05  # seconds until spare claims are given back
+SPARE_PATIENCE = 0.05  # seconds until spare claims are released
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one for a spare claim
 WORKER_FILES = 32      # descriptors of a worker beside those
 
@@ -8518,7 +8518,7 @@ class Runner:
         self._complaint = ""
         self._taken = 0
         self._spares: list[Claim] = []          # claimed beyond the slots, in order
-        self._spares_until = math.inf           # monotonic: then they are given back
+        self._spares_until = math.inf           # monotonic: then they are released
         self._pace = math.inf                   # seconds that runs take of late
         self._totals: dict[str, int] = {}               # states that jobs came to
         self._has_begun = False                         # a first tick is through
@@ -9077,7 +9077,8 @@ class Runner:
             for command in self._commands.values():
                 self._end(command, RELEASED)
         else:
-            again = "once more" if why != ASKED else "`queuectl worker stop --now`"
+            again = {ASKED: "`queuectl worker stop --now`", "SIGHUP": "SIGTERM"}.get(
+                why, "once more")
             self._log(f"{why}: finishing {running} running, claiming no more; {again} "
                       "requeues them" if running else f"{why}: claiming no more")
 
@@ -9213,7 +9214,7 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
     went away.
 
     `link` leads to its supervisor. Errors that no worker outlives come out of here,
-    such as Damaged; Busy and Unwritable do not. A worker that cannot take itself out of
+    such as Refused; Unavailable does not. A worker that cannot take itself out of
     the table leaves a row whose process is gone: others forget it.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker

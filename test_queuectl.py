@@ -7531,7 +7531,8 @@ class Supervised(Processes):
         """The kernel and the shell each send SIGHUP."""
         worker = self.under_way("while [ ! -e go ]; do sleep .05; done")
         worker.send_signal(signal.SIGHUP)
-        wait_for(lambda: "SIGHUP: finishing" in self.read("worker.log"), "the log")
+        wait_for(lambda: "SIGHUP: finishing 1 running, claiming no more; SIGTERM requeues "
+                         "them" in self.read("worker.log"), "the log")
         worker.send_signal(signal.SIGHUP)
         worker.send_signal(signal.SIGUSR1)      # heard after that, and the second
         wait_for(lambda: "SIGUSR1: ending" in self.read("worker.log"), "the log")
