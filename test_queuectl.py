@@ -7378,7 +7378,7 @@ queuectl.SQLite.changes = changes""")
             return self.worker("-c", "4", "--name", f"w{next(starts)}")
         workers = [start() for _ in range(3)]
         with Queue(self.path) as queue:
-            for _ in range(6):
+            while sum(job.crashes for job in queue.jobs()) < 3:
                 done = queue.counts()[COMPLETED]
                 wait_for(lambda done=done: queue.counts()[COMPLETED] > done
                          and queue.counts()[PROCESSING], "some progress")
@@ -7388,11 +7388,9 @@ queuectl.SQLite.changes = changes""")
                 self.kill_worker(victim)
                 workers.append(start())
             wait_for(lambda: queue.counts()[COMPLETED] == 20, "the end")
-            crashes = sum(job.crashes for job in queue.jobs())
             self.assert_sound(queue)
 
         self.assertFalse(os.path.exists(self.path_of("crowd")), "two at once")
-        self.assertGreater(crashes, 0)
         self.assertEqual(len(set(self.read("ran").split())), 20)
 
 
