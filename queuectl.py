@@ -13181,30 +13181,20 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 
 # ---- 23 Install --------------------------------------------------------------
-# Where others start this program: a launcher, shells that complete its words, systemd.
-# `install` writes the module and its launcher; the rest is text that a command prints.
-#
-# The scripts know no command and no flag: each asks `queuectl __complete -- WORD...` at
-# every press of the key, the last word being the one under the cursor. The answer is a
-# line for each choice, `WORD<tab>MEANING`, or one line `<tab>files<tab>BEFORE` (or
-# `dirs`), by which the shell is to complete names of files, after what stands in the
-# word already: see Completion.
+# How others start this program: a launcher, completion scripts, a systemd unit. The
+# scripts know no command and no flag: at each Tab they run `queuectl __complete --
+# WORD...`, the last word being the one under the cursor, as typed. The answer is one
+# line per choice, `WORD<tab>MEANING`, or the line `<tab>files<tab>BEFORE` (or `dirs`):
+# the shell completes file names, after the text BEFORE that is already in the word.
 
 STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
 
-# What is peculiar to each:
-#
-#     bash  splits words at : = @ too, which ids and flags hold, and replaces the last
-#           piece alone: so the script puts the words together, and takes off what stays
-#     zsh   may find the script by its $fpath: then the file itself is the function, and
-#           has to call the one in it the first time
-#     fish  wants each file with what stands before it in the word
-#
-# Words come as they were typed, and `unquoted` takes the quotes off. All keep the order
-# of the answer (nosort, -V, -k): the newest jobs come first. bash before 4.4 knows no
-# nosort, hence the second `complete`.
-# How each shell asks what may come next. The program that stands on the line answers,
-# or, if that is an alias or a script that would be compiled each time, this very one.
+# bash also splits words at : = @, which ids and flags contain, and replaces only the
+# last piece. zsh may load the file as the function itself, by $fpath; it must then call
+# the function that the file defines. fish wants each file with the text before it. All
+# keep the order of the answer (nosort, -V, -k), newest jobs first; bash before 4.4 has
+# no nosort. The program on the command line answers, or this one if that is an alias or
+# a script that Python would compile each time.
 SHELLS = {"bash": """\
 # Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
 # Under another name, as an alias q:  complete -o nosort -F _queuectl q
@@ -13289,35 +13279,24 @@ function __queuectl_complete
 end
 complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
 """}
-# Imported from there it is compiled once: Python keeps no byte code of a script that is
-# run by its path. With -c the first entry of sys.path is the current directory; the
-# module's own takes its place, so that a stray json.py is not imported.
+# Imported, the module runs from cached byte code, which Python does not keep for a
+# script run by path. The module's directory replaces the current one, the first entry
+# of sys.path with -c, so that a stray json.py is not imported.
 BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
-
-
 LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
-
-
-def program_words() -> tuple[str, str]:
-    """The absolute paths of this Python and of this file.
-
-    Absolute, for who starts them later has another directory and another $PATH. Python
-    may not know its own path, and then calls it "" or None. UnicodeError where they are
-    not UTF-8.
-    """
-    return as_utf8(sys.executable or "python3"), as_utf8(os.path.abspath(__file__))
 
 
 def start_words() -> tuple[str, ...]:
     """The words that start this program with cached byte code; UnicodeError.
 
-    The installed launcher if this is its module. Where this file is not named as its
-    module it cannot be imported, and runs by its path.
+    They are absolute: a service has another directory and $PATH. Python may not know
+    its own path, and then calls it "" or None.
     """
-    python, file = program_words()
+    python, file = (as_utf8(sys.executable or "python3"),
+                    as_utf8(os.path.abspath(__file__)))
     folder, name = os.path.split(file)
-    if name != "queuectl.py":
+    if name != "queuectl.py":       # it cannot be imported
         return python, file
     launcher = os.path.join(folder[:-len(LIBRARY)], "bin", "queuectl")
     if folder.endswith(os.sep + LIBRARY) and os.access(launcher, os.X_OK):
@@ -13325,9 +13304,8 @@ def start_words() -> tuple[str, ...]:
     return python, "-c", BY_IMPORT, folder
 
 
-
 def _replace(path: str, content: bytes, mode: int) -> None:
-    """Write a file, in one step for everyone who reads or runs it meanwhile."""
+    """Write a file atomically."""
     part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
@@ -13342,27 +13320,18 @@ def _replace(path: str, content: bytes, mode: int) -> None:
         raise
 
 
-def _own_source() -> bytes:
-    """The text of this module, also from within an archive; Refused."""
-    try:
+def install(to: str) -> str:
+    """Write module, byte code and launcher below a directory; return the launcher's
+    path. Replaces an older installation; Refused, Unavailable.
+    """
+    import py_compile   # 5 ms
+    import shlex
+    try:    # also from within an archive
         source: bytes = globals()["__loader__"].get_data(__file__)
     except (AttributeError, KeyError, NameError, OSError):
         raise Refused("unsupported", "this program's own file cannot be read",
                       "run it by the path of queuectl.py") from None
-    return source
-
-
-def install(to: str) -> str:
-    """Write the module, its byte code and a launcher below a directory; its path.
-
-    The launcher imports the module from there, so no file in the current directory can
-    take the place of a module, and Python uses the cached byte code. An older
-    installation is replaced. Unavailable.
-    """
-    import py_compile   # 5 ms
-    import shlex
-    source, library = _own_source(), os.path.join(to, LIBRARY)
-    launcher = os.path.join(to, "bin", "queuectl")
+    library, launcher = os.path.join(to, LIBRARY), os.path.join(to, "bin", "queuectl")
     words = (sys.executable or "python3", "-c", BY_IMPORT, library)
     script = f"#!/bin/sh\nexec {shlex.join(words)} \"$@\"\n"
     umask = os.umask(0o022)     # others may run what root installs
@@ -13371,7 +13340,7 @@ def install(to: str) -> str:
         os.makedirs(os.path.dirname(launcher), exist_ok=True)
         module = os.path.join(library, "queuectl.py")
         _replace(module, source, 0o644)
-        # Named, for $PYTHONPYCACHEPREFIX of today says nothing about later starts.
+        # An explicit path, whatever $PYTHONPYCACHEPREFIX is now.
         py_compile.compile(module, os.path.join(
             library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
         _replace(launcher, os.fsencode(script), 0o755)
@@ -13385,13 +13354,13 @@ def install(to: str) -> str:
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
-    """A word of ExecStart= that reaches the program as it stands.
+    """Quote a word of ExecStart=.
 
         100% $HOME -> "100%% $$HOME"
 
-    %x is a specifier (systemd.unit(5)), $X a variable, and a word in quotes takes C's
+    %x is a specifier (systemd.unit(5)), $X a variable, and a quoted word takes C's
     escapes (systemd.service(5), "Command lines"). In the program's own path systemd
-    replaces no $; so it must not be doubled there.
+    replaces no $, so it is not doubled there.
     """
     if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
         return word
@@ -13401,8 +13370,7 @@ def systemd_word(word: str, is_program: bool = False) -> str:
     return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
 
 
-# Nothing that jobs may need is forbidden: most of what systemd could forbid takes sudo
-# from them as well.
+# Nothing that jobs may need is restricted: most restrictions also disable sudo.
 UNIT_FILE = """\
 # A worker of {shown}
 #
@@ -13430,7 +13398,7 @@ RestartPreventExitStatus=2
 # it has gone, or when TimeoutStopSec= is over, is killed.
 KillMode=mixed
 # How long running jobs may take to finish; infinity holds up a shutdown of the machine,
-# too. `queuectl systemd --grace 5m` makes the worker hand them back after that time.
+# too. `queuectl systemd --grace 5m` makes the worker requeue them after that time.
 TimeoutStopSec={stop_timeout}
 # A worker that hangs is killed and started anew; its jobs run again.
 WatchdogSec=60
@@ -13463,76 +13431,47 @@ WantedBy={target}
 """
 
 
-def _mounts(path: str) -> str:
-    """The line that has systemd mount what a database is on; "" if it cannot be said.
+def unit_file(command: Sequence[str], path: str, is_own: bool,
+              grace: float | None) -> str:
+    """A systemd unit that runs a worker by `command`: the user's own, or the system's.
 
-    There `%` is a specifier, and a backslash makes the next character literal: so a
-    control character cannot be written.
+    A system's runs as the owner of the database `path`, whose mode is 0600. Units are
+    stopped after `grace` seconds (None: never), `kill-grace` and a margin: systemd then
+    kills the worker, and its jobs run again.
     """
-    folders = dict.fromkeys((os.path.dirname(path),
-                             os.path.dirname(os.path.realpath(path))))
-    words = [re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%")
-             for folder in folders if folder.isprintable()]
-    return "\nRequiresMountsFor=" + " ".join(f'"{word}"' for word in words) \
-        if words else ""
-
-
-def unit_file(command: Sequence[str], path: str, user: str | None,
-              stop_timeout: str) -> str:
-    """A systemd unit that runs a worker: a user's own, or (`user`) the system's.
-
-    `command` are the words to run, `path` the database's, `stop_timeout` a time as
-    systemd writes it. A description takes specifiers as well, and a backslash at the
-    end of a line would join it to the next (systemd.syntax(7)).
-    """
+    owner, stop_timeout = os.getuid(), "infinity"
+    with contextlib.suppress(OSError):
+        owner = os.stat(path).st_uid
+    user = str(owner)
+    with contextlib.suppress(KeyError):     # the number has no name
+        import pwd  # there is a service manager, so this is POSIX
+        user = pwd.getpwuid(owner).pw_name
+    if grace is not None:
+        stored: dict[str, str] = {}     # the default, if there is no queue yet
+        with contextlib.suppress(QueueError), glance(path) as rows:
+            stored = dict(rows(Sql.STORED_SETTINGS))
+        seconds = math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN
+        stop_timeout = f"{seconds}s"
+    # RequiresMountsFor= takes specifiers, and a backslash makes the next character
+    # literal, so control characters cannot be written.
+    folders = dict.fromkeys(map(os.path.dirname, (path, os.path.realpath(path))))
+    mounts = " ".join('"' + re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%") + '"'
+                      for folder in folders if folder.isprintable())
     program, *arguments = command
-    is_own = user is None
     shown = one_line(path)
     return UNIT_FILE.format(
+        # A trailing backslash would continue the line (systemd.syntax(7)).
         shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
-        mounts=_mounts(path),
+        mounts=mounts and f"\nRequiresMountsFor={mounts}",
         place="~/.config/systemd/user/queuectl.service" if is_own
         else "/etc/systemd/system/queuectl.service",
         control="systemctl --user" if is_own else "systemctl",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"
-        if is_own else "",
-        user="" if is_own else f"\nUser={user}",
+        if is_own else "", user="" if is_own else f"\nUser={user}",
         command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
         stop_timeout=stop_timeout,
         target="default.target" if is_own else "multi-user.target")
-
-
-def _owner(path: str) -> str:
-    """Who owns the file, or will: a name, or a number that has none.
-
-    The service is to run as this user: others cannot open the database, whose mode is
-    0600.
-    """
-    import pwd  # a service manager is there, so this is POSIX
-    try:
-        user = os.stat(path).st_uid
-    except OSError:
-        user = os.getuid()
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
-
-
-def _stop_timeout(path: str, grace: float | None) -> str:
-    """How long a worker may take to leave: its grace, SIGKILL, recording, some more.
-
-    `grace` in seconds, None: as long as its jobs run. systemd kills what is left after
-    it, and the jobs of a worker that is killed run again: so it is to be the last
-    resort. Where there is no queue yet, `kill-grace` has its default.
-    """
-    if grace is None:
-        return "infinity"
-    stored: dict[str, str] = {}
-    with contextlib.suppress(QueueError), glance(path) as rows:
-        stored = dict(rows(Sql.STORED_SETTINGS))
-    return f"{math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN}s"
 
 
 # ---- 24 Screen ---------------------------------------------------------------
@@ -15251,9 +15190,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
     except UnicodeError:
         raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
                       "rename its directories") from None
-    screen.out(unit_file(
-        command, as_utf8(path), None if args.user else _owner(path),
-        _stop_timeout(path, args.grace)).rstrip("\n"))
+    screen.out(unit_file(command, as_utf8(path), args.user, args.grace).rstrip("\n"))
     return EX_OK
 
 
