@@ -2461,7 +2461,6 @@ class Sql:
         """
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
     # A JSON list in one parameter keeps one statement prepared, for any number of ids.
-    SEQ_OF = "SELECT seq FROM jobs WHERE id = :id"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
     # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
@@ -2510,8 +2509,7 @@ class Sql:
                                        if key in cls.FILTERS])
 
     # A row stays when its count is 0 again: a metric must not vanish then.
-    COUNTS = "SELECT queue, state, n FROM counts WHERE n > 0"
-    COUNTS_KNOWN = "SELECT queue, state, n FROM counts"     # also what is 0 by now
+    COUNTS = "SELECT queue, state, n FROM counts"
     # From one rank to the next by the index, a thousand at most: with ageing nearly
     # each job has a rank of its own. Within a rank the index goes by run_at.
     OLDEST_READY = """
@@ -2787,8 +2785,6 @@ class Sql:
          ORDER BY claim DESC
          LIMIT :limit
         """
-    LAST_RUN = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT 1"
-    RUN_BY_CLAIM = f"SELECT {RUN_WITHOUT_OUTPUT} FROM runs WHERE claim = :claim"
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT}
           FROM jobs
@@ -2831,7 +2827,7 @@ class Sql:
         """
     # What is due becomes ready (I7), longest due first, some at a time: those of one
     # moment may be very many, and the write lock is held.
-    LET_IN = """
+    MAKE_READY = """
         UPDATE jobs
            SET waits = 'ready'
          WHERE seq IN (SELECT seq
@@ -2895,19 +2891,14 @@ class Sql:
          WHERE paused = 0
            AND next_run <= :now
         """
-    SET_TIMES = """
+    # When resumed, with the next run: those missed meanwhile are not made up.
+    SET_SCHEDULE = """
         UPDATE schedules
-           SET next_run = :next_run, last_run = :last_run, last_job = :last_job,
-               skipped = :skipped
+           SET paused = :paused, next_run = :next_run, last_run = :last_run,
+               last_job = :last_job, skipped = :skipped
          WHERE name = :name
         """
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
-    # With the next run: those missed during the pause are not made up.
-    PAUSE_SCHEDULE = """
-        UPDATE schedules
-           SET paused = :paused, next_run = :next_run
-         WHERE name = :name
-        """
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
     # Workers. One that was taken for dead comes back with its old id, which its lock
@@ -2989,18 +2980,13 @@ class Sql:
     UNSET = "DELETE FROM settings WHERE key = :key"
 
     # Counters, written once a transaction (I8): triggers cost 40% of the claims a
-    # second. Minute 0 is all time. Two statements, for SQLite checks `n >= 0` of the
-    # row to be inserted before it finds that there is one already.
-    COUNT_UP = """
+    # second. Minute 0 is all time. Never below 0: a count that is wrong must not stop a
+    # worker.
+    COUNT = """
         INSERT INTO counts (queue, state, n)
-        VALUES (:queue, :state, :n)
-            ON CONFLICT (queue, state) DO UPDATE SET n = counts.n + excluded.n
-        """
-    # Never below 0: a count that is wrong must not stop a worker.
-    COUNT_DOWN = """
-        UPDATE counts
-           SET n = CASE WHEN n > :n THEN n - :n ELSE 0 END
-         WHERE queue = :queue AND state = :state
+        VALUES (:queue, :state, CASE WHEN :n > 0 THEN :n ELSE 0 END)
+            ON CONFLICT (queue, state) DO UPDATE
+           SET n = CASE WHEN counts.n + :n > 0 THEN counts.n + :n ELSE 0 END
         """
     TALLY = """
         INSERT INTO tallies (minute, queue, kind, bucket, n, total)
@@ -3041,9 +3027,6 @@ class Sql:
          GROUP BY minute, kind, bucket
         """
 
-    OLD_TALLY = """
-        SELECT EXISTS (SELECT 1 FROM tallies WHERE minute > 0 AND minute < :before)
-        """
     DELETE_TALLIES = """
         DELETE FROM tallies
          WHERE (minute, queue, kind, bucket) IN (
@@ -3749,23 +3732,11 @@ class SQLite:
             self._db.execute(self.EMPTY_WAL).fetchall()
 
     def shrink(self) -> bool:
-        """Give some unused pages at the file's end back to the disk, if they are many;
-        whether there may be more. A small transaction, so that nobody waits for it.
+        """Give some unused pages back to the disk, if they are many; whether there may
+        be more. In a transaction, which it keeps small.
         """
-        if not self._unused():
-            return False
-        with self.transaction():
-            return self.shrink_some()
-
-    def _unused(self) -> int:
-        """The pages that are not used, if they are many."""
-        free, pages = (self.rows(sql)[0][0] for sql in (self.FREE_PAGES, self.PAGES))
-        return int(free) if free >= max(SHRINK_PAGES, pages // 4) else 0
-
-    def shrink_some(self) -> bool:
-        """As `shrink`, within a transaction."""
-        free = self._unused()
-        if not free:
+        [[free]], [[pages]] = self.rows(self.FREE_PAGES), self.rows(self.PAGES)
+        if free < max(SHRINK_PAGES, pages // 4):
             return False
         self.rows(self.SHRINK)
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
@@ -4177,7 +4148,7 @@ class Poller:
 LOOPBACK = "127.0.0.1"
 
 
-def ring(ports: Iterable[int], message: bytes) -> None:
+def notify_workers(ports: Iterable[int], message: bytes) -> None:
     """Wake workers up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
 
     So nothing is waited for and no error told: the change itself is committed. What is
@@ -4301,21 +4272,23 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
-# Rows as records, and the only code that adds, moves and removes jobs. Each function is
-# part of a transaction of its caller: Queue for people, Claims and Peers for workers.
-# What is refused half-way is rolled back whole, so nothing here has to be undone.
-#
-# A change of state goes through `move`, for many jobs at once: one statement each for
-# rows, events and counters, whether one job ends in a tick or forty. What is decided
-# stands in Rules; here it is written, with all that has to be true beside it (I1, I8).
+# Rows as records, and the only code that adds, moves, edits and deletes jobs. A method
+# that writes is part of a transaction of its caller: Queue for people, Claims and Peers
+# for workers. A refusal rolls all of that back, so nothing here has to be undone.
 
 KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
-DUE_BATCH = 2000            # jobs that one transaction lets go on: some 50 ms
+DUE_BATCH = 2000            # jobs that one transaction unblocks or makes ready: 50 ms
 
 
 def _words(text: str) -> tuple[str, ...]:
     """The words of a column that holds a JSON array; it is mostly empty."""
     return () if text == "[]" else tuple(json.loads(text))
+
+
+def _json(value: Any) -> str:
+    """As a column holds it: readable text, and exactly `[]` or `{}` for nothing."""
+    return json.dumps(value, ensure_ascii=False) if value else \
+        "{}" if isinstance(value, dict) else "[]"
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
@@ -4327,32 +4300,69 @@ def job_of(row: tuple[Any, ...]) -> Job:
                         env=json.loads(row[16]))
 
 
-def schedule_of(row: tuple[Any, ...]) -> Schedule:
-    """The schedule of a row; its job is {} where it is no JSON object: who needs a key
-    of it will say so.
-    """
+def waits_of(job: Job, now: float) -> str:
+    """What a waiting job waits for now (I7)."""
+    if job.unmet:
+        return BLOCKED
+    return SCHEDULED if job.run_at > iso(now) else READY
+
+
+@contextlib.contextmanager
+def at_item(item: int) -> Iterator[None]:
+    """Note in a QueueError which one of several things was at fault."""
     try:
-        job = json.loads(row[2])
-    except ValueError:
-        job = {}
-    return Schedule(*row)._replace(job=job if isinstance(job, dict) else {},
-                                   paused=bool(row[3]))
+        yield
+    except QueueError as error:
+        error.item = item
+        raise
+
+
+def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
+                  first: int) -> None:
+    """Only jobs of one batch can wait for each other: an older one names no newer."""
+    import graphlib  # 1 ms, and only for dependencies
+    sorter = graphlib.TopologicalSorter[int]()
+    for need in needs:
+        if need["needs"] >= first:
+            sorter.add(need["job"], need["needs"])
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        cycle = set(error.args[1])
+        names = sorted(id for id, seq in seqs.items() if seq in cycle)
+        with at_item(min(cycle) - first):
+            raise Invalid(f"after: {', '.join(names[:5])} wait for each other",
+                          "take one of these out", "after") from None
+
+
+def _new_job(spec: Spec, seq: int, unmet: int, settings: Settings, now: float) -> Job:
+    """The job as it will be inserted; max_retries is the one setting that it keeps."""
+    at = iso(now)
+    run_at = at if spec.run_at is None else iso_up(spec.run_at)
+    job = Job(**{
+        **dict.fromkeys(Job._fields), **spec._asdict(), "seq": seq, "state": PENDING,
+        "id": spec.id or f"job-{seq}", "attempts": 0, "crashes": 0, "runs": 0,
+        "max_retries": settings.max_retries if spec.max_retries is None
+        else spec.max_retries, "created_at": at, "updated_at": at, "run_at": run_at,
+        "cwd": spec.cwd or "", "rank": rank_of(spec.priority, run_at, settings),
+        "unmet": unmet})
+    return job._replace(waits=waits_of(job, now))
 
 
 class Ledger:
     """Records of the rows of `db`, and what a transaction has counted and numbered.
 
-    Statements of the queue go through it; what is the file's own affair is asked of
-    `db`. All of it may raise Unavailable, or Refused for a damaged file.
+    All of it may raise Unavailable, or Refused for a damaged file.
     """
 
     def __init__(self, db: SQLite) -> None:
         self.db = db
-        self.rows, self.snapshot, self.changes = db.rows, db.snapshot, db.changes
+        self.rows, self.write, self.snapshot = db.rows, db.write, db.snapshot
+        self.changes, self.begin, self.commit = db.changes, db.begin, db.commit
         # Written and cleared by the end of the transaction, so guarded as that is.
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
-        self._numbers: dict[str, int] = {}      # last numbers drawn, by counter
+        self._numbers: dict[str, int] = {}      # the last numbers taken, by counter
         self._parsed: tuple[dict[str, str], Settings] = ({}, settings_of({}))
 
     @contextlib.contextmanager
@@ -4367,32 +4377,14 @@ class Ledger:
             finally:
                 self._forget()
 
-    # The same in three steps, for a worker: see SQLite.
-
-    def begin(self) -> bool:
-        """Begin to write at once; False if another connection does."""
-        return self.db.begin()
-
-    def commit(self) -> None:
-        """Write the counters and commit; if that fails, `rollback` comes next."""
-        self.write_counters()
-        self.db.commit()
-
-    def rollback(self) -> None:
-        """Undo the transaction."""
-        self._forget()
-        self.db.rollback()
-
     def write_counters(self) -> None:
         """Write what was noted, as sums: forty jobs that end cost a few rows (I8).
 
-        `commit` does so, too; a worker does it before, in the thread of its statements.
+        Between `begin` and `commit` of a worker, in the thread of its statements.
         """
-        for sql, sign in (Sql.COUNT_UP, 1), (Sql.COUNT_DOWN, -1):
-            self.many(sql, [{"queue": queue, "state": state, "n": sign * n}
-                            for (queue, state), n in self._counts.items()
-                            if sign * n > 0])
-        self.many(Sql.TALLY, [
+        self.write(Sql.COUNT, [{"queue": queue, "state": state, "n": n}
+                               for (queue, state), n in self._counts.items() if n])
+        self.write(Sql.TALLY, [
             {"minute": minute, "queue": queue, "kind": kind, "bucket": bucket, "n": n,
              "total": total} for (minute, queue, kind, bucket), (n, total)
             in self._tallies.items()])
@@ -4400,15 +4392,20 @@ class Ledger:
             self.do(Sql.SET_COUNTERS, self._numbers)
         self._forget()
 
+    def rollback(self) -> None:
+        """Undo the transaction."""
+        self._forget()
+        self.db.rollback()
+
     def _forget(self) -> None:
         self._counts.clear()
         self._tallies.clear()
         self._numbers.clear()
 
-    def draw(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers, in a transaction; larger than `above`, too.
+    def take_numbers(self, counter: str, n: int = 1, above: int = 0) -> int:
+        """The first of `n` new numbers; larger than `above`, too.
 
-        They are ours because the write lock is: nobody else draws one meanwhile (I4).
+        Nobody else takes one meanwhile, for this transaction has the write lock (I4).
         """
         if not self._numbers:
             [last] = self.rows(Sql.COUNTERS)
@@ -4421,29 +4418,26 @@ class Ledger:
         """Note that there are `change` more jobs; written when the transaction ends."""
         self._counts[queue, state] = self._counts.get((queue, state), 0) + change
 
-    def noted(self, queue: str, state: str) -> int:
-        """The change that this transaction has noted and not written yet."""
-        return self._counts.get((queue, state), 0)
-
     def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state, with what this transaction noted."""
+        """The number of jobs by queue and state where there are any, with what this
+        transaction noted.
+        """
         counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
         for key, change in self._counts.items():
             counts[key] = counts.get(key, 0) + change
-        return counts
+        return {key: n for key, n in counts.items() if n > 0}
 
-    def tally(self, now: float, queue: str, kind: str, change: int = 1,
+    def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
-        """Note that something happened `change` times, or once for `value` seconds.
+        """Note that something happened, or for `value` seconds.
 
         Twice, for this minute and for all time (minute 0): metrics must not fall when
-        old minutes are deleted, nor cost more with each day.
+        old minutes are deleted.
         """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
-            self._tallies[minute, queue, kind, bucket] = (n + change,
-                                                          total + (value or 0.0))
+            self._tallies[minute, queue, kind, bucket] = n + 1, total + (value or 0.0)
 
     # Rows.
 
@@ -4453,15 +4447,11 @@ class Ledger:
 
     def do(self, sql: str, values: Mapping[str, Any]) -> int:
         """Run one statement of a transaction; how many rows it changed."""
-        return self.db.write(sql, [values])
+        return self.write(sql, [values])
 
-    def many(self, sql: str, values: Sequence[Any]) -> int:
-        """Run one statement of a transaction for many rows; how many it changed."""
-        return self.db.write(sql, values)
-
-    def change(self, sql: str, values: Sequence[Any]) -> None:
-        """As `many`, for rows that have to be there; Stale where one was not (I3)."""
-        self.db.write(sql, values, len(values))
+    def change(self, sql: str, rows: Sequence[Any]) -> None:
+        """As `write`, for rows that have to be there; Stale where one was not (I3)."""
+        self.write(sql, rows, len(rows))
 
     def jobs(self, sql: str, **values: Any) -> list[Job]:
         """The jobs a statement selects."""
@@ -4469,10 +4459,9 @@ class Ledger:
 
     def job(self, job_id: str) -> Job:
         """The job of that id, else NotFound."""
-        row = self.row(Sql.JOB, id=job_id)
-        if row is None:
-            raise no_such_job(job_id)
-        return job_of(row)
+        for job in self.jobs(Sql.JOB, id=job_id):
+            return job
+        raise no_such_job(job_id)
 
     def workers(self) -> list[Worker]:
         """The rows of all workers, dead or alive."""
@@ -4480,8 +4469,18 @@ class Ledger:
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects, by default all."""
-        return [schedule_of(row) for row in self.rows(sql, **values)]
+        """The schedules a statement selects, by default all.
+
+        The job of one is {} where it is no JSON object, so it lacks a command.
+        """
+        found = []
+        for row in self.rows(sql, **values):
+            job = None
+            with contextlib.suppress(ValueError):
+                job = json.loads(row[2])
+            found.append(Schedule(*row)._replace(
+                job=job if isinstance(job, dict) else {}, paused=bool(row[3])))
+        return found
 
     def settings(self) -> Settings:
         """The configuration in force, read each time; parsed only if it was changed."""
@@ -4499,472 +4498,387 @@ class Ledger:
         row = self.row(Sql.META, key=key)
         return row[0] if row else ""
 
+    # New jobs.
 
-def waits_of(job: Job, now: float) -> str:
-    """What a waiting job waits for now (I7)."""
-    if job.unmet:
-        return BLOCKED
-    return SCHEDULED if job.run_at > iso(now) else READY
+    def add(self, specs: Sequence[Spec], now: float) -> tuple[list[Job], int]:
+        """Add jobs, which may name each other; how many are new. For a key (unique,
+        once) that is taken, the job that has it.
 
+        An error has the number of the spec at fault in `item`, from 0. All is decided
+        before a row is written, by four statements for one job or 100,000. A spec that
+        adds nothing uses its number up all the same.
+        """
+        # Above every job-N that somebody chose, so no N comes twice.
+        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
+        first = self.take_numbers("jobs", len(specs),
+                                  max((int(m[1]) for m in chosen if m), default=0))
+        seqs: dict[str, int] = {}
+        keys: dict[tuple[str, str], int] = {}
+        holders: list[Job | int | None] = []
+        for item, spec in enumerate(specs):
+            holders.append(self._holder(spec, keys))
+            if holders[-1] is not None:
+                continue
+            job_id = spec.id or f"job-{first + item}"
+            if job_id in seqs or (spec.id and self.row(Sql.JOB, id=job_id)):
+                with at_item(item):
+                    raise Conflict("job-exists", f"there is a job {job_id!r} already",
+                                   "choose another id, or leave the id out")
+            seqs[job_id] = first + item
+            keys.update({(field, key): item for field, key in (
+                ("once", spec.once), ("unique", spec.unique)) if key is not None})
+        # Of these the next ticks lower `unmet` for all dependents, also for new ones.
+        unblocking = dict(self.rows(Sql.UNBLOCKING))
+        settings = self.settings()
+        new: dict[int, Job] = {}
+        needs: list[dict[str, int]] = []
+        for item, spec in enumerate(specs):
+            if holders[item] is None:
+                with at_item(item):
+                    found = [self._needed(seqs, needed) for needed in spec.after]
+                needs += [{"needs": seq, "job": first + item} for _, seq in found]
+                unmet = sum(state != COMPLETED or seq in unblocking
+                            for state, seq in found)
+                new[item] = _new_job(spec, first + item, unmet, settings, now)
+        if needs:
+            _refuse_cycle(needs, seqs, first)
+        self._insert([*new.values()], needs, now)
+        return [holder if isinstance(holder, Job) else
+                new[item if holder is None else holder]
+                for item, holder in enumerate(holders)], len(new)
 
-def _json(value: Any) -> str:
-    """As a column holds it: readable text, and exactly `[]` or `{}` for nothing, by
-    which `job_of` knows without parsing.
-    """
-    return json.dumps(value, ensure_ascii=False) if value else \
-        "{}" if isinstance(value, dict) else "[]"
+    def _holder(self, spec: Spec,
+                keys: Mapping[tuple[str, str], int]) -> Job | int | None:
+        """The job that has a key of the spec: an older one, or the place in `keys`."""
+        for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
+            key = getattr(spec, field)
+            if (field, key) in keys:
+                return keys[field, key]
+            for job in self.jobs(sql, **{field: key}) if key is not None else ():
+                return job
+        return None
 
+    def _needed(self, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
+        """State and number of a job that another comes after; else Invalid.
 
-@contextlib.contextmanager
-def at_item(item: int) -> Iterator[None]:
-    """Note in a QueueError which one of several things was at fault."""
-    try:
-        yield
-    except QueueError as error:
-        error.item = item
-        raise
+        First the jobs of the same batch, `seqs`: they have no rows yet.
+        """
+        if job_id in seqs:
+            return PENDING, seqs[job_id]
+        for job in self.jobs(Sql.JOB, id=job_id):
+            return job.state, job.seq
+        raise Invalid(f"after: there is no job {job_id!r}",
+                      "`queuectl list` shows what there is", "after")
 
-
-def _holder(store: Ledger, spec: Spec,
-            keys: Mapping[tuple[str, str], int]) -> Job | int | None:
-    """The job that has a key of the spec: an older one, or the place in `keys`."""
-    for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
-        key = getattr(spec, field)
-        if (field, key) in keys:
-            return keys[field, key]
-        for job in store.jobs(sql, **{field: key}) if key is not None else ():
-            return job
-    return None
-
-
-def _needed(store: Ledger, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
-    """State and number of a job that another comes after; else Invalid.
-
-    First the jobs of the same batch, `seqs`: they have no rows yet.
-    """
-    if job_id in seqs:
-        return PENDING, seqs[job_id]
-    for job in store.jobs(Sql.JOB, id=job_id):
-        return job.state, job.seq
-    raise Invalid(f"after: there is no job {job_id!r}",
-                  "`queuectl list` shows what there is", "after")
-
-
-def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
-                  first: int) -> None:
-    """Take away, one by one, what waits for nobody; what is left goes round.
-
-    Only jobs of one batch can: an older one cannot name a newer. Each need is looked at
-    once: rounds over all that is left took half a minute for a long chain.
-    """
-    waits: dict[int, int] = {}              # job: how many it waits for
-    followers: dict[int, list[int]] = {}
-    for need in needs:
-        if need["needs"] >= first:
-            waits[need["job"]] = waits.get(need["job"], 0) + 1
-            followers.setdefault(need["needs"], []).append(need["job"])
-    free = [seq for seq in followers if seq not in waits]
-    while free:
-        for job in followers.get(free.pop(), ()):
-            waits[job] -= 1
-            if not waits[job]:
-                del waits[job]
-                free.append(job)
-    if waits:
-        names = sorted(id for id, seq in seqs.items() if seq in waits)
-        with at_item(min(waits) - first):
-            raise Invalid(f"after: {', '.join(names[:5])} wait for each other",
-                          "take one of these out", "after")
-
-
-def _new_job(spec: Spec, seq: int, unmet: int, settings: Settings, now: float) -> Job:
-    """The job as it will stand.
-
-    Of the settings only max_retries is taken over: the others are read when needed.
-    """
-    at = iso(now)
-    run_at = at if spec.run_at is None else iso_up(spec.run_at)
-    job = Job(
-        seq=seq, id=spec.id or f"job-{seq}", command=spec.command, state=PENDING,
-        attempts=0, max_retries=settings.max_retries if spec.max_retries is None
-        else spec.max_retries, created_at=at, updated_at=at, queue=spec.queue,
-        priority=spec.priority, run_at=run_at, timeout=spec.timeout,
-        backoff_base=spec.backoff_base, after=spec.after, unique=spec.unique,
-        tags=spec.tags, env=spec.env, cwd=spec.cwd or "", crashes=0, worker=None,
-        started_at=None, finished_at=None, exit_code=None, error=None, waits=None,
-        rank=rank_of(spec.priority, run_at, settings), claim=None, end_requested=None,
-        runs=0, unmet=unmet, once=spec.once, at_time=spec.at_time)
-    return job._replace(waits=waits_of(job, now))
-
-
-def _write_jobs(store: Ledger, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
+    def _insert(self, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
                 now: float) -> None:
-    """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
-    store.many(Sql.INSERT_JOB, [
-        {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
-         "env": _json(job.env)} for job in jobs])
-    event = store.draw("events", len(jobs))
-    store.many(Sql.INSERT_EVENT, [
-        {"seq": seq, "job": job.seq, "source": None, "target": PENDING,
-         "at": job.created_at, "reason": None} for seq, job in enumerate(jobs, event)])
-    store.many(Sql.INSERT_NEED, needs)
-    store.many(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
-                                for job in jobs for tag in job.tags])
-    for job in jobs:
-        store.count(job.queue, PENDING, +1)
-        store.tally(now, job.queue, "enqueue")
+        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
+        self.write(Sql.INSERT_JOB, [
+            {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
+             "env": _json(job.env)} for job in jobs])
+        self._add_events([(None, "", job) for job in jobs])
+        self.write(Sql.INSERT_NEED, needs)
+        self.write(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
+                                    for job in jobs for tag in job.tags])
+        for job in jobs:
+            self.count(job.queue, PENDING, +1)
+            self.tally(now, job.queue, "enqueue")
 
+    def _add_events(self, changes: Sequence[tuple[str | None, str, Job]]) -> None:
+        """For each the state before, a reason if it is not the usual one, the job."""
+        first = self.take_numbers("events", len(changes))
+        self.write(Sql.INSERT_EVENT, [
+            {"seq": seq, "job": job.seq, "source": source, "target": job.state,
+             "at": job.updated_at, "reason": reason or None}
+            for seq, (source, reason, job) in enumerate(changes, first)])
 
-def add(store: Ledger, specs: Sequence[Spec], now: float) -> tuple[list[Job], int]:
-    """Add jobs, which may name each other; how many are new. For a key (unique, once)
-    that is taken, the job that has it.
+    # Changes of state.
 
-    An error has the number of the spec at fault in `item`, from 0. All is decided
-    before a row is written, by four statements for one job or 100,000. A spec that adds
-    nothing uses its number up all the same.
-    """
-    settings = store.settings()
-    # Above every job-N that somebody chose, so no N comes twice.
-    chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
-    first = store.draw("jobs", len(specs),
-                       max((int(m[1]) for m in chosen if m), default=0))
-    seqs: dict[str, int] = {}
-    keys: dict[tuple[str, str], int] = {}
-    holders: list[Job | int | None] = []
-    for item, spec in enumerate(specs):
-        holders.append(_holder(store, spec, keys))
-        if holders[-1] is not None:
-            continue
-        job_id = spec.id or f"job-{first + item}"
-        if job_id in seqs or (spec.id and store.row(Sql.SEQ_OF, id=job_id)):
-            with at_item(item):
-                raise Conflict("job-exists", f"there is a job {job_id!r} already",
-                               "choose another id, or leave the id out")
-        seqs[job_id] = first + item
-        keys.update({(field, key): item for field, key in (
-            ("once", spec.once), ("unique", spec.unique)) if key is not None})
-    # Of these the next ticks lower `unmet` for all dependents, also for new ones.
-    unblocking = {row[0] for row in store.rows(Sql.UNBLOCKING)}
-    new: dict[int, Job] = {}
-    needs: list[dict[str, int]] = []
-    for item, spec in enumerate(specs):
-        if holders[item] is None:
-            with at_item(item):
-                found = [_needed(store, seqs, needed) for needed in spec.after]
-            needs += [{"needs": seq, "job": first + item} for _, seq in found]
-            new[item] = _new_job(spec, first + item, sum(
-                state != COMPLETED or seq in unblocking for state, seq in found),
-                settings, now)
-    _refuse_cycle(needs, seqs, first)
-    _write_jobs(store, [*new.values()], needs, now)
-    return [holder if isinstance(holder, Job) else
-            new[item if holder is None else holder]
-            for item, holder in enumerate(holders)], len(new)
+    def move(self, changes: Sequence[Change], now: float) -> list[Job]:
+        """Change the states of jobs by verbs of MOVES; the jobs as they are then.
 
+        Conflict, also for a unique key, before anything is written. One statement each
+        for rows, events and counters, whether one job ends in a tick or forty. Each row
+        is guarded by the state and the claim that the job had (I1, I3); it was read in
+        this very transaction, so a guard that does not hold is a mistake of ours.
 
-def _moved(store: Ledger, change: Change, now: float) -> Job:
-    """The job as it will stand; Conflict if the verb does not apply to it.
+        What follows from the state alone is set here, so no caller can forget it: the
+        claim and the worker of what does not run are none (I2), a request to end goes
+        with its run, and what waits has a rank (I7).
+        """
+        if not changes:
+            return []
+        self.refuse_taken_keys([change.before for change in changes
+                                if change.verb == "retry"])
+        settings, jobs = self.settings(), list[Job]()
+        for verb, before, after, *_ in changes:
+            step = MOVES[verb]
+            if before.state not in step.sources:
+                raise Conflict("wrong-state", f"{before.id} is {before.state}, so "
+                               f"`{verb}` does not apply",
+                               "it must be " + " or ".join(step.sources))
+            job = after._replace(state=step.target, updated_at=iso(now),
+                                 end_requested=None, waits=None)
+            if step.target != PROCESSING:
+                job = job._replace(claim=None, worker=None)
+            if step.target in WAITING:
+                job = job._replace(waits=waits_of(job, now), rank=rank_of(
+                    job.priority, job.run_at, settings))
+            jobs.append(job)
+        self.change(Sql.MOVE, [
+            {**job._asdict(), "source": change.before.state,
+             "held": change.before.claim or 0} for change, job in zip(changes, jobs)])
+        self._add_events([
+            (change.before.state, "" if change.reason == MOVES[change.verb].because
+             else change.reason, job) for change, job in zip(changes, jobs)])
+        for change, job in zip(changes, jobs):
+            self.count(job.queue, change.before.state, -1)
+            self.count(job.queue, job.state, +1)
+            if change.verb in TALLIED:
+                self.tally(now, job.queue, change.verb)
+        self._block([job.seq for change, job in zip(changes, jobs)
+                     if change.before.state == COMPLETED])
+        completed = [job for job in jobs if job.state == COMPLETED]
+        self._unblock([job.seq for job in completed], now)
+        self.write(Sql.SET_SUCCESS, [
+            {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
+            for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
+        # Last: on-idle goes by the counts of these changes.
+        self._add_hooks(jobs, settings, now)
+        return jobs
 
-    What follows from the state alone is set here, so no caller can forget it: the claim
-    and the worker of what does not run are none (I2), a request to end goes with its
-    run, and what waits has a rank (I7).
-    """
-    verb, before, after, *_ = change
-    step = MOVES[verb]
-    if before.state not in step.sources:
-        raise Conflict("wrong-state",
-                       f"{before.id} is {before.state}, so `{verb}` does not apply",
-                       "it must be " + " or ".join(step.sources))
-    is_run = step.target == PROCESSING
-    is_waiting = step.target in WAITING
-    return after._replace(
-        state=step.target, updated_at=iso(now), end_requested=None,
-        claim=after.claim if is_run else None,
-        worker=after.worker if is_run else None,
-        waits=waits_of(after, now) if is_waiting else None,
-        rank=rank_of(after.priority, after.run_at, store.settings()) if is_waiting
-        else after.rank)
+    def refuse_taken_keys(self, jobs: Iterable[Job]) -> None:
+        """Conflict if a job that is to wait again has a unique key that another has."""
+        first: dict[str, Job] = {}
+        for job in jobs:
+            if job.unique is None or job.state not in OVER:
+                continue
+            for holder in (*([first[job.unique]] if job.unique in first else ()),
+                           *self.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
+                hint = "retry one of the two" if holder.state in OVER \
+                    else f"wait for {holder.id}, or cancel it"
+                raise Conflict("in-use", f"{job.id} cannot wait again: {holder.id} has "
+                               f"the same unique key {job.unique!r}", hint)
+            first[job.unique] = job
 
+    def _block(self, retried: Sequence[int]) -> None:
+        """Dependents of these that have not begun wait for them again."""
+        under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
+        for seq in retried:
+            self.do(Sql.UNMEET, {"needs": seq,
+                                 "upto": under_way.get(seq, END_OF_TIME)})
+            self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
-def refuse_taken_keys(store: Ledger, jobs: Iterable[Job]) -> None:
-    """Conflict if a job that is to wait again has a unique key that another has now."""
-    first: dict[str, Job] = {}
-    for job in jobs:
-        if job.unique is None or job.state not in OVER:
-            continue
-        for holder in (*([first[job.unique]] if job.unique in first else ()),
-                       *store.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
-            hint = "retry one of the two" if holder.state in OVER \
-                else f"wait for {holder.id}, or cancel it"
-            raise Conflict("in-use", f"{job.id} cannot wait again: {holder.id} has the "
-                           f"same unique key {job.unique!r}", hint)
-        first[job.unique] = job
+    def _unblock(self, completed: Sequence[int], now: float) -> None:
+        """Lower `unmet` of the jobs that come after these.
 
-
-def _meet(store: Ledger, dependents: Sequence[tuple[int, int]], now: float) -> None:
-    """Lower the number of jobs that each dependent waits for; `dependents` are pairs of
-    the needed job and the dependent.
-    """
-    store.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in dependents])
-
-
-def _unblock(store: Ledger, completed: Sequence[int], now: float) -> None:
-    """Let the jobs go on that come after these.
-
-    In the transaction of the change itself, so that no death in between leaves a job
-    waiting for what is over. Very many are left to the next ticks: see `unblock_more`.
-    """
-    found = store.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
-                       limit=DUE_BATCH + 1) if completed else []
-    if len(found) <= DUE_BATCH:
-        _meet(store, found, now)
-    else:
-        store.many(Sql.SET_UNBLOCKING, [{"needs": seq, "after": 0}
-                                        for seq in completed])
-
-
-def unblock_more(store: Ledger, now: float, limit: int = DUE_BATCH) -> bool:
-    """Let further dependents of completed jobs go on; True if there may be more."""
-    for needs, after in store.rows(Sql.UNBLOCKING)[:1]:
-        found = store.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
-                           limit=limit)
-        _meet(store, found, now)
-        if len(found) < limit:
-            store.do(Sql.DELETE_UNBLOCKING, {"needs": needs})
+        In the transaction of the change itself, so that no death in between leaves a
+        job waiting for what is over. Very many are left to the next ticks.
+        """
+        found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
+                          limit=DUE_BATCH + 1) if completed else []
+        if len(found) <= DUE_BATCH:
+            self._meet(found, now)
         else:
-            store.do(Sql.SET_UNBLOCKING, {"needs": needs, "after": found[-1][1]})
-        return True
-    return False
+            self.write(Sql.SET_UNBLOCKING, [{"needs": seq, "after": 0}
+                                            for seq in completed])
 
+    def unblock_more(self, now: float) -> bool:
+        """Unblock further dependents of completed jobs; True if there may be more."""
+        for needs, after in self.rows(Sql.UNBLOCKING)[:1]:
+            found = self.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
+                              limit=DUE_BATCH)
+            self._meet(found, now)
+            if len(found) < DUE_BATCH:
+                self.do(Sql.DELETE_UNBLOCKING, {"needs": needs})
+            else:
+                self.do(Sql.SET_UNBLOCKING, {"needs": needs, "after": found[-1][1]})
+            return True
+        return False
 
-def _block(store: Ledger, retried: Sequence[int]) -> None:
-    """Have the jobs that come after these, and have not begun, wait for them again."""
-    under_way = dict(store.rows(Sql.UNBLOCKING)) if retried else {}
-    for seq in retried:
-        store.do(Sql.UNMEET, {"needs": seq, "upto": under_way.get(seq, END_OF_TIME)})
-        store.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
+    def _meet(self, found: Sequence[tuple[int, int]], now: float) -> None:
+        self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
+    def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
+        """Enqueue what the configuration wants to follow these changes.
 
-def _add_hooks(store: Ledger, jobs: Sequence[Job], now: float) -> None:
-    """Enqueue what the configuration wants to follow these changes.
+        Jobs of hooks call no hooks, so this ends. `on-idle` comes once for all that end
+        together, and tells of the last of them.
+        """
+        commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
+        jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
+        wanted = [(commands.get(job.state), job) for job in jobs]
+        if jobs and settings.on_idle and not any(
+                queue != HOOKS_QUEUE and state not in OVER
+                for queue, state in self.counts()):
+            wanted.append((settings.on_idle, jobs[-1]))
+        folder = os.path.dirname(self.db.path)      # its name may be no text
+        # In variables: the shell would read an error's text as part of the command.
+        specs = [Spec(command, queue=HOOKS_QUEUE,
+                      cwd=folder if is_text(folder) else "/",
+                      env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+                           "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
+                           else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
+                 for command, job in wanted if command]
+        if specs:
+            self.add(specs, now)
 
-    Jobs of hooks call no hooks, so this ends. `on-idle` comes once for all that end
-    together, and tells of the last of them.
-    """
-    settings = store.settings()
-    commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
-    if not (any(commands.values()) or settings.on_idle):
-        return
-    jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
-    wanted = [(commands.get(job.state), job) for job in jobs]
-    if jobs and settings.on_idle and not any(
-            n > 0 for (queue, state), n in store.counts().items()
-            if queue != HOOKS_QUEUE and state not in OVER):
-        wanted.append((settings.on_idle, jobs[-1]))
-    folder = os.path.dirname(store.db.path)    # its name may be no text
-    # Told by variables: the shell would read an error's text as part of the command.
-    add(store, [Spec(command, queue=HOOKS_QUEUE, cwd=folder if is_text(folder) else "/",
-                     env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
-                          "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
-                          else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
-                for command, job in wanted if command], now)
+    def record(self, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
+               now: float) -> list[Change]:
+        """Record the ends of runs whose claims are still held; the changes as written.
 
+        A run that fails, or is lost, while it is being cancelled counts as cancelled.
+        The claims' jobs have to bear the request to end that the database has now.
+        """
+        import random  # 1 ms, and only in a worker
+        if not ends:
+            return []
+        changes, rows = [], []
+        for claim, outcome in ends:
+            outcome = judged(claim.job, outcome)
+            verb, after, reason = settle(claim.job, outcome, settings, random.random(),
+                                         now)
+            changes.append(Change(verb, claim.job, after, reason, outcome))
+            kind = STOPPED if verb == "cancel" else outcome.kind
+            rows.append({**outcome._asdict(), "claim": claim.number, "slot": claim.slot,
+                         "started_at": claim.job.started_at, "finished_at": iso(now),
+                         "outcome": kind})
+            self.tally(now, claim.job.queue, f"run:{kind}")
+            if outcome.duration is not None:    # else nobody saw the end
+                self.tally(now, claim.job.queue, "run_time", outcome.duration)
+        jobs = self.move(changes, now)
+        self.change(Sql.END_RUN, rows)
+        return [change._replace(after=job) for change, job in zip(changes, jobs)]
 
-def move(store: Ledger, changes: Sequence[Change], now: float) -> list[Job]:
-    """Change the states of jobs by verbs of MOVES; the jobs as they are then.
+    # Deleting and editing.
 
-    Conflict, also for a unique key, before anything is written. Each row is
-    guarded by the state and the claim that the job had (I1, I3); it was read in this
-    very transaction, so a guard that does not hold is a mistake of ours: Stale.
-    """
-    if not changes:
-        return []
-    refuse_taken_keys(store, [change.before for change in changes
-                              if change.verb == "retry"])
-    jobs = [_moved(store, change, now) for change in changes]
-    store.change(Sql.MOVE, [
-        {**job._asdict(), "source": change.before.state,
-         "held": change.before.claim or 0}
-        for change, job in zip(changes, jobs)])
-    event = store.draw("events", len(jobs))
-    store.many(Sql.INSERT_EVENT, [
-        {"seq": seq, "job": job.seq, "source": change.before.state,
-         "target": job.state, "at": job.updated_at,
-         "reason": None if change.reason in ("", MOVES[change.verb].because)
-         else change.reason}
-        for seq, (change, job) in enumerate(zip(changes, jobs), event)])
-    for change, job in zip(changes, jobs):
-        store.count(job.queue, change.before.state, -1)
-        store.count(job.queue, job.state, +1)
-        if change.verb in TALLIED:
-            store.tally(now, job.queue, change.verb)
-    _block(store, [job.seq for change, job in zip(changes, jobs)
-                   if change.before.state == COMPLETED])
-    _unblock(store, [job.seq for job in jobs if job.state == COMPLETED], now)
-    store.many(Sql.SET_SUCCESS, [
-        {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in jobs
-        if job.state == COMPLETED for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
-    _add_hooks(store, jobs, now)    # last: on-idle goes by the counts of these changes
-    return jobs
+    def remove(self, job: Job, now: float) -> None:
+        """Delete a job that is not running, with its history; Conflict if another needs
+        it: that would wait for ever.
 
+        A completed job is needed by nobody any more. It refuses before it writes
+        anything, so a sweep can skip a job within a transaction.
+        """
+        if job.state == PROCESSING:
+            raise Conflict("wrong-state", f"{job.id} is processing",
+                           f"`queuectl cancel {job.id}` first")
+        needing = self.row(Sql.WAITING_DEPENDENT, needs=job.seq)
+        if needing and job.state != COMPLETED:
+            raise Conflict("in-use", f"{needing[0]} waits for {job.id} ({job.state})",
+                           f"delete or cancel {needing[0]}, too")
+        met = dict(self.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME) \
+            if job.state == COMPLETED else 0
+        self._meet(self.rows(Sql.DEPENDENTS, needs=json.dumps([job.seq]), after=met,
+                             limit=END_OF_TIME), now)
+        for statement in Sql.DELETE_JOB:
+            self.do(statement, {"seq": job.seq})
+        self.count(job.queue, job.state, -1)
+        self.tally(now, job.queue, "delete")    # not shown: it balances the others
 
-def record(store: Ledger, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
-           now: float) -> list[Change]:
-    """Record the ends of runs whose claims still stand; the changes as written.
+    def remove_all(self, jobs: Sequence[Job], now: float) -> list[Job]:
+        """Delete those that can go, whole chains of dependents, too; those that stay.
 
-    One that fails, or is lost, while it is being cancelled is told as cancelled. The
-    claims' jobs have to bear the request to end that the database has now.
-    """
-    import random  # 1 ms, and only in a worker
-    changes = []
-    for claim, outcome in ends:
-        outcome = judged(claim.job, outcome)
-        verb, after, reason = settle(claim.job, outcome, settings, random.random(), now)
-        changes.append(Change(verb, claim.job, after, reason, outcome))
-    changes = [Change(change.verb, change.before, job, change.reason, change.outcome)
-               for change, job in zip(changes, move(store, changes, now))]
-    rows = []
-    for (claim, _), change in zip(ends, changes):
-        outcome = change.outcome or Outcome(RELEASED)
-        kind = STOPPED if change.verb == "cancel" else outcome.kind
-        rows.append({
-            "claim": claim.number, "slot": claim.slot, "outcome": kind,
-            "started_at": claim.job.started_at, "finished_at": iso(now),
-            "duration": outcome.duration, "exit_code": outcome.exit_code,
-            "error": outcome.error, "output_bytes": outcome.output_bytes,
-            "output": outcome.output})
-        store.tally(now, claim.job.queue, f"run:{kind}")
-        if outcome.duration is not None:    # else nobody saw the end
-            store.tally(now, claim.job.queue, "run_time", value=outcome.duration)
-    store.change(Sql.END_RUN, rows)
-    return changes
+        The newest come first: mostly it is they that wait for the others.
+        """
+        left, before = sorted(jobs, key=lambda job: -job.seq), -1
+        while len(left) != before:
+            before, kept = len(left), list[Job]()
+            for job in left:
+                try:
+                    self.remove(job, now)
+                except Conflict:    # raised before the first write
+                    kept.append(job)
+            left = kept
+        return left
 
+    def edit(self, before: Job, after: Job, now: float) -> Job:
+        """Write what a person has changed in a waiting job; Conflict for any other.
 
-def remove(store: Ledger, job: Job, now: float) -> None:
-    """Delete a job that is not running, with its history; Conflict if another needs it.
+        No event: its state is the same. `waits` and rank follow from what was changed.
+        """
+        if before.waits is None:
+            raise Conflict("wrong-state",
+                           f"{before.id} is {before.state}, so it cannot be edited",
+                           "it must be " + " or ".join(WAITING))
+        if after.state == FAILED and after.attempts >= after.max_retries:
+            raise Invalid(f"max_retries: {after.id} has failed {after.attempts} times "
+                          "already", f"use at least {after.attempts + 1}",
+                          "max_retries")
+        if after.run_at == before.run_at:
+            after = brought_forward(after, now)     # `updated_at` would hide its start
+        waits = READY if before.waits == READY and after.run_at == before.run_at \
+            else waits_of(after, now)
+        after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
+            after.priority, after.run_at, self.settings()))
+        self.change(Sql.EDIT, [after._asdict()])
+        self.count(before.queue, before.state, -1)
+        self.count(after.queue, after.state, +1)
+        return after
 
-    A completed one is needed by nobody any more. Another that is deleted would leave
-    those that wait for it to wait for ever. It refuses before it writes anything, so
-    `sweep` can pass over a job within a transaction. Tallies of all time stay.
-    """
-    if job.state == PROCESSING:
-        raise Conflict("wrong-state", f"{job.id} is processing",
-                       f"`queuectl cancel {job.id}` first")
-    needing = store.row(Sql.WAITING_DEPENDENT, needs=job.seq)
-    if needing and job.state != COMPLETED:
-        raise Conflict("in-use", f"{needing[0]} waits for {job.id} ({job.state})",
-                       f"delete or cancel {needing[0]}, too")
-    met = dict(store.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME) \
-        if job.state == COMPLETED else 0
-    _meet(store, store.rows(Sql.DEPENDENTS, needs=json.dumps([job.seq]), after=met,
-                            limit=END_OF_TIME), now)
-    for statement in Sql.DELETE_JOB:
-        store.do(statement, {"seq": job.seq})
-    store.count(job.queue, job.state, -1)
-    store.tally(now, job.queue, "delete")   # no figure shows it: it settles the others
+    def rerank(self) -> None:
+        """Rank all waiting jobs anew, in the transaction that changes priority-ageing:
+        ranks of two kinds cannot be compared.
+        """
+        settings, after = self.settings(), 0
+        while rows := self.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
+            self.change(Sql.SET_RANK, [
+                {"seq": seq, "rank": rank_of(priority, run_at, settings)}
+                for seq, priority, run_at in rows])
+            after = rows[-1][0]
 
+    def bring_forward(self, now: float) -> None:
+        """Restart delays and backoffs that began in the future: the clock was set back.
+        """
+        jobs = [brought_forward(job, now) for job in self.jobs(
+            Sql.DELAYED, ahead=iso(now + CLOCK_NOISE), limit=DUE_BATCH)]
+        if jobs:
+            settings = self.settings()
+            self.change(Sql.BRING_FORWARD, [
+                {**job._asdict(), "rank": rank_of(job.priority, job.run_at, settings)}
+                for job in jobs])
 
-def remove_all(store: Ledger, jobs: Sequence[Job], now: float) -> list[Job]:
-    """Delete those that can go, in any order that lets a whole chain of dependents go;
-    those that stay. The newest come first: mostly it is they that wait for the others.
-    """
-    left, before = sorted(jobs, key=lambda job: -job.seq), -1
-    while len(left) != before:
-        before, kept = len(left), list[Job]()
-        for job in left:
-            try:
-                remove(store, job, now)
-            except Conflict:    # raised before the first write
-                kept.append(job)
-        left = kept
-    return left
+    # Schedules.
 
+    def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
+        """Write some of a schedule's times, whether it is paused, what it skipped."""
+        schedule = schedule._replace(**changes)
+        self.do(Sql.SET_SCHEDULE, schedule._asdict())
+        return schedule
 
-def edit(store: Ledger, before: Job, after: Job, now: float) -> Job:
-    """Write what a person has changed in a waiting job; Conflict for any other.
+    def fire(self, schedule: Schedule, now: float) -> Job | None:
+        """Add the job of a schedule that is due, unless its last job is not over: that
+        job, else None.
 
-    No event: its state is the same. `waits` and rank follow anew from what was changed,
-    and the counters if it was the queue.
-    """
-    if before.waits is None:
-        raise Conflict("wrong-state",
-                       f"{before.id} is {before.state}, so it cannot be edited",
-                       "it must be " + " or ".join(WAITING))
-    if after.state == FAILED and after.attempts >= after.max_retries:
-        raise Invalid(f"max_retries: {after.id} has failed {after.attempts} times "
-                      "already", f"use at least {after.attempts + 1}", "max_retries")
-    if after.run_at == before.run_at:
-        after = brought_forward(after, now)     # `updated_at` would hide its beginning
-    waits = READY if before.waits == READY and after.run_at == before.run_at \
-        else waits_of(after, now)
-    after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
-        after.priority, after.run_at, store.settings()))
-    store.change(Sql.EDIT, [after._asdict()])
-    store.count(before.queue, before.state, -1)
-    store.count(after.queue, after.state, +1)
-    return after
+        The job and the next run are written together, so a run is taken once, however
+        many workers see it. Missed runs are made up by one job. Invalid where the
+        schedule cannot be read.
+        """
+        next_run = run_after(schedule.cron, now, schedule.tz)
+        for last in self.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
+            if last.state not in OVER:
+                self.set_schedule(schedule, next_run=next_run,
+                                  skipped=schedule.skipped + 1)
+                return last
+        [job], _ = self.add([spec_of(schedule.job, now)], now)
+        self.set_schedule(schedule, next_run=next_run, last_run=iso(now),
+                          last_job=job.seq)
+        return None
 
+    def correct_next_run(self, schedule: Schedule, now: float) -> None:
+        """Compute the next run anew, if a clock that was ahead has put it off.
 
-def rerank(store: Ledger) -> None:
-    """Give all waiting jobs their place anew, after a change of priority-ageing.
-
-    In the transaction of that change: ranks of two kinds in one line mean nothing.
-    """
-    settings, after = store.settings(), 0
-    while rows := store.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
-        store.change(Sql.SET_RANK, [
-            {"seq": seq, "rank": rank_of(priority, run_at, settings)}
-            for seq, priority, run_at in rows])
-        after = rows[-1][0]
-
-
-def bring_forward(store: Ledger, now: float) -> None:
-    """Count delays and backoffs anew that began in the future: the clock was set back.
-    """
-    jobs = [brought_forward(job, now) for job in store.jobs(
-        Sql.DELAYED, ahead=iso(now + CLOCK_NOISE), limit=DUE_BATCH)]
-    settings = store.settings()
-    store.change(Sql.BRING_FORWARD, [
-        {"seq": job.seq, "run_at": job.run_at, "updated_at": job.updated_at,
-         "rank": rank_of(job.priority, job.run_at, settings)} for job in jobs])
-
-
-def set_times(store: Ledger, schedule: Schedule, **changes: Any) -> None:
-    """Write when a schedule comes next, and what was its last."""
-    store.do(Sql.SET_TIMES, schedule._replace(**changes)._asdict())
-
-
-def fire(store: Ledger, schedule: Schedule, now: float) -> Job | None:
-    """Take a schedule's run, unless its last job is not over: that job, else None.
-
-    The job and the next run are written together, so a run is taken once, however
-    many workers see it. The next one is that after now: what was missed is made up by
-    this one job. Invalid where the schedule cannot be read.
-    """
-    next_run = run_after(schedule.cron, now, schedule.tz)  # it may not be readable
-    for last in store.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
-        if last.state not in OVER:
-            set_times(store, schedule, next_run=next_run, skipped=schedule.skipped + 1)
-            return last
-    [job], _ = add(store, [spec_of(schedule.job, now)], now)
-    set_times(store, schedule, next_run=next_run, last_run=iso(now), last_job=job.seq)
-    return None
-
-
-def set_right(store: Ledger, schedule: Schedule, now: float) -> None:
-    """Reckon the next run anew, if a clock that was ahead has put it off.
-
-    Nearly as Debian's cron(8) does: an interval goes on by the new time, if the clock
-    was set back by more than a minute; a fixed time that was taken already is not
-    repeated, if it was less than three hours.
-    """
-    next_run = run_after(schedule.cron, now, schedule.tz)
-    last_run = schedule.last_run
-    repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
-        else CLOCK_CORRECTION
-    is_new = last_run is None or last_run < next_run or last_run > iso(now + repeated)
-    if next_run < schedule.next_run and is_new:
-        set_times(store, schedule, next_run=next_run)
+        Nearly as Debian's cron(8) does: an interval goes on by the new time, if the
+        clock was set back by more than a minute; a fixed time that was taken already is
+        not repeated, if it was less than three hours.
+        """
+        next_run = run_after(schedule.cron, now, schedule.tz)
+        last_run = schedule.last_run
+        repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
+            else CLOCK_CORRECTION
+        if next_run < schedule.next_run and (
+                last_run is None or last_run < next_run
+                or last_run > iso(now + repeated)):
+            self.set_schedule(schedule, next_run=next_run)
 
 
 # ---- 10 Queue ----------------------------------------------------------------
@@ -5110,7 +5024,7 @@ class Queue:
                              else spec._replace(cwd=current_directory()))
         with self.store.transaction() as store:
             begun = self.clock()
-            added = add(store, [
+            added = store.add([
                 spec if spec.run_at is None or spec.at_time else
                 spec._replace(run_at=since_set_back(spec.run_at, now, begun))
                 for spec in specs], begun)
@@ -5176,8 +5090,8 @@ class Queue:
         `number` counts the job's runs from 1, also those that were lost or requeued.
         """
         job = self.store.job(job_id)
-        row = (self.store.row(Sql.LAST_RUN, job=job.seq) if number is None else
-               self.store.row(Sql.RUN, job=job.seq, number=number))
+        row = self.store.row(Sql.RUN, job=job.seq,
+                             number=job.runs if number is None else number)
         if row is None:
             what = "has not run yet" if number is None else f"has no run {number}"
             raise NotFound("no-such-run", f"{job_id} {what}",
@@ -5240,7 +5154,7 @@ class Queue:
         even by an index.
         """
         counts = dict.fromkeys(STATES, 0)
-        for name, state, n in self.store.rows(Sql.COUNTS):
+        for (name, state), n in self.store.counts().items():
             if queue in (None, name):
                 counts[state] += n
         return counts
@@ -5286,7 +5200,7 @@ class Queue:
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause; the default one always."""
         counts: dict[str, dict[str, int]] = {}
-        for name, state, n in self.store.rows(Sql.COUNTS):
+        for (name, state), n in self.store.counts().items():
             counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
         known = {name: (bool(paused), limit)
                  for name, paused, limit in self.store.rows(Sql.QUEUES)}
@@ -5688,7 +5602,7 @@ class Queue:
         now = self.clock()
         with self.store.snapshot():
             jobs = {(queue, state): n for queue, state, n
-                    in self.store.rows(Sql.COUNTS_KNOWN)}
+                    in self.store.rows(Sql.COUNTS)}
             tallies = self.store.rows(Sql.TALLIES_EVER)
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
@@ -5734,7 +5648,7 @@ class Queue:
         What the last run left in the job's row goes; the run's own row keeps it.
         """
         now = self.clock()
-        return move(self.store, [Change("retry", job, job._replace(
+        return self.store.move([Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
             finished_at=None, exit_code=None, error=None)) for job in jobs], now)
 
@@ -5762,7 +5676,7 @@ class Queue:
         self.store.change(Sql.REQUEST_END, [
             {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
             for job in running])
-        moved = move(self.store, [Change("cancel", job, job._replace(
+        moved = self.store.move([Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         now_so = {job.seq: job for job in (
             *moved, *(job._replace(end_requested=CANCEL) for job in running))}
@@ -5773,9 +5687,9 @@ class Queue:
         with self.store.transaction() as store:
             now = self.clock()
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
-            kept = remove_all(store, jobs, now)
+            kept = store.remove_all(jobs, now)
             for job in kept:
-                remove(store, job, now)     # says why it cannot go
+                store.remove(job, now)      # says why it cannot go
         return jobs
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
@@ -5798,7 +5712,7 @@ class Queue:
                 changes["run_at"] = iso_up(
                     changes["run_at"] if changes["at_time"]
                     else since_set_back(changes["run_at"], begun, now))
-            jobs = [edit(store, job, job._replace(**changes), now)
+            jobs = [store.edit(job, job._replace(**changes), now)
                     for job in map(store.job, dict.fromkeys(job_ids))]
         self.wake(NEW_JOBS)
         return jobs
@@ -5841,7 +5755,11 @@ class Queue:
             again = verb == "delete" and bool(kept) and n > 0
         for why in kept:
             keep(why)
-        while verb == "delete" and self.store.db.shrink():
+        while verb == "delete":
+            with self.store.transaction() as store:
+                may_go_on = store.db.shrink()
+            if not may_go_on:
+                return
             yield []
             time.sleep(SWEEP_PAUSE)
 
@@ -5874,8 +5792,8 @@ class Queue:
             rival = first.setdefault(job.unique, job) if job.unique else job
             try:
                 if job.state != PROCESSING:
-                    refuse_taken_keys(
-                        self.store, [job] if rival is job else [rival, job])
+                    self.store.refuse_taken_keys(
+                        [job] if rival is job else [rival, job])
                     free.append(job)
             except Conflict as why:
                 kept.append(why)
@@ -5887,7 +5805,7 @@ class Queue:
     def _delete_free(self, jobs: Sequence[Job], kept: list[QueueError]) -> list[Job]:
         """Delete those that nothing needs: not running, and no other waits for them."""
         now = self.clock()
-        left = {job.seq for job in remove_all(self.store, jobs, now)}
+        left = {job.seq for job in self.store.remove_all(jobs, now)}
         for job in jobs:
             if job.seq in left and job.state != PROCESSING:
                 kept.append(self._why_kept(job))
@@ -5895,7 +5813,7 @@ class Queue:
 
     def _why_kept(self, job: Job) -> QueueError:
         try:
-            remove(self.store, job, self.clock())
+            self.store.remove(job, self.clock())
         except Conflict as why:
             return why
         raise Stale(f"{job.id} could be deleted after all")
@@ -6004,28 +5922,23 @@ class Queue:
 
     def pause_schedule(self, name: str) -> Schedule:
         """Let a schedule rest; jobs that it has added are not concerned."""
-        with self.store.transaction():
-            return self._rest_schedule(self.schedule(name), True)
+        with self.store.transaction() as store:
+            return store.set_schedule(self.schedule(name), paused=True)
 
     def resume_schedule(self, name: str) -> Schedule:
         """Let a schedule go on; runs of the time of rest are not made up.
 
         Raises Invalid for one that cannot be read any more.
         """
-        with self.store.transaction():
-            schedule = self.schedule(name)
-            spec_of(schedule.job, self.clock())
+        with self.store.transaction() as store:
+            now, schedule = self.clock(), self.schedule(name)
+            spec_of(schedule.job, now)
             if schedule.paused:
-                schedule = schedule._replace(
-                    next_run=run_after(schedule.cron, self.clock(), schedule.tz))
-            schedule = self._rest_schedule(schedule, False)
+                schedule = store.set_schedule(
+                    schedule, paused=False,
+                    next_run=run_after(schedule.cron, now, schedule.tz))
         self.wake(NEW_JOBS)
         return schedule
-
-    def _rest_schedule(self, schedule: Schedule, paused: bool) -> Schedule:
-        self.store.do(Sql.PAUSE_SCHEDULE, {"name": schedule.name, "paused": paused,
-                                           "next_run": schedule.next_run})
-        return schedule._replace(paused=paused)
 
     def run_schedule(self, name: str) -> Job:
         """Enqueue a schedule's job now, beside its runs, also while it rests.
@@ -6034,8 +5947,8 @@ class Queue:
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            [job], _ = add(store, [spec_of(schedule.job, now)], now)
-            set_times(store, schedule, last_run=iso(now), last_job=job.seq)
+            [job], _ = store.add([spec_of(schedule.job, now)], now)
+            store.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job
 
@@ -6059,7 +5972,7 @@ class Queue:
         with self.store.transaction() as store:
             store.do(Sql.SET, {"key": name, "value": value})
             if name == "priority-ageing":
-                rerank(store)
+                store.rerank()
         self.wake(NEW_ORDERS)
 
     def reset(self, key: str) -> None:
@@ -6068,7 +5981,7 @@ class Queue:
         with self.store.transaction() as store:
             store.do(Sql.UNSET, {"key": name})
             if name == "priority-ageing":
-                rerank(store)
+                store.rerank()
         self.wake(NEW_ORDERS)
 
     # Workers, from outside.
@@ -6104,7 +6017,7 @@ class Queue:
         """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
-            ring(ports, message)
+            notify_workers(ports, message)
         return bool(ports)
 
 
@@ -6251,7 +6164,7 @@ class Claims:
                     or self._store.rows(Sql.UNBLOCKING)
                     or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
             room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
-            for queue, state, _ in self._store.rows(Sql.COUNTS) if state in WAITING)
+            for queue, state in self._store.counts() if state in WAITING)
 
     def next_due(self) -> float | None:
         """The epoch seconds at which the next job or schedule of any queue is due;
@@ -6297,7 +6210,7 @@ class Claims:
         row = store.row(Sql.STOP_REQUESTED, id=self.worker.id)
         if report.beats or row is None:
             self._beat(now)
-            store.many(Sql.BEGIN_RUN, [
+            store.write(Sql.BEGIN_RUN, [
                 {"claim": claim, "slot": self._held[claim].slot,
                  "started_at": self._held[claim].job.started_at}
                 for claim in self._begun - report.ended.keys()])
@@ -6312,15 +6225,15 @@ class Claims:
         ends = [(self._as_now(self._held[claim], mine[claim], unmet[claim]), outcome)
                 for claim, outcome in report.ended.items() if claim in mine]
         ends += [end for run in report.lost for end in lost_end(store, self._host, run)]
-        changes = record(store, ends, settings, now) if ends else []
-        store.many(Sql.SEIZE, [{"claim": run.claim} for run in report.seized])
+        changes = store.record(ends, settings, now)
+        store.write(Sql.SEIZE, [{"claim": run.claim} for run in report.seized])
         removed = [worker for worker in report.dead
                    if store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})]
-        store.many(Sql.SAVE_OUTPUT, [
+        store.write(Sql.SAVE_OUTPUT, [
             {"claim": claim, "output": output.kept(), "output_bytes": output.total}
             for claim, output in report.outputs.items()])
-        bring_forward(store, now)
-        notes, behind = list[str](), unblock_more(store, now)
+        store.bring_forward(now)
+        notes, behind = list[str](), store.unblock_more(now)
         [[due_at]] = store.rows(Sql.DUE_AT)
         if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
             notes = self._fire(now)
@@ -6399,10 +6312,10 @@ class Claims:
             for schedule in self._store.schedules():
                 if not schedule.paused:
                     with self._pausing_unreadable(schedule, notes):
-                        set_right(self._store, schedule, now)
+                        self._store.correct_next_run(schedule, now)
         for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
             with self._pausing_unreadable(schedule, notes):
-                last = fire(self._store, schedule, now)
+                last = self._store.fire(schedule, now)
                 notes += [f"schedule {schedule.name}: a run is skipped, {last.id} is "
                           f"still {last.state}"] if last else []
         return notes
@@ -6413,8 +6326,7 @@ class Claims:
         try:
             yield
         except Invalid as error:
-            self._store.do(Sql.PAUSE_SCHEDULE, {
-                "name": schedule.name, "paused": True, "next_run": schedule.next_run})
+            self._store.set_schedule(schedule, paused=True)
             notes.append(f"schedule {schedule.name} is paused: {error.message}")
 
     def _let_in(self, now: float) -> bool:
@@ -6425,7 +6337,7 @@ class Claims:
         priority in it cost each claim 13 ms.
         """
         return self._store.do(
-            Sql.LET_IN, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
+            Sql.MAKE_READY, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
 
     def _is_overtaken(self, ended: Collection[int]) -> bool:
         """Return True if a job is ready that comes before a spare claim."""
@@ -6455,14 +6367,14 @@ class Claims:
             number, lock = self._draw("runs", 0)    # locked before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claim(job, number, slot, lock))
-        self._store.many(Sql.INSERT_RUN, [
+        self._store.write(Sql.INSERT_RUN, [
             {"claim": one.number, "job": one.job.seq, "number": one.job.runs + 1,
              "worker_id": self.worker.id, "worker": self.worker.name,
              "slot": one.slot, "started_at": at} for one in taken])
         for one in taken:   # a delay, a backoff or another job is no wait for a slot
             self._store.tally(now, one.job.queue, "wait_time",
-                              value=max(0.0, now - epoch(self._ready_at(one.job))))
-        jobs = move(self._store, [Change("claim", one.job, one.job._replace(
+                              max(0.0, now - epoch(self._ready_at(one.job))))
+        jobs = self._store.move([Change("claim", one.job, one.job._replace(
             claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
             started_at=at, finished_at=None, exit_code=None, error=None))
             for one in taken], now)
@@ -6476,7 +6388,7 @@ class Claims:
         before.
         """
         while True:
-            number = self._store.draw(counter)
+            number = self._store.take_numbers(counter)
             with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
 
@@ -6505,7 +6417,7 @@ class Claims:
             chosen = choose(line, room, free)
             if len(chosen) == free or len(line) < limit:
                 return chosen
-        waiting = {queue for queue, state, _ in self._store.rows(Sql.COUNTS)
+        waiting = {queue for queue, state in self._store.counts()
                    if state in WAITING and room(queue) > 0}
         return choose(sorted((
             job for queue in waiting
@@ -6513,17 +6425,12 @@ class Claims:
             key=place_in_line), room, free)
 
     def _room(self, free: int) -> Callable[[str], int]:
-        """How many more jobs of a queue may start.
-
-        The table of counters lacks what this transaction has done so far: it is written
-        at its end. So what the ledger has noted of its ends is added; what is chosen
-        side by side, `choose` counts itself.
-        """
+        """How many more jobs of a queue may start; `choose` counts what it chooses."""
         queues = {name: (paused, limit)
                   for name, paused, limit in self._store.rows(Sql.QUEUES)}
         if EVERY_QUEUE in queues:
             return lambda queue: 0
-        running = {queue: n for queue, state, n in self._store.rows(Sql.COUNTS)
+        running = {queue: n for (queue, state), n in self._store.counts().items()
                    if state == PROCESSING} if queues else {}
         own = self._options.queues
 
@@ -6531,8 +6438,7 @@ class Claims:
             paused, limit = queues.get(queue, (0, 0))
             if paused or (own and queue not in own):
                 return 0
-            busy = running.get(queue, 0) + self._store.noted(queue, PROCESSING)
-            return max(0, limit - busy) if limit else free
+            return max(0, limit - running.get(queue, 0)) if limit else free
         return room
 
     def _expire(self, now: float, settings: Settings) -> bool:
@@ -6549,16 +6455,14 @@ class Claims:
                 continue
             found = self._queue.jobs(state, "ended", EXPIRE_BATCH, ended_before=iso(
                 now - kept + 0.001), **self._expired.pop(state, {}))
-            remove_all(self._store, found, now)
+            self._store.remove_all(found, now)
             if len(found) == EXPIRE_BATCH:
                 self._expired[state] = {"ended_at": found[-1].finished_at,
                                         "ended_seq": found[-1].seq}
                 more = True
-        old = {"before": int(now // 60) - KEPT_MINUTES}
-        if self._store.rows(Sql.OLD_TALLY, **old)[0][0]:
-            self._store.do(Sql.DELETE_TALLIES, {**old, "limit": SHRINK_PAGES})
-            more = True
-        return self._store.db.shrink_some() or more
+        deleted = self._store.do(Sql.DELETE_TALLIES, {
+            "before": int(now // 60) - KEPT_MINUTES, "limit": SHRINK_PAGES})
+        return self._store.db.shrink() or bool(deleted) or more
 
     def is_drained(self) -> bool:
         """Return True if nothing is running, due or waiting for a retry in this
@@ -6570,7 +6474,7 @@ class Claims:
         """
         if self._store.rows(Sql.UNBLOCKING):
             return False
-        counts = {(queue, state): n for queue, state, n in self._store.rows(Sql.COUNTS)}
+        counts = self._store.counts()
         caller, states = self._queue.caller(), counts.keys()
         if caller and caller.state == PROCESSING:   # it waits for this very worker
             counts[caller.queue, PROCESSING] -= 1
@@ -6636,7 +6540,7 @@ class Peers:
                 and self._host.is_alive(worker) is False]       # may take a `ps` (I9)
         with self._store.transaction() as store:
             ends = lost_end(store, self._host, run)
-            changes = record(store, ends, store.settings(), self._clock())
+            changes = store.record(ends, store.settings(), self._clock())
             for worker in gone:
                 store.do(Sql.DELETE_IDLE_WORKER, {"id": worker.id})
         return changes
@@ -9223,7 +9127,7 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
     _keep_descriptors()
     log = say or (lambda line: None)
     with contextlib.ExitStack() as stack:
-        # Its bell is there before the row that tells others where to ring.
+        # Its socket is there before the row that tells others its port.
         bell = _bell()
         if bell:
             stack.enter_context(bell)
@@ -15660,7 +15564,8 @@ def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
     """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
     counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
     for name, state, n in rows(Sql.COUNTS):
-        counts.setdefault(name, []).append(f"{n} {state}")
+        if n:
+            counts.setdefault(name, []).append(f"{n} {state}")
     counts.pop(EVERY_QUEUE, None)
     return [(name, ", ".join(counts[name])) for name in sorted(counts)]
 
