@@ -4945,6 +4945,66 @@ class Workers(Case):
             self.assertEqual(self.state("urgent"), PENDING)
         self.assert_sound()
 
+    def test_output_is_stored_once_and_not_again_for_a_while(self):
+        with self.running(f"echo a; {self.UNTIL_GO}; echo b; sleep 60") as (runner, _):
+            self.take_steps(runner, lambda: runner._commands[1].output.total == 2)
+            runner._agenda.want("output")
+            self.take_steps(runner, lambda: self.last_run().output == b"a\n")
+            self.take_steps(runner, lambda: not runner._commit)
+            self.assertEqual((runner._saves, runner._unsaved()), (False, {}))
+            self.assertGreater(runner._peek_at, time.monotonic())
+            runner._peek_until = math.inf       # a client waits, but not that impatiently
+            self.go()
+            self.take_steps(runner, lambda: runner._commands[1].output.total == 4)
+            self.assertEqual(self.last_run().output, b"a\n")
+            self.take_steps(runner, lambda: self.last_run().output == b"a\nb\n")
+
+    def test_a_failed_tick_is_repeated_after_a_pause(self):
+        for code, pause, claims in (("busy", queuectl.BUSY_PAUSE, 0),
+                                    ("disk-full", queuectl.SYNC_PAUSE, 2 * queuectl.SYNC_PAUSE)):
+            with self.subTest(code), self.in_hand() as (runner, _):
+                before = time.monotonic()
+                runner._complain(queuectl.Unavailable(code, "it is", ""))
+                self.assertGreaterEqual(runner._retry_at, before + pause)
+                self.assertGreaterEqual(runner._claim_at, before + claims if claims else 0)
+
+    def test_what_a_commit_raises_ends_the_worker_if_it_is_not_for_now(self):
+        with self.in_hand() as (runner, _):
+            self.begin_commit(runner)
+            runner._executor.fail(queuectl.Gone("gone", "it is gone", ""))
+            with refused("gone"):
+                runner._step()
+
+    def test_the_supervisor_is_shown_a_heartbeat_later_that_the_loop_goes_on(self):
+        with self.in_hand() as (runner, link):
+            before = time.monotonic()
+            runner._do_renew()
+            self.assertAlmostEqual(runner._agenda.sleep(before), 5.0, 0)
+            self.take_steps(runner, lambda: queuectl.RENEW in [one[0] for one in link.receive()])
+
+    def test_a_process_that_cannot_be_ended_is_named_once(self):
+        with self.running() as (runner, link):
+            runner._leave("now", "A")
+            for _ in range(2):
+                link.send(queuectl.REFUSED, 1, 77)
+            link.flush()
+            self.take_steps(runner, lambda: runner._refused)
+            self.take_steps(runner, runner._is_over)
+            self.assertEqual([line for line in self.said if "77" in line], [
+                "job-1 cannot be ended: process 77 is another user's; it goes on until "
+                "that process ends"])
+
+    def test_the_pace_of_runs_follows_the_latest_slowly(self):
+        with self.in_hand() as (runner, _):
+            for took, pace in ((1.0, 1.0), (2.0, 1.2), (0.2, 1.0)):
+                command = mock.Mock(watch=-1, pipe=-1)
+                command.claim.number, command.claim.slot = 1, 1
+                command.finish.return_value = Outcome("success", 0, None, took)
+                runner._commands[1], runner._free = command, [2]
+                runner._finish(command)
+                self.assertAlmostEqual(runner._pace, pace)
+            runner._ended.clear()
+
     def test_a_worker_leaves_in_two_steps_and_never_comes_back(self):
         with self.in_hand(grace=5.0) as (runner, _):
             runner._leave("drain", "A")
