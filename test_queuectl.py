@@ -11110,15 +11110,16 @@ MUTANTS = (
     ("charged", "a crash is charged as an attempt", (("settle", "if LOST", "False"),)),
     # Ledger.
     ("truthful", "a run that a rescuer ended counts as failed", (
-        ("record", "call judged", "outcome"),)),
-    ("caused", "a change of state without its event", (("move", "INSERT_EVENT", ""),)),
-    ("summed", "the counters are not kept", (("move", "count", ""),)),
+        ("Ledger.record", "call judged", "outcome"),)),
+    ("caused", "a change of state without its event", (
+        ("Ledger._add_events", "INSERT_EVENT", ""),)),
+    ("summed", "the counters are not kept", (("Ledger.move", "count", ""),)),
     ("punctual", "a job is due at once", (
         ("waits_of", "name SCHEDULED", "READY"),)),
     ("ordered", "a job does not wait for those it comes after", (
         ("waits_of", "if unmet", "False"),)),
     ("stuck", "jobs are not let go on when what they wait for is completed", (
-        ("move", "_unblock", ""),)),
+        ("Ledger.move", "_unblock", ""),)),
     # Queue.
     ("acknowledged", "a cancelled job is not moved", (
         ("Queue._cancel", "call move", "[job._replace(state=CANCELLED) for job in jobs"
@@ -11136,7 +11137,7 @@ MUTANTS = (
     ("alone", "the run's lock is taken after the claim's commit", (
         ("Claims._draw", "call hold", "-1"),)),
     ("alone", "a queue's limit ignores what this tick has claimed", (
-        ("Claims._room", "call running.get", "0"), ("Claims._room", "call noted", "0"))),
+        ("Claims._room", "call running.get", "0"),)),
     # Peers.
     ("excused", "a worker is lost as soon as it is silent", (
         ("Peers.lost", "call lease_of", "1e-9"),)),
@@ -11352,7 +11353,7 @@ MOMENTS = (
     ("copied, nothing new yet", "SQLite._upgrade",      "after",    "backup"),
     ("a copy without a name",   "SQLite.backup",        "before",   "replace"),
     # Ledger.
-    ("moved, no event yet",     "move",                 "before",   "INSERT_EVENT"),
+    ("moved, no event yet",     "Ledger.move",          "before",   "_add_events"),
     # Claims.
     ("claimed, no commit yet",  "Claims._claim",        "after",    "_draw"),
     ("a rescue not recorded",   "Claims._write",        "before",   "lost_end"),
