@@ -128,6 +128,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO, TypeVar
 
     T = TypeVar("T")
+    Given = tuple[dict[str, Any], str]  # a job object, and where it stood: `line 3`
     Rows = Callable[..., list[tuple[Any, ...]]]     # those that a statement selects
 
 __version__ = "0.1.0"
@@ -356,50 +357,45 @@ def no_such_job(job_id: str) -> NotFound:
 # dataclasses would take 10 ms of each start (measured).
 
 class Job(NamedTuple):
-    """One row of `jobs`; field order is column order.
+    """One row of `jobs`, in column order, as it was when it was read: another process
+    may have changed it since, so each write guards on its state and claim (I1, I3).
 
-    As it was when it was read: another process may have moved it since. So whatever
-    changes one guards on the state and the claim that it had (I1, I3).
+    Before the job is added, what is not known yet has the default. A new column comes
+    last, as ALTER TABLE adds it; its JSON key is a row of FIELDS.
     """
-    seq: int                    # order of enqueueing; the N of job-N
-    id: str
-    command: str                # run by /bin/sh -c
-    state: str
-    attempts: int               # ended runs that were the job's own doing
-    max_retries: int            # runs that may fail before the job is dead; 0 and 1
-                                # are the same: the first run comes always
-    created_at: str
-    updated_at: str             # the last change of state, or edit
-    queue: str
-    priority: int               # higher first
-    run_at: str                 # not to be started before this moment
-    timeout: float | None       # seconds; 0: never; None: as worker and config say
-    backoff_base: float | None  # seconds; None: as worker and config say
-    after: tuple[str, ...]      # ids of jobs that must be completed first
-    unique: str | None          # key of which only one job may be unfinished
-    tags: tuple[str, ...]
-    env: Mapping[str, str]
-    cwd: str
-    crashes: int                # runs that were lost with their worker
-    worker: str | None          # the name of that which runs it; None: not running
-    started_at: str | None      # of the last run
-    finished_at: str | None     # of the last run that ended
-    exit_code: int | None       # of the last run: status, 128+N for a signal
-    error: str | None           # why the last run failed
-    waits: str | None           # what it waits for; None: it does not wait
-    rank: int                   # place in line, lower first; see `rank_of`
-    claim: int | None           # number of the run that is under way: the fence (I3)
-    end_requested: str | None   # CANCEL or LOST: somebody is ending this run
-    runs: int                   # times it was claimed; the number of the last run
-    unmet: int                  # jobs in `after` that are not completed yet
-    once: str | None            # key that only one job may ever have
-    at_time: bool               # run_at is a moment of the clock, not the end of a wait
-
-
-# The keys of a job in JSON: its fields, but for what is the queue's own affair.
-JSON_KEYS = tuple(field for field in Job._fields
-                  if field not in ("seq", "waits", "rank", "claim",
-                                   "end_requested", "runs", "unmet", "at_time"))
+    seq: int = 0                # order of enqueueing; the N of job-N
+    id: str = ""
+    command: str = ""
+    state: str = PENDING
+    attempts: int = 0           # ended runs that were charged to the job
+    max_retries: int = -1       # runs that may fail before it is dead, including the
+                                # first (0 is the same as 1); -1: as configured
+    created_at: str = ""
+    updated_at: str = ""        # last change of state, or edit
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0           # higher first
+    run_at: str = ""            # not before this time; "": at once
+    timeout: float | None = None        # seconds; 0: never; None: by worker or settings
+    backoff_base: float | None = None   # seconds; None: by worker or settings
+    after: tuple[str, ...] = ()         # ids of jobs that must be completed first
+    unique: str | None = None   # key of which only one job may be unfinished
+    tags: tuple[str, ...] = ()
+    env: Mapping[str, str] = {}         # never changed
+    cwd: str = ""
+    crashes: int = 0            # runs that were lost with their worker
+    worker: str | None = None   # name of the worker that runs it
+    started_at: str | None = None       # of the last run
+    finished_at: str | None = None      # of the last run that ended
+    exit_code: int | None = None        # of the last run; 128+N: signal N
+    error: str | None = None    # why the last run failed
+    waits: str | None = None    # one of WAITS; None: it does not wait
+    rank: int = 0               # lower starts first; see `rank_of`
+    claim: int | None = None    # number of the current run: the fencing token (I3)
+    end_requested: str | None = None    # CANCEL or LOST: this run is being ended
+    runs: int = 0               # times it was claimed
+    unmet: int = 0              # jobs in `after` that are not completed
+    once: str | None = None     # key that only one job may ever have
+    at_time: bool = False       # run_at is a time of the clock, not the end of a delay
 
 
 class Run(NamedTuple):
@@ -527,25 +523,6 @@ class Outcome(NamedTuple):
     output_bytes: int = 0
 
 
-class Spec(NamedTuple):
-    """A job as somebody asked for it, checked; None: take the default."""
-    command: str
-    id: str | None = None
-    queue: str = DEFAULT_QUEUE
-    priority: int = 0
-    run_at: float | None = None     # epoch seconds; None: at once
-    max_retries: int | None = None
-    timeout: float | None = None
-    backoff_base: float | None = None
-    after: tuple[str, ...] = ()
-    unique: str | None = None
-    tags: tuple[str, ...] = ()
-    env: Mapping[str, str] = {}     # never changed: specs are values
-    cwd: str | None = None
-    once: str | None = None
-    at_time: bool = False           # run_at was given as a time, not as a delay
-
-
 class Settings(NamedTuple):
     """The configuration, parsed; durations in seconds, None: off.
 
@@ -664,16 +641,7 @@ class Summary(NamedTuple):
     lost: int               # runs lost with their worker
     run_time: Spread        # of runs whose end somebody saw
     wait_time: Spread       # from due to started
-
-
-class Minute(NamedTuple):
-    """What was done in one minute."""
-    at: str
-    completed: int
-    failed: int             # jobs that died
-    retried: int            # failed attempts that were followed by a wait
-    wait_time: Spread
-    run_time: Spread
+    at: str = ""            # the minute, where it is one
 
 
 class Finding(NamedTuple):
@@ -1085,11 +1053,11 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     return "fail", job._replace(run_at=iso_up(now + wait), at_time=False), reason
 
 
-def since_set_back(due: float, asked: float, now: float) -> float:
-    """When a delay ends that was given at one time and is stored at another: earlier by
-    as much as the clock was set back in between.
+def since_set_back(run_at: str, asked: float, now: float) -> str:
+    """The end of a delay, given at `asked` and stored at `now`: earlier by as much as
+    the clock was set back in between.
     """
-    return due - max(0.0, asked - now)
+    return iso_up(epoch(run_at) - max(0.0, asked - now))
 
 
 def brought_forward(job: Job, now: float) -> Job:
@@ -1348,13 +1316,6 @@ def cumulated(buckets: Mapping[int, int]) -> list[int]:
     """
     return [sum(n for bucket, n in buckets.items() if bucket <= last)
             for last in METRIC_BUCKETS] + [sum(buckets.values())]
-
-
-def minute_of(at: int, rows: Iterable[tuple[str, int, int, float]]) -> Minute:
-    """Put the tallies of one minute together; `at` counts minutes from the epoch."""
-    done = summary(rows)
-    return Minute(iso(at * 60), done.completed, done.died, done.retried,
-                  done.wait_time, done.run_time)
 
 
 # ---- 4 Cron ------------------------------------------------------------------
@@ -1650,8 +1611,8 @@ def run_after(cron: str, now: float, tz: str | None) -> str:
 
 
 # ---- 5 Input -----------------------------------------------------------------
-# What people hand in: JSON, lines and words become specs, or an error says why not.
-# Bytes become objects (`jobs_in`), an object becomes a Spec (`spec_of`); flags
+# What people hand in: JSON, lines and words become jobs, or an error says why not.
+# Bytes become objects (`jobs_in`), an object becomes a Job (`new_job`); flags
 # come in between, so both steps are public. Nothing here looks at the queue: whether an
 # id is free or a needed job is there is for Ledger to say, within its transaction.
 
@@ -1930,62 +1891,71 @@ FIELDS = {field.name: field for field in (
         ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
         ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
         ("runs", {}), ("waiting_for", {}))))}
-EDITABLE = tuple(name for name, field in FIELDS.items() if "u" in field.uses)
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
-def field_value(key: str, value: Any, now: float, shown: str | None = None) -> Any:
-    """A field's value, checked; Invalid with the key. `shown`: the key as it was given.
-    """
+# The JSON keys of a job, in column order; `runs` and `waiting_for` are lists of their
+# own, which `show` adds.
+JSON_KEYS = tuple(name for name in Job._fields
+                  if name in FIELDS and FIELDS[name].kind.told)
+
+
+def field_value(key: str, value: Any, now: float) -> Any:
+    """A field's value, checked; Invalid names the key."""
     try:
         return FIELDS[key].kind.parse(value, now)
     except Invalid as error:
-        raise Invalid(f"{shown or key}: {error.message}", error.hint, shown or key) \
-            from None
+        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
 
 
-def _take_delay(checked: dict[str, Any], given: Mapping[str, Any], now: float) -> None:
-    """Convert `delay` to `run_at`, and note whether `run_at` was given as a time.
+def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
+    """The columns that the keys of a job object set; Invalid names the key at fault.
 
-    After a clock is set back a delay is counted anew, a time is not.
-    """
-    if "delay" in checked:
-        if "run_at" in checked:
-            raise Invalid("delay and run_at are both given", "give one", "delay")
-        checked.update(run_at=now + checked.pop("delay"), at_time=False)
-    elif "run_at" in checked:
-        text = given.get("run_at", given.get("run-at"))
-        checked["at_time"] = not (isinstance(text, str) and text.strip()[:1] == "+")
-
-
-def spec_of(fields: Mapping[str, Any], now: float) -> Spec:
-    """The checked job of a JSON object's keys; Invalid names the key at fault.
-
-    Keys may be written with `-` for `_`; a value of null means the default. What the
-    queue keeps itself is ignored: see `ignored_keys`. The first fault is told, not all.
-
-    {"command": "x", "max-retries": 5, "delay": "1m"} at 100.0 is
-    Spec(command="x", max_retries=5, run_at=160.0).
+    `use` is "e" for a new job, "u" for an edit, which may set less and nothing to null.
+    Keys may be written with `-` for `_`. Null means the default, and what the queue
+    maintains is ignored: see `ignored_keys`. `delay` becomes `run_at`.
     """
     if not isinstance(fields, dict):
         raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
                       "command")
-    checked: dict[str, Any] = {}
+    known = [name for name, field in FIELDS.items() if use in field.uses]
+    found: dict[str, Any] = {}
     for given, value in fields.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
+        if use == "u" and key not in known:
+            raise Invalid(f"{key} cannot be edited",
+                          "these can: " + ", ".join(known), key)
         if key not in FIELDS:
-            known = [name for name, field in FIELDS.items() if "e" in field.uses]
-            raise Invalid(f"unknown key {given!r}", nearest(
-                str(key), known) or "a job has: " + ", ".join(known), str(given))
-        if key in checked:
+            raise Invalid(f"unknown key {given!r}", nearest(str(key), known)
+                          or "a job has: " + ", ".join(known), str(given))
+        if key in found:
             raise Invalid(f"{key} is given twice", "give it once", key)
-        if "e" in FIELDS[key].uses and value is not None:
-            checked[key] = field_value(key, value, now)
-    _take_delay(checked, fields, now)
-    if "command" not in checked:
+        if key in known and (value is not None or use == "u"):
+            found[key] = field_value(key, value, now)
+            # After a clock is set back a delay is counted anew, a time is not.
+            if key == "run_at":
+                found["at_time"] = not (isinstance(value, str)
+                                        and value.strip().startswith("+"))
+    if "delay" in found:
+        if "run_at" in found:
+            raise Invalid("delay and run_at are both given", "give one", "delay")
+        found.update(run_at=now + found.pop("delay"), at_time=False)
+    if "run_at" in found:
+        found["run_at"] = iso_up(found["run_at"])
+    return found
+
+
+def new_job(fields: Mapping[str, Any], now: float) -> Job:
+    """The job that a JSON object asks for, not added yet; Invalid as in `checked`.
+
+    `new_job({"command": "x", "max-retries": 5, "delay": "1m"}, 100.0)` is
+    `Job(command="x", max_retries=5, run_at="1970-01-01T00:02:40.000Z")`.
+    """
+    job = Job(**checked(fields, now))
+    if not job.command:
         raise Invalid("the job has no command", 'give {"command": "..."} at least',
                       "command")
-    return Spec(**checked)
+    return job
 
 
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
@@ -2050,15 +2020,9 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
     return _objects_of(value)
 
 
-class Given(NamedTuple):
-    """A job object as it was handed in, not checked yet, and where it stood."""
-    fields: dict[str, Any]
-    place: str = ""         # `line 3` of a file, `item 2` of an array; "": the only one
-
-
 def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
     """The objects of an array, with their places."""
-    return [Given(fields, f"item {number}") for number, fields in enumerate(objects, 1)]
+    return [(fields, f"item {number}") for number, fields in enumerate(objects, 1)]
 
 
 @contextlib.contextmanager
@@ -2157,7 +2121,7 @@ class Lines:
                 found = fields_of_line(line)
             else:
                 found = [self._template.job(line, self._items)] if line else []
-        return [Given(fields, place) for fields in found]
+        return [(fields, place) for fields in found]
 
 
 def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
@@ -4335,18 +4299,15 @@ def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
                           "take one of these out", "after") from None
 
 
-def _new_job(spec: Spec, seq: int, unmet: int, settings: Settings, now: float) -> Job:
+def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Job:
     """The job as it will be inserted; max_retries is the one setting that it keeps."""
     at = iso(now)
-    run_at = at if spec.run_at is None else iso_up(spec.run_at)
-    job = Job(**{
-        **dict.fromkeys(Job._fields), **spec._asdict(), "seq": seq, "state": PENDING,
-        "id": spec.id or f"job-{seq}", "attempts": 0, "crashes": 0, "runs": 0,
-        "max_retries": settings.max_retries if spec.max_retries is None
-        else spec.max_retries, "created_at": at, "updated_at": at, "run_at": run_at,
-        "cwd": spec.cwd or "", "rank": rank_of(spec.priority, run_at, settings),
-        "unmet": unmet})
-    return job._replace(waits=waits_of(job, now))
+    job = job._replace(
+        seq=seq, id=job.id or f"job-{seq}", created_at=at, updated_at=at,
+        run_at=job.run_at or at, unmet=unmet,
+        max_retries=settings.max_retries if job.max_retries < 0 else job.max_retries)
+    return job._replace(rank=rank_of(job.priority, job.run_at, settings),
+                        waits=waits_of(job, now))
 
 
 class Ledger:
@@ -4500,46 +4461,46 @@ class Ledger:
 
     # New jobs.
 
-    def add(self, specs: Sequence[Spec], now: float) -> tuple[list[Job], int]:
+    def add(self, jobs: Sequence[Job], now: float) -> tuple[list[Job], int]:
         """Add jobs, which may name each other; how many are new. For a key (unique,
         once) that is taken, the job that has it.
 
-        An error has the number of the spec at fault in `item`, from 0. All is decided
-        before a row is written, by four statements for one job or 100,000. A spec that
-        adds nothing uses its number up all the same.
+        An error has the number of the job at fault in `item`, from 0. All is decided
+        before a row is written, by four statements for one job or 100,000. A job that
+        is not added uses its number up all the same.
         """
         # Above every job-N that somebody chose, so no N comes twice.
-        chosen = (re.fullmatch(_OWN_ID, spec.id) for spec in specs if spec.id)
-        first = self.take_numbers("jobs", len(specs),
+        chosen = (re.fullmatch(_OWN_ID, job.id) for job in jobs if job.id)
+        first = self.take_numbers("jobs", len(jobs),
                                   max((int(m[1]) for m in chosen if m), default=0))
         seqs: dict[str, int] = {}
         keys: dict[tuple[str, str], int] = {}
         holders: list[Job | int | None] = []
-        for item, spec in enumerate(specs):
-            holders.append(self._holder(spec, keys))
+        for item, job in enumerate(jobs):
+            holders.append(self._holder(job, keys))
             if holders[-1] is not None:
                 continue
-            job_id = spec.id or f"job-{first + item}"
-            if job_id in seqs or (spec.id and self.row(Sql.JOB, id=job_id)):
+            job_id = job.id or f"job-{first + item}"
+            if job_id in seqs or (job.id and self.row(Sql.JOB, id=job_id)):
                 with at_item(item):
                     raise Conflict("job-exists", f"there is a job {job_id!r} already",
                                    "choose another id, or leave the id out")
             seqs[job_id] = first + item
             keys.update({(field, key): item for field, key in (
-                ("once", spec.once), ("unique", spec.unique)) if key is not None})
+                ("once", job.once), ("unique", job.unique)) if key is not None})
         # Of these the next ticks lower `unmet` for all dependents, also for new ones.
         unblocking = dict(self.rows(Sql.UNBLOCKING))
         settings = self.settings()
         new: dict[int, Job] = {}
         needs: list[dict[str, int]] = []
-        for item, spec in enumerate(specs):
+        for item, job in enumerate(jobs):
             if holders[item] is None:
                 with at_item(item):
-                    found = [self._needed(seqs, needed) for needed in spec.after]
+                    found = [self._needed(seqs, needed) for needed in job.after]
                 needs += [{"needs": seq, "job": first + item} for _, seq in found]
                 unmet = sum(state != COMPLETED or seq in unblocking
                             for state, seq in found)
-                new[item] = _new_job(spec, first + item, unmet, settings, now)
+                new[item] = _added(job, first + item, unmet, settings, now)
         if needs:
             _refuse_cycle(needs, seqs, first)
         self._insert([*new.values()], needs, now)
@@ -4547,15 +4508,15 @@ class Ledger:
                 new[item if holder is None else holder]
                 for item, holder in enumerate(holders)], len(new)
 
-    def _holder(self, spec: Spec,
+    def _holder(self, job: Job,
                 keys: Mapping[tuple[str, str], int]) -> Job | int | None:
-        """The job that has a key of the spec: an older one, or the place in `keys`."""
+        """The job that has a key of a new job: an older one, or the place in `keys`."""
         for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
-            key = getattr(spec, field)
+            key = getattr(job, field)
             if (field, key) in keys:
                 return keys[field, key]
-            for job in self.jobs(sql, **{field: key}) if key is not None else ():
-                return job
+            for holder in self.jobs(sql, **{field: key}) if key is not None else ():
+                return holder
         return None
 
     def _needed(self, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
@@ -4714,14 +4675,14 @@ class Ledger:
             wanted.append((settings.on_idle, jobs[-1]))
         folder = os.path.dirname(self.db.path)      # its name may be no text
         # In variables: the shell would read an error's text as part of the command.
-        specs = [Spec(command, queue=HOOKS_QUEUE,
-                      cwd=folder if is_text(folder) else "/",
-                      env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
-                           "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
-                           else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
+        hooks = [Job(command=command, queue=HOOKS_QUEUE,
+                     cwd=folder if is_text(folder) else "/",
+                     env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
+                          "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
+                          else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
                  for command, job in wanted if command]
-        if specs:
-            self.add(specs, now)
+        if hooks:
+            self.add(hooks, now)
 
     def record(self, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
                now: float) -> list[Change]:
@@ -4859,7 +4820,7 @@ class Ledger:
                 self.set_schedule(schedule, next_run=next_run,
                                   skipped=schedule.skipped + 1)
                 return last
-        [job], _ = self.add([spec_of(schedule.job, now)], now)
+        [job], _ = self.add([new_job(schedule.job, now)], now)
         self.set_schedule(schedule, next_run=next_run, last_run=iso(now),
                           last_job=job.seq)
         return None
@@ -5001,8 +4962,8 @@ class Queue:
         """
         return self.enqueue_many([{"command": command, **fields}])[0]
 
-    def enqueue_many(self, jobs: Iterable[Spec | dict[str, Any]]) -> list[Job]:
-        """Add all of them or none, in order: specs, or the keys of job objects.
+    def enqueue_many(self, jobs: Iterable[Job | dict[str, Any]]) -> list[Job]:
+        """Add all of them or none, in order: keys of job objects, or from `new_job`.
 
         Raises as `enqueue`, with the number of the one at fault in `item`, from 0. They
         may come `after` each other. A `delay` counts from the call, `created_at` from
@@ -5010,24 +4971,24 @@ class Queue:
         """
         return self.add(jobs)[0]
 
-    def add(self, jobs: Iterable[Spec | dict[str, Any]]) -> tuple[list[Job], int]:
+    def add(self, jobs: Iterable[Job | dict[str, Any]]) -> tuple[list[Job], int]:
         """As `enqueue_many`; the jobs, and how many of them are new.
 
         The others were there already: they have the `unique` or `once` key of a job
         that was to be added.
         """
-        now, specs = self.clock(), []
+        now, wanted = self.clock(), list[Job]()
         for item, given in enumerate(jobs):
             with at_item(item):
-                spec = given if isinstance(given, Spec) else spec_of(given, now)
-                specs.append(spec if spec.cwd
-                             else spec._replace(cwd=current_directory()))
+                job = given if isinstance(given, Job) else new_job(given, now)
+                wanted.append(job if job.cwd
+                              else job._replace(cwd=current_directory()))
         with self.store.transaction() as store:
             begun = self.clock()
             added = store.add([
-                spec if spec.run_at is None or spec.at_time else
-                spec._replace(run_at=since_set_back(spec.run_at, now, begun))
-                for spec in specs], begun)
+                job if not job.run_at or job.at_time else
+                job._replace(run_at=since_set_back(job.run_at, now, begun))
+                for job in wanted], begun)
         self.wake(NEW_JOBS)
         return added
 
@@ -5565,7 +5526,7 @@ class Queue:
             return self.age()
         return min(self.age(), self.clock() - 60 * self._minute(duration))
 
-    def history(self, minutes: int, queue: str | None = None) -> list[Minute]:
+    def history(self, minutes: int, queue: str | None = None) -> list[Summary]:
         """What was done in each of the last minutes, oldest first, the current last.
 
         Minutes in which nothing was done are there, too.
@@ -5577,7 +5538,8 @@ class Queue:
         for minute, *tally in self.store.rows(Sql.TALLIES_BY_MINUTE, first=first,
                                               last=last, queue=queue):
             found[minute].append(tuple(tally))
-        return [minute_of(minute, rows) for minute, rows in found.items()]
+        return [summary(rows)._replace(at=iso(minute * 60))
+                for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
         """For how many seconds the first in line of each queue have been due.
@@ -5693,25 +5655,18 @@ class Queue:
         return jobs
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Change waiting jobs: all of them or none; those of EDITABLE, by name.
+        """Change waiting jobs: all of them or none; those with use u in FIELDS.
 
         Raises NotFound, Invalid (with the `key` at fault), and Conflict for a job
         that runs or is over: what a run goes by, and is counted by, must not change
         under it. Values are as in a job object; a `delay` stands for `run_at`.
         """
         now = self.clock()
-        for key in fields:
-            if key not in EDITABLE:
-                raise Invalid(f"{key} cannot be edited",
-                              "these can: " + ", ".join(EDITABLE), key)
-        changes = {key: field_value(key, value, now) for key, value in fields.items()}
-        _take_delay(changes, fields, now)
+        changes = checked(fields, now, "u")
         with self.store.transaction() as store:
             begun, now = now, self.clock()  # the wait for the lock may have been long
-            if "run_at" in changes:
-                changes["run_at"] = iso_up(
-                    changes["run_at"] if changes["at_time"]
-                    else since_set_back(changes["run_at"], begun, now))
+            if not changes.get("at_time", True):
+                changes["run_at"] = since_set_back(changes["run_at"], begun, now)
             jobs = [store.edit(job, job._replace(**changes), now)
                     for job in map(store.job, dict.fromkeys(job_ids))]
         self.wake(NEW_JOBS)
@@ -5887,7 +5842,7 @@ class Queue:
         get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
         have, for these fit one job only.
 
-        The fields are kept as they were given, not as the Spec they make: each run
+        The fields are kept as they were given, not as the job they make: each run
         parses them anew, with the defaults and settings of that day.
         """
         now = self.clock()
@@ -5900,7 +5855,7 @@ class Queue:
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
         # A mistake is to be told now, not at a run in the night.
-        spec_of(fields, now)
+        new_job(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
                 raise Conflict("schedule-exists",
@@ -5932,7 +5887,7 @@ class Queue:
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            spec_of(schedule.job, now)
+            new_job(schedule.job, now)
             if schedule.paused:
                 schedule = store.set_schedule(
                     schedule, paused=False,
@@ -5947,7 +5902,7 @@ class Queue:
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            [job], _ = store.add([spec_of(schedule.job, now)], now)
+            [job], _ = store.add([new_job(schedule.job, now)], now)
             store.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job
@@ -6679,7 +6634,7 @@ class Inspection:
         """
         for schedule in self._store.schedules():
             try:
-                spec_of(schedule.job, 0.0)
+                new_job(schedule.job, 0.0)
                 parse_cron(schedule.cron)
                 zone_of(schedule.tz)
             except Invalid as error:
@@ -6923,9 +6878,9 @@ def show_object(job: Job, runs: Sequence[Run],
             "runs": [run_object(run) for run in runs]}
 
 
-def minute_object(minute: Minute) -> dict[str, Any]:
+def minute_object(minute: Summary) -> dict[str, Any]:
     """What was done in a minute, as JSON; times in seconds."""
-    return {"at": minute.at, "completed": minute.completed, "failed": minute.failed,
+    return {"at": minute.at, "completed": minute.completed, "failed": minute.died,
             "retried": minute.retried,
             "wait_p50": minute.wait_time.p50, "wait_p95": minute.wait_time.p95,
             "run_p50": minute.run_time.p50, "run_p95": minute.run_time.p95}
@@ -13752,7 +13707,7 @@ def _field_flags(use: str) -> tuple[Option, ...]:
     """The flags of a command for the fields of a job, under the fields' names.
 
     Numbers and times are parsed here, for a wrong one is a wrong command line; text is
-    left to `spec_of`. A default of None tells a flag that was not given from any other.
+    left to `checked`. A default of None tells a flag that was not given from any other.
     """
     found = []
     for field in FIELDS.values():
@@ -13882,16 +13837,16 @@ def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
     if args.words is not None:
         if not args.words:
             raise Usage("there is no command after --", "write -- PROG ARG...")
-        return False, [Given({"command": shell_command(args.words)})]
+        return False, [({"command": shell_command(args.words)}, "")]
     if args.job is not None:
         if args.command is not None and not is_json(job):
             raise Usage("two commands are given", "give JOB or --command")
         if is_json(job) and job.lstrip().startswith("["):
             return True, items(fields_of(job))
-        return False, [Given(fields_of(job)[0])]
+        return False, [(fields_of(job)[0], "")]
     if args.command is None:
         raise Usage("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
-    return False, [Given({})]
+    return False, [({}, "")]
 
 
 def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -13910,7 +13865,7 @@ def _ignored_warning(keys: Collection[str]) -> str:
 
 
 def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
-           screen: Screen) -> list[Spec]:
+           screen: Screen) -> list[Job]:
     """The checked jobs of a batch, flags applied; Invalid names the one at fault.
 
     All before the transaction begins, so the write lock is not held meanwhile.
@@ -13920,7 +13875,7 @@ def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
         if number % 1000 == 999:
             screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_place(place):
-            specs.append(spec_of(merged(fields, flags), now))
+            specs.append(new_job(merged(fields, flags), now))
             ignored.update(ignored_keys(fields))
     if ignored:
         screen.note(_ignored_warning(ignored))
@@ -14017,13 +13972,13 @@ class Stream:
                 given = [one for one in given if one[0] != place]
         return []
 
-    def _give_up(self, given: Sequence[tuple[str, Spec]], fate: str) -> None:
+    def _give_up(self, given: Sequence[tuple[str, Job]], fate: str) -> None:
         """Say which lines have been read, and will not come again."""
         self._refuse(Refused("not-finished", f"interrupted: {len(given)} lines were "
                              f"read and {fate}, from {given[0][0]} on",
                              "give them again"))
 
-    def _specs_of(self, line: bytes) -> list[tuple[str, Spec]]:
+    def _specs_of(self, line: bytes) -> list[tuple[str, Job]]:
         """The checked jobs of a line, each with its place; none of a bad one.
 
         With the time of this line: a delay counts from when its line came.
@@ -14033,7 +13988,7 @@ class Stream:
             given = self._lines.read(line)
             for fields, place in given:
                 with at_place(place):
-                    specs.append((place, spec_of(merged(fields, self._flags),
+                    specs.append((place, new_job(merged(fields, self._flags),
                                                  self._queue.clock())))
             self._ignored.update(*(ignored_keys(fields) for fields, _ in given))
             return specs
@@ -14186,7 +14141,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             jobs, new = queue.add(specs)
         except QueueError as error:
             if error.item is not None:
-                error.name_place(given[error.item].place)
+                error.name_place(given[error.item][1])
             raise
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):

@@ -71,7 +71,7 @@ from unittest import mock
 import queuectl
 from queuectl import (
     CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
-    Outcome, Output, WorkerOptions, Queue, Silence, Spec)
+    Job, Outcome, Output, WorkerOptions, Queue, Silence)
 
 MODULE = os.path.abspath(queuectl.__file__)
 NOON = 1_800_000_000.0
@@ -572,12 +572,7 @@ class Architecture(unittest.TestCase):
                   encoding="utf-8") as file:
             self.assertIn(drawn, file.read())
 
-    def test_all_that_lists_the_fields_of_a_job_lists_the_same(self):
-        shown, fields = set(queuectl.JSON_KEYS), queuectl.FIELDS
-        given = {name for name, field in fields.items() if "e" in field.uses}
-
-        self.assertEqual(shown | {"delay", "runs", "waiting_for"}, set(fields))
-        self.assertEqual(given - {"delay"}, set(Spec._fields) & shown)
+    def test_tables_and_records_name_the_same_filters_and_settings(self):
         self.assertEqual(set(queuectl.Filter._fields) - {"before", "ended_seq"},
                          set(queuectl.Sql.FILTERS))
         self.assertEqual(queuectl.Settings._fields, tuple(
@@ -946,8 +941,6 @@ class Rules(Case):
         nothing = queuectl.summary([])
         self.assertEqual(nothing[:6], (0,) * 6)
         self.assertEqual(nothing.run_time, (0, None, None, None, None))
-        minute = queuectl.minute_of(int(NOON // 60), [("bury", 0, 3, 0.0)])
-        self.assertEqual((minute.at, minute.failed), (queuectl.iso(NOON), 3))
 
     def test_a_value_on_a_bound_lies_below_it_and_none_above_the_last(self):
         last = len(queuectl.BOUNDS) - 1
@@ -1536,16 +1529,25 @@ class Input(Case):
         )
         for fields, key in table:
             with self.subTest(fields), refused("invalid-job", key=key):
-                queuectl.spec_of(fields, NOON)
+                queuectl.new_job(fields, NOON)
+
+    def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
+        columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
+        private = {"seq", "waits", "rank", "claim", "end_requested", "unmet", "at_time"}
+
+        self.assertEqual(columns, [*Job._fields])
+        self.assertEqual({*Job._fields} - private,
+                         {*queuectl.FIELDS} - {"delay", "waiting_for"})
+        self.assertEqual({*queuectl.JSON_KEYS}, {*Job._fields} - private - {"runs"})
 
     def test_a_whole_number_may_be_written_with_a_point(self):
         [fields] = queuectl.fields_of('{"command": "x", "priority": 5.0}')
-        priority = queuectl.spec_of(fields, NOON).priority
+        priority = queuectl.new_job(fields, NOON).priority
         self.assertEqual((priority, type(priority)), (5, int))
 
     def test_a_typing_mistake_gets_the_nearest_key(self):
         with refused("invalid-job", "did you mean `priority`"):
-            queuectl.spec_of({"command": "x", "priorty": 1}, NOON)
+            queuectl.new_job({"command": "x", "priorty": 1}, NOON)
 
     def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
         for word, hint in (("deed", "did you mean `dead`?"),
@@ -1575,12 +1577,12 @@ class Input(Case):
                 list(queuectl.jobs_in(lines + bad))
 
     def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
-        spec = queuectl.spec_of({
+        job = queuectl.new_job({
             "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
             "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
             "unique": "k" * 1024, "priority": -10**9}, NOON)
-        self.assertEqual(spec, Spec(
-            "x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 1024,
+        self.assertEqual(job, Job(
+            command="x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 1024,
             cwd=os.path.abspath("here"), priority=-10**9))
         self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
                          ["created-at", "state"])
@@ -1592,11 +1594,11 @@ class Input(Case):
                 ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
                 ({"command": "x" * (queuectl.MAX_TEXT + 1)}, "command")):
             with self.subTest(key), refused("invalid-job", key=key):
-                queuectl.spec_of({"command": "x", **fields}, NOON)
+                queuectl.new_job({"command": "x", **fields}, NOON)
         with refused("invalid-job", "; a job has: command"):
-            queuectl.spec_of({"xyz": 1}, NOON)
+            queuectl.new_job({"xyz": 1}, NOON)
         longest = "x" * queuectl.MAX_TEXT
-        self.assertEqual(queuectl.spec_of({"command": longest}, NOON).command, longest)
+        self.assertEqual(queuectl.new_job({"command": longest}, NOON).command, longest)
         self.assertEqual(queuectl.as_utf8("caf\udcc3\udca9"), "caf\u00e9")
         with self.assertRaises(UnicodeError):
             queuectl.as_utf8("\udcff")
@@ -2683,7 +2685,7 @@ class Promises(Case):
         job = self.queue.run_schedule("s")
         self.assertEqual((job.cwd, job.max_retries, job.tags), ("/", 7, ("t", "schedule:s")))
         with self.queue.store.transaction() as store:   # the worker's own
-            self.assertEqual(store.add([Spec("x")], NOON)[0][0].cwd, "")
+            self.assertEqual(store.add([Job(command="x")], NOON)[0][0].cwd, "")
         self.assertEqual(self.queue.add_schedule("t", "@daily", command="x").job["cwd"], here)
         for fields, key in (({"tags": ["a b"]}, "tags"), ({"run_at": NOON}, "run_at")):
             with refused("invalid-job", key=key):
@@ -3515,13 +3517,14 @@ class Ticks(Case):
 
     def test_the_order_of_waiting_jobs_never_changes_with_time(self):
         chance = random.Random("order")
-        specs = [Spec("x", id=f"j{n}", priority=chance.randint(-9, 9),
-                      run_at=NOON - chance.uniform(0, 600)) for n in range(40)]
-        aged = [spec.id for spec in sorted(specs, key=lambda one: one.run_at - 60 * one.priority)]
+        jobs = [Job(command="x", id=f"j{n}", priority=chance.randint(-9, 9),
+                    run_at=queuectl.iso(NOON - chance.uniform(0, 600))) for n in range(40)]
+        aged = [job.id for job in sorted(jobs, key=lambda one: (
+            queuectl.epoch(one.run_at) - 60 * one.priority))]
         for hours in (0, 1000):
             self.anew()
             self.queue.configure("priority-ageing", "1m")
-            self.queue.enqueue_many(specs)
+            self.queue.enqueue_many(jobs)
             self.after(hours * 3600)
             self.assertEqual(ids(self.tick(40).claims), aged)
 
@@ -4411,7 +4414,7 @@ class Views(Case):
         self.assertLessEqual(queuectl.columns(shown[3]), 25)
 
     def test_queues_are_shown_with_the_states_that_occur(self):
-        self.queue.enqueue_many([Spec("x", queue="q", id="a"), Spec("x", queue="gpu")])
+        self.queue.enqueue_many([Job(command="x", queue="q", id="a"), Job(command="x", queue="gpu")])
         self.queue.cancel("a")
         self.queue.pause("q")
         self.queue.limit_queue("gpu", 12)
@@ -5957,7 +5960,7 @@ class CommandLine(Case):
 
     def test_a_table_that_is_cut_says_so(self):
         with self.a_queue() as queue:
-            queue.enqueue_many([Spec("false", max_retries=1)] * 3)
+            queue.enqueue_many([Job(command="false", max_retries=1)] * 3)
         self.cli("worker", "start", "--drain")
         for argv in (("list",), ("list", "--sort", "oldest"), ("dlq",)):
             with self.subTest(argv):
@@ -6070,8 +6073,8 @@ class CommandLine(Case):
         for name, kind in (("good", "completed"), ("bad", "failed")):
             queue.enqueue("x", id=name, max_retries=1)
             self.end(self.claim(claims), Outcome(kind, 3), by=claims)
-        queue.enqueue_many([Spec("x", id="gone"), Spec("make", id="a", tags=("t",)),
-                            Spec("make", id="b", queue="q")])
+        queue.enqueue_many([Job(command="x", id="gone"), Job(command="make", id="a", tags=("t",)),
+                            Job(command="make", id="b", queue="q")])
         queue.cancel("gone")
         claims.leave()
         return queue
@@ -6512,7 +6515,7 @@ class Completion(Case):
     def test_an_old_id_is_found_by_its_beginning_and_no_more_are_offered_than_help(self):
         self.job(id="older")
         self.job(id="old")
-        self.queue.enqueue_many([queuectl.spec_of({"command": "x"}, NOON)
+        self.queue.enqueue_many([queuectl.new_job({"command": "x"}, NOON)
                                  for _ in range(queuectl.LOOKED_AT)])
         self.queue.cancel("job-2000", "job-1900")
         newest = [f"job-{n}" for n in range(2002, 1802, -1)]
@@ -7343,7 +7346,7 @@ queuectl.SQLite.changes = changes""")
     def test_waiting_draws_a_bar_on_a_terminal_and_takes_it_away(self):
         queue = Queue(self.path)
         self.addCleanup(queue.close)
-        queue.enqueue_many([Spec("x", id="a"), Spec("x", id="b")])
+        queue.enqueue_many([Job(command="x", id="a"), Job(command="x", id="b")])
         for argv, said in ((("wait", "a", "b"), "0 of 2 jobs completed"),
                            (("wait", "--all"), "2 dead or cancelled meanwhile")):
             with self.subTest(argv):
@@ -7391,7 +7394,7 @@ queuectl.SQLite.changes = changes""")
     def test_a_wide_step_is_taken_after_a_yes(self):
         queue = Queue(self.path)
         self.addCleanup(queue.close)
-        queue.enqueue_many([Spec("x"), Spec("x")])
+        queue.enqueue_many([Job(command="x"), Job(command="x")])
         for argv, answer, left in (
                 (("cancel", "--all"), b"n\n", 2), (("cancel", "--all"), b"\n", 2),
                 (("delete", "--state", "pending"), b"nyes\n", 2),
@@ -8143,7 +8146,7 @@ class Surroundings(Processes):
                 with self.subTest(argv=argv, stdout=stdout):
                     swept(queue, "cancel")
                     swept(queue, "delete")
-                    queue.enqueue_many([Spec("x" * 100)] * many)
+                    queue.enqueue_many([Job(command="x" * 100)] * many)
                     if before == CANCELLED:
                         swept(queue, "cancel")
                     code, err = self.into(stdout, *argv, "--json")
@@ -8207,7 +8210,7 @@ class Surroundings(Processes):
 
     def test_ctrl_c_stops_a_sweep_that_nobody_reads(self):
         with self.a_queue() as queue:
-            queue.enqueue_many([Spec("x")] * 30000)
+            queue.enqueue_many([Job(command="x")] * 30000)
             sweep = self.start("cancel", "--all", "--yes", "--json",
                                stdout=self.closed_pipe())
             wait_for(lambda: queue.counts()[CANCELLED] > SWEEP_BATCH, "a part of it")
@@ -8258,7 +8261,7 @@ class Surroundings(Processes):
         reader, fifo = self.unread_fifo()
         with self.a_queue() as queue, open(fifo, "wb", 0) as log:
             queue.configure("heartbeat", "100ms")
-            queue.enqueue_many([Spec("true", id=f"q{n}") for n in range(700)])
+            queue.enqueue_many([Job(command="true", id=f"q{n}") for n in range(700)])
             queue.enqueue("sleep 100", id="slow", timeout=0.3, max_retries=1, priority=1)
             worker = self.start("worker", "start", "-c", "4", stderr=log)
             wait_for(lambda: queue.counts()[COMPLETED] == 700, "the jobs")
@@ -8326,14 +8329,14 @@ class Surroundings(Processes):
             self.addCleanup(terminal.close)
             terminal.until(lambda text: "a started" in text)
             terminal.type(b"\x13")      # Ctrl+S
-            queue.enqueue_many([Spec("true")] * 100)
+            queue.enqueue_many([Job(command="true")] * 100)
             open(self.path_of("go"), "w").close()
             wait_for(lambda: queue.counts()[COMPLETED] == 101, "the jobs")
             self.assertEqual(terminal.process.wait(DEADLINE), 0)
 
     def test_a_log_that_is_read_has_all_lines_in_their_order(self):
         with self.a_queue() as queue:
-            queue.enqueue_many([Spec("true")] * 300)
+            queue.enqueue_many([Job(command="true")] * 300)
         reader, writer = os.pipe()
         worker = self.start("worker", "start", "--drain", "-c", "4", stderr=writer)
         os.close(writer)
@@ -8686,7 +8689,7 @@ class Browser(Processes):
     def test_filter_search_and_pages(self):
         with Queue(self.path) as queue:
             queue.enqueue_many([
-                Spec(f"echo {n}", queue="late" if n > 100 else "default",
+                Job(command=f"echo {n}", queue="late" if n > 100 else "default",
                      tags=("odd",) * (n % 2), cwd=self.dir) for n in range(1, 121)])
         self.log_in()
         ids = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
@@ -8967,7 +8970,7 @@ class Kernels(Processes):
     def test_a_run_that_ends_as_its_time_is_up_ends_once_where_there_are_no_pidfds(self):
         self.less = "without_pidfds"
         with Queue(self.path) as queue:
-            queue.enqueue_many([Spec(f"sleep 2 & sleep {.28 + n / 1000}", timeout=.3,
+            queue.enqueue_many([Job(command=f"sleep 2 & sleep {.28 + n / 1000}", timeout=.3,
                                      max_retries=1, cwd="/") for n in range(20)])
         err = self.drain("-c", "10")
         self.assertNotIn("Traceback", err)
@@ -9020,7 +9023,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
         self.call("config", "set", "heartbeat", "100ms")
         children = 60
         with Queue(self.path) as queue:
-            queue.enqueue_many([Spec("sleep 100 & echo $! >> children", cwd=self.dir)]
+            queue.enqueue_many([Job(command="sleep 100 & echo $! >> children", cwd=self.dir)]
                                * children)
         worker = self.worker(preexec_fn=functools.partial(
             resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40)))
@@ -11046,15 +11049,15 @@ class World:
 
     def step_enqueue(self):
         ids = [f"j{self.steps}-{n}" for n in range(self.chance.randint(1, 3))]
-        specs = [self.q.Spec(
-            "x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
+        jobs = [self.q.Job(
+            command="x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
             queue=self.chance.choice(("default", "one")),
-            run_at=self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000)),
+            run_at=self.q.iso_up(self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000))),
             after=tuple(self.chance.sample(ids[:n] + self.ids[-4:], 1))
             if self.chance.random() < 0.3 and ids[:n] + self.ids[-4:] else ())
             for n, one in enumerate(ids)]
         self.ids += [job.id for job in self.tell(
-            "enqueue", ids, lambda: self.queue.enqueue_many(specs))]
+            "enqueue", ids, lambda: self.queue.enqueue_many(jobs))]
         self.peaks.update((one, self.wall) for one in ids)
 
     def some_id(self):
@@ -11558,7 +11561,7 @@ def prepared(directory, *jobs):
             queue.configure(key, value)
         with queue.store.transaction() as store:
             store.do("INSERT INTO queues VALUES ('one', 0, 1)", {})
-        queue.enqueue_many([queuectl.spec_of(job, time.time()) for job in jobs])
+        queue.enqueue_many([queuectl.new_job(job, time.time()) for job in jobs])
 
 
 def with_work(directory, victims):
@@ -11930,7 +11933,7 @@ class Writer:
 
     def enqueue(self):
         self.queue.enqueue_many([
-            Spec("true", max_retries=self.chance.randint(1, 3), backoff_base=0.01,
+            Job(command="true", max_retries=self.chance.randint(1, 3), backoff_base=0.01,
                  priority=self.chance.randint(0, 3), tags=("t",) * (n % 2))
             for n in range(self.chance.randint(1, 5))])
 
@@ -12391,7 +12394,7 @@ def damage_round(directory, copies, seed):
     path = os.path.join(directory, "queue.db")
     with Queue(path) as queue:
         claims = queuectl.Claims(queue, WorkerOptions(slots=9))
-        queue.enqueue_many([Spec(f"echo {n}", tags=("a", "b"), env={"K": f"v{n}"})
+        queue.enqueue_many([Job(command=f"echo {n}", tags=("a", "b"), env={"K": f"v{n}"})
                             for n in range(40)])
         for claim in ticked(claims, range(1, 10)).claims:
             ticked(claims, (), {claim.number: Outcome(queuectl.DONE, 0, None, 1.0, b"hi", 2)})
@@ -13959,7 +13962,7 @@ KILLS, FREEZES = 20, 5
 WELL_UNDER = 30             # seconds: well under 60
 PATIENCE = 300              # seconds until a measure is given up
 
-TRUE = Spec("true", cwd="/")
+TRUE = Job(command="true", cwd="/")
 
 # In 4 threads of a process, output captured, nothing kept.
 POPEN = """
@@ -14249,7 +14252,7 @@ def make_finished(bench, path, count):
 
 def make_tomorrow(bench, path, count):
     """Of a higher priority than the few that are due."""
-    later = TRUE._replace(priority=5, run_at=time.time() + 86400)
+    later = TRUE._replace(priority=5, run_at=queuectl.iso(time.time() + 86400))
     stock(path, [TRUE] * FEW + [later] * count)
 
 
