@@ -215,6 +215,7 @@ READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one worker
 MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
 MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes some 2 MiB
+MAX_SEARCH = 256            # characters
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
@@ -883,66 +884,6 @@ def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
     return int(text)
 
 
-def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that also takes `none` or nothing, which are None: off."""
-    return lambda text: None if text in ("none", "") else parse(text)
-
-
-def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
-    """A parser of durations that are neither too short nor too long to work."""
-    def parse(text: str) -> float:
-        seconds = parse_duration(text)
-        if seconds < least:
-            raise Invalid(f"{text!r} is too short", f"use at least {least}s")
-        if seconds > most:
-            raise Invalid(f"{text!r} is too long", f"use at most {span(most)}")
-        return seconds
-    return parse
-
-
-class Setting(NamedTuple):
-    """One key of the configuration.
-
-    The default is text as a person would set it: it goes through the same parser.
-    """
-    default: str
-    parse: Callable[[str], Any]
-    meaning: str
-
-
-SETTINGS = {    # read whenever they are needed, so that a change takes effect at once
-    "max-retries": Setting("3", parse_whole,
-                           "runs that may fail before a job is dead, with the first"),
-    "backoff-base": Setting("2s", parse_duration,
-                            "wait after the first failure; doubled after each further"),
-    "backoff-max": Setting("1h", parse_duration, "no retry waits longer"),
-    "backoff-jitter": Setting("0", parse_share,
-                              "share of the wait that is left to chance, 0 to 1"),
-    "timeout": Setting("none", _off_or(parse_duration),
-                       "a run is ended after this time"),
-    "kill-grace": Setting("5s", parse_duration, "time between SIGTERM and SIGKILL"),
-    "output-limit": Setting("64KiB", parse_size,
-                            "of longer output the beginning and the end are kept"),
-    "retention-completed": Setting("none", _off_or(parse_duration),
-                                   "completed jobs are deleted after this time"),
-    "retention-dead": Setting("none", _off_or(parse_duration),
-                              "dead jobs are deleted after this time"),
-    # A heartbeat is a commit with its fsync, also where there is no work to be done.
-    "heartbeat": Setting("5s", _between(0.1),
-                         "how often a worker shows that it lives"),
-    "lease": Setting("30s", _between(1),
-                     "a worker silent for so long (or 3 heartbeats) loses its jobs"),
-    "crash-limit": Setting("5", lambda text: parse_whole(text, 1),
-                           "lost runs after which a job is dead"),
-    "on-completed": Setting("none", _off_or(str), "shell command after each success"),
-    "on-dead": Setting("none", _off_or(str), "shell command after each death"),
-    "on-idle": Setting("none", _off_or(str), "shell command when nothing is left"),
-    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
-    "priority-ageing": Setting("none", _off_or(_between(1, 30 * 86400)),
-                               "a waiting job's priority grows by one after each"),
-}
-
-
 def nearest(word: str, words: Collection[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
@@ -951,25 +892,6 @@ def nearest(word: str, words: Collection[str]) -> str:
     close = [one for one in words if sorted(one) == sorted(word)] \
         or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
-
-
-def setting_key(key: str) -> str:
-    """The key as the table has it, from either spelling; else NotFound."""
-    name = key.replace("_", "-")
-    if name not in SETTINGS:
-        raise NotFound("no-such-setting", f"there is no setting {key!r}",
-                       nearest(name, SETTINGS) or "`queuectl config list` shows them")
-    return name
-
-
-def settings_of(stored: Mapping[str, str]) -> Settings:
-    """The settings in force: what is stored, else the defaults.
-
-    What `configure` stores has been parsed. A key that is not known, as of a newer
-    version, is passed over.
-    """
-    return Settings(*(setting.parse(stored.get(key, setting.default))
-                      for key, setting in SETTINGS.items()))
 
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
@@ -1760,6 +1682,13 @@ def _directory(value: Any, now: float) -> str:
     return os.path.abspath(str(value))
 
 
+def _search(text: str, now: float) -> str:
+    if not is_text(text) or len(text) > MAX_SEARCH:
+        raise Invalid("that is no text to search for",
+                      f"use at most {MAX_SEARCH} characters, without NUL")
+    return text
+
+
 def _time_text(text: str) -> str:
     """The text of a time, as it is: a time of the clock and `+DUR` are not the same."""
     parse_time(text, time.time())
@@ -1797,20 +1726,23 @@ class Kind(NamedTuple):
     bounds of a number and the pattern of a text stand in one schema. A pattern is not
     anchored by itself (Validation, 6.3.3), hence ^ and $.
     """
-    parse: Callable[[Any, float], Any]  # a value of JSON, and the time; raises Invalid
-    given: dict[str, Any]               # JSON Schema of what it takes
-    told: dict[str, Any]                # JSON Schema of what replies have
-    flag: dict[str, Any]                # for argparse; `type` raises Invalid
+    parse: Callable[[Any, float], Any]  # value (of JSON, a flag, a query) and time
+    given: dict[str, Any] = {}          # JSON Schema of what it takes
+    told: dict[str, Any] = {}           # JSON Schema of what replies contain
+    flag: dict[str, Any] = {}           # argparse settings; `type` raises Invalid
 
 
 class Field(NamedTuple):
-    """A key of a job object; all that lists such keys is made from these."""
+    """A key of a job object, a filter, a parameter of a query, or a setting: flags,
+    checks, schemas and help are made from these rows.
+    """
     name: str
     kind: Kind
-    uses: str           # e enqueue, u edit, s schedule; k: kept by the queue
-    group: str = ""     # of the help
+    uses: str = ""      # of a job: e enqueue, u edit, s schedule; k: kept by the queue
     help: str = ""
+    group: str = ""     # of the help
     flags: tuple[str, ...] = ()     # where not --name
+    default: str = ""   # of a setting
 
 
 _COMMAND = Kind(
@@ -1862,35 +1794,56 @@ def _kept(name: str, told: dict[str, Any]) -> Field:
 # In the order of the help. What is edited may change only while the job waits: a worker
 # keeps a job as it was when claimed, and counts its end under the queue it had then.
 FIELDS = {field.name: field for field in (
-    Field("command", _COMMAND, "eu", "the job", "the shell command"),
-    Field("id", _ID, "e", "the job", "a name of your own (default: job-N)"),
-    Field("queue", _QUEUE, "eus", "the job", "default: default"),
-    Field("tags", _TAGS, "es", "the job", "a label; repeatable", ("--tag",)),
-    Field("unique", _UNIQUE, "es", "the job",
-          "add nothing while a job with this key is not over"),
-    Field("once", _UNIQUE, "es", "the job",
-          "add nothing while any job with this key exists, in any state"),
-    Field("env", _VARIABLES, "es", "the job", "a variable for the command; repeatable"),
-    Field("cwd", _PATH, "es", "the job", "where it runs (default: here)"),
-    Field("priority", _PRIORITY, "eus", "when it runs", "higher first (default: 0)",
+    Field("command", _COMMAND, "eu", "the shell command", "the job"),
+    Field("id", _ID, "e", "a name of your own (default: job-N)", "the job"),
+    Field("queue", _QUEUE, "eus", "default: default", "the job"),
+    Field("tags", _TAGS, "es", "a label; repeatable", "the job", ("--tag",)),
+    Field("unique", _UNIQUE, "es", "add nothing while a job with this key is not over",
+          "the job"),
+    Field("once", _UNIQUE, "es",
+          "add nothing while any job with this key exists, in any state", "the job"),
+    Field("env", _VARIABLES, "es", "a variable for the command; repeatable", "the job"),
+    Field("cwd", _PATH, "es", "where it runs (default: here)", "the job"),
+    Field("priority", _PRIORITY, "eus", "higher first (default: 0)", "when it runs",
           ("--priority", "-p")),
-    Field("delay", _SPAN, "eu", "when it runs", "not before this time has passed"),
-    Field("run_at", _TIME, "eu", "when it runs",
-          "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
-    Field("after", _IDS_KIND, "e", "when it runs",
-          "run once that job is completed; repeatable"),
-    Field("max_retries", _RETRIES, "eus", "how it ends",
-          "runs that may fail, including the first"),
-    Field("timeout", _SPAN, "eus", "how it ends",
-          "end a run after this time; 0: never"),
-    Field("backoff_base", _SPAN, "es", "how it ends",
-          "wait after the first failure, then doubled"),
+    Field("delay", _SPAN, "eu", "not before this time has passed", "when it runs"),
+    Field("run_at", _TIME, "eu", "not before: ISO 8601, epoch seconds, +DUR or HH:MM",
+          "when it runs"),
+    Field("after", _IDS_KIND, "e", "run once that job is completed; repeatable",
+          "when it runs"),
+    Field("max_retries", _RETRIES, "eus", "runs that may fail, including the first",
+          "how it ends"),
+    Field("timeout", _SPAN, "eus", "end a run after this time; 0: never",
+          "how it ends"),
+    Field("backoff_base", _SPAN, "es", "wait after the first failure, then doubled",
+          "how it ends"),
     *(_kept(name, told) for name, told in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
         ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
         ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
         ("runs", {}), ("waiting_for", {}))))}
+# What narrows a list of jobs: flags of commands and parameters of the API. Of each one
+# `Filter` has the value and `Sql.FILTERS` the clause. Blank text is as good as none.
+_BLANK_OR_NAME = Kind(lambda text, now: parse_name(text),
+                      {"type": "string", "pattern": f"^({_NAME})?$"})
+FILTERS = {field.name: field for field in (
+    Field("state", Kind(
+        lambda text, now: parse_state(text),
+        {"type": "array", "items": {"type": "string", "enum": [*STATES, ""]}},
+        flag={"action": "append", "choices": STATES, "metavar": "S", "help": "one of "
+              + ", ".join(STATES) + "; again and again for more"}),
+        help="again and again for more", flags=("--state", "-s")),
+    Field("queue", _BLANK_OR_NAME._replace(flag={"metavar": "Q"}),
+          help="only of this queue"),
+    Field("tag", _BLANK_OR_NAME._replace(flag={"metavar": "T"}),
+          help="only with this tag"),
+    Field("search", Kind(
+        _search, {"type": "string", "maxLength": MAX_SEARCH,
+                  "pattern": "^[^\\u0000]*$"}, flag={"metavar": "TEXT"}),
+        help="text in the id or the command"),
+)}
+
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 
@@ -1900,12 +1853,13 @@ JSON_KEYS = tuple(name for name in Job._fields
                   if name in FIELDS and FIELDS[name].kind.told)
 
 
-def field_value(key: str, value: Any, now: float) -> Any:
-    """A field's value, checked; Invalid names the key."""
+def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
+    """A field's value, checked; Invalid names the field as its key."""
     try:
-        return FIELDS[key].kind.parse(value, now)
+        return field.kind.parse(value, now)
     except Invalid as error:
-        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
+        raise Invalid(f"{field.name}: {error.message}", error.hint, field.name) \
+            from None
 
 
 def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
@@ -1931,7 +1885,7 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
         if key in found:
             raise Invalid(f"{key} is given twice", "give it once", key)
         if key in known and (value is not None or use == "u"):
-            found[key] = field_value(key, value, now)
+            found[key] = field_value(FIELDS[key], value, now)
             # After a clock is set back a delay is counted anew, a time is not.
             if key == "run_at":
                 found["at_time"] = not (isinstance(value, str)
@@ -1961,6 +1915,80 @@ def new_job(fields: Mapping[str, Any], now: float) -> Job:
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
     """The keys of a job object that the queue keeps itself; the user is warned."""
     return [key for key in fields if "k" in FIELDS[key.replace("-", "_")].uses]
+
+
+def _setting(name: str, default: str, parse: Callable[[str], Any], help: str) -> Field:
+    return Field(name, Kind(lambda text, now: parse(text)), help=help, default=default)
+
+
+def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text in ("none", "") else parse(text)
+
+
+def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
+    """A parser of durations within bounds."""
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds < least:
+            raise Invalid(f"{text!r} is too short", f"use at least {least}s")
+        if seconds > most:
+            raise Invalid(f"{text!r} is too long", f"use at most {span(most)}")
+        return seconds
+    return parse
+
+
+# The configuration, read whenever it is needed, so a change takes effect at once. Each
+# row is a field of `Settings`. Values are text, as a user sets them and as stored.
+SETTINGS = {field.name: field for field in (
+    _setting("max-retries", "3", parse_whole,
+             "runs that may fail before a job is dead, with the first"),
+    _setting("backoff-base", "2s", parse_duration,
+             "wait after the first failure; doubled after each further"),
+    _setting("backoff-max", "1h", parse_duration, "no retry waits longer"),
+    _setting("backoff-jitter", "0", parse_share,
+             "share of the wait that is left to chance, 0 to 1"),
+    _setting("timeout", "none", _off_or(parse_duration),
+             "a run is ended after this time"),
+    _setting("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
+    _setting("output-limit", "64KiB", parse_size,
+             "of longer output the beginning and the end are kept"),
+    _setting("retention-completed", "none", _off_or(parse_duration),
+             "completed jobs are deleted after this time"),
+    _setting("retention-dead", "none", _off_or(parse_duration),
+             "dead jobs are deleted after this time"),
+    # A heartbeat is a commit with its fsync, also where there is no work to be done.
+    _setting("heartbeat", "5s", _between(0.1),
+             "how often a worker shows that it lives"),
+    _setting("lease", "30s", _between(1),
+             "a worker silent for so long (or 3 heartbeats) loses its jobs"),
+    _setting("crash-limit", "5", lambda text: parse_whole(text, 1),
+             "lost runs after which a job is dead"),
+    _setting("on-completed", "none", _off_or(str), "shell command after each success"),
+    _setting("on-dead", "none", _off_or(str), "shell command after each death"),
+    _setting("on-idle", "none", _off_or(str), "shell command when nothing is left"),
+    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
+    _setting("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
+             "a waiting job's priority grows by one after each"),
+)}
+
+
+def setting_key(key: str) -> str:
+    """The key as the table has it, from either spelling; else NotFound."""
+    name = key.replace("_", "-")
+    if name not in SETTINGS:
+        raise NotFound("no-such-setting", f"there is no setting {key!r}",
+                       nearest(name, SETTINGS) or "`queuectl config list` shows them")
+    return name
+
+
+def settings_of(stored: Mapping[str, str]) -> Settings:
+    """The settings in force: what is stored, else the defaults.
+
+    What `configure` stores has been parsed. A key that is not known, as of a newer
+    version, is passed over.
+    """
+    return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
+                      for key, setting in SETTINGS.items()))
 
 
 # JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
@@ -5850,7 +5878,7 @@ class Queue:
         cron, zone = split_zone(cron, tz, now)
         fields = {key.replace("-", "_"): value for key, value in fields.items()}
         fields["cwd"] = fields.get("cwd") or current_directory()
-        fields["tags"] = [*field_value("tags", fields.get("tags") or (), now),
+        fields["tags"] = [*field_value(FIELDS["tags"], fields.get("tags") or (), now),
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
@@ -5923,7 +5951,7 @@ class Queue:
         """
         name = setting_key(key)
         value = value.strip() or "none"
-        SETTINGS[name].parse(value)
+        SETTINGS[name].kind.parse(value, 0.0)
         with self.store.transaction() as store:
             store.do(Sql.SET, {"key": name, "value": value})
             if name == "priority-ageing":
@@ -11094,7 +11122,6 @@ MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
 MAX_TARGET = 8 << 10        # bytes of path and query
 MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
-MAX_SEARCH = 256            # characters
 MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
 MAX_MINUTES = 1440          # of history: a day
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
@@ -11179,36 +11206,13 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(error.status, dumps(told, None).encode(), headers=headers)
 
 
-# Parameters: read from a request by the same table that describes them.
-
-class Param(NamedTuple):
-    """One parameter of a query: its parser, and what it may be as JSON schema.
-
-    The two say the same, to this program and to others, so they stand in one row. Text
-    may be blank, which is as good as not given; so the forms below allow it. A parser
-    raises Invalid.
-    """
-    name: str
-    parse: Callable[[str], Any]
-    schema: dict[str, Any]
-    help: str
-    is_list: bool = False
-
-
-def _a_span(text: str) -> float:
+def _a_span(text: str, now: float) -> float:
     if not re.fullmatch(SPAN_FORM, text):
         raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return parse_duration(text)
 
 
-def _a_search(text: str) -> str:
-    if not is_text(text) or len(text) > MAX_SEARCH:
-        raise Invalid("that is no text to search for",
-                      f"use at most {MAX_SEARCH} characters, without NUL")
-    return text
-
-
-def _a_cursor(text: str) -> int:
+def _a_cursor(text: str, now: float) -> int:
     """The seq in `next` of a page; of 18 digits each fits SQLite's 64 bits, of 19 not.
     """
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
@@ -11216,25 +11220,19 @@ def _a_cursor(text: str) -> int:
     return int(text)
 
 
-def _whole_param(name: str, least: int, most: int, help: str) -> Param:
+def _whole_param(name: str, least: int, most: int, help: str) -> Field:
     """A whole number; a blank one is refused, for no number is blank."""
-    return Param(name, lambda text: parse_whole(text, least, most),
-                 {"type": "integer", "minimum": least, "maximum": most}, help)
+    return Field(name, Kind(lambda text, now: parse_whole(text, least, most), {
+        "type": "integer", "minimum": least, "maximum": most}), help=help)
 
 
-_BLANK_OR_NAME = {"type": "string", "pattern": f"^({_NAME})?$"}
-_QUEUE_PARAM = Param("queue", parse_name, _BLANK_OR_NAME, "only of this queue")
+# Parameters of queries: read by the same rows that describe them.
 _LIST_PARAMS = (
-    Param("state", parse_state, {"type": "array", "items": {
-        "type": "string", "enum": [*STATES, ""]}}, "again and again for more", True),
-    _QUEUE_PARAM,
-    Param("tag", parse_name, _BLANK_OR_NAME, "only with this tag"),
-    Param("search", _a_search, {"type": "string", "maxLength": MAX_SEARCH,
-                                "pattern": "^[^\\u0000]*$"},
-          "text in the id or the command"),
+    *FILTERS.values(),
     _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
-    Param("after", _a_cursor, {"type": "string", "pattern": "^([1-9][0-9]{0,17})?$"},
-          "`next` of the page before"),
+    Field("after", Kind(_a_cursor, {"type": "string",
+                                    "pattern": "^([1-9][0-9]{0,17})?$"}),
+          help="`next` of the page before"),
 )
 _OUTPUT_PARAMS = (
     _whole_param("run", 1, 10**9, "number of the run; usually the last"),
@@ -11258,7 +11256,7 @@ def _query_fields(query: str) -> list[tuple[str, str]]:
                       "use at most 64 fields, in UTF-8") from None
 
 
-def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
+def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
     """The values of a query, checked; text that is left blank is not given.
 
         state=dead&state=failed&queue=&limit=5
@@ -11275,13 +11273,13 @@ def read_params(params: Sequence[Param], query: str) -> dict[str, Any]:
         if param is None:
             raise Invalid(f"unknown parameter {name!r}", "there are: "
                           + ", ".join(known) if known else "there is none here")
-        if not text and param.schema["type"] != "integer":
+        if not text and param.kind.given["type"] != "integer":
             continue
         try:
-            value = param.parse(text)
+            value = param.kind.parse(text, 0.0)
         except Invalid as error:
             raise Invalid(f"{name}: {error.message}", error.hint) from None
-        if param.is_list:
+        if param.kind.given["type"] == "array":
             values.setdefault(name, []).append(value)
         elif name in values:
             raise Invalid(f"{name} is given twice", "give it once")
@@ -11492,17 +11490,6 @@ def delete_job(queue: Queue, call: Call) -> Reply:
     return _json_reply(job_object(queue.delete(call.job_id)[0]), said="deleted")
 
 
-def _in_body(key: str, check: Callable[[str], str], value: Any) -> str:
-    """Text of a body, checked by the parser of a query's text; Invalid with the key.
-    """
-    try:
-        if not isinstance(value, str):
-            raise Invalid("not text")
-        return check(value)
-    except Invalid as error:
-        raise Invalid(f"{key}: {error.message}", error.hint, key) from None
-
-
 def post_dlq_retry(queue: Queue, call: Call) -> Reply:
     """Put dead jobs back: those named, or all that fit."""
     fields = _object_body(call.request, ("ids", "queue", "search"))
@@ -11512,8 +11499,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
         jobs = queue.retry_dead(*_names(fields["ids"]))
     else:
         wanted: dict[str, Any] = {
-            key: _in_body(key, check, fields[key])
-            for key, check in (("queue", parse_name), ("search", _a_search))
+            key: field_value(FILTERS[key], fields[key]) for key in ("queue", "search")
             if fields.get(key) is not None}
         jobs = list[Job]()
         # In the sweep's small transactions: to put back a million in one would hold the
@@ -11528,7 +11514,7 @@ def post_dlq_retry(queue: Queue, call: Call) -> Reply:
 def _named_queue(call: Call) -> str | None:
     """The queue that a body names; None: all of them (no body, {}, or null)."""
     value = _object_body(call.request, ("queue",)).get("queue")
-    return None if value is None else _in_body("queue", parse_name, value)
+    return None if value is None else field_value(FILTERS["queue"], value)
 
 
 def post_pause(queue: Queue, call: Call) -> Reply:
@@ -11577,7 +11563,7 @@ class Route(NamedTuple):
     path: str                   # ID stands for a job's id
     answer: Callable[[Queue, Call], Reply]
     reply: str                  # the schema of its JSON, or its media type
-    params: tuple[Param, ...] = ()
+    params: tuple[Field, ...] = ()
     body: str = ""              # the schema of the JSON that it takes; "": none
     refusals: tuple[int, ...] = ()      # beside those that any route may have
 
@@ -11588,10 +11574,12 @@ DESCRIBED = (
     Route("GET", "/api/session", get_session, "Session"),
     Route("GET", "/api/status", get_status, "Status"),
     Route("GET", "/api/stats", get_stats, "Stats", (
-        Param("since", _a_span, {"type": "string", "pattern": f"^({SPAN_FORM})?$"},
-              "only the last DUR, at most 8 days"),)),
+        Field("since", Kind(_a_span, {
+            "type": "string", "pattern": f"^({SPAN_FORM})?$"}),
+            help="only the last DUR, at most 8 days"),)),
     Route("GET", "/api/history", get_history, "History", (
-        _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"), _QUEUE_PARAM)),
+        _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"),
+        FILTERS["queue"])),
     Route("GET", "/api/workers", get_workers, "[Worker]"),
     Route("GET", "/api/queues", get_queues, "[Queue]"),
     Route("GET", "/api/schedules", get_schedules, "[Schedule]"),
@@ -11733,7 +11721,7 @@ REFUSALS = {
 }
 
 
-# Both are taken outside of `Param`: one is a header, the other is no business of an
+# Both are taken outside of `params`: one is a header, the other is no business of an
 # answer.
 _SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
     "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
@@ -11786,7 +11774,7 @@ def _parameters_of(route: Route) -> list[dict[str, Any]]:
     """What a route takes in its path, its query and its headers."""
     found: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
-         "schema": param.schema} for param in route.params]
+         "schema": param.kind.given} for param in route.params]
     if "/ID" in route.path:
         found.append({"name": "ID", "in": "path", "required": True,
                       "schema": NAME_SCHEMA})
@@ -13690,37 +13678,35 @@ _COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
 _JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else",
                     group="output")
 _IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
-_STATE_FLAG = option("--state", "-s", action="append", choices=STATES, metavar="S",
-                     help="one of " + ", ".join(STATES) + "; again and again for more")
-_TEXT_FLAGS = (
-    option("--queue", metavar="Q", help="those of a queue"),
-    option("--tag", metavar="T", help="those with a tag"),
-    option("--search", metavar="TEXT", help="those with TEXT in the id or the command"))
 _YES = option("--yes", "-y", action="store_true", group="other",
               help="do not ask; needed where stdin is not a terminal")
 _ALL = option("--all", action="store_true", help="all that it applies to")
-# What stands for the ids of many jobs.
-_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 
 
-def _field_flags(use: str) -> tuple[Option, ...]:
-    """The flags of a command for the fields of a job, under the fields' names.
+def _flags_of(fields: Iterable[Field]) -> tuple[Option, ...]:
+    """The flags for some fields, under the fields' names.
 
     Numbers and times are parsed here, for a wrong one is a wrong command line; text is
     left to `checked`. A default of None tells a flag that was not given from any other.
     """
     found = []
-    for field in FIELDS.values():
-        if use in field.uses:
-            settings = {**field.kind.flag, "dest": field.name, "help": field.help}
-            if "type" in settings:
-                settings["type"] = _typed(settings["type"])
-            found.append(Option(
-                field.flags or ("--" + field.name.replace("_", "-"),), settings,
-                field.group))
+    for field in fields:
+        settings = {"dest": field.name, "help": field.help, **field.kind.flag}
+        if "type" in settings:
+            settings["type"] = _typed(settings["type"])
+        found.append(Option(
+            field.flags or ("--" + field.name.replace("_", "-"),), settings,
+            field.group))
     return tuple(found)
 
 
+def _field_flags(use: str) -> tuple[Option, ...]:
+    return _flags_of(field for field in FIELDS.values() if use in field.uses)
+
+
+_STATE_FLAG, *_TEXT_FLAGS = _flags_of(FILTERS.values())
+# What stands for the ids of many jobs.
+_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
 _QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
                       help="only this queue; again and again for more (default: all)")
 # The flags of `worker start` that a service may have as well.
@@ -14904,7 +14890,7 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     stored = queue.store.stored_settings()
     if args.json:
         screen.out(dumps({key: {"value": stored.get(key, setting.default),
-                                "default": setting.default, "meaning": setting.meaning}
+                                "default": setting.default, "meaning": setting.help}
                           for key, setting in SETTINGS.items()}))
         return EX_OK
     style = screen.style()
@@ -14912,7 +14898,7 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     for key, setting in SETTINGS.items():
         value = stored.get(key, setting.default)
         shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
-        screen.out(f"{key:<19} {shown} {setting.default:<8} {setting.meaning}")
+        screen.out(f"{key:<19} {shown} {setting.default:<8} {setting.help}")
     return EX_OK
 
 
@@ -14924,7 +14910,7 @@ def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> in
 def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
-    screen.note(f"{key} = {args.value}: {SETTINGS[key].meaning}")
+    screen.note(f"{key} = {args.value}: {SETTINGS[key].help}")
     return EX_OK
 
 
@@ -15543,7 +15529,7 @@ def _values(kind: str, word: str, states: Sequence[str],
     LIKE Optimization"). Names are ASCII without DEL.
     """
     if kind == "KEY":
-        return [(key, setting.meaning) for key, setting in SETTINGS.items()]
+        return [(key, setting.help) for key, setting in SETTINGS.items()]
     bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
     if kind in _IN_QUEUE:
         with contextlib.suppress(QueueError), glance(database_path(path)) as rows:

@@ -575,6 +575,7 @@ class Architecture(unittest.TestCase):
     def test_tables_and_records_name_the_same_filters_and_settings(self):
         self.assertEqual(set(queuectl.Filter._fields) - {"before", "ended_seq"},
                          set(queuectl.Sql.FILTERS))
+        self.assertLessEqual(set(queuectl.FILTERS) - {"state"}, set(queuectl.Sql.FILTERS))
         self.assertEqual(queuectl.Settings._fields, tuple(
             key.replace("-", "_") for key in queuectl.SETTINGS))
 
@@ -823,7 +824,7 @@ class Rules(Case):
                 ("on-dead", "echo", "echo"), ("priority-ageing", "30d", 30 * 86400.0),
                 ("backoff-max", "10000000000", 1e10)):
             with self.subTest(key=key, text=text):
-                self.assertEqual(queuectl.SETTINGS[key].parse(text), value)
+                self.assertEqual(queuectl.SETTINGS[key].kind.parse(text, NOON), value)
         for key, text in (
                 ("output-limit", ""), ("output-limit", "x"), ("output-limit", "-1"),
                 ("output-limit", "0x"), ("output-limit", "9" * 5000),
@@ -836,7 +837,7 @@ class Rules(Case):
                 ("backoff-max", "10000000001")):
             with self.subTest(key=key, text=text), \
                     refused("invalid-value"):
-                queuectl.SETTINGS[key].parse(text)
+                queuectl.SETTINGS[key].kind.parse(text, NOON)
 
     def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
         self.assertEqual(queuectl.nearest("abdc", ["abd", "abcd"]),
