@@ -2172,24 +2172,34 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 
 # ---- 6 SQL -------------------------------------------------------------------
 # Every statement; SQLite runs them. No value is ever formatted into a text: what is put
-# together (`listing`, `_list`) are constants of this file. What is asked often uses an
-# index and sorts nothing, and the tests check each such plan: with a million jobs the
-# right index makes a claim 7 us long, a wrong one 13 to 170 ms.
+# together are constants of this file. Frequent statements use an index and sort nothing
+# (a test): with a million jobs a claim takes 7 us, and by a wrong index 170 ms.
 
 def _list(words: Iterable[str]) -> str:
     """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
     return ", ".join(f"'{word}'" for word in words)
 
 
-def _insert(table: str, keys: Sequence[str]) -> str:
+def _insert(table: str, *keys: str) -> str:
     """A statement that inserts rows by named parameters."""
     return (f"INSERT INTO {table} ({', '.join(map(json.dumps, keys))}) "
             f"VALUES ({', '.join(f':{key}' for key in keys)})")
 
 
-# The orders of lists. Each ends with seq, so that nothing is left to chance and a page
-# can continue. Of one state that is over, newest, oldest, finished, ended and state go
-# by an index; the others sort what fits.
+def _upsert(table: str, key: str, value: str) -> str:
+    """The same, or the change of one column of the row that has that key."""
+    return (f"{_insert(table, key, value)} "
+            f"ON CONFLICT ({key}) DO UPDATE SET {value} = excluded.{value}")
+
+
+def _set(keys: str) -> str:
+    """Assignments of named parameters to columns."""
+    return "SET " + ", ".join(f"{key} = :{key}" for key in keys.split())
+
+
+# The orders of lists. Each ends with seq, so that it is total and a page can continue.
+# Of one finished state, newest, oldest, finished, ended and state go by an index; the
+# others sort what fits.
 ORDERS = {
     "newest":   "seq DESC",
     "oldest":   "seq",
@@ -2216,88 +2226,47 @@ RUN_WITHOUT_OUTPUT = ", ".join(
 class Sql:
     """Every statement the program runs. Tests prepare each one.
 
-    Partial indexes serve only the very literals they were made with, so these stand
-    in the statements as they stand in the schema: waits = 'ready', claim IS NOT NULL.
-    With a parameter in the place of a literal SQLite silently scans the table instead.
-    (A comparison implies IS NOT NULL, so `claim = :claim` alone finds its index, too.)
+    Partial indexes serve only the very literals they were made with, so these stand in
+    the statements as in the schema: waits = 'ready', claim IS NOT NULL. With a
+    parameter instead of the literal SQLite silently scans the table.
     """
 
-    # The tables.
-    #   `counters`: the last numbers given to rows, one row. A number is never used
-    #     again, even after its row is deleted: of `runs` it is the fence (I3, I4), of
-    #     `jobs` the N of job-N, of `events` the place from which readers continue, of
-    #     `workers` the offset of a lock. AUTOINCREMENT would write at each INSERT.
-    #   WITHOUT ROWID: the key's tree is the table; a lookup is one search, not two.
-    #   No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds
-    #     leftovers. `runs.worker` is a copy, since the worker's row goes before it.
-    #   The CHECKs are (I2) and (I7); only the end of a running job can be requested.
-    #   `waits` and `rank` follow from other columns. They are stored for the indexes,
-    #     which hold just what can be claimed, in order: with scheduled jobs in the same
-    #     index, 100,000 jobs for tomorrow cost each claim 13 ms.
-    #   `after` and `tags` of a job are stored twice: as given, to be read with the job,
-    #     and in tables of their own, to find dependents and the jobs that have a tag.
-    #   `counts`, `runs`, `unmet` are kept as things change. Counting a million jobs by
-    #     state takes 100 ms even by an index.
-    #   `unblocking`: completed jobs that have very many dependents; those above `after`
-    #     still count the job as unmet, and the next ticks see to them.
-    #   `queues` has a row only where something was set.
-    #
-    # The indexes. A change of state writes an entry in each index that holds the job,
-    # so most are partial.
-    #   jobs_by_state   lists by state; newest first without sorting
-    #   jobs_in_line    the ready jobs in the order of claims: LINE reads its beginning
-    #   jobs_in_queue   the same by queue, where some queues are passed over
-    #   jobs_by_time    scheduled jobs: the next alarm, and what becomes ready
-    #   jobs_delayed    those that wait for a delay or backoff, by when it began: if in
-    #                   the future, the clock was set back
-    #   jobs_blocked    jobs that wait for other jobs
-    #   jobs_by_claim   running jobs, and those claimed ahead
-    #   jobs_by_unique  enforces one unfinished job per key
-    #   jobs_by_end     finished jobs by their end: the dead letter queue, retention
+    # `counters` has one row, with the last numbers given to rows; none is used again,
+    #   even after its row is deleted: of `runs` it is the fence (I3, I4), of `events`
+    #   where readers continue, of `workers` a lock's offset. AUTOINCREMENT would write
+    #   at each INSERT.
+    # No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds leftovers.
+    #   `runs.worker` is a copy, since the worker's row goes before it.
+    # `waits` and `rank` follow from other columns, for the indexes: these hold just
+    #   what can be claimed, in order. With scheduled jobs in the same index, 100,000
+    #   jobs for tomorrow cost each claim 13 ms.
+    # `counts`, `runs`, `unmet` are kept as things change: to count a million jobs by
+    #   state takes 100 ms even by an index.
+    # `unblocking`: completed jobs with very many dependents; those above `after` still
+    #   count the job as unmet, until one of the next ticks.
+    # A change of state writes an entry in each index that holds the job, so most are
+    #   partial. jobs_in_queue is for claims past paused and full queues, jobs_delayed
+    #   for a clock that was set back, jobs_by_end for the dead letter queue and
+    #   retention.
     SCHEMA = f"""
-        CREATE TABLE meta (
-            key    TEXT PRIMARY KEY,
-            value  TEXT NOT NULL
-        ) WITHOUT ROWID;
-
-        CREATE TABLE settings (
-            key    TEXT PRIMARY KEY,
-            value  TEXT NOT NULL
-        ) WITHOUT ROWID;
+        CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+        CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
         CREATE TABLE jobs (
-            seq           INTEGER PRIMARY KEY,
-            id            TEXT NOT NULL UNIQUE,
-            command       TEXT NOT NULL,
-            state         TEXT NOT NULL CHECK (state IN ({_list(STATES)})),
-            attempts      INTEGER NOT NULL DEFAULT 0,
-            max_retries   INTEGER NOT NULL,
-            created_at    TEXT NOT NULL,
-            updated_at    TEXT NOT NULL,
-            queue         TEXT NOT NULL,
-            priority      INTEGER NOT NULL DEFAULT 0,
-            run_at        TEXT NOT NULL,
-            timeout       REAL,
-            backoff_base  REAL,
-            after         TEXT NOT NULL DEFAULT '[]',
-            "unique"      TEXT,
-            tags          TEXT NOT NULL DEFAULT '[]',
-            env           TEXT NOT NULL DEFAULT '{{}}',
-            cwd           TEXT NOT NULL,
-            crashes       INTEGER NOT NULL DEFAULT 0,
-            worker        TEXT,
-            started_at    TEXT,
-            finished_at   TEXT,
-            exit_code     INTEGER,
-            error         TEXT,
-            waits         TEXT CHECK (waits IN ({_list(WAITS)})),
-            rank          INTEGER NOT NULL DEFAULT 0,
-            claim         INTEGER,
-            end_requested TEXT,
-            runs          INTEGER NOT NULL DEFAULT 0,
-            unmet         INTEGER NOT NULL DEFAULT 0,
-            once          TEXT,
-            at_time       INTEGER NOT NULL DEFAULT 0,
+            seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, command TEXT NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ({_list(STATES)})),
+            attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER NOT NULL,
+            created_at TEXT NOT NULL, updated_at TEXT NOT NULL, queue TEXT NOT NULL,
+            priority INTEGER NOT NULL DEFAULT 0, run_at TEXT NOT NULL,
+            timeout REAL, backoff_base REAL, after TEXT NOT NULL DEFAULT '[]',
+            "unique" TEXT, tags TEXT NOT NULL DEFAULT '[]',
+            env TEXT NOT NULL DEFAULT '{{}}', cwd TEXT NOT NULL,
+            crashes INTEGER NOT NULL DEFAULT 0, worker TEXT,
+            started_at TEXT, finished_at TEXT, exit_code INTEGER, error TEXT,
+            waits TEXT CHECK (waits IN ({_list(WAITS)})),
+            rank INTEGER NOT NULL DEFAULT 0, claim INTEGER, end_requested TEXT,
+            runs INTEGER NOT NULL DEFAULT 0, unmet INTEGER NOT NULL DEFAULT 0,
+            once TEXT, at_time INTEGER NOT NULL DEFAULT 0,
             CHECK ((state = '{PROCESSING}') = (claim IS NOT NULL)),
             CHECK ((claim IS NULL) = (worker IS NULL)),
             CHECK ((state IN ({_list(WAITING)})) = (waits IS NOT NULL)),
@@ -2319,135 +2288,90 @@ class Sql:
             WHERE waits IS NULL AND claim IS NULL;
 
         CREATE TABLE runs (
-            claim         INTEGER PRIMARY KEY,
-            job           INTEGER NOT NULL,
-            number        INTEGER NOT NULL,
-            worker_id     INTEGER NOT NULL,
-            worker        TEXT NOT NULL,
-            slot          INTEGER NOT NULL,
-            started_at    TEXT NOT NULL,
-            finished_at   TEXT,
-            duration      REAL,
-            outcome       TEXT CHECK (outcome IN ({_list(OUTCOMES)})),
-            exit_code     INTEGER,
-            error         TEXT,
-            output_bytes  INTEGER NOT NULL DEFAULT 0,
-            output        BLOB NOT NULL DEFAULT x'',
+            claim INTEGER PRIMARY KEY, job INTEGER NOT NULL, number INTEGER NOT NULL,
+            worker_id INTEGER NOT NULL, worker TEXT NOT NULL, slot INTEGER NOT NULL,
+            started_at TEXT NOT NULL, finished_at TEXT, duration REAL,
+            outcome TEXT CHECK (outcome IN ({_list(OUTCOMES)})),
+            exit_code INTEGER, error TEXT, output_bytes INTEGER NOT NULL DEFAULT 0,
+            output BLOB NOT NULL DEFAULT x'',
             CHECK ((finished_at IS NULL) = (outcome IS NULL))
         );
         CREATE INDEX runs_by_job ON runs (job);
 
         CREATE TABLE events (
-            seq     INTEGER PRIMARY KEY,
-            job     INTEGER NOT NULL,
-            "from"  TEXT,
-            "to"    TEXT NOT NULL,
-            at      TEXT NOT NULL,
-            reason  TEXT
+            seq INTEGER PRIMARY KEY, job INTEGER NOT NULL, "from" TEXT,
+            "to" TEXT NOT NULL, at TEXT NOT NULL, reason TEXT
         );
         CREATE INDEX events_by_job ON events (job);
 
         CREATE TABLE dependencies (
-            needs  INTEGER NOT NULL,
-            job    INTEGER NOT NULL,
-            PRIMARY KEY (needs, job)
+            needs INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (needs, job)
         ) WITHOUT ROWID;
         CREATE INDEX dependencies_by_job ON dependencies (job);
-
-        CREATE TABLE unblocking (
-            needs  INTEGER PRIMARY KEY,
-            after  INTEGER NOT NULL
-        );
+        CREATE TABLE unblocking (needs INTEGER PRIMARY KEY, after INTEGER NOT NULL);
 
         CREATE TABLE tags (
-            tag  TEXT NOT NULL,
-            job  INTEGER NOT NULL,
-            PRIMARY KEY (tag, job)
+            tag TEXT NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (tag, job)
         ) WITHOUT ROWID;
         CREATE INDEX tags_by_job ON tags (job);
 
         CREATE TABLE queues (
-            name       TEXT PRIMARY KEY,
-            paused     INTEGER NOT NULL DEFAULT 0,
-            job_limit  INTEGER NOT NULL DEFAULT 0
+            name TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0,
+            job_limit INTEGER NOT NULL DEFAULT 0
         ) WITHOUT ROWID;
 
         CREATE TABLE schedules (
-            name          TEXT PRIMARY KEY,
-            cron          TEXT NOT NULL,
-            job           TEXT NOT NULL,
-            paused        INTEGER NOT NULL DEFAULT 0,
-            created_at    TEXT NOT NULL,
-            next_run      TEXT,
-            last_run      TEXT,
-            last_job      INTEGER,
-            tz            TEXT,
-            skipped       INTEGER NOT NULL DEFAULT 0,
-            last_success  TEXT
+            name TEXT PRIMARY KEY, cron TEXT NOT NULL, job TEXT NOT NULL,
+            paused INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL,
+            next_run TEXT, last_run TEXT, last_job INTEGER, tz TEXT,
+            skipped INTEGER NOT NULL DEFAULT 0, last_success TEXT
         ) WITHOUT ROWID;
 
         CREATE TABLE workers (
-            id              INTEGER PRIMARY KEY,
-            name            TEXT NOT NULL UNIQUE,
-            host            TEXT NOT NULL,
-            boot            TEXT NOT NULL,
-            pid             INTEGER NOT NULL,
-            born            TEXT NOT NULL,
-            slots           INTEGER NOT NULL,
-            queues          TEXT NOT NULL,
-            port            INTEGER,
-            started_at      TEXT NOT NULL,
-            heartbeat_at    TEXT NOT NULL,
-            heartbeats      INTEGER NOT NULL DEFAULT 0,
-            stop_requested  TEXT
+            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, host TEXT NOT NULL,
+            boot TEXT NOT NULL, pid INTEGER NOT NULL, born TEXT NOT NULL,
+            slots INTEGER NOT NULL, queues TEXT NOT NULL, port INTEGER,
+            started_at TEXT NOT NULL, heartbeat_at TEXT NOT NULL,
+            heartbeats INTEGER NOT NULL DEFAULT 0, stop_requested TEXT
         );
 
         CREATE TABLE counters (
-            jobs     INTEGER NOT NULL,
-            runs     INTEGER NOT NULL,
-            events   INTEGER NOT NULL,
-            workers  INTEGER NOT NULL
+            jobs INTEGER NOT NULL, runs INTEGER NOT NULL, events INTEGER NOT NULL,
+            workers INTEGER NOT NULL
         );
 
         CREATE TABLE counts (
-            queue  TEXT NOT NULL,
-            state  TEXT NOT NULL,
-            n      INTEGER NOT NULL CHECK (n >= 0),
-            PRIMARY KEY (queue, state)
+            queue TEXT NOT NULL, state TEXT NOT NULL,
+            n INTEGER NOT NULL CHECK (n >= 0), PRIMARY KEY (queue, state)
         ) WITHOUT ROWID;
 
         CREATE TABLE tallies (
-            minute  INTEGER NOT NULL,
-            queue   TEXT NOT NULL,
-            kind    TEXT NOT NULL,
-            bucket  INTEGER NOT NULL,
-            n       INTEGER NOT NULL,
-            total   REAL NOT NULL DEFAULT 0,
+            minute INTEGER NOT NULL, queue TEXT NOT NULL, kind TEXT NOT NULL,
+            bucket INTEGER NOT NULL, n INTEGER NOT NULL, total REAL NOT NULL DEFAULT 0,
             PRIMARY KEY (minute, queue, kind, bucket)
         ) WITHOUT ROWID;
         """
 
     # Facts of the database itself, from its making: `id` and `created_at`.
-    INSERT_META = _insert("meta", ("key", "value"))
+    INSERT_META = _insert("meta", "key", "value")
     META = "SELECT value FROM meta WHERE key = :key"
+    STORED_SETTINGS = "SELECT key, value FROM settings"     # the rest have defaults
+    SET = _upsert("settings", "key", "value")
+    UNSET = "DELETE FROM settings WHERE key = :key"
 
     FIRST_COUNTERS = "INSERT INTO counters VALUES (0, 0, 0, 0)"
     COUNTERS = "SELECT jobs, runs, events, workers FROM counters"
-    SET_COUNTERS = """
-        UPDATE counters
-           SET jobs = :jobs, runs = :runs, events = :events, workers = :workers
-        """
+    SET_COUNTERS = f"UPDATE counters {_set('jobs runs events workers')}"
 
     # Jobs, one by one and in lists.
-    INSERT_JOB = _insert("jobs", Job._fields)
+    INSERT_JOB = _insert("jobs", *Job._fields)
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With all the words of jobs_by_unique: a finished job keeps its key, but not the
-    # claim to it.
+    # With all the words of jobs_by_unique: a finished job keeps its key, but others may
+    # use it.
     JOB_BY_UNIQUE = """
-        SELECT *
-          FROM jobs
+        SELECT * FROM jobs
          WHERE "unique" = :unique
            AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)
         """
@@ -2461,7 +2385,7 @@ class Sql:
         "search": r"(lower(command) LIKE lower(:search) ESCAPE '\'"
                   r" OR lower(id) LIKE lower(:search) ESCAPE '\')",
         "ended_before": "finished_at < :ended_before",
-        "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to go on
+        "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to continue
     }
 
     @classmethod
@@ -2470,9 +2394,9 @@ class Sql:
         """The jobs of these states, of any if none is named, that fit the values.
 
         Each filter that has a value is a clause: no index serves `:tag IS NULL OR ...`.
-        Each state is a read of its own by its index, and only what these find is
-        sorted; for `state IN` SQLite would sort all that fit. There are few
-        combinations, and each stays prepared.
+        Each state is a read of its own by its index, and only the results are sorted;
+        for `state IN` SQLite would sort all that fit. There are few combinations, and
+        each stays prepared.
         """
         reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
                  "LIMIT :limit" for some in [[state] for state in states] or [[]]]
@@ -2500,24 +2424,19 @@ class Sql:
         return " AND ".join(clauses + [cls.FILTERS[key] for key in values
                                        if key in cls.FILTERS])
 
-    # A row stays when its count is 0 again: a metric must not vanish then.
-    COUNTS = "SELECT queue, state, n FROM counts"
     # From one rank to the next by the index, a thousand at most: with ageing nearly
     # each job has a rank of its own. Within a rank the index goes by run_at.
     OLDEST_READY = """
         WITH RECURSIVE ranks (rank, n) AS (
-            SELECT MIN(rank), 1
-              FROM jobs
+            SELECT MIN(rank), 1 FROM jobs
              WHERE waits = 'ready' AND queue = :queue
              UNION ALL
-            SELECT (SELECT MIN(jobs.rank)
-                      FROM jobs
+            SELECT (SELECT MIN(jobs.rank) FROM jobs
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank > ranks.rank), n + 1
               FROM ranks
              WHERE rank IS NOT NULL AND n < 1000)
-        SELECT MIN((SELECT MIN(run_at)
-                      FROM jobs
+        SELECT MIN((SELECT MIN(run_at) FROM jobs
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
           FROM ranks
@@ -2528,28 +2447,18 @@ class Sql:
           FROM (SELECT queue, run_at
                   FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now
-                 ORDER BY run_at
-                 LIMIT 1000) AS due
+                 ORDER BY run_at LIMIT 1000) AS due
          GROUP BY queue
         """
     COUNT_DUE = """
         SELECT COUNT(*)
-          FROM (SELECT 1
-                  FROM jobs
-                 WHERE waits = 'ready' AND queue = :queue
+          FROM (SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue
                  UNION ALL
-                SELECT 1
-                  FROM jobs
+                SELECT 1 FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                  LIMIT :most) AS due
         """
-    NEXT_DUE = """
-        SELECT *
-          FROM jobs
-         WHERE waits = 'scheduled'
-         ORDER BY run_at
-         LIMIT 1
-        """
+    NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
     # Until when a worker may sleep.
     DUE_AT = """
         SELECT MIN(at)
@@ -2557,73 +2466,113 @@ class Sql:
                  UNION ALL
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times
         """
+    # What an idle worker asks at each wake-up: is a job ready; is anything due?
+    ANY_WORK = """
+        SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
+               EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
+            OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
+            OR EXISTS (SELECT 1 FROM unblocking)
+            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
+                                            AND updated_at > :ahead)
+        """
+    ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
+    # What is due becomes ready (I7), longest due first, some at a time: those of one
+    # moment may be very many, and the write lock is held.
+    MAKE_READY = """
+        UPDATE jobs
+           SET waits = 'ready'
+         WHERE seq IN (SELECT seq
+                         FROM jobs
+                        WHERE waits = 'scheduled' AND run_at <= :now
+                        ORDER BY run_at LIMIT :limit)
+        """
+    # Delays that began in the future: the clock was set back.
+    DELAYED = """
+        SELECT * FROM jobs
+         WHERE waits = 'scheduled' AND at_time = 0 AND updated_at > :ahead
+         ORDER BY updated_at LIMIT :limit
+        """
+    BRING_FORWARD = f"""
+        UPDATE jobs {_set("run_at rank updated_at")}
+         WHERE seq = :seq AND waits = 'scheduled'
+        """
+    LINE = """
+        SELECT * FROM jobs
+         WHERE waits = 'ready'
+         ORDER BY rank, run_at, seq LIMIT :limit
+        """
+    # For one queue, where those at the head of LINE may not be taken.
+    QUEUE_LINE = LINE.replace("'ready'", "'ready' AND queue = :queue")
+    BEFORE = """
+        SELECT COUNT(*) FROM jobs
+         WHERE waits = 'ready' AND queue = :queue
+           AND (rank, run_at, seq) < (:rank, :run_at, :seq)
+        """
 
     # The one statement that changes a state. State alone would let a late worker end a
     # later claim; the claim's number is the fence (I1, I3), 0 for a job without one.
     # It sets what verbs change; EDIT what people may.
-    MOVE = """
-        UPDATE jobs
-           SET state = :state, attempts = :attempts, crashes = :crashes,
-               updated_at = :updated_at, run_at = :run_at, worker = :worker,
-               started_at = :started_at, finished_at = :finished_at,
-               exit_code = :exit_code, error = :error, waits = :waits, rank = :rank,
-               claim = :claim, end_requested = :end_requested, runs = :runs,
-               at_time = :at_time
+    MOVE = "UPDATE jobs " + _set(
+        "state attempts crashes updated_at run_at worker started_at finished_at "
+        "exit_code error waits rank claim end_requested runs at_time") + """
          WHERE seq = :seq
            AND state = :source AND COALESCE(claim, 0) = :held
         """
+    EDIT = "UPDATE jobs " + _set(
+        "command priority run_at max_retries timeout queue waits rank updated_at "
+        "at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
+    # All that wait, in pages, when `priority-ageing` is changed.
+    WAITING = """
+        SELECT seq, priority, run_at FROM jobs
+         WHERE waits IS NOT NULL AND seq > :after
+         ORDER BY seq LIMIT :limit
+        """
+    SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
     # By claim: it must not hit a later run, whose end nobody has requested.
     REQUEST_END = """
-        UPDATE jobs
-           SET end_requested = :end_requested
-         WHERE seq = :seq
-           AND claim = :claim
+        UPDATE jobs SET end_requested = :end_requested
+         WHERE seq = :seq AND claim = :claim
         """
-    # Before the first signal to a lost run: should its worker thaw and record the end,
-    # that counts as a crash (`judged`), not as the job's own failure. A request to
-    # cancel stays: then the end of the run cancels the job.
+    # Before the first signal to a lost run: if its worker thaws and records the end,
+    # that counts as a crash (`judged`), not as the job's failure. A cancel stays.
     SEIZE = """
-        UPDATE jobs
-           SET end_requested = 'lost'
-         WHERE claim = :claim AND claim IS NOT NULL
-           AND end_requested IS NULL
+        UPDATE jobs SET end_requested = 'lost'
+         WHERE claim = :claim AND claim IS NOT NULL AND end_requested IS NULL
         """
+    # What the database says this worker holds. A claim that is missing was taken from
+    # it, and nothing of its run may be recorded (I3).
+    MINE = """
+        SELECT claim, end_requested, unmet FROM jobs
+         WHERE claim IS NOT NULL AND worker = :worker
+        """
+
     # Events are ordered by seq, not by time: clocks are set back.
-    INSERT_EVENT = """
-        INSERT INTO events (seq, job, "from", "to", at, reason)
-        VALUES (:seq, :job, :source, :target, :at, :reason)
-        """
+    INSERT_EVENT = _insert("events", "seq", "job", "from", "to", "at", "reason")
     EVENTS_OF = """
-        SELECT jobs.id, "from", "to", at, reason
-          FROM events
+        SELECT jobs.id, "from", "to", at, reason FROM events
           JOIN jobs ON jobs.seq = events.job
          WHERE events.job = :job
          ORDER BY events.seq
         """
     EVENTS_AFTER = """
-        SELECT jobs.id, "from", "to", at, reason, events.seq
-          FROM events
+        SELECT jobs.id, "from", "to", at, reason, events.seq FROM events
           JOIN jobs ON jobs.seq = events.job
          WHERE events.seq > :after
            AND at >= :since
            AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
-         ORDER BY events.seq
-         LIMIT :limit
+         ORDER BY events.seq LIMIT :limit
         """
 
     # Dependencies: a row while the needed job exists. Only a completed job can be
     # deleted while others wait for it, so a missing row is met.
-    INSERT_NEED = _insert("dependencies", ("needs", "job"))
-    # Completing a job lowers `unmet` of its dependents; at 0 one is no longer blocked.
-    # `waits` is no state, so no event is written.
+    INSERT_NEED = _insert("dependencies", "needs", "job")
     DEPENDENTS = """
-        SELECT needs, job
-          FROM dependencies
+        SELECT needs, job FROM dependencies
          WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
            AND job > :after
-         ORDER BY needs, job
-         LIMIT :limit
+         ORDER BY needs, job LIMIT :limit
         """
+    # `waits` is no state, so no event is written.
     MEET = """
         UPDATE jobs
            SET unmet = unmet - 1,
@@ -2631,8 +2580,7 @@ class Sql:
                            THEN CASE WHEN run_at > :now THEN 'scheduled'
                                      ELSE 'ready' END
                            ELSE waits END
-         WHERE seq = :job
-           AND unmet > 0
+         WHERE seq = :job AND unmet > 0
         """
     # A completed job is retried: dependents that have not begun wait again.
     UNMEET = """
@@ -2645,26 +2593,19 @@ class Sql:
                         WHERE needs = :needs AND job <= :upto)
         """
     UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
-    SET_UNBLOCKING = """
-        INSERT INTO unblocking (needs, after)
-        VALUES (:needs, :after)
-            ON CONFLICT (needs) DO UPDATE SET after = excluded.after
-        """
+    SET_UNBLOCKING = _upsert("unblocking", "needs", "after")
     DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
     WAITING_DEPENDENT = """
-        SELECT jobs.id
-          FROM dependencies
+        SELECT jobs.id FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.job
-         WHERE dependencies.needs = :needs
-           AND jobs.waits IS NOT NULL
+         WHERE dependencies.needs = :needs AND jobs.waits IS NOT NULL
          LIMIT 1
         """
     # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
     # (the job that runs this command), and what comes after these.
     _STUCK = """
         WITH RECURSIVE stuck (seq) AS (
-            SELECT jobs.seq
-              FROM jobs
+            SELECT jobs.seq FROM jobs
              WHERE waits = 'blocked'
                AND EXISTS (SELECT 1
                              FROM dependencies
@@ -2673,60 +2614,30 @@ class Sql:
                               AND (needed.state IN ('dead', 'cancelled')
                                    OR needed.seq = :caller))
              UNION
-            SELECT dependencies.job
-              FROM stuck
+            SELECT dependencies.job FROM stuck
               JOIN dependencies ON dependencies.needs = stuck.seq
              WHERE EXISTS (SELECT 1
                              FROM jobs
                             WHERE jobs.seq = dependencies.job AND waits = 'blocked'))
         """
-    COUNT_STUCK = _STUCK + """
-        SELECT COUNT(*)
+    _OF_QUEUE = """
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
         """
-    LIST_STUCK = _STUCK + """
-        SELECT *
-          FROM jobs
-         WHERE seq IN (SELECT seq FROM stuck)
-           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
-         ORDER BY seq
-         LIMIT :limit
-        """
+    COUNT_STUCK = f"{_STUCK} SELECT COUNT(*) {_OF_QUEUE}"
+    LIST_STUCK = f"{_STUCK} SELECT * {_OF_QUEUE} ORDER BY seq LIMIT :limit"
     STUCK_AMONG = _STUCK + """
-        SELECT seq
-          FROM stuck
+        SELECT seq FROM stuck
          WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))
         """
     LAST_NEED_END = """
-        SELECT MAX(jobs.finished_at)
-          FROM dependencies
+        SELECT MAX(jobs.finished_at) FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.needs
          WHERE dependencies.job = :job
         """
-    # A waiting job has no claim to guard by (I2, I7).
-    EDIT = """
-        UPDATE jobs
-           SET command = :command, priority = :priority, run_at = :run_at,
-               max_retries = :max_retries, timeout = :timeout, queue = :queue,
-               waits = :waits, rank = :rank, updated_at = :updated_at,
-               at_time = :at_time
-         WHERE seq = :seq
-           AND waits IS NOT NULL
-        """
-    # All that wait, in pages, when `priority-ageing` is changed.
-    WAITING = """
-        SELECT seq, priority, run_at
-          FROM jobs
-         WHERE waits IS NOT NULL AND seq > :after
-         ORDER BY seq
-         LIMIT :limit
-        """
-    SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
 
-    INSERT_TAG = _insert("tags", ("tag", "job"))
-
+    INSERT_TAG = _insert("tags", "tag", "job")
     # The job last, so that a reader never finds a job without its history.
     DELETE_JOB = (
         "DELETE FROM runs WHERE job = :seq",
@@ -2738,156 +2649,49 @@ class Sql:
         "DELETE FROM jobs WHERE seq = :seq",
     )
 
-    # Runs. A run's end is written once, hence `outcome IS NULL`.
-    INSERT_RUN = _insert("runs", (
-        "claim", "job", "number", "worker_id", "worker", "slot", "started_at"))
-    BEGIN_RUN = """
-        UPDATE runs
-           SET slot = :slot, started_at = :started_at
-         WHERE claim = :claim
-           AND outcome IS NULL
-        """
+    # Runs. Claims only grow (I4), so they order the runs of a job. A run's end is
+    # written once, hence `outcome IS NULL`.
+    INSERT_RUN = _insert("runs", *Run._fields[:7])
+    _OPEN = "WHERE claim = :claim AND outcome IS NULL"
+    BEGIN_RUN = f"UPDATE runs {_set('slot started_at')} {_OPEN}"
     # Less output than is stored does not replace it: who records a lost run has none,
     # and what its worker had saved by SAVE_OUTPUT stays.
-    END_RUN = """
-        UPDATE runs
-           SET slot = :slot, started_at = :started_at, finished_at = :finished_at,
-               duration = :duration, outcome = :outcome, exit_code = :exit_code,
-               error = :error,
+    END_RUN = "UPDATE runs " + _set(
+        "slot started_at finished_at duration outcome exit_code error") + f""",
                output = CASE WHEN output_bytes > :output_bytes THEN output
                              ELSE :output END,
                output_bytes = CASE WHEN output_bytes > :output_bytes THEN output_bytes
                                    ELSE :output_bytes END
-         WHERE claim = :claim
-           AND outcome IS NULL
+         {_OPEN}
         """
-    SAVE_OUTPUT = """
-        UPDATE runs
-           SET output = :output, output_bytes = :output_bytes
-         WHERE claim = :claim
-           AND outcome IS NULL
-        """
-    # Claims only grow (I4), so they order the runs of a job.
+    SAVE_OUTPUT = f"UPDATE runs {_set('output output_bytes')} {_OPEN}"
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUNS = f"""
-        SELECT {RUN_WITHOUT_OUTPUT}
-          FROM runs
+        SELECT {RUN_WITHOUT_OUTPUT} FROM runs
          WHERE job = :job
-         ORDER BY claim DESC
-         LIMIT :limit
+         ORDER BY claim DESC LIMIT :limit
         """
     UNDER_WAY = f"""
-        SELECT {RUN_WITHOUT_OUTPUT}
-          FROM jobs
+        SELECT {RUN_WITHOUT_OUTPUT} FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
          ORDER BY jobs.claim
         """
 
-    # The claim. Selected and taken in one IMMEDIATE transaction (I2), for SQLite has
-    # RETURNING only since 3.35. ANY_READY comes first: an idle worker asks it at each
-    # wake-up, and writes nothing.
-    ANY_READY = """
-        SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready')
-            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
-            OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
-            OR EXISTS (SELECT 1 FROM unblocking)
-            OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
-                                            AND updated_at > :ahead)
-        """
-    # Delays that began in the future: the clock was set back.
-    DELAYED = """
-        SELECT *
-          FROM jobs
-         WHERE waits = 'scheduled' AND at_time = 0
-           AND updated_at > :ahead
-         ORDER BY updated_at
-         LIMIT :limit
-        """
-    BRING_FORWARD = """
-        UPDATE jobs
-           SET run_at = :run_at, rank = :rank, updated_at = :updated_at
-         WHERE seq = :seq
-           AND waits = 'scheduled'
-        """
-    BEFORE = """
-        SELECT COUNT(*)
-          FROM jobs
-         WHERE waits = 'ready' AND queue = :queue
-           AND (rank, run_at, seq) < (:rank, :run_at, :seq)
-        """
-    # What is due becomes ready (I7), longest due first, some at a time: those of one
-    # moment may be very many, and the write lock is held.
-    MAKE_READY = """
-        UPDATE jobs
-           SET waits = 'ready'
-         WHERE seq IN (SELECT seq
-                         FROM jobs
-                        WHERE waits = 'scheduled' AND run_at <= :now
-                        ORDER BY run_at
-                        LIMIT :limit)
-        """
-    LINE = """
-        SELECT *
-          FROM jobs
-         WHERE waits = 'ready'
-         ORDER BY rank, run_at, seq
-         LIMIT :limit
-        """
-    # For one queue, where those at the head of LINE may not be taken.
-    QUEUE_LINE = """
-        SELECT *
-          FROM jobs
-         WHERE waits = 'ready' AND queue = :queue
-         ORDER BY rank, run_at, seq
-         LIMIT :limit
-        """
-    ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
-    ANY_DUE_IN = """
-        SELECT 1
-          FROM jobs
-         WHERE waits = 'scheduled' AND run_at <= :now
-           AND queue = :queue
-         LIMIT 1
-        """
-    # What the database says this worker holds. A claim that is missing was taken from
-    # it, and nothing of its run may be recorded (I3).
-    MINE = """
-        SELECT claim, end_requested, unmet
-          FROM jobs
-         WHERE claim IS NOT NULL AND worker = :worker
-        """
-
     QUEUES = "SELECT name, paused, job_limit FROM queues"
-    SET_PAUSED = """
-        INSERT INTO queues (name, paused)
-        VALUES (:name, :paused)
-            ON CONFLICT (name) DO UPDATE SET paused = excluded.paused
-        """
-    SET_LIMIT = """
-        INSERT INTO queues (name, job_limit)
-        VALUES (:name, :job_limit)
-            ON CONFLICT (name) DO UPDATE SET job_limit = excluded.job_limit
-        """
+    SET_PAUSED = _upsert("queues", "name", "paused")
+    SET_LIMIT = _upsert("queues", "name", "job_limit")
     # After each of the two: a queue with neither is not listed.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
-    INSERT_SCHEDULE = _insert("schedules", ("name", "cron", "job", "created_at",
-                                            "next_run", "tz"))
+    INSERT_SCHEDULE = _insert("schedules", "name", "cron", "job", "created_at",
+                              "next_run", "tz")
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
-    SCHEDULES_DUE = """
-        SELECT *
-          FROM schedules
-         WHERE paused = 0
-           AND next_run <= :now
-        """
-    # When resumed, with the next run: those missed meanwhile are not made up.
-    SET_SCHEDULE = """
-        UPDATE schedules
-           SET paused = :paused, next_run = :next_run, last_run = :last_run,
-               last_job = :last_job, skipped = :skipped
+    SCHEDULES_DUE = "SELECT * FROM schedules WHERE paused = 0 AND next_run <= :now"
+    SET_SCHEDULE = f"""
+        UPDATE schedules {_set("paused next_run last_run last_job skipped")}
          WHERE name = :name
         """
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
@@ -2896,19 +2700,15 @@ class Sql:
     # Workers. One that was taken for dead comes back with its old id, which its lock
     # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
     # last, and never two clocks.
-    INSERT_WORKER = _insert("workers", Worker._fields)
+    INSERT_WORKER = _insert("workers", *Worker._fields)
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
     HEARTBEAT = """
-        UPDATE workers
-           SET heartbeat_at = :now, heartbeats = heartbeats + 1
+        UPDATE workers SET heartbeat_at = :now, heartbeats = heartbeats + 1
          WHERE id = :id
         """
-    STOP_WORKER = """
-        UPDATE workers
-           SET stop_requested = :stop_requested
-         WHERE id = :id
-        """
+    STOP_WORKER = "UPDATE workers SET stop_requested = :stop_requested WHERE id = :id"
+    RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
     # By id: the name of a dead worker may be another's by now. CROSS JOIN has SQLite
     # begin with the few running jobs, not with all runs there ever were (108 ms for
@@ -2930,20 +2730,15 @@ class Sql:
     # result.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
-          FROM (SELECT *
-                  FROM jobs
-                 WHERE state = :state
-                 ORDER BY seq DESC
-                 LIMIT :look) AS newest
+          FROM (SELECT * FROM jobs WHERE state = :state ORDER BY seq DESC LIMIT :look)
+            AS newest
          WHERE id >= :word AND id < :end
          LIMIT :limit
         """
     IDS_FROM = """
-        SELECT seq, id, state, substr(command, 1, 80)
-          FROM jobs
+        SELECT seq, id, state, substr(command, 1, 80) FROM jobs
          WHERE id >= :word AND id < :end
-         ORDER BY id
-         LIMIT :look
+         ORDER BY id LIMIT :look
         """
     # From one tag to the next by the key: DISTINCT would read a row for each job.
     TAGS_FROM = """
@@ -2953,77 +2748,55 @@ class Sql:
             SELECT (SELECT MIN(tags.tag) FROM tags WHERE tags.tag > found.tag)
               FROM found
              WHERE found.tag < :end)
-        SELECT tag
-          FROM found
+        SELECT tag FROM found
          WHERE tag < :end
          LIMIT :limit
         """
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Settings: only what somebody has set; for the rest a new version's default holds.
-    STORED_SETTINGS = "SELECT key, value FROM settings"
-    SET = """
-        INSERT INTO settings (key, value)
-        VALUES (:key, :value)
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value
-        """
-    RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
-    UNSET = "DELETE FROM settings WHERE key = :key"
-
-    # Counters, written once a transaction (I8): triggers cost 40% of the claims a
-    # second. Minute 0 is all time. Never below 0: a count that is wrong must not stop a
-    # worker.
+    # Counts and tallies are written once a transaction (I8): triggers cost 40% of the
+    # claims a second. A count's row stays when it is 0 again, for a metric must not
+    # vanish then. None falls below 0: one that is wrong must not stop a worker.
+    COUNTS = "SELECT queue, state, n FROM counts"
     COUNT = """
         INSERT INTO counts (queue, state, n)
         VALUES (:queue, :state, CASE WHEN :n > 0 THEN :n ELSE 0 END)
             ON CONFLICT (queue, state) DO UPDATE
            SET n = CASE WHEN counts.n + :n > 0 THEN counts.n + :n ELSE 0 END
         """
-    TALLY = """
-        INSERT INTO tallies (minute, queue, kind, bucket, n, total)
-        VALUES (:minute, :queue, :kind, :bucket, :n, :total)
-            ON CONFLICT (minute, queue, kind, bucket)
-            DO UPDATE SET n = tallies.n + excluded.n,
-                          total = tallies.total + excluded.total
+    # Minute 0 is all time.
+    TALLY = _insert("tallies", "minute", "queue", "kind", "bucket", "n", "total") + """
+            ON CONFLICT (minute, queue, kind, bucket) DO UPDATE
+           SET n = tallies.n + excluded.n, total = tallies.total + excluded.total
         """
     # One row per queue, kind and bucket, so the price does not grow with age.
-    TALLIES_EVER = """
-        SELECT queue, kind, bucket, n, total
-          FROM tallies
-         WHERE minute = 0
-        """
+    TALLIES_EVER = "SELECT queue, kind, bucket, n, total FROM tallies WHERE minute = 0"
     # From a minute on, so at least 1: with minute 0 all would count twice.
     TALLIES_SINCE = """
-        SELECT queue, kind, bucket, SUM(n), SUM(total)
-          FROM tallies
+        SELECT queue, kind, bucket, SUM(n), SUM(total) FROM tallies
          WHERE minute >= :minute
          GROUP BY queue, kind, bucket
+        """
+    TALLIES_BY_MINUTE = """
+        SELECT minute, kind, bucket, SUM(n), SUM(total) FROM tallies
+         WHERE minute >= :first AND minute <= :last
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
+         GROUP BY minute, kind, bucket
         """
     # Ended since the database was made, deleted or not: a progress bar must not go
     # back.
     OVER_EVER = """
-        SELECT kind, SUM(n)
-          FROM tallies
+        SELECT kind, SUM(n) FROM tallies
          WHERE minute = 0
            AND kind IN ('complete', 'bury', 'cancel')
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY kind
         """
-
-    TALLIES_BY_MINUTE = """
-        SELECT minute, kind, bucket, SUM(n), SUM(total)
-          FROM tallies
-         WHERE minute >= :first AND minute <= :last
-           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
-         GROUP BY minute, kind, bucket
-        """
-
     DELETE_TALLIES = """
         DELETE FROM tallies
          WHERE (minute, queue, kind, bucket) IN (
-               SELECT minute, queue, kind, bucket
-                 FROM tallies
+               SELECT minute, queue, kind, bucket FROM tallies
                 WHERE minute > 0 AND minute < :before
                 LIMIT :limit)
         """
@@ -3031,7 +2804,6 @@ class Sql:
     # What must hold between tables: a code, what is wrong with each row found, a
     # statement. They read whole tables, so only `check` runs them, in one snapshot.
     RULES = (
-        # Sums of ones and minuses that are not 0 (I8).
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
               FROM (SELECT queue, state, 1 AS n FROM jobs
@@ -3052,36 +2824,28 @@ class Sql:
             """),
         # A CHECK sees one table, so these two hold a claim and its run together.
         ("claims", "{} is processing, but has no run under way (I2)", """
-            SELECT jobs.id
-              FROM jobs
+            SELECT jobs.id FROM jobs
               LEFT JOIN runs ON runs.claim = jobs.claim AND runs.job = jobs.seq
                             AND runs.outcome IS NULL
-             WHERE jobs.claim IS NOT NULL
-               AND runs.claim IS NULL
+             WHERE jobs.claim IS NOT NULL AND runs.claim IS NULL
             """),
         ("claims", "run number {} is under way, but no job holds its claim (I3)", """
-            SELECT runs.claim
-              FROM runs
+            SELECT runs.claim FROM runs
               LEFT JOIN jobs ON jobs.claim = runs.claim
-             WHERE runs.outcome IS NULL
-               AND jobs.seq IS NULL
+             WHERE runs.outcome IS NULL AND jobs.seq IS NULL
             """),
         ("history", "the state of {} is not where its last event leads (I1)", """
-            SELECT jobs.id
-              FROM jobs
+            SELECT jobs.id FROM jobs
               LEFT JOIN events ON events.seq = (SELECT MAX(seq) FROM events
                                                  WHERE job = jobs.seq)
              WHERE COALESCE(events."to", '') <> jobs.state
             """),
-        ("gates", "{} waits for other jobs, but these are all completed (I7)", """
-            SELECT id
-              FROM jobs
-             WHERE waits = 'blocked'
-               AND unmet = 0
-            """),
-        ("gates", "the number of jobs that {} waits for is wrong (I7)", """
-            SELECT jobs.id
-              FROM jobs
+        ("waits", "{} waits for other jobs, but these are all completed (I7)",
+         "SELECT id FROM jobs WHERE waits = 'blocked' AND unmet = 0"),
+        ("waits", "{} may be claimed, but what it comes after is not over (I7)",
+         "SELECT id FROM jobs WHERE waits IN ('ready', 'scheduled') AND unmet > 0"),
+        ("waits", "the number of jobs that {} waits for is wrong (I7)", """
+            SELECT jobs.id FROM jobs
               LEFT JOIN dependencies ON dependencies.job = jobs.seq
               LEFT JOIN jobs AS needed ON needed.seq = dependencies.needs
               LEFT JOIN unblocking ON unblocking.needs = dependencies.needs
@@ -3090,10 +2854,6 @@ class Sql:
                                               OR unblocking.after < jobs.seq
                                             THEN 1 END)
             """),
-        ("gates", "{} may be claimed, but what it comes after is not over (I7)", """
-            SELECT id FROM jobs WHERE waits IN ('ready', 'scheduled') AND unmet > 0
-            """),
-        # Foreign keys.
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
@@ -3106,17 +2866,14 @@ class Sql:
 
 # From each older format to the current one, in one transaction. Tables that differ are
 # moved away and made anew by SCHEMA: a CHECK cannot be changed, nor AUTOINCREMENT.
+_MOVED = "jobs", "runs", "events", "workers", "schedules"
 UPGRADES = {
-    1: """
-        ALTER TABLE jobs RENAME TO old_jobs;
-        ALTER TABLE runs RENAME TO old_runs;
-        ALTER TABLE events RENAME TO old_events;
-        ALTER TABLE workers RENAME TO old_workers;
-        ALTER TABLE schedules RENAME TO old_schedules;
-        DROP INDEX jobs_by_state; DROP INDEX jobs_in_line; DROP INDEX jobs_in_queue;
-        DROP INDEX jobs_by_time; DROP INDEX jobs_by_claim; DROP INDEX jobs_by_unique;
-        DROP INDEX jobs_by_end; DROP INDEX runs_by_job; DROP INDEX events_by_job;
-        """ + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + """
+    1: "".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in _MOVED)
+    + "".join(f"DROP INDEX {name};" for name in (
+        "jobs_by_state", "jobs_in_line", "jobs_in_queue", "jobs_by_time",
+        "jobs_by_claim", "jobs_by_unique", "jobs_by_end", "runs_by_job",
+        "events_by_job"))
+    + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + """
         INSERT INTO counters
         SELECT COALESCE(MAX(CASE name WHEN 'old_jobs' THEN seq END), 0),
                COALESCE(MAX(CASE name WHEN 'old_runs' THEN seq END), 0),
@@ -3140,15 +2897,9 @@ UPGRADES = {
                   JOIN old_jobs AS needed ON needed.seq = dependencies.needs
                  WHERE dependencies.job = old_jobs.seq
                    AND needed.state <> 'completed'),
-               NULL,
-               COALESCE(gate = 'time' AND state = 'pending', 0)
+               NULL, COALESCE(gate = 'time' AND state = 'pending', 0)
           FROM old_jobs;
-        DROP TABLE old_jobs;
-        DROP TABLE old_runs;
-        DROP TABLE old_events;
-        DROP TABLE old_workers;
-        DROP TABLE old_schedules;
-        """,
+        """ + "".join(f"DROP TABLE old_{name};" for name in _MOVED),
 }
 SCHEMA_VERSION = 1 + max(UPGRADES)
 
@@ -4577,7 +4328,7 @@ class Ledger:
         """For each the state before, a reason if it is not the usual one, the job."""
         first = self.take_numbers("events", len(changes))
         self.write(Sql.INSERT_EVENT, [
-            {"seq": seq, "job": job.seq, "source": source, "target": job.state,
+            {"seq": seq, "job": job.seq, "from": source, "to": job.state,
              "at": job.updated_at, "reason": reason or None}
             for seq, (source, reason, job) in enumerate(changes, first)])
 
@@ -6131,23 +5882,20 @@ class Claims:
             self._release_lock()
 
     def is_work_ready(self) -> bool:
-        """Return True if a tick may find something to claim or to let in.
+        """Return True if a tick may find something to claim or to do.
 
         A read, so an idle worker never writes. What waits in paused, full or foreign
         queues does not count: the ticks of idle workers, which all of them see, would
-        go on waking the others. What has become due is work for any worker: it lets it
-        in, whosever it is. Most often the first statement is the only one.
+        go on waking the others. What has become due is work for any worker.
         """
         now = self._clock()
-        ahead = iso(now + CLOCK_NOISE)
-        if not self._store.rows(Sql.ANY_READY, now=iso(now), ahead=ahead)[0][0]:
-            return False
-        [[due_at]], room = self._store.rows(Sql.DUE_AT), self._room(1)
-        return bool((due_at and due_at <= iso(now))
-                    or self._store.rows(Sql.UNBLOCKING)
-                    or self._store.rows(Sql.DELAYED, ahead=ahead, limit=1)) or any(
-            room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
-            for queue, state in self._store.counts() if state in WAITING)
+        [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
+                                                    ahead=iso(now + CLOCK_NOISE))
+        if is_due or not is_any_ready:
+            return bool(is_due)
+        room = self._room(1)
+        return any(room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
+                   for queue, state in self._store.counts() if state in WAITING)
 
     def next_due(self) -> float | None:
         """The epoch seconds at which the next job or schedule of any queue is due;
@@ -6467,8 +6215,8 @@ class Claims:
                 and (not self._options.queues or queue in self._options.queues)}
         own = {queue for queue, _ in states if room(queue)}
         return not busy and not any(
-            (queue, FAILED) in states or self._store.row(Sql.ANY_READY_IN, queue=queue)
-            or self._store.row(Sql.ANY_DUE_IN, queue=queue, now=iso(self._clock()))
+            (queue, FAILED) in states or self._store.rows(
+                Sql.COUNT_DUE, queue=queue, now=iso(self._clock()), most=1)[0][0]
             for queue in own)
 
 

@@ -1662,11 +1662,11 @@ class Statements(Case):
     HOT = (
         ("jobs_in_line",   "LINE"),
         ("jobs_in_queue",  "BEFORE QUEUE_LINE ANY_READY_IN COUNT_DUE"),
-        ("jobs_in_",       "ANY_READY"),    # either: each holds the open ones alone
-        ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_READY ANY_DUE_IN COUNT_DUE"),
+        ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
+        ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
-        ("jobs_delayed",   "DELAYED ANY_READY"),
+        ("jobs_delayed",   "DELAYED ANY_WORK"),
         ("jobs_blocked",   "COUNT_STUCK"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LAST_RUNS RUNS RUN"),
@@ -4308,8 +4308,8 @@ class Checks(Case):
         ("claims", "UPDATE runs SET outcome = NULL, finished_at = NULL"),
         ("history", "UPDATE jobs SET state = 'cancelled' WHERE state = 'completed'"),
         ("history", "DELETE FROM events"),
-        ("gates", "UPDATE jobs SET waits = 'blocked' WHERE waits = 'ready'"),
-        ("gates", "UPDATE jobs SET waits = 'ready' WHERE waits = 'blocked'"),
+        ("waits", "UPDATE jobs SET waits = 'blocked' WHERE waits = 'ready'"),
+        ("waits", "UPDATE jobs SET waits = 'ready' WHERE waits = 'blocked'"),
         ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
     )
 
