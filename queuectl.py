@@ -6310,46 +6310,39 @@ class Peers:
 
 
 # ---- 12 Check ----------------------------------------------------------------
-# Each check tells what it found, with what to do; none changes anything, so it may run
-# beside workers. A PROBLEM is a broken promise: the command ends with 1. A WARNING is
-# what may become one, or what only a worker can mend.
+# None of these looks changes anything, so they may run beside workers.
 
-# It is copied into the file at each 12 MiB (WAL_PAGES) and cut to 16 MiB (WAL_LIMIT).
-# It grows far beyond that only while some connection goes on reading an old state: then
-# no checkpoint can begin it anew (sqlite.org/wal.html, checkpoint starvation).
-WAL_LARGE = 64 << 20   # bytes of WAL beyond what a busy worker leaves
+# A busy worker leaves 12 to 16 MiB (WAL_PAGES, WAL_LIMIT). Beyond that the WAL grows
+# only while a connection reads an old state (sqlite.org/wal.html, starvation).
+WAL_LARGE = 64 << 20   # bytes
 DISK_LOW = 100 << 20   # bytes free on the disk
 
-# Where files of several machines lie: WAL needs memory that all its users share. The
-# beginnings of their names, for these have versions: nfs4, smb3, gfs2.
-NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre",
-                       "gpfs", "beegfs", "ocfs", "gfs", "sshfs", "rclone", "s3fs",
-                       "virtiofs", "vboxsf", "prl_fs")
+# WAL needs memory that all users of the file share, so these are unsafe. The beginnings
+# of names, since these have versions: nfs4, smb3, gfs2.
+NETWORK_FILESYSTEMS = (
+    "nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs",
+    "ocfs", "gfs", "sshfs", "rclone", "s3fs", "virtiofs", "vboxsf", "prl_fs")
 
 
 def filesystem_of(path: str, mounts: str) -> str:
-    """The type of the file system that an absolute path is on; "" if not told.
+    """The type of the file system that holds an absolute path; "" if unknown.
 
-    `mounts` is the text of /proc/self/mountinfo (proc(5)): the mount point is the
-    fifth field, with blanks as \\040; the type is the first after a lone hyphen.
+    `mounts` is the text of /proc/self/mountinfo (proc(5)):
 
         36 35 98:0 / /mnt/a\\040b rw shared:1 - ext4 /dev/sda1 rw    /mnt/a b: ext4
-
-    The longest mount point that the path is in is its own; of equal ones the last, for
-    what is mounted later hides what was there.
     """
     found, kind = -1, ""
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= found and after:
+        is_inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if is_inside and len(point) >= found and after:     # a later mount hides others
             found, kind = len(point), after.split()[0]
     return kind
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Whether several machines may have it open; those of FUSE are called fuse.NAME."""
+    """Return True if several machines may have it mounted."""
     name = kind[len("fuse."):] if kind.startswith("fuse.") else kind
     return name.startswith(NETWORK_FILESYSTEMS)
 
@@ -6359,42 +6352,27 @@ def _pid_list(pids: Sequence[int]) -> str:
 
 
 class Inspection:
-    """Everything that `check` looks at in one queue.
-
-    The file and the rules are looked at in one snapshot. The rest is of the moments in
-    which it is asked: the machine's processes have no snapshot.
-    """
+    """Everything that `check` examines in one queue."""
 
     def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._store, self._host, self.path = queue.store, queue.host, queue.path
+        self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        """All there is to say, the gravest first; [] of a sound queue.
-
-        Within a level in the order of the looks. It reads the whole file, so it takes
-        longer the larger that is.
-        """
-        looks = (self._file, self._schedules, self._skips, self._unserved,
-                 self._stuck, self._clock, self._lost_runs, self._silent_workers,
-                 self._filesystem, self._wal, self._room, self._mode)
+        """All findings, problems first; it reads the whole file."""
+        looks = (self._file, self._schedules, self._blocked, self._clock,
+                 self._lost_runs, self._workers, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
     def _file(self) -> Iterator[Finding]:
-        """What SQLite says of the file, and the queue's own rules, in one moment.
-
-        A rule compares tables: a commit between two statements would look like a rule
-        that is broken. Of a damaged file they are not asked: what they find would be
-        the damage's doing.
-        """
+        # One snapshot: the rules compare tables.
         with self._store.snapshot():
             damage = self._store.db.integrity()
             for line in damage:
                 yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
                               "stop the workers and restore a backup, or save what "
-                              f"can be read: sqlite3 {self.path} .recover")
-            if damage:
+                              f"can be read: sqlite3 {self._queue.path} .recover")
+            if damage:      # the rules would only find its consequences
                 return
             for code, message, statement in Sql.RULES:
                 for row in self._store.rows(statement)[:CHECK_SHOWN]:
@@ -6403,53 +6381,36 @@ class Inspection:
                                   "wrote the file: keep a copy and report it")
 
     def _schedules(self) -> Iterator[Finding]:
-        """A run that should come and cannot is a broken promise.
-
-        No command stores such a schedule; another program may, or a version whose rules
-        were others.
-        """
-        for schedule in self._store.schedules():
+        for one in self._store.schedules():
             try:
-                new_job(schedule.job, 0.0)
-                parse_cron(schedule.cron)
-                zone_of(schedule.tz)
-            except Invalid as error:
-                yield Finding(PROBLEM, "schedule", f"the schedule {schedule.name} "
+                new_job(one.job, 0.0)
+                parse_cron(one.cron)
+                zone_of(one.tz)
+            except Invalid as error:    # written by another program or version
+                yield Finding(PROBLEM, "schedule", f"the schedule {one.name} "
                               f"cannot be read, so it rests: {error.message}",
-                              f"`queuectl schedule remove {schedule.name}`, and add it "
-                              "anew")
-
-    def _skips(self) -> Iterator[Finding]:
-        """Schedules whose last job goes on beyond their next run."""
-        for schedule in self._store.schedules():
-            last = self._queue.last_job(schedule)
-            if not last or last.state in OVER or schedule.paused:
+                              f"`queuectl schedule remove {one.name}`, and add it anew")
                 continue
-            with contextlib.suppress(Invalid):     # then `_schedules` reports it
-                if schedule.next_run <= run_after(
-                        schedule.cron, epoch(schedule.last_run or ""), schedule.tz):
-                    continue
+            last = self._queue.last_job(one)
+            if last and last.state not in OVER and not one.paused \
+                    and one.next_run > run_after(
+                        one.cron, epoch(one.last_run or ""), one.tz):
                 yield Finding(
-                    WARNING, "schedule-skips", f"schedule {schedule.name} skips runs "
-                    f"({schedule.skipped} so far): {last.id} is still {last.state}",
+                    WARNING, "schedule-skips", f"schedule {one.name} skips runs "
+                    f"({one.skipped} so far): {last.id} is still {last.state}",
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
 
-    def _unserved(self) -> Iterator[Finding]:
-        yield from self._queue.unserved([one.worker for one in self._queue.workers()])
-
-    def _stuck(self) -> Iterator[Finding]:
-        """Jobs that can never run, a line for each up to CHECK_SHOWN."""
-        n = self._queue.count_stuck()
+    def _blocked(self) -> Iterator[Finding]:
         for job in self._queue.stuck(CHECK_SHOWN):
             yield Finding(WARNING, "blocked", f"{job.id} cannot run: it comes after "
                           f"{self._queue.why_stuck(job)}",
                           f"retry that job, or `queuectl cancel {job.id}`")
-        if n > CHECK_SHOWN:
-            yield Finding(WARNING, "blocked", f"{n - CHECK_SHOWN} more jobs cannot run",
+        more = self._queue.count_stuck() - CHECK_SHOWN
+        if more > 0:
+            yield Finding(WARNING, "blocked", f"{more} more jobs cannot run",
                           "`queuectl list --state pending` shows them")
 
     def _clock(self) -> Iterator[Finding]:
-        """Delays and backoffs that began in the future."""
         ahead = iso(self._queue.clock() + CLOCK_NOISE)
         found = self._store.jobs(Sql.DELAYED, ahead=ahead, limit=DUE_BATCH)
         if found:
@@ -6458,19 +6419,15 @@ class Inspection:
                           "a worker brings them forward; `queuectl worker start`")
 
     def _lost_runs(self) -> Iterator[Finding]:
-        """No promise is broken yet: the next worker that comes takes these over.
-
-        Runs and workers of one moment: else a run that ends now, and its worker that
-        leaves, would be told.
-        """
+        # One snapshot: a run may end, and its worker leave, between two reads.
         with self._store.snapshot():
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
             workers = {worker.id: worker for worker in self._store.workers()}
         for run in runs:
             owner = workers.get(run.worker_id)
-            if owner and self._host.is_alive(owner) is not False:
+            if owner and self._queue.host.is_alive(owner) is not False:
                 continue
-            left = sorted(self._host.locks.holders(run.claim))
+            left = sorted(self._queue.host.locks.holders(run.claim))
             said = f"; still there: {_pid_list(left)}" if left else ""
             jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # or deleted by now
             name = jobs[0].id if jobs else f"job number {run.job}"
@@ -6479,8 +6436,10 @@ class Inspection:
                 f"run {run.number} of {name} has lost its worker {run.worker}{said}",
                 "`queuectl worker start` ends what is left and runs the job again")
 
-    def _silent_workers(self) -> Iterator[Finding]:
-        for view in self._queue.workers():
+    def _workers(self) -> Iterator[Finding]:
+        views = self._queue.workers()
+        yield from self._queue.unserved([view.worker for view in views])
+        for view in views:
             worker = view.worker
             if view.is_silent:
                 yield Finding(
@@ -6489,48 +6448,33 @@ class Inspection:
                     f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it")
 
-    def _filesystem(self) -> Iterator[Finding]:
-        """Whether WAL's -shm file is memory that all users of the file share.
-
-        Without /proc nothing is told, and so nothing said.
-        """
-        mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
-        kind = filesystem_of(self.path, mounts)
+    def _ground(self) -> Iterator[Finding]:
+        path, wal = self._queue.path, 0
+        kind = filesystem_of(path, _read("/proc/self/mountinfo").decode(
+            "utf-8", "replace"))
         if is_network_filesystem(kind):
             yield Finding(WARNING, "network-filesystem",
                           f"the file is on a network or shared file system ({kind}): "
                           "SQLite's WAL is not safe there",
                           "move it to a disk of this machine")
-
-    def _wal(self) -> Iterator[Finding]:
-        """Whether a reader that lingers keeps the WAL growing."""
-        size = 0
-        with contextlib.suppress(OSError):      # there is none where WAL does not work
-            size = os.stat(self.path + "-wal").st_size
-        if size > WAL_LARGE:
+        with contextlib.suppress(OSError):      # there may be none
+            wal = os.stat(path + "-wal").st_size
+        if wal > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
-                          f"the WAL has grown to {size >> 20} MiB",
+                          f"the WAL has grown to {wal >> 20} MiB",
                           "a program keeps an old state of the file open: end it; the "
                           "WAL shrinks at the next quiet moment")
-
-    def _room(self) -> Iterator[Finding]:
-        if self._store.db.is_read_only:
-            return
-        stat = os.statvfs(os.path.dirname(self.path))
-        # Not f_bfree: that counts what the system keeps for root (statvfs(3)).
-        free = stat.f_bavail * stat.f_frsize
-        if free < DISK_LOW:
+        disk = os.statvfs(os.path.dirname(path))
+        free = disk.f_bavail * disk.f_frsize    # f_bfree has root's reserve
+        if free < DISK_LOW and not self._store.db.is_read_only:
             yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
                           "make room: without it nothing can be enqueued or recorded")
-
-    def _mode(self) -> Iterator[Finding]:
-        """It was made with 0600; a chmod has opened it, or sqlite3 has copied it."""
-        mode = os.stat(self.path).st_mode & 0o777
+        mode = os.stat(path).st_mode & 0o777
         if mode & 0o077:
             yield Finding(WARNING, "open-mode",
                           f"others may use the file (mode {mode:o}): who writes it "
                           "runs commands as its workers' user",
-                          f"chmod 600 {self.path}*")
+                          f"chmod 600 {path}*")
 
 
 # ---- 13 Views ----------------------------------------------------------------

@@ -4324,7 +4324,7 @@ class Checks(Case):
                 self.spoil(statement)
                 self.assertIn(code, [problem.code for problem in self.problems()])
 
-    def test_a_file_system_is_told_by_the_longest_mount_point(self):
+    def test_a_file_system_is_that_of_the_longest_mount_point(self):
         mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
                   "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
                   "31 30 0:31 / /home/my\\040disk rw - xfs /dev/vdb rw\n")
