@@ -6478,50 +6478,38 @@ class Inspection:
 
 
 # ---- 13 Views ----------------------------------------------------------------
-# Records to text or JSON, as strings; nothing is printed here, no row read, no clock
-# asked: the time comes in with the Style, so a test can hold each line to the letter.
-# `..._object` is what both `--json` and the API show: its keys are promised, and only
-# ever added to. `..._line` and `..._lines` are for people and may change. Text that a
-# job brought along goes through `one_line` before it stands in such a line.
+# Records as text or JSON: nothing here prints, reads the queue or asks the time.
+# `..._object` is what `--json` and the API show; its keys are promised. `..._line` and
+# `..._lines` are for people. Job text in them goes through `one_line`.
 
 # Of the eight colours that a terminal draws in its own theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
-BOLD, DIM = "1", "2"
+BOLD, DIM, WARN, BAD = "1", "2", STATE_COLOURS[FAILED], STATE_COLOURS[DEAD]
 STATUS_SHOWN = 5        # queues and schedules without a worker that `status` lists
 
 
 class Style(NamedTuple):
-    """How to draw: with colours or without, how wide, and what time it is.
-
-    Screen knows the terminal and the wishes of NO_COLOR; here these are values.
-    """
+    """How to draw."""
     colour: bool
-    width: int          # columns; 0: as wide as it gets
+    width: int          # columns; 0: no limit
     now: float
 
     def paint(self, text: str, code: str) -> str:
-        """The text in a colour, where colours are wanted; "" is none.
-
-        Its codes take no column on a terminal, but count in `len`: so what is to stand
-        in a column is filled up before it is painted, never after.
-        """
+        """The text in a colour; "" is none."""
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
 def _local(moment: float) -> datetime.datetime:
-    """Local time; UTC at the ends of the calendar, where there may be no local one."""
     at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(0, moment)
-    with contextlib.suppress(OSError, OverflowError, ValueError):
+    with contextlib.suppress(OSError, OverflowError, ValueError):   # no such local time
         at = at.astimezone()
     return at
 
 
 def local_time(moment: float, now: float | None = None,
                digits: str = "seconds") -> str:
-    """A moment as people read it: `14:03:07+01:00`, and before that the date unless it
-    is today's; `now` None: always with the date.
-    """
+    """`14:03:07+01:00`; with the date if that is not today's, or if `now` is None."""
     at = _local(moment)
     if now is not None and at.date() == _local(now).date():
         return at.timetz().isoformat(digits)
@@ -6607,14 +6595,10 @@ def minute_object(minute: Summary) -> dict[str, Any]:
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
-    """What `check` found, each with what to do; and the verdict.
-
-    Only a problem makes it unsound: a warning beside "sound" is no contradiction.
-    """
-    shades = {PROBLEM: STATE_COLOURS[DEAD], WARNING: STATE_COLOURS[FAILED]}
-    lines = []
+    """What `check` found, and the verdict: warnings alone leave a queue sound."""
+    shades, lines = {PROBLEM: BAD, WARNING: WARN}, []
     for level, _, message, hint in findings:
-        lines += [style.paint(f"{level:<8}", shades[level]) + f" {message}",
+        lines += [f"{style.paint(f'{level:<8}', shades[level])} {message}",
                   f"         {hint}"]
     grave = sum(finding.level == PROBLEM for finding in findings)
     verdict = f"{grave} problem{'s' * (grave > 1)} in" if grave else "sound:"
@@ -6664,25 +6648,18 @@ def dumps(value: Any, indent: int | None = 2) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text on one line, with nothing in it that a terminal would obey.
-
-    Also without what reorders letters: controls for bidirectional text are not
-    printable either, and would let a command look like another.
+    """Text on one line, without characters that a terminal obeys.
 
         "make\n\033[2Jtest"  ->  "make;  [2Jtest"
     """
-    if text.isprintable():
+    if text.isprintable():      # controls for bidirectional text are not
         return text
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
 
 
 def wide(char: str) -> int:
-    """The columns that a character takes: 0 for an accent that joins the one before, 2
-    for wide ones (Unicode's annex 11), else 1.
-
-    Python has no wcwidth(3). U+0300 is the first that combines; nothing below is wide.
-    """
-    if char < "\u0300":
+    """The columns of a character: 0 if it combines, 2 if wide (Unicode's annex 11)."""
+    if char < "\u0300":     # the first that combines; nothing below is wide
         return 1
     import unicodedata  # 1 ms, and only for text beyond Latin
     if unicodedata.combining(char):
@@ -6691,12 +6668,14 @@ def wide(char: str) -> int:
 
 
 def columns(text: str) -> int:
-    """The columns that a text takes on a terminal."""
-    return len(text) if text.isascii() else sum(wide(char) for char in text)
+    """The columns that a text takes on a terminal; codes of `Style.paint` take none."""
+    if "\033" in text:
+        text = re.sub("\033[[][0-9]*m", "", text)
+    return len(text) if text.isascii() else sum(map(wide, text))
 
 
 def cut(text: str, width: int) -> str:
-    """The text, shortened with an ellipsis to at most that many columns; 0: as it is.
+    """The text, shortened with an ellipsis to at most that many columns; 0: no limit.
 
         cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
     """
@@ -6711,20 +6690,8 @@ def cut(text: str, width: int) -> str:
     return kept + "…"
 
 
-class Column(NamedTuple):
-    """A column of a table: its head, and a job's text and colour in it.
-
-    It is shown if `is_used` holds for one of the jobs: most queues have no tags.
-    """
-    head: str
-    cell: Callable[[Job], str]
-    colour: Callable[[Job], str] = lambda job: ""
-    is_used: Callable[[Job], bool] = lambda job: True
-
-
 def state_cell(job: Job) -> str:
-    """The state with what one wants to know beside it: `failed (1)`, `pending (after)`.
-    """
+    """`failed (1)`, `pending (after)`."""
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
     if job.state == PENDING and job.waits == BLOCKED:
@@ -6732,137 +6699,121 @@ def state_cell(job: Job) -> str:
     return job.state
 
 
+def _whole_span(start: str | None, now: float) -> str:
+    return span(max(0, math.floor(now - epoch(start or ""))))
+
+
 def when_cell(job: Job, now: float) -> str:
-    """The time that matters in the job's state.
-
-    How long it has run; when it is due, or since when it waits for a slot or for other
-    jobs; when it ended. What has passed is rounded down.
-    """
+    """How long it has run or waited, when it is due, or when it ended."""
     if job.state == PROCESSING:
-        return f"for {span(max(0, math.floor(now - epoch(job.started_at or ''))))}"
-    if job.state in WAITING:
-        return ago(job.run_at, now) if job.waits == SCHEDULED else \
-            f"waits {span(max(0, math.floor(now - epoch(job.run_at))))}"
-    return ago(job.finished_at, now)
+        return f"for {_whole_span(job.started_at, now)}"
+    if job.state in WAITING and job.waits != SCHEDULED:
+        return f"waits {_whole_span(job.run_at, now)}"
+    return ago(job.run_at if job.state in WAITING else job.finished_at, now)
 
 
-def grid(rows: Sequence[Sequence[str]], style: Style,
-         shades: Sequence[Sequence[str]] = ()) -> list[str]:
-    """Aligned columns under a head; the last is cut to what the window leaves it.
+def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+    """Aligned columns under a head; all rows have as many cells.
 
-    `shades`: for each row after the head the colours of its first cells. All rows have
-    as many cells as the head. The last column is the one that may be long: it is
-    neither measured nor filled up, and where the window is narrow it keeps 12 columns,
-    enough to know a command by, though the line is broken then.
+    Only the last column is cut, and it keeps 12 columns at least, enough to know a
+    command by: in a very narrow window the lines wrap.
     """
-    widths = [max(map(columns, cells)) for cells in zip(*rows)][:-1]
+    sizes = [[columns(cell) for cell in row[:-1]] for row in rows]
+    widths = [max(column) for column in zip(*sizes)]
     room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
-    lines = []
-    for row, colours in zip(rows, ((), *shades) if shades else [()] * len(rows)):
-        cells = [style.paint(cell + " " * (width - columns(cell)), colour) for
-                 cell, width, colour in zip(row, widths, [*colours, *[""] * len(row)])]
-        lines.append("  ".join([*cells, cut(row[-1], room)]).rstrip())
-    return [style.paint(lines[0], DIM), *lines[1:]]
+    head, *lines = [
+        "  ".join([*(cell + " " * (width - size) for cell, width, size
+                     in zip(row, widths, taken)), cut(row[-1], room)]).rstrip()
+        for row, taken in zip(rows, sizes)]
+    return [style.paint(head, DIM), *lines]
 
 
 def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
-    """Aligned lines, the command last and cut to the width; columns only if used.
+    """Aligned lines, with the columns that these jobs need.
 
-    `why`: what each of them waits for, by its id. It takes the place of the time, which
-    it mostly tells as well, and no more than half of a window of 80.
+    `why` has the reason for which each job waits, by id. It replaces the time, and
+    takes at most half of a window of 80.
     """
-    reasons = why or {}
+    paint, reasons = style.paint, why or {}
     offered = (
-        Column("ID", lambda job: job.id, lambda job: BOLD),
-        Column("STATE", state_cell, lambda job: STATE_COLOURS[job.state]),
-        Column("QUEUE", lambda job: job.queue,
-               is_used=lambda job: job.queue != DEFAULT_QUEUE),
-        Column("PRIO", lambda job: str(job.priority),
-               is_used=lambda job: job.priority != 0),
-        Column("TRIES", lambda job: f"{job.attempts}/{max(1, job.max_retries)}",
-               is_used=lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
-        Column("CRASHES", lambda job: str(job.crashes),
-               is_used=lambda job: job.crashes > 0),
-        Column("TAGS", lambda job: ",".join(job.tags),
-               is_used=lambda job: bool(job.tags)),
-        Column("WHEN", lambda job: when_cell(job, style.now), lambda job: DIM,
-               is_used=lambda job: not reasons),
-        Column("WHY", lambda job: cut(reasons.get(job.id, ""), 40),
-               is_used=lambda job: bool(reasons)),
-    )
-    used = [column for column in offered if any(map(column.is_used, jobs))]
-    rows = [[*(column.cell(job) for column in used), one_line(job.command)]
-            for job in jobs]
-    return grid([[*(column.head for column in used), "COMMAND"], *rows], style,
-                [[column.colour(job) for column in used] for job in jobs])
+        #head        a job's cell                                      is it needed?
+        ("ID", lambda job: paint(job.id, BOLD), lambda job: True),
+        ("STATE", lambda job: paint(state_cell(job), STATE_COLOURS[job.state]),
+         lambda job: True),
+        ("QUEUE", lambda job: job.queue, lambda job: job.queue != DEFAULT_QUEUE),
+        ("PRIO", lambda job: str(job.priority), lambda job: job.priority != 0),
+        ("TRIES", lambda job: f"{job.attempts}/{max(1, job.max_retries)}",
+         lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
+        ("CRASHES", lambda job: str(job.crashes), lambda job: job.crashes > 0),
+        ("TAGS", lambda job: ",".join(job.tags), lambda job: bool(job.tags)),
+        ("WHEN", lambda job: paint(when_cell(job, style.now), DIM),
+         lambda job: not reasons),
+        ("WHY", lambda job: cut(reasons.get(job.id, ""), 40),
+         lambda job: bool(reasons)),
+        ("COMMAND", lambda job: one_line(job.command), lambda job: True))
+    used = [(head, cell) for head, cell, is_needed in offered
+            if any(map(is_needed, jobs))]
+    return grid([[head for head, _ in used],
+                 *([cell(job) for _, cell in used] for job in jobs)], style)
 
 
 def worker_line(view: WorkerView, style: Style) -> str:
-    """A worker on one line."""
     worker = view.worker
-    silent = style.now - epoch(worker.heartbeat_at)
+    age = style.now - epoch(worker.heartbeat_at)
     parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
              f"{len(view.running)}/{worker.slots} slots busy",
-             "up " + span(max(0, math.floor(style.now - epoch(worker.started_at))))]
+             f"up {_whole_span(worker.started_at, style.now)}"]
     if worker.queues:
         parts.append("queues " + ",".join(worker.queues))
     if worker.stop_requested:
         parts.append("stopping")
-    if silent > 3 * view.heartbeat:     # one may be late, on a busy machine
-        parts.append(style.paint(f"silent for {span(silent)}", "33"))
+    if age > 3 * view.heartbeat:    # one may be late, on a busy machine
+        parts.append(style.paint(f"silent for {span(age)}", WARN))
     return "  ".join(parts)
 
 
 def running_line(job: Job, style: Style) -> str:
-    """What runs, on one line; 12 is the deepest indentation that a caller gives it."""
     line = f"{job.id}  {when_cell(job, style.now)}  {one_line(job.command)}"
-    return cut(line, style.width - 12 if style.width else 0)
+    return cut(line, style.width - 12 if style.width else 0)    # 12: the indentation
 
 
 def status_lines(status: Status, style: Style) -> list[str]:
     """The first screen."""
-    shown = [style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
-             for state, n in status.counts.items()]
-    lines = ["jobs      " + "  ".join(shown)]
-    head = "workers   "
+    rows = [("jobs", "  ".join(
+        style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
+        for state, n in status.counts.items()), "")]
     if all(view.is_silent for view in status.workers):
-        lines.append(f"{head}none running; `queuectl worker start` starts one")
-        head = " " * 10
+        rows.append(("workers", "none running; `queuectl worker start` starts one", ""))
     for view in status.workers:
-        lines.append(head + worker_line(view, style))
-        head = " " * 10
-        lines += [" " * 12 + running_line(job, style) for job in view.running]
+        rows += [("workers", worker_line(view, style), ""), *(
+            ("workers", f"  {running_line(job, style)}", "") for job in view.running)]
     if status.paused:
-        names = ["all queues" if name == EVERY_QUEUE else name
-                 for name in status.paused]
-        lines.append("paused    " + style.paint(", ".join(names), "33"))
-    schedule = status.next_schedule
-    if schedule and (not status.next_due
-                     or schedule.next_run < status.next_due.run_at):
-        lines.append(f"next due  schedule {schedule.name} "
-                     f"{ago(schedule.next_run, style.now)}")
-    elif status.next_due:
-        job = status.next_due
+        rows.append(("paused", ", ".join("all queues" if name == EVERY_QUEUE else name
+                                         for name in status.paused), WARN))
+    job, schedule = status.next_due, status.next_schedule
+    if schedule and (not job or schedule.next_run < job.run_at):
+        rows.append(("next due", f"schedule {schedule.name} "
+                                 f"{ago(schedule.next_run, style.now)}", ""))
+    elif job:
         what = "retry" if job.state == FAILED else "scheduled"
-        lines.append(f"next due  {job.id} {ago(job.run_at, style.now)} ({what})")
-    lines += [style.paint(f"overdue   {one.message}", STATE_COLOURS[FAILED])
-              for one in status.attention[:STATUS_SHOWN]]
-    if len(status.attention) > STATUS_SHOWN:
-        lines.append(f"          and {len(status.attention) - STATUS_SHOWN} more; "
-                     "`queuectl check` names them")
+        rows.append(("next due", f"{job.id} {ago(job.run_at, style.now)} ({what})", ""))
+    rows += [("overdue", one.message, WARN) for one in status.attention[:STATUS_SHOWN]]
+    more = len(status.attention) - STATUS_SHOWN
+    if more > 0:
+        rows.append(("overdue", f"and {more} more; `queuectl check` names them", ""))
     if status.blocked:
-        lines.append(style.paint(
-            f"blocked   {status.blocked} cannot run until a dead or cancelled job is "
-            "retried; `queuectl check` names them", STATE_COLOURS[FAILED]))
+        rows.append(("blocked", f"{status.blocked} cannot run until a dead or "
+                     "cancelled job is retried; `queuectl check` names them", WARN))
     if status.counts[DEAD]:
-        lines.append(style.paint("dead      `queuectl dlq` shows what failed for good",
-                                 STATE_COLOURS[DEAD]))
-    return [*lines, style.paint("database  " + status.database, DIM)]
+        rows.append(("dead", "`queuectl dlq` shows what failed for good", BAD))
+    rows.append(("database", status.database, DIM))
+    names = ["", *(name for name, _, _ in rows)]
+    return [style.paint(f"{'' if name == above else name:<10}{text}", colour)
+            for above, (name, text, colour) in zip(names, rows)]
 
 
 def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
-    """The queues, one on a line."""
     states = [state for state in STATES
               if any(view.counts[state] for view in views)] or [PENDING]
     head = ["QUEUE", "LIMIT", *(state.upper() for state in states), "NOTE"]
@@ -6874,7 +6825,7 @@ def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
 
 def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
                    style: Style) -> list[str]:
-    """The schedules with their last jobs, one on a line."""
+    """The schedules, each with its last job."""
     skips = any(one.skipped for one, _ in schedules)
     return grid([["NAME", "CRON", "ZONE", "NEXT", "LAST", *["SKIPPED"] * skips, "QUEUE",
                   "COMMAND"], *(
@@ -6886,42 +6837,39 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule comes, and its next three runs in its zone; fewer where no more
-    will come.
-    """
+    """When a schedule runs, and its next three runs in its zone, if there are any."""
     cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(runs) < 4 and runs[-1] < math.inf:
         runs.append(first_run(cron, runs[-1], zone))
-    shown = [f"{at:%a} " + at.isoformat(" ", "minutes")
-             for at in (datetime.datetime.fromtimestamp(
-                 run, datetime.timezone.utc).astimezone(zone)
-                 for run in runs[1:] if run < math.inf)]
+    utc = datetime.timezone.utc
+    shown = [datetime.datetime.fromtimestamp(run, utc).astimezone(zone)
+             for run in runs[1:] if run < math.inf]
     return [f"{schedule.name}: {cron_words(schedule.cron)}, "
             f"{schedule.tz or 'local time'}",
-            "next: " + ", ".join(shown)]
+            "next: " + ", ".join(f"{at:%a} {at.isoformat(' ', 'minutes')}"
+                                 for at in shown)]
 
 
 def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
-    """One schedule whole."""
-    rows = (("queue", schedule.job.get("queue", DEFAULT_QUEUE)),
-            ("command", one_line(str(schedule.job.get("command")))),
-            ("last run", local_time(epoch(schedule.last_run), now)
-             if schedule.last_run else "-"),
-            ("last job", f"{last.id} ({last.state})" if last else "-"),
-            ("success", local_time(epoch(schedule.last_success), now)
-             if schedule.last_success else "-"),
-            ("skipped", f"{schedule.skipped} runs"))
+    """One schedule in full."""
+    def when(stamp: str | None) -> str:
+        return local_time(epoch(stamp), now) if stamp else "-"
     try:
-        when = when_lines(schedule, now)
+        lines = when_lines(schedule, now)
     except Invalid as error:
-        when = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
-                f"cannot be read: {error.message}"]
-    return [*when, *["paused"] * schedule.paused,
-            *(f"{name:<10}{text}" for name, text in rows)]
+        lines = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
+                 f"cannot be read: {error.message}"]
+    return [*lines, *["paused"] * schedule.paused, *(
+        f"{name:<10}{text}" for name, text in (
+            ("queue", schedule.job.get("queue", DEFAULT_QUEUE)),
+            ("command", one_line(str(schedule.job.get("command")))),
+            ("last run", when(schedule.last_run)),
+            ("last job", f"{last.id} ({last.state})" if last else "-"),
+            ("success", when(schedule.last_success)),
+            ("skipped", f"{schedule.skipped} run{'s' * (schedule.skipped != 1)}")))]
 
 
 def event_line(event: Event, style: Style) -> str:
-    """A change of a job's state on one line."""
     to = style.paint(event.target, STATE_COLOURS[event.target])
     at = local_time(epoch(event.at), style.now, "milliseconds")
     return (f"{at}  {style.paint(event.id, BOLD)}  {event.source or '-'} -> {to}"
@@ -6929,13 +6877,8 @@ def event_line(event: Event, style: Style) -> str:
 
 
 def progress_line(progress: Progress, seconds: float, width: int) -> str:
-    """A bar, and beside it: done, running, gone wrong, the rate, the time left.
-
-        [#####............] 20/60  4 running  2/s  20s left
-
-    One column short of the window: it is drawn in place, and a terminal that goes to
-    the next line with its last column (terminfo(5): am, no xenl) would not come back.
-    """
+    """`[#####............] 20/60  4 running  2/s  20s left`, in less than `width`."""
+    # A full line would move to the next one on some terminals (terminfo(5): am).
     done, left = progress.over, progress.left
     total, rate = done + left, done / seconds if seconds > 0 else 0.0
     words = f" {done:,}/{total:,}  {progress.running} running"
@@ -6949,11 +6892,7 @@ def progress_line(progress: Progress, seconds: float, width: int) -> str:
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
-    """Whole lines of a job's output, each with the job before it, in its colour.
-
-    Bytes, for these need be no text. `place` is the job's among those that are
-    followed: so each keeps its colour, and neighbours differ.
-    """
+    """Whole lines of output, each after the job's id, in a colour for its place."""
     shades = list(STATE_COLOURS.values())
     prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
     return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
@@ -6961,162 +6900,123 @@ def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
 
 def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
     """The workers and what each runs."""
-    lines = []
-    for view in views:
-        heard = ago(view.worker.heartbeat_at, style.now)
-        lines.append(f"{worker_line(view, style)}  host {view.worker.host}"
-                     f"  heartbeat {heard}")
-        lines += ["  " + running_line(job, style) for job in view.running]
-    return lines
-
-
-def run_line(run: Run, style: Style) -> str:
-    """A run in the table of `show`; as wide as the head in `show_lines` says."""
-    exit_code = "-" if run.exit_code is None else str(run.exit_code)
-    took = "-" if run.duration is None else span(run.duration)
-    line = (f"{run.number:<3}  {run.outcome or 'running':<9}  {exit_code:<4}  {took:<7}"
-            f"  {ago(run.started_at, style.now):<12}  {run.worker}")
-    return line + (f"  {one_line(run.error)}" if run.error else "")
+    return [line for view in views for line in (
+        f"{worker_line(view, style)}  host {view.worker.host}"
+        f"  heartbeat {ago(view.worker.heartbeat_at, style.now)}",
+        *(f"  {running_line(job, style)}" for job in view.running))]
 
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
-    """One job whole; what is as usual is left out, such as a priority of 0."""
-    def row(name: str, text: str) -> str:
-        return f"{name:<13}{text}"
-    now = style.now
-    optional = (
-        ("priority", str(job.priority), job.priority != 0),
-        ("tags", ", ".join(job.tags), bool(job.tags)),
-        ("after", ", ".join(job.after), bool(job.after)),
-        ("unique", job.unique or "", job.unique is not None),
-        ("once", job.once or "", job.once is not None),
-        ("env", " ".join(f"{k}={one_line(v)}" for k, v in job.env.items()),
-         bool(job.env)),
-        ("timeout", span(job.timeout or 0), job.timeout is not None),
-        ("backoff", f"{span(job.backoff_base or 0)}, doubled each time",
-         job.backoff_base is not None),
-        ("due", f"{local_time(epoch(job.run_at), now)} ({ago(job.run_at, now)})",
-         job.state in WAITING),
-        ("worker", str(job.worker), job.worker is not None),
-        ("crashes", str(job.crashes), job.crashes > 0),
-        ("error", one_line(job.error or ""), job.error is not None),
-    )
-    lines = [row("job", style.paint(job.id, BOLD)),
-             row("command", ("\n" + row("", "")).join(
-                 map(one_line, job.command.split("\n")))),
-             row("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
-             *(row("", reason) for reason in reasons),
-             row("queue", job.queue),
-             row("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
-             *(row(name, text) for name, text, is_set in optional if is_set),
-             row("directory", one_line(job.cwd)),
-             row("enqueued", f"{local_time(epoch(job.created_at), now)} "
-                             f"({ago(job.created_at, now)})")]
-    if runs:
-        lines += ["", style.paint("RUN  OUTCOME    EXIT  TOOK     STARTED       WORKER",
-                                  DIM), *(run_line(run, style) for run in runs)]
-    return lines
-
-
-def spread_line(name: str, values: Spread) -> str:
-    """Mean and percentiles on one line."""
-    if not values.n:
-        return f"{name:<10}-"
-    shown = (("mean", values.mean), ("p50", values.p50), ("p95", values.p95),
-             ("p99", values.p99))
-    return f"{name:<10}" + "  ".join(
-        f"{label} {span(round(value or 0.0, 4))}" for label, value in shown)
+    """One job in full, without the fields that are as usual."""
+    def when(stamp: str) -> str:
+        return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
+    backoff = job.backoff_base
+    rows = (
+        ("job", style.paint(job.id, BOLD)),
+        ("command", f"\n{'':<13}".join(map(one_line, job.command.split("\n")))),
+        ("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
+        *(("", reason) for reason in reasons),
+        ("queue", job.queue),
+        ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
+        ("priority", str(job.priority or "")),
+        ("tags", ", ".join(job.tags)),
+        ("after", ", ".join(job.after)),
+        ("unique", job.unique),
+        ("once", job.once),
+        ("env", " ".join(f"{key}={one_line(text)}" for key, text in job.env.items())),
+        ("timeout", None if job.timeout is None else span(job.timeout)),
+        ("backoff", None if backoff is None else f"{span(backoff)}, doubled each time"),
+        ("due", when(job.run_at) if job.state in WAITING else ""),
+        ("worker", job.worker),
+        ("crashes", str(job.crashes or "")),
+        ("error", one_line(job.error or "")),
+        ("directory", one_line(job.cwd)),
+        ("enqueued", when(job.created_at)))
+    lines = [f"{name:<13}{text}" for name, text in rows if text]
+    if not runs:
+        return lines
+    return [*lines, "", *grid([
+        ("RUN", "OUTCOME", "EXIT", "TOOK", "STARTED", "WORKER"), *(
+            (str(run.number), run.outcome or "running",
+             "-" if run.exit_code is None else str(run.exit_code),
+             "-" if run.duration is None else span(run.duration),
+             ago(run.started_at, style.now),
+             run.worker + (f"  {one_line(run.error)}" if run.error else ""))
+            for run in runs)], style._replace(width=0))]    # errors are not cut
 
 
 def per_time(n: int, seconds: float) -> str:
-    """A throughput in the unit in which it reads best: the first with at least one job.
-
-        per_time(1, 2.0)  ->  "30.0 jobs a minute"
-    """
+    """A throughput in the first unit with at least one job: `30.0 jobs a minute`."""
     rate = n / seconds if seconds > 0 else 0.0
-    for unit, size in (("second", 1), ("minute", 60), ("hour", 3600)):
+    for unit, size in (("a second", 1), ("a minute", 60), ("an hour", 3600)):
         if rate * size >= 1:
-            return f"{rate * size:.1f} jobs a {unit}"
+            return f"{rate * size:.1f} jobs {unit}"
     return f"{rate * 86400:.1f} jobs a day"
 
 
 def stats_lines(stats: Mapping[str, Summary], seconds: float,
                 style: Style) -> list[str]:
     """What was done, for all queues and for each."""
-    lines = []
-    for queue, summary in stats.items():
+    def times(values: Spread) -> str:
+        return "  ".join(f"{name} {span(round(getattr(values, name) or 0.0, 4))}"
+                         for name in ("mean", "p50", "p95", "p99")) if values.n else "-"
+    lines = [f"since     {span(seconds)}"]
+    for queue, one in stats.items():
         if queue and len(stats) == 2:
-            continue    # one queue alone says the same as all
-        over = summary.completed + summary.died
-        rate = f"{100 * summary.completed / over:.1f} %" if over else "-"
-        lines += ["" if queue else f"since     {span(seconds)}",
-                  style.paint(f"queue     {queue or 'all'}", BOLD),
-                  f"jobs      {summary.enqueued} enqueued, {summary.completed} "
-                  f"completed, {summary.died} dead, {summary.cancelled} cancelled",
-                  f"success   {rate}, {summary.retried} retries, "
-                  f"{summary.lost} lost runs",
-                  f"rate      {per_time(summary.completed, seconds)}",
-                  spread_line("run time", summary.run_time),
-                  spread_line("waiting", summary.wait_time)]
+            continue    # a single queue says the same as all
+        over = one.completed + one.died
+        rate = f"{100 * one.completed / over:.1f} %" if over else "-"
+        retries = "1 retry" if one.retried == 1 else f"{one.retried} retries"
+        lines += [*[""] * bool(queue), style.paint(f"queue     {queue or 'all'}", BOLD),
+                  f"jobs      {one.enqueued} enqueued, {one.completed} completed, "
+                  f"{one.died} dead, {one.cancelled} cancelled",
+                  f"success   {rate}, {retries}, {one.lost} lost "
+                  f"run{'s' * (one.lost != 1)}",
+                  f"rate      {per_time(one.completed, seconds)}",
+                  f"run time  {times(one.run_time)}",
+                  f"waiting   {times(one.wait_time)}"]
     return lines
 
 
-def short_cause(outcome: Outcome) -> str:
-    """Why a run failed, in two words: `exit 1`, `killed by SIGKILL`, `timed out`.
-
-    A status above 128 alone is no proof of a signal: a shell exits so, too, when a
-    command in it was killed.
-    """
-    if outcome.kind == TIMEOUT:
-        return "timed out"
-    if outcome.exit_code is None:
-        return outcome.error or "not started"
-    if outcome.exit_code > 128 and (outcome.error or "").startswith("killed"):
-        return (outcome.error or "").partition(":")[0]
-    return f"exit {outcome.exit_code}"
-
-
 def change_line(change: Change, now: float) -> str:
-    """What a worker says of a run that ended: what, in how long, what comes next.
-
-    The state that the job came to tells that; but a lost run ends in the states of
-    failed ones, and was no attempt.
-    """
+    """What a worker says of a run that ended: what, in how long, what comes next."""
     job, outcome = change.after, change.outcome or Outcome(RELEASED)
-    took = span(outcome.duration or 0.0)
-    of = f"attempt {change.before.attempts + 1} of {max(1, job.max_retries)}"
-    if outcome.kind == LOST:
+    took, error = span(outcome.duration or 0.0), outcome.error or ""
+    if outcome.kind == LOST:    # ends in the states of failed runs, but was no attempt
         what = f"{job.id} lost: {job.error}, crash {job.crashes}"
         return what + {FAILED: ", runs again now", DEAD: ", now dead: lost too often",
                        CANCELLED: ", was to be cancelled"}.get(job.state, "")
     if job.state == COMPLETED:
         return f"{job.id} completed in {took}"
-    if job.state == FAILED:
-        wait = max(0.0, epoch(job.run_at) - now)
-        return (f"{job.id} failed ({short_cause(outcome)}) after {took}, {of}, again "
-                f"in {span(wait if wait < 1 else round(wait, 1))}")
-    if job.state == DEAD:
-        return (f"{job.id} dead ({short_cause(outcome)}) after {took}, {of}, now in "
-                "the dead letter queue")
-    return f"{job.id} {'cancelled' if job.state == CANCELLED else 'requeued'} " \
-        f"after {took}"
+    if job.state not in (FAILED, DEAD):
+        return f"{job.id} {'cancelled' if job.state == CANCELLED else 'requeued'} " \
+            f"after {took}"
+    cause = f"exit {outcome.exit_code}"
+    if outcome.kind == TIMEOUT:
+        cause = "timed out"
+    elif outcome.exit_code is None:
+        cause = error or "not started"
+    elif outcome.exit_code > 128 and error.startswith("killed"):
+        # The status alone proves no signal: a shell passes its command's one on.
+        cause = error.partition(":")[0]
+    wait = max(0.0, epoch(job.run_at) - now)
+    follows = "now in the dead letter queue" if job.state == DEAD \
+        else f"again in {span(wait if wait < 1 else round(wait, 1))}"
+    return f"{job.id} {job.state} ({cause}) after {took}, attempt " \
+        f"{change.before.attempts + 1} of {max(1, job.max_retries)}, {follows}"
 
 
 def _labels(**labels: str) -> str:
-    """`{queue="a",state="dead"}`; in quotes Prometheus and JSON escape alike."""
-    told = ",".join(f"{name}={dumps(text)}" for name, text in labels.items())
-    return f"{{{told}}}"
+    """`{queue="a",state="dead"}`; Prometheus and JSON escape alike."""
+    return f"{{{','.join(f'{name}={dumps(text)}' for name, text in labels.items())}}}"
 
 
-def metric_families(scrape: Scrape) -> Iterator[
-        tuple[str, str, str, Iterable[tuple[str, float]]]]:
-    """All metrics: name, kind, help, samples.
+def metrics_text(scrape: Scrape) -> str:
+    """The metrics in Prometheus' text format 0.0.4.
 
-    Those of a queue stay once it was there: counters must never fall, and a series that
-    is gone and comes back looks as if they had. One that begins with 0 shows its first
-    value as a rise. No label has a job's id: each value of a label is a series of its
-    own, which the server that scrapes keeps for weeks.
+    Each queue that ever was keeps its series: a counter must never fall. No label has a
+    job's id: the server that scrapes keeps each series for weeks.
     """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
@@ -7127,11 +7027,10 @@ def metric_families(scrape: Scrape) -> Iterator[
         tallies.setdefault((queue, kind), {})[bucket] = n
         totals[queue, kind] = totals.get((queue, kind), 0.0) + total
 
-    def _ever(queue: str, kind: str) -> int:
+    def ever(queue: str, kind: str) -> int:
         return sum(tallies.get((queue, kind), {}).values())
 
-    def _times(kind: str) -> Iterator[tuple[str, float]]:
-        """A histogram: each bucket counts all values up to its bound `le`."""
+    def times(kind: str) -> Iterator[tuple[str, float]]:
         for queue in queues:
             counts = cumulated(tallies.get((queue, kind), {}))
             for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
@@ -7143,19 +7042,19 @@ def metric_families(scrape: Scrape) -> Iterator[
     workers = [view for view in scrape.workers if not view.is_silent]
     slots = sum(view.worker.slots for view in workers)
     busy = sum(len(view.running) for view in workers)
-    yield from (
+    families: tuple[tuple[str, str, str, Iterable[tuple[str, float]]], ...] = (
         ("jobs", "gauge", "Jobs that are there now.", (
             (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
             for queue in queues for state in STATES)),
         ("jobs_completed_total", "counter", "Jobs that were completed.", (
-            (_labels(queue=queue), _ever(queue, "complete")) for queue in queues)),
+            (_labels(queue=queue), ever(queue, "complete")) for queue in queues)),
         ("attempts_total", "counter", "Runs that ended, by how they ended.", (
-            (_labels(queue=queue, outcome=outcome), _ever(queue, f"run:{outcome}"))
+            (_labels(queue=queue, outcome=outcome), ever(queue, f"run:{outcome}"))
             for queue in queues for outcome in OUTCOMES)),
         ("job_duration_seconds", "histogram", "Time that a run took.",
-         _times("run_time")),
+         times("run_time")),
         ("job_wait_seconds", "histogram", "Time from due to started.",
-         _times("wait_time")),
+         times("wait_time")),
         ("oldest_pending_seconds", "gauge",
          "Time for which the first in line has been due.", (
             (_labels(queue=queue), scrape.oldest.get(queue, 0)) for queue in queues)),
@@ -7180,12 +7079,8 @@ def metric_families(scrape: Scrape) -> Iterator[
             for one in scrape.schedules)),
         ("build_info", "gauge", "The version that answers.",
          [(_labels(version=__version__), 1)]))
-
-
-def metrics_text(scrape: Scrape) -> str:
-    """The metrics in Prometheus' text format 0.0.4."""
     lines = []
-    for name, kind, help, samples in metric_families(scrape):
+    for name, kind, help, samples in families:
         lines += [f"# HELP queuectl_{name} {help}", f"# TYPE queuectl_{name} {kind}",
                   *(f"queuectl_{name}{rest} {value!r}" for rest, value in samples)]
     return "\n".join(lines) + "\n"

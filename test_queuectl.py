@@ -4381,9 +4381,10 @@ class Views(Case):
         lines = queuectl.status_lines(self.queue.status(), self.PLAIN)
         self.assertIn("paused    all queues, nightly", lines)
         self.assertIn("next due  build in 2s (retry)", lines)
-        self.assertEqual(
-            queuectl.run_line(self.queue.runs("build")[0], self.PLAIN),
-            "1    failed     3     2.5s     now           box  exit status 3")
+        self.assertEqual(queuectl.show_lines(
+            self.queue.job("build"), self.queue.runs("build"), [], self.PLAIN)[-2:], [
+                "RUN  OUTCOME  EXIT  TOOK  STARTED  WORKER",
+                "1    failed   3     2.5s  now      box  exit status 3"])
 
     def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
         P = queuectl.Progress
@@ -4482,6 +4483,16 @@ class Views(Case):
         self.assertEqual(len(set(colours)), 6)
         self.assertEqual(colours[6], colours[0])
 
+    def test_what_was_done_is_counted_in_words(self):
+        none = queuectl.Spread(0, None, None, None, None)
+        for n, rate in ((1, "1.0 jobs an hour"), (100, "1.7 jobs a minute")):
+            one = queuectl.Summary(n, n, n, 0, 0, n, none._replace(n=1, mean=2.0), none)
+            retries = "1 retry, 1 lost run" if n == 1 else "100 retries, 100 lost runs"
+            self.assertEqual(queuectl.stats_lines({"": one}, 3600.0, self.PLAIN), [
+                "since     1h", "queue     all",
+                f"jobs      {n} enqueued, {n} completed, 0 dead, 0 cancelled",
+                f"success   100.0 %, {retries}", f"rate      {rate}",
+                "run time  mean 2s  p50 0s  p95 0s  p99 0s", "waiting   -"])
 
     def test_a_unit_file_hands_over_each_word_as_it_stands(self):
         for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
