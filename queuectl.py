@@ -83,11 +83,9 @@ Contents: `grep -n '^# ----' queuectl.py`
     21 Feed         one thread that looks at the database for all that listen
     22 Server       connections, time limits, TLS, the end
     23 Install      a launcher, completion scripts, a unit file for systemd
-    24 Screen       where commands write: results, words about them, a line in place
-    25 Flags        what a command line gives: flags, jobs, streams of jobs
-    26 Commands     one small function a command, and the table of all
-    27 Parser       which command a line names, its arguments, what may come next
-    28 Main         from the words of a command line to its exit status
+    24 Terminal     where commands print and read
+    25 Commands     one small function per command, and the table of all
+    26 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -12908,89 +12906,70 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
         target="default.target" if is_own else "multi-user.target")
 
 
-# ---- 24 Screen ---------------------------------------------------------------
-# Where a command writes, and how wide that is. Results go to stdout, for programs and
-# pipes; words about them to stderr, for people. Each command gets a Screen and prints
-# by it alone: only so can a line that is drawn in place be taken away before anything
-# else is printed, and only so is a full disk told apart from a reader that has gone.
-# Only a refusal (`_report`), the question before a wide step (`_confirm`) and
-# completion go past it.
+# ---- 24 Terminal -------------------------------------------------------------
+# The input and output of commands. Results go to stdout, messages about them to stderr.
+# A command prints only by its Screen, which removes a line drawn in place before it
+# prints anything else, and tells a full disk from a reader that has gone.
 
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether it is a terminal on which one may draw.
+LOG_LINES = 1000       # texts that wait for a log to be read
+LOG_PAUSE = 0.02       # seconds between two writes of a log: each costs a switch
+LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
+STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
+STREAM_BATCH = 1000    # lines of a stream in one transaction at most
+MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
-    NO_COLOR counts if it is not empty (no-color.org); a dumb terminal, as an editor's,
-    shows the codes as they are.
+
+def is_drawable(stream: TextIO) -> bool:
+    """Return True for a terminal that can be drawn on; an empty NO_COLOR counts as
+    unset (no-color.org), and a dumb terminal, as an editor's, shows the codes as text.
     """
     return stream.isatty() and not os.environ.get("NO_COLOR") \
         and os.environ.get("TERM") != "dumb"
 
 
 def window() -> os.terminal_size:
-    """The size of the terminal that stdout is; 80 by 24 where it is none.
+    """The size of the terminal that stdout is, else 80 by 24; COLUMNS and LINES first.
 
-    COLUMNS and LINES come first, as with shutil, which takes 4 ms to load; argparse
-    asks for each argument.
+    As shutil does, which takes 4 ms to load; argparse asks for each argument.
     """
     try:
         found = os.get_terminal_size(1)
     except OSError:
         found = os.terminal_size((80, 24))
-    wish = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
+    given = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
     return os.terminal_size(int(text) if re.fullmatch("[1-9][0-9]{0,4}", text) else size
-                            for text, size in zip(wish, found))
-
-
-LOG_LINES = 1000       # texts that wait for a log to be read
-LOG_PAUSE = 0.02       # seconds between two writes of a log: each costs a switch
-LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
-
-
-def _not_written(error: OSError) -> Exception:
-    """What to raise where a result could not be written.
-
-    Only here: any other OSError is not about the results. What was changed has been
-    changed, so the hint leads there and not to the same command again.
-    """
-    if isinstance(error, BrokenPipeError):      # the reader has seen enough
-        return error
-    return Unavailable("unwritable", f"the result could not be written ({error})",
-                       "`queuectl status` shows what was done")
+                            for text, size in zip(given, found))
 
 
 class Log(io.TextIOBase):
-    """Text for stderr, in a bounded queue that a daemon thread writes out.
+    """sys.stderr of a worker or server: a bounded queue that a daemon thread writes.
 
-    It stands in for sys.stderr while a worker or a server runs: a log that is not read
-    delays nobody, and lines that do not fit are dropped and counted. The thread uses
-    the descriptor alone: blocked in sys.stderr, it would hold a lock that the
-    interpreter needs to exit.
+    A log that nobody reads delays nothing; lines that do not fit are dropped and
+    counted. The thread uses the descriptor alone: blocked in sys.stderr, it would hold
+    a lock that the interpreter needs to exit.
     """
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
         self._texts: list[str] = []
-        self._dropped = 0           # lines, since the last text that got in
-        self._writes = False        # the thread has taken texts and writes them
-        self._ends = False
-        self._news = threading.Condition()      # guards the four above
+        self._dropped = 0           # lines, since the last text that was queued
+        self._is_writing = self._is_ending = False
+        self._changed = threading.Condition()   # guards the four above
         threading.Thread(target=self._work, daemon=True).start()
 
     def fileno(self) -> int:
-        """The descriptor that the text goes to."""
         return self._fd
 
     def isatty(self) -> bool:
-        """Return True if the text goes to a terminal."""
         return os.isatty(self._fd)
 
     def write(self, text: str) -> int:
         """Queue the text, or drop it if the queue is full; never wait."""
-        with self._news:
+        with self._changed:
             if len(self._texts) < LOG_LINES:
                 if not self._texts:
-                    self._news.notify_all()
+                    self._changed.notify_all()
                 self._note_dropped()
                 self._texts.append(text)
             else:
@@ -12999,11 +12978,12 @@ class Log(io.TextIOBase):
 
     def end(self) -> None:
         """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
-        with contextlib.suppress(KeyboardInterrupt), self._news:
+        with contextlib.suppress(KeyboardInterrupt), self._changed:
             self._note_dropped()
-            self._ends = True
-            self._news.notify_all()
-            self._news.wait_for(lambda: not (self._texts or self._writes), LOG_LINGER)
+            self._is_ending = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not (self._texts or self._is_writing),
+                                   LOG_LINGER)
 
     def _note_dropped(self) -> None:
         if self._dropped:
@@ -13013,28 +12993,25 @@ class Log(io.TextIOBase):
 
     def _work(self) -> None:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._texts or self._ends)
-                texts, self._texts = self._texts, []
-                self._writes = bool(texts)
-            if not texts:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts or self._is_ending)
+                text, self._texts = "".join(self._texts), []
+                self._is_writing = bool(text)
+            if not text:
                 return
-            is_written = self._put("".join(texts).encode("utf-8", "backslashreplace"))
-            with self._news:
-                self._dropped += 0 if is_written else "".join(texts).count("\n")
-                self._writes = False
-                self._news.notify_all()
-                self._news.wait_for(lambda: self._ends, LOG_PAUSE)
+            is_written = self._put(text.encode("utf-8", "backslashreplace"))
+            with self._changed:
+                self._dropped += 0 if is_written else text.count("\n")
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._is_ending, LOG_PAUSE)
 
     def _put(self, rest: bytes) -> bool:
-        """Write all of it, however long that takes; False if it cannot be written."""
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest):]
             except BlockingIOError:     # another program made it non-blocking
-                poller.poll()
+                select.select([], [self._fd], [])
             except OSError:
                 return False
         return True
@@ -13056,115 +13033,99 @@ def log_on_stderr() -> Iterator[None]:
 
 
 class Screen:
-    """Where a command writes: results to stdout, words about them to stderr.
+    """Where a command writes. With `quiet` (--quiet, --json) it prints no notes and
+    draws nothing; logs and errors are still printed.
 
-    On a terminal a line that is drawn in place may stand below: how far something is.
-    It stands on stderr, so a stdout that goes into a file has none of it. `quiet`
-    (--quiet, --json): no words, no drawing; logs and errors are said all the same.
-
-    `acts`: the command changes or waits for something, so it goes on if its results
-    cannot be written, and `finish` raises the first such error.
+    A line may be drawn in place, on stderr, so that a stdout in a file has none of it.
+    A command that `acts` goes on if its results cannot be written; `finish` raises the
+    first such error.
     """
 
     def __init__(self, quiet: bool = False, acts: bool = False) -> None:
         self._quiet, self._acts = quiet, acts
         self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
-        self._stamp, self._stamped = "", 0      # of log lines: the second, in words
-        self.draws = not quiet and _is_terminal(sys.stderr)
+        self.draws = not quiet and is_drawable(sys.stderr)
 
     def out(self, *lines: str) -> None:
-        """Print results, a line each; Unavailable or BrokenPipeError."""
-        self._erase()
-        with self._printing():
-            for line in lines if self._failure is None else ():
-                print(line)
+        """Print results, one per line; Unavailable or BrokenPipeError."""
+        if self._drawn:
+            self._write("")
+        self._try(lambda: sys.stdout.writelines(f"{line}\n" for line in lines))
 
     def raw(self, output: bytes) -> None:
-        """Print a job's output as it is.
-
-        It may be no text at all. What went through the text layer before has to be out
-        first, for this goes past it.
-        """
+        """Print a job's output unchanged: it may be no text."""
         self.flush()
-        with self._printing():
-            if self._failure is None:
-                sys.stdout.buffer.write(output)
-                sys.stdout.buffer.flush()
+        self._try(lambda: (sys.stdout.buffer.write(output), sys.stdout.buffer.flush()))
 
     def flush(self) -> None:
-        """Have the results that were printed written; Unavailable or BrokenPipeError.
+        """Write the results that were printed; Unavailable or BrokenPipeError.
 
-        Of a pipe or a file Python gathers some KiB. Were they left to its exit, a full
-        disk would be told in its words, with the exit status 120.
+        Left to the exit of Python, a full disk would have the exit status 120.
         """
-        with self._printing():
-            if self._failure is None:
-                sys.stdout.flush()
+        self._try(sys.stdout.flush)
 
     def finish(self) -> None:
-        """Flush, and raise the failure that an acting command has not heard of.
-
-        A reader that has gone is none: it has seen enough.
-        """
+        """Flush, and raise the failure that an acting command has not heard of."""
         self.flush()
         if self._failure and not isinstance(self._failure, BrokenPipeError):
-            raise _not_written(self._failure)
+            raise self._not_written()
 
-    @contextlib.contextmanager
-    def _printing(self) -> Iterator[None]:
+    def _try(self, write: Callable[[], object]) -> None:
         try:
-            yield
+            if self._failure is None:
+                write()
         except OSError as error:
-            if not self._acts:
-                raise _not_written(error) from None
             self._failure = error
+            if isinstance(error, BrokenPipeError) and not self._acts:
+                raise
+            if not self._acts:
+                raise self._not_written() from None
+
+    def _not_written(self) -> Unavailable:
+        """The hint does not lead to the same command again: changes have been made."""
+        return Unavailable("unwritable",
+                           f"the result could not be written ({self._failure})",
+                           "`queuectl status` shows what was done")
 
     @staticmethod
     def check_reader() -> None:
         """Raise BrokenPipeError once nobody reads the pipe that is stdout."""
         poller = select.poll()
         with contextlib.suppress(OSError, ValueError):  # stdout may be no file
-            poller.register(sys.stdout.fileno(), 0)     # errors are told unasked
+            poller.register(sys.stdout.fileno(), 0)     # errors are always reported
         if poller.poll(0):
             raise BrokenPipeError
 
     def note(self, text: str) -> None:
-        """Say something that is no result; not with --quiet or --json."""
+        """Print a message that is no result; not with --quiet or --json."""
         if not self._quiet:
             self._write(f"{text}\n")
 
     def log(self, text: str) -> None:
-        """A worker's line, with the time."""
-        now = int(time.time())
-        if now != self._stamped:
-            self._stamped = now
-            self._stamp = local_time(now, now if sys.stderr.isatty() else None)
-        self._write(f"{self._stamp} {text}\n", self._drawn)
+        """Print a worker's line, with the time."""
+        now = time.time()
+        stamp = local_time(now, now if sys.stderr.isatty() else None)
+        self._write(f"{stamp} {text}\n", self._drawn)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Callable[[str], None]]:
-        """Let a line be drawn in place; it is gone at the end."""
+        """Allow a line to be drawn in place; it is removed at the end."""
         try:
             yield self.show
         finally:
-            self._erase()
+            if self._drawn:
+                self._write("")
 
     def show(self, text: str) -> None:
-        """Draw a line in place, some ten times a second; nothing but on a terminal."""
+        """Draw a line in place, some ten times a second; only on a terminal."""
         if self.draws and time.monotonic() >= self._drawn_at + 0.1:
             self._drawn_at = time.monotonic()
             self._write("", text)
 
-    def _erase(self) -> None:
-        if self._drawn:
-            self._write("")
-
     def _write(self, text: str, drawn: str = "") -> None:
-        """Write to stderr, and draw a line below that, in one piece.
-
-        The line drawn last is taken away: to its first column, then clear it (ECMA-48,
-        EL). What cannot be written to stderr stops nothing.
+        """Write to stderr in one piece: remove the line drawn last (to its first
+        column, then clear it: ECMA-48, EL), print, draw. A failure stops nothing.
         """
         erase = "\r\033[K" if self._drawn else ""
         self._drawn = drawn
@@ -13173,165 +13134,63 @@ class Screen:
             sys.stderr.flush()
 
     @staticmethod
-    def height() -> int:
-        """The lines of the terminal."""
-        return window().lines
-
-    @staticmethod
-    def width() -> int:
-        """The columns of the terminal."""
-        return window().columns
-
-    @staticmethod
     def style() -> Style:
-        """Colours and the width, if stdout is a terminal.
-
-        Else the width is 0, which means any: nothing is cut in a file or a pipe.
-        """
+        """Colours and width of stdout; width 0, for a file or a pipe, cuts nothing."""
         if not sys.stdout.isatty():
             return Style(False, 0, time.time())
-        return Style(_is_terminal(sys.stdout), Screen.width(), time.time())
+        return Style(is_drawable(sys.stdout), window().columns, time.time())
 
 
-def _report(error: QueueError, as_json: bool) -> int:
-    """The one place where a refusal becomes a line and an exit status.
-
-    With --json an object on one line, still on stderr: stdout holds results or nothing.
-    A line stays one, whatever names and words of users are in it.
+def print_error(error: QueueError, as_json: bool) -> int:
+    """Print a refusal as one line, with --json as an object; return its exit status.
     """
     line = f"queuectl: error: {one_line(str(error))}"
     if as_json:
         line = dumps({"error": {"code": error.code, "message": error.message,
                                 "hint": error.hint}}, None)
-    with contextlib.suppress(OSError, ValueError):  # the exit status tells it, too
+    with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
     return error.exit_status
 
 
-# ---- 25 Flags ----------------------------------------------------------------
-# What a command line gives: flags, and jobs in words, in files or line by line. Flags
-# are rows, of which Parser makes argparse's objects for the command that is run.
-
-STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
-STREAM_BATCH = 1000    # lines of a stream in one transaction at most
-MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
-
-
-def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a usage error (exit status 2)."""
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except QueueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parsed
-
-
-class Option(NamedTuple):
-    """One argument of a command, as argparse takes it, and its group in the help.
-
-    The metavar tells completion of what kind a value is. Group "": argparse's own.
-    """
-    names: tuple[str, ...]
-    settings: dict[str, Any]
-    group: str
-
-
-def option(*names: str, group: str = "", **settings: Any) -> Option:
-    return Option(names, settings, group)
-
-
-def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
-    return tuple(one._replace(group=group) for one in options)
-
-
-def _past(text: str, now: float) -> float:
-    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
-    if re.fullmatch(_DURATION, text):
-        return now - parse_duration(text)
-    moment = parse_time(text, now)
-    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
-        moment = (datetime.datetime.fromtimestamp(moment)
-                  - datetime.timedelta(days=1)).timestamp()
-    if moment > now:
-        raise Invalid(f"{text!r} is in the future",
-                      "give a time that has been, or a duration: 1h")
-    return moment
-
-
-_DUR: dict[str, Any] = {"type": _typed(parse_duration), "metavar": "DUR"}
-_NAME_ARG: dict[str, Any] = {"type": _typed(parse_name)}
-_COUNT: dict[str, Any] = {"type": _typed(parse_whole), "metavar": "N"}
-_JSON_FLAG = option("--json", action="store_true", help="print JSON and nothing else",
-                    group="output")
-_IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
-_YES = option("--yes", "-y", action="store_true", group="other",
-              help="do not ask; needed where stdin is not a terminal")
-_ALL = option("--all", action="store_true", help="all that it applies to")
-
-
-def _flags_of(fields: Iterable[Field]) -> tuple[Option, ...]:
-    """The flags for some fields, under the fields' names.
-
-    Numbers and times are parsed here, for a wrong one is a wrong command line; text is
-    left to `checked`. A default of None tells a flag that was not given from any other.
-    """
-    found = []
-    for field in fields:
-        settings = {"dest": field.name, "help": field.help, **field.kind.flag}
-        if "type" in settings:
-            settings["type"] = _typed(settings["type"])
-        found.append(Option(
-            field.flags or ("--" + field.name.replace("_", "-"),), settings,
-            field.group))
-    return tuple(found)
-
-
-def _field_flags(use: str) -> tuple[Option, ...]:
-    return _flags_of(field for field in FIELDS.values() if use in field.uses)
-
-
-_STATE_FLAG, *_TEXT_FLAGS = _flags_of(FILTERS.values())
-# What stands for the ids of many jobs.
-_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_TEXT_FLAGS))
-_QUEUES_FLAG = option("--queue", action="append", metavar="Q", **_NAME_ARG,
-                      help="only this queue; again and again for more (default: all)")
-# The flags of `worker start` that a service may have as well.
-_WORKER_FLAGS = (
-    option("--count", "-c", default=1, metavar="N",
-           type=_typed(lambda text: parse_whole(text, 1, MAX_SLOTS)),
-           help="jobs at once (default: 1)"),
-    _QUEUES_FLAG,
-    option("--name", metavar="NAME", **_NAME_ARG, help="default: host-pid"),
-    *_grouped(
-        "for jobs that set none",
-        option("--timeout", **_DUR, help="end a run after this time"),
-        option("--backoff-base", **_DUR, help="wait after the first failure")),
-    *_grouped(
-        "when it exits",
-        option("--grace", **_DUR, help="when stopping, requeue what runs longer")),
-)
-
-
-def _flag_fields(args: argparse.Namespace) -> dict[str, Any]:
+def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a job that flags have set."""
-    given = {name: getattr(args, name, None) for name, field in FIELDS.items()
-             if "e" in field.uses}
-    if given["env"] is not None:
-        for pair in given["env"]:
-            if "=" not in pair:
-                raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
-                            "write --env NAME=VALUE")
+    given = {name: getattr(args, name) for name, field in FIELDS.items()
+             if "e" in field.uses and getattr(args, name, None) is not None}
+    for pair in given.get("env", ()):
+        if "=" not in pair:
+            raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
+                        "write --env NAME=VALUE")
+    if "env" in given:
         given["env"] = dict(pair.split("=", 1) for pair in given["env"])
-    return {name: value for name, value in given.items() if value is not None}
+    return given
+
+
+def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A job object whose keys, also if written with `-`, are overridden by flags;
+    `delay` and `run_at` override each other.
+    """
+    when = {"delay", "run_at"}
+    replaced = {*flags} | (when if when & {*flags} else set())
+    return {**{key: value for key, value in fields.items()
+               if key.replace("-", "_") not in replaced}, **flags}
+
+
+def ignored_warning(keys: Collection[str]) -> str:
+    return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
+
+
+def piped_stdin() -> TextIO:
+    """stdin; Refused if it is closed."""
+    if sys.stdin is None:
+        raise Refused("unreadable", "stdin is closed", "give a file or a pipe")
+    return sys.stdin
 
 
 def _content(path: str) -> bytes:
     try:
         if path == "-":
-            if sys.stdin is None:
-                raise Refused("unreadable", "stdin is closed", "give a file or a pipe")
-            return sys.stdin.buffer.read()
+            return piped_stdin().buffer.read()
         with open(system_path(path), "rb") as file:
             return file.read()
     except OSError as error:
@@ -13339,6 +13198,7 @@ def _content(path: str) -> bytes:
                       "give another file") from None
 
 
+NO_COMMAND = ("there is no command after --", "write -- PROG ARG...")
 _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
 
 
@@ -13360,16 +13220,16 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
     return place if has_script else None
 
 
-def _lines_of(args: argparse.Namespace) -> Lines | None:
-    """How the lines of a batch are read, by the template after `--`; None: as jobs.
+def lines_of(args: argparse.Namespace) -> Lines:
+    """How the lines of a batch are read: as jobs, or by the template after `--`.
 
-    Usage where an item would be part of a script, so that names became code.
+    Usage if an item would be part of a shell's script, so that names became code.
     """
     words: list[bytes] | None = args.words
     if words is None:
-        return Lines(True, None) if args.null else None
+        return Lines(args.null)
     if not words:
-        raise Usage("there is no command after --", "write -- PROG ARG...")
+        raise Usage(*NO_COMMAND)
     if args.command is not None:
         raise Usage("two commands are given", "give --command or -- PROG ARG...")
     is_appended = not any(b"{}" in word for word in words)
@@ -13379,104 +13239,69 @@ def _lines_of(args: argparse.Namespace) -> Lines | None:
                                    or (is_appended and script == len(words))):
             raise Usage("an item within the script of a shell would be run as code",
                         "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
-    return Lines(args.null, Template(words, _flag_fields(args)))
+    return Lines(args.null, Template(words, flag_fields(args)))
 
 
-def _given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
-    """Whether it is a batch, and the job objects.
+def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
+    """Whether it is a batch, whose result is an array or a count, and the job objects.
 
-        enqueue -- PROG ARG   one command, its words quoted so that they stay apart
+        enqueue -- PROG ARG   one command; the boundaries of its words are kept
         enqueue --file F      a batch, and so are @F and - (stdin)
-        enqueue - -- PROG     a batch by a template; its fields are those of the flags
+        enqueue - -- PROG     a batch by a template
         enqueue JOB           an object, a command, or an array, which is a batch
         enqueue --command C   one job of flags alone
-
-    Of a batch the result is told as one (a JSON array, a count), also if it has one
-    job.
     """
-    job = args.job or ""
+    job: str = args.job or ""
     has_list = args.file is not None or job == "-" or job.startswith("@")
+    is_array = is_json(job) and job.lstrip().startswith("[")
     if args.null and not has_list:
         raise Usage("--null reads stdin or a file", "write - or --file F, too")
-    sources = [source for source in (args.job, args.file, None if has_list
-                                     else args.words) if source is not None]
-    if len(sources) > 1:
+    if sum(source is not None for source in (
+            args.job, args.file, None if has_list else args.words)) > 1:
         raise Usage("more than one of JOB, --file and words after -- is given",
                     "give one; several words go in quotes or after --")
+    flags = flag_fields(args)
     if has_list:
-        lines = _lines_of(args)
-        path = args.file or (job[1:] if job != "-" else job)
-        return True, list(jobs_in(_content(path), lines))
-    if args.words is not None:
+        lines = lines_of(args) if args.words is not None or args.null else None
+        found = list(jobs_in(_content(args.file or job[job != "-":]), lines))
+        flags = {} if args.words else flags     # a template has put them into each job
+    elif args.words is not None:
         if not args.words:
-            raise Usage("there is no command after --", "write -- PROG ARG...")
-        return False, [({"command": shell_command(args.words)}, "")]
-    if args.job is not None:
+            raise Usage(*NO_COMMAND)
+        found = [({"command": shell_command(args.words)}, "")]
+    elif args.job is not None:
         if args.command is not None and not is_json(job):
             raise Usage("two commands are given", "give JOB or --command")
-        if is_json(job) and job.lstrip().startswith("["):
-            return True, items(fields_of(job))
-        return False, [(fields_of(job)[0], "")]
-    if args.command is None:
+        found = items(fields_of(job)) if is_array else [(fields_of(job)[0], "")]
+    elif args.command is None:
         raise Usage("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
-    return False, [({}, "")]
+    else:
+        found = [({}, "")]
+    return has_list or is_array, [
+        (merged(fields, flags), place) for fields, place in found]
 
 
-def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a job object, with flags in the place of what they override.
+def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
+    """The lines of a stream as they come, those of STREAM_PAUSE seconds together: a
+    slow stream is added line by line, a fast one with one fsync for many.
 
-    A key may be written with `-`; delay and run_at are two names of one thing.
+    By os.read, for poll() sees nothing of what a buffered file has read ahead. Of a
+    line that is too long for any job only the beginning is kept, to be refused. An
+    interrupt is raised after what has been read.
     """
-    when = {"delay", "run_at"}
-    replaced = {*flags} | (when if when & {*flags} else set())
-    return {**{key: value for key, value in fields.items()
-               if key.replace("-", "_") not in replaced}, **flags}
+    def has_more(seconds: float) -> bool:
+        """Whether more comes within that time; without poll(), never."""
+        if seconds <= 0 or not hasattr(select, "poll"):
+            return False
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(math.ceil(seconds * 1000)))
 
-
-def _ignored_warning(keys: Collection[str]) -> str:
-    return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
-
-
-def _specs(given: Sequence[Given], flags: Mapping[str, Any], now: float,
-           screen: Screen) -> list[Job]:
-    """The checked jobs of a batch, flags applied; Invalid names the one at fault.
-
-    All before the transaction begins, so the write lock is not held meanwhile.
-    """
-    specs, ignored = [], set[str]()
-    for number, (fields, place) in enumerate(given):
-        if number % 1000 == 999:
-            screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
-        with at_place(place):
-            specs.append(new_job(merged(fields, flags), now))
-            ignored.update(ignored_keys(fields))
-    if ignored:
-        screen.note(_ignored_warning(ignored))
-    return specs
-
-
-def _has_more(fd: int, seconds: float) -> bool:
-    """Whether there is something to read within that time; without poll(), never."""
-    if seconds <= 0 or not hasattr(select, "poll"):
-        return False
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(math.ceil(seconds * 1000)))
-
-
-def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
-    """The lines of a stream as they come: those of STREAM_PAUSE seconds together.
-
-    So a slow stream is added line by line, and a fast one with one fsync for many. By
-    os.read, for poll() sees nothing of what a buffered file has read ahead. Of a line
-    that is too long for any job only the beginning is kept, to be refused. An interrupt
-    is raised after what has been read.
-    """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
         try:
             if not lines or (len(lines) < STREAM_BATCH
-                             and _has_more(fd, due - time.monotonic())):
+                             and has_more(due - time.monotonic())):
                 piece = os.read(fd, READ_SIZE)
                 *whole, rest = (rest + piece).split(end)
                 rest = rest[:MAX_LINE]
@@ -13493,10 +13318,10 @@ def _line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
 
 
 class Stream:
-    """Jobs from lines that come one by one: a bad one is said and passed over.
+    """Adds jobs from lines as they come; reports and skips an invalid line.
 
-    `refuse` is told each refusal, `warn` each remark. `refused` counts the lines that
-    were passed over: of each all jobs are added, or none.
+    `refuse` gets each refusal, `warn` each warning. `refused` counts the lines skipped:
+    of each line all jobs are added, or none.
     """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
@@ -13509,52 +13334,48 @@ class Stream:
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
-        """The jobs of these lines, committed; on a full disk it waits for room.
-
-        All in one transaction, without the line at fault where there is one:
-        `enqueue_many` adds none then, so the others are tried again without it. A
-        refusal that names none of them is no line's fault, and ends the stream.
-        """
+        """The jobs of these lines, committed; on a full disk it waits for room."""
         warned_of = {*self._ignored}
-        given = [one for line in lines for one in self._specs_of(line)]
+        given = [one for line in lines for one in self._checked(line)]
         if self._ignored > warned_of:
-            self._warn(_ignored_warning(self._ignored - warned_of))
+            self._warn(ignored_warning(self._ignored - warned_of))
+        try:
+            return self._added(given)
+        except KeyboardInterrupt:
+            if given:
+                self._refuse(Refused(
+                    "not-finished", f"interrupted: {len(given)} lines were read and "
+                    f"may not have been added, from {given[0][0]} on",
+                    "give them again"))
+            raise
+
+    def _added(self, given: list[tuple[str, Job]]) -> list[Job]:
+        """Add them in one transaction, or none if one is at fault: then all but those
+        of its line. A refusal that names no job ends the stream.
+        """
         complained = False
         while given:
             try:
                 return self._queue.enqueue_many([spec for _, spec in given])
-            except KeyboardInterrupt:
-                self._give_up(given, "may not have been added")
-                raise
             except Unavailable as error:    # these lines cannot come again
                 if not complained:
                     self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
                                              "lines are held, to try again"))
                 complained = True
-                try:
-                    time.sleep(SYNC_PAUSE)
-                except KeyboardInterrupt:
-                    self._give_up(given, "were not added")
-                    raise
+                time.sleep(SYNC_PAUSE)
             except QueueError as error:
                 if error.item is None:
                     raise
                 place = given[error.item][0]
                 error.name_place(place)
-                self._pass_over(error)
+                self._skip(error)
                 given = [one for one in given if one[0] != place]
         return []
 
-    def _give_up(self, given: Sequence[tuple[str, Job]], fate: str) -> None:
-        """Say which lines have been read, and will not come again."""
-        self._refuse(Refused("not-finished", f"interrupted: {len(given)} lines were "
-                             f"read and {fate}, from {given[0][0]} on",
-                             "give them again"))
+    def _checked(self, line: bytes) -> list[tuple[str, Job]]:
+        """The checked jobs of a line, each with its place; none of an invalid one.
 
-    def _specs_of(self, line: bytes) -> list[tuple[str, Job]]:
-        """The checked jobs of a line, each with its place; none of a bad one.
-
-        With the time of this line: a delay counts from when its line came.
+        A delay counts from when its line came.
         """
         specs = []
         try:
@@ -13566,74 +13387,49 @@ class Stream:
             self._ignored.update(*(ignored_keys(fields) for fields, _ in given))
             return specs
         except QueueError as error:
-            self._pass_over(error)
+            self._skip(error)
             return []
 
-    def _pass_over(self, error: QueueError) -> None:
-        """Say what was wrong, and count it."""
+    def _skip(self, error: QueueError) -> None:
         self.refused += 1
         self._refuse(error)
 
 
-# ---- 26 Commands -------------------------------------------------------------
-# One small function a command, and the table of all. A command calls the queue, prints
-# one view, and returns the exit status; it refuses by raising. In `args.words` is what
-# stood after `--`.
+# ---- 25 Commands -------------------------------------------------------------
+# One small function per command, and the table of all. A command calls the queue,
+# prints one view and returns its exit status (None: EX_OK); it refuses by raising.
+# `args.words` holds the words after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
 READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
-def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add the lines of stdin as they come; 1 if any of them was bad.
-
-    Ids are printed once their jobs are committed. SIGTERM is taken as Ctrl+C: what was
-    read meanwhile is added first.
-    """
-    if args.job not in (None, "-") or args.file or args.command:
-        raise Usage("--stream reads stdin alone", "give no other job")
-    if args.wait:
-        raise Usage("--stream and --wait do not go together",
-                    "`queuectl wait --all` waits")
-    if sys.stdin is None:
-        raise Refused("unreadable", "stdin is closed", "give a pipe")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    queue.store.db.patience = WORKER_PATIENCE    # it tries again itself, and says so
-    reader = _lines_of(args) or Lines()
-    stream = Stream(queue, {} if args.words else _flag_fields(args),
-                    lambda error: _report(error, args.json), screen.note, reader)
-    for lines in _line_batches(sys.stdin.fileno(), reader.end):
-        jobs = stream.add(lines)
-        screen.out(*(dumps(job_object(job), None) if args.json else job.id
-                     for job in jobs))
-        screen.flush()
-    return EX_NO if stream.refused else EX_OK
+def _view(args: argparse.Namespace, screen: Screen, found: object,
+          lines: Iterable[str]) -> None:
+    screen.out(*([dumps(found)] if args.json else lines))
 
 
 def _bar(screen: Screen) -> Callable[[Progress], None]:
-    """What draws how far jobs are, with the rate since now."""
+    """A function that draws the progress, with the rate since now."""
     began = time.monotonic()
 
     def show(progress: Progress) -> None:
-        """Draw it now, if it is time."""
         if screen.draws:
             screen.show(progress_line(progress, time.monotonic() - began,
-                                      screen.width()))
+                                      window().columns))
     return show
 
 
 def _watchful_bar(queue: Queue, screen: Screen,
-                  looked_at: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
-    """A bar that also says once why nothing runs, unless that passes by itself.
-
-    `looked_at` tells some of the jobs that wait.
+                  waiting: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
+    """A bar that also says once why nothing runs, unless that passes by itself, of some
+    of the `waiting` jobs.
     """
     bar, said = _bar(screen), set[str]()
 
     def show(progress: Progress) -> None:
-        """Draw it, and name each hindrance once, with the first job that it delays."""
-        stuck = queue.hindrances(looked_at()) \
+        stuck = queue.hindrances(waiting()) \
             if progress.waiting and not progress.running else {}
         for job_id, found in stuck.items():
             why = "; ".join([", ".join(one.message for one in found),
@@ -13647,28 +13443,26 @@ def _watchful_bar(queue: Queue, screen: Screen,
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and say how it went; their exit status."""
+    """Wait until jobs are over, and report; the exit status of a single one."""
     began = time.monotonic()
     bar = _watchful_bar(queue, screen, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
     with screen.drawing():
         jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
-    took = span(time.monotonic() - began)
-    if len(jobs) == 1:
-        ending = f" ({jobs[0].error})" if jobs[0].error else ""
-        screen.note(f"{jobs[0].id} {jobs[0].state}{ending}")
-    else:
-        done = sum(job.state == COMPLETED for job in jobs)
-        screen.note(f"{done} of {len(jobs)} jobs completed, after {took}")
-    if all(job.state == COMPLETED for job in jobs):
-        return EX_OK
+    done = sum(job.state == COMPLETED for job in jobs)
+    if len(jobs) > 1:
+        screen.note(f"{done} of {len(jobs)} jobs completed, "
+                    f"after {span(time.monotonic() - began)}")
+        return EX_OK if done == len(jobs) else EX_NO
+    job, = jobs
+    screen.note(f"{job.id} {job.state}{f' ({job.error})' if job.error else ''}")
     # One that was cancelled before it ran has no exit status.
-    return (jobs[0].exit_code or EX_NO) if len(jobs) == 1 else EX_NO
+    return EX_OK if done else job.exit_code or EX_NO
 
 
 def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
-    """Print what was added; flushed, for `--wait` may go on for hours after it."""
+    """Print what was added; flushed, for `--wait` may take hours after it."""
     known = len(jobs) - new
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
@@ -13686,99 +13480,123 @@ def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Nam
     screen.flush()
 
 
-def _warn_of_stuck(queue: Queue, jobs: Sequence[Job], screen: Screen) -> None:
-    """Say which of these jobs come after a dead or cancelled one."""
-    if all(job.waits != BLOCKED for job in jobs):
-        return
-    stuck = queue.stuck_among(jobs)
-    if stuck:
-        more = f" and {len(stuck) - 1} more wait" if len(stuck) > 1 else " waits"
-        screen.note(f"warning: {stuck[0].id}{more} for {queue.why_stuck(stuck[0])}, "
-                    "and cannot run until that is retried")
-
-
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
     if all(view.is_silent for view in queue.workers()):
         screen.note("no worker is running; `queuectl worker start` starts one")
 
 
+def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Add the lines of stdin as they come; 1 if any of them was invalid.
+
+    Ids are printed once their jobs are committed. SIGTERM acts as Ctrl+C: what was read
+    is added first.
+    """
+    if args.job not in (None, "-") or args.file or args.command:
+        raise Usage("--stream reads stdin alone", "give no other job")
+    if args.wait:
+        raise Usage("--stream and --wait do not go together",
+                    "`queuectl wait --all` waits")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    queue.store.db.patience = WORKER_PATIENCE    # it tries again itself, and says so
+    reader = lines_of(args)
+    stream = Stream(queue, {} if args.words else flag_fields(args),
+                    lambda error: print_error(error, args.json), screen.note, reader)
+    for lines in line_batches(piped_stdin().fileno(), reader.end):
+        jobs = stream.add(lines)
+        screen.out(*(dumps(job_object(job), None) if args.json else job.id
+                     for job in jobs))
+        screen.flush()
+    return EX_NO if stream.refused else EX_OK
+
+
+def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job], int]:
+    """Check a batch, add it, and return its jobs and how many are new.
+
+    All is checked before the transaction begins, so the write lock is not held long.
+    """
+    specs, ignored, now = [], set[str](), queue.clock()
+    for number, (fields, place) in enumerate(given):
+        if number % 1000 == 999:
+            screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
+        with at_place(place):
+            specs.append(new_job(fields, now))
+            ignored.update(ignored_keys(fields))
+    if ignored:
+        screen.note(ignored_warning(ignored))
+    try:
+        return queue.add(specs)
+    except QueueError as error:
+        if error.item is not None:
+            error.name_place(given[error.item][1])
+        raise
+
+
 def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
-    is_batch, given = _given_jobs(args)
-    # A template has put the flags into each job.
-    flags = {} if is_batch and args.words else _flag_fields(args)
+    is_batch, given = given_jobs(args)
     with screen.drawing():
-        specs = _specs(given, flags, queue.clock(), screen)
-        try:
-            jobs, new = queue.add(specs)
-        except QueueError as error:
-            if error.item is not None:
-                error.name_place(given[error.item][1])
-            raise
+        jobs, new = _add(queue, given, screen)
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, new, is_batch, args, screen)
-    _warn_of_stuck(queue, jobs, screen)
-    if not jobs or not args.wait:
-        if jobs and not args.quiet:
-            _note_no_worker(queue, screen)
-        return EX_OK
-    status = _await(queue, screen, [job.id for job in jobs], None)
-    if args.json:   # as they are when they are over
-        _say_added([queue.job(job.id) for job in jobs], new, is_batch, args, screen)
-    return status
-
-
-def _logging_over_bar(watched: Queue, screen: Screen) -> Callable[[str], None]:
-    """Log lines, with a bar below that shows how far the jobs are.
-
-    `watched` is a connection of its own: the worker's may be in a commit.
-    """
-    bar, first = _bar(screen), watched.progress()
-
-    def say(line: str) -> None:
-        """Log a line, and draw the bar anew."""
-        screen.log(line)
-        with contextlib.suppress(QueueError):   # it is but a picture
-            bar(watched.progress().since(first))
-    return say
+    stuck = queue.stuck_among(jobs) if any(job.waits == BLOCKED for job in jobs) else ()
+    if stuck:
+        more = f" and {len(stuck) - 1} more wait" if len(stuck) > 1 else " waits"
+        screen.note(f"warning: {stuck[0].id}{more} for {queue.why_stuck(stuck[0])}, "
+                    "and cannot run until that is retried")
+    if jobs and args.wait:
+        status = _await(queue, screen, [job.id for job in jobs], None)
+        if args.json:
+            _say_added([queue.job(job.id) for job in jobs], new, is_batch, args, screen)
+        return status
+    if jobs:
+        _note_no_worker(queue, screen)
+    return EX_OK
 
 
 @contextlib.contextmanager
-def _opened(args: argparse.Namespace, path: str, screen: Screen) -> Iterator[Queue]:
-    """The queue of a command, made if that makes one."""
-    with Queue(path, create=args.entry.creates) as queue:
+def opened(args: argparse.Namespace, path: str, screen: Screen) -> Iterator[Queue]:
+    """The queue of a command, created if that may create one."""
+    with Queue(path, create=args.entry.opens == CREATES) as queue:
         if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
         yield queue
 
 
 def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> int:
-    """Run a worker until it is told to stop; in the child of its supervisor."""
-    # What was not given is None, and left to the jobs and the configuration, which are
-    # read when they are needed: a `config set` reaches a worker that runs.
+    """Run a worker until it is stopped; in the child of its supervisor."""
+    # Flags that were not given are None: jobs and settings, read when they are needed,
+    # decide, so a `config set` reaches a running worker.
     options = WorkerOptions(
         args.count, args.name, tuple(args.queue or ()), args.timeout,
         args.backoff_base, args.drain, args.max_jobs, args.grace)
-    # What is loaded now stays: looking through it again and again for garbage was an
-    # eighth of a worker's time. What a job leaves is freed without that.
+    # Looking through all that is loaded for garbage again and again was an eighth of a
+    # worker's time. What a job leaves is freed without that.
     gc.freeze()
     gc.set_threshold(100_000)
-    with _opened(args, args.path, screen) as queue, contextlib.ExitStack() as stack:
+    with opened(args, args.path, screen) as queue, contextlib.ExitStack() as stack:
         say: Callable[[str], None] | None = None if args.quiet else screen.log
         if args.drain and screen.draws:
-            say = _logging_over_bar(stack.enter_context(Queue(args.path)), screen)
-            stack.enter_context(screen.drawing())   # the shell goes on where it was
+            # A connection of its own: the worker's may be in a commit.
+            watched, bar = stack.enter_context(Queue(args.path)), _bar(screen)
+            first = watched.progress()
+            stack.enter_context(screen.drawing())
+
+            def log_over_bar(line: str) -> None:
+                screen.log(line)
+                with contextlib.suppress(QueueError):
+                    bar(watched.progress().since(first))
+            say = log_over_bar
         return run_worker(queue, options, link, say)
 
 
-def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     asked = queue.stop_workers(*args.names, now=args.now)
     if not asked:
         screen.note("no worker is running")
-        return EX_OK
-    end = None if args.timeout is None else time.monotonic() + args.timeout
+        return
+    end = math.inf if args.timeout is None else time.monotonic() + args.timeout
     caller = queue.caller()
     own = caller.worker if caller else None     # it waits for this very command
     waiting = {worker.id: worker.name for worker in asked if worker.name != own}
@@ -13799,69 +13617,63 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
             how = "is removed: it sent no heartbeat" if number in removed \
                 else "has stopped"
             screen.note(f"{waiting.pop(number)} {how}")
-        if waiting and end is not None and time.monotonic() >= end:
+        if waiting and time.monotonic() >= end:
             raise Refused("not-finished",
                           f"{', '.join(waiting.values())} still running jobs",
                           "wait longer, or give --now")
     if caller and own in [worker.name for worker in asked]:
         raise Refused("blocked", f"{own} runs {caller.id}, which runs this command, so "
                       "it stops when that job ends", "let the job end")
-    return EX_OK
 
 
-def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_worker_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     views = queue.workers()
-    if args.json:
-        screen.out(dumps([worker_object(view) for view in views]))
-        return EX_OK
-    screen.out(*worker_lines(views, screen.style()))
+    _view(args, screen, [worker_object(view) for view in views],
+          worker_lines(views, screen.style()))
     _note_no_worker(queue, screen)
-    return EX_OK
 
 
 def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None:
-    """Wait for a commit, `seconds` at most; BrokenPipeError once nobody reads stdout.
-    """
+    """Wait for a commit, `seconds` at most; BrokenPipeError if nobody reads stdout."""
     end = time.monotonic() + seconds
     while queue.store.changes() == seen and (left := end - time.monotonic()) > 0:
         screen.check_reader()
         queue.await_change(seen, min(left, READER_TICK))
 
 
-def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print the first screen; with --watch again whenever something has changed.
 
-    Changes are counted before the reading, so none between the two is missed. One line
-    of the window stays free: a picture that scrolls could not be drawn over.
+    Changes are counted before the status is read, so none is missed. One line of the
+    window stays free: a picture that scrolls could not be drawn over.
     """
-    in_place = args.watch is not None and _is_terminal(sys.stdout) and not args.json
+    in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
     above = 0
     while True:
         seen, status = queue.store.changes(), queue.status()
         lines = status_lines(status, screen.style()) if not args.json else [
             dumps(status_object(status), 2 if args.watch is None else None)]
         if in_place:
-            lines = lines[:max(1, screen.height() - 1)]
-            # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap.
-            # A line that wrapped would be two, and the next picture begin too low.
+            lines = lines[:max(1, window().lines - 1)]
+            # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap:
+            # a line that wrapped would be two, and the next picture begin too low.
             place = f"\033[{above}A\033[J" if above else ""
             screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
         else:
             screen.out(*([""] if above and not args.json else []), *lines)
         if args.watch is None:
-            return EX_OK
+            return
         above = len(lines)
         screen.flush()
         _await_news(queue, screen, seen, args.watch)
-        time.sleep(min(args.watch, 0.1))    # of a busy queue ten pictures a second do
+        time.sleep(min(args.watch, 0.1))    # at most ten pictures a second
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """The filters by what jobs are."""
-    return {key: getattr(args, key, None) for key in ("queue", "tag", "search")}
+    return {name: getattr(args, name, None) for name in FILTERS if name != "state"}
 
 
-def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
+def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
     """A JSON array, an element at a time: any number needs little memory."""
     line = "["
     for one in objects:
@@ -13871,7 +13683,7 @@ def _print_array(objects: Iterator[dict[str, Any]], screen: Screen) -> None:
 
 
 def _output_of(queue: Queue, job: Job) -> bytes:
-    """What the last run of a job printed; nothing if it has none, or is gone by now."""
+    """The output of a job's last run; b"" if it has none, or is gone by now."""
     try:
         run = queue.run(job.id)
     except NotFound:
@@ -13879,23 +13691,26 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print jobs; for `dlq list` each with its error below.
-
-    As JSON, newest first of one state or of any, they are read by the page; otherwise
-    all are in memory, to be put in order.
+def _list_json(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Newest first of at most one state, jobs are read by the page; otherwise all are
+    in memory, to be sorted.
     """
+    limit, states = args.limit or 0, tuple(args.state or ())
+    found: Iterable[Job] = queue.jobs(states, args.sort, limit, **_filters(args)) \
+        if len(states) > 1 or args.sort != "newest" \
+        else queue.pages(limit, state=states, **_filters(args))
+    _print_array(({**job_object(job), **(
+        {"output": _output_of(queue, job).decode("utf-8", "replace")}
+        if args.show_output else {})} for job in found), screen)
+
+
+def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Print jobs; for `dlq list` each with its error below."""
+    if args.json:
+        _list_json(args, queue, screen)
+        return
     filters, style = _filters(args), screen.style()
     states, is_dlq = tuple(args.state or ()), bool(args.entry.preset)
-    if args.json:
-        limit = args.limit or 0
-        found: Iterator[Job] = iter(queue.jobs(states, args.sort, limit, **filters)) \
-            if len(states) > 1 or args.sort != "newest" \
-            else queue.pages(limit, state=states, **filters)
-        _print_array(({**job_object(job), **(
-            {"output": _output_of(queue, job).decode("utf-8", "replace")}
-            if args.show_output else {})} for job in found), screen)
-        return EX_OK
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
     # One more, to know whether there are more.
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
@@ -13903,42 +13718,37 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     why = {} if not states or {*states} - {*WAITING} else {
         job_id: ", ".join(one.message for one in found) or "waits for a slot"
         for job_id, found in queue.hindrances(shown).items()}
-    if args.show_output:
-        for job in shown:
-            screen.out(*job_table([job], style)[1:])
-            screen.raw(_output_of(queue, job))
-    elif shown:
-        head, *lines = job_table(shown, style, why)
+    head, *lines = job_table(shown, style, why) if shown else [""]
+    if shown and not args.show_output:
         screen.out(head)
-        for job, line in zip(shown, lines):
-            screen.out(line)
-            if is_dlq and job.error:
-                screen.out(style.paint(
-                    "    " + cut(one_line(job.error), style.width - 4), DIM))
-    else:
+    for job, line in zip(shown, lines):
+        screen.out(line)
+        if args.show_output:
+            screen.raw(_output_of(queue, job))
+        elif is_dlq and job.error:
+            screen.out(style.paint(
+                "    " + cut(one_line(job.error), style.width - 4), DIM))
+    if not shown:
         screen.note("the dead letter queue is empty" if is_dlq
                     else "no such jobs" if any((*filters.values(), states))
                     else "no jobs; `queuectl enqueue 'echo hi'` adds one")
-    if len(jobs) > len(shown):
+    elif len(jobs) > len(shown):
         screen.note(f"there are more than {limit}; --limit 0 shows all")
-    return EX_OK
 
 
-def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    # Three reads, not one snapshot: of a job that moves meanwhile each tells its own
-    # moment.
+def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    # Three reads, not one snapshot: a job that changes meanwhile may look inconsistent.
     job = queue.job(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
         screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))
-        return EX_OK
+        return
     runs = queue.last_runs(args.id, SHOWN_RUNS)
     screen.out(*show_lines(job, runs, reasons, screen.style()))
     output = _output_of(queue, job)
     if output:
         screen.out("", screen.style().paint(f"OUTPUT of run {runs[-1].number}", DIM))
         screen.raw(output if output.endswith(b"\n") else output + b"\n")
-    return EX_OK
 
 
 def _tail(output: bytes, lines: int | None) -> bytes:
@@ -13951,36 +13761,34 @@ def _tail(output: bytes, lines: int | None) -> bytes:
 class Follower:
     """The output of one job as it comes, through its retries, to its end.
 
-    `number`: only of that run; None: from the last one on. `lines`: of what is there
-    already only so many of the last; None: all.
+    `number`: only of that run (None: from the last one on); `lines`: of what is there
+    already only the last ones (None: all).
     """
 
     def __init__(self, queue: Queue, job_id: str, number: int | None = None,
                  lines: int | None = None) -> None:
         self.job_id, self.is_over = job_id, False
         self._queue, self._only, self._lines = queue, number, lines
-        # The run to look at (None: the last there is), how many bytes of it were seen,
-        # and whether nothing was read yet: only then do `lines` count.
+        # The current run (None: the last there is), the bytes of it that were seen, and
+        # whether nothing was read yet: only then do `lines` count.
         self._number, self._seen, self._is_first = number, 0, True
 
     def step(self) -> tuple[bytes, str]:
-        """What is new, and a remark on a run that has ended before a retry, or "".
+        """What is new, and a note on a run that has ended before a retry, or "".
 
-        The job is read before its run. If it is over, the end of its run was recorded
-        in the same transaction, so what is read of it after that is all there will be.
-        The other way round the last output of a run that ends between the two reads
-        would be missed.
-
-        A run is known by its number, and how much of it was seen by the bytes that it
-        printed in all: so what falls out of the middle while it goes on is told as left
+        The job is read before its run: if it is over, the run's end was recorded in the
+        same transaction, so no output is missed. Seen bytes are counted by all that the
+        run printed, so what is dropped from the middle meanwhile is reported as left
         out.
         """
-        job, run = self._queue.job(self.job_id), self._run()
-        if run is None:
+        job = self._queue.job(self.job_id)
+        try:
+            run = self._queue.run(self.job_id, self._number)
+        except NotFound as error:
             self.is_over = job.state in OVER
-            if self.is_over:
-                self._queue.run(self.job_id, self._number)  # says that there is none
-            return b"", ""
+            if self.is_over or error.code != "no-such-run":
+                raise
+            return b"", ""      # it has not begun
         fresh = since(run.output, run.output_bytes, self._seen)
         if self._is_first:
             fresh = _tail(readable(run.output, run.output_bytes), self._lines)
@@ -13991,26 +13799,15 @@ class Follower:
         self.is_over = self._only is not None or (job.state in OVER and is_last)
         if self.is_over:
             return fresh, ""
-        # The next run may not have begun: until then there is none of that number, and
-        # nothing new.
-        self._number, self._seen = run.number + 1, 0
+        self._number, self._seen = run.number + 1, 0    # it may not have begun
         return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
-
-    def _run(self) -> Run | None:
-        """The run to look at; None: it has not begun."""
-        try:
-            return self._queue.run(self.job_id, self._number)
-        except NotFound as error:
-            if error.code != "no-such-run":
-                raise
-            return None
 
 
 def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
                    screen: Screen) -> None:
     """Print what is new; of several jobs (`place`) only whole lines, with the job.
 
-    `pending` holds the begun line of each job until its end comes.
+    `pending` holds the begun line of each job.
     """
     fresh, remark = follower.step()
     if place is not None:
@@ -14027,7 +13824,7 @@ def _show_followed(follower: Follower, place: int | None, pending: dict[str, byt
         screen.note(remark)
 
 
-def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print what jobs print as it comes, until they (or that run) are over."""
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
@@ -14046,13 +13843,13 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             _show_followed(one, places[one.job_id], pending, screen)
         left = [one for one in left if not one.is_over]
         time.sleep(0.1 if left else 0)
-    return EX_OK
 
 
-def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if args.follow:
-        return _follow(args, queue, screen)
-    # All are looked at first: of one that is not there nothing is printed.
+        _follow(args, queue, screen)
+        return
+    # Read all first: if one is missing nothing is printed.
     runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
     if any(run.outcome is None for run in runs):
         queue.peek()
@@ -14063,7 +13860,6 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             ending = b"\n" if output and not output.endswith(b"\n") else b""
             output = prefixed(job_id, output + ending, place, screen.style())
         screen.raw(output)
-    return EX_OK
 
 
 def _refuse_blanks(args: argparse.Namespace) -> None:
@@ -14092,17 +13888,17 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait until jobs are over; a single one's own exit status.
 
     With a tag or a text it waits for the jobs that fit now; with --all or --queue alone
-    also for whatever is added meanwhile.
+    also for those added meanwhile.
     """
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
         job_ids = [job.id for job in queue.pages(
             state=(*WAITING, PROCESSING), **_filters(args))]
+        if not job_ids:
+            screen.note("no unfinished jobs fit")
+            return EX_OK
     if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
-    if args.tag or args.search:
-        screen.note("no unfinished jobs fit")
-        return EX_OK
     bar = _watchful_bar(queue, screen, lambda: queue.jobs(
         WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     with screen.drawing():
@@ -14112,40 +13908,45 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_NO if done.unwell else EX_OK
 
 
-# What a verb applies to where no state is named, and where one is. To delete is no verb
-# of MOVES, for it leads to no state.
-USUAL = {"retry": (FAILED, DEAD, CANCELLED), "cancel": (*WAITING, PROCESSING),
-         "delete": OVER}
-ALLOWED = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
-           "delete": (*WAITING, *OVER)}
-SAID = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted"}
+class Verb(NamedTuple):
+    """What `retry`, `cancel` and `delete` say, and apply to."""
+    said: str
+    unnamed: tuple[str, ...]    # the states, if none is named
+    allowed: tuple[str, ...]
+
+
+# To delete is no verb of MOVES, for it leads to no state.
+VERBS = {
+    "retry": Verb("pending again", (FAILED, DEAD, CANCELLED), MOVES["retry"].sources),
+    "cancel": Verb("cancelled", (*WAITING, PROCESSING), MOVES["cancel"].sources),
+    "delete": Verb("deleted", OVER, (*WAITING, *OVER))}
 
 
 def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
-              screen: Screen) -> int:
-    """Report what was done to jobs, as it is done; of an interrupted sweep how far."""
+              screen: Screen) -> None:
+    """Report what was done to jobs as it is done, also if it is interrupted."""
     if args.json:
         _print_array((job_object(job) for job in jobs), screen)
-        return EX_OK
-    n, first = 0, ""
+        return
+    n, first, said = 0, "", VERBS[verb].said
     try:
         for job in jobs:
             n, first = n + 1, first or job.id
     except KeyboardInterrupt:
-        screen.note(f"interrupted: {n:,} jobs {SAID[verb]}")
+        screen.note(f"interrupted: {n:,} jobs {said}")
         raise
-    screen.note(f"{first} {SAID[verb]}" if n == 1 else
-                f"{n:,} jobs {SAID[verb]}" if n else "no such jobs")
-    return EX_OK
+    screen.note(f"{first} {said}" if n == 1 else
+                f"{n:,} jobs {said}" if n else "no such jobs")
 
 
 def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The states that are named, else the usual ones; Usage for a wrong one."""
+    said, unnamed, allowed = VERBS[verb]
     for state in given or ():
-        if state not in ALLOWED[verb]:
-            raise Usage(f"{state} jobs cannot be {SAID[verb]}",
-                        "these can: " + ", ".join(ALLOWED[verb]))
-    return tuple(given or USUAL[verb])
+        if state not in allowed:
+            raise Usage(f"{state} jobs cannot be {said}",
+                        "these can: " + ", ".join(allowed))
+    return tuple(given or unnamed)
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
@@ -14156,9 +13957,7 @@ def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) ->
 
 def _confirm(verb: str, args: argparse.Namespace, queue: Queue, states: Sequence[str],
              filters: Mapping[str, Any]) -> None:
-    """Ask before jobs are taken away, if there are any; require --yes without a
-    terminal on stdin, for only that can give an answer.
-    """
+    """Ask before jobs are removed; without a terminal on stdin require --yes."""
     if args.yes:
         return
     if not (sys.stdin and sys.stdin.isatty()):
@@ -14179,14 +13978,13 @@ def _confirm(verb: str, args: argparse.Namespace, queue: Queue, states: Sequence
 
 def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str]) -> Iterator[Job]:
-    """Do it to all that fit, in small transactions; who interrupts keeps what is done.
-    """
+    """Change all that fit, in small transactions; an interrupt keeps what is done."""
     done, kept = 0, list[QueueError]()
     with screen.drawing() as show:
         for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
                                  kept.append, **_filters(args)):
             done += len(batch)
-            show(f"{done:,} jobs {SAID[verb]} ...")
+            show(f"{done:,} jobs {VERBS[verb].said} ...")
             yield from batch
     if kept:
         screen.note(f"{len(kept):,} left as "
@@ -14195,21 +13993,21 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
-    """All jobs that the flags describe, changed; on a terminal after a question.
+    """Change all jobs that the flags describe, on a terminal after a question.
 
     No generator itself: all is checked and asked when it is called.
     """
     states = _chosen_states(verb, args.state)
-    if verb != "retry":     # which takes nothing away
+    if verb != "retry":     # which removes nothing
         _confirm(verb, args, queue, states, _filters(args))
     return _swept(verb, args, queue, screen, states)
 
 
-def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Run jobs again from now; `dlq retry` refuses an id of one that is not dead."""
+def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Run jobs again from now; `dlq retry` refuses the id of one that is not dead."""
     retry = queue.retry_dead if args.entry.preset else queue.retry
     jobs = _wide("retry", args, queue, screen) if _is_wide(args) else retry(*args.ids)
-    return _say_jobs(jobs, "retry", args, screen)
+    _say_jobs(jobs, "retry", args, screen)
 
 
 def _end_lost(queue: Queue, run: Run, until: float) -> None:
@@ -14231,17 +14029,16 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then.
 
-    If their worker is gone, what their runs have left is ended and recorded here.
+    What the lost runs of dead workers have left is ended and recorded here. A command
+    has seen no heartbeats, so only workers that are gone, as the kernel says, count as
+    lost; a frozen one's job is left to other workers.
     """
-    # A command has no heartbeat that could get through, so it knows of no silence: only
-    # workers that are gone, as the kernel says, count as lost here, and a frozen one's
-    # job is left to other workers.
     peers = Peers(queue)
     # The grace, and ten seconds to record the end.
     end = time.monotonic() + queue.store.settings().kill_grace + 10
     say_at = time.monotonic() + 1
     while any(job.state == PROCESSING for job in jobs):
-        for run in peers.lost():    # no worker lives to do it
+        for run in peers.lost():
             if any(job.claim == run.claim for job in jobs):
                 _end_lost(queue, run, end)
                 peers.record(run)
@@ -14256,112 +14053,97 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     return list(jobs)
 
 
-def _cancel_wide(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel all that fit; then wait until those that ran have been ended: together,
-    for each may take `kill-grace`.
-    """
-    running: list[Job] = []
-
-    def noted() -> Iterator[Job]:
-        """What is cancelled, as it is; the running ones are kept for later."""
-        for job in _wide("cancel", args, queue, screen):
-            if job.state == PROCESSING:
-                running.append(job)
-            yield job
-    status = _say_jobs(noted(), "cancel", args, screen)
-    _await_ends(queue, running, screen)
-    return status
-
-
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have been ended.
 
     If all of them complete before that, the exit status is 1.
     """
     if _is_wide(args):
-        return _cancel_wide(args, queue, screen)
+        running: list[Job] = []     # ended together: each may take `kill-grace`
+
+        def noted(job: Job) -> Job:
+            if job.state == PROCESSING:
+                running.append(job)
+            return job
+        _say_jobs(map(noted, _wide("cancel", args, queue, screen)), "cancel", args,
+                  screen)
+        _await_ends(queue, running, screen)
+        return EX_OK
     jobs = queue.cancel(*args.ids)
     ended = {job.id: job for job in _await_ends(
         queue, [job for job in jobs if job.state == PROCESSING], screen)}
-    # In the order of the ids that were given.
     jobs = [ended.get(job.id, job) for job in jobs]
-    late = [job for job in jobs if job.state != CANCELLED]
-    for job in late:
-        screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    if late and len(late) == len(jobs):
+    cancelled = [job for job in jobs if job.state == CANCELLED]
+    for job in jobs:
+        if job.state != CANCELLED:
+            screen.note(f"{job.id} had {job.state} before it could be cancelled")
+    if jobs and not cancelled:
         return EX_NO
-    return _say_jobs((job for job in jobs if job.state == CANCELLED), "cancel", args,
-                     screen)
+    _say_jobs(cancelled, "cancel", args, screen)
+    return EX_OK
 
 
-def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
         else queue.delete(*args.ids)
-    return _say_jobs(jobs, "delete", args, screen)
+    _say_jobs(jobs, "delete", args, screen)
 
 
-def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Delete all jobs that fit, and say how many.
-
-    A stored time is cut to its millisecond, and `ended_before` leaves out the bound
-    itself, hence 0.001.
-    """
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Delete all jobs that fit, and say how many."""
     states, filters = _chosen_states("delete", args.state), _filters(args)
     _refuse_blanks(args)
     if args.older_than is not None:
         if {*states} & {*WAITING}:
             raise Usage("--older-than counts from a job's end",
                         "it fits " + ", ".join(OVER))
+        # A stored time is cut to its millisecond; `ended_before` excludes the bound.
         filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
-    if not args.dry_run:
-        _confirm("delete", args, queue, states, filters)
-    elif not args.json:
+    if args.dry_run:
         amounts = _amounts(queue, states, filters)
         screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
-        return EX_OK
-    jobs = iter(()) if args.dry_run else _swept("delete", args, queue, screen, states)
+        if args.json:
+            screen.out(dumps({"deleted": 0, "would_delete": sum(
+                queue.count(state, **filters) for state in states)}))
+        return
+    _confirm("delete", args, queue, states, filters)
+    jobs = _swept("delete", args, queue, screen, states)
     if args.json:
-        fitting = sum(queue.count(state, **filters) for state in states)
-        would = {"would_delete": fitting} if args.dry_run else {}
-        screen.out(dumps({"deleted": sum(1 for _ in jobs), **would}))
-        return EX_OK
-    return _say_jobs(jobs, "delete", args, screen)
+        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+    else:
+        _say_jobs(jobs, "delete", args, screen)
 
 
-def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    fields = _flag_fields(args)
+def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    fields = flag_fields(args)
     if not fields:
         raise Usage("nothing to change", "give a flag, as --priority 5")
     jobs = queue.edit(*args.ids, **fields)
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs]))
-    else:
-        changed = ", ".join(
-            f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
-            else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
-        screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
-    return EX_OK
+    changed = ", ".join(
+        f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
+        else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
+    screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
 
 
 def _named_queues(queues: Sequence[str] | None) -> str:
-    """`all queues`, `queue a`, `queues a, b`: as a sentence wants it."""
+    """`all queues`, `queue a`, `queues a, b`."""
     if not queues:
         return "all queues"
     return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
 
 
-def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.pause(*args.queue or ())
     flags = "".join(f" --queue {name}" for name in args.queue or ())
     screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
                 f"`queuectl resume{flags}` ends the pause")
-    return EX_OK
 
 
-def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.resume(*args.queue or ())
-    # What still holds claims back, for that is what one wants to know: a queue has its
-    # own pause, and all of them have one together.
+    # A queue has its own pause, and all of them have one together.
     paused = queue.status().paused
     left = [name for name in paused if name != EVERY_QUEUE]
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
@@ -14369,29 +14151,28 @@ def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
                 + (f"; still paused: {', '.join(left)}" if left else ""))
     if EVERY_QUEUE in paused:
         screen.note("all queues are still paused; `queuectl resume` ends that")
-    return EX_OK
 
 
-def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     views = queue.queues()
-    if args.json:
-        screen.out(dumps([queue_object(view) for view in views]))
-    else:
-        screen.out(*queue_lines(views, screen.style()))
-        if EVERY_QUEUE in queue.status().paused:
-            screen.note("all queues are paused; `queuectl resume` ends that")
-    return EX_OK
+    _view(args, screen, [queue_object(view) for view in views],
+          queue_lines(views, screen.style()))
+    if EVERY_QUEUE in queue.status().paused:
+        screen.note("all queues are paused; `queuectl resume` ends that")
 
 
-def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.limit_queue(args.queue, args.limit)
     screen.note(f"queue {args.queue}: " + (
         f"at most {args.limit} at once" if args.limit else "no limit"))
-    return EX_OK
 
 
-def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add a job that comes again and again, and say when that will be."""
+def _note_runs(schedule: Schedule, queue: Queue, screen: Screen) -> None:
+    for line in when_lines(schedule, queue.clock()):
+        screen.note(line)
+
+
+def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
                     "write -- PROG ARG... or a shell command in quotes")
@@ -14399,59 +14180,45 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         else fields_of(args.job)
     if len(given) != 1:
         raise Usage("a schedule has one job", "add a schedule for each")
-    schedule = queue.add_schedule(args.name, args.cron, args.tz,
-                                  **merged(given[0], _flag_fields(args)))
-    for line in when_lines(schedule, queue.clock()):
-        screen.note(line)
+    _note_runs(queue.add_schedule(
+        args.name, args.cron, args.tz, **merged(given[0], flag_fields(args))),
+        queue, screen)
     _note_no_worker(queue, screen)
-    return EX_OK
 
 
-def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    schedules = [(one, queue.last_job(one)) for one in queue.schedules()]
-    if args.json:
-        screen.out(dumps([schedule_object(*one) for one in schedules]))
-    elif schedules:
-        screen.out(*schedule_lines(schedules, screen.style()))
-    else:
+def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    found = [(one, queue.last_job(one)) for one in queue.schedules()]
+    _view(args, screen, [schedule_object(*one) for one in found],
+          schedule_lines(found, screen.style()) if found else ())
+    if not found:
         screen.note("no schedules; `queuectl schedule add NAME CRON -- PROG ARG...` "
                     "adds one")
-    return EX_OK
 
 
-def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     schedule = queue.schedule(args.name)
     last = queue.last_job(schedule)
-    if args.json:
-        screen.out(dumps(schedule_object(schedule, last)))
-    else:
-        screen.out(*schedule_show_lines(schedule, last, queue.clock()))
-    return EX_OK
+    _view(args, screen, schedule_object(schedule, last),
+          schedule_show_lines(schedule, last, queue.clock()))
 
 
-def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
-    return EX_OK
 
 
-def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     screen.note(f"{queue.pause_schedule(args.name).name} paused")
-    return EX_OK
 
 
-def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    schedule = queue.resume_schedule(args.name)
-    for line in when_lines(schedule, queue.clock()):
-        screen.note(line)
-    return EX_OK
+def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    _note_runs(queue.resume_schedule(args.name), queue, screen)
 
 
-def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     screen.out(queue.run_schedule(args.name).id)
-    return EX_OK
 
 
-def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print the changes of jobs' states, oldest first, by the page.
 
     `newest` is read before the page: read after it, it could skip a change.
@@ -14462,85 +14229,68 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
         screen.out(*(dumps(event_object(one), None) if args.json
                      else event_line(one, screen.style()) for one in page))
-        # There may be more: no waiting, and on from the last one.
-        if len(page) == PAGE_SIZE:
+        if len(page) == PAGE_SIZE:      # there may be more
             after = page[-1].seq
             continue
         if not args.follow:
-            return EX_OK
+            return
         screen.flush()
         after = max([newest, *(one.seq for one in page[-1:])])
         _await_news(queue, screen, seen, FALLBACK_POLL)
 
 
-def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    stored = queue.store.stored_settings()
-    if args.json:
-        screen.out(dumps({key: {"value": stored.get(key, setting.default),
-                                "default": setting.default, "meaning": setting.help}
-                          for key, setting in SETTINGS.items()}))
-        return EX_OK
-    style = screen.style()
-    screen.out(style.paint(f"{'KEY':<19} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM))
+def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    stored, style, found = queue.store.stored_settings(), screen.style(), {}
+    lines = [style.paint(f"{'KEY':<19} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM)]
     for key, setting in SETTINGS.items():
-        value = stored.get(key, setting.default)
+        default, meaning = setting.default, setting.help
+        value = stored.get(key, default)
+        found[key] = {"value": value, "default": default, "meaning": meaning}
         shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
-        screen.out(f"{key:<19} {shown} {setting.default:<8} {setting.help}")
-    return EX_OK
+        lines.append(f"{key:<19} {shown} {default:<8} {meaning}")
+    _view(args, screen, found, lines)
 
 
-def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     screen.out(queue.setting(args.key))
-    return EX_OK
 
 
-def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
     screen.note(f"{key} = {args.value}: {SETTINGS[key].help}")
-    return EX_OK
 
 
-def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.reset(args.key)
     key = setting_key(args.key)
     screen.note(f"{key} = {SETTINGS[key].default} (the default)")
-    return EX_OK
 
 
-def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Print what was done."""
-    stats = queue.stats(args.since)
-    seconds = queue.covered(args.since)
-    if args.json:
-        screen.out(dumps(stats_object(stats, seconds)))
-    else:
-        screen.out(*stats_lines(stats, seconds, screen.style()))
-    return EX_OK
+def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    stats, seconds = queue.stats(args.since), queue.covered(args.since)
+    _view(args, screen, stats_object(stats, seconds),
+          stats_lines(stats, seconds, screen.style()))
 
 
 def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Look for what is wrong; 1 if a promise is broken."""
     findings = Inspection(queue).findings()
     is_sound = all(finding.level != PROBLEM for finding in findings)
-    if args.json:
-        screen.out(dumps({"sound": is_sound, "findings": [
-            finding._asdict() for finding in findings]}))
-    else:
-        screen.out(*finding_lines(findings, queue.path, screen.style()))
+    _view(args, screen, {"sound": is_sound, "findings": [
+        finding._asdict() for finding in findings]},
+        finding_lines(findings, queue.path, screen.style()))
     return EX_OK if is_sound else EX_NO
 
 
-def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.backup(args.file)
-    # To open it is to try it: a copy that is no queue is told now.
-    with Queue(args.file, create=False) as copy:
+    with Queue(args.file, create=False) as copy:    # which verifies it
         jobs = sum(copy.counts().values())
     screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
-    return EX_OK
 
 
-def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Serve the dashboard; all that can be refused is, before the URL is printed."""
     # The address is looked up before the site is made: whether strangers reach it
     # decides whether a token may be left out.
@@ -14558,17 +14308,17 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         screen.out(printed_url(site, options.host, listener.server_address[1]))
         screen.flush()
     serve(listener, service, _announce)
-    return EX_OK
 
 
-def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> int:
+
+
+def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> None:
     import shlex  # 1 ms
     screen.out(SHELLS[args.shell].replace("PROGRAM", shlex.join(start_words()))
                .rstrip("\n"))
-    return EX_OK
 
 
-def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
+def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> None:
     import shlex
     import shutil
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -14578,16 +14328,14 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> int:
                       f"{to} has no meaning here: there is no home directory",
                       "give a directory: --to DIR")
     launcher = install(os.path.abspath(to))
-    folder = os.path.dirname(launcher)
+    folder, found = os.path.dirname(launcher), shutil.which("queuectl")
     screen.out(launcher)
-    found = shutil.which("queuectl")
     if os.path.realpath(folder) not in [    # by any of its names
             os.path.realpath(entry) for entry in os.get_exec_path() if entry]:
         screen.note(f"{folder} is not on PATH; add this line to ~/.profile:\n"
                     f"    export PATH={shlex.quote(folder)}:\"$PATH\"")
     elif found and os.path.realpath(found) != os.path.realpath(launcher):
         screen.note(f"warning: on PATH, {found} comes before it")
-    return EX_OK
 
 
 def database_path(given: str | None) -> str:
@@ -14595,309 +14343,415 @@ def database_path(given: str | None) -> str:
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
 
 
-def _again(flags: Sequence[Option], args: argparse.Namespace) -> Iterator[str]:
-    """The words that give these flags once more, from parsed values; no defaults.
-
-        --timeout 5m --queue a --queue b -> --timeout 300 --queue a --queue b
+class Option(NamedTuple):
+    """One argument of a command: its names and settings as argparse takes them, and its
+    group in the help. Its metavar tells completion what to offer.
     """
-    for flag in flags:
-        value = getattr(args, flag.names[0].lstrip("-").replace("-", "_"))
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    group: str
+
+    @property
+    def dest(self) -> str:
+        """The name of its value, as argparse makes it."""
+        name: str = self.settings.get("dest", self.names[0].lstrip("-"))
+        return name.replace("-", "_")
+
+
+def option(*names: str, group: str = "", **settings: Any) -> Option:
+    return Option(names, settings, group)
+
+
+def switch(*names: str, help: str, group: str = "") -> Option:
+    return Option(names, {"action": "store_true", "help": help}, group)
+
+
+def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
+    return tuple(one._replace(group=group) for one in options)
+
+
+def _flags_of(fields: Iterable[Field]) -> tuple[Option, ...]:
+    """The flags for some fields. Numbers and times are parsed here, for a wrong one is
+    a wrong command line; text is checked with the job. None: the flag was not given.
+    """
+    return tuple(
+        Option(field.flags or ("--" + field.name.replace("_", "-"),),
+               {"dest": field.name, "help": field.help, **field.kind.flag}, field.group)
+        for field in fields)
+
+
+def _field_flags(use: str) -> tuple[Option, ...]:
+    return _flags_of(field for field in FIELDS.values() if use in field.uses)
+
+
+def _past(text: str, now: float) -> float:
+    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
+    if re.fullmatch(_DURATION, text):
+        return now - parse_duration(text)
+    moment = parse_time(text, now)
+    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
+        moment = (datetime.datetime.fromtimestamp(moment)
+                  - datetime.timedelta(days=1)).timestamp()
+    if moment > now:
+        raise Invalid(f"{text!r} is in the future",
+                      "give a time that has been, or a duration: 1h")
+    return moment
+
+
+_DUR: dict[str, Any] = {"type": parse_duration, "metavar": "DUR"}
+_COUNT: dict[str, Any] = {"type": parse_whole, "metavar": "N"}
+_JSON = switch("--json", help="print JSON and nothing else", group="output")
+_IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
+_SOME_IDS = option("ids", nargs="+", metavar="ID", help="the jobs")
+_STATE_FLAG, *_FILTERS = _flags_of(FILTERS.values())
+_FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
+_YES = switch("--yes", "-y", help="do not ask; required if stdin is not a terminal",
+              group="other")
+_ALL = switch("--all", help="all that it applies to")
+_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
+_QUEUES = option("--queue", action="append", metavar="Q", type=parse_name,
+                 help="only this queue; repeatable (default: all)")
+_WAIT_LIMIT = option("--timeout", **_DUR, help="wait no longer", group="other")
+_FOLLOW = switch("--follow", "-f", help="go on as it comes")
+_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
+_KEY = option("key", metavar="KEY", help="the setting's name")
+_LIMIT = option("--limit", **_COUNT, group="output",
+                help="0: all (default: 50; with --json all)")
+_OLDER = option("--older-than", **_DUR, group="which jobs",
+                help="only those that have been over for so long")
+_WORKER = (     # flags of `worker start` that a service may have as well
+    option("--count", "-c", default=1, metavar="N",
+           type=lambda text: parse_whole(text, 1, MAX_SLOTS),
+           help="jobs at once (default: 1)"),
+    _QUEUES, option("--name", metavar="NAME", type=parse_name,
+                    help="the worker's name (default: HOST-PID)"),
+    *_grouped("for jobs that set none",
+              option("--timeout", **_DUR, help="end a run after this time"),
+              option("--backoff-base", **_DUR, help="wait after the first failure")),
+    option("--grace", **_DUR, group="when it exits",
+           help="when stopping, requeue jobs that run longer"))
+
+
+def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
+    """Print a unit file that runs a worker of this queue, which need not exist yet."""
+    again: list[str] = []       # the flags once more, from parsed values; no defaults
+    for flag in _WORKER:
+        value = getattr(args, flag.dest)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one != flag.settings.get("default"):
-                yield flag.names[0]
-                yield f"{one:.3f}".rstrip("0").rstrip(".") if isinstance(one, float) \
-                    else str(one)
-
-
-def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> int:
-    """Print a unit file that runs a worker of this queue, which need not exist yet."""
+                again += [flag.names[0], f"{one:.3f}".rstrip("0").rstrip(".")
+                          if isinstance(one, float) else str(one)]
     try:
-        path = os.path.abspath(system_path(database_path(getattr(args, "db", None))))
+        path = as_utf8(os.path.abspath(system_path(database_path(
+            getattr(args, "db", None)))))
+        command = (*start_words(), "--db", path, "worker", "start", *again)
     except FileNotFoundError:
         raise Unavailable("unwritable", "the current directory is gone",
                           "change to another, or give an absolute --db") from None
-    try:
-        command = (*start_words(), "--db", as_utf8(path), "worker", "start",
-                   *_again(_WORKER_FLAGS, args))
     except UnicodeError:
         raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
                       "rename its directories") from None
-    screen.out(unit_file(command, as_utf8(path), args.user, args.grace).rstrip("\n"))
-    return EX_OK
+    screen.out(unit_file(command, path, args.user, args.grace).rstrip("\n"))
 
 
-# Whether a command makes a database that is not there: only those that add or set
-# something, or serve. Any other would hide a mistyped path behind an empty queue.
-CREATES, READS = True, False
-NEITHER = None      # it does not open the database
+# What a command does with the database. Only those that add or set something, or serve,
+# create it: any other would hide a mistyped path behind an empty queue. Those that only
+# read stop once their results cannot be written; all others do what they are to.
+CREATES, CHANGES, READS, NEITHER = "creates", "changes", "reads", "neither"
 
 
 class Entry(NamedTuple):
-    """One command: its words, its function, one sentence, whether it makes a database,
-    its arguments, examples for its help, without the `queuectl` before them, and values
-    of arguments of that function that it does not have.
+    """One command. Examples have no `queuectl` before them; `also` are other tools'
+    names for it, as hints; `preset` are values of arguments of `run` that it lacks.
     """
     words: tuple[str, ...]
-    run: Callable[[argparse.Namespace, Any, Screen], int]
+    run: Callable[[argparse.Namespace, Any, Screen], int | None]
     help: str
-    creates: bool | None
+    opens: str
     options: tuple[Option, ...] = ()
-    examples: tuple[str, ...] = ()
+    examples: Sequence[str] = ()
+    also: Sequence[str] = ()
     preset: Mapping[str, Any] = types.MappingProxyType({})
 
 
-_NAME_OF_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
-_LIMIT_FLAG = option("--limit", **_COUNT, group="output",
-                     help="0: all (default: 50; with --json all)")
-_OLDER_FLAG = option("--older-than", **_DUR, group="which jobs",
-                     help="only those that have been over for so long")
-_DRY_FLAG = option("--dry-run", action="store_true", group="other",
-                   help="only say what would be deleted")
+def _entry(name: str, run: Callable[[argparse.Namespace, Any, Screen], int | None],
+           help: str, opens: str, *options: Option, eg: str, also: str = "",
+           **preset: Any) -> Entry:
+    return Entry(tuple(name.split()), run, help, opens, options, eg.split("\n"),
+                 also.split(", ") if also else (), preset)
 
-# In the order of `queuectl --help`.
-COMMANDS = (
-    Entry(("enqueue",), cmd_enqueue, "add a job, or many", CREATES, (
+
+COMMANDS = (    # in the order of the help
+    _entry(
+        "enqueue", cmd_enqueue, "add a job, or many", CREATES,
         option("job", nargs="?", metavar="JOB",
                help="a shell command, a JSON object or array, @FILE, or - for stdin; "
                     "-- PROG ARG... adds a command of separate arguments"),
-        option("--file", metavar="F", help="one job a line: JSON or a shell command; "
-               "with -- PROG ARG... one job a line of any text, which replaces {} in "
-               "an argument (else it is the last one); {#} is its number"),
-        option("--null", "-0", action="store_true",
-               help="items end with NUL, as from find -print0"),
-        option("--stream", action="store_true",
-               help="the lines of stdin as they come, for as long as they come"),
+        option("--file", metavar="F", help="one job per line: JSON or a shell command; "
+               "with -- PROG ARG... each line is text that replaces {} in an argument, "
+               "or is appended; {#} is its number"),
+        switch("--null", "-0", help="items end with NUL, as from find -print0"),
+        switch("--stream", help="add the lines of stdin as they come"),
         *_field_flags("e"),
-        option("--wait", action="store_true", group="output",
-               help="until it is over; exit with the job's own status"),
-        option("--quiet", "-q", action="store_true", help="print ids only",
+        switch("--wait", help="until the job is over; exit with the job's own status",
                group="output"),
-        _JSON_FLAG),
-        ("enqueue 'make -C /src test' --priority 5 --timeout 30m",
-         "enqueue -- convert 'my photo.png' out.jpg",
-         "enqueue - --once '{}' -0 -- gzip -k {}")),
-    Entry(("worker", "start"), cmd_worker_start, "run jobs, in the foreground",
-          CREATES, (
-        *_WORKER_FLAGS,
-        *_grouped(
-            "when it exits",
-            option("--drain", action="store_true",
-                   help="once nothing is running, due or waiting for a retry"),
-            option("--max-jobs", **_COUNT, help="after so many runs")),
-        option("--quiet", "-q", action="store_true", help="log nothing but errors")),
-        ("worker start --count 4", "worker start --queue gpu --drain")),
-    Entry(("worker", "stop"), cmd_worker_stop, "let workers finish, and wait", READS, (
-        option("names", nargs="*", metavar="NAME", help="default: all"),
-        option("--now", action="store_true", help="end running jobs and put them back"),
-        option("--timeout", **_DUR, help="wait no longer")),
-        ("worker stop", "worker stop --now")),
-    Entry(("worker", "list"), cmd_worker_list, "show the workers", READS,
-          (_JSON_FLAG,), ("worker list", "worker list --json")),
-    Entry(("status",), cmd_status, "show counts, workers, what is next", READS, (
-        option("--watch", nargs="?", const=1.0, metavar="SECONDS",
-               type=_typed(_between(0.1)), group="output",
-               help="again whenever something changes, and each SECONDS (1)"),
-        _JSON_FLAG), ("status", "status --watch")),
-    Entry(("list",), cmd_list, "show jobs, newest first", READS, (
-        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS),
-        _LIMIT_FLAG,
+        switch("--quiet", "-q", help="print ids only", group="output"), _JSON,
+        eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
+           "enqueue -- convert 'my photo.png' out.jpg\n"
+           "enqueue - --once '{}' -0 -- gzip -k {}",
+        also="add, submit, push, put, new, create, run, exec"),
+    _entry(
+        "worker start", cmd_worker_start, "run jobs, in the foreground", CREATES,
+        *_WORKER,
+        switch("--drain", help="once nothing is running, due or waiting for a retry",
+               group="when it exits"),
+        option("--max-jobs", **_COUNT, help="after so many runs",
+               group="when it exits"),
+        switch("--quiet", "-q", help="log nothing but errors"),
+        eg="worker start --count 4\nworker start --queue gpu --drain",
+        also="start, run, work, daemon, up, worker run"),
+    _entry(
+        "worker stop", cmd_worker_stop, "stop workers, after their jobs", CHANGES,
+        option("names", nargs="*", metavar="NAME", help="the workers (default: all)"),
+        switch("--now", help="end running jobs and requeue them"), _WAIT_LIMIT,
+        eg="worker stop\nworker stop --now",
+        also="stop, down, quit, shutdown, worker kill"),
+    _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
+           eg="worker list --json", also="workers, worker ls, worker status"),
+    _entry(
+        "status", cmd_status, "show counts, workers, what is next", READS,
+        option("--watch", nargs="?", const=1.0, metavar="SECONDS", type=_between(0.1),
+               help="again whenever something changes, and each SECONDS (1)",
+               group="output"), _JSON,
+        eg="status\nstatus --watch", also="st, stat, top"),
+    _entry(
+        "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT,
         option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
                help="one of " + ", ".join(ORDERS), group="output"),
-        option("--show-output", "-o", action="store_true", group="output",
-               help="with what each printed"),
-        _JSON_FLAG),
-        ("list --state pending", "list --state dead --tag nightly --json")),
-    Entry(("show",), cmd_show, "show one job whole, and why it does not run", READS, (
-        option("id", metavar="ID"), _JSON_FLAG), ("show job-1", "show job-1 --json")),
-    Entry(("logs",), cmd_logs, "print what jobs printed", READS, (
-        option("ids", nargs="+", metavar="ID",
-               help="of several each line has its job before it"),
-        option("--follow", "-f", action="store_true", help="as it comes, to the end"),
+        switch("--show-output", "-o", help="with what each printed", group="output"),
+        _JSON, eg="list --state pending\nlist --state dead --tag nightly --json",
+        also="ls, ps, jobs"),
+    _entry(
+        "show", cmd_show, "show one job in full, and why it does not run", READS,
+        option("id", metavar="ID", help="the job"), _JSON,
+        eg="show job-1\nshow job-1 --json", also="get, info, inspect, describe, job"),
+    _entry(
+        "logs", cmd_logs, "print the output of jobs", READS, _SOME_IDS, _FOLLOW,
         option("--attempt", **_COUNT, help="of the N-th run (default: the last)"),
-        option("--tail", **_COUNT, help="only the last N lines")),
-        ("logs job-1 --tail 20", "logs -f job-1 job-2")),
-    Entry(("wait",), cmd_wait, "wait until jobs are over", READS, (
-        _IDS,
-        *_grouped("instead of ids",
-                  option("--all", action="store_true",
-                         help="until none is left, whatever is added meanwhile"),
-                  *_TEXT_FLAGS),
-        option("--timeout", **_DUR, help="wait no longer", group="other"),
-        option("--quiet", "-q", action="store_true", help="say nothing",
-               group="other")),
-        ("wait job-1", "wait --all --timeout 1h")),
-    Entry(("retry",), cmd_retry, "run jobs again from now", READS,
-          (*_WHICH, _YES, _JSON_FLAG),
-          ("retry job-1", "retry --state dead --queue gpu")),
-    Entry(("cancel",), cmd_cancel, "cancel jobs; running ones are ended", READS,
-          (*_WHICH, _YES, _JSON_FLAG), ("cancel job-1 job-2", "cancel --tag nightly")),
-    Entry(("edit",), cmd_edit, "change waiting jobs", READS, (
-        option("ids", nargs="+", metavar="ID"), *_field_flags("u"), _JSON_FLAG),
-        ("edit job-1 --priority 9", "edit job-1 --delay 2h --queue night")),
-    Entry(("delete",), cmd_delete, "delete jobs that do not run", READS,
-          (*_WHICH, _YES, _JSON_FLAG), ("delete job-1", "delete --state cancelled")),
-    Entry(("purge",), cmd_purge,
-          "delete jobs that are over, or that are in the states named", READS, (
-        *_grouped("which jobs", _STATE_FLAG, *_TEXT_FLAGS), _OLDER_FLAG, _DRY_FLAG,
-        _YES, _JSON_FLAG),
-        ("purge --state completed --older-than 7d", "purge --dry-run")),
-    Entry(("dlq", "list"), cmd_list, "show the dead jobs", READS,
-          (_LIMIT_FLAG, _JSON_FLAG), ("dlq", "dlq list --json"),
-          {"state": [DEAD], "sort": "finished", "show_output": False}),
-    Entry(("dlq", "retry"), cmd_retry, "put dead jobs back", READS, (
-        _IDS, *_grouped("instead of ids", _ALL, *_TEXT_FLAGS), _JSON_FLAG),
-        ("dlq retry job-1", "dlq retry --all"), {"state": [DEAD]}),
-    Entry(("dlq", "purge"), cmd_purge, "delete dead jobs", READS, (
-        *_grouped("which jobs", *_TEXT_FLAGS), _OLDER_FLAG, _YES, _JSON_FLAG),
-        ("dlq purge --older-than 30d", "dlq purge --yes"),
-        {"state": [DEAD], "dry_run": False}),
-    Entry(("pause",), cmd_pause, "start no more jobs, until resume", CREATES,
-          (_QUEUES_FLAG,), ("pause", "pause --queue gpu")),
-    Entry(("resume",), cmd_resume, "start jobs again", READS, (_QUEUES_FLAG,),
-          ("resume", "resume --queue gpu")),
-    Entry(("queue", "list"), cmd_queue_list, "show the queues", READS, (_JSON_FLAG,),
-          ("queue list", "queue list --json")),
-    Entry(("queue", "set"), cmd_queue_set, "limit how many jobs of a queue run at once",
-          CREATES, (
-        option("queue", metavar="Q"),
-        option("--limit", **_COUNT, required=True, help="0: no limit")),
-        ("queue set gpu --limit 1", "queue set gpu --limit 0")),
-    Entry(("schedule", "add"), cmd_schedule_add, "add a job that comes again and again",
-          CREATES, (
-        _NAME_OF_SCHEDULE,
+        option("--tail", **_COUNT, help="only the last N lines"),
+        eg="logs job-1 --tail 20\nlogs -f job-1 job-2", also="log, output, tail, cat"),
+    _entry(
+        "wait", cmd_wait, "wait until jobs are over", READS, _IDS, *_grouped(
+            "instead of ids", switch("--all", help="until none is left, also of those "
+                                     "added meanwhile"), *_FILTERS),
+        _WAIT_LIMIT, switch("--quiet", "-q", help="print no messages", group="other"),
+        eg="wait job-1\nwait --all --timeout 1h", also="join"),
+    _entry("retry", cmd_retry, "run jobs again from now", CHANGES, *_WHICH,
+           eg="retry job-1\nretry --state dead --queue gpu",
+           also="rerun, requeue, restart, redo"),
+    _entry("cancel", cmd_cancel, "cancel jobs; running ones are ended", CHANGES,
+           *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
+           also="kill, abort, terminate"),
+    _entry("edit", cmd_edit, "change waiting jobs", CHANGES, _SOME_IDS,
+           *_field_flags("u"), _JSON,
+           eg="edit job-1 --priority 9\nedit job-1 --delay 2h --queue night",
+           also="update, modify, change, set"),
+    _entry("delete", cmd_delete, "delete jobs that do not run", CHANGES, *_WHICH,
+           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove"),
+    _entry(
+        "purge", cmd_purge, "delete jobs that are over, or in some states", CHANGES,
+        *_FITTING, _OLDER,
+        switch("--dry-run", help="only say what would be deleted", group="other"),
+        _YES, _JSON, eg="purge --state completed --older-than 7d\npurge --dry-run",
+        also="clean, clear, prune, gc"),
+    _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _JSON,
+           eg="dlq\ndlq list --json", also="dead, failed, dlq ls, dlq show",
+           state=[DEAD], sort="finished", show_output=False),
+    _entry("dlq retry", cmd_retry, "requeue dead jobs", CHANGES, _IDS,
+           *_grouped("instead of ids", _ALL, *_FILTERS), _JSON,
+           eg="dlq retry job-1\ndlq retry --all", also="dlq requeue", state=[DEAD]),
+    _entry("dlq purge", cmd_purge, "delete dead jobs", CHANGES,
+           *_grouped("which jobs", *_FILTERS), _OLDER, _YES, _JSON,
+           eg="dlq purge --older-than 30d\ndlq purge --yes",
+           also="dlq rm, dlq delete, dlq clear", state=[DEAD], dry_run=False),
+    _entry("pause", cmd_pause, "start no more jobs, until resume", CREATES, _QUEUES,
+           eg="pause\npause --queue gpu", also="suspend, freeze"),
+    _entry("resume", cmd_resume, "start jobs again", CHANGES, _QUEUES,
+           eg="resume\nresume --queue gpu", also="unpause, continue"),
+    _entry("queue list", cmd_queue_list, "show the queues", READS, _JSON,
+           eg="queue list --json", also="queues, queue ls"),
+    _entry("queue set", cmd_queue_set, "limit how many jobs of a queue run at once",
+           CREATES, option("queue", metavar="Q", help="the queue"),
+           option("--limit", **_COUNT, required=True, help="0: no limit"),
+           eg="queue set gpu --limit 1\nqueue set gpu --limit 0",
+           also="limit, queue limit"),
+    _entry(
+        "schedule add", cmd_schedule_add, "add a recurring job", CREATES, _SCHEDULE,
         option("cron", metavar="CRON",
                help="minute hour day month weekday, in local time; or @daily ..."),
         option("job", nargs="?", metavar="COMMAND",
                help="a shell command; -- PROG ARG... takes words as they are"),
         option("--tz", metavar="ZONE",
                help="such as Europe/Berlin (default: the local zone)"),
-        *_field_flags("s")),
-        ("schedule add nightly '30 2 * * *' -- backup /home",
-         "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'")),
-    Entry(("schedule", "list"), cmd_schedule_list, "show the schedules", READS,
-          (_JSON_FLAG,), ("schedule list", "schedule list --json")),
-    Entry(("schedule", "show"), cmd_schedule_show, "show one schedule whole", READS,
-          (_NAME_OF_SCHEDULE, _JSON_FLAG), ("schedule show nightly",)),
-    Entry(("schedule", "remove"), cmd_schedule_remove,
-          "remove a schedule; its jobs stay", READS, (_NAME_OF_SCHEDULE,),
-          ("schedule remove nightly",)),
-    Entry(("schedule", "pause"), cmd_schedule_pause, "pause a schedule", READS,
-          (_NAME_OF_SCHEDULE,), ("schedule pause nightly",)),
-    Entry(("schedule", "resume"), cmd_schedule_resume, "resume a schedule", READS,
-          (_NAME_OF_SCHEDULE,), ("schedule resume nightly",)),
-    Entry(("schedule", "run"), cmd_schedule_run, "enqueue a schedule's job now", READS,
-          (_NAME_OF_SCHEDULE,), ("schedule run nightly",)),
-    Entry(("stats",), cmd_stats, "show throughput, success and times", READS, (
-        option("--since", **_DUR, help="only the last DUR, at most 8 days"),
-        _JSON_FLAG), ("stats", "stats --since 1h")),
-    Entry(("events",), cmd_events, "show the changes of jobs' states, oldest first",
-          READS, (
-        option("--follow", "-f", action="store_true", help="go on as they come"),
-        option("--since", type=_typed(lambda text: _past(text, time.time())),
-               metavar="TIME", help="from then on; DUR: so long ago"),
-        option("--queue", metavar="Q", help="those of a queue"), _JSON_FLAG),
-        ("events --since 1h", "events --follow --json")),
-    Entry(("config", "list"), cmd_config_list, "show the settings", READS,
-          (_JSON_FLAG,), ("config", "config list --json")),
-    Entry(("config", "get"), cmd_config_get, "print a setting", READS, (
-        option("key", metavar="KEY"),), ("config get max-retries",)),
-    Entry(("config", "set"), cmd_config_set, "change a setting", CREATES, (
-        option("key", metavar="KEY"), option("value", metavar="VALUE")),
-        ("config set max-retries 5",
-         "config set on-dead 'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'")),
-    Entry(("config", "unset"), cmd_config_unset, "put a setting back", READS, (
-        option("key", metavar="KEY"),), ("config unset max-retries",)),
-    Entry(("web",), cmd_web, "serve the dashboard, the API and the metrics", CREATES, (
+        *_field_flags("s"),
+        eg="schedule add nightly '30 2 * * *' -- backup /home\n"
+           "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'",
+        also="cron, crontab, schedule create, schedule new"),
+    _entry("schedule list", cmd_schedule_list, "show the schedules", READS, _JSON,
+           eg="schedule list --json", also="schedules, schedule ls"),
+    _entry("schedule show", cmd_schedule_show, "show one schedule in full", READS,
+           _SCHEDULE, _JSON, eg="schedule show nightly"),
+    _entry("schedule remove", cmd_schedule_remove, "remove a schedule; its jobs stay",
+           CHANGES, _SCHEDULE, eg="schedule remove nightly",
+           also="schedule rm, schedule delete"),
+    _entry("schedule pause", cmd_schedule_pause, "pause a schedule", CHANGES,
+           _SCHEDULE, eg="schedule pause nightly", also="schedule stop"),
+    _entry("schedule resume", cmd_schedule_resume, "resume a schedule", CHANGES,
+           _SCHEDULE, eg="schedule resume nightly", also="schedule start"),
+    _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
+           _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
+    _entry("stats", cmd_stats, "show throughput, success and times", READS,
+           option("--since", **_DUR, help="only the last DUR, at most 8 days"), _JSON,
+           eg="stats\nstats --since 1h", also="metrics, statistics"),
+    _entry(
+        "events", cmd_events, "show the changes of jobs' states, oldest first", READS,
+        _FOLLOW, option("--since", type=lambda text: _past(text, time.time()),
+                        metavar="TIME", help="from then on; DUR: so long ago"),
+        option("--queue", metavar="Q", help="those of a queue"), _JSON,
+        eg="events --since 1h\nevents --follow --json", also="history, watch"),
+    _entry("config list", cmd_config_list, "show the settings", READS, _JSON,
+           eg="config\nconfig list --json", also="settings, config ls, config show"),
+    _entry("config get", cmd_config_get, "print a setting", READS, _KEY,
+           eg="config get max-retries"),
+    _entry("config set", cmd_config_set, "change a setting", CREATES, _KEY,
+           option("value", metavar="VALUE", help="its new value"),
+           eg="config set max-retries 5\nconfig set on-dead "
+              "'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'"),
+    _entry("config unset", cmd_config_unset, "reset a setting to its default",
+           CHANGES, _KEY, eg="config unset max-retries",
+           also="config reset, config rm"),
+    _entry(
+        "web", cmd_web, "serve the dashboard, the API and the metrics", CREATES,
         option("--host", default="127.0.0.1", metavar="HOST",
                help="where to listen (default: 127.0.0.1, for this machine alone)"),
         option("--port", "-p", default=8080, metavar="N",
-               type=_typed(lambda text: parse_whole(text, 0, 65535)),
+               type=lambda text: parse_whole(text, 0, 65535),
                help="default: 8080; 0: any that is free"),
-        option("--read-only", action="store_true", help="nothing can be changed"),
-        option("--no-auth", action="store_true",
-               help="ask for no token; for this machine alone"),
-        option("--tls-cert", metavar="F", help="speak TLS with this certificate (PEM)"),
-        option("--tls-key", metavar="F", help="and its key, if it is not in there")),
-        ("web", "web --port 9000 --read-only",
-         "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem")),
-    Entry(("backup",), cmd_backup, "make a consistent copy, while workers run", READS, (
-        option("file", metavar="FILE", help="an older backup there is replaced"),),
-        ("backup /mnt/usb/queue.db",)),
-    Entry(("check",), cmd_check, "look for what is wrong with the queue or its disk",
-          READS, (_JSON_FLAG,), ("check", "check --json")),
-    Entry(("completion",), cmd_completion, "print a completion script for a shell",
-          NEITHER, (
-        option("shell", choices=tuple(SHELLS), metavar="SHELL",
-               help="one of " + ", ".join(SHELLS)),),
-        tuple(f"completion {shell}" for shell in SHELLS)),
-    Entry(("systemd",), cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
-          (*_WORKER_FLAGS,
-           option("--user", action="store_true",
-                  help="a unit of your own, not of the system")),
-          ("systemd --count 4 --grace 5m", "--db /srv/jobs.db systemd --user")),
-    Entry(("install",), cmd_install, "install this program, without pip or network",
-          NEITHER, (
-        option("--to", metavar="DIR", help="for lib/queuectl and bin/queuectl "
-               "(default: ~/.local, as root /usr/local)"),),
-        ("install --to ~/.local",)),
+        switch("--read-only", help="nothing can be changed"),
+        switch("--no-auth", help="ask for no token; for this machine alone"),
+        option("--tls-cert", metavar="F", help="serve TLS with this certificate (PEM)"),
+        option("--tls-key", metavar="F", help="and its key, if it is not in there"),
+        eg="web\nweb --port 9000 --read-only\n"
+           "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
+        also="serve, server, dashboard, ui"),
+    _entry("backup", cmd_backup, "make a consistent copy while workers run", READS,
+           option("file", metavar="FILE", help="an older backup there is replaced"),
+           eg="backup /mnt/usb/queue.db", also="dump, copy, save"),
+    _entry("check", cmd_check, "look for problems in the queue and its disk", READS,
+           _JSON, eg="check --json", also="doctor, verify, fsck"),
+    _entry("completion", cmd_completion, "print a completion script for a shell",
+           NEITHER, option("shell", choices=tuple(SHELLS), metavar="SHELL",
+                           help="one of " + ", ".join(SHELLS)),
+           eg="completion bash", also="completions"),
+    _entry("systemd", cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
+           *_WORKER, switch("--user", help="a unit of your own, not of the system"),
+           eg="systemd --count 4 --grace 5m\n--db /srv/jobs.db systemd --user",
+           also="service, unit"),
+    _entry("install", cmd_install, "install this program, without pip or network",
+           NEITHER, option("--to", metavar="DIR", help="for lib/queuectl and "
+                           "bin/queuectl (default: ~/.local, as root /usr/local)"),
+           eg="install --to ~/.local", also="setup"),
 )
-# These stop once their results cannot be written; all others do what they are to.
-LOOKS = (cmd_worker_list, cmd_status, cmd_list, cmd_show, cmd_logs, cmd_queue_list,
-         cmd_schedule_list, cmd_stats, cmd_events, cmd_config_list, cmd_config_get,
-         cmd_check, cmd_completion, cmd_systemd)
-# These run on, whether somebody reads their log or not.
-SERVES = (cmd_web,)
+# What stands above a command in `queuectl help`.
+HEADINGS = {"enqueue": "first steps", "list": "jobs", "pause": "queues and schedules",
+            "stats": "history and settings", "web": "operation"}
 TITLES = {"": "A background job queue for the command line",
           "dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
-          "config": "Settings, kept in the database", "queue": "Queues of jobs",
-          "schedule": "Jobs that come again and again"}
-# What `queuectl` alone says where there is no queue yet.
+          "config": "Settings, stored in the database", "queue": "Queues of jobs",
+          "schedule": "Recurring jobs"}
+# What `queuectl` alone prints where there is no queue yet.
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
     queuectl enqueue 'echo Hello World'      hand over a command
     queuectl worker start                    run what is there; Ctrl+C stops
     queuectl --help                          all commands"""
+# Values by metavar, explained where a command takes one.
+FORMATS = {
+    "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1w, 1h30m, or seconds: 1.5",
+    "TIME": "ISO 8601 (local time without a zone), epoch seconds, +DUR, or HH:MM",
+    "CRON": "`30 2 * * mon-fri`, @hourly, @daily, @weekly, @monthly, @yearly"}
+# The end of `queuectl help`.
+MANUAL = """\
+values:
+{formats}
+  ID, NAME, Q, T
+        1 to 128 of the characters A-Z a-z 0-9 . _ : @ -
 
+exit status:
+  0     done
+  1     failed, or the answer is no: one line on stderr says why
+  2     the command line is invalid
+  124   `wait --timeout` expired
+  130   interrupted by Ctrl+C; a worker or server shuts down and exits with 0
+  `wait ID` and `enqueue --wait` exit with the job's own status: 128+N if signal N
+  ended it, 124 if it timed out.
 
-_DB = option("--db", metavar="PATH", default=argparse.SUPPRESS,
+environment:
+  QUEUECTL_DB           the database, if there is no --db
+  QUEUECTL_TOKEN        the token of `web`; QUEUECTL_READ_TOKEN: one that only reads
+  NO_COLOR              if not empty: no colours, and nothing is drawn in place
+  A job has QUEUECTL_JOB_ID, QUEUECTL_ATTEMPT, QUEUECTL_QUEUE, QUEUECTL_CLAIM,
+  QUEUECTL_SLOT and QUEUECTL_DB; a job of a template also QUEUECTL_ITEM.
+
+files:
+  queue.db              the database, in the current directory, if no other is named;
+                        beside it -wal and -shm (SQLite's) and -lock (of the workers)"""
+_DB = option("--db", metavar="PATH", default=argparse.SUPPRESS, group="options",
              help="the database (default: $QUEUECTL_DB, else queue.db)")
 _VERSION = option("--version", action="version", version=f"queuectl {__version__}",
                   help="show the version and exit")
-_HELP = option("--help", "-h", action="help", help="show what it takes and exit")
+_HELP = option("--help", "-h", action="help", help="show this help and exit")
 
 
-# ---- 27 Parser ---------------------------------------------------------------
-# From the words of a command line to a command and its arguments, its help, or what may
-# come next. One parser, made from the rows of COMMANDS, serves all three. argparse's
-# subparsers would make those of all commands, which takes as long as all the rest.
+# ---- 26 Main -----------------------------------------------------------------
+# From a command line to an exit status. A parser made from one command's row serves
+# parsing, help and completion: argparse's subparsers would build those of all, which
+# takes as long as all the rest. `main` is called by the command `queuectl`, `python3 -m
+# queuectl`, the file run by its path, programs and tests, and returns to them: only
+# argparse, when it prints a help, ends the process.
 
 OFFERED = 200          # words that completion offers at most
 LOOKED_AT = 2000       # newest jobs of each state that completion looks through
 
+COMPLETE = "__complete"     # the command by which the shells' scripts ask
 ASKS = ("-h", "--help", "--version")
 MARK = "\0"            # completion: in place of the word under the cursor
 FILES, DIRS = "files", "dirs"   # kinds of values that the shell itself completes
 # Those that take what follows the first `--` as it stands.
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command takes, if not all.
-_FITTING: dict[tuple[str, ...], tuple[str, ...]] = {
-    **{(verb,): states for verb, states in ALLOWED.items()},
+STATES_OF: dict[tuple[str, ...], tuple[str, ...]] = {
+    **{(name,): verb.allowed for name, verb in VERBS.items()},
     ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
 
 
-def _dest(one: Option) -> str:
-    """The name of an argument's value, as argparse makes it."""
-    name: str = one.settings.get("dest") or one.names[0].lstrip("-").replace("-", "_")
-    return name
-
-
 def usual(entries: Sequence[Entry]) -> Entry:
-    """What a group means that is named alone, or a line without a name: one that looks.
-    """
+    """What a group alone, or a line without a name, means: one that only looks."""
     return min(entries, key=lambda entry: (entry.words != ("status",),
                                            entry.words[-1] != "list"))
+
+
+def _no_command(names: Sequence[str], group: Sequence[Entry]) -> Usage:
+    wrong = " ".join(names[:2 if group else 1])
+    meant = [f"`{' '.join(entry.words)}`" for entry in COMMANDS if wrong in entry.also]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else nearest(
+        wrong, [" ".join(entry.words if group else entry.words[:1])
+                for entry in group or COMMANDS])
+    return Usage(f"there is no command `{wrong}`", hint or (
+        "there are: " + ", ".join(entry.words[1] for entry in group) if group
+        else "`queuectl --help` lists them"))
 
 
 def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
@@ -14905,10 +14759,10 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
 
         --db x.db retry job-1 -> `retry`
         dlq --limit 5         -> `dlq list`: before a flag a group is its `usual` one
-        dlq, dlq --help       -> its three
+        dlq, help dlq         -> its three
         --db x.db, --help     -> COMMANDS
 
-    Flags may stand before the name as well; of these only --db takes a word.
+    Flags may also stand before the name; of these only --db takes a word.
     """
     at = 0
     while at < len(words) and words[at].startswith("-"):
@@ -14916,29 +14770,25 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
             return COMMANDS, [*words]
         at += 2 if words[at] == "--db" else 1
     flags, names = [*words[:at]], [*words[at:]]
-    if not names:
-        return COMMANDS, flags
+    if not names or names == ["version"]:
+        return COMMANDS, [*flags, *(f"--{name}" for name in names)]
+    if names[0] == "help":
+        return find([*flags, *names[1:], "--help"])
     for length in (2, 1):
         for entry in COMMANDS:
             if entry.words == tuple(names[:length]):
                 return [entry], [*flags, *names[length:]]
     group = [entry for entry in COMMANDS if entry.words[0] == names[0]]
     if group and (len(names) == 1 or names[1].startswith("-")):
-        is_open = len(names) == 1 or names[1] in ("-h", "--help")
+        is_open = len(names) == 1 or names[1] in ASKS
         return group if is_open else [usual(group)], [*flags, *names[1:]]
-    wrong = " ".join(names[:2 if group else 1])
-    raise Usage(f"there is no command `{wrong}`", nearest(
-        wrong, [" ".join(entry.words if group else entry.words[:1])
-                for entry in group or COMMANDS])
-        or ("there are: " + ", ".join(entry.words[1] for entry in group) if group
-            else "`queuectl --help` lists them"))
+    raise _no_command(names, group)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as ours: raised, not printed."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line, in one line, and with --json as JSON."""
         raise Usage(message, f"`{self.prog} --help` says more")
 
     def _print_message(self, message: str, file: object = None) -> None:
@@ -14947,43 +14797,71 @@ class Parser(argparse.ArgumentParser):
         screen.out(message.rstrip("\n"))
         screen.flush()
 
+    def parsed(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, flags and others in any order, and the words left over."""
+        # With `--` argparse would lose it, and take what follows for flags.
+        return self.parse_known_args([*words]) if "--" in words \
+            else self.parse_known_intermixed_args([*words])
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser as argparse wants it: a wrong flag is a usage error (exit status 2)."""
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except QueueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed
+
+
+def _settings(one: Option, strict: bool) -> dict[str, Any]:
+    """The keywords of `add_argument`; see `parser_of`."""
+    settings = one.settings
+    if strict:
+        return {**settings, "type": _typed(settings["type"])} if "type" in settings \
+            else settings
+    kept: dict[str, Any] = {
+        key: settings[key] for key in ("nargs", "dest") if key in settings}
+    if one.names[0].startswith("-"):
+        takes_value = settings.get("action") in (None, "append")
+        kept["action"] = "append" if takes_value else "store_true"
+    return {"default": argparse.SUPPRESS, **kept}
+
 
 def parser_of(entry: Entry, strict: bool = True) -> Parser:
-    """The parser of a command.
+    """The parser of a command. Not strict, for completion: nothing is required or
+    checked, what is not given is absent, and all values of a flag are kept.
 
-    Not strict, for completion: nothing is required or checked, what is not given is not
-    there, and of a flag with a value all values are kept.
-
-    No abbreviations: `--run` would be --run-at today and a mistake once there is
-    another flag of that beginning. Its own usage line, for argparse's lists all flags.
+    No abbreviations: `--run` would be --run-at today and a mistake once another flag
+    begins with it. Its own usage line, for argparse's lists all flags.
     """
     name = " ".join(("queuectl", *entry.words))
-    words = ""
+    usage, metavars = f"{name} [OPTION ...]", {"--db"}
+    examples = "\n".join(f"  queuectl {example}" for example in entry.examples)
     for one in entry.options:
+        metavars.add(one.settings.get("metavar", ""))
         if not one.names[0].startswith("-"):
-            words += {"?": " [{}]", "*": " [{} ...]", "+": " {} ..."}.get(
+            usage += {"?": " [{}]", "*": " [{} ...]", "+": " {} ..."}.get(
                 one.settings.get("nargs", ""), " {}").format(one.settings["metavar"])
     parser = Parser(
-        prog=name, allow_abbrev=False, add_help=False,
-        usage=f"{name} [OPTION ...]{words}",
+        prog=name, allow_abbrev=False, add_help=False, usage=usage,
         description=entry.help[0].upper() + entry.help[1:] + ".",
         # With a width of its own: argparse would load shutil to find one.
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, width=window().columns - 2),
-        epilog="\n  queuectl ".join(("examples:", *entry.examples))
-        if entry.examples else None)
-    groups: dict[str, Any] = {"": parser}
+        epilog="\n".join((
+            *(["examples:", examples, ""] if examples else ()),
+            *(f"{kind}: {text}" for kind, text in FORMATS.items() if kind in metavars),
+            "Exit statuses, environment, files: `queuectl help`.")) if entry.words else
+        MANUAL.format(formats="\n".join(f"  {kind:<5} {text}"
+                                        for kind, text in FORMATS.items())))
+    groups: dict[str, Any] = {}
     for one in (*entry.options, _DB, _HELP):
-        settings = one.settings
-        if not strict:
-            settings = {"default": argparse.SUPPRESS, **{
-                key: settings[key] for key in ("nargs", "dest") if key in settings}}
-            if one.names[0].startswith("-"):
-                takes_value = one.settings.get("action") in (None, "append")
-                settings["action"] = "append" if takes_value else "store_true"
-        if one.group not in groups:
-            groups[one.group] = parser.add_argument_group(one.group)
-        action = groups[one.group].add_argument(*one.names, **settings)
+        title = one.group or (
+            "options" if one.names[0].startswith("-") else "arguments")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        action = groups[title].add_argument(*one.names, **_settings(one, strict))
         action.required = action.required and strict
     # argparse would take `-5` for a flag as soon as `-0` is one.
     parser._has_negative_number_optionals.clear()
@@ -14994,19 +14872,21 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
 def _overview(entries: Sequence[Entry]) -> Entry:
     """What stands for a group of commands, or for all, and has only a help."""
     words = () if entries is COMMANDS else entries[0].words[:1]
-    rows = "\n".join(f"  {' '.join(entry.words):<15} {entry.help}" for entry in entries)
     name = " ".join(("queuectl", *words))
+    text = f"{TITLES[' '.join(words)]}.\n{chr(10) + 'commands:' if words else ''}"
+    for entry in entries:
+        one = " ".join(entry.words)
+        text += f"\n{HEADINGS[one]}:\n" if one in HEADINGS and not words else ""
+        text += f"  {one:<15} {entry.help}\n"
     return Entry(
-        words, lambda *_: EX_OK, f"{TITLES[' '.join(words)]}.\n\ncommands:\n{rows}\n\n"
-        f"`{name} COMMAND --help` says more. Without a command: "
-        f"{usual(entries).words[-1]}", NEITHER,
+        words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND --help` says more. "
+        f"Without a command: {usual(entries).words[-1]}", NEITHER,
         (option("command", metavar="COMMAND ...", help=argparse.SUPPRESS), _VERSION))
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
-    """What to say of words that a command does not take.
-
-    The nearest flag only of one that no command has: `list --drain` is no mistyping.
+    """The refusal of words that a command does not take; the nearest flag only of one
+    that no command has: `list --drain` is no mistyping.
     """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
@@ -15020,7 +14900,7 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
 
 
 def _as_utf8(word: str) -> str:
-    """An argument as UTF-8, also where the locale says that it is something else."""
+    """An argument as UTF-8, whatever the locale says."""
     try:
         return as_utf8(word)
     except UnicodeError:
@@ -15039,7 +14919,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if entry.run in TAKE_WORDS and "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    args, extra = parser_of(entry).parse_known_args([_as_utf8(word) for word in words])
+    args, extra = parser_of(entry).parsed([_as_utf8(word) for word in words])
     if extra:
         raise _unexpected(entry, extra)
     try:
@@ -15061,16 +14941,14 @@ def unquoted(word: str) -> str:
 
 
 def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind.
-
-    By its metavar, which the help shows anyway. KEY of a flag (--sort, --unique) is no
-    setting. `enqueue @F` names a file in the place of a job.
+    """What kind of thing an argument names, by its metavar; "" for what is new, or of
+    no kind. KEY of a flag (--sort, --unique) is no setting; `enqueue @F` is a file.
     """
     metavar = one.settings.get("metavar", "")
     if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
         return ""
     if metavar == "NAME":       # a command that makes something gives it a new name
-        return entry.words[0] if entry.creates is False else ""
+        return entry.words[0] if entry.opens in (READS, CHANGES) else ""
     if metavar in ("F", "FILE", "PATH") or (metavar == "JOB" and word[:1] == "@"):
         return FILES
     return DIRS if metavar == "DIR" else str(metavar)
@@ -15111,9 +14989,9 @@ def _values(kind: str, word: str, states: Sequence[str],
     """Values of a kind, each with its meaning, in a queue, if there is one.
 
     A press of a key must not be noticed: no queue is made, upgraded or waited for
-    (`glance`), and however many jobs there are, only so many rows are looked at, by an
-    index. `name >= word AND name < end` is a range of it; LIKE is not (SQLite, "The
-    LIKE Optimization"). Names are ASCII without DEL.
+    (`glance`), and only so many rows are read, by an index. `name >= word AND name <
+    end` is a range of it; LIKE is not (SQLite, "The LIKE Optimization"). Names are
+    ASCII without DEL.
     """
     if kind == "KEY":
         return [(key, setting.help) for key, setting in SETTINGS.items()]
@@ -15122,17 +15000,6 @@ def _values(kind: str, word: str, states: Sequence[str],
         with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
             return _IN_QUEUE[kind](rows, bounds, states)
     return ()
-
-
-def _flag_choices(options: Sequence[Option], given: Collection[str],
-                  word: str) -> list[tuple[str, str]]:
-    """Long names, and a short one that is there; none that may not come twice.
-
-    After a lone dash only long ones: a list of letters helps nobody.
-    """
-    return [(name, one.settings.get("help", "")) for one in options
-            if one.settings.get("action") == "append" or _dest(one) not in given
-            for name in one.names if name.startswith("--") or name == word != "-"]
 
 
 def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
@@ -15162,14 +15029,19 @@ def offers(words: Sequence[str]) -> list[str]:
         return [f"\t{FILES}\t"]     # a command of the user's
     flag, sign, value = word.partition("=")
     head, word = (flag + sign, value) if word.startswith("--") and sign else ("", word)
-    args, extra = parser_of(entry, False).parse_known_args([*rest, head + MARK])
+    args, extra = parser_of(entry, False).parsed([*rest, head + MARK])
     if extra not in ([], [MARK]):
         return []
     given = {name: value if isinstance(value, list) else [value]
              for name, value in vars(args).items()}
     options = (*entry.options, _DB, _HELP)
-    one = next((one for one in options if MARK in given.get(_dest(one), ())), None)
-    choices: Iterable[tuple[str, str]] = _flag_choices(options, given, word)
+    one = next((one for one in options if MARK in given.get(one.dest, ())), None)
+    # Long names, and a short one that is there; none that may not come twice. After a
+    # lone dash only long ones: a list of letters helps nobody.
+    choices: Iterable[tuple[str, str]] = [
+        (name, one.settings.get("help", "")) for one in options
+        if one.settings.get("action") == "append" or one.dest not in given
+        for name in one.names if name.startswith("--") or name == word != "-"]
     is_needed = one and (head or (one.names[0].startswith("-")
                                   and one.settings.get("nargs") != "?"))
     if one and (is_needed or not word.startswith("-")):
@@ -15180,46 +15052,38 @@ def offers(words: Sequence[str]) -> list[str]:
             return [f"\t{kind}\t{'@' if is_at else head}"]
         if is_needed or fixed or kind in _IN_QUEUE or kind == "KEY":
             path = next(filter(None, reversed(given.get("db", []))), "")
-            choices = fixed or _values(kind, word, _FITTING.get(entry.words, STATES),
+            choices = fixed or _values(kind, word, STATES_OF.get(entry.words, STATES),
                                        os.path.expanduser(os.path.expandvars(path)))
     if not is_needed and not word.startswith("-") and len(entries) > 1:
         choices = _command_choices(entries)
-    taken = given[_dest(one)] if one else ()
+    taken = given[one.dest] if one else ()
     return [f"{head}{choice}\t{cut(one_line(meaning), 60)}"
             for choice, meaning in choices
             if choice.startswith(word) and choice not in taken][:OFFERED]
 
 
-# ---- 28 Main -----------------------------------------------------------------
-# From a command line to its exit status. `main` is the entry point of the installed
-# command, of `python3 -m queuectl`, of the file run by its path, and of programs and
-# tests, to which it returns: only argparse, when it prints a help, ends the process.
-
-COMPLETE = "__complete"     # the command by which the shells' scripts ask
-
-
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
-    """The exit status of an action; each refusal and each end that we know becomes one
-    here. Anything else is a mistake of this program and keeps its traceback.
+    """The exit status of an action; refusals and known failures become one here.
+    Anything else is a mistake of this program and keeps its traceback.
     """
     try:
         return action()
-    except QueueError as error:
-        return _report(error, as_json)
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:     # the reader has seen enough
         return EX_OK
-    except OSError as error:    # of the system, which no function has words for
+    except QueueError as error:
+        refusal = error
+    except OSError as error:    # of the system, which no function explains
         place = f": {error.filename}" if error.filename else ""
         limits = "see what `ulimit -a` allows" if error.errno in SCARCE else ""
-        return _report(Refused("unsupported", f"{error.strerror or error}{place}",
-                               limits), as_json)
+        refusal = Refused("unsupported", f"{error.strerror or error}{place}", limits)
     except RuntimeError as error:
         if "new thread" not in str(error):
             raise
-        return _report(Refused("unsupported", "the system allows no more threads",
-                               "see what `ulimit -a` allows"), as_json)
+        refusal = Refused("unsupported", "the system allows no more threads",
+                          "see what `ulimit -a` allows")
+    return print_error(refusal, as_json)
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
@@ -15237,33 +15101,36 @@ def _run_supervised(args: argparse.Namespace) -> int:
     return status
 
 
-def _run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
-    """Run a command line; its exit status. What `stack` holds outlives its errors.
+def _run_command(args: argparse.Namespace, is_first: bool) -> int:
+    """Run a command; flush its results while an error can still change the status.
 
-    `queuectl` alone, where there is no queue yet, is a first visit and no mistake. The
-    results are flushed while an error can still be told, and the status changed.
+    `is_first`: `queuectl` alone, which without a queue is a first visit, no mistake.
     """
-    args = _parse(argv)
-    path = database_path(getattr(args, "db", None))
-    if args.entry.run is cmd_worker_start:
-        args.path = path
-        return _run_supervised(args)
-    if args.entry.run in SERVES:
-        stack.enter_context(log_on_stderr())
+    entry = args.entry
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
-                    acts=args.entry.run not in LOOKS)
+                    acts=entry.opens != READS)
     try:
-        with contextlib.nullcontext() if args.entry.creates is NEITHER \
-                else _opened(args, path, screen) as queue:
-            status = int(args.entry.run(args, queue, screen))
+        with contextlib.nullcontext() if entry.opens == NEITHER \
+                else opened(args, args.path, screen) as queue:
+            status = int(entry.run(args, queue, screen) or EX_OK)
     except Refused as error:
-        if error.code != "no-queue" or args.entry.words != ("status",) \
-                or "status" in argv:
+        if error.code != "no-queue" or not is_first:
             raise
-        screen.out(WELCOME.format(path=os.path.abspath(path)))
+        screen.out(WELCOME.format(path=os.path.abspath(args.path)))
         status = EX_OK
     screen.finish()
     return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _parse(argv)
+    args.path = database_path(getattr(args, "db", None))
+    run = args.entry.run
+    if run is cmd_worker_start:
+        return _run_supervised(args)
+    is_first = args.entry.words == ("status",) and "status" not in argv
+    with log_on_stderr() if run is cmd_web else contextlib.nullcontext():
+        return _told(lambda: _run_command(args, is_first), getattr(args, "json", False))
 
 
 def _open_standard_streams() -> None:
@@ -15288,7 +15155,6 @@ def _open_standard_streams() -> None:
 
 
 def _complete(words: Sequence[str]) -> int:
-    """Say what may come next."""
     # A key that was pressed half-way through a line must never print a traceback.
     with contextlib.suppress(Exception):
         for line in offers([unquoted(_as_utf8(word)) for word in words]):
@@ -15309,11 +15175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     end = words.index("--") if "--" in words else len(words)
-    with contextlib.ExitStack() as stack:
-        # Of a line that cannot be parsed only the words tell whether --json was meant.
-        status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
-            lambda: _run([*map(_as_utf8, words[:end]), *words[end:]], stack),
-            "--json" in words[:end])
+    # Of a line that cannot be parsed only the words tell whether --json was meant.
+    status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
+        lambda: _run([*map(_as_utf8, words[:end]), *words[end:]]),
+        "--json" in words[:end])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -6051,6 +6051,28 @@ class CommandLine(Case):
             self.assertEqual(code, 0)
             self.assertIn(entry.help[1:], " ".join(out.split()))
 
+    def test_help_and_version_are_commands_too(self):
+        for words, flags in ((["help"], ["--help"]), (["version"], ["--version"]),
+                             (["help", "dlq"], ["dlq", "--help"]),
+                             (["help", "worker", "start"], ["worker", "start", "-h"]),
+                             (["--db", "x", "help", "list"], ["list", "--help"])):
+            with self.subTest(words):
+                self.assertEqual(run_cli(*words), run_cli(*flags))
+        shown = run_cli("help")[1]
+        for word in ("exit status:", "environment:", "files:", "DUR ", "TIME "):
+            self.assertIn(word, shown)
+        self.assertIn("DUR: ", run_cli("help", "enqueue")[1])
+
+    def test_flags_may_stand_between_other_arguments(self):
+        for name in "ab":
+            self.cli("enqueue", "x", "--id", name)
+        for argv in (("cancel", "a", "--json", "b"), ("retry", "--json", "a", "--", "b"),
+                     ("edit", "a", "--priority", "-5", "b", "--json")):
+            with self.subTest(argv):
+                self.assertEqual([job["id"] for job in json.loads(self.cli(*argv)[1])],
+                                 ["a", "b"])
+        self.assertEqual(self.cli("schedule", "add", "n", "@daily", "--tz", "UTC", "x")[0], 0)
+
     def test_every_help_shows_its_groups_and_examples_that_parse(self):
         for entry in queuectl.COMMANDS:
             with self.subTest(entry.words):
@@ -6091,7 +6113,11 @@ class CommandLine(Case):
                            (("purge", "--dry-rn"), "--dry-run"),
                            (("status", "--bd", "x"), "--db"),
                            (("queue", "lst"), "queue list"), (("schedul", "list"), "schedule"),
-                           (("edit", "job-1", "--max-retry", "1"), "--max-retries")):
+                           (("edit", "job-1", "--max-retry", "1"), "--max-retries"),
+                           (("ls",), "list"), (("ps", "-a"), "list"), (("rm", "x"), "delete"),
+                           (("schedule", "rm", "x"), "schedule remove"), (("add",), "enqueue"),
+                           (("run", "x"), "enqueue` or `worker start"), (("kill",), "cancel"),
+                           (("start",), "worker start"), (("help", "lst"), "list")):
             with self.subTest(argv):
                 code, out, err = self.cli(*argv)
                 self.assertEqual((code, out), (2, ""))
@@ -6356,7 +6382,7 @@ class CommandLine(Case):
     def test_lines_come_as_they_are_written_and_the_last_needs_no_end(self):
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)
-        batches = queuectl._line_batches(read_end)
+        batches = queuectl.line_batches(read_end)
         os.write(write_end, b"a\r\n\nb\nc")
         self.assertEqual(next(batches), [b"a\r", b"", b"b"])
         os.write(write_end, b"d\n")
@@ -6366,14 +6392,14 @@ class CommandLine(Case):
         self.assertEqual(list(batches), [[b"e"]])
 
     def test_many_lines_at_once_are_taken_in_bounded_batches(self):
-        batches = list(queuectl._line_batches(self.a_file(b"x\n" * 200_000)))
+        batches = list(queuectl.line_batches(self.a_file(b"x\n" * 200_000)))
         sizes = [len(batch) for batch in batches]
         self.assertLess(max(sizes), queuectl.STREAM_BATCH + queuectl.READ_SIZE)
         self.assertEqual(sum(line == b"x" for batch in batches for line in batch), 200_000)
 
     def test_of_an_endless_line_only_what_can_be_refused_is_kept(self):
         content = b"x" * (queuectl.MAX_LINE + 3 * queuectl.READ_SIZE) + b"\necho ok\n"
-        first, second = [line for batch in queuectl._line_batches(self.a_file(content))
+        first, second = [line for batch in queuectl.line_batches(self.a_file(content))
                          for line in batch if line]
         self.assertLess(len(first), queuectl.MAX_LINE + 2 * queuectl.READ_SIZE)
         self.assertEqual(second, b"echo ok")
@@ -6571,7 +6597,7 @@ class Completion(Case):
         name = queuectl.option("name", metavar="NAME")
         entry = queuectl.Entry(("schedule", "x"), None, "", queuectl.READS, (name,))
         self.assertEqual(queuectl._kind_of(entry, name), "schedule")
-        self.assertEqual(queuectl._kind_of(entry._replace(creates=True), name), "")
+        self.assertEqual(queuectl._kind_of(entry._replace(opens=queuectl.CREATES), name), "")
         with sqlite3.connect(self.a_queue().path) as db:
             db.execute("INSERT INTO schedules (name, cron, job, created_at) "
                        "VALUES ('nightly', '@daily', '', '')")
