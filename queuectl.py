@@ -7085,22 +7085,20 @@ def metrics_text(scrape: Scrape) -> str:
 
 
 # ---- 14 Processes ------------------------------------------------------------
-# A Command is one run of one command, from its start to its Outcome: it never waits,
-# and knows no queue. Below it the supervisor: the parent of the worker, which ends
-# process trees and sees to it that nothing outlives the worker. Both are subreapers
-# (prctl(2)): an orphan of a job becomes the worker's child, and the supervisor's if the
-# worker dies. So whatever a job has started is below the supervisor, even if it left
-# its session, closed its descriptors and cleared its environment, and when wait(2)
-# says ECHILD nothing is left.
+# A Command is one run of one command, from its start to its Outcome; it never waits and
+# knows no queue. The supervisor is the worker's parent: it kills process trees, and all
+# that is left when the worker ends. Both are subreapers (prctl(2)): an orphan of a job
+# becomes the worker's child, and the supervisor's once the worker is dead. So whatever
+# a job starts stays below the supervisor, even if it leaves its session, closes its
+# descriptors and clears its environment; when wait(2) says ECHILD, nothing is left.
 
 LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
 
 
 def _watch_process(pid: int) -> int:
-    """A descriptor that becomes readable when the process ends; -1: none here.
+    """A descriptor that is readable once the process has ended, of pidfd_open(2).
 
-    pidfd_open(2), of Linux 5.3. -1 also if the process is gone, or descriptors have run
-    out: then the worker asks at intervals instead. Jobs do not inherit it.
+    -1 before Linux 5.3, for a process that is gone, or without free descriptors.
     """
     try:
         return os.pidfd_open(pid)
@@ -7108,14 +7106,8 @@ def _watch_process(pid: int) -> int:
         return -1
 
 
-# Signals that Python ignores, and that a command must find as they were: what is
-# ignored stays so through execve(2), and `yes | head` would complain instead of ending.
-PYTHON_IGNORES = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ")
-                       if hasattr(signal, name))
-
-
 def exit_words(status: int) -> str:
-    """A process's end in words; negative: the signal that killed it."""
+    """A process's exit status in words; negative: the signal that killed it."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -7124,64 +7116,50 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-# Enters the directory in the child: that may take for ever on a network file system.
-ENTER = b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"'
-
-
-def _start_shell(command: str, cwd: str, env: dict[bytes, bytes], writer: int) -> int:
-    """Start a session that runs the command and prints into `writer`; its id.
-
-    A session of its own, so that no Ctrl+C of the worker's terminal reaches it. Both
-    streams are one pipe, so what it printed stays in its order. All else that is open
-    here is closed by the exec (PEP 446), but for the run's lock. `cwd`: enter this
-    directory first; "": this process's own.
-    """
-    # Without the -- a command that begins with - or + would be read as options.
-    words = [b"/bin/sh", b"-c", ENTER, b"/bin/sh", cwd.encode(), command.encode()] \
-        if cwd else [b"/bin/sh", b"-c", b"--", command.encode()]
-    # It copies no page tables, however big the worker, and runs no Python in the child.
-    return os.posix_spawn(
-        "/bin/sh", words, env,
-        file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                      (os.POSIX_SPAWN_DUP2, writer, 1),
-                      (os.POSIX_SPAWN_DUP2, writer, 2)),
-        setsid=True, setsigmask=(), setsigdef=PYTHON_IGNORES)
-
-
 class Command:
-    """One run of one command. Nothing here waits: its worker calls when there is news.
-
-    `start`, then `read` when `pipe` and `peek` when `watch` can be read, then `finish`
-    once it has exited. Who has it ended sets `why` before: that is the outcome then.
+    """One run of one command. Nothing here waits: the worker calls `read` when `pipe`
+    is readable, `peek` when `watch` is, and `finish` after the exit.
     """
 
     def __init__(self, claim: Claim, timeout: float | None, output_limit: int) -> None:
-        self.claim = claim
-        self._timeout = timeout             # seconds; None: never
+        self.claim, self._timeout = claim, timeout      # seconds; None: never
         self.pid, self._begun = -1, 0.0
-        self._status: int | None = None     # as wait(2) gives it; None: not reaped
+        self._status: int | None = None     # as wait(2) returns it; None: not reaped
         self.output = Output(output_limit)
         self.saved = 0                      # bytes of output in the database
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
-        self.why: str | None = None         # the outcome for which it is being ended
-        self.is_ending = False              # the supervisor ends its tree
+        self.why: str | None = None         # the outcome, if it is killed
+        self.is_ending = False              # the supervisor kills its tree
+        self.is_refused = False             # and cannot: it is another user's
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
-        """Start it in this process's directory, or in `cwd`, which the child enters.
+        """Start it in a session of its own, which no Ctrl+C of the terminal reaches.
 
-        Raises OSError (too long, no resources) and ValueError.
+        In this process's directory; or in `cwd`, which the child enters, as that may
+        take for ever on a network file system. Raises OSError and ValueError.
         """
-        lock = self.claim.lock
+        text, lock = self.claim.job.command.encode(), self.claim.lock
+        # Without the -- a command that begins with - or + would be read as options.
+        words = [b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"',
+                 b"/bin/sh", cwd.encode(), text] if cwd \
+            else [b"/bin/sh", b"-c", b"--", text]
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
-            # No sooner: what is started while it is inheritable holds it. One thread
-            # starts all commands (I9), and closes this lock before the next one.
+            # Not before: all that is started now inherits it. One thread starts all
+            # commands (I9), and closes this lock before the next one.
             if lock >= 0:
                 os.set_inheritable(lock, True)      # the tree is to hold it (I5)
             self._begun = time.monotonic()
-            self.pid = _start_shell(self.claim.job.command, cwd, env, writer)
+            # It copies no page tables, however big the worker, and runs no Python in
+            # the child. Python ignores two signals, and what is ignored stays so
+            # through execve(2): `yes | head` would complain instead of ending.
+            self.pid = os.posix_spawn(
+                "/bin/sh", words, env, file_actions=(
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)),
+                setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
         except BaseException:
             self._close_pipe()
             raise
@@ -7194,8 +7172,7 @@ class Command:
     def peek(self) -> int | None:
         """The exit status, negative for a signal; None: it has not exited yet.
 
-        It is not reaped, so that its id stays its own. What it left in the background
-        does not count. For a signal `si_status` is its number (waitid(2)).
+        It is not reaped, so that its process id is not reused.
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -7206,17 +7183,14 @@ class Command:
         return self._reap(os.WNOHANG)   # macOS before Python 3.13
 
     def _reap(self, options: int = 0) -> int | None:
-        """The exit status, reaped once; None: it has not exited yet."""
         if self._status is None:
             pid, status = os.waitpid(self.pid, options)
             self._status = status if pid else None
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def read(self) -> bool:
-        """Take in what was printed; False at the end, when the pipe is closed.
-
-        One piece, as much as a pipe holds: a command that never stops printing gets one
-        read for each look of its worker, as all others do.
+        """Read one piece of output, as much as a pipe holds, so that a command that
+        never stops printing delays no other; False at the end.
         """
         try:
             piece = os.read(self.pipe, READ_SIZE)
@@ -7232,16 +7206,17 @@ class Command:
         self.pipe = -1
 
     def finish(self) -> Outcome:
-        """Reap it, now that it has exited, and take in what is left in the pipe.
+        """Reap it, now that it has exited, and read the rest of its output.
 
-        Where others go on writing the pipe stays open, for its worker to read on. What
-        they print after this is no part of the outcome.
+        While background processes still write, the pipe stays open: the worker reads
+        on, but what they print is not part of the outcome.
         """
         try:
             status = self._reap() or 0
         except ChildProcessError:       # `end_all` has reaped it
             status = -signal.SIGKILL
         duration = time.monotonic() - self._begun
+        self.ends_at = math.inf
         if self.watch >= 0:
             os.close(self.watch)
             self.watch = -1
@@ -7249,40 +7224,28 @@ class Command:
         while self.pipe >= 0 and seen < self.output.total < stop:
             seen = self.output.total
             self.read()
-        return self._outcome(status, duration)
 
-    def _outcome(self, status: int, duration: float) -> Outcome:
-        """What the run came to; `why` it was ended comes before how it took that.
-
-        A shell that catches SIGTERM may exit with 0: a time-out is one all the same.
-        """
-        kept, total = self.output.kept(), self.output.total
-        code = 128 - status if status < 0 else status
-        if self.why == TIMEOUT:
-            return Outcome(TIMEOUT, EX_TIMEOUT,
-                           f"timed out after {span(self._timeout or 0)}",
-                           duration, kept, total)
-        if self.why == LOST:
-            return Outcome(LOST, None, "ended by another worker: its own was silent",
-                           duration, kept, total)
-        if self.why:
-            return Outcome(self.why, code, None, duration, kept, total)
-        if status == 0:
-            return Outcome(DONE, 0, None, duration, kept, total)
-        words = last_line(kept)
-        error = exit_words(status) + (f": {words}" if words else "")
-        return Outcome(FAILURE, code, error, duration, kept, total)
+        kept, error = self.output.kept(), None
+        code: int | None = 128 - status if status < 0 else status
+        # `why` comes first: a shell that catches SIGTERM may exit with 0.
+        kind = self.why or (FAILURE if status else DONE)
+        if kind == TIMEOUT:
+            code, error = EX_TIMEOUT, f"timed out after {span(self._timeout or 0)}"
+        elif kind == LOST:
+            code, error = None, "ended by another worker: its own was silent"
+        elif kind == FAILURE:
+            words = last_line(kept)
+            error = exit_words(status) + (f": {words}" if words else "")
+        return Outcome(kind, code, error, duration, kept, self.output.total)
 
 
 def start_error(error: Exception, cwd: str) -> str:
-    """Why a command could not be started.
-
-    One text of over 128 KiB is E2BIG, however short all others are (execve(2)).
-    """
+    """Why a command could not be started."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)) \
-            and cwd and error.filename == cwd.encode():
-        return f"the directory {cwd} is not there" \
-            if not isinstance(error, PermissionError) else f"cannot enter {cwd}"
+            and error.filename == cwd.encode():
+        return f"cannot enter {cwd}" if isinstance(error, PermissionError) \
+            else f"the directory {cwd} is not there"
+    # Also one text of over 128 KiB, however short all others are (execve(2)).
     if isinstance(error, OSError) and error.errno == errno.E2BIG:
         return "the command and its environment are too long for the system"
     return f"could not be started: {error}"
@@ -7292,24 +7255,18 @@ def start_error(error: Exception, cwd: str) -> str:
 Table = dict[int, tuple[int, int, int, int]]
 
 
-def _table_of_ps() -> Table:
+def process_table() -> Table:
+    """The living processes; without /proc by `ps`, with 0 for the last two."""
+    stats = {pid: fields for pid in _pids() if (fields := _stat_fields(pid))}
+    if stats:
+        return {pid: (int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+                for pid, fields in stats.items()}
     import subprocess  # 5 ms, and only where there is no /proc
     said = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], check=False,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
     rows = [line.split() for line in said.splitlines()]
     return {int(pid): (int(parent), int(group), 0, 0) for pid, parent, group, state
             in rows if not state.startswith(b"Z") and int(pid) != os.getpid()}
-
-
-def process_table() -> Table:
-    """The living processes. Where there is no /proc, by ps: the last two are 0."""
-    table = {}
-    for pid in _pids():
-        fields = _stat_fields(pid)
-        if fields:
-            table[pid] = (int(fields[1]), int(fields[2]), int(fields[3]),
-                          int(fields[19]))
-    return table or _table_of_ps()
 
 
 def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
@@ -7326,33 +7283,51 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
     return found
 
 
-def _claims_of_orphans(table: Table, parents: Collection[int]) -> dict[int, int]:
-    """The runs that the children of these processes belong to, by their environment."""
-    found = {}
-    for pid, (parent, *_) in table.items():
-        if parent in parents and pid not in parents:
-            named = re.search(rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0",
-                              _read(f"/proc/{pid}/environ"))
-            if named:
-                found[pid] = int(named[1])
-    return found
+class Ending:
+    """The killing of one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
-
-class Signals:
-    """What a process tree is sent: SIGTERM, once each; after the grace SIGKILL.
-
-    Groups come first: a shell must not go on because its command was killed before it.
-    SIGCONT follows, for a stopped process acts on no SIGTERM (signal(7)).
+    `head` is the process that was started for the run, 0 if it is gone. It leads a
+    group and a session; its id is not reused before it is reaped and no member is left.
+    The tree is all of these, the orphans that name the claim, and what is below them.
+    Where none is left, the holders of the run's lock are killed.
     """
 
-    def __init__(self, grace: float) -> None:
+    def __init__(self, grace: float, claim: int = 0, head: int = 0) -> None:
+        self.claim, self._head = claim, head
         self.kill_at = time.monotonic() + grace
-        self._asked: set[int] = set()   # processes; groups negative, as for kill(2)
+        self.left: set[int] = set()             # processes; 0: unknown ones
+        self.is_refused = False                 # what is left is another user's
+        self._start = 0                         # of `head`, as in a Table
+        self._known: dict[int, int] = {}        # start times of `left`
+        self._asked: set[int] = set()   # got SIGTERM; groups negative, as for kill(2)
+
+    def step(self, locks: Locks | None, table: Table,
+             orphans: Mapping[int, int]) -> None:
+        """Find what is `left`, and signal it. `orphans`: claims by process."""
+        self.left = self._find(table, orphans)
+        if not self.left and locks and locks.is_held(self.claim):
+            self.left = set(locks.holders(self.claim)) or {0}
+        refused = self.send(self.left - {0}, table)
+        self.is_refused = bool(refused) and self.left <= refused
+        self._known = {pid: table[pid][3] for pid in self.left if pid in table}
+
+    def _find(self, table: Table, orphans: Mapping[int, int]) -> set[int]:
+        head = self._head
+        if head in table:
+            self._start = self._start or table[head][3]
+            if table[head][3] != self._start:   # another process has that id by now
+                head = self._head = 0
+        return _descendants(table, [
+            pid for pid, (_, group, session, start) in table.items()
+            if self._known.get(pid) == start or orphans.get(pid) == self.claim
+            or (head and head in (pid, group, session))])
 
     def send(self, left: Collection[int], table: Table,
              groups: Iterable[int] = ()) -> set[int]:
-        """Signal processes, their groups and these; those, once it is SIGKILL, that
-        are another user's.
+        """Signal processes, their groups and `groups`; which ones refused SIGKILL.
+
+        Groups come first: a shell must not go on because its command was killed before
+        it. SIGCONT follows, as a stopped process ignores SIGTERM (signal(7)).
         """
         late, refused = time.monotonic() >= self.kill_at, set[int]()
         number, own = signal.SIGKILL if late else signal.SIGTERM, os.getpgrp()
@@ -7377,54 +7352,11 @@ class Signals:
         return refused
 
 
-class Ending:
-    """The end of one run's process tree (I6).
-
-    `head` is the process that was started for the run, 0 if it is gone. It leads a
-    group and a session; its id stays its own while it is not reaped or any member is
-    left. A tree is what is below it, its session, what is below its members, and the
-    orphans that name the claim. Where none of these is left and the run's lock is held,
-    its holders are looked for.
-    """
-
-    def __init__(self, claim: int, head: int, grace: float) -> None:
-        self.claim = claim
-        self.is_refused = False                 # what is left is another user's
-        self.left: set[int] = set()             # processes; 0: unknown ones
-        self.signals = Signals(grace)
-        self._head, self._start = head, 0       # process id; when it was started
-        self._known: dict[int, int] = {}        # start times by process
-
-    def step(self, locks: Locks | None, table: Table,
-             orphans: Mapping[int, int]) -> bool:
-        """Signal what is left; True when nothing is. `orphans`: claims by process."""
-        self.left = self._find(table, orphans)
-        if not self.left and locks and locks.is_held(self.claim):
-            self.left = set(locks.holders(self.claim)) or {0}
-        refused = self.signals.send(self.left - {0}, table)
-        self.is_refused = bool(refused) and self.left <= refused
-        self._known = {pid: table[pid][3] for pid in self.left if pid in table}
-        return not self.left
-
-    def _find(self, table: Table, orphans: Mapping[int, int]) -> set[int]:
-        head = self._head
-        if head in table:
-            self._start = self._start or table[head][3]
-            if table[head][3] != self._start:   # another process has that id by now
-                head = self._head = 0
-        roots = {pid for pid, start in self._known.items()
-                 if pid in table and table[pid][3] == start}
-        roots |= {pid for pid, (_, group, session, _) in table.items()
-                  if head and head in (pid, group, session)}
-        return _descendants(table, {*roots, *(
-            pid for pid, claim in orphans.items() if claim == self.claim)})
-
-
 class Endings:
-    """The runs whose trees are being ended; a step reads /proc once for all of them.
+    """The process trees that are being killed; a step reads /proc once for all of them.
 
-    No list of a tree's processes stays true: one may fork between the look and the
-    signal. So each step looks anew and signals what it finds, until nothing is left.
+    A process may fork between the look and the signal, so each step looks anew, until
+    nothing is left.
     """
 
     def __init__(self) -> None:
@@ -7434,40 +7366,44 @@ class Endings:
         self._pause = 0.0                       # seconds between two steps
 
     def add(self, claim: int, head: int, grace: float) -> None:
-        """End the tree of this run, too."""
-        self._endings.append(Ending(claim, head, grace))
+        """Kill the tree of this run, too."""
+        self._endings.append(Ending(grace, claim, head))
         self.at = 0.0
 
     def step(self, locks: Locks | None, parents: Collection[int]) -> list[Ending]:
-        """Signal what is left; those of which nothing is, or only what is another
-        user's. `parents`: the processes whose children may be orphans of a run.
+        """Signal what is left; the endings that have nothing left, or only processes of
+        another user. The children of `parents` may be orphans of a run.
 
-        Raises OSError without free descriptors; then it is to be tried again.
+        Raises OSError without free descriptors: call it again.
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
-        table = process_table()
-        orphans = _claims_of_orphans(table, parents)
-        over = [one for one in self._endings if one.step(locks, table, orphans)]
-        self._endings = [one for one in self._endings if one not in over]
+        table, orphans = process_table(), dict[int, int]()
+        for pid, (parent, *_) in table.items():
+            named = parent in parents and pid not in parents and re.search(
+                rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0", _read(f"/proc/{pid}/environ"))
+            if named:
+                orphans[pid] = int(named[1])
+        for one in self._endings:
+            one.step(locks, table, orphans)
+        over = [one for one in self._endings if one.is_refused or not one.left]
+        self._endings = [one for one in self._endings if one.left]
         # Soon after a change, seldom while something cannot be killed; and where there
         # are many processes, at most a fifth of the time.
-        left = {pid for one in self._endings for pid in one.left}
-        is_new, self._left = left != self._left, left
-        self._pause = RESCUE_TICK / 4 if is_new else min(2 * self._pause, 1.0)
-        now = time.monotonic()
+        left = set[int]().union(*(one.left for one in self._endings))
+        self._pause = RESCUE_TICK / 4 if left != self._left else min(2 * self._pause, 1)
+        self._left, now = left, time.monotonic()
         self.at = min([now + max(self._pause, 4 * (now - begun)), *(
-            one.signals.kill_at for one in self._endings if one.signals.kill_at > now)])
-        if not self._endings:
-            self.at = math.inf
-        return over + [one for one in self._endings if one.is_refused]
+            one.kill_at for one in self._endings if one.kill_at > now)]) \
+            if self._endings else math.inf
+        return over
 
 
 def become_subreaper() -> None:
-    """Have the orphans of all that this process starts become its children.
+    """Make the orphans of all that this process starts its children.
 
-    PR_SET_CHILD_SUBREAPER (36) of prctl(2), Linux 3.4. Without it, as on macOS, groups
-    are ended, and what has left them is not found.
+    PR_SET_CHILD_SUBREAPER (36) of prctl(2), Linux 3.4; elsewhere only groups are
+    killed.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes  # 10 ms, and only in a worker
@@ -7476,13 +7412,13 @@ def become_subreaper() -> None:
 
 def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
             hurry: Sequence[int] = ()) -> list[int]:
-    """End all that is below this process until wait(2) says that nothing is left.
+    """Kill all that is below this process until wait(2) says that nothing is left; the
+    processes of other users, which cannot be killed.
 
-    By SIGTERM; by SIGKILL after `grace` seconds, or as soon as `hurry` has an element.
-    Returns the processes of other users, which cannot be ended. `spared`: children that
-    stay, with all below them. `groups`: what to end where there is no /proc.
+    SIGKILL comes after `grace` seconds, or once `hurry` has an element. `spared`:
+    children that stay, with all below them. `groups`: what to kill without /proc.
     """
-    own, pause, signals, seen = os.getpid(), 0.001, Signals(grace), set[int]()
+    pause, ending, seen = 0.001, Ending(grace), set[int]()
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -7495,34 +7431,34 @@ def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int
             time.sleep(RESCUE_TICK)
             continue
         if hurry:
-            signals.kill_at = 0.0
-        left = _descendants(table, [own]) - _descendants(table, spared) - {own}
-        refused = signals.send(left, table, groups)
+            ending.kill_at = 0.0
+        left = _descendants(table, [os.getpid()]) - _descendants(table, spared) \
+            - {os.getpid()}
+        refused = ending.send(left, table, groups)
         if left <= refused and (refused or spared) and not seen - refused:
             return sorted(refused)      # twice: one may have come meanwhile
         pause = 0.001 if left - seen else min(2 * pause, 1.0)
-        seen = left
-        time.sleep(max(0.001, min(pause, signals.kill_at - time.monotonic()))
-                   if time.monotonic() < signals.kill_at else pause)
+        seen, until_kill = left, ending.kill_at - time.monotonic()
+        time.sleep(max(0.001, min(pause, until_kill)) if until_kill > 0 else pause)
 
 
-# What worker and supervisor say to each other: kind, claim, process, seconds. HELLO
-# comes with the lock that shows that the worker or its supervisor lives. START tells,
-# where there is no subreaper, a group to kill, and 0 once there is none. REFUSED: what
-# is left of a tree is another user's. SIGNAL bears a signal's number.
+# Messages of worker and supervisor: kind, claim, process, seconds. HELLO comes with the
+# lock that shows that the worker or its supervisor lives. START names a group to kill
+# where there is no subreaper, 0 once it is gone. REFUSED: what is left of a tree is
+# another user's. SIGNAL carries a signal's number.
 HELLO, RENEW, START, END, ENDED, REFUSED, SIGNAL = range(7)
-_MESSAGE = "=qqqd"
+_MESSAGE = struct.Struct("=qqqd")
 
 
 class Link:
     """A socket pair between a worker and its supervisor; messages never block.
 
-    They go out together by `flush`; what does not fit into the socket stays for the
-    next, so while `is_behind` there has to be one soon.
+    `flush` sends them together; what does not fit into the socket stays for the next
+    one, which must follow soon while `is_behind`. `peer`: process id of the other side.
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
-        self._end, self.peer = end, peer    # peer: process id of the other side
+        self._end, self.peer = end, peer
         end.setblocking(False)
         self._unsent, self._unread = b"", b""
         self.is_open = True             # False: the other side is gone
@@ -7534,7 +7470,7 @@ class Link:
     def send(self, kind: int, number: int = 0, pid: int = 0,
              seconds: float = 0.0) -> None:
         """Add a message to what `flush` sends."""
-        self._unsent += struct.pack(_MESSAGE, kind, number, pid, seconds)
+        self._unsent += _MESSAGE.pack(kind, number, pid, seconds)
 
     @property
     def is_behind(self) -> bool:
@@ -7542,87 +7478,79 @@ class Link:
         return bool(self._unsent) and self.is_open
 
     def flush(self, lock: int = -1) -> None:
-        """Send what there is to be sent, with a descriptor if `lock` is one."""
-        import array
+        """Send all messages, with the descriptor `lock` unless -1."""
         import socket
-        rights = [array.array("i", [lock])] if lock >= 0 else []
+        if not self._unsent:
+            return
         try:
-            if self._unsent:
-                sent = self._end.sendmsg([self._unsent], [
-                    (socket.SOL_SOCKET, socket.SCM_RIGHTS, right) for right in rights])
-                self._unsent = self._unsent[sent:]
+            sent = socket.send_fds(self._end, [self._unsent], [lock]) if lock >= 0 \
+                else self._end.send(self._unsent)
+            self._unsent = self._unsent[sent:]
         except BlockingIOError:
             pass
         except OSError:
             self.is_open = False
 
     def receive(self) -> Iterator[tuple[int, int, int, float, int]]:
-        """What has come: kind, number, process, seconds, and a descriptor or -1."""
-        import array
+        """The messages that have come, each with a descriptor or -1."""
         import socket
-        locks = array.array("i")
+        locks = list[int]()
         while self.is_open:
             try:
-                piece, rights, _, _ = self._end.recvmsg(
-                    SOCKET_BUFFER, socket.CMSG_SPACE(4))
+                piece, found, *_ = socket.recv_fds(self._end, SOCKET_BUFFER, 1)
             except BlockingIOError:
                 break
             except OSError:
-                piece, rights = b"", []
-            for _, _, content in rights:
-                locks.frombytes(content[:4])
+                piece, found = b"", []
+            locks += found
             self._unread += piece
             self.is_open = bool(piece)
-        size = struct.calcsize(_MESSAGE)
-        while len(self._unread) >= size:
-            kind, number, pid, seconds = struct.unpack(_MESSAGE, self._unread[:size])
-            self._unread = self._unread[size:]
-            yield kind, number, pid, seconds, locks.pop() if locks else -1
-
-    def close(self) -> None:
-        """Close this side; the other one is told."""
-        self._end.close()
+        while len(self._unread) >= _MESSAGE.size:
+            message = _MESSAGE.unpack_from(self._unread)
+            self._unread = self._unread[_MESSAGE.size:]
+            yield (*message, locks.pop() if locks else -1)
 
 
 class Supervisor:
-    """The worker's parent: ends process trees, and all of them when the worker is gone.
+    """The worker's parent, without database and threads.
 
-    It has no database and no threads. `worker` is the process id of its child.
+    It kills process trees for the worker, and all of them once the worker is gone.
+    `worker` is the process id of its child; `spared` are children from before.
     """
 
     def __init__(self, link: Link, worker: int, wakeup: Wakeup, signals: list[int],
                  spared: Collection[int]) -> None:
-        self._link, self._worker, self._signals = link, worker, signals
+        self._link, self._worker = link, worker
+        self._signals, self._spared = signals, spared
         self._poller = Poller()
         self._poller.add(wakeup.reader, wakeup.clear)
-        self._poller.add(link.fileno(), self._hear)
-        self._spared = spared               # children that are not the worker's
+        self._poller.add(link.fileno(), self._receive)
+        # By the descriptor of the worker's own lock: held until nothing is left.
         self._locks: Locks | None = None
-        self._lock = -1     # the worker's own: held until nothing is left
         self._endings = Endings()
         self._groups: dict[int, int] = {}   # by claim
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
         self._is_warned = False             # it is late, and has its last second
         self._grace = 0.0                   # seconds for what a worker leaves behind
-        self._status: int | None = None     # of the worker, as wait(2) gives it
-        self._told = ""                     # why it was killed
+        self._status: int | None = None     # of the worker, as wait(2) returns it
+        self._why_killed = ""
         self._has_begun = False
         self._stopped_by = 0                # the signal that came before it had begun
 
     def run(self) -> tuple[int, str]:
         """Work until the worker and all that it started is gone; the worker's exit
-        status, and what there is to say about it.
+        status, and an error message or "".
         """
         while self._status is None:
             self._step()
         status = os.waitstatus_to_exitcode(self._status)
         refused = end_all(self._grace if status >= 0 else 0.0, self._groups.values(),
                           self._spared, self._signals)
-        if self._lock >= 0:
-            os.close(self._lock)
+        if self._locks:
+            self._locks.close()
         if self._stopped_by:
             return 128 + self._stopped_by, ""
-        told = self._told
+        told = self._why_killed
         if status < 0:
             told = (told or f"the worker was {exit_words(status)}: ") \
                 + "all that it ran was killed"
@@ -7636,38 +7564,35 @@ class Supervisor:
         if self._link.is_behind:
             at = min(at, time.monotonic() + RESCUE_TICK)
         self._poller.wait(max(0.0, at - time.monotonic()))
-        self._hear()
+        self._receive()
         if time.monotonic() >= self._endings.at:
             with contextlib.suppress(OSError):  # no descriptors are free: tried again
                 for ending in self._endings.step(
                         self._locks, (self._worker, os.getpid())):
                     self._link.send(REFUSED if ending.left else ENDED, ending.claim,
                                     min(ending.left, default=0))
-            self._hear()
+            self._receive()
         self._link.flush()
         if not self._link.is_open:
             self._poller.drop(self._link.fileno())
         self._reap()
-        if self._status is None and time.monotonic() >= self._late_at:
-            self._warn()
-
-    def _warn(self) -> None:
-        """Kill a worker that is late, if it stays so for a second in which this process
-        runs: one that is stopped with it (Ctrl+Z) could not be heard.
-        """
         now = time.monotonic()
+        if self._status is not None or now < self._late_at:
+            return
+        # The worker is late. It has another second in which this process runs: while
+        # both were stopped (Ctrl+Z), no message could come.
         if self._is_warned and now < self._late_at + 0.5:
-            self._told = f"the worker did not answer for {span(self._lease)}: "
+            self._why_killed = f"the worker did not answer for {span(self._lease)}: "
             os.kill(self._worker, signal.SIGKILL)
             self._late_at = math.inf
         else:
             self._is_warned, self._late_at = True, now + 1.0
 
-    def _hear(self) -> None:
-        signals = len(self._signals)    # those that came before what is read next
+    def _receive(self) -> None:
+        count = len(self._signals)      # those that came before what is read next
         for kind, number, pid, seconds, lock in self._link.receive():
             if kind == HELLO:
-                self._has_begun, self._lock = True, lock
+                self._has_begun = True
                 self._locks = Locks("", lock) if lock >= 0 else None
             elif kind == RENEW:
                 self._lease, self._late_at = seconds, time.monotonic() + seconds
@@ -7676,19 +7601,19 @@ class Supervisor:
                 self._groups[number] = pid
             elif kind == START:
                 self._groups.pop(number, None)
-            elif kind == END and not number:
-                self._grace = seconds
-            elif kind == END:
+            elif kind == END and number:
                 self._endings.add(number, pid, seconds)
-        for number in self._signals[:signals]:
+            elif kind == END:
+                self._grace = seconds
+        for number in self._signals[:count]:
             if not self._has_begun:     # nothing is to finish
                 self._stopped_by = number
                 os.kill(self._worker, signal.SIGKILL)
             self._link.send(SIGNAL, number)
-        del self._signals[:signals]
+        del self._signals[:count]
 
     def _reap(self) -> None:
-        """Reap the worker, and whatever else was left to this process."""
+        """Reap the worker, and the orphans of this process."""
         with contextlib.suppress(ChildProcessError):
             while self._status is None:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -7698,99 +7623,93 @@ class Supervisor:
                     self._status = status
 
 
-def _supervised_signals() -> list[int]:
-    """Those that ask a worker to stop. The last end a process that does not expect
-    them: sent to the group, they would end worker and supervisor at once.
-    """
-    return [*stop_signals(), signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-            signal.SIGALRM]
-
-
-def _work(work: Callable[[Link], int], ours: socket.socket, theirs: socket.socket,
-          wakeup: Wakeup) -> NoReturn:
+def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> NoReturn:
     """The child's side of the fork."""
     status = EX_NO
     try:
-        signal.set_wakeup_fd(-1)    # the parent's pipe
-        ours.close()
-        wakeup.close()
         become_subreaper()
         # With a handler and not SIG_IGN, which the jobs would inherit.
-        for number in _supervised_signals():
+        for number in signals:
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        status = work(Link(theirs, os.getppid()))
-    except Exception:   # a mistake of ours: os._exit would hide it
+        status = work(link)
+    except Exception:   # a bug: os._exit would hide it
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)
 
 
 def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
-    """Run `work` in a child process, whose exit status it gives; that status, and what
-    there is to say if the child was killed.
+    """Run `work` in a child process; the exit status that it returns, and an error
+    message if the child was killed, else "".
 
-    To be called before the database is opened and before there are threads. The child
-    hears of signals by its Link alone: those of the terminal reach both processes, and
-    each is to count once.
+    Call it before the database is opened and before there are threads. The child learns
+    of signals only by its Link: the terminal sends each to both processes, and it must
+    count once.
     """
     import socket
     become_subreaper()
     ours, theirs = socket.socketpair()
+    # Those that ask a worker to stop. The last four end a process that has no handler:
+    # sent to the group, they would end worker and supervisor at once.
+    expected = [*stop_signals(), signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+                signal.SIGALRM]
     signals, own, spared = list[int](), os.getpid(), set[int]()
     with contextlib.suppress(ChildProcessError, AttributeError):
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         table = process_table()     # it has children, of a shell that called exec
         spared = {pid for pid, (parent, *_) in table.items() if parent == own}
     with contextlib.closing(Wakeup()) as wakeup, handling(
-            {**dict.fromkeys(_supervised_signals(),
-                             lambda number, _: signals.append(number)),
+            {**dict.fromkeys(expected, lambda number, _: signals.append(number)),
              signal.SIGCHLD: lambda number, _: None}, wakeup.writer):
         worker = os.fork()
         if not worker:
-            _work(work, ours, theirs, wakeup)
+            signal.set_wakeup_fd(-1)    # the parent's pipe
+            wakeup.close()
+            ours.close()
+            _work(work, Link(theirs, own), expected)
         theirs.close()
         with ours:
             return Supervisor(Link(ours), worker, wakeup, signals, spared).run()
 
 
 # ---- 15 Worker ---------------------------------------------------------------
-# `worker start`: where claims become commands, and their ends become records. One loop
-# waits for any news, and an Agenda says what is due and when. No SQL here, and no
-# policy: what is claimed, retried or lost is decided above. Nothing blocks the loop:
-# only COMMIT, with its fsync, is done by another thread, and meanwhile nothing else
-# touches the queue's connection. (Whole transactions in a second thread gain nothing:
-# the interpreter's lock changes hands at each statement.)
+# `worker start`: claims become commands, and their ends become records. One loop waits
+# for news, and an Agenda says what is due. No SQL here, and no policy: what is claimed,
+# retried or lost is decided above. Nothing blocks the loop: only COMMIT, with its fsync,
+# runs in another thread, and meanwhile nothing else touches the queue's connection.
+# (Whole transactions in a second thread gain nothing: the interpreter's lock changes
+# hands at each statement.)
 
-DEAF_POLL = 0.1        # seconds; where no wake-up can be received at all
+UNNOTIFIED_POLL = 0.1  # seconds between two looks where no notification can come
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
-HEARD_AT_ONCE = 64     # wake-ups read at once
+NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SPARE_PATIENCE = 0.05  # seconds until spare claims are released
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one for a spare claim
 WORKER_FILES = 32      # descriptors of a worker beside those
 
-# Errors of a start that are the machine's want, not the job's doing.
+# The machine's shortage, which is not the job's failure.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Agenda:
-    """What is due, and when the loop has to wake: the one structure that says either.
+    """What is due and when the loop wakes; nothing else decides either.
 
-    An entry is wanted from a time on, and may be held: then it is not due before
-    another time, and does not wake the loop either. Times are monotonic.
+    An entry is due at the time from which it is wanted, but not before the time until
+    which it is held. Times are monotonic.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._entries = {name: [math.inf, 0.0] for name in names}
 
     def want(self, name: str, at: float = 0.0) -> None:
-        """Have it done at that time, or earlier if that was wanted already."""
+        """Want it from then on; of several requests the earliest counts."""
         entry = self._entries[name]
         entry[0] = min(entry[0], at)
 
     def hold(self, name: str, until: float = math.inf) -> None:
-        """Have it not done before."""
+        """Do not let it be due before."""
         self._entries[name][1] = until
 
     def drop(self, name: str) -> None:
@@ -7802,9 +7721,9 @@ class Agenda:
         return self._entries[name][0] <= now
 
     def due(self, now: float) -> Iterator[str]:
-        """What is to be done now, in the order of the names; no longer wanted then.
+        """What is due, in the order of the names; then no longer wanted.
 
-        What one of them wants is due as well, if it comes after it.
+        Of what the caller wants meanwhile, the names that come later are due as well.
         """
         for name, entry in self._entries.items():
             if max(entry) <= now:
@@ -7817,19 +7736,23 @@ class Agenda:
 
 
 class Directories:
-    """Which directories can be entered without waiting for a network.
+    """The directories of the jobs: which of them this process enters, and leaves again.
 
-    chdir(2) into a hung mount never returns, so such a one is entered by the command's
-    own process. That takes a second exec, so the others are entered by the worker.
+    chdir(2) into a hung network mount never returns, so there the command's own process
+    enters. That takes a second exec, so it is not done for local directories.
     """
 
     def __init__(self) -> None:
+        try:    # a descriptor stays right when the directory is moved or deleted
+            self._home = os.open(".", os.O_RDONLY)
+        except OSError:     # not readable
+            self._home = os.open("/", os.O_RDONLY)
         self._mounts = ""
         self._known: dict[str, bool] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Take note of what is mounted now."""
+        """Learn what is mounted now."""
         mounts = self._mounts
         with contextlib.suppress(OSError):      # no descriptor is free
             mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
@@ -7840,7 +7763,7 @@ class Directories:
     def is_local(self, path: str) -> bool:
         """Return True if no part of it is on a network file system."""
         if path not in self._known:
-            self._known[path] = self._find(path, 40)    # links at most, as Linux has it
+            self._known[path] = self._find(path, 40)    # links at most, as in Linux
         return self._known[path]
 
     def _find(self, path: str, links: int) -> bool:
@@ -7849,7 +7772,7 @@ class Directories:
             at = os.path.normpath(os.path.join(at, name))
             kind = filesystem_of(at, self._mounts)
             if is_network_filesystem(kind) or kind.startswith(("autofs", "fuse")):
-                return False    # before it is asked anything
+                return False    # before any system call that names it
             try:
                 target = os.readlink(at.encode("utf-8", "surrogateescape"))
             except (OSError, ValueError):
@@ -7859,9 +7782,17 @@ class Directories:
                 *names[n + 1:]), links - 1)
         return True
 
+    def go_home(self) -> None:
+        """Return to the directory in which this process was started."""
+        os.fchdir(self._home)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._home)
+
 
 def _refuse_platform() -> None:
-    """Go by what Python has here, not by the system's name."""
+    """Raise Refused where Python lacks what a worker needs."""
     if fcntl is None or not hasattr(select, "poll"):
         raise Refused("unsupported",
                       "workers need a POSIX system (Linux, macOS, BSD, WSL)",
@@ -7869,11 +7800,7 @@ def _refuse_platform() -> None:
 
 
 def _allow_descriptors(slots: int) -> None:
-    """Raise the soft limit of open files: each slot needs some.
-
-    Anybody may, up to the hard limit (getrlimit(2)). More slots than that can serve are
-    refused here: else a start would fail in the midst of the work.
-    """
+    """Raise the soft limit of open files; Refused if the hard limit is too low."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
@@ -7889,71 +7816,48 @@ def _allow_descriptors(slots: int) -> None:
 
 
 def _keep_descriptors() -> None:
-    """What this process was given beside the standard streams is not for its jobs.
-
-    Python opens its own so that they end with an exec (PEP 446); inherited ones stay as
-    they came. In the list is also the descriptor by which it was read: gone by then.
-    """
+    """Keep inherited descriptors from the jobs; Python's own are not inherited."""
     try:
         found = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:     # in a container without /proc
         found = [*range(1024)]
     for number in found:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # listdir's own is closed by now
             if number > 2:
                 os.set_inheritable(number, False)
 
 
-def _home() -> int:
-    """A directory to come back to from those of the jobs.
+def _notification_socket() -> socket.socket | None:
+    """A datagram socket on loopback; None where there is no loopback.
 
-    A descriptor, not a path: it stays right when the directory is moved or deleted.
-    """
-    try:
-        return os.open(".", os.O_RDONLY)
-    except OSError:     # one that we may not read
-        return os.open("/", os.O_RDONLY)
-
-
-def _bell() -> socket.socket | None:
-    """A datagram socket on loopback for wake-ups; None where there is no loopback.
-
-    Anybody on this machine may send to it: that costs a look at the database.
+    Any local user may send to it: that costs a look at the database.
     """
     import socket
-    bell = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    notices = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        bell.bind((LOOPBACK, 0))
+        notices.bind((LOOPBACK, 0))
     except OSError:
-        bell.close()
+        notices.close()
         return None
-    bell.setblocking(False)
-    return bell
-
-
-class Commit(NamedTuple):
-    """A tick that is being committed."""
-    tick: Tick
-    report: Report
-    saved: dict[int, int]       # bytes of output, by claim
-    future: futures.Future[None]
+    notices.setblocking(False)
+    return notices
 
 
 class Runner:
     """Slots that run jobs: one thread owns the database and the commands (I9).
 
-    A claim goes: `_tick`, `_committed`, `_start`, `_commands`; then its command exits,
-    or the supervisor ends it (`_end`, ENDED); then `_finish`, `_ended`, and the next
-    tick records it. If the worker dies, its row says whose a run was, and its lock
-    whether something of it is left.
-
-    `say` takes lines of a log; None: nobody reads one.
+    A claim passes `_do_tick`, `_do_committed`, `_start`; then its command exits, or the
+    supervisor kills it (`_end`, ENDED); then `_finish`, and the next tick records it.
+    If the worker dies, its row tells whose the run was, and the run's lock whether
+    something of it is left. `notices` receives notifications; `say` writes a log.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
-                 bell: socket.socket | None, say: Callable[[str], None] | None) -> None:
+                 notices: socket.socket | None,
+                 say: Callable[[str], None] | None) -> None:
         self._queue, self._claims, self._options = queue, claims, options
-        self._link, self._bell, self._say = link, bell, say
+        self._link, self._notices, self._say = link, notices, say
+        self._poll = FALLBACK_POLL if notices else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
@@ -7961,55 +7865,53 @@ class Runner:
             self._environ.pop(name, None)
         self._wakeup = Wakeup()         # for the end of a commit
         self._poller = Poller()
-        self._poller.add(self._wakeup.reader, self._hear_commit)
-        self._poller.add(link.fileno(), self._hear_supervisor)
-        if bell:
-            self._poller.add(bell.fileno(), self._hear_bell)
-        self._home, self._directories = _home(), Directories()
+        self._poller.add(self._wakeup.reader, self._on_wakeup)
+        self._poller.add(link.fileno(), self._on_message)
+        if notices:
+            self._poller.add(notices.fileno(), self._on_notice)
+        self._directories = Directories()
         self._peers = Peers(queue, claims.worker.id)
-        self._watches: dict[int, Worker] = {}   # descriptors that tell a worker's end
-        self._gone: list[Worker] = []           # told, but their locks are held yet
+        self._watches: dict[int, Worker] = {}   # by a descriptor that tells its end
+        self._gone: list[Worker] = []           # ended, but their locks are still held
         # `tick` is the last that uses the connection, for then that is the commit's.
-        self._agenda = Agenda(("renew", "deadline", "committed", "notify", "orders",
-                               "output", "heartbeat", "gone", "peers", "look", "tick"))
+        self._agenda = Agenda((
+            "renew", "grace", "deadline", "spares", "committed", "notify", "orders",
+            "output", "heartbeat", "gone", "peers", "look", "tick"))
         self._free = list(range(1, options.slots + 1))
+        self._quota = math.inf if options.max_jobs is None else options.max_jobs
         self._commands: dict[int, Command] = {}         # by claim
+        self._spares: list[Claim] = []          # claimed beyond the slots, in order
         self._ended: dict[int, Outcome] = {}            # not recorded yet
-        self._lost: dict[int, Run] = {}                 # of others; being ended
-        self._over: list[Run] = []                      # of others; ended
-        self._seize: list[Run] = []                     # of others; to be ended
+        self._lost: dict[int, Run] = {}                 # of others; being killed
+        self._over: list[Run] = []                      # of others; killed
+        self._seize: list[Run] = []                     # of others; to be killed
         self._dead: list[Worker] = []                   # to be removed
         self._beats = self._saves = False       # what the next tick does as well
-        self._commit: Commit | None = None              # under way
+        self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._grace_ends = math.inf                     # monotonic
+        self._gives_up = False                          # leaves without recording
         self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
         self._retry_at = 0.0    # monotonic: no tick before; the last one failed
-        self._failing_since: float | None = None        # monotonic: ticks fail
         self._claim_at = 0.0    # monotonic: no claim before; the machine is short
+        self._failing_since: float | None = None        # monotonic: ticks fail
         self._complaint = ""
-        self._taken = 0
-        self._spares: list[Claim] = []          # claimed beyond the slots, in order
-        self._spares_until = math.inf           # monotonic: then they are released
         self._pace = math.inf                   # seconds that runs take of late
-        self._totals: dict[str, int] = {}               # states that jobs came to
-        self._has_begun = False                         # a first tick is through
-        self._refused: set[int] = set()     # claims of which a process cannot be ended
-        self._gives_up = False                          # to leave without recording
-        self._status = EX_OK
+        self.totals: dict[str, int] = {}        # ended runs by the state of the job
 
     # The loop.
 
     def run(self, executor: futures.Executor) -> int:
         """Work until told to stop; Gone if the database went away.
 
-        Where an error ends it, nothing is recorded: the claims stand, the supervisor
-        ends the commands, and the next worker finds the runs lost.
+        Where an error ends it, nothing is recorded: the supervisor kills the commands,
+        and another worker finds the runs lost.
         """
         self._executor = executor
         self._notifier.ready()
-        self._log(self.greeting())
-        for name in ("renew", "heartbeat", "orders", "notify"):
+        worker, slots = self._claims.worker, self._options.slots
+        self._log(f"worker {worker.name} started: {slots} slot{'s' * (slots > 1)}, "
+                  f"{', '.join(worker.queues) or 'all queues'}, {self._queue.path}")
+        for name in ("renew", "heartbeat", "orders", "notify", "tick"):
             self._agenda.want(name)
         try:
             while not self._is_over():
@@ -8019,13 +7921,14 @@ class Runner:
             self._link.flush()
             self._notifier.stopping()
             self.close()
-        return EX_NO if self._refused else self._status
+        return EX_NO if self._commands or self._gives_up or not self._link.is_open \
+            else EX_OK
 
     def close(self) -> None:
         """Close what it has opened."""
         for watch in self._watches:
             os.close(watch)
-        os.close(self._home)
+        self._directories.close()
         self._wakeup.close()
 
     def _step(self) -> None:
@@ -8033,8 +7936,6 @@ class Runner:
         self._hold()
         self._poller.wait(min(self._agenda.sleep(time.monotonic()),
                               RESCUE_TICK if self._link.is_behind else math.inf))
-        if not self._link.is_open and self._status == EX_OK:
-            self._take_over()
         self._hold()
         for name in self._agenda.due(time.monotonic()):
             try:
@@ -8048,32 +7949,31 @@ class Runner:
         """Put off what cannot be done now: the connection is the commit's, the last
         attempt has failed, or no slot is free.
         """
-        agenda, ready_at = self._agenda, math.inf if self._commit else self._retry_at
+        ready_at = math.inf if self._commit else self._retry_at
         for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
-            agenda.hold(name, ready_at)
-        agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
-                    else math.inf)
+            self._agenda.hold(name, ready_at)
+        self._agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
+                          else math.inf)
 
     def _is_over(self) -> bool:
-        """Whether the worker may go: nothing runs and nothing is left to record, and
-        it was asked to leave,
+        """Return True if the worker may exit: nothing runs, nothing is left to record,
+        and it was asked to leave,
         or it has run as many jobs as it should,
         or it drains and nothing is left to do.
-        When it is to go at once, it leaves what it cannot end to the next worker, and,
-        if asked once more, what it cannot record.
+        After a second request it leaves processes that cannot be killed to the next
+        worker; after a third, also what it cannot record.
         """
         if self._gives_up:
             return True
-        left = self._refused if self._leaving == NOW else ()
-        if any(claim not in left for claim in self._commands) \
+        if any(self._leaving != NOW or not command.is_refused
+               for command in self._commands.values()) \
                 or self._ended or self._commit or self._spares:
             return False
-        if self._leaving or self._taken == self._options.max_jobs:
+        if self._leaving or not self._quota:
             return True
         now = time.monotonic()
-        if not self._options.drain or not self._has_begun or any(
-                self._agenda.is_wanted(name, now)
-                for name in ("peers", "look", "tick")):
+        if not self._options.drain or any(self._agenda.is_wanted(name, now)
+                                          for name in ("peers", "look", "tick")):
             return False
         try:
             return self._claims.is_drained()
@@ -8082,38 +7982,31 @@ class Runner:
             return False
 
     def _slots(self) -> int:
-        """How many more jobs may be claimed."""
-        if self._leaving:
-            return 0
-        most = self._options.max_jobs
-        return len(self._free) if most is None else min(len(self._free),
-                                                        most - self._taken)
+        """How many slots may take a job."""
+        return 0 if self._leaving else int(min(len(self._free), self._quota))
 
     def _do_renew(self) -> None:
-        """Show the supervisor that the loop goes on, also while nobody can write.
+        """Tell the supervisor that the loop runs.
 
-        A worker that cannot write keeps its jobs running: others cannot write either,
-        and whoever can ends these jobs before it runs them again.
+        Also while nobody can write: the jobs may run on, since whoever can write again
+        kills them before it runs them anew.
         """
         self._link.send(RENEW, seconds=lease_of(self._settings))
         self._agenda.want("renew", time.monotonic() + self._settings.heartbeat)
         time.tzset()    # /etc/localtime may have been changed
         self._directories.refresh()
-        self._reap_orphans()
-
-    def _reap_orphans(self) -> None:
-        """Reap the children that jobs have left to this process (subreaper)."""
+        # Reap the orphans of jobs, but no command: its pidfd tells its end.
         own, me = {command.pid for command in self._commands.values()}, os.getpid()
         with contextlib.suppress(ChildProcessError, AttributeError, OSError):
             if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return
-            for pid in set(_pids()) - own:      # a command's own end comes by its pidfd
+            for pid in set(_pids()) - own:
                 fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
                 if fields[:1] == [b"Z"] and int(fields[1]) == me:
                     os.waitpid(pid, os.WNOHANG)
 
     def _do_notify(self) -> None:
-        self._notifier.step(self._standing)
+        self._notifier.step(self._status_line)
         self._agenda.want("notify", self._notifier.next_at)
 
     # The tick.
@@ -8121,23 +8014,25 @@ class Runner:
     def _do_look(self) -> None:
         """Look for work by reads alone: a tick writes, costs an fsync, and its commit
         makes all other workers look.
-
-        At least once in FALLBACK_POLL: a wake-up may get lost, a clock be set.
         """
-        pause = FALLBACK_POLL if self._bell else DEAF_POLL
         if self._claims.is_work_ready():
             self._agenda.want("tick")
+            self._look_again(None)
         else:
-            due = self._claims.next_due()   # what came may be for later
-            pause = min(pause, math.inf if due is None else due - self._queue.clock())
-        self._agenda.want("look", time.monotonic() + pause)
+            self._look_again(self._claims.next_due())   # what came may be for later
+
+    def _look_again(self, due: float | None) -> None:
+        """Look when the next job is due, in epoch seconds; soon anyway, as a
+        notification may get lost and a clock be set.
+        """
+        wait = math.inf if due is None else due - self._queue.clock()
+        self._agenda.want("look", time.monotonic() + min(wait, self._poll))
 
     def _do_heartbeat(self) -> None:
         self._beats = True
         self._agenda.want("tick")
 
     def _do_output(self) -> None:
-        """Store output, since a client waits for it."""
         if self._unsaved():
             self._saves = True
             self._agenda.want("tick")
@@ -8149,58 +8044,60 @@ class Runner:
 
     def _do_tick(self) -> None:
         """Write all that there is to write, and have it committed."""
-        outputs = self._unsaved() if self._beats or self._saves else {}
         report = Report(dict(self._ended), tuple(self._over), tuple(self._seize),
-                        tuple(self._dead), outputs, self._beats)
-        slots = self._slots() if time.monotonic() >= self._claim_at else 0
-        saved = {claim: output.total for claim, output in outputs.items()}
-        tick = self._claims.tick(
-            report, [*self._free[:slots], *[0] * self._wanted(slots)])
+                        tuple(self._dead), self._unsaved() if self._beats or self._saves
+                        else {}, self._beats)
+        slots = spares = 0
+        if not self._leaving and time.monotonic() >= self._claim_at:
+            slots = self._slots()
+            spares = int(min(wanted_spares(self._pace, self._options.slots)
+                             - len(self._spares), self._quota - slots))
+        tick = self._claims.tick(report, [*self._free[:slots], *[0] * spares])
         if tick is None:
             raise Unavailable("busy", f"{self._queue.path} is busy: another program "
                               "holds its write lock", "end that program")
+        for claim, output in report.outputs.items():
+            self._commands[claim].saved = output.total
         future = self._executor.submit(self._claims.commit)
-        self._commit = Commit(tick, report, saved, future)
+        self._commit = tick, report, future
         future.add_done_callback(lambda _: self._wakeup.set())
 
-    def _wanted(self, slots: int) -> int:
-        """How many spares to claim."""
-        if self._leaving or time.monotonic() < self._claim_at:
-            return 0
-        wanted = wanted_spares(self._pace, self._options.slots) - len(self._spares)
-        most = self._options.max_jobs
-        return max(0, wanted if most is None
-                   else min(wanted, most - self._taken - slots))
-
-    def _hear_commit(self) -> None:
+    def _on_wakeup(self) -> None:
         self._wakeup.clear()
-        if self._commit and self._commit.future.done():
+        if self._commit and self._commit[2].done():
             self._agenda.want("committed")
 
     def _do_committed(self) -> None:
         """Take over what has been committed, or keep all of it for another tick."""
         assert self._commit is not None
-        tick, report, saved, future = self._commit
-        self._commit = None
+        (tick, report, future), self._commit = self._commit, None
         try:
             future.result()
         except BaseException as error:
             self._claims.failed(tick)
             if not isinstance(error, Unavailable):
                 raise
+            for claim in self._commands.keys() & report.outputs.keys():
+                self._commands[claim].saved = 0
             self._complain(error)
             self._agenda.want("tick")
             return
         self._claims.committed(tick, report)
-        self._forget(report, tick, saved)
+        # Drop what has been recorded; what has come since the tick stays.
+        for claim in report.ended:
+            del self._ended[claim]
+        del self._over[:len(report.lost)], self._seize[:len(report.seized)]
+        self._dead = [worker for worker in self._dead if worker not in tick.removed]
+        self._complaint, self._failing_since, self._settings = "", None, tick.settings
         for change in tick.changes:
             self._tell(change)
-        silent = [f"worker {worker.name} on {worker.host} is removed: it sent no "
-                  f"heartbeat for {span(lease_of(tick.settings))}" for worker
-                  in tick.removed if self._queue.host.is_alive(worker) is None]
-        for note in (*tick.notes, *silent):
+        for note in tick.notes:
             self._log(note)
-        self._begin_all(tick.claims)
+        for worker in tick.removed:
+            if self._queue.host.is_alive(worker) is None:
+                self._log(f"worker {worker.name} on {worker.host} is removed: it sent "
+                          f"no heartbeat for {span(lease_of(tick.settings))}")
+        self._start_all(tick.claims)
         if tick.is_overtaken:
             self._return_spares()
         self._obey(tick.stop, tick.mine)
@@ -8211,26 +8108,9 @@ class Runner:
                             self._settings.kill_grace)
         self._plan(tick, report)
 
-    def _forget(self, report: Report, tick: Tick, saved: Mapping[int, int]) -> None:
-        """Drop what has been recorded; what has come since the tick stays."""
-        for claim in report.ended:
-            del self._ended[claim]
-        del self._over[:len(report.lost)], self._seize[:len(report.seized)]
-        self._dead = [worker for worker in self._dead if worker not in tick.removed]
-        for claim, total in saved.items():
-            if claim in self._commands:
-                self._commands[claim].saved = total
-        self._complaint, self._failing_since, self._settings = "", None, tick.settings
-        if report.beats:    # the next from now: on a slow disk there is time for others
-            self._beats = False
-            self._agenda.want("heartbeat", time.monotonic() + self._settings.heartbeat)
-        if report.outputs:
-            self._saves, self._peek_at = False, time.monotonic() + PEEK_PAUSE
-
     def _plan(self, tick: Tick, report: Report) -> None:
         """Want what follows from a tick."""
         now, agenda = time.monotonic(), self._agenda
-        self._has_begun = True
         if tick.is_behind:
             agenda.want("tick")
         elif tick.is_expiring:
@@ -8238,20 +8118,21 @@ class Runner:
         if tick.claims or not self._free:
             agenda.want("look")     # there may be more; held until a slot is free
         else:
-            wait = math.inf if tick.next_due is None \
-                else tick.next_due - self._queue.clock()
-            agenda.want("look", now + min(wait, FALLBACK_POLL if self._bell
-                                          else DEAF_POLL))
+            self._look_again(tick.next_due)
         if tick.changes and self._watches and not self._slots():
-            self._queue.wake(NEW_JOBS)  # what these ends let go on is for others
-        if report.beats:
+            self._queue.wake(NEW_JOBS)  # what these ends unblock is for other workers
+        if report.beats:    # the next from now: on a slow disk there is time for others
+            self._beats = False
+            agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
+        if report.outputs:
+            self._saves, self._peek_at = False, now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
-        """Say it once, and not for a moment's wait; then go on trying.
+        """Log it once, and not for a short wait; then go on trying.
 
-        The commands run on, and are ended by their time-outs; only what touches the
-        database waits. A busy lock is free in a moment, a full disk is not.
+        The commands run on, and so do their time-outs; only what touches the database
+        waits.
         """
         now = time.monotonic()
         self._failing_since = self._failing_since or now
@@ -8271,39 +8152,42 @@ class Runner:
 
     # Commands.
 
-    def _begin_all(self, claims: Sequence[Claim]) -> None:
-        """Start what was claimed; what came too late is requeued."""
-        self._taken += len(claims)
-        try:
-            for claim in claims:
-                if self._leaving:
-                    self._give_back(claim)
-                elif claim.slot:
-                    self._free.remove(claim.slot)
-                    self._start(claim)
-                else:
-                    self._spares.append(claim)
-                    self._spares_until = time.monotonic() + SPARE_PATIENCE
-            self._start_spares()
-        finally:
-            if claims:
-                os.fchdir(self._home)
-        if self._spares:
-            self._agenda.want("deadline", self._spares_until)
+    def _start_all(self, claims: Sequence[Claim]) -> None:
+        """Start what was claimed; requeue it if the worker is leaving by now."""
+        self._quota -= len(claims)
+        for claim in claims:
+            if self._leaving:
+                self._release(claim)
+            elif claim.slot:
+                self._free.remove(claim.slot)
+                self._start(claim)
+            else:
+                self._spares.append(claim)
+        self._start_spares()
+        if claims:
+            self._directories.go_home()
+        if claims and not claims[-1].slot:
+            self._agenda.drop("spares")
+            self._agenda.want("spares", time.monotonic() + SPARE_PATIENCE)
 
     def _start_spares(self) -> None:
         """Start spare claims in the free slots."""
         while self._spares and self._free and not self._leaving:
             self._start(self._claims.begin(self._spares.pop(0), self._free.pop(0)))
 
+    def _do_spares(self) -> None:
+        if self._spares:
+            self._pace = math.inf
+            self._return_spares()
+
     def _return_spares(self) -> None:
         while self._spares:
-            self._give_back(self._spares.pop(0))
+            self._release(self._spares.pop(0))
 
-    def _give_back(self, claim: Claim) -> None:
+    def _release(self, claim: Claim) -> None:
         """Keep a claim that has not begun to be recorded as released."""
         claim.release()
-        self._taken -= 1
+        self._quota += 1
         self._keep(claim.number, Outcome(RELEASED))
 
     def _start(self, claim: Claim) -> None:
@@ -8339,15 +8223,13 @@ class Runner:
             self._link.send(START, claim.number, command.pid)
 
     def _not_started(self, claim: Claim, error: Exception) -> None:
-        """What the machine lacks requeues the job; all else is the job's failure."""
+        bisect.insort(self._free, claim.slot)
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
-            self._free_slot(claim.slot)
-            self._give_back(claim._replace(lock=-1))
+            self._release(claim._replace(lock=-1))
             self._log(f"{claim.job.id} could not be started: {error.strerror}; "
                       "it is requeued, and nothing claimed for a moment")
         else:
-            self._free_slot(claim.slot)
             self._keep(claim.number, Outcome(
                 FAILURE, None, start_error(error, claim.job.cwd), 0.0))
 
@@ -8357,16 +8239,16 @@ class Runner:
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
                "QUEUECTL_SLOT": str(claim.slot), "QUEUECTL_CLAIM": str(claim.number)}
-        if job.queue == HOOKS_QUEUE:    # it is told of the job that it follows
+        if job.queue == HOOKS_QUEUE:    # a hook gets the id of the job it is about
             own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _read(self, command: Command) -> None:
-        """Take in output; at its end the command has mostly exited as well.
+        """Read output, also what background processes print after the run.
 
-        So that is looked at, too: where there are no pidfds, the next look would come
-        only RESCUE_TICK later.
+        At its end the command has mostly exited, too; without a pidfd the next look
+        would come only RESCUE_TICK later.
         """
         pipe = command.pipe
         if not command.read():
@@ -8378,8 +8260,8 @@ class Runner:
     def _look_at(self, command: Command) -> None:
         """See whether a command has exited, and with it its run.
 
-        One that a signal has killed left nothing in the background on purpose, and a
-        retry would meet it: the rest of the tree is ended first.
+        If a signal has killed it, the rest of the tree was not left in the background
+        on purpose, and would meet a retry: it is killed first.
         """
         if command.claim.number not in self._commands or command.is_ending:
             return
@@ -8392,23 +8274,20 @@ class Runner:
     def _finish(self, command: Command) -> None:
         """The run is over: free its slot, and keep its outcome to be recorded."""
         self._poller.drop(command.watch)
-        pipe = command.pipe
+        pipe, claim = command.pipe, command.claim
         outcome = command.finish()
-        if command.pipe < 0:
-            self._poller.drop(pipe)
-        else:   # children in the background write on: SIGPIPE would end them
-            self._poller.add(pipe, functools.partial(self._drain, command))
-        del self._commands[command.claim.number]
-        self._refused.discard(command.claim.number)
+        if command.pipe < 0:    # else background processes write on: SIGPIPE would end
+            self._poller.drop(pipe)     # them
+        del self._commands[claim.number]
         if not self._queue.host.boot:
-            self._link.send(START, command.claim.number, 0)
-        self._free_slot(command.claim.slot)
+            self._link.send(START, claim.number, 0)
+        bisect.insort(self._free, claim.slot)
         took = outcome.duration or 0.0
         self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
         if self._spares:
             self._start_spares()
-            os.fchdir(self._home)
-        self._keep(command.claim.number, outcome)
+            self._directories.go_home()
+        self._keep(claim.number, outcome)
 
     def _keep(self, claim: int, outcome: Outcome) -> None:
         """Keep an outcome until a tick has recorded it."""
@@ -8416,42 +8295,26 @@ class Runner:
         pause = RECORD_PAUSE if self._spares and not self._free else 0.0
         self._agenda.want("tick", time.monotonic() + pause)
 
-    def _drain(self, command: Command) -> None:
-        """Read what those print that a command has left; nobody sees it any more."""
-        pipe = command.pipe
-        if not command.read():
-            self._poller.drop(pipe)
-
-    def _free_slot(self, slot: int) -> None:
-        bisect.insort(self._free, slot)
-
     def _do_deadline(self) -> None:
-        """End what has run for too long, and see what has exited without a pidfd."""
+        """Kill what has run for too long, and see what has exited without a pidfd."""
         now = time.monotonic()
-        if now >= self._grace_ends:
-            self._grace_ends = math.inf
-            self._leave(NOW, "grace is over")
-        if self._spares and (self._leaving or now >= self._spares_until):
-            self._pace = math.inf
-            self._return_spares()
         for command in list(self._commands.values()):
             if command.watch < 0:
                 self._look_at(command)
             if now >= command.ends_at:
                 self._end(command, TIMEOUT)
-        self._agenda.want("deadline", min([self._grace_ends, self._spares_until
-                                           if self._spares else math.inf, *(
+        self._agenda.want("deadline", min((
             now + RESCUE_TICK if command.watch < 0 and not command.is_ending
-            else command.ends_at for command in self._commands.values())]))
+            else command.ends_at for command in self._commands.values()),
+            default=math.inf))
 
     # The supervisor.
 
     def _end(self, command: Command, why: str | None) -> None:
-        """Have the supervisor end the whole tree; `why` becomes the outcome, unless
-        None. ENDED comes back.
+        """Have the supervisor kill the whole tree; `why`, if any, becomes the outcome.
 
-        Asked for again, only the reason may be added: a tree is ended once, and its
-        grace does not begin anew. It stays unreaped until all of it is gone.
+        Later calls may only add the reason: the grace must not begin anew. The command
+        stays unreaped until ENDED comes.
         """
         command.why = command.why or why        # the first reason stays
         command.ends_at = math.inf
@@ -8461,46 +8324,46 @@ class Runner:
             self._link.send(END, command.claim.number, command.pid,
                             self._settings.kill_grace)
 
-    def _hear_supervisor(self) -> None:
+    def _on_message(self) -> None:
         for kind, number, pid, *_ in self._link.receive():
             if kind == SIGNAL:
-                self._hear_signal(signal.Signals(number))
-            elif kind == REFUSED:
-                self._hear_refused(number, pid)
+                self._on_signal(signal.Signals(number))
+            elif kind == REFUSED and number in self._commands:
+                self._on_refused(self._commands[number], pid)
             elif kind == ENDED and number in self._commands:
                 self._finish(self._commands[number])
             elif kind == ENDED and number in self._lost:
                 self._over.append(self._lost.pop(number))
                 self._agenda.want("tick")
+        if not self._link.is_open:
+            self._poller.drop(self._link.fileno())
+            self._on_supervisor_killed()
 
-    def _hear_signal(self, number: signal.Signals) -> None:
-        """SIGHUP is no second request: a shell sends it, too, when a terminal goes."""
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._leaving == NOW and self._failing_since:
             self._log(f"{number.name}: leaving without recording {len(self._ended)} "
                       "runs; the next worker finds them lost")
-            self._gives_up, self._status = True, EX_NO
-        is_second = self._leaving and number != signal.SIGHUP
-        at_once = is_second or number == signal.SIGQUIT
+            self._gives_up = True
+        # A second SIGHUP counts not: when a terminal goes, the shell sends one, too.
+        at_once = number == signal.SIGQUIT or (
+            self._leaving and number != signal.SIGHUP)
         self._leave(NOW if at_once else DRAIN, number.name)
 
-    def _hear_refused(self, claim: int, pid: int) -> None:
-        command = self._commands.get(claim)
-        if command and claim not in self._refused:
-            self._refused.add(claim)
+    def _on_refused(self, command: Command, pid: int) -> None:
+        if not command.is_refused:
+            command.is_refused = True
             self._log(f"{command.claim.job.id} cannot be ended: process {pid} is "
                       "another user's; it goes on until that process ends")
 
-    def _take_over(self) -> None:
-        """The supervisor was killed: nothing may outlive this worker all the same."""
-        self._status = EX_NO
-        self._poller.drop(self._link.fileno())
+    def _on_supervisor_killed(self) -> None:
+        """Nothing may outlive this worker all the same."""
         self._log("error: this worker's supervisor was killed, so it ends its jobs, "
                   "requeues them and stops")
         refused, locks = end_all(), self._queue.host.locks
         self._leaving = NOW
         for claim, command in list(self._commands.items()):
             if refused and locks.is_held(claim):
-                self._hear_refused(claim, refused[0])
+                self._on_refused(command, refused[0])
             else:
                 command.why = command.why or RELEASED
                 self._finish(command)
@@ -8508,17 +8371,16 @@ class Runner:
     # Orders: signals, requests in the database.
 
     def _do_orders(self) -> None:
-        """Read what a wake-up may be about.
-
-        Reads alone: any local user may send datagrams, and none may cost a commit.
+        """Read what a notification may be about, without a commit: any local user may
+        send one.
         """
         self._watch_new()       # a new worker sends one, too
         self._settings = self._options.adapt(self._queue.store.settings())
         self._obey(*self._claims.orders())
 
     def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
-        """Do what the database asks of this worker and its runs; a claim that is gone
-        was taken by another.
+        """Do what the database requests of this worker and of its runs; a claim that is
+        not in `mine` was taken over by another worker.
         """
         if stop:
             self._leave(stop, ASKED)
@@ -8538,8 +8400,7 @@ class Runner:
         if self._leaving in (how, NOW):
             return
         if self._leaving is None and self._options.grace is not None:
-            self._grace_ends = time.monotonic() + self._options.grace
-            self._agenda.want("deadline", self._grace_ends)
+            self._agenda.want("grace", time.monotonic() + self._options.grace)
         self._leaving = how
         self._return_spares()
         self._notifier.stopping()
@@ -8554,11 +8415,14 @@ class Runner:
             self._log(f"{why}: finishing {running} running, claiming no more; {again} "
                       "requeues them" if running else f"{why}: claiming no more")
 
+    def _do_grace(self) -> None:
+        self._leave(NOW, "grace is over")
+
     # The other workers.
 
     def _watch_new(self) -> None:
-        """Let the kernel tell when a worker that has come ends. Its pid is its
-        supervisor's, which is the last to go.
+        """Have the kernel report the end of each new worker, by its supervisor, which
+        exits last.
         """
         known = {worker.id for worker in self._watches.values()}
         for worker in self._queue.store.workers():
@@ -8566,19 +8430,19 @@ class Runner:
                     or worker.boot != self._queue.host.boot:
                 continue
             watch, is_it = _watch_process(worker.pid), False
-            # Looked at after the watch: the id may be another's, here or by now.
+            # Checked after the watch: the id may be another's, here or by now.
             with contextlib.suppress(OSError):      # out of descriptors
                 is_it = watch >= 0 and is_same_birth(
                     self._queue.host.born(worker.pid), worker.born)
             if is_it:
                 self._watches[watch] = worker
-                self._poller.add(watch, functools.partial(self._hear_end, watch))
+                self._poller.add(watch, functools.partial(self._on_end, watch))
             elif watch >= 0:
                 os.close(watch)
             if not is_it and self._queue.host.is_alive(worker) is False:
                 self._agenda.want("heartbeat")      # it ended meanwhile
 
-    def _hear_end(self, watch: int) -> None:
+    def _on_end(self, watch: int) -> None:
         self._gone.append(self._watches.pop(watch))
         self._poller.drop(watch)
         os.close(watch)
@@ -8599,8 +8463,8 @@ class Runner:
     def _do_peers(self) -> None:
         """Find what lost workers have left, after a heartbeat of our own.
 
-        Marked in the database, then ended, then recorded. If this worker dies in
-        between, the next to look finds the runs as they are and goes on.
+        Their runs are marked in the database, then killed, then recorded. If this
+        worker dies in between, another one goes on.
         """
         self._peers.look()
         known = {*self._lost, *(run.claim for run in (*self._over, *self._seize))}
@@ -8609,20 +8473,20 @@ class Runner:
         if self._seize or self._dead:
             self._agenda.want("tick")
 
-    def _hear_bell(self) -> None:
-        """Take in the wake-ups that have come: a crowd is one reason to look.
+    def _on_notice(self) -> None:
+        """Read the notifications that have come: many are one reason to look.
 
         In a flood the kernel drops some, of any kind.
         """
-        assert self._bell is not None
-        heard = list[bytes]()
+        assert self._notices is not None
+        words = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while len(heard) < HEARD_AT_ONCE:
-                heard.append(self._bell.recv(SOCKET_BUFFER))
+            while len(words) < NOTICES_AT_ONCE:
+                words.append(self._notices.recv(SOCKET_BUFFER))
         self._agenda.want("look")
-        if NEW_ORDERS in heard or len(heard) == HEARD_AT_ONCE:
+        if NEW_ORDERS in words or len(words) == NOTICES_AT_ONCE:
             self._agenda.want("orders")
-        if PEEK in heard:
+        if PEEK in words:
             self._peek_until = time.monotonic() + PEEK_PATIENCE
             self._agenda.want("output", self._peek_at)
 
@@ -8637,47 +8501,21 @@ class Runner:
         outcome = change.outcome or Outcome(RELEASED)
         if outcome.duration is not None:    # else it has not begun, or was another's
             state = change.after.state
-            self._totals[state] = self._totals.get(state, 0) + 1
+            self.totals[state] = self.totals.get(state, 0) + 1
         if self._say and (outcome.duration is not None or outcome.kind == LOST):
             self._say(change_line(change, self._queue.clock()))
 
-    def greeting(self) -> str:
-        """What there is to say at the beginning."""
-        worker, count = self._claims.worker, self._options.slots
-        queues = ", ".join(worker.queues) if worker.queues else "all queues"
-        return (f"worker {worker.name} started: {count} slot{'s' * (count > 1)}, "
-                f"{queues}, {self._queue.path}")
-
-    def _standing(self) -> str:
-        """The line that a service manager shows."""
+    def _status_line(self) -> str:
+        """What a service manager shows."""
         running, slots = len(self._commands), self._options.slots
-        if self._leaving:
-            return f"finishing {running} running{self._total()}"
-        return f"{running} of {slots} slot{'s' * (slots > 1)} busy{self._total()}"
+        return (f"finishing {running} running" if self._leaving else
+                f"{running} of {slots} slot{'s' * (slots > 1)} busy") + self.total()
 
-    def farewell(self) -> str:
-        """What there is to say at the end."""
-        return f"worker {self._claims.worker.name} stopped{self._total()}"
-
-    @property
-    def has_dead(self) -> bool:
-        """Whether a job that it ran is dead."""
-        return DEAD in self._totals
-
-    def _total(self) -> str:
+    def total(self) -> str:
+        """What became of its jobs, for the end of a line."""
         done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
-                         for state, n in self._totals.items())
+                         for state, n in self.totals.items())
         return f": {done}" if done else ""
-
-
-@contextlib.contextmanager
-def _leaving(queue: Queue, claims: Claims) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        queue.store.db.patience = WORKER_PATIENCE
-        with contextlib.suppress(QueueError):
-            claims.leave()
 
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
@@ -8685,27 +8523,31 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
     """Run a worker until it is told to stop; 0, or 1 if its database or its supervisor
     went away.
 
-    `link` leads to its supervisor. Errors that no worker outlives come out of here,
-    such as Refused; Unavailable does not. A worker that cannot take itself out of
-    the table leaves a row whose process is gone: others forget it.
+    `link` leads to its supervisor. Raises errors that no worker outlives, such as
+    Refused, but not Unavailable. A worker that cannot delete its row leaves one whose
+    process is gone: others delete it.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
-    _refuse_platform()
     _allow_descriptors(options.slots)
     _keep_descriptors()
     log = say or (lambda line: None)
     with contextlib.ExitStack() as stack:
-        # Its socket is there before the row that tells others its port.
-        bell = _bell()
-        if bell:
-            stack.enter_context(bell)
-        claims = Claims(queue, options, bell.getsockname()[1] if bell else None,
+        # The socket is there before the row that tells others its port.
+        notices = _notification_socket()
+        if notices:
+            stack.enter_context(notices)
+        claims = Claims(queue, options, notices.getsockname()[1] if notices else None,
                         link.peer)
-        stack.enter_context(_leaving(queue, claims))
+
+        @stack.callback
+        def leave() -> None:
+            queue.store.db.patience = WORKER_PATIENCE
+            with contextlib.suppress(QueueError):
+                claims.leave()
         link.send(HELLO)
         link.flush(claims.lock)
         queue.wake(NEW_ORDERS)      # the others are to watch this one
-        runner = Runner(queue, claims, options, link, bell, say)
+        runner = Runner(queue, claims, options, link, notices, say)
         try:
             with futures.ThreadPoolExecutor(1) as executor:
                 status = runner.run(executor)
@@ -8713,11 +8555,11 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
             log(f"error: {error.message}, so this worker ends its jobs and stops; "
                 "start it anew")
             return EX_NO
-    log(runner.farewell())
+    log(f"worker {claims.worker.name} stopped{runner.total()}")
     if options.drain and status == EX_OK:
         for line in queue.left_waiting(options.queues):
             log(line)
-        return EX_NO if runner.has_dead else EX_OK
+        return EX_NO if DEAD in runner.totals else EX_OK
     return status
 
 

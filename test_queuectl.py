@@ -4820,7 +4820,7 @@ class Workers(Case):
         self.queue.configure("heartbeat", "100ms")
         self.job()
         with self.in_hand(drain=True) as (runner, _):
-            for name in ("heartbeat", "look"):
+            for name in ("heartbeat", "look", "tick"):
                 runner._agenda.want(name)
 
             def is_over():
@@ -4894,7 +4894,7 @@ class Workers(Case):
             self.job()
             self.take_steps(runner, lambda: runner._ended, commits=False)
             self.begin_commit(runner)
-            self.assertEqual(ids(runner._commit.tick.claims), ["job-2"])
+            self.assertEqual(ids(runner._commit[0].claims), ["job-2"])
             runner._executor.fail(queuectl.Unavailable("disk-full", "no room", ""))
             runner._step()
             self.assertEqual((list(runner._ended), self.state("job-2"), runner._free),
@@ -4954,11 +4954,11 @@ class Workers(Case):
                             (OSError(errno.ENOEXEC, "no"), "failed"),
                             (ValueError("no"), "failed")):
             with self.subTest(error), self.in_hand() as (runner, _):
-                runner._taken, runner._free = 1, [2]
+                runner._quota, runner._free = 0, [2]
                 runner._not_started(queuectl.Claim(self.queue.job("job-1"), 7, 1, -1), error)
                 is_short = kind == "released"
-                self.assertEqual((runner._ended[7].kind, runner._free, runner._taken),
-                                 (kind, [1, 2], 1 - is_short))
+                self.assertEqual((runner._ended[7].kind, runner._free, runner._quota),
+                                 (kind, [1, 2], int(is_short)))
                 self.assertEqual(runner._claim_at > time.monotonic(), is_short)
                 runner._ended.clear()
 
@@ -4968,10 +4968,10 @@ class Workers(Case):
             runner._pace = .01
             self.take_steps(runner, lambda: runner._spares)
             self.assertEqual(ids(runner._spares), ["job-3", "job-4", "job-5"])
-            runner._spares_until = math.inf
+            runner._agenda.drop("spares")
             self.job(id="urgent", priority=9)
             self.begin_commit(runner)
-            self.assertTrue(runner._commit.tick.is_overtaken)
+            self.assertTrue(runner._commit[0].is_overtaken)
             self.take_steps(runner, lambda: not runner._spares)
             self.assertEqual({one.kind for one in runner._ended.values()}, {"released"})
             runner._pace = .01
@@ -5027,7 +5027,7 @@ class Workers(Case):
             for _ in range(2):
                 link.send(queuectl.REFUSED, 1, 77)
             link.flush()
-            self.take_steps(runner, lambda: runner._refused)
+            self.take_steps(runner, lambda: runner._commands[1].is_refused)
             self.take_steps(runner, runner._is_over)
             self.assertEqual([line for line in self.said if "77" in line], [
                 "job-1 cannot be ended: process 77 is another user's; it goes on until "
@@ -5048,11 +5048,10 @@ class Workers(Case):
         with self.in_hand(grace=5.0) as (runner, _):
             runner._leave("drain", "A")
             self.assertEqual(runner._leaving, "drain")
-            self.assertAlmostEqual(runner._grace_ends, time.monotonic() + 5, 0)
-            ends = runner._grace_ends
+            self.assertAlmostEqual(runner._agenda.sleep(time.monotonic()), 5, 0)
             for how, who in (("drain", "B"), ("now", "C"), ("drain", "D")):
                 runner._leave(how, who)
-            self.assertEqual((runner._leaving, runner._grace_ends), ("now", ends))
+            self.assertEqual(runner._leaving, "now")
         self.assertEqual(self.said, ["A: claiming no more", "C: ending and requeuing 0 running"])
 
     def test_a_service_manager_is_told_how_the_worker_stands(self):
@@ -5061,8 +5060,8 @@ class Workers(Case):
                 (2, {PENDING: 2, DEAD: 1}, None, "0 of 2 slots busy: 2 requeued, 1 dead"),
                 (2, {}, "now", "finishing 0 running")):
             with self.in_hand(slots=slots) as (runner, _):
-                runner._totals, runner._leaving = totals, leaving
-                self.assertEqual(runner._standing(), told)
+                runner.totals, runner._leaving = totals, leaving
+                self.assertEqual(runner._status_line(), told)
 
     def test_a_directory_on_a_network_is_known_before_it_is_entered(self):
         os.symlink("/mnt/far", self.path_of("link"))
@@ -5125,7 +5124,7 @@ class Workers(Case):
     def until_it_watches(self, runner):
         for name in ("orders", "heartbeat"):
             runner._agenda.want(name)
-        self.take_steps(runner, lambda: runner._has_begun)
+        self.take_steps(runner, lambda: runner._claims._last_tick < math.inf)
 
     def test_the_end_of_another_worker_is_told_by_the_kernel(self):
         other, process = self.watching()
@@ -6985,7 +6984,7 @@ class Program(Processes):
 
     def test_a_worker_that_fails_ends_with_the_error(self):
         self.enqueue("sleep 2", "--timeout", "50ms")
-        code, _, err = self.drain_changed("queuectl.Runner._hear_supervisor = lambda self: 1 / 0")
+        code, _, err = self.drain_changed("queuectl.Runner._on_message = lambda self: 1 / 0")
         self.assertEqual(code, 1)
         self.assertIn("ZeroDivisionError", err)
 
@@ -11189,7 +11188,7 @@ MOMENTS = (
     ("claimed, no commit yet",  "Claims._claim",        "after",    "_draw"),
     ("a rescue not recorded",   "Claims._write",        "before",   "lost_end"),
     # Command.
-    ("spawned",                 "Command.start",        "after",    "_start_shell"),
+    ("spawned",                 "Command.start",        "after",    "posix_spawn"),
     ("the command has exited",  "Command.finish",       "before",   "_reap"),
     # Ending.
     ("a tree that is ended",    "Ending.step",          "after",    "send"),
