@@ -7676,10 +7676,10 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 # ---- 15 Worker ---------------------------------------------------------------
 # `worker start`: claims become commands, and their ends become records. One loop waits
 # for news, and an Agenda says what is due. No SQL here, and no policy: what is claimed,
-# retried or lost is decided above. Nothing blocks the loop: COMMIT, with its fsync, runs
-# in another thread, and meanwhile nothing else touches the queue's connection. (Whole
-# transactions in a second thread gain nothing: the interpreter's lock changes hands at
-# each statement.)
+# retried or lost is decided above. Nothing blocks the loop: COMMIT, with its fsync,
+# runs in another thread; meanwhile nothing else uses the queue's connection. (Whole
+# transactions in a second thread gain nothing: the interpreter's lock changes hands
+# at each statement.)
 
 UNNOTIFIED_POLL = 0.1  # seconds between two looks where no notification can come
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
