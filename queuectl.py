@@ -76,12 +76,9 @@ Contents: `grep -n '^# ----' queuectl.py`
     14 Processes    a command and its output; the supervisor, which ends what is left
     15 Worker       slots, what is due when, shutdown, other workers
     16 Page         the dashboard, as a browser gets it
-    17 API          what each request that was let in is answered
-    18 Description  what the API takes and answers, for programs
-    19 Access       who is let in, and to what
-    20 Reply        from a request to its reply, as bytes: no sockets
-    21 Feed         one thread that looks at the database for all that listen
-    22 Server       connections, time limits, TLS, the end
+    17 API          one function per operation; routes, OpenAPI
+    18 Access       from the bytes of a head to an admitted request
+    19 Server       connections, event streams, time limits, TLS
     23 Install      a launcher, completion scripts, a unit file for systemd
     24 Terminal     where commands print and read
     25 Commands     one small function per command, and the table of all
@@ -121,6 +118,7 @@ if TYPE_CHECKING:
     import concurrent.futures as futures
     import socket
     import ssl
+    from queue import Queue as Pieces
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO, TypeVar
@@ -6477,8 +6475,7 @@ class Inspection:
 
 # ---- 13 Views ----------------------------------------------------------------
 # Records as text or JSON: nothing here prints, reads the queue or asks the time.
-# `..._object` is what `--json` and the API show; its keys are promised. `..._line` and
-# `..._lines` are for people. Job text in them goes through `one_line`.
+# `..._line` and `..._lines` are for people. Job text in them goes through `one_line`.
 
 # Of the eight colours that a terminal draws in its own theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
@@ -6514,82 +6511,143 @@ def local_time(moment: float, now: float | None = None,
     return at.isoformat(" ", digits)
 
 
+# JSON of records, for `--json` and the API.
+
+def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """An object that has all of these keys: an unknown value is null, never left out.
+    """
+    return {"type": "object", "properties": dict(properties),
+            "required": list(properties)}
+
+
+def array_schema(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": dict(items)}
+
+
+_FLAG, _REAL_OR_NULL = {"type": "boolean"}, _or_null(_REAL)
+_TEXT_OR_NULL, _STAMP_OR_NULL = _or_null(_TEXT), _or_null(_STAMP)
+_JOB = {key: FIELDS[key].kind.told for key in JSON_KEYS}
+_RUN = {"number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
+        "finished_at": _STAMP_OR_NULL, "duration": _REAL_OR_NULL,
+        "outcome": _TEXT_OR_NULL, "exit_code": _or_null(_WHOLE),
+        "error": _TEXT_OR_NULL, "output": _TEXT}
+_WORKER = {"name": _TEXT, "host": _TEXT, "pid": _AMOUNT, "slots": _AMOUNT,
+           "running": array_schema(_TEXT), "queues": array_schema(_TEXT),
+           "started_at": _STAMP, "heartbeat_at": _STAMP}
+_SPREAD = {"count": _AMOUNT,
+           **dict.fromkeys(("mean", "p50", "p95", "p99"), _REAL_OR_NULL)}
+_SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
+                             "lost"), _AMOUNT),
+            "success_rate": _REAL_OR_NULL, "throughput": _REAL_OR_NULL,
+            "run_time": object_schema(_SPREAD), "wait_time": object_schema(_SPREAD)}
+# The keys of each JSON object in their order, with their JSON Schema. Keys are only
+# ever added.
+SHAPES: dict[str, dict[str, Any]] = {
+    "Job": _JOB, "Run": _RUN, "Worker": _WORKER, "Spread": _SPREAD, "Summary": _SUMMARY,
+    "WholeJob": {**_JOB, "waiting_for": array_schema(_TEXT),
+                 "runs": array_schema(object_schema(_RUN))},
+    "Queue": {"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
+              "jobs": object_schema(dict.fromkeys(STATES, _AMOUNT))},
+    "Schedule": {"name": _TEXT, "cron": _TEXT, "tz": _TEXT_OR_NULL, "command": _TEXT,
+                 "queue": _TEXT, "paused": _FLAG, "next_run": _STAMP_OR_NULL,
+                 "last_run": _STAMP_OR_NULL, "last_job": _TEXT_OR_NULL,
+                 "last_state": {"enum": [*STATES, None]},
+                 "last_success": _STAMP_OR_NULL, "skipped": _AMOUNT},
+    "Event": {"id": _TEXT, "from": {"enum": [*STATES, None]}, "to": _STATE,
+              "at": _STAMP, "reason": _TEXT},
+    "Status": {"jobs": object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
+               "workers": array_schema(object_schema(_WORKER)),
+               "paused": array_schema(_TEXT), "next_due": _STAMP_OR_NULL,
+               "database": _TEXT, "blocked": _AMOUNT},
+    "Minute": {"at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT,
+               "retried": _AMOUNT, **dict.fromkeys(
+                   ("wait_p50", "wait_p95", "run_p50", "run_p95"), _REAL_OR_NULL)},
+    "Stats": {"seconds": _REAL, **_SUMMARY, "queues": {
+        "type": "object", "additionalProperties": object_schema(_SUMMARY)}}}
+
+
+def as_json(shape: str, record: object, **given: Any) -> dict[str, Any]:
+    """A record as JSON shows it: `given`, and its attributes for all other keys."""
+    return {key: given[key] if key in given else getattr(record, key)
+            for key in SHAPES[shape]}
+
+
 def job_object(job: Job) -> dict[str, Any]:
-    """The job as JSON shows it: the keys of JSON_KEYS, in that order, all of them."""
-    return {key: getattr(job, key) for key in JSON_KEYS}
+    return as_json("Job", job)
 
 
 def run_object(run: Run) -> dict[str, Any]:
-    """A run as JSON shows it; its output as text.
-
-    Output is bytes of any kind, JSON is text: what is no UTF-8 becomes U+FFFD. Who
-    wants the bytes takes `logs`, or the API's /output.
-    """
-    output = readable(run.output, run.output_bytes).decode("utf-8", "replace")
-    return {"number": run.number, "worker": run.worker, "started_at": run.started_at,
-            "finished_at": run.finished_at, "duration": run.duration,
-            "outcome": run.outcome, "exit_code": run.exit_code, "error": run.error,
-            "output": output}
-
-
-def worker_object(view: WorkerView) -> dict[str, Any]:
-    """A worker as JSON shows it."""
-    worker = view.worker
-    return {"name": worker.name, "host": worker.host, "pid": worker.pid,
-            "slots": worker.slots, "running": [job.id for job in view.running],
-            "queues": list(worker.queues), "started_at": worker.started_at,
-            "heartbeat_at": worker.heartbeat_at}
-
-
-def queue_object(view: QueueView) -> dict[str, Any]:
-    """A queue as JSON shows it."""
-    return {"name": view.name, "paused": view.paused, "limit": view.limit,
-            "jobs": view.counts}
-
-
-def schedule_object(schedule: Schedule, last: Job | None) -> dict[str, Any]:
-    """A schedule and its last job as JSON shows it; the command of one that cannot be
-    read is null.
-    """
-    return {"name": schedule.name, "cron": schedule.cron, "tz": schedule.tz,
-            "command": schedule.job.get("command"),
-            "queue": schedule.job.get("queue", DEFAULT_QUEUE),
-            "paused": schedule.paused, "next_run": schedule.next_run,
-            "last_run": schedule.last_run, "last_job": last.id if last else None,
-            "last_state": last.state if last else None,
-            "last_success": schedule.last_success, "skipped": schedule.skipped}
-
-
-def event_object(event: Event) -> dict[str, Any]:
-    """A change as JSON shows it."""
-    return {"id": event.id, "from": event.source, "to": event.target, "at": event.at,
-            "reason": event.reason}
-
-
-def status_object(status: Status) -> dict[str, Any]:
-    """The first screen as JSON."""
-    return {"jobs": {**status.counts, "total": sum(status.counts.values())},
-            "workers": [worker_object(view) for view in status.workers],
-            "paused": status.paused,
-            "next_due": min(filter(None, (
-                status.next_due and status.next_due.run_at,
-                status.next_schedule and status.next_schedule.next_run)), default=None),
-            "database": status.database, "blocked": status.blocked}
+    # Output is bytes of any kind, JSON is text: what is not UTF-8 becomes U+FFFD.
+    output = readable(run.output, run.output_bytes)
+    return as_json("Run", run, output=output.decode("utf-8", "replace"))
 
 
 def show_object(job: Job, runs: Sequence[Run],
                 reasons: Sequence[str]) -> dict[str, Any]:
-    """One job whole, as JSON."""
-    return {**job_object(job), "waiting_for": list(reasons),
-            "runs": [run_object(run) for run in runs]}
+    return as_json("WholeJob", job, waiting_for=list(reasons),
+                   runs=[run_object(run) for run in runs])
+
+
+def worker_object(view: WorkerView) -> dict[str, Any]:
+    return as_json("Worker", view.worker, running=[job.id for job in view.running],
+                   queues=list(view.worker.queues))
+
+
+def queue_object(view: QueueView) -> dict[str, Any]:
+    return as_json("Queue", view, jobs=view.counts)
+
+
+def schedule_object(schedule: Schedule, last: Job | None) -> dict[str, Any]:
+    """A schedule and its last job; the command of an unreadable one is null."""
+    return as_json("Schedule", schedule, command=schedule.job.get("command"),
+                   queue=schedule.job.get("queue", DEFAULT_QUEUE),
+                   last_job=last and last.id, last_state=last and last.state)
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    return as_json("Event", event, **{"from": event.source, "to": event.target})
+
+
+def status_object(status: Status) -> dict[str, Any]:
+    due = (status.next_due and status.next_due.run_at,
+           status.next_schedule and status.next_schedule.next_run)
+    return as_json("Status", status, next_due=min(filter(None, due), default=None),
+                   jobs={**status.counts, "total": sum(status.counts.values())},
+                   workers=[worker_object(view) for view in status.workers])
 
 
 def minute_object(minute: Summary) -> dict[str, Any]:
-    """What was done in a minute, as JSON; times in seconds."""
-    return {"at": minute.at, "completed": minute.completed, "failed": minute.died,
-            "retried": minute.retried,
-            "wait_p50": minute.wait_time.p50, "wait_p95": minute.wait_time.p95,
-            "run_p50": minute.run_time.p50, "run_p95": minute.run_time.p95}
+    wait, run = minute.wait_time, minute.run_time
+    return as_json("Minute", minute, failed=minute.died, wait_p50=wait.p50,
+                   wait_p95=wait.p95, run_p50=run.p50, run_p95=run.p95)
+
+
+def spread_object(values: Spread) -> dict[str, Any]:
+    """Figures of a histogram, to the tenth of a millisecond: its first bound."""
+    return {"count": values.n, **{
+        name: None if value is None else round(value, 4)
+        for name, value in values._asdict().items() if name != "n"}}
+
+
+def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
+    """What a queue did; throughput in jobs a second over `seconds`.
+
+    Cancelled jobs do not count in the success rate. It is null where no job ended, for
+    JSON has no NaN (RFC 8259, section 6).
+    """
+    over = summary.completed + summary.died
+    return as_json(
+        "Summary", summary, dead=summary.died,
+        success_rate=summary.completed / over if over else None,
+        throughput=summary.completed / seconds if seconds > 0 else None,
+        run_time=spread_object(summary.run_time),
+        wait_time=spread_object(summary.wait_time))
+
+
+def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
+    """What was done by all queues, which come under "" here, and by each."""
+    shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
+    return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
@@ -6601,38 +6659,6 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
     grave = sum(finding.level == PROBLEM for finding in findings)
     verdict = f"{grave} problem{'s' * (grave > 1)} in" if grave else "sound:"
     return [*lines, f"{verdict} {path}"]
-
-
-def spread_object(values: Spread) -> dict[str, Any]:
-    """A histogram's figures as JSON, to the tenth of a millisecond: its first bound."""
-    return {"count": values.n, **{
-        name: None if value is None else round(value, 4)
-        for name, value in values._asdict().items() if name != "n"}}
-
-
-def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
-    """What a queue did as JSON; throughput in jobs a second over `seconds`.
-
-    The success rate is of jobs that ended by their own doing: a cancelled one says
-    nothing. Of none it is null, for JSON has no NaN (RFC 8259, section 6).
-    """
-    over = summary.completed + summary.died
-    return {"enqueued": summary.enqueued, "completed": summary.completed,
-            "retried": summary.retried, "dead": summary.died,
-            "cancelled": summary.cancelled, "lost": summary.lost,
-            "success_rate": summary.completed / over if over else None,
-            "throughput": summary.completed / seconds if seconds > 0 else None,
-            "run_time": spread_object(summary.run_time),
-            "wait_time": spread_object(summary.wait_time)}
-
-
-def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
-    """What was done, for all queues and for each, as JSON.
-
-    All stand at the top and come under "" here, which no queue's name can be.
-    """
-    shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
-    return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
@@ -10534,91 +10560,58 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# What each request that was let in is answered. A dashboard that can enqueue runs shell
-# commands, and any user of the machine and any page in a browser can send it something:
-# who is let in, Access decides.
-#
-# An answer is a function of a queue and a Call. It knows neither sockets nor tokens, so
-# that tests call it without a server. It may refuse: a QueueError goes up to `respond`
-# (Reply), which makes JSON and a status of it. An answer's docstring is the summary of
-# its route in /api/openapi.json, so it stays one line.
+# One function per operation: it gets a queue and an admitted Request and returns a
+# Reply; no sockets and no tokens here. Its docstring is the summary of its route in
+# /api/openapi.json. A QueueError becomes a status and JSON in `respond` (Access).
 
-# Bounds of one request. RFC 9110, section 4.1 asks servers to take URIs of 8000 bytes
-# at least.
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
-MAX_TARGET = 8 << 10        # bytes of path and query
-MAX_BATCH = 10_000          # jobs in one request: some 5 MiB of reply
-MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs of one reply
+MAX_TARGET = 8 << 10        # bytes of path and query; at least 8000 (RFC 9110, 4.1)
+MAX_BATCH = 10_000          # jobs in one request: about 5 MiB of reply
+MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs in one reply
 MAX_MINUTES = 1440          # of history: a day
 OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
 
-# A token of its own for each role (QUEUECTL_TOKEN, QUEUECTL_READ_TOKEN).
-FULL, READ = ROLES = ("full", "read")
+FULL, READ = ROLES = ("full", "read")   # each has a token
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
 EVENTS_TYPE, PAGE_TYPE = "text/event-stream", "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Request(NamedTuple):
-    """What a client asks.
-
-    Header names have no case (RFC 9110, section 5.1), so they are compared in lower
-    case. The body is empty until the request was let in (I10).
-    """
+    """A request; `admit` (Access) fills in the last four fields."""
     method: str
     target: str                     # path and query, as sent
-    headers: Mapping[str, str]      # names in lower case
-    body: bytes = b""
+    headers: Mapping[str, str]      # names in lower case (RFC 9110, section 5.1)
+    body: bytes = b""               # empty until the request is admitted (I10)
     peer: str = ""                  # the client's address
+    role: str = ""
+    how: str = ""                   # "cookie", "bearer" or "no token": for the log
+    params: Mapping[str, Any] = {}
+    job_id: str = ""                # in the path
 
 
 class Reply(NamedTuple):
-    """What it is answered.
-
-    `follows` stands in the reply of `get_events` alone: after its head the server sends
-    what the feed brings, and the body is not looked at.
-    """
     status: int
     body: bytes = b""
     kind: str = JSON_TYPE
     headers: tuple[tuple[str, str], ...] = ()
     said: str = ""                  # for the log: what was changed, or was not
-    follows: int | None = None      # send events after that one; -1: from now on
-
-
-class Site(NamedTuple):
-    """Who may do what here.
-
-    `hosts` are the names by which clients may call this server, in lower case, without
-    a port, IPv6 addresses in brackets. A cookie is sent to each port of its host (RFC
-    6265, section 8.5): two servers with one name for it would log each other's users
-    out.
-    """
-    token: str                      # "": nobody is asked for one
-    read_token: str = ""            # "": there is none
-    hosts: frozenset[str] = frozenset()
-    is_wide: bool = False           # listens on all addresses: any IP is a good Host
-    is_secure: bool = False         # speaks TLS
-    is_read_only: bool = False
-    cookie: str = "queuectl"        # ports share cookies, so its name tells ours
+    follows: int | None = None      # stream the events after this one; -1: from now on
 
 
 def denied(status: int, message: str, hint: str = "",
            *headers: tuple[str, str]) -> Refused:
-    """A request is refused before the queue is asked."""
+    """A refusal before the queue is asked."""
     error = Refused("refused", message, hint)
     error.status, error.headers = status, headers
     return error
 
 
 def refusal_reply(error: QueueError) -> Reply:
-    """A refusal as JSON, with the key at fault where there is one.
+    """{"error": "...", "hint": "...", "key": "timeout", "item": 1}
 
-        {"error": "...", "hint": "...", "key": "timeout", "item": 1}
-
-    `hint` tells what to do, and is left out where nobody knows; `item` is the place in
-    an array of jobs, from 0.
+    All but `error` may be missing; `item` is the index in an array of jobs.
     """
     headers = error.headers
     if error.status == 503 and not headers:
@@ -10633,6 +10626,8 @@ def refusal_reply(error: QueueError) -> Reply:
     return Reply(error.status, dumps(told, None).encode(), headers=headers)
 
 
+# Parameters and bodies.
+
 def _a_span(text: str, now: float) -> float:
     if not re.fullmatch(SPAN_FORM, text):
         raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
@@ -10640,42 +10635,22 @@ def _a_span(text: str, now: float) -> float:
 
 
 def _a_cursor(text: str, now: float) -> int:
-    """The seq in `next` of a page; of 18 digits each fits SQLite's 64 bits, of 19 not.
-    """
+    # A seq; 18 digits always fit SQLite's 64 bits.
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
-        raise Invalid(f"{text!r} is not a cursor", "use `next` of the page before")
+        raise Invalid(f"{text!r} is not a cursor", "use `next` of the previous page")
     return int(text)
 
 
 def _whole_param(name: str, least: int, most: int, help: str) -> Field:
-    """A whole number; a blank one is refused, for no number is blank."""
     return Field(name, Kind(lambda text, now: parse_whole(text, least, most), {
         "type": "integer", "minimum": least, "maximum": most}), help=help)
 
 
-# Parameters of queries: read by the same rows that describe them.
-_LIST_PARAMS = (
-    *FILTERS.values(),
-    _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
-    Field("after", Kind(_a_cursor, {"type": "string",
-                                    "pattern": "^([1-9][0-9]{0,17})?$"}),
-          help="`next` of the page before"),
-)
-_OUTPUT_PARAMS = (
-    _whole_param("run", 1, 10**9, "number of the run; usually the last"),
-    _whole_param("offset", 0, 10**12 - 1, "only what comes after so many bytes"),
-)
-
-
-def _query_fields(query: str) -> list[tuple[str, str]]:
-    """The names and values of a query, decoded, in their order; Refused.
-
-    Strict, for a byte that is no UTF-8 would else become U+FFFD, and something would be
-    looked for that nobody has asked for. Blank values are kept: an unknown name is
-    unknown without a value, too.
-    """
+def query_fields(query: str) -> list[tuple[str, str]]:
+    """The decoded names and values of a query; Invalid."""
     import urllib.parse  # 4 ms, and only in a server
     try:
+        # Strict: a byte that is not UTF-8 must not become U+FFFD in a search.
         return urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="utf-8",
                                       errors="strict", max_num_fields=64)
     except ValueError:
@@ -10684,28 +10659,24 @@ def _query_fields(query: str) -> list[tuple[str, str]]:
 
 
 def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
-    """The values of a query, checked; text that is left blank is not given.
+    """The checked values of a query.
 
         state=dead&state=failed&queue=&limit=5
         -> {"state": ["dead", "failed"], "limit": 5}
 
-    An unknown name is refused: a mistyped filter that were passed over would answer
-    with more than was asked for. Of two values one reader of the query takes the first
-    and another the last, so the second one is refused as well.
+    Blank text is as good as none. An unknown name is refused: ignoring a mistyped
+    filter would return too much. So is a second value: readers disagree on which counts.
     """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
-    for name, text in _query_fields(query):
+    for name, text in query_fields(query):
         param = known.get(name)
         if param is None:
             raise Invalid(f"unknown parameter {name!r}", "there are: "
                           + ", ".join(known) if known else "there is none here")
         if not text and param.kind.given["type"] != "integer":
             continue
-        try:
-            value = param.kind.parse(text, 0.0)
-        except Invalid as error:
-            raise Invalid(f"{name}: {error.message}", error.hint) from None
+        value = field_value(param, text)
         if param.kind.given["type"] == "array":
             values.setdefault(name, []).append(value)
         elif name in values:
@@ -10715,69 +10686,45 @@ def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
     return values
 
 
-class Call(NamedTuple):
-    """A request that was let in: who asks for what."""
-    request: Request
-    role: str
-    how: str                    # "cookie", "bearer", or "no token": for the log
-    params: dict[str, Any]
-    job_id: str                 # in the path; "": none
-
-
-# What each route answers.
-
-def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
-    return Reply(status, dumps(value, None).encode(), said=said)
-
-
 def _bounded_int(digits: str) -> int:
-    """The number, if it is short: int() takes quadratic time for decimal digits.
-
-    A body full of them would take many minutes: a million took 14 s. Newer Pythons
-    refuse more than 4300 digits by themselves (CVE-2020-10735), older ones do not.
-    """
+    # int() takes quadratic time: 14 s for a million digits (CVE-2020-10735).
     if len(digits) > 40:
         raise ValueError("a number of more than 40 digits")
     return int(digits)
 
 
 def _number(text: str) -> float:
-    """The number; JSON knows but one kind, so 5.0 is the whole number 5.
-
-    Up to 1e15: all whole numbers up to 2**53, some 9e15, are exact as floats, larger
-    ones need not be what was written.
+    """JSON has one kind of number: 5.0 is the whole number 5. Floats up to 1e15 are
+    exact.
     """
     value = float(text)
     return int(value) if abs(value) < 1e15 and value.is_integer() else value
 
 
 def json_body(request: Request) -> Any:
-    """The body as JSON; an empty object if there is none.
+    """The body as JSON; {} if there is none.
 
-    The type has to be named: forms and text/plain are what another site's page may send
-    without asking, JSON needs a preflight (Fetch, "CORS-safelisted request-header"),
-    and no route answers that (OPTIONS). An empty body needs no type, but a wrong one is
-    refused.
+    A body must name its type: a foreign page may send forms and plain text without a
+    preflight (Fetch, "CORS-safelisted request-header"), but not JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE and (kind or request.body):
-        raise denied(415, f"the body is {kind or 'of no kind'}",
+        raise denied(415, f"the type of the body is {kind or 'missing'}",
                      f"send Content-Type: {JSON_TYPE}")
     if not request.body:
         return {}
     try:
         return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
                           parse_float=_number)
-    # RecursionError: of a body that is nested too deeply.
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:   # RecursionError: nested too deeply
         raise Invalid(f"the body is not JSON ({error})") from None
 
 
-def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
-    """A body that is an object of no other keys.
+def _object_body(request: Request, *keys: str) -> dict[str, Any]:
+    """The body, an object with no other keys than these; Invalid names the key.
 
-    Routes that take nothing call it with none: so a mistyped body is refused there,
-    too, and one whose type a form could have is not let pass. Invalid names the key.
+    Routes without a body call it too, so that they refuse mistyped bodies and the types
+    of forms.
     """
     fields = json_body(request)
     if not isinstance(fields, dict):
@@ -10789,85 +10736,97 @@ def _object_body(request: Request, keys: Collection[str]) -> dict[str, Any]:
     return fields
 
 
-def get_page(queue: Queue, call: Call) -> Reply:
+def _filter_of(fields: Mapping[str, Any], key: str) -> Any:
+    value = fields.get(key)
+    return None if value is None else field_value(FILTERS[key], value)
+
+
+# The operations.
+
+def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
+    return Reply(status, dumps(value, None).encode(), said=said)
+
+
+def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
+    return _json_reply([job_object(job) for job in jobs], status,
+                       f"{len(jobs)} job{'s' * (len(jobs) != 1)}")
+
+
+def get_page(queue: Queue, request: Request) -> Reply:
     """The dashboard."""
     return Reply(200, PAGE.encode(), PAGE_TYPE)
 
 
-def get_session(queue: Queue, call: Call) -> Reply:
+def get_session(queue: Queue, request: Request) -> Reply:
     """Who is asking, and of what."""
-    return _json_reply({"role": call.role, "version": __version__,
+    return _json_reply({"role": request.role, "version": __version__,
                         "database": queue.path})
 
 
-def get_status(queue: Queue, call: Call) -> Reply:
+def get_status(queue: Queue, request: Request) -> Reply:
     """Counts, workers, what is next."""
     return _json_reply(status_object(queue.status()))
 
 
-def get_stats(queue: Queue, call: Call) -> Reply:
+def get_stats(queue: Queue, request: Request) -> Reply:
     """Throughput, success and times."""
-    duration = call.params.get("since")
-    return _json_reply(stats_object(queue.stats(duration),
-                                    queue.covered(duration)))
+    duration = request.params.get("since")
+    return _json_reply(stats_object(queue.stats(duration), queue.covered(duration)))
 
 
-def get_history(queue: Queue, call: Call) -> Reply:
+def get_history(queue: Queue, request: Request) -> Reply:
     """What was done, minute by minute."""
-    minutes = queue.history(call.params.get("minutes", 60), call.params.get("queue"))
+    minutes = queue.history(request.params.get("minutes", 60),
+                            request.params.get("queue"))
     return _json_reply({"minutes": [minute_object(minute) for minute in minutes]})
 
 
-def get_workers(queue: Queue, call: Call) -> Reply:
+def get_workers(queue: Queue, request: Request) -> Reply:
     """The workers, and what each runs."""
     return _json_reply([worker_object(view) for view in queue.workers()])
 
 
-def get_queues(queue: Queue, call: Call) -> Reply:
+def get_queues(queue: Queue, request: Request) -> Reply:
     """The queues, with pause, limit and counts."""
     return _json_reply([queue_object(view) for view in queue.queues()])
 
 
-def get_schedules(queue: Queue, call: Call) -> Reply:
+def get_schedules(queue: Queue, request: Request) -> Reply:
     """The recurring jobs."""
     return _json_reply([schedule_object(one, queue.last_job(one))
                         for one in queue.schedules()])
 
 
-def get_jobs(queue: Queue, call: Call) -> Reply:
+def get_jobs(queue: Queue, request: Request) -> Reply:
     """A page of jobs, newest first."""
-    wanted = call.params
-    # Pages go on from a seq, not from an offset: new jobs shift none to the next page,
-    # and the thousandth page costs what the first does, by the primary key or by
-    # jobs_by_state.
-    limit = wanted.get("limit", USUAL_PAGE)
-    # One more, to know whether there is a next page.
-    jobs = queue.jobs(wanted.get("state", ()), limit=limit + 1,
-                      before=wanted.get("after"), queue=wanted.get("queue"),
-                      tag=wanted.get("tag"), search=wanted.get("search"))
+    # The cursor is a seq, not an offset: new jobs shift nothing to the next page, and
+    # the thousandth page costs as much as the first.
+    params = request.params
+    limit = params.get("limit", USUAL_PAGE)
+    jobs = queue.jobs(params.get("state", ()), limit=limit + 1,
+                      before=params.get("after"), queue=params.get("queue"),
+                      tag=params.get("tag"), search=params.get("search"))
     return _json_reply({"jobs": [job_object(job) for job in jobs[:limit]],
                         "next": str(jobs[limit - 1].seq) if len(jobs) > limit
                         else None})
 
 
-def get_job(queue: Queue, call: Call) -> Reply:
+def get_job(queue: Queue, request: Request) -> Reply:
     """One job whole."""
-    job = queue.job(call.job_id)
+    job = queue.job(request.job_id)
     return _json_reply(show_object(job, queue.runs(job.id), queue.waiting_for(job)))
 
 
-def get_output(queue: Queue, call: Call) -> Reply:
+def get_output(queue: Queue, request: Request) -> Reply:
     """What a run printed, up to now; of a job that has not run yet nothing."""
-    number, offset = call.params.get("run"), call.params.get("offset", 0)
+    number, offset = request.params.get("run"), request.params.get("offset", 0)
     try:
-        # What a command has just printed is in the memory of its worker, which is asked
-        # to store it.
-        run = queue.fresh_run(call.job_id, number, OUTPUT_PATIENCE)
+        # Asks the worker of a running job to store the output that it holds.
+        run = queue.fresh_run(request.job_id, number, OUTPUT_PATIENCE)
     except NotFound as error:
         if number is not None or error.code != "no-such-run":
             raise
-        # Not 404: the job is there, and who follows its output may ask before its first
-        # run.
+        # Not 404: a client may follow the output from before the first run.
         return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
     output = since(run.output, run.output_bytes, offset) if offset \
         else readable(run.output, run.output_bytes)
@@ -10875,20 +10834,14 @@ def get_output(queue: Queue, call: Call) -> Reply:
                                           ("X-Total-Bytes", str(run.output_bytes))))
 
 
-def _count_of(jobs: Sequence[Job]) -> str:
-    return f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
-
-
-def post_jobs(queue: Queue, call: Call) -> Reply:
+def post_jobs(queue: Queue, request: Request) -> Reply:
     """Add a job, or an array of them: all or none."""
-    # By `enqueue_many` in both cases: the same checks, and one transaction for all. A
-    # job whose unique key is taken comes back as the one that has it, also with 201.
-    given = json_body(call.request)
+    # A job whose unique key is taken comes back as the one that has it, also with 201.
+    given = json_body(request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
             raise Invalid(f"more than {MAX_BATCH} jobs", "send them in parts")
-        jobs = queue.enqueue_many(given)
-        return _json_reply([job_object(job) for job in jobs], 201, _count_of(jobs))
+        return _jobs_reply(queue.enqueue_many(given), 201)
     try:
         job = queue.enqueue_many([given])[0]
     except QueueError as error:
@@ -10897,124 +10850,117 @@ def post_jobs(queue: Queue, call: Call) -> Reply:
     return _json_reply(job_object(job), 201, job.id)
 
 
-def post_retry(queue: Queue, call: Call) -> Reply:
+def post_retry(queue: Queue, request: Request) -> Reply:
     """Run a job again from now."""
-    _object_body(call.request, ())
-    job = queue.retry(call.job_id)[0]
+    _object_body(request)
+    job = queue.retry(request.job_id)[0]
     return _json_reply(job_object(job), said=job.state)
 
 
-def post_cancel(queue: Queue, call: Call) -> Reply:
+def post_cancel(queue: Queue, request: Request) -> Reply:
     """Cancel a job; one that runs is ended soon, and comes back as it is now."""
-    _object_body(call.request, ())
-    job = queue.cancel(call.job_id)[0]
+    _object_body(request)
+    job = queue.cancel(request.job_id)[0]
     return _json_reply(job_object(job), said=job.state)
 
 
-def delete_job(queue: Queue, call: Call) -> Reply:
+def delete_job(queue: Queue, request: Request) -> Reply:
     """Delete a job that does not run, with its history."""
-    _object_body(call.request, ())
-    return _json_reply(job_object(queue.delete(call.job_id)[0]), said="deleted")
+    _object_body(request)
+    return _json_reply(job_object(queue.delete(request.job_id)[0]), said="deleted")
 
 
-def post_dlq_retry(queue: Queue, call: Call) -> Reply:
+def post_dlq_retry(queue: Queue, request: Request) -> Reply:
     """Put dead jobs back: those named, or all that fit."""
-    fields = _object_body(call.request, ("ids", "queue", "search"))
+    fields = _object_body(request, "ids", "queue", "search")
     if "ids" in fields:
         if len(fields) > 1:
             raise Invalid("ids and a filter are both given", "give one", "ids")
-        jobs = queue.retry_dead(*_names(fields["ids"]))
-    else:
-        wanted: dict[str, Any] = {
-            key: field_value(FILTERS[key], fields[key]) for key in ("queue", "search")
-            if fields.get(key) is not None}
-        jobs = list[Job]()
-        # In the sweep's small transactions: to put back a million in one would hold the
-        # write lock, and the reply in memory.
-        for batch in queue.sweep("retry", DEAD, **wanted):
-            jobs += batch       # a whole one: all of it has been put back
-            if len(jobs) >= MAX_BATCH:
-                break           # the rest, if asked again
-    return _json_reply([job_object(job) for job in jobs], said=_count_of(jobs))
+        return _jobs_reply(queue.retry_dead(*_names(fields["ids"])))
+    jobs = list[Job]()
+    # In small transactions: one for a million jobs would hold the write lock, and the
+    # reply in memory. The client asks again for the rest.
+    for batch in queue.sweep("retry", DEAD, queue=_filter_of(fields, "queue"),
+                             search=_filter_of(fields, "search")):
+        jobs += batch
+        if len(jobs) >= MAX_BATCH:
+            break
+    return _jobs_reply(jobs)
 
 
-def _named_queue(call: Call) -> str | None:
-    """The queue that a body names; None: all of them (no body, {}, or null)."""
-    value = _object_body(call.request, ("queue",)).get("queue")
-    return None if value is None else field_value(FILTERS["queue"], value)
+def _change_pause(queue: Queue, request: Request,
+                  change: Callable[..., Any]) -> Reply:
+    name = _filter_of(_object_body(request, "queue"), "queue")
+    change(*([name] if name else []))
+    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
 
 
-def post_pause(queue: Queue, call: Call) -> Reply:
+def post_pause(queue: Queue, request: Request) -> Reply:
     """Let no more jobs start, of a queue or of any; what runs goes on."""
-    name = _named_queue(call)
-    queue.pause(*([name] if name else []))
-    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+    return _change_pause(queue, request, queue.pause)
 
 
-def post_resume(queue: Queue, call: Call) -> Reply:
+def post_resume(queue: Queue, request: Request) -> Reply:
     """Let jobs start again, of a queue or of all that are not paused themselves."""
-    name = _named_queue(call)
-    queue.resume(*([name] if name else []))
-    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+    return _change_pause(queue, request, queue.resume)
 
 
-def get_events(queue: Queue, call: Call) -> Reply:
+def get_events(queue: Queue, request: Request) -> Reply:
     """Changes of state and of the status, as they come."""
-    # A browser that connects anew sends the `id` of the last event that it got (HTML,
-    # "Server-sent events"). What is no such number is none of ours: then from now on.
-    last = call.request.headers.get("last-event-id", "")
-    seq = int(last) if re.fullmatch("[0-9]{1,18}", last) else -1
-    return Reply(200, b"", EVENTS_TYPE, follows=seq)
+    # A browser that reconnects sends the `id` of its last event (HTML, "Server-sent
+    # events").
+    last = request.headers.get("last-event-id", "")
+    return Reply(200, b"", EVENTS_TYPE,
+                 follows=int(last) if re.fullmatch("[0-9]{1,18}", last) else -1)
 
 
-def get_health(queue: Queue, call: Call) -> Reply:
+def get_health(queue: Queue, request: Request) -> Reply:
     """Whether the database answers."""
-    # Of a table of a few rows (sqlite_sequence): cheap, and it is the file that has to
-    # answer.
     queue.last_event()
     return _json_reply({"status": "ok"})
 
 
-def get_metrics(queue: Queue, call: Call) -> Reply:
+def get_metrics(queue: Queue, request: Request) -> Reply:
     """The metrics for Prometheus."""
     return Reply(200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)
 
 
 class Route(NamedTuple):
-    """One thing that can be asked.
-
-    A path has ID at most once, for one segment; so no two paths fit the same request,
-    and the order of the table does not matter.
-    """
     method: str
-    path: str                   # ID stands for a job's id
-    answer: Callable[[Queue, Call], Reply]
-    reply: str                  # the schema of its JSON, or its media type
+    path: str                   # ID stands for a job's id, one segment
+    answer: Callable[[Queue, Request], Reply]
+    reply: str                  # names of SCHEMAS, or a media type
     params: tuple[Field, ...] = ()
-    body: str = ""              # the schema of the JSON that it takes; "": none
+    body: str = ""              # names of SCHEMAS; "": none
     refusals: tuple[int, ...] = ()      # beside those that any route may have
 
 
-# The description cannot describe itself: it is made from these.
 DESCRIBED = (
     Route("GET", "/", get_page, PAGE_TYPE),
     Route("GET", "/api/session", get_session, "Session"),
     Route("GET", "/api/status", get_status, "Status"),
     Route("GET", "/api/stats", get_stats, "Stats", (
-        Field("since", Kind(_a_span, {
-            "type": "string", "pattern": f"^({SPAN_FORM})?$"}),
-            help="only the last DUR, at most 8 days"),)),
+        Field("since", Kind(_a_span, {"type": "string",
+                                      "pattern": f"^({SPAN_FORM})?$"}),
+              help="only the last DUR, at most 8 days"),)),
     Route("GET", "/api/history", get_history, "History", (
         _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"),
         FILTERS["queue"])),
     Route("GET", "/api/workers", get_workers, "[Worker]"),
     Route("GET", "/api/queues", get_queues, "[Queue]"),
     Route("GET", "/api/schedules", get_schedules, "[Schedule]"),
-    Route("GET", "/api/jobs", get_jobs, "Page", _LIST_PARAMS),
+    Route("GET", "/api/jobs", get_jobs, "Page", (
+        *FILTERS.values(),
+        _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
+        Field("after", Kind(_a_cursor, {"type": "string",
+                                        "pattern": "^([1-9][0-9]{0,17})?$"}),
+              help="`next` of the page before"))),
     Route("POST", "/api/jobs", post_jobs, "Job|[Job]", (), "NewJob|[NewJob]", (409,)),
     Route("GET", "/api/jobs/ID", get_job, "WholeJob", (), "", (404,)),
-    Route("GET", "/api/jobs/ID/output", get_output, TEXT_TYPE, _OUTPUT_PARAMS, "",
-          (404,)),
+    Route("GET", "/api/jobs/ID/output", get_output, TEXT_TYPE, (
+        _whole_param("run", 1, 10**9, "number of the run; usually the last"),
+        _whole_param("offset", 0, 10**12 - 1, "only what comes after so many bytes")),
+        "", (404,)),
     Route("POST", "/api/jobs/ID/retry", post_retry, "Job", (), "Nothing", (404, 409)),
     Route("POST", "/api/jobs/ID/cancel", post_cancel, "Job", (), "Nothing", (404, 409)),
     Route("DELETE", "/api/jobs/ID", delete_job, "Job", (), "", (404, 409)),
@@ -11024,116 +10970,48 @@ DESCRIBED = (
     Route("POST", "/api/resume", post_resume, "Paused", (), "WhichQueue"),
     Route("GET", "/api/events", get_events, EVENTS_TYPE),
     Route("GET", "/healthz", get_health, "Health"),
-    Route("GET", "/metrics", get_metrics, METRICS_TYPE),
-)
-PUBLIC = ("/healthz", "/metrics")       # they tell no command
+    Route("GET", "/metrics", get_metrics, METRICS_TYPE))
+PUBLIC = ("/healthz", "/metrics")       # need no token: they tell no command
 
 
-# ---- 18 Description ----------------------------------------------------------
-# What the API takes and answers, as OpenAPI 3.1, for programs: clients that are
-# generated, and `make fuzz`, which sends what the schemas allow and what they forbid,
-# and compares the replies. So a schema is a promise: too wide, and what it allows is
-# refused; too narrow, and what it forbids is let pass.
-#
-# Replies may gain keys, so their schemas forbid none. Bodies may not: a mistyped key is
-# refused.
+# The description of the API as OpenAPI 3.1. `make fuzz` sends what its schemas allow
+# and what they forbid: too wide, and what it allows is refused; too narrow, and what it
+# forbids is accepted. Bodies forbid unknown keys; replies may gain keys.
 
-def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """An object that has all of these: what is not known is null, never left out."""
-    return {"type": "object", "properties": dict(properties),
-            "required": list(properties)}
+def _body_schema(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False,
+            "properties": dict(properties), **more}
 
 
-def _array_of(items: Mapping[str, Any]) -> dict[str, Any]:
-    """An array whose elements are all such."""
-    return {"type": "array", "items": dict(items)}
-
-
-_FLAG = {"type": "boolean"}
-_JOB_SCHEMA = _object_schema({key: FIELDS[key].kind.told for key in JSON_KEYS})
-_RUN_SCHEMA = _object_schema({
-    "number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
-    "finished_at": _or_null(_STAMP), "duration": _or_null(_REAL),
-    "outcome": _or_null(_TEXT), "exit_code": _or_null(_WHOLE),
-    "error": _or_null(_TEXT), "output": _TEXT})
-_WORKER_SCHEMA = _object_schema({
-    "name": _TEXT, "host": _TEXT, "pid": _AMOUNT, "slots": _AMOUNT,
-    "running": _array_of(_TEXT), "queues": _array_of(_TEXT), "started_at": _STAMP,
-    "heartbeat_at": _STAMP})
-_COUNTS_SCHEMA = _object_schema(dict.fromkeys(STATES, _AMOUNT))
-_SPREAD_SCHEMA = _object_schema({"count": _AMOUNT, **dict.fromkeys(
-    ("mean", "p50", "p95", "p99"), _or_null(_REAL))})
-_SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
-                             "lost"), _AMOUNT),
-            "success_rate": _or_null(_REAL),
-            "throughput": _or_null(_REAL),
-            "run_time": _SPREAD_SCHEMA, "wait_time": _SPREAD_SCHEMA}
-
-def _not_both(one: str, other: str) -> dict[str, Any]:
-    """Of the two at most one is given; null is not given.
-
-    `required` alone would forbid {"delay": 5, "run_at": null}, which is taken: to have
-    both keys, and neither of them null, is what must not be.
-    """
-    return {"not": {"required": [one, other], "properties": {
-        key: {"not": {"type": "null"}} for key in (one, other)}}}
-
-
-_NEW_JOB_SCHEMA = {
-    "type": "object", "required": ["command"], "additionalProperties": False,
-    **_not_both("delay", "run_at"),
-    "properties": {name: field.kind.given for name, field in FIELDS.items()}}
-# By the names that the routes' `reply` and `body` use. Tests check replies against
-# them.
+_SET = {"not": {"type": "null"}}
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "Error": {"type": "object", "required": ["error"], "properties": {
-        "error": _TEXT, "hint": _TEXT, "key": _TEXT, "item": _AMOUNT}},
-    "Session": _object_schema({"role": {"type": "string", "enum": list(ROLES)},
-                               "version": _TEXT, "database": _TEXT}),
-    "Status": _object_schema({
-        "jobs": _object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
-        "workers": _array_of(_WORKER_SCHEMA), "paused": _array_of(_TEXT),
-        "next_due": _or_null(_STAMP), "database": _TEXT, "blocked": _AMOUNT}),
-    "Stats": _object_schema({"seconds": _REAL, **_SUMMARY, "queues": {
-        "type": "object", "additionalProperties": _object_schema(_SUMMARY)}}),
-    "History": _object_schema({"minutes": _array_of(_object_schema({
-        "at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT, "retried": _AMOUNT,
-        **dict.fromkeys(("wait_p50", "wait_p95", "run_p50", "run_p95"),
-                        _or_null(_REAL))}))}),
-    "Worker": _WORKER_SCHEMA,
-    "Queue": _object_schema({"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
-                             "jobs": _COUNTS_SCHEMA}),
-    "Schedule": _object_schema({
-        "name": _TEXT, "cron": _TEXT, "command": _TEXT, "queue": _TEXT,
-        "paused": _FLAG, "next_run": _or_null(_STAMP), "last_run": _or_null(_STAMP),
-        "tz": _or_null(_TEXT), "last_job": _or_null(_TEXT),
-        "last_state": {"enum": [*STATES, None]}, "last_success": _or_null(_STAMP),
-        "skipped": _AMOUNT}),
-    "Job": _JOB_SCHEMA,
-    "WholeJob": _object_schema({**_JOB_SCHEMA["properties"],
-                                "waiting_for": _array_of(_TEXT),
-                                "runs": _array_of(_RUN_SCHEMA)}),
-    "Page": _object_schema({"jobs": _array_of(_JOB_SCHEMA), "next": _or_null(_TEXT)}),
-    "Paused": _object_schema({"paused": _array_of(_TEXT)}),
-    "Health": _object_schema({"status": {"const": "ok"}}),
-    "NewJob": _NEW_JOB_SCHEMA,
-    # A body that may be {}, or not be there at all.
+    **{name: object_schema(keys) for name, keys in SHAPES.items()},
+    "Error": {**object_schema({"error": _TEXT, "hint": _TEXT, "key": _TEXT,
+                               "item": _AMOUNT}), "required": ["error"]},
+    "Session": object_schema({"role": {"type": "string", "enum": list(ROLES)},
+                              "version": _TEXT, "database": _TEXT}),
+    "History": object_schema({"minutes": array_schema(
+        object_schema(SHAPES["Minute"]))}),
+    "Page": object_schema({"jobs": array_schema(object_schema(SHAPES["Job"])),
+                           "next": _or_null(_TEXT)}),
+    "Paused": object_schema({"paused": array_schema(_TEXT)}),
+    "Health": object_schema({"status": {"const": "ok"}}),
+    # `required` alone would forbid {"delay": 5, "run_at": null}, which is accepted.
+    "NewJob": _body_schema(
+        {name: field.kind.given for name, field in FIELDS.items()},
+        required=["command"], **{"not": {
+            "required": ["delay", "run_at"],
+            "properties": {"delay": _SET, "run_at": _SET}}}),
     "Nothing": {"type": "object", "additionalProperties": False},
-    "WhichQueue": {"type": "object", "additionalProperties": False, "properties": {
-        "queue": _or_null(NAME_SCHEMA)}},
-    # {} fits the second alone, for the first requires ids; ids with a filter fit
-    # neither, for each forbids the other's keys.
+    "WhichQueue": _body_schema({"queue": _or_null(NAME_SCHEMA)}),
+    # {} fits only the second; ids with a filter fit neither.
     "WhichDead": {"oneOf": [
-        {"type": "object", "additionalProperties": False, "required": ["ids"],
-         "properties": {"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
-                                "pattern": f"^{_NAME}$"}}},
-        {"type": "object", "additionalProperties": False, "properties": {
-            "queue": _or_null(NAME_SCHEMA),
-            "search": {"type": ["string", "null"], "maxLength": MAX_SEARCH,
-                       "pattern": "^[^\\u0000]*$"}}}]},
-}
-# Statuses that a client is told of. Not 500: that is a mistake of this program, and no
-# promise. What http.server refuses with another one becomes 400 (`Service.refuse`).
+        _body_schema({"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
+                              "pattern": f"^{_NAME}$"}}, required=["ids"]),
+        _body_schema({"queue": _or_null(NAME_SCHEMA), "search": {
+            "type": ["string", "null"], "maxLength": MAX_SEARCH,
+            "pattern": "^[^\\u0000]*$"}})]}}
+# Not 500, which is a bug of this program and no promise.
 REFUSALS = {
     400: "The request, a parameter or the body is not as described.",
     401: "No token, or not the right one.",
@@ -11148,21 +11026,8 @@ REFUSALS = {
 }
 
 
-# Both are taken outside of `params`: one is a header, the other is no business of an
-# answer.
-_SEQ_HEADER = {"name": "Last-Event-ID", "in": "header", "schema": {
-    "type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
-    "the `id` of the last event that the client has; what it missed comes first"}
-_TOKEN_QUERY = {"name": "token", "in": "query", "schema": {"type": "string"},
-                "description": "swapped for a cookie"}
-
-
 def _schema_named(name: str) -> dict[str, Any]:
-    """The schema of `Job`, `[Job]`, or `Job|[Job]`.
-
-    A reference, not the schema itself: so each stands once in the description.
-    MAX_BATCH bounds what one request may add, not what an answer may hold.
-    """
+    """A reference to the schema of `Job`, `[Job]` or `Job|[Job]`."""
     if "|" in name:
         return {"oneOf": [_schema_named(one) for one in name.split("|")]}
     if name.startswith("["):
@@ -11171,111 +11036,197 @@ def _schema_named(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _replies_of(route: Route) -> dict[str, Any]:
-    """The answers that a route may give, by status.
-
-    Some any route may give: it can be named with a method that it has not, by a client
-    whom nobody knows, or while the database does not answer. Those of a body only where
-    one is taken; the route's own `refusals` on top.
-    """
-    kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
-        else (JSON_TYPE, _schema_named(route.reply))
-    content: dict[str, Any] = {kind: {"schema": schema}}
-    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
-    if route.method != "GET":
-        statuses |= {415, 507}
-    done = "201" if route.answer is post_jobs else "200"
-    found: dict[str, Any] = {done: {"description": "Done.", "content": content}}
-    if route.answer is get_page:
-        found["303"] = {"description": "The token was good, a cookie is set."}
-    if route.answer is get_output:
-        found[done]["headers"] = {name: {"schema": _AMOUNT}
-                                  for name in ("X-Run", "X-Total-Bytes")}
-    return {**found, **{
-        str(status): {"description": REFUSALS[status], "content": {
-            JSON_TYPE: {"schema": _schema_named("Error")}}}
-        for status in sorted(statuses)}}
-
-
-def _parameters_of(route: Route) -> list[dict[str, Any]]:
-    """What a route takes in its path, its query and its headers."""
-    found: list[dict[str, Any]] = [
+def _operation(route: Route) -> dict[str, Any]:
+    """One method of one path, as OpenAPI's Operation Object."""
+    params: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
          "schema": param.kind.given} for param in route.params]
     if "/ID" in route.path:
-        found.append({"name": "ID", "in": "path", "required": True,
-                      "schema": NAME_SCHEMA})
-    found += [_SEQ_HEADER] if route.answer is get_events else []
-    return found + ([_TOKEN_QUERY] if route.answer is get_page else [])
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    """One method of one path, as OpenAPI's Operation Object.
-
-    An empty body is {} to `json_body`, so only `post_jobs`, for which {} is no job,
-    requires one. An empty `security` takes back what holds for all others (OpenAPI 3.1,
-    Operation Object): the public paths need no token.
-    """
-    told: dict[str, Any] = {
-        "operationId": route.answer.__name__,
-        "summary": (route.answer.__doc__ or "").strip(),
-        "parameters": _parameters_of(route), "responses": _replies_of(route)}
-    if route.body:
+        params.append({"name": "ID", "in": "path", "required": True,
+                       "schema": NAME_SCHEMA})
+    # Any route may be asked with a method that it does not have, by an unknown client,
+    # or while the database does not answer.
+    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
+    if route.method != "GET":
+        statuses |= {415, 507}
+    kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
+        else (JSON_TYPE, _schema_named(route.reply))
+    done: dict[str, Any] = {"description": "Done.", "content": {kind: {
+        "schema": schema}}}
+    replies: dict[str, Any] = {
+        "201" if route.answer is post_jobs else "200": done,
+        **{str(status): {"description": REFUSALS[status], "content": {
+            JSON_TYPE: {"schema": _schema_named("Error")}}}
+           for status in sorted(statuses)}}
+    if route.answer is get_page:
+        replies["303"] = {"description": "The token was good, a cookie is set."}
+        params.append({"name": "token", "in": "query", "schema": {"type": "string"},
+                       "description": "swapped for a cookie"})
+    elif route.answer is get_output:
+        done["headers"] = {name: {"schema": _AMOUNT}
+                           for name in ("X-Run", "X-Total-Bytes")}
+    elif route.answer is get_events:
+        params.append({
+            "name": "Last-Event-ID", "in": "header",
+            "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
+            "the `id` of the last event that the client has; what it missed comes "
+            "first"})
+    told = {"operationId": route.answer.__name__, "summary": route.answer.__doc__,
+            "parameters": params, "responses": replies}
+    if route.body:      # optional where {} is a body
         told["requestBody"] = {"required": route.answer is post_jobs, "content": {
             JSON_TYPE: {"schema": _schema_named(route.body)}}}
-    if route.path in PUBLIC:
-        told["security"] = []
-    return told
+    # Empty: needs no token (OpenAPI 3.1, Operation Object).
+    return {**told, "security": []} if route.path in PUBLIC else told
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:
-    """The API as OpenAPI 3.1.
-
-    OpenAPI has an entry a path with its methods inside: so routes of one path are put
-    together. The cookie is not told: only a browser gets one.
-    """
+    """The API as OpenAPI 3.1, without the cookie, which only browsers get."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
         path[route.method.lower()] = _operation(route)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "queuectl", "version": __version__},
-        "paths": paths, "security": [{"token": []}],
-        "components": {"schemas": SCHEMAS, "securitySchemes": {
-            "token": {"type": "http", "scheme": "bearer"}}}}
+    return {"openapi": "3.1.0", "info": {"title": "queuectl", "version": __version__},
+            "paths": paths, "security": [{"token": []}],
+            "components": {"schemas": SCHEMAS, "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer"}}}}
 
 
-def get_openapi(queue: Queue, call: Call) -> Reply:
+def get_openapi(queue: Queue, request: Request) -> Reply:
     """This API, described."""
     return _json_reply(description(DESCRIBED))
 
 
-# What there is to ask, with the description of all of it but itself.
 ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
 
 
-# ---- 19 Access ---------------------------------------------------------------
-# Who is let in, before any body is read and without the database (I10). Each guard is
-# there against somebody:
+# ---- 18 Access ---------------------------------------------------------------
+# From the bytes of a head to an admitted request, without the database, and before any
+# body is read (I10). Nothing is kept between requests. Each check is against somebody:
 #
-#     Host            a page whose own name was made to lead here (DNS rebinding)
-#     Origin,         a page elsewhere that has its reader's browser send something,
-#     Sec-Fetch-Site  with the cookie of ours that this browser has (CSRF)
-#     token, cookie   any user of this machine: loopback asks nobody who he is
-#     role            who may look, and no more
-#
-# What they know is the site, the request's head and the table of routes. Nothing is
-# kept between requests: there are no sessions, so nothing to run out or to fill.
+#     head            request smuggling: one strict form, so nobody reads it differently
+#     Host            DNS rebinding: a page whose own name was made to lead here
+#     Origin,         CSRF: a foreign page that makes its reader's browser send requests
+#     Sec-Fetch-Site  with our cookie
+#     token, cookie   other users of this machine: loopback identifies nobody
+#     role            clients that may only read
+
+class Site(NamedTuple):
+    """Who may do what here."""
+    token: str                      # "": nobody is asked for one
+    read_token: str = ""            # "": there is none
+    hosts: frozenset[str] = frozenset()     # our names, in lower case, without a port
+    is_wide: bool = False           # listens on all addresses: any IP is a good Host
+    is_secure: bool = False         # speaks TLS
+    is_read_only: bool = False
+    cookie: str = "queuectl"        # its name: ports of a host share their cookies
+
+
+# RFC 9112 with no leniency: no bare CR or LF, no NUL, no folded lines, no blank before
+# the colon. http.server and the email package would read some of these in other ways
+# than a proxy in front of us.
+_TOKEN = rb"[!#-'*+.^_`|~0-9A-Za-z-]+"
+HEAD_FORM = re.compile(rb"%s [!-~]+ HTTP/1\.[01]\r\n(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n"
+                       % (_TOKEN, _TOKEN))
+_SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
+           "content-type")      # two of these are an attack: a proxy may read the other
+
+
+class Reader:
+    """What a client sends. In place of http.server's file, which has a time-out for
+    each read: here a whole head or body has one. Refused (408) when that is over.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def _more(self, ends_at: float) -> bool:
+        """Read what there is; return False at the end of the input."""
+        left = ends_at - time.monotonic()
+        import socket as sockets
+        try:
+            self._sock.settimeout(max(left, 1e-3))
+            piece = self._sock.recv(READ_SIZE) if left > 0 else None
+        except sockets.timeout:     # a TimeoutError since Python 3.10
+            piece = None
+        if piece is None:
+            raise denied(408, "the request is too slow")
+        self._buffer += piece
+        return bool(piece)
+
+    def wait(self, seconds: float) -> bool:
+        """Return True if anything comes in that time."""
+        try:
+            return bool(self._buffer) or self._more(time.monotonic() + seconds)
+        except Refused:
+            return False
+
+    def head(self, seconds: float) -> bytes:
+        """All bytes up to the empty line; ConnectionError, Refused."""
+        ends_at = time.monotonic() + seconds
+        while True:
+            end = re.search(rb"\r?\n\r?\n", self._buffer)
+            if (end.end() if end else len(self._buffer)) > MAX_HEAD:
+                raise denied(431, "the headers are too large")
+            if end:
+                return self._take(end.end())
+            if not self._more(ends_at):
+                raise ConnectionError   # half a head may say the opposite of a whole
+
+    def read(self, size: int, seconds: float) -> bytes:
+        """So many bytes, fewer only at the end of the input; Refused."""
+        ends_at = time.monotonic() + seconds
+        while len(self._buffer) < size and self._more(ends_at):
+            pass
+        return self._take(size)
+
+    def drain(self, seconds: float) -> None:
+        """Read and forget what still comes in that time."""
+        ends_at = time.monotonic() + seconds
+        with contextlib.suppress(Refused):
+            while self._more(ends_at):
+                self._buffer.clear()
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+
+def headers_of(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The headers by lower-case name; Invalid if they can be read in two ways."""
+    headers: dict[str, str] = {}
+    for name, value in fields:
+        name, value = name.lower(), value.strip()
+        if name in headers and name in _SINGLE:
+            raise Invalid(f"{name} is sent twice")
+        comma = "; " if name == "cookie" else ", "      # RFC 9110, 5.3; RFC 9113, 8.2.3
+        headers[name] = headers[name] + comma + value if name in headers else value
+    return headers
+
+
+def body_size(headers: Mapping[str, str]) -> int:
+    """The length of the body in bytes; Refused if it is unknown or too large.
+
+    Chunks are refused: two ways to tell a length are what request smuggling lives on
+    (RFC 9112, section 11.2; 6.3 allows 411).
+    """
+    if "transfer-encoding" in headers:
+        raise denied(411, "the body comes in chunks", "send Content-Length")
+    size = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", size):   # int() takes +1 and 1_0, too
+        raise Invalid("Content-Length is not a number")
+    if int(size) > MAX_BODY:
+        raise denied(413, f"the body is over {MAX_BODY} bytes", "send it in parts")
+    return int(size)
+
 
 def _check_host(site: Site, request: Request) -> None:
-    """Refuse names that are not ours: a foreign one may be made to lead here.
+    """Refuse foreign names: a browser asks for them if their DNS entry leads here.
 
-    A page of evil.example is served with a DNS entry that is soon replaced by
-    127.0.0.1; what it asks for then is of its own origin to the browser, and nothing
-    but the Host tells. No DNS entry can change an address, so a server on all addresses
-    takes any. A last dot is no other name: `localhost.` is the same host. A request
-    without a Host, or with one that is none, gets a 400 (RFC 9112, section 3.2).
+    No DNS entry changes an address, so a server on all addresses accepts any. Without a
+    valid Host: 400 (RFC 9112, section 3.2).
     """
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
@@ -11289,31 +11240,27 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what another site's page has sent.
+    """Refuse requests of foreign pages. Only browsers send these headers.
 
-    Only browsers send these headers. The scheme may be either: a proxy in front of us
-    may speak TLS. "null" is the origin of sandboxed frames and files. `same-site` may
-    be another port of this host, so it is no better than `cross-site`.
+    Both schemes are accepted, since a proxy in front of us may speak TLS. "null" is the
+    origin of sandboxed frames and files. `same-site` may be another port of this host.
     """
-    origin = request.headers.get("origin")
-    if origin is not None:
-        scheme, _, place = origin.partition("://")
-        if scheme not in ("http", "https") or \
-                place.lower() != request.headers.get("host", "").lower():
-            raise denied(403, "another site's page has sent this")
-    # A foreign page may send a GET, as a link does, but is not let read the answer.
-    if request.method not in ("GET", "HEAD") and request.headers.get(
-            "sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+    scheme, _, place = request.headers.get("origin", "").partition("://")
+    is_foreign = "origin" in request.headers and (
+        scheme not in ("http", "https")
+        or place.lower() != request.headers.get("host", "").lower())
+    # A foreign page may send a GET, as a link does, but cannot read the reply.
+    is_change = request.method not in ("GET", "HEAD")
+    if is_foreign or (is_change and request.headers.get(
+            "sec-fetch-site", "same-origin") not in ("same-origin", "none")):
         raise denied(403, "another site's page has sent this")
 
 
 def cookie_value(token: str) -> str:
-    """What a browser keeps: it proves the token, and does not tell it.
+    """A browser's cookie: it proves the token without revealing it.
 
-    Cookies of a host go to all its ports, so another server may see it: what it has
-    then works as our cookie, but neither as a bearer's token nor in the URL. It is
-    reckoned, not drawn, so a server that starts again with the same token and port
-    knows its browsers.
+    Other servers on this host see it, since cookies ignore ports, but it works neither
+    as a bearer token nor in the URL. It is the same after a restart.
     """
     import hmac
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
@@ -11321,24 +11268,20 @@ def cookie_value(token: str) -> str:
 
 def _role_of_token(site: Site, given: str,
                    made: Callable[[str], str] = str) -> str | None:
-    """The role of who has that token, or what is made of it; in constant time.
-
-    As bytes: `compare_digest` takes text only if it is ASCII, and a header may be
-    anything. It compares with both tokens, whichever fits, so the time tells neither.
-    """
+    """The role of that token, or of what `made` makes of it; in constant time."""
     import hmac
     found = None
     for role, token in ((FULL, site.token), (READ, site.read_token)):
+        # As bytes, since `compare_digest` accepts only ASCII text.
         if token and hmac.compare_digest(given.encode(), made(token).encode()):
             found = role
     return found
 
 
 def role_of(site: Site, request: Request) -> tuple[str | None, str]:
-    """What the client may do, and by what it has proved that; (None, ...) for nobody.
+    """The client's role (None: unauthenticated), and how it was proved.
 
-    An Authorization that is there decides alone: a wrong token is wrong, though a
-    browser may have added a good cookie.
+    An Authorization header decides alone, even if a browser adds a good cookie.
     """
     if not site.token:
         return FULL, "no token"
@@ -11347,27 +11290,21 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
         scheme, _, token = header.partition(" ")
         return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
                 else None), "bearer"
-    # The first of a name counts: browsers send that of the longest path first.
-    cookie = dict(part.strip().partition("=")[::2] for part in reversed(
-        request.headers.get("cookie", "").split(";"))).get(site.cookie)
-    return (None if cookie is None else
-            _role_of_token(site, cookie, cookie_value)), "cookie"
+    # The first of a name counts: browsers send the one with the longest path first.
+    cookies = dict(part.strip().partition("=")[::2] for part in reversed(
+        request.headers.get("cookie", "").split(";")))
+    return _role_of_token(site, cookies.get(site.cookie, ""), cookie_value), "cookie"
 
 
 def _no_token() -> Refused:
-    """A 401, with the challenge that it must have (RFC 9110, section 15.5.2)."""
+    """A 401 with its challenge (RFC 9110, section 15.5.2)."""
     return denied(401, "that needs a token", "open the URL that `queuectl web` "
                   "printed, or send Authorization: Bearer TOKEN",
                   ("WWW-Authenticate", 'Bearer realm="queuectl"'))
 
 
 def _log_in(site: Site, token: str) -> Reply:
-    """Swap the token in the URL for a cookie: it shall not stay in the history.
-
-    303 has the browser ask anew, without the query, and show that. HttpOnly keeps the
-    cookie from scripts, Strict from requests that other sites' pages cause; without
-    Expires it goes when the browser is closed.
-    """
+    """Swap the token in the URL for a cookie, and keep it out of the history (303)."""
     if site.token and _role_of_token(site, token) is None:
         raise _no_token()
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
@@ -11376,37 +11313,30 @@ def _log_in(site: Site, token: str) -> Reply:
 
 
 def find_route(method: str, path: str) -> tuple[Route, str]:
-    """The route, and the job's id as it stands in the path; else 404 or 405.
-
-    HEAD is GET without the body (RFC 9110, section 9.3.2). A 405 has to tell what is
-    allowed (15.5.6).
-    """
-    # An id is one segment: /api/jobs/ID takes neither its output's path nor nothing.
+    """The route, and the job's id as it stands in the path; else 404 or 405."""
     fits = [(route, match[1] if match.re.groups else "") for route in ROUTES
             for match in [re.fullmatch(re.escape(route.path).replace("/ID", "/([^/]+)"),
                                        path)] if match]
     if not fits:
         raise denied(404, "there is nothing at that path",
                      "/api/openapi.json lists what there is")
-    for route, given in fits:
+    for route, job_id in fits:
         if route.method == ("GET" if method == "HEAD" else method):
-            return route, given
+            return route, job_id
     methods = [route.method for route, _ in fits]
     allowed = ", ".join([*methods, *["HEAD"] * ("GET" in methods)])
     raise denied(405, f"{method} is not for that path", f"use {allowed}",
                  ("Allow", allowed))
 
 
-def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
-    """Who may come in, for what: all that can be said before the body is read (I10).
+def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
+    """The route and the request with role, parameters and job; or the reply to a login.
 
-    A reply for who only logs in; Refused for who may not, NotFound for an id that
-    can be none. It changes nothing: of a request with a body it is asked twice, before
-    the body is read and when it is answered.
+    Refused, or NotFound for an impossible job id. It needs no body (I10).
     """
     if len(request.target) > MAX_TARGET:
         raise denied(414, f"path and query are over {MAX_TARGET} bytes")
-    # A whole URL, as for a proxy, is refused: there would be two hosts to check.
+    # A whole URL, as for a proxy, would be a second host to check.
     if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
         raise Invalid("that is not a path", "it begins with / and is ASCII")
     path, _, query = request.target.partition("?")
@@ -11414,56 +11344,37 @@ def admit(site: Site, request: Request) -> tuple[Route, Call] | Reply:
     _check_origin(request)
     # Only here: a token in the query of the API would stay in logs and histories.
     if path == "/" and request.method in ("GET", "HEAD"):
-        token = dict(_query_fields(query)).get("token")
+        token = dict(query_fields(query)).get("token")
         if token is not None:
             return _log_in(site, token)
-        query = ""      # the page's own affair
+        query = ""      # read by the page's script
     role, how = role_of(site, request)
-    # Before the route: who is not let in does not learn what there is.
+    # Before the route, so that a 404 leaks nothing.
     if role is None and path not in PUBLIC:
         raise _no_token()
     route, given = find_route(request.method, path)
-    # After the token was asked for: to be allowed no more than to look is no leave to
-    # look.
-    if site.is_read_only:
-        role = READ
-    if route.method != "GET" and role != FULL:
+    if route.method != "GET" and (site.is_read_only or role != FULL):
         raise denied(403, "only looking is allowed here" if site.is_read_only
-                         else "this token may only read")
+                     else "this token may only read")
     params = read_params(route.params, query)
     import urllib.parse
-    # Decoded once, and after the parts were told apart: %2F is no slash.
-    job_id = urllib.parse.unquote(given, errors="replace")
+    job_id = urllib.parse.unquote(given, errors="replace")      # once: %252F is %2F
     if given and not re.fullmatch(_NAME, job_id):
         raise no_such_job(job_id)
-    return route, Call(request, role or READ, how, params, job_id)
+    role = READ if role and site.is_read_only else role
+    return route, request._replace(role=role or "", how=how, params=params,
+                                   job_id=job_id)
 
 
-# ---- 20 Reply ----------------------------------------------------------------
-# From a request to its reply, and to that as bytes: no sockets here, so a test asks
-# with `respond` what a client would be told. Access says who may come in, API what is
-# answered; here the two meet, refusals become replies, and what was changed gets its
-# line in the log.
-
-def respond(site: Site, queue: Queue, request: Request) -> Reply:
-    """One request, one reply. A change has a line for the log in `said`: by whom, from
-    where, with what result.
+def respond(route: Route, queue: Queue, request: Request) -> Reply:
+    """The reply to an admitted request; a change has a line for the log.
 
         web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
 
-    Path and words may come from anywhere: they are cut, and nothing in them can begin a
-    line of its own or command a terminal. Who was not let in leaves no line: else a
-    stranger could fill the disk by the log.
+    Unauthenticated requests leave no line: strangers could fill the disk with them.
     """
     try:
-        admitted = admit(site, request)
-    except QueueError as error:
-        return refusal_reply(error)
-    if isinstance(admitted, Reply):
-        return admitted
-    route, call = admitted
-    try:
-        reply = route.answer(queue, call)
+        reply = route.answer(queue, request)
     except QueueError as error:
         reply = refusal_reply(error)
     if route.method == "GET":
@@ -11471,17 +11382,14 @@ def respond(site: Site, queue: Queue, request: Request) -> Reply:
     path = request.target.partition("?")[0]
     said = reply.said or json.loads(reply.body or b"{}").get("error", "")
     return reply._replace(said=one_line(
-        f"web: {route.method} {cut(path, 200)} by {call.how} from {request.peer}: "
+        f"web: {route.method} {cut(path, 200)} by {request.how} from {request.peer}: "
         f"{reply.status} {cut(said, 200)}").rstrip())
 
 
 @functools.lru_cache(maxsize=4)
 def page_policy(page: str) -> str:
-    """The CSP under which the page's own style and script run, and nothing else.
-
-    By their hashes: so nothing that a job has printed, or was called, runs even if the
-    page were to show it as HTML. The hash is of the exact text between the tags. To
-    hash the page for each reply would be a waste, so the policy is kept.
+    """The CSP that allows only the page's own style and script, by their hashes: job
+    output never runs, even if the page showed it as HTML.
     """
     import base64
     import hashlib
@@ -11496,293 +11404,191 @@ def page_policy(page: str) -> str:
             "frame-ancestors 'none'")
 
 
-def head_of(reply: Reply, phrase: str, date: str, is_last: bool) -> bytes:
-    """The head of a reply, with what keeps browsers from being too helpful.
-
-    no-store: answers tell commands, which shall not stay on a disk. nosniff: output of
-    jobs is text, whatever it looks like. no-referrer: the first URL has a token in it.
-    The others keep foreign pages from framing, opening or embedding what is here.
-    Events have no length: they go on until the connection ends (RFC 9112, section 6.3),
-    which `is_last` has told.
-    """
-    lines = [
-        f"HTTP/1.1 {reply.status} {phrase}", f"Date: {date}",
-        f"Content-Type: {reply.kind}",
-        *(f"{name}: {value}" for name, value in reply.headers),
-        "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
-        "Referrer-Policy: no-referrer", "X-Frame-Options: DENY",
-        "Cross-Origin-Opener-Policy: same-origin",
-        "Cross-Origin-Resource-Policy: same-origin",
-        f"Content-Security-Policy: {page_policy(PAGE)}"]
-    if reply.follows is None:
-        lines.append(f"Content-Length: {len(reply.body)}")
-    if is_last:
-        lines.append("Connection: close")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+# Of every reply. Replies tell commands, which must not stay on a disk; output of jobs
+# is text, whatever it looks like; the first URL has a token in it; no foreign page may
+# frame, open or embed anything.
+HEADERS = (
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"), ("X-Frame-Options", "DENY"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"))
 
 
-# ---- 21 Feed -----------------------------------------------------------------
-# Events: one thread looks at the database for all that listen, so that ten open pages
-# cost what one does. There is one Watch (what is new, as bytes) in the Feed's thread,
-# and a Subscriber, a buffer, for each client. The client's own thread (Server) empties
-# that into its socket: so a slow client holds up nobody, and who is too far behind is
-# dropped. He comes again and says what he had seen last.
-#
-# That nothing is told twice or left out rests on the `seq` of changes, which grows in
-# the order of the commits, and on one lock, under which a stream joins at a `seq` and
-# all news up to the next are put into all streams.
+# ---- 19 Server ---------------------------------------------------------------
+# Connections, event streams, TLS. The main thread accepts until a signal comes; each
+# connection has a thread with http.server's handler; one more thread feeds the event
+# streams while there are any. Nothing waits without a bound, neither for the database
+# nor for a client, and no connection holds a transaction while it waits for the network
+# (I10).
 
-MAX_STREAMS = 32            # open at once; each has a thread of the server
+MAX_CONNECTIONS = 100       # each has a thread
+MAX_ANONYMOUS = 2           # unauthenticated requests that are answered at once
+SPARE_QUEUES = 8            # open databases that are kept for the next request
+WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
+HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
+BODY_SECONDS = 60           # for a whole body
+KEEP_SECONDS = 60           # that a connection may be idle between requests
+SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
+LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
+ACCEPT_PAUSE = 0.05         # seconds, when there are no descriptors left
+STOP_SECONDS = 1            # for the replies under way when the server stops
+KEEP_ALIVE = 15             # seconds between comments in an idle stream
+MAX_STREAMS = 32            # open at once; each has a thread
 FEED_TICK = 0.2             # seconds between two looks of the feed
 STATUS_PAUSE = 0.5          # seconds between two status events
 STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
-FEED_BATCH = 1000           # changes told one by one; of more, that there were many
-FEED_BUFFER = 1 << 20       # bytes that a stream may be behind
+FEED_BATCH = 1000           # changes sent one by one; for more, one `resync`
+FEED_PIECES = 50            # that a stream may be behind: 10 s or more
 
 
 def sse(event: str, value: Any, seq: int | None = None) -> bytes:
-    """One server-sent event (HTML, section "Server-sent events").
-
-    JSON on one line has no line break in it, so one `data:` holds it. A browser keeps
-    the last `id` and sends it as Last-Event-ID when it connects anew.
-    """
+    """One server-sent event; browsers return the last `id` when they reconnect."""
     head = "" if seq is None else f"id: {seq}\n"
     return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
 
 
-def told_changes(events: Sequence[Event]) -> bytes:
-    """Changes of state as server-sent events."""
+def _changes(events: Sequence[Event]) -> bytes:
     return b"".join(sse("change", event_object(event), event.seq) for event in events)
 
 
-class Subscriber:
-    """What the feed has for one client: a bounded buffer between two threads.
-
-    The feed's thread puts, the client's takes. What is in it at the end is let go: the
-    client has not seen the `id` of that, so it comes again.
-    """
-
-    def __init__(self, start: int) -> None:
-        self.start = start      # the last change before those that the feed brings
-        self._has_more = threading.Condition()
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._is_over = False
-
-    def put(self, piece: bytes) -> bool:
-        """Add to it; False if the client is so far behind that it is dropped."""
-        with self._has_more:
-            self._size += len(piece)
-            if self._size > FEED_BUFFER:
-                # At once, not when the client's thread comes round: that may hang in a
-                # send.
-                self._is_over, self._pieces = True, []
-            else:
-                self._pieces.append(piece)
-            self._has_more.notify()
-            return not self._is_over
-
-    def end(self) -> None:
-        """Let the client's thread go."""
-        with self._has_more:
-            self._is_over = True
-            self._has_more.notify()
-
-    def take(self, seconds: float) -> bytes | None:
-        """What has come; b"" after so many seconds of silence, None at the end."""
-        with self._has_more:
-            if not self._pieces and not self._is_over:
-                self._has_more.wait(seconds)
-            taken, self._pieces, self._size = b"".join(self._pieces), [], 0
-            return None if self._is_over else taken
-
-
-class Watch:
-    """What has changed since the last look, as server-sent events.
-
-    `seq` is the last change that was told. Used by one thread, with a Queue of its own:
-    the number of `changes` tells of other connections' commits alone (SQLite, PRAGMA
-    data_version).
-    """
-
-    def __init__(self, queue: Queue, seq: int) -> None:
-        self._queue, self.seq = queue, seq
-        self._seen = -1             # the database's own number of its last change
-        self._is_stale = False      # something has changed since the last status
-        self._status, self._status_at = b"", -math.inf
-
-    def look(self, now: float) -> bytes:
-        """The changes, and at times the status; `now` is a monotonic clock's.
-
-        The database's number is read before the changes: what is committed between the
-        two is found now, and looked for once more the next time, in vain. The other way
-        round it would be missed. The status is asked for soon after a change, else each
-        STATUS_EVERY, and told only if it differs.
-        """
-        changes = self._queue.store.changes()
-        news = b""
-        if changes != self._seen:
-            self._seen, self._is_stale = changes, True
-            news = self._changes()
-        pause = STATUS_PAUSE if self._is_stale else STATUS_EVERY
-        if now < self._status_at + pause:
-            return news
-        status = sse("status", status_object(self._queue.status()))
-        is_new, self._status = status != self._status, status
-        self._status_at, self._is_stale = now, False
-        return news + status if is_new else news
-
-    def _changes(self) -> bytes:
-        """The changes as events; of too many, that the client is to load anew.
-
-        One more than FEED_BATCH is read, to know whether there are more. The last event
-        is asked for after that, so `resync` covers what came in between.
-        """
-        events = self._queue.events_since(self.seq, FEED_BATCH + 1)
-        if len(events) > FEED_BATCH:
-            self.seq = self._queue.last_event()
-            return sse("resync", {}, self.seq)
-        if events:
-            self.seq = events[-1].seq
-        return told_changes(events)
-
-
 class Feed:
-    """Tells all streams what changes: one thread, as long as there is a stream.
+    """Server-sent events: one thread reads the database for all streams.
 
-    It ends with the last stream, or if the database fails; then the streams end too,
-    and their clients come again.
+    A stream is a bounded queue, which its client's thread empties: a slow client delays
+    nobody, and one that falls behind is dropped and reconnects. No change is sent twice
+    or left out: its `seq` grows in the order of commits, and one lock guards both
+    joining at a seq and adding the news up to the next seq to all streams.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._lock = threading.Lock()   # guards all of these, for moments
-        self._streams: set[Subscriber] = set()
+        self._lock = threading.Lock()   # guards these; held for moments
+        self._streams: set[Pieces[bytes]] = set()
         self._is_watching = self._is_over = False
-        self._seq = 0                   # the last change that was told
+        self._seq = 0                   # the last change in the streams
+        # Only for the thread:
+        self._seen = -1                 # `changes` of the database at the last look
+        self._is_stale = False          # something has changed since the last status
+        self._status, self._status_at = b"", -math.inf
 
-    def join(self, queue: Queue) -> Subscriber:
-        """A new stream; Refused if there are as many as there may be.
-
-        It begins where the telling stands. Earlier changes the client gets from the
-        database: see `Service._catch_up`.
+    def join(self, queue: Queue, last: int) -> tuple[Pieces[bytes], bytes]:
+        """A new stream and how it begins: the changes after `last` (-1: none), then the
+        status; Refused.
         """
+        import queue as queues
         with self._lock:
-            if self._is_over:
-                raise denied(503, "the server is stopping", "come again later",
-                             ("Retry-After", "10"))
-            if len(self._streams) >= MAX_STREAMS:
-                raise denied(503, f"{MAX_STREAMS} event streams are open already",
-                             "close one", ("Retry-After", "10"))
+            if self._is_over or len(self._streams) >= MAX_STREAMS:
+                raise denied(503, "the server is stopping" if self._is_over else
+                             f"{MAX_STREAMS} event streams are open already",
+                             "come again later", ("Retry-After", "10"))
             if not self._is_watching:
                 self._seq = queue.last_event()
                 threading.Thread(target=self._watch, daemon=True).start()
                 self._is_watching = True
-            stream = Subscriber(self._seq)
+            start, stream = self._seq, cast("Pieces[bytes]", queues.Queue(FEED_PIECES))
             self._streams.add(stream)
-        return stream
+        try:
+            events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
+            # The stream brings later ones. A client that has seen more than there is
+            # knew another database, such as one before a backup was restored.
+            missed = _changes([event for event in events if event.seq <= start])
+            if last > start or len(events) > FEED_BATCH:
+                missed = sse("resync", {})
+            return stream, (b"retry: 2000\n\n" + missed + sse(
+                "status", status_object(queue.status()), start))
+        except BaseException:
+            self.leave(stream)
+            raise
 
-    def leave(self, stream: Subscriber) -> None:
-        """Forget a stream whose client is gone."""
+    def leave(self, stream: Pieces[bytes]) -> None:
         with self._lock:
             self._streams.discard(stream)
+
+    def take(self, stream: Pieces[bytes], seconds: float) -> bytes | None:
+        """The next piece; b"" after so many seconds without one, None at the end."""
+        import queue as queues
+        piece = b""
+        with contextlib.suppress(queues.Empty):
+            piece = stream.get(timeout=seconds)
+        with self._lock:
+            return piece if stream in self._streams else None
 
     def stop(self) -> None:
         """End all streams, for good."""
         with self._lock:
             self._is_over = True
-            for stream in self._streams:
-                stream.end()
+            self._end_streams()
 
-    def _tell(self, piece: bytes, seq: int) -> None:
-        """Put it into all streams, and drop those that are too far behind.
+    def _end_streams(self) -> None:
+        ended, self._streams = self._streams, set()
+        for stream in ended:
+            if stream.empty():
+                stream.put_nowait(b"")      # its client's thread waits
 
-        With `_seq`, under one lock: who joins meanwhile gets this piece from here or
-        reads it, never both, never neither.
+    def _watch(self) -> None:
+        """The thread: `join` starts it, and it ends with the last stream.
+
+        If the database fails or was replaced, all streams end: their clients reconnect
+        and are told why.
+        """
+        is_wanted, self._seen = True, -1
+        try:
+            with Queue(self._path, create=False) as queue:
+                while is_wanted and queue.store.db.is_in_place():
+                    self.add(*self.look(queue, self._seq, time.monotonic()))
+                    time.sleep(FEED_TICK)
+                    with self._lock:    # a later `join` starts another thread
+                        is_wanted = bool(self._streams) and not self._is_over
+                        self._is_watching = is_wanted
+        except QueueError:
+            pass
+        finally:
+            if is_wanted:
+                with self._lock:
+                    self._is_watching = False
+                    self._end_streams()
+
+    def add(self, piece: bytes, seq: int) -> None:
+        """Add the news up to `seq` to all streams; drop those that are too far behind.
         """
         with self._lock:
             self._seq = seq
-            self._streams = {stream for stream in self._streams if stream.put(piece)}
+            if piece:
+                self._streams = {one for one in self._streams if not one.full()}
+                for stream in self._streams:
+                    stream.put_nowait(piece)
 
-    def _watch(self) -> None:
-        """Look again and again; started by `join`, ends when nobody listens.
+    def look(self, queue: Queue, seq: int, now: float) -> tuple[bytes, int]:
+        """What has changed since `seq`, at times also the status; and the last seq.
 
-        Whatever ends it else (an error, a file that was moved) ends the streams: a
-        stream without news would look like a queue without work.
+        `changes` is read first: what is committed after it is found at the next look.
+        It counts only other connections' commits (SQLite, PRAGMA data_version), so
+        `queue` belongs to the feed alone.
         """
-        is_wanted = True
-        try:
-            with Queue(self._path, create=False) as queue:
-                watch = Watch(queue, self._seq)
-                while is_wanted and queue.store.db.is_in_place():
-                    piece = watch.look(time.monotonic())
-                    if piece:
-                        self._tell(piece, watch.seq)
-                    time.sleep(FEED_TICK)
-                    is_wanted = self._is_wanted()
-        except QueueError:
-            pass        # the streams end; who comes again is told why
-        finally:
-            if is_wanted:
-                self._fail()
-
-    def _is_wanted(self) -> bool:
-        """Whether anybody listens; if nobody, the thread counts as ended from now on.
-
-        Both under the lock: who joins a moment later starts another.
-        """
-        with self._lock:
-            self._is_watching = bool(self._streams) and not self._is_over
-            return self._is_watching
-
-    def _fail(self) -> None:
-        """End the streams, not the feed.
-
-        Who comes again starts another thread, or is told why the database fails.
-        """
-        with self._lock:
-            self._is_watching = False
-            for stream in self._streams:
-                stream.end()
-
-
-# ---- 22 Server ---------------------------------------------------------------
-# What listens. Whoever connects gets a thread, few bytes and little time, until it has
-# shown a token; when the threads are all taken, the most silent one makes room.
-#
-# The main thread accepts, until a signal comes (`serve`). Each connection has a thread
-# in http.server's handler, which reads the heads; the Service takes a request from
-# there to its reply; a Reader bounds what is read, Connections say who is cut off. What
-# is asked and answered is none of its business: `respond` does that.
-#
-# Nothing here waits without a bound, neither for the database nor for a client; and of
-# what a client sends no more is kept than a head, a body and READ_SIZE bytes.
-
-MAX_CONNECTIONS = 100       # each has a thread
-MAX_STRANGERS = 2           # unauthenticated requests that are answered at once
-SPARE_QUEUES = 8            # open databases that are kept for the next request
-WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
-HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
-BODY_SECONDS = 60           # for a whole body
-KEEP_SECONDS = 60           # that a connection may be silent between requests
-SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
-ACCEPT_PAUSE = 0.05         # seconds, where nobody can be taken in
-STOP_SECONDS = 1            # for what is being answered when the server stops
-KEEP_ALIVE = 15             # seconds of silence in a stream
+        changes, news = queue.store.changes(), b""
+        if changes != self._seen:
+            self._seen, self._is_stale = changes, True
+            events = queue.events_since(seq, FEED_BATCH + 1)
+            if len(events) > FEED_BATCH:
+                seq = queue.last_event()
+                news = sse("resync", {}, seq)
+            elif events:
+                seq, news = events[-1].seq, _changes(events)
+        if now >= self._status_at + (STATUS_PAUSE if self._is_stale else STATUS_EVERY):
+            status = sse("status", status_object(queue.status()))
+            news += status if status != self._status else b""
+            self._status, self._status_at, self._is_stale = status, now, False
+        return news, seq
 
 
 class Queues:
-    """Open databases, each lent to one request at a time: nobody waits for another.
-
-    So a change that waits for the write lock holds up no reader: the threads of one
-    Queue share its connection, and who has that while it waits keeps it. After an error
-    a database goes back as well; its transaction has been rolled back.
+    """Open databases, each lent to one request: a change that waits for the write lock
+    delays no other request.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._lock = threading.Lock()       # guards the list, for moments
+        self._lock = threading.Lock()       # guards the list; held for moments
         self._free: list[Queue] = []
 
     @contextlib.contextmanager
@@ -11790,10 +11596,8 @@ class Queues:
         """A queue for one request; QueueError if it cannot be opened."""
         with self._lock:
             queue = self._free.pop() if self._free else None
-        # The file may have been replaced since: who works on in the old one writes to
-        # nobody.
         if queue is not None and not queue.store.db.is_in_place():
-            queue.close()
+            queue.close()       # the file was replaced
             queue = None
         if queue is None:
             queue = Queue(self._path, create=False)
@@ -11809,487 +11613,267 @@ class Queues:
                 queue.close()
 
 
-class HeadTooLarge(Exception):
-    """A client sends more before its body than it may."""
-
-
-class Reader:
-    """What a client sends: bounded in bytes and in time.
-
-    In the place of the file that http.server would make of the socket: there each read
-    has a time-out of its own, so a client that sends a byte now and then is never too
-    slow, and after one time-out the file refuses to be read. Here a whole head or body
-    has one end in time.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._buffer = bytearray()
-        self._left, self._ends_at = 0, 0.0
-
-    def allow(self, size: int, seconds: float) -> None:
-        """From now on it may send so many bytes of head, for so many seconds."""
-        self._left, self._ends_at = size, time.monotonic() + seconds
-
-    def wait(self, seconds: float) -> bool:
-        """Whether anything comes in that time."""
-        self.allow(0, seconds)
-        return bool(self._buffer) or self._more()
-
-    def has_part(self) -> bool:
-        """Whether something has come that is not read yet."""
-        return bool(self._buffer)
-
-    def readline(self, limit: int = -1) -> bytes:
-        """A line of the head, as http.client asks for it: a whole one.
-
-        ConnectionError at the end of what comes, HeadTooLarge and TimeoutError at the
-        bounds. `limit` is not heeded: http.client's 64 KiB a line are more than
-        MAX_HEAD.
-        """
-        while b"\n" not in self._buffer and len(self._buffer) <= self._left:
-            if not self._more():
-                raise ConnectionError   # half a head may say the opposite of a whole
-        size = self._buffer.find(b"\n") + 1 or len(self._buffer)
-        self._left -= size
-        if self._left < 0:
-            raise HeadTooLarge
-        return self._take(size)
-
-    def read(self, size: int) -> bytes:
-        """So many bytes; fewer only at the end. TimeoutError where they do not come."""
-        while len(self._buffer) < size and self._more():
-            pass
-        return self._take(size)
-
-    def drain(self, seconds: float) -> None:
-        """Read and forget what still comes."""
-        self.allow(0, seconds)
-        self._buffer.clear()
-        while self._more():
-            self._buffer.clear()
-
-    def _take(self, size: int) -> bytes:
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return taken
-
-    def _more(self) -> bool:
-        left = self._ends_at - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        import socket as sockets
-        self._sock.settimeout(left)
-        try:
-            piece = self._sock.recv(READ_SIZE)
-        except sockets.timeout:     # on Python 3.9 it is no TimeoutError yet
-            raise TimeoutError from None
-        self._buffer += piece
-        return bool(piece)
-
-
 class Connections:
-    """Who is connected, the one that has been silent for longest first.
+    """Who is connected. When there are MAX_CONNECTIONS, the next one replaces the
+    client that has been idle for longest. An authenticated client is not idle, but
+    busy, until it is answered.
 
-    At most MAX_CONNECTIONS; one more, and the most silent is cut off, so that no crowd
-    of idle ones keeps others out. One that has shown a token is busy, and not cut off,
-    until it is answered.
-
-    A dict keeps the order in which its keys came: so it is the line, and what is put in
-    anew stands at its end. To be cut off is to have the socket shut down, which ends
-    the thread's read or write at once; the thread itself closes it and leaves. The lock
-    is never held while anything is sent or read.
+    To drop a client is to shut down its socket, which ends its thread's read or write
+    at once; the thread closes it.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()       # guards these, for moments
-        self._silent: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()       # guards these; held for moments
+        self._idle: dict[socket.socket, None] = {}      # the longest idle first
         self._busy: set[socket.socket] = set()
-        self._cut_off: set[socket.socket] = set()   # whose threads still end
+        self._dropped: set[socket.socket] = set()       # their threads are ending
 
     def enter(self, sock: socket.socket) -> bool:
-        """Take one in; False if all others are busy."""
+        """Add one; return False if all others are busy."""
         with self._lock:
-            full = len(self._silent) + len(self._busy) >= MAX_CONNECTIONS
-            # Those cut off have threads that still end: without bound these would grow.
-            if full and (not self._silent or len(self._cut_off) >= 2 * MAX_CONNECTIONS):
-                return False
-            if full:
-                self._cut(next(iter(self._silent)))
-            self._silent[sock] = None
+            if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
+                # Dropped ones still have their threads: these must not grow unbounded.
+                if not self._idle or len(self._dropped) >= 2 * MAX_CONNECTIONS:
+                    return False
+                self._drop(next(iter(self._idle)))
+            self._idle[sock] = None
             return True
 
-    def _cut(self, sock: socket.socket) -> None:
+    def _drop(self, sock: socket.socket) -> None:
         import socket as sockets
-        del self._silent[sock]
-        self._cut_off.add(sock)
-        # Of the plain socket's class: SSLSocket.shutdown() takes the TLS off the
-        # socket, under the hands of the thread that reads or writes there.
+        del self._idle[sock]
+        self._dropped.add(sock)
+        # Not SSLSocket.shutdown(), which removes TLS while the thread reads or writes.
         with contextlib.suppress(OSError):
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
-    def note_asking(self, sock: socket.socket) -> None:
-        """Note that it has shown a token; ConnectionError if it was cut off before."""
+    def check(self, sock: socket.socket) -> None:
+        """ConnectionError if it was dropped."""
         with self._lock:
-            if sock not in self._silent:
+            if sock in self._dropped:
                 raise ConnectionError
-            del self._silent[sock]
+
+    def mark_busy(self, sock: socket.socket) -> None:
+        """ConnectionError if it was dropped."""
+        with self._lock:
+            if sock not in self._idle:
+                raise ConnectionError
+            del self._idle[sock]
             self._busy.add(sock)
 
-    def check(self, sock: socket.socket) -> None:
-        """ConnectionError if it was cut off: then to answer it is of no use."""
+    def mark_idle(self, sock: socket.socket) -> None:
         with self._lock:
-            if sock in self._cut_off:
-                raise ConnectionError
-
-    def note_answered(self, sock: socket.socket) -> None:
-        """Note that it is silent again, if it was not cut off meanwhile."""
-        with self._lock:
-            if sock not in self._cut_off:
+            if sock not in self._dropped:
                 self._busy.discard(sock)
-                self._silent.pop(sock, None)    # to the end of the line
-                self._silent[sock] = None
+                self._idle.pop(sock, None)      # to the end
+                self._idle[sock] = None
 
     def leave(self, sock: socket.socket) -> None:
-        """Forget one that is closed."""
         with self._lock:
-            self._silent.pop(sock, None)
+            self._idle.pop(sock, None)
             self._busy.discard(sock)
-            self._cut_off.discard(sock)
+            self._dropped.discard(sock)
 
-    def cut_silent(self) -> int:
-        """Cut off all that are silent; how many are being answered."""
+    def drop_idle(self) -> int:
+        """Drop all that are idle; return how many are busy."""
         with self._lock:
-            for sock in list(self._silent):
-                self._cut(sock)
+            for sock in list(self._idle):
+                self._drop(sock)
             return len(self._busy)
 
 
-def _is_gone_away(sock: socket.socket) -> bool:
-    """Whether the client has closed its side; on a stream it has nothing to say.
+class Service:
+    """What all connections share."""
 
-    Else a stream without news would keep its place, one of MAX_STREAMS, until a remark
-    to keep it alive fails.
+    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
+        self.site, self.log = site, log
+        self.connections, self.feed = Connections(), Feed(path)
+        self._queues = Queues(path)
+        self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
+
+    def answer(self, route: Route, request: Request, sock: socket.socket) -> tuple[
+            Reply, Pieces[bytes] | None]:
+        """The reply to an admitted request, and its event stream; ConnectionError.
+
+        The database is given back before anything is sent: no slow client keeps one.
+        """
+        stream = None
+        with contextlib.nullcontext() if request.role else self._anonymous:
+            self.connections.check(sock)
+            try:
+                with self._queues.lend() as queue:
+                    reply = respond(route, queue, request)
+                    if reply.follows is not None and request.method != "HEAD":
+                        stream, begin = self.feed.join(queue, reply.follows)
+                        reply = reply._replace(body=begin)
+            except QueueError as error:
+                reply = refusal_reply(error)
+            except Exception:   # a bug: this client is told, others go on
+                import traceback
+                self.log("web: internal error\n" + traceback.format_exc())
+                reply = refusal_reply(denied(500, "internal error"))
+        if reply.said:
+            self.log(reply.said)
+        return reply, stream
+
+    def stop(self) -> None:
+        """End the streams and idle connections; give the others a moment."""
+        self.feed.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self.connections.drop_idle() and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _has_left(sock: socket.socket) -> bool:
+    """Return True if the client of a stream has closed its side: it has nothing to say.
     """
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     if not poller.poll(0):
         return False
     import socket as sockets
-    # MSG_PEEK: what it says, if anything, is not ours to take. SSLSocket takes no
-    # flags.
-    with contextlib.suppress(OSError):  # past TLS, which would wait for a whole record
+    # Of the plain socket: TLS would wait for a whole record, and takes no MSG_PEEK.
+    with contextlib.suppress(OSError):
         said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
         return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
     return True
 
 
-def _body_size(headers: Mapping[str, str]) -> int:
-    """How long the body is; Refused if that is not told, or too much.
-
-    Chunks are refused, not read: two ways to tell a body's length are what request
-    smuggling lives on (RFC 9112, section 11.2), and 411 is allowed for that (6.3).
-    int() would take +1 and 1_0 as well.
-    """
-    if "transfer-encoding" in headers:
-        raise denied(411, "the body comes in chunks", "send Content-Length")
-    size = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", size):
-        raise Invalid("Content-Length is not a number")
-    if int(size) > MAX_BODY:
-        raise denied(413, f"the body is over {MAX_BODY} bytes", "send it in parts")
-    return int(size)
-
-
-# Of these a second one is a trick, not a mistake: a proxy may heed the one, and we the
-# other.
-_SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
-           "content-type")
-
-
-def _headers_of(message: Any) -> dict[str, str]:
-    """The headers by lower-case name; Refused if they can be read in two ways.
-
-    To the email package, by which http.client reads them, a line without a colon ends
-    the headers, and all that follows is the text of a letter: an Origin after it would
-    go unseen.
-    """
-    headers: dict[str, str] = {}
-    for name, value in message.items():
-        name, value = name.lower(), str(value).strip()
-        if name in headers and name in _SINGLE:
-            raise Invalid(f"{name} is sent twice")
-        comma = "; " if name == "cookie" else ", "      # RFC 9110, 5.3; RFC 9113, 8.2.3
-        headers[name] = headers[name] + comma + value if name in headers else value
-    if message.defects or message.get_payload():
-        raise Invalid("the headers cannot be read")
-    return headers
-
-
-class Service:
-    """The way of a connection's requests to their replies.
-
-    `handler` is http.server's, which reads the head; one for each connection, in a
-    thread of its own. `converse` is called for one request after the other, until it
-    leaves `close_connection` true.
-    """
-
-    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
-        self._site, self._log = site, log
-        self._queues, self._feed = Queues(path), Feed(path)
-        self.connections = Connections()
-        # A crowd that asks for metrics must not take the whole interpreter.
-        self._strangers = threading.Semaphore(MAX_STRANGERS)
-
-    def converse(self, handler: Any) -> None:
-        """Read one request and answer it; whatever goes wrong ends the connection.
-
-        Two waits: as long as nothing comes the connection is but kept, and its end
-        needs no word; from the first byte on the head has HEAD_SECONDS.
-        """
-        sock, reader = handler.request, handler.rfile
-        handler.close_connection = True
-        try:
-            if not reader.wait(KEEP_SECONDS):
-                return
-            reader.allow(MAX_HEAD, HEAD_SECONDS)
-            self._answer_next(handler, sock, reader)
-        except HeadTooLarge:
-            self._refuse(handler, denied(431, "the headers are too large"))
-        except TimeoutError:
-            if handler.raw_requestline or reader.has_part():    # else it was silent
-                self._refuse(handler, denied(408, "the request is too slow"))
-        except (OSError, ValueError):   # ValueError: TLS on a socket that was closed
-            pass
-
-    def _answer_next(self, handler: Any, sock: socket.socket, reader: Reader) -> None:
-        """Read a head, let its sender in or not, read the body, answer.
-
-        Who has shown a token counts as busy from then on, before its body is read: a
-        crowd of strangers must not cut it off. The others wait for each other, and who
-        was cut off meanwhile is not answered.
-        """
-        handler.raw_requestline = reader.readline(MAX_HEAD)
-        if not handler.parse_request():     # it has refused that itself
-            return
-        try:
-            # HTTP/0.9 has no headers, so no Host. HTTP/1.0 is what old health checks
-            # speak.
-            if handler.request_version not in ("HTTP/1.0", "HTTP/1.1"):
-                raise Invalid("that is not HTTP/1.1")
-            request = Request(handler.command, handler.path,
-                              _headers_of(handler.headers), b"",
-                              str(handler.client_address[0]))
-            is_known = role_of(self._site, request)[0] is not None
-            if is_known:
-                self.connections.note_asking(sock)
-            request = self._with_body(handler, reader, request)
-            with contextlib.nullcontext() if is_known else self._strangers:
-                self.connections.check(sock)
-                reply, stream, begin = self._reply(request)
-        except QueueError as refusal:
-            self._refuse(handler, refusal)
-            return
-        if reply.said:
-            self._log(reply.said)
-        if stream is None:
-            self._send(handler, reply, request.method != "HEAD")
-        else:
-            try:
-                handler.close_connection = True
-                self._send(handler, reply)
-                self._stream(sock, begin, stream)
-            finally:
-                self._feed.leave(stream)
-        self.connections.note_answered(sock)
-        handler.raw_requestline = b""
-
-    def _with_body(self, handler: Any, reader: Reader, request: Request) -> Request:
-        """The request with its body, which only who is let in may send.
-
-        A connection goes on only where that is the rule, in HTTP/1.1; and never after a
-        refusal from here, for the body that nobody has read would be taken for the next
-        request.
-        """
-        size = _body_size(request.headers)
-        is_kept = request.headers.get("connection", "").lower() != "close" \
-            and handler.request_version == "HTTP/1.1"
-        if size:
-            # A refusal of the body's sender goes up from here, and nothing of the body
-            # is read (I10).
-            with contextlib.suppress(NotFound):    # told once the body is read
-                admit(self._site, request)
-            if request.method in ("GET", "HEAD"):   # some of these need no token
-                raise denied(413, "that takes no body", "send none")
-            if request.headers.get("expect", "").lower() == "100-continue":
-                handler.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            reader.allow(0, BODY_SECONDS)
-            body = reader.read(size)
-            if len(body) < size:
-                raise Invalid("the body ends too soon")
-            request = request._replace(body=body)
-        handler.close_connection = not is_kept
-        return request
-
-    def _reply(self, request: Request) -> tuple[Reply, Subscriber | None, bytes]:
-        """The reply; and where events are to follow, their stream and its begin.
-
-        First it joins the feed, then it reads what the client has missed: what is
-        committed between the two is in the stream's buffer. The database goes back
-        before anything is sent, so no slow client keeps one.
-        """
-        try:
-            with self._queues.lend() as queue:
-                reply = self._answered(queue, request)
-                if reply.follows is None or request.method == "HEAD":
-                    return reply, None, b""
-                stream = self._feed.join(queue)
-                try:
-                    return reply, stream, self._catch_up(queue, reply.follows, stream)
-                except BaseException:
-                    self._feed.leave(stream)
-                    raise
-        except QueueError as error:
-            return refusal_reply(error), None, b""
-
-    def _answered(self, queue: Queue, request: Request) -> Reply:
-        """What `respond` says; of a mistake of ours 500, with a traceback in the log.
-        """
-        try:
-            return respond(self._site, queue, request)
-        except Exception:   # a mistake of ours: this client is told, others go on
-            import traceback
-            self._log("web: internal error\n" + traceback.format_exc())
-            return refusal_reply(denied(500, "internal error"))
-
-    def _refuse(self, handler: Any, refusal: QueueError) -> None:
-        """Answer what could not be read to its end, and hang up.
-
-        In two steps (RFC 9112, section 9.6): to close a socket of which not all was
-        read has the kernel send a reset, and that may overtake the answer. So our side
-        is closed first, and for a moment what the client still sends is read and
-        forgotten. Meanwhile it counts as silent, and may be cut off.
-        """
-        handler.close_connection = True
-        with contextlib.suppress(OSError, ValueError):
-            self._send(handler, refusal_reply(refusal))
-            self.connections.note_answered(handler.request)
-            handler.request.shutdown(1)     # SHUT_WR: the client may still send
-            handler.rfile.drain(LINGER_SECONDS)
-
-    def refuse(self, handler: Any, status: int, message: str | None) -> None:
-        """Answer a head that http.server could not read."""
-        self._refuse(handler, denied(status if status in REFUSALS else 400,
-                                     message or "that cannot be read"))
-
-    def _send(self, handler: Any, reply: Reply, with_body: bool = True) -> None:
-        """Send it in parts, each with SEND_SECONDS.
-
-        The time-out of `sendall` is for all of it: in one piece a long reply to a slow,
-        but living, client would be cut short.
-        """
-        phrase = handler.responses.get(reply.status, ("",))[0]
-        head = head_of(reply, phrase, handler.date_time_string(),
-                       handler.close_connection)
-        whole = memoryview(head + (reply.body if with_body else b""))
-        handler.request.settimeout(SEND_SECONDS)
-        for at in range(0, len(whole), READ_SIZE):
-            handler.request.sendall(whole[at:at + READ_SIZE])
-
-    # Event streams.
-
-    @staticmethod
-    def _catch_up(queue: Queue, last: int, stream: Subscriber) -> bytes:
-        """What a client that comes back has missed, and how things stand now."""
-        events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
-        # Later ones the stream brings. A client that has seen more than there is knew
-        # another database: a backup was put back, say.
-        events = [event for event in events if event.seq <= stream.start]
-        missed = told_changes(events)
-        if last > stream.start or len(events) > FEED_BATCH:
-            missed = sse("resync", {})
-        return (b"retry: 2000\n\n" + missed
-                + sse("status", status_object(queue.status()), stream.start))
-
-    @staticmethod
-    def _stream(sock: socket.socket, begin: bytes, stream: Subscriber) -> None:
-        """Send what comes, until either side has enough.
-
-        In silence a remark (a line that begins with a colon) goes out now and then, as
-        HTML advises for proxies that end what is silent.
-        """
-        piece: bytes | None = begin
-        silent_since = time.monotonic()
-        while piece is not None and not _is_gone_away(sock):
-            if piece or time.monotonic() >= silent_since + KEEP_ALIVE:
-                sock.settimeout(SEND_SECONDS)
-                sock.sendall(piece or b":\n\n")
-                silent_since = time.monotonic()
-            piece = stream.take(1.0)    # each second, to see whether the client is gone
-
-    def stop(self) -> None:
-        """End the streams and the silent; give the others a moment."""
-        self._feed.stop()
-        end = time.monotonic() + STOP_SECONDS
-        while self.connections.cut_silent() and time.monotonic() < end:
-            time.sleep(0.01)
-
-
 def _handler_class(service: Service, is_tls: bool) -> type:
-    """What http.server makes for each connection, in its thread.
-
-    It is of use for two things: `parse_request`, which reads the request line and the
-    headers, and the loop over the requests of a connection (`handle`).
+    """The handler of a connection. http.server parses the checked heads, loops over the
+    requests and writes the heads of replies.
     """
     import http.server      # 40 ms, and only in a server
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        """A connection: http.server reads its heads, the service does the rest."""
-        protocol_version = "HTTP/1.1"
+        protocol_version = request_version = "HTTP/1.1"
+        command = ""
 
         def setup(self) -> None:
-            """Begin."""
-            self.raw_requestline = b""
-            # Not the base class's: that makes buffered files of the socket.
-            self.rfile = Reader(self.request)   # type: ignore[assignment]
-            if is_tls:      # here, and not where all others would wait for it
+            self.reader = Reader(self.request)
+            if is_tls:      # here, not in the main thread
                 self.request.settimeout(HEAD_SECONDS)
                 self.request.do_handshake()
-
-        def handle_one_request(self) -> None:
-            """Have the service read and answer one request."""
-            service.converse(self)
-
-        def handle_expect_100(self) -> bool:
-            """Do nothing yet: the body is asked for once the request is let in."""
-            return True
-
-        def send_error(self, code: int, message: str | None = None,
-                       explain: str | None = None) -> None:
-            """Refuse a head that http.server could not read."""
-            service.refuse(self, code, message)
 
         def finish(self) -> None:
             """Nothing is buffered."""
 
+        def handle_one_request(self) -> None:
+            self.close_connection = True
+            # ValueError: TLS on a socket that was closed.
+            with contextlib.suppress(OSError, ValueError):
+                if self.reader.wait(KEEP_SECONDS):
+                    self.converse()
+
+        def converse(self) -> None:
+            """Read a request, send the reply and, for events, all that follows."""
+            self.is_kept, self.is_unread = False, True
+            stream = None
+            try:
+                admitted = self.read_request()
+            except QueueError as refusal:
+                admitted = refusal_reply(refusal)
+            if isinstance(admitted, Reply):
+                reply = admitted
+            else:
+                reply, stream = service.answer(*admitted, self.request)
+            self.close_connection = stream is not None or self.is_unread \
+                or not self.is_kept
+            try:
+                self.send_reply(reply)
+                if stream:
+                    self.send_events(stream)
+            finally:
+                if stream:
+                    service.feed.leave(stream)
+            service.connections.mark_idle(self.request)
+            if self.is_unread:
+                # Closing a socket with unread input resets the connection, which may
+                # overtake the reply (RFC 9112, section 9.6).
+                self.request.shutdown(1)    # SHUT_WR: the client may still send
+                self.reader.drain(LINGER_SECONDS)
+
+        def read_request(self) -> tuple[Route, Request] | Reply:
+            """Read a request, but its body only if it is admitted; QueueError."""
+            head = self.reader.head(HEAD_SECONDS)
+            if not HEAD_FORM.fullmatch(head):
+                raise Invalid("that is not HTTP/1.1", "see RFC 9112")
+            self.raw_requestline, _, fields = head.partition(b"\r\n")
+            self.rfile = io.BytesIO(fields)
+            self.parse_request()
+            headers = headers_of(self.headers.items())
+            if self.request_version == "HTTP/1.0":      # old health checks
+                headers.setdefault("host", "localhost")
+            size = body_size(headers)
+            self.is_unread = size > 0
+            self.is_kept = self.request_version == "HTTP/1.1" and \
+                "close" not in re.split("[ ,]+", headers.get("connection", "").lower())
+            admitted = admit(service.site, Request(
+                self.command, self.path, headers, b"", str(self.client_address[0])))
+            if isinstance(admitted, Reply):
+                return admitted
+            route, request = admitted
+            if request.role:
+                service.connections.mark_busy(self.request)
+            if size:
+                if route.method == "GET":   # some of these need no token
+                    raise denied(413, "that takes no body", "send none")
+                if headers.get("expect", "").lower() == "100-continue":
+                    self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request = request._replace(body=self.reader.read(size, BODY_SECONDS))
+                if len(request.body) < size:
+                    raise Invalid("the body ends too soon")
+                self.is_unread = False
+            return route, request
+
+        def handle_expect_100(self) -> bool:
+            return True     # not yet: `read_request` asks for the body
+
+        def send_error(self, code: int, message: str | None = None,
+                       explain: str | None = None) -> NoReturn:
+            raise denied(code if code in REFUSALS else 400, message or "unreadable")
+
+        def send_reply(self, reply: Reply) -> None:
+            self.wfile = io.BytesIO()
+            self.send_response_only(reply.status)
+            for header in (
+                    ("Date", self.date_time_string()), ("Content-Type", reply.kind),
+                    *reply.headers, *HEADERS,
+                    ("Content-Security-Policy", page_policy(PAGE)),
+                    *[("Content-Length", str(len(reply.body)))] * (
+                        reply.follows is None),
+                    *[("Connection", "close")] * self.close_connection):
+                self.send_header(*header)
+            self.end_headers()
+            whole = memoryview(self.wfile.getvalue()
+                               + reply.body * (self.command != "HEAD"))
+            # In parts: the time-out of `sendall` is for all that it sends.
+            self.request.settimeout(SEND_SECONDS)
+            for at in range(0, len(whole), READ_SIZE):
+                self.request.sendall(whole[at:at + READ_SIZE])
+
+        def send_events(self, stream: Pieces[bytes]) -> None:
+            """Send what comes, and comments while nothing does, until either side ends;
+            proxies cut idle connections (HTML, "Server-sent events").
+            """
+            sent_at = time.monotonic()
+            while not _has_left(self.request):
+                piece = service.feed.take(stream, 1.0)
+                if piece is None:
+                    return
+                if piece or time.monotonic() >= sent_at + KEEP_ALIVE:
+                    self.request.settimeout(SEND_SECONDS)
+                    self.request.sendall(piece or b":\n\n")
+                    sent_at = time.monotonic()
+
     return Handler
 
 
-# Sent by the main thread: made before, and put together without http.server.
-_BUSY_BODY = b'{"error": "too many connected"}'
+# Sent by the main thread, which must not wait.
+_BUSY_BODY = b'{"error": "too many connections"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
               b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
               % len(_BUSY_BODY) + _BUSY_BODY)
-
-
-class WebOptions(NamedTuple):
-    """What `web` was asked to do."""
-    host: str
-    port: int
-    is_read_only: bool
-    needs_token: bool
-    tls_cert: str | None
-    tls_key: str | None
 
 
 def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
@@ -12305,51 +11889,45 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
     return int(family), address
 
 
-def _token_of(environ: Mapping[str, str], name: str) -> str:
-    """A token of the environment, or ""; visible ASCII, to fit into a header."""
-    token = environ.get(name, "")
-    if not re.fullmatch("[!-~]*", token):
-        raise Invalid(f"{name} has blanks or odd characters in it",
-                      "use letters and digits")
-    return token
-
-
-def site_of(options: WebOptions, address: str, environ: Mapping[str, str],
+def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
             names: Iterable[str]) -> Site:
-    """Who may do what; `names` are this machine's own, `address` what is listened on.
+    """The site for the arguments of `web`, which listens on `address`; `names` are this
+    machine's.
 
-    Whether only this machine can reach it is asked of the address: a name, as
-    `localhost`, may lead anywhere. Where all addresses are listened on, this
-    machine's names are good Hosts, too. The cookie is named after the port, or by
-    chance where that is not known yet (0).
+    The address, not the name, decides whether only this machine reaches it: even
+    `localhost` may lead elsewhere.
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
-    if not options.needs_token and not there.is_loopback:
-        raise Usage(f"without a token anybody who reaches {options.host} could run "
+    if args.no_auth and not there.is_loopback:
+        raise Usage(f"without a token anybody who reaches {args.host} could run "
                     "commands", "drop --no-auth, or --host")
-    token, read_token = (_token_of(environ, name) for name in
-                         ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN"))
+    tokens = {name: environ.get(name, "")
+              for name in ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN")}
+    for name, token in tokens.items():
+        if not re.fullmatch("[!-~]*", token):   # it must fit into a header
+            raise Invalid(f"{name} has blanks or odd characters in it",
+                          "use letters and digits")
+    token, read_token = tokens.values()
     if token and token == read_token:
         raise Invalid("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
                       "give two, or one")
-    given = f"[{options.host}]" if ":" in options.host else options.host
-    own = [name for whole in names for name in (whole, whole.partition(".")[0])]
+    own = [part for name in names for part in (name, name.partition(".")[0])]
+    hosts = ["localhost", "127.0.0.1", "[::1]",
+             f"[{args.host}]" if ":" in args.host else args.host,
+             *(own if there.is_unspecified else ())]
     return Site(
-        # 192 bits: nobody guesses it, so nobody's guesses have to be counted.
-        (token or os.urandom(24).hex()) if options.needs_token else "",
-        read_token if options.needs_token else "",
-        frozenset(name.lower() for name in (
-            "localhost", "127.0.0.1", "[::1]", given,
-            *(own if there.is_unspecified else ())) if name),
-        there.is_unspecified, options.tls_cert is not None, options.is_read_only,
-        f"queuectl_{options.port or os.urandom(4).hex()}")
+        "" if args.no_auth else token or os.urandom(24).hex(),
+        "" if args.no_auth else read_token,
+        frozenset(name.lower() for name in hosts if name), there.is_unspecified,
+        args.tls_cert is not None, args.read_only,
+        f"queuectl_{args.port or os.urandom(4).hex()}")
 
 
-def tls_context(options: WebOptions) -> ssl.SSLContext | None:
-    """The certificate as asked for, or None; Refused if it cannot be used."""
-    if options.tls_cert is None:
-        if options.tls_key is not None:
+def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    """The certificate given to `web`, or None; Refused if it cannot be used."""
+    if args.tls_cert is None:
+        if args.tls_key is not None:
             raise Usage("--tls-key is given without --tls-cert", "give both")
         return None
     import ssl  # 9 ms, and only with a certificate
@@ -12357,46 +11935,37 @@ def tls_context(options: WebOptions) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         # An empty password: without one OpenSSL would ask for it at the terminal.
-        context.load_cert_chain(options.tls_cert, options.tls_key, lambda: "")
-    except (OSError, ValueError) as error:  # ValueError: it wants a password
+        context.load_cert_chain(args.tls_cert, args.tls_key, lambda: "")
+    except (OSError, ValueError) as error:  # ValueError: it needs a password
         raise Refused("unreadable",
-                      f"cannot use the certificate {options.tls_cert} ({error})",
+                      f"cannot use the certificate {args.tls_cert} ({error})",
                       "give PEM files, the key without a password") from None
     return context
 
 
-def listen(service: Service, options: WebOptions, family: int,
+def listen(service: Service, args: argparse.Namespace, family: int,
            address: tuple[Any, ...]) -> Any:
-    """What accepts connections; a refusal in words if the address is not to be had.
-
-    A TCPServer, not an HTTPServer: that asks the name service who we are when it binds,
-    which may take seconds. Threads are daemons and nobody joins them: an end must not
-    wait for a client. SO_REUSEADDR: else a server that starts anew would wait for the
-    last one's connections (TIME_WAIT).
-    """
-    tls = tls_context(options)
+    """The server of `web`, not yet serving; Conflict or Refused."""
+    tls = tls_context(args)
     import socketserver
 
+    # Not HTTPServer, which asks the name service for our name: that may take seconds.
     class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-        """The socket that listens; each connection has a thread."""
-
         address_family = family
-        allow_reuse_address = True
+        allow_reuse_address = True      # else a restart waits for TIME_WAIT
         daemon_threads, block_on_close = True, False
         request_queue_size = 128
 
         def get_request(self) -> Any:
-            """Accept one; TLS begins later, in its own thread."""
             try:
                 sock, client = self.socket.accept()
-            except OSError:     # out of descriptors: that will not pass at once
+            except OSError:     # out of descriptors: that lasts
                 time.sleep(ACCEPT_PAUSE)
                 raise
             return (sock if tls is None else tls.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False)), client
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            """Take it in, if there is room."""
             if service.connections.enter(request):
                 return True
             if tls is None:
@@ -12406,17 +11975,16 @@ def listen(service: Service, options: WebOptions, family: int,
             return False
 
         def shutdown_request(self, request: Any) -> None:
-            """Close it."""
             service.connections.leave(request)
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: a client has gone away, or cannot speak TLS."""
+            """Say nothing: a client has left, or cannot speak TLS."""
 
     try:
         return Listener(address, _handler_class(service, tls is not None))
     except OSError as error:
-        place = f"port {options.port} of {options.host}"
+        place = f"port {args.port} of {args.host}"
         if error.errno == errno.EADDRINUSE:
             raise Conflict("in-use", f"{place} is in use",
                            "give another --port, or end what listens there") from None
@@ -12425,13 +11993,11 @@ def listen(service: Service, options: WebOptions, family: int,
 
 
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
-    """Serve until a signal says to stop; for the main thread.
+    """Serve until a signal comes; for the main thread.
 
-    The handlers do nothing, for to be woken is all; without one SIGTERM would end the
-    process where it stands. At the end nobody new is taken in first, then the streams
-    are ended and the silent cut off.
+    It waits without a time-out, so an idle server never wakes up.
     """
-    listener.socket.setblocking(False)  # a client may be gone before it is accepted
+    listener.socket.setblocking(False)  # a client may leave before it is accepted
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
             dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
@@ -14136,18 +13702,16 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Serve the dashboard; all that can be refused is, before the URL is printed."""
     # The address is looked up before the site is made: whether strangers reach it
     # decides whether a token may be left out.
-    options = WebOptions(args.host, args.port, args.read_only, not args.no_auth,
-                         args.tls_cert, args.tls_key)
-    family, address = resolved(options.host, options.port)
-    site = site_of(options, address[0], os.environ, [queue.host.name])
+    family, address = resolved(args.host, args.port)
+    site = site_of(args, address[0], os.environ, [queue.host.name])
     service = Service(site, queue.path, screen.log)
-    listener = listen(service, options, family, address)
-    if options.tls_cert is None and options.host not in ("localhost", "::1") \
+    listener = listen(service, args, family, address)
+    if args.tls_cert is None and args.host not in ("localhost", "::1") \
             and not address[0].startswith("127."):
         screen.note("warning: without --tls-cert anybody on the way can read the token")
 
     def _announce() -> None:
-        screen.out(printed_url(site, options.host, listener.server_address[1]))
+        screen.out(printed_url(site, args.host, listener.server_address[1]))
         screen.flush()
     serve(listener, service, _announce)
 

@@ -633,7 +633,7 @@ class Architecture(unittest.TestCase):
 
         self.assertEqual({scope.name for scope in self.functions
                           if any(map(catches, ast.walk(scope)))},
-                         {"_answered", "_complete", "_work"})
+                         {"answer", "_complete", "_work"})
 
     def test_only_the_engine_names_sqlite3(self):
         lines = self.source.splitlines()
@@ -5318,9 +5318,17 @@ class Web(Case):
         given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}",
                  **({"content-type": JSON} if body else {}),
                  **{name.replace("_", "-"): text for name, text in headers.items()}}
-        return queuectl.respond(site, self.queue, queuectl.Request(
-            method, target, {name: text for name, text in given.items()
-                             if text is not None}, body or b"", "127.0.0.1"))
+        request = queuectl.Request(method, target, {
+            name: text for name, text in given.items() if text is not None},
+            body or b"", "127.0.0.1")
+        try:
+            admitted = queuectl.admit(site, request)
+        except queuectl.QueueError as error:
+            return queuectl.refusal_reply(error)
+        if isinstance(admitted, queuectl.Reply):
+            return admitted
+        route, request = admitted
+        return queuectl.respond(route, self.queue, request)
 
     def told(self, method, target, body=None, status=200, **headers):
         """The JSON of a reply, whose status must be that."""
@@ -5516,6 +5524,11 @@ class Web(Case):
                          "GET, POST, HEAD")
         self.assertEqual([job.id for job in self.queue.jobs()], ["one"])
 
+    def test_a_header_that_comes_twice_is_a_list(self):
+        self.assertEqual(queuectl.headers_of((
+            ("Accept", "a"), ("ACCEPT", " b "), ("Cookie", "a=1"), ("Cookie", "b=2"))),
+            {"accept": "a, b", "cookie": "a=1; b=2"})
+
     def test_jobs_are_added_and_a_mistake_is_named(self):
         one = self.told("POST", "/api/jobs", {"command": "a", "priority": 5.0}, 201)
         self.assertEqual((one["id"], one["priority"]), ("job-1", 5))
@@ -5648,100 +5661,117 @@ class Web(Case):
         self.assertIsNone(re.search(r"<[^>]*\son[a-z]+=", page), "an inline handler")
         self.assertIsNone(re.search(r"""(src|href)=["'](?!data:|#|/)""", page))
         self.assertNotIn("innerHTML", page)
-        head = queuectl.head_of(self.ask("GET", "/"), "OK", "now", False).decode()
-        for header in ("X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
-                       "Cache-Control: no-store", "Cross-Origin-Opener-Policy: same-origin",
-                       "Cross-Origin-Resource-Policy: same-origin",
-                       "Content-Security-Policy: default-src 'none'"):
-            self.assertIn(f"\r\n{header}", head)
+        self.assertTrue(policy.startswith("default-src 'none'; "))
 
     def test_who_listens_on_what(self):
-        options = queuectl.WebOptions("127.0.0.1", 8080, False, True, None, None)
-        site = queuectl.site_of(options, "127.0.0.1", {}, ["lab.example"])
+        args = argparse.Namespace(host="127.0.0.1", port=8080, read_only=False,
+                                  no_auth=False, tls_cert=None)
+        site = queuectl.site_of(args, "127.0.0.1", {}, ["lab.example"])
         self.assertRegex(site.token, "^[0-9a-f]{48}$")
         self.assertNotIn("lab", site.hosts)
-        wide = queuectl.site_of(options._replace(host="0.0.0.0"), "0.0.0.0",
-                                {"QUEUECTL_TOKEN": "t"}, ["lab.example"])
+        args.host = "0.0.0.0"
+        wide = queuectl.site_of(args, "0.0.0.0", {"QUEUECTL_TOKEN": "t"}, ["lab.example"])
         self.assertEqual((wide.token, wide.is_wide), ("t", True))
         self.assertLessEqual({"lab", "lab.example", "localhost"}, wide.hosts)
-        free = options._replace(needs_token=False)
-        self.assertEqual(queuectl.site_of(free, "::1", {}, []).token, "")
-        for given, address, environ in (
-                (free, "0.0.0.0", {}), (free, "10.0.0.1", {}),
-                (options, "::1", {"QUEUECTL_TOKEN": "a b"}),
-                (options, "::1", {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
+        for no_auth, address, environ in (
+                (True, "0.0.0.0", {}), (True, "10.0.0.1", {}),
+                (False, "::1", {"QUEUECTL_TOKEN": "a b"}),
+                (False, "::1", {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
+            args.no_auth = no_auth
             with self.assertRaises(queuectl.QueueError):
-                queuectl.site_of(given, address, environ, [])
+                queuectl.site_of(args, address, environ, [])
+        args.no_auth = True
+        self.assertEqual(queuectl.site_of(args, "::1", {}, []).token, "")
 
     def test_a_reader_bounds_bytes_and_time(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        reader = queuectl.Reader(ours)
-        theirs.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nhalf a line")
-        self.assertTrue(reader.wait(1))
-        reader.allow(100, 0.05)
-        self.assertEqual(reader.readline(), b"GET / HTTP/1.1\r\n")
-        self.assertEqual(reader.readline(), b"Host: x\r\n")
-        with self.assertRaises(TimeoutError):
-            reader.readline()
-        theirs.sendall(b"x" * 200)
-        reader.allow(100, 1)
-        with self.assertRaises(queuectl.HeadTooLarge):
-            reader.readline()
-        theirs.close()
-        reader.allow(1000, 1)
-        with self.assertRaises(ConnectionError):
-            reader.readline()
+        def reader(*pieces):
+            ours, theirs = socket.socketpair()
+            self.addCleanup(ours.close)
+            self.addCleanup(theirs.close)
+            for piece in pieces:
+                theirs.sendall(piece)
+            return theirs, queuectl.Reader(ours)
 
-    def test_the_most_silent_makes_room_and_the_busy_stay(self):
+        theirs, ours = reader(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbody, and half a line")
+        self.assertTrue(ours.wait(1))
+        self.assertEqual(ours.head(0.05), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertEqual(ours.read(4, 0.05), b"body")
+        for read in (ours.head, lambda seconds: ours.read(99, seconds)):
+            with self.assertRaises(queuectl.Refused) as caught:
+                read(0.05)
+            self.assertEqual(caught.exception.status, 408)
+        theirs.close()
+        with self.assertRaises(ConnectionError):
+            ours.head(1)
+        self.assertEqual(ours.read(99, 1), b", and half a line")
+        self.assertFalse(ours.wait(1))
+        for pieces in ((b"x" * (queuectl.MAX_HEAD + 1),),
+                       (b"x" * queuectl.MAX_HEAD, b"\r\n\r\n")):
+            with self.assertRaises(queuectl.Refused) as caught:
+                reader(*pieces)[1].head(1)
+            self.assertEqual(caught.exception.status, 431)
+
+    def test_the_longest_idle_client_is_dropped_and_the_busy_stay(self):
         connections, pairs = queuectl.Connections(), [socket.socketpair() for _ in range(3)]
         for sock in [one for pair in pairs for one in pair]:
             self.addCleanup(sock.close)
         first, second, third = (pair[0] for pair in pairs)
-        connections._silent = dict.fromkeys(range(queuectl.MAX_CONNECTIONS - 2))
-        for sock in (first, second):
+        others = [mock.Mock() for _ in range(queuectl.MAX_CONNECTIONS - 2)]
+        for sock in (*others, first, second):
             self.assertTrue(connections.enter(sock))
-            connections.note_asking(sock)
-        connections._silent = {second: None}
-        connections._busy = {first, *range(queuectl.MAX_CONNECTIONS - 2)}
+            connections.mark_busy(sock)
+        self.assertFalse(connections.enter(third))
+        connections.mark_idle(second)
         self.assertTrue(connections.enter(third))
-        self.assertEqual(pairs[1][1].recv(1), b"")      # second was cut off
-        with self.assertRaises(ConnectionError):
-            connections.note_asking(second)
-        with self.assertRaises(ConnectionError):
-            connections.check(second)
-        connections.note_answered(second)
-        self.assertNotIn(second, connections._silent)
-        connections.note_asking(third)
+        self.assertEqual(pairs[1][1].recv(1), b"")      # second was dropped
+        for note in (connections.mark_busy, connections.check):
+            with self.assertRaises(ConnectionError):
+                note(second)
+        connections.mark_idle(second)       # changes nothing
+        connections.mark_busy(third)
         self.assertFalse(connections.enter(second))
+        connections.leave(first)
+        self.assertTrue(connections.enter(first))
+        self.assertEqual(connections.drop_idle(), queuectl.MAX_CONNECTIONS - 1)
 
     def test_the_refusal_of_one_too_many_is_whole(self):
         head, _, body = queuectl.BUSY_REPLY.partition(b"\r\n\r\n")
         self.assertIn(f"Content-Length: {len(body)}\r\n".encode(), head)
         self.assertIn("error", json.loads(body))
 
-    def test_a_stream_that_is_too_far_behind_is_dropped(self):
-        stream = queuectl.Subscriber(0)
-        self.assertTrue(stream.put(b"x"))
-        self.assertEqual(stream.take(0), b"x")
-        self.assertEqual(stream.take(0.001), b"")
-        self.assertFalse(stream.put(b"x" * (queuectl.FEED_BUFFER + 1)))
-        self.assertIsNone(stream.take(0))
-
-    def test_a_watch_tells_changes_or_that_there_were_too_many(self):
-        watch = queuectl.Watch(Queue(self.path), self.queue.last_event())
-        self.addCleanup(watch._queue.close)
-        self.assertIn(b"event: status", watch.look(0.0))
+    def test_a_feed_sends_changes_or_that_there_were_too_many(self):
+        feed, queue = queuectl.Feed(self.path), Queue(self.path)
+        self.addCleanup(queue.close)
+        news, seq = feed.look(queue, 0, 0.0)
+        self.assertIn(b"event: status", news)
         self.job(id="one")
-        news = watch.look(0.1).decode()
-        self.assertEqual(news, 'id: 1\nevent: change\ndata: {"id": "one", "from": null, '
-                         f'"to": "pending", "at": "{queuectl.iso(NOON)}", "reason": '
+        news, seq = feed.look(queue, seq, 0.1)
+        self.assertEqual(news.decode(), 'id: 1\nevent: change\ndata: {"id": "one", "from": '
+                         f'null, "to": "pending", "at": "{queuectl.iso(NOON)}", "reason": '
                          '"enqueued"}\n\n')
-        self.assertRegex(watch.look(0.6).decode(), '^event: status\ndata: .*"pending": 1')
-        self.assertEqual(watch.look(6.0), b"")
+        self.assertRegex(feed.look(queue, seq, 0.6)[0].decode(),
+                         '^event: status\ndata: .*"pending": 1')
+        self.assertEqual(feed.look(queue, seq, 6.0), (b"", 1))
         self.jobs(queuectl.FEED_BATCH + 1)
-        self.assertTrue(watch.look(7.0).startswith(b"id: 1002\nevent: resync\ndata: {}\n\n"))
+        news, seq = feed.look(queue, seq, 7.0)
+        self.assertTrue(news.startswith(b"id: 1002\nevent: resync\ndata: {}\n\n"))
+        self.assertEqual(seq, 1002)
+
+    def test_a_stream_that_is_too_far_behind_is_dropped_and_all_end_at_the_stop(self):
+        feed = queuectl.Feed(self.path)
+        slow, begin = feed.join(self.queue, -1)
+        self.assertIn(b"event: status", begin)
+        self.assertIn(b"event: status", feed.take(slow, 9))     # the thread's first look
+        quick, _ = feed.join(self.queue, -1)
+        self.assertEqual(feed.take(quick, 0.001), b"")
+        for _ in range(queuectl.FEED_PIECES + 1):
+            feed.add(b"x", 0)
+            self.assertEqual(feed.take(quick, 0), b"x")
+        self.assertIsNone(feed.take(slow, 0))
+        feed.stop()
+        self.assertIsNone(feed.take(quick, 9))
+        with self.assertRaises(queuectl.Refused):
+            feed.join(self.queue, -1)
 
 
 SAMPLE = r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)$'
@@ -5818,12 +5848,6 @@ class Metrics(Case):
         self.a_busy_hour(self.queue, self.worker())
         families = list(parser.text_string_to_metric_families(self.scrape(self.queue)))
         self.assertEqual(len(families), 14)
-
-    def test_a_header_that_comes_twice_is_a_list(self):
-        message = http.client.parse_headers(io.BytesIO(
-            b"Accept: a\r\nAccept: b\r\nCookie: a=1\r\nCookie: b=2\r\n\r\n"))
-        self.assertEqual(queuectl._headers_of(message),
-                         {"accept": "a, b", "cookie": "a=1; b=2"})
 
     def test_labels_are_escaped(self):
         scrape = self.queue.scrape()._replace(oldest={}, paused={'a"b\\c\nd': True})
@@ -7672,8 +7696,8 @@ class WebServer(Processes):
             reply = client.getresponse()
             return reply.status, reply.headers, reply.read()
 
-    def say(self, port, said):
-        """The status that raw bytes are answered with; 0: closed without a reply."""
+    def read_all(self, port, said):
+        """All that raw bytes are answered with, until the server closes."""
         sock = self.connect(port)
         with contextlib.suppress(OSError):      # it may close before all is sent
             sock.sendall(said)
@@ -7683,6 +7707,11 @@ class WebServer(Processes):
         with contextlib.suppress(ConnectionError):
             while piece := sock.recv(65536):
                 reply += piece
+        return reply
+
+    def say(self, port, said):
+        """The status that raw bytes are answered with; 0: closed without a reply."""
+        reply = self.read_all(port, said)
         if reply.startswith(b"HTTP/1.1 4"):
             head, _, body = reply.partition(b"\r\n\r\n")
             size = int(re.search(rb"Content-Length: (\d+)", head)[1])
@@ -7722,6 +7751,10 @@ class WebServer(Processes):
         client.request("GET", f"/?token={TOKEN}")
         reply = client.getresponse()
         reply.read()
+        self.assertTrue(reply.headers["Date"].endswith(" GMT"))
+        for header, text in (*queuectl.HEADERS, (
+                "Content-Security-Policy", queuectl.page_policy(queuectl.PAGE))):
+            self.assertEqual(reply.headers[header], text)
         cookie = reply.headers["Set-Cookie"].split(";")[0]
         self.assertEqual((reply.status, reply.headers["Location"]), (303, "/"))
         self.assertTrue(cookie.startswith("queuectl_"))
@@ -7756,7 +7789,17 @@ class WebServer(Processes):
                 ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
                 ("HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + BEARER + b"\r\n", 200),
                 ("two Hosts", b"GET / HTTP/1.1\r\nHost: evil\r\n" + BEARER + b"\r\n", 400),
-                ("a folded header", get + b"X: a\r\n Origin: b\r\n\r\n", 200),
+                ("a folded header", get + b"X: a\r\n Origin: b\r\n\r\n", 400),
+                ("a bare CR", get + b"X: a\rContent-Length: 15\r\n\r\n", 400),
+                ("a NUL in a header", get + b"X: a\0b\r\n\r\n", 400),
+                ("a bare LF", get.replace(b"\r\n", b"\n") + b"\n", 400),
+                ("one bare LF", get + b"X: a\nY: b\r\n\r\n", 400),
+                ("a blank before the colon", get + b"Content-Length : 1\r\n\r\n{", 400),
+                ("a header without a name", get + b": x\r\n\r\n", 400),
+                ("other spaces", b"GET\t/\xa0\x85 HTTP/1.1\r\n" + BEARER + b"\r\n", 400),
+                ("letters of Latin-1", get + b"X: \xe9\t\r\n\r\n", 200),
+                ("a health check of old", b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+                ("an old client without a token", b"GET /api/status HTTP/1.0\r\n\r\n", 401),
                 ("a line without a colon", get + b"what\r\nOrigin: null\r\n\r\n", 400),
                 ("an endless line", b"GET /" + b"a" * 200_000, 431),
                 ("an endless header", get + b"X: " + b"a" * 200_000, 431),
@@ -7792,6 +7835,29 @@ class WebServer(Processes):
         self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
         self.assertEqual(ids(self.queue.jobs()), ["one"])
         self.assertNotIn("internal", self.read("web.log"))
+
+    def test_how_long_a_connection_lasts(self):
+        _, port = self.web()
+        for name, first, count in (
+                ("HTTP/1.1", b"GET /healthz HTTP/1.1\r\n" + BEARER, 2),
+                ("a refusal", b"GET /nothing HTTP/1.1\r\n" + BEARER, 2),
+                ("HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + BEARER, 1),
+                ("close", b"GET /healthz HTTP/1.1\r\nConnection: close\r\n" + BEARER, 1),
+                ("close and TE", b"GET /healthz HTTP/1.1\r\nConnection: Close, TE\r\n"
+                 + BEARER, 1),
+                ("a refused body", b"GET /metrics HTTP/1.1\r\nContent-Length: 9\r\n"
+                 + BEARER, 1)):
+            with self.subTest(name):
+                said = self.read_all(port, first + b"\r\nGET /healthz HTTP/1.1\r\n"
+                                     + BEARER + b"\r\n")
+                self.assertEqual(said.count(b"HTTP/1.1 "), count)
+        for target in (b"/nothing", b"/healthz"):
+            said = self.read_all(port, b"HEAD %s HTTP/1.1\r\n%s\r\n" % (target, BEARER))
+            self.assertTrue(said.endswith(b"\r\n\r\n"), said)
+        said = self.read_all(
+            port, POST + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n"
+            b'{"command":"x"}')
+        self.assertRegex(said, rb"^HTTP/1\.1 100 Continue\r\n\r\nHTTP/1\.1 201 ")
 
     def test_slow_and_idle_clients_hold_up_no_other(self):
         _, port = self.web()
