@@ -10665,7 +10665,7 @@ def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
         -> {"state": ["dead", "failed"], "limit": 5}
 
     Blank text is as good as none. An unknown name is refused: ignoring a mistyped
-    filter would return too much. So is a second value: readers disagree on which counts.
+    filter would return too much. So is a second value: readers disagree on it.
     """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
