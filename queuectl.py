@@ -6576,6 +6576,16 @@ def job_object(job: Job) -> dict[str, Any]:
     return as_json("Job", job)
 
 
+def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
+    """Why it waits, apart from its time; where it runs; or what went wrong."""
+    if job.state == PENDING:
+        return ", ".join(one.message for one in hindrances if one.code != "due") or (
+            "" if job.waits == SCHEDULED else "waits for a free slot")
+    if job.state == PROCESSING:
+        return f"on {job.worker}"
+    return (job.error or "") if job.state != COMPLETED else ""
+
+
 def run_object(run: Run) -> dict[str, Any]:
     # Output is bytes of any kind, JSON is text: what is not UTF-8 becomes U+FFFD.
     output = readable(run.output, run.output_bytes)
@@ -10759,8 +10769,12 @@ def get_page(queue: Queue, request: Request) -> Reply:
 
 def get_session(queue: Queue, request: Request) -> Reply:
     """Who is asking, and of what."""
-    return _json_reply({"role": request.role, "version": __version__,
-                        "database": queue.path})
+    verbs = (*((verb, MOVES[verb].sources) for verb in ("retry", "cancel")),
+             ("delete", (*WAITING, *OVER)))
+    return _json_reply({
+        "role": request.role, "version": __version__, "database": queue.path,
+        "actions": {state: [verb for verb, states in verbs if state in states]
+                    for state in STATES}})
 
 
 def get_status(queue: Queue, request: Request) -> Reply:
@@ -10806,9 +10820,12 @@ def get_jobs(queue: Queue, request: Request) -> Reply:
     jobs = queue.jobs(params.get("state", ()), limit=limit + 1,
                       before=params.get("after"), queue=params.get("queue"),
                       tag=params.get("tag"), search=params.get("search"))
-    return _json_reply({"jobs": [job_object(job) for job in jobs[:limit]],
-                        "next": str(jobs[limit - 1].seq) if len(jobs) > limit
-                        else None})
+    hindrances = queue.hindrances(jobs[:limit])
+    return _json_reply({
+        "jobs": [job_object(job) for job in jobs[:limit]],
+        "next": str(jobs[limit - 1].seq) if len(jobs) > limit else None,
+        "notes": {job.id: note_of(job, hindrances.get(job.id, ()))
+                  for job in jobs[:limit]}})
 
 
 def get_job(queue: Queue, request: Request) -> Reply:
@@ -10989,11 +11006,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": {**object_schema({"error": _TEXT, "hint": _TEXT, "key": _TEXT,
                                "item": _AMOUNT}), "required": ["error"]},
     "Session": object_schema({"role": {"type": "string", "enum": list(ROLES)},
-                              "version": _TEXT, "database": _TEXT}),
+                              "version": _TEXT, "database": _TEXT,
+                              "actions": object_schema(dict.fromkeys(
+                                  STATES, array_schema(_TEXT)))}),
     "History": object_schema({"minutes": array_schema(
         object_schema(SHAPES["Minute"]))}),
-    "Page": object_schema({"jobs": array_schema(object_schema(SHAPES["Job"])),
-                           "next": _or_null(_TEXT)}),
+    "Page": object_schema({
+        "jobs": array_schema(object_schema(SHAPES["Job"])), "next": _or_null(_TEXT),
+        "notes": {"type": "object", "additionalProperties": _TEXT}}),
     "Paused": object_schema({"paused": array_schema(_TEXT)}),
     "Health": object_schema({"status": {"const": "ok"}}),
     # `required` alone would forbid {"delay": 5, "run_at": null}, which is accepted.

@@ -4485,6 +4485,20 @@ class Views(Case):
             "next: Fri 2027-01-15 17:10+09:00, Fri 2027-01-15 17:20+09:00, "
             "Fri 2027-01-15 17:30+09:00"])
 
+    def test_a_note_says_why_a_job_does_not_run_or_what_went_wrong(self):
+        self.job(id="dead", max_retries=1)
+        self.end(self.claim(), 1)
+        for name, fields, note in (("later", {"delay": 60}, ""),
+                                   ("next", {"after": ["dead"]}, "after dead (dead)"),
+                                   ("free", {}, "waits for a free slot")):
+            job = self.job(id=name, **fields)
+            found = [one for one in self.queue.hindrances([job])[name]
+                     if one.code != "no-worker"]
+            self.assertEqual(queuectl.note_of(job, found), note)
+        for state, note in ((COMPLETED, ""), (PROCESSING, "on box"), (DEAD, "oh")):
+            self.assertEqual(queuectl.note_of(
+                job._replace(state=state, worker="box", error="oh"), ()), note)
+
     def test_a_change_is_one_line_that_no_terminal_obeys(self):
         event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
         at = queuectl.local_time(NOON, NOON, "milliseconds")
@@ -5371,7 +5385,9 @@ class Web(Case):
             printed = json.loads(run_cli("--db", self.path, *argv, "--json")[1])
             self.assertEqual(self.told("GET", f"/api/{target}"), printed)
         printed = json.loads(run_cli("--db", self.path, "list", "--json")[1])
-        self.assertEqual(self.told("GET", "/api/jobs"), {"jobs": printed, "next": None})
+        self.assertEqual(self.told("GET", "/api/jobs"), {
+            "jobs": printed, "next": None,
+            "notes": {job["id"]: job["error"] or "waits for a free slot" for job in printed}})
 
     def test_who_may_do_what(self):
         self.a_dead_job()
