@@ -436,6 +436,15 @@ class Worker(NamedTuple):
     heartbeat_at: str
     heartbeats: int             # grows with each heartbeat
     stop_requested: str | None  # DRAIN or NOW: somebody wants it stopped
+    # Not in the table, and only in what Queue.workers() returns:
+    is_alive: bool | None = None        # None: on another machine
+    is_expired: bool = False             # no heartbeat for a lease: not counted
+    late_after: float = math.inf        # seconds; without a heartbeat it is called late
+    running: Sequence[Job] = ()
+
+    def takes(self, queue: str) -> bool:
+        """Return True if it runs jobs of that queue."""
+        return not self.queues or queue in self.queues
 
 
 class Event(NamedTuple):
@@ -651,38 +660,22 @@ class Finding(NamedTuple):
     hint: str                   # what to do; "": nothing, or who knows
 
 
-class WorkerView(NamedTuple):
-    """A worker with what it runs; `is_alive` is None on another machine."""
-    worker: Worker
-    is_alive: bool | None
-    running: list[Job]
-    heartbeat: float            # seconds between two signs of life, as configured
-    is_silent: bool = False     # `has_gone_silent`: it does not count as running
-
-
 class Scrape(NamedTuple):
     """What the metrics tell, all of one moment."""
     jobs: dict[tuple[str, str], int]                    # by queue and state
     tallies: list[tuple[str, str, int, int, float]]     # of all time
     oldest: dict[str, float]        # seconds since the first in line became due
     paused: dict[str, bool]         # by queue
-    workers: list[WorkerView]
+    workers: list[Worker]
     database_bytes: int
     schedules: list[Schedule]
     blocked: int                    # jobs that cannot run until another is retried
 
 
-class Scene(NamedTuple):
-    """What matters to every job that waits: read once for a whole list of them."""
-    workers: list[Worker]
-    queues: dict[str, QueueView]
-    all_paused: bool
-
-
 class Status(NamedTuple):
     """The first screen."""
     counts: dict[str, int]          # by state; all states are there
-    workers: list[WorkerView]
+    workers: list[Worker]
     paused: list[str]
     next_due: Job | None
     database: str
@@ -1044,8 +1037,8 @@ def lease_of(settings: Settings) -> float:
     return max(settings.lease, 3 * settings.heartbeat)
 
 
-def has_gone_silent(worker: Worker, is_alive: bool | None, now: float,
-                    settings: Settings) -> bool:
+def has_expired(worker: Worker, is_alive: bool | None, now: float,
+                settings: Settings) -> bool:
     """Return True if a worker that cannot be asked last sent a heartbeat a lease ago.
 
     By two wall clocks: for what people read, never a reason to take over its runs.
@@ -2696,7 +2689,7 @@ class Sql:
     # Workers. One that was taken for dead comes back with its old id, which its lock
     # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
     # last, and never two clocks.
-    INSERT_WORKER = _insert("workers", *Worker._fields)
+    INSERT_WORKER = _insert("workers", *Worker._fields[:13])
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
     HEARTBEAT = """
@@ -4618,22 +4611,21 @@ class Ledger:
 
 
 # ---- 10 Queue ----------------------------------------------------------------
-# The library: what people and programs ask of a queue. Commands and API are thin layers
-# on it; Claims and Peers are its counterpart for workers. A method that changes
-# something checks what it was given before the transaction where it can, so that nobody
-# waits for the write lock meanwhile; has the ledger do it within (I1); and wakes the
-# workers after the commit: one woken before would look too early, and find nothing.
-# What is called within a transaction reads through the same connection, so it sees what
-# that has written.
+# The library. A method that changes something checks its arguments before it takes the
+# write lock, where it can, and wakes the workers after the commit: one that looked
+# before would find nothing. What it calls within a transaction reads through the same
+# connection, so it sees what that has written.
 
-SWEEP_BATCH = 100      # jobs changed in one transaction: some 10 ms of write lock
-SWEEP_PAUSE = 0.003    # seconds between two such: who waits for the lock looks each ms
+SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write lock
+# Seconds between two of these: a writer that waits tries each millisecond. Without the
+# pause a purge of half a million jobs kept all others out for seconds.
+SWEEP_PAUSE = 0.003
 DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
-WATCH_TICK = 0.02      # seconds between two looks whether something was committed
+WATCH_TICK = 0.02       # seconds between two looks for commits; a look takes 5 us
 
 
 def current_directory() -> str:
-    """Where jobs run that say nothing else; Invalid if that cannot be kept."""
+    """Where jobs run that name no cwd; Invalid if it cannot be stored."""
     try:
         return as_utf8(os.getcwd())
     except FileNotFoundError:
@@ -4643,40 +4635,13 @@ def current_directory() -> str:
                       "cwd") from None
 
 
-def _progress_of(seen: Iterable[Job], over: Mapping[str, Job]) -> Progress:
-    """How far some jobs are: those just seen, and those that are over.
-
-    Some of those just seen may be over as well; they count once, as these.
-    """
-    states = [job.state for job in seen]
-    completed = sum(job.state == COMPLETED for job in over.values())
-    return Progress(sum(state in WAITING for state in states),
-                    states.count(PROCESSING), completed, len(over) - completed)
-
-
 def _states(state: str | Sequence[str]) -> list[str]:
-    """The states that are asked for, each once; []: any. Invalid."""
     return list(dict.fromkeys(map(
         parse_state, [state] if isinstance(state, str) else state)))
 
 
-def _ended(state: str | Sequence[str]) -> Sequence[str]:
-    """The states that are asked for, by default all of OVER; Invalid for others.
-
-    A failed job has an end as well, that of its last run, but it waits.
-    """
-    states = _states(state)
-    if not {*states} <= {*OVER}:
-        raise Invalid("`older_than` counts from a job's end",
-                      "it fits " + ", ".join(OVER))
-    return states or OVER
-
-
 def _bound(wanted: Filter) -> dict[str, Any]:
-    """The values of a filter, as the statements take them.
-
-    Only what has a value, for `Sql.listing` makes a clause for each key that is there.
-    """
+    """The values of a filter; Sql.listing makes a clause for each key."""
     values = {key: value for key, value in wanted._asdict().items()
               if value is not None}
     if wanted.search is not None:
@@ -4684,23 +4649,23 @@ def _bound(wanted: Filter) -> dict[str, Any]:
     return {"before": END_OF_TIME, **values}
 
 
-def timed_out(what: str) -> Refused:
-    """The time is over that the caller was willing to wait."""
-    error = Refused("not-finished", f"{what} not over yet",
-                    "wait longer, or see `queuectl list`")
-    error.exit_status = EX_TIMEOUT
-    return error
+def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
+           seq: int = 0) -> Event:
+    return Event(id, source, target, at, reason or usual_reason(source, target), seq)
+
+
+def _refuse(why: QueueError) -> NoReturn:
+    raise why
 
 
 class Queue:
     """The promises: each public method is one transaction, or reads.
 
-    `path` is the database's; it is made if it is not there, unless `create` is false
-    (Refused). One object may be shared by threads, not by processes: after a fork
-    each opens its own. All methods may raise Unavailable, or Refused for a damaged
-    file, and all that change something Gone, if the file has lost its name.
-
-    `clock` tells epoch seconds; what is waited for goes by the monotonic clock.
+    The database at `path` is created if it is missing, unless `create` is false (then
+    Refused). Threads may share an object, processes may not: after a fork each opens
+    its own. All methods may raise Unavailable, or Refused for a damaged file; those
+    that change something also Gone, if the file was deleted. `clock` returns epoch
+    seconds; timeouts go by the monotonic clock.
 
         with Queue("queue.db") as queue:
             job = queue.enqueue("make test", priority=5, delay="10m", tags=["ci"])
@@ -4731,27 +4696,20 @@ class Queue:
     def enqueue(self, command: str | None = None, **fields: Any) -> Job:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
-        Raises Invalid (with the `key` at fault) and Conflict. With `unique`,
-        returns the job that has that key already, if one is not over yet: with the
-        command and the fields that it has, whatever was asked for here.
+        Raises Invalid (with the `key` at fault) and Conflict. If the `unique` or `once`
+        key is taken, returns the job that has it, unchanged.
         """
         return self.enqueue_many([{"command": command, **fields}])[0]
 
     def enqueue_many(self, jobs: Iterable[Job | dict[str, Any]]) -> list[Job]:
-        """Add all of them or none, in order: keys of job objects, or from `new_job`.
+        """Add all of these jobs or none; in order. They may name each other in `after`.
 
-        Raises as `enqueue`, with the number of the one at fault in `item`, from 0. They
-        may come `after` each other. A `delay` counts from the call, `created_at` from
-        the transaction: in between lies the wait for the write lock.
+        Raises as `enqueue`, with the number of the job at fault in `item`, from 0.
         """
         return self.add(jobs)[0]
 
     def add(self, jobs: Iterable[Job | dict[str, Any]]) -> tuple[list[Job], int]:
-        """As `enqueue_many`; the jobs, and how many of them are new.
-
-        The others were there already: they have the `unique` or `once` key of a job
-        that was to be added.
-        """
+        """As `enqueue_many`; also returns how many of the jobs are new."""
         now, wanted = self.clock(), list[Job]()
         for item, given in enumerate(jobs):
             with at_item(item):
@@ -4759,7 +4717,7 @@ class Queue:
                 wanted.append(job if job.cwd
                               else job._replace(cwd=current_directory()))
         with self.store.transaction() as store:
-            begun = self.clock()
+            begun = self.clock()    # a delay counts from the call: see since_set_back
             added = store.add([
                 job if not job.run_at or job.at_time else
                 job._replace(run_at=since_set_back(job.run_at, now, begun))
@@ -4767,7 +4725,7 @@ class Queue:
         self.wake(NEW_JOBS)
         return added
 
-    # Looking.
+    # Jobs.
 
     def job(self, job_id: str) -> Job:
         """The job of that id, else NotFound."""
@@ -4777,9 +4735,8 @@ class Queue:
              limit: int = 0, **filters: Any) -> list[Job]:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
-        `filters` are the fields of a Filter; of `tag` and `search` one each. Raises
-        Invalid for an unknown state or sort, TypeError for an unknown filter.
-        `sort` is a key of ORDERS.
+        `sort` is a key of ORDERS, `filters` are fields of Filter. Raises Invalid for an
+        unknown state or sort, TypeError for an unknown filter.
         """
         if sort not in ORDERS:
             raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
@@ -4795,11 +4752,7 @@ class Queue:
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
-        """As `jobs`, newest first, read by the thousand to spare memory.
-
-        It goes on below the last seq, not by an offset: a job that is deleted meanwhile
-        lets none be passed over, and one that is added is newer than where it began.
-        """
+        """As `jobs`, newest first, read by the thousand to spare memory."""
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
             page = self.jobs(state, "newest", min(PAGE_SIZE, left), before=before,
@@ -4810,7 +4763,7 @@ class Queue:
             before, left = page[-1].seq, left - len(page)
 
     def runs(self, job_id: str) -> list[Run]:
-        """The history of a job's runs, oldest first, each with the output it kept."""
+        """All runs of a job, oldest first, with the output that was kept."""
         job = self.store.job(job_id)
         return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
 
@@ -4823,7 +4776,7 @@ class Queue:
     def run(self, job_id: str, number: int | None = None) -> Run:
         """One run of a job, by default the last, also while it runs; else NotFound.
 
-        `number` counts the job's runs from 1, also those that were lost or requeued.
+        `number` counts all runs of the job from 1, also lost and released ones.
         """
         job = self.store.job(job_id)
         row = self.store.row(Sql.RUN, job=job.seq,
@@ -4836,12 +4789,7 @@ class Queue:
 
     def fresh_run(self, job_id: str, number: int | None = None,
                   patience: float = PEEK_PATIENCE) -> Run:
-        """A run with its output as of now: one that is under way is asked for it.
-
-        The output of what runs is stored with a heartbeat, or if somebody asks: to
-        store each piece as it comes would be an fsync for each. Where its worker does
-        not answer in `patience` seconds, it is what was stored last.
-        """
+        """As `run`, with the output up to now of a run under way."""
         run = self.run(job_id, number)
         if run.outcome is None:
             self.peek(patience)
@@ -4849,8 +4797,10 @@ class Queue:
         return run
 
     def peek(self, patience: float = PEEK_PATIENCE) -> None:
-        """Have the workers store what running commands have printed; so many seconds at
-        most, and less if anything else is committed meanwhile.
+        """Have the workers store the output of running commands, and wait up to
+        `patience` seconds for it, or for any other commit.
+
+        Otherwise they store it with each heartbeat: each write costs an fsync.
         """
         seen = self.store.changes()
         if self.wake(PEEK):
@@ -4859,113 +4809,30 @@ class Queue:
     def events(self, job_id: str) -> list[Event]:
         """The changes of a job's state, oldest first; the first has the source None."""
         job = self.store.job(job_id)
-        return [Event(id, source, target, at, reason or usual_reason(source, target))
-                for id, source, target, at, reason
-                in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
+        return [_event(*row) for row in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
 
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
         """The changes after the `seq`-th, oldest first; `since` is a stored time.
 
-        Those of a job go when it is deleted. A commit's come after those of all earlier
-        commits, so the last one's `seq` is the place to go on from.
+        Deleted jobs have none. `seq` grows in the order of commits, so a reader
+        continues from the `seq` of the last one.
         """
-        return [Event(id, source, target, at, reason or usual_reason(source, target),
-                      number)
-                for id, source, target, at, reason, number in self.store.rows(
-                    Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
+        return [_event(*row) for row in self.store.rows(
+            Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
-        """The `seq` of the latest change of all; 0: there was none yet.
-
-        It does not fall when jobs are deleted with their events, so a reader that
-        continues from there misses nothing.
-        """
+        """The `seq` of the latest change, 0 if there was none; it never falls."""
         return int(self.store.rows(Sql.COUNTERS)[0][2])
 
-    def counts(self, queue: str | None = None) -> dict[str, int]:
-        """How many jobs there are in each state; also those that have none: 0.
-
-        From the table of counters (I8). To count a million rows takes 70 to 150 ms,
-        even by an index.
-        """
-        counts = dict.fromkeys(STATES, 0)
-        for (name, state), n in self.store.counts().items():
-            if queue in (None, name):
-                counts[state] += n
-        return counts
-
-    def status(self) -> Status:
-        """What the first screen shows: several reads, so not all of one moment."""
-        due, counts = self.store.jobs(Sql.NEXT_DUE), self.counts()
-        paused = [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused]
-        schedules = sorted((one for one in self.schedules() if not one.paused),
-                           key=lambda one: one.next_run)
-        blocked = self.count_stuck() if counts[DEAD] + counts[CANCELLED] \
-            and counts[PENDING] else 0
-        workers = self.workers()
-        return Status(counts, workers, paused, due[0] if due else None, self.path,
-                      schedules[0] if schedules else None, blocked,
-                      self.unserved([view.worker for view in workers]))
-
-    def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
-        """Due jobs and overdue schedules without a worker, a line for each, the oldest
-        first; none while all queues are paused.
-        """
-        now = self.clock()
-        queues = [view.name for view in self.queues() if not view.paused and not any(
-            not one.queues or view.name in one.queues for one in workers)]
-        missing = "no worker takes it" if workers else "no worker is running"
-        found = []
-        for queue, seconds in self._oldest(queues, now).items():
-            if queue not in queues:
-                continue
-            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
-                                    most=DUE_COUNTED)
-            more = "+" * (n == DUE_COUNTED)
-            found.append((seconds, f"queue {queue} has {n}{more} due "
-                          f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
-        found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
-                   f"{span(now - epoch(one.next_run))}") for one in self.schedules()
-                  if not one.paused and not workers and one.next_run <= iso(now)]
-        return [] if self.is_all_paused() else [
-            Finding(WARNING, "no-worker", f"{text}, and {missing}",
-                    "`queuectl worker start` starts one")
-            for _, text in sorted(found, reverse=True)]
-
-    def queues(self) -> list[QueueView]:
-        """The queues that have jobs, a limit or a pause; the default one always."""
-        counts: dict[str, dict[str, int]] = {}
-        for (name, state), n in self.store.counts().items():
-            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
-        known = {name: (bool(paused), limit)
-                 for name, paused, limit in self.store.rows(Sql.QUEUES)}
-        names = sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})
-        return [QueueView(name, *known.get(name, (False, 0)), counts.get(
-            name, dict.fromkeys(STATES, 0))) for name in names]
-
-    def progress(self, queue: str | None = None) -> Progress:
-        """How far the jobs of a queue, or of all, have come.
-
-        What is over is told by counters that outlive the jobs: a bar must not run
-        backwards when a worker deletes what it need not keep. So a job that was retried
-        and is over again counts twice.
-        """
-        counts = self.counts(queue)
-        over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
-        return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
-                        over.get("complete", 0),
-                        over.get("bury", 0) + over.get("cancel", 0))
+    # Waiting.
 
     def await_change(self, seen: int, timeout: float) -> int:
-        """Wait until another process has committed something, so many seconds at most.
+        """Wait up to `timeout` seconds for a commit by another connection; returns
+        `store.changes()`.
 
-        `seen` is what `store.changes()` said before the last read; the number now.
-        Asked for before the read, it lets no commit slip through in between.
-
-        SQLite wakes nobody, and only workers have a socket for wake-ups, so a client
-        looks each WATCH_TICK; a look at data_version costs 5 microseconds. It tells of
-        commits by other connections alone: not by a thread with this very object.
+        `seen` is what that was before the caller's last read, so no commit is missed.
+        SQLite notifies nobody, and only workers have a socket, so this polls.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and (left := end - time.monotonic()) > 0:
@@ -4974,41 +4841,83 @@ class Queue:
 
     def wait(self, *job_ids: str, timeout: float | None = None,
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
-        """Return when these jobs are over, as they are then.
+        """Return these jobs, each once, when all have finished.
 
-        NotFound for one that is not there (any more); Refused after `timeout` seconds
-        (`not-finished`; None: never), and if none of those left can end (`blocked`):
-        they come after a dead or cancelled job, or wait for the job that makes this
-        call. `tell` hears how far they are, with each look.
+        Raises NotFound for one that does not exist (any more), and Refused: after
+        `timeout` seconds (`not-finished`; None: never), or if none of the unfinished
+        ones can end (`blocked`), as they come after a dead or cancelled job, or wait
+        for the job that makes this call. `tell` gets the progress at each look.
 
-        One that was once seen to be over is not looked at again, so a retry or a
-        deletion after that changes nothing; an id given twice comes once.
+        A job counts as it was when it was first seen finished: a later retry or
+        deletion changes nothing.
         """
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        jobs = dict.fromkeys(job_ids, None)
-        over: dict[str, Job] = {}
-        while True:
-            seen, began = self.store.changes(), time.monotonic()
-            left = self._named([job_id for job_id in jobs if job_id not in over])
-            over.update((job.id, job) for job in left if job.state in OVER)
-            tell(_progress_of(left, over))
+        jobs, over = dict.fromkeys(job_ids), dict[str, Job]()
+
+        def look() -> list[Job] | str:
+            seen = self._named([job_id for job_id in jobs if job_id not in over])
+            over.update((job.id, job) for job in seen if job.state in OVER)
+            states = [job.state for job in seen]
+            completed = sum(job.state == COMPLETED for job in over.values())
+            tell(Progress(sum(state in WAITING for state in states),
+                          states.count(PROCESSING), completed, len(over) - completed))
             if len(over) == len(jobs):
                 return [over[job_id] for job_id in jobs]
-            self._refuse_blocked([job for job in left if job.state not in OVER])
+            caller = self.caller()
+            left = [job for job in seen if job.state not in OVER
+                    and (caller is None or job.seq != caller.seq)]
+            if all(job.waits in (READY, BLOCKED) for job in left):
+                ready = [job for job in left if job.waits == READY]
+                stuck = [] if ready else self.stuck_among(left, caller)
+                self._refuse_blocked(caller, ready or left, len(stuck), len(left))
+            return f"{len(jobs) - len(over)} of {len(jobs)} jobs"
+        return self._wait_for(look, timeout)
+
+    def wait_all(self, queue: str | None = None, timeout: float | None = None,
+                 tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+        """Return what has finished since the call, when no job (of the queue) is left,
+        including jobs that are added meanwhile; otherwise as `wait`.
+        """
+        first = self.progress(queue)
+
+        def look() -> Progress | str:
+            now = self.progress(queue).since(first)
+            tell(now)
+            if not now.left:
+                return now
+            caller = self.caller()
+            own = int(caller is not None and queue in (None, caller.queue))
+            if now.running <= own:
+                wanted = {"caller": caller and caller.seq, "queue": queue}
+                stuck = self.store.rows(Sql.COUNT_STUCK, **wanted)[0][0]
+                jobs = self.store.jobs(Sql.LIST_STUCK, limit=1, **wanted) \
+                    if stuck >= now.waiting \
+                    else self.jobs(WAITING, "priority", 1, queue=queue)
+                self._refuse_blocked(caller, jobs, stuck, now.waiting)
+            return f"{now.left} job{'s' * (now.left > 1)}"
+        return self._wait_for(look, timeout)
+
+    def _wait_for(self, look: Callable[[], T | str], timeout: float | None) -> T:
+        """Call `look` until it returns a result; text says what is not over yet."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            seen, began = self.store.changes(), time.monotonic()
+            found = look()
+            if not isinstance(found, str):
+                return found
             now = time.monotonic()
             if now >= end:
-                raise timed_out(f"{len(jobs) - len(over)} of {len(jobs)} jobs")
-            # Each look reads all that are not over yet. Five times as long asleep makes
-            # it a sixth of one core at most, whatever is committed meanwhile.
-            # To look at very many must not become all that this machine does.
+                error = Refused("not-finished", f"{found} not over yet",
+                                "wait longer, or see `queuectl list`")
+                error.exit_status = EX_TIMEOUT
+                raise error
+            # Limit polling to a sixth of a core, however many jobs a look reads.
             time.sleep(min(5 * (now - began), end - now))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
         """The jobs of these ids, in their order; NotFound.
 
-        Their ids go in as one JSON array: one prepared statement for any number, where
-        a list of `?` would be another text for each, of 32766 at most (SQLite's limit).
+        One JSON array, as a list of `?` ends at 32766 of them (SQLite's limit).
         """
         found = {job.id: job for job in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
@@ -5017,36 +4926,42 @@ class Queue:
                 raise no_such_job(job_id)
         return [found[job_id] for job_id in job_ids]
 
-    def wait_all(self, queue: str | None = None, timeout: float | None = None,
-                 tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
-        """Return when no job (of the queue) is left; what came of them meanwhile.
-
-        Refused after `timeout` seconds (None: never), and as in `wait`. Jobs
-        that are added meanwhile are waited for as well. `tell` hears how far they are.
-        """
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        first = self.progress(queue)
-        while True:
-            seen, began = self.store.changes(), time.monotonic()
-            now = self.progress(queue).since(first)
-            tell(now)
-            if not now.left:
-                return now
-            self._refuse_all_blocked(now, queue)
-            if time.monotonic() >= end:
-                raise timed_out(f"{now.left} job{'s' * (now.left > 1)}")
-            time.sleep(max(0.0, min(5 * (time.monotonic() - began),
-                                    end - time.monotonic())))
-            self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
-
     def caller(self) -> Job | None:
-        """The job whose command this process is part of, if it is one of this queue."""
+        """The job of this queue whose command this process is part of, if any."""
         claim, path = (os.environ.get(name, "") for name in (
             "QUEUECTL_CLAIM", "QUEUECTL_DB"))
         if not claim.isdigit() or os.path.realpath(path) != self.path:
             return None
         found = self.store.jobs(Sql.JOB_BY_CLAIM, claim=int(claim))
         return found[0] if found else None
+
+    def _refuse_blocked(self, caller: Job | None, jobs: Sequence[Job], stuck: int,
+                        left: int) -> None:
+        """Refuse if none of `left` jobs can end; `stuck` of them are blocked for good,
+        or by `caller`. The first of `jobs` is named, or needs the slot that `caller`
+        has.
+        """
+        if stuck >= left and not jobs:
+            raise Refused("blocked", f"{caller.id if caller else 'this job'} runs this "
+                          "command, so it cannot end before the command does",
+                          "wait for other jobs, or from outside of the job")
+        if stuck >= left:
+            others = f" (and {stuck - 1} more)" if stuck > 1 else ""
+            raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it comes after "
+                          f"{self.why_stuck(jobs[0])}", "retry or cancel that job, or "
+                          "cancel what comes after it")
+        if not caller or not jobs or jobs[0].waits != READY:
+            return
+        job, limits = jobs[0], {view.name: view.limit for view in self.queues()}
+        workers = [one for one in self.workers() if one.takes(job.queue)]
+        has_last_slot = sum(one.slots for one in workers) == 1 \
+            and caller.worker in [one.name for one in workers]
+        if has_last_slot or (caller.queue == job.queue and limits.get(job.queue) == 1):
+            raise Refused("blocked", f"{job.id} cannot start: {caller.id}, which runs "
+                          "this command, has the only slot for it", "let the job end "
+                          "first, or start another worker")
+
+    # Why jobs wait.
 
     def stuck(self, limit: int, queue: str | None = None) -> list[Job]:
         """Jobs that are blocked for good: they come after a dead or cancelled one."""
@@ -5065,96 +4980,184 @@ class Queue:
 
     def why_stuck(self, job: Job) -> str:
         """What a job that is blocked for good comes after: `build (dead)`."""
-        needed = {one.id: one for one in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after))}
         states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
-        found = sorted((one for one in needed.values() if one.state in states),
-                       key=lambda one: states.index(one.state))
-        return f"{found[0].id} ({found[0].state})" if found else "other jobs"
+        found = sorted((states.index(one.state), one.id) for one in self.store.jobs(
+            Sql.JOBS_NAMED, ids=json.dumps(job.after)) if one.state in states)
+        return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
 
-    def _refuse_blocked(self, left: Sequence[Job]) -> None:
-        """Refuse if none of these unfinished jobs can end."""
-        caller = self.caller()
-        waiting = [job for job in left if caller is None or job.seq != caller.seq]
-        waits = {job.waits: job for job in waiting}
-        if {*waits} - {BLOCKED}:
-            if caller and not {*waits} - {BLOCKED, READY}:
-                self._refuse_slot_of(caller, waits[READY])
-            return
-        if len(self.stuck_among(waiting, caller)) == len(waiting):
-            self._raise_blocked(waiting, caller)
+    def is_all_paused(self) -> bool:
+        """Return True if all queues are paused by one order."""
+        return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
-    def _refuse_all_blocked(self, now: Progress, queue: str | None) -> None:
-        """Refuse if no unfinished job (of the queue) can end."""
-        caller = self.caller()
-        own = int(caller is not None and queue in (None, caller.queue))
-        if now.running > own:
-            return
-        n = self.store.rows(Sql.COUNT_STUCK, caller=caller and caller.seq,
-                            queue=queue)[0][0]
-        if n >= now.waiting:
-            self._raise_blocked(self.store.jobs(
-                Sql.LIST_STUCK, caller=caller and caller.seq, queue=queue, limit=1),
-                caller, n)
-        elif caller:
-            for job in self.jobs(WAITING, "priority", 1, queue=queue):
-                self._refuse_slot_of(caller, job)
+    def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
+        """Why each of these jobs waits, by its id; []: for a slot."""
+        workers = [one for one in self.workers() if not one.is_expired]
+        queues, all_paused = {one.name: one for one in self.queues()}, \
+            self.is_all_paused()
+        found = {}
+        for job in jobs:
+            if job.waits is None:
+                continue
+            # One that does not exist was completed: no other can be deleted.
+            needed = {one.id: one.state for one in self.store.jobs(
+                Sql.JOBS_NAMED, ids=json.dumps(job.after))} \
+                if job.waits == BLOCKED else {}
+            found[job.id] = [Finding(
+                WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
+                f"retry {job_id}, or cancel what comes after it"
+                if needed[job_id] in (DEAD, CANCELLED) else "")
+                for job_id in job.after
+                if needed.get(job_id, COMPLETED) != COMPLETED]
+            queue = queues.get(job.queue) \
+                or QueueView(job.queue, False, 0, {PROCESSING: 0})
+            tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
+                if job.state == FAILED and job.attempts else ""
+            found[job.id] += [Finding(*row) for is_so, *row in (
+                (all_paused, WARNING, "paused", "all queues are paused", ""),
+                (queue.paused, WARNING, "paused", f"queue `{job.queue}` is paused", ""),
+                (queue.limit and queue.counts[PROCESSING] >= queue.limit, WARNING,
+                 "limit", f"queue `{job.queue}` is at its limit {queue.limit}", ""),
+                (job.waits == SCHEDULED, NOTE, "due",
+                 f"due {ago(job.run_at, self.clock())}{tries}", ""),
+                (not workers, WARNING, "no-worker", "no worker is running",
+                 "`queuectl worker start` starts one"),
+                (workers and not any(one.takes(job.queue) for one in workers), WARNING,
+                 "no-worker", f"no worker takes queue `{job.queue}`", "")) if is_so]
+        return found
 
-    def _refuse_slot_of(self, caller: Job, job: Job) -> None:
-        """Refuse if a job waits for the slot or limit that the caller uses."""
-        workers = [view for view in self.workers()
-                   if not view.worker.queues or job.queue in view.worker.queues]
-        limits = {view.name: view.limit for view in self.queues()}
-        one_slot = sum(view.worker.slots for view in workers) == 1 \
-            and caller.worker in [view.worker.name for view in workers]
-        if job.waits == READY and (one_slot or (
-                caller.queue == job.queue and limits.get(job.queue) == 1)):
-            raise Refused("blocked", f"{job.id} cannot start: {caller.id}, which runs "
-                          "this command, has the only slot for it", "let the job end "
-                          "first, or start another worker")
+    def waiting_for(self, job: Job) -> list[str]:
+        """Why a job does not run, as text: one that waits, or has lost its worker."""
+        workers = [one for one in self.workers() if not one.is_expired]
+        if job.state == PROCESSING and all(one.name != job.worker for one in workers):
+            return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
+                    "again"]
+        reasons = [one.message for found in self.hindrances([job]).values()
+                   for one in found]
+        if reasons or job.waits is None:
+            return reasons
+        # Only jobs that could start: not those of paused, full or unserved queues.
+        n = sum(self.store.rows(Sql.BEFORE, queue=view.name, rank=job.rank,
+                                run_at=job.run_at, seq=job.seq)[0][0]
+                for view in self.queues()
+                if not view.paused and any(one.takes(view.name) for one in workers)
+                and (not view.limit or view.counts[PROCESSING] < view.limit))
+        return [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
 
-    def _raise_blocked(self, jobs: Sequence[Job], caller: Job | None,
-                       n: int | None = None) -> None:
-        if not jobs:
-            raise Refused("blocked", f"{caller.id if caller else 'this job'} runs this "
-                          "command, so it cannot end before the command does",
-                          "wait for other jobs, or from outside of the job")
-        count = len(jobs) if n is None else n
-        others = f" (and {count - 1} more)" if count > 1 else ""
-        raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it comes after "
-                      f"{self.why_stuck(jobs[0])}", "retry or cancel that job, or "
-                      "cancel what comes after it")
-
-    def workers(self) -> list[WorkerView]:
-        """The workers that are there, with what each runs; dead ones are not.
-
-        One on another machine is there until a worker or `worker stop` removes it;
-        `is_silent` tells that it has sent no heartbeat for a lease.
+    def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
+        """What waits in these queues (all if none is named) after `--drain`, and why.
         """
-        return self._living(self._views())
+        lines = []
+        for view in self.queues():
+            left = sum(view.counts[state] for state in WAITING)
+            if not left or (queues and view.name not in queues):
+                continue
+            stuck = self.count_stuck(view.name)
+            lines += [f"{stuck} of queue {view.name} cannot run: {job.id} comes after "
+                      f"{self.why_stuck(job)}" for job in self.stuck(1, view.name)]
+            if left > stuck:
+                jobs = self.jobs(WAITING, "run-at", PAGE_SIZE, queue=view.name)
+                found = self.hindrances([
+                    job for job in jobs if job.waits != BLOCKED][:1])
+                why = [f": {job_id} " + (", ".join(
+                    one.message for one in reasons if one.code != "no-worker")
+                    or "is ready") for job_id, reasons in found.items()]
+                lines.append(f"{left - stuck} of queue {view.name}{''.join(why)}")
+        return [f"left waiting: {line}" for line in lines]
 
-    def _views(self) -> list[WorkerView]:
-        """All that the table has, dead or alive."""
+    # The whole queue.
+
+    def counts(self, queue: str | None = None) -> dict[str, int]:
+        """How many jobs are in each state, also 0; from the counters (I8)."""
+        counts = dict.fromkeys(STATES, 0)
+        for (name, state), n in self.store.counts().items():
+            if queue in (None, name):
+                counts[state] += n
+        return counts
+
+    def status(self) -> Status:
+        """What the first screen shows: several reads, so not all of one moment."""
+        counts, workers = self.counts(), self.workers()
+        due = self.store.jobs(Sql.NEXT_DUE)
+        schedule = min((one for one in self.schedules() if not one.paused),
+                       key=lambda one: one.next_run, default=None)
+        may_be_stuck = counts[PENDING] and counts[DEAD] + counts[CANCELLED]
+        return Status(
+            counts, workers,
+            [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused],
+            due[0] if due else None, self.path, schedule,
+            self.count_stuck() if may_be_stuck else 0, self.unserved(workers))
+
+    def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
+        """Due jobs and overdue schedules without a worker, the longest overdue first;
+        none while all queues are paused.
+        """
+        if self.is_all_paused():
+            return []
+        now, found = self.clock(), list[tuple[float, str]]()
+        queues = [view.name for view in self.queues() if not view.paused
+                  and not any(one.takes(view.name) for one in workers)]
+        for queue, seconds in self._oldest(queues, now).items():
+            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
+                                    most=DUE_COUNTED)
+            more = "+" * (n == DUE_COUNTED)
+            found.append((seconds, f"queue {queue} has {n}{more} due "
+                          f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
+        found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
+                   f"{span(now - epoch(one.next_run))}") for one in self.schedules()
+                  if not one.paused and not workers and one.next_run <= iso(now)]
+        missing = "no worker takes it" if workers else "no worker is running"
+        return [Finding(WARNING, "no-worker", f"{text}, and {missing}",
+                        "`queuectl worker start` starts one")
+                for _, text in sorted(found, reverse=True)]
+
+    def queues(self) -> list[QueueView]:
+        """The queues that have jobs, a limit or a pause; the default one always."""
+        counts: dict[str, dict[str, int]] = {}
+        for (name, state), n in self.store.counts().items():
+            counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
+        known = {name: (bool(paused), limit)
+                 for name, paused, limit in self.store.rows(Sql.QUEUES)}
+        return [QueueView(name, *known.get(name, (False, 0)), counts.get(
+            name, dict.fromkeys(STATES, 0)))
+            for name in sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})]
+
+    def progress(self, queue: str | None = None) -> Progress:
+        """How far the jobs of a queue, or of all, have come.
+
+        Finished jobs are counted by tallies that outlive them, so the deletion of jobs
+        turns no bar back; one that was retried and has finished again counts twice.
+        """
+        counts = self.counts(queue)
+        over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
+        return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
+                        over.get("complete", 0),
+                        over.get("bury", 0) + over.get("cancel", 0))
+
+    def workers(self) -> list[Worker]:
+        """The workers that are not dead, with what each runs.
+
+        One on another machine counts until a worker or `worker stop` removes it;
+        `is_expired` tells that it has sent no heartbeat for a lease.
+        """
+        return self._living(self._all_workers())
+
+    def _all_workers(self) -> list[Worker]:
         running: dict[int, list[Job]] = {}
-        for row in self.store.rows(Sql.UNDER_WAY):
-            run = Run(*row)
+        for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
             running.setdefault(run.worker_id, []).extend(
                 self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
-        heartbeat = self.store.settings().heartbeat
-        return [WorkerView(worker, None, running.get(worker.id, []), heartbeat)
+        late_after = 3 * self.store.settings().heartbeat    # one may be late
+        return [worker._replace(late_after=late_after,
+                                running=running.get(worker.id, ()))
                 for worker in self.store.workers()]
 
-    def _living(self, workers: Iterable[WorkerView]) -> list[WorkerView]:
-        """Those of them that are not dead. Asked for outside of a transaction, as it
-        may take a process, `ps` (I9).
-        """
-        now, settings, views = self.clock(), self.store.settings(), list[WorkerView]()
-        for view in workers:
-            is_alive = self.host.is_alive(view.worker)
-            if is_alive is not False:
-                views.append(view._replace(is_alive=is_alive, is_silent=has_gone_silent(
-                    view.worker, is_alive, now, settings)))
-        return views
+    def _living(self, workers: Iterable[Worker]) -> list[Worker]:
+        # Outside of a transaction, as it may run `ps` (I9).
+        now, settings = self.clock(), self.store.settings()
+        found = [(worker, self.host.is_alive(worker)) for worker in workers]
+        return [worker._replace(is_alive=is_alive, is_expired=has_expired(
+            worker, is_alive, now, settings))
+            for worker, is_alive in found if is_alive is not False]
 
     def backup(self, path: str) -> None:
         """Copy the queue as it is now, while workers run; see `SQLite.backup`."""
@@ -5164,148 +5167,31 @@ class Queue:
         """Seconds since the database was made; above 0 also if clocks were set back."""
         return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
 
-    def waiting_for(self, job: Job) -> list[str]:
-        """Why a job does not run, in words: one that waits, or has lost its worker.
-
-        Nothing for any other. Where nothing hinders it: how many are before it.
-        """
-        scene = self._scene()
-        if job.state == PROCESSING and all(
-                worker.name != job.worker for worker in scene.workers):
-            return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
-                    "again"]
-        if job.waits is None:
-            return []
-        reasons = [one.message for one in self._hindrances(job, scene)]
-        if not reasons:
-            n = self._count_before(job, scene)
-            reasons = [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
-        return reasons
-
-    def _count_before(self, job: Job, scene: Scene) -> int:
-        """How many jobs that could start stand before it.
-
-        A paused or full queue's do not, nor those that no worker takes: they hold up
-        nobody. Counted along jobs_in_queue, from the first in line up to its place.
-        """
-        return sum(self.store.rows(
-            Sql.BEFORE, queue=name, rank=job.rank, run_at=job.run_at, seq=job.seq)[0][0]
-            for name, view in scene.queues.items()
-            if not view.paused and any(not w.queues or name in w.queues
-                                       for w in scene.workers)
-            and (not view.limit or view.counts[PROCESSING] < view.limit))
-
-    def is_all_paused(self) -> bool:
-        """Return True if all queues are paused by one order."""
-        return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
-
-    def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
-        """What hinders each of many jobs that wait, by its id; []: it is in line."""
-        scene = self._scene()
-        return {job.id: self._hindrances(job, scene)
-                for job in jobs if job.waits is not None}
-
-    def _scene(self) -> Scene:
-        """What `_hindrances` looks at, for any number of jobs."""
-        return Scene([view.worker for view in self.workers() if not view.is_silent],
-                     {view.name: view for view in self.queues()},
-                     self.is_all_paused())
-
-    def _hindrances(self, job: Job, scene: Scene) -> list[Finding]:
-        """What keeps it from running, whatever else waits."""
-        found = self._needs_of(job)
-        if scene.all_paused:
-            found.append(Finding(WARNING, "paused", "all queues are paused", ""))
-        queue = scene.queues.get(job.queue)
-        if queue and queue.paused:
-            found.append(Finding(
-                WARNING, "paused", f"queue `{job.queue}` is paused", ""))
-        if queue and queue.limit and queue.counts[PROCESSING] >= queue.limit:
-            found.append(Finding(WARNING, "limit", f"queue `{job.queue}` is at its "
-                                 f"limit {queue.limit}", ""))
-        if job.waits == SCHEDULED:
-            tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
-                if job.state == FAILED and job.attempts else ""
-            found.append(Finding(
-                NOTE, "due", f"due {ago(job.run_at, self.clock())}{tries}", ""))
-        if not scene.workers:
-            found.append(Finding(WARNING, "no-worker", "no worker is running",
-                                 "`queuectl worker start` starts one"))
-        elif not any(not w.queues or job.queue in w.queues for w in scene.workers):
-            found.append(Finding(
-                WARNING, "no-worker", f"no worker takes queue `{job.queue}`", ""))
-        return found
-
-    def _needs_of(self, job: Job) -> list[Finding]:
-        """The jobs it comes after that are not completed.
-
-        One that is not there was: none else may be deleted while another waits for it.
-        """
-        needed = {one.id: one.state for one in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after))} if job.waits == BLOCKED else {}
-        return [Finding(WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
-                        f"retry {job_id}, or cancel what comes after it"
-                        if needed[job_id] in (DEAD, CANCELLED) else "")
-                for job_id in job.after if needed.get(job_id, COMPLETED) != COMPLETED]
-
-    def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
-        """What waits in these queues (all if none is named), and why, in a few lines.
-
-        For a worker that drains: none of these jobs can start now.
-        """
-        lines, scene = [], self._scene()
-        for name, view in scene.queues.items():
-            left = sum(view.counts[state] for state in WAITING)
-            if not left or (queues and name not in queues):
-                continue
-            stuck = self.count_stuck(name)
-            for job in self.stuck(1, name):
-                lines.append(f"{stuck} of queue {name} cannot run: {job.id} comes "
-                             f"after {self.why_stuck(job)}")
-            if left > stuck:
-                why = next((f": {job.id} " + (", ".join(
-                    one.message for one in self._hindrances(job, scene)
-                    if one.code != "no-worker") or "is ready")
-                    for job in self.jobs(WAITING, "run-at", PAGE_SIZE, queue=name)
-                    if job.waits != BLOCKED), "")
-                lines.append(f"{left - stuck} of queue {name}{why}")
-        return [f"left waiting: {line}" for line in lines]
-
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
         """What each queue did in the last `duration` seconds (None: ever); "" is all.
 
-        Counted by the minute, for eight days, so the start is rounded down to a full
-        one; `covered` tells how much that makes. Minute 0 of the counters is all time,
-        and no purge touches any.
+        By whole minutes, for at most eight days: see `covered`. Deletions change none.
         """
-        if duration is None:
-            rows = self.store.rows(Sql.TALLIES_EVER)
-        else:
-            rows = self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
+        rows = self.store.rows(Sql.TALLIES_EVER) if duration is None else \
+            self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
         queues = sorted({queue for queue, kind, *_ in rows if kind != "delete"})
-        return {"": summary(row[1:] for row in rows),
-                **{queue: summary(row[1:] for row in rows
-                                  if row[0] == queue) for queue in queues}}
+        return {queue: summary(row[1:] for row in rows if queue in ("", row[0]))
+                for queue in ["", *queues]}
 
     def _minute(self, duration: float) -> int:
-        """The first minute of a time that is that many seconds long, as far as it is
-        kept; at least 1, for 0 is all time.
+        """The first minute of the last `duration` seconds that tallies are kept for; at
+        least 1, for 0 is all time.
         """
         now = self.clock()
         return max(1, int((now - duration) // 60), int(now // 60) - KEPT_MINUTES)
 
     def covered(self, duration: float | None) -> float:
-        """The seconds that `stats` of a duration really cover, at most the queue's age.
-        """
-        if duration is None:
-            return self.age()
-        return min(self.age(), self.clock() - 60 * self._minute(duration))
+        """The seconds that `stats` of a duration cover, at most the queue's age."""
+        return self.age() if duration is None else min(
+            self.age(), self.clock() - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Summary]:
-        """What was done in each of the last minutes, oldest first, the current last.
-
-        Minutes in which nothing was done are there, too.
-        """
+        """What was done in each of the last minutes, oldest first, the current last."""
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
         found: dict[int, list[tuple[str, int, int, float]]] = {
@@ -5317,11 +5203,9 @@ class Queue:
                 for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
-        """For how many seconds the first in line of each queue have been due.
+        """For how many seconds the first job of each queue has been due.
 
-        Those that are ready, and those whose time has come but that no worker has made
-        ready: where none runs, that is when it matters. Both look at a bounded number
-        of rows; see the statements.
+        Also jobs that are due but still scheduled: no worker has made them ready.
         """
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
@@ -5331,10 +5215,8 @@ class Queue:
                 if run_at is not None}
 
     def scrape(self) -> Scrape:
-        """What the metrics tell, read in one snapshot.
-
-        Else the numbers would not agree: a job that ends between two reads is running
-        by the first and completed by the second.
+        """What the metrics tell, read in one snapshot: else a job that ends between two
+        reads counts as running and as completed.
         """
         now = self.clock()
         with self.store.snapshot():
@@ -5344,145 +5226,117 @@ class Queue:
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
-            workers, schedules = self._views(), self.schedules()
+            workers, schedules = self._all_workers(), self.schedules()
             blocked = self.count_stuck()
         return Scrape(jobs, tallies, oldest, paused, self._living(workers),
                       self.store.db.size(), schedules, blocked)
 
-    # Changing.
+    # Changing jobs: those named, all or none; or all that fit, in a sweep. The private
+    # method of a verb hands what it must skip to `skip`, which may raise instead.
 
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none.
 
-        Raises NotFound, Conflict for a running one and for a unique key that
-        another job has taken meanwhile. Their runs stay, and count on. What comes after
-        a completed job, and has not begun yet, waits for it anew.
+        Raises NotFound, and Conflict for a running one or a unique key that another job
+        has taken. Earlier runs are kept. Jobs that come after a completed one, and have
+        not begun, wait for it again.
         """
-        with self.store.transaction() as store:
-            # Each once: the guard of a second move would find the state changed (I1).
-            jobs = self._retry([store.job(job_id) for job_id in dict.fromkeys(job_ids)])
-        self.wake(NEW_JOBS)
-        return jobs
+        return self._change(job_ids, self._retry, NEW_JOBS)
 
     def retry_dead(self, *job_ids: str) -> list[Job]:
-        """Put these dead jobs back, all or none; Conflict for one that is not dead.
-
-        See `sweep` for all that fit.
-        """
-        with self.store.transaction() as store:
-            dead = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
-            for job in dead:
+        """As `retry`, for dead jobs only: Conflict for any other."""
+        def retry(jobs: Sequence[Job], skip: Callable[[QueueError], object]
+                  ) -> list[Job]:
+            for job in jobs:
                 if job.state != DEAD:
                     raise Conflict("wrong-state", f"{job.id} is {job.state}, not dead",
                                    f"`queuectl retry {job.id}` retries any job")
-            jobs = self._retry(dead)
-        self.wake(NEW_JOBS)
-        return jobs
-
-    def _retry(self, jobs: Sequence[Job]) -> list[Job]:
-        """As `retry`, in a transaction of the caller.
-
-        What the last run left in the job's row goes; the run's own row keeps it.
-        """
-        now = self.clock()
-        return self.store.move([Change("retry", job, job._replace(
-            attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
-            finished_at=None, exit_code=None, error=None)) for job in jobs], now)
+            return self._retry(jobs, skip)
+        return self._change(job_ids, retry, NEW_JOBS)
 
     def cancel(self, *job_ids: str) -> list[Job]:
-        """Cancel jobs; all of them or none. One that runs is ended by its worker first.
+        """Cancel jobs; all of them or none. NotFound; Conflict for a finished one.
 
-        So a running one comes back as 'processing' with `end_requested` set, and if its
-        command completes before the worker hears of that, it is completed. Raises
-        NotFound, and Conflict for one that is over.
+        A running one is returned as 'processing' with `end_requested` set: its worker
+        ends it, unless it completes before that.
         """
-        with self.store.transaction() as store:
-            jobs = self._cancel([store.job(job_id)
-                                 for job_id in dict.fromkeys(job_ids)])
-        self.wake(NEW_ORDERS)
-        return jobs
-
-    def _cancel(self, jobs: Sequence[Job]) -> list[Job]:
-        """As `cancel`, in a transaction of the caller.
-
-        A request is no change of state: that comes with the end of the run, by its
-        worker, or by whoever rescues the run if the worker is dead.
-        """
-        now = self.clock()
-        running = [job for job in jobs if job.state == PROCESSING]
-        self.store.change(Sql.REQUEST_END, [
-            {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
-            for job in running])
-        moved = self.store.move([Change("cancel", job, job._replace(
-            finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
-        now_so = {job.seq: job for job in (
-            *moved, *(job._replace(end_requested=CANCEL) for job in running))}
-        return [now_so[job.seq] for job in jobs]
+        return self._change(job_ids, self._cancel, NEW_ORDERS)
 
     def delete(self, *job_ids: str) -> list[Job]:
-        """Delete jobs with their history; all or none. Conflict for a running one."""
-        with self.store.transaction() as store:
-            now = self.clock()
-            jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
-            kept = store.remove_all(jobs, now)
-            for job in kept:
-                store.remove(job, now)      # says why it cannot go
-        return jobs
+        """Delete jobs with their history; all or none. Conflict for one that runs, or
+        that another waits for.
+        """
+        return self._change(job_ids, self._delete)
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Change waiting jobs: all of them or none; those with use u in FIELDS.
+        """Change fields with use u in FIELDS of waiting jobs; all of them or none.
 
         Raises NotFound, Invalid (with the `key` at fault), and Conflict for a job
-        that runs or is over: what a run goes by, and is counted by, must not change
-        under it. Values are as in a job object; a `delay` stands for `run_at`.
+        that runs or is over. Values are as in a job object, `delay` for `run_at`.
         """
-        now = self.clock()
-        changes = checked(fields, now, "u")
-        with self.store.transaction() as store:
-            begun, now = now, self.clock()  # the wait for the lock may have been long
+        asked = self.clock()
+        changes = checked(fields, asked, "u")
+
+        def change(jobs: Sequence[Job], _: object) -> list[Job]:
+            now = self.clock()      # the wait for the lock may have been long
             if not changes.get("at_time", True):
-                changes["run_at"] = since_set_back(changes["run_at"], begun, now)
-            jobs = [store.edit(job, job._replace(**changes), now)
-                    for job in map(store.job, dict.fromkeys(job_ids))]
-        self.wake(NEW_JOBS)
+                changes["run_at"] = since_set_back(changes["run_at"], asked, now)
+            return [self.store.edit(job, job._replace(**changes), now) for job in jobs]
+        return self._change(job_ids, change, NEW_JOBS)
+
+    def _change(self, job_ids: Sequence[str], change: Callable[
+            [list[Job], Callable[[QueueError], object]], list[Job]],
+            message: bytes = b"") -> list[Job]:
+        with self.store.transaction() as store:
+            # Each once: the guard of a second move would find the state changed (I1).
+            jobs = change([store.job(job_id) for job_id in dict.fromkeys(job_ids)],
+                          _refuse)
+        if message:     # none of a deletion: no job waits for what can be deleted
+            self.wake(message)
         return jobs
 
     def sweep(self, verb: str, state: str | Sequence[str] = (),
               older_than: float | None = None,
               keep: Callable[[QueueError], object] = lambda why: None,
               **filters: Any) -> Iterator[list[Job]]:
-        """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions.
+        """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions;
+        after each yields the changed jobs. Whoever stops iterating stops the sweep.
 
-        After each come the jobs that it has changed, if any: so others never wait long
-        for the lock, and who stops asking stops the sweep. Jobs that cannot be changed
-        are passed over: those that run (unless they are to be cancelled), those whose
-        unique key another has, those that others wait for; `keep` is told why. Jobs
-        that wait for each other are deleted in several passes. `older_than`: only those
-        that have been over for so many seconds; Invalid for states that are not
-        over. Filters as in `jobs`. Without a state and filters, all jobs fit.
+        Skipped are running jobs (unless they are to be cancelled) and, with a call of
+        `keep`, those whose unique key another job has, or that others wait for.
+        `older_than`: only jobs that finished so many seconds ago; Invalid for states
+        that are not final. Filters as in `jobs`; without any, all jobs fit.
 
-        It goes through the list once, from key to key (`before`; with `older_than`
-        `ended_at` and `ended_seq`, along jobs_by_end): to begin anew until nothing fits
-        would never end, as what is passed over goes on fitting.
+        It continues from key to key: a search for what still fits would never end, as
+        skipped jobs go on fitting. Chains of jobs are deleted in several passes.
         """
-        change = {"retry": self._retry_free, "cancel": self._cancel_all,
-                  "delete": self._delete_free}[verb]
-        sort = "newest"
+        change = {"retry": self._retry, "cancel": self._cancel,
+                  "delete": self._delete}[verb]
+        passed = OVER if verb == "cancel" else (PROCESSING,)
+        states, sort, is_again = _states(state), "newest", True
         if older_than is not None:
-            state, sort = _ended(state), "ended"
-            # Stored times are whole milliseconds and the comparison is `<`: with one
-            # more, what has been over for exactly so long fits as well.
+            if not {*states} <= {*OVER}:    # a failed job has finished a run, but waits
+                raise Invalid("`older_than` counts from a job's end",
+                              "it fits " + ", ".join(OVER))
+            states, sort = states or [*OVER], "ended"
+            # The comparison is `<`, and stored times are whole milliseconds.
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
-        again = True
-        while again:
-            kept, n = list[QueueError](), 0
-            for changed in self._pass(change, kept, state, sort, filters):
-                n += len(changed)
-                # Nothing waits for what can be deleted, so no worker need look.
+        while is_again:
+            kept, n, place, is_more = list[QueueError](), 0, dict(filters), True
+            while is_more:
+                with self.store.transaction():
+                    found = self.jobs(states, sort, SWEEP_BATCH, **place)
+                    changed = change([job for job in found if job.state not in passed],
+                                     kept.append)
                 if changed and verb != "delete":
                     self.wake(NEW_ORDERS)
-                yield changed
-            again = verb == "delete" and bool(kept) and n > 0
+                yield changed       # outside the transaction: the caller may be slow
+                n, is_more = n + len(changed), len(found) == SWEEP_BATCH
+                if is_more:
+                    place.update({"before": found[-1].seq} if sort == "newest" else {
+                        "ended_at": found[-1].finished_at, "ended_seq": found[-1].seq})
+                    time.sleep(SWEEP_PAUSE)
+            is_again = verb == "delete" and bool(kept) and n > 0
         for why in kept:
             keep(why)
         while verb == "delete":
@@ -5493,96 +5347,70 @@ class Queue:
             yield []
             time.sleep(SWEEP_PAUSE)
 
-    def _pass(self, change: Callable[[list[Job], list[QueueError]], list[Job]],
-              kept: list[QueueError], state: str | Sequence[str], sort: str,
-              filters: Mapping[str, Any]) -> Iterator[list[Job]]:
-        """Go through the jobs that fit once, a transaction for each SWEEP_BATCH."""
-        place = dict(filters)
-        while True:
-            with self.store.transaction():
-                found = self.jobs(state, sort, SWEEP_BATCH, **place)
-                changed = change(found, kept)
-            # Between two transactions: who takes these may be slow, and holds no lock.
-            yield changed
-            if len(found) < SWEEP_BATCH:
-                return
-            if sort == "newest":
-                place["before"] = found[-1].seq
-            else:
-                place.update(ended_at=found[-1].finished_at, ended_seq=found[-1].seq)
-            # Without it this loop mostly has the lock again before one of those that
-            # wait for it has looked: a purge of half a million shut out everybody for
-            # seconds.
-            time.sleep(SWEEP_PAUSE)
-
-    def _retry_free(self, jobs: Iterable[Job], kept: list[QueueError]) -> list[Job]:
-        """Retry those that may wait again: of a unique key the first, if it is free."""
-        free, first = list[Job](), dict[str, Job]()
+    def _retry(self, jobs: Sequence[Job],
+               skip: Callable[[QueueError], object]) -> list[Job]:
+        now, free, first = self.clock(), list[Job](), dict[str, Job]()
         for job in jobs:
             rival = first.setdefault(job.unique, job) if job.unique else job
             try:
-                if job.state != PROCESSING:
-                    self.store.refuse_taken_keys(
-                        [job] if rival is job else [rival, job])
-                    free.append(job)
+                self.store.refuse_taken_keys([job] if rival is job else [rival, job])
+                free.append(job)
             except Conflict as why:
-                kept.append(why)
-        return self._retry(free)
+                skip(why)
+        # What the last run left in the job's row goes; the run's own row keeps it.
+        return self.store.move([Change("retry", job, job._replace(
+            attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
+            finished_at=None, exit_code=None, error=None)) for job in free], now)
 
-    def _cancel_all(self, jobs: Iterable[Job], kept: list[QueueError]) -> list[Job]:
-        return self._cancel([job for job in jobs if job.state not in OVER])
-
-    def _delete_free(self, jobs: Sequence[Job], kept: list[QueueError]) -> list[Job]:
-        """Delete those that nothing needs: not running, and no other waits for them."""
+    def _cancel(self, jobs: Sequence[Job], _: object) -> list[Job]:
+        """A running job only gets a request: its state changes when its run ends."""
         now = self.clock()
-        left = {job.seq for job in self.store.remove_all(jobs, now)}
-        for job in jobs:
-            if job.seq in left and job.state != PROCESSING:
-                kept.append(self._why_kept(job))
-        return [job for job in jobs if job.seq not in left]
+        running = [job for job in jobs if job.state == PROCESSING]
+        self.store.change(Sql.REQUEST_END, [
+            {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
+            for job in running])
+        moved = self.store.move([Change("cancel", job, job._replace(
+            finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
+        changed = {job.seq: job for job in (
+            *moved, *(job._replace(end_requested=CANCEL) for job in running))}
+        return [changed[job.seq] for job in jobs]
 
-    def _why_kept(self, job: Job) -> QueueError:
-        try:
-            self.store.remove(job, self.clock())
-        except Conflict as why:
-            return why
-        raise Stale(f"{job.id} could be deleted after all")
+    def _delete(self, jobs: Sequence[Job],
+                skip: Callable[[QueueError], object]) -> list[Job]:
+        now = self.clock()
+        left = {job.seq: job for job in self.store.remove_all(jobs, now)}
+        for job in left.values():
+            try:
+                self.store.remove(job, now)     # says why it must stay
+            except Conflict as why:
+                skip(why)
+        return [job for job in jobs if job.seq not in left]
 
     # Queues.
 
     def pause(self, *queues: str) -> None:
-        """Claim no more from these queues, or from any if none is named.
-
-        It is kept in the database, so it outlasts restarts; what runs goes on. A queue
-        need not have jobs, nor have had any.
+        """Stop claiming from these queues, or from any if none is named; running jobs
+        continue. The queue may have no jobs; the pause outlasts restarts.
         """
-        self._set_paused(queues, True)
+        self._set_queues(queues, Sql.SET_PAUSED, paused=True)
 
     def resume(self, *queues: str) -> None:
-        """Claim again from these queues; without names, end the pause of all.
-
-        The two are apart: what was paused by its name stays so after the latter.
+        """End the pause of these queues; without names, the pause of all, which leaves
+        queues paused that were paused by name.
         """
-        self._set_paused(queues, False)
-
-    def _set_paused(self, queues: Sequence[str], paused: bool) -> None:
-        names = [*map(parse_name, queues)] or [EVERY_QUEUE]
-        with self.store.transaction() as store:
-            for name in names:
-                store.do(Sql.SET_PAUSED, {"name": name, "paused": paused})
-            store.do(Sql.FORGET_QUEUES, {})
-        self.wake(NEW_JOBS)
+        self._set_queues(queues, Sql.SET_PAUSED, paused=False)
 
     def limit_queue(self, queue: str, limit: int) -> None:
-        """Let at most so many jobs of a queue run at once; 0: any number.
-
-        In all workers together. If more run already, they go on, and none is claimed.
+        """Let all workers together run at most so many jobs of a queue; 0: any number.
         """
-        name = parse_name(queue)
         if not 0 <= limit <= MAX_WHOLE:
             raise Invalid(f"{limit} is no limit", "use a whole number from 0")
+        self._set_queues([queue], Sql.SET_LIMIT, job_limit=limit)
+
+    def _set_queues(self, names: Sequence[str], sql: str, **values: int) -> None:
+        names = [*map(parse_name, names)] or [EVERY_QUEUE]
         with self.store.transaction() as store:
-            store.do(Sql.SET_LIMIT, {"name": name, "job_limit": limit})
+            store.write(sql, [{"name": name, **values} for name in names])
             store.do(Sql.FORGET_QUEUES, {})
         self.wake(NEW_JOBS)
 
@@ -5610,15 +5438,9 @@ class Queue:
                      **fields: Any) -> Schedule:
         """Have a job enqueued at each run of a cron line; `fields` are the job's.
 
-        `tz` is an IANA name; None: what `CRON_TZ=` before the line says, else the local
-        zone, which is kept by its name if it has one.
-
-        Raises Invalid, and Conflict for a name that is taken. Its jobs
-        get the tag `schedule:NAME`; `id`, `after` and times of their own they cannot
-        have, for these fit one job only.
-
-        The fields are kept as they were given, not as the job they make: each run
-        parses them anew, with the defaults and settings of that day.
+        `tz` is an IANA name; None: the zone of `CRON_TZ=` before the line, else the
+        local zone, stored by its name. Raises Invalid, also for `id`, `after` and times
+        of the job, and Conflict for a taken name. The jobs get the tag `schedule:NAME`.
         """
         now = self.clock()
         parse_name(name)
@@ -5629,7 +5451,8 @@ class Queue:
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
-        # A mistake is to be told now, not at a run in the night.
+        # Reports a mistake now; stored as given, for each run parses it with the
+        # defaults of that day.
         new_job(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
@@ -5644,21 +5467,20 @@ class Queue:
         return self.schedule(name)
 
     def remove_schedule(self, name: str) -> Schedule:
-        """Forget a schedule; its jobs stay."""
+        """Delete a schedule; its jobs stay."""
         with self.store.transaction() as store:
             schedule = self.schedule(name)
             store.do(Sql.DELETE_SCHEDULE, {"name": name})
         return schedule
 
     def pause_schedule(self, name: str) -> Schedule:
-        """Let a schedule rest; jobs that it has added are not concerned."""
+        """Pause a schedule; its jobs continue."""
         with self.store.transaction() as store:
             return store.set_schedule(self.schedule(name), paused=True)
 
     def resume_schedule(self, name: str) -> Schedule:
-        """Let a schedule go on; runs of the time of rest are not made up.
-
-        Raises Invalid for one that cannot be read any more.
+        """End a schedule's pause; missed runs are not made up. Invalid for a schedule
+        that cannot be parsed any more.
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
@@ -5671,9 +5493,8 @@ class Queue:
         return schedule
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, beside its runs, also while it rests.
-
-        It counts as the schedule's last job: until it is over, runs are skipped.
+        """Enqueue a schedule's job now, also while it is paused. It counts as the
+        schedule's last job: until it has finished, runs are skipped.
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
@@ -5682,34 +5503,27 @@ class Queue:
         self.wake(NEW_JOBS)
         return job
 
-    # Configuration.
+    # Settings.
 
     def setting(self, key: str) -> str:
         """The value of a setting as text; NotFound names the nearest key."""
         name = setting_key(key)
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
-    def configure(self, key: str, value: str) -> None:
-        """Set a setting for all processes; raises NotFound, Invalid.
+    def configure(self, key: str, value: str | None) -> None:
+        """Set a setting for all processes; None: back to its default. Raises NotFound,
+        Invalid.
 
-        `value` is text, as a person writes it (`30s`, `64KiB`; `none` or "": off, where
-        it can be). A change of `priority-ageing` gives all waiting jobs a new rank, in
-        one transaction: with very many the write lock is held for that long.
+        `value` is text (`30s`, `64KiB`; `none` or "": off, where that is allowed). A
+        change of `priority-ageing` ranks all waiting jobs anew in one transaction.
         """
         name = setting_key(key)
-        value = value.strip() or "none"
-        SETTINGS[name].kind.parse(value, 0.0)
+        if value is not None:
+            value = value.strip() or "none"
+            SETTINGS[name].kind.parse(value, 0.0)
         with self.store.transaction() as store:
-            store.do(Sql.SET, {"key": name, "value": value})
-            if name == "priority-ageing":
-                store.rerank()
-        self.wake(NEW_ORDERS)
-
-    def reset(self, key: str) -> None:
-        """Put a setting back to its default."""
-        name = setting_key(key)
-        with self.store.transaction() as store:
-            store.do(Sql.UNSET, {"key": name})
+            store.do(Sql.UNSET if value is None else Sql.SET,
+                     {"key": name, "value": value})
             if name == "priority-ageing":
                 store.rerank()
         self.wake(NEW_ORDERS)
@@ -5717,33 +5531,31 @@ class Queue:
     # Workers, from outside.
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
-        """Ask workers to finish what they run and exit; those that were asked.
-
-        `now`: they end their jobs and hand them back. NotFound for a name that
-        no living worker has. Returns at once; who has left is in `workers` no more.
-        Each is asked by its id, so one of the same name that comes later is not meant.
+        """Ask workers (all if none is named) to finish their jobs and exit; returns at
+        once those that were asked. `now`: they end and requeue their jobs. NotFound for
+        a name that no living worker has.
         """
-        living = {view.worker.name: view.worker for view in self.workers()}
+        living = {worker.name: worker for worker in self.workers()}
         for name in names:
             if name not in living:
                 raise NotFound(
                     "no-such-worker", f"no worker {name!r} is running",
                     nearest(name, living) or "`queuectl worker list` shows them")
         asked = [living[name] for name in names or living]
-        if not asked:
-            return []
-        with self.store.transaction() as store:
-            for worker in asked:
-                store.do(Sql.STOP_WORKER, {"id": worker.id,
-                                           "stop_requested": NOW if now else DRAIN})
-        self.wake(NEW_ORDERS)
+        if asked:
+            with self.store.transaction() as store:
+                # By id: a later worker of the same name is not meant.
+                store.write(Sql.STOP_WORKER, [
+                    {"id": worker.id, "stop_requested": NOW if now else DRAIN}
+                    for worker in asked])
+            self.wake(NEW_ORDERS)
         return asked
 
     def wake(self, message: bytes) -> bool:
-        """Wake every worker; whether there is one that may hear it.
+        """Notify every worker; return True if there may be one.
 
-        After the commit, and never instead of it: what is to be done stands in the
-        database, so a datagram that gets lost only costs time.
+        Only after the commit: the database says what to do, so a datagram that gets
+        lost only costs time.
         """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
@@ -5846,7 +5658,7 @@ class Claims:
         now, settings, gone = self._clock(), self._store.settings(), set[int]()
         for worker in self._store.workers():
             is_alive = self._host.is_alive(worker) if worker.name == name else True
-            if is_alive is False or has_gone_silent(worker, is_alive, now, settings):
+            if is_alive is False or has_expired(worker, is_alive, now, settings):
                 gone.add(worker.id)
         return gone
 
@@ -6433,11 +6245,10 @@ class Inspection:
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _workers(self) -> Iterator[Finding]:
-        views = self._queue.workers()
-        yield from self._queue.unserved([view.worker for view in views])
-        for view in views:
-            worker = view.worker
-            if view.is_silent:
+        workers = self._queue.workers()
+        yield from self._queue.unserved(workers)
+        for worker in workers:
+            if worker.is_expired:
                 yield Finding(
                     WARNING, "silent-worker", f"worker {worker.name} on {worker.host} "
                     "has sent no heartbeat for "
@@ -6598,9 +6409,9 @@ def show_object(job: Job, runs: Sequence[Run],
                    runs=[run_object(run) for run in runs])
 
 
-def worker_object(view: WorkerView) -> dict[str, Any]:
-    return as_json("Worker", view.worker, running=[job.id for job in view.running],
-                   queues=list(view.worker.queues))
+def worker_object(worker: Worker) -> dict[str, Any]:
+    return as_json("Worker", worker, running=[job.id for job in worker.running],
+                   queues=list(worker.queues))
 
 
 def queue_object(view: QueueView) -> dict[str, Any]:
@@ -6792,17 +6603,16 @@ def job_table(jobs: Sequence[Job], style: Style,
                  *([cell(job) for _, cell in used] for job in jobs)], style)
 
 
-def worker_line(view: WorkerView, style: Style) -> str:
-    worker = view.worker
+def worker_line(worker: Worker, style: Style) -> str:
     age = style.now - epoch(worker.heartbeat_at)
     parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
-             f"{len(view.running)}/{worker.slots} slots busy",
+             f"{len(worker.running)}/{worker.slots} slots busy",
              f"up {_whole_span(worker.started_at, style.now)}"]
     if worker.queues:
         parts.append("queues " + ",".join(worker.queues))
     if worker.stop_requested:
         parts.append("stopping")
-    if age > 3 * view.heartbeat:    # one may be late, on a busy machine
+    if age > worker.late_after:
         parts.append(style.paint(f"silent for {span(age)}", WARN))
     return "  ".join(parts)
 
@@ -6817,11 +6627,11 @@ def status_lines(status: Status, style: Style) -> list[str]:
     rows = [("jobs", "  ".join(
         style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
         for state, n in status.counts.items()), "")]
-    if all(view.is_silent for view in status.workers):
+    if all(worker.is_expired for worker in status.workers):
         rows.append(("workers", "none running; `queuectl worker start` starts one", ""))
-    for view in status.workers:
-        rows += [("workers", worker_line(view, style), ""), *(
-            ("workers", f"  {running_line(job, style)}", "") for job in view.running)]
+    for worker in status.workers:
+        rows += [("workers", worker_line(worker, style), ""), *(
+            ("workers", f"  {running_line(job, style)}", "") for job in worker.running)]
     if status.paused:
         rows.append(("paused", ", ".join("all queues" if name == EVERY_QUEUE else name
                                          for name in status.paused), WARN))
@@ -6932,12 +6742,12 @@ def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
     return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
 
 
-def worker_lines(views: Sequence[WorkerView], style: Style) -> list[str]:
+def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
     """The workers and what each runs."""
-    return [line for view in views for line in (
-        f"{worker_line(view, style)}  host {view.worker.host}"
-        f"  heartbeat {ago(view.worker.heartbeat_at, style.now)}",
-        *(f"  {running_line(job, style)}" for job in view.running))]
+    return [line for worker in workers for line in (
+        f"{worker_line(worker, style)}  host {worker.host}"
+        f"  heartbeat {ago(worker.heartbeat_at, style.now)}",
+        *(f"  {running_line(job, style)}" for job in worker.running))]
 
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
@@ -7073,9 +6883,9 @@ def metrics_text(scrape: Scrape) -> str:
             yield "_count" + _labels(queue=queue), counts[-1]
 
     stopped = scrape.paused.get(EVERY_QUEUE, False)
-    workers = [view for view in scrape.workers if not view.is_silent]
-    slots = sum(view.worker.slots for view in workers)
-    busy = sum(len(view.running) for view in workers)
+    workers = [worker for worker in scrape.workers if not worker.is_expired]
+    slots = sum(worker.slots for worker in workers)
+    busy = sum(len(worker.running) for worker in workers)
     families: tuple[tuple[str, str, str, Iterable[tuple[str, float]]], ...] = (
         ("jobs", "gauge", "Jobs that are there now.", (
             (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
@@ -12909,7 +12719,7 @@ def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Nam
 
 
 def _note_no_worker(queue: Queue, screen: Screen) -> None:
-    if all(view.is_silent for view in queue.workers()):
+    if all(view.is_expired for view in queue.workers()):
         screen.note("no worker is running; `queuectl worker start` starts one")
 
 
@@ -13029,17 +12839,17 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
     own = caller.worker if caller else None     # it waits for this very command
     waiting = {worker.id: worker.name for worker in asked if worker.name != own}
     peers, removed = Peers(queue), set[int]()
-    for view in queue.workers():
-        if view.is_silent and view.worker.id in waiting:
+    for worker in queue.workers():
+        if worker.is_expired and worker.id in waiting:
             lease = span(lease_of(queue.store.settings()))
-            silent = span(queue.clock() - epoch(view.worker.heartbeat_at))
-            screen.note(f"{view.worker.name} has sent no heartbeat for {silent}; it is "
+            silent = span(queue.clock() - epoch(worker.heartbeat_at))
+            screen.note(f"{worker.name} has sent no heartbeat for {silent}; it is "
                         f"removed if none comes within {lease}")
     while waiting:
         time.sleep(RESCUE_TICK)
         peers.look()
         removed |= {worker.id for worker in peers.remove_silent(waiting)}
-        left = {view.worker.id for view in queue.workers()}
+        left = {worker.id for worker in queue.workers()}
         left |= {worker.id for worker in asked if queue.host.is_alive(worker)}
         for number in waiting.keys() - left:
             how = "is removed: it sent no heartbeat" if number in removed \
@@ -13690,7 +13500,7 @@ def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> No
 
 
 def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    queue.reset(args.key)
+    queue.configure(args.key, None)
     key = setting_key(args.key)
     screen.note(f"{key} = {SETTINGS[key].default} (the default)")
 

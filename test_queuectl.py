@@ -3014,7 +3014,7 @@ class Promises(Case):
                 now = self.queue.store.settings()
                 for job in self.queue.jobs(PENDING):
                     self.assertEqual(job.rank, queuectl.rank_of(job.priority, job.run_at, now))
-        self.queue.reset("priority-ageing")
+        self.queue.configure("priority-ageing", None)
         self.assertEqual([job.rank for job in self.queue.jobs(PENDING)],
                          [-job.priority for job in self.queue.jobs(PENDING)])
 
@@ -3331,7 +3331,7 @@ class Promises(Case):
     # Output, statistics, workers.
 
     def test_a_reader_gets_the_output_of_a_run_under_way(self):
-        wake_ups = queuectl._bell()
+        wake_ups = queuectl._notification_socket()
         self.addCleanup(wake_ups.close)
         wake_ups.setblocking(True)
         wake_ups.settimeout(DEADLINE)
@@ -3731,7 +3731,7 @@ class Ticks(Case):
         self.assertEqual((tick.stop, tick.claims), (queuectl.DRAIN, []))
 
     def test_each_change_that_matters_to_a_worker_wakes_it(self):
-        wake_ups = queuectl._bell()
+        wake_ups = queuectl._notification_socket()
         self.addCleanup(wake_ups.close)
         claims = self.worker(port=wake_ups.getsockname()[1])
         self.job(id="dead", max_retries=1)
@@ -3749,8 +3749,8 @@ class Ticks(Case):
                 ("resume", "q"), ("limit_queue", "q", 1), ("cancel", "a"), ("retry", "a"),
                 (swept, "cancel"), (swept, "retry"), ("add_schedule", "s", "@daily"),
                 ("resume_schedule", "s"), ("run_schedule", "s"),
-                ("configure", "priority-ageing", "1m"), ("reset", "priority-ageing"),
-                ("stop_workers",)):
+                ("configure", "priority-ageing", "1m"),
+                ("configure", "priority-ageing", None), ("stop_workers",)):
             with self.subTest(verb, names=names):
                 heard()
                 fields = {"edit": {"priority": 1}, "add_schedule": {"command": "x"}}
@@ -3899,11 +3899,11 @@ class Ticks(Case):
         self.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
                 id=foreign.worker.id)
         self.lose(claim)
-        self.assertEqual([v.worker.name for v in self.queue.workers()], ["frozen", "foreign"])
+        self.assertEqual([v.name for v in self.queue.workers()], ["frozen", "foreign"])
         self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
         self.after(60)
         self.tick(by=claims)
-        worker = self.queue.workers()[0].worker
+        worker = self.queue.workers()[0]
         self.assertEqual((worker.id, worker.name, worker.heartbeat_at),
                          (claims.worker.id, "frozen", queuectl.iso(NOON + 60)))
         self.assertEqual(self.lost(claims), [])
@@ -3965,7 +3965,7 @@ class Ticks(Case):
             self.addCleanup(vars(self.queue.host).pop, name)
         claims = self.worker(name="w")
         for view in (*self.queue.workers(), *self.queue.scrape().workers):
-            self.assertEqual((view.worker.name, view.is_alive), ("w", True))
+            self.assertEqual((view.name, view.is_alive), ("w", True))
         queuectl.Inspection(self.queue).findings()
         with refused("in-use"):
             self.worker(name="w")
@@ -4380,7 +4380,7 @@ class Views(Case):
         worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
         for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
             line = queuectl.worker_line(
-                queuectl.WorkerView(worker, True, [], heartbeat), self.PLAIN)
+                worker._replace(late_after=3 * heartbeat), self.PLAIN)
             self.assertEqual("silent for 45s" in line, says, heartbeat)
 
     PLAIN = queuectl.Style(False, 0, NOON)
@@ -7472,7 +7472,7 @@ queuectl.SQLite.changes = changes""")
         while sum(job.crashes for job in self.queue.jobs()) < 3:
             done = counts()[COMPLETED]
             wait_for(lambda done=done: counts()[COMPLETED] > done and counts()[PROCESSING], "progress")
-            running = {view.worker.pid: view.running for view in self.queue.workers()}
+            running = {view.pid: view.running for view in self.queue.workers()}
             workers.sort(key=lambda started, running=running: not running.get(started.pid))
             self.kill_worker(workers.pop(chance.choice((0, 0, 1))))     # mostly the busy one
             workers.append(start())
@@ -13947,8 +13947,7 @@ def cpu_seconds(pid):
 def living(path, name):
     """The row of a worker, if it runs; else None."""
     with Queue(path) as queue:
-        return next((view.worker for view in queue.workers()
-                     if view.worker.name == name), None)
+        return next((one for one in queue.workers() if one.name == name), None)
 
 
 def end_worker(path, process, name):
