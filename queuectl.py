@@ -2896,8 +2896,7 @@ SCHEMA_VERSION = 1 + max(UPGRADES)
 # ---- 7 SQLite ----------------------------------------------------------------
 # The only code that names sqlite3, and no rule of the queue: it opens and refuses
 # files, runs statements, and turns errors into refusals. All of it raises QueueError,
-# or Stale where the mistake is ours. Ledger is on top of it; only what takes a mere
-# glance at a file (completion, the unit file) calls `glance`.
+# or Stale where the mistake is ours.
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock
 BRIEF = 0.2            # seconds that a glance waits for a lock
@@ -2913,44 +2912,41 @@ def not_a_queue(path: str) -> Refused:
                    "give another path with --db")
 
 
-def refusal(error: Exception, path: str) -> QueueError | None:
-    """What SQLite's error means to the user; None if it is a mistake of ours.
+# By SQLite's own words, since Python has error codes only from 3.11. Python 3.9 has no
+# words for damaged text.
+_REFUSALS: tuple[tuple[str, Callable[[str, Exception], QueueError]], ...] = (
+    ("closed database", lambda path, error: Refused(
+        "unsupported", "this queue was closed", "open a new queuectl.Queue")),
+    ("locked|busy", lambda path, error: Unavailable(
+        "busy", f"{path} is busy: another program holds its write lock",
+        "try again, or end that program")),
+    ("full", lambda path, error: Unavailable(
+        "disk-full", f"no room on the disk for {path}; nothing was changed",
+        "make room and try again")),
+    ("not a database|encrypted", lambda path, error: not_a_queue(path)),
+    ("malformed|corrupt|decode|^$", lambda path, error: Refused(
+        "damaged", f"{path} is damaged", "restore a backup, or save what can be read "
+        f"with `sqlite3 {path} .recover`")),
+    ("readonly|unable to open|disk i/o", lambda path, error: Unavailable(
+        "unwritable", f"cannot use {path} ({error})",
+        "check the disk and who may write the file and its directory")),
+    ("too big", lambda path, error: Invalid(
+        "that text is too long for the database", "shorten it")),
+)
 
-    Told by SQLite's own words: error codes came to Python only with 3.11.
-    """
-    said = str(error).lower()
+
+def refusal(error: Exception, path: str) -> QueueError | None:
+    """What SQLite's error means to the user; None if it is a mistake of ours."""
     if isinstance(error, sqlite3.IntegrityError):
         return None     # it quotes our own words
     if isinstance(error, UnicodeEncodeError):
         return Invalid("that text is not UTF-8", "give text without odd bytes")
-    if "closed database" in said:
-        return Refused("unsupported", "this queue was closed",
-                       "open a new queuectl.Queue")
-    if "locked" in said or "busy" in said:
-        return Unavailable("busy",
-                           f"{path} is busy: another program holds its write lock",
-                           "try again, or end that program")
-    if "full" in said:
-        return Unavailable("disk-full",
-                           f"no room on the disk for {path}; nothing was changed",
-                           "make room and try again")
-    if "not a database" in said or "encrypted" in said:
-        return not_a_queue(path)
-    if "malformed" in said or "corrupt" in said or "decode" in said or not said:
-        # Python 3.9 has no words for text that is damaged.
-        return Refused("damaged", f"{path} is damaged", "restore a backup, or save "
-                       f"what can be read with `sqlite3 {path} .recover`")
-    if any(words in said for words in ("readonly", "unable to open", "disk i/o")):
-        return Unavailable("unwritable", f"cannot use {path} ({error})",
-                           "check the disk and who may write the file and its "
-                           "directory")
-    if "too big" in said:
-        return Invalid("that text is too long for the database", "shorten it")
-    return None
+    return next((refuse(path, error) for words, refuse in _REFUSALS
+                 if re.search(words, str(error).lower())), None)
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether trying again may help: another connection holds a lock."""
+    """Return True if trying again may help: another connection holds a lock."""
     return isinstance(error, Unavailable) and error.code == "busy"
 
 
@@ -2964,8 +2960,8 @@ def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
 
     The path is escaped whole: in a URI ? and # end it, % begins an escape, two slashes
     a host (SQLite's page on URIs), and bytes that are not UTF-8 fit no other way.
-    timeout=0: SQLite's own handler starves those who wait (with 8 workers the worst
-    claim took 5 s, some got nothing); `_patiently` asks each millisecond.
+    timeout=0: SQLite's own handler starves those who wait; `_patiently` asks each
+    millisecond.
     """
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
@@ -2973,13 +2969,12 @@ def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
                            cached_statements=256)
 
 
-def _inode(path: str) -> tuple[int, int]:
-    """What the file is, whatever its name: device and number; (0, 0): none there."""
-    try:
+def _stat(path: str) -> tuple[int, int, int, int]:
+    """Device, number, size and time of change of a file; zeros if there is none."""
+    with contextlib.suppress(OSError):
         stat = os.stat(path)
-    except OSError:
-        return 0, 0
-    return stat.st_dev, stat.st_ino
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return 0, 0, 0, 0
 
 
 class SQLite:
@@ -2989,10 +2984,9 @@ class SQLite:
     (I9). Rows are read whole, so no reader keeps the WAL from shrinking.
     """
 
-    # The file's kind is set before it becomes WAL, so it stands in the header. Kind,
-    # version, vacuum and WAL are facts of the file; the rest is of a connection.
+    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection.
     KIND = "PRAGMA application_id"
-    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"
+    SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"  # before WAL: in the header
     VERSION = "PRAGMA user_version"
     SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
@@ -3025,22 +3019,23 @@ class SQLite:
         except FileNotFoundError:
             raise Unavailable("unwritable", "the current directory is gone",
                               "change to another, or give an absolute --db") from None
+        self._wal_path = self.path + "-wal"
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self.is_new = False                 # this process made its tables
         self._process = os.getpid()
         self._lock = threading.RLock()      # guards the connection in a transaction
         self._make_file(create)
         self._refuse_foreign(create)
-        beside = self.path + "-wal", self.path + "-shm"
+        beside = self._wal_path, self.path + "-shm"
         self.is_read_only = not (os.access(self.path, os.W_OK) and (
             os.access(os.path.dirname(self.path), os.W_OK)
             or all(os.access(name, os.W_OK) for name in beside)))
         # Of files that SQLite is told not to change (immutable=1): what stat(2) says.
-        self._frozen: tuple[tuple[int, int], ...] = ()
+        self._frozen: list[tuple[int, int, int, int]] = []
         self._opened = 0        # how often the file was opened
         self._db = self._patiently(self._open)
-        self.inode = _inode(self.path)      # device and number: what the file is
-        self._wal: tuple[int, int] | None = None    # of its -wal; None: not seen yet
+        self._inode = _stat(self.path)[:2]
+        self._wal: tuple[int, ...] | None = None    # of its -wal; None: not seen yet
         try:
             self._set_up(create)
         except BaseException:
@@ -3066,9 +3061,7 @@ class SQLite:
         Two names would have a WAL each (SQLite's page on how to corrupt a file).
         """
         if not os.path.lexists(self.path):
-            if not create:
-                raise Refused("no-queue", f"no queue at {self.path}",
-                              "`queuectl enqueue 'echo hi'` makes one")
+            self._refuse_empty(create)
             try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             except FileExistsError:
@@ -3087,7 +3080,7 @@ class SQLite:
                           "a symbolic link")
         # SQLite gives -wal and -shm the mode of the file when it makes them, and never
         # looks again: the file may have been made writable since.
-        for name in (self.path + "-wal", self.path + "-shm"):
+        for name in (self._wal_path, self.path + "-shm"):
             if os.access(self.path, os.W_OK) and not os.access(name, os.W_OK):
                 with contextlib.suppress(OSError):
                     os.chmod(name, os.stat(self.path).st_mode & 0o777)
@@ -3097,22 +3090,22 @@ class SQLite:
 
         SQLite looks, not open(): closing a plain descriptor would drop the locks of
         another connection in this process. With immutable=1 it takes no lock and heeds
-        neither journal nor WAL, so it sees the file as it lies there, maybe a little
-        old; what we ask it (kind, version) does not change but for the making.
+        neither journal nor WAL, so it sees the file as it is on the disk, maybe a
+        little old; what we ask it (kind, version) changes only while it is made.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
             self._refuse_empty(create)      # a first page that may have to be undone
             return
-        has_wal = os.path.exists(f"{self.path}-wal")    # asked first: ours has its kind
+        has_wal = os.path.exists(self._wal_path)    # asked first: ours has its kind
         with contextlib.closing(self._patiently(
                 lambda: _connect(self.path, "immutable=1"))) as peek:
-            # In the midst of a checkpoint the header may name more pages than the file
-            # has: the WAL has them. So lenient, SQLite does not take that for damage.
+            # During a checkpoint the header may name more pages than the file has: the
+            # WAL has them. So lenient, SQLite does not take that for damage.
             peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
-            self._refuse_empty(create)      # somebody has begun to make it
+            self._refuse_empty(create)      # another process has begun to make it
         elif kind != APPLICATION_ID:
             raise not_a_queue(self.path)
         self._refuse_newer(version)
@@ -3127,8 +3120,8 @@ class SQLite:
         self._opened += 1
         if not self.is_read_only:
             return _connect(self.path, "mode=rw")
-        wal, self._frozen = self.path + "-wal", ()
-        if os.path.exists(wal):
+        self._frozen = []
+        if os.path.exists(self._wal_path):
             db = _connect(self.path, "mode=ro")
             try:
                 db.execute(self.ANY_TABLE).fetchall()
@@ -3138,53 +3131,32 @@ class SQLite:
                 refused = refusal(error, self.path)
                 if refused is None or refused.code != "unwritable":
                     raise
-                if os.stat(wal).st_size:
-                    raise Unavailable("unwritable", f"{wal} holds changes that cannot "
-                                      "be read where nothing can be written",
-                                      f"copy {self.path} with its -wal to a directory "
-                                      "that you may write") from None
-        self._frozen = self._stats()
+                if os.stat(self._wal_path).st_size:
+                    raise Unavailable("unwritable", f"{self._wal_path} holds changes "
+                                      "that cannot be read where nothing can be "
+                                      "written", f"copy {self.path} with its -wal to "
+                                      "a directory that you may write") from None
+        self._frozen = [_stat(self.path), _stat(self._wal_path)]
         return _connect(self.path, "mode=ro&immutable=1")
 
-    def _stats(self) -> tuple[tuple[int, int], ...]:
-        """Size and time of change of the file and its -wal."""
-        found = []
-        for name in (self.path, self.path + "-wal"):
-            try:
-                stat = os.stat(name)
-                found.append((stat.st_size, stat.st_mtime_ns))
-            except OSError:
-                found.append((-1, 0))
-        return tuple(found)
-
-    def _reopen(self) -> None:
-        """Open a frozen file again if somebody who may write it has done so."""
-        if self._frozen and not self._db.in_transaction \
-                and self._stats() != self._frozen:
-            self._db.close()
-            self._db = self._patiently(self._open)
-
     def _ask(self, sql: str, db: sqlite3.Connection | None = None) -> int:
-        """A statement's one number.
-
-        All rows are fetched, here as elsewhere, also those of a setting: no commit gets
-        past a statement that is not over.
-        """
+        """A statement's one number."""
         return int(self._patiently(
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         """The file's kind, its format's version, and whether it has a table.
 
-        Of one with a version that is not asked: it is ours, whose pages may still be in
-        the WAL alone, or foreign anyhow.
+        Tables of a file with a version are not looked for: it is ours, whose pages may
+        still be in the WAL alone, or foreign anyhow.
         """
         kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
         return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
 
     def _refuse_empty(self, create: bool) -> None:
         if not create:
-            raise Refused("no-queue", f"no queue at {self.path} (the file is empty)",
+            why = " (the file is empty)" * os.path.lexists(self.path)
+            raise Refused("no-queue", f"no queue at {self.path}{why}",
                           "`queuectl enqueue 'echo hi'` makes one")
 
     def _refuse_newer(self, version: int) -> None:
@@ -3207,7 +3179,8 @@ class SQLite:
         if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
             self._refuse_read_only()
-            self._create()
+            self._prepare()
+            self._upgrade()
         version = self._ask(self.VERSION)
         self._refuse_newer(version)
         if self.is_read_only:
@@ -3223,65 +3196,65 @@ class SQLite:
         if self._ask(self.VERSION) < SCHEMA_VERSION:
             self._upgrade()
 
-    def _create(self) -> None:
-        """Make the first tables, unless another process is faster.
+    def _prepare(self) -> None:
+        """Set what has to be set before the first table, on one page of the file.
 
-        Whoever makes them may die at any write, and others may look on. So what comes
-        first changes one page alone, and the tables come in one commit to the WAL: a
-        torn one counts for nothing. With a rollback journal the file would look damaged
-        to those that may not touch it yet.
+        Whoever makes the tables may die at any write, and others may look on. So they
+        come in one commit to the WAL: a torn one counts for nothing. With a rollback
+        journal the file would look damaged to those that may not touch it yet.
         """
         kind, _, tables = self._nature(self._db)
         if tables or kind not in (0, APPLICATION_ID):
             raise not_a_queue(self.path)
         for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
             self.rows(sql)
-        with self.transaction():
-            if self._ask(self.VERSION) == 0:
-                # Locks of an earlier database of that name say nothing about this one.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + LOCK_SUFFIX)
-                self.is_new = True
-                self._run_script(Sql.SCHEMA + Sql.FIRST_COUNTERS)
-                self.write(Sql.INSERT_META, [
-                    {"key": "id", "value": os.urandom(8).hex()},
-                    {"key": "created_at", "value": iso(time.time())}])
 
     def _upgrade(self) -> None:
-        """Bring an older format up to date in one transaction, after a backup.
+        """Make the tables, or bring those of an older format up to date after a backup,
+        in one transaction, unless another process is faster.
 
-        Both under the write lock: of two that upgrade at once one is first, and the
-        backup holds all that was there before it and nothing after.
+        No statement of a script may hold a `;`: executescript() would commit first. The
+        version is in the file's header, so it is part of the transaction.
         """
         with self.transaction():
             version = self._ask(self.VERSION)
-            if version < SCHEMA_VERSION:
+            if version == 0:
+                # Locks of an earlier database of that name say nothing about this one.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + LOCK_SUFFIX)
+            elif version < SCHEMA_VERSION:
                 self.backup(f"{self.path}.format-{version}.backup")
-                self._run_script(UPGRADES[version])
-
-    def _run_script(self, script: str) -> None:
-        """Make the current format; no statement may hold a `;`.
-
-        Not by executescript(), which commits first. The version is in the file's
-        header, so it is part of the transaction.
-        """
-        for statement in filter(str.strip, script.split(";")):
-            self.rows(statement)
-        self.rows(self.SET_VERSION.format(SCHEMA_VERSION))
+            else:
+                return
+            self.is_new = version == 0
+            script = Sql.SCHEMA + Sql.FIRST_COUNTERS if self.is_new \
+                else UPGRADES[version]
+            for statement in filter(str.strip, script.split(";")):
+                self.rows(statement)
+            self.rows(self.SET_VERSION.format(SCHEMA_VERSION))
+            if self.is_new:
+                self.write(Sql.INSERT_META, [
+                    {"key": "id", "value": os.urandom(8).hex()},
+                    {"key": "created_at", "value": iso(time.time())}])
 
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
         The copy takes its name only when it is whole and on the disk; one whose maker
-        was killed stays as a `.part`. An older copy is replaced. Refused are the name
-        of another file or of this very one, and of a copy that has a WAL: SQLite would
-        apply that to the new file.
-
-        A copy of the file by other means would lack what is in the WAL alone, and still
-        pass for sound.
+        was killed stays as a `.part`. An older copy is replaced; refused are the names
+        of another file and of this one, and of a copy that has a WAL, which SQLite
+        would apply to the new file.
         """
+        if _stat(path)[:2] == self._inode:
+            raise Conflict("in-use", f"{path} is the queue itself", "give another name")
         if os.path.exists(path):
-            self._refuse_to_replace(path)
+            kind = -1
+            with contextlib.suppress(sqlite3.Error), \
+                    contextlib.closing(_connect(path, "immutable=1")) as peek:
+                [[kind]] = peek.execute(self.KIND).fetchall()
+            if kind != APPLICATION_ID:
+                raise Refused("not-a-queue", f"{path} is there and no backup of a "
+                              "queue", "give another name, or remove it")
         self._refuse_wal(path)
         part = f"{path}.{os.getpid()}.part"
         try:
@@ -3306,29 +3279,16 @@ class SQLite:
             with contextlib.suppress(OSError):
                 os.unlink(part)
 
-    def _refuse_to_replace(self, path: str) -> None:
-        """Refuse, unless an older backup of a queue is there."""
-        if _inode(path) == self.inode:
-            raise Conflict("in-use", f"{path} is the queue itself", "give another name")
-        kind = -1
-        with contextlib.suppress(sqlite3.Error), \
-                contextlib.closing(_connect(path, "immutable=1")) as peek:
-            [[kind]] = peek.execute(self.KIND).fetchall()
-        if kind != APPLICATION_ID:
-            raise Refused("not-a-queue", f"{path} is there and no backup of a queue",
-                          "give another name, or remove it")
-
     @staticmethod
     def _refuse_wal(path: str) -> None:
-        with contextlib.suppress(OSError):
-            if os.stat(path + "-wal").st_size:
-                raise Conflict("in-use", f"{path}-wal is not empty: a program works in "
-                               "that backup, or died in it", "open it once, or give "
-                               "another name")
+        if _stat(path + "-wal")[2]:
+            raise Conflict("in-use", f"{path}-wal is not empty: a program works in "
+                           "that backup, or died in it", "open it once, or give "
+                           "another name")
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed: ours may be in the
-        midst of a transaction, as an upgrade's is.
+        """A second connection, which sees only what was committed: ours may be within a
+        transaction, as an upgrade's is.
         """
         return _connect(self.path,
                         "mode=ro&immutable=1" if self._frozen else "mode=ro")
@@ -3342,7 +3302,6 @@ class SQLite:
 
     def _patiently(self, action: Callable[[], Any],
                    patience: float | None = None) -> Any:
-        """Do it again each millisecond while others hold the lock."""
         end = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
@@ -3361,10 +3320,7 @@ class SQLite:
 
     def _begin(self, patience: float) -> None:
         """Begin to write; Gone if the file has lost its name: what went into it would
-        be lost. It is looked at with the lock in hand, by one stat(2).
-
-        If the process dies before the COMMIT nothing has happened; after it, everything
-        has. Whoever died in between leaves a WAL whose last frames count for nothing.
+        be lost. That is looked at under the lock, by stat(2).
         """
         self._guard_process()
         self._refuse_read_only()
@@ -3386,9 +3342,9 @@ class SQLite:
         return True
 
     def commit(self) -> None:
-        """End the transaction; if that fails, `rollback` is the caller's next call.
+        """End the transaction; if that fails, call `rollback` next.
 
-        Another thread may call it while the one that has begun keeps its hands off.
+        Another thread may call it while the one that has begun does not touch it.
         """
         self._patiently(lambda: self._db.execute(self.COMMIT))
 
@@ -3410,10 +3366,9 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read the same state again and again, whatever others commit meanwhile.
+        """Read one state, whatever others commit meanwhile; the first read fixes it.
 
-        The first read decides which. Keep it short: the WAL cannot be begun anew under
-        a reader, and grows.
+        Keep it short: the WAL cannot be begun anew under a reader, and grows.
         """
         with self._lock:
             self.rows(self.SNAPSHOT)
@@ -3423,10 +3378,14 @@ class SQLite:
                 self.rollback()
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """All rows that a statement selects."""
+        """All rows that a statement selects: no commit gets past one that is not over.
+        """
         self._guard_process()
         with self._lock:    # a transaction of this thread holds it already
-            self._reopen()
+            if self._frozen and not self._db.in_transaction and self._frozen != [
+                    _stat(self.path), _stat(self._wal_path)]:
+                self._db.close()    # somebody who may write the file has done so
+                self._db = self._patiently(self._open)
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
@@ -3449,7 +3408,7 @@ class SQLite:
     def changes(self) -> int:
         """A number that changes when another connection has committed something.
 
-        Not with our own commits. Only to be compared with what it was.
+        Not with our own commits. Only to be compared with an earlier one.
         """
         return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
 
@@ -3474,26 +3433,26 @@ class SQLite:
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
-        """The bytes that the file and its WAL take, by stat(2), not open(2)."""
-        return sum(max(0, size) for size, _ in self._stats())
+        """The bytes that the file and its WAL take."""
+        return _stat(self.path)[2] + _stat(self._wal_path)[2]
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the file that was opened, and to its -wal,
         which is deleted with what is not in the file yet.
         """
-        wal = _inode(self.path + "-wal")
+        wal = _stat(self._wal_path)[:2]
         if self._wal is None and self._db.in_transaction:
             self._wal = wal     # it is there from the first transaction on
-        return _inode(self.path) == self.inode and self._wal in (None, wal)
+        return _stat(self.path)[:2] == self._inode and self._wal in (None, wal)
 
 
 @contextlib.contextmanager
 def glance(path: str) -> Iterator[Rows]:
-    """A way to ask for rows that neither makes nor upgrades a queue, nor waits long.
+    """A function that asks for rows; it neither makes nor upgrades a queue, nor waits
+    long.
 
-    Raises QueueError. The mode is "rw": a connection that may not write leaves an
-    empty WAL behind. It asks for rows by statements of today's format, whatever format
-    the file has: what those do not find there is refused.
+    Raises QueueError, also where the file's format lacks what a statement names. The
+    mode is "rw": a connection that may not write leaves an empty WAL behind.
     """
     path = system_path(path)
     try:

@@ -11261,8 +11261,8 @@ MOMENTS = (
     # SQLite.
     ("before a commit",         "SQLite.commit",        "before",   "COMMIT"),
     ("after a commit",          "SQLite.transaction",   "after",    "commit"),
-    ("within an upgrade",       "SQLite._run_script",   "before",   "rows"),
-    ("copied, nothing new yet", "SQLite._upgrade",      "after",    "backup"),
+    ("within an upgrade",       "SQLite._upgrade",      "before",   "format"),
+    ("copied, nothing new yet", "SQLite._upgrade",      "before",   "split"),
     ("a copy without a name",   "SQLite.backup",        "before",   "replace"),
     # Ledger.
     ("moved, no event yet",     "Ledger.move",          "before",   "_add_events"),
