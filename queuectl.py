@@ -5,28 +5,29 @@
 # ///
 """queuectl: a background job queue for the command line, in one file.
 
-Hand over shell commands on one machine and be sure that they run: later, in
-parallel, by priority, again after a failure, never twice at once, never lost.
-SQLite keeps the jobs, workers run them in slots, failures are retried with
-exponential backoff and end in a dead letter queue.
+Enqueue shell commands on one machine and be sure that they run: later, in parallel, by
+priority, again after a failure, never twice at once, never lost. SQLite stores the
+jobs, workers run them in slots, failures are retried with exponential backoff and end
+in a dead letter queue.
 
 Words
-    job       one shell command, kept until somebody deletes it
-    run       one start of a job's command; a job that is retried has several
-    attempt   a run that ended by the job's own doing (a crash of the worker is not)
-    queue     the name under which jobs are grouped; also the database as a whole
-    worker    one `worker start`, with a number of slots: two processes, for a small
-              supervisor starts the worker, and ends what it leaves behind
-    slot      room in a worker for one running command
-    claim     the number of a run, drawn when a worker takes the job; it only grows
-    fence     the guard "only if the job's claim is still mine" on a later write
-    lease     how long a worker may be silent before its claims are taken from it
-    due       its time has come
-    dead      failed for good: in the dead letter queue (DLQ) until a person acts
-    lost      the end of a run that nobody saw, because its worker died
-    rank      a waiting job's place in line: by priority, with ageing also by time
-    ready     waits for nothing but a slot; scheduled: for its time; blocked: for jobs
-    tick      one transaction of a worker: record what ended, claim what is due
+    job        one shell command, kept until it is deleted
+    run        one start of a job's command; a job that is retried has several
+    attempt    a run whose end is charged to the job (a crash of the worker is not)
+    queue      the name under which jobs are grouped; also the whole database
+    worker     one `worker start`: two processes, a supervisor and the worker proper
+    supervisor the parent: it starts the worker, and kills what that leaves behind
+    slot       room in a worker for one running command
+    claim      a worker's hold of a job for one run; also the number of that run
+    fence      the guard "only if the claim is still mine" on a later write
+    heartbeat  a worker's regular sign that it is alive
+    lease      how long after its last heartbeat a worker keeps its claims
+    due        its time has come
+    dead       failed for good: in the dead letter queue (DLQ) until a user acts
+    lost       how a run ended whose worker died
+    rank       the order of ready jobs: by priority, with ageing also by time
+    ready      it waits only for a slot; scheduled: for its time; blocked: for jobs
+    tick       one transaction of a worker: record ends of runs, claim jobs
 
 Life cycle
 
@@ -48,23 +49,23 @@ Invariants
     (I4) A claim number is never used twice.                               [counters]
     (I5) From the commit of a claim until the last process of its run is gone, the
          run's lock is held: by the worker up to the start, then by the process tree.
-    (I6) A job is taken from a worker only if that is gone, or has sent no heartbeat
-         for a lease, and only when the run's lock is free.
+    (I6) A job is taken from a worker only if the worker is gone, or has sent no
+         heartbeat for a lease, and only when the run's lock is free.
     (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
          [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
-    (I9) One thread of a worker touches the database, and starts and reaps the commands;
-         no transaction waits for anything but the write lock and the disk.
-    (I10) No request over HTTP is looked at before it has named this host, shown a token
-         and come from no other page; none holds a transaction while it waits for the
-         network.
+    (I9) One thread of a worker uses the database, and starts and reaps the commands; a
+         transaction waits only for the write lock and the disk.
+    (I10) An HTTP request is handled only after it has named this host, shown a token,
+         and not come from another site; none holds a transaction while it waits for
+         the network.
 
 Contents: `grep -n '^# ----' queuectl.py`
-     1 Vocabulary   states, moves, limits, errors
+     1 Words        states, moves, limits, errors; times, sizes and names as text
      2 Records      rows and values as named tuples
-     3 Rules        times, durations, backoff, what follows an outcome: pure
+     3 Rules        what follows a run's end, which job is next, histograms: pure
      4 Cron         the runs of a schedule, also when clocks change: pure
-     5 Input        what people hand in, checked: pure
+     5 Fields       job fields, filters, settings; job objects from JSON and lines
      6 SQL          every statement
      7 SQLite       the database file: opening, transactions, rows in and out
      8 Host         locks that tell who is alive, the process table, wake-ups
@@ -131,13 +132,13 @@ __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 
-# ---- 1 Vocabulary ------------------------------------------------------------
-# The names and numbers that all other sections share, and the ways to refuse. What can
-# be made from them is made from them: the guards of SQL, the CHECKs of the schema, the
-# choices of flags; so nothing is told twice. Nothing here computes or acts.
+# ---- 1 Words -----------------------------------------------------------------
+# The names, numbers and errors that all other sections share, and how people write
+# times, sizes and names. The guards of SQL, the CHECKs of the schema and the choices of
+# flags are made from these tables.
 
-# STATES, WAITS and OUTCOMES stand in CHECKs of the schema: one more of them needs a
-# migration that rebuilds the table.
+# STATES, WAITS and OUTCOMES are in CHECKs of the schema: a new one needs a migration
+# that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 
@@ -149,10 +150,9 @@ class Move(NamedTuple):
     because: str
 
 
-# The life cycle, whole: what is no verb here cannot happen (I1). No two verbs share a
-# source and a target: by these two `usual_reason` finds `because`, so an event stores
-# only a reason that is another. A new wording changes what is told of old events, too.
-# `fail` and `bury` also take runs that were lost: only what is charged differs.
+# The whole life cycle (I1). No two verbs share a source and a target: by these,
+# `usual_reason` finds `because` for an event that stores no reason of its own.
+# `fail` and `bury` also apply to lost runs.
 MOVES = {
     #                from                   to          because
     "claim":    Move((PENDING, FAILED),     PROCESSING, "claimed by a worker"),
@@ -167,77 +167,70 @@ MOVES = {
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 
-# What a waiting job waits for (I7): nothing but a slot, its time, other jobs.
+# Why a job waits (I7): for a slot, for its time, for other jobs.
 READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
 
-# How a run ended. LOST: nobody saw it. RELEASED: requeued, and no attempt counted: its
-# worker left, had no slot for it in time, or the machine lacked what a start takes.
+# How a run ended. LOST: its worker was lost. RELEASED: requeued, no attempt counted.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
 
-# What somebody asked of a running job, and of a worker.
-CANCEL = "cancel"
-DRAIN, NOW = "drain", "now"
+CANCEL = "cancel"               # requested for a running job
+DRAIN, NOW = "drain", "now"     # requested of a worker
 ASKED = "asked to stop"
 
-# How grave a finding is: a promise is broken; it may come to that; it passes by itself.
+# Levels of findings: a promise is broken; it may be soon; it passes by itself.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 
-# Verbs that statistics count; how runs end is counted beside them, as `run:OUTCOME`.
+# The verbs that statistics count; ends of runs are counted as `run:OUTCOME`.
 TALLIED = ("complete", "fail", "bury", "cancel")
 
-EVERY_QUEUE = "*"     # the row of `queues` that pauses all; no queue can be named so
+EVERY_QUEUE = "*"     # the row of `queues` that pauses all; not a valid name
 DEFAULT_QUEUE = "default"
-HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these call no hooks
+HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these trigger no hooks
 
-# 2 is argparse's own status for words that it cannot parse. The job's own statuses,
-# which `wait` hands on, may be any of these as well.
+# 2 is argparse's own. `wait` exits with a job's status, which may be any of these.
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-WORKER_PATIENCE = 2.0  # seconds a worker waits for it before it says so
+WORKER_PATIENCE = 2.0  # seconds a worker waits for the lock before it logs that
 # With SQLite's busy handler, which sleeps longer each time, one of 8 workers waited
 # 5.1 s for a claim; with a retry each millisecond 0.4 to 0.8 s at worst.
-BUSY_PAUSE = 0.001     # seconds between two tries; SQLite's own handler starves waiters
-FALLBACK_POLL = 1.0    # seconds; covers a wake-up that got lost
+BUSY_PAUSE = 0.001     # seconds between two tries to lock the database
+FALLBACK_POLL = 1.0    # seconds between looks without a notification, which may be lost
 LONGEST_WAIT = 3600.0  # seconds; poll(2) takes no more than 24 days
-RESCUE_TICK = 0.02     # seconds between two looks at processes that are being ended
+RESCUE_TICK = 0.02     # seconds between two looks at processes that are being killed
 SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
-CLOCK_CORRECTION = 10800.0  # seconds; a clock set back by more was wrong before
-CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
+CLOCK_CORRECTION = 10800.0  # seconds; a clock that is set back further was wrong before
 WILD_CORRECTION = 60.0      # seconds; the same for an interval
+CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one worker
 MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
-MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes some 2 MiB
-MAX_SEARCH = 256            # characters
+MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes about 2 MiB
+MAX_SEARCH = 256       # characters
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
-MAX_DURATION = 1e10    # seconds, some 300 years: keeps every sum a real date
+MAX_DURATION = 1e10    # seconds, about 300 years: keeps every sum a valid date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
 PAGE_SIZE = 1000       # jobs read at once where there may be very many
-SOCKET_BUFFER = 4096   # bytes of wake-ups read at once, far more than one has
-
-SHRINK_PAGES = 500     # pages of the file given back in one transaction; a few ms
-
+SOCKET_BUFFER = 4096   # bytes of notifications read at once, far more than there are
+SHRINK_PAGES = 500     # pages of the file freed in one transaction: a few ms
 CHECK_SHOWN = 20       # findings of one kind that `check` lists
-
 LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal and -shm
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
 
 
-# Errors: a class for each way in which a caller acts. What happened is told by a code,
-# which `--json` prints, so a code is never renamed. No section above Screen prints an
-# error or exits.
+# A subclass exists only where a caller acts differently. The code says what happened;
+# `--json` prints it, so a code is never renamed.
 CODES = {
     "usage": "the command line is wrong",
     "no-queue": "there is no database at that path, and the command only reads",
-    "not-a-queue": "the file is something else; it is left as it is",
-    "newer-version": "a newer queuectl wrote the file; it is left as it is",
-    "damaged": "SQLite found the file damaged; it is left as it is",
+    "not-a-queue": "the file is something else; it is left unchanged",
+    "newer-version": "a newer queuectl wrote the file; it is left unchanged",
+    "damaged": "SQLite found the file damaged; it is left unchanged",
     "database-gone": "the file was deleted, moved or replaced while it was open",
     "unwritable": "a file or a directory cannot be written",
-    "disk-full": "there is no room; nothing was changed",
+    "disk-full": "the disk is full; nothing was changed",
     "busy": "another process held the lock for too long; nothing was changed",
     "no-such-job": "no job has that id",
     "no-such-run": "the job has no run of that number (yet), or none at all",
@@ -250,38 +243,33 @@ CODES = {
     "no-such-worker": "no worker of that name runs",
     "no-such-schedule": "no schedule has that name",
     "schedule-exists": "another schedule has that name",
-    "not-finished": "it did not end in the time that was given, and goes on",
-    "blocked": "it would never end, unless a person retries or cancels a job",
-    "declined": "a person was asked and did not say yes",
+    "not-finished": "it did not finish in the given time, and continues",
+    "blocked": "it would never end unless somebody retries or cancels a job",
+    "declined": "the user was asked and did not say yes",
     "unreadable": "a file or stdin cannot be read",
     "unsupported": "this platform or situation cannot do that",
-    "refused": "the server does not take that request",
+    "refused": "the server does not accept that request",
 }
 
 
 class QueueError(Exception):
-    """A refusal: what is wrong, then what to do; never a mistake of our own.
-
-    `code` is one of CODES. `message` and `hint` are the two halves of the text; a hint
-    of "" means that there is nothing to be done.
+    """A refusal, never a bug of our own. `message` says what is wrong, `hint` what to
+    do ("": nothing); `code` is one of CODES.
     """
-    status = 503                # of a reply over HTTP; it may pass
+    status = 503                # of the HTTP reply
     headers: tuple[tuple[str, str], ...] = ()       # of that reply
     exit_status = EX_NO
-    item: int | None = None     # which one of several things was at fault, from 0
+    item: int | None = None     # which of several things was at fault, from 0
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(f"{message}; {hint}" if hint else message)
         self.code, self.message, self.hint = code, message, hint
 
     def name_place(self, place: str) -> None:
-        """Put where the fault was, as `line 3`, before the message; nothing for "".
-
-        An exception's text is made of `args`, so these have to follow.
-        """
+        """Put a place, such as `line 3`, before the message; nothing for ""."""
         if place:
             self.message = f"{place}: {self.message}"
-            self.args = (f"{place}: {self}",)
+            self.args = (f"{place}: {self}",)       # the exception's text
 
 
 class NotFound(QueueError):
@@ -290,12 +278,12 @@ class NotFound(QueueError):
 
 
 class Conflict(QueueError):
-    """Something else stands against it; a sweep passes over such a job."""
+    """Something else prevents it; a sweep skips such a job."""
     status = 409
 
 
 class Invalid(QueueError):
-    """What was given is wrong; `key` names the job's field, if it is one."""
+    """A given value is wrong; `key` names the job's field, if it is one."""
     status = 400
 
     def __init__(self, message: str, hint: str = "", key: str | None = None) -> None:
@@ -314,10 +302,7 @@ class Usage(Invalid):
 
 
 class Unavailable(QueueError):
-    """The database cannot be written now; nothing was changed.
-
-    A worker keeps what it has to record and tries again.
-    """
+    """The database cannot be written now; nothing was changed. A worker tries again."""
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(code, message, hint)
         if code == "disk-full":
@@ -329,36 +314,215 @@ class Gone(QueueError):
 
 
 class Refused(QueueError):
-    """Anything else; who raises it may set `status` and `exit_status`."""
+    """Anything else; it may set its own `status` and `exit_status`."""
 
 
 class Stale(Exception):
-    """A statement failed, or did not change the rows it had to: a mistake of ours.
-
-    It ends the transaction, which changes nothing.
+    """A statement failed, or did not change the rows that it had to: a bug of ours. The
+    transaction is rolled back.
     """
 
 
 def no_such_job(job_id: str) -> NotFound:
-    """No job has that id, or none has it any more."""
+    """The error for an unknown id."""
     return NotFound("no-such-job", f"no job {job_id!r}",
                     "`queuectl list` shows what there is")
 
 
+# Times. A stored time has 24 characters, the largest unit first, so that text sorts as
+# time does.
+EPOCH = datetime.datetime(1970, 1, 1)
+MILLISECOND = datetime.timedelta(milliseconds=1)
+
+
+@functools.lru_cache(maxsize=16)    # a tick asks for its own time again and again
+def iso(moment: float) -> str:
+    """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
+
+    OverflowError outside of the years 1 to 9999.
+    """
+    # 1e-3 undoes what a float loses of a stored value. datetime.fromtimestamp() may
+    # only reach from 1970 to 2038.
+    stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
+    return stamp.isoformat(timespec="milliseconds") + "Z"
+
+
+def iso_up(moment: float) -> str:
+    """As `iso`, rounded up (but for a float's noise): what waits for it is never early.
+    """
+    return iso(moment + 0.000998)
+
+
+def epoch(stamp: str) -> float:
+    """The epoch seconds of a stored time."""
+    # Without its Z, which fromisoformat() accepts since Python 3.11 only.
+    return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
+
+
+def span(seconds: float) -> str:
+    """A duration for people, in at most two units: 2ms, 0.02s, 12s, 1m 5s, 3d 4h."""
+    if 0 < seconds < 0.00995:
+        return f"{math.ceil(seconds * 1000 - 0.5) or 1}ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f}".rstrip("0").rstrip(".") + "s"
+    whole = round(seconds)
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
+                                       (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size}{unit}" + (f" {rest}{smaller}" if rest else "")
+    return f"{whole}s"
+
+
+def ago(stamp: str | None, now: float) -> str:
+    """A stored time relative to now: `5s ago`, `in 2m` (rounded up); None: `-`."""
+    if stamp is None:
+        return "-"
+    away = epoch(stamp) - now
+    if abs(away) < 1:
+        return "now"
+    return f"in {span(math.ceil(away))}" if away > 0 \
+        else f"{span(math.floor(-away))} ago"
+
+
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# Patterns are text: most commands need few of them, and `re` caches what it compiles.
+_NUMBER = "[0-9]+(?:[.][0-9]+)?"
+_DURATION = f"(?:{_NUMBER}(?:ms|s|m|h|d))+"
+DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
+
+
+def parse_duration(text: object) -> float:
+    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else Invalid."""
+    seconds = -1.0
+    if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
+        text = float(text)
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        with contextlib.suppress(OverflowError):    # of a number of 400 digits
+            seconds = float(text)
+    elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
+        seconds = sum(float(n) * UNITS[unit] for n, unit in
+                      re.findall(f"({_NUMBER})(ms|s|m|h|d)", text))
+    if not 0 <= seconds <= MAX_DURATION:
+        raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
+    return seconds
+
+
+def _next_clock_time(text: str, now: float) -> float:
+    """The next local HH:MM; by the calendar, for a day may have 23 or 25 hours.
+
+    A skipped time comes as much later as the clocks jump; a repeated one comes twice
+    (PEP 495: the second has a `fold` of 1).
+    """
+    hour, minute, *second = (int(part) for part in text.split(":"))
+    wanted = datetime.datetime.fromtimestamp(now).replace(
+        hour=hour, minute=minute, second=(second or [0])[0], microsecond=0, fold=0)
+    first, again = wanted.timestamp(), wanted.replace(fold=1).timestamp()
+    if max(first, again) > now:
+        return first if first > now else again
+    return (wanted + datetime.timedelta(days=1)).timestamp()
+
+
+def parse_time(text: object, now: float) -> float:
+    """Epoch seconds of ISO 8601 (no zone: local time), a number, `+DUR` or `HH:MM`;
+    else Invalid. It may be in the past.
+    """
+    try:
+        moment = math.nan
+        if isinstance(text, (int, float)) and not isinstance(text, bool):
+            moment = float(text)
+        elif isinstance(text, str):
+            text = text.strip()
+            if text.startswith("+"):
+                moment = now + parse_duration(text[1:])
+            elif re.fullmatch(_NUMBER, text):
+                moment = float(text)
+            elif re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
+                moment = _next_clock_time(text, now)
+            else:   # before Python 3.11 fromisoformat() accepts an offset, but no Z
+                moment = datetime.datetime.fromisoformat(
+                    re.sub(r"[Zz]$", "+00:00", text)).timestamp()
+        iso_up(moment)      # refuses what cannot be stored, as NaN or the year 10000
+    except (ValueError, OverflowError, OSError):
+        raise Invalid(f"{text!r} is not a time", "use 2026-01-31T18:00, "
+                      "2026-01-31T18:00Z, epoch seconds, +10m or 18:00") from None
+    return moment
+
+
+SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 20,
+         "kb": 1000, "mb": 10**6}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64KiB`, `1MiB` or a bare number, at most 16 MiB; else Invalid."""
+    match = re.fullmatch(r"([0-9]{1,12})\s*([A-Za-z]*)", text.strip())
+    unit = SIZES.get(match[2].lower()) if match else None
+    if not match or not unit or int(match[1]) * unit > 16 << 20:
+        raise Invalid(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
+    return int(match[1]) * unit
+
+
+def parse_share(text: str) -> float:
+    """A number from 0 to 1; else Invalid, also for `nan`."""
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
+        raise Invalid(f"{text!r} is not a share", "use a number from 0 to 1")
+    return float(text)
+
+
+def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
+    """A whole number within bounds, in plain digits; else Invalid."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
+        raise Invalid(f"{text!r} is not a whole number from {least} to {most}")
+    return int(text)
+
+
+_NAME = "[A-Za-z0-9._:@-]{1,128}"
+NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
+
+
+def parse_name(text: object) -> str:
+    """A name of a job, queue, tag, worker or schedule; else Invalid."""
+    if not isinstance(text, str) or not re.fullmatch(_NAME, text):
+        raise Invalid(f"{text!r} is not a name", NAME_FORM)
+    return text
+
+
+def nearest(word: str, words: Collection[str]) -> str:
+    """A hint that names the most similar of the words, or "" if none is near."""
+    import difflib  # 5 ms, and only for a mistake
+    # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
+    # to `abcd`.
+    close = [one for one in words if sorted(one) == sorted(word)] \
+        or difflib.get_close_matches(word, words, 1, 0.6)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def parse_state(text: object) -> str:
+    """One of STATES; else Invalid, with the nearest."""
+    if text not in STATES:
+        raise Invalid(f"there is no state {text!r}",
+                      nearest(str(text), STATES) or "use " + ", ".join(STATES))
+    return str(text)
+
+
+def is_text(value: object) -> bool:
+    """Return True for a string that UTF-8, SQLite and a command line can hold: without
+    NUL and lone surrogates, which JSON can write.
+    """
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
 # ---- 2 Records ---------------------------------------------------------------
-# Times in records are the text that database and JSON hold (UTC, ISO 8601, ms, Z).
-# Of those that are rows a new field comes last: ALTER TABLE adds at the end, and rows
-# are taken by position.
-# They are NamedTuples: none can change, so what one transaction has read stays what it
-# was; a change is a copy (`_replace`) that the ledger writes, or nobody. To import
-# dataclasses would take 10 ms of each start (measured).
+# Rows and values. Times in them are text as stored (UTC, ISO 8601, ms, Z). Rows are
+# read by position, so a new column comes last. NamedTuples do not change: a change is a
+# copy (`_replace`) that the ledger writes. Importing dataclasses would take 10 ms.
 
 class Job(NamedTuple):
     """One row of `jobs`, in column order, as it was when it was read: another process
     may have changed it since, so each write guards on its state and claim (I1, I3).
 
-    Before the job is added, what is not known yet has the default. A new column comes
-    last, as ALTER TABLE adds it; its JSON key is a row of FIELDS.
+    Before the job is added, what is not known yet has the default. A new field is one
+    line here, one in FIELDS, and an ALTER TABLE.
     """
     seq: int = 0                # order of enqueueing; the N of job-N
     id: str = ""
@@ -396,17 +560,13 @@ class Job(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One row of `runs`, written with the claim: before its command is started.
-
-    So what is under way need not have begun; of one that was claimed ahead `slot` tells
-    it.
-    """
+    """One row of `runs`, written with the claim, so before its command starts."""
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
     worker_id: int              # Worker.id
     worker: str                 # the worker's name; its row goes when it leaves
-    slot: int                   # 1 ... slots
+    slot: int                   # 1 ... slots; 0: claimed ahead, not started
     started_at: str
     finished_at: str | None     # None: under way
     duration: float | None      # seconds, monotonic; None: nobody saw the end
@@ -418,27 +578,27 @@ class Run(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a worker that runs, or died without a word.
+    """One row of `workers`: a worker that runs, or died without leaving.
 
-    `pid` alone proves nothing, as numbers are used again: `boot` and `born` go with it.
-    Silence is told by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
+    Process ids are reused, so `boot` and `born` go with `pid`. Whether it is silent is
+    decided by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
     """
     id: int
     name: str
     host: str
-    boot: str                   # the kernel's boot id; "" where there is none
+    boot: str                   # the kernel's boot id; "": there is none
     pid: int
-    born: str                   # start time of the process, as the kernel tells it
+    born: str                   # start time of the process, as the kernel reports it
     slots: int
     queues: tuple[str, ...]     # (): all
-    port: int | None            # UDP, loopback, for wake-ups
+    port: int | None            # UDP, loopback, for notifications
     started_at: str
     heartbeat_at: str
     heartbeats: int             # grows with each heartbeat
-    stop_requested: str | None  # DRAIN or NOW: somebody wants it stopped
+    stop_requested: str | None  # DRAIN or NOW
     # Not in the table, and only in what Queue.workers() returns:
     is_alive: bool | None = None        # None: on another machine
-    is_expired: bool = False             # no heartbeat for a lease: not counted
+    is_expired: bool = False            # no heartbeat for a lease: not counted
     late_after: float = math.inf        # seconds; without a heartbeat it is called late
     running: Sequence[Job] = ()
 
@@ -448,7 +608,7 @@ class Worker(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One change of a job's state; it goes when the job is deleted."""
+    """One change of a job's state; deleted with the job."""
     id: str
     source: str | None          # None: enqueued
     target: str
@@ -458,10 +618,8 @@ class Event(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`: a job that comes again and again.
-
-    `job` is kept as it was given and parsed at each run, so it may be {} or wrong if
-    somebody has written to the file: then the schedule is put to rest.
+    """One row of `schedules`. `job` is checked at each run: it may be wrong by then, or
+    {} if somebody has edited the file; the schedule is paused then.
     """
     name: str
     cron: str                   # five fields or @daily and the like, in local time
@@ -472,7 +630,7 @@ class Schedule(NamedTuple):
     last_run: str | None        # when its last job was enqueued
     last_job: int | None        # Job.seq of that
     tz: str | None              # IANA name of its zone; None: the worker's local zone
-    skipped: int                # runs left out because the previous job was not over
+    skipped: int                # runs skipped because the previous job had not finished
     last_success: str | None    # when one of its jobs last completed
 
 
@@ -483,24 +641,24 @@ class Cron(NamedTuple):
     days: tuple[int, ...]       # of the month
     months: tuple[int, ...]
     weekdays: tuple[int, ...]   # 0: Sunday
-    is_either: bool             # neither day field begins with *: one of them is enough
+    is_either: bool             # no day field begins with *: a match of one is enough
     is_wild: bool               # minute or hour begins with *: an interval, not a time
 
 
 class QueueView(NamedTuple):
-    """A queue: what was set for it, and how many jobs of each state it has."""
+    """A queue: its settings, and how many jobs of each state it has."""
     name: str
     paused: bool
     limit: int                  # jobs at once; 0: no limit
-    counts: dict[str, int]      # all states are there
+    counts: dict[str, int]      # with all states
 
 
 class Progress(NamedTuple):
-    """How far the jobs have come; what is over counts from the database's making."""
+    """How many jobs are in which part of their life."""
     waiting: int
     running: int
-    completed: int
-    unwell: int                 # dead or cancelled
+    completed: int              # since the database was created, until `since`
+    unwell: int                 # dead or cancelled; the same
 
     @property
     def over(self) -> int:
@@ -513,8 +671,7 @@ class Progress(NamedTuple):
         return self.waiting + self.running
 
     def since(self, first: Progress) -> Progress:
-        """What waits and runs now, and what has come to an end since an earlier moment.
-        """
+        """With only those over that have ended since an earlier moment."""
         return self._replace(completed=self.completed - first.completed,
                              unwell=self.unwell - first.unwell)
 
@@ -530,10 +687,7 @@ class Outcome(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The configuration, parsed; durations in seconds, None: off.
-
-    In the order of SETTINGS, which fill it by position.
-    """
+    """The configuration, parsed, in the order of SETTINGS; seconds; None: off."""
     max_retries: int
     backoff_base: float
     backoff_max: float
@@ -553,7 +707,7 @@ class Settings(NamedTuple):
 
 
 class WorkerOptions(NamedTuple):
-    """What `worker start` was asked to do."""
+    """The flags of `worker start`."""
     slots: int = 1
     name: str | None = None             # None: host-pid
     queues: tuple[str, ...] = ()        # (): all
@@ -561,10 +715,10 @@ class WorkerOptions(NamedTuple):
     backoff_base: float | None = None   # for jobs that set none
     drain: bool = False
     max_jobs: int | None = None
-    grace: float | None = None          # seconds; None: wait for ever
+    grace: float | None = None          # seconds; None: no limit
 
     def adapt(self, settings: Settings) -> Settings:
-        """The configuration of this worker: what it was given comes first."""
+        """The configuration of this worker: its flags come first."""
         if self.timeout is not None:
             settings = settings._replace(timeout=self.timeout)
         if self.backoff_base is not None:
@@ -573,37 +727,33 @@ class WorkerOptions(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Which jobs are meant, beside their states; None: whatever they are.
-
-    As a record, so that a mistyped one is a TypeError: one that were passed over would
-    widen what is asked for, and what is deleted.
+    """Which jobs, besides their states. A record, so that a mistyped filter is a
+    TypeError: to ignore one would widen what is listed, or deleted.
     """
     queue: str | None = None
     tag: str | None = None
     search: str | None = None           # text in the id or the command
     ended_before: str | None = None     # a stored time
-    before: int | None = None           # only seqs below: to go on, newest first
-    ended_at: str | None = None         # with ended_seq: to go on, by their ends
+    before: int | None = None           # only lower seqs: to continue, newest first
+    ended_at: str | None = None         # with ended_seq: to continue, by their ends
     ended_seq: int | None = None
 
 
 class Claim(NamedTuple):
-    """A job that a worker has taken, with all that it takes to start it."""
+    """A job that a worker has taken."""
     job: Job
     number: int         # the fencing token: only increases, never reused
     slot: int           # 0: a spare, without a slot yet
     lock: int           # descriptor that holds the run's lock; -1: no such locks here
 
     def release(self) -> None:
-        """Close the lock in this process; the process tree holds it on (I5)."""
+        """Close the lock in this process; the process tree still holds it (I5)."""
         if self.lock >= 0:
             os.close(self.lock)
 
 
 class Change(NamedTuple):
-    """A change of state: the verb, the job as it was and as it will be (but for state,
-    `waits` and place in line, which follow), the reason, and how a run ended.
-    """
+    """A change of state. In `after`, what follows from the state is not set yet."""
     verb: str
     before: Job
     after: Job
@@ -612,13 +762,12 @@ class Change(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """What one tick of a worker brings, once it is committed."""
+    """The result of one tick of a worker, once it is committed."""
     changes: list[Change]           # runs that have ended
     claims: list[Claim]
-    mine: dict[int, str | None]     # claims the database says this worker holds:
-                                    # what is requested of each
+    mine: dict[int, str | None]     # this worker's claims: what is requested of each
     stop: str | None                # DRAIN or NOW
-    is_behind: bool                 # more jobs are due than one tick lets in
+    is_behind: bool                 # more jobs are due than one tick makes ready
     is_expiring: bool               # more is to be deleted
     is_overtaken: bool              # a job is ready that comes before the spare claims
     settings: Settings
@@ -645,26 +794,24 @@ class Summary(NamedTuple):
     died: int
     cancelled: int
     lost: int               # runs lost with their worker
-    run_time: Spread        # of runs whose end somebody saw
+    run_time: Spread        # of runs whose end was seen
     wait_time: Spread       # from due to started
     at: str = ""            # the minute, where it is one
 
 
 class Finding(NamedTuple):
-    """Something that `check` has to say, or a reason for which a job waits: a NOTE if
-    it passes by itself.
-    """
+    """What `check` reports, or why a job waits."""
     level: str                  # PROBLEM, WARNING or NOTE
     code: str                   # one of a closed list
     message: str
-    hint: str                   # what to do; "": nothing, or who knows
+    hint: str                   # what to do; "": nothing
 
 
 class Scrape(NamedTuple):
-    """What the metrics tell, all of one moment."""
+    """What the metrics show, all of one moment."""
     jobs: dict[tuple[str, str], int]                    # by queue and state
     tallies: list[tuple[str, str, int, int, float]]     # of all time
-    oldest: dict[str, float]        # seconds since the first in line became due
+    oldest: dict[str, float]        # seconds since the first ready job became due
     paused: dict[str, bool]         # by queue
     workers: list[Worker]
     database_bytes: int
@@ -674,7 +821,7 @@ class Scrape(NamedTuple):
 
 class Status(NamedTuple):
     """The first screen."""
-    counts: dict[str, int]          # by state; all states are there
+    counts: dict[str, int]          # by state; with all states
     workers: list[Worker]
     paused: list[str]
     next_due: Job | None
@@ -685,234 +832,34 @@ class Status(NamedTuple):
 
 
 # ---- 3 Rules -----------------------------------------------------------------
-# Decisions without effects: time, chance and rows come in, values go out. So each can
-# be tested with literals, and workers, commands and the API cannot decide differently.
-# In this order: times and other values as people write them; the settings; what
-# follows from a run's end; who is next in line, and how much a worker takes ahead; who
-# counts as silent; what is kept of an output; histograms for statistics and metrics.
-#
-# A stored time has 24 characters, the largest unit first, so text sorts as time does:
-# statements compare and index it as it is.
-
-EPOCH = datetime.datetime(1970, 1, 1)
-MILLISECOND = datetime.timedelta(milliseconds=1)
-
-
-@functools.lru_cache(maxsize=16)     # a tick asks for its own time again and again
-@functools.lru_cache(maxsize=16)    # a tick asks for its own time again and again
-def iso(moment: float) -> str:
-    """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
-
-    The thousandth of a millisecond undoes what a float loses of a stored value. An
-    OverflowError lies outside of the years 1 to 9999. EPOCH and a timedelta reach all
-    of these; datetime.fromtimestamp() may stop at 1970 and 2038 (Python's manual).
-    """
-    stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
-    return stamp.isoformat(timespec="milliseconds") + "Z"
-
-
-def iso_up(moment: float) -> str:
-    """As `iso`, rounded up: a job that waits for it is never early.
-
-    A float's noise, below a microsecond, goes down: a stored time stays as it is.
-    """
-    return iso(moment + 0.000998)
-
-
-def epoch(stamp: str) -> float:
-    """The epoch seconds of a stored time."""
-    # Without its Z, which fromisoformat() takes since Python 3.11 only.
-    return (datetime.datetime.fromisoformat(stamp[:-1]) - EPOCH) / MILLISECOND / 1000
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 2ms, 0.02s, 12s, 1m 5s, 2h 3m, 3d 4h.
-
-    Two units at most, the second rounded down; only 0 itself is told as none.
-    """
-    if 0 < seconds < 0.00995:
-        return f"{math.ceil(seconds * 1000 - 0.5) or 1}ms"
-    if seconds < 9.995:
-        return f"{seconds:.2f}".rstrip("0").rstrip(".") + "s"
-    whole = round(seconds)
-    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
-                                       (60, "m", 1, "s")):
-        if whole >= size:
-            rest = whole % size // small
-            return f"{whole // size}{unit}" + (f" {rest}{smaller}" if rest else "")
-    return f"{whole}s"
-
-
-def ago(stamp: str | None, now: float) -> str:
-    """A stored time relative to now: `5s ago`, `in 2m`; None: `-`.
-
-    What is to come is rounded up, so who looks again then finds that it has.
-    """
-    if stamp is None:
-        return "-"
-    away = epoch(stamp) - now
-    if abs(away) < 1:
-        return "now"
-    if away > 0:
-        return f"in {span(math.ceil(away))}"
-    return f"{span(math.floor(-away))} ago"
-
-
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Patterns are text: most commands need few of them, and `re` keeps what it compiles.
-_NUMBER = "[0-9]+(?:[.][0-9]+)?"
-_PART = f"({_NUMBER})(ms|s|m|h|d)"
-_DURATION = f"(?:{_NUMBER}(?:ms|s|m|h|d))+"
-DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
-
-
-def parse_duration(text: object) -> float:
-    """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else Invalid.
-
-    Parts add up in any order. True is no number here, though Python takes it for 1.
-    """
-    seconds = -1.0
-    if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
-        text = float(text)
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        with contextlib.suppress(OverflowError):    # of a number of 400 digits
-            seconds = float(text)
-    elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
-        seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(_PART, text))
-    if not 0 <= seconds <= MAX_DURATION:
-        raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
-    return seconds
-
-
-def _next_clock_time(text: str, now: float) -> float:
-    """The next local HH:MM; by the calendar, for a day may have 23 or 25 hours.
-
-    What the clocks pass over comes as much later as they jump; what they repeat comes
-    twice (PEP 495: the second has a `fold` of 1).
-    """
-    hour, minute, *second = (int(part) for part in text.split(":"))
-    today = datetime.datetime.fromtimestamp(now)
-    wanted = today.replace(hour=hour, minute=minute, second=(second or [0])[0],
-                           microsecond=0, fold=0)
-    first, again = wanted.timestamp(), wanted.replace(fold=1).timestamp()
-    if max(first, again) > now:
-        return first if first > now else again
-    return (wanted + datetime.timedelta(days=1)).timestamp()
-
-
-def _moment(text: object, now: float) -> float:
-    """As `parse_time`; ValueError, OverflowError or OSError for what is no time.
-
-    Bare digits are epoch seconds, so `2026` is half an hour into 1970. A date without
-    a time is its local midnight. Python 3.11 knows more forms of ISO 8601 than those
-    before, as 20260131T1800.
-    """
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return float(text)
-    if not isinstance(text, str):
-        raise ValueError
-    text = text.strip()
-    if text.startswith("+"):
-        return now + parse_duration(text[1:])
-    if re.fullmatch(_NUMBER, text):
-        return float(text)
-    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
-        return _next_clock_time(text, now)
-    # Before Python 3.11 fromisoformat() takes an offset, but no Z.
-    stamp = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
-    return stamp.timestamp()    # without a zone: by local clocks
-
-
-def parse_time(text: object, now: float) -> float:
-    """Epoch seconds of ISO 8601 (no zone: local), a number, `+DUR` or `HH:MM`.
-
-    Invalid for all else. A time of the past is one, too.
-    """
-    try:
-        moment = _moment(text, now)
-        # What has no stored form, as NaN or the year 10000, is refused here already.
-        iso_up(moment)
-    except (ValueError, OverflowError, OSError):
-        raise Invalid(f"{text!r} is not a time", "use 2026-01-31T18:00, "
-                      "2026-01-31T18:00Z, epoch seconds, +10m or 18:00") from None
-    return moment
-
-
-SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 20,
-         "kb": 1000, "mb": 10**6}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `64KiB`, `1MiB` or a bare number; at most 16 MiB."""
-    match = re.fullmatch(r"([0-9]{1,12})\s*([A-Za-z]*)", text.strip())
-    if match and match[2].lower() in SIZES:
-        size = int(match[1]) * SIZES[match[2].lower()]
-        if size <= 16 << 20:
-            return size
-    raise Invalid(f"{text!r} is not a size", "use 64KiB or 1MiB; up to 16MiB")
-
-
-def parse_share(text: str) -> float:
-    """A number from 0 to 1; else Invalid.
-
-    float() alone would let `nan` in, of which no comparison is true.
-    """
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
-        raise Invalid(f"{text!r} is not a share", "use a number from 0 to 1")
-    return float(text)
-
-
-def parse_whole(text: str, least: int = 0, most: int = MAX_WHOLE) -> int:
-    """A whole number within bounds; else Invalid.
-
-    Plain digits: int() also takes `1_000` and the digits of other scripts. Twelve are
-    more than any bound has.
-    """
-    if not re.fullmatch(r"[+-]?[0-9]{1,12}", text) or not least <= int(text) <= most:
-        raise Invalid(f"{text!r} is not a whole number from {least} to {most}")
-    return int(text)
-
-
-def nearest(word: str, words: Collection[str]) -> str:
-    """A hint that names the most similar of the words, or "" if none is near."""
-    import difflib  # 5 ms, and only for a mistake
-    # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
-    # to `abcd`.
-    close = [one for one in words if sorted(one) == sorted(word)] \
-        or difflib.get_close_matches(word, words, 1, 0.6)
-    return f"did you mean `{close[0]}`?" if close else ""
-
+# Decisions without effects: time, chance and rows are arguments. What follows from a
+# run's end; which job is next; which worker is silent; what is kept of an output;
+# histograms.
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
-    """Seconds to wait after the `failures`-th failed attempt, counted from 1.
-
-    base, 2 base, 4 base ... up to backoff-max; `chance` (0 to 1) spreads it by
-    backoff-jitter to both sides, so that jobs that failed together part.
+    """Seconds to wait after the `failures`-th failed attempt, from 1: base, 2 base, 4
+    base ... up to backoff-max; `chance` (0 to 1) spreads it by backoff-jitter.
     """
     # 64 doublings are more than enough, and 2.0 ** 1024 is an OverflowError.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
-    return min(settings.backoff_max, wait)  # again: chance must not lift it over that
+    return min(settings.backoff_max, wait)
 
 
 def rank_of(priority: int, run_at: str, settings: Settings) -> int:
-    """The place in line, lower first; equal ranks go by run_at, then by age.
-
-    With ageing all waiting jobs gain at one speed, so their order never changes
-    and a stored number serves: the due time, set back by the priority's worth. It is
-    in whole milliseconds, for jobs ranked here stand in one line with those that
-    RANK_BY_AGE has ranked. Equal ranks: see `place_in_line`.
+    """A waiting job's rank, lower first: by priority, or with ageing by the due time,
+    set back by what the priority is worth. All jobs age equally, so the order of two
+    never changes and the number can be stored. RANK_BY_AGE is the same in SQL.
     """
     if settings.priority_ageing is None:
         return -priority
-    worth = round(settings.priority_ageing * 1000)  # of one priority; see RANK_BY_AGE
+    worth = round(settings.priority_ageing * 1000)
     return round(epoch(run_at) * 1000) - priority * worth
 
 
 def judged(job: Job, outcome: Outcome) -> Outcome:
-    """The outcome, or LOST if the run failed while a rescuer was ending it.
-
-    A worker that thaws just then sees its command killed: not the job's own doing.
+    """The outcome, or LOST if the run failed while another worker was killing it: its
+    own worker was suspended for longer than its lease.
     """
     if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None,
@@ -920,28 +867,14 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _settle_lost(job: Job, settings: Settings, now: float) -> tuple[str, Job, str]:
-    """A crash is not the job's failure: it has a budget of its own, and no backoff.
-
-    The verb is `fail` all the same, so statistics count it as retried.
-    """
-    job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
-    if job.crashes >= settings.crash_limit:
-        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
-    return "fail", job, "its worker was lost"
-
-
 def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
-    What has happened comes before what was wished, and that before who is to blame: a
-    job that was to be cancelled and yet completed is completed, and one whose worker is
-    lost while it is being cancelled does not run again. Only DONE, FAILURE and TIMEOUT
-    cost an attempt. The job has still the state and the claim that it ran with: `move`
-    follows.
-
-    A job's own backoff-base comes before that of the settings.
+    What happened comes before what was requested, and that before who is to blame: a
+    job that completed is completed even if it was to be cancelled, and one whose worker
+    is lost while it is being cancelled does not run again. Only DONE, FAILURE and
+    TIMEOUT count as an attempt; a lost run counts as a crash, and waits for nothing.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now),
@@ -954,7 +887,10 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
         return "release", job._replace(run_at=min(job.run_at, iso(now))), \
             MOVES["release"].because
     if outcome.kind == LOST:
-        return _settle_lost(job, settings, now)
+        job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
+        if job.crashes < settings.crash_limit:
+            return "fail", job, "its worker was lost"
+        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
     job = job._replace(attempts=job.attempts + 1)
     reason = outcome.error or outcome.kind
     if job.attempts >= job.max_retries:
@@ -972,10 +908,8 @@ def since_set_back(run_at: str, asked: float, now: float) -> str:
 
 
 def brought_forward(job: Job, now: float) -> Job:
-    """The job with its delay counted from now, if that began in the future.
-
-    That happens only if the clock was set back since. A wait for a moment of the clock
-    (`at_time`) stays as it is.
+    """The job with its delay counted from now, if that began in the future: the clock
+    was set back since. A time of the clock (`at_time`) remains.
     """
     began = epoch(job.updated_at)
     if job.at_time or began <= now + CLOCK_NOISE:
@@ -985,20 +919,13 @@ def brought_forward(job: Job, now: float) -> Job:
 
 
 def usual_reason(source: str | None, target: str) -> str:
-    """The usual reason for a change of state, where none was noted.
-
-    An event without a reason of its own stores none, which keeps its row short.
-    It is found again by the two states: no two verbs lead from one to the other.
-    """
+    """The reason of an event that stores none, which keeps most rows short."""
     return next((step.because for step in MOVES.values()
                  if step.target == target and source in step.sources), "enqueued")
 
 
 def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
-    """The first `free` jobs of the line whose queue has room, by `room(queue)`.
-
-    What `room` says does not change in here, so those chosen already are counted.
-    """
+    """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
     taken: dict[str, int] = {}
     chosen: list[Job] = []
     for job in line:
@@ -1011,7 +938,7 @@ def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[J
 
 
 def place_in_line(job: Job) -> tuple[int, str, int]:
-    """What jobs that may start are sorted by; as LINE and jobs_in_line have it."""
+    """The order in which ready jobs start, as in SQL."""
     return job.rank, job.run_at, job.seq
 
 
@@ -1021,9 +948,8 @@ MAX_SPARES = 64        # jobs; a worker takes them from the others for a moment
 
 
 def wanted_spares(pace: float, slots: int) -> int:
-    """How many jobs to claim beyond the slots: what these begin in two RECORD_PAUSEs.
-
-    None where runs take longer than a commit. `pace`: seconds that they take of late.
+    """How many jobs to claim beyond the slots: what these start in two RECORD_PAUSEs.
+    `pace` is the mean duration of the last runs.
     """
     if pace > QUICK:
         return 0
@@ -1031,65 +957,52 @@ def wanted_spares(pace: float, slots: int) -> int:
 
 
 def lease_of(settings: Settings) -> float:
-    """Seconds without a heartbeat after which a worker loses its runs: at least three
-    heartbeats, or the living would lose theirs.
-    """
+    """Seconds: at least three heartbeats, or live workers would lose their claims."""
     return max(settings.lease, 3 * settings.heartbeat)
 
 
 def has_expired(worker: Worker, is_alive: bool | None, now: float,
                 settings: Settings) -> bool:
-    """Return True if a worker that cannot be asked last sent a heartbeat a lease ago.
-
-    By two wall clocks: for what people read, never a reason to take over its runs.
+    """Return True if a worker on another machine sent no heartbeat for a lease. By two
+    wall clocks, so it is only shown, and never a reason to take its runs.
     """
     return is_alive is None and now - epoch(worker.heartbeat_at) > lease_of(settings)
 
 
 def silence_gap(settings: Settings) -> float:
-    """Seconds between two looks at the others after which their silence says nothing.
-
-    More than two heartbeats, on a busy machine; but no one gap may bury anybody.
+    """Seconds between two looks at the other workers beyond which the time does not
+    count as their silence.
     """
     return max(2 * settings.heartbeat, settings.lease / 2)
 
 
 class Silence:
-    """How long each worker has been silent, as this watcher itself has seen it.
-
-    Only time in which we looked counts. Two looks that are too far apart say nothing:
-    who could not look, suspended or waiting for the lock, could not be heard either,
-    and must not bury its living peers.
+    """How long each worker has been silent, as this observer itself has seen it. Time
+    in which it could not look, suspended or waiting for the lock, does not count.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, float]] = {}   # worker: last beat, silent for
+        self._seen: dict[int, tuple[int, float]] = {}   # heartbeats, silent for
         self._last: float | None = None
 
-    def look(self, beats: Mapping[int, int], now: float,
+    def look(self, heartbeats: Mapping[int, int], now: float,
              gap: float) -> dict[int, float]:
-        """Seconds of silence by worker; `now` is a monotonic clock's, `gap` the seconds
-        beyond which the time since the last look does not count: see `silence_gap`.
-
-        A worker begins at 0 when it is seen first; one without a beat is forgotten.
-        """
+        """Seconds of silence by worker; `now` is monotonic, `gap` is `silence_gap`."""
         step = now - self._last if self._last is not None else math.inf
         step = step if step <= gap else 0.0
         self._last = now
         self._seen = {
-            worker: (beat, self._seen[worker][1] + step)
-            if worker in self._seen and self._seen[worker][0] == beat else (beat, 0.0)
-            for worker, beat in beats.items()}
+            worker: (count, self._seen[worker][1] + step)
+            if worker in self._seen and self._seen[worker][0] == count else (count, 0.0)
+            for worker, count in heartbeats.items()}
         return {worker: silent for worker, (_, silent) in self._seen.items()}
 
 
 class Output:
-    """What a command printed, as bytes: the first and the last half of a limit.
+    """What a command printed: the first and the last half of a limit of bytes.
 
-    The beginning says what was started, the end how it went wrong. The end is cut back
-    only when it has grown to twice its size and READ_SIZE, so each byte is moved once
-    at most, however small the pieces. No more is held than one and a half limits and
-    READ_SIZE.
+    The end is cut only when it has grown to twice its size and READ_SIZE, so each byte
+    is moved once at most, however small the pieces.
     """
 
     def __init__(self, limit: int) -> None:
@@ -1098,7 +1011,7 @@ class Output:
         self.total = 0
 
     def feed(self, piece: bytes) -> None:
-        """Take in the next bytes; the work and the memory stay bounded."""
+        """Add the next bytes."""
         self.total += len(piece)
         room = self._head_size - len(self._head)
         self._head += piece[:room]
@@ -1112,41 +1025,23 @@ class Output:
         return bytes(self._head) + end
 
 
-def readable(kept: bytes, total: int) -> bytes:
-    """Kept output with a line in the middle that says how much was left out.
-
-    If anything is missing `kept` is exactly a limit long, so its middle is where the
-    beginning stops, and the limit of that time need not be known.
+def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
+    """Kept output after the first `seen` bytes, with a line for what was left out: in
+    the middle of `kept`, whose halves are the beginning and the end.
     """
-    missing = total - len(kept)
-    if missing <= 0:
-        return kept
-    middle = len(kept) // 2
-    note = f"\n[... {missing} bytes left out ...]\n".encode()
-    return kept[:middle] + note + kept[middle:]
-
-
-def since(kept: bytes, total: int, seen: int) -> bytes:
-    """What came after the first `seen` bytes, as far as it was kept.
-
-    For who follows a command: he has seen all up to there, and gets each byte once.
-    What was left out since then is told by a line, in the place of `kept`'s middle.
-    """
-    if total == len(kept):
-        return kept[seen:]
     middle = len(kept) // 2
     end_from = total - (len(kept) - middle)     # where the kept end begins
+    if total == len(kept):
+        return kept[seen:]
     if seen >= end_from:
         return kept[len(kept) - (total - seen):]
-    missing = end_from - max(seen, middle)
-    note = f"\n[... {missing} bytes left out ...]\n".encode()
+    note = f"\n[... {end_from - max(seen, middle)} bytes left out ...]\n".encode()
     return kept[seen:middle] + note + kept[middle:]
 
 
 def last_line(output: bytes) -> str:
-    """The last line that says something, shortened: often the error message.
-
-    It is shown on other people's terminals, so control characters become blanks.
+    """The last line that is not blank, shortened and without control characters, for
+    it is shown on other people's terminals: often the error message.
     """
     for line in reversed(output[-2000:].splitlines()):
         text = line.decode("utf-8", "replace").strip()
@@ -1155,19 +1050,17 @@ def last_line(output: bytes) -> str:
     return ""
 
 
-# Upper bounds of histogram buckets in each decade: the E24 series of preferred
-# numbers (IEC 60063) with 5.0 for 5.1, so that 1, 2 and 5 are bounds. Each is 6 to 15 %
-# above the one before, and a percentile is told as the upper bound of its bucket: never
-# too low, 5 % too high on average, 15 % at worst. The decades reach 116 days, the last
-# bound 105; what took longer counts there as well.
+# Upper bounds of histogram buckets: in each decade the E24 series (IEC 60063) with 5.0
+# for 5.1, so that 1, 2 and 5 are bounds. Each is 6% to 15% above the one before, and a
+# percentile is the upper bound of its bucket: never too low, at most 15% too high. The
+# last one is 105 days; longer durations count there.
 _E24 = (10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
         33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91)
-_DECADES = range(-4, 7)     # 0.1 ms to 116 days
-BOUNDS = tuple(digit * 10.0 ** (decade - 1) for decade in _DECADES for digit in _E24)
+BOUNDS = tuple(digit * 10.0 ** decade for decade in range(-5, 6) for digit in _E24)
 
 
 def bucket_of(seconds: float) -> int:
-    """The bucket of a duration: the first whose bound is not below it."""
+    """The first bucket whose bound is not below a duration."""
     return min(bisect.bisect_left(BOUNDS, seconds), len(BOUNDS) - 1)
 
 
@@ -1176,25 +1069,17 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
     left = share * sum(buckets.values())
     for bucket in sorted(buckets):
         left -= buckets[bucket]
-        # `share` of a number of values is often a whole one but for a float's noise.
-        if left <= 1e-9:
+        if left <= 1e-9:    # 0, but for a float's noise
             return BOUNDS[bucket]
     return None
 
 
-def spread(buckets: Mapping[int, int], total: float) -> Spread:
-    """Mean (exact) and percentiles (as in `percentile`) of a histogram."""
-    count = sum(buckets.values())
-    return Spread(count, total / count if count else None, percentile(buckets, 0.5),
-                  percentile(buckets, 0.95), percentile(buckets, 0.99))
-
-
 def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
-    """Put tallies (kind, bucket, n, total) together.
+    """The sum of tallies (kind, bucket, n, total).
 
     The kinds are `enqueue`, `delete` and the verbs of TALLIED, which count jobs;
     `run:OUTCOME`, which counts runs; `run_time` and `wait_time`, which alone have
-    buckets and a total in seconds. Kinds that are not known here are passed over.
+    buckets and a total in seconds.
     """
     counts: dict[str, int] = {}
     buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
@@ -1205,50 +1090,43 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
             totals[kind] += total
         else:
             counts[kind] = counts.get(kind, 0) + n
+
+    def spread(kind: str) -> Spread:
+        count = sum(buckets[kind].values())
+        return Spread(count, totals[kind] / count if count else None,
+                      *(percentile(buckets[kind], share) for share in (.5, .95, .99)))
     return Summary(
         counts.get("enqueue", 0), counts.get("complete", 0), counts.get("fail", 0),
         counts.get("bury", 0), counts.get("cancel", 0), counts.get(f"run:{LOST}", 0),
-        spread(buckets["run_time"], totals["run_time"]),
-        spread(buckets["wait_time"], totals["wait_time"]))
+        spread("run_time"), spread("wait_time"))
 
 
-# The bounds that metrics show, each one of BOUNDS, and the bucket that each closes. A
-# hair less than the bound is looked for: BOUNDS are products of floats, and one that
-# came out a hair below its literal would else give the bucket after it.
+# The bounds that metrics show, and the bucket that each closes: of a hair less, for
+# BOUNDS are products of floats and may come out a hair below their literals.
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
                  300.0, 1000.0, 3000.0, 10000.0)     # seconds
 METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
-    """How many values are at most each of METRIC_BOUNDS; and how many there are.
-
-    As the `le` buckets of a Prometheus histogram: the last one is that of +Inf.
+    """How many values are at most each of METRIC_BOUNDS, and how many there are: the
+    `le` buckets of a Prometheus histogram.
     """
     return [sum(n for bucket, n in buckets.items() if bucket <= last)
             for last in METRIC_BUCKETS] + [sum(buckets.values())]
 
 
 # ---- 4 Cron ------------------------------------------------------------------
-# When a schedule comes: its line read, and its runs reckoned, as Debian's cron does.
-# Pure but for the time zone, which is asked for its offsets: by default the process's
-# own. Queue and Ledger store the next run by `run_after`; Views shows the next few.
+# The runs of a schedule, as Debian's cron computes them. Pure, but for the time zone's
+# offsets: by default the process's own.
 
-class CronField(NamedTuple):
-    """What one field of a cron line takes; `names` count from `low` on."""
-    name: str
-    low: int
-    high: int
-    names: tuple[str, ...] = ()
-
-
-CRON_FIELDS = (
-    CronField("minute", 0, 59), CronField("hour", 0, 23),
-    CronField("day of month", 1, 31),
-    CronField("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
-                               "jul", "aug", "sep", "oct", "nov", "dec")),
-    CronField("day of week", 0, 7,      # 7 is Sunday, too
-              ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
+# Field, lowest and highest value, names (counted from the lowest).
+CRON_FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 31, ()),
+    ("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun",
+                      "jul", "aug", "sep", "oct", "nov", "dec")),
+    ("day of week", 0, 7,       # 7 is Sunday, too
+     ("sun", "mon", "tue", "wed", "thu", "fri", "sat")))
 CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
               "@hourly": "0 * * * *"}
@@ -1256,54 +1134,53 @@ LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
 DAY = 86400             # seconds; no zone has changed its clocks twice within one
 EPOCH_DAY = EPOCH.toordinal()
 LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar, nearly
-CRON_DAYS = 41 * 366    # looked at; 29 February is each weekday within 40 years
+CRON_DAYS = 41 * 366    # searched; 29 February is each weekday within 40 years
 
 
-def _cron_value(text: str, field: CronField) -> int:
-    """A number or a name, else Invalid."""
-    if text.lower() in field.names:
-        return field.low + field.names.index(text.lower())
-    if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
-        return int(text)
-    names = f" or {field.names[0]} to {field.names[-1]}" if field.names else ""
-    raise Invalid(f"the {field.name} field does not take {text!r}", f"use {field.low} "
-                  f"to {field.high}{names}, or *; lists, ranges and steps as 1,3 or "
-                  "1-5 or */2")
-
-
-def _cron_part(text: str, field: CronField) -> range:
-    """The values of one item of a field's list: `*`, `1-5` or `5`, also with a step.
-
-    A step counts from the span's beginning, so `*/7` of minutes is 0, 7 ... 56, and 4
-    minutes later 0 again.
+def _cron_values(text: str, number: int) -> tuple[int, ...]:
+    """The values of a field: a list of `*`, `1-5` or `5`, the first two with a step. A
+    step counts from the beginning, so `*/7` of minutes is 0, 7 ... 56, 0.
     """
-    span, slash, step = text.partition("/")
-    low, dash, high = span.partition("-")
-    first, last = field.low, field.high
-    if span != "*":
-        first = _cron_value(low, field)
-        last = _cron_value(high, field) if dash else first
-    if first > last:
-        ends = field.names or (str(field.low), str(field.high))
-        raise Invalid(f"{span!r} in the {field.name} field runs backwards",
-                      f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
-    if not slash:
-        return range(first, last + 1)
-    if span != "*" and not dash:
-        raise Invalid(f"{text!r} in the {field.name} field is a step without a range",
-                      f"use {span}-{field.high}/{step}")
-    most = field.high - field.low + 1   # a longer one is surely meant otherwise
-    if not re.fullmatch("[0-9]{1,2}", step) or not 1 <= int(step) <= most:
-        raise Invalid(f"the {field.name} field does not take the step of {text!r}",
-                      f"use 1 to {most}")
-    return range(first, last + 1, int(step))
+    field, least, most, names = CRON_FIELDS[number]
+
+    def value(word: str) -> int:
+        if word.lower() in names:
+            return least + names.index(word.lower())
+        if re.fullmatch("[0-9]{1,2}", word) and least <= int(word) <= most:
+            return int(word)
+        named = f" or {names[0]} to {names[-1]}" if names else ""
+        raise Invalid(f"the {field} field does not take {word!r}", f"use {least} to "
+                      f"{most}{named}, or *; lists, ranges and steps as 1,3 or 1-5 or "
+                      "*/2")
+    found: set[int] = set()
+    for part in text.split(","):
+        interval, slash, step = part.partition("/")
+        low, dash, high = interval.partition("-")
+        first, last = least, most
+        if interval != "*":
+            first = value(low)
+            last = value(high) if dash else first
+        if first > last:
+            ends = names or (str(least), str(most))
+            raise Invalid(f"{interval!r} in the {field} field runs backwards",
+                          f"use two: {low}-{ends[-1]},{ends[0]}-{high}")
+        if slash and interval != "*" and not dash:
+            raise Invalid(f"{part!r} in the {field} field is a step without a range",
+                          f"use {interval}-{most}/{step}")
+        longest = most - least + 1      # a longer step is surely a mistake
+        if slash and not (re.fullmatch("[0-9]{1,2}", step)
+                          and 1 <= int(step) <= longest):
+            raise Invalid(f"the {field} field does not take the step of {part!r}",
+                          f"use 1 to {longest}")
+        found.update(range(first, last + 1, int(step) if slash else 1))
+    return tuple(sorted(found))
 
 
 def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line, as Debian's cron reads it; else Invalid.
+    """The schedule of a cron line; else Invalid.
 
-    Whether a field begins with a star is cron's own question, so `*/2` and `*,5` count
-    as stars. If neither day field begins so, a day that fits one of them is enough.
+    A field that begins with a star counts as one, also `*/2` and `*,5`. If neither day
+    field does, a day that matches one of them is enough.
     """
     line = text.strip()
     if line.lower() == "@reboot":
@@ -1317,13 +1194,9 @@ def parse_cron(text: str) -> Cron:
                       "5", "use minute, hour, day of month, month, day of week, as '30 "
                       "2 * * mon-fri'")
     minutes, hours, days, months, weekdays = (
-        tuple(sorted({value for part in text.split(",")
-                      for value in _cron_part(part, field)}))
-        for text, field in zip(texts, CRON_FIELDS))
+        _cron_values(text, number) for number, text in enumerate(texts))
     starred = [text.startswith("*") for text in texts]
     is_either = not starred[2] and not starred[4]
-    # With is_either it comes on its weekdays at least. Its longest months are enough to
-    # look at: 29 February comes, though not each year.
     if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
         raise Invalid(f"{line!r} never comes: no month of it has a day "
                       f"{days[0]}", "choose another day or month")
@@ -1331,19 +1204,18 @@ def parse_cron(text: str) -> Cron:
                 is_either, starred[0] or starred[1])
 
 
-# Runs are found in two steps. The calendar alone tells on which local dates the cron
-# comes, which passes over years quickly. Around such a date the zone's clock is laid
-# out as stretches of constant offset from UTC, and each stretch is searched for local
-# minutes that match. Between two stretches the clock jumps; what then happens is, in
-# the words of cron(8) and by the numbers of its source:
-#   - a fixed time that is skipped comes at the jump; one that is repeated comes once;
-#   - a wild one follows the clock: skipped is skipped, repeated comes again
+# The calendar alone says on which local dates a schedule runs, which skips years
+# quickly. Around such a date, time is divided into stretches of constant offset from
+# UTC, and each is searched for local minutes that match. Where the clock jumps between
+# two stretches, in the words of cron(8) and with the numbers of its source:
+#   - a fixed time that is skipped runs at the jump; one that is repeated runs once;
+#   - an interval follows the clock: skipped is skipped, repeated runs again
 #     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
 #   - from 3 hours forwards, or more than 3 back, the new time is used as it is.
-# What is made up at one jump is one run, so runs are distinct moments.
+# All that is made up at one jump is one run, so runs are distinct moments.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Whether the cron comes on a local date, given as days since 1970."""
+    """Return True if the schedule runs on a local date, in days since 1970."""
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1352,20 +1224,10 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
     return in_month or in_week if cron.is_either else in_month and in_week
 
 
-def _cron_minutes(cron: Cron, first: int, last: int) -> Iterator[int]:
-    """The matching local minutes, as minutes since 1970, both ends included, in order.
-    """
-    hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
-             if _is_cron_day(cron, day) for hour in cron.hours)
-    return (hour * 60 + minute for hour in hours if first // 60 <= hour <= last // 60
-            for minute in cron.minutes if first <= hour * 60 + minute <= last)
-
-
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
     """Seconds by which local clocks are ahead of UTC; zone None: the process's own.
 
-    Asked from UTC to local, which has one answer for each moment. The other way round
-    an hour may come twice or not at all (PEP 495).
+    From UTC to local time, which has one answer for each moment (PEP 495).
     """
     utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
     offset = utc.astimezone(zone).utcoffset()
@@ -1374,11 +1236,10 @@ def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
 
 def _stretches(start: int, end: int,
                zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
-    """From, to (excluded) and offset of each time in which clocks were not changed.
+    """From, to (excluded) and offset of each time in which clocks did not change.
 
-    A zone tells its offset at a moment, not when that changes. So two moments a DAY
-    apart are compared, and between two that differ the change is found by halving, to
-    the second: 17 questions.
+    A zone tells its offset at a moment, not when that changes. So moments a DAY apart
+    are compared, and between two that differ the change is found by bisection.
     """
     offset = _utc_offset(start, zone)
     for low in range(start, end, DAY):
@@ -1397,19 +1258,17 @@ def _stretches(start: int, end: int,
 
 
 def _runs(cron: Cron, after: int, until: int,
-           zone: datetime.tzinfo | None) -> Iterator[int]:
+          zone: datetime.tzinfo | None) -> Iterator[int]:
     """The runs after one moment and before another, in order; some more than once.
 
-    It begins a day early, to know of a jump what was seen on the clock before it.
-
-    `seen` is the last local minute before a jump, `first` the one after it. Where cron
-    goes on from there (the jump is `near`), `first` becomes the minute after `seen`: of
-    a jump forwards this searches what was skipped, which comes at `start`; of one back
-    it leaves out what is repeated. A wild one does so for up to four minutes only, 0
-    being a jump within one minute.
+    `seen` is the last local minute before a jump, `first` the one after it. Within the
+    limits of `near` the search continues from `seen` instead: for a jump forwards this
+    finds what was skipped, which runs at `start`; for one back it omits what is
+    repeated. 0 is a jump within one minute.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
     seen = None
+    # From a day before, to know what the clock showed before a jump.
     for start, end, offset in _stretches(after - DAY, until, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
@@ -1417,20 +1276,23 @@ def _runs(cron: Cron, after: int, until: int,
         seen = last
         if start <= after:
             first = max(first, (after + offset) // 60 + 1)
-        for minute in _cron_minutes(cron, first, last):
-            yield max(minute * 60 - offset, start)
+        hours = (day * 24 + hour for day in range(first // 1440, last // 1440 + 1)
+                 if _is_cron_day(cron, day) for hour in cron.hours)
+        for minute in (hour * 60 + minute for hour in hours
+                       if first // 60 <= hour <= last // 60 for minute in cron.minutes):
+            if first <= minute <= last:
+                yield max(minute * 60 - offset, start)
 
 
 def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
-    """The first run after a moment, in epoch seconds.
-
-    math.inf: never, as an interval that lies where the zone always skips an hour.
+    """The first run after a moment, in epoch seconds; math.inf: none, as of an interval
+    in an hour that the zone always skips.
     """
     since = math.floor(after)
     first = since // DAY - 1    # a day early: behind UTC it may still be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
         if _is_cron_day(cron, day):
-            # An offset is less than a day to either side (datetime's own bound).
+            # An offset is less than a day to either side.
             start = max(since, (day - 1) * DAY)
             for run in _runs(cron, start, (day + 2) * DAY, zone):
                 return float(run)
@@ -1456,7 +1318,7 @@ def cron_words(line: str) -> str:
         if is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
             return f"{time_of_day} on Mon-Fri"
         if is_any_day and len(cron.weekdays) == 1:
-            return f"{time_of_day} on {CRON_FIELDS[4].names[cron.weekdays[0]].title()}"
+            return f"{time_of_day} on {CRON_FIELDS[4][3][cron.weekdays[0]].title()}"
         if is_any_weekday and len(cron.days) == 1:
             return f"{time_of_day} on day {cron.days[0]} of every month"
     return " ".join(line.split())
@@ -1481,7 +1343,7 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
 def local_zone(now: float) -> str | None:
     """The IANA name of the process's time zone; None if it has none.
 
-    What a file says counts only if the clock agrees, now and in half a year: in a
+    What a file says counts only if its offsets are right now and in half a year: in a
     container, the host's data may be mounted over a zone of another name.
     """
     path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
@@ -1502,8 +1364,8 @@ def local_zone(now: float) -> str | None:
 
 
 def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
-    """A cron line without its `CRON_TZ=ZONE`, and the zone that counts: that one, `tz`,
-    or the local one; Invalid for an unknown one, or for two.
+    """A cron line without its `CRON_TZ=ZONE`, and its zone: that one, `tz`, or the
+    local one; Invalid for an unknown one, or for two.
     """
     match = re.fullmatch(r"\s*(?:CRON_)?TZ=(\S+)\s+(.*)", cron, re.S)
     if match and tz not in (None, match[1]):
@@ -1514,53 +1376,33 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 
 def run_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first run after a moment, as stored; Invalid: it has none."""
+    """A cron line's first run after a moment, as stored; Invalid if it has none."""
     run = first_run(parse_cron(cron), now, zone_of(tz))
     if run == math.inf:
         raise Invalid(f"{cron!r} never comes", "choose another time")
     return iso(run)
 
 
-# ---- 5 Input -----------------------------------------------------------------
-# What people hand in: JSON, lines and words become jobs, or an error says why not.
-# Bytes become objects (`jobs_in`), an object becomes a Job (`new_job`); flags
-# come in between, so both steps are public. Nothing here looks at the queue: whether an
-# id is free or a needed job is there is for Ledger to say, within its transaction.
+# ---- 5 Fields ----------------------------------------------------------------
+# One row says all of a job's field, a filter or a setting: checks, flags, schemas and
+# help are made from it. Then the ways from bytes to job objects. Nothing here reads the
+# queue: whether an id is free is for the ledger to say, within its transaction.
 
-_NAME = "[A-Za-z0-9._:@-]{1,128}"
-NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
-# Fifteen digits: who chooses an id like ours moves the counter on (`add`),
-# and must not be able to use it up: the numbers of rows end at 2 ** 63 - 1.
+# Fifteen digits: a chosen id like ours moves the counter on, and must not exhaust it:
+# the numbers of rows end at 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
-def is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8, SQLite and a command line can hold.
-
-    No NUL, which ends a string in C, and no lone surrogate. JSON can write either, and
-    Python makes surrogates of bytes that are no text in the locale (PEP 383).
-    """
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def as_utf8(text: str) -> str:
-    """Text from the system as UTF-8, whatever the locale took it for; UnicodeError.
-
-    In an ASCII locale Python takes each byte of a letter like é for a surrogate; the
-    bytes themselves are UTF-8 all the same.
+    """Text from the system as UTF-8, whatever the locale: in an ASCII locale Python
+    decodes each byte of `é` as a surrogate. UnicodeError if it is not UTF-8.
     """
     return text if is_text(text) else os.fsencode(text).decode()
 
 
 def word_bytes(word: str) -> bytes:
-    """The bytes of an argument, whatever the locale took them for; UnicodeError."""
+    """The bytes of an argument, whatever the locale; UnicodeError."""
     try:
         return os.fsencode(word)
     except UnicodeEncodeError:  # a program's own text, where the locale is ASCII
@@ -1588,23 +1430,8 @@ def shell_command(words: Iterable[bytes]) -> str:
     return " ".join(map(shell_word, words))
 
 
-def parse_name(text: object) -> str:
-    """A name of a job, a queue, a tag, a worker or a schedule; else Invalid."""
-    if not isinstance(text, str) or not re.fullmatch(_NAME, text):
-        raise Invalid(f"{text!r} is not a name", NAME_FORM)
-    return text
-
-
-def parse_state(text: object) -> str:
-    """One of STATES; else Invalid, with the nearest."""
-    if text not in STATES:
-        raise Invalid(f"there is no state {text!r}",
-                      nearest(str(text), STATES) or "use " + ", ".join(STATES))
-    return str(text)
-
-
 def _integer(value: Any, least: int, most: int) -> int:
-    """The number; JSON has one kind only, so 5.0 is the whole number 5."""
+    # JSON has one kind of number, so 5.0 is the whole number 5.
     is_whole = value.is_integer() if isinstance(value, float) \
         else isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or not least <= value <= most:
@@ -1624,10 +1451,7 @@ def _command(value: Any, now: float) -> str:
 
 
 def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
-    """Names, each once, in their order; a single one needs no list.
-
-    A double would break the primary keys of `tags` and `dependencies`.
-    """
+    """Names, each once, as keys of `tags` and `dependencies`; one needs no list."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -1643,32 +1467,30 @@ def _key(value: Any, now: float) -> str:
 
 
 def _env(value: Any, now: float) -> dict[str, str]:
-    """Variables whose names a shell can expand, of a size that can be started."""
     if not isinstance(value, dict):
         raise Invalid(f"{value!r} is not an object", 'use {"NAME": "value"}')
+    total = 0
     for name, text in value.items():
         if not isinstance(name, str) or not re.fullmatch(_ENV_NAME, name):
             raise Invalid(f"invalid variable name {name!r}", "use A-Z a-z 0-9 _")
         if not is_text(text):
             raise Invalid(f"the value of {name} is not text", "put it in quotes")
-    sizes = {name: len(f"{name}={text}".encode()) for name, text in value.items()}
-    for name, size in sizes.items():
+        size = len(f"{name}={text}".encode())
         if size > MAX_TEXT:
             raise Invalid(f"{name} is {size:,} bytes long, more than the {MAX_TEXT:,} "
                           "that can be started",
                           "put the value into a file and give its name")
-    if sum(sizes.values()) > MAX_ENV:
-        raise Invalid(f"all variables are {sum(sizes.values()):,} bytes long, more "
-                      f"than {MAX_ENV:,}", "put the values into a file and give its "
-                      "name")
+        total += size
+    if total > MAX_ENV:
+        raise Invalid(f"all variables are {total:,} bytes long, more than {MAX_ENV:,}",
+                      "put the values into a file and give its name")
     return value
 
 
 def _directory(value: Any, now: float) -> str:
-    """The path, absolute; it need not exist before the job runs."""
     if not is_text(value) or not value:
         raise Invalid(f"{value!r} is not a directory's path")
-    return os.path.abspath(str(value))
+    return os.path.abspath(str(value))      # it need not exist before the job runs
 
 
 def _search(text: str, now: float) -> str:
@@ -1679,7 +1501,7 @@ def _search(text: str, now: float) -> str:
 
 
 def _time_text(text: str) -> str:
-    """The text of a time, as it is: a time of the clock and `+DUR` are not the same."""
+    """The text of a time, checked: `checked` tells a time of the clock from `+DUR`."""
     parse_time(text, time.time())
     return text
 
@@ -1688,43 +1510,32 @@ def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [schema["type"], "null"]}
 
 
-# Durations, as far as the API's description goes; none is over MAX_DURATION. The
-# command line takes longer forms, but no pattern can bound the sum of their parts: so
-# three parts at most, of few digits. What a query gives has to fit it, so that whatever
-# the description forbids is refused (`make fuzz` holds the server to it).
+# JSON Schema. `pattern` is not anchored (Validation, 6.3.3), and says nothing of other
+# types (Core, 7.6.1), so text and number can share a schema. All that a schema forbids
+# is refused (`make fuzz`), so the patterns of durations and dates are narrower than
+# what is accepted: no pattern bounds a sum of parts, or the days of a month.
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
-# Narrower than what is taken: whatever fits it is a date in any month.
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
               "T([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{3})?)?Z$")
 _NO_NUL = "^[^\\u0000]+$"
-_TEXT, _WHOLE, _STAMP = {"type": "string"}, {"type": "integer"}, \
-    {"type": "string", "format": "date-time"}
+_TEXT, _WHOLE, _REAL = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+_STAMP = {"type": "string", "format": "date-time"}
 _AMOUNT = {"type": "integer", "minimum": 0}
-_REAL = {"type": "number"}
-NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 _STATE = {"type": "string", "enum": list(STATES)}
-_KEY_SCHEMA = {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
-               "pattern": _NO_NUL}
+NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 
 
 class Kind(NamedTuple):
-    """What values of a field may be.
-
-    In JSON Schema a keyword says nothing of values of other types (Core, 7.6.1), so
-    bounds of a number and the pattern of a text stand in one schema. A pattern is not
-    anchored by itself (Validation, 6.3.3), hence ^ and $.
-    """
+    """What the values of a field may be."""
     parse: Callable[[Any, float], Any]  # value (of JSON, a flag, a query) and time
-    given: dict[str, Any] = {}          # JSON Schema of what it takes
+    given: dict[str, Any] = {}          # JSON Schema of what it accepts
     told: dict[str, Any] = {}           # JSON Schema of what replies contain
     flag: dict[str, Any] = {}           # argparse settings; `type` raises Invalid
 
 
 class Field(NamedTuple):
-    """A key of a job object, a filter, a parameter of a query, or a setting: flags,
-    checks, schemas and help are made from these rows.
-    """
+    """A key of a job object, a filter, a parameter of a query, or a setting."""
     name: str
     kind: Kind
     uses: str = ""      # of a job: e enqueue, u edit, s schedule; k: kept by the queue
@@ -1740,12 +1551,11 @@ _COMMAND = Kind(
     _TEXT, {"metavar": "C"})
 _ID = Kind(lambda value, now: parse_name(value), _or_null(NAME_SCHEMA), NAME_SCHEMA,
            {"metavar": "ID"})
-_QUEUE = _ID._replace(flag={"metavar": "Q"})
 _TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                       "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
              {"action": "append", "metavar": "T"})
-_IDS_KIND = _TAGS._replace(flag={"action": "append", "metavar": "ID"})
-_UNIQUE = Kind(_key, _KEY_SCHEMA, _or_null(_TEXT), {"metavar": "KEY"})
+_UNIQUE = Kind(_key, {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
+                      "pattern": _NO_NUL}, _or_null(_TEXT), {"metavar": "KEY"})
 _VARIABLES = Kind(
     _env, {"type": ["object", "null"], "additionalProperties": {
         "type": "string", "pattern": "^[^\\u0000]*$"},
@@ -1773,19 +1583,19 @@ _TIME = Kind(
     {"metavar": "TIME", "type": _time_text})
 
 
-def _kept(name: str, told: dict[str, Any]) -> Field:
-    """What the queue keeps itself: ignored when given, so `show --json` can come back.
-    """
-    given = {"description": "kept by the queue itself: ignored"}
-    return Field(name, Kind(lambda value, now: value, given, told, {}), "k")
+def _kept(told: dict[str, Any]) -> Kind:
+    """What the queue maintains: ignored if given, for `show --json` is valid input."""
+    return Kind(lambda value, now: value,
+                {"description": "kept by the queue itself: ignored"}, told)
 
 
-# In the order of the help. What is edited may change only while the job waits: a worker
-# keeps a job as it was when claimed, and counts its end under the queue it had then.
+# In the order of the help. Only a waiting job can be edited: a worker keeps a job as it
+# was when claimed, and counts its end under the queue that it had then.
 FIELDS = {field.name: field for field in (
     Field("command", _COMMAND, "eu", "the shell command", "the job"),
     Field("id", _ID, "e", "a name of your own (default: job-N)", "the job"),
-    Field("queue", _QUEUE, "eus", "default: default", "the job"),
+    Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus", "default: default",
+          "the job"),
     Field("tags", _TAGS, "es", "a label; repeatable", "the job", ("--tag",)),
     Field("unique", _UNIQUE, "es", "add nothing while a job with this key is not over",
           "the job"),
@@ -1798,48 +1608,115 @@ FIELDS = {field.name: field for field in (
     Field("delay", _SPAN, "eu", "not before this time has passed", "when it runs"),
     Field("run_at", _TIME, "eu", "not before: ISO 8601, epoch seconds, +DUR or HH:MM",
           "when it runs"),
-    Field("after", _IDS_KIND, "e", "run once that job is completed; repeatable",
-          "when it runs"),
+    Field("after", _TAGS._replace(flag={"action": "append", "metavar": "ID"}), "e",
+          "run once that job is completed; repeatable", "when it runs"),
     Field("max_retries", _RETRIES, "eus", "runs that may fail, including the first",
           "how it ends"),
     Field("timeout", _SPAN, "eus", "end a run after this time; 0: never",
           "how it ends"),
     Field("backoff_base", _SPAN, "es", "wait after the first failure, then doubled",
           "how it ends"),
-    *(_kept(name, told) for name, told in (
-        ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
-        ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
-        ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
-        ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
-        ("runs", {}), ("waiting_for", {}))))}
-# What narrows a list of jobs: flags of commands and parameters of the API. Of each one
-# `Filter` has the value and `Sql.FILTERS` the clause. Blank text is as good as none.
+    Field("state", _kept(_STATE), "k"),
+    Field("attempts", _kept(_AMOUNT), "k"), Field("created_at", _kept(_STAMP), "k"),
+    Field("updated_at", _kept(_STAMP), "k"), Field("crashes", _kept(_AMOUNT), "k"),
+    Field("worker", _kept(_or_null(_TEXT)), "k"),
+    Field("started_at", _kept(_or_null(_STAMP)), "k"),
+    Field("finished_at", _kept(_or_null(_STAMP)), "k"),
+    Field("exit_code", _kept(_or_null(_WHOLE)), "k"),
+    Field("error", _kept(_or_null(_TEXT)), "k"),
+    Field("runs", _kept({}), "k"), Field("waiting_for", _kept({}), "k"))}
+# In column order; `show` adds `runs` and `waiting_for`.
+JSON_KEYS = tuple(name for name in Job._fields
+                  if name in FIELDS and FIELDS[name].kind.told)
+SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
+
+# Flags of commands and parameters of the API; `Filter` has the values, `Sql.FILTERS`
+# the clauses. In a query blank text means that it is not given.
 _BLANK_OR_NAME = Kind(lambda text, now: parse_name(text),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
     Field("state", Kind(
         lambda text, now: parse_state(text),
         {"type": "array", "items": {"type": "string", "enum": [*STATES, ""]}},
-        flag={"action": "append", "choices": STATES, "metavar": "S", "help": "one of "
-              + ", ".join(STATES) + "; again and again for more"}),
+        flag={"action": "append", "choices": STATES, "metavar": "S",
+              "help": "one of " + ", ".join(STATES) + "; repeatable"}),
         help="again and again for more", flags=("--state", "-s")),
     Field("queue", _BLANK_OR_NAME._replace(flag={"metavar": "Q"}),
           help="only of this queue"),
     Field("tag", _BLANK_OR_NAME._replace(flag={"metavar": "T"}),
           help="only with this tag"),
-    Field("search", Kind(
-        _search, {"type": "string", "maxLength": MAX_SEARCH,
-                  "pattern": "^[^\\u0000]*$"}, flag={"metavar": "TEXT"}),
-        help="text in the id or the command"),
-)}
-
-SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
+    Field("search", Kind(_search, {
+        "type": "string", "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]*$"},
+        flag={"metavar": "TEXT"}), help="text in the id or the command"))}
 
 
-# The JSON keys of a job, in column order; `runs` and `waiting_for` are lists of their
-# own, which `show` adds.
-JSON_KEYS = tuple(name for name in Job._fields
-                  if name in FIELDS and FIELDS[name].kind.told)
+def _setting(name: str, default: str, parse: Callable[[str], Any], help: str) -> Field:
+    return Field(name, Kind(lambda text, now: parse(text)), help=help, default=default)
+
+
+def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text in ("none", "") else parse(text)
+
+
+def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
+    """A parser of durations within bounds."""
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds < least:
+            raise Invalid(f"{text!r} is too short", f"use at least {least}s")
+        if seconds > most:
+            raise Invalid(f"{text!r} is too long", f"use at most {span(most)}")
+        return seconds
+    return parse
+
+
+# The configuration: fields of `Settings`, read whenever they are needed. Values are
+# text, as a user sets them and as stored.
+SETTINGS = {field.name: field for field in (
+    _setting("max-retries", "3", parse_whole,
+             "runs that may fail before a job is dead, with the first"),
+    _setting("backoff-base", "2s", parse_duration,
+             "wait after the first failure; doubled after each further"),
+    _setting("backoff-max", "1h", parse_duration, "no retry waits longer"),
+    _setting("backoff-jitter", "0", parse_share,
+             "share of the wait that is left to chance, 0 to 1"),
+    _setting("timeout", "none", _off_or(parse_duration),
+             "a run is ended after this time"),
+    _setting("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
+    _setting("output-limit", "64KiB", parse_size,
+             "of longer output the beginning and the end are kept"),
+    _setting("retention-completed", "none", _off_or(parse_duration),
+             "completed jobs are deleted after this time"),
+    _setting("retention-dead", "none", _off_or(parse_duration),
+             "dead jobs are deleted after this time"),
+    # A heartbeat is a commit with its fsync, also where there is no work to be done.
+    _setting("heartbeat", "5s", _between(0.1),
+             "how often a worker shows that it is alive"),
+    _setting("lease", "30s", _between(1),
+             "a worker that sends no heartbeat for so long (or for 3) loses its jobs"),
+    _setting("crash-limit", "5", lambda text: parse_whole(text, 1),
+             "lost runs after which a job is dead"),
+    _setting("on-completed", "none", _off_or(str), "shell command after each success"),
+    _setting("on-dead", "none", _off_or(str), "shell command after each death"),
+    _setting("on-idle", "none", _off_or(str), "shell command when nothing is left"),
+    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
+    _setting("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
+             "a waiting job's priority grows by one after each"))}
+
+
+def setting_key(key: str) -> str:
+    """The key as in SETTINGS, from either spelling; else NotFound."""
+    name = key.replace("_", "-")
+    if name not in SETTINGS:
+        raise NotFound("no-such-setting", f"there is no setting {key!r}",
+                       nearest(name, SETTINGS) or "`queuectl config list` shows them")
+    return name
+
+
+def settings_of(stored: Mapping[str, str]) -> Settings:
+    """The settings in force; stored keys of a newer version are ignored."""
+    return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
+                      for key, setting in SETTINGS.items()))
 
 
 def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
@@ -1902,99 +1779,19 @@ def new_job(fields: Mapping[str, Any], now: float) -> Job:
 
 
 def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
-    """The keys of a job object that the queue keeps itself; the user is warned."""
+    """The keys of a job object that the queue maintains; the user is warned."""
     return [key for key in fields if "k" in FIELDS[key.replace("-", "_")].uses]
 
 
-def _setting(name: str, default: str, parse: Callable[[str], Any], help: str) -> Field:
-    return Field(name, Kind(lambda text, now: parse(text)), help=help, default=default)
-
-
-def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text in ("none", "") else parse(text)
-
-
-def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
-    """A parser of durations within bounds."""
-    def parse(text: str) -> float:
-        seconds = parse_duration(text)
-        if seconds < least:
-            raise Invalid(f"{text!r} is too short", f"use at least {least}s")
-        if seconds > most:
-            raise Invalid(f"{text!r} is too long", f"use at most {span(most)}")
-        return seconds
-    return parse
-
-
-# The configuration, read whenever it is needed, so a change takes effect at once. Each
-# row is a field of `Settings`. Values are text, as a user sets them and as stored.
-SETTINGS = {field.name: field for field in (
-    _setting("max-retries", "3", parse_whole,
-             "runs that may fail before a job is dead, with the first"),
-    _setting("backoff-base", "2s", parse_duration,
-             "wait after the first failure; doubled after each further"),
-    _setting("backoff-max", "1h", parse_duration, "no retry waits longer"),
-    _setting("backoff-jitter", "0", parse_share,
-             "share of the wait that is left to chance, 0 to 1"),
-    _setting("timeout", "none", _off_or(parse_duration),
-             "a run is ended after this time"),
-    _setting("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
-    _setting("output-limit", "64KiB", parse_size,
-             "of longer output the beginning and the end are kept"),
-    _setting("retention-completed", "none", _off_or(parse_duration),
-             "completed jobs are deleted after this time"),
-    _setting("retention-dead", "none", _off_or(parse_duration),
-             "dead jobs are deleted after this time"),
-    # A heartbeat is a commit with its fsync, also where there is no work to be done.
-    _setting("heartbeat", "5s", _between(0.1),
-             "how often a worker shows that it lives"),
-    _setting("lease", "30s", _between(1),
-             "a worker silent for so long (or 3 heartbeats) loses its jobs"),
-    _setting("crash-limit", "5", lambda text: parse_whole(text, 1),
-             "lost runs after which a job is dead"),
-    _setting("on-completed", "none", _off_or(str), "shell command after each success"),
-    _setting("on-dead", "none", _off_or(str), "shell command after each death"),
-    _setting("on-idle", "none", _off_or(str), "shell command when nothing is left"),
-    # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
-    _setting("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
-             "a waiting job's priority grows by one after each"),
-)}
-
-
-def setting_key(key: str) -> str:
-    """The key as the table has it, from either spelling; else NotFound."""
-    name = key.replace("_", "-")
-    if name not in SETTINGS:
-        raise NotFound("no-such-setting", f"there is no setting {key!r}",
-                       nearest(name, SETTINGS) or "`queuectl config list` shows them")
-    return name
-
-
-def settings_of(stored: Mapping[str, str]) -> Settings:
-    """The settings in force: what is stored, else the defaults.
-
-    What `configure` stores has been parsed. A key that is not known, as of a newer
-    version, is passed over.
-    """
-    return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
-                      for key, setting in SETTINGS.items()))
-
-
-# JSON, and not a shell's `{ list; }`, `[ test ]` or `[[ test ]]`. A shell wants a blank
-# after { and [; so JSON is what goes on at once, also as `["x"]` and `[1]`, to be told
-# its mistake, or after blanks with what no list or test begins with.
-_JSON_OBJECT = r'\s*\{(\S|\s*["}]|\s*$)'
-_JSON_ARRAY = r'\s*\[(["\d]|\s*([{\]\n]|$))'
-
-
 def is_json(text: str) -> bool:
-    """Whether it is meant as JSON, and not as a shell command."""
-    return text.lstrip()[:1] in ("{", "[") and bool(
-        re.match(_JSON_OBJECT, text) or re.match(_JSON_ARRAY, text))
+    """Return True if it is meant as JSON, not as a shell's `{ list; }`, `[ test ]` or
+    `[[ test ]]`: these need a blank after the first { or [, and JSON with a blank there
+    goes on with what begins no list or test.
+    """
+    return bool(re.match(r'\s*(\{(\S|\s*["}]|\s*$)|\[(["\d]|\s*([{\]\n]|$)))', text))
 
 
 def _objects_of(value: Any) -> list[dict[str, Any]]:
-    """The objects that a JSON value is, one or an array of them; else Invalid."""
     values = value if isinstance(value, list) else [value]
     for number, item in enumerate(values, 1):
         if not isinstance(item, dict):
@@ -2004,10 +1801,10 @@ def _objects_of(value: Any) -> list[dict[str, Any]]:
 
 
 def fields_of(text: str) -> list[dict[str, Any]]:
-    """The job objects in one argument or line: an object, an array, or a command.
+    """The job objects in an argument or a line: an object, an array, or a command.
 
-    `echo hi` gives [{"command": "echo hi"}]. Not checked yet; none of `[]`. What begins
-    like JSON and is none is refused: to run it would hide the mistake.
+    Not checked yet. Text that begins like JSON and is not valid is refused: to run it
+    would hide the mistake.
     """
     if not is_json(text):
         return [{"command": text.strip()}]
@@ -2019,22 +1816,6 @@ def fields_of(text: str) -> list[dict[str, Any]]:
                       "command") from None
     except RecursionError:
         raise Invalid("not valid JSON (nested too deeply)", key="command") from None
-
-
-def _whole(content: bytes) -> list[dict[str, Any]] | None:
-    """The jobs of a file that holds one JSON array or object over several lines.
-
-    None: it is read line by line. So a file of one line is, where an error has its
-    number, and one that begins like JSON and is not, where the line at fault has.
-    utf-8-sig passes over the mark that editors on Windows put before the text.
-    """
-    if b"\n" not in content.strip():
-        return None
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return _objects_of(value)
 
 
 def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
@@ -2052,19 +1833,14 @@ def at_place(place: str) -> Iterator[None]:
         raise
 
 
-def _decoded(line: bytes) -> str:
-    """A line as text, without the blanks around it; Invalid if it is not UTF-8."""
+def fields_of_line(line: bytes) -> list[dict[str, Any]]:
+    """The job objects of a line; none of a blank one or a comment."""
     try:
-        return line.decode("utf-8-sig").strip()
+        text = line.decode("utf-8-sig").strip()     # editors on Windows write a mark
     except UnicodeDecodeError as error:
         raise Invalid(f"not UTF-8 ({error.reason} at byte {error.start})",
                       "JSON and shell commands are UTF-8; names in any encoding: "
                       "`enqueue - -- PROG ARG...`", "command") from None
-
-
-def fields_of_line(line: bytes) -> list[dict[str, Any]]:
-    """The job objects of one line; none of a blank one or a remark."""
-    text = _decoded(line)
     return fields_of(text) if text and not text.startswith("#") else []
 
 
@@ -2091,12 +1867,10 @@ class Template:
                           "--null reads items that end with NUL", "command")
 
         def filled(text: bytes) -> bytes:
-            """The text with its marks replaced, in one pass."""
             return _MARK.sub(lambda mark: item if mark[0] == b"{}"
                              else b"%d" % number, text)
 
         def filled_field(key: str, value: Any) -> Any:
-            """A field's text, or all texts of a list or an object."""
             if isinstance(value, dict):
                 return {name: filled_field(key, text) for name, text in value.items()}
             if isinstance(value, list):
@@ -2120,8 +1894,7 @@ class Template:
 
 
 class Lines:
-    """Makes job objects of lines, or of items that end with NUL, one after the other.
-    """
+    """Makes job objects of lines, or of items that end with NUL."""
 
     def __init__(self, null: bool = False, template: Template | None = None) -> None:
         self.end = b"\0" if null else b"\n"
@@ -2142,16 +1915,17 @@ class Lines:
 
 
 def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
-    """The job objects of a file: one JSON value, or a job a line; or as `lines` reads.
-
-    Raises Invalid with the line at fault.
+    """The job objects of a file: one JSON value of several lines, or a job a line; or
+    as `lines` reads. Invalid names the line at fault.
     """
-    # A look at the beginning spares most files a reading as one JSON value.
-    if lines is None \
+    # The first bytes spare most files to be read as one JSON value.
+    if lines is None and b"\n" in content.strip() \
             and content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
-        whole = _whole(content)
+        whole = None
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(content.decode("utf-8-sig"))
         if whole is not None:
-            yield from items(whole)
+            yield from items(_objects_of(whole))
             return
     lines = lines or Lines()
     # Not splitlines(): a lone CR may stand within a command.
@@ -10614,8 +10388,7 @@ def get_output(queue: Queue, request: Request) -> Reply:
             raise
         # Not 404: a client may follow the output from before the first run.
         return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
-    output = since(run.output, run.output_bytes, offset) if offset \
-        else readable(run.output, run.output_bytes)
+    output = readable(run.output, run.output_bytes, offset)
     return Reply(200, output, TEXT_TYPE, (("X-Run", str(run.number)),
                                           ("X-Total-Bytes", str(run.output_bytes))))
 
@@ -12986,7 +12759,7 @@ class Follower:
             if self.is_over or error.code != "no-such-run":
                 raise
             return b"", ""      # it has not begun
-        fresh = since(run.output, run.output_bytes, self._seen)
+        fresh = readable(run.output, run.output_bytes, self._seen)
         if self._is_first:
             fresh = _tail(readable(run.output, run.output_bytes), self._lines)
         self._number, self._seen, self._is_first = run.number, run.output_bytes, False

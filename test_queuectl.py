@@ -3,7 +3,7 @@
 Where the tests of a section are
      3 Rules .......... Rules                   13 Views ....... Views, Metrics
      4 Cron ........... Cron                    14 Runner ...... Workers, Program
-     5 Input .......... Input                   15 Worker ........ Workers, Program, Model
+     5 Fields ......... Fields                  15 Worker ........ Workers, Program, Model
      6 SQL ............ Statements              16 Page ........ Browser
      7 SQLite ......... Files, BadGround        17 to 22 ....... Web, WebServer
      8 Host ........... Hosts, Notices          23 Install ..... Services, Shells
@@ -782,14 +782,14 @@ class Rules(Case):
     def test_a_follower_gets_each_byte_once_or_is_told_what_is_missing(self):
         output = Output(10)
         output.feed(b"abcd")
-        self.assertEqual(queuectl.since(output.kept(), output.total, 1), b"bcd")
+        self.assertEqual(queuectl.readable(output.kept(), output.total, 1), b"bcd")
         output.feed(b"efghijklmnop")
         for seen, fresh in ((4, b"e\n[... 6 bytes left out ...]\nlmnop"),
                             (10, b"\n[... 1 bytes left out ...]\nlmnop"),
                             (11, b"lmnop"), (14, b"op"), (16, b""), (17, b"")):
             with self.subTest(seen=seen):
                 self.assertEqual(
-                    queuectl.since(output.kept(), output.total, seen), fresh)
+                    queuectl.readable(output.kept(), output.total, seen), fresh)
 
     def test_silence_counts_only_what_was_watched(self):
         silence = Silence()
@@ -1527,9 +1527,9 @@ class Cron(unittest.TestCase):
                              meaning[:5])
 
 
-# ---- 5 Input -----------------------------------------------------------------
+# ---- 5 Fields ----------------------------------------------------------------
 
-class Input(Case):
+class Fields(Case):
     def test_what_is_wrong_names_its_key(self):
         table = (
             ({"command": ""}, "command"), ({"command": 5}, "command"), ({}, "command"),
@@ -12996,8 +12996,8 @@ def fuzz(cases, seed):
 # missing, that code is not needed, or that the change makes no difference.
 
 # The sections that decide.
-DECIDING = ("Rules", "Cron", "Input", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Worker")
-JUDGES = (Rules, Cron, Input, Statements, Files, Hosts, Notices, Promises, Ticks, Checks,
+DECIDING = ("Rules", "Cron", "Fields", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Worker")
+JUDGES = (Rules, Cron, Fields, Statements, Files, Hosts, Notices, Promises, Ticks, Checks,
           Workers, Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Worker": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
