@@ -6720,27 +6720,26 @@ class Command:
         """
         text, lock = self.claim.job.command.encode(), self.claim.lock
         # Without the -- a command that begins with - or + would be read as options.
-        words = [b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"',
-                 b"/bin/sh", cwd.encode(), text] if cwd \
-            else [b"/bin/sh", b"-c", b"--", text]
+        words = [b"/bin/sh", b"-c", b"--", text] if not cwd else [
+            b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"',
+            b"/bin/sh", cwd.encode(), text]
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
-            # Not before: all that is started now inherits it. One thread starts all
+            # The tree is to hold the lock (I5), and no other: one thread starts all
             # commands (I9), and closes this lock before the next one.
             if lock >= 0:
-                os.set_inheritable(lock, True)      # the tree is to hold it (I5)
+                os.set_inheritable(lock, True)
             self._begun = time.monotonic()
-            # It copies no page tables, however big the worker, and runs no Python in
-            # the child. Python ignores two signals, and what is ignored stays so
-            # through execve(2): `yes | head` would complain instead of ending.
+            # Python ignores two signals, and what is ignored stays so through
+            # execve(2): `yes | head` would complain instead of ending.
             self.pid = os.posix_spawn(
                 "/bin/sh", words, env, file_actions=(
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)),
                 setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
         except BaseException:
-            self._close_pipe()
+            os.close(self.pipe)
             raise
         finally:
             os.close(writer)
@@ -6749,7 +6748,7 @@ class Command:
             self.ends_at = self._begun + self._timeout
 
     def peek(self) -> int | None:
-        """The exit status, negative for a signal; None: it has not exited yet.
+        """The exit status, negative for a signal; None: it runs.
 
         It is not reaped, so that its process id is not reused.
         """
@@ -6768,27 +6767,21 @@ class Command:
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def read(self) -> bool:
-        """Read one piece of output, as much as a pipe holds, so that a command that
-        never stops printing delays no other; False at the end.
-        """
+        """Read as much output as a pipe holds at most; False at its end."""
         try:
             piece = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
             return True
         self.output.feed(piece)
         if not piece:
-            self._close_pipe()
+            os.close(self.pipe)
+            self.pipe = -1
         return bool(piece)
-
-    def _close_pipe(self) -> None:
-        os.close(self.pipe)
-        self.pipe = -1
 
     def finish(self) -> Outcome:
         """Reap it, now that it has exited, and read the rest of its output.
 
-        While background processes still write, the pipe stays open: the worker reads
-        on, but what they print is not part of the outcome.
+        The pipe stays open for background processes that still write.
         """
         try:
             status = self._reap() or 0
@@ -6865,10 +6858,10 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
 class Ending:
     """The killing of one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
-    `head` is the process that was started for the run, 0 if it is gone. It leads a
-    group and a session; its id is not reused before it is reaped and no member is left.
-    The tree is all of these, the orphans that name the claim, and what is below them.
-    Where none is left, the holders of the run's lock are killed.
+    `head` is the process that was started for the run, 0 if it is gone; its id, also
+    that of a group and a session, is not reused while it is unreaped or has members.
+    The tree is all of these, the orphans that name the claim, and what is below them;
+    where none is left, the holders of the run's lock.
     """
 
     def __init__(self, grace: float, claim: int = 0, head: int = 0) -> None:
@@ -6883,30 +6876,27 @@ class Ending:
     def step(self, locks: Locks | None, table: Table,
              orphans: Mapping[int, int]) -> None:
         """Find what is `left`, and signal it. `orphans`: claims by process."""
-        self.left = self._find(table, orphans)
+        head = self._head
+        if head in table:
+            self._start = self._start or table[head][3]
+            if table[head][3] != self._start:   # another process has that id by now
+                head = self._head = 0
+        self.left = _descendants(table, [
+            pid for pid, (_, group, session, start) in table.items()
+            if self._known.get(pid) == start or orphans.get(pid) == self.claim
+            or (head and head in (pid, group, session))])
         if not self.left and locks and locks.is_held(self.claim):
             self.left = set(locks.holders(self.claim)) or {0}
         refused = self.send(self.left - {0}, table)
         self.is_refused = bool(refused) and self.left <= refused
         self._known = {pid: table[pid][3] for pid in self.left if pid in table}
 
-    def _find(self, table: Table, orphans: Mapping[int, int]) -> set[int]:
-        head = self._head
-        if head in table:
-            self._start = self._start or table[head][3]
-            if table[head][3] != self._start:   # another process has that id by now
-                head = self._head = 0
-        return _descendants(table, [
-            pid for pid, (_, group, session, start) in table.items()
-            if self._known.get(pid) == start or orphans.get(pid) == self.claim
-            or (head and head in (pid, group, session))])
-
     def send(self, left: Collection[int], table: Table,
              groups: Iterable[int] = ()) -> set[int]:
-        """Signal processes, their groups and `groups`; which ones refused SIGKILL.
+        """Signal processes, their groups and `groups`; those that refused SIGKILL.
 
-        Groups come first: a shell must not go on because its command was killed before
-        it. SIGCONT follows, as a stopped process ignores SIGTERM (signal(7)).
+        Groups first: a shell must not go on because its command was killed before it.
+        Then SIGCONT: a stopped process acts on no SIGTERM (signal(7)).
         """
         late, refused = time.monotonic() >= self.kill_at, set[int]()
         number, own = signal.SIGKILL if late else signal.SIGTERM, os.getpgrp()
@@ -6932,10 +6922,9 @@ class Ending:
 
 
 class Endings:
-    """The process trees that are being killed; a step reads /proc once for all of them.
+    """The process trees that are being killed; a step reads /proc once for all.
 
-    A process may fork between the look and the signal, so each step looks anew, until
-    nothing is left.
+    Each step looks anew: a process may fork between the look and the signal.
     """
 
     def __init__(self) -> None:
@@ -6950,10 +6939,10 @@ class Endings:
         self.at = 0.0
 
     def step(self, locks: Locks | None, parents: Collection[int]) -> list[Ending]:
-        """Signal what is left; the endings that have nothing left, or only processes of
-        another user. The children of `parents` may be orphans of a run.
+        """Signal what is left; the endings that are over, or refused by other users.
 
-        Raises OSError without free descriptors: call it again.
+        The children of `parents` may be orphans of a run. Raises OSError without free
+        descriptors: call it again.
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
@@ -6991,8 +6980,7 @@ def become_subreaper() -> None:
 
 def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
             hurry: Sequence[int] = ()) -> list[int]:
-    """Kill all that is below this process until wait(2) says that nothing is left; the
-    processes of other users, which cannot be killed.
+    """Kill all that is below this process; what is left, as it is another user's.
 
     SIGKILL comes after `grace` seconds, or once `hurry` has an element. `spared`:
     children that stay, with all below them. `groups`: what to kill without /proc.
@@ -7030,10 +7018,9 @@ _MESSAGE = struct.Struct("=qqqd")
 
 
 class Link:
-    """A socket pair between a worker and its supervisor; messages never block.
+    """One end of the socket between a worker and its supervisor; it never blocks.
 
-    `flush` sends them together; what does not fit into the socket stays for the next
-    one, which must follow soon while `is_behind`. `peer`: process id of the other side.
+    While `is_behind`, another `flush` must follow soon. `peer`: the other's process id.
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
@@ -7053,7 +7040,7 @@ class Link:
 
     @property
     def is_behind(self) -> bool:
-        """Whether something has not been sent yet."""
+        """Whether some messages did not fit into the socket."""
         return bool(self._unsent) and self.is_open
 
     def flush(self, lock: int = -1) -> None:
@@ -7091,9 +7078,8 @@ class Link:
 
 
 class Supervisor:
-    """The worker's parent, without database and threads.
+    """The worker's parent, without database and threads: it kills process trees.
 
-    It kills process trees for the worker, and all of them once the worker is gone.
     `worker` is the process id of its child; `spared` are children from before.
     """
 
@@ -7117,9 +7103,7 @@ class Supervisor:
         self._stopped_by = 0                # the signal that came before it had begun
 
     def run(self) -> tuple[int, str]:
-        """Work until the worker and all that it started is gone; the worker's exit
-        status, and an error message or "".
-        """
+        """Work until all is gone; the worker's exit status, and an error or ""."""
         while self._status is None:
             self._step()
         status = os.waitstatus_to_exitcode(self._status)
@@ -7219,12 +7203,10 @@ def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> No
 
 
 def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
-    """Run `work` in a child process; the exit status that it returns, and an error
-    message if the child was killed, else "".
+    """Run `work` in a child process; its exit status, and an error message or "".
 
-    Call it before the database is opened and before there are threads. The child learns
-    of signals only by its Link: the terminal sends each to both processes, and it
-    must count once.
+    Call it before there are connections and threads. The child learns of signals only
+    by its Link: the terminal sends each to both processes, and it must count once.
     """
     import socket
     become_subreaper()
@@ -7275,24 +7257,21 @@ SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 class Agenda:
     """What is due and when the loop wakes; nothing else decides either.
 
-    An entry is due at the time from which it is wanted, but not before the time until
-    which it is held. Times are monotonic.
+    An entry is due when it is wanted and no longer held. Times are monotonic.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._entries = {name: [math.inf, 0.0] for name in names}
 
     def want(self, name: str, at: float = 0.0) -> None:
-        """Want it from then on; of several requests the earliest counts."""
+        """Have it done then; of several requests the earliest counts."""
         entry = self._entries[name]
         entry[0] = min(entry[0], at)
 
     def hold(self, name: str, until: float = math.inf) -> None:
-        """Do not let it be due before."""
         self._entries[name][1] = until
 
     def drop(self, name: str) -> None:
-        """Want it no more."""
         self._entries[name][0] = math.inf
 
     def is_wanted(self, name: str, now: float) -> bool:
@@ -7331,7 +7310,6 @@ class Directories:
         self.refresh()
 
     def refresh(self) -> None:
-        """Learn what is mounted now."""
         mounts = self._mounts
         with contextlib.suppress(OSError):      # no descriptor is free
             mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
@@ -7362,11 +7340,9 @@ class Directories:
         return True
 
     def go_home(self) -> None:
-        """Return to the directory in which this process was started."""
         os.fchdir(self._home)
 
     def close(self) -> None:
-        """Close the descriptor."""
         os.close(self._home)
 
 
@@ -7396,30 +7372,13 @@ def _allow_descriptors(slots: int) -> None:
 
 def _keep_descriptors() -> None:
     """Keep inherited descriptors from the jobs; Python's own are not inherited."""
-    try:
-        found = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:     # in a container without /proc
-        found = [*range(1024)]
-    for number in found:
+    found: Iterable[str | int] = range(1024)
+    with contextlib.suppress(OSError):      # in a container without /proc
+        found = os.listdir("/dev/fd")
+    for number in map(int, found):
         with contextlib.suppress(OSError):      # listdir's own is closed by now
             if number > 2:
                 os.set_inheritable(number, False)
-
-
-def _notification_socket() -> socket.socket | None:
-    """A datagram socket on loopback; None where there is no loopback.
-
-    Any local user may send to it: that costs a look at the database.
-    """
-    import socket
-    notices = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        notices.bind((LOOPBACK, 0))
-    except OSError:
-        notices.close()
-        return None
-    notices.setblocking(False)
-    return notices
 
 
 class Runner:
@@ -7427,16 +7386,14 @@ class Runner:
 
     A claim passes `_do_tick`, `_do_committed`, `_start`; then its command exits, or the
     supervisor kills it (`_end`, ENDED); then `_finish`, and the next tick records it.
-    If the worker dies, its row tells whose the run was, and the run's lock whether
-    something of it is left. `notices` receives notifications; `say` writes a log.
+    `notices` receives notifications; `say` writes a log.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
-                 notices: socket.socket | None,
-                 say: Callable[[str], None] | None) -> None:
+                 notices: socket.socket, say: Callable[[str], None] | None) -> None:
         self._queue, self._claims, self._options = queue, claims, options
         self._link, self._notices, self._say = link, notices, say
-        self._poll = FALLBACK_POLL if notices else UNNOTIFIED_POLL
+        self._poll = FALLBACK_POLL if claims.worker.port else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
@@ -7446,8 +7403,7 @@ class Runner:
         self._poller = Poller()
         self._poller.add(self._wakeup.reader, self._on_wakeup)
         self._poller.add(link.fileno(), self._on_message)
-        if notices:
-            self._poller.add(notices.fileno(), self._on_notice)
+        self._poller.add(notices.fileno(), self._on_notice)
         self._directories = Directories()
         self._peers = Peers(queue, claims.worker.id)
         self._watches: dict[int, Worker] = {}   # by a descriptor that tells its end
@@ -7482,8 +7438,7 @@ class Runner:
     def run(self, executor: futures.Executor) -> int:
         """Work until told to stop; Gone if the database went away.
 
-        Where an error ends it, nothing is recorded: the supervisor kills the commands,
-        and another worker finds the runs lost.
+        After an error nothing is recorded: another worker finds the runs lost.
         """
         self._executor = executor
         self._notifier.ready()
@@ -7504,7 +7459,6 @@ class Runner:
             else EX_OK
 
     def close(self) -> None:
-        """Close what it has opened."""
         for watch in self._watches:
             os.close(watch)
         self._directories.close()
@@ -7525,9 +7479,7 @@ class Runner:
         self._link.flush()
 
     def _hold(self) -> None:
-        """Put off what cannot be done now: the connection is the commit's, the last
-        attempt has failed, or no slot is free.
-        """
+        """Hold what needs the connection during a commit and after a failure."""
         ready_at = math.inf if self._commit else self._retry_at
         for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
             self._agenda.hold(name, ready_at)
@@ -7565,10 +7517,8 @@ class Runner:
         return 0 if self._leaving else int(min(len(self._free), self._quota))
 
     def _do_renew(self) -> None:
-        """Tell the supervisor that the loop runs.
-
-        Also while nobody can write: the jobs may run on, since whoever can write again
-        kills them before it runs them anew.
+        """Tell the supervisor that the loop runs; also while nobody can write, for who
+        can write again kills these jobs before it runs them anew.
         """
         self._link.send(RENEW, seconds=lease_of(self._settings))
         self._agenda.want("renew", time.monotonic() + self._settings.heartbeat)
@@ -7591,9 +7541,7 @@ class Runner:
     # The tick.
 
     def _do_look(self) -> None:
-        """Look for work by reads alone: a tick writes, costs an fsync, and its commit
-        makes all other workers look.
-        """
+        """Look for work by reads: a commit would make all other workers look."""
         if self._claims.is_work_ready():
             self._agenda.want("tick")
             self._look_again(None)
@@ -7601,8 +7549,8 @@ class Runner:
             self._look_again(self._claims.next_due())   # what came may be for later
 
     def _look_again(self, due: float | None) -> None:
-        """Look when the next job is due, in epoch seconds; soon anyway, as a
-        notification may get lost and a clock be set.
+        """Look when the next job is due (epoch seconds), and soon anyway: notifications
+        get lost, and clocks are set.
         """
         wait = math.inf if due is None else due - self._queue.clock()
         self._agenda.want("look", time.monotonic() + min(wait, self._poll))
@@ -7617,12 +7565,10 @@ class Runner:
             self._agenda.want("tick")
 
     def _unsaved(self) -> dict[int, Output]:
-        """The output of running jobs that has grown since it was stored."""
         return {claim: command.output for claim, command in self._commands.items()
                 if command.output.total > command.saved}
 
     def _do_tick(self) -> None:
-        """Write all that there is to write, and have it committed."""
         report = Report(dict(self._ended), tuple(self._over), tuple(self._seize),
                         tuple(self._dead), self._unsaved() if self._beats or self._saves
                         else {}, self._beats)
@@ -7688,7 +7634,6 @@ class Runner:
         self._plan(tick, report)
 
     def _plan(self, tick: Tick, report: Report) -> None:
-        """Want what follows from a tick."""
         now, agenda = time.monotonic(), self._agenda
         if tick.is_behind:
             agenda.want("tick")
@@ -7708,11 +7653,7 @@ class Runner:
             self._saves, self._peek_at = False, now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
-        """Log it once, and not for a short wait; then go on trying.
-
-        The commands run on, and so do their time-outs; only what touches the database
-        waits.
-        """
+        """Log it once, and not for a short wait. Commands and time-outs go on."""
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if error.code == "busy":
@@ -7750,7 +7691,6 @@ class Runner:
             self._agenda.want("spares", time.monotonic() + SPARE_PATIENCE)
 
     def _start_spares(self) -> None:
-        """Start spare claims in the free slots."""
         while self._spares and self._free and not self._leaving:
             self._start(self._claims.begin(self._spares.pop(0), self._free.pop(0)))
 
@@ -7772,9 +7712,8 @@ class Runner:
     def _start(self, claim: Claim) -> None:
         """Start a claimed job's command in its slot.
 
-        The lock is held from before the claim's commit (I5), passes to the process tree
-        with the spawn, and is closed here in any case: kept, it would make the run look
-        alive after its tree has ended.
+        The lock is held from before the claim's commit (I5) and passes to the process
+        tree. It is closed here in any case, or the run would look alive after its end.
         """
         job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
@@ -7793,7 +7732,7 @@ class Runner:
             self._not_started(claim, error)
             return
         finally:
-            claim.release()     # the process tree holds the lock now, or nobody
+            claim.release()
         self._commands[claim.number] = command
         self._poller.add(command.pipe, functools.partial(self._read, command))
         self._poller.add(command.watch, functools.partial(self._look_at, command))
@@ -7824,10 +7763,9 @@ class Runner:
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _read(self, command: Command) -> None:
-        """Read output, also what background processes print after the run.
+        """Read output, also of background processes after the run.
 
-        At its end the command has mostly exited, too; without a pidfd the next look
-        would come only RESCUE_TICK later.
+        At its end the command has mostly exited, which is noticed late without pidfd.
         """
         pipe = command.pipe
         if not command.read():
@@ -7839,8 +7777,8 @@ class Runner:
     def _look_at(self, command: Command) -> None:
         """See whether a command has exited, and with it its run.
 
-        If a signal has killed it, the rest of the tree was not left in the background
-        on purpose, and would meet a retry: it is killed first.
+        If a signal killed it, nothing was left in the background on purpose: the rest
+        of the tree is killed first, or it would meet a retry.
         """
         if command.claim.number not in self._commands or command.is_ending:
             return
@@ -7851,7 +7789,6 @@ class Runner:
             self._finish(command)
 
     def _finish(self, command: Command) -> None:
-        """The run is over: free its slot, and keep its outcome to be recorded."""
         self._poller.drop(command.watch)
         pipe, claim = command.pipe, command.claim
         outcome = command.finish()
@@ -7869,7 +7806,6 @@ class Runner:
         self._keep(claim.number, outcome)
 
     def _keep(self, claim: int, outcome: Outcome) -> None:
-        """Keep an outcome until a tick has recorded it."""
         self._ended[claim] = outcome
         pause = RECORD_PAUSE if self._spares and not self._free else 0.0
         self._agenda.want("tick", time.monotonic() + pause)
@@ -7892,8 +7828,7 @@ class Runner:
     def _end(self, command: Command, why: str | None) -> None:
         """Have the supervisor kill the whole tree; `why`, if any, becomes the outcome.
 
-        Later calls may only add the reason: the grace must not begin anew. The command
-        stays unreaped until ENDED comes.
+        Only once: the grace must not begin anew. It stays unreaped until ENDED comes.
         """
         command.why = command.why or why        # the first reason stays
         command.ends_at = math.inf
@@ -7958,9 +7893,7 @@ class Runner:
         self._obey(*self._claims.orders())
 
     def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
-        """Do what the database requests of this worker and of its runs; a claim that is
-        not in `mine` was taken over by another worker.
-        """
+        """Do what the database requests; a claim not in `mine` was taken over."""
         if stop:
             self._leave(stop, ASKED)
         if any(mine.get(one.number, LOST) for one in self._spares):
@@ -8028,8 +7961,8 @@ class Runner:
         self._agenda.want("gone")
 
     def _do_gone(self) -> None:
-        """See whether workers have ended whose supervisor has: a command that is just
-        being started, or a worker whose supervisor was killed, holds the lock on.
+        """See whether workers have ended whose supervisor has: the lock is still held
+        by a command that starts, or by a worker whose supervisor was killed.
         """
         alive = [worker for worker in self._gone
                  if self._queue.host.is_alive(worker) is not False]
@@ -8042,8 +7975,7 @@ class Runner:
     def _do_peers(self) -> None:
         """Find what lost workers have left, after a heartbeat of our own.
 
-        Their runs are marked in the database, then killed, then recorded. If this
-        worker dies in between, another one goes on.
+        Their runs are marked in the database, then killed, then recorded.
         """
         self._peers.look()
         known = {*self._lost, *(run.claim for run in (*self._over, *self._seize))}
@@ -8053,16 +7985,12 @@ class Runner:
             self._agenda.want("tick")
 
     def _on_notice(self) -> None:
-        """Read the notifications that have come: many are one reason to look.
-
-        In a flood the kernel drops some, of any kind.
-        """
-        assert self._notices is not None
         words = list[bytes]()
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while len(words) < NOTICES_AT_ONCE:
                 words.append(self._notices.recv(SOCKET_BUFFER))
         self._agenda.want("look")
+        # In a flood the kernel drops some, of any kind.
         if NEW_ORDERS in words or len(words) == NOTICES_AT_ONCE:
             self._agenda.want("orders")
         if PEEK in words:
@@ -8076,7 +8004,6 @@ class Runner:
             self._say(line)
 
     def _tell(self, change: Change) -> None:
-        """Count a run that ended, and say how."""
         outcome = change.outcome or Outcome(RELEASED)
         if outcome.duration is not None:    # else it has not begun, or was another's
             state = change.after.state
@@ -8091,7 +8018,7 @@ class Runner:
                 f"{running} of {slots} slot{'s' * (slots > 1)} busy") + self.total()
 
     def total(self) -> str:
-        """What became of its jobs, for the end of a line."""
+        """What became of its jobs, as the end of a line."""
         done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
                          for state, n in self.totals.items())
         return f": {done}" if done else ""
@@ -8099,24 +8026,26 @@ class Runner:
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
                say: Callable[[str], None] | None) -> int:
-    """Run a worker until it is told to stop; 0, or 1 if its database or its supervisor
-    went away.
+    """Run a worker until it is told to stop; its exit status.
 
-    `link` leads to its supervisor. Raises errors that no worker outlives, such as
-    Refused, but not Unavailable. A worker that cannot delete its row leaves one whose
-    process is gone: others delete it.
+    `link` leads to its supervisor. A worker that cannot delete its row leaves one whose
+    process is gone: others delete it. Only errors that no worker outlives come out.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
+    import socket
     _allow_descriptors(options.slots)
     _keep_descriptors()
     log = say or (lambda line: None)
     with contextlib.ExitStack() as stack:
-        # The socket is there before the row that tells others its port.
-        notices = _notification_socket()
-        if notices:
-            stack.enter_context(notices)
-        claims = Claims(queue, options, notices.getsockname()[1] if notices else None,
-                        link.peer)
+        # Any local user may send to it: that costs a look at the database. It is there
+        # before the row that tells others its port.
+        notices = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        notices.setblocking(False)
+        port = None
+        with contextlib.suppress(OSError):      # no loopback
+            notices.bind((LOOPBACK, 0))
+            port = notices.getsockname()[1]
+        claims = Claims(queue, options, port, link.peer)
 
         @stack.callback
         def leave() -> None:

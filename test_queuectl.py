@@ -2514,7 +2514,7 @@ class Hosts(Case):
     def test_what_cannot_be_ended_is_looked_at_less_and_less_often(self):
         endings, pauses = queuectl.Endings(), []
         endings.add(7, 0, 0.0)
-        with mock.patch.object(queuectl.Ending, "_find", lambda *_: {NOBODY}):
+        with mock.patch.object(queuectl, "_descendants", lambda *_: {NOBODY}):
             for _ in range(12):
                 self.assertEqual(endings.step(None, ()), [])
                 pauses.append(endings.at - time.monotonic())
@@ -4786,7 +4786,9 @@ class Workers(Case):
         options = WorkerOptions(**{"name": "w", "slots": 2, **options})
         claims = queuectl.Claims(self.queue, options)
         ours, theirs = socket.socketpair()
-        runner = queuectl.Runner(self.queue, claims, options, queuectl.Link(theirs), None,
+        notices = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        notices.setblocking(False)
+        runner = queuectl.Runner(self.queue, claims, options, queuectl.Link(theirs), notices,
                                  self.said.append)
         runner._executor = ByHand()
         try:
@@ -4800,6 +4802,7 @@ class Workers(Case):
             ours.close()
             runner.close()
             theirs.close()
+            notices.close()
             claims.leave()
 
     def take_steps(self, runner, until, commits=True):
