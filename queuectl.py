@@ -13316,7 +13316,7 @@ _LIMIT = option("--limit", **_COUNT, group="output",
                 help="0: all (default: 50; with --json all)")
 _OLDER = option("--older-than", **_DUR, group="which jobs",
                 help="only those that have been over for so long")
-_WORKER = (     # flags of `worker start` that a service may have as well
+_WORKER_FLAGS = (     # flags of `worker start` that a service may have as well
     option("--count", "-c", default=1, metavar="N",
            type=lambda text: parse_whole(text, 1, MAX_SLOTS),
            help="jobs at once (default: 1)"),
@@ -13332,7 +13332,7 @@ _WORKER = (     # flags of `worker start` that a service may have as well
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
     """Print a unit file that runs a worker of this queue, which need not exist yet."""
     again: list[str] = []       # the flags once more, from parsed values; no defaults
-    for flag in _WORKER:
+    for flag in _WORKER_FLAGS:
         value = getattr(args, flag.dest)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one != flag.settings.get("default"):
@@ -13399,7 +13399,7 @@ COMMANDS = (    # in the order of the help
         also="add, submit, push, put, new, create, run, exec"),
     _entry(
         "worker start", cmd_worker_start, "run jobs, in the foreground", CREATES,
-        *_WORKER,
+        *_WORKER_FLAGS,
         switch("--drain", help="once nothing is running, due or waiting for a retry",
                group="when it exits"),
         option("--max-jobs", **_COUNT, help="after so many runs",
@@ -13551,7 +13551,7 @@ COMMANDS = (    # in the order of the help
                            help="one of " + ", ".join(SHELLS)),
            eg="completion bash", also="completions"),
     _entry("systemd", cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
-           *_WORKER, switch("--user", help="a unit of your own, not of the system"),
+           *_WORKER_FLAGS, switch("--user", help="a unit of your own, not of the system"),
            eg="systemd --count 4 --grace 5m\n--db /srv/jobs.db systemd --user",
            also="service, unit"),
     _entry("install", cmd_install, "install this program, without pip or network",
