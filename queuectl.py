@@ -10042,9 +10042,9 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# One function per operation: it gets a queue and an admitted Request and returns a
-# Reply; no sockets and no tokens here. Its docstring is the summary of its route in
-# /api/openapi.json. A QueueError becomes a status and JSON in `respond` (Access).
+# The operations: from a queue and an admitted Request to a Reply; no sockets and no
+# tokens here. A QueueError becomes a status and JSON in `respond` (Access). ROUTES, the
+# last table, names all of them and is their description, too.
 
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
@@ -10082,6 +10082,18 @@ class Reply(NamedTuple):
     follows: int | None = None      # stream the events after this one; -1: from now on
 
 
+class Route(NamedTuple):
+    method: str
+    path: str                   # ID stands for a job's id, one segment
+    name: str
+    summary: str
+    reply: str                  # the name of its schema, or its media type
+    answer: Callable[[Queue, Request], Any]     # a Reply, or a value to show as JSON
+    params: tuple[Field, ...] = ()
+    body: str = ""              # the name of its schema; "": none
+    refusals: tuple[int, ...] = ()      # beside those that any route may have
+
+
 def denied(status: int, message: str, hint: str = "",
            *headers: tuple[str, str]) -> Refused:
     """A refusal before the queue is asked."""
@@ -10090,25 +10102,23 @@ def denied(status: int, message: str, hint: str = "",
     return error
 
 
+def json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
+    return Reply(status, dumps(value, None).encode(), said=said)
+
+
 def refusal_reply(error: QueueError) -> Reply:
-    """{"error": "...", "hint": "...", "key": "timeout", "item": 1}
+    """`item`: which one in an array of jobs.
 
-    All but `error` may be missing; `item` is the index in an array of jobs.
+        {"error": "...", "hint": "...", "key": "timeout", "item": 1}
     """
-    headers = error.headers
-    if error.status == 503 and not headers:
-        headers = (("Retry-After", "2"),)
-    told: dict[str, Any] = {"error": error.message}
-    if error.hint:
-        told["hint"] = error.hint
-    if isinstance(error, Invalid) and error.key is not None:
-        told["key"] = error.key
-    if error.item is not None:
-        told["item"] = error.item
-    return Reply(error.status, dumps(told, None).encode(), headers=headers)
+    told = {"error": error.message, "hint": error.hint or None,
+            "key": error.key if isinstance(error, Invalid) else None,
+            "item": error.item}
+    reply = json_reply({key: one for key, one in told.items() if one is not None},
+                       error.status)
+    retry = (("Retry-After", "2"),) if error.status == 503 else ()
+    return reply._replace(headers=error.headers or retry)
 
-
-# Parameters and bodies.
 
 def _a_span(text: str, now: float) -> float:
     if not re.fullmatch(SPAN_FORM, text):
@@ -10117,8 +10127,7 @@ def _a_span(text: str, now: float) -> float:
 
 
 def _a_cursor(text: str, now: float) -> int:
-    # A seq; 18 digits always fit SQLite's 64 bits.
-    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):      # a seq of 64 bits
         raise Invalid(f"{text!r} is not a cursor", "use `next` of the previous page")
     return int(text)
 
@@ -10141,25 +10150,25 @@ def query_fields(query: str) -> list[tuple[str, str]]:
 
 
 def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
-    """The checked values of a query.
+    """The checked values of a query; blank text is as good as none.
 
         state=dead&state=failed&queue=&limit=5
         -> {"state": ["dead", "failed"], "limit": 5}
 
-    Blank text is as good as none. An unknown name is refused: ignoring a mistyped
-    filter would return too much. So is a second value: readers disagree on it.
+    An unknown name is refused: ignoring a mistyped filter would return too much. So is
+    a second value, since readers disagree on which of two counts.
     """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
     for name, text in query_fields(query):
-        param = known.get(name)
-        if param is None:
+        if name not in known:
             raise Invalid(f"unknown parameter {name!r}", "there are: "
                           + ", ".join(known) if known else "there is none here")
-        if not text and param.kind.given["type"] != "integer":
+        kind = known[name].kind.given["type"]
+        if not text and kind != "integer":
             continue
-        value = field_value(param, text)
-        if param.kind.given["type"] == "array":
+        value = field_value(known[name], text)
+        if kind == "array":
             values.setdefault(name, []).append(value)
         elif name in values:
             raise Invalid(f"{name} is given twice", "give it once")
@@ -10176,9 +10185,7 @@ def _bounded_int(digits: str) -> int:
 
 
 def _number(text: str) -> float:
-    """JSON has one kind of number: 5.0 is the whole number 5. Floats up to 1e15 are
-    exact.
-    """
+    # JSON has one kind of number: 5.0 is the whole number 5. Floats are exact to 1e15.
     value = float(text)
     return int(value) if abs(value) < 1e15 and value.is_integer() else value
 
@@ -10193,10 +10200,8 @@ def json_body(request: Request) -> Any:
     if kind != JSON_TYPE and (kind or request.body):
         raise denied(415, f"the type of the body is {kind or 'missing'}",
                      f"send Content-Type: {JSON_TYPE}")
-    if not request.body:
-        return {}
     try:
-        return json.loads(request.body.decode("utf-8"), parse_int=_bounded_int,
+        return json.loads(request.body.decode("utf-8") or "{}", parse_int=_bounded_int,
                           parse_float=_number)
     except (ValueError, RecursionError) as error:   # RecursionError: nested too deeply
         raise Invalid(f"the body is not JSON ({error})") from None
@@ -10205,8 +10210,7 @@ def json_body(request: Request) -> Any:
 def _object_body(request: Request, *keys: str) -> dict[str, Any]:
     """The body, an object with no other keys than these; Invalid names the key.
 
-    Routes without a body call it too, so that they refuse mistyped bodies and the types
-    of forms.
+    Routes without a body call it too, and so refuse forms and mistyped bodies.
     """
     fields = json_body(request)
     if not isinstance(fields, dict):
@@ -10223,91 +10227,38 @@ def _filter_of(fields: Mapping[str, Any], key: str) -> Any:
     return None if value is None else field_value(FILTERS[key], value)
 
 
-# The operations.
-
-def _json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
-    return Reply(status, dumps(value, None).encode(), said=said)
-
-
 def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
-    return _json_reply([job_object(job) for job in jobs], status,
-                       f"{len(jobs)} job{'s' * (len(jobs) != 1)}")
+    return json_reply([job_object(job) for job in jobs], status,
+                      f"{len(jobs)} job{'s' * (len(jobs) != 1)}")
 
 
-def get_page(queue: Queue, request: Request) -> Reply:
-    """The dashboard."""
-    return Reply(200, PAGE.encode(), PAGE_TYPE)
-
-
-def get_session(queue: Queue, request: Request) -> Reply:
-    """Who is asking, and of what."""
+def get_session(queue: Queue, request: Request) -> dict[str, Any]:
     verbs = (*((verb, MOVES[verb].sources) for verb in ("retry", "cancel")),
              ("delete", (*WAITING, *OVER)))
-    return _json_reply({
-        "role": request.role, "version": __version__, "database": queue.path,
-        "actions": {state: [verb for verb, states in verbs if state in states]
-                    for state in STATES}})
+    return {"role": request.role, "version": __version__, "database": queue.path,
+            "actions": {state: [verb for verb, states in verbs if state in states]
+                        for state in STATES}}
 
 
-def get_status(queue: Queue, request: Request) -> Reply:
-    """Counts, workers, what is next."""
-    return _json_reply(status_object(queue.status()))
-
-
-def get_stats(queue: Queue, request: Request) -> Reply:
-    """Throughput, success and times."""
-    duration = request.params.get("since")
-    return _json_reply(stats_object(queue.stats(duration), queue.covered(duration)))
-
-
-def get_history(queue: Queue, request: Request) -> Reply:
-    """What was done, minute by minute."""
-    minutes = queue.history(request.params.get("minutes", 60),
-                            request.params.get("queue"))
-    return _json_reply({"minutes": [minute_object(minute) for minute in minutes]})
-
-
-def get_workers(queue: Queue, request: Request) -> Reply:
-    """The workers, and what each runs."""
-    return _json_reply([worker_object(view) for view in queue.workers()])
-
-
-def get_queues(queue: Queue, request: Request) -> Reply:
-    """The queues, with pause, limit and counts."""
-    return _json_reply([queue_object(view) for view in queue.queues()])
-
-
-def get_schedules(queue: Queue, request: Request) -> Reply:
-    """The recurring jobs."""
-    return _json_reply([schedule_object(one, queue.last_job(one))
-                        for one in queue.schedules()])
-
-
-def get_jobs(queue: Queue, request: Request) -> Reply:
-    """A page of jobs, newest first."""
+def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
     # The cursor is a seq, not an offset: new jobs shift nothing to the next page, and
     # the thousandth page costs as much as the first.
-    params = request.params
-    limit = params.get("limit", USUAL_PAGE)
-    jobs = queue.jobs(params.get("state", ()), limit=limit + 1,
-                      before=params.get("after"), queue=params.get("queue"),
-                      tag=params.get("tag"), search=params.get("search"))
-    hindrances = queue.hindrances(jobs[:limit])
-    return _json_reply({
-        "jobs": [job_object(job) for job in jobs[:limit]],
-        "next": str(jobs[limit - 1].seq) if len(jobs) > limit else None,
-        "notes": {job.id: note_of(job, hindrances.get(job.id, ()))
-                  for job in jobs[:limit]}})
+    params = dict(request.params)
+    limit, before = params.pop("limit", USUAL_PAGE), params.pop("after", None)
+    jobs = queue.jobs(params.pop("state", ()), limit=limit + 1, before=before, **params)
+    shown, hindrances = jobs[:limit], queue.hindrances(jobs[:limit])
+    return {"jobs": [job_object(job) for job in shown],
+            "next": str(jobs[limit - 1].seq) if len(jobs) > limit else None,
+            "notes": {job.id: note_of(job, hindrances.get(job.id, ()))
+                      for job in shown}}
 
 
-def get_job(queue: Queue, request: Request) -> Reply:
-    """One job whole."""
+def get_job(queue: Queue, request: Request) -> dict[str, Any]:
     job = queue.job(request.job_id)
-    return _json_reply(show_object(job, queue.runs(job.id), queue.waiting_for(job)))
+    return show_object(job, queue.runs(job.id), queue.waiting_for(job))
 
 
 def get_output(queue: Queue, request: Request) -> Reply:
-    """What a run printed, up to now; of a job that has not run yet nothing."""
     number, offset = request.params.get("run"), request.params.get("offset", 0)
     try:
         # Asks the worker of a running job to store the output that it holds.
@@ -10323,7 +10274,6 @@ def get_output(queue: Queue, request: Request) -> Reply:
 
 
 def post_jobs(queue: Queue, request: Request) -> Reply:
-    """Add a job, or an array of them: all or none."""
     # A job whose unique key is taken comes back as the one that has it, also with 201.
     given = json_body(request)
     if isinstance(given, list):
@@ -10335,31 +10285,17 @@ def post_jobs(queue: Queue, request: Request) -> Reply:
     except QueueError as error:
         error.item = None       # it is the only one
         raise
-    return _json_reply(job_object(job), 201, job.id)
+    return json_reply(job_object(job), 201, job.id)
 
 
-def post_retry(queue: Queue, request: Request) -> Reply:
-    """Run a job again from now."""
+def _change_job(request: Request, change: Callable[[str], list[Job]],
+                said: str = "") -> Reply:
     _object_body(request)
-    job = queue.retry(request.job_id)[0]
-    return _json_reply(job_object(job), said=job.state)
-
-
-def post_cancel(queue: Queue, request: Request) -> Reply:
-    """Cancel a job; one that runs is ended soon, and comes back as it is now."""
-    _object_body(request)
-    job = queue.cancel(request.job_id)[0]
-    return _json_reply(job_object(job), said=job.state)
-
-
-def delete_job(queue: Queue, request: Request) -> Reply:
-    """Delete a job that does not run, with its history."""
-    _object_body(request)
-    return _json_reply(job_object(queue.delete(request.job_id)[0]), said="deleted")
+    job = change(request.job_id)[0]
+    return json_reply(job_object(job), said=said or job.state)
 
 
 def post_dlq_retry(queue: Queue, request: Request) -> Reply:
-    """Put dead jobs back: those named, or all that fit."""
     fields = _object_body(request, "ids", "queue", "search")
     if "ids" in fields:
         if len(fields) > 1:
@@ -10380,86 +10316,20 @@ def _change_pause(queue: Queue, request: Request,
                   change: Callable[..., Any]) -> Reply:
     name = _filter_of(_object_body(request, "queue"), "queue")
     change(*([name] if name else []))
-    return _json_reply({"paused": queue.status().paused}, said=name or "all queues")
+    return json_reply({"paused": queue.status().paused}, said=name or "all queues")
 
 
-def post_pause(queue: Queue, request: Request) -> Reply:
-    """Let no more jobs start, of a queue or of any; what runs goes on."""
-    return _change_pause(queue, request, queue.pause)
-
-
-def post_resume(queue: Queue, request: Request) -> Reply:
-    """Let jobs start again, of a queue or of all that are not paused themselves."""
-    return _change_pause(queue, request, queue.resume)
+def get_health(queue: Queue, request: Request) -> dict[str, Any]:
+    queue.last_event()      # the file has to answer
+    return {"status": "ok"}
 
 
 def get_events(queue: Queue, request: Request) -> Reply:
-    """Changes of state and of the status, as they come."""
     # A browser that reconnects sends the `id` of its last event (HTML, "Server-sent
     # events").
     last = request.headers.get("last-event-id", "")
     return Reply(200, b"", EVENTS_TYPE,
                  follows=int(last) if re.fullmatch("[0-9]{1,18}", last) else -1)
-
-
-def get_health(queue: Queue, request: Request) -> Reply:
-    """Whether the database answers."""
-    queue.last_event()
-    return _json_reply({"status": "ok"})
-
-
-def get_metrics(queue: Queue, request: Request) -> Reply:
-    """The metrics for Prometheus."""
-    return Reply(200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)
-
-
-class Route(NamedTuple):
-    method: str
-    path: str                   # ID stands for a job's id, one segment
-    answer: Callable[[Queue, Request], Reply]
-    reply: str                  # names of SCHEMAS, or a media type
-    params: tuple[Field, ...] = ()
-    body: str = ""              # names of SCHEMAS; "": none
-    refusals: tuple[int, ...] = ()      # beside those that any route may have
-
-
-DESCRIBED = (
-    Route("GET", "/", get_page, PAGE_TYPE),
-    Route("GET", "/api/session", get_session, "Session"),
-    Route("GET", "/api/status", get_status, "Status"),
-    Route("GET", "/api/stats", get_stats, "Stats", (
-        Field("since", Kind(_a_span, {"type": "string",
-                                      "pattern": f"^({SPAN_FORM})?$"}),
-              help="only the last DUR, at most 8 days"),)),
-    Route("GET", "/api/history", get_history, "History", (
-        _whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"),
-        FILTERS["queue"])),
-    Route("GET", "/api/workers", get_workers, "[Worker]"),
-    Route("GET", "/api/queues", get_queues, "[Queue]"),
-    Route("GET", "/api/schedules", get_schedules, "[Schedule]"),
-    Route("GET", "/api/jobs", get_jobs, "Page", (
-        *FILTERS.values(),
-        _whole_param("limit", 1, MAX_PAGE, f"jobs of a page; usually {USUAL_PAGE}"),
-        Field("after", Kind(_a_cursor, {"type": "string",
-                                        "pattern": "^([1-9][0-9]{0,17})?$"}),
-              help="`next` of the page before"))),
-    Route("POST", "/api/jobs", post_jobs, "Job|[Job]", (), "NewJob|[NewJob]", (409,)),
-    Route("GET", "/api/jobs/ID", get_job, "WholeJob", (), "", (404,)),
-    Route("GET", "/api/jobs/ID/output", get_output, TEXT_TYPE, (
-        _whole_param("run", 1, 10**9, "number of the run; usually the last"),
-        _whole_param("offset", 0, 10**12 - 1, "only what comes after so many bytes")),
-        "", (404,)),
-    Route("POST", "/api/jobs/ID/retry", post_retry, "Job", (), "Nothing", (404, 409)),
-    Route("POST", "/api/jobs/ID/cancel", post_cancel, "Job", (), "Nothing", (404, 409)),
-    Route("DELETE", "/api/jobs/ID", delete_job, "Job", (), "", (404, 409)),
-    Route("POST", "/api/dlq/retry", post_dlq_retry, "[Job]", (), "WhichDead",
-          (404, 409)),
-    Route("POST", "/api/pause", post_pause, "Paused", (), "WhichQueue"),
-    Route("POST", "/api/resume", post_resume, "Paused", (), "WhichQueue"),
-    Route("GET", "/api/events", get_events, EVENTS_TYPE),
-    Route("GET", "/healthz", get_health, "Health"),
-    Route("GET", "/metrics", get_metrics, METRICS_TYPE))
-PUBLIC = ("/healthz", "/metrics")       # need no token: they tell no command
 
 
 # The description of the API as OpenAPI 3.1. `make fuzz` sends what its schemas allow
@@ -10487,6 +10357,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "notes": {"type": "object", "additionalProperties": _TEXT}}),
     "Paused": object_schema({"paused": array_schema(_TEXT)}),
     "Health": object_schema({"status": {"const": "ok"}}),
+    "Description": {"type": "object"},
     # `required` alone would forbid {"delay": 5, "run_at": null}, which is accepted.
     "NewJob": _body_schema(
         {name: field.kind.given for name, field in FIELDS.items()},
@@ -10499,11 +10370,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "WhichDead": {"oneOf": [
         _body_schema({"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
-        _body_schema({"queue": _or_null(NAME_SCHEMA), "search": {
-            "type": ["string", "null"], "maxLength": MAX_SEARCH,
-            "pattern": "^[^\\u0000]*$"}})]}}
-# Not 500, which is a bug of this program and no promise.
-REFUSALS = {
+        _body_schema({"queue": _or_null(NAME_SCHEMA),
+                      "search": _or_null(FILTERS["search"].kind.given)})]}}
+REFUSALS = {    # not 500: a bug is no promise
     400: "The request, a parameter or the body is not as described.",
     401: "No token, or not the right one.",
     403: "A foreign Host or Origin, or a change by who may only read.",
@@ -10513,8 +10382,8 @@ REFUSALS = {
     414: f"Path and query over {MAX_TARGET} bytes.",
     415: "A body that is not JSON.", 431: f"Headers over {MAX_HEAD} bytes.",
     503: "The database does not answer, or there are too many clients.",
-    507: "There is no room on the disk.",
-}
+    507: "There is no room on the disk."}
+PUBLIC = ("/healthz", "/metrics")       # need no token: they tell no command
 
 
 def _schema_named(name: str) -> dict[str, Any]:
@@ -10527,46 +10396,47 @@ def _schema_named(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _media(name: str) -> dict[str, Any]:
+    if "/" in name:
+        return {"content": {name.partition(";")[0]: {"schema": _TEXT}}}
+    return {"content": {JSON_TYPE: {"schema": _schema_named(name)}}}
+
+
 def _operation(route: Route) -> dict[str, Any]:
-    """One method of one path, as OpenAPI's Operation Object."""
+    """OpenAPI's Operation Object."""
+    # Any route may be asked with a method that it does not have, by an unknown client,
+    # or while the database does not answer.
+    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals,
+                *((415, 507) if route.method != "GET" else ())}
+    done = {"description": "Done.", **_media(route.reply)}
+    replies = {"201" if route.name == "post_jobs" else "200": done, **{
+        str(status): {"description": REFUSALS[status], **_media("Error")}
+        for status in sorted(statuses)}}
     params: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
          "schema": param.kind.given} for param in route.params]
     if "/ID" in route.path:
         params.append({"name": "ID", "in": "path", "required": True,
                        "schema": NAME_SCHEMA})
-    # Any route may be asked with a method that it does not have, by an unknown client,
-    # or while the database does not answer.
-    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals}
-    if route.method != "GET":
-        statuses |= {415, 507}
-    kind, schema = (route.reply.partition(";")[0], _TEXT) if "/" in route.reply \
-        else (JSON_TYPE, _schema_named(route.reply))
-    done: dict[str, Any] = {"description": "Done.", "content": {kind: {
-        "schema": schema}}}
-    replies: dict[str, Any] = {
-        "201" if route.answer is post_jobs else "200": done,
-        **{str(status): {"description": REFUSALS[status], "content": {
-            JSON_TYPE: {"schema": _schema_named("Error")}}}
-           for status in sorted(statuses)}}
-    if route.answer is get_page:
+    if route.name == "get_page":
         replies["303"] = {"description": "The token was good, a cookie is set."}
-        params.append({"name": "token", "in": "query", "schema": {"type": "string"},
+        params.append({"name": "token", "in": "query", "schema": _TEXT,
                        "description": "swapped for a cookie"})
-    elif route.answer is get_output:
+    elif route.name == "get_output":
         done["headers"] = {name: {"schema": _AMOUNT}
                            for name in ("X-Run", "X-Total-Bytes")}
-    elif route.answer is get_events:
+    elif route.name == "get_events":
         params.append({
             "name": "Last-Event-ID", "in": "header",
             "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
             "the `id` of the last event that the client has; what it missed comes "
             "first"})
-    told = {"operationId": route.answer.__name__, "summary": route.answer.__doc__,
-            "parameters": params, "responses": replies}
+    told: dict[str, Any] = {
+        "operationId": route.name, "summary": route.summary, "parameters": params,
+        "responses": replies}
     if route.body:      # optional where {} is a body
-        told["requestBody"] = {"required": route.answer is post_jobs, "content": {
-            JSON_TYPE: {"schema": _schema_named(route.body)}}}
+        told["requestBody"] = {"required": route.name == "post_jobs",
+                               **_media(route.body)}
     # Empty: needs no token (OpenAPI 3.1, Operation Object).
     return {**told, "security": []} if route.path in PUBLIC else told
 
@@ -10583,12 +10453,84 @@ def description(routes: Iterable[Route]) -> dict[str, Any]:
                 "token": {"type": "http", "scheme": "bearer"}}}}
 
 
-def get_openapi(queue: Queue, request: Request) -> Reply:
-    """This API, described."""
-    return _json_reply(description(DESCRIBED))
-
-
-ROUTES = (*DESCRIBED, Route("GET", "/api/openapi.json", get_openapi, JSON_TYPE))
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/", "get_page", "The dashboard.", PAGE_TYPE,
+          lambda queue, _: Reply(200, PAGE.encode(), PAGE_TYPE)),
+    Route("GET", "/api/session", "get_session", "Who is asking, and of what.",
+          "Session", get_session),
+    Route("GET", "/api/status", "get_status", "Counts, workers, what is next.",
+          "Status", lambda queue, _: status_object(queue.status())),
+    Route("GET", "/api/stats", "get_stats", "Throughput, success and times.", "Stats",
+          lambda queue, request: stats_object(
+              queue.stats(request.params.get("since")),
+              queue.covered(request.params.get("since"))),
+          (Field("since", Kind(_a_span, {"type": "string",
+                                         "pattern": f"^({SPAN_FORM})?$"}),
+                 help="only the last DUR, at most 8 days"),)),
+    Route("GET", "/api/history", "get_history", "What was done, minute by minute.",
+          "History", lambda queue, request: {"minutes": [
+              minute_object(minute) for minute in queue.history(
+                  request.params.get("minutes", 60), request.params.get("queue"))]},
+          (_whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"),
+           FILTERS["queue"])),
+    Route("GET", "/api/workers", "get_workers", "The workers, and what each runs.",
+          "[Worker]", lambda queue, _: [worker_object(one) for one in queue.workers()]),
+    Route("GET", "/api/queues", "get_queues",
+          "The queues, with pause, limit and counts.",
+          "[Queue]", lambda queue, _: [queue_object(one) for one in queue.queues()]),
+    Route("GET", "/api/schedules", "get_schedules", "The recurring jobs.", "[Schedule]",
+          lambda queue, _: [schedule_object(one, queue.last_job(one))
+                            for one in queue.schedules()]),
+    Route("GET", "/api/jobs", "get_jobs", "A page of jobs, newest first.", "Page",
+          get_jobs, (
+              *FILTERS.values(),
+              _whole_param("limit", 1, MAX_PAGE,
+                           f"jobs of a page; usually {USUAL_PAGE}"),
+              Field("after", Kind(_a_cursor, {"type": "string",
+                                              "pattern": "^([1-9][0-9]{0,17})?$"}),
+                    help="`next` of the page before"))),
+    Route("POST", "/api/jobs", "post_jobs",
+          "Add a job, or an array of them: all or none.", "Job|[Job]", post_jobs,
+          body="NewJob|[NewJob]", refusals=(409,)),
+    Route("GET", "/api/jobs/ID", "get_job", "One job whole.", "WholeJob", get_job,
+          refusals=(404,)),
+    Route("GET", "/api/jobs/ID/output", "get_output",
+          "What a run printed, up to now; of a job that has not run yet nothing.",
+          TEXT_TYPE, get_output, (
+              _whole_param("run", 1, 10**9, "number of the run; usually the last"),
+              _whole_param("offset", 0, 10**12 - 1,
+                           "only what comes after so many bytes")), refusals=(404,)),
+    Route("POST", "/api/jobs/ID/retry", "post_retry", "Run a job again from now.",
+          "Job", lambda queue, request: _change_job(request, queue.retry),
+          body="Nothing", refusals=(404, 409)),
+    Route("POST", "/api/jobs/ID/cancel", "post_cancel",
+          "Cancel a job; one that runs is ended soon, and comes back as it is now.",
+          "Job", lambda queue, request: _change_job(request, queue.cancel),
+          body="Nothing", refusals=(404, 409)),
+    Route("DELETE", "/api/jobs/ID", "delete_job",
+          "Delete a job that does not run, with its history.", "Job",
+          lambda queue, request: _change_job(request, queue.delete, "deleted"),
+          refusals=(404, 409)),
+    Route("POST", "/api/dlq/retry", "post_dlq_retry",
+          "Put dead jobs back: those named, or all that fit.", "[Job]", post_dlq_retry,
+          body="WhichDead", refusals=(404, 409)),
+    Route("POST", "/api/pause", "post_pause",
+          "Let no more jobs start, of a queue or of any; what runs goes on.", "Paused",
+          lambda queue, request: _change_pause(queue, request, queue.pause),
+          body="WhichQueue"),
+    Route("POST", "/api/resume", "post_resume",
+          "Let jobs start again, of a queue or of all that are not paused themselves.",
+          "Paused", lambda queue, request: _change_pause(queue, request, queue.resume),
+          body="WhichQueue"),
+    Route("GET", "/api/events", "get_events",
+          "Changes of state and of the status, as they come.", EVENTS_TYPE, get_events),
+    Route("GET", "/healthz", "get_health", "Whether the database answers.", "Health",
+          get_health),
+    Route("GET", "/metrics", "get_metrics", "The metrics for Prometheus.", METRICS_TYPE,
+          lambda queue, _: Reply(
+              200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)),
+    Route("GET", "/api/openapi.json", "get_openapi", "This API, described.",
+          "Description", lambda queue, _: description(ROUTES)))
 
 
 # ---- 18 Access ---------------------------------------------------------------
@@ -10865,7 +10807,8 @@ def respond(route: Route, queue: Queue, request: Request) -> Reply:
     Unauthenticated requests leave no line: strangers could fill the disk with them.
     """
     try:
-        reply = route.answer(queue, request)
+        found = route.answer(queue, request)
+        reply = found if isinstance(found, Reply) else json_reply(found)
     except QueueError as error:
         reply = refusal_reply(error)
     if route.method == "GET":
