@@ -10579,12 +10579,12 @@ class Reader:
         left = ends_at - time.monotonic()
         import socket as sockets
         try:
-            self._sock.settimeout(max(left, 1e-3))
-            piece = self._sock.recv(READ_SIZE) if left > 0 else None
+            if left <= 0:
+                raise sockets.timeout
+            self._sock.settimeout(left)
+            piece = self._sock.recv(READ_SIZE)
         except sockets.timeout:     # a TimeoutError since Python 3.10
-            piece = None
-        if piece is None:
-            raise denied(408, "the request is too slow")
+            raise denied(408, "the request is too slow") from None
         self._buffer += piece
         return bool(piece)
 
@@ -11015,19 +11015,77 @@ class Feed:
         return news, seq
 
 
-class Queues:
-    """Open databases, each lent to one request: a change that waits for the write lock
-    delays no other request.
-    """
+class Connections:
+    """Who is connected. When there are MAX_CONNECTIONS, the next one replaces the
+    client that has been idle for longest. An authenticated client is not idle, but
+    busy, until it is answered.
 
-    def __init__(self, path: str) -> None:
+    To drop a client is to shut down its socket, which ends its thread's read or write
+    at once; the thread closes it.
+    """
+    _BUSY, _DROPPED = math.inf, -math.inf
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()       # held for moments
+        self._since: dict[socket.socket, float] = {}    # when it became idle, or these
+
+    def enter(self, sock: socket.socket) -> bool:
+        """Add one; return False if all others are busy."""
+        with self._lock:
+            live = [one for one, since in self._since.items() if since > self._DROPPED]
+            if len(live) >= MAX_CONNECTIONS:
+                longest = min(live, key=self._since.__getitem__)
+                # Dropped ones have threads for a moment: these must not grow unbounded.
+                if self._since[longest] == self._BUSY \
+                        or len(self._since) >= 3 * MAX_CONNECTIONS:
+                    return False
+                self._drop(longest)
+            self._since[sock] = time.monotonic()
+            return True
+
+    def _drop(self, sock: socket.socket) -> None:
+        import socket as sockets
+        self._since[sock] = self._DROPPED
+        # Not SSLSocket.shutdown(), which removes TLS while the thread reads or writes.
+        with contextlib.suppress(OSError):
+            sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
+
+    def mark(self, sock: socket.socket, is_busy: bool) -> None:
+        """It is busy, or idle from now on; ConnectionError if it was dropped."""
+        with self._lock:
+            if self._since[sock] == self._DROPPED:
+                raise ConnectionError
+            self._since[sock] = self._BUSY if is_busy else time.monotonic()
+
+    def leave(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._since.pop(sock, None)
+
+    def drop_idle(self) -> bool:
+        """Drop all that are idle; return True if any is busy."""
+        with self._lock:
+            for sock, since in list(self._since.items()):
+                if self._DROPPED < since < self._BUSY:
+                    self._drop(sock)
+            return self._BUSY in self._since.values()
+
+
+class Service:
+    """What all connections share."""
+
+    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
+        self.site, self.log = site, log
+        self.connections, self.feed = Connections(), Feed(path)
         self._path = path
+        self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
         self._lock = threading.Lock()       # guards the list; held for moments
         self._free: list[Queue] = []
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[Queue]:
-        """A queue for one request; QueueError if it cannot be opened."""
+    def _lent_queue(self) -> Iterator[Queue]:
+        """An open database for one request: a change that waits for the write lock
+        delays no other request. QueueError if it cannot be opened.
+        """
         with self._lock:
             queue = self._free.pop() if self._free else None
         if queue is not None and not queue.store.db.is_in_place():
@@ -11046,85 +11104,6 @@ class Queues:
             if not is_spare:
                 queue.close()
 
-
-class Connections:
-    """Who is connected. When there are MAX_CONNECTIONS, the next one replaces the
-    client that has been idle for longest. An authenticated client is not idle, but
-    busy, until it is answered.
-
-    To drop a client is to shut down its socket, which ends its thread's read or write
-    at once; the thread closes it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()       # guards these; held for moments
-        self._idle: dict[socket.socket, None] = {}      # the longest idle first
-        self._busy: set[socket.socket] = set()
-        self._dropped: set[socket.socket] = set()       # their threads are ending
-
-    def enter(self, sock: socket.socket) -> bool:
-        """Add one; return False if all others are busy."""
-        with self._lock:
-            if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
-                # Dropped ones still have their threads: these must not grow unbounded.
-                if not self._idle or len(self._dropped) >= 2 * MAX_CONNECTIONS:
-                    return False
-                self._drop(next(iter(self._idle)))
-            self._idle[sock] = None
-            return True
-
-    def _drop(self, sock: socket.socket) -> None:
-        import socket as sockets
-        del self._idle[sock]
-        self._dropped.add(sock)
-        # Not SSLSocket.shutdown(), which removes TLS while the thread reads or writes.
-        with contextlib.suppress(OSError):
-            sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
-
-    def check(self, sock: socket.socket) -> None:
-        """ConnectionError if it was dropped."""
-        with self._lock:
-            if sock in self._dropped:
-                raise ConnectionError
-
-    def mark_busy(self, sock: socket.socket) -> None:
-        """ConnectionError if it was dropped."""
-        with self._lock:
-            if sock not in self._idle:
-                raise ConnectionError
-            del self._idle[sock]
-            self._busy.add(sock)
-
-    def mark_idle(self, sock: socket.socket) -> None:
-        with self._lock:
-            if sock not in self._dropped:
-                self._busy.discard(sock)
-                self._idle.pop(sock, None)      # to the end
-                self._idle[sock] = None
-
-    def leave(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._idle.pop(sock, None)
-            self._busy.discard(sock)
-            self._dropped.discard(sock)
-
-    def drop_idle(self) -> int:
-        """Drop all that are idle; return how many are busy."""
-        with self._lock:
-            for sock in list(self._idle):
-                self._drop(sock)
-            return len(self._busy)
-
-
-class Service:
-    """What all connections share."""
-
-    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
-        self.site, self.log = site, log
-        self.connections, self.feed = Connections(), Feed(path)
-        self._queues = Queues(path)
-        self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
-
     def answer(self, route: Route, request: Request, sock: socket.socket) -> tuple[
             Reply, Pieces[bytes] | None]:
         """The reply to an admitted request, and its event stream; ConnectionError.
@@ -11133,9 +11112,9 @@ class Service:
         """
         stream = None
         with contextlib.nullcontext() if request.role else self._anonymous:
-            self.connections.check(sock)
+            self.connections.mark(sock, bool(request.role))
             try:
-                with self._queues.lend() as queue:
+                with self._lent_queue() as queue:
                     reply = respond(route, queue, request)
                     if reply.follows is not None and request.method != "HEAD":
                         stream, begin = self.feed.join(queue, reply.follows)
@@ -11156,21 +11135,6 @@ class Service:
         end = time.monotonic() + STOP_SECONDS
         while self.connections.drop_idle() and time.monotonic() < end:
             time.sleep(0.01)
-
-
-def _has_left(sock: socket.socket) -> bool:
-    """Return True if the client of a stream has closed its side: it has nothing to say.
-    """
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    if not poller.poll(0):
-        return False
-    import socket as sockets
-    # Of the plain socket: TLS would wait for a whole record, and takes no MSG_PEEK.
-    with contextlib.suppress(OSError):
-        said = sockets.socket.recv(sock, 1, sockets.MSG_PEEK)
-        return not said or hasattr(sock, "do_handshake")    # TLS: its farewell
-    return True
 
 
 def _handler_class(service: Service, is_tls: bool) -> type:
@@ -11220,7 +11184,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             finally:
                 if stream:
                     service.feed.leave(stream)
-            service.connections.mark_idle(self.request)
+            service.connections.mark(self.request, is_busy=False)
             if self.is_unread:
                 # Closing a socket with unread input resets the connection, which may
                 # overtake the reply (RFC 9112, section 9.6).
@@ -11248,7 +11212,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 return admitted
             route, request = admitted
             if request.role:
-                service.connections.mark_busy(self.request)
+                service.connections.mark(self.request, is_busy=True)
             if size:
                 if route.method == "GET":   # some of these need no token
                     raise denied(413, "that takes no body", "send none")
@@ -11291,7 +11255,9 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             proxies cut idle connections (HTML, "Server-sent events").
             """
             sent_at = time.monotonic()
-            while not _has_left(self.request):
+            poller = select.poll()
+            poller.register(self.request, select.POLLIN)
+            while not poller.poll(0):   # it has nothing to say: any input is its end
                 piece = service.feed.take(stream, 1.0)
                 if piece is None:
                     return

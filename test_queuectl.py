@@ -5736,20 +5736,23 @@ class Web(Case):
         others = [mock.Mock() for _ in range(queuectl.MAX_CONNECTIONS - 2)]
         for sock in (*others, first, second):
             self.assertTrue(connections.enter(sock))
-            connections.mark_busy(sock)
+            connections.mark(sock, is_busy=True)
         self.assertFalse(connections.enter(third))
-        connections.mark_idle(second)
+        connections.mark(second, is_busy=False)
         self.assertTrue(connections.enter(third))
         self.assertEqual(pairs[1][1].recv(1), b"")      # second was dropped
-        for note in (connections.mark_busy, connections.check):
+        for is_busy in (True, False):
             with self.assertRaises(ConnectionError):
-                note(second)
-        connections.mark_idle(second)       # changes nothing
-        connections.mark_busy(third)
+                connections.mark(second, is_busy)
+        connections.mark(third, is_busy=True)
         self.assertFalse(connections.enter(second))
         connections.leave(first)
         self.assertTrue(connections.enter(first))
-        self.assertEqual(connections.drop_idle(), queuectl.MAX_CONNECTIONS - 1)
+        self.assertTrue(connections.drop_idle())
+        self.assertEqual(pairs[0][1].recv(1), b"")
+        for sock in (*others, third):
+            connections.leave(sock)
+        self.assertFalse(connections.drop_idle())
 
     def test_the_refusal_of_one_too_many_is_whole(self):
         head, _, body = queuectl.BUSY_REPLY.partition(b"\r\n\r\n")
