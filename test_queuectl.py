@@ -1,7 +1,7 @@
 """The tests of queuectl, in the order of its sections; real processes come last.
 
 Where the tests of a section are
-     3 Rules .......... Rules                   13 Views ....... Views, Metrics
+     1 Words, 3 Rules . same                    13 Views ....... Views, Metrics
      4 Cron ........... Cron                    14 Runner ...... Workers, Program
      5 Fields ......... Fields                  15 Worker ........ Workers, Program, Model
      6 SQL ............ Statements              16 Page ........ Browser
@@ -676,7 +676,7 @@ class Architecture(unittest.TestCase):
             self.assertIn("queuectl " + " ".join(entry.words), readme)
 
 
-# ---- 3 Rules -----------------------------------------------------------------
+# ---- 1 Words, 3 Rules --------------------------------------------------------
 
 @contextlib.contextmanager
 def local_zone(name):
@@ -689,190 +689,126 @@ def local_zone(name):
         time.tzset()
 
 
-class Rules(Case):
+def each(case, function, table):
+    """For each row, what the function makes of it is in its last column."""
+    for *given, wanted in table:
+        with case.subTest(given):
+            case.assertEqual(function(*given), wanted)
+
+
+def histogram(*seconds):
+    """How many of some durations are in each bucket."""
+    return dict(collections.Counter(map(queuectl.bucket_of, seconds)))
+
+
+class Words(Case):
     def test_durations(self):
-        for text, seconds in (("500ms", 0.5), ("30s", 30), ("1h30m", 5400), ("1.5", 1.5),
-                              ("1d", 86400), (2, 2), (0.5, 0.5)):
-            with self.subTest(text):
-                self.assertAlmostEqual(queuectl.parse_duration(text), seconds)
-        for text in ("", "5x", "-1", -1, True, None, "1e99", float("inf"), float("nan")):
+        each(self, queuectl.parse_duration, (
+            ("500ms", 0.5), ("30s", 30), ("1h30m", 5400), ("1.5", 1.5), ("1d", 86400), (2, 2),
+            (0.5, 0.5)))
+        for text in ("", "5x", "-1", -1, True, None, "1e99", math.inf, math.nan):
             with self.subTest(text), refused("invalid-value"):
                 queuectl.parse_duration(text)
 
     def test_times(self):
-        for text, moment in (("2027-01-15T08:00:00Z", NOON), ("+10m", NOON + 600),
-                             ("2027-01-15T09:00:00+01:00", NOON), (str(int(NOON)), NOON),
-                             (NOON + 1, NOON + 1)):
-            with self.subTest(text):
-                self.assertEqual(queuectl.parse_time(text, NOON), moment)
-        clock_time = time.strftime("%H:%M", time.localtime(NOON + 60))
-        self.assertEqual(queuectl.parse_time(clock_time, NOON), NOON + 60)
-        for text in ("tomorrow", "25:00", "", None, "2026-13-01", 1e300, -1e300):
+        clock = datetime.datetime.fromtimestamp
+        each(self, queuectl.parse_time, (
+            ("2027-01-15T08:00:00Z", NOON, NOON), ("2027-01-15T09:00:00+01:00", NOON, NOON),
+            ("+10m", NOON, NOON + 600), (str(int(NOON)), NOON, NOON),
+            (NOON + 1, NOON, NOON + 1),
+            (clock(NOON + 60).strftime("%H:%M"), NOON, NOON + 60),
+            (clock(NOON + 61).strftime("%H:%M:%S"), NOON, NOON + 61),
+            (clock(NOON).strftime(" %H:%M "), NOON, NOON + 86400),
+            (clock(NOON).strftime("%H:%M"), NOON - 0.5, NOON)))
+        for text in ("tomorrow", "25:00", "", None, True, "2026-13-01", 1e300, -1e300):
             with self.subTest(text), refused("invalid-value"):
                 queuectl.parse_time(text, NOON)
 
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
-    def test_a_local_time_that_is_skipped_or_repeated_is_read_by_the_clock_before(self):
+    def test_a_local_time_that_is_skipped_or_repeated(self):
+        """By the clock before the jump; a time of day that is repeated comes twice."""
+        table = (       # 2027-10-31: 03:00 becomes 02:00; 03-28: 02:00 becomes 03:00
+            ("2027-03-28T02:30", "2027-01-01T00:00:00.000Z", "2027-03-28T01:30:00.000Z"),
+            ("2027-10-31T02:30", "2027-01-01T00:00:00.000Z", "2027-10-31T00:30:00.000Z"),
+            ("02:30", "2027-10-31T00:10:00.000Z", "2027-10-31T00:30:00.000Z"),
+            ("02:30", "2027-10-31T00:30:00.000Z", "2027-10-31T01:30:00.000Z"),
+            ("02:15", "2027-10-31T00:45:00.000Z", "2027-10-31T01:15:00.000Z"),
+            ("02:30", "2027-10-31T01:30:00.000Z", "2027-11-01T01:30:00.000Z"),
+            ("02:50", "2027-10-31T00:45:00.000Z", "2027-10-31T00:50:00.000Z"),
+            ("02:30", "2027-03-28T00:10:00.000Z", "2027-03-28T01:30:00.000Z"),
+            ("02:30", "2027-03-28T01:30:00.000Z", "2027-03-29T00:30:00.000Z"))
         with local_zone("CET-1CEST,M3.5.0,M10.5.0/3"):
-            for text, utc in (("2027-03-28T02:30", "2027-03-28T01:30Z"),
-                              ("2027-10-31T02:30", "2027-10-31T00:30Z")):
-                with self.subTest(text):
-                    self.assertEqual(queuectl.parse_time(text, NOON),
-                                     queuectl.parse_time(utc, NOON))
+            each(self, lambda text, now: queuectl.iso(
+                queuectl.parse_time(text, queuectl.epoch(now))), table)
 
     def test_a_stored_time_survives_the_way_to_a_number_and_back(self):
         for stamp in ("2026-11-24T08:22:13.123Z", "0001-01-01T00:00:00.000Z",
                       "9999-12-31T23:59:59.999Z", "1969-12-31T23:59:59.999Z"):
             self.assertEqual(queuectl.iso(queuectl.epoch(stamp)), stamp)
 
-    def test_backoff_doubles_up_to_its_cap_and_never_overflows(self):
-        waits = [queuectl.backoff(n, 2.0, settings(), 0.5) for n in (1, 2, 3, 10**6)]
-        self.assertEqual(waits, [2.0, 4.0, 8.0, 3600.0])
+    def test_durations_and_moments_are_told_in_two_units_at_most(self):
+        each(self, queuectl.span, (
+            (0, "0s"), (0.0001, "1ms"), (0.002, "2ms"), (0.0024, "2ms"), (0.008499, "8ms"),
+            (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"), (9.99, "9.99s"), (9.995, "10s"),
+            (59, "59s"), (60, "1m"), (65, "1m 5s"), (3600, "1h"), (3720, "1h 2m"),
+            (86400, "1d"), (93600, "1d 2h"), (273600, "3d 4h")))
+        each(self, lambda away: queuectl.ago(queuectl.iso(NOON + away), NOON), (
+            (0, "now"), (0.999, "now"), (-0.999, "now"), (1, "in 1s"), (-1, "1s ago"),
+            (-1.5, "1s ago"), (1.5, "in 2s")))
+        self.assertEqual(queuectl.ago(None, NOON), "-")
 
-        spread = settings(backoff_jitter=0.5)
-        self.assertEqual([queuectl.backoff(1, 2.0, spread, chance) for chance in (0, 1)],
-                         [1.0, 3.0])
+    def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
+        each(self, queuectl.nearest, (
+            ("abdc", ["abd", "abcd"], "did you mean `abcd`?"),
+            ("pririty", ["state", "priority"], "did you mean `priority`?"),
+            ("xyz", ["state", "priority"], "")))
+        with refused("no-such-setting", "; .*config list"):
+            queuectl.setting_key("xyz")
+
+    def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
+        for word, hint in (("deed", "did you mean `dead`?"),
+                           ("xyz", "use " + ", ".join(STATES)), (5, "use pending, ")):
+            with self.subTest(word), refused("invalid-value") as caught:
+                queuectl.parse_state(word)
+            self.assertIn(hint, caught.error.hint)
+
+
+class Rules(Case):
+    def test_backoff_doubles_up_to_its_cap_and_never_overflows(self):
+        even, spread = settings(), settings(backoff_jitter=0.5)
+        each(self, queuectl.backoff, (
+            (1, 2.0, even, 0.5, 2.0), (2, 2.0, even, 0.5, 4.0), (3, 2.0, even, 0.5, 8.0),
+            (10**6, 2.0, even, 0.5, 3600.0), (1, 2.0, spread, 0, 1.0), (1, 2.0, spread, 1, 3.0)))
 
     def test_every_outcome_leads_to_its_verb_and_says_why(self):
         job = self.job(max_retries=2)._replace(state=PROCESSING)
         done, ended = "exit status 0", "cancelled while it ran"
         lost, back = "its worker was lost", MOVES["release"].because
-        table = (
-            #outcome       attempts  crashes  wish      verb        reason
-            ("completed",  0,        0,       None,     "complete", done),
-            ("completed",  0,        0,       "cancel", "complete", done),
-            ("failed",     0,        0,       None,     "fail",     "failed"),
-            ("failed",     1,        0,       None,     "bury",     "failed"),
-            ("failed",     0,        0,       "cancel", "cancel",   ended),
-            ("timeout",    1,        0,       None,     "bury",     "timeout"),
-            ("cancelled",  0,        0,       None,     "cancel",   ended),
-            ("released",   1,        0,       None,     "release",  back),
-            ("released",   1,        0,       "cancel", "cancel",   ended),
-            ("lost",       1,        0,       None,     "fail",     lost),
-            ("lost",       1,        4,       None,     "bury",
+        table = (   # charged: attempts and crashes more
+            #outcome       attempts  crashes  wish      verb        charged  reason
+            ("completed",  0,        0,       None,     "complete", (1, 0),  done),
+            ("completed",  0,        0,       "cancel", "complete", (1, 0),  done),
+            ("failed",     0,        0,       None,     "fail",     (1, 0),  "failed"),
+            ("failed",     1,        0,       None,     "bury",     (1, 0),  "failed"),
+            ("failed",     0,        0,       "cancel", "cancel",   (0, 0),  ended),
+            ("timeout",    0,        0,       None,     "fail",     (1, 0),  "timeout"),
+            ("timeout",    1,        0,       None,     "bury",     (1, 0),  "timeout"),
+            ("cancelled",  0,        0,       None,     "cancel",   (0, 0),  ended),
+            ("released",   1,        0,       None,     "release",  (0, 0),  back),
+            ("released",   1,        0,       "cancel", "cancel",   (0, 0),  ended),
+            ("lost",       1,        0,       None,     "fail",     (0, 1),  lost),
+            ("lost",       1,        4,       None,     "bury",     (0, 1),
              f"{lost}, for the 5. time"),
         )
         for kind, attempts, crashes, wish, *judgement in table:
             with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
-                now = job._replace(attempts=attempts, crashes=crashes, end_requested=wish)
-                verb, _, reason = queuectl.settle(
-                    now, Outcome(kind), settings(), 0.5, NOON)
-                self.assertEqual([verb, reason], judgement)
+                verb, after, reason = queuectl.settle(
+                    job._replace(attempts=attempts, crashes=crashes, end_requested=wish),
+                    Outcome(kind), settings(), 0.5, NOON)
+                charged = after.attempts - attempts, after.crashes - crashes
+                self.assertEqual([verb, charged, reason], judgement)
 
-    def test_output_keeps_both_ends_whatever_the_pieces(self):
-        text = bytes(range(256)) * 1000
-        for size in (1, 7, 4096, 300000):
-            output = Output(101)
-            for at in range(0, len(text), size):
-                output.feed(text[at:at + size])
-            self.assertEqual(output.kept(), text[:50] + text[-51:])
-            self.assertEqual(output.total, len(text))
-        self.assertIn(b"155 bytes left out", queuectl.readable(b"x" * 101, 256))
-        self.assertIn(b"1 bytes left out", queuectl.readable(b"x" * 101, 102))
-
-    def test_output_holds_little_more_than_its_limit_and_one_piece(self):
-        output = Output(100)
-        for _ in range(5):
-            output.feed(bytes(queuectl.READ_SIZE))
-
-        held = sum(len(part) for part in vars(output).values()
-                   if isinstance(part, bytearray))
-        self.assertLessEqual(held, 2 * 100 + queuectl.READ_SIZE)
-
-    def test_a_follower_gets_each_byte_once_or_is_told_what_is_missing(self):
-        output = Output(10)
-        output.feed(b"abcd")
-        self.assertEqual(queuectl.readable(output.kept(), output.total, 1), b"bcd")
-        output.feed(b"efghijklmnop")
-        for seen, fresh in ((4, b"e\n[... 6 bytes left out ...]\nlmnop"),
-                            (10, b"\n[... 1 bytes left out ...]\nlmnop"),
-                            (11, b"lmnop"), (14, b"op"), (16, b""), (17, b"")):
-            with self.subTest(seen=seen):
-                self.assertEqual(
-                    queuectl.readable(output.kept(), output.total, seen), fresh)
-
-    def test_silence_counts_only_what_was_watched(self):
-        silence = Silence()
-        silence.look({1: 5}, 0.0, 10)
-        self.assertEqual(silence.look({1: 5}, 4.0, 10), {1: 4.0})
-        self.assertEqual(silence.look({1: 5}, 1000.0, 10), {1: 4.0})    # we were suspended
-        self.assertEqual(silence.look({1: 5}, 1005.0, 10), {1: 9.0})
-        self.assertEqual(silence.look({1: 6}, 1006.0, 10), {1: 0.0})
-
-    def test_percentiles_are_within_a_twentieth(self):
-        values = [n / 1000 for n in range(1, 1001)]
-        buckets = {}
-        for value in values:
-            buckets[queuectl.bucket_of(value)] = buckets.get(
-                queuectl.bucket_of(value), 0) + 1
-
-        self.assertAlmostEqual(queuectl.percentile(buckets, 0.5), 0.5, delta=0.05)
-        self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
-        self.assertIsNone(queuectl.percentile({}, 0.5))
-
-    def test_durations_and_moments_are_told_in_two_units_at_most(self):
-        for seconds, text in (
-                (0, "0s"), (0.0001, "1ms"), (0.002, "2ms"), (0.0024, "2ms"),
-                (0.008499, "8ms"), (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"),
-                (9.99, "9.99s"), (9.995, "10s"), (59, "59s"), (60, "1m"), (65, "1m 5s"),
-                (3600, "1h"), (3720, "1h 2m"), (86400, "1d"), (93600, "1d 2h"),
-                (273600, "3d 4h")):
-            with self.subTest(seconds):
-                self.assertEqual(queuectl.span(seconds), text)
-        for away, text in ((0, "now"), (0.999, "now"), (-0.999, "now"), (1, "in 1s"),
-                           (-1, "1s ago"), (-1.5, "1s ago"), (1.5, "in 2s")):
-            with self.subTest(away):
-                self.assertEqual(queuectl.ago(queuectl.iso(NOON + away), NOON), text)
-        self.assertEqual(queuectl.ago(None, NOON), "-")
-
-    def test_a_time_of_day_is_the_next_one_that_comes(self):
-        at = datetime.datetime.fromtimestamp(NOON).strftime
-        soon = datetime.datetime.fromtimestamp(NOON + 61).strftime("%H:%M:%S")
-
-        self.assertEqual(queuectl.parse_time(soon, NOON), NOON + 61)
-        self.assertEqual(queuectl.parse_time(at(" %H:%M "), NOON), NOON + 86400)
-        self.assertEqual(queuectl.parse_time(at("%H:%M"), NOON - 0.5), NOON)
-        with refused("invalid-value"):
-            queuectl.parse_time(True, NOON)
-
-    def test_values_of_settings_are_taken_up_to_their_bounds(self):
-        for key, text, value in (
-                ("output-limit", "64KiB", 65536), ("output-limit", "0", 0),
-                ("output-limit", "3 k", 3072), ("output-limit", "2kb", 2000),
-                ("output-limit", "16MiB", 1 << 24), ("backoff-jitter", "0", 0.0),
-                ("backoff-jitter", ".5", 0.5), ("backoff-jitter", "1", 1.0),
-                ("heartbeat", "100ms", 0.1), ("lease", "1s", 1.0),
-                ("max-retries", "0", 0), ("max-retries", "1000000000", 10**9),
-                ("crash-limit", "1", 1), ("timeout", "none", None), ("timeout", "", None),
-                ("timeout", "5m", 300.0), ("on-dead", "none", None),
-                ("on-dead", "echo", "echo"), ("priority-ageing", "30d", 30 * 86400.0),
-                ("backoff-max", "10000000000", 1e10)):
-            with self.subTest(key=key, text=text):
-                self.assertEqual(queuectl.SETTINGS[key].kind.parse(text, NOON), value)
-        for key, text in (
-                ("output-limit", ""), ("output-limit", "x"), ("output-limit", "-1"),
-                ("output-limit", "0x"), ("output-limit", "9" * 5000),
-                ("output-limit", "5x"), ("output-limit", "16777217"),
-                ("output-limit", "17MiB"), ("backoff-jitter", "1.1"),
-                ("backoff-jitter", "2"), ("backoff-jitter", ""),
-                ("heartbeat", "99ms"), ("lease", "0.9"), ("max-retries", "-1"),
-                ("max-retries", "1000000001"), ("crash-limit", "0"),
-                ("priority-ageing", "30d1s"), ("priority-ageing", "0.9s"),
-                ("backoff-max", "10000000001")):
-            with self.subTest(key=key, text=text), \
-                    refused("invalid-value"):
-                queuectl.SETTINGS[key].kind.parse(text, NOON)
-
-    def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
-        self.assertEqual(queuectl.nearest("abdc", ["abd", "abcd"]),
-                         "did you mean `abcd`?")
-        self.assertEqual(queuectl.nearest("pririty", ["state", "priority"]),
-                         "did you mean `priority`?")
-        self.assertEqual(queuectl.nearest("xyz", ["state", "priority"]), "")
-        with refused("no-such-setting", "; .*config list"):
-            queuectl.setting_key("xyz")
-
-    def test_only_a_failure_is_laid_to_the_rescuer_who_ended_the_run(self):
+    def test_only_a_failure_is_laid_to_the_worker_that_killed_the_run(self):
         job = self.job()._replace(state=PROCESSING, end_requested="lost")
         silent = "ended by another worker: its own was silent"
         for kind, judged, error in (
@@ -883,74 +819,76 @@ class Rules(Case):
             self.assertEqual(
                 queuectl.judged(job._replace(end_requested=None), Outcome(kind, 1)).kind, kind)
 
-    def test_a_run_that_ended_by_itself_is_an_attempt_and_a_crash_is_none(self):
-        job = self.job(max_retries=3)._replace(state=PROCESSING)
-        for kind, attempts, crashes in (("completed", 1, 0), ("failed", 1, 0),
-                                        ("timeout", 1, 0), ("lost", 0, 1),
-                                        ("released", 0, 0), ("cancelled", 0, 0)):
-            with self.subTest(kind):
-                _, after, _ = queuectl.settle(
-                    job, Outcome(kind), settings(), 0.5, NOON)
-                self.assertEqual((after.attempts, after.crashes), (attempts, crashes))
-
     def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
         job = self.job()
         line = [job._replace(seq=n, queue="ab"[n % 2]) for n in range(10)]
-
-        def chosen(room, free):
-            return [one.seq for one in queuectl.choose(line, room, free)]
-        self.assertEqual(chosen(lambda queue: 9, 3), [0, 1, 2])
-        self.assertEqual(chosen(lambda queue: {"a": 1, "b": 3}[queue], 9), [0, 1, 3, 5])
+        each(self, lambda room, free: [
+            one.seq for one in queuectl.choose(line, room.get, free)], (
+            ({"a": 9, "b": 9}, 3, [0, 1, 2]), ({"a": 1, "b": 3}, 9, [0, 1, 3, 5])))
 
     def test_jobs_are_held_ready_only_where_runs_are_quicker_than_a_commit(self):
-        for pace, slots, wanted in (
-                (queuectl.math.inf, 4, 0), (0.0101, 4, 0), (0.01, 4, 12), (0.01, 1, 3),
-                (0.005, 2, 10), (0.003, 1, 8), (0.001, 2, 42), (0.001, 4, 64),
-                (0.0, 1, 64), (0.0, 512, 64)):
-            with self.subTest(pace=pace, slots=slots):
-                self.assertEqual(queuectl.wanted_spares(pace, slots), wanted)
+        each(self, queuectl.wanted_spares, (
+            (math.inf, 4, 0), (0.0101, 4, 0), (0.01, 4, 12), (0.01, 1, 3), (0.005, 2, 10),
+            (0.003, 1, 8), (0.001, 2, 42), (0.001, 4, 64), (0.0, 1, 64), (0.0, 512, 64)))
 
-    def test_a_time_of_day_that_the_clocks_repeat_comes_twice(self):
-        before = os.environ.get("TZ")
-        self.addCleanup(time.tzset)
-        self.addCleanup(lambda: os.environ.pop("TZ") if before is None
-                        else os.environ.update(TZ=before))
-        os.environ["TZ"] = "CET-1CEST,M3.5.0,M10.5.0/3"
-        time.tzset()
-        for now, text, wanted in (      # 2027-10-31: 03:00 becomes 02:00; 03-28: 02:00, 03:00
-                ("2027-10-31T00:10:00.000Z", "02:30", "2027-10-31T00:30:00.000Z"),
-                ("2027-10-31T00:30:00.000Z", "02:30", "2027-10-31T01:30:00.000Z"),
-                ("2027-10-31T00:45:00.000Z", "02:15", "2027-10-31T01:15:00.000Z"),
-                ("2027-10-31T01:30:00.000Z", "02:30", "2027-11-01T01:30:00.000Z"),
-                ("2027-10-31T00:45:00.000Z", "02:50", "2027-10-31T00:50:00.000Z"),
-                ("2027-03-28T00:10:00.000Z", "02:30", "2027-03-28T01:30:00.000Z"),
-                ("2027-03-28T01:30:00.000Z", "02:30", "2027-03-29T00:30:00.000Z")):
-            with self.subTest(now=now, text=text):
-                self.assertEqual(queuectl.iso(queuectl.parse_time(
-                    text, queuectl.epoch(now))), wanted)
-
-    def test_two_missed_heartbeats_or_half_a_lease_are_no_silence(self):
+    def test_silence_counts_only_what_was_watched(self):
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
         self.assertEqual(queuectl.silence_gap(settings(heartbeat=20.0, lease=30.0)), 40.0)
         silence = Silence()
-        silence.look({1: 5}, 0.0, 10)
-        self.assertEqual(silence.look({1: 5}, 10.0, 10), {1: 10.0})
-        self.assertEqual(silence.look({1: 5}, 20.1, 10), {1: 10.0})
+        each(self, lambda heartbeats, now: silence.look({1: heartbeats}, now, 10)[1], (
+            (5, 0.0, 0.0), (5, 4.0, 4.0), (5, 1000.0, 4.0),     # we were suspended
+            (5, 1005.0, 9.0), (5, 1015.0, 19.0), (5, 1025.1, 19.0), (6, 1026.0, 0.0)))
 
-    def test_output_may_be_limited_to_nothing(self):
+    def test_output_keeps_both_ends_whatever_the_pieces(self):
+        text = bytes(range(256)) * 1000
+        for size in (1, 7, 4096, 300000):
+            output = Output(101)
+            for at in range(0, len(text), size):
+                output.feed(text[at:at + size])
+            self.assertEqual(output.kept(), text[:50] + text[-51:])
+            self.assertEqual(output.total, len(text))
         for limit, kept in ((0, b""), (1, b"h"), (2, b"ah"), (3, b"agh")):
             output = Output(limit)
             output.feed(b"abcdefgh")
             self.assertEqual(output.kept(), kept)
-        self.assertEqual(queuectl.readable(b"abgh", 8),
-                         b"ab\n[... 4 bytes left out ...]\ngh")
+
+    def test_output_holds_little_more_than_its_limit_and_one_piece(self):
+        output = Output(100)
+        for _ in range(5):
+            output.feed(bytes(queuectl.READ_SIZE))
+
+        held = sum(len(part) for part in vars(output).values()
+                   if isinstance(part, bytearray))
+        self.assertLessEqual(held, 2 * 100 + queuectl.READ_SIZE)
+
+    def test_a_reader_gets_each_byte_once_or_is_told_what_is_missing(self):
+        each(self, queuectl.readable, (
+            (b"abcd", 4, 0, b"abcd"), (b"abcd", 4, 1, b"bcd"),
+            (b"abgh", 8, 0, b"ab\n[... 4 bytes left out ...]\ngh"),
+            *((b"abcdelmnop", 16, seen, fresh) for seen, fresh in (
+                (4, b"e\n[... 6 bytes left out ...]\nlmnop"),
+                (10, b"\n[... 1 bytes left out ...]\nlmnop"),
+                (11, b"lmnop"), (14, b"op"), (16, b""), (17, b"")))))
 
     def test_the_last_line_that_says_something_stands_for_the_output(self):
-        for output, line in ((b"", ""), (b" \n\n", ""), (b"a\n b \n\n \n", "b"),
-                             (b"caf\xff", "caf\ufffd"), (b"a\x1b[1mb", "a [1mb"),
-                             (b"x" * 300, "x" * 200), (b"first\n" + b"y" * 2000, "y" * 200),
-                             (b"x" + b" " * 2000, "")):
-            self.assertEqual(queuectl.last_line(output), line)
+        each(self, queuectl.last_line, (
+            (b"", ""), (b" \n\n", ""), (b"a\n b \n\n \n", "b"), (b"caf\xff", "caf\ufffd"),
+            (b"a\x1b[1mb", "a [1mb"), (b"x" * 300, "x" * 200),
+            (b"first\n" + b"y" * 2000, "y" * 200), (b"x" + b" " * 2000, "")))
+
+    def test_percentiles_are_at_most_a_bucket_too_high(self):
+        buckets = histogram(*(n / 1000 for n in range(1, 1001)))
+
+        self.assertAlmostEqual(queuectl.percentile(buckets, 0.5), 0.5, delta=0.05)
+        self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
+        self.assertIsNone(queuectl.percentile({}, 0.5))
+
+    def test_a_value_on_a_bound_lies_below_it_and_none_above_the_last(self):
+        last = len(queuectl.BOUNDS) - 1
+        self.assertEqual(queuectl.bucket_of(1e12), last)
+        self.assertEqual(queuectl.percentile({0: 1, 5: 9}, 0.2), queuectl.BOUNDS[5])
+        counts = queuectl.cumulated(histogram(0.001, 0.001, 0.0011, *[1e12] * 4))
+        self.assertEqual((counts[:2], counts[-2:]), ([2, 3], [3, 7]))
 
     def test_a_summary_counts_each_kind_and_spreads_the_times(self):
         half, second, ten = map(queuectl.bucket_of, (0.5, 1.0, 10.0))
@@ -960,21 +898,9 @@ class Rules(Case):
             ("run:lost", 0, 7, 0.0), ("run_time", half, 90, 45.0),
             ("run_time", second, 8, 8.0), ("run_time", ten, 2, 20.0),
             ("wait_time", second, 2, 2.0)])
-        self.assertEqual(done[:6], (9, 5, 2, 3, 6, 7))
-        self.assertEqual(done.run_time, (100, 0.73, 0.5, 1.0, 10.0))
-        self.assertEqual(done.wait_time, (2, 1.0, 1.0, 1.0, 1.0))
-        nothing = queuectl.summary([])
-        self.assertEqual(nothing[:6], (0,) * 6)
-        self.assertEqual(nothing.run_time, (0, None, None, None, None))
-
-    def test_a_value_on_a_bound_lies_below_it_and_none_above_the_last(self):
-        last = len(queuectl.BOUNDS) - 1
-        self.assertEqual(queuectl.bucket_of(1e12), last)
-        self.assertEqual(queuectl.percentile({0: 1, 5: 9}, 0.2), queuectl.BOUNDS[5])
-        self.assertEqual(queuectl.cumulated({queuectl.bucket_of(0.001): 2,
-                                             queuectl.bucket_of(0.0011): 1,
-                                             last: 4})[:2], [2, 3])
-        self.assertEqual(queuectl.cumulated({last: 4})[-2:], [0, 4])
+        self.assertEqual(done[:8], (
+            9, 5, 2, 3, 6, 7, (100, 0.73, 0.5, 1.0, 10.0), (2, 1.0, 1.0, 1.0, 1.0)))
+        self.assertEqual(queuectl.summary([])[:7], (*[0] * 6, (0, None, None, None, None)))
 
 
 # ---- 4 Cron ------------------------------------------------------------------
@@ -1574,12 +1500,27 @@ class Fields(Case):
         with refused("invalid-job", "did you mean `priority`"):
             queuectl.new_job({"command": "x", "priorty": 1}, NOON)
 
-    def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
-        for word, hint in (("deed", "did you mean `dead`?"),
-                           ("xyz", "use " + ", ".join(STATES)), (5, "use pending, ")):
-            with self.subTest(word), refused("invalid-value") as caught:
-                queuectl.parse_state(word)
-            self.assertIn(hint, caught.error.hint)
+    def test_values_of_settings_are_accepted_up_to_their_bounds(self):
+        def parse(key, text):
+            return queuectl.SETTINGS[key].kind.parse(text, NOON)
+        each(self, parse, (
+            ("output-limit", "64KiB", 65536), ("output-limit", "0", 0),
+            ("output-limit", "3 k", 3072), ("output-limit", "2kb", 2000),
+            ("output-limit", "16MiB", 1 << 24), ("backoff-jitter", "0", 0.0),
+            ("backoff-jitter", ".5", 0.5), ("backoff-jitter", "1", 1.0),
+            ("heartbeat", "100ms", 0.1), ("lease", "1s", 1.0), ("max-retries", "0", 0),
+            ("max-retries", "1000000000", 10**9), ("crash-limit", "1", 1),
+            ("timeout", "none", None), ("timeout", "", None), ("timeout", "5m", 300.0),
+            ("on-dead", "none", None), ("on-dead", "echo", "echo"),
+            ("priority-ageing", "30d", 30 * 86400.0), ("backoff-max", "10000000000", 1e10)))
+        for key, *texts in (
+                ("output-limit", "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
+                ("backoff-jitter", "1.1", "2", "", "nan"), ("heartbeat", "99ms"),
+                ("lease", "0.9"), ("max-retries", "-1", "1000000001"), ("crash-limit", "0"),
+                ("priority-ageing", "30d1s", "0.9s"), ("backoff-max", "10000000001")):
+            for text in texts:
+                with self.subTest(key=key, text=text), refused("invalid-value"):
+                    parse(key, text)
 
     def test_json_and_shell_are_told_apart(self):
         for text in ("echo hi", "{ echo a; }", "[ -f x ] && y", "[[ -f x ]]",
@@ -13000,8 +12941,9 @@ def fuzz(cases, seed):
 # missing, that code is not needed, or that the change makes no difference.
 
 # The sections that decide.
-DECIDING = ("Rules", "Cron", "Fields", "SQL", "SQLite", "Ledger", "Queue", "Claims", "Worker")
-JUDGES = (Rules, Cron, Fields, Statements, Files, Hosts, Notices, Promises, Ticks, Checks,
+DECIDING = ("Words", "Rules", "Cron", "Fields", "SQL", "SQLite", "Ledger", "Queue",
+            "Claims", "Worker")
+JUDGES = (Words, Rules, Cron, Fields, Statements, Files, Hosts, Notices, Promises, Ticks, Checks,
           Workers, Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Worker": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
