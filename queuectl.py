@@ -2743,7 +2743,7 @@ def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
                            cached_statements=256)
 
 
-def _stat(path: str) -> tuple[int, int, int, int]:
+def _stat(path: str | int) -> tuple[int, int, int, int]:
     """Device, number, size and time of change of a file; zeros if there is none."""
     with contextlib.suppress(OSError):
         stat = os.stat(path)
@@ -3243,23 +3243,20 @@ def glance(path: str) -> Iterator[Rows]:
 
 
 # ---- 8 Host ------------------------------------------------------------------
-# What this machine's kernel says about workers and runs. Locks of open file
-# descriptions (Linux) come first: exact, instant, inherited by a process tree. Where
-# they are missing, process ids with start times serve. What is available is found by
-# trying, never by the system's name. Below that: waiting for descriptors, the datagrams
-# by which clients wake workers, the service manager, and signals.
-
-NOTIFY_PATIENCE = 1.0  # seconds that a message to the service manager may take
+# What this machine's kernel tells about workers and runs: by locks of open file
+# descriptions, which a process tree inherits; where there are none, by process ids with
+# start times. What is available is found by trying, never by the system's name.
 
 WORKER_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim numbers
-# As fcntl(2) has it on 64 bits; struct pads it as the compiler does. For locks of open
-# file descriptions the pid has to be 0.
-_FLOCK = "hhqqi"        # struct flock: type, whence, start, length, pid
+# struct flock: type, whence, start, length, pid, as fcntl(2) has it on 64 bits; the pid
+# has to be 0. struct pads as the compiler does.
+_FLOCK = "hhqqi"
 SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
 # The file also tells which process was started for a run: claim, pid, pid namespace,
 # and between which times of CLOCK_BOOTTIME; a record a slot, a place a worker.
-_PROCESS = "=qiIdf"
+_PROCESS = struct.Struct("=qiIdf")
 PLACES = 1024           # of workers, by their ids; so the file does not grow
+_PLACE_SIZE = (MAX_SLOTS + 1) * _PROCESS.size
 
 
 def _flock(kind: int, offset: int) -> bytes:
@@ -3272,9 +3269,8 @@ def boot_time() -> float:
 
 
 def _read(path: str) -> bytes:
-    """A small file of /proc, or b"" if it or its process is gone or not ours.
-
-    OSError if we are out of descriptors: then nobody is known to be gone.
+    """A small file of /proc, or b"" if it or its process is gone or not ours. OSError
+    if we are out of descriptors.
     """
     try:
         with open(path, "rb") as file:
@@ -3286,11 +3282,9 @@ def _read(path: str) -> bytes:
 
 
 def _stat_fields(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the state on; [] for no process or a zombie.
+    """The fields of /proc/PID/stat after the name; [] for no process or a zombie.
 
-    The name before them may hold blanks and parentheses, so the last one counts.
-    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start. A
-    zombie has ended, only its parent has not asked yet: it can do no harm any more.
+    Field n of proc(5) is [n - 3]: [2] the group, [3] the session, [19] the start.
     """
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return [] if not fields or fields[0] in (b"Z", b"X") else fields
@@ -3305,22 +3299,17 @@ def _pids() -> list[int]:
     return []
 
 
-@functools.cache
 def _pid_namespace() -> int:
-    """What process ids mean here: another container has its own; 0: not told."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino & 0xFFFFFFFF
-    except OSError:
-        return 0
+    """What process ids mean here: another container has its own."""
+    return _stat("/proc/self/ns/pid")[1] & 0xFFFFFFFF
 
 
 class Locks:
     """Byte-range locks on one small file beside the database, one byte a worker or run.
 
-    Each `hold` opens the file anew: the lock belongs to that open file description,
-    and lives until the last process that inherited it is gone. A plain lock of fcntl(2)
-    would not do: it belongs to a process, is not inherited, and goes when that process
-    closes any descriptor of the file.
+    Each `hold` opens the file anew: the lock belongs to that open file description, and
+    lives until the last process that inherited it is gone. Plain locks of fcntl(2) are
+    not inherited, and go when the process closes any descriptor of the file.
     """
 
     def __init__(self, path: str, probe: int = -1) -> None:
@@ -3332,38 +3321,34 @@ class Locks:
 
     def hold(self, offset: int) -> int:
         """Take the lock; the descriptor that holds it, -1 where there are no locks.
-
-        Raises Conflict if somebody holds it, Unavailable if the file cannot be made or
-        the system has no lock to give.
+        Raises Conflict if another holds it, and Unavailable.
         """
         if self._works is False:
             return -1
+        fd = -1
         try:
             fd = self._open(os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            raise Unavailable("unwritable",
-                              f"cannot open {self.path} ({error.strerror})",
-                              "check who may write that directory") from None
-        try:
             if self._is_proven(fd):
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
                 return fd
         except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if fd >= 0:
+                os.close(fd)
+            if fd >= 0 and error.errno in (errno.EAGAIN, errno.EACCES):
                 raise Conflict("in-use",
                                f"lock {offset} of {self.path} is taken") from None
             raise Unavailable("unwritable",
                               f"cannot lock {self.path} ({error.strerror})",
-                              "check the disk that it is on") from None
+                              "check who may write that directory, and its disk") \
+                from None
         os.close(fd)
         return -1
 
     def is_held(self, offset: int) -> bool:
         """Return True if a process, this one included, holds the lock.
 
-        Also True if that cannot be found out, as without free descriptors: taking over
-        a run that lives is worse than waiting for one that does not.
+        Also if that cannot be found out: to take over a run that lives is worse than to
+        wait for one that does not.
         """
         if self._works is False:
             return False
@@ -3377,24 +3362,42 @@ class Locks:
         except OSError:
             return True
 
+    def holders(self, offset: int) -> list[int]:
+        """The processes other than this one that hold the lock, where /proc tells."""
+        file = _stat(self.path or self._probe)[:2]
+        return [pid for pid in _pids() if self._holds(pid, offset, file)]
+
+    @staticmethod
+    def _holds(pid: int, offset: int, file: tuple[int, ...]) -> bool:
+        # The kernel lists a descriptor's locks in its fdinfo, with their offsets, as
+        # `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
+        # files have such locks, too.
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            return False
+        line = re.compile(rb"lock:.*OFDLCK.* %d %d$" % (offset, offset), re.M)
+        return any(line.search(_read(f"/proc/{pid}/fdinfo/{fd}"))
+                   and _stat(f"/proc/{pid}/fd/{fd}")[:2] == file for fd in descriptors)
+
     def note(self, lock: int, worker: int, claim: Claim, pid: int,
              since: float) -> None:
-        """Write which process was just started for a run, after `since`.
+        """Write which process was just started for a run, after `since`; `lock` is the
+        worker's.
 
-        For whoever ends what is left if worker and supervisor were killed at once. The
-        page cache is enough: no process outlives a power cut. `lock` is the worker's.
+        For whoever kills what is left if worker and supervisor were killed at once. The
+        page cache is enough: no process outlives a power cut.
         """
         with contextlib.suppress(OSError):      # a full disk: the lock tells enough
-            os.pwrite(lock, struct.pack(
-                _PROCESS, claim.number, pid, _pid_namespace(), since,
-                boot_time() - since), self._place(worker)
-                + claim.slot * struct.calcsize(_PROCESS))
+            os.pwrite(lock, _PROCESS.pack(
+                claim.number, pid, _pid_namespace(), since, boot_time() - since),
+                worker % PLACES * _PLACE_SIZE + claim.slot * _PROCESS.size)
 
     def process_of(self, run: Run) -> int | None:
         """The process that was started for a run, 0 if it is gone; None: none was.
 
-        Process ids are reused, so it must have started when the run's did. A run that
-        no record tells of has not begun, but where there are no such locks: 0.
+        Process ids are reused, so it must have started when the run's did. Without
+        locks there are no records: 0.
         """
         if self._works is False:
             return 0
@@ -3403,13 +3406,11 @@ class Locks:
         except OSError:
             return 0
         try:
-            records = os.pread(fd, (MAX_SLOTS + 1) * struct.calcsize(_PROCESS),
-                               self._place(run.worker_id))
+            records = os.pread(fd, _PLACE_SIZE, run.worker_id % PLACES * _PLACE_SIZE)
         finally:
             os.close(fd)
-        size = struct.calcsize(_PROCESS)
-        for claim, pid, namespace, since, took in struct.iter_unpack(
-                _PROCESS, records[:len(records) // size * size]):
+        whole = len(records) // _PROCESS.size * _PROCESS.size
+        for claim, pid, namespace, since, took in _PROCESS.iter_unpack(records[:whole]):
             if claim == run.claim:
                 fields = _stat_fields(pid)
                 if not fields or namespace != _pid_namespace():
@@ -3418,45 +3419,12 @@ class Locks:
                 return pid if -0.02 <= started - since <= took + 0.02 else 0
         return None
 
-    @staticmethod
-    def _place(worker: int) -> int:
-        return worker % PLACES * (MAX_SLOTS + 1) * struct.calcsize(_PROCESS)
-
-    def holders(self, offset: int) -> list[int]:
-        """The processes other than this one that hold the lock, where /proc tells.
-
-        The kernel lists a descriptor's locks in its fdinfo, with their offsets, as
-        `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
-        files have such locks, too, so the file is compared last: that costs a stat(2).
-        """
-        return [pid for pid in _pids() if self._holds(pid, offset)]
-
-    def _holds(self, pid: int, offset: int) -> bool:
-        try:
-            descriptors = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            return False
-        for fd in descriptors:
-            for line in _read(f"/proc/{pid}/fdinfo/{fd}").splitlines():
-                if line.startswith(b"lock:") and b"OFDLCK" in line \
-                        and line.split()[-2:] == [b"%d" % offset] * 2 \
-                        and self._is_same_file(f"/proc/{pid}/fd/{fd}"):
-                    return True
-        return False
-
-    def _is_same_file(self, link: str) -> bool:
-        try:
-            return os.path.samestat(os.stat(link), os.stat(self.path) if self.path
-                                    else os.fstat(self._probe))
-        except OSError:
-            return False
-
     def _is_proven(self, fd: int) -> bool:
         """Return True if a lock of one open file description refuses another its own.
 
         The names prove nothing: macOS defines them for another `struct flock`, and old
-        kernels refuse them with EINVAL. The attempt is a shared lock on a scratch byte,
-        so it works on read-only media and never disturbs another process's attempt.
+        kernels refuse them with EINVAL. A shared lock on a scratch byte works on read-
+        only media and disturbs no other process.
         """
         if self._works is None:
             other = self._open(os.O_RDONLY)
@@ -3474,7 +3442,6 @@ class Locks:
 
     @staticmethod
     def _holder(fd: int, offset: int) -> int:
-        """The type of the lock that keeps this open file from an exclusive one."""
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, offset))
         return int(struct.unpack(_FLOCK, answer)[0])
 
@@ -3485,14 +3452,13 @@ class Locks:
             self._probe = -1
 
     def _open(self, flags: int) -> int:
-        """Not inherited: which run is to hold a lock, the start of its command says."""
+        # Not inherited: the start of a command says which lock it is to hold.
         return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
 def is_same_birth(one: str, other: str) -> bool:
-    """Whether two start times, as `Host.born` tells them, are of one process.
-
-    ps reckons them from the age: it may differ by a second from one call to the next.
+    """Whether two start times, as `Host.born` tells them, are of one process: those of
+    ps may differ by a second.
     """
     if "" in (one, other) or one == other:
         return one == other != ""
@@ -3515,8 +3481,8 @@ class Host:
     def born(self, pid: int) -> str:
         """When a process was started, in the kernel's own words; "" if it is gone.
 
-        Numbers of processes come again, so a number alone tells nothing. With /proc it
-        is ticks since the boot, so the boot's id has to be compared as well.
+        With /proc it is ticks since the boot, so the boot's id has to be compared as
+        well.
         """
         if self.boot:
             fields = _stat_fields(pid)
@@ -3530,8 +3496,8 @@ class Host:
     def is_alive(self, worker: Worker) -> bool | None:
         """Whether the worker's process is there; None: on another machine, who knows.
 
-        Either sign of life counts, so a lock file that somebody deleted, or a process
-        id of another container, does no harm.
+        Either its lock or its process counts: a lock file may be deleted, and a process
+        id be of another container.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
             # With this machine's name: it was started anew, so none of then is left.
@@ -3548,11 +3514,11 @@ class Host:
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll: safe in signal handlers.
+    """A pipe to wake a thread that waits in poll; for signal handlers, too.
 
-    No lock is taken: `threading.Event.set` in a handler hung within seconds, waiting
-    for the lock that the interrupted thread held. The writer does not block, as
-    `signal.set_wakeup_fd` demands, which gets it, too.
+    It takes no lock: `threading.Event.set` in a handler hung, waiting for the lock that
+    the interrupted thread held. The writer does not block: `set_wakeup_fd` gets it,
+    too.
     """
 
     def __init__(self) -> None:
@@ -3566,7 +3532,7 @@ class Wakeup:
             os.write(self.writer, b"!")
 
     def clear(self) -> None:
-        """Take out what is in the pipe."""
+        """Empty the pipe."""
         with contextlib.suppress(BlockingIOError):
             while len(os.read(self.reader, SOCKET_BUFFER)) == SOCKET_BUFFER:
                 pass
@@ -3578,9 +3544,8 @@ class Wakeup:
 
 
 class Poller:
-    """Descriptors to wait for, each with what is called when it can be read.
-
-    poll(2) tells POLLHUP unasked: so the end of a pipe is news like any other.
+    """Descriptors to wait for, each with a handler that is called when it can be read,
+    or a pipe has ended.
     """
 
     def __init__(self) -> None:
@@ -3594,32 +3559,36 @@ class Poller:
             self._handlers[fd] = handler
 
     def drop(self, fd: int) -> None:
-        """Wait for it no more, if we did; before it is closed."""
+        """Do not wait for it any more; call it before it is closed."""
         if self._handlers.pop(fd, None):
             self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> None:
-        """Until one can be read, or so many seconds; call the handlers of those.
+        """Wait for the first, at most so long; call the handlers of all that are ready.
 
-        Rounded up: with 0 for the last part of a millisecond the loop would turn until
-        the time has come.
+        Rounded up to milliseconds: with 0 for the last one the loop would spin.
         """
         for fd, _ in self._poll.poll(math.ceil(min(seconds, LONGEST_WAIT) * 1000)):
             handler = self._handlers.get(fd)
-            if handler:     # else an earlier one of these has ended its business
+            if handler:     # else the handler of an earlier one has dropped it
                 handler()
 
 
 LOOPBACK = "127.0.0.1"
 
+# What a datagram to a worker says: there is a job to claim; there is something else to
+# look at; a reader wants the output of what runs.
+NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
+PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
+
 
 def notify_workers(ports: Iterable[int], message: bytes) -> None:
-    """Wake workers up; a wake-up that gets lost costs FALLBACK_POLL, nothing else.
+    """Wake workers; a datagram that gets lost costs FALLBACK_POLL, nothing else.
 
-    So nothing is waited for and no error told: the change itself is committed. What is
-    sent carries no data, and who else sends it makes a worker look, no more.
+    So this neither waits nor fails. A datagram from anybody else makes a worker look,
+    no more.
     """
-    import socket  # 3 ms, and only if a worker is there to be woken
+    import socket  # 3 ms, and only if there is a worker
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
@@ -3628,12 +3597,7 @@ def notify_workers(ports: Iterable[int], message: bytes) -> None:
                 sender.sendto(message, (LOOPBACK, port))
 
 
-# What a wake-up says: there is a job to claim; there is something else to look at;
-# somebody reads along and wants the output of what runs.
-NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
-
-
-PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
+NOTIFY_PATIENCE = 1.0  # seconds that a message to the service manager may take
 
 # What a service manager tells its service, and nobody else.
 SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
@@ -3642,61 +3606,58 @@ SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
 class Notifier:
     """What a worker tells the service manager that started it, as sd_notify(3) does.
 
-    Silent where there is none. One that does not listen loses a word: only for the
-    first and the last of them does the worker wait, for NOTIFY_PATIENCE at most.
+    Only for the first and the last message it waits, for NOTIFY_PATIENCE at most.
     """
 
     def __init__(self, environ: Mapping[bytes, bytes], service: int) -> None:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
         # A leading @ is the kernel's name space without files, where it is a NUL.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
-        # Half of what is asked for, as sd_watchdog_enabled(3) recommends. Not if
-        # another process is named than `service`, which the manager has started.
+        # Half of what is asked of `service`, as sd_watchdog_enabled(3) recommends.
         self.interval = math.inf    # seconds between two signs of life
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % service):
             self.interval = int(usec) / 2e6
-        self.beat_at = math.inf     # monotonic: the next sign of life, once it is ready
+        self._watchdog_at = math.inf    # monotonic; once it is ready
         self._status, self._status_at = "", 0.0
         self._is_stopping = False
 
     def ready(self) -> None:
         """Say that the worker works, and from now on that it lives."""
-        if self._address:
-            self._tell("READY=1", NOTIFY_PATIENCE)
-            if self.interval < math.inf:
-                self.beat_at = time.monotonic()
+        self._tell("READY=1", NOTIFY_PATIENCE)
+        if self.interval < math.inf:
+            self._watchdog_at = time.monotonic()
 
     def stopping(self) -> None:
         """Say, once, that the worker is leaving."""
-        if self._address and not self._is_stopping:
+        if not self._is_stopping:
             self._is_stopping = True
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
 
     @property
     def next_at(self) -> float:
         """When `step` is to be called next (monotonic)."""
-        return min(self.beat_at, time.monotonic() + FALLBACK_POLL) if self._address \
-            else math.inf
+        return min(self._watchdog_at, time.monotonic() + FALLBACK_POLL) \
+            if self._address else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
-        """Say, when it is due, that the loop goes on, and how it stands.
+        """Tell the watchdog, when it is due, and a new status, once a second at most.
 
-        From the worker's own loop, not from a thread: a sign of life that goes on while
-        the loop hangs would be none. The status is told once a second at most.
+        In the worker's own loop: a thread would go on while the loop hangs.
         """
-        if not self._address:
-            return
         now = time.monotonic()
-        if now >= self.beat_at:
+        if now >= self._watchdog_at:
             self._tell("WATCHDOG=1")
-            self.beat_at = now + self.interval
-        if now >= self._status_at + FALLBACK_POLL and status() != self._status:
-            said, self._status_at = status(), now
+            self._watchdog_at = now + self.interval
+        if self._address and now >= self._status_at + FALLBACK_POLL \
+                and (said := status()) != self._status:
+            self._status_at = now
             if self._tell(f"STATUS={said}"):
                 self._status = said
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
-        """Send a word; whether it was taken within so many seconds."""
+        """Send a message; whether it was taken within so many seconds."""
+        if not self._address:
+            return False
         import socket  # a worker has it already
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -3708,19 +3669,15 @@ class Notifier:
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to stop: not SIGHUP under nohup, which says by
-    ignoring it that the process is to outlive its terminal.
-    """
+    """The signals that ask this process to stop; not SIGHUP if nohup has it ignored."""
     return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
-    """Have signals handled so, and written to a descriptor that wakes who polls it.
-
-    Without that, one that strikes another thread would not wake the main one (seen).
-    Only the main thread hears signals, so in any other nothing changes.
+    """Have signals handled so, and written to a descriptor that wakes who polls it: one
+    that reaches another thread would not wake the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
