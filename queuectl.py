@@ -5254,33 +5254,28 @@ class Queue:
 
 
 # ---- 11 Claims ---------------------------------------------------------------
-# What one worker asks of the database. All that it records and takes goes into one
-# transaction, its tick: an fsync costs milliseconds, and so all jobs of a tick share
-# one. Claims are the worker's own runs, Peers the other workers. Both know rows and
-# locks, but no command, no process and no waiting: the worker's loop decides when a
-# tick is worth while, and has its COMMIT done by another thread.
+# What a worker asks of the database. All that it records and takes goes into one
+# transaction, its tick, since an fsync costs milliseconds. Claims are the worker's own
+# runs, Peers the other workers. Both know rows and locks, but no commands and no
+# waiting: the worker's loop decides when to tick, and commits in another thread.
 
-CLAIM_SCAN = 64        # first jobs in line that a tick looks at before asking by queue
+CLAIM_SCAN = 64        # ready jobs that a tick reads before it asks queue by queue
 EXPIRE_BATCH = 100     # jobs that a tick deletes because their retention is over
-
-
-NOTHING: Mapping[int, Any] = types.MappingProxyType({})
 
 
 class Report(NamedTuple):
     """What a tick is to record."""
-    ended: Mapping[int, Outcome] = NOTHING     # own runs, by claim
+    ended: Mapping[int, Outcome] = {}   # own runs, by claim
     lost: Sequence[Run] = ()            # of other workers; their processes are gone
-    seized: Sequence[Run] = ()          # of other workers; about to be ended
+    seized: Sequence[Run] = ()          # of other workers; about to be killed
     dead: Sequence[Worker] = ()         # to be removed, unless they hold something
-    outputs: Mapping[int, Output] = NOTHING    # of running commands
-    beats: bool = False                 # with a heartbeat and what goes with it
+    outputs: Mapping[int, Output] = {}  # of running commands
+    is_heartbeat: bool = False          # also do what is due once a heartbeat
 
 
 def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]:
-    """The end of a lost run, to be recorded; nothing if somebody else was faster.
-
-    One that had not begun is released: nothing is charged to it.
+    """The end of a lost run, to be recorded; [] if another worker was faster. One that
+    had not begun is released, and no crash is charged.
     """
     outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
     if host.locks.process_of(run) is None:
@@ -5290,88 +5285,62 @@ def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]
 
 
 class Claims:
-    """The promises to one worker; used by its loop's thread only (I9).
+    """The claims of one worker; used by its loop's thread only (I9).
 
-    To make one enters the worker into the table: Conflict if a living one has the name.
-    `port` is where it hears wake-ups; None: nowhere. `pid` is the process to signal.
+    Enters the worker into the table: Conflict if a living one has its name. `port`
+    gets notifications (None: none); `pid` is the process to signal.
     """
 
     def __init__(self, queue: Queue, options: WorkerOptions, port: int | None = None,
                  pid: int = 0) -> None:
-        self._queue = queue
+        self._queue, self._options = queue, options
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
-        self._options = options
-        # What the last commit left in our hands, as it was claimed: no job is edited
-        # while it runs, so what counters go by is as it was.
+        # Claims as of the last commit, with jobs as claimed: none is edited meanwhile.
         self._held: dict[int, Claim] = {}
         self._last_tick = math.inf      # epoch; a lower time: the clock was set back
         self._begun: set[int] = set()   # spares that have a slot, not so in the table
         self._begun_before: frozenset[int] = frozenset()    # at the last tick
         self._expired: dict[str, dict[str, Any]] = {}   # where retention goes on
         self.lock = -1                  # descriptor that holds the worker's own lock
-        self.worker = self._enter(port, pid or os.getpid())
-
-    def _enter(self, port: int | None, pid: int) -> Worker:
-        """The worker's row in the table, its lock held before anybody can see it.
-
-        To who cannot see its process, in another container, a row whose lock is free
-        looks dead.
-        """
-        host, now = self._host, iso(self._clock())
-        name = self._options.name or f"{host.name}-{pid}"
-        worker = Worker(0, name, host.name, host.boot, pid, host.born(pid),
-                        self._options.slots, self._options.queues, port, now, now, 0,
-                        None)
-        gone = self._gone_named(name)
         try:
-            with self._store.transaction() as store:
-                self._free_name(name, gone)
-                number, self.lock = self._draw("workers", WORKER_LOCKS)
-                worker = worker._replace(id=number)
-                store.do(Sql.INSERT_WORKER, {**worker._asdict(),
-                                             "queues": _json(worker.queues)})
+            self.worker = self._enter(port, pid or os.getpid())
         except BaseException:
             self._release_lock()
             raise
+
+    def _enter(self, port: int | None, pid: int) -> Worker:
+        store, host, now = self._store, self._host, iso(self._clock())
+        name = self._options.name or f"{host.name}-{pid}"
+        # The host is asked outside of the transaction, as that may run `ps` (I9).
+        worker = Worker(0, name, host.name, host.boot, pid, host.born(pid),
+                        self._options.slots, self._options.queues, port, now, now, 0,
+                        None)
+        gone = {one.id for one in store.workers()}
+        gone -= {one.id for one in self._queue.workers() if not one.is_expired}
+        with store.transaction():
+            for one in store.workers():
+                if one.name == name and one.id not in gone:
+                    raise Conflict("in-use",
+                                   f"a worker named {name!r} is running already",
+                                   "choose another --name")
+                if one.name == name:    # its row stays until its runs are recorded
+                    store.do(Sql.RENAME_WORKER, {"id": one.id,
+                                                 "name": f"{name}#{one.id}"})
+            # The lock comes before the row: to another container, which cannot see the
+            # process, a row with a free lock looks dead.
+            number, self.lock = self._lock_number("workers", WORKER_LOCKS)
+            worker = worker._replace(id=number)
+            store.do(Sql.INSERT_WORKER, {**worker._asdict(),
+                                         "queues": _json(worker.queues)})
         return worker
 
     def _release_lock(self) -> None:
         if self.lock >= 0:
             os.close(self.lock)
 
-    def _gone_named(self, name: str) -> set[int]:
-        """The dead workers of that name, and the silent. Asked for outside the
-        transaction, as it may take a process, `ps` (I9); who is dead stays so.
-
-        A silent one that lives after all loses its name and nothing else.
-        """
-        now, settings, gone = self._clock(), self._store.settings(), set[int]()
-        for worker in self._store.workers():
-            is_alive = self._host.is_alive(worker) if worker.name == name else True
-            if is_alive is False or has_expired(worker, is_alive, now, settings):
-                gone.add(worker.id)
-        return gone
-
-    def _free_name(self, name: str, gone: Collection[int]) -> None:
-        """A dead worker's row stays until its jobs are rescued, under another name.
-
-        Names are unique, and a service that is started anew comes with its old one. The
-        jobs that it held still say the old name; what is theirs is told by the claim.
-        """
-        for worker in self._store.workers():
-            if worker.name == name:
-                if worker.id not in gone:
-                    raise Conflict("in-use",
-                                   f"a worker named {name!r} is running already",
-                                   "choose another --name")
-                self._store.do(Sql.RENAME_WORKER, {
-                    "id": worker.id, "name": f"{name}#{worker.id}"})
-
     def leave(self) -> None:
-        """Take the worker out of the table, once nothing of it runs.
-
-        The lock goes last: should the row stay, it is a dead worker's, which the next
-        look of another takes away.
+        """Remove the worker's row, once nothing of it runs. The lock goes last: a row
+        that stays is a dead worker's.
         """
         try:
             with self._store.transaction() as store:
@@ -5380,11 +5349,11 @@ class Claims:
             self._release_lock()
 
     def is_work_ready(self) -> bool:
-        """Return True if a tick may find something to claim or to do.
+        """Return True if a tick may find something to do. Reads only, most often by the
+        first statement alone: idle workers never write.
 
-        A read, so an idle worker never writes. What waits in paused, full or foreign
-        queues does not count: the ticks of idle workers, which all of them see, would
-        go on waking the others. What has become due is work for any worker.
+        Due jobs are work for any worker, whose queue ever they are in. Ready ones count
+        only where this worker may claim: otherwise idle workers would wake each other.
         """
         now = self._clock()
         [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
@@ -5396,9 +5365,7 @@ class Claims:
                    for queue, state in self._store.counts() if state in WAITING)
 
     def next_due(self) -> float | None:
-        """The epoch seconds at which the next job or schedule of any queue is due;
-        None: none waits for a time.
-        """
+        """When (epoch) the next job or schedule of any queue is due; None: never."""
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
 
@@ -5410,17 +5377,11 @@ class Claims:
                 Sql.MINE, worker=self.worker.name)}
 
     def tick(self, report: Report, free: Sequence[int]) -> Tick | None:
-        """Record what is to be recorded and claim for the free slots, up to the COMMIT;
-        None if another connection is writing.
+        """Record the report and claim for the free slots, up to the COMMIT; None if
+        another connection is writing.
 
-        `commit` follows, in any thread, then `committed` or `failed`; until then the
-        queue's connection belongs to the commit. Which claims this object holds changes
-        only in `committed`: after a failure `report` is to be given again.
-
-        The order: ends are recorded before anything is claimed, for they make room in
-        full queues and let jobs go on that came after them. Schedules add, then what is
-        due is let in, then the line is looked at, so each step sees what the one before
-        has brought.
+        Next comes `commit`, in any thread, then `committed` or `failed`; until then
+        nothing else uses the connection. After a failure `report` is to be given again.
         """
         if not self._store.begin():
             return None
@@ -5434,23 +5395,24 @@ class Claims:
             raise
 
     def _write(self, report: Report, free: Sequence[int], locks: list[int]) -> Tick:
+        """The locks taken go into `locks`. In this order each step sees what the one
+        before has brought: ends make room and unblock jobs, schedules add jobs, due
+        jobs become ready, ready ones are claimed.
+        """
         store, now = self._store, self._clock()
         settings = self._options.adapt(store.settings())
         row = store.row(Sql.STOP_REQUESTED, id=self.worker.id)
-        if report.beats or row is None:
-            self._beat(now)
+        if report.is_heartbeat or row is None:
+            self._write_heartbeat(now)
             store.write(Sql.BEGIN_RUN, [
                 {"claim": claim, "slot": self._held[claim].slot,
                  "started_at": self._held[claim].job.started_at}
                 for claim in self._begun - report.ended.keys()])
-        # The fence (I3): a claim that is not among these was taken from us while we
-        # were silent, and its end is dropped. By the name, so those of a dead worker
-        # that had it are there, too: nobody here asks for them.
+        # The fence (I3): the end of a claim that is not among these is dropped, as it
+        # was taken from us. Those of a dead worker of our name do no harm here.
         rows = store.rows(Sql.MINE, worker=self.worker.name)
         mine = {claim: asked for claim, asked, _ in rows}
         unmet = {claim: n for claim, _, n in rows}
-        # The job as it was claimed, for no one edits it since; but with what is
-        # requested now: a cancel or a rescue decides how this end is judged.
         ends = [(self._as_now(self._held[claim], mine[claim], unmet[claim]), outcome)
                 for claim, outcome in report.ended.items() if claim in mine]
         ends += [end for run in report.lost for end in lost_end(store, self._host, run)]
@@ -5466,35 +5428,44 @@ class Claims:
         [[due_at]] = store.rows(Sql.DUE_AT)
         if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
             notes = self._fire(now)
-            behind = behind or self._let_in(now)
+            # Until all due jobs are ready nothing is claimed: the last may be the most
+            # urgent. (In one index with jobs due later, 100,000 of those cost each
+            # claim 13 ms.)
+            behind = behind or store.do(Sql.MAKE_READY, {
+                "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
         stop = row[0] if row else None
-        is_overtaken = self._is_overtaken(report.ended)
+        spares = [place_in_line(one.job) for one in self._held.values()
+                  if not one.slot and one.number not in report.ended]
+        is_overtaken = bool(spares) and any(
+            place_in_line(job) < max(spares) for job in store.jobs(Sql.LINE, limit=1))
         claims = [] if behind or stop or is_overtaken or not free \
             else self._claim(free, locks, now)
         mine.update((one.number, None) for one in claims)
-        expires = report.beats or self._expired
-        is_expiring = bool(expires) and self._expire(now, settings)
+        is_expiring = bool(report.is_heartbeat or self._expired) \
+            and self._expire(now, settings)
         store.write_counters()
         return Tick(changes, claims, mine, stop, behind, is_expiring, is_overtaken,
                     settings, self.next_due(), notes, removed, now)
 
     @staticmethod
     def _as_now(claim: Claim, asked: str | None, unmet: int) -> Claim:
+        """With the columns that may change during a run: `asked` decides how its end
+        is judged.
+        """
         if asked is None and unmet == claim.job.unmet:
             return claim
-        return claim._replace(job=claim.job._replace(end_requested=asked,
-                                                   unmet=unmet))
+        return claim._replace(job=claim.job._replace(end_requested=asked, unmet=unmet))
 
     def commit(self) -> None:
-        """Write the tick to the disk; in any thread, and the only call meanwhile."""
+        """Commit the tick; in any thread, and the only call meanwhile."""
         self._store.commit()
 
     def committed(self, tick: Tick, report: Report) -> None:
-        """Take over what a tick has changed, once its commit is confirmed."""
+        """Take over the claims of a tick whose commit is confirmed."""
         for claim in report.ended:
             self._held.pop(claim, None)
-        if report.beats:
-            self._begun -= self._begun_before   # one may have begun since the tick
+        if report.is_heartbeat:
+            self._begun -= self._begun_before   # others have begun since the tick
         self._begun -= report.ended.keys()
         self._held.update((one.number, one) for one in tick.claims)
         self._last_tick = tick.now
@@ -5506,12 +5477,9 @@ class Claims:
         for one in tick.claims:
             one.release()
 
-    def _beat(self, now: float) -> None:
-        """Show that the worker lives; enter it anew if it was taken for dead.
-
-        With its old id, which its lock and its runs bear. Its name may be another's by
-        now; nothing that it had claimed is left under it: its row goes only when the
-        last of that has been rescued.
+    def _write_heartbeat(self, now: float) -> None:
+        """Also enters a worker anew that was removed: with its old id, which its lock
+        and runs have, and under another name if its own is taken by now.
         """
         worker = self.worker
         if self.lock >= 0 and not os.fstat(self.lock).st_nlink:
@@ -5530,56 +5498,34 @@ class Claims:
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:
-        """Add the jobs of schedules whose time has come; what to say about the others.
+        """Add the jobs of due schedules; returns what to log about the others.
 
         With the first tick, and after the clock was set back, all next runs are
-        computed anew. A schedule that cannot be read any more is paused: it must not
-        stop all work.
+        computed anew. An invalid schedule is paused: it must not stop all work.
         """
-        notes: list[str] = []
-        if now < self._last_tick - CLOCK_NOISE:
-            for schedule in self._store.schedules():
-                if not schedule.paused:
-                    with self._pausing_unreadable(schedule, notes):
-                        self._store.correct_next_run(schedule, now)
-        for schedule in self._store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
-            with self._pausing_unreadable(schedule, notes):
-                last = self._store.fire(schedule, now)
-                notes += [f"schedule {schedule.name}: a run is skipped, {last.id} is "
-                          f"still {last.state}"] if last else []
+        store, notes = self._store, list[str]()
+
+        def steps() -> Iterator[tuple[Schedule, Callable[..., Job | None]]]:
+            if now < self._last_tick - CLOCK_NOISE:
+                for one in store.schedules():
+                    if not one.paused:
+                        yield one, store.correct_next_run
+            for one in store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
+                yield one, store.fire
+        for schedule, step in steps():
+            try:
+                last = step(schedule, now)
+            except Invalid as error:
+                store.set_schedule(schedule, paused=True)
+                notes.append(f"schedule {schedule.name} is paused: {error.message}")
+                continue
+            if last:
+                notes.append(f"schedule {schedule.name}: a run is skipped, {last.id} "
+                             f"is still {last.state}")
         return notes
 
-    @contextlib.contextmanager
-    def _pausing_unreadable(self, schedule: Schedule,
-                            notes: list[str]) -> Iterator[None]:
-        try:
-            yield
-        except Invalid as error:
-            self._store.set_schedule(schedule, paused=True)
-            notes.append(f"schedule {schedule.name} is paused: {error.message}")
-
-    def _let_in(self, now: float) -> bool:
-        """Make jobs ready whose time has come; True if there may be more.
-
-        Until all are in, nothing is claimed: the most urgent may be among the last.
-        What is due later stays out of the index that claims go by: 100,000 of a higher
-        priority in it cost each claim 13 ms.
-        """
-        return self._store.do(
-            Sql.MAKE_READY, {"now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
-
-    def _is_overtaken(self, ended: Collection[int]) -> bool:
-        """Return True if a job is ready that comes before a spare claim."""
-        spares = [one.job for one in self._held.values()
-                  if not one.slot and one.number not in ended]
-        return bool(spares) and any(
-            place_in_line(job) < max(map(place_in_line, spares))
-            for job in self._store.jobs(Sql.LINE, limit=1))
-
     def begin(self, claim: Claim, slot: int) -> Claim:
-        """Give a spare claim its slot, now; its end records slot and start, or the
-        next heartbeat.
-        """
+        """Give a spare claim its slot; stored with its end, or the next heartbeat."""
         begun = claim._replace(slot=slot, job=claim.job._replace(
             started_at=iso(self._clock())))
         self._held[claim.number] = begun
@@ -5587,58 +5533,44 @@ class Claims:
         return begun
 
     def _claim(self, slots: Sequence[int], locks: list[int], now: float) -> list[Claim]:
-        """Take the first in line, one for each slot.
-
-        The locks taken go into `locks`, for the caller to close if this fails.
-        """
-        taken, at = list[Claim](), iso(now)
+        """Claim the first in line, one for each slot; 0: a spare, without one."""
+        store, taken, at = self._store, list[Claim](), iso(now)
         for job, slot in zip(self._choose(len(slots)), slots):
-            number, lock = self._draw("runs", 0)    # locked before the commit (I5)
+            number, lock = self._lock_number("runs", 0)     # before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claim(job, number, slot, lock))
-        self._store.write(Sql.INSERT_RUN, [
+            # Of the wait, only what was for a slot: due, its last run over, and all
+            # that it comes after.
+            needs = store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
+                if job.after else None
+            ready_at = max(job.run_at, job.finished_at or "", needs or "")
+            store.tally(now, job.queue, "wait_time", max(0.0, now - epoch(ready_at)))
+        store.write(Sql.INSERT_RUN, [
             {"claim": one.number, "job": one.job.seq, "number": one.job.runs + 1,
              "worker_id": self.worker.id, "worker": self.worker.name,
              "slot": one.slot, "started_at": at} for one in taken])
-        for one in taken:   # a delay, a backoff or another job is no wait for a slot
-            self._store.tally(now, one.job.queue, "wait_time",
-                              max(0.0, now - epoch(self._ready_at(one.job))))
-        jobs = self._store.move([Change("claim", one.job, one.job._replace(
+        jobs = store.move([Change("claim", one.job, one.job._replace(
             claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
             started_at=at, finished_at=None, exit_code=None, error=None))
             for one in taken], now)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
-    def _draw(self, counter: str, base: int) -> tuple[int, int]:
+    def _lock_number(self, counter: str, base: int) -> tuple[int, int]:
         """A new number, and the descriptor that holds its lock, at `base` + number.
 
-        The lock is held before the row is there (I5). A number whose lock is held is
-        passed over: that is of later days, if the file was put back to what it had been
-        before.
+        A number whose lock is held is skipped: an older copy of the file was restored.
         """
         while True:
             number = self._store.take_numbers(counter)
             with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
 
-    def _ready_at(self, job: Job) -> str:
-        """Since when it waits for a slot alone: due, its last run over, and all that it
-        comes after as well.
-        """
-        needs = self._store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
-            if job.after else None
-        return max(job.run_at, job.finished_at or "", needs or "")
-
     def _choose(self, free: int) -> list[Job]:
         """The first in line whose queues have room.
 
-        Mostly these are the very first. Where paused, full or foreign queues stand
-        before them, each queue that has room is asked for its own first ones: what a
-        paused backlog costs does not grow with it.
-
-        The first two looks go along jobs_in_line, the second long enough to step over a
-        few; the last along jobs_in_queue, once for each queue. With `queue NOT IN` the
-        first index would be read through all that is paused, at each tick.
+        Mostly these are the very first ready jobs; the second look is long enough to
+        skip a few. Behind a long backlog that cannot run, each queue is asked by
+        jobs_in_queue: `queue NOT IN` would read through the backlog at each tick.
         """
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
@@ -5657,25 +5589,19 @@ class Claims:
         """How many more jobs of a queue may start; `choose` counts what it chooses."""
         queues = {name: (paused, limit)
                   for name, paused, limit in self._store.rows(Sql.QUEUES)}
-        if EVERY_QUEUE in queues:
-            return lambda queue: 0
         running = {queue: n for (queue, state), n in self._store.counts().items()
                    if state == PROCESSING} if queues else {}
-        own = self._options.queues
 
         def room(queue: str) -> int:
             paused, limit = queues.get(queue, (0, 0))
-            if paused or (own and queue not in own):
+            if paused or EVERY_QUEUE in queues or not self.worker.takes(queue):
                 return 0
             return max(0, limit - running.get(queue, 0)) if limit else free
         return room
 
     def _expire(self, now: float, settings: Settings) -> bool:
-        """Delete some of what is over for longer than it is to be kept, and counters of
-        old minutes; True if there may be more.
-
-        Cancelled jobs have no such setting: they go by a person's purge alone. Where
-        jobs are kept for others that wait for them, it goes on behind them.
+        """Delete some jobs whose retention is over, and old tallies; True if there may
+        be more. It continues behind jobs that are kept, as others wait for them.
         """
         more = False
         for state, kept in ((COMPLETED, settings.retention_completed),
@@ -5695,50 +5621,40 @@ class Claims:
 
     def is_drained(self) -> bool:
         """Return True if nothing is running, due or waiting for a retry in this
-        worker's queues.
-
-        What a paused queue holds cannot run, so it does not count; nor does what waits
-        for a time to come, or for jobs: these count by themselves. Of a queue at its
-        limit something runs.
+        worker's queues, except in paused ones.
         """
         if self._store.rows(Sql.UNBLOCKING):
             return False
-        counts = self._store.counts()
-        caller, states = self._queue.caller(), counts.keys()
+        counts, caller = self._store.counts(), self._queue.caller()
         if caller and caller.state == PROCESSING:   # it waits for this very worker
             counts[caller.queue, PROCESSING] -= 1
-        room = self._room(1)
-        busy = {queue for (queue, state), n in counts.items()
-                if state == PROCESSING and n
-                and (not self._options.queues or queue in self._options.queues)}
-        own = {queue for queue, _ in states if room(queue)}
-        return not busy and not any(
-            (queue, FAILED) in states or self._store.rows(
-                Sql.COUNT_DUE, queue=queue, now=iso(self._clock()), most=1)[0][0]
-            for queue in own)
+        if any(n and state == PROCESSING and self.worker.takes(queue)
+               for (queue, state), n in counts.items()):
+            return False
+        now, room = iso(self._clock()), self._room(1)
+        return not any(
+            (queue, FAILED) in counts or self._store.rows(
+                Sql.COUNT_DUE, queue=queue, now=now, most=1)[0][0]
+            for queue in {queue for queue, _ in counts} if room(queue))
 
 
 class Peers:
-    """The other workers, and the runs that those have lost that are gone.
+    """The other workers, and the runs that they have lost.
 
-    `own` is the worker that looks at the others; None: a command, which is none. A lost
-    run is seized in the database, then its processes are ended, then it is recorded.
-    Several workers may do so at once, or die in between: a signal too many harms
-    nobody, and only one of them finds the claim still there to be recorded (I3).
+    `own` is the id of the worker that looks; None: a command. A lost run is seized in
+    the database, then its processes are killed, then it is recorded. Several workers
+    may do so at once, or die in between: signals do no harm, and only one of them finds
+    the claim still there to be recorded (I3).
     """
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
-        self._own = own
-        self._silence = Silence()
+        self._own, self._silence = own, Silence()
         self._silent: Mapping[int, float] = {}  # seconds, as of the last look
 
     def look(self) -> None:
-        """Note who has sent heartbeats. A count and no time: no two clocks are
-        compared, and a clock that was set says nothing.
-
-        To be asked after a heartbeat of our own got through: while nobody can write,
-        nobody is silent.
+        """Note which workers have sent heartbeats, by their count: no clocks are
+        compared. Call it after an own heartbeat: while nobody can write, none expires.
         """
         self._silent = self._silence.look(
             {worker.id: worker.heartbeats for worker in self._store.workers()
@@ -5746,9 +5662,8 @@ class Peers:
             time.monotonic(), silence_gap(self._store.settings()))
 
     def lost(self) -> list[Run]:
-        """The runs whose worker is gone, or has been silent for a lease.
-
-        To be asked after a tick, which enters our own row anew if it is gone.
+        """The runs whose worker is gone or has expired. Call it after a tick, which
+        enters the own row anew if it is gone.
         """
         lease = lease_of(self._store.settings())
         # First the runs: a worker that comes and claims between two reads is alive.
@@ -5761,12 +5676,12 @@ class Peers:
                 or run.worker_id in lost]
 
     def record(self, run: Run) -> list[Change]:
-        """Record that a run is lost, from a command, and forget its worker; nothing if
-        somebody else was faster.
+        """Record from a command that a run is lost, and remove its dead worker; [] if
+        another was faster.
         """
         gone = [worker for worker in self._store.workers()
                 if worker.id == run.worker_id
-                and self._host.is_alive(worker) is False]       # may take a `ps` (I9)
+                and self._host.is_alive(worker) is False]       # may run `ps` (I9)
         with self._store.transaction() as store:
             ends = lost_end(store, self._host, run)
             changes = store.record(ends, store.settings(), self._clock())
@@ -5775,32 +5690,28 @@ class Peers:
         return changes
 
     def dead(self) -> list[Worker]:
-        """The workers that are gone, or cannot be asked and were silent for a lease.
-
-        `Report.dead` removes those of them that hold nothing.
-        """
-        mute = self._mute()
+        """The workers that are gone or have expired, for `Report.dead`."""
+        expired = self._expired()
         return [worker for worker in self._store.workers()
-                if worker in mute or self._host.is_alive(worker) is False]
+                if worker in expired or self._host.is_alive(worker) is False]
 
-    def remove_silent(self, ids: Collection[int]) -> list[Worker]:
-        """Remove those of these workers that cannot be asked and were silent for a
-        lease, whatever they hold: the next worker that starts finds their runs lost.
-
-        One that lives after all enters itself again with its next heartbeat.
+    def remove_expired(self, ids: Collection[int]) -> list[Worker]:
+        """Remove those of these workers that have expired, whatever they hold: the next
+        worker that starts finds their runs lost. A living one enters itself anew.
         """
-        mute = [worker for worker in self._mute() if worker.id in ids]
-        if mute:
+        expired = [worker for worker in self._expired() if worker.id in ids]
+        if expired:
             with self._store.transaction() as store:
-                # A worker may have waited for the write lock before us.
-                beats = {worker.id: worker.heartbeats for worker in store.workers()}
-                mute = [one for one in mute if beats.get(one.id) == one.heartbeats]
-                for worker in mute:
+                # A heartbeat may have waited for the write lock before us.
+                counts = {worker.id: worker.heartbeats for worker in store.workers()}
+                expired = [worker for worker in expired
+                           if counts.get(worker.id) == worker.heartbeats]
+                for worker in expired:
                     store.do(Sql.DELETE_WORKER, {"id": worker.id})
-        return mute
+        return expired
 
-    def _mute(self) -> list[Worker]:
-        """The workers that cannot be asked and were silent for a lease."""
+    def _expired(self) -> list[Worker]:
+        """The workers whose process cannot be seen and that sent none for a lease."""
         lease = lease_of(self._store.settings())
         return [worker for worker in self._store.workers()
                 if self._silent.get(worker.id, 0.0) >= lease
@@ -7602,7 +7513,7 @@ class Runner:
             self._look_again(tick.next_due)
         if tick.changes and self._watches and not self._slots():
             self._queue.wake(NEW_JOBS)  # what these ends unblock is for other workers
-        if report.beats:    # the next from now: on a slow disk there is time for others
+        if report.is_heartbeat:     # the next from now: others have time on a slow disk
             self._beats = False
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
@@ -12375,7 +12286,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
     while waiting:
         time.sleep(RESCUE_TICK)
         peers.look()
-        removed |= {worker.id for worker in peers.remove_silent(waiting)}
+        removed |= {worker.id for worker in peers.remove_expired(waiting)}
         left = {worker.id for worker in queue.workers()}
         left |= {worker.id for worker in asked if queue.host.is_alive(worker)}
         for number in waiting.keys() - left:

@@ -275,7 +275,7 @@ def settings(**changes):
 
 def ticked(claims, free=(), ended=(), **report):
     """A tick that the same thread commits; a slot 0 asks for a spare claim."""
-    report = queuectl.Report(dict(ended), **{"beats": True, **report})
+    report = queuectl.Report(dict(ended), **{"is_heartbeat": True, **report})
     tick = wait_for(lambda: claims.tick(report, free), "the lock")
     try:
         claims.commit()
@@ -10564,7 +10564,7 @@ class ModelWorker:
         spares = self.world.chance.choice((0, 0, 1, 2))
         report = self.world.q.Report(
             dict(self.ended), tuple(self.over), tuple(self.seized), tuple(self.dead),
-            beats=self.world.chance.random() < 0.9)
+            is_heartbeat=self.world.chance.random() < 0.9)
         tick = self.claims.tick(report, [*range(1, 3 - len(busy)), *[0] * spares])
         if self.world.chance.random() < 0.05:
             self.claims.failed(tick)
@@ -10580,7 +10580,7 @@ class ModelWorker:
         self.ended = {claim: outcome for claim, outcome in self.ended.items()
                       if claim not in report.ended}
         self.over, self.dead = self.over[len(report.lost):], []
-        self.beat_at = self.world.mono if report.beats else self.beat_at
+        self.beat_at = self.world.mono if report.is_heartbeat else self.beat_at
         for claim in tick.claims:
             self.world.claimed(claim)
         self.waiting += tick.claims
@@ -10992,7 +10992,7 @@ MUTANTS = (
         ("Claims.tick", "call begin", "self._host.choose_early(self, len(free)).begin()"),
         ("Claims._claim", "call _choose", "self.early"))),
     ("alone", "the run's lock is taken after the claim's commit", (
-        ("Claims._draw", "call hold", "-1"),)),
+        ("Claims._lock_number", "call hold", "-1"),)),
     ("alone", "a queue's limit ignores what this tick has claimed", (
         ("Claims._room", "call running.get", "0"),)),
     # Peers.
@@ -11212,7 +11212,7 @@ MOMENTS = (
     # Ledger.
     ("moved, no event yet",     "Ledger.move",          "before",   "_add_events"),
     # Claims.
-    ("claimed, no commit yet",  "Claims._claim",        "after",    "_draw"),
+    ("claimed, no commit yet",  "Claims._claim",        "after",    "_lock_number"),
     ("a rescue not recorded",   "Claims._write",        "before",   "lost_end"),
     # Command.
     ("spawned",                 "Command.start",        "after",    "posix_spawn"),
