@@ -456,6 +456,14 @@ class Case(unittest.TestCase):
         claim.release()
         return queuectl.Peers(self.queue).record(self.queue.run(claim.job.id))
 
+    def a_socket(self, timeout):
+        """For notifications; closed at the end."""
+        wake_ups = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(wake_ups.close)
+        wake_ups.bind((queuectl.LOOPBACK, 0))
+        wake_ups.settimeout(timeout)
+        return wake_ups
+
     def peers(self, claims=None):
         """The other workers, for this one."""
         return queuectl.Peers(self.queue, (claims or self.claims).worker.id)
@@ -3272,10 +3280,7 @@ class Promises(Case):
     # Output, statistics, workers.
 
     def test_a_reader_gets_the_output_of_a_run_under_way(self):
-        wake_ups = queuectl._notification_socket()
-        self.addCleanup(wake_ups.close)
-        wake_ups.setblocking(True)
-        wake_ups.settimeout(DEADLINE)
+        wake_ups = self.a_socket(DEADLINE)
         claims = self.worker(self.a_queue(), wake_ups.getsockname()[1], name="w")
         self.job()
         claim, heard = self.claim(claims), []
@@ -3672,8 +3677,7 @@ class Ticks(Case):
         self.assertEqual((tick.stop, tick.claims), (queuectl.DRAIN, []))
 
     def test_each_change_that_matters_to_a_worker_wakes_it(self):
-        wake_ups = queuectl._notification_socket()
-        self.addCleanup(wake_ups.close)
+        wake_ups = self.a_socket(0)
         claims = self.worker(port=wake_ups.getsockname()[1])
         self.job(id="dead", max_retries=1)
         self.run_next(1, claims)
