@@ -11626,13 +11626,14 @@ class Log(io.TextIOBase):
     """
 
     def __init__(self, fd: int) -> None:
+        import queue    # 2 ms
         super().__init__()
-        self._fd = fd
-        self._texts: list[str] = []
-        self._dropped = 0           # lines, since the last text that was queued
-        self._is_writing = self._is_ending = False
-        self._changed = threading.Condition()   # guards the four above
-        threading.Thread(target=self._work, daemon=True).start()
+        self._fd, self._full = fd, queue.Full
+        self._texts: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self._dropped, self._lock = 0, threading.Lock()     # lines; guards the count
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
     def fileno(self) -> int:
         return self._fd
@@ -11642,45 +11643,34 @@ class Log(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Queue the text, or drop it if the queue is full; never wait."""
-        with self._changed:
-            if len(self._texts) < LOG_LINES:
-                if not self._texts:
-                    self._changed.notify_all()
-                self._note_dropped()
-                self._texts.append(text)
-            else:
+        try:
+            self._texts.put_nowait(text)
+        except self._full:
+            with self._lock:
                 self._dropped += text.count("\n")
         return len(text)
 
     def end(self) -> None:
         """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
-        with contextlib.suppress(KeyboardInterrupt), self._changed:
-            self._note_dropped()
-            self._is_ending = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._texts or self._is_writing),
-                                   LOG_LINGER)
-
-    def _note_dropped(self) -> None:
-        if self._dropped:
-            self._texts.append(f"{self._dropped:,} lines of this log were dropped: "
-                               "it was not read, or could not be written\n")
-            self._dropped = 0
+        self._is_ending.set()
+        with contextlib.suppress(self._full):
+            self._texts.put_nowait("")      # wakes the thread
+        with contextlib.suppress(KeyboardInterrupt):
+            self._thread.join(LOG_LINGER)
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._texts or self._is_ending)
-                text, self._texts = "".join(self._texts), []
-                self._is_writing = bool(text)
-            if not text:
-                return
-            is_written = self._put(text.encode("utf-8", "backslashreplace"))
-            with self._changed:
-                self._dropped += 0 if is_written else text.count("\n")
-                self._is_writing = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._is_ending, LOG_PAUSE)
+        while not (self._is_ending.is_set() and self._texts.empty()):
+            text = self._texts.get()
+            while not self._texts.empty():
+                text += self._texts.get()
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            note = f"{dropped:,} lines of this log were dropped: it was not read, or " \
+                "could not be written\n" if dropped else ""
+            if not self._put((text + note).encode("utf-8", "backslashreplace")):
+                with self._lock:
+                    self._dropped += dropped + text.count("\n")
+            self._is_ending.wait(LOG_PAUSE)
 
     def _put(self, rest: bytes) -> bool:
         while rest:
@@ -12386,7 +12376,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         _list_json(args, queue, screen)
         return
     filters, style = _filters(args), screen.style()
-    states, is_dlq = tuple(args.state or ()), bool(args.entry.preset)
+    states, is_dlq = tuple(args.state or ()), args.entry.words[0] == "dlq"
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
     # One more, to know whether there are more.
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
@@ -12538,25 +12528,19 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         screen.raw(output)
 
 
-def _refuse_blanks(args: argparse.Namespace) -> None:
-    """Refuse a filter of "", as of a shell's variable that is not set."""
-    for name, value in _filters(args).items():
-        if value == "":
-            raise Usage(f"--{name} names nothing",
-                        "leave it out, or name what is meant")
-
-
 def _is_wide(args: argparse.Namespace) -> bool:
     """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
-    has_state = hasattr(args, "state") and not args.entry.preset
+    has_state = hasattr(args, "state") and "state" not in args.entry.preset
     given = [args.all, args.state if has_state else None, *_filters(args).values()]
     is_wide = any(one not in (None, False) for one in given)
     if bool(args.ids) == is_wide:
-        state = "--state, " if has_state else ""
         raise Usage("ids and filters are both given" if is_wide
-                    else "no jobs are named",
-                    f"give ids, or --all, {state}--queue, --tag or --search")
-    _refuse_blanks(args)
+                    else "no jobs are named", "give ids, or --all, "
+                    f"{'--state, ' * has_state}--queue, --tag or --search")
+    for name, value in _filters(args).items():
+        if value == "":     # as of a shell's variable that is not set
+            raise Usage(f"--{name} names nothing",
+                        "leave it out, or name what is meant")
     return is_wide
 
 
@@ -12615,32 +12599,40 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
                 f"{n:,} jobs {said}" if n else "no such jobs")
 
 
-def _chosen_states(verb: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The states that are named, else the usual ones; Usage for a wrong one."""
+def _fitting(verb: str, args: argparse.Namespace,
+             queue: Queue) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The states to change, and the filters; Usage for a wrong state."""
     said, unnamed, allowed = VERBS[verb]
-    for state in given or ():
+    states, filters = tuple(args.state or unnamed), _filters(args)
+    for state in states:
         if state not in allowed:
             raise Usage(f"{state} jobs cannot be {said}",
                         "these can: " + ", ".join(allowed))
-    return tuple(given or unnamed)
+    if getattr(args, "older_than", None) is not None:
+        if {*states} & {*WAITING}:
+            raise Usage("--older-than counts from a job's end",
+                        "it fits " + ", ".join(OVER))
+        # A stored time is cut to its millisecond; `ended_before` excludes the bound.
+        filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    return states, filters
 
 
-def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+def _counted(queue: Queue, states: Sequence[str],
+             filters: Mapping[str, Any]) -> tuple[int, str]:
+    """How many jobs fit, and that by state: `12 completed, 3 dead`."""
     counted = [(queue.count(state, **filters), state) for state in states]
-    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
+    return sum(n for n, _ in counted), ", ".join(
+        f"{n:,} {state}" for n, state in counted if n)
 
 
-def _confirm(verb: str, args: argparse.Namespace, queue: Queue, states: Sequence[str],
+def _confirm(verb: str, queue: Queue, states: Sequence[str],
              filters: Mapping[str, Any]) -> None:
     """Ask before jobs are removed; without a terminal on stdin require --yes."""
-    if args.yes:
-        return
     if not (sys.stdin and sys.stdin.isatty()):
         raise Usage("this needs a confirmation, and stdin is not a terminal",
                     "give --yes")
-    amounts = _amounts(queue, states, filters)
-    if not amounts:
+    n, amounts = _counted(queue, states, filters)
+    if not n:
         return
     try:
         print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
@@ -12673,17 +12665,33 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
 
     No generator itself: all is checked and asked when it is called.
     """
-    states = _chosen_states(verb, args.state)
-    if verb != "retry":     # which removes nothing
-        _confirm(verb, args, queue, states, _filters(args))
+    states, filters = _fitting(verb, args, queue)
+    if verb != "retry" and not args.yes:    # a retry removes nothing
+        _confirm(verb, queue, states, filters)
     return _swept(verb, args, queue, screen, states)
 
 
-def cmd_retry(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Run jobs again from now; `dlq retry` refuses the id of one that is not dead."""
-    retry = queue.retry_dead if args.entry.preset else queue.retry
-    jobs = _wide("retry", args, queue, screen) if _is_wide(args) else retry(*args.ids)
-    _say_jobs(jobs, "retry", args, screen)
+def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Retry or delete jobs (preset: `verb`, and `change`, a method of Queue)."""
+    jobs = _wide(args.verb, args, queue, screen) if _is_wide(args) \
+        else args.change(queue, *args.ids)
+    _say_jobs(jobs, args.verb, args, screen)
+
+
+def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Delete all jobs that fit, and say how many."""
+    _is_wide(args)      # for its checks
+    if args.dry_run:
+        n, amounts = _counted(queue, *_fitting("delete", args, queue))
+        screen.note(f"would delete jobs: {amounts}" if n else "no such jobs")
+        if args.json:
+            screen.out(dumps({"deleted": 0, "would_delete": n}))
+        return
+    jobs = _wide("delete", args, queue, screen)
+    if args.json:
+        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+    else:
+        _say_jobs(jobs, "delete", args, screen)
 
 
 def _end_lost(queue: Queue, run: Run, until: float) -> None:
@@ -12757,37 +12765,6 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         return EX_NO
     _say_jobs(cancelled, "cancel", args, screen)
     return EX_OK
-
-
-def cmd_delete(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    jobs = _wide("delete", args, queue, screen) if _is_wide(args) \
-        else queue.delete(*args.ids)
-    _say_jobs(jobs, "delete", args, screen)
-
-
-def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Delete all jobs that fit, and say how many."""
-    states, filters = _chosen_states("delete", args.state), _filters(args)
-    _refuse_blanks(args)
-    if args.older_than is not None:
-        if {*states} & {*WAITING}:
-            raise Usage("--older-than counts from a job's end",
-                        "it fits " + ", ".join(OVER))
-        # A stored time is cut to its millisecond; `ended_before` excludes the bound.
-        filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
-    if args.dry_run:
-        amounts = _amounts(queue, states, filters)
-        screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
-        if args.json:
-            screen.out(dumps({"deleted": 0, "would_delete": sum(
-                queue.count(state, **filters) for state in states)}))
-        return
-    _confirm("delete", args, queue, states, filters)
-    jobs = _swept("delete", args, queue, screen, states)
-    if args.json:
-        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
-    else:
-        _say_jobs(jobs, "delete", args, screen)
 
 
 def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -13032,12 +13009,27 @@ class Option(NamedTuple):
         return name.replace("-", "_")
 
 
-def option(*names: str, group: str = "", **settings: Any) -> Option:
-    return Option(names, settings, group)
+_TYPES: dict[str, Callable[[str], Any]] = {"N": parse_whole, "DUR": parse_duration}
+_MANY = {"[]": "?", "...": "+", "[...]": "*"}
 
 
-def switch(*names: str, help: str, group: str = "") -> Option:
-    return Option(names, {"action": "store_true", "help": help}, group)
+def option(shown: str, help: str, group: str = "", **settings: Any) -> Option:
+    """An argument as the usage line shows it: `--follow -f`, `--limit N`, `[ID...]`.
+
+    A word without dashes is its metavar, which may imply its type.
+    """
+    *names, last = shown.split()
+    if last.startswith("-"):
+        switch = {"action": "store_true", "help": help, **settings}
+        return Option((*names, last), switch, group)
+    metavar = last.strip("[.]")
+    settings = {"metavar": metavar, "help": help, **settings}
+    if metavar != last:
+        settings["nargs"] = _MANY[last.replace(metavar, "")]
+    if metavar in _TYPES:
+        settings.setdefault("type", _TYPES[metavar])
+    return Option(tuple(names) or (settings.pop("dest", metavar.lower()),), settings,
+                  group)
 
 
 def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
@@ -13072,38 +13064,33 @@ def _past(text: str, now: float) -> float:
     return moment
 
 
-_DUR: dict[str, Any] = {"type": parse_duration, "metavar": "DUR"}
-_COUNT: dict[str, Any] = {"type": parse_whole, "metavar": "N"}
-_JSON = switch("--json", help="print JSON and nothing else", group="output")
-_IDS = option("ids", nargs="*", metavar="ID", help="the jobs")
-_SOME_IDS = option("ids", nargs="+", metavar="ID", help="the jobs")
+_JSON = option("--json", "print JSON and nothing else", "output")
+_IDS = option("[ID...]", "the jobs", dest="ids")
+_SOME_IDS = option("ID...", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS.values())
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
-_YES = switch("--yes", "-y", help="do not ask; required if stdin is not a terminal",
-              group="other")
-_ALL = switch("--all", help="all that it applies to")
+_YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
+_ALL = option("--all", "all that it applies to")
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
-_QUEUES = option("--queue", action="append", metavar="Q", type=parse_name,
-                 help="only this queue; repeatable (default: all)")
-_WAIT_LIMIT = option("--timeout", **_DUR, help="wait no longer", group="other")
-_FOLLOW = switch("--follow", "-f", help="go on as it comes")
-_SCHEDULE = option("name", metavar="NAME", help="the schedule's name")
-_KEY = option("key", metavar="KEY", help="the setting's name")
-_LIMIT = option("--limit", **_COUNT, group="output",
-                help="0: all (default: 50; with --json all)")
-_OLDER = option("--older-than", **_DUR, group="which jobs",
-                help="only those that have been over for so long")
-_WORKER_FLAGS = (     # flags of `worker start` that a service may have as well
-    option("--count", "-c", default=1, metavar="N",
-           type=lambda text: parse_whole(text, 1, MAX_SLOTS),
-           help="jobs at once (default: 1)"),
-    _QUEUES, option("--name", metavar="NAME", type=parse_name,
-                    help="the worker's name (default: HOST-PID)"),
+_QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
+                 action="append", type=parse_name)
+_WAIT_LIMIT = option("--timeout DUR", "wait no longer", "other")
+_FOLLOW = option("--follow -f", "go on as it comes")
+_SCHEDULE = option("NAME", "the schedule's name")
+_KEY = option("KEY", "the setting's name")
+_LIMIT = option("--limit N", "0: all (default: 50; with --json all)", "output")
+_OLDER = option("--older-than DUR", "only those that have been over for so long",
+                "which jobs")
+_WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
+    option("--count -c N", "jobs at once (default: 1)", default=1,
+           type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
+    _QUEUES, option("--name NAME", "the worker's name (default: HOST-PID)",
+                    type=parse_name),
     *_grouped("for jobs that set none",
-              option("--timeout", **_DUR, help="end a run after this time"),
-              option("--backoff-base", **_DUR, help="wait after the first failure")),
-    option("--grace", **_DUR, group="when it exits",
-           help="when stopping, requeue jobs that run longer"))
+              option("--timeout DUR", "end a run after this time"),
+              option("--backoff-base DUR", "wait after the first failure")),
+    option("--grace DUR", "when stopping, requeue jobs that run longer",
+           "when it exits"))
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
@@ -13158,71 +13145,64 @@ def _entry(name: str, run: Callable[[argparse.Namespace, Any, Screen], int | Non
 COMMANDS = (    # in the order of the help
     _entry(
         "enqueue", cmd_enqueue, "add a job, or many", CREATES,
-        option("job", nargs="?", metavar="JOB",
-               help="a shell command, a JSON object or array, @FILE, or - for stdin; "
-                    "-- PROG ARG... adds a command of separate arguments"),
-        option("--file", metavar="F", help="one job per line: JSON or a shell command; "
-               "with -- PROG ARG... each line is text that replaces {} in an argument, "
-               "or is appended; {#} is its number"),
-        switch("--null", "-0", help="items end with NUL, as from find -print0"),
-        switch("--stream", help="add the lines of stdin as they come"),
+        option("[JOB]", "a shell command, a JSON object or array, @FILE, or - for "
+               "stdin; -- PROG ARG... adds a command of separate arguments"),
+        option("--file F", "one job per line: JSON or a shell command; with -- PROG "
+               "ARG... each line is text that replaces {} in an argument, or is "
+               "appended; {#} is its number"),
+        option("--null -0", "items end with NUL, as from find -print0"),
+        option("--stream", "add the lines of stdin as they come"),
         *_field_flags("e"),
-        switch("--wait", help="until the job is over; exit with the job's own status",
-               group="output"),
-        switch("--quiet", "-q", help="print ids only", group="output"), _JSON,
+        option("--wait", "until the job is over; exit with the job's own status",
+               "output"),
+        option("--quiet -q", "print ids only", "output"), _JSON,
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
            "enqueue -- convert 'my photo.png' out.jpg\n"
            "enqueue - --once '{}' -0 -- gzip -k {}",
         also="add, submit, push, put, new, create, run, exec"),
     _entry(
         "worker start", cmd_worker_start, "run jobs, in the foreground", CREATES,
-        *_WORKER_FLAGS,
-        switch("--drain", help="once nothing is running, due or waiting for a retry",
-               group="when it exits"),
-        option("--max-jobs", **_COUNT, help="after so many runs",
-               group="when it exits"),
-        switch("--quiet", "-q", help="log nothing but errors"),
+        *_WORKER_FLAGS, *_grouped(
+            "when it exits",
+            option("--drain", "once nothing is running, due or waiting for a retry"),
+            option("--max-jobs N", "after so many runs")),
+        option("--quiet -q", "log nothing but errors"),
         eg="worker start --count 4\nworker start --queue gpu --drain",
         also="start, run, work, daemon, up, worker run"),
-    _entry(
-        "worker stop", cmd_worker_stop, "stop workers, after their jobs", CHANGES,
-        option("names", nargs="*", metavar="NAME", help="the workers (default: all)"),
-        switch("--now", help="end running jobs and requeue them"), _WAIT_LIMIT,
-        eg="worker stop\nworker stop --now",
-        also="stop, down, quit, shutdown, worker kill"),
+    _entry("worker stop", cmd_worker_stop, "stop workers, after their jobs", CHANGES,
+           option("[NAME...]", "the workers (default: all)", dest="names"),
+           option("--now", "end running jobs and requeue them"), _WAIT_LIMIT,
+           eg="worker stop\nworker stop --now",
+           also="stop, down, quit, shutdown, worker kill"),
     _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
            eg="worker list --json", also="workers, worker ls, worker status"),
-    _entry(
-        "status", cmd_status, "show counts, workers, what is next", READS,
-        option("--watch", nargs="?", const=1.0, metavar="SECONDS", type=_between(0.1),
-               help="again whenever something changes, and each SECONDS (1)",
-               group="output"), _JSON,
-        eg="status\nstatus --watch", also="st, stat, top"),
+    _entry("status", cmd_status, "show counts, workers, what is next", READS,
+           option("--watch [SECONDS]", "again whenever something changes, and each "
+                  "SECONDS (1)", "output", const=1.0, type=_between(0.1)), _JSON,
+           eg="status\nstatus --watch", also="st, stat, top"),
     _entry(
         "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT,
-        option("--sort", choices=tuple(ORDERS), default="newest", metavar="KEY",
-               help="one of " + ", ".join(ORDERS), group="output"),
-        switch("--show-output", "-o", help="with what each printed", group="output"),
-        _JSON, eg="list --state pending\nlist --state dead --tag nightly --json",
+        option("--sort KEY", "one of " + ", ".join(ORDERS), "output",
+               choices=tuple(ORDERS), default="newest"),
+        option("--show-output -o", "with what each printed", "output"), _JSON,
+        eg="list --state pending\nlist --state dead --tag nightly --json",
         also="ls, ps, jobs"),
-    _entry(
-        "show", cmd_show, "show one job in full, and why it does not run", READS,
-        option("id", metavar="ID", help="the job"), _JSON,
-        eg="show job-1\nshow job-1 --json", also="get, info, inspect, describe, job"),
-    _entry(
-        "logs", cmd_logs, "print the output of jobs", READS, _SOME_IDS, _FOLLOW,
-        option("--attempt", **_COUNT, help="of the N-th run (default: the last)"),
-        option("--tail", **_COUNT, help="only the last N lines"),
-        eg="logs job-1 --tail 20\nlogs -f job-1 job-2", also="log, output, tail, cat"),
-    _entry(
-        "wait", cmd_wait, "wait until jobs are over", READS, _IDS, *_grouped(
-            "instead of ids", switch("--all", help="until none is left, also of those "
-                                     "added meanwhile"), *_FILTERS),
-        _WAIT_LIMIT, switch("--quiet", "-q", help="print no messages", group="other"),
+    _entry("show", cmd_show, "show one job in full, and why it does not run", READS,
+           option("ID", "the job"), _JSON, eg="show job-1\nshow job-1 --json",
+           also="get, info, inspect, describe, job"),
+    _entry("logs", cmd_logs, "print the output of jobs", READS, _SOME_IDS, _FOLLOW,
+           option("--attempt N", "of the N-th run (default: the last)"),
+           option("--tail N", "only the last N lines"),
+           eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
+           also="log, output, tail, cat"),
+    _entry("wait", cmd_wait, "wait until jobs are over", READS, _IDS, *_grouped(
+        "instead of ids", option("--all", "until none is left, also of those added "
+                                 "meanwhile"), *_FILTERS),
+        _WAIT_LIMIT, option("--quiet -q", "print no messages", "other"),
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
-    _entry("retry", cmd_retry, "run jobs again from now", CHANGES, *_WHICH,
+    _entry("retry", cmd_change, "run jobs again from now", CHANGES, *_WHICH,
            eg="retry job-1\nretry --state dead --queue gpu",
-           also="rerun, requeue, restart, redo"),
+           also="rerun, requeue, restart, redo", verb="retry", change=Queue.retry),
     _entry("cancel", cmd_cancel, "cancel jobs; running ones are ended", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate"),
@@ -13230,24 +13210,26 @@ COMMANDS = (    # in the order of the help
            *_field_flags("u"), _JSON,
            eg="edit job-1 --priority 9\nedit job-1 --delay 2h --queue night",
            also="update, modify, change, set"),
-    _entry("delete", cmd_delete, "delete jobs that do not run", CHANGES, *_WHICH,
-           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove"),
-    _entry(
-        "purge", cmd_purge, "delete jobs that are over, or in some states", CHANGES,
-        *_FITTING, _OLDER,
-        switch("--dry-run", help="only say what would be deleted", group="other"),
-        _YES, _JSON, eg="purge --state completed --older-than 7d\npurge --dry-run",
-        also="clean, clear, prune, gc"),
+    _entry("delete", cmd_change, "delete jobs that do not run", CHANGES, *_WHICH,
+           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove",
+           verb="delete", change=Queue.delete),
+    _entry("purge", cmd_purge, "delete jobs that are over, or in some states", CHANGES,
+           *_FITTING, _OLDER, option("--dry-run", "only say what would be deleted",
+                                     "other"), _YES, _JSON,
+           eg="purge --state completed --older-than 7d\npurge --dry-run",
+           also="clean, clear, prune, gc", ids=[], all=True),
     _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _JSON,
            eg="dlq\ndlq list --json", also="dead, failed, dlq ls, dlq show",
            state=[DEAD], sort="finished", show_output=False),
-    _entry("dlq retry", cmd_retry, "requeue dead jobs", CHANGES, _IDS,
+    _entry("dlq retry", cmd_change, "requeue dead jobs", CHANGES, _IDS,
            *_grouped("instead of ids", _ALL, *_FILTERS), _JSON,
-           eg="dlq retry job-1\ndlq retry --all", also="dlq requeue", state=[DEAD]),
+           eg="dlq retry job-1\ndlq retry --all", also="dlq requeue",
+           state=[DEAD], verb="retry", change=Queue.retry_dead),
     _entry("dlq purge", cmd_purge, "delete dead jobs", CHANGES,
            *_grouped("which jobs", *_FILTERS), _OLDER, _YES, _JSON,
            eg="dlq purge --older-than 30d\ndlq purge --yes",
-           also="dlq rm, dlq delete, dlq clear", state=[DEAD], dry_run=False),
+           also="dlq rm, dlq delete, dlq clear",
+           state=[DEAD], dry_run=False, ids=[], all=True),
     _entry("pause", cmd_pause, "start no more jobs, until resume", CREATES, _QUEUES,
            eg="pause\npause --queue gpu", also="suspend, freeze"),
     _entry("resume", cmd_resume, "start jobs again", CHANGES, _QUEUES,
@@ -13255,18 +13237,16 @@ COMMANDS = (    # in the order of the help
     _entry("queue list", cmd_queue_list, "show the queues", READS, _JSON,
            eg="queue list --json", also="queues, queue ls"),
     _entry("queue set", cmd_queue_set, "limit how many jobs of a queue run at once",
-           CREATES, option("queue", metavar="Q", help="the queue"),
-           option("--limit", **_COUNT, required=True, help="0: no limit"),
+           CREATES, option("Q", "the queue", dest="queue"),
+           option("--limit N", "0: no limit", required=True),
            eg="queue set gpu --limit 1\nqueue set gpu --limit 0",
            also="limit, queue limit"),
     _entry(
         "schedule add", cmd_schedule_add, "add a recurring job", CREATES, _SCHEDULE,
-        option("cron", metavar="CRON",
-               help="minute hour day month weekday, in local time; or @daily ..."),
-        option("job", nargs="?", metavar="COMMAND",
-               help="a shell command; -- PROG ARG... takes words as they are"),
-        option("--tz", metavar="ZONE",
-               help="such as Europe/Berlin (default: the local zone)"),
+        option("CRON", "minute hour day month weekday, in local time; or @daily ..."),
+        option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
+               dest="job"),
+        option("--tz ZONE", "such as Europe/Berlin (default: the local zone)"),
         *_field_flags("s"),
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
            "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'",
@@ -13285,20 +13265,19 @@ COMMANDS = (    # in the order of the help
     _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
            _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
     _entry("stats", cmd_stats, "show throughput, success and times", READS,
-           option("--since", **_DUR, help="only the last DUR, at most 8 days"), _JSON,
+           option("--since DUR", "only the last DUR, at most 8 days"), _JSON,
            eg="stats\nstats --since 1h", also="metrics, statistics"),
-    _entry(
-        "events", cmd_events, "show the changes of jobs' states, oldest first", READS,
-        _FOLLOW, option("--since", type=lambda text: _past(text, time.time()),
-                        metavar="TIME", help="from then on; DUR: so long ago"),
-        option("--queue", metavar="Q", help="those of a queue"), _JSON,
-        eg="events --since 1h\nevents --follow --json", also="history, watch"),
+    _entry("events", cmd_events, "show the changes of jobs' states, oldest first",
+           READS, _FOLLOW, _FILTERS[0],
+           option("--since TIME", "from then on; DUR: so long ago",
+                  type=lambda text: _past(text, time.time())), _JSON,
+           eg="events --since 1h\nevents --follow --json", also="history, watch"),
     _entry("config list", cmd_config_list, "show the settings", READS, _JSON,
            eg="config\nconfig list --json", also="settings, config ls, config show"),
     _entry("config get", cmd_config_get, "print a setting", READS, _KEY,
            eg="config get max-retries"),
     _entry("config set", cmd_config_set, "change a setting", CREATES, _KEY,
-           option("value", metavar="VALUE", help="its new value"),
+           option("VALUE", "its new value"),
            eg="config set max-retries 5\nconfig set on-dead "
               "'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'"),
     _entry("config unset", cmd_config_unset, "reset a setting to its default",
@@ -13306,35 +13285,32 @@ COMMANDS = (    # in the order of the help
            also="config reset, config rm"),
     _entry(
         "web", cmd_web, "serve the dashboard, the API and the metrics", CREATES,
-        option("--host", default="127.0.0.1", metavar="HOST",
-               help="where to listen (default: 127.0.0.1, for this machine alone)"),
-        option("--port", "-p", default=8080, metavar="N",
-               type=lambda text: parse_whole(text, 0, 65535),
-               help="default: 8080; 0: any that is free"),
-        switch("--read-only", help="nothing can be changed"),
-        switch("--no-auth", help="ask for no token; for this machine alone"),
-        option("--tls-cert", metavar="F", help="serve TLS with this certificate (PEM)"),
-        option("--tls-key", metavar="F", help="and its key, if it is not in there"),
+        option("--host HOST", "where to listen (default: 127.0.0.1, for this machine "
+               "alone)", default="127.0.0.1"),
+        option("--port -p N", "default: 8080; 0: any that is free", default=8080,
+               type=lambda text: parse_whole(text, 0, 65535)),
+        option("--read-only", "nothing can be changed"),
+        option("--no-auth", "ask for no token; for this machine alone"),
+        option("--tls-cert F", "serve TLS with this certificate (PEM)"),
+        option("--tls-key F", "and its key, if it is not in there"),
         eg="web\nweb --port 9000 --read-only\n"
            "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
         also="serve, server, dashboard, ui"),
     _entry("backup", cmd_backup, "make a consistent copy while workers run", READS,
-           option("file", metavar="FILE", help="an older backup there is replaced"),
+           option("FILE", "an older backup there is replaced"),
            eg="backup /mnt/usb/queue.db", also="dump, copy, save"),
     _entry("check", cmd_check, "look for problems in the queue and its disk", READS,
            _JSON, eg="check --json", also="doctor, verify, fsck"),
     _entry("completion", cmd_completion, "print a completion script for a shell",
-           NEITHER, option("shell", choices=tuple(SHELLS), metavar="SHELL",
-                           help="one of " + ", ".join(SHELLS)),
+           NEITHER, option("SHELL", ", ".join(SHELLS), choices=tuple(SHELLS)),
            eg="completion bash", also="completions"),
     _entry("systemd", cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
-           *_WORKER_FLAGS,
-           switch("--user", help="a unit of your own, not of the system"),
+           *_WORKER_FLAGS, option("--user", "a unit of your own, not of the system"),
            eg="systemd --count 4 --grace 5m\n--db /srv/jobs.db systemd --user",
            also="service, unit"),
     _entry("install", cmd_install, "install this program, without pip or network",
-           NEITHER, option("--to", metavar="DIR", help="for lib/queuectl and "
-                           "bin/queuectl (default: ~/.local, as root /usr/local)"),
+           NEITHER, option("--to DIR", "for lib/queuectl and bin/queuectl (default: "
+                           "~/.local, as root /usr/local)"),
            eg="install --to ~/.local", also="setup"),
 )
 # What stands above a command in `queuectl help`.
@@ -13383,11 +13359,11 @@ environment:
 files:
   queue.db              the database, in the current directory, if no other is named;
                         beside it -wal and -shm (SQLite's) and -lock (of the workers)"""
-_DB = option("--db", metavar="PATH", default=argparse.SUPPRESS, group="options",
-             help="the database (default: $QUEUECTL_DB, else queue.db)")
-_VERSION = option("--version", action="version", version=f"queuectl {__version__}",
-                  help="show the version and exit")
-_HELP = option("--help", "-h", action="help", help="show this help and exit")
+_DB = option("--db PATH", "the database (default: $QUEUECTL_DB, else queue.db)",
+             "options", default=argparse.SUPPRESS)
+_VERSION = option("--version", "show the version and exit", action="version",
+                  version=f"queuectl {__version__}")
+_HELP = option("--help -h", "show this help and exit", action="help")
 
 
 # ---- 26 Main -----------------------------------------------------------------
@@ -13556,7 +13532,7 @@ def _overview(entries: Sequence[Entry]) -> Entry:
     return Entry(
         words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND --help` says more. "
         f"Without a command: {usual(entries).words[-1]}", NEITHER,
-        (option("command", metavar="COMMAND ...", help=argparse.SUPPRESS), _VERSION))
+        (option("COMMAND", argparse.SUPPRESS), _VERSION))
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:

@@ -6081,8 +6081,7 @@ class CommandLine(Case):
         for entry in queuectl.COMMANDS:
             for example in entry.examples:
                 words = shlex.split(example)
-                if entry.run in (queuectl.cmd_cancel, queuectl.cmd_delete,
-                                 queuectl.cmd_purge):
+                if {"cancel", "delete", "purge"} & {*words}:
                     words.append("--yes")
                 if words[0] in ("worker", "wait", "logs", "backup", "web", "install") \
                         or {"--watch", "--follow", "-f", "-"} & {*words}:
@@ -6582,7 +6581,7 @@ class Completion(Case):
                 self.assertEqual(self.offered(*line.split(" ")), words)
 
     def test_a_new_command_needs_no_word_about_it_here(self):
-        name = queuectl.option("name", metavar="NAME")
+        name = queuectl.option("NAME", "")
         entry = queuectl.Entry(("schedule", "x"), None, "", queuectl.READS, (name,))
         self.assertEqual(queuectl._kind_of(entry, name), "schedule")
         self.assertEqual(queuectl._kind_of(entry._replace(opens=queuectl.CREATES), name), "")
