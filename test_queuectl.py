@@ -13749,26 +13749,23 @@ def chaos(seconds, seed):
 
 
 # ---- Bench -------------------------------------------------------------------
-# Each figure beside the limit of its matter, or beside others that do the same, taken
-# in turn within one run: so a busy minute strikes both. For Linux. The sizes are those
-# of a full run, which takes some 3 GB of the temporary directory; `--scale 0.05` makes
-# them smaller, for a try.
+# Each figure beside the limit of its matter, or beside other programs that do the same,
+# measured alternately within one run: so a busy minute affects both. For Linux. The sizes
+# are those of a full run, which takes some 3 GB of the temporary directory; `--scale 0.05`
+# makes them smaller, for a try.
 
 PAIRS = 5                   # takes of each side of a ratio, where one takes seconds
 QUICK_PAIRS = 20            # where it is a command of milliseconds
-DRAIN_JOBS = 2000
+DRAIN_JOBS, LATENCY_JOBS = 2000, 200
 RIVAL_JOBS = 400            # for programs that start a process or more to enqueue one
-LATENCY_JOBS = 200
 IDLE_SECONDS, TRACED_SECONDS = 60, 20
-TICKS = 200                 # of a worker, on each file
-FEW, MANY, SOME = 1000, 1_000_000, 100_000      # jobs in a file
-KINDS = 1000                # priorities, or queues, among SOME jobs
+FEW, MANY = 1000, 1_000_000     # jobs in a file
 FILL_BATCH = 50_000         # jobs enqueued in one transaction
 KILLS, FREEZES = 20, 5
 WELL_UNDER = 30             # seconds: well under 60
 PATIENCE = 300              # seconds until a measure is given up
-
-TRUE = Job(command="true", cwd="/")
+STREAMS = 20
+ASK_PAUSE = 0.01            # seconds between two requests
 
 # In 4 threads of a process, output captured, nothing kept.
 POPEN = """
@@ -13798,7 +13795,7 @@ while left or pids:
         os.close(watch)
         os.waitpid(pids.pop(watch), 0)
 """
-# Programs of others, where they are installed: $1 times `true` in 4 slots.
+# Other programs, where they are installed: $1 times `true` in 4 slots.
 RIVALS = {
     "parallel": 'yes true | head -n "$1" | parallel --gnu -j4 --joblog joblog',
     "tsp": 'export TS_SOCKET="$PWD/tsp"; tsp -S 4; for n in $(seq "$1"); do tsp true; '
@@ -13806,6 +13803,39 @@ RIVALS = {
     "nq": 'for n in $(seq "$1"); do NQDIR=nq$((n % 4)) nq -q true; done; '
           "for n in 0 1 2 3; do NQDIR=nq$n nq -w; done",
 }
+# Jobs that have run: as if a worker had run them, but in a minute. Each tenth is dead.
+FINISH = """
+    BEGIN;
+    UPDATE jobs
+       SET state = CASE WHEN seq % 10 THEN 'completed' ELSE 'dead' END,
+           exit_code = seq % 10 = 0, attempts = 1, max_retries = 1, waits = NULL,
+           error = CASE WHEN seq % 10 THEN NULL ELSE 'exit status 1' END,
+           started_at = created_at, finished_at = created_at;
+    INSERT INTO runs (job, number, worker_id, worker, slot, started_at, finished_at,
+                      duration, outcome, exit_code, error)
+    SELECT seq, 1, 1, 'bench', 1, started_at, finished_at, 0.001,
+           CASE state WHEN 'dead' THEN 'failed' ELSE state END, exit_code, error
+      FROM jobs;
+    INSERT INTO events (job, "from", "to", at)
+    SELECT seq, 'pending', 'processing', started_at FROM jobs;
+    INSERT INTO events (job, "from", "to", at)
+    SELECT seq, 'processing', state, finished_at FROM jobs;
+    INSERT INTO tallies (minute, queue, kind, bucket, n, total)
+    SELECT minute, queue, column1, column2,
+           CASE column4 WHEN 'dead' THEN n / 10 WHEN 'all' THEN n ELSE n - n / 10 END,
+           n * column3
+      FROM tallies, (VALUES ('complete', 0, 0, 'done'), ('run:completed', 0, 0, 'done'),
+                            ('bury', 0, 0, 'dead'), ('run:failed', 0, 0, 'dead'),
+                            ('run_time', 10, 0.001, 'all'),
+                            ('wait_time', 10, 0.001, 'all'))
+     WHERE kind = 'enqueue';
+    UPDATE counters
+       SET runs = (SELECT MAX(claim) FROM runs), events = (SELECT MAX(seq) FROM events);
+    DELETE FROM counts;
+    INSERT INTO counts SELECT queue, state, COUNT(*) FROM jobs GROUP BY queue, state;
+    COMMIT;
+    PRAGMA wal_checkpoint(TRUNCATE);
+    """
 
 
 def figure(value):
@@ -13825,8 +13855,8 @@ def ratios(above, below):
     return [a / b for a, b in zip(above, below)]
 
 
-def in_turn(takes, rounds=PAIRS):
-    """Take each measure in turn, again and again; the values of each, by its name."""
+def alternately(takes, rounds=PAIRS):
+    """Take each measure, then each again; the values of each, by its name."""
     values = {name: [] for name in takes}
     for _ in range(rounds):
         for name, take in takes.items():
@@ -13850,24 +13880,10 @@ def cpu_seconds(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def living(path, name):
-    """The row of a worker, if it runs; else None."""
+def row_of(path, name):
+    """The row of a worker; None: it is not there."""
     with Queue(path) as queue:
-        return next((one for one in queue.workers() if one.name == name), None)
-
-
-def end_worker(path, process, name):
-    """Stop a worker, one way or the other, with all that it runs."""
-    with Queue(path) as queue:
-        worker = next((one for one in queue.store.workers() if one.name == name), None)
-        with contextlib.suppress(queuectl.QueueError):
-            queue.stop_workers(name, now=True)
-        try:
-            process.wait(10 if worker else 0)
-        except subprocess.TimeoutExpired:
-            if worker:      # under strace it is another process
-                kill(child_of(worker.pid) or worker.pid)
-            process.wait()
+        return next((worker for worker in queue.store.workers() if worker.name == name), None)
 
 
 class Bench:
@@ -13875,15 +13891,10 @@ class Bench:
 
     def __init__(self, directory, scale):
         self.dir, self._scale = directory, scale
-        self.rows = []
-        self._number = 0
-        self._files = {}    # by kind and number of jobs
-        self.env = {**os.environ, "HOME": directory,
-                    "PYTHONPATH": os.path.dirname(MODULE)}
+        self.rows, self._number = [], 0
+        self.env = {**os.environ, "HOME": directory, "PYTHONPATH": os.path.dirname(MODULE)}
         for name in ("PYTHONDONTWRITEBYTECODE", "QUEUECTL_DB"):
             self.env.pop(name, None)
-
-    # The table.
 
     def tell(self, what, values, goal=None, unit="", of=median):
         """Add a row; `goal`: a sign and a limit, for the median or what `of` gives."""
@@ -13892,9 +13903,9 @@ class Bench:
         if len(values) > 1:
             measured += f" ({figure(min(values))}-{figure(max(values))})"
         sign, limit = goal or ("", 0)
-        met = {"": None, ">=": value >= limit, "<=": value <= limit}[sign]
-        self._add(what, measured, f"{sign} {limit:g}{unit}" if goal else "",
-                  {None: "", True: "yes", False: "no"}[met])
+        met = {"": "", ">=": "yes" if value >= limit else "no",
+               "<=": "yes" if value <= limit else "no"}[sign]
+        self._add(what, measured, f"{sign} {limit:g}{unit}" if goal else "", met)
 
     def leave_out(self, what, why):
         """Add a row without a figure."""
@@ -13902,49 +13913,33 @@ class Bench:
 
     def _add(self, *row):
         self.rows.append(f"| {' | '.join(row)} |")
-        self.say(self.rows[-1])
-
-    def say(self, text):
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        print(time.strftime("%H:%M:%S"), self.rows[-1], file=sys.stderr, flush=True)
 
     def size(self, full, least=1):
         """A size at this run's scale."""
         return max(least, round(full * self._scale))
 
-    def machine(self):
-        system = os.uname()
-        return (f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, SQLite "
-                f"{sqlite3.sqlite_version}, {system.sysname} {system.release}, "
-                f"{file_system(self.dir)}"
-                + (f", sizes x {self._scale:g}" if self._scale != 1 else ""))
-
     def table(self):
-        return "\n".join([self.machine(), "",
-                          "| what | measured (median, min-max) | goal | |",
+        system = os.uname()
+        machine = (f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, SQLite "
+                   f"{sqlite3.sqlite_version}, {system.sysname} {system.release}, "
+                   f"{file_system(self.dir)}"
+                   + (f", sizes x {self._scale:g}" if self._scale != 1 else ""))
+        return "\n".join([machine, "", "| what | measured (median, min-max) | goal | |",
                           "|---|---|---|---|", *self.rows])
 
-    # Files.
-
-    def fresh(self):
-        """The path of a file that is not there yet."""
+    def filled(self, count):
+        """The path of a new queue with so many jobs, and no WAL."""
         self._number += 1
-        return os.path.join(self.dir, f"{self._number}.db")
-
-    def filled(self, count, spec=TRUE):
-        """A new queue with so many jobs."""
-        path = self.fresh()
-        stock(path, [spec] * count)
+        path = os.path.join(self.dir, f"{self._number}.db")
+        self.stock(path, count)
         return path
 
-    def file(self, kind, count):
-        """A file with so many jobs of a kind, made once for all who ask for it."""
-        if (kind, count) not in self._files:
-            path = self._files[kind, count] = self.fresh()
-            self.say(f"making {count:,} {kind}")
-            FILES[kind](self, path, count)
-        return self._files[kind, count]
-
-    # Processes.
+    def stock(self, path, count):
+        with Queue(path) as queue:
+            for start in range(0, count, FILL_BATCH):
+                queue.enqueue_many([Job(command="true", cwd="/")] * min(FILL_BATCH, count - start))
+            queue.store.db.relieve()
 
     def argv(self, path, *words):
         return [sys.executable, "-m", "queuectl", "--db", path, *words]
@@ -13956,21 +13951,16 @@ class Bench:
                        stderr=subprocess.DEVNULL, env=self.env, cwd=self.dir)
         return time.monotonic() - begun
 
-    def ctl(self, path, *words, **options):
-        """The time of one of our commands."""
-        return self.seconds(*self.argv(path, *words), **options)
-
     @contextlib.contextmanager
     def process(self, *argv, stdout=subprocess.DEVNULL, env=None):
-        """One that runs meanwhile; it is ended if it has not."""
+        """One that runs meanwhile; it is killed if it has not ended."""
         process = subprocess.Popen(
             argv, env=env or self.env, cwd=self.dir, stdin=subprocess.DEVNULL,
             stdout=stdout, stderr=subprocess.DEVNULL)
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
 
     @contextlib.contextmanager
@@ -13981,110 +13971,27 @@ class Bench:
         with self.process(*before, *self.argv(path, "worker", "start", "-c", str(slots),
                                               "--name", name)) as process:
             try:
-                yield wait_for(lambda: living(path, name), f"the start of {name}")
+                yield wait_for(lambda: row_of(path, name), f"the start of {name}")
             finally:
-                end_worker(path, process, name)
+                self.stop(path, process, name)
 
-    def drained(self, path, slots, workers=1):
-        """The time that whole workers take to run what is there."""
-        words = ("worker", "start", "--drain", "-c", str(slots))
-        with contextlib.ExitStack() as stack:
-            begun = time.monotonic()
-            started = [stack.enter_context(self.process(
-                *self.argv(path, *words, "--name", f"worker-{n}"))) for n in range(workers)]
-            assert [process.wait() for process in started] == [0] * workers
-            return time.monotonic() - begun
+    def stop(self, path, process, name):
+        """Stop a worker with all that it runs, by force if it must be."""
+        worker = row_of(path, name)
+        with contextlib.suppress(queuectl.QueueError), Queue(path) as queue:
+            queue.stop_workers(name, now=True)
+        try:
+            process.wait(10 if worker else 0)
+        except subprocess.TimeoutExpired:
+            if worker:      # under strace it is another process
+                kill(child_of(worker.pid) or worker.pid)
 
-
-def stock(path, specs):
-    """Add jobs, and leave no WAL behind."""
-    with Queue(path) as queue:
-        for start in range(0, len(specs), FILL_BATCH):
-            queue.enqueue_many(specs[start:start + FILL_BATCH])
-        queue.store.db.relieve()
-
-
-# Jobs that have run: as if a worker had, but in a minute. Each N-th is dead.
-FINISH = """
-    BEGIN;
-    UPDATE jobs
-       SET state = CASE WHEN seq % {every} THEN 'completed' ELSE 'dead' END,
-           exit_code = seq % {every} = 0, attempts = 1, max_retries = 1, waits = NULL,
-           error = CASE WHEN seq % {every} THEN NULL ELSE 'exit status 1' END,
-           started_at = created_at, finished_at = created_at;
-    INSERT INTO runs (job, number, worker_id, worker, slot, started_at, finished_at,
-                      duration, outcome, exit_code, error)
-    SELECT seq, 1, 1, 'bench', 1, started_at, finished_at, 0.001,
-           CASE state WHEN 'dead' THEN 'failed' ELSE state END, exit_code, error
-      FROM jobs;
-    INSERT INTO events (job, "from", "to", at)
-    SELECT seq, 'pending', 'processing', started_at FROM jobs;
-    INSERT INTO events (job, "from", "to", at)
-    SELECT seq, 'processing', state, finished_at FROM jobs;
-    INSERT INTO tallies (minute, queue, kind, bucket, n, total)
-    SELECT minute, queue, column1, column2,
-           CASE column4 WHEN 'dead' THEN n / {every} WHEN 'all' THEN n
-                        ELSE n - n / {every} END, n * column3
-      FROM tallies, (VALUES ('complete', 0, 0, 'done'), ('run:completed', 0, 0, 'done'),
-                            ('bury', 0, 0, 'dead'), ('run:failed', 0, 0, 'dead'),
-                            ('run_time', 10, 0.001, 'all'),
-                            ('wait_time', 10, 0.001, 'all'))
-     WHERE kind = 'enqueue';
-    UPDATE counters
-       SET runs = (SELECT MAX(claim) FROM runs), events = (SELECT MAX(seq) FROM events);
-    DELETE FROM counts;
-    INSERT INTO counts SELECT queue, state, COUNT(*) FROM jobs GROUP BY queue, state;
-    COMMIT;
-    PRAGMA wal_checkpoint(TRUNCATE);
-    """
-
-
-def finish(path, every):
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(FINISH.format(every=every))
-
-
-def copy_plain(bench, path, count):
-    shutil.copy(bench.file("jobs to copy", count), path)
-
-
-def make_finished(bench, path, count):
-    """With some that wait behind them."""
-    copy_plain(bench, path, count)
-    finish(path, 10)
-    stock(path, [TRUE] * FEW)
-
-
-def make_tomorrow(bench, path, count):
-    """Of a higher priority than the few that are due."""
-    later = TRUE._replace(priority=5, run_at=queuectl.iso(time.time() + 86400))
-    stock(path, [TRUE] * FEW + [later] * count)
-
-
-FILES = {
-    "jobs to copy": lambda bench, path, count: stock(path, [TRUE] * count),
-    "pending": copy_plain,
-    "finished": make_finished,
-    "jobs of higher priority due tomorrow": make_tomorrow,
-    f"pending of {KINDS:,} priorities": lambda bench, path, count: stock(path, [
-        TRUE._replace(priority=n % KINDS) for n in range(count)]),
-    f"pending in {KINDS:,} queues": lambda bench, path, count: stock(path, [
-        TRUE._replace(queue=f"queue-{n % KINDS}") for n in range(count)]),
-}
+    def drained(self, path, slots):
+        """The time that a whole worker takes to run what is there."""
+        return self.seconds(*self.argv(path, "worker", "start", "--drain", "-c", str(slots)))
 
 
 # drain: the same commands, by the queue and without one.
-
-def rivals_here(bench):
-    """Those that are installed and do what they should."""
-    here = []
-    for name, script in RIVALS.items():
-        if shutil.which(name):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                bench.seconds("sh", "-ec", script, "sh", "4")
-                here.append(name)
-    return here
-
 
 def drain_takes(bench, count):
     """Seconds a job, by who runs it in how many slots."""
@@ -14098,31 +14005,31 @@ def drain_takes(bench, count):
     def python(code):
         return bench.seconds(sys.executable, "-c", code, str(count)) / count
 
-    def rival(name):
-        few = min(count, RIVAL_JOBS)
+    def rival(name, few=0):
+        few = few or min(count, RIVAL_JOBS)
         return bench.seconds("sh", "-ec", RIVALS[name], "sh", str(few)) / few
-    part = functools.partial
+    part, rivals = functools.partial, {}
+    for name in filter(shutil.which, RIVALS):
+        with contextlib.suppress(subprocess.CalledProcessError):    # it is another program
+            rival(name, 4)
+            rivals[name] = part(rival, name)
     return {
         **{f"{name} {slots}": part(take, slots) for slots in (2, 4)
            for name, take in (("queue", queue), ("xargs", xargs))},
         "popen": part(python, POPEN), "spawn": part(python, SPAWN),
-        "queue 8": part(queue, 8),
-        **{name: part(rival, name) for name in rivals_here(bench)}}
+        "queue 8": part(queue, 8), **rivals}
 
 
 def bench_drain(bench):
     count = bench.size(DRAIN_JOBS, 100)
-    took = in_turn(drain_takes(bench, count))
+    took = alternately(drain_takes(bench, count))
     four = took["queue 4"]
-    bench.tell(f"drain {count:,} x `true`, 4 slots: jobs a second",
-               [1 / one for one in four])
+    bench.tell(f"drain {count:,} x `true`, 4 slots: jobs a second", [1 / one for one in four])
     for slots, least in ((2, 0.9), (4, 1.0)):
         bench.tell(f"its rate against `xargs -P {slots}`, {slots} slots",
-                   ratios(took[f"xargs {slots}"], took[f"queue {slots}"]),
-                   (">=", least))
+                   ratios(took[f"xargs {slots}"], took[f"queue {slots}"]), (">=", least))
     bench.tell("8 slots against 4", ratios(four, took["queue 8"]), (">=", 1.0))
-    bench.tell("against bare `Popen` in 4 threads", ratios(took["popen"], four),
-               (">=", 0.85))
+    bench.tell("against bare `Popen` in 4 threads", ratios(took["popen"], four), (">=", 0.85))
     bench.tell("against bare `posix_spawn`, nothing kept", ratios(took["spawn"], four))
     for name in RIVALS:
         if name in took:
@@ -14131,25 +14038,25 @@ def bench_drain(bench):
             bench.leave_out(f"against `{name}`", "not installed")
 
 
-# enqueue: whole processes.
-
 def bench_enqueue(bench):
-    few, many = bench.filled(1), bench.file("finished", bench.size(MANY, FEW))
-    took = in_turn({
+    """Whole processes."""
+    many = bench.size(MANY, FEW)
+    few, path = bench.filled(1), bench.filled(many)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(FINISH)
+    bench.stock(path, FEW)      # which wait behind them
+    took = alternately({
         "python": lambda: bench.seconds(sys.executable, "-c", "pass"),
-        "few": lambda: bench.ctl(few, "enqueue", "true"),
-        "many": lambda: bench.ctl(many, "enqueue", "true")}, QUICK_PAIRS)
+        "few": lambda: bench.seconds(*bench.argv(few, "enqueue", "true")),
+        "many": lambda: bench.seconds(*bench.argv(path, "enqueue", "true"))}, QUICK_PAIRS)
     bench.tell("`enqueue` of a job", [one * 1000 for one in took["few"]], None, " ms")
-    bench.tell("against `python3 -c pass`", ratios(took["few"], took["python"]),
-               ("<=", 2.7))
-    bench.tell(f"at {bench.size(MANY, FEW):,} jobs in the file against 1",
-               ratios(took["many"], took["few"]), ("<=", 1.1))
+    bench.tell("against `python3 -c pass`", ratios(took["few"], took["python"]), ("<=", 2.7))
+    bench.tell(f"at {many:,} jobs in the file against 1", ratios(took["many"], took["few"]),
+               ("<=", 1.1))
 
-
-# latency: from the commit to the start.
 
 class Stamped(Queue):
-    """Notes when a commit has come back: right after it the workers are woken."""
+    """Notes when a commit has returned: right after it the workers are notified."""
     committed = 0.0
 
     def wake(self, message):
@@ -14157,47 +14064,37 @@ class Stamped(Queue):
         super().wake(message)
 
 
-def run_of(queue, job_id):
-    """Its last run, once the job is completed."""
-    wait_for(lambda: queue.job(job_id).state == COMPLETED, f"the end of {job_id}")
-    return queue.run(job_id)
-
-
-def start_latencies(bench, count):
+def bench_latency(bench):
     """Milliseconds from a commit to the command's first instruction, on an idle worker.
 
-    The command says what time it is, twice: in between passes what it costs to ask.
+    The command prints the time twice: in between passes what printing it costs.
     """
     path, waits, costs = bench.filled(0), [], []
     with bench.worker(path, 4), Stamped(path) as queue:
-        for _ in range(count):
+        for _ in range(bench.size(LATENCY_JOBS, 10)):
             job = queue.enqueue("date +%s%N; date +%s%N; :", cwd="/")
-            first, second = (int(word) / 1e9 for word in
-                             run_of(queue, job.id).output.split())
+            wait_for(lambda job=job: queue.job(job.id).state == COMPLETED, "its end")
+            first, second = (int(word) / 1e9 for word in queue.run(job.id).output.split())
             waits.append(first - queue.committed)
             costs.append(second - first)
-    return [(wait - median(costs)) * 1000 for wait in waits]
-
-
-def bench_latency(bench):
-    waits = start_latencies(bench, bench.size(LATENCY_JOBS, 10))
-    bench.tell("from the commit to the command's start, idle worker", waits, ("<=", 5),
-               " ms")
+    waits = [(wait - median(costs)) * 1000 for wait in waits]
+    bench.tell("from the commit to the command's start, idle worker", waits, ("<=", 5), " ms")
     bench.tell("... of 99 in 100", waits, ("<=", 20), " ms", p99)
 
 
-# idle: what a worker costs that has nothing to do.
+# idle: what a worker costs that has no job to run.
 
-def settled(bench, path, worker):
-    """Wait until a worker has had a second heartbeat: its start is over."""
-    wait_for(lambda: living(path, worker.name).heartbeats > worker.heartbeats + 1, "a heartbeat")
+@contextlib.contextmanager
+def idle_worker(bench, path, *before):
+    """One whose start is over: it has sent a second heartbeat."""
+    with bench.worker(path, 4, *before) as worker:
+        wait_for(lambda: row_of(path, worker.name).heartbeats > worker.heartbeats + 1, "a heartbeat")
+        yield worker
 
 
 def idle_cpu(bench, seconds):
     """Percent of a core."""
-    path = bench.filled(0)
-    with bench.worker(path, 4) as worker:
-        settled(bench, path, worker)
+    with idle_worker(bench, bench.filled(0)) as worker:
         both = worker.pid, child_of(worker.pid)
         before = sum(map(cpu_seconds, both))
         time.sleep(seconds)
@@ -14205,17 +14102,16 @@ def idle_cpu(bench, seconds):
 
 
 def idle_fsyncs(bench, seconds):
-    """(fsyncs, heartbeats) of a worker that nobody asks for anything."""
+    """(fsyncs, heartbeats) of a worker that is asked for nothing."""
     path, log = bench.filled(0), os.path.join(bench.dir, "strace")
-    with bench.worker(path, 4, "strace", "-f", "-qq", "-ttt", "-o", log,
-                    "-e", "trace=fsync,fdatasync") as worker:
-        settled(bench, path, worker)
-        begun, beats = time.time(), living(path, worker.name).heartbeats
+    with idle_worker(bench, path, "strace", "-f", "-qq", "-ttt", "-o", log,
+                     "-e", "trace=fsync,fdatasync") as worker:
+        begun, before = time.time(), row_of(path, worker.name).heartbeats
         time.sleep(seconds)
-        ended, beats = time.time(), living(path, worker.name).heartbeats - beats
+        ended, heartbeats = time.time(), row_of(path, worker.name).heartbeats - before
     with open(log) as file:
         times = [float(line.split()[1]) for line in file if "sync(" in line]
-    return sum(begun <= one <= ended for one in times), beats
+    return sum(begun <= one <= ended for one in times), heartbeats
 
 
 def bench_idle(bench):
@@ -14224,168 +14120,81 @@ def bench_idle(bench):
                ("<=", 0.1), " % of a core")
     seconds = bench.size(TRACED_SECONDS, 6)
     if shutil.which("strace"):
-        fsyncs, beats = idle_fsyncs(bench, seconds)
-        bench.tell(f"its fsyncs in {seconds} s, with {beats} heartbeats", [fsyncs],
-                   ("<=", beats + 2))
+        fsyncs, heartbeats = idle_fsyncs(bench, seconds)
+        bench.tell(f"its fsyncs in {seconds} s, with {heartbeats} heartbeats", [fsyncs],
+                   ("<=", heartbeats + 2))
     else:
         bench.leave_out("its fsyncs", "no strace")
 
 
-# tick: what a worker's transaction costs, in files of all kinds.
-
-class TickTimes:
-    """Ticks of a worker on a file, each of which records 4 runs and claims 4."""
-
-    def __init__(self, path):
-        self.queue = Queue(path)
-        self._claims = queuectl.Claims(self.queue, WorkerOptions(4, os.urandom(4).hex()))
-        self._held = []
-        self.tick()
-
-    def tick(self):
-        """Milliseconds."""
-        ended = {one.number: Outcome(queuectl.DONE, 0, None, 0.001)
-                 for one in self._held}
-        for one in self._held:
-            one.release()
-        begun = time.perf_counter()
-        self._held = ticked(self._claims, (1, 2, 3, 4), ended).claims
-        took = time.perf_counter() - begun
-        assert len(self._held) == 4
-        return took * 1000
-
-    def take(self):
-        """The median of some ticks; as many jobs are added as they took."""
-        times = [self.tick() for _ in range(TICKS // PAIRS)]
-        self.queue.enqueue_many([TRUE] * 4 * len(times))
-        return median(times)
-
-    def close(self):
-        """Hand back what is held, and leave."""
-        ticked(self._claims, (), {one.number: Outcome(queuectl.RELEASED)
-                                  for one in self._held})
-        for one in self._held:
-            one.release()
-        self._claims.leave()
-        self.queue.close()
-
-
-def bench_tick(bench):
-    many, some = bench.size(MANY, FEW), bench.size(SOME, FEW)
-    files = [("pending", bench.size(MANY // 100, FEW)), ("pending", some),
-             ("pending", many),
-             *((kind, some if str(f"{KINDS:,}") in kind else many) for kind in FILES
-               if kind not in ("jobs to copy", "pending"))]
-    with contextlib.closing(TickTimes(bench.file("pending", FEW))) as few:
-        bench.tell(f"a tick that records 4 and claims 4, at {FEW:,} pending",
-                   [few.take() for _ in range(PAIRS)], None, " ms")
-        for kind, count in files:
-            with contextlib.closing(TickTimes(bench.file(kind, count))) as other:
-                took = in_turn({"few": few.take, "other": other.take})
-            bench.tell(f"a tick at {count:,} {kind}", took["other"], None, " ms")
-            bench.tell(f"... against one at {FEW:,} pending",
-                       ratios(took["other"], took["few"]), ("<=", 1.3))
-
-
 # recovery: until a job runs again whose worker is gone.
 
-def started(queue):
-    """The id of a job that has just been started."""
-    job = queue.enqueue("sleep 600", cwd="/")
-    wait_for(lambda: queue.job(job.id).state == PROCESSING, "its start")
-    return job.id
+def recovery(bench, number=signal.SIGKILL, workers=2, **settings):
+    """Send a signal to the worker that runs a job: seconds until its second run.
 
-
-def runs_again(queue, job_id):
-    """The time at which its second run began."""
-    return queuectl.epoch(wait_for(lambda: queue.runs(job_id)[1:], "its second run",
-                                   PATIENCE)[0].started_at)
-
-
-def recovery_by_another(bench, number=signal.SIGKILL, **settings):
-    """The victim is the one of two that has the job: the older or the younger."""
+    Another worker is there, or is started after that.
+    """
     path = bench.filled(0)
-    with Queue(path) as queue:
+    with contextlib.ExitStack() as stack:
+        queue = stack.enter_context(Queue(path))
         for key, value in settings.items():
             queue.configure(key, value)
-    with bench.worker(path, 1) as one, bench.worker(path, 1) as other, Queue(path) as queue:
-        job_id = started(queue)
-        victim = one if queue.job(job_id).worker == one.name else other
+        there = [stack.enter_context(bench.worker(path, 1)) for _ in range(workers)]
+        job_id = queue.enqueue("sleep 600", cwd="/").id
+        wait_for(lambda: queue.job(job_id).state == PROCESSING, "its start")
+        [victim] = [one for one in there if one.name == queue.job(job_id).worker]
         killed = time.time()
         os.kill(child_of(victim.pid), number)
-        return runs_again(queue, job_id) - killed
-
-
-def recovery_by_a_new_one(bench):
-    path = bench.filled(0)
-    with bench.worker(path, 1) as victim, Queue(path) as queue:
-        job_id = started(queue)
-        killed = time.time()
-        os.kill(child_of(victim.pid), signal.SIGKILL)
-        with bench.worker(path, 1):
-            return runs_again(queue, job_id) - killed
-
-
-def recovery_by_lease(bench):
-    """The victim is there, but silent."""
-    return recovery_by_another(bench, signal.SIGSTOP, heartbeat="1s", lease="3s")
+        if workers == 1:
+            stack.enter_context(bench.worker(path, 1))
+        second = wait_for(lambda: queue.runs(job_id)[1:], "its second run", PATIENCE)[0]
+        return queuectl.epoch(second.started_at) - killed
 
 
 def bench_recovery(bench):
-    kills = bench.size(KILLS, 2)
-    for what, take, times in (
-            ("a killed worker, another alive", recovery_by_another, kills),
-            ("a killed worker, one started anew", recovery_by_a_new_one, kills),
-            ("a frozen worker, lease 3 s", recovery_by_lease, bench.size(FREEZES))):
-        waits = [take(bench) for _ in range(times)]
+    for what, times, options in (
+            ("a killed worker, another alive", bench.size(KILLS, 2), {}),
+            ("a killed worker, one started anew", bench.size(KILLS, 2), {"workers": 1}),
+            ("a frozen worker, lease 3 s", bench.size(FREEZES),
+             {"number": signal.SIGSTOP, "heartbeat": "1s", "lease": "3s"})):
+        waits = [recovery(bench, **options) for _ in range(times)]
         bench.tell(f"{what}: until its job runs again", waits, None, " s")
         bench.tell("... the longest", waits, ("<=", WELL_UNDER), " s", max)
 
 
-# web: what an open dashboard costs the worker, and how long it lets people wait meanwhile.
-
-STREAMS = 20
-ASK_PAUSE = 0.01            # seconds between two requests
-ASKED = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
-
+# web: how much an open dashboard slows the worker, and the worker the dashboard.
 
 @contextlib.contextmanager
-def web_server(bench, path):
-    """A server: its port."""
-    with bench.process(*bench.argv(path, "web", "--port", "0"), stdout=subprocess.PIPE,
-                       env={**bench.env, "QUEUECTL_TOKEN": TOKEN}) as process:
-        with process.stdout:
-            url = process.stdout.readline().decode()
-        yield int(re.search(r":(\d+)/", url)[1])
-
-
-@contextlib.contextmanager
-def open_streams(port, count):
-    """So many event streams, all read by one thread."""
-    socks, poller, is_over = [], select.poll(), threading.Event()
-    for _ in range(count):
-        socks.append(socket.create_connection(("127.0.0.1", port)))
-        socks[-1].sendall(ASKED % (b"/api/events", TOKEN.encode()))
-        poller.register(socks[-1], select.POLLIN)
-    by_fd = {sock.fileno(): sock for sock in socks}
+def watched_server(bench, path):
+    """A server with open event streams, all read by one thread: its port."""
+    is_over, poller, socks = threading.Event(), select.poll(), {}
 
     def read():
         while not is_over.is_set():
             for fd, _ in poller.poll(100):
-                assert by_fd[fd].recv(1 << 20), "a stream was dropped"
-    with futures.ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(read)
-        try:
-            yield
-        finally:
-            is_over.set()
-            reading.result()
-            for sock in socks:
-                sock.close()
+                assert socks[fd].recv(1 << 20), "a stream was dropped"
+    with bench.process(*bench.argv(path, "web", "--port", "0"), stdout=subprocess.PIPE,
+                       env={**bench.env, "QUEUECTL_TOKEN": TOKEN}) as process:
+        with process.stdout:
+            port = int(re.search(rb":(\d+)/", process.stdout.readline())[1])
+        for _ in range(STREAMS):
+            sock = socket.create_connection(("127.0.0.1", port))
+            sock.sendall(b"GET /api/events HTTP/1.1\r\n" + BEARER + b"\r\n")
+            socks[sock.fileno()] = sock
+            poller.register(sock, select.POLLIN)
+        with futures.ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(read)
+            try:
+                yield port
+            finally:
+                is_over.set()
+                reading.result()
+                for sock in socks.values():
+                    sock.close()
 
 
-def ask_for(port, path, seconds):
-    """The times of answers, asked for again and again."""
+def answer_times(port, path, seconds):
+    """Milliseconds of each of many requests."""
     times, end = [], time.monotonic() + seconds
     with contextlib.closing(http.client.HTTPConnection("localhost", port)) as client:
         while time.monotonic() < end:
@@ -14403,33 +14212,29 @@ def bench_web(bench):
 
     def watched():
         path = bench.filled(jobs)
-        with web_server(bench, path) as port, open_streams(port, STREAMS):
+        with watched_server(bench, path):
             return jobs / bench.drained(path, slots)
-    rates = in_turn({"alone": lambda: jobs / bench.drained(bench.filled(jobs), slots),
-                     "watched": watched})
+    rates = alternately({"alone": lambda: jobs / bench.drained(bench.filled(jobs), slots),
+                         "watched": watched})
     bench.tell(f"drain with {STREAMS} event streams open against without",
                ratios(rates["watched"], rates["alone"]), (">=", 0.9))
     for _ in range(PAIRS):
         path = bench.filled(jobs)
-        with web_server(bench, path) as port, open_streams(port, STREAMS), \
-                futures.ThreadPoolExecutor(1) as thread:
+        with watched_server(bench, path) as port, futures.ThreadPoolExecutor(1) as thread:
             draining = thread.submit(bench.drained, path, slots)
             while not draining.done():
                 for target, taken in times.items():
-                    taken += ask_for(port, target, 0.2)
+                    taken += answer_times(port, target, 0.2)
     for target, taken in times.items():
-        bench.tell(f"answers of {target} meanwhile, 99 of 100", taken, ("<=", 100), " ms",
-                   of=p99)
+        bench.tell(f"answers of {target} meanwhile, 99 of 100", taken, ("<=", 100), " ms", of=p99)
 
 
-MEASURES = {
-    "drain": bench_drain, "enqueue": bench_enqueue, "latency": bench_latency,
-    "idle": bench_idle, "tick": bench_tick, "recovery": bench_recovery,
-    "web": bench_web}
+MEASURES = {"drain": bench_drain, "enqueue": bench_enqueue, "latency": bench_latency,
+            "idle": bench_idle, "recovery": bench_recovery, "web": bench_web}
 
 
 def bench(names, scale):
-    """Measure what is named, or all: a table, of what was done before a Ctrl+C, too."""
+    """Measure what is named, or all; a Ctrl+C ends it with a table of what is done."""
     with tempfile.TemporaryDirectory(prefix="queuectl bench ") as here:
         one = Bench(here, scale)
         with contextlib.suppress(KeyboardInterrupt):
@@ -14447,8 +14252,7 @@ def main():
     """`--bench`, `--chaos`, `--fuzz`, `--crash-points`, `--mutants`; or the tests."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--chaos", type=queuectl.parse_duration, metavar="DUR")
-    parser.add_argument("--crash-points", type=float, nargs="?", const=1.0,
-                        metavar="SHARE")
+    parser.add_argument("--crash-points", type=float, nargs="?", const=1.0, metavar="SHARE")
     parser.add_argument("--fuzz", type=int, nargs="?", const=5000, metavar="CASES")
     parser.add_argument("--bench", nargs="*", choices=tuple(MEASURES), metavar="NAME")
     parser.add_argument("--mutants", nargs="*", choices=DECIDING, metavar="SECTION")
