@@ -11025,32 +11025,26 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             """Nothing is buffered."""
 
         def handle_one_request(self) -> None:
-            self.close_connection = True
+            is_over = True
             # ValueError: TLS on a socket that was closed.
             with contextlib.suppress(OSError, ValueError):
-                if self.reader.wait(KEEP_SECONDS):
-                    self.converse()
+                is_over = not self.reader.wait(KEEP_SECONDS) or self.converse()
+            self.close_connection = is_over
 
-        def converse(self) -> None:
-            """Read a request, send the reply and, for events, all that follows."""
-            self.is_kept, self.is_unread = False, True
-            stream = None
+        def converse(self) -> bool:
+            """Read and answer one request; return True if it was the last."""
+            self.command, self.is_last, self.is_unread = "", True, True
             try:
-                admitted = self.read_request()
+                reply, stream = self.reply()
             except QueueError as refusal:
-                admitted = refusal_reply(refusal)
-            if isinstance(admitted, Reply):
-                reply = admitted
-            else:
-                reply, stream = service.answer(*admitted, self.request)
-            self.close_connection = stream is not None or self.is_unread \
-                or not self.is_kept
+                reply, stream = refusal_reply(refusal), None
+            self.is_last = self.is_last or self.is_unread or stream is not None
             try:
                 self.send_reply(reply)
-                if stream:
+                if stream is not None:
                     self.send_events(stream)
             finally:
-                if stream:
+                if stream is not None:
                     service.feed.leave(stream)
             service.connections.mark(self.request, is_busy=False)
             if self.is_unread:
@@ -11058,9 +11052,11 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 # overtake the reply (RFC 9112, section 9.6).
                 self.request.shutdown(1)    # SHUT_WR: the client may still send
                 self.reader.drain(LINGER_SECONDS)
+            return self.is_last
 
-        def read_request(self) -> tuple[Route, Request] | Reply:
-            """Read a request, but its body only if it is admitted; QueueError."""
+        def reply(self) -> tuple[Reply, Pieces[bytes] | None]:
+            """Read a request, its body only if it is admitted, and answer it; QueueError.
+            """
             head = self.reader.head(HEAD_SECONDS)
             if not HEAD_FORM.fullmatch(head):
                 raise Invalid("that is not HTTP/1.1", "see RFC 9112")
@@ -11072,12 +11068,12 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 headers.setdefault("host", "localhost")
             size = body_size(headers)
             self.is_unread = size > 0
-            self.is_kept = self.request_version == "HTTP/1.1" and \
-                "close" not in re.split("[ ,]+", headers.get("connection", "").lower())
+            self.is_last = self.request_version == "HTTP/1.0" or \
+                "close" in re.split("[ ,]+", headers.get("connection", "").lower())
             admitted = admit(service.site, Request(
                 self.command, self.path, headers, b"", str(self.client_address[0])))
             if isinstance(admitted, Reply):
-                return admitted
+                return admitted, None
             route, request = admitted
             if request.role:
                 service.connections.mark(self.request, is_busy=True)
@@ -11090,7 +11086,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 if len(request.body) < size:
                     raise Invalid("the body ends too soon")
                 self.is_unread = False
-            return route, request
+            return service.answer(route, request, self.request)
 
         def handle_expect_100(self) -> bool:
             return True     # not yet: `read_request` asks for the body
@@ -11102,17 +11098,18 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def send_reply(self, reply: Reply) -> None:
             self.wfile = io.BytesIO()
             self.send_response_only(reply.status)
-            for header in (
+            for name, value in (
                     ("Date", self.date_time_string()), ("Content-Type", reply.kind),
-                    *reply.headers, *HEADERS,
                     ("Content-Security-Policy", page_policy(PAGE)),
-                    *[("Content-Length", str(len(reply.body)))] * (
-                        reply.follows is None),
-                    *[("Connection", "close")] * self.close_connection):
-                self.send_header(*header)
+                    *HEADERS, *reply.headers):
+                self.send_header(name, value)
+            if reply.follows is None:
+                self.send_header("Content-Length", str(len(reply.body)))
+            if self.is_last:
+                self.send_header("Connection", "close")
             self.end_headers()
-            whole = memoryview(self.wfile.getvalue()
-                               + reply.body * (self.command != "HEAD"))
+            head, body = self.wfile.getvalue(), reply.body
+            whole = memoryview(head if self.command == "HEAD" else head + body)
             # In parts: the time-out of `sendall` is for all that it sends.
             self.request.settimeout(SEND_SECONDS)
             for at in range(0, len(whole), READ_SIZE):
@@ -11180,10 +11177,10 @@ def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
     if token and token == read_token:
         raise Invalid("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
                       "give two, or one")
-    own = [part for name in names for part in (name, name.partition(".")[0])]
     hosts = ["localhost", "127.0.0.1", "[::1]",
-             f"[{args.host}]" if ":" in args.host else args.host,
-             *(own if there.is_unspecified else ())]
+             f"[{args.host}]" if ":" in args.host else args.host]
+    if there.is_unspecified:
+        hosts += [part for name in names for part in (name, name.partition(".")[0])]
     return Site(
         "" if args.no_auth else token or os.urandom(24).hex(),
         "" if args.no_auth else read_token,
