@@ -11055,8 +11055,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             return self.is_last
 
         def reply(self) -> tuple[Reply, Pieces[bytes] | None]:
-            """Read a request, its body only if it is admitted, and answer it; QueueError.
-            """
+            """Read a request (its body only if admitted) and answer it; QueueError."""
             head = self.reader.head(HEAD_SECONDS)
             if not HEAD_FORM.fullmatch(head):
                 raise Invalid("that is not HTTP/1.1", "see RFC 9112")

@@ -5091,7 +5091,7 @@ class Workers(Case):
                 os.remove(self.path_of("pid"))
 
 
-# ---- 17 API to 22 Server -----------------------------------------------------
+# ---- 17 API, 18 Access, 19 Server --------------------------------------------
 
 TOKEN, READ_TOKEN = "a-long-secret", "a-reader's-secret"
 SITE = queuectl.Site(TOKEN, READ_TOKEN, frozenset({"localhost", "127.0.0.1", "[::1]"}))
@@ -5114,38 +5114,38 @@ def misfit(value, schema, where=""):
         return f"{where}: {value!r} is not {schema['pattern']}"
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return f"{where}: {value!r} is not one of them"
+    inner = []
     if isinstance(value, dict):
-        known = schema.get("properties", {})
-        missing = set(schema.get("required", ())) - set(value)
-        return f"{where} lacks {missing}" if missing else next(filter(None, (
-            misfit(inner, known.get(key, schema.get("additionalProperties") or {}),
-                   f"{where}.{key}") for key, inner in value.items())), None)
-    if isinstance(value, list):
-        return next(filter(None, (misfit(inner, schema.get("items", {}), f"{where}[]")
-                                  for inner in value)), None)
-    return None
+        known, more = schema.get("properties", {}), schema.get("additionalProperties") or {}
+        if missing := set(schema.get("required", ())) - set(value):
+            return f"{where} lacks {missing}"
+        inner = [(one, known.get(key, more), f"{where}.{key}") for key, one in value.items()]
+    elif isinstance(value, list):
+        inner = [(one, schema.get("items", {}), f"{where}[]") for one in value]
+    return next(filter(None, (misfit(*one) for one in inner)), None)
 
 
 class Web(Case):
-    """Requests become replies; there is no socket here."""
+    """Requests become replies; there is no server here."""
 
     def ask(self, method, target, body=None, site=SITE, **headers):
-        if isinstance(body, (dict, list)):
-            body = json.dumps(body).encode()
+        body = json.dumps(body).encode() if isinstance(body, (dict, list)) else body or b""
         given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}",
                  **({"content-type": JSON} if body else {}),
                  **{name.replace("_", "-"): text for name, text in headers.items()}}
-        request = queuectl.Request(method, target, {
-            name: text for name, text in given.items() if text is not None},
-            body or b"", "127.0.0.1")
+        request = queuectl.Request(
+            method, target, {name: text for name, text in given.items() if text is not None},
+            body, "127.0.0.1")
         try:
             admitted = queuectl.admit(site, request)
         except queuectl.QueueError as error:
             return queuectl.refusal_reply(error)
         if isinstance(admitted, queuectl.Reply):
             return admitted
-        route, request = admitted
-        return queuectl.respond(route, self.queue, request)
+        return queuectl.respond(admitted[0], self.queue, admitted[1])
+
+    def status(self, *request, **headers):
+        return self.ask(*request, **headers).status
 
     def told(self, method, target, body=None, status=200, **headers):
         """The JSON of a reply, whose status must be that."""
@@ -5154,9 +5154,8 @@ class Web(Case):
         return json.loads(reply.body)
 
     def a_dead_job(self, job_id="dead", **fields):
-        claims = self.worker(name=f"w-{job_id}")
         self.job("exit 3", id=job_id, max_retries=1, **fields)
-        self.run_next(Outcome("failed", 3, "exit status 3", 0.5, b"one\ntwo\n", 8), claims)
+        self.run_next(Outcome("failed", 3, "exit status 3", 0.5, b"one\ntwo\n", 8))
 
     def test_every_answer_is_as_it_is_described(self):
         self.a_dead_job()
@@ -5165,7 +5164,7 @@ class Web(Case):
         self.queue.limit_queue("gpu", 2)
         bodies = {"NewJob|[NewJob]": {"command": "x"}, "WhichDead": {},
                   "WhichQueue": {"queue": "gpu"}, "Nothing": {}, "": None}
-        paths = queuectl.description(queuectl.ROUTES)["paths"]
+        paths = self.told("GET", "/api/openapi.json")["paths"]
         for route in queuectl.ROUTES:
             with self.subTest(route.method + " " + route.path):
                 job = "dead" if route.path.endswith("retry") else "one"
@@ -5181,9 +5180,9 @@ class Web(Case):
     def test_answers_are_what_the_commands_print(self):
         self.a_dead_job()
         self.job("sleep 1", id="one")
-        for target, argv in (("status", ("status",)), ("workers", ("worker", "list")),
-                             ("jobs/dead", ("show", "dead")), ("jobs/one", ("show", "one"))):
-            printed = json.loads(run_cli("--db", self.path, *argv, "--json")[1])
+        for target, argv in (("status", "status"), ("workers", "worker list"),
+                             ("jobs/dead", "show dead"), ("jobs/one", "show one")):
+            printed = json.loads(run_cli("--db", self.path, *argv.split(), "--json")[1])
             self.assertEqual(self.told("GET", f"/api/{target}"), printed)
         printed = json.loads(run_cli("--db", self.path, "list", "--json")[1])
         self.assertEqual(self.told("GET", "/api/jobs"), {
@@ -5192,38 +5191,32 @@ class Web(Case):
 
     def test_who_may_do_what(self):
         self.a_dead_job()
-        bearer, cookie = "Bearer {}".format, "x=1; queuectl={}".format
         made = queuectl.cookie_value
-        for headers, role in (
-                ({"authorization": bearer(TOKEN)}, "full"),
-                ({"authorization": f"bearer  {TOKEN}"}, "full"),
-                ({"authorization": bearer(READ_TOKEN)}, "read"),
-                ({"authorization": None, "cookie": cookie(made(TOKEN))}, "full"),
-                ({"authorization": None, "cookie": cookie(made(READ_TOKEN))}, "read"),
-                ({"authorization": None}, None),
-                ({"authorization": bearer(TOKEN[:-1])}, None),
-                ({"authorization": bearer("")}, None), ({"authorization": TOKEN}, None),
-                ({"authorization": bearer("\xe9")}, None),
-                ({"authorization": f"Basic {TOKEN}"}, None),
-                ({"authorization": bearer("x"), "cookie": cookie(made(TOKEN))}, None),
-                ({"authorization": None, "cookie": cookie(TOKEN)}, None),
-                ({"authorization": None, "cookie": f"queuectl_1={made(TOKEN)}"}, None)):
-            with self.subTest(headers=headers):
-                for target in ("/", "/api/jobs", "/api/jobs/dead", "/api/nothing"):
-                    status = 401 if role is None else 404 if "nothing" in target else 200
-                    self.assertEqual(self.ask("GET", target, **headers).status, status)
-                status = {"full": 200, "read": 403, None: 401}[role]
-                self.assertEqual(self.ask("POST", "/api/jobs/dead/retry",
-                                          **headers).status, status)
+        for authorization, cookie, role in (
+                (f"Bearer {TOKEN}", None, "full"), (f"bearer  {TOKEN}", None, "full"),
+                (f"Bearer {READ_TOKEN}", None, "read"),
+                (None, f"x=1; queuectl={made(TOKEN)}", "full"),
+                (None, f"x=1; queuectl={made(READ_TOKEN)}", "read"),
+                (None, None, None), (f"Bearer {TOKEN[:-1]}", None, None),
+                ("Bearer ", None, None), (TOKEN, None, None), ("Bearer \xe9", None, None),
+                (f"Basic {TOKEN}", None, None), ("Bearer x", f"queuectl={made(TOKEN)}", None),
+                (None, f"queuectl={TOKEN}", None), (None, f"queuectl_1={made(TOKEN)}", None)):
+            headers = {"authorization": authorization, "cookie": cookie}
+            with self.subTest(headers):
+                for method, target, status in (
+                        ("GET", "/", 200), ("GET", "/api/jobs", 200),
+                        ("GET", "/api/jobs/dead", 200), ("GET", "/api/nothing", 404),
+                        ("POST", "/api/jobs/dead/retry", 200 if role == "full" else 403)):
+                    self.assertEqual(self.status(method, target, **headers),
+                                     status if role else 401)
                 for target in ("/healthz", "/metrics"):
-                    self.assertEqual(self.ask("GET", target, **headers).status, 200)
+                    self.assertEqual(self.status("GET", target, **headers), 200)
                 if role:
-                    self.assertEqual(self.told("GET", "/api/session", **headers)["role"],
-                                     role)
-        for site, status in ((SITE._replace(is_read_only=True), 403),
-                             (SITE._replace(token="", read_token=""), 200)):
-            self.assertEqual(self.ask("POST", "/api/pause", {}, site, authorization=bearer(
-                TOKEN) if site.token else None).status, status)
+                    self.assertEqual(self.told("GET", "/api/session", **headers)["role"], role)
+        self.assertEqual(self.status("POST", "/api/pause", {},
+                                     SITE._replace(is_read_only=True)), 403)
+        self.assertEqual(self.status("POST", "/api/pause", {}, queuectl.Site(
+            "", hosts=SITE.hosts), authorization=None), 200)
         self.assertIn(("WWW-Authenticate", 'Bearer realm="queuectl"'),
                       self.ask("GET", "/", authorization=None).headers)
 
@@ -5237,109 +5230,91 @@ class Web(Case):
             self.assertEqual(flags, ["Path=/", "HttpOnly", "SameSite=Strict",
                                      *["Secure"] * secure])
             self.assertNotIn(token, cookie)
-            self.assertEqual(self.ask("GET", "/", site=site, authorization=None,
-                                      cookie=cookie).status, 200)
+            self.assertEqual(self.status("GET", "/", site=site, authorization=None,
+                                         cookie=cookie), 200)
         for target in ("/?token=", "/?token=x", f"/api/jobs?token={TOKEN}"):
-            self.assertIn(self.ask("GET", target, authorization=None).status, (401,))
+            self.assertEqual(self.status("GET", target, authorization=None), 401)
 
     def test_foreign_hosts_and_pages_are_refused(self):
         """(I10)"""
         wide = SITE._replace(is_wide=True)
-        for site, headers, status in (
-                (SITE, {"host": "LOCALHOST"}, 200), (SITE, {"host": "127.0.0.1:99"}, 200),
-                (SITE, {"host": "[::1]:8080"}, 200), (SITE, {"host": "localhost."}, 200),
-                (SITE, {"host": "evil.example"}, 403), (SITE, {"host": None}, 400),
-                (SITE, {"host": "localhost.evil.example"}, 403),
-                (SITE, {"host": "localhost:8080:80"}, 400), (SITE, {"host": ""}, 400),
-                (SITE, {"host": "localhost@evil"}, 400), (SITE, {"host": "10.0.0.1"}, 403),
-                (wide, {"host": "10.0.0.1:8080"}, 200), (wide, {"host": "[fe80::1]"}, 200),
-                (wide, {"host": "evil.example"}, 403),
-                (SITE, {"origin": "http://localhost:8080"}, 200),
-                (SITE, {"origin": "https://localhost:8080"}, 200),  # a proxy speaks TLS
-                (SITE, {"origin": "http://localhost"}, 403), (SITE, {"origin": "null"}, 403),
-                (SITE, {"origin": "http://evil.example"}, 403),
-                (SITE, {"origin": "file://localhost:8080"}, 403),
-                (SITE, {"origin": "http://localhost:8080.evil.example"}, 403),
-                (SITE, {"sec_fetch_site": "same-origin"}, 200),
-                (SITE, {"sec_fetch_site": "cross-site"}, 403),
-                (SITE, {"sec_fetch_site": "same-site"}, 403)):
-            with self.subTest(headers):
-                self.assertEqual(self.ask("POST", "/api/resume", {}, site,
-                                          **headers).status, status)
-                if "sec_fetch_site" not in headers:
-                    self.assertEqual(self.ask("GET", "/metrics", None, site,
-                                              **headers).status, status)
+        for site, header, status, values in (
+                (SITE, "host", 200, "LOCALHOST 127.0.0.1:99 [::1]:8080 localhost."),
+                (SITE, "host", 403, "evil.example localhost.evil.example 10.0.0.1"),
+                (SITE, "host", 400, " localhost:8080:80 localhost@evil"),
+                (wide, "host", 200, "10.0.0.1:8080 [fe80::1]"),
+                (wide, "host", 403, "evil.example"),
+                (SITE, "origin", 200, "http://localhost:8080 https://localhost:8080"),
+                (SITE, "origin", 403, "http://localhost null http://evil.example "
+                 "file://localhost:8080 http://localhost:8080.evil.example"),
+                (SITE, "sec_fetch_site", 200, "same-origin none"),
+                (SITE, "sec_fetch_site", 403, "cross-site same-site")):
+            for value in values.split(" "):
+                with self.subTest(header, value=value):
+                    asked = {"site": site, header: value}
+                    self.assertEqual(self.status("POST", "/api/resume", {}, **asked), status)
+                    if header != "sec_fetch_site":
+                        self.assertEqual(self.status("GET", "/metrics", **asked), status)
+        self.assertEqual(self.status("GET", "/metrics", host=None), 400)
 
-    def test_what_is_wrong_is_refused_with_the_right_status(self):
+    def assert_refused(self, status, method, target, body=None, **headers):
+        with self.subTest(f"{method} {target[:60]} {str(body)[:40]} {headers}"):
+            reply = self.ask(method, target, body, **headers)
+            self.assertEqual(reply.status, status, reply.body[:200])
+            if status >= 400:
+                self.assertIsNone(misfit(json.loads(reply.body), queuectl.SCHEMAS["Error"]))
+            self.assertEqual(status == 405, "Allow" in dict(reply.headers))
+
+    def test_a_wrong_request_is_refused_with_the_right_status(self):
         self.job(id="one")
+        # An id is decoded once, and not twice.
+        for line in """
+                404 GET /nothing /api/jobs/ // /api/jobs/nope /api/jobs/a%2Fb /api/../api/jobs
+                404 GET /api/jobs/..%2F..%2Fetc%2Fpasswd /api/jobs/%256Fne /api/jobs/%ff%00
+                404 GET /api/jobs/one/output?run=1
+                200 GET /api/jobs/%6Fne /api/jobs/one/output /api/stats?since=1h30m
+                200 GET /api/jobs?state=&queue=&tag=&search=&after=
+                400 GET http://localhost/api/jobs * /\xe9 /api/jobs#x
+                400 GET /api/jobs?limit=0 /api/jobs?limit=1001 /api/jobs?limit=1e1
+                400 GET /api/jobs?limit=1&limit=2 /api/jobs?limit= /api/jobs?state=bad
+                400 GET /api/jobs?stat=dead /api/jobs?after=job-1 /api/jobs?queue=a%20b
+                400 GET /api/jobs?search=%00 /api/jobs?search=%ff
+                400 GET /api/history?minutes=1441 /api/stats?since=soon
+                200 HEAD /api/status /
+                404 PUT /x
+                404 POST /api/jobs/nope/retry
+                404 DELETE /api/jobs/nope
+                405 GET /api/pause
+                405 DELETE /api/jobs
+                405 OPTIONS /api/jobs
+                405 TRACE /""".splitlines()[1:]:
+            status, method, *targets = line.split()
+            for target in targets:
+                self.assert_refused(int(status), method, target)
+        self.assert_refused(414, "GET", "/" + "x" * 9000)
+        self.assert_refused(400, "GET", "/api/jobs?search=" + "x" * 257)
+        self.assert_refused(400, "GET", "/api/jobs?" + "&" * 100)
+        for status, method, target, *bodies in (
+                (405, "PUT", "/api/jobs", {}), (405, "POST", "/healthz", {}),
+                (400, "POST", "/api/jobs", b"{", b"\xff", b"[" * 100_000, b"1", [[]], [None],
+                 b'{"priority":' + b"9" * 5000 + b"}", b'{"command":"x","timeout":NaN}',
+                 [{"command": "x"}] * 10_001),
+                (400, "POST", "/api/jobs/one/cancel", {"x": 1}, b"null"),
+                (400, "POST", "/api/pause", {"queue": "a b"}, {"queue": 1}, []),
+                (409, "POST", "/api/dlq/retry", {"ids": ["one"]}),
+                (404, "POST", "/api/dlq/retry", {"ids": ["nope"]}),
+                (400, "POST", "/api/dlq/retry", {"ids": None}, {"ids": [], "queue": "q"},
+                 {"search": 1})):
+            for body in bodies:
+                self.assert_refused(status, method, target, body)
         form = "application/x-www-form-urlencoded"
-        deep = b"[" * 100_000
-        for method, target, body, headers, status in (
-                ("GET", "/nothing", None, {}, 404), ("GET", "/api/jobs/", None, {}, 404),
-                ("GET", "/api/jobs/nope", None, {}, 404), ("GET", "//", None, {}, 404),
-                ("GET", "/api/jobs/a%2Fb", None, {}, 404), ("PUT", "/x", None, {}, 404),
-                ("GET", "/api/jobs/..%2F..%2Fetc%2Fpasswd", None, {}, 404),
-                ("GET", "/api/../api/jobs", None, {}, 404),
-                ("GET", "/api/jobs/%6Fne", None, {}, 200),      # decoded once
-                ("GET", "/api/jobs/%256Fne", None, {}, 404),    # and not twice
-                ("GET", "/api/jobs/%ff%00", None, {}, 404),
-                ("GET", "/api/jobs/one/output", None, {}, 200),
-                ("GET", "/api/jobs/one/output?run=1", None, {}, 404),
-                ("GET", "http://localhost/api/jobs", None, {}, 400),
-                ("GET", "*", None, {}, 400), ("GET", "/\xe9", None, {}, 400),
-                ("GET", "/api/jobs#x", None, {}, 400), ("GET", "/" + "x" * 9000, None, {}, 414),
-                ("GET", "/api/jobs?limit=0", None, {}, 400),
-                ("GET", "/api/jobs?limit=1001", None, {}, 400),
-                ("GET", "/api/jobs?limit=1e1", None, {}, 400),
-                ("GET", "/api/jobs?limit=1&limit=2", None, {}, 400),
-                ("GET", "/api/jobs?state=bad", None, {}, 400),
-                ("GET", "/api/jobs?stat=dead", None, {}, 400),
-                ("GET", "/api/jobs?after=job-1", None, {}, 400),
-                ("GET", "/api/jobs?queue=a%20b", None, {}, 400),
-                ("GET", "/api/jobs?search=%00", None, {}, 400),
-                ("GET", "/api/jobs?search=%ff", None, {}, 400),
-                ("GET", "/api/jobs?search=" + "x" * 257, None, {}, 400),
-                ("GET", "/api/jobs?" + "&" * 100, None, {}, 400),
-                ("GET", "/api/jobs?state=&queue=&tag=&search=&after=", None, {}, 200),
-                ("GET", "/api/history?minutes=1441", None, {}, 400),
-                ("GET", "/api/stats?since=soon", None, {}, 400),
-                ("GET", "/api/stats?since=1h30m", None, {}, 200),
-                ("DELETE", "/api/jobs", None, {}, 405), ("PUT", "/api/jobs", {}, {}, 405),
-                ("OPTIONS", "/api/jobs", None, {}, 405), ("TRACE", "/", None, {}, 405),
-                ("POST", "/healthz", {}, {}, 405), ("GET", "/api/pause", None, {}, 405),
-                ("HEAD", "/api/status", None, {}, 200), ("HEAD", "/", None, {}, 200),
-                ("POST", "/api/jobs", b"command=x", {"content_type": form}, 415),
-                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": "text/plain"}, 415),
-                ("POST", "/api/jobs", b'{"command":"x"}', {"content_type": None}, 415),
-                ("POST", "/api/jobs/one/cancel", None, {"content_type": form}, 415),
-                ("POST", "/api/jobs", b"{", {}, 400), ("POST", "/api/jobs", b"\xff", {}, 400),
-                ("POST", "/api/jobs", deep, {}, 400), ("POST", "/api/jobs", b"1", {}, 400),
-                ("POST", "/api/jobs", b'{"priority":' + b"9" * 5000 + b"}", {}, 400),
-                ("POST", "/api/jobs", b'{"command":"x","timeout":NaN}', {}, 400),
-                ("POST", "/api/jobs", [[]], {}, 400), ("POST", "/api/jobs", [None], {}, 400),
-                ("POST", "/api/jobs", [{"command": "x"}] * 10_001, {}, 400),
-                ("POST", "/api/jobs/one/cancel", {"x": 1}, {}, 400),
-                ("POST", "/api/jobs/one/cancel", b"null", {}, 400),
-                ("POST", "/api/pause", {"queue": "a b"}, {}, 400),
-                ("POST", "/api/pause", {"queue": 1}, {}, 400),
-                ("POST", "/api/pause", [], {}, 400),
-                ("POST", "/api/dlq/retry", {"ids": ["one"]}, {}, 409),
-                ("POST", "/api/dlq/retry", {"ids": ["nope"]}, {}, 404),
-                ("POST", "/api/dlq/retry", {"ids": None}, {}, 400),
-                ("POST", "/api/dlq/retry", {"ids": [], "queue": "q"}, {}, 400),
-                ("POST", "/api/dlq/retry", {"search": 1}, {}, 400),
-                ("POST", "/api/jobs/nope/retry", None, {}, 404),
-                ("DELETE", "/api/jobs/nope", None, {}, 404)):
-            with self.subTest(f"{method} {target[:60]} {str(body)[:40]} {headers}"):
-                reply = self.ask(method, target, body, **headers)
-                self.assertEqual(reply.status, status, reply.body[:200])
-                if status >= 400:
-                    self.assertIsNone(misfit(json.loads(reply.body),
-                                             queuectl.SCHEMAS["Error"]))
-                self.assertEqual(status == 405, "Allow" in dict(reply.headers))
+        self.assert_refused(415, "POST", "/api/jobs", b"command=x", content_type=form)
+        self.assert_refused(415, "POST", "/api/jobs/one/cancel", content_type=form)
+        for kind in ("text/plain", None):
+            self.assert_refused(415, "POST", "/api/jobs", {"command": "x"}, content_type=kind)
         self.assertEqual(dict(self.ask("PUT", "/api/jobs", {}).headers)["Allow"],
                          "GET, POST, HEAD")
-        self.assertEqual([job.id for job in self.queue.jobs()], ["one"])
+        self.assertEqual(ids(self.queue.jobs()), ["one"])
 
     def test_a_header_that_comes_twice_is_a_list(self):
         self.assertEqual(queuectl.headers_of((
@@ -5353,13 +5328,14 @@ class Web(Case):
             {"command": "b", "id": "b"}, {"command": "c", "after": ["b"]}], 201)
         self.assertEqual([job["id"] for job in two], ["b", "job-3"])
         self.assertEqual(self.told("POST", "/api/jobs", [], 201), [])
+        x = {"command": "x"}
         for body, status, key, item in (
-                ({"command": "x", "priority": "high"}, 400, "priority", None),
+                ({**x, "priority": "high"}, 400, "priority", None),
                 ({"priority": 1}, 400, "command", None), ({"comand": "x"}, 400, "comand", None),
-                ({"command": "x", "after": ["nope"]}, 400, "after", None),
-                ({"command": "x", "id": "b"}, 409, None, None),
-                ([{"command": "x"}, {"command": "y", "timeout": -1}], 400, "timeout", 1),
-                ([{"command": "x"}, {"command": "y", "id": "b"}], 409, None, 1)):
+                ({**x, "after": ["nope"]}, 400, "after", None),
+                ({**x, "id": "b"}, 409, None, None),
+                ([x, {**x, "timeout": -1}], 400, "timeout", 1),
+                ([x, {**x, "id": "b"}], 409, None, 1)):
             told = self.told("POST", "/api/jobs", body, status)
             self.assertEqual((told.get("key"), told.get("item")), (key, item), told)
         self.assertEqual(len(self.queue.jobs()), 3)
@@ -5375,36 +5351,34 @@ class Web(Case):
             page = self.told("GET", f"/api/jobs?limit=2&after={cursor}")
             seen, cursor = seen + [job["id"] for job in page["jobs"]], page["next"]
         self.assertEqual(seen, ["n4", "n3", "n2", "n1", "n0"])
-        for query, ids in (("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
-                           ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
-                           ("search=echo%204", "n4"), ("search=N3", "n3"),
-                           ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
+        for query, names in (
+                ("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
+                ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
+                ("search=echo%204", "n4"), ("search=N3", "n3"),
+                ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
             found = self.told("GET", f"/api/jobs?{query}")["jobs"]
-            self.assertEqual([job["id"] for job in found], ids.split(), query)
+            self.assertEqual([job["id"] for job in found], names.split(), query)
+
+    def retried(self, body=None):
+        return {job["id"] for job in self.told("POST", "/api/dlq/retry", body)}
 
     def test_all_that_a_request_puts_back_is_told(self):
         for name in "abcde":
             self.a_dead_job(name)
         with mock.patch.object(queuectl, "SWEEP_BATCH", 2), \
                 mock.patch.object(queuectl, "MAX_BATCH", 3):
-            told = [{job["id"] for job in self.told("POST", "/api/dlq/retry")}
-                    for _ in range(2)]
-        self.assertEqual(told, [{"b", "c", "d", "e"}, {"a"}])
+            self.assertEqual([self.retried(), self.retried()], [{"b", "c", "d", "e"}, {"a"}])
 
     def test_jobs_are_retried_cancelled_and_deleted(self):
         self.a_dead_job()
         self.a_dead_job("other", queue="q")
-        self.assertEqual([job["id"] for job in self.told(
-            "POST", "/api/dlq/retry", {"queue": "q"})], ["other"])
-        self.assertEqual([job["id"] for job in self.told(
-            "POST", "/api/dlq/retry", {"ids": ["dead"]})], ["dead"])
-        self.assertEqual(self.told("POST", "/api/dlq/retry"), [])
+        self.assertEqual(self.retried({"queue": "q"}), {"other"})
+        self.assertEqual(self.retried({"ids": ["dead"]}), {"dead"})
+        self.assertEqual(self.retried(), set())
         self.assertEqual(self.told("POST", "/api/jobs/dead/cancel")["state"], CANCELLED)
         self.told("POST", "/api/jobs/dead/cancel", status=409)
         self.assertEqual(self.told("POST", "/api/jobs/dead/retry")["state"], PENDING)
-        claims = self.worker()
-        self.claim(claims)
-        running = self.queue.jobs(PROCESSING)[0].id
+        running = self.claim().job.id
         self.told("DELETE", f"/api/jobs/{running}", status=409)
         self.assertEqual(self.told("POST", f"/api/jobs/{running}/cancel")["state"],
                          PROCESSING)
@@ -5414,14 +5388,13 @@ class Web(Case):
 
     def test_queues_pause_and_resume(self):
         self.job(queue="gpu")
-        self.assertEqual(self.told("POST", "/api/pause", {"queue": "gpu"}),
-                         {"paused": ["gpu"]})
-        self.assertIn(("gpu", True), [(one["name"], one["paused"]) for one in
-                                      self.told("GET", "/api/queues")])
-        self.assertEqual(sorted(self.told("POST", "/api/pause", {})["paused"]), ["*", "gpu"])
-        self.assertNotIn("*", [one["name"] for one in self.told("GET", "/api/queues")])
-        self.told("POST", "/api/resume", {"queue": "gpu"})
-        self.assertEqual(self.told("POST", "/api/resume"), {"paused": []})
+        for verb, body, paused in (("pause", {"queue": "gpu"}, ["gpu"]),
+                                   ("pause", {}, ["*", "gpu"]),
+                                   ("resume", {"queue": "gpu"}, ["*"]), ("resume", None, [])):
+            told = self.told("POST", f"/api/{verb}", body)
+            self.assertEqual(sorted(told["paused"]), paused)
+            found = {one["name"]: one["paused"] for one in self.told("GET", "/api/queues")}
+            self.assertEqual(found, {"default": False, "gpu": "gpu" in paused})
 
     def test_output_is_followed_by_its_offset(self):
         self.a_dead_job()
@@ -5431,13 +5404,12 @@ class Web(Case):
                                          ("dead/output?offset=99", b"", "1", "8"),
                                          ("new/output", b"", "0", "0")):
             reply = self.ask("GET", f"/api/jobs/{target}")
-            self.assertEqual((reply.status, reply.body, reply.kind), (
-                200, body, "text/plain; charset=utf-8"))
-            self.assertEqual(dict(reply.headers), {"X-Run": run, "X-Total-Bytes": total})
+            self.assertEqual((reply.status, reply.body, reply.kind, dict(reply.headers)), (
+                200, body, "text/plain; charset=utf-8", {"X-Run": run, "X-Total-Bytes": total}))
 
     def test_history_tells_each_minute(self):
         self.a_dead_job()
-        self.clock.now += 120
+        self.after(120)
         minutes = self.told("GET", "/api/history?minutes=4")["minutes"]
         self.assertEqual([one["failed"] for one in minutes], [0, 1, 0, 0])
         self.assertEqual((minutes[1]["run_p50"], minutes[0]["run_p50"]), (0.5, None))
@@ -5445,16 +5417,17 @@ class Web(Case):
 
     def test_a_change_leaves_one_line_and_a_look_none(self):
         self.job(id="one")
+        by = "by bearer from 127.0.0.1:"
         for method, target, body, line in (
                 ("POST", "/api/jobs", {"command": "\x1b[31mevil\nline", "id": "two"},
-                 "web: POST /api/jobs by bearer from 127.0.0.1: 201 two"),
-                ("POST", "/api/jobs/one/cancel", None, "web: POST /api/jobs/one/cancel by "
-                 "bearer from 127.0.0.1: 200 cancelled"),
+                 f"web: POST /api/jobs {by} 201 two"),
+                ("POST", "/api/jobs/one/cancel", None,
+                 f"web: POST /api/jobs/one/cancel {by} 200 cancelled"),
                 ("POST", "/api/pause?x=%0A", {}, ""), ("GET", "/api/jobs", None, ""),
-                ("POST", "/api/pause", {"queue": "\x1b\n"}, "web: POST /api/pause by bearer "
-                 "from 127.0.0.1: 400 queue: '\\x1b\\n' is not a name"),
-                ("DELETE", "/api/jobs/one", None, "web: DELETE /api/jobs/one by bearer from "
-                 "127.0.0.1: 200 deleted")):
+                ("POST", "/api/pause", {"queue": "\x1b\n"},
+                 f"web: POST /api/pause {by} 400 queue: '\\x1b\\n' is not a name"),
+                ("DELETE", "/api/jobs/one", None,
+                 f"web: DELETE /api/jobs/one {by} 200 deleted")):
             self.assertEqual(self.ask(method, target, body).said, line)
 
     def test_a_database_that_does_not_answer_is_503(self):
@@ -5464,21 +5437,21 @@ class Web(Case):
         other.execute("BEGIN IMMEDIATE")
         reply = self.ask("POST", "/api/jobs", {"command": "x"})
         self.assertEqual((reply.status, "Retry-After" in dict(reply.headers)), (503, True))
-        self.assertEqual(self.ask("GET", "/api/status").status, 200)
+        self.assertEqual(self.status("GET", "/api/status"), 200)
         other.execute("ROLLBACK")
         self.queue.close()
-        self.assertEqual(self.ask("GET", "/healthz").status, 503)
+        self.assertEqual(self.status("GET", "/healthz"), 503)
 
     def test_the_page_runs_under_its_policy_and_needs_nothing_from_elsewhere(self):
         page, policy = queuectl.PAGE, queuectl.page_policy(queuectl.PAGE)
         for tag in ("style", "script"):
             self.assertEqual(len(re.findall(f"<{tag}[ >]", page)), 1)
+        self.assertTrue(policy.startswith("default-src 'none'; "))
         self.assertEqual(policy.count("sha256-"), 2)
         self.assertNotIn("unsafe", policy)
         self.assertIsNone(re.search(r"<[^>]*\son[a-z]+=", page), "an inline handler")
         self.assertIsNone(re.search(r"""(src|href)=["'](?!data:|#|/)""", page))
         self.assertNotIn("innerHTML", page)
-        self.assertTrue(policy.startswith("default-src 'none'; "))
 
     def test_who_listens_on_what(self):
         args = argparse.Namespace(host="127.0.0.1", port=8080, read_only=False,
@@ -5500,38 +5473,35 @@ class Web(Case):
         args.no_auth = True
         self.assertEqual(queuectl.site_of(args, "::1", {}, []).token, "")
 
-    def test_a_reader_bounds_bytes_and_time(self):
-        def reader(*pieces):
-            ours, theirs = socket.socketpair()
-            self.addCleanup(ours.close)
-            self.addCleanup(theirs.close)
-            for piece in pieces:
-                theirs.sendall(piece)
-            return theirs, queuectl.Reader(ours)
+    def sockets(self):
+        pair = socket.socketpair()
+        for sock in pair:
+            self.addCleanup(sock.close)
+        return pair
 
-        theirs, ours = reader(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbody, and half a line")
+    def test_a_reader_bounds_bytes_and_time(self):
+        theirs, sock = self.sockets()
+        ours = queuectl.Reader(sock)
+        theirs.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbody, and half a line")
         self.assertTrue(ours.wait(1))
         self.assertEqual(ours.head(0.05), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertEqual(ours.read(4, 0.05), b"body")
         for read in (ours.head, lambda seconds: ours.read(99, seconds)):
-            with self.assertRaises(queuectl.Refused) as caught:
+            with refused("refused", status=408):
                 read(0.05)
-            self.assertEqual(caught.exception.status, 408)
         theirs.close()
         with self.assertRaises(ConnectionError):
             ours.head(1)
         self.assertEqual(ours.read(99, 1), b", and half a line")
         self.assertFalse(ours.wait(1))
-        for pieces in ((b"x" * (queuectl.MAX_HEAD + 1),),
-                       (b"x" * queuectl.MAX_HEAD, b"\r\n\r\n")):
-            with self.assertRaises(queuectl.Refused) as caught:
-                reader(*pieces)[1].head(1)
-            self.assertEqual(caught.exception.status, 431)
+        for end in (b"x", b"\r\n\r\n"):
+            theirs, sock = self.sockets()
+            theirs.sendall(b"x" * queuectl.MAX_HEAD + end)
+            with refused("refused", status=431):
+                queuectl.Reader(sock).head(1)
 
     def test_the_longest_idle_client_is_dropped_and_the_busy_stay(self):
-        connections, pairs = queuectl.Connections(), [socket.socketpair() for _ in range(3)]
-        for sock in [one for pair in pairs for one in pair]:
-            self.addCleanup(sock.close)
+        connections, pairs = queuectl.Connections(), [self.sockets() for _ in range(3)]
         first, second, third = (pair[0] for pair in pairs)
         others = [mock.Mock() for _ in range(queuectl.MAX_CONNECTIONS - 2)]
         for sock in (*others, first, second):
@@ -5560,8 +5530,7 @@ class Web(Case):
         self.assertIn("error", json.loads(body))
 
     def test_a_feed_sends_changes_or_that_there_were_too_many(self):
-        feed, queue = queuectl.Feed(self.path), Queue(self.path)
-        self.addCleanup(queue.close)
+        feed, queue = queuectl.Feed(self.path), self.a_queue()
         news, seq = feed.look(queue, 0, 0.0)
         self.assertIn(b"event: status", news)
         self.job(id="one")
@@ -5590,7 +5559,7 @@ class Web(Case):
         self.assertIsNone(feed.take(slow, 0))
         feed.stop()
         self.assertIsNone(feed.take(quick, 9))
-        with self.assertRaises(queuectl.Refused):
+        with refused("refused", status=503):
             feed.join(self.queue, -1)
 
 
