@@ -7985,19 +7985,18 @@ PAGE = r'''<!doctype html>
 * { box-sizing: border-box }
 [hidden] { display: none !important }
 html { scroll-padding-top: 4rem }
-body {
-  margin: 0; background: var(--ground); color: var(--ink);
+body { margin: 0; background: var(--ground); color: var(--ink);
   font: 400 var(--text)/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
     "Helvetica Neue", sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
-}
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 h1, h2, h3, p, ul, dl, dd, figure, pre { margin: 0; padding: 0; list-style: none }
 h1 { font-size: var(--large); font-weight: 600; letter-spacing: -.01em }
 h2 { font-size: var(--text); font-weight: 600 }
 h3 { font-size: var(--text); font-weight: 500 }
 code, pre, .mono { font-family: var(--mono); font-size: .95em }
 a { color: inherit; text-decoration: none }
-a:hover { text-decoration: underline; text-underline-offset: .2em }
+a:hover, footer a, .toast a, #health a, .reason a, .tag {
+  text-decoration: underline; text-underline-offset: .2em }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 [tabindex="-1"]:focus { outline: none }
 .quiet { color: var(--quiet) }
@@ -8005,47 +8004,36 @@ a:hover { text-decoration: underline; text-underline-offset: .2em }
 .bad { color: var(--bad) }
 .warn { color: var(--warn) }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
-.unseen {
-  position: absolute; width: 1px; height: 1px; overflow: hidden;
-  clip-path: inset(50%); white-space: nowrap;
-}
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap }
 .skip { position: absolute; left: 1rem; top: -4rem; z-index: 9 }
 .skip:focus { top: .5rem; background: var(--panel); padding: .5rem .75rem }
 
 /* Things to press. */
 button, select, input, textarea { font: inherit; color: inherit }
-button, .button {
-  display: inline-flex; align-items: center; justify-content: center;
+button { display: inline-flex; align-items: center; justify-content: center;
   min-height: 2rem; padding: 0 .75rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap;
-}
+  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap }
 button:hover { background: var(--hover) }
 button:disabled { color: var(--quiet); opacity: .6; cursor: default }
-button.primary {
-  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
-  font-weight: 500;
-}
+button.primary { background: var(--accent); border-color: var(--accent);
+  color: var(--on-accent); font-weight: 500 }
 button.primary:hover { filter: brightness(1.08) }
 button.danger { color: var(--bad) }
-button.plain {
-  min-height: 1.5rem; padding: 0 .375rem; border-color: transparent;
-  background: none; color: var(--quiet); font-size: var(--small);
-}
+button.plain { min-height: 1.5rem; padding: 0 .375rem; border-color: transparent;
+  background: none; color: var(--quiet); font-size: var(--small) }
 button.plain:hover { color: var(--ink); background: var(--hover) }
-select, input, textarea {
-  min-height: 2rem; padding: 0 .5rem; border: 1px solid var(--edge);
-  border-radius: 6px; background: var(--panel); min-width: 0;
-}
+select, input, textarea { min-height: 2rem; padding: 0 .5rem;
+  border: 1px solid var(--edge); border-radius: 6px; background: var(--panel);
+  min-width: 0 }
 textarea { padding: .375rem .5rem; resize: vertical; width: 100% }
 input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 ::placeholder { color: var(--quiet); opacity: 1 }
 
 /* A state is a mark and a word. */
 .state { display: inline-flex; align-items: baseline; gap: .5rem; white-space: nowrap }
-.mark {
-  flex: none; align-self: center; display: inline-block; width: .5rem; height: .5rem;
-  border-radius: 50%; background: currentColor;
-}
+.mark { flex: none; align-self: center; display: inline-block; width: .5rem;
+  height: .5rem; border-radius: 50%; background: currentColor }
 .mark, .plot [class], .legend i { color: var(--hue) }
 .pending, .cancelled { --hue: var(--s-quiet) }
 .processing, .run { --hue: var(--accent) }
@@ -8060,39 +8048,26 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 @keyframes breathe { 50% { opacity: .35 } }
 
 /* The frame. */
-.top {
-  display: flex; align-items: center; gap: .75rem; position: sticky; top: 0;
+.top { display: flex; align-items: center; gap: .75rem; position: sticky; top: 0;
   z-index: 5; padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--ground);
-  border-bottom: 1px solid var(--line);
-}
+  border-bottom: 1px solid var(--line) }
 .brand { display: flex; align-items: center; gap: .5rem; font-weight: 600 }
 .brand svg { color: var(--accent); width: 1.125rem; height: 1.125rem }
 .top .path { flex: 1; color: var(--quiet); font-size: var(--small) }
 main, footer { max-width: 90rem; margin: 0 auto; padding: 1rem 1.25rem }
-footer {
-  display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
-  color: var(--quiet); font-size: var(--small);
-}
-footer a { text-decoration: underline; text-underline-offset: .2em }
+footer { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
+  color: var(--quiet); font-size: var(--small) }
 footer label { display: flex; gap: .375rem; align-items: center; min-height: 1.5rem }
-.notice {
-  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+.notice { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--warn-tint);
-  border-bottom: 1px solid var(--line);
-}
-.notice.bad {
-  position: sticky; top: 3.3125rem; z-index: 4;
-  background: var(--bad-tint); color: var(--ink)
-}
+  border-bottom: 1px solid var(--line) }
+.notice.bad { position: sticky; top: 3.3125rem; z-index: 4; background: var(--bad-tint);
+  color: var(--ink) }
 body.stale main > * { opacity: .6 }
-.panel {
-  background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  min-width: 0;
-}
-.panel > header {
-  display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem;
-  padding: .375rem .875rem; min-height: 2.375rem;
-}
+.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+  min-width: 0 }
+.panel > header { display: flex; flex-wrap: wrap; align-items: center;
+  gap: .25rem .75rem; padding: .375rem .875rem; min-height: 2.375rem }
 .panel > header h2 { margin-right: auto }
 .none { padding: .25rem .875rem .875rem; color: var(--quiet) }
 
@@ -8100,8 +8075,6 @@ body.stale main > * { opacity: .6 }
 #board { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) }
 #health { display: flex; align-items: center; gap: .625rem; flex-wrap: wrap }
 #health .mark { width: .625rem; height: .625rem }
-#health p { font-size: var(--text); font-weight: 400; letter-spacing: 0 }
-#health a, .reason a, .tag { text-decoration: underline; text-underline-offset: .2em }
 .counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
   overflow: hidden }
 .counts a { padding: .5rem .875rem .625rem; box-shadow: 0 0 0 1px var(--line) }
@@ -8109,12 +8082,10 @@ body.stale main > * { opacity: .6 }
 .counts a > .state { display: flex }
 .counts a:focus-visible { outline-offset: -3px; border-radius: 7px }
 .counts a:hover { text-decoration: none; background: var(--hover) }
-.counts a[aria-current] {
-  background: var(--tint);
-  box-shadow: 0 0 0 1px var(--line), inset 0 -2px var(--accent);
-}
-.counts b { font-size: var(--figure); font-weight: 500;
-  line-height: 1.3; letter-spacing: -.02em }
+.counts a[aria-current] { background: var(--tint);
+  box-shadow: 0 0 0 1px var(--line), inset 0 -2px var(--accent) }
+.counts b { font-size: var(--figure); font-weight: 500; line-height: 1.3;
+  letter-spacing: -.02em }
 .pair { display: grid; gap: .875rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
 .side { display: grid; gap: .875rem; align-content: start }
 
@@ -8122,10 +8093,8 @@ body.stale main > * { opacity: .6 }
 .chart { display: flex; flex-direction: column; justify-content: space-between }
 .chart .legend { flex-basis: 100% }
 .pair:has(details[open]) { align-items: start }
-.legend {
-  display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
-  color: var(--quiet);
-}
+.legend { display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
+  color: var(--quiet) }
 .legend b { color: var(--ink); font-weight: 500 }
 .legend i { display: inline-block; width: .5rem; height: .5rem; margin-right: .375rem;
   border-radius: 1px; background: currentColor }
@@ -8140,10 +8109,8 @@ body.stale main > * { opacity: .6 }
 .plot .band { fill: currentColor; opacity: .12 }
 .plot rect, .plot circle { fill: currentColor }
 .plot .partial { opacity: .5 }
-.plot input {
-  position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
-  cursor: crosshair; touch-action: pan-y;
-}
+.plot input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
+  opacity: 0; cursor: crosshair; touch-action: pan-y }
 .plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
 details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small) }
 .figures { padding: .375rem .875rem .625rem }
@@ -8178,8 +8145,7 @@ details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small
 .filters input[type=search] { flex: 1 1 14rem }
 .filters input[name=tag] { width: 7.5rem }
 table { width: 100%; border-collapse: collapse; text-align: left }
-th { font-weight: 400; white-space: nowrap; color: var(--quiet);
-  font-size: var(--small) }
+th { font-weight: 400; white-space: nowrap; color: var(--quiet); font-size: .75rem }
 th, td { padding: .3125rem .5rem; border-top: 1px solid var(--line);
   vertical-align: baseline }
 th:first-child, td:first-child { padding-left: .875rem }
@@ -8202,10 +8168,8 @@ th:last-child, td:last-child { padding-right: .875rem }
 .pager span { margin-right: auto }
 .begin { padding: .5rem .875rem 1.25rem; max-width: 44rem }
 .begin li { margin-top: .75rem }
-.begin pre, .command {
-  padding: .5rem .75rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--ground); white-space: pre-wrap;
-}
+.begin pre, .command { padding: .5rem .75rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--ground); white-space: pre-wrap }
 
 /* A job's page. */
 #job { display: grid; gap: .875rem }
@@ -8222,27 +8186,22 @@ th:last-child, td:last-child { padding-right: .875rem }
 .fields { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
   padding: 0 .875rem .75rem; gap: .25rem .5rem }
 .fields dt { color: var(--quiet) }
-.output {
-  max-height: 26rem; min-height: 4rem; overflow: auto; padding: .75rem .875rem;
+.output { max-height: 26rem; min-height: 4rem; overflow: auto; padding: .75rem .875rem;
   border-top: 1px solid var(--line); font-size: var(--small); line-height: 1.55;
-  white-space: pre-wrap; border-radius: 0 0 7px 7px;
-}
+  white-space: pre-wrap; border-radius: 0 0 7px 7px }
 tr[aria-current] { background: var(--tint) }
 
 /* Dialogs and answers. */
-dialog {
-  width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
+dialog { width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
   padding: 0; border: 1px solid var(--line); border-radius: 10px;
   background: var(--panel); color: var(--ink);
-  box-shadow: 0 12px 40px rgb(0 0 0 / .25);
-}
+  box-shadow: 0 12px 40px rgb(0 0 0 / .25) }
 dialog::backdrop { background: rgb(0 0 0 / .4) }
 dialog form { padding: 1.125rem 1.25rem; display: grid; gap: .875rem }
 dialog h2 { font-size: var(--large) }
 .row { display: grid; gap: .875rem; grid-template-columns: repeat(3, minmax(0, 1fr)) }
 .field { display: grid; gap: .25rem; align-content: start }
 .field input { width: 100% }
-.field .small { color: var(--quiet) }
 .field [aria-invalid=true] { border-color: var(--bad) }
 .buttons { display: flex; justify-content: flex-end; gap: .5rem }
 dialog details > :not(summary) { margin-top: .75rem }
@@ -8250,11 +8209,10 @@ dialog details > :not(summary) { margin-top: .75rem }
   gap: .5rem; max-width: min(26rem, calc(100vw - 2rem)) }
 .toasts > div { display: grid; gap: .5rem }
 .toast { display: flex; justify-content: space-between; align-items: center;
-  gap: .75rem; padding: .5rem .875rem;
-  border: 1px solid var(--line); border-radius: 8px; background: var(--panel);
+  gap: .75rem; padding: .5rem .875rem; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--panel);
   box-shadow: 0 6px 20px rgb(0 0 0 / .14) }
 .toast.bad { color: var(--ink); border-color: var(--bad) }
-.toast a { text-decoration: underline; text-underline-offset: .2em }
 
 @media (min-width: 68rem) {
   #board { grid-template-columns: minmax(0, 1fr) 21rem }
@@ -8262,9 +8220,7 @@ dialog details > :not(summary) { margin-top: .75rem }
   .side { grid-column: 2; grid-row: 3 / span 9 }
   .pair, #jobs { grid-column: 1 }
 }
-@media (max-width: 62rem) {
-  .split { grid-template-columns: minmax(0, 1fr) }
-}
+@media (max-width: 62rem) { .split { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 44rem) {
   main, footer { padding: .875rem .75rem }
   .top, .notice { padding: .5rem .75rem }
@@ -8295,21 +8251,20 @@ dialog details > :not(summary) { margin-top: .75rem }
   *, *::before { animation: none !important; transition: none !important }
 }
 @media (forced-colors: active) {
-  .mark, .slots i, .meter i, .legend i { forced-color-adjust: none }
+  .mark, .slots i, .legend i { forced-color-adjust: none }
 }
 </style>
 <script>
 (() => {
 "use strict";
 
-const STATES = ["pending", "processing", "completed", "failed", "dead", "cancelled"];
 const PAGE = 50;            // jobs in the table, never more in the document
 const SHORT = 4;            // lines in the short lists
 const SLOTS = 12;           // lines a worker shows
 const KEPT = 1 << 20;       // characters of an output that are drawn
 const MINUTE = 60000;
-const SILENT = 30000;       // ms without heartbeat until a worker is called silent
-const PATIENCE = 20000;     // ms until an answer, or any word at all, is missed
+const SILENT = 30;          // seconds without heartbeat until a worker is called silent
+const PATIENCE = 20000;     // ms to wait for an answer, or for any event
 
 // ---- 1 Elements. Data reaches the document as text nodes only. ----
 
@@ -8343,21 +8298,22 @@ function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// What had the focus may be gone; then it goes to the nearest heading.
+// If the element with the focus is gone, focus the nearest heading.
 function rescueFocus() {
   if (document.activeElement === document.body)
     $(shown ? "#job h1" : "#jobs-title").focus({ preventScroll: true });
 }
 
-function replaceKeepingFocus(old, fresh) {
-  const stops = "a, button";
-  const place = $$(stops, old).indexOf(document.activeElement);
-  old.replaceWith(fresh);
-  if (place >= 0) $$(stops, fresh)[place]?.focus();
+// Run `change`, and give the focus to the same stop among those of the new content.
+function keepingFocus(node, change) {
+  const stops = root => $$("a, button", root);
+  const place = stops(node).indexOf(document.activeElement);
+  const fresh = change() || node;
+  if (place >= 0) stops(fresh)[place]?.focus();
+  if (place >= 0) rescueFocus();
 }
 
-// Make the children of `parent` those of `items`; what has not changed stays in place,
-// with its focus.
+// Make the children of `parent` those of `items`; what is unchanged keeps its focus.
 function renderList(parent, items, keyOf, build) {
   const wanted = new Map(items.map(item => [keyOf(item), item]));
   const had = parent.contains(document.activeElement);
@@ -8370,7 +8326,7 @@ function renderList(parent, items, keyOf, build) {
     let node = known.get(key);
     if (!node || node.signature !== signature) {
       const fresh = Object.assign(build(item), { key, signature });
-      if (node) replaceKeepingFocus(node, fresh);
+      if (node) keepingFocus(node, () => { node.replaceWith(fresh); return fresh; });
       node = fresh;
     }
     if (parent.children[index] !== node)
@@ -8382,29 +8338,33 @@ function renderList(parent, items, keyOf, build) {
   if (none) none.hidden = items.length > 0;
 }
 
+// Build the content of `node` anew if what it shows has changed.
+function renderOnce(node, value, build) {
+  const signature = JSON.stringify(value);
+  if (node.signature === signature) return;
+  node.signature = signature;
+  keepingFocus(node, () => node.replaceChildren(...build()));
+}
+
+function table(heads, rows) {       // heads: words, or [word, class]
+  return h("table",
+    h("thead", h("tr", heads.map(head => [head].flat()).map(([word, kind]) =>
+      h("th", { scope: "col", class: kind }, word)))),
+    h("tbody", rows));
+}
+
 // ---- 2 Words and figures. ----
 
 function span(seconds) {
-  if (seconds < 0.001) return "<1ms";
-  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}ms`;
-  if (seconds < 9.95) return `${seconds.toFixed(1)}s`;
-  return longSpan(Math.round(seconds));
-}
-
-function longSpan(seconds) {
-  const two = number => String(number).padStart(2, "0");
-  if (seconds < 60) return `${seconds}s`;
-  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
-  if (hours < 1) return `${minutes}m ${two(seconds % 60)}s`;
+  if (seconds > 0 && seconds < 0.001) return "<1ms";
+  if (seconds > 0 && seconds < 0.9995) return `${Math.round(seconds * 1000)}ms`;
+  if (seconds < 9.95 && !Number.isInteger(seconds)) return `${seconds.toFixed(1)}s`;
+  const whole = Math.round(seconds), two = number => String(number).padStart(2, "0");
+  if (whole < 60) return `${whole}s`;
+  const minutes = Math.floor(whole / 60), hours = Math.floor(minutes / 60);
+  if (hours < 1) return `${minutes}m ${two(whole % 60)}s`;
   if (hours < 24) return `${hours}h ${two(minutes % 60)}m`;
   return `${Math.floor(hours / 24)}d ${hours % 24}h`;
-}
-
-function ago(seconds) {
-  if (seconds < 60) return seconds < 2 ? "now" : `${Math.floor(seconds)}s ago`;
-  const steps = [[60, "m"], [3600, "h"], [86400, "d"]];
-  const [size, unit] = steps.filter(([size]) => seconds >= size).pop();
-  return `${Math.floor(seconds / size)}${unit} ago`;
 }
 
 const count = number => number.toLocaleString("en-US");
@@ -8415,11 +8375,12 @@ const clockTime = at => new Date(at).toLocaleTimeString([], {
 const fullTime = at => new Date(at).toLocaleString([], {
   dateStyle: "medium", timeStyle: "medium", hour12: false });
 
-// Running clocks: elements that say how far a moment is away.
+// Elements that say how far a moment is away; they tick.
 const CLOCKS = {
-  elapsed: seconds => longSpan(Math.max(0, Math.floor(seconds))),
-  ago: seconds => ago(seconds),
-  due: seconds => seconds > -1 ? "now" : `in ${longSpan(Math.ceil(-seconds))}`,
+  elapsed: seconds => span(Math.max(0, Math.floor(seconds))),
+  ago: seconds => seconds < 2 ? "now"
+    : `${span(Math.floor(seconds)).split(" ")[0]} ago`,
+  due: seconds => seconds > -1 ? "now" : `in ${span(Math.ceil(-seconds))}`,
 };
 const now = () => Date.now() + model.skew;
 const since = at => (now() - Date.parse(at)) / 1000;
@@ -8441,7 +8402,7 @@ function stateWord(state, word = state) {
 // ---- 3 What is known. ----
 
 const model = {
-  role: null, version: "", skew: 0, isLive: false, wasLive: false, isOut: false,
+  role: null, actions: {}, skew: 0, isLive: false, wasLive: false, isOut: false,
   status: null, history: [], queues: [], schedules: [],
   running: [], waiting: [], failures: [], jobs: [], next: null,
 };
@@ -8450,68 +8411,33 @@ let filter = { ...NO_FILTER };
 let cursors = [""];         // of the pages up to this one
 let shown = null;           // the job's page: { id, run, job, ... }; null: the board
 
+const states = () => Object.keys(model.actions);
 const mayChange = () => model.role === "full";
+const may = (job, verb) => mayChange() && model.actions[job.state].includes(verb);
 const jobPath = id => `#/jobs/${encodeURIComponent(id)}`;
 const boardPath = changes => {
   const wanted = Object.entries({ ...NO_FILTER, ...changes }).filter(([, v]) => v);
   return wanted.length ? `#/?${new URLSearchParams(wanted)}` : "#/";
 };
-const isFiltered = () => Object.values(filter).some(Boolean);
 const button = (word, click, kind = "", label = null) =>
   h("button", { type: "button", class: kind, "aria-label": label, click }, word);
 const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
+const tagLink = (href, ...words) => h("a", { href, class: "tag" }, words);
 
-// Why a waiting job does not run, as Queue.hindrances has it, as far as the lists here
-// tell it: so a change shows at once, in every line, without a request for each.
-function waitingReason(job) {
-  const at = model.status;
-  if (!at) return [];
-  const known = [model.jobs, model.waiting, model.failures, model.running].flat();
-  const needed = known.find(one => job.after.includes(one.id) &&
-                                   one.state !== "completed");
-  if (needed) return [`after ${needed.id} (${needed.state})`];
-  const queue = model.queues.find(one => one.name === job.queue);
-  if (at.paused.includes("*")) return ["all queues are paused"];
-  if (at.paused.includes(job.queue)) return [`queue ${job.queue} is paused`];
-  if (Date.parse(job.run_at) > now()) return ["due ", clock("due", job.run_at)];
-  if (!at.workers.length) return ["no worker is running"];
-  if (!at.workers.some(one => !one.queues.length || one.queues.includes(job.queue)))
-    return [`no worker takes queue ${job.queue}`];
-  if (queue && queue.limit && queue.jobs.processing >= queue.limit)
-    return [`queue ${job.queue} is at its limit ${queue.limit}`];
-  if (job.after.length) return [`comes after ${job.after.join(", ")}`];
-  return ["waits for a free slot"];
+const TONES = { dead: "bad", failed: "warn" };
+function reasonLine(job) {
+  const note = (job.note || "").replaceAll("`", ""), retries = job.state === "failed";
+  const isLater = (retries || job.state === "pending") && since(job.run_at) < 0;
+  const parts = [isLater && [retries ? "retry " : "due ", clock("due", job.run_at)],
+                 isLater && note && (retries ? ": " : ", "), note]
+    .flat().filter(Boolean);
+  return parts.length ? h("div", { class: `reason cut ${TONES[job.state] || ""}`,
+                                   title: note }, parts) : null;
 }
-
-function reasonOf(job) {
-  if (job.state === "pending") return waitingReason(job);
-  if (job.state === "failed")
-    return ["retry ", clock("due", job.run_at), ": ", job.error || "failed"];
-  if (job.state === "processing") return [`on ${job.worker}`];
-  return job.state === "completed" ? [] : [job.error || ""];
-}
-
-const plain = parts => parts.map(part => part.textContent || part).join("");
-// What a job's line is made from; times run by themselves and need no new line.
-const withReason = jobs => jobs.map(job => ({ ...job, why: plain(reasonOf(job))
-  .replace(/\d+[smhd]( \d+[smhd])?/g, "") }));
-const isTrouble = job => job.state === "dead" || job.state === "failed";
 
 // ---- 4 The server. ----
 
 class Refused extends Error {}
-
-function noteTime(reply) {
-  const skew = Date.parse(reply.headers.get("Date")) - Date.now();
-  model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
-}
-
-async function refusal(reply) {
-  const told = await reply.json().catch(() => ({}));
-  const words = told.error || `the server answered ${reply.status}`;
-  return Object.assign(new Refused(told.hint ? `${words}; ${told.hint}` : words),
-                       { status: reply.status, key: told.key });
-}
 
 async function ask(method, path, body) {
   const options = { method, cache: "no-store", signal: AbortSignal.timeout(PATIENCE) };
@@ -8520,22 +8446,29 @@ async function ask(method, path, body) {
   let reply;
   try { reply = await fetch(path, options); }
   catch { throw new Refused("the server does not answer"); }
-  noteTime(reply);
+  const skew = Date.parse(reply.headers.get("Date")) - Date.now();
+  model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
   heard = performance.now();
   if (reply.status === 401) logOut();
-  if (!reply.ok) throw await refusal(reply);
-  return reply;
+  if (reply.ok) return reply;
+  const { error = `the server answered ${reply.status}`, hint, key } =
+    await reply.json().catch(() => ({}));
+  throw Object.assign(new Refused(hint ? `${error}; ${hint}` : error),
+                      { status: reply.status, key });
 }
 
 const get = async path => (await ask("GET", path)).json();
 const jobUrl = (id, rest = "") => `/api/jobs/${encodeURIComponent(id)}${rest}`;
-const jobsUrl = query => "/api/jobs?" +
-  new URLSearchParams(Object.entries(query).filter(([, value]) => value));
-const jobsIn = async (states, limit) => (await get(`/api/jobs?limit=${limit}&` +
-  states.map(state => `state=${state}`).join("&"))).jobs;
 
-// Calls `work` at most once in `pause` ms and never twice at once; of many wishes
-// that come meanwhile, one is kept. Only what a person asked for is urgent.
+async function getJobs(...query) {      // pairs of name and value
+  const page = await get("/api/jobs?" +
+    new URLSearchParams(query.filter(([, value]) => value)));
+  page.jobs = page.jobs.map(job => ({ ...job, note: page.notes[job.id] }));
+  return page;
+}
+
+// Calls `work` at most once in `pause` ms and never twice at once; of the calls that
+// come meanwhile, one is kept. Only what the user asked for is urgent.
 function coalesced(work, pause) {
   let timer = null, isBusy = false, isWanted = false, last = -Infinity;
   async function run() {
@@ -8544,10 +8477,10 @@ function coalesced(work, pause) {
     catch (error) { if (!(error instanceof Refused)) throw error; }
     finally {
       isBusy = false; last = performance.now();
-      if (isWanted) wish();
+      if (isWanted) request();
     }
   }
-  function wish(isUrgent = false) {
+  function request(isUrgent = false) {
     if (isBusy) isWanted = true;
     else if (timer === null || isUrgent) {
       clearTimeout(timer);
@@ -8555,23 +8488,22 @@ function coalesced(work, pause) {
       timer = setTimeout(run, isUrgent ? 0 : rest);
     }
   }
-  return wish;
+  return request;
 }
 
 const refresh = {
   jobs: coalesced(readJobs, 700),
-  running: coalesced(async () => {
-    model.running = await jobsIn(["processing"], 100);
-    showWorkers();
-  }, 700),
   lists: coalesced(async () => {
-    [model.waiting, model.failures] = await Promise.all([
-      jobsIn(["pending"], SHORT), jobsIn(["dead", "failed"], SHORT)]);
-    showLists();
+    const listed = async (limit, ...states) => (await getJobs(
+      ["limit", limit], ...states.map(state => ["state", state]))).jobs;
+    [model.running, model.waiting, model.failures] = await Promise.all([
+      listed(100, "processing"), listed(SHORT, "pending"),
+      listed(SHORT, "dead", "failed")]);
+    showWorkers(); showLists();
   }, 1000),
   queues: coalesced(async () => {
     model.queues = await get("/api/queues");
-    showQueues(); showHealth(); showJobs();
+    showQueues();
   }, 1000),
   history: coalesced(async () => {
     model.history = (await get("/api/history?minutes=60")).minutes;
@@ -8592,7 +8524,8 @@ function refreshAll(isUrgent) {
 
 async function readJobs() {
   const asked = JSON.stringify([filter, cursors]);
-  const page = await get(jobsUrl({ ...filter, limit: PAGE, after: cursors.at(-1) }))
+  const page = await getJobs(...Object.entries(filter), ["limit", PAGE],
+                             ["after", cursors.at(-1)])
     .catch(error => {
       if (error.status !== 400) throw error;
       return { jobs: [], next: null, words: error.message };
@@ -8632,7 +8565,7 @@ function found() {
   if (isBack) answer("The server is back; this is how things stand now.");
 }
 
-// The browser tries again by itself, except after some errors: then we do.
+// The browser reconnects by itself, except after some errors: then we do.
 function lose() {
   model.isLive = false;
   showConnection();
@@ -8642,7 +8575,7 @@ function lose() {
   patience = Math.min(patience * 2, 15000);
 }
 
-// A quiet stream may be a dead one, which nobody tells us of: ask.
+// No event may mean a dead connection, which no error reports: ask.
 async function probe() {
   if (!model.isLive || performance.now() - heard < PATIENCE) return;
   try { await ask("GET", "/healthz"); }
@@ -8655,12 +8588,11 @@ async function reconnect() {
 }
 
 async function enter() {
-  const session = await get("/api/session");
-  model.isOut = false;
-  [model.role, model.version] = [session.role, session.version];
-  setText($("#database"), session.database);
-  $("#database").title = session.database;
-  setText($("#version"), `queuectl ${session.version}`);
+  const { role, actions, version, database } = await get("/api/session");
+  Object.assign(model, { role, actions, isOut: false });
+  setText($("#database"), database);
+  $("#database").title = database;
+  setText($("#version"), `queuectl ${version}`);
   $("#read-only").hidden = mayChange();
   for (const node of $$(".changes")) node.hidden = !mayChange();
   route();
@@ -8681,12 +8613,11 @@ function logOut() {
 // ---- 6 The board. ----
 
 function showConnection() {
+  const isLost = !model.isLive && model.wasLive && !model.isOut;
   const [state, word] = model.isOut ? ["cancelled", "Logged out"] : model.isLive ?
-    ["completed", "Live"] : [model.wasLive ? "dead" : "pending",
-                             model.wasLive ? "Offline" : "Connecting"];
+    ["completed", "Live"] : isLost ? ["dead", "Offline"] : ["pending", "Connecting"];
   $("#live").className = `state ${state}`;
   setText($("#live span"), word);
-  const isLost = !model.isLive && model.wasLive && !model.isOut;
   document.body.classList.toggle("stale", isLost);
   if ($("#lost").hidden === isLost)
     setText($("#lost span"), isLost ? "The server does not answer. What you see " +
@@ -8706,287 +8637,223 @@ function showTitle() {
 
 function showStatus() {
   if (!model.status) return;
-  showCounts(); showHealth(); showWorkers(); showQueues(); showLists(); showJobs();
-  showTitle();
+  showCounts(); showHealth(); showWorkers(); showQueues(); showJobs(); showTitle();
 }
 
 const slotsOf = workers => workers.reduce((sum, one) => sum + one.slots, 0);
+const sum = (minutes, name) => minutes.reduce((total, one) => total + one[name], 0);
 const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
+const silentSince = worker =>
+  since(worker.heartbeat_at) > SILENT ? worker.heartbeat_at : null;
 
-// What a person should know, worst first: [level, text or nodes].
+// What needs attention, worst first: [level, text or link].
 function concerns() {
-  const { jobs, workers, paused } = model.status;
-  const found = [];
-  if (!workers.length && jobs.pending + jobs.failed)
-    found.push(["dead", [`no worker is running and `,
-                         many(jobs.pending + jobs.failed, "job waits", "jobs wait")]]);
-  for (const one of workers.filter(silentSince))
-    found.push(["dead", [`worker ${one.name} is silent`]]);
+  const { jobs, workers, paused } = model.status, waiting = jobs.pending + jobs.failed;
+  const stalled = workers.filter(silentSince)
+    .map(one => `worker ${one.name} is silent`);
+  if (!workers.length && waiting)
+    stalled.push(`no worker is running and ${many(waiting, "job waits", "jobs wait")}`);
+  const others = paused.map(name =>
+    name === "*" ? "all queues are paused" : `queue ${name} is paused`);
   if (jobs.dead)
-    found.push(["failed", [stateLink("dead", many(jobs.dead, "job is", "jobs are") +
-                                             " dead")]]);
-  for (const name of paused)
-    found.push(["failed", [name === "*" ? "all queues are paused"
-                                        : `queue ${name} is paused`]]);
-  return found;
+    others.unshift(stateLink("dead", `${many(jobs.dead, "job is", "jobs are")} dead`));
+  return [...stalled.map(text => ["dead", text]),
+          ...others.map(text => ["failed", text])];
 }
 
 function paceWords() {
-  const full = minutes().slice(-6, -1);
-  const rate = full.reduce((sum, one) => sum + one.completed, 0) / full.length;
+  const full = model.history.slice(-6, -1), rate = sum(full, "completed") / full.length;
   const { jobs, workers } = model.status, slots = slotsOf(workers);
-  const words = !slots ? jobs.pending ? "" : "no worker is running"
-    : `${count(jobs.processing)} of ${many(slots, "slot")} busy`;
+  const words = slots ? `${count(jobs.processing)} of ${many(slots, "slot")} busy`
+    : jobs.pending ? "" : "no worker is running";
   const pace = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
   return rate ? `${words ? `${words}, ` : ""}${pace} completed a minute` : words;
 }
 
-function successWords() {
-  const sum = name => minutes().reduce((total, one) => total + one[name], 0);
-  const [done, dead] = [sum("completed"), sum("failed")];
-  return done + dead ? `${(Math.floor(done / (done + dead) * 1000) / 10)}% this hour`
-                     : "exit status 0";
-}
-
 function showHealth() {
-  if (!model.status) return;
-  const found = concerns();
-  const level = found.some(([one]) => one === "dead") ? "dead" :
-    found.length ? "failed" : "completed";
+  const found = concerns(), level = found.length ? found[0][0] : "completed";
   const title = { dead: "Stalled", failed: "Needs attention", completed: "Healthy" };
   $("#health h1").className = `state ${level}`;
   setText($("#health h1 span"), title[level]);
-  const parts = found.map(([, text]) => text);
-  if (paceWords()) parts.push([paceWords()]);
-  const text = parts.flatMap((part, n) => n ? [" \u00b7 ", ...part] : part);
-  const line = $("#health p");
-  if (line.textContent !== plain(text)) line.replaceChildren(...text);
+  const parts = [...found.map(([, text]) => text), paceWords()].filter(Boolean);
+  renderOnce($("#health p"), parts.map(part => part.textContent || part), () =>
+    parts.flatMap((part, n) => n ? [" \u00b7 ", part] : part));
 }
 
 function tileNote(state) {
   const { workers, next_due: due, jobs } = model.status;
-  if (state === "pending" && due && Date.parse(due) > now())
+  if (state === "pending" && due && since(due) < 0)
     return ["next ", clock("due", due)];
-  return [{ pending: jobs.pending ? "wait for a slot" : "nothing waits",
-            processing: workers.length ? `of ${many(slotsOf(workers), "slot")}`
-              : "no worker", completed: successWords(),
-            failed: "will be retried", dead: "need a person",
-            cancelled: "by a person" }[state]];
-}
-
-function tile({ state, number, isChosen }) {
-  return h("a", { href: boardPath({ state: isChosen ? "" : state }),
-                  "aria-current": isChosen && "true" },
-    stateWord(state), h("b", number),
-    h("span.small.quiet.cut", tileNote(state)));
+  const done = sum(model.history, "completed"), dead = sum(model.history, "failed");
+  return [{
+    pending: jobs.pending ? "wait for a slot" : "nothing waits",
+    processing: workers.length ? `of ${many(slotsOf(workers), "slot")}` : "no worker",
+    completed: !(done + dead) ? "exit status 0"
+      : `${Math.floor(done / (done + dead) * 1000) / 10}% this hour`,
+    failed: "will be retried", dead: "need a person",
+    cancelled: "by a person" }[state]];
 }
 
 function showCounts() {
   if (!model.status) return;
-  const tiles = STATES.map(state => ({
-    state, number: count(model.status.jobs[state]), isChosen: filter.state === state,
-    note: plain(tileNote(state)).replace(/ \d+[smhd]/g, "") }));
-  renderList($("#counts"), tiles, one => one.state, tile);
+  const tiles = states().map(state => {
+    const note = tileNote(state);   // a clock runs by itself, so it is told by its time
+    return { state, number: count(model.status.jobs[state]),
+             isChosen: filter.state === state,
+             note: note.map(part => part.dateTime || part) };
+  });
+  renderList($("#counts"), tiles, one => one.state, ({ state, number, isChosen }) =>
+    h("a", { href: boardPath({ state: isChosen ? "" : state }),
+             "aria-current": isChosen && "true" },
+      stateWord(state), h("b", number), h("span.small.quiet.cut", tileNote(state))));
 }
 
-// ---- 7 Charts. ----
+// ---- 7 Charts of the last 60 minutes, oldest first; the last is not over yet. ----
 
-const RATES = ["completed", "retried", "failed"];
-const RATE_HUES = { completed: "completed", retried: "failed", failed: "dead" };
+const RATES = [["completed", "completed"], ["retried", "failed"], ["failed", "dead"]];
 const TIMES = [["run", "run time"], ["wait", "waiting"]];
 const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000];
-const cursor = { rates: null, times: null };    // the minute that is read; null: all
+const figure = seconds => seconds === null ? "" : span(seconds);
 
-// The last 60 minutes, oldest first, gaps filled; the last one is not over yet.
-function minutes() {
-  const known = new Map(model.history.map(one =>
-    [Math.floor(Date.parse(one.at) / MINUTE), one]));
-  const last = Math.floor(now() / MINUTE);
-  return Array.from({ length: 60 }, (_, n) => last - 59 + n).map(minute => ({
-    completed: 0, retried: 0, failed: 0, run_p50: null, run_p95: null,
-    wait_p50: null, wait_p95: null, ...known.get(minute), at: minute * MINUTE }));
-}
+const CHARTS = {
+  rates: {
+    label: "Minute to read, jobs per minute",
+    heads: ["Minute", "Completed", "Retried", "Failed"],
+    read: minute => minute || Object.fromEntries(    // else the hour
+      RATES.map(([name]) => [name, sum(model.history, name)])),
+    when: ({ at }) => at ? clockTime(at) : "last hour",
+    figures: one => RATES.map(([name, hue]) => [hue, name, count(one[name])]),
+    cells: one => RATES.map(([name]) => count(one[name])),
+    paint: bars,
+  },
+  times: {
+    label: "Minute to read, waiting and run time",
+    heads: ["Minute", "Run time p50", "p95", "Waiting p50", "p95"],
+    read: minute => minute || model.history.findLast(one =>
+      one.run_p50 !== null || one.wait_p50 !== null) || {},
+    when: ({ at }) => `${at ? `${clockTime(at)}, ` : ""}p50 / p95`,
+    figures: one => !one.at ? [] : TIMES.map(([key, word]) => [key, word,
+      [one[`${key}_p50`], one[`${key}_p95`]].map(figure).filter(Boolean).join(" / ") ||
+        "none"]),
+    cells: one => TIMES.flatMap(([key]) => [figure(one[`${key}_p50`]),
+                                            figure(one[`${key}_p95`])]),
+    paint: curves,
+  },
+};
+const cursor = { rates: null, times: null };    // the minute that is read; null: none
 
 function frame(id) {
   const box = $(`#${id} .plot`);
-  return { box, width: Math.max(120, box.clientWidth), height: box.clientHeight,
-           left: 34, right: 2, top: 8, bottom: 18 };
+  return { box, left: 34, right: Math.max(120, box.clientWidth) - 2,
+           top: 8, bottom: box.clientHeight - 18 };
 }
 
-const xOf = (at, n) => at.left + (at.width - at.left - at.right) * n / 60;
-const yOf = (at, share) => at.height - at.bottom -
-  (at.height - at.top - at.bottom) * share;
+const xOf = (at, n) => at.left + (at.right - at.left) * n / 60;
+const yOf = (at, share) => at.bottom - (at.bottom - at.top) * share;
 
-function axes(at, ticks, data) {
-  const rules = ticks.map(([share, label]) => [
-    draw("line", { class: "rule", x1: at.left, x2: at.width - at.right,
-                   y1: yOf(at, share), y2: yOf(at, share) }),
-    draw("text", { x: at.left - 6, y: yOf(at, share) + 3.5, "text-anchor": "end" },
-         label)]);
-  const hours = data.map((one, n) => [one, n])
-    .filter(([one, n]) => n > 1 && n < 57 && one.at / MINUTE % 15 === 0)
-    .map(([one, n]) => draw("text", { x: xOf(at, n), y: at.height - 4,
-                                      "text-anchor": "middle" }, clockTime(one.at)));
-  return [...rules, ...hours];
+function axes(at, ticks) {
+  const rules = ticks.map(([share, label]) => {
+    const y = yOf(at, share);
+    return [draw("line", { class: "rule", x1: at.left, x2: at.right, y1: y, y2: y }),
+            draw("text", { x: at.left - 6, y: y + 3.5, "text-anchor": "end" }, label)];
+  });
+  const quarters = model.history.map((one, n) => [Date.parse(one.at), n])
+    .filter(([start, n]) => n > 1 && n < 57 && start / MINUTE % 15 === 0)
+    .map(([start, n]) => draw("text", { x: xOf(at, n), y: at.bottom + 14,
+                                        "text-anchor": "middle" }, clockTime(start)));
+  return [...rules, ...quarters];
 }
 
-function niceTop(value) {
-  const step = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
-  return [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= value);
-}
-
-function bars(at, data, top) {
-  const width = Math.max(1, (at.width - at.left - at.right) / 60 - 1);
-  return data.flatMap((one, n) => {
-    let sum = 0;
-    return RATES.filter(name => one[name]).map(name => {
-      const low = yOf(at, sum / top);
-      sum += one[name];
-      const high = Math.min(yOf(at, sum / top), low - 1.5);   // one is seen as well
-      return draw("rect", { class: RATE_HUES[name] + (n === 59 ? " partial" : ""),
+function bars(at, data) {
+  const most = Math.max(1, ...data.map(one =>
+    one.completed + one.retried + one.failed));
+  const step = 10 ** Math.floor(Math.log10(most));
+  const top = [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= most);
+  const width = Math.max(1, (at.right - at.left) / 60 - 1);
+  const shapes = data.flatMap((one, n) => {
+    let done = 0;
+    return RATES.filter(([name]) => one[name]).map(([name, hue]) => {
+      const low = yOf(at, done / top);
+      done += one[name];
+      const high = Math.min(yOf(at, done / top), low - 1.5);   // one is seen as well
+      return draw("rect", { class: hue + (n === 59 ? " partial" : ""),
                             x: xOf(at, n) + 0.5, y: high, width, height: low - high });
     });
   });
-}
-
-function showRates(data) {
-  const at = frame("rates");
-  const top = niceTop(Math.max(...data.map(one =>
-    one.completed + one.retried + one.failed)));
   const ticks = [0, 0.5, 1].map(share => [share, count(top * share)]);
-  paint("rates", at, [...axes(at, ticks, data), ...bars(at, data, top)]);
-  readRates(data);
+  return [...axes(at, ticks), ...shapes];
 }
 
-function timeScale(data) {
-  const keys = TIMES.flatMap(([key]) => [`${key}_p50`, `${key}_p95`]);
-  const values = data.flatMap(one => keys.map(key => one[key])).filter(v => v !== null);
+function curves(at, data) {
+  const values = data.flatMap(one => TIMES.flatMap(([key]) =>
+    [one[`${key}_p50`], one[`${key}_p95`]])).filter(value => value !== null);
   const low = TICKS.filter(t => t <= Math.min(...values, 1)).pop() || TICKS[0];
   const high = TICKS.find(t => t >= Math.max(...values, low * 10)) || TICKS.at(-1);
   const share = value => Math.log(Math.max(value, low) / low) / Math.log(high / low);
-  return { share, ticks: TICKS.filter(t => t >= low && t <= high)
-    .map(t => [share(t), span(t).replace(".0s", "s").replace(/ 00[sm]/, "")]) };
+  const ticks = TICKS.filter(t => t >= low && t <= high)
+    .map(t => [share(t), span(t).replace(/ 00[sm]/, "")]);
+  const nothing = draw("text", { x: at.right / 2, y: at.bottom / 2 + 9,
+                                 "text-anchor": "middle" }, "nothing measured yet");
+  return [...axes(at, ticks), values.length ? "" : nothing,
+          ...TIMES.flatMap(([key]) => curve(at, data, key, share))];
 }
 
-// The stretches of minutes in which something was measured, as lists of indices.
-function stretches(data, key) {
-  const found = [[]];
-  data.forEach((one, n) => one[`${key}_p50`] === null ? found.push([])
-                                                      : found.at(-1).push(n));
-  return found.filter(one => one.length);
-}
-
-function series(at, data, key, share) {
-  const point = (n, name) =>
-    `${(xOf(at, n + 0.5)).toFixed(1)},${yOf(at, share(data[n][name])).toFixed(1)}`;
-  return stretches(data, key).flatMap(run => {
-    const low = run.map(n => point(n, `${key}_p50`));
-    const high = run.map(n => point(n, `${key}_p95`));
-    if (run.length === 1) {
-      const [x, y] = low[0].split(",");
-      return [draw("circle", { class: key, cx: x, cy: y, r: 2 })];
-    }
+// A line for each stretch of minutes in which something was measured.
+function curve(at, data, key, share) {
+  const stretches = [[]];
+  data.forEach((one, n) => one[`${key}_p50`] === null ? stretches.push([])
+                                                      : stretches.at(-1).push(n));
+  const points = (run, name) => run.map(n => [
+    xOf(at, n + 0.5).toFixed(1), yOf(at, share(data[n][`${key}_${name}`])).toFixed(1)]);
+  return stretches.filter(run => run.length).flatMap(run => {
+    const low = points(run, "p50"), high = points(run, "p95");
+    if (run.length === 1)
+      return draw("circle", { class: key, cx: low[0][0], cy: low[0][1], r: 2 });
     return [
       draw("polygon", { class: `band ${key}`,
-                        points: [...low, ...high.reverse()].join(" ") }),
+                        points: [...low, ...[...high].reverse()].join(" ") }),
       draw("polyline", { class: `line p95 ${key}`, points: high.join(" ") }),
       draw("polyline", { class: `line ${key}`, points: low.join(" ") })];
   });
 }
 
-function showTimes(data) {
-  const at = frame("times"), scale = timeScale(data);
-  const isEmpty = data.every(one => one.run_p50 === null && one.wait_p50 === null);
-  paint("times", at, [...axes(at, scale.ticks, data),
-    isEmpty ? draw("text", { x: at.width / 2, y: at.height / 2,
-                             "text-anchor": "middle" }, "nothing measured yet") : "",
-    ...TIMES.flatMap(([key]) => series(at, data, key, scale.share))]);
-  readTimes(data);
-}
-
-function paint(id, at, shapes) {
-  const mark = draw("line", { class: "cursor", y1: at.top, y2: at.height - at.bottom });
-  const picture = draw("svg", { "aria-hidden": "true" }, shapes, mark);
-  const old = $("svg", at.box);
-  if (old) old.replaceWith(picture); else at.box.prepend(picture);
-  const n = cursor[id];
-  mark.style.display = n === null ? "none" : "";
-  if (n !== null) for (const end of ["x1", "x2"])
-    mark.setAttribute(end, xOf(at, n + 0.5));
-}
-
-const inWords = one => `${one.completed} completed, ${one.retried} retried, ` +
-  `${one.failed} failed`;
-const pairOf = (one, key) => one[`${key}_p50`] === null ? "none" :
-  `${span(one[`${key}_p50`])} / ${span(one[`${key}_p95`])}`;
-
-function legend(id, when, entries) {
-  $(`#${id} .legend`).replaceChildren(h("span", when), ...entries.map(
+function showChart(id) {
+  const chart = CHARTS[id], data = model.history, n = cursor[id], at = frame(id);
+  const x = n === null ? 0 : xOf(at, n + 0.5);
+  const mark = n !== null && draw("line", { class: "cursor", x1: x, x2: x,
+                                            y1: at.top, y2: at.bottom });
+  const picture = draw("svg", { "aria-hidden": "true" }, chart.paint(at, data), mark);
+  $("svg", at.box)?.remove();
+  at.box.prepend(picture);
+  const one = chart.read(data[n]), when = chart.when(one), figures = chart.figures(one);
+  $(`#${id} .legend`).replaceChildren(h("span", when), ...figures.map(
     ([hue, word, value]) => h("span", h("i", { class: hue }), `${word} `,
                               h("b", value))));
-}
-
-function readRates(data) {
-  const one = data[cursor.rates];
-  const sum = name => data.reduce((total, each) => total + each[name], 0);
-  legend("rates", one ? clockTime(one.at) : "last hour", RATES.map(name =>
-    [RATE_HUES[name], name, count(one ? one[name] : sum(name))]));
-  $("#rates input").ariaValueText = one ? `${clockTime(one.at)}: ${inWords(one)}`
-                                        : "last hour";
-}
-
-function readTimes(data) {
-  const latest = data.findLast(one => one.run_p50 !== null || one.wait_p50 !== null);
-  const one = data[cursor.times] || latest;
-  legend("times", one ? `${clockTime(one.at)}, p50 / p95` : "p50 / p95", one ?
-    TIMES.map(([key, word]) => [key, word, pairOf(one, key)]) : []);
-  $("#times input").ariaValueText = one ? `${clockTime(one.at)}: ` +
-    TIMES.map(([key, word]) => `${word} ${pairOf(one, key)}`).join(", ") : "nothing";
-}
-
-function table(heads, rows) {
-  return h("table",
-    h("thead", h("tr", heads.map(head => h("th", { scope: "col" }, head)))),
-    h("tbody", rows.map(row => h("tr", row.map(cell => h("td", cell))))));
-}
-
-function showFigures(id, data) {
-  const [box, newest] = [$(`#${id} details`), [...data].reverse()];
-  if (!box.open) return;
-  $("div", box).replaceChildren(id === "rates" ?
-    table(["Minute", "Completed", "Retried", "Failed"], newest.map(one =>
-      [clockTime(one.at), ...RATES.map(name => count(one[name]))])) :
-    table(["Minute", "Run time p50", "p95", "Waiting p50", "p95"], newest.map(one =>
-      [clockTime(one.at), ...["run_p50", "run_p95", "wait_p50", "wait_p95"].map(
-        key => one[key] === null ? "" : span(one[key]))])));
+  $("input", at.box).ariaValueText = `${when}: ` +
+    figures.map(([, word, value]) => `${word} ${value}`).join(", ");
+  const details = $(`#${id} details`);
+  if (details.open) $("div", details).replaceChildren(table(chart.heads,
+    data.map(minute => h("tr", [clockTime(minute.at), ...chart.cells(minute)].map(
+      cell => h("td", cell)))).reverse()));
 }
 
 function showCharts() {
-  if (shown || $("#board").hidden) return;
-  const data = minutes();
-  showRates(data); showTimes(data);
-  showFigures("rates", data); showFigures("times", data);
-}
-
-function point(id, n) {
-  cursor[id] = n;
-  (id === "rates" ? showRates : showTimes)(minutes());
+  if (!shown && !$("#board").hidden) Object.keys(CHARTS).forEach(showChart);
 }
 
 // A slider lies over each chart: the minute is chosen by pointer, touch and arrow keys.
-function armChart(id, label) {
-  const box = $(`#${id} .plot`);
+function armChart(id) {
+  const read = n => { cursor[id] = n; showChart(id); };
   const slider = h("input", { type: "range", min: 0, max: 59, value: 59,
-                              "aria-label": label });
-  box.append(slider);
-  slider.addEventListener("input", () => point(id, Number(slider.value)));
-  slider.addEventListener("blur", () => point(id, null));
-  box.addEventListener("pointermove", event => {
-    const at = frame(id), left = box.getBoundingClientRect().left + at.left;
-    const n = Math.floor((event.clientX - left) / (at.width - at.left - at.right) * 60);
-    point(id, Math.min(59, Math.max(0, n)));
-  });
-  box.addEventListener("pointerleave", () => point(id, null));
+    "aria-label": CHARTS[id].label, input: () => read(Number(slider.value)),
+    blur: () => read(null) });
+  fill($(`#${id} .plot`), {
+    pointermove: event => {
+      const at = frame(id), x = event.clientX - at.box.getBoundingClientRect().left;
+      const n = Math.floor((x - at.left) / (at.right - at.left) * 60);
+      read(Math.min(59, Math.max(0, n)));
+    },
+    pointerleave: () => read(null) }, [slider]);
   $(`#${id} details`).addEventListener("toggle", showCharts);
 }
 
@@ -8996,26 +8863,16 @@ function brief(job, figure, reason) {
   return h("div.brief",
     h("span", { class: job.state }, h("i.mark"), h("span.unseen", job.state)),
     jobLink(job.id), h("code.cut", { title: job.command }, job.command),
-    h("span.quiet.small.number", figure), reason || null);
+    h("span.quiet.small.number", figure), reason);
 }
 
 function showLists() {
-  renderList($("#waiting"), withReason(model.waiting), job => job.id, job =>
-    h("li", brief(job, job.queue, h("span.reason.cut", reasonOf(job)))));
-  renderList($("#failures"), withReason(model.failures), job => job.id, job =>
-    h("li", brief(job, clock("ago", job.updated_at),
-      h("span", { class: `reason cut ${job.state === "dead" ? "bad" : "warn"}`,
-                  title: job.error }, reasonOf(job)))));
+  const lists = { waiting: job => job.queue, failures: job =>
+    clock("ago", job.updated_at) };
+  for (const [name, figure] of Object.entries(lists))
+    renderList($(`#${name}`), model[name], job => job.id, job =>
+      h("li", brief(job, figure(job), reasonLine(job))));
 }
-
-function slotLine(job) {
-  return job.command === undefined
-    ? h("div.brief", stateWord("processing", ""), jobLink(job.id))
-    : brief(job, clock("elapsed", job.started_at));
-}
-
-const silentSince = worker =>
-  since(worker.heartbeat_at) * 1000 > SILENT ? worker.heartbeat_at : null;
 
 function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
   const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
@@ -9027,7 +8884,7 @@ function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
       h("span.slots", { "aria-hidden": "true" }, squares),
       h("span.quiet.small", `${busy} of ${slots} busy`)),
     silent && h("p.reason.bad", "no heartbeat for ", clock("elapsed", silent)),
-    jobs.map(slotLine),
+    jobs.map(job => brief(job, job.started_at && clock("elapsed", job.started_at))),
     busy > jobs.length && h("p.reason", stateLink("processing",
       `and ${count(busy - jobs.length)} more`)));
 }
@@ -9036,35 +8893,31 @@ function showWorkers() {
   if (!model.status) return;
   const known = new Map(model.running.map(job => [job.id, job]));
   const blocks = model.status.workers.map(worker => ({
-    name: worker.name, place: `${worker.host}, process ${worker.pid}`,
-    queues: worker.queues, slots: worker.slots, busy: worker.running.length,
-    silent: silentSince(worker),
-    jobs: worker.running.slice(0, SLOTS).map(id => known.get(id) || { id }) }));
+    ...worker, place: `${worker.host}, process ${worker.pid}`,
+    busy: worker.running.length, silent: silentSince(worker), heartbeat_at: null,
+    jobs: worker.running.slice(0, SLOTS).map(id =>
+      known.get(id) || { id, state: "processing" }) }));
   renderList($("#workers"), blocks, one => one.name, workerBlock);
   const slots = slotsOf(model.status.workers);
   setText($("#slots"), slots ? many(slots, "slot") : "");
 }
 
-const waitingIn = queue => (queue.jobs.pending || 0) + (queue.jobs.failed || 0);
-
-function queueReason(queue) {
+function queueNote(queue, waiting) {
   const { workers, paused } = model.status || { workers: [], paused: [] };
   if (paused.includes("*")) return "all queues are paused";
   if (queue.paused) return "paused";
-  if (!waitingIn(queue)) return "";
-  if (queue.limit && queue.jobs.processing >= queue.limit)
+  if (waiting && queue.limit && queue.jobs.processing >= queue.limit)
     return `at its limit ${queue.limit}`;
-  if (workers.length && !workers.some(one => !one.queues.length ||
-                                             one.queues.includes(queue.name)))
-    return "no worker takes it";
-  return "";
+  const isServed = !workers.length || workers.some(one =>
+    !one.queues.length || one.queues.includes(queue.name));
+  return waiting && !isServed ? "no worker takes it" : "";
 }
 
-function queueRow({ name, paused, limit, running, waiting, why }) {
+function queueRow({ name, paused, limit, running, waiting, note }) {
   const verb = paused ? "Resume" : "Pause";
   return h("tr",
     h("td", h("a", { href: boardPath({ queue: name }) }, name),
-      why && h("div.small.warn", why)),
+      note && h("div.small.warn", note)),
     h("td.number", count(running), limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
     h("td.number", count(waiting)),
     mayChange() && h("td.number",
@@ -9072,10 +8925,10 @@ function queueRow({ name, paused, limit, running, waiting, why }) {
 }
 
 function showQueues() {
-  const rows = model.queues.map(queue => ({
-    name: queue.name, paused: queue.paused, limit: queue.limit,
-    running: queue.jobs.processing, waiting: waitingIn(queue),
-    why: queueReason(queue) }));
+  const rows = model.queues.map(queue => {
+    const { pending, failed, processing } = queue.jobs, waiting = pending + failed;
+    return { ...queue, running: processing, waiting, note: queueNote(queue, waiting) };
+  });
   renderList($("#queues tbody"), rows, one => one.name, queueRow);
   $("#queues").hidden = !rows.length;
   const isPaused = Boolean(model.status && model.status.paused.includes("*"));
@@ -9097,9 +8950,8 @@ function showSchedules() {
   renderList($("#schedules"), model.schedules, one => one.name, one =>
     h("li.item",
       h("div", h("span.cut", one.name),
-        h("span.small.quiet.number",
-          one.paused ? h("span.warn", "paused")
-            : one.next_run ? clock("due", one.next_run) : "never")),
+        h("span.small.quiet.number", one.paused ? h("span.warn", "paused")
+          : one.next_run ? clock("due", one.next_run) : "never")),
       h("p.small.quiet.cut", { title: one.command },
         h("code", one.cron), " \u00b7 ", h("code", one.command))));
 }
@@ -9112,67 +8964,51 @@ function took(job) {
   return span((Date.parse(job.finished_at) - Date.parse(job.started_at)) / 1000);
 }
 
-function rowAction(job) {
-  const verb = job.state === "pending" || job.state === "failed" ||
-    job.state === "processing" ? "Cancel" : "Retry";
-  const act = verb === "Cancel" ? cancelJob : retryJob;
-  return button(verb, () => act(job), "plain", `${verb} ${job.id}`);
-}
-
-function tagLinks(job) {
-  return job.tags.slice(0, 2).map(tag => h("a", {
-    class: "tag small quiet", href: boardPath({ ...filter, tag }) }, tag));
-}
-
 function jobRow(job) {
-  const reason = reasonOf(job);
   const cell = (name, ...children) =>
     h("td", { role: "cell", class: `c-${name}` }, children);
-  const tone = { dead: "bad", failed: "warn" }[job.state] || "";
+  const [verb, act] = may(job, "cancel") ? ["Cancel", cancelJob] : ["Retry", retryJob];
   return h("tr", { role: "row" },
     cell("state", stateWord(job.state)),
     cell("id", h("div.cut", jobLink(job.id))),
     cell("command",
-      h("div.line",
-        h("code.cut", { title: job.command }, job.command), tagLinks(job)),
-      plain(reason) ? h("div", { class: `reason cut ${tone}`, title: plain(reason) },
-                        reason) : null),
+      h("div.line", h("code.cut", { title: job.command }, job.command),
+        job.tags.slice(0, 2).map(tag => h("a.tag.small.quiet", {
+          href: boardPath({ ...filter, tag }) }, tag))),
+      reasonLine(job)),
     cell("queue", h("div.cut.quiet", job.queue)),
     cell("tries number", h("span.quiet", job.attempts ?
       `${job.attempts}/${Math.max(1, job.max_retries)}` : "")),
     cell("took number", took(job)),
     cell("age number", h("span.quiet", clock("ago", job.updated_at))),
-    mayChange() ? cell("act number", rowAction(job)) : null);
+    mayChange() && cell("act number",
+      button(verb, () => act(job), "plain", `${verb} ${job.id}`)));
 }
 
 function showJobs() {
   if (shown) return;
-  renderList($("#jobs tbody"), withReason(model.jobs), job => job.id, jobRow);
-  showPager(); showBeginning();
+  renderList($("#jobs tbody"), model.jobs, job => job.id, jobRow);
+  showPager();
+  const isEmpty = model.status?.jobs.total === 0 && !model.jobs.length;
+  $("#begin").hidden = !isEmpty;
+  $("#filters").hidden = $("#jobs table").hidden = isEmpty;
+  $("#no-match").hidden = isEmpty || model.jobs.length > 0 || !model.status;
 }
 
 function showPager() {
   const page = cursors.length, first = (page - 1) * PAGE + 1;
-  const all = model.status && !filter.queue && !filter.tag && !filter.search
-    ? model.status.jobs[filter.state || "total"] : null;
+  const { jobs = {} } = model.status || {}, isNarrow = filter.queue || filter.search;
+  const all = isNarrow || filter.tag ? undefined : jobs[filter.state || "total"];
   setText($("#pager span"), !model.jobs.length ? "" :
     `${count(first)} to ${count(first + model.jobs.length - 1)}` +
-    (all === null ? "" : ` of ${count(all)}`));
+    (all === undefined ? "" : ` of ${count(all)}`));
   $("#newer").disabled = page === 1;
   $("#older").disabled = !model.next;
   $("#pager").hidden = page === 1 && !model.next && !model.jobs.length;
-  const dead = model.status ? model.status.jobs.dead : 0;
-  const button = $("#retry-all");
-  button.hidden = !(mayChange() && dead && filter.state === "dead" && !filter.tag);
-  setText(button, filter.queue || filter.search ? "Retry all that fit"
-                                                : `Retry all ${count(dead)} dead`);
-}
-
-function showBeginning() {
-  const isEmpty = model.status && model.status.jobs.total === 0 && !model.jobs.length;
-  $("#begin").hidden = !isEmpty;
-  $("#filters").hidden = $("#jobs table").hidden = Boolean(isEmpty);
-  $("#no-match").hidden = Boolean(isEmpty) || model.jobs.length > 0 || !model.status;
+  $("#retry-all").hidden = !(mayChange() && jobs.dead && filter.state === "dead" &&
+                             !filter.tag);
+  setText($("#retry-all"), isNarrow ? "Retry all that fit"
+                                    : `Retry all ${count(jobs.dead || 0)} dead`);
 }
 
 function turnPage(isOlder) {
@@ -9183,9 +9019,8 @@ function turnPage(isOlder) {
 }
 
 function filterFromForm() {
-  const form = $("#filters");
   const chosen = Object.fromEntries(Object.keys(NO_FILTER).map(name =>
-    [name, form.elements[name].value.trim()]));
+    [name, $("#filters").elements[name].value.trim()]));
   history.replaceState(null, "", boardPath(chosen));
   applyFilter(chosen);
 }
@@ -9193,23 +9028,20 @@ function filterFromForm() {
 function applyFilter(chosen) {
   if (JSON.stringify(chosen) !== JSON.stringify(filter)) cursors = [""];
   filter = chosen;
-  const form = $("#filters");
-  options(form.elements.state, "All states", STATES, filter.state);
-  options(form.elements.queue, "All queues", model.queues.map(one => one.name),
+  const { elements } = $("#filters");
+  options(elements.state, "All states", states(), filter.state);
+  options(elements.queue, "All queues", model.queues.map(one => one.name),
           filter.queue);
   for (const name of ["tag", "search"])
-    if (form.elements[name] !== document.activeElement)
-      form.elements[name].value = filter[name];
-  $("#clear").hidden = !isFiltered();
+    if (elements[name] !== document.activeElement) elements[name].value = filter[name];
+  $("#clear").hidden = !Object.values(filter).some(Boolean);
   showCounts(); refresh.jobs(true);
 }
 
 // ---- 10 A job's page. ----
 
-function lastRun() { return shown.job.runs.at(-1) || null; }
-function chosenRun() {
-  return shown.job.runs.find(run => run.number === shown.run) || lastRun();
-}
+const chosenRun = () => shown.job.runs.find(run => run.number === shown.run) ||
+  shown.job.runs.at(-1) || null;
 
 async function readJob() {
   const page = shown;
@@ -9227,14 +9059,14 @@ function showNoJob(id) {
   shown.job = null;
   $("#job").replaceChildren(h("div.panel.begin",
     h("h1", { tabindex: "-1" }, `There is no job ${id}`),
-    h("p", h("a", { href: "#/", class: "tag" }, "All jobs"))));
+    h("p", tagLink("#/", "All jobs"))));
   showTitle();
 }
 
 // The parts are made once; what changes is filled in, so that focus and scroll stay.
 function buildJobPage() {
   $("#job").replaceChildren(
-    h("a", { href: boardPath(filter), class: "quiet" }, "\u2190 All jobs"),
+    h("a.quiet", { href: boardPath(filter) }, "\u2190 All jobs"),
     h("div.title", h("h1", { tabindex: "-1" }, shown.id),
       h("span", { id: "job-state" }), h("div.actions")),
     h("div.split",
@@ -9258,106 +9090,78 @@ function buildJobPage() {
 
 function showJob() {
   if (!$("#job-state")) buildJobPage();
-  const { job } = shown;
-  swap($("#job-state"), job.state, () => [stateWord(job.state)]);
-  swap($("#job .actions"), job.state, () => mayChange() ? jobActions(job) : []);
+  const { job } = shown, { runs, waiting_for: waits, ...fields } = job;
+  renderOnce($("#job-state"), job.state, () => [stateWord(job.state)]);
+  const verbs = [["retry", job.state === "pending" ? "Run now" : "Retry", retryJob],
+                 ["cancel", "Cancel job", cancelJob],
+                 ["delete", "Delete", deleteJob, "danger"]];
+  renderOnce($("#job .actions"), job.state, () => verbs
+    .filter(([verb]) => may(job, verb))
+    .map(([, word, work, kind]) => button(word, () => work(shown.job), kind)));
   setText($("#job-command"), job.command);
-  showWhy(job); showFields(job); showRuns(job); showTitle();
-}
-
-function swap(node, signature, build) {
-  if (node.signature === signature) return;
-  const had = node.contains(document.activeElement);
-  node.signature = signature;
-  node.replaceChildren(...build());
-  if (had) $("button", node)?.focus();
-  if (had) rescueFocus();
-}
-
-function jobActions(job) {
-  const act = (word, work, kind) => button(word, () => work(shown.job), kind);
-  const isOver = ["completed", "dead", "cancelled"].includes(job.state);
-  const runs = job.state === "processing";
-  return [!runs && act(job.state === "pending" ? "Run now" : "Retry", retryJob),
-          !isOver && act("Cancel job", cancelJob),
-          !runs && act("Delete", deleteJob, "danger")].filter(Boolean);
-}
-
-function showWhy(job) {
-  const waits = job.waiting_for.map(reason => reason.replaceAll("`", ""));
-  const parts = [["What went wrong", job.state === "completed" ? [] : [job.error]],
-                 ["Why it waits", waits]];
+  const why = [["What went wrong", job.state === "completed" ? [] : [job.error]],
+               ["Why it waits", waits.map(reason => reason.replaceAll("`", ""))]];
   const box = $("#job-why");
-  box.classList.toggle("bad", isTrouble(job));
-  swap(box, JSON.stringify(parts), () => parts.filter(([, lines]) => lines[0])
-    .map(([title, lines]) => h("div", h("h2.small.quiet", title),
-                               lines.map(line => h("p", line)))));
+  box.classList.toggle("bad", job.state in TONES);
+  renderOnce(box, why, () => why.filter(([, lines]) => lines[0]).map(([title, lines]) =>
+    h("div", h("h2.small.quiet", title), lines.map(line => h("p", line)))));
   box.hidden = !box.children.length;
+  renderOnce($("#job .fields"), fields, () => fieldsOf(job)
+    .filter(([, value]) => value !== null && value !== "")
+    .flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
+  showRuns(runs); showTitle();
 }
 
 function fieldsOf(job) {
-  const at = value => value ? fullTime(value) : null;
-  const list = values => values.length ? values.join(", ") : null;
-  const links = job.after.length ? job.after.map(id => [h("a", {
-    href: jobPath(id), class: "tag" }, id), " "]) : null;
+  const at = value => value && fullTime(value);
+  const text = value => value === null ? null : String(value);
   const seconds = value => value === null ? null : value === 0 ? "never" : span(value);
+  const variables = Object.entries(job.env).map(pair => pair.join("=")).join(" ");
   return [
-    ["Queue", job.queue], ["Priority", String(job.priority)],
+    ["Queue", job.queue], ["Priority", text(job.priority)],
     ["Attempts", `${job.attempts} of ${Math.max(1, job.max_retries)}`],
-    ["Lost runs", job.crashes ? String(job.crashes) : null],
-    ["Created", at(job.created_at)], ["Due", at(job.run_at)],
-    ["Started", at(job.started_at)], ["Finished", at(job.finished_at)],
-    ["Changed", at(job.updated_at)],
-    ["Worker", job.worker],
-    ["Exit status", job.exit_code === null ? null : String(job.exit_code)],
+    ["Lost runs", text(job.crashes || null)], ["Created", at(job.created_at)],
+    ["Due", at(job.run_at)], ["Started", at(job.started_at)],
+    ["Finished", at(job.finished_at)], ["Changed", at(job.updated_at)],
+    ["Worker", job.worker], ["Exit status", text(job.exit_code)],
     ["Time-out", seconds(job.timeout)], ["Backoff", seconds(job.backoff_base)],
-    ["After", links], ["Unique key", job.unique], ["Tags", list(job.tags)],
+    ["After", job.after.length ? job.after.map(id => [tagLink(jobPath(id), id), " "])
+                               : null],
+    ["Unique key", job.unique], ["Tags", job.tags.join(", ")],
     ["Directory", h("code", job.cwd)],
-    ["Environment", Object.keys(job.env).length ? h("code", Object.entries(job.env)
-      .map(([name, value]) => `${name}=${value}`).join(" ")) : null],
-  ].filter(([, value]) => value !== null && value !== undefined);
+    ["Environment", variables && h("code", variables)]];
 }
 
-function showFields(job) {
-  const { runs, waiting_for: _, ...fields } = job;
-  swap($("#job .fields"), JSON.stringify(fields), () =>
-    fieldsOf(job).flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
-}
-
-const OUTCOMES = { completed: "completed", failed: "failed", timeout: "failed",
-                   lost: "dead", cancelled: "cancelled", released: "pending" };
+const OUTCOMES = { completed: "completed", lost: "dead", cancelled: "cancelled",
+                   released: "pending" };   // others: failed
 
 function runRow(run, isChosen) {
   const state = run.outcome ? OUTCOMES[run.outcome] || "failed" : "processing";
   const cell = (kind, ...children) => h("td", { class: kind }, children);
   return h("tr", { "aria-current": isChosen && "true" },
-    cell("", h("a", { href: `${jobPath(shown.id)}?run=${run.number}`, class: "tag",
-                      "aria-label": `Output of run ${run.number}` }, `${run.number}`)),
+    cell("", h("a.tag", { href: `${jobPath(shown.id)}?run=${run.number}`,
+                          "aria-label": `Output of run ${run.number}` }, run.number)),
     cell("", stateWord(state, run.outcome || "running"),
          run.error && h("div.reason", run.error)),
-    cell("number", run.exit_code === null ? "" : `${run.exit_code}`),
-    cell("number", run.outcome ? run.duration === null ? "" : span(run.duration)
+    cell("number", run.exit_code),
+    cell("number", run.outcome ? figure(run.duration)
                                : clock("elapsed", run.started_at)),
     cell("number quiet", clock("ago", run.started_at)),
     cell("quiet wide", run.worker));
 }
 
-function showRuns(job) {
-  const heads = [["Run"], ["Outcome"], ["Exit", "number"], ["Took", "number"],
+function showRuns(runs) {
+  const heads = ["Run", "Outcome", ["Exit", "number"], ["Took", "number"],
                  ["Started", "number"], ["Worker", "wide"]];
-  const chosen = chosenRun();
-  const facts = job.runs.map(({ output, ...run }) => run);
-  swap($("#runs"), JSON.stringify([facts, chosen && chosen.number]), () =>
-    job.runs.length ? [h("table",
-      h("thead", h("tr", heads.map(([head, kind]) =>
-        h("th", { scope: "col", class: kind }, head)))),
-      h("tbody", [...job.runs].reverse().map(run => runRow(run, run === chosen))))]
-      : [h("p.none", "It has not run yet.")]);
+  const chosen = chosenRun(), facts = runs.map(({ output, ...run }) => run);
+  renderOnce($("#runs"), [facts, chosen && chosen.number], () => [runs.length
+    ? table(heads, runs.map(run => runRow(run, run === chosen)).reverse())
+    : h("p.none", "It has not run yet.")]);
 }
 
 // ---- 11 A run's output, followed while it runs. ----
 
-let follow = null;      // { id, number, offset, text, decoder, isOver, timer, isBusy }
+let follow = null;      // the run whose output is shown; see readOutput
 
 function unfollow() {
   if (follow) clearTimeout(follow.timer);
@@ -9367,14 +9171,13 @@ function unfollow() {
 function readOutput() {
   const run = chosenRun();
   if (!run) return showOutput("", "");
-  const isOver = Boolean(run.finished_at || run.outcome);
   if (!follow || follow.id !== shown.id || follow.number !== run.number) {
     unfollow();
     follow = { id: shown.id, number: run.number, offset: 0, text: "", isAtEnd: true,
                decoder: new TextDecoder(), isOver: false, isBusy: false };
     setText($("#output"), "");
   } else if (follow.isOver) return;
-  follow.willEnd = isOver;
+  follow.willEnd = Boolean(run.finished_at || run.outcome);
   more(follow);
 }
 
@@ -9387,8 +9190,7 @@ async function more(mine) {
   catch (error) { if (!(error instanceof Refused)) throw error; }
   finally { mine.isBusy = false; }
   if (mine !== follow) return;
-  showOutput(mine.text, mine.isOver ? `run ${mine.number}`
-                                    : `run ${mine.number}, following`);
+  showOutput(mine.text, `run ${mine.number}${mine.isOver ? "" : ", following"}`);
   if (!mine.isOver) mine.timer = setTimeout(() => more(mine), mine.willEnd ? 0 : 700);
 }
 
@@ -9411,9 +9213,8 @@ function showOutput(text, note) {
   const box = $("#output");
   if (!box) return;
   setText($("#output-note"), note);
-  const isEmpty = !text && follow && follow.isOver;
-  setText(box, readable(text) || (isEmpty ? "It printed nothing." : follow ?
-    "Nothing printed yet." : "Nothing to show before the first run."));
+  setText(box, readable(text) || (!follow ? "Nothing to show before the first run." :
+    !text && follow.isOver ? "It printed nothing." : "Nothing printed yet."));
   box.classList.toggle("quiet", !text);
   if (follow && follow.isAtEnd) box.scrollTop = box.scrollHeight;
   $("#to-end").hidden = !follow || follow.isAtEnd;
@@ -9447,8 +9248,6 @@ function answer(...parts) {
   setTimeout(() => node.contains(document.activeElement) || node.remove(), 6000);
 }
 
-const complain = text => toast($("#errors"), "bad", text);
-
 function confirmed(title, text, verb, isDanger = true) {
   const dialog = $("#question"), yes = $("#question-yes");
   setText($("#question-title"), title);
@@ -9462,15 +9261,16 @@ function confirmed(title, text, verb, isDanger = true) {
     done(dialog.returnValue === "yes"), { once: true }));
 }
 
-async function act(method, path, body, say) {
+// Ask for a change, and say what came of it; whether it was made.
+async function act(method, path, body, say, complain = error =>
+    model.isOut || toast($("#errors"), "bad", `Not done: ${error.message}`)) {
   try {
     const reply = await ask(method, path, body);
-    const result = await reply.json().catch(() => null);
-    answer(...say(result));
+    answer(...say(await reply.json().catch(() => null)));
     return true;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    if (!model.isOut) complain(`Not done: ${error.message}`);
+    complain(error);
     return false;
   } finally { refreshAll(true); }
 }
@@ -9509,10 +9309,8 @@ async function retryAll() {
     : many(model.status.jobs.dead, "dead job");
   if (!await confirmed(`Retry ${which}?`, "They go back in line at once, with their " +
       "attempts at 0.", "Retry them", false)) return;
-  const body = Object.fromEntries(Object.entries({ queue, search })
-    .filter(([, value]) => value));
-  await act("POST", "/api/dlq/retry", body, jobs =>
-    [`${many(jobs.length, "job is", "jobs are")} back in line.`]);
+  await act("POST", "/api/dlq/retry", { queue: queue || null, search: search || null },
+    jobs => [`${many(jobs.length, "job is", "jobs are")} back in line.`]);
 }
 
 function pauseQueue(queue, isPaused) {
@@ -9528,12 +9326,46 @@ async function pauseAll() {
     [isPaused ? "All queues are resumed." : "All queues are paused."]);
 }
 
-// ---- 13 Dialogs with forms. ----
+// ---- 13 The form for a new job. ----
 
-function openForm(selector) {
-  const dialog = $(selector);
-  complainIn(dialog, { message: "" });
-  dialog.showModal();
+// Rows of fields: name, label, placeholder, attributes. After the third row: "More".
+const FORM = [
+  [["command", "Command, run by /bin/sh", null, { rows: 3 }]],
+  [["queue", "Queue", "default", { list: "queue-names" }],
+   ["priority", "Priority", "0", { type: "number" }],
+   ["delay", "Delay", "none; 10m, 2h"]],
+  [["tags", "Tags, with spaces between"]],
+  [["max_retries", "Runs that may fail", "as configured", { type: "number", min: 0 }],
+   ["timeout", "Time-out", "as configured"],
+   ["backoff_base", "Backoff base", "as configured"]],
+  [["id", "Id", "job-N"], ["unique", "Unique key"], ["after", "After jobs", "ids"]],
+  [["cwd", "Directory", "where the server was started"]],
+  [["env", "Environment, NAME=VALUE a line", null, { rows: 2 }]],
+];
+const listOf = text => text.split(/[\s,]+/).filter(Boolean);
+const PARSERS = {           // others: the text, without blanks around it
+  command: text => text, priority: Number, max_retries: Number, tags: listOf,
+  after: listOf, env: text => Object.fromEntries(text.split("\n")
+    .filter(line => line.trim()).map(line => /^([^=]*)=?(.*)$/.exec(line))
+    .map(([, name, value]) => [name.trim(), value])),
+};
+
+function buildForm() {
+  const rows = FORM.map(fields => {
+    const parts = fields.map(([name, label, placeholder, more = {}]) => h("div.field",
+      h("label", { for: `f-${name}` }, label),
+      h(more.rows ? "textarea.mono" : "input", {
+        id: `f-${name}`, name, placeholder, autocomplete: "off",
+        spellcheck: more.rows && "false", required: name === "command", ...more })));
+    return parts.length > 1 ? h("div.row", parts) : parts[0];
+  });
+  $("#enqueue h2").after(...rows.slice(0, 3),
+    h("details", h("summary", "More"), rows.slice(3)));
+}
+
+function openForm() {
+  complainIn($("#enqueue"), { message: "" });
+  $("#enqueue").showModal();
 }
 
 // The words in the dialog, and the field that they are about.
@@ -9548,44 +9380,21 @@ function complainIn(dialog, { message, key }) {
   }
 }
 
-async function submit(dialog, method, path, body, say) {
-  const button = $("[type=submit]", dialog);
-  button.disabled = true;
-  try {
-    const reply = await ask(method, path, body);
-    dialog.close();
-    answer(...say(await reply.json().catch(() => null)));
-    refreshAll(true);
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    complainIn(dialog, error);
-  } finally { button.disabled = false; }
-}
-
-const listOf = text => text.split(/[\s,]+/).filter(Boolean);
-const ENTRIES = {       // how a field's text becomes the job's value
-  priority: Number, max_retries: Number, tags: listOf, after: listOf,
-  env: text => Object.fromEntries(text.split("\n").filter(line => line.trim()).map(
-    line => [line.split("=")[0].trim(), line.split("=").slice(1).join("=")])),
-};
-
-function jobFromForm(form) {
-  const filled = [...form.elements].filter(one => one.name && one.value.trim());
-  return Object.fromEntries(filled.map(({ name, value }) =>
-    [name, ENTRIES[name] ? ENTRIES[name](value)
-                         : name === "command" ? value : value.trim()]));
-}
-
-function submitJob(event) {
+async function submitJob(event) {
   event.preventDefault();
-  const dialog = $("#enqueue"), form = event.target;
+  const dialog = $("#enqueue"), form = event.target, submit = $("[type=submit]", form);
   if (!form.elements.command.value.trim())
     return complainIn(dialog, { message: "There is no command.", key: "command" });
-  submit(dialog, "POST", "/api/jobs", jobFromForm(form), result => {
-    const job = Array.isArray(result) ? result[0] : result;
+  const filled = [...form.elements].filter(one => one.name && one.value.trim());
+  const job = Object.fromEntries(filled.map(({ name, value }) =>
+    [name, (PARSERS[name] || (text => text.trim()))(value)]));
+  submit.disabled = true;
+  await act("POST", "/api/jobs", job, ({ id }) => {
+    dialog.close();
     form.reset();
-    return linked(job.id, " is in line.");
-  });
+    return linked(id, " is in line.");
+  }, error => complainIn(dialog, error));
+  submit.disabled = false;
 }
 
 // ---- 14 Routes, keys, theme, start. ----
@@ -9596,7 +9405,12 @@ function route(event) {
   const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
   const left = shown && shown.id;
   if (match) openJob(decodeURIComponent(match[1]), Number(wanted.get("run")) || null);
-  else openBoard(wanted);
+  else {
+    unfollow();
+    shown = null;
+    applyFilter(Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+      [name, wanted.get(name) || ""])));
+  }
   $("#gate").hidden = true;
   $("#board").hidden = Boolean(shown);
   $("#job").hidden = !shown;
@@ -9612,13 +9426,6 @@ function openJob(id, run) {
   unfollow();
   shown = { id, run, job: null };
   buildJobPage();
-}
-
-function openBoard(wanted) {
-  unfollow();
-  shown = null;
-  applyFilter(Object.fromEntries(Object.keys(NO_FILTER).map(name =>
-    [name, wanted.get(name) || ""])));
 }
 
 function focusAfterRoute(left) {
@@ -9643,20 +9450,19 @@ function stored(key, value) {
 
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 const systemTheme = () => systemDark.matches ? "dark" : "light";
-const theme = () => document.documentElement.dataset.theme || systemTheme();
+const root = document.documentElement;
+const theme = () => root.dataset.theme || systemTheme();
 
 function showTheme() {
   const chosen = stored("theme");
-  if (chosen) document.documentElement.dataset.theme = chosen;
-  else delete document.documentElement.dataset.theme;
-  const button = $("#theme");
-  if (button) setText(button, theme() === "dark" ? "Light" : "Dark");
+  if (chosen) root.dataset.theme = chosen;
+  else delete root.dataset.theme;
+  if ($("#theme")) setText($("#theme"), theme() === "dark" ? "Light" : "Dark");
 }
 
 function toggleTheme() {
   const wanted = theme() === "dark" ? "light" : "dark";
   stored("theme", wanted === systemTheme() ? null : wanted);
-  document.documentElement.dataset.theme = wanted;
   showTheme();
 }
 
@@ -9669,23 +9475,22 @@ function onKey(event) {
   setTimeout(() => $("#filters [name=search]").focus());
 }
 
-function debounced(work, pause) {
-  let timer = null;
-  return () => { clearTimeout(timer); timer = setTimeout(work, pause); };
-}
-
 function bind() {
   const on = (selector, kind, work) => $(selector).addEventListener(kind, work);
+  let typing = null;
   on("#theme", "click", toggleTheme);
   on("#reconnect", "click", reconnect);
-  on("#enqueue-open", "click", () => openForm("#enqueue"));
+  on("#enqueue-open", "click", openForm);
   on("#enqueue form", "submit", submitJob);
   on("#pause-all", "click", pauseAll);
   on("#retry-all", "click", retryAll);
   on("#newer", "click", () => turnPage(false));
   on("#older", "click", () => turnPage(true));
   on("#filters", "submit", event => event.preventDefault());
-  on("#filters", "input", debounced(filterFromForm, 250));
+  on("#filters", "input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(filterFromForm, 250);
+  });
   on("#clear", "click", () => {
     location.hash = boardPath({});
     $("#filters [name=search]").focus();
@@ -9695,8 +9500,7 @@ function bind() {
     stored("shortcut", event.target.checked ? null : "off"));
   for (const dialog of $$("dialog"))
     dialog.addEventListener("close", () => setTimeout(rescueFocus));
-  for (const button of $$("[data-close]"))
-    button.addEventListener("click", () => button.closest("dialog").close());
+  on("[data-close]", "click", () => $("#enqueue").close());
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
   addEventListener("online", reconnect);
@@ -9707,13 +9511,13 @@ function bind() {
 }
 
 function start() {
-  showTheme(); bind();
+  showTheme(); buildForm(); bind();
   $("#shortcut").checked = stored("shortcut") !== "off";
-  armChart("rates", "Minute to read, jobs per minute");
-  armChart("times", "Minute to read, waiting and run time");
+  Object.keys(CHARTS).forEach(armChart);
   setInterval(tick, 1000);
   setInterval(() => {
-    if (model.isLive) { showCharts(); showStatus(); probe(); }
+    if (model.isLive && !document.hidden) refresh.history();    // a minute may be over
+    probe();
   }, MINUTE / 4);
   reconnect();
 }
@@ -9850,44 +9654,7 @@ document.addEventListener("DOMContentLoaded", start);
 <dialog id="enqueue" aria-labelledby="enqueue-title">
   <form method="dialog" novalidate>
     <h2 id="enqueue-title">Enqueue a job</h2>
-    <div class="field"><label for="f-command">Command, run by /bin/sh</label>
-      <textarea id="f-command" name="command" rows="3" class="mono" required
-       spellcheck="false"></textarea></div>
-    <div class="row">
-      <div class="field"><label for="f-queue">Queue</label>
-        <input id="f-queue" name="queue" placeholder="default" list="queue-names">
-        <datalist id="queue-names"></datalist></div>
-      <div class="field"><label for="f-priority">Priority</label>
-        <input id="f-priority" name="priority" type="number" placeholder="0"></div>
-      <div class="field"><label for="f-delay">Delay</label>
-        <input id="f-delay" name="delay" placeholder="none; 10m, 2h"></div>
-    </div>
-    <div class="field"><label for="f-tags">Tags, with spaces between</label>
-      <input id="f-tags" name="tags" autocomplete="off"></div>
-    <details><summary>More</summary>
-      <div class="row">
-        <div class="field"><label for="f-retries">Runs that may fail</label>
-          <input id="f-retries" name="max_retries" type="number" min="0"
-           placeholder="as configured"></div>
-        <div class="field"><label for="f-timeout">Time-out</label>
-          <input id="f-timeout" name="timeout" placeholder="as configured"></div>
-        <div class="field"><label for="f-backoff">Backoff base</label>
-          <input id="f-backoff" name="backoff_base" placeholder="as configured"></div>
-      </div>
-      <div class="row">
-        <div class="field"><label for="f-id">Id</label>
-          <input id="f-id" name="id" placeholder="job-N" autocomplete="off"></div>
-        <div class="field"><label for="f-unique">Unique key</label>
-          <input id="f-unique" name="unique" autocomplete="off"></div>
-        <div class="field"><label for="f-after">After jobs</label>
-          <input id="f-after" name="after" placeholder="ids" autocomplete="off"></div>
-      </div>
-      <div class="field"><label for="f-cwd">Directory</label>
-        <input id="f-cwd" name="cwd" placeholder="where the server was started"></div>
-      <div class="field"><label for="f-env">Environment, NAME=VALUE a line</label>
-        <textarea id="f-env" name="env" rows="2" class="mono"
-         spellcheck="false"></textarea></div>
-    </details>
+    <datalist id="queue-names"></datalist>
     <p class="bad" role="alert"></p>
     <div class="buttons"><button type="button" data-close>Close</button>
       <button type="submit" class="primary">Enqueue</button></div>

@@ -8566,7 +8566,7 @@ class Browser(Processes):
         self.chromium.press("\ue012")       # arrow left: the minute before
 
         self.see_text("#rates .legend", "completed 0")
-        self.assertIn("0 completed", self.chromium.run(
+        self.assertIn("completed 0", self.chromium.run(
             "return document.querySelector('#rates input').ariaValueText"))
         self.click("#rates summary")
         self.see("return document.querySelectorAll('#rates tbody tr').length === 60")
