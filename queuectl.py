@@ -222,34 +222,12 @@ APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
 
 # A subclass exists only where a caller acts differently. The code says what happened;
 # `--json` prints it, so a code is never renamed.
-CODES = {
-    "usage": "the command line is wrong",
-    "no-queue": "there is no database at that path, and the command only reads",
-    "not-a-queue": "the file is something else; it is left unchanged",
-    "newer-version": "a newer queuectl wrote the file; it is left unchanged",
-    "damaged": "SQLite found the file damaged; it is left unchanged",
-    "database-gone": "the file was deleted, moved or replaced while it was open",
-    "unwritable": "a file or a directory cannot be written",
-    "disk-full": "the disk is full; nothing was changed",
-    "busy": "another process held the lock for too long; nothing was changed",
-    "no-such-job": "no job has that id",
-    "no-such-run": "the job has no run of that number (yet), or none at all",
-    "job-exists": "another job has that id",
-    "invalid-job": "a job's field is unknown, of a wrong type or out of range",
-    "wrong-state": "the job's state does not allow that",
-    "in-use": "another job, worker or program needs it, or has it",
-    "no-such-setting": "no setting has that name",
-    "invalid-value": "a value is of a wrong type or out of range",
-    "no-such-worker": "no worker of that name runs",
-    "no-such-schedule": "no schedule has that name",
-    "schedule-exists": "another schedule has that name",
-    "not-finished": "it did not finish in the given time, and continues",
-    "blocked": "it would never end unless somebody retries or cancels a job",
-    "declined": "the user was asked and did not say yes",
-    "unreadable": "a file or stdin cannot be read",
-    "unsupported": "this platform or situation cannot do that",
-    "refused": "the server does not accept that request",
-}
+CODES = (
+    "usage", "no-queue", "not-a-queue", "newer-version", "damaged", "database-gone",
+    "unwritable", "disk-full", "busy", "no-such-job", "no-such-run", "job-exists",
+    "invalid-job", "wrong-state", "in-use", "no-such-setting", "invalid-value",
+    "no-such-worker", "no-such-schedule", "schedule-exists", "not-finished", "blocked",
+    "declined", "unreadable", "unsupported", "refused")
 
 
 class QueueError(Exception):
@@ -1833,15 +1811,13 @@ def at_place(place: str) -> Iterator[None]:
         raise
 
 
-def fields_of_line(line: bytes) -> list[dict[str, Any]]:
-    """The job objects of a line; none of a blank one or a comment."""
+def _decoded(line: bytes) -> str:
     try:
-        text = line.decode("utf-8-sig").strip()     # editors on Windows write a mark
+        return line.decode("utf-8-sig").strip()     # editors on Windows write a mark
     except UnicodeDecodeError as error:
         raise Invalid(f"not UTF-8 ({error.reason} at byte {error.start})",
                       "JSON and shell commands are UTF-8; names in any encoding: "
                       "`enqueue - -- PROG ARG...`", "command") from None
-    return fields_of(text) if text and not text.startswith("#") else []
 
 
 _MARK = re.compile(rb"\{#?\}")
@@ -1907,10 +1883,11 @@ class Lines:
         self._items += bool(line)
         place = f"item {self._items}" if self._null else f"line {self._lines}"
         with at_place(place):
-            if self._template is None:
-                found = fields_of_line(line)
-            else:
+            if self._template is not None:
                 found = [self._template.job(line, self._items)] if line else []
+            else:
+                text = _decoded(line)
+                found = fields_of(text) if text and not text.startswith("#") else []
         return [(fields, place) for fields in found]
 
 

@@ -549,10 +549,18 @@ def swept(queue, verb, state=(), /, **filters):
 
 # ---- 0 Architecture ----------------------------------------------------------
 
+def beside(name):
+    """The text of a file beside the module."""
+    with open(os.path.join(os.path.dirname(MODULE), name), encoding="utf-8") as file:
+        return file.read()
+
+
 class Architecture(unittest.TestCase):
     source = inspect.getsource(queuectl)
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    banners = re.findall(r"^# ---- (\d+) (\w+) -+$", source, re.M)
+    readme, tests = beside("README.md"), beside("test_queuectl.py")
 
     def test_no_definition_names_one_below_it(self):
         line = {node.name: node.lineno for node in self.tree.body
@@ -563,36 +571,25 @@ class Architecture(unittest.TestCase):
                     self.fail(f"line {name.lineno}: {name.id} is defined below its use")
 
     def test_banners_are_the_contents_of_the_docstring(self):
-        banners = re.findall(r"^# ---- (\d+) (\w+) -+$", self.source, re.M)
-        contents = re.findall(r"^ +(\d+) (\w+)  ", queuectl.__doc__, re.M)
-
-        self.assertEqual(banners, contents)
+        self.assertEqual(self.banners, re.findall(r"^ +(\d+) (\w+)  ", queuectl.__doc__, re.M))
 
     def test_each_invariant_is_cited_where_it_is_kept_and_where_it_is_tested(self):
         text = self.source.replace(queuectl.__doc__, "")
-        with open(__file__, encoding="utf-8") as file:
-            tests = file.read()
-
         invariants = re.findall(r"^    \((I\d+)\) ", queuectl.__doc__, re.M)
         self.assertEqual(invariants, [f"I{n}" for n in range(1, len(invariants) + 1)])
         for name in invariants:
             self.assertTrue(re.search(rf"\b{name}\b", text), f"{name} in the module")
-            self.assertTrue(re.search(rf"\b{name}\b", tests), f"{name} in the tests")
+            self.assertTrue(re.search(rf"\b{name}\b", self.tests), f"{name} in the tests")
 
     def test_the_readme_sends_who_changes_it_to_places_that_there_are(self):
-        with open(os.path.join(os.path.dirname(MODULE), "README.md"),
-                  encoding="utf-8") as file:
-            [table] = re.findall(r"^### To change it\n(.*?)^## ", file.read(), re.S | re.M)
-        sections = re.findall(r"^# ---- \d+ (\w+) -+$", self.source, re.M)
-        with open(__file__, encoding="utf-8") as file:
-            places = self.source + file.read()
+        [table] = re.findall(r"^### To change it\n(.*?)^## ", self.readme, re.S | re.M)
         found = re.findall(r"`([A-Za-z_]+)`", table)
         self.assertGreater(len(found), 20)
         for name in found:
-            self.assertTrue(re.search(
-                rf"^ *(class |def )?{name}\b|= {name} = ", places, re.M), name)
-        for name in re.findall(r"\(([A-Z]\w+)[,;)]", table):
-            self.assertIn(name, sections)
+            self.assertTrue(re.search(rf"^ *(class |def )?{name}\b|= {name} = ",
+                                      self.source + self.tests, re.M), name)
+        self.assertLessEqual(set(re.findall(r"\(([A-Z]\w+)[,;)]", table)),
+                             {name for _, name in self.banners})
 
     def test_the_life_cycle_is_that_of_the_moves_wherever_it_is_drawn(self):
         [drawn] = re.findall(r"^Life cycle\n\n(.*?)\n\nInvariants", queuectl.__doc__,
@@ -600,9 +597,7 @@ class Architecture(unittest.TestCase):
         for verb, step in MOVES.items():
             self.assertIn(verb, drawn)
             self.assertIn(step.target, drawn)
-        with open(os.path.join(os.path.dirname(MODULE), "README.md"),
-                  encoding="utf-8") as file:
-            self.assertIn(drawn, file.read())
+        self.assertIn(drawn, self.readme)
 
     def test_tables_and_records_name_the_same_filters_and_settings(self):
         self.assertEqual(set(queuectl.Filter._fields) - {"before", "ended_seq"},
@@ -621,9 +616,7 @@ class Architecture(unittest.TestCase):
         self.assertEqual(raised, set(queuectl.CODES))
         self.assertEqual(classes | {"Invalid"},
                          {one.__name__ for one in queuectl.QueueError.__subclasses__()})
-        with open(os.path.join(os.path.dirname(MODULE), "README.md"),
-                  encoding="utf-8") as file:
-            [listed] = re.findall(r"The codes: (.*?)\.\n", file.read(), re.S)
+        [listed] = re.findall(r"The codes: (.*?)\.\n", self.readme, re.S)
         self.assertEqual(re.findall("`(.*?)`", listed),     # a request over HTTP is not
                          [code for code in queuectl.CODES if code != "refused"])
 
@@ -644,44 +637,30 @@ class Architecture(unittest.TestCase):
                          {"answer", "_complete", "_work"})
 
     def test_only_the_engine_names_sqlite3(self):
-        lines = self.source.splitlines()
-        first, last = (next(n for n, line in enumerate(lines, 1) if line.startswith(
-            f"# ---- {banner}")) for banner in ("7 SQLite ", "8 Host "))
-        used = {node.lineno for node in ast.walk(self.tree)
-                if isinstance(node, ast.Name) and node.id == "sqlite3"}
+        first, last = (self.source[:self.source.index(f"# ---- {banner}")].count("\n")
+                       for banner in ("7 SQLite ", "8 Host "))
+        used = [node.lineno for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and node.id == "sqlite3"]
         self.assertTrue(used)
         self.assertEqual([n for n in used if not first < n < last], [])
 
-    def test_only_the_standard_library_is_imported(self):
+    def test_importing_loads_the_standard_library_only_and_no_heavy_module(self):
         names = {alias.name.split(".")[0] for node in ast.walk(self.tree)
                  if isinstance(node, ast.Import) for alias in node.names}
-
         if hasattr(sys, "stdlib_module_names"):
             self.assertLessEqual(names, set(sys.stdlib_module_names))
-
-    def test_importing_loads_no_heavy_module(self):
         code = ("import sys, queuectl; print([m for m in ('subprocess', 'socket', "
                 "'concurrent.futures', 'http', 'logging', 'dataclasses', 'urllib') "
                 "if m in sys.modules])")
-        out = subprocess.run([sys.executable, "-S", "-c", code], cwd=os.path.dirname(
-            MODULE), stdout=subprocess.PIPE, check=True).stdout
+        self.assertEqual(subprocess.check_output(
+            [sys.executable, "-S", "-c", code], cwd=os.path.dirname(MODULE)).strip(), b"[]")
 
-        self.assertEqual(out.strip(), b"[]")
-
-    def test_the_inline_metadata_agrees_with_the_project_file(self):
-        with open(os.path.join(os.path.dirname(MODULE), "pyproject.toml")) as file:
-            project = file.read()
-
+    def test_the_project_file_and_the_readme_agree_with_the_module(self):
         for line in ('requires-python = ">=3.9"', "dependencies = []"):
             self.assertIn(f"# {line}\n", self.source)
-            self.assertIn(f"{line}\n", project)
-
-    def test_every_command_is_in_the_readme(self):
-        with open(os.path.join(os.path.dirname(MODULE), "README.md")) as file:
-            readme = file.read()
-
+            self.assertIn(f"{line}\n", beside("pyproject.toml"))
         for entry in queuectl.COMMANDS:
-            self.assertIn("queuectl " + " ".join(entry.words), readme)
+            self.assertIn("queuectl " + " ".join(entry.words), self.readme)
 
 
 # ---- 1 Words, 3 Rules --------------------------------------------------------
@@ -1378,30 +1357,22 @@ class Cron(unittest.TestCase):
 
 class Fields(Case):
     def test_what_is_wrong_names_its_key(self):
-        table = (
-            ({"command": ""}, "command"), ({"command": 5}, "command"), ({}, "command"),
-            ({"command": "a\0b"}, "command"), ({"command": "\ud800"}, "command"),
-            ({"command": "x", "priority": "high"}, "priority"),
-            ({"command": "x", "priority": True}, "priority"),
-            ({"command": "x", "max_retries": -1}, "max_retries"),
-            ({"command": "x", "id": "a b"}, "id"), ({"command": "x", "id": ""}, "id"),
-            ({"command": "x", "priority": 5.5}, "priority"),
-            ({"command": "x", "priority": 1e300}, "priority"),
-            ({"command": "x", "priority": math.inf}, "priority"),
-            ({"command": "x", "timeout": "soon"}, "timeout"),
-            ({"command": "x", "timeout": 10**400}, "timeout"),
-            ({"command": "x", "run_at": 10**400}, "run_at"),
-            ({"command": "x", "run_at": "soon"}, "run_at"),
-            ({"command": "x", "delay": 1, "run_at": 1}, "delay"),
-            ({"command": "x", "env": {"1A": "b"}}, "env"),
-            ({"command": "x", "env": {"A": 1}}, "env"),
-            ({"command": "x", "env": {1: "b"}}, "env"),
-            ({"command": "x", "after": [1]}, "after"),
-            ({"command": "x", "priorty": 1}, "priorty"),
-        )
-        for fields, key in table:
-            with self.subTest(fields), refused("invalid-job", key=key):
-                queuectl.new_job(fields, NOON)
+        wrong = {
+            "command": ("", 5, "a\0b", "\ud800", "x" * (queuectl.MAX_TEXT + 1)),
+            "priority": ("high", True, 5.5, 1e300, math.inf, 10**9 + 1), "max_retries": (-1,),
+            "id": ("a b", ""), "timeout": ("soon", 10**400), "run_at": ("soon", 10**400),
+            "env": (5, {"1A": "b"}, {"A": 1}, {1: "b"}), "after": ([1],),
+            "unique": ("", "k" * 1025, 5), "cwd": ("", 5), "tags": ("a b", 5),
+            "priorty": (1,), "unlike": (1,)}
+        for fields, key, words in (
+                *(({key: value}, key, "") for key, values in wrong.items() for value in values),
+                ({"command": None}, "command", "has no command"), ({5: 1}, "5", ""),
+                ({"delay": 1, "run_at": 1}, "delay", "both given"),
+                ({"max-retries": 1, "max_retries": 1}, "max_retries", "given twice"),
+                ({"priorty": 1}, "priorty", "did you mean `priority`"),
+                ({"xyz": 1}, "xyz", "; a job has: command")):
+            with self.subTest(fields), refused("invalid-job", words, key=key):
+                queuectl.new_job({"command": "x", **fields}, NOON)
 
     def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
         columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
@@ -1411,15 +1382,6 @@ class Fields(Case):
         self.assertEqual({*Job._fields} - private,
                          {*queuectl.FIELDS} - {"delay", "waiting_for"})
         self.assertEqual({*queuectl.JSON_KEYS}, {*Job._fields} - private - {"runs"})
-
-    def test_a_whole_number_may_be_written_with_a_point(self):
-        [fields] = queuectl.fields_of('{"command": "x", "priority": 5.0}')
-        priority = queuectl.new_job(fields, NOON).priority
-        self.assertEqual((priority, type(priority)), (5, int))
-
-    def test_a_typing_mistake_gets_the_nearest_key(self):
-        with refused("invalid-job", "did you mean `priority`"):
-            queuectl.new_job({"command": "x", "priorty": 1}, NOON)
 
     def test_values_of_settings_are_accepted_up_to_their_bounds(self):
         def parse(key, text):
@@ -1459,8 +1421,8 @@ class Fields(Case):
         lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
         self.assertEqual(list(queuectl.jobs_in(lines)), [
             ({"command": "echo a"}, "line 1"), ({"command": "b"}, "line 4")])
-        for bad in (b"{x}", b"\xff"):
-            with refused("invalid-job", "^line 5: "):
+        for bad, why in ((b"{x}", "not valid JSON"), (b"\xff", "not UTF-8")):
+            with refused("invalid-job", f"^line 5: {why}"):
                 list(queuectl.jobs_in(lines + bad))
 
     def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
@@ -1473,19 +1435,10 @@ class Fields(Case):
             cwd=os.path.abspath("here"), priority=-10**9))
         self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
                          ["created-at", "state"])
-        for fields, key in (
-                ({"max-retries": 1, "max_retries": 1}, "max_retries"), ({5: 1}, "5"),
-                ({"unique": ""}, "unique"), ({"unique": "k" * 1025}, "unique"),
-                ({"unique": 5}, "unique"), ({"cwd": ""}, "cwd"), ({"cwd": 5}, "cwd"),
-                ({"env": 5}, "env"), ({"tags": "a b"}, "tags"), ({"tags": 5}, "tags"),
-                ({"priority": 10**9 + 1}, "priority"), ({"unlike": 1}, "unlike"),
-                ({"command": "x" * (queuectl.MAX_TEXT + 1)}, "command")):
-            with self.subTest(key), refused("invalid-job", key=key):
-                queuectl.new_job({"command": "x", **fields}, NOON)
-        with refused("invalid-job", "; a job has: command"):
-            queuectl.new_job({"xyz": 1}, NOON)
-        longest = "x" * queuectl.MAX_TEXT
-        self.assertEqual(queuectl.new_job({"command": longest}, NOON).command, longest)
+        job = queuectl.new_job({"command": "x" * queuectl.MAX_TEXT, "priority": 5.0}, NOON)
+        self.assertEqual((job.priority, type(job.priority)), (5, int))
+
+    def test_text_is_utf8_whatever_the_locale(self):
         self.assertEqual(queuectl.as_utf8("caf\udcc3\udca9"), "caf\u00e9")
         with self.assertRaises(UnicodeError):
             queuectl.as_utf8("\udcff")
@@ -1505,8 +1458,6 @@ class Fields(Case):
                 (b"", [])):
             with self.subTest(content):
                 self.assertEqual(list(queuectl.jobs_in(content)), jobs)
-        with refused("invalid-job", "^not valid JSON"):
-            queuectl.fields_of_line(b"{x}")
         deep = b'[{"command":' * 50_000
         with refused("invalid-job"):
             list(queuectl.jobs_in(deep + b"\n" + deep))
