@@ -11479,10 +11479,10 @@ class Screen:
         if poller.poll(0):
             raise BrokenPipeError
 
-    def note(self, text: str) -> None:
+    def note(self, *lines: str) -> None:
         """Print a message that is no result; not with --quiet or --json."""
         if not self._quiet:
-            self._write(f"{text}\n")
+            self._write("".join(f"{line}\n" for line in lines))
 
     def log(self, text: str) -> None:
         """Print a worker's line, with the time."""
@@ -11792,34 +11792,27 @@ def _view(args: argparse.Namespace, screen: Screen, found: object,
     screen.out(*([dumps(found)] if args.json else lines))
 
 
-def _bar(screen: Screen) -> Callable[[Progress], None]:
-    """A function that draws the progress, with the rate since now."""
-    began = time.monotonic()
+def _bar(screen: Screen, queue: Queue | None = None,
+         waiting: Callable[[], Iterable[Job]] = list) -> Callable[[Progress], None]:
+    """A function that draws the progress, with the rate since now.
 
-    def show(progress: Progress) -> None:
-        if screen.draws:
-            screen.show(progress_line(progress, time.monotonic() - began,
-                                      window().columns))
-    return show
-
-
-def _watchful_bar(queue: Queue, screen: Screen,
-                  waiting: Callable[[], Iterable[Job]]) -> Callable[[Progress], None]:
-    """A bar that also says once why nothing runs, unless that passes by itself, of some
-    of the `waiting` jobs.
+    With a queue it also says once why the jobs of `waiting` do not run, unless that
+    passes by itself.
     """
-    bar, said = _bar(screen), set[str]()
+    began, said = time.monotonic(), set[str]()
 
     def show(progress: Progress) -> None:
         stuck = queue.hindrances(waiting()) \
-            if progress.waiting and not progress.running else {}
+            if queue and progress.waiting and not progress.running else {}
         for job_id, found in stuck.items():
             why = "; ".join([", ".join(one.message for one in found),
                              *(one.hint for one in found if one.hint)])
             if why and why not in said and not any(one.level == NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
-        bar(progress)
+        if screen.draws:
+            screen.show(progress_line(progress, time.monotonic() - began,
+                                      window().columns))
     return show
 
 
@@ -11827,7 +11820,7 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
     """Wait until jobs are over, and report; the exit status of a single one."""
     began = time.monotonic()
-    bar = _watchful_bar(queue, screen, lambda: [
+    bar = _bar(screen, queue, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
     with screen.drawing():
         jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
@@ -11951,7 +11944,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     # Flags that were not given are None: jobs and settings, read when they are needed,
     # decide, so a `config set` reaches a running worker.
     options = WorkerOptions(
-        args.count, args.name, tuple(args.queue or ()), args.timeout,
+        args.count, args.name, tuple(args.queue), args.timeout,
         args.backoff_base, args.drain, args.max_jobs, args.grace)
     # Looking through all that is loaded for garbage again and again was an eighth of a
     # worker's time. What a job leaves is freed without that.
@@ -12073,26 +12066,18 @@ def _output_of(queue: Queue, job: Job) -> bytes:
     return readable(run.output, run.output_bytes)
 
 
-def _list_json(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Newest first of at most one state, jobs are read by the page; otherwise all are
-    in memory, to be sorted.
-    """
-    limit, states = args.limit or 0, tuple(args.state or ())
-    found: Iterable[Job] = queue.jobs(states, args.sort, limit, **_filters(args)) \
-        if len(states) > 1 or args.sort != "newest" \
-        else queue.pages(limit, state=states, **_filters(args))
-    _print_array(({**job_object(job), **(
-        {"output": _output_of(queue, job).decode("utf-8", "replace")}
-        if args.show_output else {})} for job in found), screen)
-
-
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print jobs; for `dlq list` each with its error below."""
-    if args.json:
-        _list_json(args, queue, screen)
+    filters, style, states = _filters(args), screen.style(), tuple(args.state or ())
+    if args.json:   # by the page, or all in memory, if they are to be sorted
+        limit, is_sorted = args.limit or 0, len(states) > 1 or args.sort != "newest"
+        found: Iterable[Job] = queue.jobs(states, args.sort, limit, **filters) \
+            if is_sorted else queue.pages(limit, state=states, **filters)
+        _print_array(({**job_object(job), **(
+            {"output": _output_of(queue, job).decode("utf-8", "replace")}
+            if args.show_output else {})} for job in found), screen)
         return
-    filters, style = _filters(args), screen.style()
-    states, is_dlq = tuple(args.state or ()), args.entry.words[0] == "dlq"
+    is_dlq = args.entry.words[0] == "dlq"
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
     # One more, to know whether there are more.
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
@@ -12235,8 +12220,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
     if any(run.outcome is None for run in runs):
         queue.peek()
-    for place, job_id in enumerate(args.ids):
-        run = queue.run(job_id, args.attempt)
+        runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
+    for place, (job_id, run) in enumerate(zip(args.ids, runs)):
         output = _tail(readable(run.output, run.output_bytes), args.tail)
         if len(args.ids) > 1:
             ending = b"\n" if output and not output.endswith(b"\n") else b""
@@ -12275,7 +12260,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             return EX_OK
     if job_ids:
         return _await(queue, screen, job_ids, args.timeout)
-    bar = _watchful_bar(queue, screen, lambda: queue.jobs(
+    bar = _bar(screen, queue, lambda: queue.jobs(
         WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     with screen.drawing():
         done = queue.wait_all(args.queue, args.timeout, bar)
@@ -12411,9 +12396,8 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def _end_lost(queue: Queue, run: Run, until: float) -> None:
-    """End what a lost run has left; Refused if that takes longer.
-
-    `until` is monotonic. As a supervisor does it (I6), but in this process.
+    """End what a lost run has left, as a supervisor does it (I6), but in this process;
+    Refused if that takes longer than `until` (monotonic).
     """
     locks = queue.host.locks
     endings = Endings()
@@ -12475,12 +12459,11 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     jobs = [ended.get(job.id, job) for job in jobs]
     cancelled = [job for job in jobs if job.state == CANCELLED]
     for job in jobs:
-        if job.state != CANCELLED:
+        if job not in cancelled:
             screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    if jobs and not cancelled:
-        return EX_NO
-    _say_jobs(cancelled, "cancel", args, screen)
-    return EX_OK
+    if cancelled:
+        _say_jobs(cancelled, "cancel", args, screen)
+    return EX_OK if cancelled else EX_NO
 
 
 def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12496,22 +12479,20 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
 
 
-def _named_queues(queues: Sequence[str] | None) -> str:
-    """`all queues`, `queue a`, `queues a, b`."""
-    if not queues:
-        return "all queues"
-    return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}"
+def _named_queues(queues: Sequence[str]) -> str:
+    return f"queue{'s' * (len(queues) > 1)} {', '.join(queues)}" if queues \
+        else "all queues"
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    queue.pause(*args.queue or ())
-    flags = "".join(f" --queue {name}" for name in args.queue or ())
+    queue.pause(*args.queue)
+    flags = "".join(f" --queue {name}" for name in args.queue)
     screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
                 f"`queuectl resume{flags}` ends the pause")
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    queue.resume(*args.queue or ())
+    queue.resume(*args.queue)
     # A queue has its own pause, and all of them have one together.
     paused = queue.status().paused
     left = [name for name in paused if name != EVERY_QUEUE]
@@ -12536,11 +12517,6 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> Non
         f"at most {args.limit} at once" if args.limit else "no limit"))
 
 
-def _note_runs(schedule: Schedule, queue: Queue, screen: Screen) -> None:
-    for line in when_lines(schedule, queue.clock()):
-        screen.note(line)
-
-
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
@@ -12549,9 +12525,9 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         else fields_of(args.job)
     if len(given) != 1:
         raise Usage("a schedule has one job", "add a schedule for each")
-    _note_runs(queue.add_schedule(
-        args.name, args.cron, args.tz, **merged(given[0], flag_fields(args))),
-        queue, screen)
+    schedule = queue.add_schedule(args.name, args.cron, args.tz,
+                                  **merged(given[0], flag_fields(args)))
+    screen.note(*when_lines(schedule, queue.clock()))
     _note_no_worker(queue, screen)
 
 
@@ -12580,7 +12556,7 @@ def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -
 
 
 def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    _note_runs(queue.resume_schedule(args.name), queue, screen)
+    screen.note(*when_lines(queue.resume_schedule(args.name), queue.clock()))
 
 
 def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12789,7 +12765,7 @@ _YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "ot
 _ALL = option("--all", "all that it applies to")
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
-                 action="append", type=parse_name)
+                 action="append", type=parse_name, default=[])
 _WAIT_LIMIT = option("--timeout DUR", "wait no longer", "other")
 _FOLLOW = option("--follow -f", "go on as it comes")
 _SCHEDULE = option("NAME", "the schedule's name")
@@ -13052,7 +13028,9 @@ FORMATS = {
 # The end of `queuectl help`.
 MANUAL = """\
 values:
-{formats}
+  DUR   {}
+  TIME  {}
+  CRON  {}
   ID, NAME, Q, T
         1 to 128 of the characters A-Z a-z 0-9 . _ : @ -
 
@@ -13113,23 +13091,23 @@ def usual(entries: Sequence[Entry]) -> Entry:
 def _no_command(names: Sequence[str], group: Sequence[Entry]) -> Usage:
     wrong = " ".join(names[:2 if group else 1])
     meant = [f"`{' '.join(entry.words)}`" for entry in COMMANDS if wrong in entry.also]
-    hint = f"did you mean {' or '.join(meant)}?" if meant else nearest(
-        wrong, [" ".join(entry.words if group else entry.words[:1])
-                for entry in group or COMMANDS])
-    return Usage(f"there is no command `{wrong}`", hint or (
-        "there are: " + ", ".join(entry.words[1] for entry in group) if group
-        else "`queuectl --help` lists them"))
+    near = nearest(wrong, [" ".join(entry.words if group else entry.words[:1])
+                           for entry in group or COMMANDS])
+    return Usage(f"there is no command `{wrong}`",
+                 f"did you mean {' or '.join(meant)}?" if meant else near or (
+                     "there are: " + ", ".join(entry.words[1] for entry in group)
+                     if group else "`queuectl --help` lists them"))
 
 
 def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
-    """The commands that these words may name, and the words beside the name; Usage.
+    """The commands that these words may name, and the other words; Usage.
 
         --db x.db retry job-1 -> `retry`
         dlq --limit 5         -> `dlq list`: before a flag a group is its `usual` one
         dlq, help dlq         -> its three
         --db x.db, --help     -> COMMANDS
 
-    Flags may also stand before the name; of these only --db takes a word.
+    Of the flags before the name only --db takes a word.
     """
     at = 0
     while at < len(words) and words[at].startswith("-"):
@@ -13183,15 +13161,13 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _settings(one: Option, strict: bool) -> dict[str, Any]:
     """The keywords of `add_argument`; see `parser_of`."""
-    settings = one.settings
+    given = one.settings
     if strict:
-        return {**settings, "type": _typed(settings["type"])} if "type" in settings \
-            else settings
+        return {**given, "type": _typed(given["type"])} if "type" in given else given
     kept: dict[str, Any] = {
-        key: settings[key] for key in ("nargs", "dest") if key in settings}
+        key: given[key] for key in ("nargs", "dest") if key in given}
     if one.names[0].startswith("-"):
-        takes_value = settings.get("action") in (None, "append")
-        kept["action"] = "append" if takes_value else "store_true"
+        kept["action"] = "append" if "metavar" in given else "store_true"
     return {"default": argparse.SUPPRESS, **kept}
 
 
@@ -13199,29 +13175,25 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
     """The parser of a command. Not strict, for completion: nothing is required or
     checked, what is not given is absent, and all values of a flag are kept.
 
-    No abbreviations: `--run` would be --run-at today and a mistake once another flag
-    begins with it. Its own usage line, for argparse's lists all flags.
+    No abbreviations: `--run` would be --run-at only until another flag begins with it.
     """
     name = " ".join(("queuectl", *entry.words))
-    usage, metavars = f"{name} [OPTION ...]", {"--db"}
+    usage = [{"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}.get(
+        one.settings.get("nargs", ""), "{}").format(one.settings["metavar"])
+        for one in entry.options if not one.names[0].startswith("-")]
+    metavars = [one.settings.get("metavar") for one in entry.options]
     examples = "\n".join(f"  queuectl {example}" for example in entry.examples)
-    for one in entry.options:
-        metavars.add(one.settings.get("metavar", ""))
-        if not one.names[0].startswith("-"):
-            usage += {"?": " [{}]", "*": " [{} ...]", "+": " {} ..."}.get(
-                one.settings.get("nargs", ""), " {}").format(one.settings["metavar"])
+    epilog = [*(["examples:", examples, ""] if examples else ()), *(
+        f"{kind}: {text}" for kind, text in FORMATS.items() if kind in metavars),
+        "Exit statuses, environment, files: `queuectl help`."]
     parser = Parser(
-        prog=name, allow_abbrev=False, add_help=False, usage=usage,
+        prog=name, allow_abbrev=False, add_help=False,
+        usage=" ".join((name, "[OPTION ...]", *usage)),
         description=entry.help[0].upper() + entry.help[1:] + ".",
-        # With a width of its own: argparse would load shutil to find one.
+        # Its own usage lists all flags, and for a width it would load shutil.
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, width=window().columns - 2),
-        epilog="\n".join((
-            *(["examples:", examples, ""] if examples else ()),
-            *(f"{kind}: {text}" for kind, text in FORMATS.items() if kind in metavars),
-            "Exit statuses, environment, files: `queuectl help`.")) if entry.words else
-        MANUAL.format(formats="\n".join(f"  {kind:<5} {text}"
-                                        for kind, text in FORMATS.items())))
+        epilog="\n".join(epilog) if entry.words else MANUAL.format(*FORMATS.values()))
     groups: dict[str, Any] = {}
     for one in (*entry.options, _DB, _HELP):
         title = one.group or (
@@ -13240,10 +13212,11 @@ def _overview(entries: Sequence[Entry]) -> Entry:
     """What stands for a group of commands, or for all, and has only a help."""
     words = () if entries is COMMANDS else entries[0].words[:1]
     name = " ".join(("queuectl", *words))
-    text = f"{TITLES[' '.join(words)]}.\n{chr(10) + 'commands:' if words else ''}"
+    headings = {" ".join(entries[0].words): "commands"} if words else HEADINGS
+    text = f"{TITLES[' '.join(words)]}.\n"
     for entry in entries:
         one = " ".join(entry.words)
-        text += f"\n{HEADINGS[one]}:\n" if one in HEADINGS and not words else ""
+        text += f"\n{headings[one]}:\n" if one in headings else ""
         text += f"  {one:<15} {entry.help}\n"
     return Entry(
         words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND --help` says more. "
@@ -13308,8 +13281,9 @@ def unquoted(word: str) -> str:
 
 
 def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
-    """What kind of thing an argument names, by its metavar; "" for what is new, or of
-    no kind. KEY of a flag (--sort, --unique) is no setting; `enqueue @F` is a file.
+    """What kind of thing an argument names; "" for what is new, or of no kind.
+
+    KEY of a flag (--sort, --unique) is no setting; `enqueue @F` is a file.
     """
     metavar = one.settings.get("metavar", "")
     if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
@@ -13351,21 +13325,20 @@ _IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
     "schedule": lambda rows, *_: rows(Sql.SCHEDULE_NAMES)}
 
 
-def _values(kind: str, word: str, states: Sequence[str],
-            path: str) -> Sequence[tuple[str, str]]:
+def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str, str]]:
     """Values of a kind, each with its meaning, in a queue, if there is one.
 
-    A press of a key must not be noticed: no queue is made, upgraded or waited for
-    (`glance`), and only so many rows are read, by an index. `name >= word AND name <
-    end` is a range of it; LIKE is not (SQLite, "The LIKE Optimization"). Names are
-    ASCII without DEL.
+    Completion must not be noticed: it makes, upgrades and waits for nothing (`glance`),
+    and reads few rows, by an index: `name >= word AND name < end` is a range of it,
+    LIKE is not (SQLite, "The LIKE Optimization"). Names are ASCII without DEL.
     """
     if kind == "KEY":
         return [(key, setting.help) for key, setting in SETTINGS.items()]
     bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
     if kind in _IN_QUEUE:
+        path = os.path.expanduser(os.path.expandvars(path))
         with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
-            return _IN_QUEUE[kind](rows, bounds, states)
+            return _IN_QUEUE[kind](rows, bounds, STATES_OF.get(entry.words, STATES))
     return ()
 
 
@@ -13384,10 +13357,10 @@ def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 def offers(words: Sequence[str]) -> list[str]:
     """What may come next, for a shell's script (Install); Usage for an invalid line.
 
-    The last of these words, the line's without quotes, is the one under the cursor, or
-    the value in its `--flag=value`. MARK stands there for the parser, which tells whose
-    value it is. In this order it may be: a value that a flag needs, a flag, the rest of
-    the command's name, another argument; flags again, where no values are known.
+    The last of these unquoted words is under the cursor. MARK stands there, or for the
+    value in `--flag=value`, so that the parser tells whose value it is. It may be, in
+    this order: a value that a flag needs, a flag, the rest of the command's name,
+    another argument; flags again, if no values are known.
     """
     *before, word = words or ("",)
     entries, rest = find(before)
@@ -13403,8 +13376,8 @@ def offers(words: Sequence[str]) -> list[str]:
              for name, value in vars(args).items()}
     options = (*entry.options, _DB, _HELP)
     one = next((one for one in options if MARK in given.get(one.dest, ())), None)
-    # Long names, and a short one that is there; none that may not come twice. After a
-    # lone dash only long ones: a list of letters helps nobody.
+    # Long names, and a short one that is there, but no lone dash; no flag twice that
+    # is not repeatable.
     choices: Iterable[tuple[str, str]] = [
         (name, one.settings.get("help", "")) for one in options
         if one.settings.get("action") == "append" or one.dest not in given
@@ -13419,8 +13392,7 @@ def offers(words: Sequence[str]) -> list[str]:
             return [f"\t{kind}\t{'@' if is_at else head}"]
         if is_needed or fixed or kind in _IN_QUEUE or kind == "KEY":
             path = next(filter(None, reversed(given.get("db", []))), "")
-            choices = fixed or _values(kind, word, STATES_OF.get(entry.words, STATES),
-                                       os.path.expanduser(os.path.expandvars(path)))
+            choices = fixed or _values(kind, word, entry, path)
     if not is_needed and not word.startswith("-") and len(entries) > 1:
         choices = _command_choices(entries)
     taken = given[one.dest] if one else ()
@@ -13492,19 +13464,16 @@ def _run_command(args: argparse.Namespace, is_first: bool) -> int:
 def _run(argv: Sequence[str]) -> int:
     args = _parse(argv)
     args.path = database_path(getattr(args, "db", None))
-    run = args.entry.run
-    if run is cmd_worker_start:
+    if args.entry.run is cmd_worker_start:
         return _run_supervised(args)
     is_first = args.entry.words == ("status",) and "status" not in argv
-    with log_on_stderr() if run is cmd_web else contextlib.nullcontext():
+    with log_on_stderr() if args.entry.run is cmd_web else contextlib.nullcontext():
         return _told(lambda: _run_command(args, is_first), getattr(args, "json", False))
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed, or a database would be.
-
-    A file gets the lowest free number: with stdout closed, prints would go into the
-    database. stdin stays None, so that who reads jobs from it says so.
+    """Put /dev/null where stdin, stdout or stderr is closed: a file gets the lowest
+    free number, so prints would go into the database. sys.stdin stays None, as a sign.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
