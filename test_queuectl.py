@@ -6448,6 +6448,10 @@ class Processes(Case):
     def wait_log(self, words, count=1):
         wait_for(lambda: self.read("worker.log").count(words) >= count, f"{words!r} in the log")
 
+    def script(self, name, line):
+        write_bytes(self.path_of(name), f"#!/bin/sh\n{line}\n".encode())
+        os.chmod(self.path_of(name), 0o755)
+
     # Commands: in this process, or in one of their own.
 
     def cli(self, *argv):
@@ -8567,36 +8571,6 @@ class Browser(Processes):
 
 # ---- Real shells and service managers ----------------------------------------
 
-class ShellTerminal:
-    """A shell at a terminal: keys in, what it shows out."""
-
-    def __init__(self, argv, environ, directory):
-        import pty
-        self.fd, inner = pty.openpty()
-        self._process = subprocess.Popen(argv, stdin=inner, stdout=inner, stderr=inner,
-                                         env=environ, cwd=directory,
-                                         start_new_session=True)
-        os.close(inner)
-        self.shown = ""
-
-    def press(self, keys, expected):
-        """What is shown until that comes."""
-        self.shown = ""
-        os.write(self.fd, keys.encode())
-        wait_for(lambda: self._read() and expected in self.shown,
-                 f"{expected!r} after {keys!r}")
-
-    def _read(self):
-        if select.select([self.fd], [], [], 0.05)[0]:
-            self.shown += os.read(self.fd, 65536).decode("utf-8", "replace")
-        return self.shown
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        os.close(self.fd)
-
-
 class Shells(Processes):
     """The completion scripts, in the shells that are there."""
 
@@ -8615,6 +8589,8 @@ class Shells(Processes):
         ("queuectl enqueue --file=an", "queuectl enqueue --file=an\\ other.db "),
         ("queuectl enqueue @an", "queuectl enqueue @an\\ other.db "),
     )
+    READY = "alias q=queuectl; echo 'rea''dy'\r"
+    BASH = ("bash", "--norc", "--noprofile", "-i")
 
     def setUp(self):
         super().setUp()
@@ -8622,73 +8598,59 @@ class Shells(Processes):
         with Queue(self.path_of("an other.db")) as other:
             other.enqueue("x", id="else")
         os.mkdir(self.path_of("bin"))
-        script = '#!/bin/sh\nexec "{}" "{}" "$@"\n'.format(*program())
         for name in ("bin/queuectl", "queuectl.py"):
-            with open(self.path_of(name), "w") as file:
-                file.write(script)
-            os.chmod(self.path_of(name), 0o755)
+            self.script(name, 'exec "{}" "{}" "$@"'.format(*program()))
+        self.environ = {
+            "PATH": self.path_of("bin") + os.pathsep + os.environ["PATH"], "QUEUECTL_DB": self.path,
+            "PS1": "$ ", "PROMPT": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": self.dir}
 
-    def script(self, shell):
+    def write_script(self, shell, name):
         if shutil.which(shell) is None:
             self.skipTest(f"there is no {shell}")
-        with open(self.path_of(f"completion.{shell}"), "w") as file:
-            file.write(self.call("completion", shell)[1])
-        path = self.path_of("bin") + os.pathsep + os.environ["PATH"]
-        return {**os.environ, "PATH": path, "QUEUECTL_DB": self.path, "PS1": "$ ",
-                "PROMPT": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": self.dir}
+        write_bytes(self.path_of(name), self.cli("completion", shell)[1].encode())
 
-    def a_terminal(self, shell, *argv):
-        terminal = ShellTerminal([shell, *argv], self.script(shell), self.dir)
-        self.addCleanup(terminal.close)
-        return terminal
+    def at_prompt(self, *argv):
+        """A terminal of a shell whose completion script is there."""
+        self.write_script(argv[0], f"completion.{argv[0]}")
+        return self.on_terminal(argv, (24, 200), self.environ)
 
-    def check_lines(self, terminal):
-        for line, completed in self.LINES:
+    def check_lines(self, terminal, lines=LINES):
+        for line, completed in lines:
             with self.subTest(line):
                 terminal.press(line + "\t", completed)
                 terminal.press("\x15echo cleared\r", "\ncleared")     # Ctrl+U
 
-    def test_bash(self):
-        terminal = self.a_terminal("bash", "--norc", "--noprofile", "-i")
-        terminal.press("source completion.bash; shopt -u hostcomplete; alias q=queuectl; "
-                       "complete -F _queuectl q; echo 'rea''dy'\r", "\nready")
-        self.check_lines(terminal)
-
-    def test_bash_with_the_package_bash_completion(self):
+    def test_bash_with_and_without_its_package(self):
         package = "/usr/share/bash-completion/bash_completion"
-        if not os.path.exists(package):
-            self.skipTest("there is no package bash-completion")
-        terminal = self.a_terminal("bash", "--norc", "--noprofile", "-i")
-        terminal.press(f"source {package}; source completion.bash; alias q=queuectl; "
-                       "complete -F _queuectl q; echo 'rea''dy'\r", "\nready")
-        self.check_lines(terminal)
+        for first in ("shopt -u hostcomplete", f"source {package}"):
+            if "source" in first and not os.path.exists(package):
+                self.skipTest("there is no package bash-completion")
+            terminal = self.at_prompt(*self.BASH)
+            terminal.press(f"{first}; source completion.bash; complete -F _queuectl q; "
+                           + self.READY, "\nready")
+            self.check_lines(terminal)
 
     def test_zsh(self):
-        terminal = self.a_terminal("zsh", "-f", "-i")
-        terminal.press("autoload -Uz compinit; compinit -u -D; source completion.zsh; "
-                       "alias q=queuectl; echo 'rea''dy'\r", "\nready")
+        terminal = self.at_prompt("zsh", "-f", "-i")
+        terminal.press("autoload -Uz compinit; compinit -u -D; source completion.zsh; " + self.READY,
+                       "\nready")
         self.check_lines(terminal)
 
     def test_zsh_finds_it_by_itself(self):
-        environ = self.script("zsh")
-        os.rename(self.path_of("completion.zsh"), self.path_of("_queuectl"))
-        terminal = ShellTerminal(["zsh", "-f", "-i"], environ, self.dir)
-        self.addCleanup(terminal.close)
-        terminal.press("fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; "
-                       "echo 'rea''dy'\r", "\nready")
-        terminal.press("queuectl show a\t", "queuectl show a:b@c ")
+        self.write_script("zsh", "_queuectl")
+        terminal = self.at_prompt("zsh", "-f", "-i")
+        terminal.press("fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; " + self.READY,
+                       "\nready")
+        self.check_lines(terminal, self.LINES[1:2])
 
     def test_fish(self):
         """It is asked, not typed to: it wants a better terminal than this one."""
-        environ = self.script("fish")
+        self.write_script("fish", "completion.fish")
         lines = [line for line, _ in self.LINES] + ["queuectl list --", "queuectl show "]
         asked = "; ".join(f"echo '> {number}'; complete -C {json.dumps(line)}"
                           for number, line in enumerate(lines))
-        said = subprocess.run(
-            ["fish", "--no-config", "-c", "source completion.fish; alias q queuectl; "
-             + asked], env=environ, cwd=self.dir, stdout=subprocess.PIPE,
-            check=True).stdout.decode()
-
+        said = self.done(["fish", "--no-config", "-c", "source completion.fish; alias q queuectl; "
+                          + asked], env={**os.environ, **self.environ})[1]
         answers = [answer.partition("\n")[2] for answer in said.split("> ")[1:]]
         for (line, completed), answer in zip(self.LINES, answers):
             last = re.split(r"(?<!\\) ", completed.strip())[-1]
@@ -8706,60 +8668,50 @@ class Services(Processes):
         address = self.path_of("manager")
         manager = Manager(address)
         self.addCleanup(manager.close)
-        worker = self.worker(*argv, env={**os.environ, "NOTIFY_SOCKET": address,
-                                         **environ})
+        worker = self.worker(*argv, env={**os.environ, "NOTIFY_SOCKET": address, **environ})
         wait_for(lambda: "READY=1" in manager.hear(), "readiness")
         return manager, worker
 
     def test_a_manager_is_told_what_its_worker_does(self):
-        self.enqueue("env > seen; while [ ! -e go ]; do sleep .05; done")
+        self.enqueue(f"env > seen; {UNTIL_GO}")
         manager, worker = self.a_service("-c", "2", WATCHDOG_USEC="100000")
         wait_for(lambda: "STATUS=1 of 2 slots busy" in manager.hear(), "the status")
-        self.assertTrue(self.call("worker", "list")[1])     # ready: it is to be seen
-        wait_for(lambda: manager.hear().count("WATCHDOG=1") > 20, "signs of life", 5)
+        self.assertTrue(self.cli("worker", "list")[1])     # it is ready, so it is listed
+        wait_for(lambda: manager.hear().count("WATCHDOG=1") > 9, "watchdog messages", 5)
         self.assertNotIn("STOPPING=1", manager.hear())
-
         worker.send_signal(signal.SIGTERM)
         wait_for(lambda: "STOPPING=1" in manager.hear(), "the end")
         wait_for(lambda: "STATUS=finishing 1 running" in manager.hear(), "the status")
-        open(self.path_of("go"), "w").close()
-        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.touch("go")
+        self.assert_ends(worker)
         self.assertEqual(manager.hear().count("STOPPING=1"), 1)
         self.assertNotRegex(self.read("seen"), "NOTIFY|WATCHDOG")
 
-    def test_a_held_lock_is_no_hang(self):
-        self.enqueue("while [ ! -e go ]; do sleep .05; done")
-        manager, _ = self.a_service(WATCHDOG_USEC="400000")
+    def test_a_held_lock_does_not_look_like_a_hang(self):
+        self.enqueue(UNTIL_GO)
+        manager, _ = self.a_service(WATCHDOG_USEC="300000")
         self.wait_state("job-1", PROCESSING)
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            open(self.path_of("go"), "w").close()   # its end is to be recorded now
-            for _ in range(15):
+        with self.locked():
+            self.touch("go")    # its end is to be recorded now
+            for _ in range(8):
                 manager.hear().clear()
-                wait_for(lambda: "WATCHDOG=1" in manager.hear(), "a sign of life", 1.4)
-            db.execute("ROLLBACK")
+                wait_for(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog message", 1.4)
         self.wait_state("job-1", COMPLETED)
 
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "there is no systemd-analyze")
     def test_systemd_takes_the_units(self):
-        if shutil.which("systemd-analyze") is None:
-            self.skipTest("there is no systemd-analyze")
-        folder = self.path_of('of 100% $HOME "ü"')
-        os.mkdir(folder)
+        os.mkdir(self.path_of('of 100% $HOME "ü"'))
         os.mkdir(self.path_of("run"), 0o700)
+        self.path = self.path_of('of 100% $HOME "ü"/q.db')
         for flags in ((), ("--user", "--grace", "1h"), ("--queue", "a", "--name", "b")):
-            unit = self.path_of("queuectl.service")
-            text = subprocess.run(
-                [*program(), "--db", os.path.join(folder, "q.db"), "systemd", *flags], stdout=subprocess.PIPE, check=True).stdout.decode()
+            text, unit = self.call("systemd", *flags)[1], self.path_of("queuectl.service")
             for shown in (text, re.sub("^#([A-Z])", r"\1", text, flags=re.M)):
-                with open(unit, "w") as file:
-                    file.write(shown)
-                done = subprocess.run(
-                    ["systemd-analyze", "verify", "--user" if "--user" in flags
-                     else "--system", unit], stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, check=False,
-                    env={**os.environ, "XDG_RUNTIME_DIR": self.path_of("run")})
+                write_bytes(unit, shown.encode())
                 with self.subTest(flags):
-                    self.assertEqual((done.returncode, done.stdout), (0, b""))
+                    self.assertEqual(self.done(
+                        ["systemd-analyze", "verify", "--user" if "--user" in flags else "--system",
+                         unit], env={**os.environ, "XDG_RUNTIME_DIR": self.path_of("run")}),
+                        (0, "", ""))
 
 
 class Names(Processes):
@@ -8769,25 +8721,28 @@ class Names(Processes):
                b"`touch PWNED`", b";touch PWNED", b"-n", b"--help", b"--", b"@file", b"#x",
                b"{}", b"{#}", b"a{}b", b"\\", b"%s\\n", b"trailing  ", b"\ttab\t", b"  ",
                b"cr\r", b"~", b"*", b"=ls", b"A=b", b"if", b"!x", b'{"command": "x"}',
-               b"caf\xe9", b"\xe9'%d\\n$(touch PWNED)\n.", b"-\xff7",
-               "\u00e4".encode() * 100)
+               b"caf\xe9", b"\xe9'%d\\n$(touch PWNED)\n.", b"-\xff7", "\u00e4".encode() * 100)
+
+    def cli(self, *argv, stdin=b""):
+        """In this process, with that stdin."""
+        with io.TextIOWrapper(io.BytesIO(stdin), "utf-8", "surrogateescape") as text, \
+                mock.patch("sys.stdin", text):
+            return super().cli(*argv)
 
     def add(self, data, *argv, status=0):
-        """What a batch of that stdin says."""
+        """What a batch of that stdin prints."""
         code, out, err = self.call("enqueue", *argv, input=data)
         self.assertEqual(code, status, err)
         return err if status else out
 
-    def commands(self, **filters):
-        with Queue(self.path, create=False) as queue:
-            return [job.command for job in queue.jobs(sort="oldest", **filters)]
+    def commands(self):
+        return [job.command for job in self.queue.jobs(sort="oldest")]
 
     def outputs(self):
         """What each job's command prints, oldest first."""
-        with Queue(self.path, create=False) as queue:
-            return [subprocess.run(["/bin/sh", "-c", job.command], cwd=self.dir, env={
-                        **os.environ, **job.env}, stdout=subprocess.PIPE,
-                        check=True).stdout for job in queue.jobs(sort="oldest")]
+        return [subprocess.run(["/bin/sh", "-c", job.command], cwd=self.dir, check=True, env={
+            **os.environ, **job.env}, stdout=subprocess.PIPE).stdout
+            for job in self.queue.jobs(sort="oldest")]
 
     # Templates.
 
@@ -8798,7 +8753,7 @@ class Names(Processes):
         self.assertEqual(self.outputs(), [
             *(b"<" + name + b">|" for name in self.HOSTILE),
             *(b"last|" + name + b"|" for name in self.HOSTILE)])
-        self.assertFalse(os.path.exists(self.path_of("PWNED")))
+        self.assertFalse(self.exists("PWNED"))
 
     def test_files_of_any_name_are_worked_on(self):
         os.mkdir(self.path_of("names"))
@@ -8807,55 +8762,53 @@ class Names(Processes):
             with contextlib.suppress(OSError):  # a file system may take only UTF-8
                 os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY))
                 made.append(name)
-        self.add(b"\0".join(made), "-0", "-", "--cwd", "names", "--", "mv", "--", "{}",
-                 "{}.done")
+        self.add(b"\0".join(made), "-0", "-", "--cwd", "names", "--", "mv", "--", "{}", "{}.done")
         self.drain("-c", "4")
         self.assertEqual(sorted(os.listdir(folder)), sorted(n + b".done" for n in made))
 
     def test_a_line_is_an_item_and_only_its_end_is_taken_off(self):
         lines = b"# no comment\n\n {\"command\": 1}\r\n  \n\nlast "
+        write_bytes(self.path_of("list"), lines)
         for source in (("-",), ("--file", "list"), ("@list",)):
-            with open(self.path_of("list"), "wb") as file:
-                file.write(lines)
             self.add(lines, *source, "--", "printf", "%s|", "{#}", "{}")
         self.assertEqual(self.outputs(), 3 * [
             b"1|# no comment|", b"2| {\"command\": 1}\r|", b"3|  |", b"4|last |"])
 
-    def test_marks_of_an_item_are_not_replaced_again(self):
+    def test_marks_keywords_and_assignments_in_an_item_are_plain_text(self):
         self.add(b"{#}{}\n", "-", "--", "printf", "%s|", "{}{#}{}", "{#{}}")
         self.assertEqual(self.outputs(), [b"{#}{}1{#}{}|{#{#}{}}|"])
-
-    def test_an_item_as_the_program_is_no_keyword_and_no_assignment(self):
-        self.add(b"A=b\nif\n", "-", "--max-retries", "1", "--", "{}", "x")
-        self.assertEqual(self.commands(), ["'A=b' x", "'if' x"])
+        self.add(b"A=b\nif\n", "-", "--", "{}", "x")
+        self.assertEqual(self.commands()[1:], ["'A=b' x", "'if' x"])
 
     def test_an_array_job_knows_its_number(self):
         self.add(b"a\n\nb\n", "-", "--env", "N={#}:{}", "--", "sh", "-c",
                  'printf "%s|" "$QUEUECTL_ITEM" "$N" "$1"', "sh")
         self.drain()
-        self.assertEqual([self.call("logs", job)[1] for job in ("job-1", "job-2")],
-                         ["1|1:a|a|", "2|2:b|b|"])
+        self.assertEqual([self.runs(job)[0].output for job in ("job-1", "job-2")],
+                         [b"1|1:a|a|", b"2|2:b|b|"])
 
     def test_flags_hold_for_each_job_and_may_hold_marks(self):
         self.add(b"a b\nc\n", "-", "--id", "n-{#}", "--unique", "u {}", "--once", "{}",
                  "--tag", "t{#}", "--tag", "all", "--env", "X={}=", "--queue", "q",
                  "--max-retries", "7", "--", "true")
-        with Queue(self.path, create=False) as queue:
-            self.assertEqual([(job.id, job.unique, job.once, job.tags, job.env["X"],
-                               job.queue, job.max_retries)
-                              for job in queue.jobs(sort="oldest")], [
-                ("n-1", "u a b", "a b", ("t1", "all"), "a b=", "q", 7),
-                ("n-2", "u c", "c", ("t2", "all"), "c=", "q", 7)])
+        self.assertEqual([(job.id, job.unique, job.once, job.tags, job.env["X"], job.queue,
+                           job.max_retries) for job in self.queue.jobs(sort="oldest")], [
+            ("n-1", "u a b", "a b", ("t1", "all"), "a b=", "q", 7),
+            ("n-2", "u c", "c", ("t2", "all"), "c=", "q", 7)])
 
     def test_an_interrupted_batch_is_submitted_again(self):
-        self.add(b"a\nb\n", "-", "--once", "{}", "--", "true")
+        template = ("-", "--once", "{}", "--", "true")
+        self.assertIn("2 added", self.add(b"a\nb\n", *template))
         self.drain()
-        out = self.add(b"a\nb\nc\n", "-", "--once", "{}", "--", "true")
-        self.assertIn("1 added, 2 already there", out)
+        code, out, err = self.call("enqueue", *template, input=b"a\nb\nc\n")
+        self.assertEqual((code, out), (0, "1 added, 2 already there\n"))
+        self.assertEqual(len(err.splitlines()), 1, err)     # that no worker runs
+        code, out, err = self.cli("enqueue", "true", "--once", "a")
+        self.assertEqual((code, out), (0, "job-1\n"))
+        self.assertIn("job-1 (completed) has that key: nothing was added", err)
         path = "\u00fc" * 1024
-        self.add(path.encode(), "-", "--once", "{}", "--", "true")
-        self.assertIn("line 1: once: ", self.add(
-            path.encode() + b"x", "-", "--once", "{}", "--", "true", status=1))
+        self.add(path.encode(), *template)
+        self.assertIn("line 1: once: ", self.add(path.encode() + b"x", *template, status=1))
 
     def test_results_are_those_of_a_batch(self):
         self.assertEqual(self.add(b"a\nb\n", "-", "-q", "--", "true"), "job-1\njob-2\n")
@@ -8865,7 +8818,7 @@ class Names(Processes):
         worker = self.worker("--max-jobs", "5")
         self.assertEqual(self.call("enqueue", "-", "--wait", "--max-retries", "1", "--",
                                    "test", "a", "=", input=b"a\nb\n")[0], 1)
-        self.assertEqual(worker.wait(DEADLINE), 0)
+        self.assert_ends(worker)
 
     def test_an_item_that_makes_no_job_adds_nothing(self):
         long = b"x" * queuectl.MAX_TEXT
@@ -8890,20 +8843,21 @@ class Names(Processes):
                       ("ksh", "+x", "-c", "-e", "echo {}"),
                       ("nice", "bash", "-o", "errexit", "-c")):
             with self.subTest(words):
-                said = self.add(b"x\n", "-", "--", *words, status=2)
-                self.assertIn("sh -c 'echo \"$1\"' sh {}", said)
+                code, _, err = self.cli("enqueue", "-", "--", *words, stdin=b"x\n")
+                self.assertEqual(code, 2)
+                self.assertIn("sh -c 'echo \"$1\"' sh {}", err)
         for words in (("sh", "-c", 'echo "$1"', "sh", "{}"), ("sh", "-c", 'echo "$0"'),
                       ("sh", "script", "{}"), ("bash", "-e", "{}", "-c"), ("sh",),
                       ("bash", "-c", "echo {#}", "sh", "{}"), ("sh", "{}")):
             with self.subTest(words):
-                self.add(b"x\n", "-", "--", *words)
+                self.assertEqual(self.cli("enqueue", "-", "--", *words, stdin=b"x\n")[0], 0)
 
-    def test_what_makes_no_template_is_a_usage_error(self):
+    def test_words_that_make_no_template_are_a_usage_error(self):
         for argv in (("-", "--"), ("-", "--command", "x", "--", "y"), ("-0", "--", "x"),
                      ("x", "--", "y"), ("-0", "x"), ("@f", "--file", "f", "--", "x"),
                      ("--stream", "--")):
             with self.subTest(argv):
-                self.add(b"x\n", *argv, status=2)
+                self.assertEqual(self.cli("enqueue", *argv, stdin=b"x\n")[0], 2)
 
     def test_a_negative_number_is_no_flag_beside_a_zero(self):
         self.add(b"x\0", "-0", "-", "-p", "-5", "-q")
@@ -8911,8 +8865,7 @@ class Names(Processes):
         self.assertEqual(self.add(b"a\0b\0", "-q0", "-"), "job-2\njob-3\n")
 
     def test_items_without_a_template_are_jobs_and_may_hold_lines(self):
-        self.add(b'echo a\necho b\0\0{"command":\n"c"}\0# no\0[{"command": "d"}]\0',
-                 "-0", "-")
+        self.add(b'echo a\necho b\0\0{"command":\n"c"}\0# no\0[{"command": "d"}]\0', "-0", "-")
         self.assertEqual(self.commands(), ["echo a\necho b", "c", "d"])
         self.assertIn("item 2: ", self.add(b"a\0\0{x}\0", "-0", "-", status=1))
 
@@ -8921,22 +8874,18 @@ class Names(Processes):
     def test_a_template_takes_items_as_they_come(self):
         for argv, end in (((), b"\n"), (("-0",), b"\0")):
             with self.subTest(argv):
-                stream = subprocess.Popen(
-                    self.command("enqueue", "--stream", *argv, "--tag", "t{#}", "--",
-                                 "printf", "%s|"),
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.dir)
-                self.addCleanup(self.end, stream)
+                stream = self.start("enqueue", "--stream", *argv, "--tag", "t{#}", "--", "printf",
+                                    "%s|", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                 for item in (b"a b", b"$(touch PWNED)"):
                     stream.stdin.write(item + end)
                     stream.stdin.flush()
-                    job_id = stream.stdout.readline().decode().strip()
-                    self.assertTrue(self.job(job_id).tags)
+                    self.assertTrue(self.job(stream.stdout.readline().decode().strip()).tags)
                 stream.communicate(b"caf\xe9")
                 self.assertEqual(stream.returncode, 0)
         self.assertEqual(self.outputs(), 2 * [b"a b|", b"$(touch PWNED)|", b"caf\xe9|"])
 
     def test_of_a_line_of_a_stream_all_jobs_are_added_or_none(self):
-        self.call("enqueue", "x", "--id", "taken")
+        self.enqueue("x", "--id", "taken")
         bad = (b'[{"command": "a"}, {"command": "b", "id": "taken"},'
                b' {"command": "c", "id": "taken"}, {"command": "d"}]',
                b'[{"command": "e"}, {"command": "f", "after": "unknown"}]',
@@ -8956,22 +8905,19 @@ class Names(Processes):
     # Text that is not UTF-8, and text that is too long.
 
     def test_an_argument_may_have_any_bytes(self):
-        with open(os.path.join(os.fsencode(self.dir), b"caf\xe9"), "wb") as file:
-            file.write(b"drink")
-        self.enqueue("--", b"cat", b"./caf\xe9")
+        write_bytes(os.path.join(os.fsencode(self.dir), b"caf\xe9"), b"drink")
+        self.assertEqual(self.call("enqueue", "--", b"cat", b"./caf\xe9")[0], 0)
         self.assertIn("caf\\351", self.commands()[0])
         code, _, err = self.call("schedule", "add", "s", "@daily", "--", b"cat", b"caf\xe9")
         self.assertEqual(code, 0, err)
         self.drain()
-        self.assertEqual(self.call("logs", "job-1")[1], "drink")
-        self.assertEqual(self.call("schedule", "run", "s")[0], 0)
+        self.assertEqual(self.runs("job-1")[0].output, b"drink")
+        self.assertEqual(self.cli("schedule", "run", "s")[0], 0)
         code, _, err = self.call("enqueue", "--", b"cat", b"\xff\n")
-        self.assertEqual(code, 1)
-        self.assertIn("ends with a newline", err)
+        self.assertEqual((code, "ends with a newline" in err), (1, True), err)
 
     def test_other_bytes_elsewhere_are_named(self):
-        for argv in ((b"caf\xe9",), ("--id", b"caf\xe9", "--", "x"),
-                     ("x", "--tag", b"caf\xe9")):
+        for argv in ((b"caf\xe9",), ("--id", b"caf\xe9", "--", "x"), ("x", "--tag", b"caf\xe9")):
             with self.subTest(argv):
                 code, _, err = self.call("enqueue", *argv)
                 self.assertEqual(code, 2)
@@ -8981,13 +8927,13 @@ class Names(Processes):
         self.assertIn("line 2: not UTF-8", err)
         self.assertNotIn("iconv", err)
 
-    def test_a_command_that_cannot_be_started_is_refused(self):
+    def test_a_command_that_is_too_long_to_be_started_is_refused(self):
         most = queuectl.MAX_TEXT
-        self.call("enqueue", "x", "--id", "a", "--delay", "1h")
+        self.enqueue("x", "--id", "a", "--delay", "1h")
         fits = "printf %s xxx | wc -c; true ".ljust(most, "x")
         self.add(fits.encode(), "-", "--id", "fits", "--max-retries", "1")
-        with refused("invalid-job"), Queue(self.path) as queue:
-            queue.edit("a", command=fits + "x")
+        with refused("invalid-job"):
+            self.queue.edit("a", command=fits + "x")
         wide = "\u00fc" * (most // 2)
         for line in (fits + "x", wide + "xx", json.dumps({"command": wide + "xx"}),
                      json.dumps({"command": "x", "env": {"A": "y" * (most - 1)}}),
@@ -8996,82 +8942,60 @@ class Names(Processes):
             with self.subTest(line[-10:]):
                 self.assertRegex(self.add(b"a\n" + line.encode(), "-", status=1),
                                  "error: line 2: .*bytes.*; put ")
-        with refused("invalid-job"), Queue(self.path) as queue:
-            queue.add_schedule("s", "@daily", command=fits + "x")
+        with refused("invalid-job"):
+            self.queue.add_schedule("s", "@daily", command=fits + "x")
+        value = "y" * (most - len("A0="))
+        self.queue.enqueue('printf %s "$A7" | wc -c', id="env", env={f"A{n}": value for n in range(8)})
         self.drain()
-        self.assertEqual(self.call("logs", "fits")[1].strip(), "3")
-
-    def test_the_longest_variables_can_be_started(self):
-        value = "y" * (queuectl.MAX_TEXT - len("A0="))
-        self.add(json.dumps({"command": 'printf %s "$A7" | wc -c', "env": {
-            f"A{n}": value for n in range(8)}}).encode(), "-", "--max-retries", "1")
-        self.drain()
-        self.assertEqual(int(self.call("logs", "job-1")[1]), len(value))
+        self.assertEqual([int(self.runs(job)[0].output) for job in ("fits", "env")], [3, len(value)])
 
     # Installing.
 
     def installed(self, to, *argv, **options):
-        """What the installed program says."""
-        done = subprocess.run([os.path.join(to, "bin", "queuectl"), *argv],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              timeout=60, check=False, **options)
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        """What the installed program prints."""
+        return self.done([os.path.join(to, "bin", "queuectl"), *argv], **options)
 
     def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
         to = self.path_of("of ü'$x")
-        with open(self.path_of("json.py"), "w") as file:
-            file.write("raise SystemExit('the wrong json')")
+        write_bytes(self.path_of("json.py"), b"raise SystemExit('the wrong json')")
         for _ in range(2):
             code, out, err = self.call("install", "--to", to)
             self.assertEqual((code, out), (0, os.path.join(to, "bin", "queuectl\n")))
             self.assertIn("not on PATH", err)
-        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1],
-                         f"queuectl {queuectl.__version__}\n")
+        self.assertEqual(self.installed(to, "--version")[1], f"queuectl {queuectl.__version__}\n")
         self.assertEqual(self.installed(to, "enqueue", "--db", self.path, "-", "-q",
-                                        input=b"exit 3", cwd=self.dir)[1], "job-1\n")
-        self.assertEqual(self.installed(to, "show", "nope", cwd=self.dir)[0], 1)
+                                        input=b"exit 3")[1], "job-1\n")
+        self.assertEqual(self.installed(to, "show", "nope")[0], 1)
         library = os.path.join(to, "lib", "queuectl")
         self.assertEqual(os.listdir(os.path.join(to, "bin")), ["queuectl"])
         self.assertEqual(sorted(os.listdir(library)), ["__pycache__", "queuectl.py"])
-        self.assertEqual(len(os.listdir(os.path.join(library, "__pycache__"))), 1)
-        cached = os.path.join(library, "__pycache__",
-                              f"queuectl.{sys.implementation.cache_tag}.pyc")
-        with open(cached, "r+b") as file:   # who runs this runs the byte code
+        [cached] = os.listdir(os.path.join(library, "__pycache__"))
+        with open(os.path.join(library, "__pycache__", cached), "r+b") as file:
             header = file.read(16)
             file.seek(0)
             file.write(header + marshal.dumps(compile(
                 "def main(): print('cached')", "queuectl.py", "exec")))
-        self.assertEqual(self.installed(to, "--version", cwd=self.dir)[1], "cached\n")
+        self.assertEqual(self.installed(to, "--version")[1], "cached\n")
 
-    def test_an_installed_worker_gets_its_signals(self):
-        self.call("install", "--to", self.path_of("to"))
-        worker = subprocess.Popen(
-            [self.path_of("to/bin/queuectl"), "--db", self.path, "worker", "start"],
-            stderr=subprocess.PIPE, cwd=self.dir)
-        self.addCleanup(self.end, worker)
-        self.addCleanup(worker.stderr.close)
-        self.assertIn(b" started: ", next(
-            line for line in worker.stderr if b"worker" in line and b"started" in line))
-        worker.send_signal(signal.SIGTERM)
-        self.assertEqual(worker.wait(DEADLINE), 0)
-
-    def test_an_installed_program_names_its_launcher(self):
-        to = self.path_of("to")
+    def test_an_installed_program_gets_its_signals_and_names_its_launcher(self):
+        to, launcher = self.path_of("to"), self.path_of("to/bin/queuectl")
         self.call("install", "--to", to)
-        launcher = os.path.join(to, "bin", "queuectl")
-        self.assertIn(f'\nExecStart="{launcher}" --db ',
-                      self.installed(to, "systemd", cwd=self.dir)[1])
+        self.command = lambda *argv: [launcher, "--db", self.path, *argv]
+        worker = self.worker()
+        self.wait_log(" started: ")
+        worker.send_signal(signal.SIGTERM)
+        self.assert_ends(worker)
+        self.assertIn(f'\nExecStart="{launcher}" --db ', self.installed(to, "systemd")[1])
         self.assertIn(shlex.quote(launcher), self.installed(to, "completion", "bash")[1])
 
-    def test_where_nothing_can_be_written_nothing_is_installed(self):
-        with open(self.path_of("file"), "w") as file:
-            file.write("")
-        code, out, err = self.call("install", "--to", self.path_of("file"), "--db", "x")
+    def test_where_files_cannot_be_written_no_program_is_installed(self):
+        self.touch("file")
+        code, out, err = self.call("install", "--to", self.path_of("file"))
         self.assertEqual((code, out), (1, ""))
         self.assertRegex(err, r"^queuectl: error: cannot write .*--to\n$")
         self.assertEqual(os.listdir(self.dir), ["file"])
 
-    def test_a_path_on_path_needs_no_word(self):
+    def test_an_install_warns_of_a_launcher_that_is_not_found_first(self):
         to = self.path_of("to")
         for entries, said in (([], "not on PATH"), ([to + "/bin/"], ""),
                               ([self.path_of("other"), to + "/bin"], "comes before")):
@@ -9080,8 +9004,7 @@ class Names(Processes):
                 shutil.copy(os.path.join(to, "bin", "queuectl"), self.path_of("other"))
             with self.subTest(said):
                 err = self.call("install", "--to", to, env={
-                    **os.environ, "PATH": os.pathsep.join(
-                        (*entries, "/usr/bin", "/bin"))})[2]
+                    **os.environ, "PATH": os.pathsep.join((*entries, "/usr/bin", "/bin"))})[2]
                 self.assertIn(said, err)
                 self.assertEqual(bool(err), bool(said))
 
@@ -9089,10 +9012,10 @@ class Names(Processes):
         folder = self.path_of('of 100% "\\ $x')
         os.mkdir(folder)
         os.symlink(folder, self.path_of("link"))
-        out = run_cli("--db", self.path_of("link/q.db"), "systemd")[1]
+        self.path = self.path_of("link/q.db")
         shown = [path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
                  for path in (self.path_of("link"), os.path.realpath(folder))]
-        self.assertIn(f'\nRequiresMountsFor="{shown[0]}" "{shown[1]}"\n', out)
+        self.assertIn(f'\nRequiresMountsFor="{shown[0]}" "{shown[1]}"\n', self.cli("systemd")[1])
 
 
 # ---- Chaos -------------------------------------------------------------------
@@ -13229,11 +13152,6 @@ class Readme(Processes):
                            ("a.wav", ""), ("train.py", ""), ("orders.jsonl", '{"command": "true"}\n')):
             with open(self.path_of(name), "w") as file:
                 file.write(text)
-
-    def script(self, name, line):
-        with open(self.path_of(name), "w") as file:
-            file.write(f"#!/bin/sh\n{line}\n")
-        os.chmod(self.path_of(name), 0o755)
 
     def blocks(self):
         """Each block of commands, in order: (its kind, its commands, all of it)."""
