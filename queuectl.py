@@ -1408,15 +1408,6 @@ def shell_command(words: Iterable[bytes]) -> str:
     return " ".join(map(shell_word, words))
 
 
-def _integer(value: Any, least: int, most: int) -> int:
-    # JSON has one kind of number, so 5.0 is the whole number 5.
-    is_whole = value.is_integer() if isinstance(value, float) \
-        else isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        raise Invalid(f"{value!r} is not a whole number from {least} to {most}")
-    return int(value)
-
-
 def _command(value: Any, now: float) -> str:
     if not is_text(value) or not value.strip():
         raise Invalid("empty or not text",
@@ -1507,8 +1498,8 @@ NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 class Kind(NamedTuple):
     """What the values of a field may be."""
     parse: Callable[[Any, float], Any]  # value (of JSON, a flag, a query) and time
-    given: dict[str, Any] = {}          # JSON Schema of what it accepts
-    told: dict[str, Any] = {}           # JSON Schema of what replies contain
+    input: dict[str, Any] = {}          # JSON Schema of what it accepts
+    output: dict[str, Any] = {}         # JSON Schema of what replies contain
     flag: dict[str, Any] = {}           # argparse settings; `type` raises Invalid
 
 
@@ -1523,11 +1514,30 @@ class Field(NamedTuple):
     default: str = ""   # of a setting
 
 
+def _timeless(parse: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
+    return lambda value, now: parse(value)
+
+
+def _whole(least: int, output: dict[str, Any]) -> Kind:
+    """Whole numbers from `least` to MAX_WHOLE."""
+    def parse(value: Any, now: float) -> int:
+        # JSON has one kind of number, so 5.0 is the whole number 5.
+        is_whole = value.is_integer() if isinstance(value, float) \
+            else isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not least <= value <= MAX_WHOLE:
+            raise Invalid(
+                f"{value!r} is not a whole number from {least} to {MAX_WHOLE}")
+        return int(value)
+    return Kind(parse, {"type": ["integer", "null"], "minimum": least,
+                        "maximum": MAX_WHOLE}, output,
+                {"metavar": "N", "type": lambda text: parse_whole(text, least)})
+
+
 _COMMAND = Kind(
     _command, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
                "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
     _TEXT, {"metavar": "C"})
-_ID = Kind(lambda value, now: parse_name(value), _or_null(NAME_SCHEMA), NAME_SCHEMA,
+_ID = Kind(_timeless(parse_name), _or_null(NAME_SCHEMA), NAME_SCHEMA,
            {"metavar": "ID"})
 _TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                       "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
@@ -1542,16 +1552,8 @@ _VARIABLES = Kind(
     {"action": "append", "metavar": "K=V"})
 _PATH = Kind(_directory, {"type": ["string", "null"], "minLength": 1,
                           "pattern": _NO_NUL}, _TEXT, {"metavar": "DIR"})
-_PRIORITY = Kind(
-    lambda value, now: _integer(value, -MAX_WHOLE, MAX_WHOLE),
-    {"type": ["integer", "null"], "minimum": -MAX_WHOLE, "maximum": MAX_WHOLE}, _WHOLE,
-    {"metavar": "N", "type": lambda text: parse_whole(text, -MAX_WHOLE, MAX_WHOLE)})
-_RETRIES = Kind(
-    lambda value, now: _integer(value, 0, MAX_WHOLE),
-    {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_WHOLE}, _AMOUNT,
-    {"metavar": "N", "type": parse_whole})
 _SPAN = Kind(
-    lambda value, now: parse_duration(value),
+    _timeless(parse_duration),
     {"type": ["number", "string", "null"], "minimum": 0, "maximum": MAX_DURATION,
      "pattern": f"^({SPAN_FORM})$"}, _or_null(_REAL),
     {"metavar": "DUR", "type": parse_duration})
@@ -1561,10 +1563,10 @@ _TIME = Kind(
     {"metavar": "TIME", "type": _time_text})
 
 
-def _kept(told: dict[str, Any]) -> Kind:
+def _kept(output: dict[str, Any]) -> Kind:
     """What the queue maintains: ignored if given, for `show --json` is valid input."""
     return Kind(lambda value, now: value,
-                {"description": "kept by the queue itself: ignored"}, told)
+                {"description": "kept by the queue itself: ignored"}, output)
 
 
 # In the order of the help. Only a waiting job can be edited: a worker keeps a job as it
@@ -1581,40 +1583,37 @@ FIELDS = {field.name: field for field in (
           "add nothing while any job with this key exists, in any state", "the job"),
     Field("env", _VARIABLES, "es", "a variable for the command; repeatable", "the job"),
     Field("cwd", _PATH, "es", "where it runs (default: here)", "the job"),
-    Field("priority", _PRIORITY, "eus", "higher first (default: 0)", "when it runs",
-          ("--priority", "-p")),
+    Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus", "higher first (default: 0)",
+          "when it runs", ("--priority", "-p")),
     Field("delay", _SPAN, "eu", "not before this time has passed", "when it runs"),
     Field("run_at", _TIME, "eu", "not before: ISO 8601, epoch seconds, +DUR or HH:MM",
           "when it runs"),
     Field("after", _TAGS._replace(flag={"action": "append", "metavar": "ID"}), "e",
           "run once that job is completed; repeatable", "when it runs"),
-    Field("max_retries", _RETRIES, "eus", "runs that may fail, including the first",
-          "how it ends"),
+    Field("max_retries", _whole(0, _AMOUNT), "eus",
+          "runs that may fail, including the first", "how it ends"),
     Field("timeout", _SPAN, "eus", "end a run after this time; 0: never",
           "how it ends"),
     Field("backoff_base", _SPAN, "es", "wait after the first failure, then doubled",
           "how it ends"),
-    Field("state", _kept(_STATE), "k"),
-    Field("attempts", _kept(_AMOUNT), "k"), Field("created_at", _kept(_STAMP), "k"),
-    Field("updated_at", _kept(_STAMP), "k"), Field("crashes", _kept(_AMOUNT), "k"),
-    Field("worker", _kept(_or_null(_TEXT)), "k"),
-    Field("started_at", _kept(_or_null(_STAMP)), "k"),
-    Field("finished_at", _kept(_or_null(_STAMP)), "k"),
-    Field("exit_code", _kept(_or_null(_WHOLE)), "k"),
-    Field("error", _kept(_or_null(_TEXT)), "k"),
-    Field("runs", _kept({}), "k"), Field("waiting_for", _kept({}), "k"))}
+    *(Field(name, _kept(schema), "k") for name, schema in (
+        ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
+        ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
+        ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
+        ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
+        ("runs", {}), ("waiting_for", {}))))}
 # In column order; `show` adds `runs` and `waiting_for`.
 JSON_KEYS = tuple(name for name in Job._fields
-                  if name in FIELDS and FIELDS[name].kind.told)
+                  if name in FIELDS and FIELDS[name].kind.output)
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 # Flags of commands and parameters of the API; `Filter` has the values, `Sql.FILTERS`
 # the clauses. In a query blank text means that it is not given.
-_BLANK_OR_NAME = Kind(lambda text, now: parse_name(text),
+_BLANK_OR_NAME = Kind(_timeless(parse_name),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
     Field("state", Kind(
-        lambda text, now: parse_state(text),
+        _timeless(parse_state),
         {"type": "array", "items": {"type": "string", "enum": [*STATES, ""]}},
         flag={"action": "append", "choices": STATES, "metavar": "S",
               "help": "one of " + ", ".join(STATES) + "; repeatable"}),
@@ -1626,10 +1625,6 @@ FILTERS = {field.name: field for field in (
     Field("search", Kind(_search, {
         "type": "string", "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]*$"},
         flag={"metavar": "TEXT"}), help="text in the id or the command"))}
-
-
-def _setting(name: str, default: str, parse: Callable[[str], Any], help: str) -> Field:
-    return Field(name, Kind(lambda text, now: parse(text)), help=help, default=default)
 
 
 def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -1648,38 +1643,37 @@ def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]
     return parse
 
 
+_SPAN_OR_NONE, _COMMAND_OR_NONE = _off_or(parse_duration), _off_or(str)
 # The configuration: fields of `Settings`, read whenever they are needed. Values are
 # text, as a user sets them and as stored.
-SETTINGS = {field.name: field for field in (
-    _setting("max-retries", "3", parse_whole,
-             "runs that may fail before a job is dead, with the first"),
-    _setting("backoff-base", "2s", parse_duration,
-             "wait after the first failure; doubled after each further"),
-    _setting("backoff-max", "1h", parse_duration, "no retry waits longer"),
-    _setting("backoff-jitter", "0", parse_share,
-             "share of the wait that is left to chance, 0 to 1"),
-    _setting("timeout", "none", _off_or(parse_duration),
-             "a run is ended after this time"),
-    _setting("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
-    _setting("output-limit", "64KiB", parse_size,
-             "of longer output the beginning and the end are kept"),
-    _setting("retention-completed", "none", _off_or(parse_duration),
-             "completed jobs are deleted after this time"),
-    _setting("retention-dead", "none", _off_or(parse_duration),
-             "dead jobs are deleted after this time"),
+SETTINGS = {name: Field(name, Kind(_timeless(parse)),
+                        help=help, default=default) for name, default, parse, help in (
+    ("max-retries", "3", parse_whole,
+     "runs that may fail before a job is dead, with the first"),
+    ("backoff-base", "2s", parse_duration,
+     "wait after the first failure; doubled after each further"),
+    ("backoff-max", "1h", parse_duration, "no retry waits longer"),
+    ("backoff-jitter", "0", parse_share,
+     "share of the wait that is left to chance, 0 to 1"),
+    ("timeout", "none", _SPAN_OR_NONE, "a run is ended after this time"),
+    ("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
+    ("output-limit", "64KiB", parse_size,
+     "of longer output the beginning and the end are kept"),
+    ("retention-completed", "none", _SPAN_OR_NONE,
+     "completed jobs are deleted after this time"),
+    ("retention-dead", "none", _SPAN_OR_NONE, "dead jobs are deleted after this time"),
     # A heartbeat is a commit with its fsync, also where there is no work to be done.
-    _setting("heartbeat", "5s", _between(0.1),
-             "how often a worker shows that it is alive"),
-    _setting("lease", "30s", _between(1),
-             "a worker that sends no heartbeat for so long (or for 3) loses its jobs"),
-    _setting("crash-limit", "5", lambda text: parse_whole(text, 1),
-             "lost runs after which a job is dead"),
-    _setting("on-completed", "none", _off_or(str), "shell command after each success"),
-    _setting("on-dead", "none", _off_or(str), "shell command after each death"),
-    _setting("on-idle", "none", _off_or(str), "shell command when nothing is left"),
+    ("heartbeat", "5s", _between(0.1), "how often a worker shows that it is alive"),
+    ("lease", "30s", _between(1),
+     "a worker that sends no heartbeat for so long (or for 3) loses its jobs"),
+    ("crash-limit", "5", lambda text: parse_whole(text, 1),
+     "lost runs after which a job is dead"),
+    ("on-completed", "none", _COMMAND_OR_NONE, "shell command after each success"),
+    ("on-dead", "none", _COMMAND_OR_NONE, "shell command after each death"),
+    ("on-idle", "none", _COMMAND_OR_NONE, "shell command when nothing is left"),
     # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
-    _setting("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
-             "a waiting job's priority grows by one after each"))}
+    ("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
+     "a waiting job's priority grows by one after each"))}
 
 
 def setting_key(key: str) -> str:
@@ -5915,7 +5909,7 @@ def array_schema(items: Mapping[str, Any]) -> dict[str, Any]:
 
 _FLAG, _REAL_OR_NULL = {"type": "boolean"}, _or_null(_REAL)
 _TEXT_OR_NULL, _STAMP_OR_NULL = _or_null(_TEXT), _or_null(_STAMP)
-_JOB = {key: FIELDS[key].kind.told for key in JSON_KEYS}
+_JOB = {key: FIELDS[key].kind.output for key in JSON_KEYS}
 _RUN = {"number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
         "finished_at": _STAMP_OR_NULL, "duration": _REAL_OR_NULL,
         "outcome": _TEXT_OR_NULL, "exit_code": _or_null(_WHOLE),
@@ -9776,7 +9770,7 @@ def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
         if name not in known:
             raise Invalid(f"unknown parameter {name!r}", "there are: "
                           + ", ".join(known) if known else "there is none here")
-        kind = known[name].kind.given["type"]
+        kind = known[name].kind.input["type"]
         if not text and kind != "integer":
             continue
         value = field_value(known[name], text)
@@ -9972,7 +9966,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Description": {"type": "object"},
     # `required` alone would forbid {"delay": 5, "run_at": null}, which is accepted.
     "NewJob": _body_schema(
-        {name: field.kind.given for name, field in FIELDS.items()},
+        {name: field.kind.input for name, field in FIELDS.items()},
         required=["command"], **{"not": {
             "required": ["delay", "run_at"],
             "properties": {"delay": _SET, "run_at": _SET}}}),
@@ -9983,7 +9977,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         _body_schema({"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
         _body_schema({"queue": _or_null(NAME_SCHEMA),
-                      "search": _or_null(FILTERS["search"].kind.given)})]}}
+                      "search": _or_null(FILTERS["search"].kind.input)})]}}
 REFUSALS = {    # not 500: a bug is no promise
     400: "The request, a parameter or the body is not as described.",
     401: "No token, or not the right one.",
@@ -10026,7 +10020,7 @@ def _operation(route: Route) -> dict[str, Any]:
         for status in sorted(statuses)}}
     params: list[dict[str, Any]] = [
         {"name": param.name, "in": "query", "description": param.help,
-         "schema": param.kind.given} for param in route.params]
+         "schema": param.kind.input} for param in route.params]
     if "/ID" in route.path:
         params.append({"name": "ID", "in": "path", "required": True,
                        "schema": NAME_SCHEMA})
