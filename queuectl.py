@@ -80,10 +80,10 @@ Contents: `grep -n '^# ----' queuectl.py`
     17 API          one function per operation; routes, OpenAPI
     18 Access       from the bytes of a head to an admitted request
     19 Server       connections, event streams, time limits, TLS
-    23 Install      a launcher, completion scripts, a unit file for systemd
-    24 Terminal     where commands print and read
-    25 Commands     one small function per command, and the table of all
-    26 Main         from the words of a command line to its exit status
+    20 Install      a launcher, completion scripts, a unit file for systemd
+    21 Terminal     where commands print and read
+    22 Commands     one small function per command, and the table of all
+    23 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
@@ -10998,7 +10998,7 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 23 Install --------------------------------------------------------------
+# ---- 20 Install --------------------------------------------------------------
 # How others start this program: a launcher, completion scripts, a systemd unit. The
 # scripts know no command and no flag: at each Tab they run `queuectl __complete --
 # WORD...`, the last word being the one under the cursor, as typed. The answer is one
@@ -11292,7 +11292,7 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
         target="default.target" if is_own else "multi-user.target")
 
 
-# ---- 24 Terminal -------------------------------------------------------------
+# ---- 21 Terminal -------------------------------------------------------------
 # The input and output of commands. Results go to stdout, messages about them to stderr.
 # A command prints only by its Screen, which removes a line drawn in place before it
 # prints anything else, and tells a full disk from a reader that has gone.
@@ -11771,7 +11771,7 @@ class Stream:
         self._refuse(error)
 
 
-# ---- 25 Commands -------------------------------------------------------------
+# ---- 22 Commands -------------------------------------------------------------
 # One small function per command, and the table of all. A command calls the queue,
 # prints one view and returns its exit status (None: EX_OK); it refuses by raising.
 # `args.words` holds the words after `--`.
@@ -13054,7 +13054,7 @@ _VERSION = option("--version", "show the version and exit", action="version",
 _HELP = option("--help -h", "show this help and exit", action="help")
 
 
-# ---- 26 Main -----------------------------------------------------------------
+# ---- 23 Main -----------------------------------------------------------------
 # From a command line to an exit status. A parser made from one command's row serves
 # parsing, help and completion: argparse's subparsers would build those of all, which
 # takes as long as all the rest. `main` is called by the command `queuectl`, `python3 -m

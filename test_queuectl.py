@@ -5,11 +5,11 @@ Where the tests of a section are
      4 Cron ........... Cron                    14 Processes ... Workers, Supervised
      5 Fields ......... Fields                  15 Worker ........ Workers, Program, Model
      6 SQL ............ Statements              16 Page ........ Browser
-     7 SQLite ......... Files, BadGround        17 to 22 ....... Web, WebServer
-     8 Host ........... Hosts, Notices          23 Install ..... Services, Shells
-     9 Ledger ......... Promises                24 to 26 ....... CommandLine, Program
-    10 Queue .......... Promises                27 Completion .. Completion, Shells
-    11 Claims ......... Ticks, Model            28 Main ........ CommandLine, Program
+     7 SQLite ......... Files, BadGround        17 to 19 ....... Web, WebServer
+     8 Host ........... Hosts, Notices          20 Install ..... Services, Shells
+     9 Ledger ......... Promises                21 Terminal .... CommandLine, Program
+    10 Queue .......... Promises                22 Commands .... CommandLine, Program
+    11 Claims ......... Ticks, Model            23 Main ........ Completion, Shells, Program
     12 Check .......... Checks
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
@@ -5646,7 +5646,7 @@ class Metrics(Case):
         self.assertGreater(last["queuectl_jobs_completed_total", (("queue", "default"),)], 9)
 
 
-# ---- 24 Screen, 25 Flags, 26 Commands ----------------------------------------
+# ---- 21 Terminal, 22 Commands ------------------------------------------------
 
 class CommandLine(Case):
     def cli(self, *argv):
@@ -6271,7 +6271,7 @@ class CommandLine(Case):
         self.assertNotIn("User=", own)
 
 
-# ---- 27 Completion -----------------------------------------------------------
+# ---- 23 Main -----------------------------------------------------------------
 
 class Completion(Case):
     def offered(self, *words):
