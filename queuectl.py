@@ -4274,8 +4274,7 @@ class Ledger:
 # ---- 10 Queue ----------------------------------------------------------------
 # The library. A method that changes something checks its arguments before it takes the
 # write lock, where it can, and wakes the workers after the commit: one that looked
-# before would find nothing. What it calls within a transaction reads through the same
-# connection, so it sees what that has written.
+# before would find nothing.
 
 SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write lock
 # Seconds between two of these: a writer that waits tries each millisecond. Without the
@@ -4352,8 +4351,6 @@ class Queue:
         self.store.db.close()
         self.host.locks.close()
 
-    # Adding.
-
     def enqueue(self, command: str | None = None, **fields: Any) -> Job:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
@@ -4363,9 +4360,8 @@ class Queue:
         return self.enqueue_many([{"command": command, **fields}])[0]
 
     def enqueue_many(self, jobs: Iterable[Job | dict[str, Any]]) -> list[Job]:
-        """Add all of these jobs or none; in order. They may name each other in `after`.
-
-        Raises as `enqueue`, with the number of the job at fault in `item`, from 0.
+        """Add all of these jobs or none; they may name each other in `after`. Raises as
+        `enqueue`, with the number of the job at fault in `item`, from 0.
         """
         return self.add(jobs)[0]
 
@@ -4385,8 +4381,6 @@ class Queue:
                 for job in wanted], begun)
         self.wake(NEW_JOBS)
         return added
-
-    # Jobs.
 
     def job(self, job_id: str) -> Job:
         """The job of that id, else NotFound."""
@@ -4423,22 +4417,16 @@ class Queue:
                 return
             before, left = page[-1].seq, left - len(page)
 
-    def runs(self, job_id: str) -> list[Run]:
-        """All runs of a job, oldest first, with the output that was kept."""
+    def runs(self, job_id: str, limit: int | None = None) -> list[Run]:
+        """All runs of a job, oldest first; or the last `limit`, without their output.
+        """
         job = self.store.job(job_id)
-        return [Run(*row) for row in self.store.rows(Sql.RUNS, job=job.seq)]
-
-    def last_runs(self, job_id: str, limit: int) -> list[Run]:
-        """The last runs of a job, oldest first, without their output."""
-        job = self.store.job(job_id)
-        return [Run(*row) for row in reversed(self.store.rows(
-            Sql.LAST_RUNS, job=job.seq, limit=limit))]
+        rows = self.store.rows(Sql.RUNS, job=job.seq) if limit is None else reversed(
+            self.store.rows(Sql.LAST_RUNS, job=job.seq, limit=limit))
+        return [Run(*row) for row in rows]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
-        """One run of a job, by default the last, also while it runs; else NotFound.
-
-        `number` counts all runs of the job from 1, also lost and released ones.
-        """
+        """One run of a job by its number, from 1; by default the last. NotFound."""
         job = self.store.job(job_id)
         row = self.store.row(Sql.RUN, job=job.seq,
                              number=job.runs if number is None else number)
@@ -4458,10 +4446,8 @@ class Queue:
         return run
 
     def peek(self, patience: float = PEEK_PATIENCE) -> None:
-        """Have the workers store the output of running commands, and wait up to
-        `patience` seconds for it, or for any other commit.
-
-        Otherwise they store it with each heartbeat: each write costs an fsync.
+        """Have the workers store the output of running commands, as otherwise with each
+        heartbeat, and wait up to `patience` seconds for it or any other commit.
         """
         seen = self.store.changes()
         if self.wake(PEEK):
@@ -4474,10 +4460,8 @@ class Queue:
 
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
-        """The changes after the `seq`-th, oldest first; `since` is a stored time.
-
-        Deleted jobs have none. `seq` grows in the order of commits, so a reader
-        continues from the `seq` of the last one.
+        """The changes after the `seq`-th, in the order of commits; `since` is a stored
+        time. Those of deleted jobs are missing.
         """
         return [_event(*row) for row in self.store.rows(
             Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
@@ -4489,11 +4473,8 @@ class Queue:
     # Waiting.
 
     def await_change(self, seen: int, timeout: float) -> int:
-        """Wait up to `timeout` seconds for a commit by another connection; returns
-        `store.changes()`.
-
-        `seen` is what that was before the caller's last read, so no commit is missed.
-        SQLite notifies nobody, and only workers have a socket, so this polls.
+        """Wait up to `timeout` seconds for a commit by another connection; `seen` is
+        `store.changes()` as it was before the caller's last read, the result as it is.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and (left := end - time.monotonic()) > 0:
@@ -4502,15 +4483,13 @@ class Queue:
 
     def wait(self, *job_ids: str, timeout: float | None = None,
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
-        """Return these jobs, each once, when all have finished.
+        """Return these jobs, each once, when all have finished: each as it was when it
+        was first seen finished. `tell` gets the progress at each look.
 
         Raises NotFound for one that does not exist (any more), and Refused: after
         `timeout` seconds (`not-finished`; None: never), or if none of the unfinished
         ones can end (`blocked`), as they come after a dead or cancelled job, or wait
-        for the job that makes this call. `tell` gets the progress at each look.
-
-        A job counts as it was when it was first seen finished: a later retry or
-        deletion changes nothing.
+        for the job that makes this call.
         """
         jobs, over = dict.fromkeys(job_ids), dict[str, Job]()
 
@@ -4548,11 +4527,9 @@ class Queue:
             caller = self.caller()
             own = int(caller is not None and queue in (None, caller.queue))
             if now.running <= own:
-                wanted = {"caller": caller and caller.seq, "queue": queue}
-                stuck = self.store.rows(Sql.COUNT_STUCK, **wanted)[0][0]
-                jobs = self.store.jobs(Sql.LIST_STUCK, limit=1, **wanted) \
-                    if stuck >= now.waiting \
-                    else self.jobs(WAITING, "priority", 1, queue=queue)
+                stuck, jobs = self.stuck(1, queue, caller)
+                if stuck < now.waiting:
+                    jobs = self.jobs(WAITING, "priority", 1, queue=queue)
                 self._refuse_blocked(caller, jobs, stuck, now.waiting)
             return f"{now.left} job{'s' * (now.left > 1)}"
         return self._wait_for(look, timeout)
@@ -4576,10 +4553,7 @@ class Queue:
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
-        """The jobs of these ids, in their order; NotFound.
-
-        One JSON array, as a list of `?` ends at 32766 of them (SQLite's limit).
-        """
+        """The jobs of these ids, in their order; NotFound."""
         found = {job.id: job for job in self.store.jobs(
             Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
         for job_id in job_ids:
@@ -4624,13 +4598,15 @@ class Queue:
 
     # Why jobs wait.
 
-    def stuck(self, limit: int, queue: str | None = None) -> list[Job]:
-        """Jobs that are blocked for good: they come after a dead or cancelled one."""
-        return self.store.jobs(Sql.LIST_STUCK, caller=None, queue=queue, limit=limit)
-
-    def count_stuck(self, queue: str | None = None) -> int:
-        """How many jobs are blocked for good; reads all that are blocked."""
-        return int(self.store.rows(Sql.COUNT_STUCK, caller=None, queue=queue)[0][0])
+    def stuck(self, limit: int = 0, queue: str | None = None,
+              caller: Job | None = None) -> tuple[int, list[Job]]:
+        """How many jobs are blocked for good, as they come after a dead or cancelled
+        one, or while `caller` runs; and the first `limit` of them.
+        """
+        wanted = {"caller": caller and caller.seq, "queue": queue}
+        [[n]] = self.store.rows(Sql.COUNT_STUCK, **wanted)
+        return n, self.store.jobs(Sql.LIST_STUCK, limit=limit, **wanted) \
+            if n and limit else []
 
     def stuck_among(self, jobs: Sequence[Job], caller: Job | None = None) -> list[Job]:
         """Those of these jobs that are blocked for good, or while `caller` runs."""
@@ -4712,9 +4688,9 @@ class Queue:
             left = sum(view.counts[state] for state in WAITING)
             if not left or (queues and view.name not in queues):
                 continue
-            stuck = self.count_stuck(view.name)
+            stuck, jobs = self.stuck(1, view.name)
             lines += [f"{stuck} of queue {view.name} cannot run: {job.id} comes after "
-                      f"{self.why_stuck(job)}" for job in self.stuck(1, view.name)]
+                      f"{self.why_stuck(job)}" for job in jobs]
             if left > stuck:
                 jobs = self.jobs(WAITING, "run-at", PAGE_SIZE, queue=view.name)
                 found = self.hindrances([
@@ -4746,7 +4722,7 @@ class Queue:
             counts, workers,
             [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused],
             due[0] if due else None, self.path, schedule,
-            self.count_stuck() if may_be_stuck else 0, self.unserved(workers))
+            self.stuck()[0] if may_be_stuck else 0, self.unserved(workers))
 
     def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
         """Due jobs and overdue schedules without a worker, the longest overdue first;
@@ -4783,10 +4759,8 @@ class Queue:
             for name in sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})]
 
     def progress(self, queue: str | None = None) -> Progress:
-        """How far the jobs of a queue, or of all, have come.
-
-        Finished jobs are counted by tallies that outlive them, so the deletion of jobs
-        turns no bar back; one that was retried and has finished again counts twice.
+        """How far the jobs of a queue, or of all, have come. Deletions turn nothing
+        back; one that was retried and has finished again counts twice.
         """
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
@@ -4798,40 +4772,28 @@ class Queue:
         """The workers that are not dead, with what each runs.
 
         One on another machine counts until a worker or `worker stop` removes it;
-        `is_expired` tells that it has sent no heartbeat for a lease.
+        `is_expired` tells that it has sent no heartbeat for a lease. Not to be called
+        in a transaction, as it may run `ps` (I9).
         """
-        return self._living(self._all_workers())
-
-    def _all_workers(self) -> list[Worker]:
+        now, settings = self.clock(), self.store.settings()
         running: dict[int, list[Job]] = {}
         for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
             running.setdefault(run.worker_id, []).extend(
                 self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
-        late_after = 3 * self.store.settings().heartbeat    # one may be late
-        return [worker._replace(late_after=late_after,
-                                running=running.get(worker.id, ()))
-                for worker in self.store.workers()]
-
-    def _living(self, workers: Iterable[Worker]) -> list[Worker]:
-        # Outside of a transaction, as it may run `ps` (I9).
-        now, settings = self.clock(), self.store.settings()
-        found = [(worker, self.host.is_alive(worker)) for worker in workers]
-        return [worker._replace(is_alive=is_alive, is_expired=has_expired(
-            worker, is_alive, now, settings))
-            for worker, is_alive in found if is_alive is not False]
+        found = [(one, self.host.is_alive(one)) for one in self.store.workers()]
+        return [one._replace(
+            is_alive=is_alive, is_expired=has_expired(one, is_alive, now, settings),
+            late_after=3 * settings.heartbeat,      # a busy machine may miss one
+            running=running.get(one.id, ()))
+            for one, is_alive in found if is_alive is not False]
 
     def backup(self, path: str) -> None:
         """Copy the queue as it is now, while workers run; see `SQLite.backup`."""
         self.store.db.backup(system_path(path))
 
-    def age(self) -> float:
-        """Seconds since the database was made; above 0 also if clocks were set back."""
-        return max(0.001, self.clock() - epoch(self.store.meta("created_at")))
-
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
-        """What each queue did in the last `duration` seconds (None: ever); "" is all.
-
-        By whole minutes, for at most eight days: see `covered`. Deletions change none.
+        """What each queue did in the last `duration` seconds (None: ever), by whole
+        minutes and for at most eight days (see `covered`); "" is all queues.
         """
         rows = self.store.rows(Sql.TALLIES_EVER) if duration is None else \
             self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
@@ -4840,16 +4802,15 @@ class Queue:
                 for queue in ["", *queues]}
 
     def _minute(self, duration: float) -> int:
-        """The first minute of the last `duration` seconds that tallies are kept for; at
-        least 1, for 0 is all time.
-        """
+        # At least 1, for 0 is all time.
         now = self.clock()
         return max(1, int((now - duration) // 60), int(now // 60) - KEPT_MINUTES)
 
     def covered(self, duration: float | None) -> float:
         """The seconds that `stats` of a duration cover, at most the queue's age."""
-        return self.age() if duration is None else min(
-            self.age(), self.clock() - 60 * self._minute(duration))
+        now = self.clock()      # which may have been set back since
+        age = max(0.001, now - epoch(self.store.meta("created_at")))
+        return age if duration is None else min(age, now - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Summary]:
         """What was done in each of the last minutes, oldest first, the current last."""
@@ -4864,10 +4825,7 @@ class Queue:
                 for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
-        """For how many seconds the first job of each queue has been due.
-
-        Also jobs that are due but still scheduled: no worker has made them ready.
-        """
+        # Seconds since the first job of each queue was due, ready or still scheduled.
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
@@ -4887,39 +4845,29 @@ class Queue:
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
-            workers, schedules = self._all_workers(), self.schedules()
-            blocked = self.count_stuck()
-        return Scrape(jobs, tallies, oldest, paused, self._living(workers),
+            schedules = self.schedules()
+            blocked = self.stuck()[0]
+        return Scrape(jobs, tallies, oldest, paused, self.workers(),
                       self.store.db.size(), schedules, blocked)
 
     # Changing jobs: those named, all or none; or all that fit, in a sweep. The private
     # method of a verb hands what it must skip to `skip`, which may raise instead.
 
     def retry(self, *job_ids: str) -> list[Job]:
-        """Run jobs again from now, attempts back to 0; all of them or none.
+        """Run jobs again from now, attempts back to 0; all of them or none. NotFound;
+        Conflict for a running one or a unique key that another job has taken.
 
-        Raises NotFound, and Conflict for a running one or a unique key that another job
-        has taken. Earlier runs are kept. Jobs that come after a completed one, and have
-        not begun, wait for it again.
+        Earlier runs are kept. Waiting jobs that come after a completed one wait again.
         """
         return self._change(job_ids, self._retry, NEW_JOBS)
 
     def retry_dead(self, *job_ids: str) -> list[Job]:
         """As `retry`, for dead jobs only: Conflict for any other."""
-        def retry(jobs: Sequence[Job], skip: Callable[[QueueError], object]
-                  ) -> list[Job]:
-            for job in jobs:
-                if job.state != DEAD:
-                    raise Conflict("wrong-state", f"{job.id} is {job.state}, not dead",
-                                   f"`queuectl retry {job.id}` retries any job")
-            return self._retry(jobs, skip)
-        return self._change(job_ids, retry, NEW_JOBS)
+        return self._change(job_ids, self._retry, NEW_JOBS, DEAD)
 
     def cancel(self, *job_ids: str) -> list[Job]:
-        """Cancel jobs; all of them or none. NotFound; Conflict for a finished one.
-
-        A running one is returned as 'processing' with `end_requested` set: its worker
-        ends it, unless it completes before that.
+        """Cancel jobs; all of them or none. NotFound; Conflict for a finished one. A
+        running one is returned as 'processing': its worker ends it, or it completes.
         """
         return self._change(job_ids, self._cancel, NEW_ORDERS)
 
@@ -4930,10 +4878,8 @@ class Queue:
         return self._change(job_ids, self._delete)
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Change fields with use u in FIELDS of waiting jobs; all of them or none.
-
-        Raises NotFound, Invalid (with the `key` at fault), and Conflict for a job
-        that runs or is over. Values are as in a job object, `delay` for `run_at`.
+        """Change fields (use u in FIELDS) of waiting jobs; all of them or none. Raises
+        NotFound, Invalid (with the `key` at fault), and Conflict for other jobs.
         """
         asked = self.clock()
         changes = checked(fields, asked, "u")
@@ -4947,11 +4893,16 @@ class Queue:
 
     def _change(self, job_ids: Sequence[str], change: Callable[
             [list[Job], Callable[[QueueError], object]], list[Job]],
-            message: bytes = b"") -> list[Job]:
+            message: bytes = b"", state: str | None = None) -> list[Job]:
         with self.store.transaction() as store:
             # Each once: the guard of a second move would find the state changed (I1).
-            jobs = change([store.job(job_id) for job_id in dict.fromkeys(job_ids)],
-                          _refuse)
+            jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
+            for job in jobs:
+                if state not in (None, job.state):
+                    raise Conflict("wrong-state", f"{job.id} is {job.state}, not "
+                                   f"{state}", f"`queuectl retry {job.id}` retries any "
+                                   "job")
+            jobs = change(jobs, _refuse)
         if message:     # none of a deletion: no job waits for what can be deleted
             self.wake(message)
         return jobs
@@ -4961,15 +4912,12 @@ class Queue:
               keep: Callable[[QueueError], object] = lambda why: None,
               **filters: Any) -> Iterator[list[Job]]:
         """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions;
-        after each yields the changed jobs. Whoever stops iterating stops the sweep.
+        each yields the changed jobs, and the caller may stop.
 
         Skipped are running jobs (unless they are to be cancelled) and, with a call of
         `keep`, those whose unique key another job has, or that others wait for.
         `older_than`: only jobs that finished so many seconds ago; Invalid for states
         that are not final. Filters as in `jobs`; without any, all jobs fit.
-
-        It continues from key to key: a search for what still fits would never end, as
-        skipped jobs go on fitting. Chains of jobs are deleted in several passes.
         """
         change = {"retry": self._retry, "cancel": self._cancel,
                   "delete": self._delete}[verb]
@@ -4982,6 +4930,7 @@ class Queue:
             states, sort = states or [*OVER], "ended"
             # The comparison is `<`, and stored times are whole milliseconds.
             filters["ended_before"] = iso(self.clock() - older_than + 0.001)
+        # From key to key, as skipped jobs go on fitting; chains take several passes.
         while is_again:
             kept, n, place, is_more = list[QueueError](), 0, dict(filters), True
             while is_more:
@@ -5047,7 +4996,7 @@ class Queue:
                 skip(why)
         return [job for job in jobs if job.seq not in left]
 
-    # Queues.
+    # Queues, schedules, settings, workers.
 
     def pause(self, *queues: str) -> None:
         """Stop claiming from these queues, or from any if none is named; running jobs
@@ -5062,7 +5011,7 @@ class Queue:
         self._set_queues(queues, Sql.SET_PAUSED, paused=False)
 
     def limit_queue(self, queue: str, limit: int) -> None:
-        """Let all workers together run at most so many jobs of a queue; 0: any number.
+        """Let all workers together run at most `limit` jobs of a queue; 0: any number.
         """
         if not 0 <= limit <= MAX_WHOLE:
             raise Invalid(f"{limit} is no limit", "use a whole number from 0")
@@ -5074,8 +5023,6 @@ class Queue:
             store.write(sql, [{"name": name, **values} for name in names])
             store.do(Sql.FORGET_QUEUES, {})
         self.wake(NEW_JOBS)
-
-    # Schedules.
 
     def schedules(self) -> list[Schedule]:
         """All schedules, by name."""
@@ -5164,19 +5111,14 @@ class Queue:
         self.wake(NEW_JOBS)
         return job
 
-    # Settings.
-
     def setting(self, key: str) -> str:
         """The value of a setting as text; NotFound names the nearest key."""
         name = setting_key(key)
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
     def configure(self, key: str, value: str | None) -> None:
-        """Set a setting for all processes; None: back to its default. Raises NotFound,
-        Invalid.
-
-        `value` is text (`30s`, `64KiB`; `none` or "": off, where that is allowed). A
-        change of `priority-ageing` ranks all waiting jobs anew in one transaction.
+        """Set a setting for all processes, as text (`30s`; `none` or "": off, if that
+        is allowed); None: back to its default. Raises NotFound, Invalid.
         """
         name = setting_key(key)
         if value is not None:
@@ -5188,8 +5130,6 @@ class Queue:
             if name == "priority-ageing":
                 store.rerank()
         self.wake(NEW_ORDERS)
-
-    # Workers, from outside.
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
         """Ask workers (all if none is named) to finish their jobs and exit; returns at
@@ -5213,10 +5153,8 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> bool:
-        """Notify every worker; return True if there may be one.
-
-        Only after the commit: the database says what to do, so a datagram that gets
-        lost only costs time.
+        """Notify every worker; return True if there may be one. A datagram that gets
+        lost only costs time, as the database says what to do.
         """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
@@ -5781,11 +5719,12 @@ class Inspection:
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
 
     def _blocked(self) -> Iterator[Finding]:
-        for job in self._queue.stuck(CHECK_SHOWN):
+        n, jobs = self._queue.stuck(CHECK_SHOWN)
+        for job in jobs:
             yield Finding(WARNING, "blocked", f"{job.id} cannot run: it comes after "
                           f"{self._queue.why_stuck(job)}",
                           f"retry that job, or `queuectl cancel {job.id}`")
-        more = self._queue.count_stuck() - CHECK_SHOWN
+        more = n - CHECK_SHOWN
         if more > 0:
             yield Finding(WARNING, "blocked", f"{more} more jobs cannot run",
                           "`queuectl list --state pending` shows them")
@@ -12104,7 +12043,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if args.json:
         screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))
         return
-    runs = queue.last_runs(args.id, SHOWN_RUNS)
+    runs = queue.runs(args.id, SHOWN_RUNS)
     screen.out(*show_lines(job, runs, reasons, screen.style()))
     output = _output_of(queue, job)
     if output:
