@@ -2705,8 +2705,6 @@ def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
 
     The path is escaped whole: in a URI ? and # end it, % begins an escape, two slashes
     a host (SQLite's page on URIs), and bytes that are not UTF-8 fit no other way.
-    timeout=0: SQLite's own handler starves those who wait; `_patiently` asks each
-    millisecond.
     """
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
@@ -2723,10 +2721,10 @@ def _stat(path: str | int) -> tuple[int, int, int, int]:
 
 
 class SQLite:
-    """A database file, the engine below the ledger.
+    """A database file, the engine below the ledger: one connection.
 
-    One connection. Its lock lets several threads share it; in a worker only one does
-    (I9). Rows are read whole, so no reader keeps the WAL from shrinking.
+    Its lock lets several threads share it; in a worker only one does (I9). Rows are
+    read whole, so no reader keeps the WAL from shrinking.
     """
 
     # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection.
@@ -2801,9 +2799,8 @@ class SQLite:
     # the same one, or the rest of one that died there.
 
     def _make_file(self, create: bool) -> None:
-        """See that a plain file with one name is there.
-
-        Two names would have a WAL each (SQLite's page on how to corrupt a file).
+        """See that a plain file with one name is there: two would have a WAL each
+        (SQLite's page on how to corrupt a file).
         """
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
@@ -2833,10 +2830,9 @@ class SQLite:
     def _refuse_foreign(self, create: bool) -> None:
         """Look at the header without a lock, a journal or a write.
 
-        SQLite looks, not open(): closing a plain descriptor would drop the locks of
-        another connection in this process. With immutable=1 it takes no lock and heeds
-        neither journal nor WAL, so it sees the file as it is on the disk, maybe a
-        little old; what we ask it (kind, version) changes only while it is made.
+        SQLite looks, for to close a plain descriptor would drop the locks of another
+        connection in this process. With immutable=1 it heeds neither journal nor WAL,
+        so what it sees may be old; kind and version change only while the file is made.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
@@ -2885,15 +2881,12 @@ class SQLite:
         return _connect(self.path, "mode=ro&immutable=1")
 
     def _ask(self, sql: str, db: sqlite3.Connection | None = None) -> int:
-        """A statement's one number."""
         return int(self._patiently(
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """The file's kind, its format's version, and whether it has a table.
-
-        Tables of a file with a version are not looked for: it is ours, whose pages may
-        still be in the WAL alone, or foreign anyhow.
+        """The file's kind, its format's version, and whether it has a table; with a
+        version that is not asked, for its pages may be in the WAL alone.
         """
         kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
         return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
@@ -2918,8 +2911,8 @@ class SQLite:
     def _set_up(self, create: bool) -> None:
         """Make or upgrade the tables, and set what is of a connection.
 
-        The version is asked anew each time: another process may have been at it between
-        two of these lines. It is refused again, for a newer one may have made the file.
+        The version is asked and refused anew each time: another process may have made
+        or upgraded the file between two of these lines.
         """
         if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
@@ -2945,8 +2938,8 @@ class SQLite:
         """Set what has to be set before the first table, on one page of the file.
 
         Whoever makes the tables may die at any write, and others may look on. So they
-        come in one commit to the WAL: a torn one counts for nothing. With a rollback
-        journal the file would look damaged to those that may not touch it yet.
+        come in one commit to the WAL; with a rollback journal the file would look
+        damaged to those that may not touch it yet.
         """
         kind, _, tables = self._nature(self._db)
         if tables or kind not in (0, APPLICATION_ID):
@@ -2956,10 +2949,9 @@ class SQLite:
 
     def _upgrade(self) -> None:
         """Make the tables, or bring those of an older format up to date after a backup,
-        in one transaction, unless another process is faster.
+        in one transaction, unless another process was faster.
 
-        No statement of a script may hold a `;`: executescript() would commit first. The
-        version is in the file's header, so it is part of the transaction.
+        Not by executescript(), which commits first, so no statement may hold a `;`.
         """
         with self.transaction():
             version = self._ask(self.VERSION)
@@ -2985,10 +2977,9 @@ class SQLite:
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
-        The copy takes its name only when it is whole and on the disk; one whose maker
-        was killed stays as a `.part`. An older copy is replaced; refused are the names
-        of another file and of this one, and of a copy that has a WAL, which SQLite
-        would apply to the new file.
+        The copy takes its name when it is whole and on the disk; one whose maker was
+        killed stays as a `.part`. An older copy is replaced, but no other file, and
+        none with a WAL, which SQLite would apply to the new one.
         """
         if _stat(path)[:2] == self._inode:
             raise Conflict("in-use", f"{path} is the queue itself", "give another name")
@@ -3032,8 +3023,7 @@ class SQLite:
                            "another name")
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed: ours may be within a
-        transaction, as an upgrade's is.
+        """A second connection, which sees only what was committed, also by an upgrade.
         """
         return _connect(self.path,
                         "mode=ro&immutable=1" if self._frozen else "mode=ro")
@@ -3041,7 +3031,6 @@ class SQLite:
     # Transactions and rows.
 
     def _refusal(self, error: Exception, path: str = "") -> Exception:
-        """What to raise instead of SQLite's error."""
         return refusal(error, path or self.path) or Stale(
             f"{type(error).__name__}: {error}")
 
@@ -3065,7 +3054,7 @@ class SQLite:
 
     def _begin(self, patience: float) -> None:
         """Begin to write; Gone if the file has lost its name: what went into it would
-        be lost. That is looked at under the lock, by stat(2).
+        be lost. That is looked at under the lock.
         """
         self._guard_process()
         self._refuse_read_only()
@@ -3087,10 +3076,7 @@ class SQLite:
         return True
 
     def commit(self) -> None:
-        """End the transaction; if that fails, call `rollback` next.
-
-        Another thread may call it while the one that has begun does not touch it.
-        """
+        """End the transaction, in any thread; if that fails, call `rollback` next."""
         self._patiently(lambda: self._db.execute(self.COMMIT))
 
     def rollback(self) -> None:
@@ -3111,9 +3097,8 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state, whatever others commit meanwhile; the first read fixes it.
-
-        Keep it short: the WAL cannot be begun anew under a reader, and grows.
+        """Read one state, which the first read fixes. Keep it short: the WAL grows as
+        long as it has a reader.
         """
         with self._lock:
             self.rows(self.SNAPSHOT)
@@ -3137,8 +3122,7 @@ class SQLite:
 
     def write(self, sql: str, rows: Sequence[Any], expect: int | None = None) -> int:
         """Run one statement of a transaction for each of the rows; how many it changed.
-
-        Stale if that is not `expect`: a guard of the statement did not hold (I3).
+        Stale if that is not `expect`: a guard did not hold (I3).
         """
         if not rows:
             return 0
@@ -3151,9 +3135,8 @@ class SQLite:
         return changed
 
     def changes(self) -> int:
-        """A number that changes when another connection has committed something.
-
-        Not with our own commits. Only to be compared with an earlier one.
+        """A number that changes when another connection has committed something, only
+        to be compared with an earlier one.
         """
         return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
 
@@ -3182,9 +3165,7 @@ class SQLite:
         return _stat(self.path)[2] + _stat(self._wal_path)[2]
 
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the file that was opened, and to its -wal,
-        which is deleted with what is not in the file yet.
-        """
+        """Whether the path still leads to the file that was opened, and to its -wal."""
         wal = _stat(self._wal_path)[:2]
         if self._wal is None and self._db.in_transaction:
             self._wal = wal     # it is there from the first transaction on
@@ -3193,8 +3174,7 @@ class SQLite:
 
 @contextlib.contextmanager
 def glance(path: str) -> Iterator[Rows]:
-    """A function that asks for rows; it neither makes nor upgrades a queue, nor waits
-    long.
+    """A function that asks for rows; it makes and upgrades no queue, and waits BRIEF.
 
     Raises QueueError, also where the file's format lacks what a statement names. The
     mode is "rw": a connection that may not write leaves an empty WAL behind.
@@ -3674,7 +3654,6 @@ DUE_BATCH = 2000            # jobs that one transaction unblocks or makes ready:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """The words of a column that holds a JSON array; it is mostly empty."""
     return () if text == "[]" else tuple(json.loads(text))
 
 
@@ -3685,7 +3664,6 @@ def _json(value: Any) -> str:
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
-    """The job of a row of `jobs`."""
     job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
     if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
         return job._replace(after=(), tags=(), env={})
@@ -3740,9 +3718,8 @@ def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Jo
 
 
 class Ledger:
-    """Records of the rows of `db`, and what a transaction has counted and numbered.
-
-    All of it may raise Unavailable, or Refused for a damaged file.
+    """Records of the rows of `db`, and what a transaction has counted and numbered. All
+    of it may raise Unavailable, or Refused for a damaged file.
     """
 
     def __init__(self, db: SQLite) -> None:
@@ -3768,9 +3745,8 @@ class Ledger:
                 self._forget()
 
     def write_counters(self) -> None:
-        """Write what was noted, as sums: forty jobs that end cost a few rows (I8).
-
-        Between `begin` and `commit` of a worker, in the thread of its statements.
+        """Write what was noted, as sums: forty jobs that end cost a few rows (I8). A
+        worker does so in the thread of its statements, before `commit`.
         """
         self.write(Sql.COUNT, [{"queue": queue, "state": state, "n": n}
                                for (queue, state), n in self._counts.items() if n])
@@ -3793,9 +3769,8 @@ class Ledger:
         self._numbers.clear()
 
     def take_numbers(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers; larger than `above`, too.
-
-        Nobody else takes one meanwhile, for this transaction has the write lock (I4).
+        """The first of `n` new numbers, all above `above`. Nobody else takes one
+        meanwhile, for this transaction has the write lock (I4).
         """
         if not self._numbers:
             [last] = self.rows(Sql.COUNTERS)
@@ -3809,8 +3784,8 @@ class Ledger:
         self._counts[queue, state] = self._counts.get((queue, state), 0) + change
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state where there are any, with what this
-        transaction noted.
+        """The number of jobs by queue and state where there are any, also of this
+        transaction.
         """
         counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
         for key, change in self._counts.items():
@@ -3819,10 +3794,8 @@ class Ledger:
 
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
-        """Note that something happened, or for `value` seconds.
-
-        Twice, for this minute and for all time (minute 0): metrics must not fall when
-        old minutes are deleted.
+        """Note that something happened, or took `value` seconds: for this minute, and
+        for all time (minute 0), as metrics must not fall when old minutes are deleted.
         """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
@@ -3859,9 +3832,8 @@ class Ledger:
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects, by default all.
-
-        The job of one is {} where it is no JSON object, so it lacks a command.
+        """The schedules a statement selects, by default all; `job` is {} where it is no
+        JSON object.
         """
         found = []
         for row in self.rows(sql, **values):
@@ -3894,52 +3866,55 @@ class Ledger:
         """Add jobs, which may name each other; how many are new. For a key (unique,
         once) that is taken, the job that has it.
 
-        An error has the number of the job at fault in `item`, from 0. All is decided
-        before a row is written, by four statements for one job or 100,000. A job that
-        is not added uses its number up all the same.
+        An error has the number of the one at fault in `item`, from 0. All is decided
+        before a row is written.
         """
         # Above every job-N that somebody chose, so no N comes twice.
         chosen = (re.fullmatch(_OWN_ID, job.id) for job in jobs if job.id)
         first = self.take_numbers("jobs", len(jobs),
                                   max((int(m[1]) for m in chosen if m), default=0))
-        seqs: dict[str, int] = {}
-        keys: dict[tuple[str, str], int] = {}
-        holders: list[Job | int | None] = []
-        for item, job in enumerate(jobs):
-            holders.append(self._holder(job, keys))
-            if holders[-1] is not None:
+        seqs: dict[str, int] = {}                   # of new jobs, by id
+        keys: dict[tuple[str, str], int] = {}       # and by key
+        found: list[Job | int] = []     # of each: an older job, or the seq of a new one
+        for seq, job in enumerate(jobs, first):
+            holder = self._holder(job, keys)
+            found.append(seq if holder is None else holder)
+            if holder is not None:
                 continue
-            job_id = job.id or f"job-{first + item}"
+            job_id = job.id or f"job-{seq}"
             if job_id in seqs or (job.id and self.row(Sql.JOB, id=job_id)):
-                with at_item(item):
+                with at_item(seq - first):
                     raise Conflict("job-exists", f"there is a job {job_id!r} already",
                                    "choose another id, or leave the id out")
-            seqs[job_id] = first + item
-            keys.update({(field, key): item for field, key in (
+            seqs[job_id] = seq
+            keys.update({(field, key): seq for field, key in (
                 ("once", job.once), ("unique", job.unique)) if key is not None})
         # Of these the next ticks lower `unmet` for all dependents, also for new ones.
         unblocking = dict(self.rows(Sql.UNBLOCKING))
         settings = self.settings()
         new: dict[int, Job] = {}
         needs: list[dict[str, int]] = []
-        for item, job in enumerate(jobs):
-            if holders[item] is None:
-                with at_item(item):
-                    found = [self._needed(seqs, needed) for needed in job.after]
-                needs += [{"needs": seq, "job": first + item} for _, seq in found]
-                unmet = sum(state != COMPLETED or seq in unblocking
-                            for state, seq in found)
-                new[item] = _added(job, first + item, unmet, settings, now)
+        for seq in seqs.values():
+            job, unmet = jobs[seq - first], 0
+            for name in job.after:
+                older = [] if name in seqs else self.jobs(Sql.JOB, id=name)
+                if not older and name not in seqs:
+                    with at_item(seq - first):
+                        raise Invalid(f"after: there is no job {name!r}",
+                                      "`queuectl list` shows what there is", "after")
+                needed = older[0].seq if older else seqs[name]
+                needs.append({"needs": needed, "job": seq})
+                unmet += not older or older[0].state != COMPLETED \
+                    or needed in unblocking
+            new[seq] = _added(job, seq, unmet, settings, now)
         if needs:
             _refuse_cycle(needs, seqs, first)
         self._insert([*new.values()], needs, now)
-        return [holder if isinstance(holder, Job) else
-                new[item if holder is None else holder]
-                for item, holder in enumerate(holders)], len(new)
+        return [one if isinstance(one, Job) else new[one] for one in found], len(new)
 
     def _holder(self, job: Job,
                 keys: Mapping[tuple[str, str], int]) -> Job | int | None:
-        """The job that has a key of a new job: an older one, or the place in `keys`."""
+        """The job that has a key of this one: an older one, or by its seq a new one."""
         for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
             key = getattr(job, field)
             if (field, key) in keys:
@@ -3947,18 +3922,6 @@ class Ledger:
             for holder in self.jobs(sql, **{field: key}) if key is not None else ():
                 return holder
         return None
-
-    def _needed(self, seqs: Mapping[str, int], job_id: str) -> tuple[str, int]:
-        """State and number of a job that another comes after; else Invalid.
-
-        First the jobs of the same batch, `seqs`: they have no rows yet.
-        """
-        if job_id in seqs:
-            return PENDING, seqs[job_id]
-        for job in self.jobs(Sql.JOB, id=job_id):
-            return job.state, job.seq
-        raise Invalid(f"after: there is no job {job_id!r}",
-                      "`queuectl list` shows what there is", "after")
 
     def _insert(self, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
                 now: float) -> None:
@@ -3986,15 +3949,12 @@ class Ledger:
 
     def move(self, changes: Sequence[Change], now: float) -> list[Job]:
         """Change the states of jobs by verbs of MOVES; the jobs as they are then.
+        Conflict, also for a unique key, before anything is written.
 
-        Conflict, also for a unique key, before anything is written. One statement each
-        for rows, events and counters, whether one job ends in a tick or forty. Each row
-        is guarded by the state and the claim that the job had (I1, I3); it was read in
-        this very transaction, so a guard that does not hold is a mistake of ours.
-
-        What follows from the state alone is set here, so no caller can forget it: the
-        claim and the worker of what does not run are none (I2), a request to end goes
-        with its run, and what waits has a rank (I7).
+        One statement each for rows, events and counters, whether one job ends or forty.
+        Each row is guarded by the state and the claim that the job had (I1, I3). What
+        follows from the state alone is set here: claim and worker (I2), the request to
+        end, `waits` and rank (I7).
         """
         if not changes:
             return []
@@ -4043,7 +4003,7 @@ class Ledger:
         for job in jobs:
             if job.unique is None or job.state not in OVER:
                 continue
-            for holder in (*([first[job.unique]] if job.unique in first else ()),
+            for holder in (*filter(None, [first.get(job.unique)]),
                            *self.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
                 hint = "retry one of the two" if holder.state in OVER \
                     else f"wait for {holder.id}, or cancel it"
@@ -4060,10 +4020,8 @@ class Ledger:
             self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
     def _unblock(self, completed: Sequence[int], now: float) -> None:
-        """Lower `unmet` of the jobs that come after these.
-
-        In the transaction of the change itself, so that no death in between leaves a
-        job waiting for what is over. Very many are left to the next ticks.
+        """Lower `unmet` of the jobs that come after these; of very many, the next ticks
+        do.
         """
         found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
                           limit=DUE_BATCH + 1) if completed else []
@@ -4090,10 +4048,9 @@ class Ledger:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
     def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
-        """Enqueue what the configuration wants to follow these changes.
-
-        Jobs of hooks call no hooks, so this ends. `on-idle` comes once for all that end
-        together, and tells of the last of them.
+        """Enqueue what the configuration wants to follow these changes; jobs of hooks
+        call no hooks. `on-idle` comes once for all that end together, with the last of
+        them.
         """
         commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
         jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
@@ -4117,7 +4074,6 @@ class Ledger:
                now: float) -> list[Change]:
         """Record the ends of runs whose claims are still held; the changes as written.
 
-        A run that fails, or is lost, while it is being cancelled counts as cancelled.
         The claims' jobs have to bear the request to end that the database has now.
         """
         import random  # 1 ms, and only in a worker
@@ -4142,12 +4098,9 @@ class Ledger:
 
     # Deleting and editing.
 
-    def remove(self, job: Job, now: float) -> None:
-        """Delete a job that is not running, with its history; Conflict if another needs
-        it: that would wait for ever.
-
-        A completed job is needed by nobody any more. It refuses before it writes
-        anything, so a sweep can skip a job within a transaction.
+    def _remove(self, job: Job, now: float) -> None:
+        """Delete a job that is not running, with its history; Conflict, before anything
+        is written, if one that waits needs it. A completed job is needed by nobody.
         """
         if job.state == PROCESSING:
             raise Conflict("wrong-state", f"{job.id} is processing",
@@ -4165,26 +4118,26 @@ class Ledger:
         self.count(job.queue, job.state, -1)
         self.tally(now, job.queue, "delete")    # not shown: it balances the others
 
-    def remove_all(self, jobs: Sequence[Job], now: float) -> list[Job]:
-        """Delete those that can go, whole chains of dependents, too; those that stay.
-
-        The newest come first: mostly it is they that wait for the others.
+    def remove_all(self, jobs: Sequence[Job],
+                   now: float) -> list[tuple[Job, Conflict]]:
+        """Delete those that can go, whole chains of dependents, too; those that stay,
+        and why. The newest first: mostly it is they that wait for the others.
         """
-        left, before = sorted(jobs, key=lambda job: -job.seq), -1
-        while len(left) != before:
-            before, kept = len(left), list[Job]()
+        left = sorted(jobs, key=lambda job: -job.seq)
+        while True:
+            kept = []
             for job in left:
                 try:
-                    self.remove(job, now)
-                except Conflict:    # raised before the first write
-                    kept.append(job)
-            left = kept
-        return left
+                    self._remove(job, now)
+                except Conflict as why:     # raised before the first write
+                    kept.append((job, why))
+            if len(kept) == len(left):
+                return kept
+            left = [job for job, _ in kept]
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
-        """Write what a person has changed in a waiting job; Conflict for any other.
-
-        No event: its state is the same. `waits` and rank follow from what was changed.
+        """Write what a person has changed in a waiting job; Conflict for any other. No
+        event: its state is the same.
         """
         if before.waits is None:
             raise Conflict("wrong-state",
@@ -4206,8 +4159,7 @@ class Ledger:
         return after
 
     def rerank(self) -> None:
-        """Rank all waiting jobs anew, in the transaction that changes priority-ageing:
-        ranks of two kinds cannot be compared.
+        """Rank all waiting jobs anew, in the transaction that changes priority-ageing.
         """
         settings, after = self.settings(), 0
         while rows := self.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
@@ -4217,8 +4169,7 @@ class Ledger:
             after = rows[-1][0]
 
     def bring_forward(self, now: float) -> None:
-        """Restart delays and backoffs that began in the future: the clock was set back.
-        """
+        """Restart delays that began in the future: the clock was set back."""
         jobs = [brought_forward(job, now) for job in self.jobs(
             Sql.DELAYED, ahead=iso(now + CLOCK_NOISE), limit=DUE_BATCH)]
         if jobs:
@@ -4230,18 +4181,17 @@ class Ledger:
     # Schedules.
 
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
-        """Write some of a schedule's times, whether it is paused, what it skipped."""
+        """Write a schedule's times, whether it is paused, what it skipped."""
         schedule = schedule._replace(**changes)
         self.do(Sql.SET_SCHEDULE, schedule._asdict())
         return schedule
 
     def fire(self, schedule: Schedule, now: float) -> Job | None:
         """Add the job of a schedule that is due, unless its last job is not over: that
-        job, else None.
+        job, else None. Missed runs are made up by one job. Invalid where it cannot be
+        read.
 
-        The job and the next run are written together, so a run is taken once, however
-        many workers see it. Missed runs are made up by one job. Invalid where the
-        schedule cannot be read.
+        The job and the next run are written together, so each run is taken once.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         for last in self.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
@@ -4257,9 +4207,9 @@ class Ledger:
     def correct_next_run(self, schedule: Schedule, now: float) -> None:
         """Compute the next run anew, if a clock that was ahead has put it off.
 
-        Nearly as Debian's cron(8) does: an interval goes on by the new time, if the
-        clock was set back by more than a minute; a fixed time that was taken already is
-        not repeated, if it was less than three hours.
+        Nearly as Debian's cron(8): an interval continues by the new time, if the clock
+        was set back by more than a minute; a fixed time that was taken is not repeated,
+        if it was less than three hours.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         last_run = schedule.last_run
@@ -4988,12 +4938,10 @@ class Queue:
     def _delete(self, jobs: Sequence[Job],
                 skip: Callable[[QueueError], object]) -> list[Job]:
         now = self.clock()
-        left = {job.seq: job for job in self.store.remove_all(jobs, now)}
-        for job in left.values():
-            try:
-                self.store.remove(job, now)     # says why it must stay
-            except Conflict as why:
-                skip(why)
+        kept = self.store.remove_all(jobs, now)
+        for _, why in kept:
+            skip(why)
+        left = {job.seq for job, _ in kept}
         return [job for job in jobs if job.seq not in left]
 
     # Queues, schedules, settings, workers.
