@@ -1676,7 +1676,8 @@ class Statements(Case):
             self.job(tags=[*tags])
         self.assertEqual([one.name for one in self.queue.schedules()], ["a", "b", "c"])
         for kind, wanted in (("worker", "abc"), ("schedule", "abc"), ("T", "abcd")):
-            self.assertEqual([word for word, _ in queuectl._values(kind, "", (), self.path)],
+            self.assertEqual([word for word, _ in queuectl._values(
+                kind, "", queuectl.COMMANDS[0], self.path)],
                              [*wanted])
 
     def test_the_schema_refuses_impossible_states(self):
