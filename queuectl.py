@@ -7816,32 +7816,22 @@ PAGE = r'''<!doctype html>
 /* One accent; it means "runs" and "can be pressed". Other hues are states. */
 :root {
   color-scheme: light dark;
-  --ground: light-dark(#f7f7f8, #0b0c0e);
-  --panel: light-dark(#fff, #131417);
-  --hover: light-dark(#f4f4f6, #1a1b1f);
-  --line: light-dark(#e4e4e8, #26282d);
-  --edge: light-dark(#8a8d94, #70737c);
-  --ink: light-dark(#17181c, #ededf0);
-  --quiet: light-dark(#5a5d66, #a0a3ac);
-  --accent: light-dark(#3157d5, #8eacff);
-  --on-accent: light-dark(#fff, #0b1020);
-  --tint: light-dark(#eef2fe, #1a2138);
-  --warn: light-dark(#8a5800, #e3ab4d);
-  --bad: light-dark(#c02f28, #ff837b);
-  --s-quiet: light-dark(#7b7e87, #8b8e97);
-  --s-good: light-dark(#1f9460, #45b985);
-  --s-warn: light-dark(#c47d0c, #dfa549);
-  --s-bad: light-dark(#d33f37, #f2716a);
-  --bad-tint: light-dark(#fdf1f0, #2a1718);
-  --warn-tint: light-dark(#fdf6e7, #2a2113);
+  --ground: light-dark(#f7f7f8, #0b0c0e); --panel: light-dark(#fff, #131417);
+  --hover: light-dark(#f4f4f6, #1a1b1f); --line: light-dark(#e4e4e8, #26282d);
+  --edge: light-dark(#8a8d94, #70737c); --ink: light-dark(#17181c, #ededf0);
+  --quiet: light-dark(#5a5d66, #a0a3ac); --accent: light-dark(#3157d5, #8eacff);
+  --on-accent: light-dark(#fff, #0b1020); --tint: light-dark(#eef2fe, #1a2138);
+  --warn: light-dark(#8a5800, #e3ab4d); --bad: light-dark(#c02f28, #ff837b);
+  --s-quiet: light-dark(#7b7e87, #8b8e97); --s-good: light-dark(#1f9460, #45b985);
+  --s-warn: light-dark(#c47d0c, #dfa549); --s-bad: light-dark(#d33f37, #f2716a);
+  --bad-tint: light-dark(#fdf1f0, #2a1718); --warn-tint: light-dark(#fdf6e7, #2a2113);
   --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas,
     monospace;
   --small: .75rem; --text: .8125rem; --large: 1.125rem; --figure: 1.5rem;
 }
 :root[data-theme=light] { color-scheme: light }
 :root[data-theme=dark] { color-scheme: dark }
-* { box-sizing: border-box }
-[hidden] { display: none !important }
+* { box-sizing: border-box } [hidden] { display: none !important }
 html { scroll-padding-top: 4rem }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 400 var(--text)/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
@@ -7857,10 +7847,8 @@ a:hover, footer a, .toast a, #health a, .reason a, .tag {
   text-decoration: underline; text-underline-offset: .2em }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 [tabindex="-1"]:focus { outline: none }
-.quiet { color: var(--quiet) }
-.small { font-size: var(--small) }
-.bad { color: var(--bad) }
-.warn { color: var(--warn) }
+.quiet { color: var(--quiet) } .small { font-size: var(--small) }
+.bad { color: var(--bad) } .warn { color: var(--warn) }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap }
@@ -7895,12 +7883,10 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 .mark, .plot [class], .legend i { color: var(--hue) }
 .pending, .cancelled { --hue: var(--s-quiet) }
 .processing, .run { --hue: var(--accent) }
-.completed { --hue: var(--s-good) }
+.completed { --hue: var(--s-good) } .dead { --hue: var(--s-bad) }
 .failed, .wait { --hue: var(--s-warn) }
-.dead { --hue: var(--s-bad) }
 .pending .mark { background: none; border: 1.5px solid currentColor }
-.cancelled .mark { border-radius: 0; height: 2px }
-.dead .mark { border-radius: 1px }
+.cancelled .mark { border-radius: 0; height: 2px } .dead .mark { border-radius: 1px }
 .failed .mark { border-radius: 1px; transform: rotate(45deg) scale(.9) }
 .processing .mark { animation: breathe 2s ease-in-out infinite }
 @keyframes breathe { 50% { opacity: .35 } }
@@ -7936,8 +7922,7 @@ body.stale main > * { opacity: .6 }
 .counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
   overflow: hidden }
 .counts a { padding: .5rem .875rem .625rem; box-shadow: 0 0 0 1px var(--line) }
-.counts a > * { display: block }
-.counts a > .state { display: flex }
+.counts a > * { display: block } .counts a > .state { display: flex }
 .counts a:focus-visible { outline-offset: -3px; border-radius: 7px }
 .counts a:hover { text-decoration: none; background: var(--hover) }
 .counts a[aria-current] { background: var(--tint);
@@ -7949,8 +7934,7 @@ body.stale main > * { opacity: .6 }
 
 /* Charts. */
 .chart { display: flex; flex-direction: column; justify-content: space-between }
-.chart .legend { flex-basis: 100% }
-.pair:has(details[open]) { align-items: start }
+.chart .legend { flex-basis: 100% } .pair:has(details[open]) { align-items: start }
 .legend { display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
   color: var(--quiet) }
 .legend b { color: var(--ink); font-weight: 500 }
@@ -7959,14 +7943,12 @@ body.stale main > * { opacity: .6 }
 .plot { position: relative; height: 7.75rem; margin: 0 .875rem; border-radius: 4px }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible }
 .plot text { fill: var(--quiet); font-size: .6875rem }
-.plot .rule { stroke: var(--line) }
-.plot .cursor { stroke: var(--edge) }
+.plot .rule { stroke: var(--line) } .plot .cursor { stroke: var(--edge) }
 .plot .line { fill: none; stroke: currentColor; stroke-width: 1.5;
   stroke-linejoin: round; stroke-linecap: round }
 .plot .p95 { stroke-width: 1; stroke-dasharray: 2 2.5 }
 .plot .band { fill: currentColor; opacity: .12 }
-.plot rect, .plot circle { fill: currentColor }
-.plot .partial { opacity: .5 }
+.plot rect, .plot circle { fill: currentColor } .plot .partial { opacity: .5 }
 .plot input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   opacity: 0; cursor: crosshair; touch-action: pan-y }
 .plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
@@ -7986,8 +7968,7 @@ details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small
 .reason.bad { color: var(--bad) }
 .worker { border-top: 1px solid var(--line); padding: .3125rem 0 .4375rem }
 .worker h3 { display: flex; gap: .5rem; align-items: center; padding: 0 .875rem }
-.worker h3 .cut { flex: 1 }
-.worker > p { padding: 0 .875rem }
+.worker h3 .cut { flex: 1 } .worker > p { padding: 0 .875rem }
 .worker .brief { border-top: 0; padding-block: .125rem }
 .slots { display: flex; gap: 2px; flex-wrap: wrap; max-width: 7rem }
 .slots i { width: .5rem; height: .5rem; border-radius: 1px; background: var(--line) }
@@ -8003,7 +7984,8 @@ details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small
 .filters input[type=search] { flex: 1 1 14rem }
 .filters input[name=tag] { width: 7.5rem }
 table { width: 100%; border-collapse: collapse; text-align: left }
-th { font-weight: 400; white-space: nowrap; color: var(--quiet); font-size: .75rem }
+th { font-weight: 400; white-space: nowrap; color: var(--quiet);
+  font-size: var(--small) }
 th, td { padding: .3125rem .5rem; border-top: 1px solid var(--line);
   vertical-align: baseline }
 th:first-child, td:first-child { padding-left: .875rem }
@@ -8014,8 +7996,7 @@ th:last-child, td:last-child { padding-right: .875rem }
 #jobs td { height: 2.25rem }
 .c-state { width: 7rem } .c-id { width: 5.5rem } .c-queue { width: 5rem }
 .c-tries { width: 3rem } .c-took { width: 4.5rem } .c-age { width: 4.75rem }
-.c-act { width: 4.25rem }
-.c-act button { margin-right: -.375rem }
+.c-act { width: 4.25rem } .c-act button { margin-right: -.375rem }
 #runs { overflow-x: auto }
 #runs th:nth-child(2) { width: 60% }
 .c-id a, .brief > a { font-family: var(--mono); font-size: .95em }
@@ -8039,8 +8020,7 @@ th:last-child, td:last-child { padding-right: .875rem }
 .stack { display: grid; gap: .875rem; min-width: 0 }
 .why { padding: .625rem .875rem; border-left: 3px solid var(--edge) }
 .why.bad { border-left-color: var(--bad); color: var(--ink) }
-.why div + div { margin-top: .5rem }
-.why h2 { font-weight: 400 }
+.why div + div { margin-top: .5rem } .why h2 { font-weight: 400 }
 .fields { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
   padding: 0 .875rem .75rem; gap: .25rem .5rem }
 .fields dt { color: var(--quiet) }
@@ -8876,9 +8856,11 @@ function turnPage(isOlder) {
   refresh.jobs(true);
 }
 
+const filterOf = valueOf => Object.fromEntries(Object.keys(NO_FILTER).map(name =>
+  [name, valueOf(name) || ""]));
+
 function filterFromForm() {
-  const chosen = Object.fromEntries(Object.keys(NO_FILTER).map(name =>
-    [name, $("#filters").elements[name].value.trim()]));
+  const chosen = filterOf(name => $("#filters").elements[name].value.trim());
   history.replaceState(null, "", boardPath(chosen));
   applyFilter(chosen);
 }
@@ -8906,17 +8888,13 @@ async function readJob() {
   if (!page || page.isLeft) return;
   try { page.job = await get(jobUrl(page.id)); }
   catch (error) {
-    if (page === shown && error.status === 404) showNoJob(page.id);
-    throw error;
+    if (error.status !== 404) throw error;
+    page.job = null;
   }
   if (page !== shown) return;
-  showJob(); readOutput();
-}
-
-function showNoJob(id) {
-  shown.job = null;
+  if (page.job) { showJob(); return readOutput(); }
   $("#job").replaceChildren(h("div.panel.begin",
-    h("h1", { tabindex: "-1" }, `There is no job ${id}`),
+    h("h1", { tabindex: "-1" }, `There is no job ${page.id}`),
     h("p", tagLink("#/", "All jobs"))));
   showTitle();
 }
@@ -8964,31 +8942,29 @@ function showJob() {
   renderOnce(box, why, () => why.filter(([, lines]) => lines[0]).map(([title, lines]) =>
     h("div", h("h2.small.quiet", title), lines.map(line => h("p", line)))));
   box.hidden = !box.children.length;
-  renderOnce($("#job .fields"), fields, () => fieldsOf(job)
-    .filter(([, value]) => value !== null && value !== "")
-    .flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
+  renderOnce($("#job .fields"), fields, () => DETAILS
+    .map(([label, key, show = String]) =>
+      [label, job[key] === null ? "" : show(job[key], job)])
+    .filter(([, value]) => value !== "" && value.length !== 0)
+    .flatMap(([label, value]) => [h("dt", label), h("dd", value)]));
   showRuns(runs); showTitle();
 }
 
-function fieldsOf(job) {
-  const at = value => value && fullTime(value);
-  const text = value => value === null ? null : String(value);
-  const seconds = value => value === null ? null : value === 0 ? "never" : span(value);
-  const variables = Object.entries(job.env).map(pair => pair.join("=")).join(" ");
-  return [
-    ["Queue", job.queue], ["Priority", text(job.priority)],
-    ["Attempts", `${job.attempts} of ${Math.max(1, job.max_retries)}`],
-    ["Lost runs", text(job.crashes || null)], ["Created", at(job.created_at)],
-    ["Due", at(job.run_at)], ["Started", at(job.started_at)],
-    ["Finished", at(job.finished_at)], ["Changed", at(job.updated_at)],
-    ["Worker", job.worker], ["Exit status", text(job.exit_code)],
-    ["Time-out", seconds(job.timeout)], ["Backoff", seconds(job.backoff_base)],
-    ["After", job.after.length ? job.after.map(id => [tagLink(jobPath(id), id), " "])
-                               : null],
-    ["Unique key", job.unique], ["Tags", job.tags.join(", ")],
-    ["Directory", h("code", job.cwd)],
-    ["Environment", variables && h("code", variables)]];
-}
+const SECONDS = value => value === 0 ? "never" : span(value);
+const DETAILS = [       // label, key, how its value is shown if there is one
+  ["Queue", "queue"], ["Priority", "priority"],
+  ["Attempts", "attempts", (n, job) => `${n} of ${Math.max(1, job.max_retries)}`],
+  ["Lost runs", "crashes", n => n || ""], ["Created", "created_at", fullTime],
+  ["Due", "run_at", fullTime], ["Started", "started_at", fullTime],
+  ["Finished", "finished_at", fullTime], ["Changed", "updated_at", fullTime],
+  ["Worker", "worker"], ["Exit status", "exit_code"],
+  ["Time-out", "timeout", SECONDS], ["Backoff", "backoff_base", SECONDS],
+  ["After", "after", ids => ids.map(id => [tagLink(jobPath(id), id), " "])],
+  ["Unique key", "unique"], ["Tags", "tags", tags => tags.join(", ")],
+  ["Directory", "cwd", path => h("code", path)],
+  ["Environment", "env", variables => Object.keys(variables).length ? h("code",
+    Object.entries(variables).map(pair => pair.join("=")).join(" ")) : ""],
+];
 
 const OUTCOMES = { completed: "completed", lost: "dead", cancelled: "cancelled",
                    released: "pending" };   // others: failed
@@ -9022,7 +8998,7 @@ function showRuns(runs) {
 let follow = null;      // the run whose output is shown; see readOutput
 
 function unfollow() {
-  if (follow) clearTimeout(follow.timer);
+  clearTimeout(follow?.timer);
   follow = null;
 }
 
@@ -9044,21 +9020,19 @@ async function more(mine) {
   clearTimeout(mine.timer);
   mine.isBusy = true;
   const isLast = mine.willEnd;
-  try { await readPiece(mine); mine.isOver = isLast; }
-  catch (error) { if (!(error instanceof Refused)) throw error; }
+  try {
+    const reply = await ask("GET", jobUrl(mine.id,
+      `/output?run=${mine.number}&offset=${mine.offset}`));
+    const bytes = await reply.arrayBuffer();
+    mine.offset = Number(reply.headers.get("X-Total-Bytes")) ||
+      mine.offset + bytes.byteLength;
+    mine.text = (mine.text + mine.decoder.decode(bytes, { stream: true })).slice(-KEPT);
+    mine.isOver = isLast;
+  } catch (error) { if (!(error instanceof Refused)) throw error; }
   finally { mine.isBusy = false; }
   if (mine !== follow) return;
   showOutput(mine.text, `run ${mine.number}${mine.isOver ? "" : ", following"}`);
   if (!mine.isOver) mine.timer = setTimeout(() => more(mine), mine.willEnd ? 0 : 700);
-}
-
-async function readPiece(mine) {
-  const reply = await ask("GET", jobUrl(mine.id,
-    `/output?run=${mine.number}&offset=${mine.offset}`));
-  const bytes = await reply.arrayBuffer();
-  mine.offset = Number(reply.headers.get("X-Total-Bytes")) ||
-    mine.offset + bytes.byteLength;
-  mine.text = (mine.text + mine.decoder.decode(bytes, { stream: true })).slice(-KEPT);
 }
 
 // As a terminal would leave it: no colours, and of an overwritten line the last words.
@@ -9119,9 +9093,10 @@ function confirmed(title, text, verb, isDanger = true) {
     done(dialog.returnValue === "yes"), { once: true }));
 }
 
-// Ask for a change, and say what came of it; whether it was made.
-async function act(method, path, body, say, complain = error =>
+// Ask for a change, after a question if there is one; return whether it was made.
+async function act(method, path, body, say, question, complain = error =>
     model.isOut || toast($("#errors"), "bad", `Not done: ${error.message}`)) {
+  if (question && !await confirmed(...question)) return false;
   try {
     const reply = await ask(method, path, body);
     answer(...say(await reply.json().catch(() => null)));
@@ -9135,40 +9110,37 @@ async function act(method, path, body, say, complain = error =>
 
 const linked = (id, text) => [h("a", { href: jobPath(id) }, id), text];
 
-async function retryJob(job) {
-  if (job.state === "completed" && !await confirmed(`Run ${job.id} again?`,
-      "It was completed. It runs a second time from the start.", "Run again", false))
-    return;
-  await act("POST", jobUrl(job.id, "/retry"), {}, () =>
-    linked(job.id, " is back in line."));
-}
+const retryJob = job => act("POST", jobUrl(job.id, "/retry"), {},
+  () => linked(job.id, " is back in line."), job.state === "completed" && [
+    `Run ${job.id} again?`, "It was completed. It runs a second time from the start.",
+    "Run again", false]);
 
-async function cancelJob(job) {
+function cancelJob(job) {
   const runs = job.state === "processing";
-  if (runs && !await confirmed(`End ${job.id}?`, "Its command is running. It is sent " +
-      "SIGTERM, and SIGKILL if it does not go.", "End and cancel")) return;
-  await act("POST", jobUrl(job.id, "/cancel"), {}, () =>
-    linked(job.id, runs ? " is being ended." : " is cancelled."));
+  return act("POST", jobUrl(job.id, "/cancel"), {},
+    () => linked(job.id, runs ? " is being ended." : " is cancelled."), runs && [
+      `End ${job.id}?`, "Its command is running. It is sent SIGTERM, and SIGKILL if " +
+      "it does not go.", "End and cancel"]);
 }
 
 async function deleteJob(job) {
+  const page = shown;
   if (!await confirmed(`Delete ${job.id}?`, "The job, its runs and its output are " +
       "removed for good.", "Delete")) return;
-  const page = shown;
   page.isLeft = true;         // it is not asked for again: it would not be found
   page.isLeft = await act("DELETE", jobUrl(job.id), null, () =>
     [`${job.id} is deleted.`]);
   if (page.isLeft && page === shown) location.hash = boardPath(filter);
 }
 
-async function retryAll() {
+function retryAll() {
   const { queue, search } = filter;
   const which = queue || search ? "all dead jobs that fit the filter"
     : many(model.status.jobs.dead, "dead job");
-  if (!await confirmed(`Retry ${which}?`, "They go back in line at once, with their " +
-      "attempts at 0.", "Retry them", false)) return;
-  await act("POST", "/api/dlq/retry", { queue: queue || null, search: search || null },
-    jobs => [`${many(jobs.length, "job is", "jobs are")} back in line.`]);
+  return act("POST", "/api/dlq/retry", { queue: queue || null, search: search || null },
+    jobs => [`${many(jobs.length, "job is", "jobs are")} back in line.`], [
+      `Retry ${which}?`, "They go back in line at once, with their attempts at 0.",
+      "Retry them", false]);
 }
 
 function pauseQueue(queue, isPaused) {
@@ -9176,12 +9148,12 @@ function pauseQueue(queue, isPaused) {
   return act("POST", `/api/${verb}`, { queue }, () => [`Queue ${queue} is ${verb}d.`]);
 }
 
-async function pauseAll() {
+function pauseAll() {
   const isPaused = model.status.paused.includes("*");
-  if (!isPaused && !await confirmed("Pause all queues?", "No job starts until they " +
-      "are resumed. What runs goes on.", "Pause all", false)) return;
-  await act("POST", isPaused ? "/api/resume" : "/api/pause", {}, () =>
-    [isPaused ? "All queues are resumed." : "All queues are paused."]);
+  const verb = isPaused ? "resume" : "pause";
+  return act("POST", `/api/${verb}`, {}, () => [`All queues are ${verb}d.`],
+    !isPaused && ["Pause all queues?", "No job starts until they are resumed. What " +
+                  "runs goes on.", "Pause all", false]);
 }
 
 // ---- 13 The form for a new job. ----
@@ -9221,11 +9193,6 @@ function buildForm() {
     h("details", h("summary", "More"), rows.slice(3)));
 }
 
-function openForm() {
-  complainIn($("#enqueue"), { message: "" });
-  $("#enqueue").showModal();
-}
-
 // The words in the dialog, and the field that they are about.
 function complainIn(dialog, { message, key }) {
   setText($("[role=alert]", dialog), message);
@@ -9251,7 +9218,7 @@ async function submitJob(event) {
     dialog.close();
     form.reset();
     return linked(id, " is in line.");
-  }, error => complainIn(dialog, error));
+  }, null, error => complainIn(dialog, error));
   submit.disabled = false;
 }
 
@@ -9261,33 +9228,27 @@ function route(event) {
   if (model.isOut || model.role === null) return;
   const [path, query = ""] = location.hash.slice(1).split("?");
   const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
-  const left = shown && shown.id;
-  if (match) openJob(decodeURIComponent(match[1]), Number(wanted.get("run")) || null);
-  else {
-    unfollow();
+  const left = shown && shown.id, id = match && decodeURIComponent(match[1]);
+  const run = Number(wanted.get("run")) || null;
+  if (id !== left) unfollow();
+  if (!match) {
     shown = null;
-    applyFilter(Object.fromEntries(Object.keys(NO_FILTER).map(name =>
-      [name, wanted.get(name) || ""])));
+    applyFilter(filterOf(name => wanted.get(name)));
+  } else if (id !== left) {
+    shown = { id, run, job: null };
+    buildJobPage();
+  } else {
+    shown.run = run;
+    if (shown.job) { showJob(); readOutput(); }
   }
   $("#gate").hidden = true;
   $("#board").hidden = Boolean(shown);
   $("#job").hidden = !shown;
-  if (event) focusAfterRoute(left);
+  if (event && id !== left) focusAfterRoute(left);
   showTitle(); refreshAll(true);
 }
 
-function openJob(id, run) {
-  if (shown && shown.id === id) {
-    shown.run = run;
-    return shown.job && (showJob(), readOutput());
-  }
-  unfollow();
-  shown = { id, run, job: null };
-  buildJobPage();
-}
-
 function focusAfterRoute(left) {
-  if (shown && shown.id === left) return;
   if (shown) { $("#job h1").focus(); window.scrollTo(0, 0); }
   else if (left) {
     const links = [...$$("#jobs .c-id a"), ...$$("#board .brief > a")];
@@ -9334,31 +9295,32 @@ function onKey(event) {
 }
 
 function bind() {
-  const on = (selector, kind, work) => $(selector).addEventListener(kind, work);
+  const on = (kind, works) => Object.entries(works).forEach(([selector, work]) =>
+    $(selector).addEventListener(kind, work));
   let typing = null;
-  on("#theme", "click", toggleTheme);
-  on("#reconnect", "click", reconnect);
-  on("#enqueue-open", "click", openForm);
-  on("#enqueue form", "submit", submitJob);
-  on("#pause-all", "click", pauseAll);
-  on("#retry-all", "click", retryAll);
-  on("#newer", "click", () => turnPage(false));
-  on("#older", "click", () => turnPage(true));
-  on("#filters", "submit", event => event.preventDefault());
-  on("#filters", "input", () => {
+  on("click", {
+    "#theme": toggleTheme, "#reconnect": reconnect, "#pause-all": pauseAll,
+    "#retry-all": retryAll, "#newer": () => turnPage(false),
+    "#older": () => turnPage(true), "[data-close]": () => $("#enqueue").close(),
+    "#enqueue-open": () => {
+      complainIn($("#enqueue"), { message: "" });
+      $("#enqueue").showModal();
+    },
+    "#clear": () => {
+      location.hash = boardPath({});
+      $("#filters [name=search]").focus();
+    },
+    ".skip": event => { event.preventDefault(); $("#main").focus(); } });
+  on("submit", { "#enqueue form": submitJob,
+                 "#filters": event => event.preventDefault() });
+  on("input", { "#filters": () => {
     clearTimeout(typing);
     typing = setTimeout(filterFromForm, 250);
-  });
-  on("#clear", "click", () => {
-    location.hash = boardPath({});
-    $("#filters [name=search]").focus();
-  });
-  on(".skip", "click", event => { event.preventDefault(); $("#main").focus(); });
-  on("#shortcut", "change", event =>
-    stored("shortcut", event.target.checked ? null : "off"));
-  for (const dialog of $$("dialog"))
-    dialog.addEventListener("close", () => setTimeout(rescueFocus));
-  on("[data-close]", "click", () => $("#enqueue").close());
+  } });
+  on("change", { "#shortcut": event =>
+    stored("shortcut", event.target.checked ? null : "off") });
+  on("close", Object.fromEntries(["#enqueue", "#question"].map(dialog =>
+    [dialog, () => setTimeout(rescueFocus)])));
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
   addEventListener("online", reconnect);
@@ -9395,9 +9357,8 @@ document.addEventListener("DOMContentLoaded", start);
   <span class="path mono cut" id="database"></span>
   <span class="state pending" id="live"><i class="mark"></i>
     <span>Connecting</span></span>
-  <button id="theme" type="button">Dark</button>
-  <button id="enqueue-open" type="button" class="primary changes"
-   hidden>Enqueue</button>
+  <button type="button" id="theme">Dark</button>
+  <button type="button" id="enqueue-open" class="primary changes" hidden>Enqueue</button>
 </header>
 <div id="lost" class="notice bad" role="alert" hidden>
   <span></span><button type="button" id="reconnect">Try now</button></div>
@@ -9417,17 +9378,13 @@ document.addEventListener("DOMContentLoaded", start);
     <nav class="panel counts" id="counts" aria-label="Jobs by state"></nav>
     <div class="pair">
       <figure class="panel chart" id="rates" aria-labelledby="rates-title">
-        <header><h2 id="rates-title">Jobs per minute</h2>
-          <div class="legend"></div></header>
-        <div class="plot"></div>
-        <details class="figures"><summary>As a table</summary>
+        <header><h2 id="rates-title">Jobs per minute</h2><div class="legend"></div></header>
+        <div class="plot"></div><details class="figures"><summary>As a table</summary>
           <div tabindex="0" role="region" aria-labelledby="rates-title"></div></details>
       </figure>
       <figure class="panel chart" id="times" aria-labelledby="times-title">
-        <header><h2 id="times-title">Waiting and run time</h2>
-          <div class="legend"></div></header>
-        <div class="plot"></div>
-        <details class="figures"><summary>As a table</summary>
+        <header><h2 id="times-title">Waiting and run time</h2><div class="legend"></div></header>
+        <div class="plot"></div><details class="figures"><summary>As a table</summary>
           <div tabindex="0" role="region" aria-labelledby="times-title"></div></details>
       </figure>
     </div>
@@ -9443,18 +9400,16 @@ document.addEventListener("DOMContentLoaded", start);
     </div>
     <div class="side">
       <section class="panel" aria-labelledby="workers-title">
-        <header><h2 id="workers-title">Workers</h2><span class="quiet small"
-         id="slots"></span></header>
-        <div id="workers"></div>
-        <p class="none">No worker is running. Start one:<br>
+        <header><h2 id="workers-title">Workers</h2>
+          <span class="quiet small" id="slots"></span></header>
+        <div id="workers"></div><p class="none">No worker is running. Start one:<br>
           <code>queuectl worker start</code></p></section>
       <section class="panel" aria-labelledby="queues-title">
         <header><h2 id="queues-title">Queues</h2>
-          <button type="button" class="plain changes" id="pause-all" hidden>Pause
-            all</button></header>
-        <table id="queues" hidden><thead><tr><th scope="col">Queue</th>
-          <th scope="col" class="number">Running</th>
-          <th scope="col" class="number">Waiting</th>
+          <button type="button" class="plain changes" id="pause-all" hidden></button>
+        </header>
+        <table id="queues" hidden><thead><tr><th scope="col">Queue</th><th scope="col"
+          class="number">Running</th><th scope="col" class="number">Waiting</th>
           <th scope="col" class="changes" hidden><span class="unseen">Action</span></th>
           </tr></thead><tbody></tbody></table>
         <p class="none">No queue has jobs yet.</p></section>
@@ -9471,8 +9426,7 @@ document.addEventListener("DOMContentLoaded", start);
         <select name="state" aria-label="State"></select>
         <select name="queue" aria-label="Queue"></select>
         <input name="tag" aria-label="Tag" placeholder="Tag" autocomplete="off"
-         maxlength="128">
-        <button type="button" id="clear">Clear</button>
+         maxlength="128"><button type="button" id="clear">Clear</button>
       </form>
       <table role="table" aria-labelledby="jobs-title">
         <thead role="rowgroup"><tr role="row">
@@ -9504,8 +9458,8 @@ document.addEventListener("DOMContentLoaded", start);
 </main>
 <footer>
   <span id="version"></span>
-  <label><input type="checkbox" id="shortcut" checked>the key / goes to the
-    search</label>
+  <label><input type="checkbox" id="shortcut" checked>the key / goes to the search
+    </label>
   <a href="/metrics">Metrics</a><a href="/api/openapi.json">API</a>
 </footer>
 
