@@ -9745,111 +9745,98 @@ def line_of(function, side, name):
 # order drawn from a seed, under clocks that only the model moves. A mutant is the
 # module with one guard taken out: the checker must find each of them.
 
-class Process:
-    """The command of a run, as far as the kernel knows it."""
-
-    def __init__(self, job, claim, is_deaf):
-        self.job, self.claim, self.is_deaf = job, claim, is_deaf
-        self.fate = None        # done, failed: by itself; killed: by a signal
-
-
 class ModelWorker:
     """What `Runner` does, step by step: it ticks, starts, obeys, watches, rescues."""
 
     def __init__(self, world, name):
-        self.world, self.claims = world, world.q.Claims(
-            world.queue, world.q.WorkerOptions(slots=2, name=name))
+        self.world, self.q, self.chance = world, world.q, world.chance
+        self.claims = self.q.Claims(world.queue, self.q.WorkerOptions(slots=2, name=name))
         self.id = self.claims.worker.id
-        self.peers = world.q.Peers(world.queue, self.id)
+        self.peers = self.q.Peers(world.queue, self.id)
         self.pid = world.enter(self)
         self.state, self.beat_at = "alive", world.mono
-        self.waiting, self.rides, self.ended = [], {}, {}   # claimed, processes, outcomes
+        self.waiting, self.running, self.ended = [], {}, {}     # claims, processes, outcomes
         self.why = {}                                       # claim: why it is being ended
         self.rescues, self.seized, self.over, self.dead = {}, [], [], []    # lost runs
 
     def tick(self):
         """A tick; at times its commit fails, or a command exits meanwhile."""
         for _ in range(len(self.waiting)):      # mostly, they have started before
-            if self.world.chance.random() < 0.7:
+            if self.chance.random() < 0.7:
                 self.start()
-        self.give_back()
-        busy = {claim.number for claim in self.waiting} | set(self.rides)
-        spares = self.world.chance.choice((0, 0, 1, 2))
-        report = self.world.q.Report(
+        for claim in list(self.waiting):        # at times, spares find no slot
+            if not claim.slot and self.chance.random() < 0.3:
+                self.waiting.remove(claim)
+                self.end_unbegun(claim, "released")
+        busy = {claim.number for claim in self.waiting} | set(self.running)
+        spares = self.chance.choice((0, 0, 1, 2))
+        report = self.q.Report(
             dict(self.ended), tuple(self.over), tuple(self.seized), tuple(self.dead),
-            is_heartbeat=self.world.chance.random() < 0.9)
+            is_heartbeat=self.chance.random() < 0.9)
         tick = self.claims.tick(report, [*range(1, 3 - len(busy)), *[0] * spares])
-        if self.world.chance.random() < 0.05:
+        claimed = {claim.number for claim in tick.claims}
+        if self.chance.random() < 0.05:
             self.claims.failed(tick)
-            self.world.held -= {claim.number for claim in tick.claims}
+            self.world.held -= claimed
             return
         self.claims.commit()
         self.reap()
-        if self.world.chance.random() < 0.02:   # committed, and dead before it knows
-            self.world.held -= {claim.number for claim in tick.claims}
-            self.world.kill(self)
+        if self.chance.random() < 0.02:         # committed, and dead before it knows
+            self.world.held -= claimed
+            self.die()
             return
         self.claims.committed(tick, report)
         self.ended = {claim: outcome for claim, outcome in self.ended.items()
                       if claim not in report.ended}
-        self.over, self.dead = self.over[len(report.lost):], []
         self.beat_at = self.world.mono if report.is_heartbeat else self.beat_at
         for claim in tick.claims:
-            self.world.claimed(claim)
+            self.world.check_claim(claim)
         self.waiting += tick.claims
-        for run in self.seized[:len(report.seized)]:
-            self.rescues[run.claim] = run, signal.SIGTERM
+        self.rescues.update((run.claim, (run, signal.SIGTERM)) for run in report.seized)
+        self.over, self.dead = self.over[len(report.lost):], []
         self.seized = self.seized[len(report.seized):]
         for claim in busy - self.ended.keys():
-            wish = tick.mine.get(claim, queuectl.LOST)
-            if wish is not None:
-                self.end(claim, queuectl.STOPPED if wish == queuectl.CANCEL else wish)
+            asked = tick.mine.get(claim, queuectl.LOST)
+            if asked is not None:
+                self.why.setdefault(claim, queuectl.STOPPED if asked == queuectl.CANCEL else asked)
+                if claim in self.running:
+                    self.world.signal(self.world.pid_of(claim), signal.SIGTERM)
 
-    def end(self, claim, why):
-        self.why.setdefault(claim, why)
-        if claim in self.rides:
-            self.world.signal(self.world.pid_of(claim), signal.SIGTERM)
+    def end_unbegun(self, claim, kind):
+        self.world.held.discard(claim.number)
+        self.ended[claim.number] = self.q.Outcome(kind)
 
     def start(self):
         """Start what was claimed first, unless it was to be ended before it began."""
-        if self.waiting and len(self.rides) < 2:
+        if self.waiting and len(self.running) < 2:
             claim = self.waiting.pop(0)
             if not claim.slot:
                 claim = self.claims.begin(claim, 1)
             if claim.number in self.why:
-                self.world.held.discard(claim.number)
-                self.ended[claim.number] = self.world.q.Outcome(self.why[claim.number])
+                self.end_unbegun(claim, self.why[claim.number])
             else:
-                self.rides[claim.number] = self.world.start(claim)
-
-    def give_back(self):
-        """Give up, at times, spare claims that found no slot."""
-        for claim in list(self.waiting):
-            if not claim.slot and self.world.chance.random() < 0.3:
-                self.waiting.remove(claim)
-                self.world.held.discard(claim.number)
-                self.ended[claim.number] = self.world.q.Outcome("released")
+                self.running[claim.number] = self.world.start(claim)
 
     def reap(self):
         """Hand over the outcome of what has exited."""
-        for claim, process in list(self.rides.items()):
+        for claim, process in list(self.running.items()):
             if process.fate is not None:
-                del self.rides[claim]
+                del self.running[claim]
                 kind = "completed" if process.fate == "done" else "failed"
                 if process.fate == "killed":
                     kind = self.why.get(claim, "failed")
-                self.ended[claim] = self.world.q.Outcome(
+                self.ended[claim] = self.q.Outcome(
                     kind, 0 if kind == "completed" else 1, None, 0.1)
             elif claim in self.why:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
     def watch(self):
-        with mock.patch.object(self.world.q.time, "monotonic", lambda: self.world.mono):
+        with mock.patch.object(self.q.time, "monotonic", lambda: self.world.mono):
             self.peers.look()
         known = {*self.rescues, *(run.claim for run in (*self.over, *self.seized))}
         for run in self.peers.lost():
             if run.claim not in known:
-                self.world.suspected(run)
+                self.world.check_suspicion(run)
                 self.seized.append(run)
         self.dead = self.peers.dead()
 
@@ -9864,6 +9851,17 @@ class ModelWorker:
                 del self.rescues[claim]
                 self.over.append(run)
 
+    def die(self):
+        """kill -9: its supervisor ends its processes, or was killed as well: then they
+        live on, and the locks that they have inherited.
+        """
+        self.state = "dead"
+        self.world.held -= {claim.number for claim in self.waiting}
+        self.waiting = []
+        if self.chance.random() < 0.5:
+            for claim in self.running:
+                self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
+
     def round(self):
         for step in (self.reap, self.tick, self.start, self.start, self.watch, self.rescue):
             if self.state == "alive":
@@ -9874,16 +9872,16 @@ class World:
     """Clocks, kernel, workers and clients of one episode; also the queue's `Host`."""
 
     name, boot = "model", "boot"
-    STEPS = (   # how often each happens, relative to the others
-        ("time", 8), ("enqueue", 6), ("tick", 8), ("start", 6), ("exit", 6),
-        ("rescue", 4), ("cancel", 2), ("retry", 2), ("delete", 1), ("purge", 1),
-        ("crash", 1), ("freeze", 1.5), ("thaw", 0.4), ("jump", 1), ("suspend", 0.5))
+    STEPS = {   # how often each happens, relative to the others
+        "time": 8, "enqueue": 6, "tick": 8, "start": 6, "exit": 6, "rescue": 4, "cancel": 2,
+        "retry": 2, "delete": 1, "purge": 1, "die": 1, "freeze": 1.5, "thaw": 0.4, "jump": 1,
+        "suspend": 0.5}
 
     def __init__(self, module, path, seed):
         self.q, self.chance = module, random.Random(seed)
         self.mono, self.wall, self.latest = 0.0, NOON, NOON
         self.held, self.processes, self.workers = set(), {}, {}
-        self.told, self.ledger, self.broken = [], [], []
+        self.told, self.ledger, self.broken, self.ids = [], [], [], []
         self.peaks = {}     # job: the latest time that the clock has shown since enqueued
         self.steps, self.is_nested = 0, False
         self.locks = self
@@ -9891,7 +9889,6 @@ class World:
         self.settings = self.queue.store.settings()
         with self.queue.store.transaction() as store:
             store.do("INSERT INTO queues VALUES ('one', 0, 1)", {})
-        self.ids = []
 
     # The kernel.
 
@@ -9941,11 +9938,10 @@ class World:
     def signal(self, pid, number):
         if pid < 100_000:
             if number == signal.SIGKILL:
-                self.kill(self.workers[pid - 1000])
+                self.workers[pid - 1000].die()
             return
         process = self.processes[pid - 100_000]
-        if process.fate is None and (number == signal.SIGKILL or (
-                number == signal.SIGTERM and not process.is_deaf)):
+        if process.fate is None and (number == signal.SIGKILL or not process.is_deaf):
             self.over(process, "killed")
 
     def over(self, process, fate):
@@ -9956,39 +9952,32 @@ class World:
     def note(self, what, job, claim):
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
 
-    def kill(self, worker):
-        """kill -9: its supervisor ends its processes, or was killed as well: then they
-        live on, and the locks that they have inherited.
-        """
-        worker.state = "dead"
-        self.held -= {claim.number for claim in worker.waiting}
-        worker.waiting = []
-        if self.chance.random() < 0.5:
-            for claim in worker.rides:
-                self.signal(self.pid_of(claim), signal.SIGKILL)
-
     # What the rules say of the moment itself.
 
-    def claimed(self, claimed):
+    def check_claim(self, claimed):
         if claimed.job.run_at > self.q.iso(self.peaks[claimed.job.id]):
             self.broken.append(f"punctual: {claimed.job.id} before {claimed.job.run_at}")
         if self.queue.job(claimed.job.id).unmet:
             self.broken.append(f"ordered: {claimed.job.id} before {claimed.job.after}")
 
     def start(self, claim):
-        job = claim.job
-        alive = [p for p in self.processes.values() if p.fate is None]
-        if any(p.job.id == job.id for p in alive):
+        """The command of a run, as far as the kernel knows it."""
+        job, alive = claim.job, self.running()
+        if any(process.job.id == job.id for process in alive):
             self.note("overlap", job, claim.number)
-        if job.queue == "one" and any(p.job.queue == "one" for p in alive):
+        if job.queue == "one" and any(process.job.queue == "one" for process in alive):
             self.note("crowd", job, claim.number)
         self.note("start", job, claim.number)
-        process = Process(job, claim.number, self.chance.random() < 0.3)
-        self.processes[claim.number] = process
+        # `fate`: done or failed by itself, killed by a signal.
+        self.processes[claim.number] = types.SimpleNamespace(
+            job=job, claim=claim.number, is_deaf=self.chance.random() < 0.3, fate=None)
         self.held.add(claim.number)
-        return process
+        return self.processes[claim.number]
 
-    def suspected(self, run):
+    def running(self):
+        return [process for process in self.processes.values() if process.fate is None]
+
+    def check_suspicion(self, run):
         """A run is taken from a worker: that one is gone, or silent for a lease."""
         worker = self.workers[run.worker_id]
         if worker.state != "dead" and self.mono - worker.beat_at < self.settings.lease:
@@ -9999,12 +9988,16 @@ class World:
 
     def run(self, steps):
         """Take so many steps, then come to an end in peace; the violations."""
-        names, weights = zip(*self.STEPS)
-        for name in self.chance.choices(names, weights, k=steps):
+        for name in self.chance.choices([*self.STEPS], [*self.STEPS.values()], k=steps):
             self.steps += 1
             self.staff()
             self.aim()
-            getattr(self, "step_" + name)()
+            if name in ("start", "rescue", "die"):
+                self.some_worker(getattr(ModelWorker, name))
+            elif name in ("cancel", "retry", "delete"):
+                self.ask(name)
+            else:
+                getattr(self, "step_" + name)()
         self.peace()
         self.queue.close()
         return self.broken + History(
@@ -10018,8 +10011,13 @@ class World:
     def alive(self):
         return [worker for worker in self.workers.values() if worker.state == "alive"]
 
+    def some_worker(self, act):
+        worker = self.chance.choice(self.alive() or [None])
+        if worker:
+            act(worker)
+
     def step_time(self, seconds=None):
-        """Time goes by, and each living worker comes to its turn."""
+        """Time goes by, and each living worker does all that it has to."""
         seconds = self.chance.uniform(0, 6) if seconds is None else seconds
         self.mono += seconds
         self.set_clock(self.wall + seconds)
@@ -10046,7 +10044,7 @@ class World:
             worker.tick()
 
     def choose_early(self, claims, free):
-        """For a mutant: what is chosen before the other workers have their turn, too."""
+        """For a mutant: what is chosen before the other workers tick, too."""
         claims.early = claims._choose(free)
         if not self.is_nested:
             self.is_nested = True
@@ -10056,24 +10054,10 @@ class World:
             self.is_nested = False
         return claims._store
 
-    def some_worker(self, act):
-        worker = self.chance.choice(self.alive() or [None])
-        if worker:
-            act(worker)
-
-    def step_start(self):
-        self.some_worker(ModelWorker.start)
-
-    def step_rescue(self):
-        self.some_worker(ModelWorker.rescue)
-
     def step_exit(self):
-        running = [p for p in self.processes.values() if p.fate is None]
-        if running:
-            self.over(self.chance.choice(running), self.chance.choice(("done", "done", "failed")))
-
-    def step_crash(self):
-        self.some_worker(self.kill)
+        if self.running():
+            self.over(self.chance.choice(self.running()),
+                      self.chance.choice(("done", "done", "failed")))
 
     def step_freeze(self):
         """At the worst of moments, if one is there: between a claim and its start."""
@@ -10092,10 +10076,9 @@ class World:
             self.step_time(5)
         for worker in self.workers.values():
             if worker.state == "frozen" and self.chance.random() < 0.7 and (
-                    any(ride.fate == "killed" for ride in worker.rides.values())
-                    or any(process.job.id == claim.job.id and process.fate is None
-                           for claim in worker.waiting
-                           for process in self.processes.values())):
+                    any(process.fate == "killed" for process in worker.running.values())
+                    or any(process.job.id == claim.job.id for claim in worker.waiting
+                           for process in self.running())):
                 worker.state = "alive"
 
     def step_thaw(self):
@@ -10115,34 +10098,25 @@ class World:
             return []
 
     def step_enqueue(self):
-        ids = [f"j{self.steps}-{n}" for n in range(self.chance.randint(1, 3))]
-        jobs = [self.q.Job(
-            command="x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
-            queue=self.chance.choice(("default", "one")),
-            run_at=self.q.iso_up(self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000))),
-            after=tuple(self.chance.sample(ids[:n] + self.ids[-4:], 1))
-            if self.chance.random() < 0.3 and ids[:n] + self.ids[-4:] else ())
-            for n, one in enumerate(ids)]
+        ids, jobs = [f"j{self.steps}-{n}" for n in range(self.chance.randint(1, 3))], []
+        for n, one in enumerate(ids):
+            others = ids[:n] + self.ids[-4:]
+            jobs.append(self.q.Job(
+                command="x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
+                queue=self.chance.choice(("default", "one")),
+                run_at=self.q.iso_up(self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000))),
+                after=tuple(self.chance.sample(others, 1))
+                if self.chance.random() < 0.3 and others else ()))
         self.ids += [job.id for job in self.tell(
             "enqueue", ids, lambda: self.queue.enqueue_many(jobs))]
         self.peaks.update((one, self.wall) for one in ids)
 
-    def some_id(self):
-        return self.chance.choice(self.ids[-12:] or ["none"])
-
-    def step_cancel(self):
-        job_id = self.some_id()
-        for job in self.tell("wish", [job_id], lambda: self.queue.cancel(job_id)):
-            if job.state == CANCELLED:      # else its worker ends it first
-                self.told.append(Told("cancel", (job_id,), 0))
-
-    def step_retry(self):
-        job_id = self.some_id()
-        self.tell("retry", [job_id], lambda: self.queue.retry(job_id))
-
-    def step_delete(self):
-        job_id = self.some_id()
-        self.tell("delete", [job_id], lambda: self.queue.delete(job_id))
+    def ask(self, verb):
+        job_id = self.chance.choice(self.ids[-12:] or ["none"])
+        jobs = self.tell("wish" if verb == "cancel" else verb, [job_id],
+                         lambda: getattr(self.queue, verb)(job_id))
+        if verb == "cancel":    # what runs its worker ends first
+            self.told += [Told(verb, (job_id,), 0) for job in jobs if job.state == CANCELLED]
 
     def step_purge(self):
         self.told.append(Told("delete", tuple(swept(self.queue, "delete", DEAD)), 0))
