@@ -10006,8 +10006,8 @@ class Site(NamedTuple):
 # the colon. http.server and the email package would read some of these in other ways
 # than a proxy in front of us.
 _TOKEN = rb"[!#-'*+.^_`|~0-9A-Za-z-]+"
-HEAD_FORM = re.compile(rb"%s [!-~]+ HTTP/1\.[01]\r\n(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n"
-                       % (_TOKEN, _TOKEN))
+HEAD_FORM = (_TOKEN + rb" [!-~]+ HTTP/1\.[01]\r\n(?:" + _TOKEN
+             + rb":[\t -~\x80-\xff]*\r\n)*\r\n")
 _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
            "content-type")      # two of these are an attack: a proxy may read the other
 
@@ -10078,7 +10078,7 @@ def headers_of(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The headers by lower-case name; Invalid if they can be read in two ways."""
     headers: dict[str, str] = {}
     for name, value in fields:
-        name, value = name.lower(), value.strip()
+        name, value = name.lower(), value.strip(" \t")
         if name in headers and name in _SINGLE:
             raise Invalid(f"{name} is sent twice")
         comma = "; " if name == "cookie" else ", "      # RFC 9110, 5.3; RFC 9113, 8.2.3
@@ -10612,7 +10612,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def reply(self) -> tuple[Reply, Pieces[bytes] | None]:
             """Read a request (its body only if admitted) and answer it; QueueError."""
             head = self.reader.head(HEAD_SECONDS)
-            if not HEAD_FORM.fullmatch(head):
+            if not re.fullmatch(HEAD_FORM, head):
                 raise Invalid("that is not HTTP/1.1", "see RFC 9112")
             self.raw_requestline, _, fields = head.partition(b"\r\n")
             self.rfile = io.BytesIO(fields)
