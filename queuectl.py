@@ -9358,7 +9358,8 @@ document.addEventListener("DOMContentLoaded", start);
   <span class="state pending" id="live"><i class="mark"></i>
     <span>Connecting</span></span>
   <button type="button" id="theme">Dark</button>
-  <button type="button" id="enqueue-open" class="primary changes" hidden>Enqueue</button>
+  <button type="button" id="enqueue-open" class="primary changes"
+   hidden>Enqueue</button>
 </header>
 <div id="lost" class="notice bad" role="alert" hidden>
   <span></span><button type="button" id="reconnect">Try now</button></div>
@@ -9378,13 +9379,15 @@ document.addEventListener("DOMContentLoaded", start);
     <nav class="panel counts" id="counts" aria-label="Jobs by state"></nav>
     <div class="pair">
       <figure class="panel chart" id="rates" aria-labelledby="rates-title">
-        <header><h2 id="rates-title">Jobs per minute</h2><div class="legend"></div></header>
-        <div class="plot"></div><details class="figures"><summary>As a table</summary>
+        <header><h2 id="rates-title">Jobs per minute</h2>
+          <div class="legend"></div></header><div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
           <div tabindex="0" role="region" aria-labelledby="rates-title"></div></details>
       </figure>
       <figure class="panel chart" id="times" aria-labelledby="times-title">
-        <header><h2 id="times-title">Waiting and run time</h2><div class="legend"></div></header>
-        <div class="plot"></div><details class="figures"><summary>As a table</summary>
+        <header><h2 id="times-title">Waiting and run time</h2>
+          <div class="legend"></div></header><div class="plot"></div>
+        <details class="figures"><summary>As a table</summary>
           <div tabindex="0" role="region" aria-labelledby="times-title"></div></details>
       </figure>
     </div>
