@@ -704,19 +704,6 @@ class WorkerOptions(NamedTuple):
         return settings
 
 
-class Filter(NamedTuple):
-    """Which jobs, besides their states. A record, so that a mistyped filter is a
-    TypeError: to ignore one would widen what is listed, or deleted.
-    """
-    queue: str | None = None
-    tag: str | None = None
-    search: str | None = None           # text in the id or the command
-    ended_before: str | None = None     # a stored time
-    before: int | None = None           # only lower seqs: to continue, newest first
-    ended_at: str | None = None         # with ended_seq: to continue, by their ends
-    ended_seq: int | None = None
-
-
 class Claim(NamedTuple):
     """A job that a worker has taken."""
     job: Job
@@ -1607,8 +1594,8 @@ JSON_KEYS = tuple(name for name in Job._fields
                   if name in FIELDS and FIELDS[name].kind.output)
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
-# Flags of commands and parameters of the API; `Filter` has the values, `Sql.FILTERS`
-# the clauses. In a query blank text means that it is not given.
+# Filters of jobs: flags of commands and parameters of the API; Sql.FILTERS has their
+# clauses. In a query blank text means that it is not given.
 _BLANK_OR_NAME = Kind(_timeless(parse_name),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
@@ -4250,12 +4237,17 @@ def _states(state: str | Sequence[str]) -> list[str]:
         parse_state, [state] if isinstance(state, str) else state)))
 
 
-def _bound(wanted: Filter) -> dict[str, Any]:
-    """The values of a filter; Sql.listing makes a clause for each key."""
-    values = {key: value for key, value in wanted._asdict().items()
-              if value is not None}
-    if wanted.search is not None:
-        values["search"] = like_pattern(wanted.search)
+def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of filters; Sql.listing makes a clause for each key.
+
+    A mistyped one is a TypeError: to ignore it would widen what is listed, or deleted.
+    """
+    unknown = {*filters} - {*Sql.FILTERS, "before", "ended_seq"}
+    if unknown:
+        raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
+    values = {key: value for key, value in filters.items() if value is not None}
+    if "search" in values:
+        values["search"] = like_pattern(values["search"])
     return {"before": END_OF_TIME, **values}
 
 
@@ -4340,18 +4332,18 @@ class Queue:
              limit: int = 0, **filters: Any) -> list[Job]:
         """The jobs that fit, newest first; `limit` 0: all of them.
 
-        `sort` is a key of ORDERS, `filters` are fields of Filter. Raises Invalid for an
-        unknown state or sort, TypeError for an unknown filter.
+        `sort` is a key of ORDERS, `filters` are keys of Sql.FILTERS. Raises Invalid for
+        an unknown state or sort, TypeError for an unknown filter.
         """
         if sort not in ORDERS:
             raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
-        values = _bound(Filter(**filters))
+        values = _bound(filters)
         return self.store.jobs(Sql.listing(_states(state), ORDERS[sort], values),
                                limit=limit or END_OF_TIME, **values)
 
     def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
         """How many jobs fit; filters as in `jobs`."""
-        values = _bound(Filter(**filters))
+        values = _bound(filters)
         return int(self.store.rows(Sql.counting(_states(state), values),
                                    **values)[0][0])
 
