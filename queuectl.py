@@ -4436,17 +4436,21 @@ class Queue:
         jobs, over = dict.fromkeys(job_ids), dict[str, Job]()
 
         def look() -> list[Job] | str:
-            seen = self._named([job_id for job_id in jobs if job_id not in over])
-            over.update((job.id, job) for job in seen if job.state in OVER)
-            states = [job.state for job in seen]
+            wanted = [job_id for job_id in jobs if job_id not in over]
+            found = {job.id: job for job in self._named(wanted)}
+            for job_id in wanted:
+                if job_id not in found:
+                    raise no_such_job(job_id)
+            over.update((job.id, job) for job in found.values() if job.state in OVER)
+            states = [job.state for job in found.values()]
             completed = sum(job.state == COMPLETED for job in over.values())
             tell(Progress(sum(state in WAITING for state in states),
                           states.count(PROCESSING), completed, len(over) - completed))
             if len(over) == len(jobs):
                 return [over[job_id] for job_id in jobs]
             caller = self.caller()
-            left = [job for job in seen if job.state not in OVER
-                    and (caller is None or job.seq != caller.seq)]
+            left = [job for job in map(found.__getitem__, wanted) if job.state
+                    not in OVER and (caller is None or job.seq != caller.seq)]
             if all(job.waits in (READY, BLOCKED) for job in left):
                 ready = [job for job in left if job.waits == READY]
                 stuck = [] if ready else self.stuck_among(left, caller)
@@ -4495,13 +4499,8 @@ class Queue:
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
     def _named(self, job_ids: Sequence[str]) -> list[Job]:
-        """The jobs of these ids, in their order; NotFound."""
-        found = {job.id: job for job in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job_ids))}
-        for job_id in job_ids:
-            if job_id not in found:
-                raise no_such_job(job_id)
-        return [found[job_id] for job_id in job_ids]
+        return self.store.jobs(Sql.JOBS_NAMED, ids=json.dumps(job_ids)) \
+            if job_ids else []
 
     def caller(self) -> Job | None:
         """The job of this queue whose command this process is part of, if any."""
@@ -4560,8 +4559,8 @@ class Queue:
     def why_stuck(self, job: Job) -> str:
         """What a job that is blocked for good comes after: `build (dead)`."""
         states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
-        found = sorted((states.index(one.state), one.id) for one in self.store.jobs(
-            Sql.JOBS_NAMED, ids=json.dumps(job.after)) if one.state in states)
+        found = sorted((states.index(one.state), one.id) for one in
+                       self._named(job.after) if one.state in states)
         return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
 
     def is_all_paused(self) -> bool:
@@ -4578,9 +4577,8 @@ class Queue:
             if job.waits is None:
                 continue
             # One that does not exist was completed: no other can be deleted.
-            needed = {one.id: one.state for one in self.store.jobs(
-                Sql.JOBS_NAMED, ids=json.dumps(job.after))} \
-                if job.waits == BLOCKED else {}
+            needed = {one.id: one.state for one in self._named(
+                job.after if job.waits == BLOCKED else ())}
             found[job.id] = [Finding(
                 WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
                 f"retry {job_id}, or cancel what comes after it"
