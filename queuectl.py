@@ -1948,16 +1948,13 @@ class Sql:
     """Every statement the program runs. Tests prepare each one.
 
     Partial indexes serve only the very literals they were made with, so these stand in
-    the statements as in the schema: waits = 'ready', claim IS NOT NULL. With a
-    parameter instead of the literal SQLite silently scans the table.
+    the statements, too: with a parameter instead SQLite silently scans the table.
     """
 
-    # `counters` has one row, with the last numbers given to rows; none is used again,
-    #   even after its row is deleted: of `runs` it is the fence (I3, I4), of `events`
-    #   where readers continue, of `workers` a lock's offset. AUTOINCREMENT would write
-    #   at each INSERT.
+    # `counters` has one row, with the last numbers given to rows. None is used again,
+    #   even after its row is deleted: one of `runs` is the fence (I3, I4).
+    #   AUTOINCREMENT would write at each INSERT.
     # No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds leftovers.
-    #   `runs.worker` is a copy, since the worker's row goes before it.
     # `waits` and `rank` follow from other columns, for the indexes: these hold just
     #   what can be claimed, in order. With scheduled jobs in the same index, 100,000
     #   jobs for tomorrow cost each claim 13 ms.
@@ -1966,9 +1963,7 @@ class Sql:
     # `unblocking`: completed jobs with very many dependents; those above `after` still
     #   count the job as unmet, until one of the next ticks.
     # A change of state writes an entry in each index that holds the job, so most are
-    #   partial. jobs_in_queue is for claims past paused and full queues, jobs_delayed
-    #   for a clock that was set back, jobs_by_end for the dead letter queue and
-    #   retention.
+    #   partial. jobs_delayed is for a clock that was set back.
     SCHEMA = f"""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2070,8 +2065,7 @@ class Sql:
             minute INTEGER NOT NULL, queue TEXT NOT NULL, kind TEXT NOT NULL,
             bucket INTEGER NOT NULL, n INTEGER NOT NULL, total REAL NOT NULL DEFAULT 0,
             PRIMARY KEY (minute, queue, kind, bucket)
-        ) WITHOUT ROWID;
-        """
+        ) WITHOUT ROWID;"""
 
     # Facts of the database itself, from its making: `id` and `created_at`.
     INSERT_META = _insert("meta", "key", "value")
@@ -2089,13 +2083,11 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With all the words of jobs_by_unique: a finished job keeps its key, but others may
-    # use it.
+    # With all the words of jobs_by_unique: others may use the key of a finished job.
     JOB_BY_UNIQUE = """
         SELECT * FROM jobs
          WHERE "unique" = :unique
-           AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)
-        """
+           AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)"""
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
     # A JSON list in one parameter keeps one statement prepared, for any number of ids.
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
@@ -2115,9 +2107,8 @@ class Sql:
         """The jobs of these states, of any if none is named, that fit the values.
 
         Each filter that has a value is a clause: no index serves `:tag IS NULL OR ...`.
-        Each state is a read of its own by its index, and only the results are sorted;
-        for `state IN` SQLite would sort all that fit. There are few combinations, and
-        each stays prepared.
+        Each state is a read of its own by its index: for `state IN` SQLite would sort
+        all that fit. There are few combinations, and each stays prepared.
         """
         reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
                  "LIMIT :limit" for some in [[state] for state in states] or [[]]]
@@ -2146,7 +2137,7 @@ class Sql:
                                        if key in cls.FILTERS])
 
     # From one rank to the next by the index, a thousand at most: with ageing nearly
-    # each job has a rank of its own. Within a rank the index goes by run_at.
+    # each job has a rank of its own.
     OLDEST_READY = """
         WITH RECURSIVE ranks (rank, n) AS (
             SELECT MIN(rank), 1 FROM jobs
@@ -2160,8 +2151,7 @@ class Sql:
         SELECT MIN((SELECT MIN(run_at) FROM jobs
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
-          FROM ranks
-        """
+          FROM ranks"""
     # Due but still scheduled: mostly none, many if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
@@ -2169,24 +2159,21 @@ class Sql:
                   FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now
                  ORDER BY run_at LIMIT 1000) AS due
-         GROUP BY queue
-        """
+         GROUP BY queue"""
     COUNT_DUE = """
         SELECT COUNT(*)
           FROM (SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue
                  UNION ALL
                 SELECT 1 FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
-                 LIMIT :most) AS due
-        """
+                 LIMIT :most) AS due"""
     NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
     # Until when a worker may sleep.
     DUE_AT = """
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
-                SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times
-        """
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times"""
     # What an idle worker asks at each wake-up: is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
@@ -2194,51 +2181,42 @@ class Sql:
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
-                                            AND updated_at > :ahead)
-        """
+                                            AND updated_at > :ahead)"""
     ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
-    # What is due becomes ready (I7), longest due first, some at a time: those of one
-    # moment may be very many, and the write lock is held.
+    # What is due becomes ready (I7), some at a time, for the write lock is held.
     MAKE_READY = """
         UPDATE jobs
            SET waits = 'ready'
          WHERE seq IN (SELECT seq
                          FROM jobs
                         WHERE waits = 'scheduled' AND run_at <= :now
-                        ORDER BY run_at LIMIT :limit)
-        """
+                        ORDER BY run_at LIMIT :limit)"""
     # Delays that began in the future: the clock was set back.
     DELAYED = """
         SELECT * FROM jobs
          WHERE waits = 'scheduled' AND at_time = 0 AND updated_at > :ahead
-         ORDER BY updated_at LIMIT :limit
-        """
+         ORDER BY updated_at LIMIT :limit"""
     BRING_FORWARD = f"""
         UPDATE jobs {_set("run_at rank updated_at")}
-         WHERE seq = :seq AND waits = 'scheduled'
-        """
+         WHERE seq = :seq AND waits = 'scheduled'"""
     LINE = """
         SELECT * FROM jobs
          WHERE waits = 'ready'
-         ORDER BY rank, run_at, seq LIMIT :limit
-        """
+         ORDER BY rank, run_at, seq LIMIT :limit"""
     # For one queue, where those at the head of LINE may not be taken.
     QUEUE_LINE = LINE.replace("'ready'", "'ready' AND queue = :queue")
     BEFORE = """
         SELECT COUNT(*) FROM jobs
          WHERE waits = 'ready' AND queue = :queue
-           AND (rank, run_at, seq) < (:rank, :run_at, :seq)
-        """
+           AND (rank, run_at, seq) < (:rank, :run_at, :seq)"""
 
-    # The one statement that changes a state. State alone would let a late worker end a
-    # later claim; the claim's number is the fence (I1, I3), 0 for a job without one.
-    # It sets what verbs change; EDIT what people may.
+    # The one statement that changes a state. The claim's number, 0 for none, is the
+    # fence: state alone would let a late worker end a later claim (I1, I3).
     MOVE = "UPDATE jobs " + _set(
         "state attempts crashes updated_at run_at worker started_at finished_at "
         "exit_code error waits rank claim end_requested runs at_time") + """
          WHERE seq = :seq
-           AND state = :source AND COALESCE(claim, 0) = :held
-        """
+           AND state = :source AND COALESCE(claim, 0) = :held"""
     EDIT = "UPDATE jobs " + _set(
         "command priority run_at max_retries timeout queue waits rank updated_at "
         "at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
@@ -2246,26 +2224,21 @@ class Sql:
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
          WHERE waits IS NOT NULL AND seq > :after
-         ORDER BY seq LIMIT :limit
-        """
+         ORDER BY seq LIMIT :limit"""
     SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
     # By claim: it must not hit a later run, whose end nobody has requested.
     REQUEST_END = """
         UPDATE jobs SET end_requested = :end_requested
-         WHERE seq = :seq AND claim = :claim
-        """
+         WHERE seq = :seq AND claim = :claim"""
     # Before the first signal to a lost run: if its worker thaws and records the end,
-    # that counts as a crash (`judged`), not as the job's failure. A cancel stays.
+    # that counts as a crash (`judged`). A cancel stays.
     SEIZE = """
         UPDATE jobs SET end_requested = 'lost'
-         WHERE claim = :claim AND claim IS NOT NULL AND end_requested IS NULL
-        """
-    # What the database says this worker holds. A claim that is missing was taken from
-    # it, and nothing of its run may be recorded (I3).
+         WHERE claim = :claim AND claim IS NOT NULL AND end_requested IS NULL"""
+    # What this worker holds. A claim that is missing was taken from it (I3).
     MINE = """
         SELECT claim, end_requested, unmet FROM jobs
-         WHERE claim IS NOT NULL AND worker = :worker
-        """
+         WHERE claim IS NOT NULL AND worker = :worker"""
 
     # Events are ordered by seq, not by time: clocks are set back.
     INSERT_EVENT = _insert("events", "seq", "job", "from", "to", "at", "reason")
@@ -2273,16 +2246,14 @@ class Sql:
         SELECT jobs.id, "from", "to", at, reason FROM events
           JOIN jobs ON jobs.seq = events.job
          WHERE events.job = :job
-         ORDER BY events.seq
-        """
+         ORDER BY events.seq"""
     EVENTS_AFTER = """
         SELECT jobs.id, "from", "to", at, reason, events.seq FROM events
           JOIN jobs ON jobs.seq = events.job
          WHERE events.seq > :after
            AND at >= :since
            AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
-         ORDER BY events.seq LIMIT :limit
-        """
+         ORDER BY events.seq LIMIT :limit"""
 
     # Dependencies: a row while the needed job exists. Only a completed job can be
     # deleted while others wait for it, so a missing row is met.
@@ -2291,8 +2262,7 @@ class Sql:
         SELECT needs, job FROM dependencies
          WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
            AND job > :after
-         ORDER BY needs, job LIMIT :limit
-        """
+         ORDER BY needs, job LIMIT :limit"""
     # `waits` is no state, so no event is written.
     MEET = """
         UPDATE jobs
@@ -2301,8 +2271,7 @@ class Sql:
                            THEN CASE WHEN run_at > :now THEN 'scheduled'
                                      ELSE 'ready' END
                            ELSE waits END
-         WHERE seq = :job AND unmet > 0
-        """
+         WHERE seq = :job AND unmet > 0"""
     # A completed job is retried: dependents that have not begun wait again.
     UNMEET = """
         UPDATE jobs
@@ -2311,8 +2280,7 @@ class Sql:
                             ELSE waits END
          WHERE seq IN (SELECT job
                          FROM dependencies
-                        WHERE needs = :needs AND job <= :upto)
-        """
+                        WHERE needs = :needs AND job <= :upto)"""
     UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
     SET_UNBLOCKING = _upsert("unblocking", "needs", "after")
     DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
@@ -2320,8 +2288,7 @@ class Sql:
         SELECT jobs.id FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs = :needs AND jobs.waits IS NOT NULL
-         LIMIT 1
-        """
+         LIMIT 1"""
     # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
     # (the job that runs this command), and what comes after these.
     _STUCK = """
@@ -2339,24 +2306,20 @@ class Sql:
               JOIN dependencies ON dependencies.needs = stuck.seq
              WHERE EXISTS (SELECT 1
                              FROM jobs
-                            WHERE jobs.seq = dependencies.job AND waits = 'blocked'))
-        """
+                            WHERE jobs.seq = dependencies.job AND waits = 'blocked'))"""
     _OF_QUEUE = """
           FROM jobs
          WHERE seq IN (SELECT seq FROM stuck)
-           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
-        """
+           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)"""
     COUNT_STUCK = f"{_STUCK} SELECT COUNT(*) {_OF_QUEUE}"
     LIST_STUCK = f"{_STUCK} SELECT * {_OF_QUEUE} ORDER BY seq LIMIT :limit"
     STUCK_AMONG = _STUCK + """
         SELECT seq FROM stuck
-         WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))
-        """
+         WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))"""
     LAST_NEED_END = """
         SELECT MAX(jobs.finished_at) FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.needs
-         WHERE dependencies.job = :job
-        """
+         WHERE dependencies.job = :job"""
 
     INSERT_TAG = _insert("tags", "tag", "job")
     # The job last, so that a reader never finds a job without its history.
@@ -2383,22 +2346,19 @@ class Sql:
                              ELSE :output END,
                output_bytes = CASE WHEN output_bytes > :output_bytes THEN output_bytes
                                    ELSE :output_bytes END
-         {_OPEN}
-        """
+         {_OPEN}"""
     SAVE_OUTPUT = f"UPDATE runs {_set('output output_bytes')} {_OPEN}"
     RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
     LAST_RUNS = f"""
         SELECT {RUN_WITHOUT_OUTPUT} FROM runs
          WHERE job = :job
-         ORDER BY claim DESC LIMIT :limit
-        """
+         ORDER BY claim DESC LIMIT :limit"""
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT} FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
-         ORDER BY jobs.claim
-        """
+         ORDER BY jobs.claim"""
 
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = _upsert("queues", "name", "paused")
@@ -2413,27 +2373,22 @@ class Sql:
     SCHEDULES_DUE = "SELECT * FROM schedules WHERE paused = 0 AND next_run <= :now"
     SET_SCHEDULE = f"""
         UPDATE schedules {_set("paused next_run last_run last_job skipped")}
-         WHERE name = :name
-        """
+         WHERE name = :name"""
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # Workers. One that was taken for dead comes back with its old id, which its lock
-    # and its runs have. `heartbeats` is a count: a watcher compares it with what it saw
-    # last, and never two clocks.
+    # `heartbeats` is a count, so that a watcher never compares two clocks.
     INSERT_WORKER = _insert("workers", *Worker._fields[:13])
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
     HEARTBEAT = """
         UPDATE workers SET heartbeat_at = :now, heartbeats = heartbeats + 1
-         WHERE id = :id
-        """
+         WHERE id = :id"""
     STOP_WORKER = "UPDATE workers SET stop_requested = :stop_requested WHERE id = :id"
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
-    # By id: the name of a dead worker may be another's by now. CROSS JOIN has SQLite
-    # begin with the few running jobs, not with all runs there ever were (108 ms for
-    # 300,000).
+    # By id: another may have the name by now. CROSS JOIN has SQLite begin with the few
+    # running jobs, not with all runs there ever were (108 ms for 300,000).
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
@@ -2441,26 +2396,22 @@ class Sql:
                              FROM jobs
                             CROSS JOIN runs
                             WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
-                              AND runs.worker_id = :id)
-        """
+                              AND runs.worker_id = :id)"""
     # Also of dead workers: a datagram to nobody costs less than finding out who lives.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # Completion: fast in a large queue, too. Continuations of a word are the range from
-    # :word to :end, which an index serves. `look` bounds what is read, `limit` the
-    # result.
+    # Completion. An index serves the continuations of a word, from :word to :end;
+    # `look` bounds what is read, `limit` the result.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT * FROM jobs WHERE state = :state ORDER BY seq DESC LIMIT :look)
             AS newest
          WHERE id >= :word AND id < :end
-         LIMIT :limit
-        """
+         LIMIT :limit"""
     IDS_FROM = """
         SELECT seq, id, state, substr(command, 1, 80) FROM jobs
          WHERE id >= :word AND id < :end
-         ORDER BY id LIMIT :look
-        """
+         ORDER BY id LIMIT :look"""
     # From one tag to the next by the key: DISTINCT would read a row for each job.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
@@ -2471,56 +2422,47 @@ class Sql:
              WHERE found.tag < :end)
         SELECT tag FROM found
          WHERE tag < :end
-         LIMIT :limit
-        """
+         LIMIT :limit"""
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
     # Counts and tallies are written once a transaction (I8): triggers cost 40% of the
-    # claims a second. A count's row stays when it is 0 again, for a metric must not
-    # vanish then. None falls below 0: one that is wrong must not stop a worker.
+    # claims a second. A row stays at 0, for a metric must not vanish, and falls no
+    # lower: a wrong count must not stop a worker.
     COUNTS = "SELECT queue, state, n FROM counts"
     COUNT = """
         INSERT INTO counts (queue, state, n)
         VALUES (:queue, :state, CASE WHEN :n > 0 THEN :n ELSE 0 END)
             ON CONFLICT (queue, state) DO UPDATE
-           SET n = CASE WHEN counts.n + :n > 0 THEN counts.n + :n ELSE 0 END
-        """
+           SET n = CASE WHEN counts.n + :n > 0 THEN counts.n + :n ELSE 0 END"""
     # Minute 0 is all time.
     TALLY = _insert("tallies", "minute", "queue", "kind", "bucket", "n", "total") + """
             ON CONFLICT (minute, queue, kind, bucket) DO UPDATE
-           SET n = tallies.n + excluded.n, total = tallies.total + excluded.total
-        """
-    # One row per queue, kind and bucket, so the price does not grow with age.
+           SET n = tallies.n + excluded.n, total = tallies.total + excluded.total"""
     TALLIES_EVER = "SELECT queue, kind, bucket, n, total FROM tallies WHERE minute = 0"
     # From a minute on, so at least 1: with minute 0 all would count twice.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total) FROM tallies
          WHERE minute >= :minute
-         GROUP BY queue, kind, bucket
-        """
+         GROUP BY queue, kind, bucket"""
     TALLIES_BY_MINUTE = """
         SELECT minute, kind, bucket, SUM(n), SUM(total) FROM tallies
          WHERE minute >= :first AND minute <= :last
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
-         GROUP BY minute, kind, bucket
-        """
-    # Ended since the database was made, deleted or not: a progress bar must not go
-    # back.
+         GROUP BY minute, kind, bucket"""
+    # Also of deleted jobs: a progress bar must not go back.
     OVER_EVER = """
         SELECT kind, SUM(n) FROM tallies
          WHERE minute = 0
            AND kind IN ('complete', 'bury', 'cancel')
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
-         GROUP BY kind
-        """
+         GROUP BY kind"""
     DELETE_TALLIES = """
         DELETE FROM tallies
          WHERE (minute, queue, kind, bucket) IN (
                SELECT minute, queue, kind, bucket FROM tallies
                 WHERE minute > 0 AND minute < :before
-                LIMIT :limit)
-        """
+                LIMIT :limit)"""
 
     # What must hold between tables: a code, what is wrong with each row found, a
     # statement. They read whole tables, so only `check` runs them, in one snapshot.
@@ -2531,8 +2473,7 @@ class Sql:
                      UNION ALL
                     SELECT queue, state, -n FROM counts) AS both_sides
              GROUP BY queue, state
-            HAVING SUM(n) <> 0
-            """),
+            HAVING SUM(n) <> 0"""),
         ("counters", "the last number of {} is too low, so it would be used again (I4)",
          """
             SELECT 'jobs' FROM counters WHERE jobs < (SELECT MAX(seq) FROM jobs)
@@ -2541,26 +2482,22 @@ class Sql:
              UNION
             SELECT 'events' FROM counters WHERE events < (SELECT MAX(seq) FROM events)
              UNION
-            SELECT 'workers' FROM counters WHERE workers < (SELECT MAX(id) FROM workers)
-            """),
-        # A CHECK sees one table, so these two hold a claim and its run together.
+            SELECT 'workers' FROM counters
+             WHERE workers < (SELECT MAX(id) FROM workers)"""),
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id FROM jobs
               LEFT JOIN runs ON runs.claim = jobs.claim AND runs.job = jobs.seq
                             AND runs.outcome IS NULL
-             WHERE jobs.claim IS NOT NULL AND runs.claim IS NULL
-            """),
+             WHERE jobs.claim IS NOT NULL AND runs.claim IS NULL"""),
         ("claims", "run number {} is under way, but no job holds its claim (I3)", """
             SELECT runs.claim FROM runs
               LEFT JOIN jobs ON jobs.claim = runs.claim
-             WHERE runs.outcome IS NULL AND jobs.seq IS NULL
-            """),
+             WHERE runs.outcome IS NULL AND jobs.seq IS NULL"""),
         ("history", "the state of {} is not where its last event leads (I1)", """
             SELECT jobs.id FROM jobs
               LEFT JOIN events ON events.seq = (SELECT MAX(seq) FROM events
                                                  WHERE job = jobs.seq)
-             WHERE COALESCE(events."to", '') <> jobs.state
-            """),
+             WHERE COALESCE(events."to", '') <> jobs.state"""),
         ("waits", "{} waits for other jobs, but these are all completed (I7)",
          "SELECT id FROM jobs WHERE waits = 'blocked' AND unmet = 0"),
         ("waits", "{} may be claimed, but what it comes after is not over (I7)",
@@ -2573,15 +2510,13 @@ class Sql:
              GROUP BY jobs.seq
             HAVING jobs.unmet <> COUNT(CASE WHEN needed.state <> 'completed'
                                               OR unblocking.after < jobs.seq
-                                            THEN 1 END)
-            """),
+                                            THEN 1 END)"""),
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
                      UNION SELECT job FROM tags UNION SELECT job FROM dependencies
                      UNION SELECT needs FROM dependencies) AS belongings
-             WHERE job NOT IN (SELECT seq FROM jobs)
-            """),
+             WHERE job NOT IN (SELECT seq FROM jobs)"""),
     )
 
 
