@@ -6326,9 +6326,8 @@ LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others w
 
 
 def _watch_process(pid: int) -> int:
-    """A descriptor that is readable once the process has ended, of pidfd_open(2).
-
-    -1 before Linux 5.3, for a process that is gone, or without free descriptors.
+    """A descriptor that is readable once the process has ended; -1: none before Linux
+    5.3, for a process that is gone, or without free descriptors.
     """
     try:
         return os.pidfd_open(pid)
@@ -6347,8 +6346,8 @@ def exit_words(status: int) -> str:
 
 
 class Command:
-    """One run of one command. Nothing here waits: the worker calls `read` when `pipe`
-    is readable, `peek` when `watch` is, and `finish` after the exit.
+    """One run of one command: its worker calls `read` when `pipe` is readable, `peek`
+    when `watch` is, and `finish` after the exit.
     """
 
     def __init__(self, claim: Claim, timeout: float | None, output_limit: int) -> None:
@@ -6364,10 +6363,8 @@ class Command:
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
-        """Start it in a session of its own, which no Ctrl+C of the terminal reaches.
-
-        In this process's directory; or in `cwd`, which the child enters, as that may
-        take for ever on a network file system. Raises OSError and ValueError.
+        """Start it in a session of its own, which no Ctrl+C reaches, in this process's
+        directory or in `cwd`, which the child enters. Raises OSError and ValueError.
         """
         text, lock = self.claim.job.command.encode(), self.claim.lock
         # Without the -- a command that begins with - or + would be read as options.
@@ -6399,16 +6396,13 @@ class Command:
             self.ends_at = self._begun + self._timeout
 
     def peek(self) -> int | None:
-        """The exit status, negative for a signal; None: it runs.
-
-        It is not reaped, so that its process id is not reused.
+        """The exit status, negative for a signal; None: it runs. Not reaped, so that
+        its process id is not reused.
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None:
-                return None
-            return found.si_status if found.si_code == os.CLD_EXITED \
-                else -found.si_status
+            return found and (found.si_status if found.si_code == os.CLD_EXITED
+                              else -found.si_status)
         return self._reap(os.WNOHANG)   # macOS before Python 3.13
 
     def _reap(self, options: int = 0) -> int | None:
@@ -6460,18 +6454,6 @@ class Command:
             words = last_line(kept)
             error = exit_words(status) + (f": {words}" if words else "")
         return Outcome(kind, code, error, duration, kept, self.output.total)
-
-
-def start_error(error: Exception, cwd: str) -> str:
-    """Why a command could not be started."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)) \
-            and error.filename == cwd.encode():
-        return f"cannot enter {cwd}" if isinstance(error, PermissionError) \
-            else f"the directory {cwd} is not there"
-    # Also one text of over 128 KiB, however short all others are (execve(2)).
-    if isinstance(error, OSError) and error.errno == errno.E2BIG:
-        return "the command and its environment are too long for the system"
-    return f"could not be started: {error}"
 
 
 # The living processes by id: parent, group, session, start time in ticks.
@@ -6607,8 +6589,7 @@ class Endings:
             one.step(locks, table, orphans)
         over = [one for one in self._endings if one.is_refused or not one.left]
         self._endings = [one for one in self._endings if one.left]
-        # Soon after a change, seldom while something cannot be killed; and where there
-        # are many processes, at most a fifth of the time.
+        # Soon after a change, else less and less often; at most a fifth of the time.
         left = set[int]().union(*(one.left for one in self._endings))
         self._pause = RESCUE_TICK / 4 if left != self._left else min(2 * self._pause, 1)
         self._left, now = left, time.monotonic()
@@ -6619,10 +6600,8 @@ class Endings:
 
 
 def become_subreaper() -> None:
-    """Make the orphans of all that this process starts its children.
-
-    PR_SET_CHILD_SUBREAPER (36) of prctl(2), Linux 3.4; elsewhere only groups are
-    killed.
+    """Make the orphans of all that this process starts its children, by
+    PR_SET_CHILD_SUBREAPER (36) of prctl(2); without it only groups are killed.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes  # 10 ms, and only in a worker
@@ -6681,7 +6660,6 @@ class Link:
         self.is_open = True             # False: the other side is gone
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
         return self._end.fileno()
 
     def send(self, kind: int, number: int = 0, pid: int = 0,
@@ -6793,8 +6771,7 @@ class Supervisor:
         now = time.monotonic()
         if self._status is not None or now < self._late_at:
             return
-        # The worker is late. It has another second in which this process runs: while
-        # both were stopped (Ctrl+Z), no message could come.
+        # It has another second, for no message came while both were stopped (Ctrl+Z).
         if self._is_warned and now < self._late_at + 0.5:
             self._why_killed = f"the worker did not answer for {span(self._lease)}: "
             os.kill(self._worker, signal.SIGKILL)
@@ -6862,8 +6839,8 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
     import socket
     become_subreaper()
     ours, theirs = socket.socketpair()
-    # Those that ask a worker to stop. The last four end a process that has no handler:
-    # sent to the group, they would end worker and supervisor at once.
+    # Those that ask a worker to stop. The last four would end worker and supervisor at
+    # once, if sent to the group.
     expected = [*stop_signals(), signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
                 signal.SIGALRM]
     signals, own, spared = list[int](), os.getpid(), set[int]()
@@ -6945,17 +6922,17 @@ class Agenda:
 
 
 class Directories:
-    """The directories of the jobs: which of them this process enters, and leaves again.
+    """Which directories of jobs this process may enter, and where it comes from.
 
-    chdir(2) into a hung network mount never returns, so there the command's own process
-    enters. That takes a second exec, so it is not done for local directories.
+    chdir(2) into a hung network mount never returns: there the command's own process
+    enters, which takes a second exec.
     """
 
     def __init__(self) -> None:
         try:    # a descriptor stays right when the directory is moved or deleted
-            self._home = os.open(".", os.O_RDONLY)
+            self.home = os.open(".", os.O_RDONLY)
         except OSError:     # not readable
-            self._home = os.open("/", os.O_RDONLY)
+            self.home = os.open("/", os.O_RDONLY)
         self._mounts = ""
         self._known: dict[str, bool] = {}
         self.refresh()
@@ -6989,12 +6966,6 @@ class Directories:
                 os.path.dirname(at), target.decode("utf-8", "surrogateescape"),
                 *names[n + 1:]), links - 1)
         return True
-
-    def go_home(self) -> None:
-        os.fchdir(self._home)
-
-    def close(self) -> None:
-        os.close(self._home)
 
 
 def _refuse_platform() -> None:
@@ -7112,7 +7083,7 @@ class Runner:
     def close(self) -> None:
         for watch in self._watches:
             os.close(watch)
-        self._directories.close()
+        os.close(self._directories.home)
         self._wakeup.close()
 
     def _step(self) -> None:
@@ -7164,7 +7135,6 @@ class Runner:
             return False
 
     def _slots(self) -> int:
-        """How many slots may take a job."""
         return 0 if self._leaving else int(min(len(self._free), self._quota))
 
     def _do_renew(self) -> None:
@@ -7259,7 +7229,7 @@ class Runner:
             self._agenda.want("tick")
             return
         self._claims.committed(tick, report)
-        # Drop what has been recorded; what has come since the tick stays.
+        # What has come since the tick stays.
         for claim in report.ended:
             del self._ended[claim]
         del self._over[:len(report.lost)], self._seize[:len(report.seized)]
@@ -7313,8 +7283,8 @@ class Runner:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
-            # The next tick claims nothing: what failed may be the lock of a claim, for
-            # want of descriptors, and heartbeats and ends must not wait for that.
+            # The next tick claims nothing: if what failed is the lock of a claim, for
+            # want of descriptors, heartbeats and ends must not wait for that.
             self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.db.relieve()
         if error.message != self._complaint:
@@ -7324,7 +7294,6 @@ class Runner:
     # Commands.
 
     def _start_all(self, claims: Sequence[Claim]) -> None:
-        """Start what was claimed; requeue it if the worker is leaving by now."""
         self._quota -= len(claims)
         for claim in claims:
             if self._leaving:
@@ -7336,7 +7305,7 @@ class Runner:
                 self._spares.append(claim)
         self._start_spares()
         if claims:
-            self._directories.go_home()
+            os.fchdir(self._directories.home)
         if claims and not claims[-1].slot:
             self._agenda.drop("spares")
             self._agenda.want("spares", time.monotonic() + SPARE_PATIENCE)
@@ -7393,14 +7362,22 @@ class Runner:
 
     def _not_started(self, claim: Claim, error: Exception) -> None:
         bisect.insort(self._free, claim.slot)
+        cwd, words = claim.job.cwd, f"could not be started: {error}"
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
             self._release(claim._replace(lock=-1))
             self._log(f"{claim.job.id} could not be started: {error.strerror}; "
                       "it is requeued, and nothing claimed for a moment")
-        else:
-            self._keep(claim.number, Outcome(
-                FAILURE, None, start_error(error, claim.job.cwd), 0.0))
+            return
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) \
+                and error.filename == cwd.encode():
+            words = f"the directory {cwd} is not there"
+        elif isinstance(error, PermissionError) and error.filename == cwd.encode():
+            words = f"cannot enter {cwd}"
+        elif isinstance(error, OSError) and error.errno == errno.E2BIG:
+            # Also for one text of over 128 KiB, however short all others are.
+            words = "the command and its environment are too long for the system"
+        self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
         """In bytes, so that text is UTF-8 whatever the worker's locale."""
@@ -7414,14 +7391,10 @@ class Runner:
                 **{name.encode(): text.encode() for name, text in own.items()}}
 
     def _read(self, command: Command) -> None:
-        """Read output, also of background processes after the run.
-
-        At its end the command has mostly exited, which is noticed late without pidfd.
-        """
         pipe = command.pipe
         if not command.read():
             self._poller.drop(pipe)
-            self._look_at(command)
+            self._look_at(command)      # it has mostly exited
         elif self._peek_until > time.monotonic():
             self._agenda.want("output", self._peek_at)
 
@@ -7453,7 +7426,7 @@ class Runner:
         self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
         if self._spares:
             self._start_spares()
-            self._directories.go_home()
+            os.fchdir(self._directories.home)
         self._keep(claim.number, outcome)
 
     def _keep(self, claim: int, outcome: Outcome) -> None:
@@ -7462,7 +7435,6 @@ class Runner:
         self._agenda.want("tick", time.monotonic() + pause)
 
     def _do_deadline(self) -> None:
-        """Kill what has run for too long, and see what has exited without a pidfd."""
         now = time.monotonic()
         for command in list(self._commands.values()):
             if command.watch < 0:
@@ -7663,7 +7635,6 @@ class Runner:
             self._say(change_line(change, self._queue.clock()))
 
     def _status_line(self) -> str:
-        """What a service manager shows."""
         running, slots = len(self._commands), self._options.slots
         return (f"finishing {running} running" if self._leaving else
                 f"{running} of {slots} slot{'s' * (slots > 1)} busy") + self.total()

@@ -4568,7 +4568,7 @@ class Workers(Case):
         os.symlink("/mnt/far", self.path_of("link"))
         os.symlink(self.path_of("loop"), self.path_of("loop"))
         directories = queuectl.Directories()
-        self.addCleanup(directories.close)
+        self.addCleanup(os.close, directories.home)
         directories._mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
                                "30 22 0:30 / /mnt/far rw shared:1 - nfs4 host:/far rw\n"
                                "31 22 0:31 / /auto rw - autofs none rw\n"
