@@ -4157,7 +4157,7 @@ class Checks(Case):
                 self.spoil(statement)
                 self.assertIn(code, [problem.code for problem in self.problems()])
 
-    def test_a_file_system_is_that_of_the_longest_mount_point(self):
+    def test_a_network_file_system_is_known_by_the_longest_mount_point(self):
         mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
                   "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
                   "31 30 0:31 / /home/my\\040disk rw - xfs /dev/vdb rw\n")
@@ -4165,12 +4165,10 @@ class Checks(Case):
                            ("/homes/queue.db", "ext4"), ("/home/my disk/q.db", "xfs")):
             self.assertEqual(queuectl.filesystem_of(path, mounts), kind)
         self.assertEqual(queuectl.filesystem_of("/x", ""), "")
-
-    def test_file_systems_and_versions_with_faults_are_known(self):
-        for kind, is_shared in (("nfs4", True), ("fuse.sshfs", True), ("ext4", False),
-                                ("fuse.glusterfs", True), ("fuse.ceph-fuse", True),
-                                ("fuseblk", False), ("fuse.ntfs-3g", False)):
-            self.assertEqual(queuectl.is_network_filesystem(kind), is_shared, kind)
+        for kinds, is_shared in (("nfs4 fuse.sshfs fuse.glusterfs fuse.ceph-fuse", True),
+                                 ("ext4 fuseblk fuse.ntfs-3g", False)):
+            for kind in kinds.split():
+                self.assertEqual(queuectl.is_network_filesystem(kind), is_shared, kind)
 
 
 # ---- 13 Views ----------------------------------------------------------------
@@ -4201,9 +4199,7 @@ class Views(Case):
         run = self.claim(claims)
         self.queue.pause("nightly")
         self.job(id="later", delay=90)
-
         lines = queuectl.status_lines(self.queue.status(), self.PLAIN)
-
         self.assertEqual(lines[1:-1], [
             f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
             "            build  for 0s  make all", "paused    nightly",
@@ -7987,8 +7983,6 @@ AXE = os.environ.get("QUEUECTL_AXE",
 
 
 class Chromium:
-    """A headless Chromium behind a chromedriver of its own."""
-
     def __init__(self):
         self.profile = tempfile.mkdtemp(prefix="queuectl-browser-")
         self.driver = subprocess.Popen(["chromedriver", "--port=0"],
@@ -7998,7 +7992,6 @@ class Chromium:
         self.session = ""           # until it is open
 
     def open(self):
-        """Start the browser; AssertionError if there is none."""
         flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage",
                  f"--user-data-dir={self.profile}"]
         options = {"args": flags + ["--no-sandbox"] * (os.geteuid() == 0)}
@@ -8007,7 +8000,6 @@ class Chromium:
                             "goog:chromeOptions": options}}})["sessionId"]
 
     def ask(self, method, path, body=None):
-        """The value that the driver answers; AssertionError with its words."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
             connection.request(method, self.session + path,
@@ -8019,29 +8011,24 @@ class Chromium:
         return value
 
     def run(self, script, *args):
-        """What a script in the page returns; a promise's value too."""
         return self.ask("POST", "/execute/sync", {"script": script, "args": list(args)})
 
     def devtools(self, command, **params):
-        """Ask the browser itself, beyond WebDriver."""
         self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
 
     def show_as(self, width=1280, height=800, scheme="light"):
-        """The size of the window, and what the system prefers."""
         self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height,
                       deviceScaleFactor=1, mobile=width < 500)
         self.devtools("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": scheme}])
 
     def press(self, keys):
-        """Press keys, one after the other, wherever the focus is."""
         strokes = [{"type": kind, "value": key} for key in keys
                    for kind in ("keyDown", "keyUp")]
         self.ask("POST", "/actions", {"actions": [
             {"type": "key", "id": "keys", "actions": strokes}]})
 
     def close(self):
-        """End the browser, then its driver."""
         with contextlib.suppress(OSError, AssertionError):
             self.ask("DELETE", "")
         self.driver.kill()
@@ -8055,8 +8042,6 @@ TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"      # as WebDriver names them
 
 @unittest.skipUnless(shutil.which("chromedriver"), "there is no chromedriver")
 class Browser(Processes):
-    """The dashboard as people use it: a real browser, server and worker."""
-
     @classmethod
     def setUpClass(cls):
         cls.chromium = Chromium()
@@ -8081,12 +8066,10 @@ class Browser(Processes):
                 self.fail(f"the console says {entry['message']}")
 
     def add(self, command, **fields):
-        """Enqueue it without a process of its own."""
         with Queue(self.path) as queue:
             return queue.enqueue(command, cwd=self.dir, **fields)
 
     def web(self, *argv, **env):
-        """Start the server; its process, and the URL that it prints."""
         log = open(self.path_of("web.log"), "ab")
         self.addCleanup(log.close)
         process = subprocess.Popen(
@@ -8106,7 +8089,7 @@ class Browser(Processes):
         return url.partition("?")[0]
 
     def see(self, script, *args):
-        """Wait until a script in the page returns something true; that."""
+        """Wait until a script in the page returns a true value, and return it."""
         return wait_for(lambda: self.chromium.run(script, *args), script)
 
     def text_of(self, selector):
@@ -8124,9 +8107,7 @@ class Browser(Processes):
         self.see_text("#jobs tbody tr", job_id, *texts)
 
     def click(self, selector, text=""):
-        """A real click on the first visible element with that text; again if the page has
-        drawn it anew meanwhile.
-        """
+        """Click the first visible element with that text; again if it was redrawn."""
         def is_clicked():
             found = self.see(
                 "return [...document.querySelectorAll(arguments[0])].find(node =>"
@@ -8149,7 +8130,6 @@ class Browser(Processes):
         self.chromium.ask("POST", f"{element}/value", {"text": text})
 
     def focus(self):
-        """What has the focus: its id, or its text."""
         return self.chromium.run("const node = document.activeElement;"
                                  "return node.id || node.name || node.innerText")
 
@@ -8165,21 +8145,11 @@ class Browser(Processes):
         self.assertNotIn("token", self.chromium.run("return location.href"))
         self.see_row("job-1", "pending", "no worker is running")
         self.see_text("#health", "Stalled")
-
         self.worker()
-
         self.see_row("job-1", "completed", "1/3")
         self.see_text("#health", "Healthy")
         self.see_text("#counts a[aria-current], #counts a", "completed", "1")
         self.assertTrue(self.chromium.run("return window.isTheSamePage"))
-
-    def test_an_empty_queue_says_how_to_begin(self):
-        self.a_queue()
-        self.log_in()
-
-        self.see_text("#begin", "queuectl enqueue", "queuectl worker start")
-        self.add("true")
-        self.see_row("job-1", "pending")
 
     def test_dead_jobs_are_retried_one_by_one_and_all_at_once(self):
         for n in range(3):
@@ -8187,10 +8157,8 @@ class Browser(Processes):
         self.drain()
         self.log_in()
         self.see_text("#failures li", "job-3", "exit status 1: no such table: t2")
-
         self.click("#counts a", "dead")
         self.click("#jobs tr:first-child button", "Retry")
-
         self.see_text("#answers", "job-3 is back in line.")
         self.see("return document.querySelectorAll('#jobs tbody tr').length === 2")
         open(self.path_of("good"), "w").close()
@@ -8207,48 +8175,38 @@ class Browser(Processes):
         self.log_in()
         self.see_text("#workers", "job-1", "sleep 100", "1 of 1 busy")
         self.see("return document.title.startsWith('1 running')")
-
         self.click("#jobs tbody button", "Cancel")
         self.click("#question button", "No, leave it")
         self.assertEqual(self.job("job-1").state, PROCESSING)
         self.click("#jobs tbody button", "Cancel")
         self.click("#question button", "End and cancel")
-
         self.see_row("job-1", "cancelled")
         self.see_text("#workers", "0 of 1 busy")
 
-    def test_output_is_followed_until_the_job_is_over(self):
+    def test_output_is_followed_but_a_reader_who_scrolls_up_is_left_there(self):
         self.add("echo first; while [ ! -e go ]; do sleep 0.02; done; echo last")
-        self.worker()
-        self.log_in()
+        self.add("seq 500; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.worker("-c", "2")
+        base = self.log_in()
         self.click("#jobs tbody a", "job-1")
         self.see_text("#output", "first")
         self.see_text("#job", "processing", "following")
         self.assertEqual(self.focus(), "job-1")
-
-        open(self.path_of("go"), "w").close()
-
-        self.see_text("#job", "completed")
-        self.see_text("#output", "last")
-        self.assertEqual(self.text_of("#output"), ["first\nlast"])
         self.chromium.ask("POST", "/back")
-        self.see_row("job-1", "completed")
+        self.see_row("job-1", "processing")
         self.assertEqual(self.focus(), "job-1")
-
-    def test_a_reader_who_scrolls_up_is_left_there(self):
-        self.add("seq 500; while [ ! -e go ]; do sleep 0.02; done; echo last")
-        self.worker()
-        self.visit(self.log_in() + "#/jobs/job-1")
+        self.visit(base + "#/jobs/job-2")
         self.see("const box = document.querySelector('#output');"
                  "return box.scrollTop > 0 && (box.scrollTop = 0, true)")
         self.see_text("#to-end", "Go to the end")
-
         open(self.path_of("go"), "w").close()
-
         self.see_text("#output", "last")
         self.assertEqual(self.chromium.run("return output.scrollTop"), 0)
         self.click("#to-end button")
         self.assertGreater(self.chromium.run("return output.scrollTop"), 0)
+        self.visit(base + "#/jobs/job-1")
+        self.see_text("#job", "completed")
+        self.assertEqual(self.text_of("#output"), ["first\nlast"])
 
     def test_filter_search_and_pages(self):
         with Queue(self.path) as queue:
@@ -8259,7 +8217,6 @@ class Browser(Processes):
         ids = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
         self.see(ids + ".length === 50")
         self.assertEqual(self.chromium.run(ids)[0], "job-120")
-
         self.click("#older")
         self.see_text("#pager", "51 to 100 of 120")
         self.click("#older")
@@ -8267,7 +8224,6 @@ class Browser(Processes):
         self.assertEqual(self.chromium.run(ids)[-1], "job-1")
         self.click("#newer")
         self.see_text("#pager", "51 to 100 of 120")
-
         self.type_into("#filters [name=tag]", "odd")
         self.see(ids + "[0] === 'job-119'")
         self.click("#queues a", "late")
@@ -8288,9 +8244,7 @@ class Browser(Processes):
         base = self.log_in()
         self.see_row("job-1", evil)
         self.see_text("#failures", evil)
-
         self.visit(base + "#/jobs/job-2")
-
         self.see_text("#output", evil)
         self.see_text("#job-why", f"exit status 3: {evil}")
         self.visit(base + "#/jobs/" + "%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
@@ -8304,7 +8258,6 @@ class Browser(Processes):
         self.see_row("job-1", "due in")
         self.chromium.press("/")
         self.see("return document.activeElement.name === 'search'")
-
         self.chromium.run("document.querySelector('#enqueue-open').focus()")
         self.chromium.press(ENTER)
         self.see("return document.activeElement.name === 'command'")
@@ -8316,7 +8269,6 @@ class Browser(Processes):
         self.complaints = ["400"]
         self.type_into("#f-delay", "2h")
         self.chromium.press(ENTER)
-
         self.see_row("job-2", "echo hi", "night", "due in")
         self.see_text("#answers", "job-2 is in line.")
         self.assertEqual(self.focus(), "enqueue-open")
@@ -8328,24 +8280,24 @@ class Browser(Processes):
         self.click("#queues [aria-label='Pause queue mail']")
         self.see_text("#health", "queue mail is paused")
         self.see_text("#waiting li", "job-1", "queue mail is paused")
-
         self.click("#pause-all")
         self.click("#question button", "Pause all")
-
         self.see_text("#health", "all queues are paused")
         self.click("#pause-all", "Resume all")
         self.click("#queues [aria-label='Resume queue mail']")
         self.see("return !document.querySelector('#health').innerText"
                  ".includes('paused')")
 
-    def test_a_job_is_deleted_after_a_question(self):
+    def test_a_job_is_deleted_after_a_question_and_an_empty_queue_says_how_to_begin(self):
         self.add("true", delay=3600)
         self.visit(self.log_in() + "#/jobs/job-1")
         self.click("#job button", "Delete")
         self.click("#question button", "Delete")
-
         self.see_text("#answers", "job-1 is deleted.")
-        self.see_text("#begin", "The queue is empty")
+        self.see_text("#begin", "The queue is empty", "queuectl enqueue",
+                      "queuectl worker start")
+        self.add("true")
+        self.see_row("job-2", "pending")
 
     def test_it_says_when_it_has_lost_the_server_and_when_it_is_back(self):
         self.add("true", delay=3600)
@@ -8355,7 +8307,6 @@ class Browser(Processes):
         process, url = self.web("--port", port, **token)
         self.visit(url)
         self.complaints = ["ERR_CONNECTION", "ERR_INCOMPLETE", "401", "ERR_EMPTY"]
-
         self.end(process)
         self.see_text("#lost", "The server does not answer.")
         self.see("return document.title.startsWith('offline')")
@@ -8363,7 +8314,6 @@ class Browser(Processes):
         self.chromium.run("document.querySelector('#reconnect').click()")
         self.see_text("#answers", "The server is back")
         self.assertEqual(self.text_of("#lost"), [])
-
         self.end(process)
         self.see_text("#lost", "The server does not answer.")
         self.web("--port", port, QUEUECTL_TOKEN="another-token-of-length")
@@ -8374,7 +8324,6 @@ class Browser(Processes):
         self.add("true", delay=3600)
         _, url = self.web("--port", "0", QUEUECTL_READ_TOKEN="a-read-token-of-length")
         self.visit(url.partition("?")[0] + "?token=a-read-token-of-length")
-
         self.see_row("job-1", "pending")
         self.see_text("#read-only", "Read only")
         self.assertEqual(self.chromium.run(
@@ -8390,9 +8339,7 @@ class Browser(Processes):
         self.chromium.show_as(scheme="dark")
         dark = self.chromium.run(colour)
         self.assertNotEqual(light, dark)
-
         self.click("#theme", "Light")
-
         self.assertEqual(self.chromium.run(colour), light)
         self.visit(base)
         self.assertEqual(self.chromium.run(colour), light)
@@ -8423,9 +8370,7 @@ class Browser(Processes):
         self.log_in()
         self.see_text("#rates .legend", "last hour", "completed 1")
         self.chromium.run("document.querySelector('#rates input').focus()")
-
         self.chromium.press("\ue012")       # arrow left: the minute before
-
         self.see_text("#rates .legend", "completed 0")
         self.assertIn("completed 0", self.chromium.run(
             "return document.querySelector('#rates input').ariaValueText"))
@@ -8445,7 +8390,6 @@ class Browser(Processes):
         base = self.log_in()
         pages = (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
                  ("#/jobs/job-3", "#runs table"))
-
         for look in ({}, {"scheme": "dark"}, {"width": 360}):
             self.chromium.show_as(**look)
             for hash, landmark in pages:
