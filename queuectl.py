@@ -66,16 +66,16 @@ Contents: `grep -n '^# ----' queuectl.py`
      3 Rules        what follows a run's end, which job is next, histograms: pure
      4 Cron         the runs of a schedule, also when clocks change: pure
      5 Fields       job fields, filters, settings; job objects from JSON and lines
-     6 SQL          every statement
-     7 SQLite       the database file: opening, transactions, rows in and out
-     8 Host         locks that tell who is alive, the process table, wake-ups
-     9 Ledger       the only code that changes a job's state
-    10 Queue        the promises to people: one method, one transaction
-    11 Claims       the promises to workers: one tick, one transaction
-    12 Check        is the file sound, are the rules kept, is the ground safe
+     6 SQL          every statement, the schema, its migrations
+     7 SQLite       the database file: opening, transactions, commits, backup
+     8 Host         locks, who is alive, the process table, notifications
+     9 Ledger       the only code that adds, changes or deletes jobs
+    10 Queue        the library: each method is one transaction, or only reads
+    11 Claims       one tick of a worker; the other workers
+    12 Check        the file, the queue's rules, its surroundings
     13 Views        records as text, JSON or metrics
-    14 Processes    a command and its output; the supervisor, which ends what is left
-    15 Worker       slots, what is due when, shutdown, other workers
+    14 Processes    a command and its output; the supervisor
+    15 Worker       slots, what to do next, shutdown
     16 Page         the dashboard, as a browser gets it
     17 API          one function per operation; routes, OpenAPI
     18 Access       from the bytes of a head to an admitted request
@@ -112,7 +112,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
-except ImportError:  # Windows: clients work there, workers refuse in words
+except ImportError:  # Windows: clients work there, workers exit with an error
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
 # How a run ended. LOST: its worker was lost. RELEASED: requeued, no attempt counted.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
+
+# The error of a LOST run that another worker has killed.
+LEASE_EXPIRED = "killed by another worker: its own had sent no heartbeat for a lease"
 
 CANCEL = "cancel"               # requested for a running job
 DRAIN, NOW = "drain", "now"     # requested of a worker
@@ -547,7 +550,7 @@ class Run(NamedTuple):
     slot: int                   # 1 ... slots; 0: claimed ahead, not started
     started_at: str
     finished_at: str | None     # None: under way
-    duration: float | None      # seconds, monotonic; None: nobody saw the end
+    duration: float | None      # seconds, monotonic; None: the end was not seen
     outcome: str | None         # one of OUTCOMES
     exit_code: int | None
     error: str | None
@@ -558,8 +561,8 @@ class Run(NamedTuple):
 class Worker(NamedTuple):
     """One row of `workers`: a worker that runs, or died without leaving.
 
-    Process ids are reused, so `boot` and `born` go with `pid`. Whether it is silent is
-    decided by `heartbeats`, which no clock moves; `heartbeat_at` is for people.
+    Process ids are reused, so `boot` and `born` go with `pid`. Its lease depends on
+    `heartbeats`, which no clock moves; `heartbeat_at` is for people.
     """
     id: int
     name: str
@@ -597,7 +600,7 @@ class Event(NamedTuple):
 
 class Schedule(NamedTuple):
     """One row of `schedules`. `job` is checked at each run: it may be wrong by then, or
-    {} if somebody has edited the file; the schedule is paused then.
+    {} if the file was edited; the schedule is paused then.
     """
     name: str
     cron: str                   # five fields or @daily and the like, in local time
@@ -798,8 +801,8 @@ class Status(NamedTuple):
 
 # ---- 3 Rules -----------------------------------------------------------------
 # Decisions without effects: time, chance and rows are arguments. What follows from a
-# run's end; which job is next; which worker is silent; what is kept of an output;
-# histograms.
+# run's end; which job is next; how long a worker has sent no heartbeat; what is kept of
+# an output; histograms.
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
     """Seconds to wait after the `failures`-th failed attempt, from 1: base, 2 base, 4
@@ -828,7 +831,7 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
     """
     if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None,
-                                error="ended by another worker: its own was silent")
+                                error=LEASE_EXPIRED)
     return outcome
 
 
@@ -836,7 +839,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
-    What happened comes before what was requested, and that before who is to blame: a
+    What happened comes before what was requested, and that before the cause: a
     job that completed is completed even if it was to be cancelled, and one whose worker
     is lost while it is being cancelled does not run again. Only DONE, FAILURE and
     TIMEOUT count as an attempt; a lost run counts as a crash, and waits for nothing.
@@ -934,33 +937,30 @@ def has_expired(worker: Worker, is_alive: bool | None, now: float,
     return is_alive is None and now - epoch(worker.heartbeat_at) > lease_of(settings)
 
 
-def silence_gap(settings: Settings) -> float:
-    """Seconds between two looks at the other workers beyond which the time does not
-    count as their silence.
-    """
-    return max(2 * settings.heartbeat, settings.lease / 2)
-
-
-class Silence:
-    """How long each worker has been silent, as this observer itself has seen it. Time
-    in which it could not look, suspended or waiting for the lock, does not count.
+class Heartbeats:
+    """How long each worker has sent no heartbeat, as this observer itself has seen it.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, float]] = {}   # heartbeats, silent for
+        self._seen: dict[int, tuple[int, float]] = {}   # number of heartbeats, seconds
         self._last: float | None = None
 
-    def look(self, heartbeats: Mapping[int, int], now: float,
-             gap: float) -> dict[int, float]:
-        """Seconds of silence by worker; `now` is monotonic, `gap` is `silence_gap`."""
+    def look(self, counts: Mapping[int, int], now: float,
+             settings: Settings) -> dict[int, float]:
+        """Seconds without a heartbeat by worker; `now` is monotonic.
+
+        A longer time since the last look does not count: an observer that was suspended
+        or waited for the lock could not see any.
+        """
         step = now - self._last if self._last is not None else math.inf
+        gap = max(2 * settings.heartbeat, settings.lease / 2)
         step = step if step <= gap else 0.0
         self._last = now
         self._seen = {
             worker: (count, self._seen[worker][1] + step)
             if worker in self._seen and self._seen[worker][0] == count else (count, 0.0)
-            for worker, count in heartbeats.items()}
-        return {worker: silent for worker, (_, silent) in self._seen.items()}
+            for worker, count in counts.items()}
+        return {worker: seconds for worker, (_, seconds) in self._seen.items()}
 
 
 class Output:
@@ -4012,7 +4012,7 @@ class Ledger:
                          "started_at": claim.job.started_at, "finished_at": iso(now),
                          "outcome": kind})
             self.tally(now, claim.job.queue, f"run:{kind}")
-            if outcome.duration is not None:    # else nobody saw the end
+            if outcome.duration is not None:    # else the end was not seen
                 self.tally(now, claim.job.queue, "run_time", outcome.duration)
         jobs = self.move(changes, now)
         self.change(Sql.END_RUN, rows)
@@ -5431,17 +5431,17 @@ class Peers:
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
-        self._own, self._silence = own, Silence()
+        self._own, self._heartbeats = own, Heartbeats()
         self._silent: Mapping[int, float] = {}  # seconds, as of the last look
 
     def look(self) -> None:
         """Note which workers have sent heartbeats, by their count: no clocks are
         compared. Call it after an own heartbeat: while nobody can write, none expires.
         """
-        self._silent = self._silence.look(
+        self._silent = self._heartbeats.look(
             {worker.id: worker.heartbeats for worker in self._store.workers()
              if worker.id != self._own},
-            time.monotonic(), silence_gap(self._store.settings()))
+            time.monotonic(), self._store.settings())
 
     def lost(self) -> list[Run]:
         """The runs whose worker is gone or has expired. Call it after a tick, which
@@ -6449,7 +6449,7 @@ class Command:
         if kind == TIMEOUT:
             code, error = EX_TIMEOUT, f"timed out after {span(self._timeout or 0)}"
         elif kind == LOST:
-            code, error = None, "ended by another worker: its own was silent"
+            code, error = None, LEASE_EXPIRED
         elif kind == FAILURE:
             words = last_line(kept)
             error = exit_words(status) + (f": {words}" if words else "")

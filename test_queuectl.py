@@ -71,7 +71,7 @@ from unittest import mock
 import queuectl
 from queuectl import (
     CANCELLED, COMPLETED, DEAD, FAILED, MOVES, PENDING, PROCESSING, STATES, SWEEP_BATCH,
-    Job, Outcome, Output, WorkerOptions, Queue, Silence)
+    Heartbeats, Job, Outcome, Output, WorkerOptions, Queue)
 
 MODULE = os.path.abspath(queuectl.__file__)
 NOON = 1_800_000_000.0
@@ -796,7 +796,7 @@ class Rules(Case):
 
     def test_only_a_failure_is_laid_to_the_worker_that_killed_the_run(self):
         job = self.job()._replace(state=PROCESSING, end_requested="lost")
-        silent = "ended by another worker: its own was silent"
+        silent = queuectl.LEASE_EXPIRED
         for kind, judged, error in (
                 ("failed", "lost", silent), ("timeout", "lost", silent),
                 ("completed", "completed", None), ("released", "released", None)):
@@ -817,13 +817,14 @@ class Rules(Case):
             (math.inf, 4, 0), (0.0101, 4, 0), (0.01, 4, 12), (0.01, 1, 3), (0.005, 2, 10),
             (0.003, 1, 8), (0.001, 2, 42), (0.001, 4, 64), (0.0, 1, 64), (0.0, 512, 64)))
 
-    def test_silence_counts_only_what_was_watched(self):
-        self.assertEqual(queuectl.silence_gap(settings(heartbeat=5.0, lease=30.0)), 15.0)
-        self.assertEqual(queuectl.silence_gap(settings(heartbeat=20.0, lease=30.0)), 40.0)
-        silence = Silence()
-        each(self, lambda heartbeats, now: silence.look({1: heartbeats}, now, 10)[1], (
-            (5, 0.0, 0.0), (5, 4.0, 4.0), (5, 1000.0, 4.0),     # we were suspended
-            (5, 1005.0, 9.0), (5, 1015.0, 19.0), (5, 1025.1, 19.0), (6, 1026.0, 0.0)))
+    def test_only_watched_time_without_a_heartbeat_counts(self):
+        for heartbeat, lease in ((5.0, 10.0), (1.0, 20.0)):     # 10 s between two looks
+            look = functools.partial(lambda look, now, count, moment: look(
+                {1: count}, moment, now)[1], Heartbeats().look,
+                settings(heartbeat=heartbeat, lease=lease))
+            each(self, look, (
+                (5, 0.0, 0.0), (5, 4.0, 4.0), (5, 1000.0, 4.0),     # we were suspended
+                (5, 1005.0, 9.0), (5, 1015.0, 19.0), (5, 1025.1, 19.0), (6, 1026.0, 0.0)))
 
     def test_output_keeps_both_ends_whatever_the_pieces(self):
         text = bytes(range(256)) * 1000
@@ -9997,8 +9998,8 @@ MUTANTS = (
         ("COUNTERS", "SELECT jobs, runs,",
          "SELECT jobs, (SELECT COALESCE(MAX(claim), 0) FROM runs),"),)),
     # Rules.
-    ("excused", "time in which nobody looked counts as silence", (
-        ("Silence.look", "if gap", "step < math.inf"),)),
+    ("excused", "time in which nobody looked counts for the lease", (
+        ("Heartbeats.look", "if gap", "step < math.inf"),)),
     ("charged", "a crash is charged as an attempt", (("settle", "if LOST", "False"),)),
     # Ledger.
     ("truthful", "a run that a rescuer ended counts as failed", (
