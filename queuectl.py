@@ -2658,8 +2658,7 @@ class SQLite:
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
     JOURNAL = "PRAGMA journal_mode = WAL"
-    # An fsync a commit. With NORMAL a power cut takes the newest commits (SQLite's page
-    # on PRAGMA synchronous).
+    # An fsync a commit: with NORMAL a power cut takes the newest commits.
     DURABLE = "PRAGMA synchronous = FULL"
     WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # cuts it after a long reader
     WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
@@ -2670,10 +2669,7 @@ class SQLite:
     INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # damage has no end
     BEGIN = "BEGIN IMMEDIATE"   # a deferred one that has read fails at once if busy
     SNAPSHOT = "BEGIN"          # fixed by its first read; locks out nobody
-    # It may fail and leave the transaction open, to be tried again (busy), or fail and
-    # end it (a full disk).
-    COMMIT = "COMMIT"
-    ROLLBACK = "ROLLBACK"
+    COMMIT, ROLLBACK = "COMMIT", "ROLLBACK"
 
     def __init__(self, path: str, create: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 34):
@@ -2715,10 +2711,9 @@ class SQLite:
                 self.relieve()
             self._db.close()
 
-    # Opening: nothing that is not ours may change by a byte. In this order: the path is
-    # looked at, an empty file made; the header is read without any trace; only then the
-    # file is opened, made or upgraded. Each step may meet another process that is at
-    # the same one, or the rest of one that died there.
+    # Opening: nothing that is not ours may change by a byte. In this order: an empty
+    # file is made; the header is read without any trace; the file is opened, made or
+    # upgraded. Each step may meet another process, or the rest of one that died there.
 
     def _make_file(self, create: bool) -> None:
         """See that a plain file with one name is there: two would have a WAL each
@@ -2742,8 +2737,7 @@ class SQLite:
             raise Refused("unsupported", f"{self.path} has another name (a hard link)",
                           "each name would have a WAL of its own: remove one, or make "
                           "a symbolic link")
-        # SQLite gives -wal and -shm the mode of the file when it makes them, and never
-        # looks again: the file may have been made writable since.
+        # These have the mode that the file had when SQLite made them.
         for name in (self._wal_path, self.path + "-shm"):
             if os.access(self.path, os.W_OK) and not os.access(name, os.W_OK):
                 with contextlib.suppress(OSError):
@@ -2763,8 +2757,7 @@ class SQLite:
         has_wal = os.path.exists(self._wal_path)    # asked first: ours has its kind
         with contextlib.closing(self._patiently(
                 lambda: _connect(self.path, "immutable=1"))) as peek:
-            # During a checkpoint the header may name more pages than the file has: the
-            # WAL has them. So lenient, SQLite does not take that for damage.
+            # During a checkpoint the header may name pages that are in the WAL alone.
             peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
@@ -2776,9 +2769,8 @@ class SQLite:
     def _open(self) -> sqlite3.Connection:
         """Open the file; where it cannot be written, so that nothing beside it is made.
 
-        Without a -wal nobody writes it. Then, and where SQLite cannot open an empty
-        -wal, immutable=1 spares the -shm that cannot be made either; with it SQLite
-        would ignore commits in a -wal, so one with any has to be opened or refused.
+        Without a -wal nobody writes it, and immutable=1 spares the -shm. SQLite would
+        then ignore commits in a -wal, so one that has any must be opened or refused.
         """
         self._opened += 1
         if not self.is_read_only:
@@ -2807,8 +2799,8 @@ class SQLite:
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """The file's kind, its format's version, and whether it has a table; with a
-        version that is not asked, for its pages may be in the WAL alone.
+        """The file's kind, its format's version, and whether it has a table: with a
+        version that may be in the WAL alone.
         """
         kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
         return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
@@ -2831,15 +2823,20 @@ class SQLite:
                               "make it and its directory writable, or work on a copy")
 
     def _set_up(self, create: bool) -> None:
-        """Make or upgrade the tables, and set what is of a connection.
-
-        The version is asked and refused anew each time: another process may have made
-        or upgraded the file between two of these lines.
+        """Make or upgrade the tables, and set what is of a connection. The version is
+        asked anew each time, for another process may change it in between.
         """
         if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
             self._refuse_read_only()
-            self._prepare()
+            kind, _, tables = self._nature(self._db)
+            if tables or kind not in (0, APPLICATION_ID):
+                raise not_a_queue(self.path)
+            # These change one page. The tables come in one commit to the WAL: whoever
+            # makes them may die at any write, and by a rollback journal the file would
+            # look damaged to those that may not touch it yet.
+            for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
+                self.rows(sql)
             self._upgrade()
         version = self._ask(self.VERSION)
         self._refuse_newer(version)
@@ -2855,19 +2852,6 @@ class SQLite:
             self.rows(sql)
         if self._ask(self.VERSION) < SCHEMA_VERSION:
             self._upgrade()
-
-    def _prepare(self) -> None:
-        """Set what has to be set before the first table, on one page of the file.
-
-        Whoever makes the tables may die at any write, and others may look on. So they
-        come in one commit to the WAL; with a rollback journal the file would look
-        damaged to those that may not touch it yet.
-        """
-        kind, _, tables = self._nature(self._db)
-        if tables or kind not in (0, APPLICATION_ID):
-            raise not_a_queue(self.path)
-        for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
-            self.rows(sql)
 
     def _upgrade(self) -> None:
         """Make the tables, or bring those of an older format up to date after a backup,
@@ -2899,9 +2883,9 @@ class SQLite:
     def backup(self, path: str) -> None:
         """Copy the database as it was committed last, while others work; mode 0600.
 
-        The copy takes its name when it is whole and on the disk; one whose maker was
-        killed stays as a `.part`. An older copy is replaced, but no other file, and
-        none with a WAL, which SQLite would apply to the new one.
+        The copy takes its name when it is whole and on the disk; a kill may leave a
+        `.part`. An older copy is replaced, but no other file, and none with a WAL,
+        which SQLite would apply to the new one.
         """
         if _stat(path)[:2] == self._inode:
             raise Conflict("in-use", f"{path} is the queue itself", "give another name")
@@ -2945,8 +2929,7 @@ class SQLite:
                            "another name")
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed, also by an upgrade.
-        """
+        """A second connection, which sees only what was committed."""
         return _connect(self.path,
                         "mode=ro&immutable=1" if self._frozen else "mode=ro")
 
@@ -3019,8 +3002,8 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state, which the first read fixes. Keep it short: the WAL grows as
-        long as it has a reader.
+        """Read one state, which the first read fixes. The WAL grows meanwhile: keep it
+        short.
         """
         with self._lock:
             self.rows(self.SNAPSHOT)
@@ -3073,9 +3056,7 @@ class SQLite:
             self._db.execute(self.EMPTY_WAL).fetchall()
 
     def shrink(self) -> bool:
-        """Give some unused pages back to the disk, if they are many; whether there may
-        be more. In a transaction, which it keeps small.
-        """
+        """Give some unused pages back, if they are many; True if there may be more."""
         [[free]], [[pages]] = self.rows(self.FREE_PAGES), self.rows(self.PAGES)
         if free < max(SHRINK_PAGES, pages // 4):
             return False
@@ -3098,8 +3079,8 @@ class SQLite:
 def glance(path: str) -> Iterator[Rows]:
     """A function that asks for rows; it makes and upgrades no queue, and waits BRIEF.
 
-    Raises QueueError, also where the file's format lacks what a statement names. The
-    mode is "rw": a connection that may not write leaves an empty WAL behind.
+    Raises QueueError, also where the format lacks what a statement names. The mode is
+    "rw": a connection that may not write leaves an empty WAL behind.
     """
     path = system_path(path)
     try:
@@ -3193,8 +3174,8 @@ class Locks:
             None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
-        """Take the lock; the descriptor that holds it, -1 where there are no locks.
-        Raises Conflict if another holds it, and Unavailable.
+        """Take the lock; its descriptor, -1 where there are no locks. Raises Conflict
+        if another holds it, and Unavailable.
         """
         if self._works is False:
             return -1
@@ -3267,10 +3248,8 @@ class Locks:
                 worker % PLACES * _PLACE_SIZE + claim.slot * _PROCESS.size)
 
     def process_of(self, run: Run) -> int | None:
-        """The process that was started for a run, 0 if it is gone; None: none was.
-
-        Process ids are reused, so it must have started when the run's did. Without
-        locks there are no records: 0.
+        """The process that was started for a run, 0 if it is gone; None: none was. It
+        must have started when the run's did. Without locks there are no records: 0.
         """
         if self._works is False:
             return 0
@@ -3330,8 +3309,7 @@ class Locks:
 
 
 def is_same_birth(one: str, other: str) -> bool:
-    """Whether two start times, as `Host.born` tells them, are of one process: those of
-    ps may differ by a second.
+    """Whether two start times are of one process; those of ps may differ by a second.
     """
     if "" in (one, other) or one == other:
         return one == other != ""
@@ -3352,10 +3330,8 @@ class Host:
         self.locks = Locks(path + LOCK_SUFFIX)
 
     def born(self, pid: int) -> str:
-        """When a process was started, in the kernel's own words; "" if it is gone.
-
-        With /proc it is ticks since the boot, so the boot's id has to be compared as
-        well.
+        """When a process was started, in the kernel's own words; "" if it is gone. With
+        /proc it is ticks since the boot, so `boot` has to be compared as well.
         """
         if self.boot:
             fields = _stat_fields(pid)
@@ -3387,11 +3363,8 @@ class Host:
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll; for signal handlers, too.
-
-    It takes no lock: `threading.Event.set` in a handler hung, waiting for the lock that
-    the interrupted thread held. The writer does not block: `set_wakeup_fd` gets it,
-    too.
+    """A pipe to wake a thread that waits in poll; for signal handlers, too: it takes no
+    lock, for which `threading.Event.set` in a handler hung.
     """
 
     def __init__(self) -> None:
@@ -3417,9 +3390,7 @@ class Wakeup:
 
 
 class Poller:
-    """Descriptors to wait for, each with a handler that is called when it can be read,
-    or a pipe has ended.
-    """
+    """Descriptors to wait for, each with a handler for when it can be read or ends."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -3437,9 +3408,8 @@ class Poller:
             self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> None:
-        """Wait for the first, at most so long; call the handlers of all that are ready.
-
-        Rounded up to milliseconds: with 0 for the last one the loop would spin.
+        """Call the handlers of all that can be read, after so many seconds at most,
+        rounded up: with 0 for the last millisecond the loop would spin.
         """
         for fd, _ in self._poll.poll(math.ceil(min(seconds, LONGEST_WAIT) * 1000)):
             handler = self._handlers.get(fd)
@@ -3456,10 +3426,7 @@ PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker f
 
 
 def notify_workers(ports: Iterable[int], message: bytes) -> None:
-    """Wake workers; a datagram that gets lost costs FALLBACK_POLL, nothing else.
-
-    So this neither waits nor fails. A datagram from anybody else makes a worker look,
-    no more.
+    """Wake workers; it neither waits nor fails, for what is lost costs FALLBACK_POLL.
     """
     import socket  # 3 ms, and only if there is a worker
     with contextlib.suppress(OSError), \
@@ -3477,10 +3444,7 @@ SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
 
 
 class Notifier:
-    """What a worker tells the service manager that started it, as sd_notify(3) does.
-
-    Only for the first and the last message it waits, for NOTIFY_PATIENCE at most.
-    """
+    """What a worker tells the service manager that started it, as sd_notify(3) does."""
 
     def __init__(self, environ: Mapping[bytes, bytes], service: int) -> None:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
@@ -3513,9 +3477,8 @@ class Notifier:
             if self._address else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
-        """Tell the watchdog, when it is due, and a new status, once a second at most.
-
-        In the worker's own loop: a thread would go on while the loop hangs.
+        """Tell the watchdog, when it is due, and a new status, once a second at most. A
+        thread would go on while the loop hangs, so the loop calls it.
         """
         now = time.monotonic()
         if now >= self._watchdog_at:
@@ -3528,7 +3491,7 @@ class Notifier:
                 self._status = said
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
-        """Send a message; whether it was taken within so many seconds."""
+        """Send a message; True if it was taken within so many seconds."""
         if not self._address:
             return False
         import socket  # a worker has it already
@@ -3567,9 +3530,8 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
-# Rows as records, and the only code that adds, moves, edits and deletes jobs. A method
-# that writes is part of a transaction of its caller: Queue for people, Claims and Peers
-# for workers. A refusal rolls all of that back, so nothing here has to be undone.
+# Rows as records, and the only code that adds, moves, edits and deletes jobs, within a
+# transaction of the caller: a refusal rolls all of that back.
 
 KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
 DUE_BATCH = 2000            # jobs that one transaction unblocks or makes ready: 50 ms
@@ -3640,9 +3602,7 @@ def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Jo
 
 
 class Ledger:
-    """Records of the rows of `db`, and what a transaction has counted and numbered. All
-    of it may raise Unavailable, or Refused for a damaged file.
-    """
+    """Rows of `db` as records, and what a transaction has counted and numbered."""
 
     def __init__(self, db: SQLite) -> None:
         self.db = db
@@ -3656,9 +3616,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Ledger]:
-        """Begin to write, with patience; write the counters and commit, or roll back
-        and raise.
-        """
+        """Begin to write; write the counters and commit, or roll back and raise."""
         with self.db.transaction():
             try:
                 yield self
@@ -3667,9 +3625,7 @@ class Ledger:
                 self._forget()
 
     def write_counters(self) -> None:
-        """Write what was noted, as sums: forty jobs that end cost a few rows (I8). A
-        worker does so in the thread of its statements, before `commit`.
-        """
+        """Write what was noted, as sums (I8); a worker does it before `commit`."""
         self.write(Sql.COUNT, [{"queue": queue, "state": state, "n": n}
                                for (queue, state), n in self._counts.items() if n])
         self.write(Sql.TALLY, [
@@ -3691,9 +3647,7 @@ class Ledger:
         self._numbers.clear()
 
     def take_numbers(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers, all above `above`. Nobody else takes one
-        meanwhile, for this transaction has the write lock (I4).
-        """
+        """The first of `n` new numbers, above `above`; ours by the write lock (I4)."""
         if not self._numbers:
             [last] = self.rows(Sql.COUNTERS)
             self._numbers.update(zip(("jobs", "runs", "events", "workers"), last))
@@ -3706,9 +3660,7 @@ class Ledger:
         self._counts[queue, state] = self._counts.get((queue, state), 0) + change
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state where there are any, also of this
-        transaction.
-        """
+        """The number of jobs by queue and state, where it is not 0, as of now."""
         counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
         for key, change in self._counts.items():
             counts[key] = counts.get(key, 0) + change
@@ -3717,7 +3669,7 @@ class Ledger:
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
         """Note that something happened, or took `value` seconds: for this minute, and
-        for all time (minute 0), as metrics must not fall when old minutes are deleted.
+        for all time (minute 0).
         """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
@@ -3754,9 +3706,7 @@ class Ledger:
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects, by default all; `job` is {} where it is no
-        JSON object.
-        """
+        """The schedules a statement selects; `job` is {} where it is no JSON object."""
         found = []
         for row in self.rows(sql, **values):
             job = None
@@ -3860,7 +3810,7 @@ class Ledger:
             self.tally(now, job.queue, "enqueue")
 
     def _add_events(self, changes: Sequence[tuple[str | None, str, Job]]) -> None:
-        """For each the state before, a reason if it is not the usual one, the job."""
+        """Of each the state before, a reason if it is not the usual one, the job."""
         first = self.take_numbers("events", len(changes))
         self.write(Sql.INSERT_EVENT, [
             {"seq": seq, "job": job.seq, "from": source, "to": job.state,
@@ -3942,8 +3892,8 @@ class Ledger:
             self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
     def _unblock(self, completed: Sequence[int], now: float) -> None:
-        """Lower `unmet` of the jobs that come after these; of very many, the next ticks
-        do.
+        """Lower `unmet` of the jobs that come after these; for very many the ticks do
+        it.
         """
         found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
                           limit=DUE_BATCH + 1) if completed else []
@@ -3970,9 +3920,8 @@ class Ledger:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
     def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
-        """Enqueue what the configuration wants to follow these changes; jobs of hooks
-        call no hooks. `on-idle` comes once for all that end together, with the last of
-        them.
+        """Enqueue what the configuration wants to follow these changes. `on-idle` comes
+        once for all that end together; jobs of hooks call no hooks.
         """
         commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
         jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
@@ -4058,9 +4007,7 @@ class Ledger:
             left = [job for job, _ in kept]
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
-        """Write what a person has changed in a waiting job; Conflict for any other. No
-        event: its state is the same.
-        """
+        """Write what a person has changed in a waiting job; Conflict for any other."""
         if before.waits is None:
             raise Conflict("wrong-state",
                            f"{before.id} is {before.state}, so it cannot be edited",
@@ -4081,8 +4028,7 @@ class Ledger:
         return after
 
     def rerank(self) -> None:
-        """Rank all waiting jobs anew, in the transaction that changes priority-ageing.
-        """
+        """Rank all waiting jobs anew, after a change of priority-ageing."""
         settings, after = self.settings(), 0
         while rows := self.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
             self.change(Sql.SET_RANK, [
@@ -4103,7 +4049,7 @@ class Ledger:
     # Schedules.
 
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
-        """Write a schedule's times, whether it is paused, what it skipped."""
+        """Write a schedule's times, pause and number of skipped runs."""
         schedule = schedule._replace(**changes)
         self.do(Sql.SET_SCHEDULE, schedule._asdict())
         return schedule
@@ -4129,9 +4075,8 @@ class Ledger:
     def correct_next_run(self, schedule: Schedule, now: float) -> None:
         """Compute the next run anew, if a clock that was ahead has put it off.
 
-        Nearly as Debian's cron(8): an interval continues by the new time, if the clock
-        was set back by more than a minute; a fixed time that was taken is not repeated,
-        if it was less than three hours.
+        As Debian's cron(8): an interval continues by the new time if the clock was set
+        back by more than a minute; a fixed time is not repeated below three hours.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         last_run = schedule.last_run
