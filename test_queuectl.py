@@ -2543,14 +2543,11 @@ class Promises(Case):
                     self.job()
                 self.assertEqual(self.job(cwd="/").cwd, "/")
 
-    def test_a_queue_is_by_default_in_the_current_directory(self):
+    def test_a_queue_is_in_the_current_directory_and_closed_at_the_end_of_its_block(self):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.dir)
         with Queue() as queue:
             self.assertEqual(queue.path, os.path.realpath(self.path))
-
-    def test_a_queue_is_closed_at_the_end_of_its_block(self):
-        with Queue(self.path) as queue:
             queue.enqueue("x")
             let_go(queue.host.locks.hold(1))
             queue.host.locks.is_held(1)
@@ -2562,16 +2559,14 @@ class Promises(Case):
 
     # Retrying, deleting, listing.
 
-    def test_retry_resets_the_attempts_and_keeps_the_history(self):
-        job = self.queue.retry_dead(self.job_in(DEAD).id)[0]
+    def test_retry_resets_the_attempts_and_keeps_the_history_of_each_job_once(self):
+        one, two = self.job_in(DEAD), self.job_in(DEAD)
+        [job] = self.queue.retry_dead(one.id, one.id)
         self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
         self.assertEqual(len(self.queue.runs(job.id)), 1)
         with refused("wrong-state", "not dead"):
-            self.queue.retry_dead(job.id)
-
-    def test_an_id_given_twice_counts_once(self):
-        one, two = self.job_in(DEAD), self.job_in(DEAD)
-        for verb in (self.queue.retry_dead, self.queue.cancel, self.queue.retry, self.queue.delete):
+            self.queue.retry_dead(two.id, job.id)
+        for verb in (self.queue.cancel, self.queue.retry, self.queue.delete):
             self.assertEqual(ids(verb(one.id, one.id)), [one.id])
         self.assertEqual(self.state(two.id), DEAD)
 
@@ -2953,13 +2948,10 @@ class Promises(Case):
         for job_id in "ab":
             self.assertEqual([e._replace(seq=0) for e in self.queue.events_since()
                               if e.id == job_id], self.queue.events(job_id))
-
-    def test_events_of_deleted_jobs_go_and_no_number_comes_again(self):
+        self.queue.delete("a", "b")     # no number comes again
+        self.assertEqual((self.queue.events_since(), self.queue.last_event()), ([], 6))
         self.job(id="a")
-        self.queue.delete("a")
-        self.assertEqual((self.queue.events_since(), self.queue.last_event()), ([], 1))
-        self.job(id="b")
-        self.assertEqual([e.seq for e in self.queue.events_since()], [2])
+        self.assertEqual([e.seq for e in self.queue.events_since()], [7])
 
     def test_the_next_commit_or_the_timeout_ends_the_wait_for_a_change(self):
         other = self.a_queue()
@@ -3066,8 +3058,11 @@ class Promises(Case):
         self.end(self.run_next(outcome), outcome)       # it may be told of twice
 
     def test_a_hook_follows_its_kind_of_end_once_and_is_told_of_it(self):
+        self.queue.configure("on-dead", "bad")      # needs no other hook
+        self.job_in(COMPLETED)
+        self.job_in(DEAD)
+        self.assertEqual([hook[:2] for hook in self.hooks()], [("bad", "job-2")])
         self.queue.configure("on-completed", "good")
-        self.queue.configure("on-dead", "bad")
         self.queue.configure("crash-limit", "1")
         for name, kind, code, error, wanted in (
                 ("a", "completed", 0, None, [("good", "a", COMPLETED, "0", "")]),
@@ -3087,12 +3082,6 @@ class Promises(Case):
                 if name == "d":
                     self.queue.cancel("d")
         self.assertEqual(self.queue.jobs(queue="hooks")[0].cwd, os.path.dirname(self.queue.path))
-
-    def test_a_hook_for_deaths_needs_no_other_hook(self):
-        self.queue.configure("on-dead", "mail")
-        self.job_in(COMPLETED)
-        self.job_in(DEAD)
-        self.assertEqual([hook[:2] for hook in self.hooks()], [("mail", "job-2")])
 
     def test_the_jobs_of_hooks_call_no_hooks(self):
         for key in ("on-completed", "on-dead", "on-idle"):
@@ -3423,7 +3412,7 @@ class Ticks(Case):
             with refused("no-such-run", f"no run {number}"):
                 self.queue.run("a", number)
 
-    def test_very_many_dependents_are_let_go_on_in_steps(self):
+    def test_very_many_dependents_are_unblocked_in_steps(self):
         self.job(id="first")
         self.jobs(4500, after=["first"], cwd="/")
         tick, ready = self.end(self.claim()), []
@@ -3676,15 +3665,17 @@ class Ticks(Case):
             self.worker()
         self.assertFalse(self.queue.host.locks.is_held(queuectl.WORKER_LOCKS + 1))
 
-    def test_a_lease_is_never_shorter_than_three_heartbeats(self):
+    def test_a_run_is_lost_after_a_lease_of_at_least_three_heartbeats_or_without_a_row(self):
         self.job()
         self.claim()
         self.queue.configure("lease", "1s")
-        other = self.worker(name="other")
+        other, number = self.worker(name="other"), self.claims.worker.id
         for claims, seconds, lost in ((other, 14.0, 0), (other, 15.0, 1), (None, 15.0, 0)):
-            self.assertEqual(len(self.lost(claims, {self.claims.worker.id: seconds})), lost)
+            self.assertEqual(len(self.lost(claims, {number: seconds})), lost)
         self.queue.configure("heartbeat", "100ms")   # now it is as short as it can be
         self.assertEqual(self.lost(other), [])
+        self.do(queuectl.Sql.DELETE_WORKER, id=number)
+        self.assertEqual([run.job for run in self.lost(other)], [1])
 
     def test_a_worker_that_comes_and_claims_between_two_looks_is_not_lost(self):
         watcher, read, came = self.worker(), self.queue.store.rows, []
@@ -3756,13 +3747,6 @@ class Ticks(Case):
         tick = self.tick(by=claims, dead=self.peers(claims).dead())
         self.assertEqual([one.name for one in tick.removed], ["b"])
         self.assertEqual([one.name for one in self.queue.store.workers()], ["a", "c"])
-
-    def test_a_run_whose_worker_is_not_in_the_table_is_lost(self):
-        claims, other = self.worker(name="a"), self.worker(name="b")
-        self.job()
-        self.claim(claims)
-        self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
-        self.assertEqual([run.job for run in self.lost(other)], [1])
 
     def test_no_transaction_waits_for_the_host(self):
         """It may have to start `ps`, while all others wait for the write lock (I9)."""
@@ -3940,19 +3924,18 @@ class Ticks(Case):
                                      60 if goes_on else 120)
                 self.assertEqual(self.next_run("noon") < before, back > 10800)
 
-    def test_a_run_far_away_is_computed_anew_when_a_clock_is_set_back(self):
-        self.after(400 * 86400)
-        self.every("@yearly")
-        self.tick()
-        far = self.next_run()
-        self.clock.now = NOON
-        self.tick()
-        schedule = self.queue.schedule("s")
-        self.assertEqual(schedule.next_run, queuectl.run_after("@yearly", NOON, schedule.tz))
-        self.assertLess(self.next_run(), far)
-
     def test_a_run_put_off_by_a_clock_that_was_ahead_is_set_right(self):
         """Also if it was skipped meanwhile, so that nothing else shows it."""
+        self.after(400 * 86400)
+        self.every("@yearly", "far")
+        self.tick()
+        far = self.next_run("far")
+        self.clock.now = NOON
+        self.tick()
+        schedule = self.queue.schedule("far")
+        self.assertEqual(schedule.next_run, queuectl.run_after("@yearly", NOON, schedule.tz))
+        self.assertLess(self.next_run("far"), far)
+
         self.every("*/5 * * * *")
         self.after(300)
         self.assertEqual(len(self.tick(1).claims), 1)
@@ -4063,37 +4046,23 @@ class Ticks(Case):
         with refused("no-such-schedule", "did you mean `nightly`"):
             self.queue.schedule("nightyl")
 
-    # The zones by their rules as POSIX writes them, so no database of zones is needed;
-    # the noons of the days before the two changes, by the local clock; how often the
-    # minute is 0 in the 48 hours from there on.
-    ZONES = (
-        ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
-        ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
-        ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0", (2027, 4, 3), (2027, 10, 2), 47),
-    )                                                                       # Lord Howe
-
-    def local_zone(self, zone):
-        """The local time of this process, until the test ends."""
-        self.addCleanup(time.tzset)
-        patch = mock.patch.dict(os.environ, {"TZ": zone})
-        patch.start()
-        self.addCleanup(patch.stop)
-        time.tzset()
-
     def test_on_the_days_of_daylight_saving_each_run_brings_one_job(self):
-        """Two workers, minute by minute, for 48 hours from noon."""
-        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
+        """Two workers, minute by minute, for 48 hours from a local noon. Zones by their rules
+        as POSIX writes them, so no database of zones is needed.
+        """
         self.dir = memory_directory()
         self.addCleanup(shutil.rmtree, self.dir)
-        for zone, *noons, hours in self.ZONES:
-            for noon in noons:
-                with self.subTest(zone=zone, noon=noon):
-                    self.anew()
-                    self.local_zone(zone)
-                    added = self.runs_from(noon, (*fixed, "*/30 * * * *", "0 * * * *"))
+        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
+        for zone, spring, autumn, hours in (
+                ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
+                ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
+                ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0",                            # Lord Howe
+                 (2027, 4, 3), (2027, 10, 2), 47)):     # how often the minute is 0 there
+            for day in (spring, autumn):
+                with self.subTest(zone=zone, day=day), local_zone(zone):
+                    added = self.runs_from(day, (*fixed, "*/30 * * * *", "0 * * * *"))
                     nights = [time.localtime(time.mktime(
-                        (*noon[:2], noon[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday
-                        for n in (1, 2)]
+                        (*day[:2], day[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday for n in (1, 2)]
                     for cron in fixed:
                         self.assertEqual([at.tm_yday for at in added[cron]], nights, cron)
                     self.assertEqual(len(added["*/30 * * * *"]), 48 * 2)
@@ -4101,16 +4070,16 @@ class Ticks(Case):
 
     def runs_from(self, day, crons):
         """When each of these schedules has a job in the 48 hours from a local noon."""
+        self.anew()
         self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
         workers = self.worker(name="a"), self.worker(name="b")
-        for number, cron in enumerate(crons):
-            self.every(cron, f"s{number}", command=cron)
+        for cron in crons:
+            self.every(cron, f"s{crons.index(cron)}", command=cron)
         added = {cron: [] for cron in crons}
         for _ in range(48 * 60):
             self.after(60)
-            if workers[0].is_work_ready():
-                for job_id in self.added(*workers):
-                    added[self.queue.job(job_id).command].append(time.localtime(self.clock.now))
+            for job_id in self.added(*workers) if workers[0].is_work_ready() else ():
+                added[self.queue.job(job_id).command].append(time.localtime(self.clock.now))
         return added
 
     def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
