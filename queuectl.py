@@ -8081,7 +8081,7 @@ function stateWord(state, word = state) {
 // ---- 3 What is known. ----
 
 const model = {
-  role: null, actions: {}, skew: 0, isLive: false, wasLive: false, isOut: false,
+  role: null, actions: {}, skew: 0, link: "connecting",     // live, lost, out
   status: null, history: [], queues: [], schedules: [],
   running: [], waiting: [], failures: [], jobs: [], next: null,
 };
@@ -8196,7 +8196,7 @@ const refresh = {
 };
 
 function refreshAll(isUrgent) {
-  if (document.hidden || model.isOut) return;
+  if (document.hidden || model.link === "out") return;
   if (shown) return refresh.job(isUrgent);
   for (const name in refresh) if (name !== "job") refresh[name](isUrgent);
 }
@@ -8238,15 +8238,15 @@ function listen() {
 
 function found() {
   patience = 1000;
-  const isBack = model.wasLive && !model.isLive;
-  model.isLive = model.wasLive = true;
+  const isBack = model.link === "lost";
+  model.link = "live";
   showConnection(); refreshAll(true);
   if (isBack) answer("The server is back; this is how things stand now.");
 }
 
 // The browser reconnects by itself, except after some errors: then we do.
 function lose() {
-  model.isLive = false;
+  if (model.link === "live") model.link = "lost";
   showConnection();
   if (stream && stream.readyState !== EventSource.CLOSED) return;
   clearTimeout(revival);
@@ -8256,19 +8256,20 @@ function lose() {
 
 // No event may mean a dead connection, which no error reports: ask.
 async function probe() {
-  if (!model.isLive || performance.now() - heard < PATIENCE) return;
+  if (model.link !== "live" || performance.now() - heard < PATIENCE) return;
   try { await ask("GET", "/healthz"); }
   catch { stream.close(); lose(); }
 }
 
 async function reconnect() {
   try { await enter(); listen(); }
-  catch { if (!model.isOut) lose(); }
+  catch { if (model.link !== "out") lose(); }
 }
 
 async function enter() {
   const { role, actions, version, database } = await get("/api/session");
-  Object.assign(model, { role, actions, isOut: false });
+  Object.assign(model, { role, actions });
+  if (model.link === "out") model.link = "connecting";
   setText($("#database"), database);
   $("#database").title = database;
   setText($("#version"), `queuectl ${version}`);
@@ -8278,7 +8279,7 @@ async function enter() {
 }
 
 function logOut() {
-  model.isOut = true; model.isLive = false;
+  model.link = "out";
   if (stream) stream.close();
   clearTimeout(revival);
   $("#board").hidden = $("#job").hidden = true;
@@ -8291,10 +8292,11 @@ function logOut() {
 
 // ---- 6 The board. ----
 
+const LINKS = { connecting: ["pending", "Connecting"], live: ["completed", "Live"],
+                lost: ["dead", "Offline"], out: ["cancelled", "Logged out"] };
+
 function showConnection() {
-  const isLost = !model.isLive && model.wasLive && !model.isOut;
-  const [state, word] = model.isOut ? ["cancelled", "Logged out"] : model.isLive ?
-    ["completed", "Live"] : isLost ? ["dead", "Offline"] : ["pending", "Connecting"];
+  const isLost = model.link === "lost", [state, word] = LINKS[model.link];
   $("#live").className = `state ${state}`;
   setText($("#live span"), word);
   document.body.classList.toggle("stale", isLost);
@@ -8306,11 +8308,11 @@ function showConnection() {
 }
 
 function showTitle() {
-  const at = model.status;
-  const state = model.isOut ? "logged out" : !model.isLive ? "offline" :
-    shown && shown.job ? `${shown.job.id} ${shown.job.state}` :
-    !at ? "" : at.jobs.processing ? `${count(at.jobs.processing)} running` :
-    at.jobs.dead ? `${count(at.jobs.dead)} dead` : "idle";
+  const { processing, dead } = model.status?.jobs || {};
+  const state = model.link === "out" ? "logged out" :
+    model.link !== "live" ? "offline" :
+    shown && shown.job ? `${shown.job.id} ${shown.job.state}` : !model.status ? "" :
+    processing ? `${count(processing)} running` : dead ? `${count(dead)} dead` : "idle";
   document.title = state ? `${state} - queuectl` : "queuectl";
 }
 
@@ -8322,13 +8324,11 @@ function showStatus() {
 const slotsOf = workers => workers.reduce((sum, one) => sum + one.slots, 0);
 const sum = (minutes, name) => minutes.reduce((total, one) => total + one[name], 0);
 const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
-const silentSince = worker =>
-  since(worker.heartbeat_at) > SILENT ? worker.heartbeat_at : null;
 
 // What needs attention, worst first: [level, text or link].
 function concerns() {
   const { jobs, workers, paused } = model.status, waiting = jobs.pending + jobs.failed;
-  const stalled = workers.filter(silentSince)
+  const stalled = workers.filter(one => since(one.heartbeat_at) > SILENT)
     .map(one => `worker ${one.name} is silent`);
   if (!workers.length && waiting)
     stalled.push(`no worker is running and ${many(waiting, "job waits", "jobs wait")}`);
@@ -8553,12 +8553,12 @@ function showLists() {
       h("li", brief(job, figure(job), reasonLine(job))));
 }
 
-function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
+function workerBlock({ name, host, pid, queues, slots, busy, silent, jobs }) {
   const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
     h("i", { class: n < busy && "busy" }));
   return h("div.worker",
     h("h3",
-      h("span.cut", { title: place }, name,
+      h("span.cut", { title: `${host}, process ${pid}` }, name,
         h("span.quiet.small", queues.length ? `, only ${queues.join(", ")}` : "")),
       h("span.slots", { "aria-hidden": "true" }, squares),
       h("span.quiet.small", `${busy} of ${slots} busy`)),
@@ -8571,10 +8571,10 @@ function workerBlock({ name, place, queues, slots, busy, silent, jobs }) {
 function showWorkers() {
   if (!model.status) return;
   const known = new Map(model.running.map(job => [job.id, job]));
-  const blocks = model.status.workers.map(worker => ({
-    ...worker, place: `${worker.host}, process ${worker.pid}`,
-    busy: worker.running.length, silent: silentSince(worker), heartbeat_at: null,
-    jobs: worker.running.slice(0, SLOTS).map(id =>
+  const blocks = model.status.workers.map(({ heartbeat_at, running, ...worker }) => ({
+    ...worker, busy: running.length,
+    silent: since(heartbeat_at) > SILENT && heartbeat_at,
+    jobs: running.slice(0, SLOTS).map(id =>
       known.get(id) || { id, state: "processing" }) }));
   renderList($("#workers"), blocks, one => one.name, workerBlock);
   const slots = slotsOf(model.status.workers);
@@ -8592,23 +8592,22 @@ function queueNote(queue, waiting) {
   return waiting && !isServed ? "no worker takes it" : "";
 }
 
-function queueRow({ name, paused, limit, running, waiting, note }) {
-  const verb = paused ? "Resume" : "Pause";
-  return h("tr",
-    h("td", h("a", { href: boardPath({ queue: name }) }, name),
-      note && h("div.small.warn", note)),
-    h("td.number", count(running), limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
-    h("td.number", count(waiting)),
-    mayChange() && h("td.number",
-      button(verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
-}
-
 function showQueues() {
   const rows = model.queues.map(queue => {
-    const { pending, failed, processing } = queue.jobs, waiting = pending + failed;
-    return { ...queue, running: processing, waiting, note: queueNote(queue, waiting) };
+    const waiting = queue.jobs.pending + queue.jobs.failed;
+    return { ...queue, waiting, note: queueNote(queue, waiting) };
   });
-  renderList($("#queues tbody"), rows, one => one.name, queueRow);
+  renderList($("#queues tbody"), rows, one => one.name, queue => {
+    const { name, paused, limit } = queue, verb = paused ? "Resume" : "Pause";
+    return h("tr",
+      h("td", h("a", { href: boardPath({ queue: name }) }, name),
+        queue.note && h("div.small.warn", queue.note)),
+      h("td.number", count(queue.jobs.processing),
+        limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
+      h("td.number", count(queue.waiting)),
+      mayChange() && h("td.number", button(
+        verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
+  });
   $("#queues").hidden = !rows.length;
   const isPaused = Boolean(model.status && model.status.paused.includes("*"));
   setText($("#pause-all"), isPaused ? "Resume all" : "Pause all");
@@ -8701,9 +8700,8 @@ const filterOf = valueOf => Object.fromEntries(Object.keys(NO_FILTER).map(name =
   [name, valueOf(name) || ""]));
 
 function filterFromForm() {
-  const chosen = filterOf(name => $("#filters").elements[name].value.trim());
-  history.replaceState(null, "", boardPath(chosen));
-  applyFilter(chosen);
+  applyFilter(filterOf(name => $("#filters").elements[name].value.trim()));
+  history.replaceState(null, "", boardPath(filter));
 }
 
 function applyFilter(chosen) {
@@ -8923,11 +8921,9 @@ function answer(...parts) {
 
 function confirmed(title, text, verb, isDanger = true) {
   const dialog = $("#question"), yes = $("#question-yes");
-  setText($("#question-title"), title);
-  setText($("#question-text"), text);
-  setText(yes, verb);
-  yes.classList.toggle("danger", isDanger);
-  yes.classList.toggle("primary", !isDanger);
+  for (const [part, words] of Object.entries({ title, text, yes: verb }))
+    setText($(`#question-${part}`), words);
+  yes.className = isDanger ? "danger" : "primary";
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(done => dialog.addEventListener("close", () =>
@@ -8936,7 +8932,7 @@ function confirmed(title, text, verb, isDanger = true) {
 
 // Ask for a change, after a question if there is one; return whether it was made.
 async function act(method, path, body, say, question, complain = error =>
-    model.isOut || toast($("#errors"), "bad", `Not done: ${error.message}`)) {
+    model.link === "out" || toast($("#errors"), "bad", `Not done: ${error.message}`)) {
   if (question && !await confirmed(...question)) return false;
   try {
     const reply = await ask(method, path, body);
@@ -9066,7 +9062,7 @@ async function submitJob(event) {
 // ---- 14 Routes, keys, theme, start. ----
 
 function route(event) {
-  if (model.isOut || model.role === null) return;
+  if (model.link === "out" || model.role === null) return;
   const [path, query = ""] = location.hash.slice(1).split("?");
   const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
   const left = shown && shown.id, id = match && decodeURIComponent(match[1]);
@@ -9085,18 +9081,15 @@ function route(event) {
   $("#gate").hidden = true;
   $("#board").hidden = Boolean(shown);
   $("#job").hidden = !shown;
-  if (event && id !== left) focusAfterRoute(left);
-  showTitle(); refreshAll(true);
-}
-
-function focusAfterRoute(left) {
-  if (shown) { $("#job h1").focus(); window.scrollTo(0, 0); }
-  else if (left) {
+  if (event && id !== left && shown) {
+    $("#job h1").focus();
+    window.scrollTo(0, 0);
+  } else if (event && id !== left) {
     const links = [...$$("#jobs .c-id a"), ...$$("#board .brief > a")];
-    const row = links.find(link => link.hash === jobPath(left));
-    (row || $("#health h1")).focus();
+    (links.find(link => link.hash === jobPath(left)) || $("#health h1")).focus();
     showCharts();
   }
+  showTitle(); refreshAll(true);
 }
 
 function stored(key, value) {
@@ -9129,7 +9122,7 @@ function toggleTheme() {
 function onKey(event) {
   const isTyping = event.target.closest("input, textarea, select, dialog");
   if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping ||
-      model.isOut || !$("#shortcut").checked) return;
+      model.link === "out" || !$("#shortcut").checked) return;
   event.preventDefault();
   if (shown) location.hash = boardPath(filter);
   setTimeout(() => $("#filters [name=search]").focus());
@@ -9167,7 +9160,7 @@ function bind() {
   addEventListener("online", reconnect);
   new ResizeObserver(showCharts).observe($("#rates"));
   document.addEventListener("visibilitychange", () =>
-    model.isOut && !document.hidden ? reconnect() : refreshAll(true));
+    model.link === "out" && !document.hidden ? reconnect() : refreshAll(true));
   systemDark.addEventListener("change", showTheme);
 }
 
@@ -9177,7 +9170,7 @@ function start() {
   Object.keys(CHARTS).forEach(armChart);
   setInterval(tick, 1000);
   setInterval(() => {
-    if (model.isLive && !document.hidden) refresh.history();    // a minute may be over
+    if (model.link === "live" && !document.hidden) refresh.history();
     probe();
   }, MINUTE / 4);
   reconnect();
