@@ -858,7 +858,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
         job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
         if job.crashes < settings.crash_limit:
             return "fail", job, "its worker was lost"
-        return "bury", job, f"its worker was lost, for the {job.crashes}. time"
+        return "bury", job, f"its worker was lost {job.crashes} times"
     job = job._replace(attempts=job.attempts + 1)
     reason = outcome.error or outcome.kind
     if job.attempts >= job.max_retries:
