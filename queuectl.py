@@ -6823,6 +6823,8 @@ SPARE_PATIENCE = 0.05  # seconds until spare claims are released
 SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one for a spare claim
 WORKER_FILES = 32      # descriptors of a worker beside those
 
+FOUND = -1              # of a lost run: not marked in the database yet
+
 # The machine's shortage, which is not the job's failure.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
@@ -6921,8 +6923,11 @@ def _refuse_platform() -> None:
                       "start the worker there")
 
 
-def _allow_descriptors(slots: int) -> None:
-    """Raise the soft limit of open files; Refused if the hard limit is too low."""
+def _prepare_descriptors(slots: int) -> None:
+    """Raise the soft limit of open files, and keep inherited ones from the jobs.
+
+    Raises Refused if the hard limit is too low for so many slots.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
@@ -6935,10 +6940,6 @@ def _allow_descriptors(slots: int) -> None:
     # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-
-
-def _keep_descriptors() -> None:
-    """Keep inherited descriptors from the jobs; Python's own are not inherited."""
     found: Iterable[str | int] = range(1024)
     with contextlib.suppress(OSError):      # in a container without /proc
         found = os.listdir("/dev/fd")
@@ -6984,11 +6985,10 @@ class Runner:
         self._commands: dict[int, Command] = {}         # by claim
         self._spares: list[Claim] = []          # claimed beyond the slots, in order
         self._ended: dict[int, Outcome] = {}            # not recorded yet
-        self._lost: dict[int, Run] = {}                 # of others; being killed
-        self._over: list[Run] = []                      # of others; killed
-        self._seize: list[Run] = []                     # of others; to be killed
+        # Lost runs of other workers, by claim: FOUND, END (being killed) or ENDED.
+        self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
-        self._beats = self._saves = False       # what the next tick does as well
+        self._beats = False                     # the next tick is a heartbeat
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._gives_up = False                          # leaves without recording
@@ -7127,7 +7127,6 @@ class Runner:
 
     def _do_output(self) -> None:
         if self._unsaved():
-            self._saves = True
             self._agenda.want("tick")
 
     def _unsaved(self) -> dict[int, Output]:
@@ -7135,11 +7134,13 @@ class Runner:
                 if command.output.total > command.saved}
 
     def _do_tick(self) -> None:
-        report = Report(dict(self._ended), tuple(self._over), tuple(self._seize),
-                        tuple(self._dead), self._unsaved() if self._beats or self._saves
-                        else {}, self._beats)
+        now, lost = time.monotonic(), self._lost.values()
+        is_asked = self._peek_at <= now < self._peek_until
+        report = Report(dict(self._ended), [run for run, at in lost if at == ENDED],
+                        [run for run, at in lost if at == FOUND], tuple(self._dead),
+                        self._unsaved() if self._beats or is_asked else {}, self._beats)
         slots = spares = 0
-        if not self._leaving and time.monotonic() >= self._claim_at:
+        if not self._leaving and now >= self._claim_at:
             slots = self._slots()
             spares = int(min(wanted_spares(self._pace, self._options.slots)
                              - len(self._spares), self._quota - slots))
@@ -7177,7 +7178,8 @@ class Runner:
         # What has come since the tick stays.
         for claim in report.ended:
             del self._ended[claim]
-        del self._over[:len(report.lost)], self._seize[:len(report.seized)]
+        for run in report.lost:
+            del self._lost[run.claim]
         self._dead = [worker for worker in self._dead if worker not in tick.removed]
         self._complaint, self._failing_since, self._settings = "", None, tick.settings
         for change in tick.changes:
@@ -7193,7 +7195,7 @@ class Runner:
             self._return_spares()
         self._obey(tick.stop, tick.mine)
         for run in report.seized:
-            self._lost[run.claim] = run
+            self._lost[run.claim] = run, END
             self._link.send(END, run.claim,
                             self._queue.host.locks.process_of(run) or 0,
                             self._settings.kill_grace)
@@ -7216,7 +7218,7 @@ class Runner:
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
         if report.outputs:
-            self._saves, self._peek_at = False, now + PEEK_PAUSE
+            self._peek_at = now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
         """Log it once, and not for a short wait. Commands and time-outs go on."""
@@ -7415,7 +7417,7 @@ class Runner:
             elif kind == ENDED and number in self._commands:
                 self._finish(self._commands[number])
             elif kind == ENDED and number in self._lost:
-                self._over.append(self._lost.pop(number))
+                self._lost[number] = self._lost[number][0], ENDED
                 self._agenda.want("tick")
         if not self._link.is_open:
             self._poller.drop(self._link.fileno())
@@ -7546,11 +7548,11 @@ class Runner:
         Their runs are marked in the database, then killed, then recorded.
         """
         self._peers.look()
-        known = {*self._lost, *(run.claim for run in (*self._over, *self._seize))}
-        self._seize += [run for run in self._peers.lost() if run.claim not in known]
+        found = {run.claim: (run, FOUND) for run in self._peers.lost()}
         self._dead = self._peers.dead()
-        if self._seize or self._dead:
+        if found.keys() - self._lost.keys() or self._dead:
             self._agenda.want("tick")
+        self._lost = {**found, **self._lost}
 
     def _on_notice(self) -> None:
         words = list[bytes]()
@@ -7600,8 +7602,7 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
     import socket
-    _allow_descriptors(options.slots)
-    _keep_descriptors()
+    _prepare_descriptors(options.slots)
     log = say or (lambda line: None)
     with contextlib.ExitStack() as stack:
         # Any local user may send to it: that costs a look at the database. It is there
