@@ -125,6 +125,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO, TypeVar
 
     T = TypeVar("T")
+    Skip = Callable[["QueueError"], object]         # gets why a job is not changed
     Given = tuple[dict[str, Any], str]  # a job object, and where it stood: `line 3`
     Rows = Callable[..., list[tuple[Any, ...]]]     # those that a statement selects
 
@@ -4670,8 +4671,8 @@ class Queue:
         return Scrape(jobs, tallies, oldest, paused, self.workers(),
                       self.store.db.size(), schedules, blocked)
 
-    # Changing jobs: those named, all or none; or all that fit, in a sweep. The private
-    # method of a verb hands what it must skip to `skip`, which may raise instead.
+    # Changing jobs: all or none of those named, or all that fit, in a sweep. `skip` gets
+    # the error of each job that cannot be changed, and raises it for a named one.
 
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none. NotFound;
@@ -4711,9 +4712,9 @@ class Queue:
             return [self.store.edit(job, job._replace(**changes), now) for job in jobs]
         return self._change(job_ids, change, NEW_JOBS)
 
-    def _change(self, job_ids: Sequence[str], change: Callable[
-            [list[Job], Callable[[QueueError], object]], list[Job]],
-            message: bytes = b"", state: str | None = None) -> list[Job]:
+    def _change(self, job_ids: Sequence[str],
+                change: Callable[[list[Job], Skip], list[Job]], message: bytes = b"",
+                state: str | None = None) -> list[Job]:
         with self.store.transaction() as store:
             # Each once: the guard of a second move would find the state changed (I1).
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
@@ -4728,8 +4729,7 @@ class Queue:
         return jobs
 
     def sweep(self, verb: str, state: str | Sequence[str] = (),
-              older_than: float | None = None,
-              keep: Callable[[QueueError], object] = lambda why: None,
+              older_than: float | None = None, keep: Skip = lambda why: None,
               **filters: Any) -> Iterator[list[Job]]:
         """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions;
         each yields the changed jobs, and the caller may stop.
@@ -4777,8 +4777,7 @@ class Queue:
             yield []
             time.sleep(SWEEP_PAUSE)
 
-    def _retry(self, jobs: Sequence[Job],
-               skip: Callable[[QueueError], object]) -> list[Job]:
+    def _retry(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
         now, free, first = self.clock(), list[Job](), dict[str, Job]()
         for job in jobs:
             rival = first.setdefault(job.unique, job) if job.unique else job
@@ -4805,8 +4804,7 @@ class Queue:
             *moved, *(job._replace(end_requested=CANCEL) for job in running))}
         return [changed[job.seq] for job in jobs]
 
-    def _delete(self, jobs: Sequence[Job],
-                skip: Callable[[QueueError], object]) -> list[Job]:
+    def _delete(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
         now = self.clock()
         kept = self.store.remove_all(jobs, now)
         for _, why in kept:
