@@ -4037,22 +4037,6 @@ class Ticks(Case):
                 added[self.queue.job(job_id).command].append(time.localtime(self.clock.now))
         return added
 
-    def test_the_days_on_which_clocks_change_are_those_of_the_schedule(self):
-        spring, autumn = "2027-03-13T12:00:00.000Z", "2027-10-30T12:00:00.000Z"
-        for since, tz, tick in (
-                (spring, "Europe/Berlin", "03-28T01:00"),       # 02:30 is left out there
-                (spring, "America/New_York", "03-14T07:00"),
-                (autumn, "Europe/Berlin", "10-31T00:30"),       # 02:30 comes twice
-                (autumn, "Asia/Kolkata", "10-30T21:00")):
-            with self.subTest(since, tz=tz):
-                schedule = self.every("30 2 * * *", f"{tz[:4]}-{since[5:7]}", tz)
-                seen = [since]
-                for _ in range(16):
-                    seen.append(queuectl.run_after(
-                        schedule.cron, queuectl.epoch(seen[-1]), schedule.tz))
-                self.assertIn(tick, [stamp[5:16] for stamp in seen])
-                self.assertEqual(len({stamp[5:10] for stamp in seen[1:]}), 16)
-
 
 # ---- 12 Check ----------------------------------------------------------------
 
