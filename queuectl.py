@@ -6986,7 +6986,7 @@ class Runner:
         # Lost runs of other workers, by claim: FOUND, END (being killed) or ENDED.
         self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
-        self._beats = False                     # the next tick is a heartbeat
+        self._is_heartbeat = False              # the next tick is one
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._gives_up = False                          # leaves without recording
@@ -7120,7 +7120,7 @@ class Runner:
         self._agenda.want("look", time.monotonic() + min(wait, self._poll))
 
     def _do_heartbeat(self) -> None:
-        self._beats = True
+        self._is_heartbeat = True
         self._agenda.want("tick")
 
     def _do_output(self) -> None:
@@ -7134,9 +7134,10 @@ class Runner:
     def _do_tick(self) -> None:
         now, lost = time.monotonic(), self._lost.values()
         is_asked = self._peek_at <= now < self._peek_until
+        outputs = self._unsaved() if self._is_heartbeat or is_asked else {}
         report = Report(dict(self._ended), [run for run, at in lost if at == ENDED],
                         [run for run, at in lost if at == FOUND], tuple(self._dead),
-                        self._unsaved() if self._beats or is_asked else {}, self._beats)
+                        outputs, self._is_heartbeat)
         slots = spares = 0
         if not self._leaving and now >= self._claim_at:
             slots = self._slots()
@@ -7146,7 +7147,7 @@ class Runner:
         if tick is None:
             raise Unavailable("busy", f"{self._queue.path} is busy: another program "
                               "holds its write lock", "end that program")
-        for claim, output in report.outputs.items():
+        for claim, output in outputs.items():
             self._commands[claim].saved = output.total
         future = self._executor.submit(self._claims.commit)
         self._commit = tick, report, future
@@ -7212,7 +7213,7 @@ class Runner:
         if tick.changes and self._watches and not self._slots():
             self._queue.wake(NEW_JOBS)  # what these ends unblock is for other workers
         if report.is_heartbeat:     # the next from now: others have time on a slow disk
-            self._beats = False
+            self._is_heartbeat = False
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
         if report.outputs:
@@ -7262,7 +7263,7 @@ class Runner:
     def _do_spares(self) -> None:
         if self._spares:
             self._pace = math.inf
-            self._return_spares()
+        self._return_spares()
 
     def _return_spares(self) -> None:
         while self._spares:
