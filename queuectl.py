@@ -11113,17 +11113,18 @@ class Screen:
         self._try(lambda: (sys.stdout.buffer.write(output), sys.stdout.buffer.flush()))
 
     def flush(self) -> None:
-        """Write the results that were printed; Unavailable or BrokenPipeError.
-
-        Left to the exit of Python, a full disk would have the exit status 120.
-        """
+        """Write the results that were printed; Unavailable or BrokenPipeError."""
         self._try(sys.stdout.flush)
 
     def finish(self) -> None:
-        """Flush, and raise the failure that an acting command has not heard of."""
+        """Flush, and raise the first failure. A reader that has gone is none, and the
+        hint does not lead to the same command again: changes have been made.
+        """
         self.flush()
         if self._failure and not isinstance(self._failure, BrokenPipeError):
-            raise self._not_written()
+            raise Unavailable("unwritable",
+                              f"the result could not be written ({self._failure})",
+                              "`queuectl status` shows what was done") from None
 
     def _try(self, write: Callable[[], object]) -> None:
         try:
@@ -11131,16 +11132,9 @@ class Screen:
                 write()
         except OSError as error:
             self._failure = error
-            if isinstance(error, BrokenPipeError) and not self._acts:
-                raise
             if not self._acts:
-                raise self._not_written() from None
-
-    def _not_written(self) -> Unavailable:
-        """The hint does not lead to the same command again: changes have been made."""
-        return Unavailable("unwritable",
-                           f"the result could not be written ({self._failure})",
-                           "`queuectl status` shows what was done")
+                self.finish()
+                raise
 
     @staticmethod
     def check_reader() -> None:
@@ -11196,8 +11190,7 @@ class Screen:
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    """Print a refusal as one line, with --json as an object; return its exit status.
-    """
+    """Print a refusal on one line, and return its exit status."""
     line = f"queuectl: error: {one_line(str(error))}"
     if as_json:
         line = dumps({"error": {"code": error.code, "message": error.message,
@@ -11339,23 +11332,15 @@ def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come, those of STREAM_PAUSE seconds together: a
     slow stream is added line by line, a fast one with one fsync for many.
 
-    By os.read, for poll() sees nothing of what a buffered file has read ahead. Of a
-    line that is too long for any job only the beginning is kept, to be refused. An
-    interrupt is raised after what has been read.
+    By os.read: a buffered file would read ahead of select(). Of a line too long for any
+    job only the beginning is kept. An interrupt is raised after what has been read.
     """
-    def has_more(seconds: float) -> bool:
-        """Whether more comes within that time; without poll(), never."""
-        if seconds <= 0 or not hasattr(select, "poll"):
-            return False
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        return bool(poller.poll(math.ceil(seconds * 1000)))
-
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
         try:
-            if not lines or (len(lines) < STREAM_BATCH
-                             and has_more(due - time.monotonic())):
+            left = due - time.monotonic()
+            if not lines or (len(lines) < STREAM_BATCH and left > 0 and fcntl
+                             and select.select([fd], [], [], left)[0]):
                 piece = os.read(fd, READ_SIZE)
                 *whole, rest = (rest + piece).split(end)
                 rest = rest[:MAX_LINE]
@@ -11372,10 +11357,9 @@ def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
 
 
 class Stream:
-    """Adds jobs from lines as they come; reports and skips an invalid line.
+    """Adds jobs from lines as they come; skips a line of which one is invalid.
 
-    `refuse` gets each refusal, `warn` each warning. `refused` counts the lines skipped:
-    of each line all jobs are added, or none.
+    `refuse` gets each refusal, `warn` each warning; `refused` counts the lines skipped.
     """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
@@ -11466,10 +11450,8 @@ def _view(args: argparse.Namespace, screen: Screen, found: object,
 
 def _bar(screen: Screen, queue: Queue | None = None,
          waiting: Callable[[], Iterable[Job]] = list) -> Callable[[Progress], None]:
-    """A function that draws the progress, with the rate since now.
-
-    With a queue it also says once why the jobs of `waiting` do not run, unless that
-    passes by itself.
+    """A function that draws the progress, with the rate since now. With a queue it also
+    says once why the jobs of `waiting` do not run, unless that passes by itself.
     """
     began, said = time.monotonic(), set[str]()
 
@@ -11490,7 +11472,6 @@ def _bar(screen: Screen, queue: Queue | None = None,
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
            timeout: float | None) -> int:
-    """Wait until jobs are over, and report; the exit status of a single one."""
     began = time.monotonic()
     bar = _bar(screen, queue, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -11509,7 +11490,6 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
 
 def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
                screen: Screen) -> None:
-    """Print what was added; flushed, for `--wait` may take hours after it."""
     known = len(jobs) - new
     if args.json:
         screen.out(dumps([job_object(job) for job in jobs] if is_batch
@@ -11533,10 +11513,8 @@ def _note_no_worker(queue: Queue, screen: Screen) -> None:
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add the lines of stdin as they come; 1 if any of them was invalid.
-
-    Ids are printed once their jobs are committed. SIGTERM acts as Ctrl+C: what was read
-    is added first.
+    """Add the lines of stdin as they come, and print ids once they are committed.
+    SIGTERM acts as Ctrl+C: what was read is added first.
     """
     if args.job not in (None, "-") or args.file or args.command:
         raise Usage("--stream reads stdin alone", "give no other job")
@@ -11557,9 +11535,8 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job], int]:
-    """Check a batch, add it, and return its jobs and how many are new.
-
-    All is checked before the transaction begins, so the write lock is not held long.
+    """Add a batch; its jobs, and how many are new. All is checked before the
+    transaction begins, so the write lock is not held long.
     """
     specs, ignored, now = [], set[str](), queue.clock()
     for number, (fields, place) in enumerate(given):
@@ -11612,7 +11589,6 @@ def opened(args: argparse.Namespace, path: str, screen: Screen) -> Iterator[Queu
 
 
 def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> int:
-    """Run a worker until it is stopped; in the child of its supervisor."""
     # Flags that were not given are None: jobs and settings, read when they are needed,
     # decide, so a `config set` reaches a running worker.
     options = WorkerOptions(
@@ -11689,10 +11665,9 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print the first screen; with --watch again whenever something has changed.
+    """Print the status; with --watch again whenever something has changed.
 
-    Changes are counted before the status is read, so none is missed. One line of the
-    window stays free: a picture that scrolls could not be drawn over.
+    One line of the window stays free: a picture that scrolls could not be drawn over.
     """
     in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
     above = 0
@@ -11800,25 +11775,22 @@ def _tail(output: bytes, lines: int | None) -> bytes:
 class Follower:
     """The output of one job as it comes, through its retries, to its end.
 
-    `number`: only of that run (None: from the last one on); `lines`: of what is there
-    already only the last ones (None: all).
+    `number`: only of that run; `lines`: of what is there already only the last ones.
     """
 
     def __init__(self, queue: Queue, job_id: str, number: int | None = None,
                  lines: int | None = None) -> None:
         self.job_id, self.is_over = job_id, False
         self._queue, self._only, self._lines = queue, number, lines
-        # The current run (None: the last there is), the bytes of it that were seen, and
-        # whether nothing was read yet: only then do `lines` count.
+        # The current run (None: the last there is), and the bytes of it that were seen.
         self._number, self._seen, self._is_first = number, 0, True
 
     def step(self) -> tuple[bytes, str]:
         """What is new, and a note on a run that has ended before a retry, or "".
 
         The job is read before its run: if it is over, the run's end was recorded in the
-        same transaction, so no output is missed. Seen bytes are counted by all that the
-        run printed, so what is dropped from the middle meanwhile is reported as left
-        out.
+        same transaction, so no output is missed. Bytes are counted as printed: what is
+        left out of the middle meanwhile is reported.
         """
         job = self._queue.job(self.job_id)
         try:
@@ -11845,8 +11817,7 @@ class Follower:
 def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
                    screen: Screen) -> None:
     """Print what is new; of several jobs (`place`) only whole lines, with the job.
-
-    `pending` holds the begun line of each job.
+    `pending` holds the begun lines.
     """
     fresh, remark = follower.step()
     if place is not None:
@@ -11918,11 +11889,7 @@ def _is_wide(args: argparse.Namespace) -> bool:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Wait until jobs are over; a single one's own exit status.
-
-    With a tag or a text it waits for the jobs that fit now; with --all or --queue alone
-    also for those added meanwhile.
-    """
+    """Wait for jobs: with --all or --queue alone also for those added meanwhile."""
     job_ids = args.ids
     if _is_wide(args) and (args.tag or args.search):
         job_ids = [job.id for job in queue.pages(
@@ -12034,10 +12001,7 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
-    """Change all jobs that the flags describe, on a terminal after a question.
-
-    No generator itself: all is checked and asked when it is called.
-    """
+    """Change all jobs that fit. No generator: it checks and asks when it is called."""
     states, filters = _fitting(verb, args, queue)
     if verb != "retry" and not args.yes:    # a retry removes nothing
         _confirm(verb, queue, states, filters)
@@ -12085,9 +12049,8 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
     """Wait until running jobs that were cancelled have been ended; as they are then.
 
-    What the lost runs of dead workers have left is ended and recorded here. A command
-    has seen no heartbeats, so only workers that are gone, as the kernel says, count as
-    lost; a frozen one's job is left to other workers.
+    The lost runs of workers that are gone, as the kernel says, are ended here; those of
+    a frozen worker are left to other workers.
     """
     peers = Peers(queue)
     # The grace, and ten seconds to record the end.
@@ -12110,10 +12073,7 @@ def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended.
-
-    If all of them complete before that, the exit status is 1.
-    """
+    """Cancel jobs; wait until running ones have been ended. 1 if all complete first."""
     if _is_wide(args):
         running: list[Job] = []     # ended together: each may take `kill-grace`
 
@@ -12236,12 +12196,8 @@ def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 
 def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print the changes of jobs' states, oldest first, by the page.
-
-    `newest` is read before the page: read after it, it could skip a change.
-    """
     after, since_when = 0, "" if args.since is None else iso(args.since)
-    while True:
+    while True:     # by the page; `newest` first: read after it, it could skip a change
         seen, newest = queue.store.changes(), queue.last_event()
         page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
         screen.out(*(dumps(event_object(one), None) if args.json
@@ -12291,7 +12247,6 @@ def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def cmd_check(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Look for what is wrong; 1 if a promise is broken."""
     findings = Inspection(queue).findings()
     is_sound = all(finding.level != PROBLEM for finding in findings)
     _view(args, screen, {"sound": is_sound, "findings": [
@@ -12308,7 +12263,6 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Serve the dashboard; all that can be refused is, before the URL is printed."""
     # The address is looked up before the site is made: whether strangers reach it
     # decides whether a token may be left out.
     family, address = resolved(args.host, args.port)
@@ -12378,9 +12332,8 @@ _MANY = {"[]": "?", "...": "+", "[...]": "*"}
 
 
 def option(shown: str, help: str, group: str = "", **settings: Any) -> Option:
-    """An argument as the usage line shows it: `--follow -f`, `--limit N`, `[ID...]`.
-
-    A word without dashes is its metavar, which may imply its type.
+    """An argument as it is shown, `--follow -f`, `--limit N`, `[ID...]`: a word without
+    dashes is its metavar, which may imply its type.
     """
     *names, last = shown.split()
     if last.startswith("-"):
@@ -12401,8 +12354,8 @@ def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
 
 
 def _flags_of(fields: Iterable[Field]) -> tuple[Option, ...]:
-    """The flags for some fields. Numbers and times are parsed here, for a wrong one is
-    a wrong command line; text is checked with the job. None: the flag was not given.
+    """The flags for some fields. A wrong number or time is a usage error; text is
+    checked with the job.
     """
     return tuple(
         Option(field.flags or ("--" + field.name.replace("_", "-"),),
@@ -12921,8 +12874,6 @@ def _as_utf8(word: str) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; argparse does not see the words that TAKE_WORDS take as they are.
-    """
     entries, words = find(argv)
     asked = next((word for word in words if word in ASKS), None)
     if asked and len(entries) > 1:
@@ -13074,9 +13025,7 @@ def offers(words: Sequence[str]) -> list[str]:
 
 
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
-    """The exit status of an action; refusals and known failures become one here.
-    Anything else is a mistake of this program and keeps its traceback.
-    """
+    """The exit status of an action; only mistakes of this program keep a traceback."""
     try:
         return action()
     except KeyboardInterrupt:
@@ -13113,9 +13062,7 @@ def _run_supervised(args: argparse.Namespace) -> int:
 
 
 def _run_command(args: argparse.Namespace, is_first: bool) -> int:
-    """Run a command; flush its results while an error can still change the status.
-
-    `is_first`: `queuectl` alone, which without a queue is a first visit, no mistake.
+    """Run a command; `is_first`: `queuectl` alone, a first visit if there is no queue.
     """
     entry = args.entry
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
