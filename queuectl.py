@@ -1793,40 +1793,53 @@ def at_place(place: str) -> Iterator[None]:
         raise
 
 
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig").strip()     # editors on Windows write a mark
-    except UnicodeDecodeError as error:
-        raise Invalid(f"not UTF-8 ({error.reason} at byte {error.start})",
-                      "JSON and shell commands are UTF-8; names in any encoding: "
-                      "`enqueue - -- PROG ARG...`", "command") from None
-
-
 _MARK = re.compile(rb"\{#?\}")
 TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields in which marks count
 
 
-class Template:
-    """Makes a job of each item: `{}` stands for the item, `{#}` for its number.
+class Lines:
+    """Makes job objects of lines, or of items that end with NUL.
 
-    The item is always one argument of the command; without `{}` it is the last one.
-    `fields` are those of each job.
+    With `words` each line is an item of a template: `{}` stands for the item, `{#}` for
+    its number. The item is always one argument of the command; without `{}` it is the
+    last one. `fields` are those of each job.
     """
 
-    def __init__(self, words: Sequence[bytes], fields: Mapping[str, Any]) -> None:
+    def __init__(self, null: bool = False, words: Sequence[bytes] = (),
+                 fields: Mapping[str, Any] = {}) -> None:
+        self.end = b"\0" if null else b"\n"
         has_mark = any(b"{}" in word for word in words)
-        self._words = [*words] if has_mark else [*words, b"{}"]
-        self._fields = fields
+        self._words = [*words] if has_mark or not words else [*words, b"{}"]
+        self._null, self._fields = null, fields
+        self._lines = self._items = 0       # items: lines that are not empty
 
-    def job(self, item: bytes, number: int) -> dict[str, Any]:
-        """The job object of an item; Invalid for what no argument can hold."""
+    def read(self, line: bytes) -> list[Given]:
+        """The job objects of the next line; Invalid names the line."""
+        self._lines += 1
+        self._items += bool(line)
+        place = f"item {self._items}" if self._null else f"line {self._lines}"
+        with at_place(place):
+            if self._words:
+                return [(self._filled(line), place)] if line else []
+            try:
+                text = line.decode("utf-8-sig").strip()     # with Windows' mark
+            except UnicodeDecodeError as error:
+                raise Invalid(
+                    f"not UTF-8 ({error.reason} at byte {error.start})",
+                    "JSON and shell commands are UTF-8; names in any encoding: "
+                    "`enqueue - -- PROG ARG...`", "command") from None
+            is_job = text and not text.startswith("#")
+            return [(fields, place) for fields in fields_of(text)] if is_job else []
+
+    def _filled(self, item: bytes) -> dict[str, Any]:
+        """The job object of an item of the template."""
         if b"\0" in item:
             raise Invalid("an argument cannot hold a NUL",
                           "--null reads items that end with NUL", "command")
 
         def filled(text: bytes) -> bytes:
             return _MARK.sub(lambda mark: item if mark[0] == b"{}"
-                             else b"%d" % number, text)
+                             else b"%d" % self._items, text)
 
         def filled_field(key: str, value: Any) -> Any:
             if isinstance(value, dict):
@@ -1848,29 +1861,7 @@ class Template:
         fields = {key: filled_field(key, value) if key in TEMPLATED else value
                   for key, value in self._fields.items()}
         return {**fields, "command": " ".join(command), "env": {
-            **fields.get("env", {}), "QUEUECTL_ITEM": str(number)}}
-
-
-class Lines:
-    """Makes job objects of lines, or of items that end with NUL."""
-
-    def __init__(self, null: bool = False, template: Template | None = None) -> None:
-        self.end = b"\0" if null else b"\n"
-        self._null, self._template = null, template
-        self._lines = self._items = 0       # items: lines that are not empty
-
-    def read(self, line: bytes) -> list[Given]:
-        """The job objects of the next line; Invalid names the line."""
-        self._lines += 1
-        self._items += bool(line)
-        place = f"item {self._items}" if self._null else f"line {self._lines}"
-        with at_place(place):
-            if self._template is not None:
-                found = [self._template.job(line, self._items)] if line else []
-            else:
-                text = _decoded(line)
-                found = fields_of(text) if text and not text.startswith("#") else []
-        return [(fields, place) for fields in found]
+            **fields.get("env", {}), "QUEUECTL_ITEM": str(self._items)}}
 
 
 def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
@@ -11286,7 +11277,7 @@ def lines_of(args: argparse.Namespace) -> Lines:
                                    or (is_appended and script == len(words))):
             raise Usage("an item within the script of a shell would be run as code",
                         "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
-    return Lines(args.null, Template(words, flag_fields(args)))
+    return Lines(args.null, words, flag_fields(args))
 
 
 def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
