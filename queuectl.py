@@ -1886,7 +1886,7 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 # ---- 6 SQL -------------------------------------------------------------------
 # Every statement; SQLite runs them. No value is ever formatted into a text: what is put
 # together are constants of this file. Frequent statements use an index and sort nothing
-# (a test): with a million jobs a claim takes 7 us, and by a wrong index 170 ms.
+# (tests check it): with a million jobs a claim takes 7 us, by a wrong index 170 ms.
 
 def _list(words: Iterable[str]) -> str:
     """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
@@ -2708,8 +2708,7 @@ class SQLite:
     # upgraded. Each step may meet another process, or the rest of one that died there.
 
     def _make_file(self, create: bool) -> None:
-        """See that a plain file with one name is there: two would have a WAL each
-        (SQLite's page on how to corrupt a file).
+        """See that a plain file with one name is there: with two, each has its own WAL.
         """
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
@@ -2738,9 +2737,9 @@ class SQLite:
     def _refuse_foreign(self, create: bool) -> None:
         """Look at the header without a lock, a journal or a write.
 
-        SQLite looks, for to close a plain descriptor would drop the locks of another
-        connection in this process. With immutable=1 it heeds neither journal nor WAL,
-        so what it sees may be old; kind and version change only while the file is made.
+        Not by open(): closing that descriptor would drop this process's locks of the
+        file. With immutable=1 SQLite heeds neither journal nor WAL, so what it sees may
+        be old; kind and version change only while the file is made.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
@@ -2791,8 +2790,8 @@ class SQLite:
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """The file's kind, its format's version, and whether it has a table: with a
-        version that may be in the WAL alone.
+        """The file's kind, its format's version, and whether it has a table. With a
+        version it counts as having one, which may be in the WAL alone.
         """
         kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
         return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
@@ -2950,8 +2949,8 @@ class SQLite:
                           "open a queuectl.Queue of its own in each process")
 
     def _begin(self, patience: float) -> None:
-        """Begin to write; Gone if the file has lost its name: what went into it would
-        be lost. That is looked at under the lock.
+        """Begin to write; Gone if the file has lost its name, which is checked under
+        the lock: what went into it would be lost.
         """
         self._guard_process()
         self._refuse_read_only()
@@ -3005,7 +3004,7 @@ class SQLite:
                 self.rollback()
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """All rows that a statement selects: no commit gets past one that is not over.
+        """All rows that a statement selects; an unfinished one would block each commit.
         """
         self._guard_process()
         with self._lock:    # a transaction of this thread holds it already
@@ -3032,9 +3031,7 @@ class SQLite:
         return changed
 
     def changes(self) -> int:
-        """A number that changes when another connection has committed something, only
-        to be compared with an earlier one.
-        """
+        """A number to compare: it changes when another connection has committed."""
         return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
 
     def integrity(self) -> list[str]:
@@ -3193,8 +3190,7 @@ class Locks:
     def is_held(self, offset: int) -> bool:
         """Return True if a process, this one included, holds the lock.
 
-        Also if that cannot be found out: to take over a run that lives is worse than to
-        wait for one that does not.
+        Also if that cannot be found out: it is worse to take over a run that lives.
         """
         if self._works is False:
             return False
@@ -3215,9 +3211,8 @@ class Locks:
 
     @staticmethod
     def _holds(pid: int, offset: int, file: tuple[int, ...]) -> bool:
-        # The kernel lists a descriptor's locks in its fdinfo, with their offsets, as
-        # `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77. Other
-        # files have such locks, too.
+        # In fdinfo the kernel lists a descriptor's locks, with their offsets:
+        # `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77.
         try:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
@@ -3228,8 +3223,8 @@ class Locks:
 
     def note(self, lock: int, worker: int, claim: Claim, pid: int,
              since: float) -> None:
-        """Write which process was just started for a run, after `since`; `lock` is the
-        worker's.
+        """Write which process was just started for a run, after `since`, by the
+        worker's descriptor `lock`.
 
         For whoever kills what is left if worker and supervisor were killed at once. The
         page cache is enough: no process outlives a power cut.
@@ -3267,8 +3262,8 @@ class Locks:
         """Return True if a lock of one open file description refuses another its own.
 
         The names prove nothing: macOS defines them for another `struct flock`, and old
-        kernels refuse them with EINVAL. A shared lock on a scratch byte works on read-
-        only media and disturbs no other process.
+        kernels refuse them with EINVAL. A shared lock on a scratch byte works where
+        nothing can be written and disturbs no other process.
         """
         if self._works is None:
             other = self._open(os.O_RDONLY)
@@ -3301,8 +3296,7 @@ class Locks:
 
 
 def is_same_birth(one: str, other: str) -> bool:
-    """Whether two start times are of one process; those of ps may differ by a second.
-    """
+    """Whether two start times are of one process; those of ps may differ by 1 s."""
     if "" in (one, other) or one == other:
         return one == other != ""
     try:
@@ -3336,9 +3330,8 @@ class Host:
 
     def is_alive(self, worker: Worker) -> bool | None:
         """Whether the worker's process is there; None: on another machine, who knows.
-
-        Either its lock or its process counts: a lock file may be deleted, and a process
-        id be of another container.
+        Its lock or its process proves it: a lock file may be deleted, and a process id
+        be of another container.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
             # With this machine's name: it was started anew, so none of then is left.
@@ -3355,8 +3348,8 @@ class Host:
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll; for signal handlers, too: it takes no
-    lock, for which `threading.Event.set` in a handler hung.
+    """A pipe to wake a thread that waits in poll, also from a signal handler: it takes
+    no lock (`threading.Event.set` does, and hung in a handler).
     """
 
     def __init__(self) -> None:
@@ -3411,15 +3404,14 @@ class Poller:
 
 LOOPBACK = "127.0.0.1"
 
-# What a datagram to a worker says: there is a job to claim; there is something else to
-# look at; a reader wants the output of what runs.
+# What a datagram to a worker says: jobs were added; look at something else; a reader
+# wants the output of running commands.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
 PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
 
 
 def notify_workers(ports: Iterable[int], message: bytes) -> None:
-    """Wake workers; it neither waits nor fails, for what is lost costs FALLBACK_POLL.
-    """
+    """Wake workers; never waits or fails, for what is lost costs FALLBACK_POLL."""
     import socket  # 3 ms, and only if there is a worker
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -3469,8 +3461,8 @@ class Notifier:
             if self._address else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
-        """Tell the watchdog, when it is due, and a new status, once a second at most. A
-        thread would go on while the loop hangs, so the loop calls it.
+        """Tell the watchdog, when it is due, and a new status, once a second at most.
+        The worker's loop calls it: a thread would go on while the loop hangs.
         """
         now = time.monotonic()
         if now >= self._watchdog_at:
@@ -3504,8 +3496,8 @@ def stop_signals() -> list[int]:
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
-    """Have signals handled so, and written to a descriptor that wakes who polls it: one
-    that reaches another thread would not wake the main one.
+    """Handle signals so, and write them to a descriptor: a signal that reaches another
+    thread would not wake the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -3660,8 +3652,8 @@ class Ledger:
 
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
-        """Note that something happened, or took `value` seconds: for this minute, and
-        for all time (minute 0).
+        """Note, for this minute and for all time, that something happened or took
+        `value` seconds.
         """
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
@@ -3815,7 +3807,6 @@ class Ledger:
         """Change the states of jobs by verbs of MOVES; the jobs as they are then.
         Conflict, also for a unique key, before anything is written.
 
-        One statement each for rows, events and counters, whether one job ends or forty.
         Each row is guarded by the state and the claim that the job had (I1, I3). What
         follows from the state alone is set here: claim and worker (I2), the request to
         end, `waits` and rank (I7).
@@ -3884,8 +3875,8 @@ class Ledger:
             self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
     def _unblock(self, completed: Sequence[int], now: float) -> None:
-        """Lower `unmet` of the jobs that come after these; for very many the ticks do
-        it.
+        """Lower `unmet` of the jobs that come after these; very many are left to the
+        ticks.
         """
         found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
                           limit=DUE_BATCH + 1) if completed else []
@@ -4048,8 +4039,7 @@ class Ledger:
 
     def fire(self, schedule: Schedule, now: float) -> Job | None:
         """Add the job of a schedule that is due, unless its last job is not over: that
-        job, else None. Missed runs are made up by one job. Invalid where it cannot be
-        read.
+        job, else None. Invalid where the schedule cannot be read.
 
         The job and the next run are written together, so each run is taken once.
         """
@@ -4067,8 +4057,8 @@ class Ledger:
     def correct_next_run(self, schedule: Schedule, now: float) -> None:
         """Compute the next run anew, if a clock that was ahead has put it off.
 
-        As Debian's cron(8): an interval continues by the new time if the clock was set
-        back by more than a minute; a fixed time is not repeated below three hours.
+        As in Debian's cron(8), an interval follows a clock that was set back by more
+        than a minute, and a fixed time is repeated only after three hours or more.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         last_run = schedule.last_run
