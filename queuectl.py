@@ -7621,8 +7621,8 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
 
 
 # ---- 16 Page -----------------------------------------------------------------
-# The dashboard: what the server sends to a browser, whole. Its policy knows the style
-# and the script by their hashes alone, so a style= or an onclick= would do nothing.
+# The dashboard, in one reply. Its Content-Security-Policy allows the style and the
+# script by their hashes, so a style= or an onclick= would do nothing.
 
 PAGE = r'''<!doctype html>
 <html lang="en">
@@ -7636,7 +7636,7 @@ PAGE = r'''<!doctype html>
  fill=%22%233157d5%22/%3E%3Cpath d=%22M4 5h8M4 8h8M4 11h4.5%22 stroke=%22%23fff%22
  stroke-width=%221.6%22 stroke-linecap=%22round%22/%3E%3C/svg%3E">
 <style>
-/* One accent; it means "runs" and "can be pressed". Other hues are states. */
+/* One accent, for what runs and for what can be pressed. Other hues are states. */
 :root {
   color-scheme: light dark;
   --ground: light-dark(#f7f7f8, #0b0c0e); --panel: light-dark(#fff, #131417);
@@ -8109,7 +8109,7 @@ async function ask(method, path, body) {
   catch { throw new Refused("the server does not answer"); }
   const skew = Date.parse(reply.headers.get("Date")) - Date.now();
   model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
-  heard = performance.now();
+  lastContact = performance.now();
   if (reply.status === 401) logOut();
   if (reply.ok) return reply;
   const { error = `the server answered ${reply.status}`, hint, key } =
@@ -8199,17 +8199,17 @@ async function readJobs() {
 
 // ---- 5 Live: server-sent events. ----
 
-let stream = null, patience = 1000, revival = null, heard = 0;
+let stream = null, retryPause = 1000, retryTimer = null, lastContact = 0;
 
 function listen() {
-  clearTimeout(revival);
+  clearTimeout(retryTimer);
   if (stream) stream.close();
   stream = new EventSource("/api/events");
-  stream.addEventListener("open", found);
-  stream.addEventListener("error", lose);
+  stream.addEventListener("open", onConnect);
+  stream.addEventListener("error", onDisconnect);
   stream.addEventListener("status", event => {
     model.status = JSON.parse(event.data);
-    heard = performance.now();
+    lastContact = performance.now();
     showStatus(); refreshAll();
   });
   stream.addEventListener("change", event => {
@@ -8218,34 +8218,34 @@ function listen() {
   stream.addEventListener("resync", () => refreshAll());
 }
 
-function found() {
-  patience = 1000;
-  const isBack = model.link === "lost";
+function onConnect() {
+  retryPause = 1000;
+  const wasLost = model.link === "lost";
   model.link = "live";
   showConnection(); refreshAll(true);
-  if (isBack) answer("The server is back; this is how things stand now.");
+  if (wasLost) answer("The server is back; this is how things stand now.");
 }
 
 // The browser reconnects by itself, except after some errors: then we do.
-function lose() {
+function onDisconnect() {
   if (model.link === "live") model.link = "lost";
   showConnection();
   if (stream && stream.readyState !== EventSource.CLOSED) return;
-  clearTimeout(revival);
-  revival = setTimeout(reconnect, patience);
-  patience = Math.min(patience * 2, 15000);
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(reconnect, retryPause);
+  retryPause = Math.min(retryPause * 2, 15000);
 }
 
 // No event may mean a dead connection, which no error reports: ask.
 async function probe() {
-  if (model.link !== "live" || performance.now() - heard < PATIENCE) return;
+  if (model.link !== "live" || performance.now() - lastContact < PATIENCE) return;
   try { await ask("GET", "/healthz"); }
-  catch { stream.close(); lose(); }
+  catch { stream.close(); onDisconnect(); }
 }
 
 async function reconnect() {
   try { await enter(); listen(); }
-  catch { if (model.link !== "out") lose(); }
+  catch { if (model.link !== "out") onDisconnect(); }
 }
 
 async function enter() {
@@ -8263,9 +8263,9 @@ async function enter() {
 function logOut() {
   model.link = "out";
   if (stream) stream.close();
-  clearTimeout(revival);
+  clearTimeout(retryTimer);
   $("#board").hidden = $("#job").hidden = true;
-  $("#gate").hidden = false;
+  $("#logged-out").hidden = false;
   for (const node of $$(".changes, #read-only")) node.hidden = true;
   for (const dialog of $$("dialog[open]")) dialog.close();
   $("#answers").replaceChildren();
@@ -8351,8 +8351,8 @@ function tileNote(state) {
     processing: workers.length ? `of ${many(slotsOf(workers), "slot")}` : "no worker",
     completed: !(done + dead) ? "exit status 0"
       : `${Math.floor(done / (done + dead) * 1000) / 10}% this hour`,
-    failed: "will be retried", dead: "need a person",
-    cancelled: "by a person" }[state]];
+    failed: "will be retried", dead: "need attention",
+    cancelled: "by a user" }[state]];
 }
 
 function showCounts() {
@@ -8503,7 +8503,7 @@ function showCharts() {
 }
 
 // A slider lies over each chart: the minute is chosen by pointer, touch and arrow keys.
-function armChart(id) {
+function addSlider(id) {
   const read = n => { cursor[id] = n; showChart(id); };
   const slider = h("input", { type: "range", min: 0, max: 59, value: 59,
     "aria-label": CHARTS[id].label, input: () => read(Number(slider.value)),
@@ -8706,7 +8706,7 @@ const chosenRun = () => shown.job.runs.find(run => run.number === shown.run) ||
 
 async function readJob() {
   const page = shown;
-  if (!page || page.isLeft) return;
+  if (!page || page.isDeleted) return;
   try { page.job = await get(jobUrl(page.id)); }
   catch (error) {
     if (error.status !== 404) throw error;
@@ -8930,7 +8930,7 @@ async function act(method, path, body, say, question, complain = error =>
 const linked = (id, text) => [h("a", { href: jobPath(id) }, id), text];
 
 const retryJob = job => act("POST", jobUrl(job.id, "/retry"), {},
-  () => linked(job.id, " is back in line."), job.state === "completed" && [
+  () => linked(job.id, " is queued again."), job.state === "completed" && [
     `Run ${job.id} again?`, "It was completed. It runs a second time from the start.",
     "Run again", false]);
 
@@ -8946,10 +8946,10 @@ async function deleteJob(job) {
   const page = shown;
   if (!await confirmed(`Delete ${job.id}?`, "The job, its runs and its output are " +
       "removed for good.", "Delete")) return;
-  page.isLeft = true;         // it is not asked for again: it would not be found
-  page.isLeft = await act("DELETE", jobUrl(job.id), null, () =>
+  page.isDeleted = true;      // so it is not requested again: it would not be found
+  page.isDeleted = await act("DELETE", jobUrl(job.id), null, () =>
     [`${job.id} is deleted.`]);
-  if (page.isLeft && page === shown) location.hash = boardPath(filter);
+  if (page.isDeleted && page === shown) location.hash = boardPath(filter);
 }
 
 function retryAll() {
@@ -8957,8 +8957,8 @@ function retryAll() {
   const which = queue || search ? "all dead jobs that fit the filter"
     : many(model.status.jobs.dead, "dead job");
   return act("POST", "/api/dlq/retry", { queue: queue || null, search: search || null },
-    jobs => [`${many(jobs.length, "job is", "jobs are")} back in line.`], [
-      `Retry ${which}?`, "They go back in line at once, with their attempts at 0.",
+    jobs => [`${many(jobs.length, "job is", "jobs are")} queued again.`], [
+      `Retry ${which}?`, "They run again at once, with their attempts at 0.",
       "Retry them", false]);
 }
 
@@ -8971,8 +8971,8 @@ function pauseAll() {
   const isPaused = model.status.paused.includes("*");
   const verb = isPaused ? "resume" : "pause";
   return act("POST", `/api/${verb}`, {}, () => [`All queues are ${verb}d.`],
-    !isPaused && ["Pause all queues?", "No job starts until they are resumed. What " +
-                  "runs goes on.", "Pause all", false]);
+    !isPaused && ["Pause all queues?", "No job starts until they are resumed. " +
+                  "Running jobs continue.", "Pause all", false]);
 }
 
 // ---- 13 The form for a new job. ----
@@ -9013,7 +9013,7 @@ function buildForm() {
 }
 
 // The words in the dialog, and the field that they are about.
-function complainIn(dialog, { message, key }) {
+function showFormError(dialog, { message, key }) {
   setText($("[role=alert]", dialog), message);
   for (const field of $$("[name]", dialog)) {
     field.removeAttribute("aria-invalid");
@@ -9028,7 +9028,7 @@ async function submitJob(event) {
   event.preventDefault();
   const dialog = $("#enqueue"), form = event.target, submit = $("[type=submit]", form);
   if (!form.elements.command.value.trim())
-    return complainIn(dialog, { message: "There is no command.", key: "command" });
+    return showFormError(dialog, { message: "There is no command.", key: "command" });
   const filled = [...form.elements].filter(one => one.name && one.value.trim());
   const job = Object.fromEntries(filled.map(({ name, value }) =>
     [name, (PARSERS[name] || (text => text.trim()))(value)]));
@@ -9036,8 +9036,8 @@ async function submitJob(event) {
   await act("POST", "/api/jobs", job, ({ id }) => {
     dialog.close();
     form.reset();
-    return linked(id, " is in line.");
-  }, null, error => complainIn(dialog, error));
+    return linked(id, " is enqueued.");
+  }, null, error => showFormError(dialog, error));
   submit.disabled = false;
 }
 
@@ -9060,7 +9060,7 @@ function route(event) {
     shown.run = run;
     if (shown.job) { showJob(); readOutput(); }
   }
-  $("#gate").hidden = true;
+  $("#logged-out").hidden = true;
   $("#board").hidden = Boolean(shown);
   $("#job").hidden = !shown;
   if (event && id !== left && shown) {
@@ -9119,7 +9119,7 @@ function bind() {
     "#retry-all": retryAll, "#newer": () => turnPage(false),
     "#older": () => turnPage(true), "[data-close]": () => $("#enqueue").close(),
     "#enqueue-open": () => {
-      complainIn($("#enqueue"), { message: "" });
+      showFormError($("#enqueue"), { message: "" });
       $("#enqueue").showModal();
     },
     "#clear": () => {
@@ -9149,7 +9149,7 @@ function bind() {
 function start() {
   showTheme(); buildForm(); bind();
   $("#shortcut").checked = stored("shortcut") !== "off";
-  Object.keys(CHARTS).forEach(armChart);
+  Object.keys(CHARTS).forEach(addSlider);
   setInterval(tick, 1000);
   setInterval(() => {
     if (model.link === "live" && !document.hidden) refresh.history();
@@ -9180,9 +9180,9 @@ document.addEventListener("DOMContentLoaded", start);
 <div id="lost" class="notice bad" role="alert" hidden>
   <span></span><button type="button" id="reconnect">Try now</button></div>
 <div id="read-only" class="notice" hidden>
-  Read only: this login may look at everything and change nothing.</div>
+  Read only: this login can see everything and change nothing.</div>
 <main id="main" tabindex="-1">
-  <section id="gate" class="panel begin" hidden>
+  <section id="logged-out" class="panel begin" hidden>
     <h1 tabindex="-1">You are not logged in</h1>
     <p>The login belongs to one start of <code>queuectl web</code>. Open the address
       that it printed in its terminal, or start it again:</p>
@@ -9263,8 +9263,8 @@ document.addEventListener("DOMContentLoaded", start);
       <p class="none" id="no-match" hidden>No job fits this filter.</p>
       <div class="begin" id="begin" hidden>
         <p>The queue is empty. To begin, in a terminal:</p>
-        <ol><li>Hand over a command<pre>queuectl enqueue 'echo Hello World'</pre></li>
-          <li>Start a worker that runs it<pre>queuectl worker start</pre></li></ol>
+        <ol><li>Enqueue a command<pre>queuectl enqueue 'echo Hello World'</pre></li>
+          <li>Start a worker to run it<pre>queuectl worker start</pre></li></ol>
       </div>
       <nav class="pager" id="pager" aria-label="Pages of jobs">
         <span class="quiet small"></span>

@@ -8056,13 +8056,13 @@ class Browser(Processes):
         self.see_text("#failures li", "job-3", "exit status 1: no such table: t2")
         self.click("#counts a", "dead")
         self.click("#jobs tr:first-child button", "Retry")
-        self.see_text("#answers", "job-3 is back in line.")
+        self.see_text("#answers", "job-3 is queued again.")
         self.see("return document.querySelectorAll('#jobs tbody tr').length === 2")
         open(self.path_of("good"), "w").close()
         self.click("#retry-all", "Retry all 2 dead")
         self.see_text("#question", "Retry 2 dead jobs?")
         self.click("#question button", "Retry them")
-        self.see_text("#answers", "2 jobs are back in line.")
+        self.see_text("#answers", "2 jobs are queued again.")
         self.worker()
         self.see_text("#counts a", "completed", "3")
 
@@ -8167,7 +8167,7 @@ class Browser(Processes):
         self.type_into("#f-delay", "2h")
         self.chromium.press(ENTER)
         self.see_row("job-2", "echo hi", "night", "due in")
-        self.see_text("#answers", "job-2 is in line.")
+        self.see_text("#answers", "job-2 is enqueued.")
         self.assertEqual(self.focus(), "enqueue-open")
 
     def test_queues_are_paused_and_resumed(self):
@@ -8215,7 +8215,7 @@ class Browser(Processes):
         self.see_text("#lost", "The server does not answer.")
         self.web("--port", port, QUEUECTL_TOKEN="another-token-of-length")
         self.chromium.run("document.querySelector('#reconnect').click()")
-        self.see_text("#gate", "You are not logged in", "queuectl web")
+        self.see_text("#logged-out", "You are not logged in", "queuectl web")
 
     def test_a_login_that_may_only_read_shows_nothing_to_change(self):
         self.add("true", delay=3600)
