@@ -119,7 +119,6 @@ if TYPE_CHECKING:
     import concurrent.futures as futures
     import socket
     import ssl
-    from queue import Queue as Pieces
     from collections.abc import (
         Callable, Collection, Iterable, Iterator, Mapping, Sequence)
     from typing import Any, TextIO, TypeVar
@@ -10117,10 +10116,9 @@ HEADERS = (
 
 # ---- 19 Server ---------------------------------------------------------------
 # Connections, event streams, TLS. The main thread accepts until a signal comes; each
-# connection has a thread with http.server's handler; one more thread feeds the event
-# streams while there are any. Nothing waits without a bound, neither for the database
-# nor for a client, and no connection holds a transaction while it waits for the network
-# (I10).
+# connection has a thread with http.server's handler. Nothing waits without a bound,
+# neither for the database nor for a client, and no connection holds a transaction while
+# it waits for the network (I10).
 
 MAX_CONNECTIONS = 100       # each has a thread
 MAX_ANONYMOUS = 2           # unauthenticated requests that are answered at once
@@ -10133,176 +10131,77 @@ LINGER_SECONDS = 1          # so that a refusal is read before the connection br
 ACCEPT_PAUSE = 0.05         # seconds, when there are no descriptors left
 STOP_SECONDS = 1            # for the replies under way when the server stops
 KEEP_ALIVE = 15             # seconds between comments in an idle stream
-MAX_STREAMS = 32            # open at once; each has a thread
-FEED_TICK = 0.2             # seconds between two looks of the feed
+MAX_STREAMS = 32            # event streams that are open at once
+FEED_TICK = 0.2             # seconds between two looks of a stream
 STATUS_PAUSE = 0.5          # seconds between two status events
 STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
 FEED_BATCH = 1000           # changes sent one by one; for more, one `resync`
-FEED_PIECES = 50            # that a stream may be behind: 10 s or more
 
 
-def sse(event: str, value: Any, seq: int | None = None) -> bytes:
+def sse(event: str, value: Any, seq: int) -> bytes:
     """One server-sent event; browsers return the last `id` when they reconnect."""
-    head = "" if seq is None else f"id: {seq}\n"
-    return f"{head}event: {event}\ndata: {dumps(value, None)}\n\n".encode()
+    return f"id: {seq}\nevent: {event}\ndata: {dumps(value, None)}\n\n".encode()
 
 
-def _changes(events: Sequence[Event]) -> bytes:
-    return b"".join(sse("change", event_object(event), event.seq) for event in events)
+def event_stream(queue: Queue, last: int,
+                 clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+    """Server-sent events: what has changed since the previous look, or b"".
 
-
-class Feed:
-    """Server-sent events: one thread reads the database for all streams.
-
-    A stream is a bounded queue, which its client's thread empties: a slow client delays
-    nobody, and one that falls behind is dropped and reconnects. No change is sent twice
-    or left out: its `seq` grows in the order of commits, and one lock guards both
-    joining at a seq and adding the news up to the next seq to all streams.
+    First the changes after `last` (-1: from now on), then also the status, at times and
+    where it differs. `queue` belongs to this stream: `changes` counts only commits of
+    other connections (SQLite, PRAGMA data_version).
     """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()   # guards these; held for moments
-        self._streams: set[Pieces[bytes]] = set()
-        self._is_watching = self._is_over = False
-        self._seq = 0                   # the last change in the streams
-        # Only for the thread:
-        self._seen = -1                 # `changes` of the database at the last look
-        self._is_stale = False          # something has changed since the last status
-        self._status, self._status_at = b"", -math.inf
-
-    def join(self, queue: Queue, last: int) -> tuple[Pieces[bytes], bytes]:
-        """A new stream and how it begins: the changes after `last` (-1: none), then the
-        status; Refused.
-        """
-        import queue as queues
-        with self._lock:
-            if self._is_over or len(self._streams) >= MAX_STREAMS:
-                raise denied(503, "the server is stopping" if self._is_over else
-                             f"{MAX_STREAMS} event streams are open already",
-                             "come again later", ("Retry-After", "10"))
-            if not self._is_watching:
-                self._seq = queue.last_event()
-                threading.Thread(target=self._watch, daemon=True).start()
-                self._is_watching = True
-            start, stream = self._seq, cast("Pieces[bytes]", queues.Queue(FEED_PIECES))
-            self._streams.add(stream)
-        try:
-            events = queue.events_since(last, FEED_BATCH + 1) if last >= 0 else []
-            # The stream brings later ones. A client that has seen more than there is
-            # knew another database, such as one before a backup was restored.
-            missed = _changes([event for event in events if event.seq <= start])
-            if last > start or len(events) > FEED_BATCH:
-                missed = sse("resync", {})
-            return stream, (b"retry: 2000\n\n" + missed + sse(
-                "status", status_object(queue.status()), start))
-        except BaseException:
-            self.leave(stream)
-            raise
-
-    def leave(self, stream: Pieces[bytes]) -> None:
-        with self._lock:
-            self._streams.discard(stream)
-
-    def take(self, stream: Pieces[bytes], seconds: float) -> bytes | None:
-        """The next piece; b"" after so many seconds without one, None at the end."""
-        import queue as queues
-        piece = b""
-        with contextlib.suppress(queues.Empty):
-            piece = stream.get(timeout=seconds)
-        with self._lock:
-            return piece if stream in self._streams else None
-
-    def stop(self) -> None:
-        """End all streams, for good."""
-        with self._lock:
-            self._is_over = True
-            self._end_streams()
-
-    def _end_streams(self) -> None:
-        ended, self._streams = self._streams, set()
-        for stream in ended:
-            if stream.empty():
-                stream.put_nowait(b"")      # its client's thread waits
-
-    def _watch(self) -> None:
-        """The thread: `join` starts it, and it ends with the last stream.
-
-        If the database fails or was replaced, all streams end: their clients reconnect
-        and are told why.
-        """
-        is_wanted, self._seen = True, -1
-        try:
-            with Queue(self._path, create=False) as queue:
-                while is_wanted and queue.store.db.is_in_place():
-                    self.add(*self.look(queue, self._seq, time.monotonic()))
-                    time.sleep(FEED_TICK)
-                    with self._lock:    # a later `join` starts another thread
-                        is_wanted = bool(self._streams) and not self._is_over
-                        self._is_watching = is_wanted
-        except QueueError:
-            pass
-        finally:
-            if is_wanted:
-                with self._lock:
-                    self._is_watching = False
-                    self._end_streams()
-
-    def add(self, piece: bytes, seq: int) -> None:
-        """Add the news up to `seq` to all streams; drop those that are too far behind.
-        """
-        with self._lock:
-            self._seq = seq
-            if piece:
-                self._streams = {one for one in self._streams if not one.full()}
-                for stream in self._streams:
-                    stream.put_nowait(piece)
-
-    def look(self, queue: Queue, seq: int, now: float) -> tuple[bytes, int]:
-        """What has changed since `seq`, at times also the status; and the last seq.
-
-        `changes` is read first: what is committed after it is found at the next look.
-        It counts only other connections' commits (SQLite, PRAGMA data_version), so
-        `queue` belongs to the feed alone.
-        """
-        changes, news = queue.store.changes(), b""
-        if changes != self._seen:
-            self._seen, self._is_stale = changes, True
+    seen, shown_at, is_stale = -1, -math.inf, False
+    shown: dict[str, Any] = {}
+    seq, news = queue.last_event(), b"retry: 2000\n\n"
+    if last > seq:      # of another database, such as before a backup was restored
+        news += sse("resync", {}, seq)
+    elif last >= 0:
+        seq = last
+    while True:
+        # Read first: what is committed after it is found at the next look.
+        changes = queue.store.changes()
+        if changes != seen:
+            seen, is_stale = changes, True
             events = queue.events_since(seq, FEED_BATCH + 1)
             if len(events) > FEED_BATCH:
                 seq = queue.last_event()
-                news = sse("resync", {}, seq)
+                news += sse("resync", {}, seq)
             elif events:
-                seq, news = events[-1].seq, _changes(events)
-        if now >= self._status_at + (STATUS_PAUSE if self._is_stale else STATUS_EVERY):
-            status = sse("status", status_object(queue.status()))
-            news += status if status != self._status else b""
-            self._status, self._status_at, self._is_stale = status, now, False
-        return news, seq
+                seq = events[-1].seq
+                news += b"".join(sse("change", event_object(one), one.seq)
+                                 for one in events)
+        now = clock()
+        if now >= shown_at + (STATUS_PAUSE if is_stale else STATUS_EVERY):
+            status = status_object(queue.status())
+            news += sse("status", status, seq) if status != shown else b""
+            shown, shown_at, is_stale = status, now, False
+        yield news
+        news = b""
 
 
 class Connections:
     """Who is connected. When there are MAX_CONNECTIONS, the next one replaces the
-    client that has been idle for longest. An authenticated client is not idle, but
-    busy, until it is answered.
+    client that has been idle for longest. An authenticated client is busy, not idle,
+    until it is answered.
 
     To drop a client is to shut down its socket, which ends its thread's read or write
     at once; the thread closes it.
     """
-    _BUSY, _DROPPED = math.inf, -math.inf
+    DROPPED, STREAM, BUSY = -math.inf, 1e300, math.inf
 
     def __init__(self) -> None:
         self._lock = threading.Lock()       # held for moments
-        self._since: dict[socket.socket, float] = {}    # when it became idle, or these
+        self._since: dict[socket.socket, float] = {}    # idle since then, or a state
 
     def enter(self, sock: socket.socket) -> bool:
-        """Add one; return False if all others are busy."""
+        """Add one; return False if no other is idle."""
         with self._lock:
-            live = [one for one, since in self._since.items() if since > self._DROPPED]
+            live = [one for one, since in self._since.items() if since > self.DROPPED]
             if len(live) >= MAX_CONNECTIONS:
                 longest = min(live, key=self._since.__getitem__)
                 # Dropped ones have threads for a moment: these must not grow unbounded.
-                if self._since[longest] == self._BUSY \
+                if self._since[longest] >= self.STREAM \
                         or len(self._since) >= 3 * MAX_CONNECTIONS:
                     return False
                 self._drop(longest)
@@ -10311,56 +10210,56 @@ class Connections:
 
     def _drop(self, sock: socket.socket) -> None:
         import socket as sockets
-        self._since[sock] = self._DROPPED
+        self._since[sock] = self.DROPPED
         # Not SSLSocket.shutdown(), which removes TLS while the thread reads or writes.
         with contextlib.suppress(OSError):
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
-    def mark(self, sock: socket.socket, is_busy: bool) -> None:
-        """It is busy, or idle from now on; ConnectionError if it was dropped."""
+    def mark(self, sock: socket.socket, state: float) -> None:
+        """ConnectionError if it was dropped; Refused for one stream too many."""
         with self._lock:
-            if self._since[sock] == self._DROPPED:
+            if self._since[sock] == self.DROPPED:
                 raise ConnectionError
-            self._since[sock] = self._BUSY if is_busy else time.monotonic()
+            streams = list(self._since.values()).count(self.STREAM)
+            if state == self.STREAM and streams >= MAX_STREAMS:
+                raise denied(503, f"{MAX_STREAMS} event streams are open already",
+                             "close one", ("Retry-After", "10"))
+            self._since[sock] = state
 
     def leave(self, sock: socket.socket) -> None:
         with self._lock:
             self._since.pop(sock, None)
 
-    def drop_idle(self) -> bool:
-        """Drop all that are idle; return True if any is busy."""
+    def drop_all(self) -> bool:
+        """Drop all that are not busy; return True if any is."""
         with self._lock:
             for sock, since in list(self._since.items()):
-                if self._DROPPED < since < self._BUSY:
+                if self.DROPPED < since < self.BUSY:
                     self._drop(sock)
-            return self._BUSY in self._since.values()
+            return self.BUSY in self._since.values()
 
 
 class Service:
     """What all connections share."""
 
     def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
-        self.site, self.log = site, log
-        self.connections, self.feed = Connections(), Feed(path)
-        self._path, self._anonymous = path, threading.Semaphore(MAX_ANONYMOUS)
+        self.site, self.path, self.log = site, path, log
+        self.connections = Connections()
+        self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
 
-    def answer(self, route: Route, request: Request, sock: socket.socket) -> tuple[
-            Reply, Pieces[bytes] | None]:
-        """The reply to an admitted request, and its event stream; ConnectionError.
+    def answer(self, route: Route, request: Request, sock: socket.socket) -> Reply:
+        """The reply to an admitted request; ConnectionError.
 
         Each request opens the database (0.6 ms), so one that waits for the write lock
         delays no other, and closes it before anything is sent.
         """
-        stream = None
         with contextlib.nullcontext() if request.role else self._anonymous:
-            self.connections.mark(sock, bool(request.role))
+            self.connections.mark(sock, self.connections.BUSY if request.role
+                                  else time.monotonic())
             try:
-                with Queue(self._path, create=False) as queue:
+                with Queue(self.path, create=False) as queue:
                     queue.store.db.patience = WEB_PATIENCE
                     reply = respond(route, queue, request)
-                    if reply.follows is not None and request.method != "HEAD":
-                        stream, begin = self.feed.join(queue, reply.follows)
-                        reply = reply._replace(body=begin)
             except QueueError as error:
                 reply = refusal_reply(error)
             except Exception:   # a bug: this client is told, others go on
@@ -10369,14 +10268,7 @@ class Service:
                 reply = refusal_reply(denied(500, "internal error"))
         if reply.said:
             self.log(reply.said)
-        return reply, stream
-
-    def stop(self) -> None:
-        """End the streams and idle connections; give the others a moment."""
-        self.feed.stop()
-        end = time.monotonic() + STOP_SECONDS
-        while self.connections.drop_idle() and time.monotonic() < end:
-            time.sleep(0.01)
+        return reply
 
 
 def _handler_class(service: Service, is_tls: bool) -> type:
@@ -10400,8 +10292,9 @@ def _handler_class(service: Service, is_tls: bool) -> type:
 
         def handle_one_request(self) -> None:
             is_over = True
-            # ValueError: TLS on a socket that was closed.
-            with contextlib.suppress(OSError, ValueError):
+            # ValueError: TLS on a socket that was closed. QueueError: the database of a
+            # stream; its client reconnects and is told why.
+            with contextlib.suppress(OSError, ValueError, QueueError):
                 is_over = not self.reader.wait(KEEP_SECONDS) or self.converse()
             self.close_connection = is_over
 
@@ -10409,18 +10302,14 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             """Read and answer one request; return True if it was the last."""
             self.command, self.is_last, self.is_unread = "", True, True
             try:
-                reply, stream = self.reply()
+                reply = self.reply()
             except QueueError as refusal:
-                reply, stream = refusal_reply(refusal), None
-            self.is_last = self.is_last or self.is_unread or stream is not None
-            try:
-                self.send_reply(reply)
-                if stream is not None:
-                    self.send_events(stream)
-            finally:
-                if stream is not None:
-                    service.feed.leave(stream)
-            service.connections.mark(self.request, is_busy=False)
+                reply = refusal_reply(refusal)
+            self.is_last = self.is_last or self.is_unread
+            self.send_reply(reply)
+            if reply.follows is not None and self.command != "HEAD":
+                self.send_events(reply.follows)
+            service.connections.mark(self.request, time.monotonic())
             if self.is_unread:
                 # Closing a socket with unread input resets the connection, which may
                 # overtake the reply (RFC 9112, section 9.6).
@@ -10428,8 +10317,8 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 self.reader.drain(LINGER_SECONDS)
             return self.is_last
 
-        def reply(self) -> tuple[Reply, Pieces[bytes] | None]:
-            """Read a request (its body only if admitted) and answer it; QueueError."""
+        def reply(self) -> Reply:
+            """Read a request (the body only if admitted), and answer it; QueueError."""
             head = self.reader.head(HEAD_SECONDS)
             if not re.fullmatch(HEAD_FORM, head):
                 raise Invalid("that is not HTTP/1.1", "see RFC 9112")
@@ -10446,10 +10335,10 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             admitted = admit(service.site, Request(
                 self.command, self.path, headers, b"", str(self.client_address[0])))
             if isinstance(admitted, Reply):
-                return admitted, None
+                return admitted
             route, request = admitted
             if request.role:
-                service.connections.mark(self.request, is_busy=True)
+                service.connections.mark(self.request, Connections.BUSY)
             if size:
                 if route.method == "GET":   # some of these need no token
                     raise denied(413, "that takes no body", "send none")
@@ -10459,7 +10348,11 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 if len(request.body) < size:
                     raise Invalid("the body ends too soon")
                 self.is_unread = False
-            return service.answer(route, request, self.request)
+            reply = service.answer(route, request, self.request)
+            if reply.follows is not None and self.command != "HEAD":
+                service.connections.mark(self.request, Connections.STREAM)
+                self.is_last = True
+            return reply
 
         def handle_expect_100(self) -> bool:
             return True     # not yet: `read_request` asks for the body
@@ -10488,21 +10381,22 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             for at in range(0, len(whole), READ_SIZE):
                 self.request.sendall(whole[at:at + READ_SIZE])
 
-        def send_events(self, stream: Pieces[bytes]) -> None:
-            """Send what comes, and comments while nothing does, until either side ends;
+        def send_events(self, last: int) -> None:
+            """Send what is new, and comments while nothing is, until either side ends;
             proxies cut idle connections (HTML, "Server-sent events").
             """
-            sent_at = time.monotonic()
-            poller = select.poll()
+            poller, sent_at = select.poll(), time.monotonic()
             poller.register(self.request, select.POLLIN)
-            while not poller.poll(0):   # it has nothing to say: any input is its end
-                piece = service.feed.take(stream, 1.0)
-                if piece is None:
-                    return
-                if piece or time.monotonic() >= sent_at + KEEP_ALIVE:
-                    self.request.settimeout(SEND_SECONDS)
-                    self.request.sendall(piece or b":\n\n")
-                    sent_at = time.monotonic()
+            with Queue(service.path, create=False) as queue:
+                for piece in event_stream(queue, last):
+                    if piece or time.monotonic() >= sent_at + KEEP_ALIVE:
+                        self.request.settimeout(SEND_SECONDS)
+                        self.request.sendall(piece or b":\n\n")
+                        sent_at = time.monotonic()
+                    # The client has nothing to say: any input is its end.
+                    if poller.poll(1000 * FEED_TICK) \
+                            or not queue.store.db.is_in_place():
+                        return
 
     return Handler
 
@@ -10646,7 +10540,9 @@ def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None
                 listener.handle_request()
         finally:
             listener.server_close()
-            service.stop()
+            end = time.monotonic() + STOP_SECONDS
+            while service.connections.drop_all() and time.monotonic() < end:
+                time.sleep(0.01)
 
 
 def printed_url(site: Site, host: str, port: int) -> str:

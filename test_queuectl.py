@@ -5344,62 +5344,49 @@ class Web(Case):
             with refused("refused", status=431):
                 queuectl.Reader(sock).head(1)
 
-    def test_the_longest_idle_client_is_dropped_and_the_busy_stay(self):
+    def test_the_longest_idle_client_is_dropped_and_the_others_stay(self):
         connections, pairs = queuectl.Connections(), [self.sockets() for _ in range(3)]
         first, second, third = (pair[0] for pair in pairs)
-        others = [mock.Mock() for _ in range(queuectl.MAX_CONNECTIONS - 2)]
-        for sock in (*others, first, second):
+        busy = [mock.Mock() for _ in range(queuectl.MAX_CONNECTIONS - 2)]
+        for sock in (*busy, first, second):
             self.assertTrue(connections.enter(sock))
-            connections.mark(sock, is_busy=True)
+            connections.mark(sock, connections.BUSY)
+        connections.mark(first, connections.STREAM)
         self.assertFalse(connections.enter(third))
-        connections.mark(second, is_busy=False)
+        connections.mark(second, 5.0)
         self.assertTrue(connections.enter(third))
         self.assertEqual(pairs[1][1].recv(1), b"")      # second was dropped
-        for is_busy in (True, False):
+        for state in (connections.BUSY, 5.0):
             with self.assertRaises(ConnectionError):
-                connections.mark(second, is_busy)
-        connections.mark(third, is_busy=True)
+                connections.mark(second, state)
+        connections.mark(third, connections.BUSY)
         self.assertFalse(connections.enter(second))
-        connections.leave(first)
-        self.assertTrue(connections.enter(first))
-        self.assertTrue(connections.drop_idle())
-        self.assertEqual(pairs[0][1].recv(1), b"")
-        for sock in (*others, third):
+        self.assertTrue(connections.drop_all())
+        self.assertEqual(pairs[0][1].recv(1), b"")      # the stream ends, too
+        for sock in (*busy, third):
             connections.leave(sock)
-        self.assertFalse(connections.drop_idle())
+        self.assertFalse(connections.drop_all())
 
-    def test_a_feed_sends_changes_or_that_there_were_too_many(self):
-        feed, queue = queuectl.Feed(self.path), self.a_queue()
-        news, seq = feed.look(queue, 0, 0.0)
-        self.assertIn(b"event: status", news)
+    def test_a_stream_sends_changes_or_that_there_were_too_many(self):
+        now = 0.0
+        stream = queuectl.event_stream(self.a_queue(), -1, lambda: now)
+        self.assertRegex(next(stream), b'^retry: 2000\n\nid: 0\nevent: status\ndata: ')
         self.job(id="one")
-        news, seq = feed.look(queue, seq, 0.1)
-        self.assertEqual(news.decode(), 'id: 1\nevent: change\ndata: {"id": "one", "from": '
-                         f'null, "to": "pending", "at": "{queuectl.iso(NOON)}", "reason": '
-                         '"enqueued"}\n\n')
-        self.assertRegex(feed.look(queue, seq, 0.6)[0].decode(),
-                         '^event: status\ndata: .*"pending": 1')
-        self.assertEqual(feed.look(queue, seq, 6.0), (b"", 1))
+        now = 0.1
+        self.assertEqual(next(stream).decode(), 'id: 1\nevent: change\ndata: {"id": "one", '
+                         f'"from": null, "to": "pending", "at": "{queuectl.iso(NOON)}", '
+                         '"reason": "enqueued"}\n\n')
+        now = 0.6
+        self.assertRegex(next(stream), b'^id: 1\nevent: status\ndata: .*"pending": 1')
+        now = 6.0
+        self.assertEqual(next(stream), b"")
         self.jobs(queuectl.FEED_BATCH + 1)
-        news, seq = feed.look(queue, seq, 7.0)
-        self.assertTrue(news.startswith(b"id: 1002\nevent: resync\ndata: {}\n\n"))
-        self.assertEqual(seq, 1002)
-
-    def test_a_stream_that_is_too_far_behind_is_dropped_and_all_end_at_the_stop(self):
-        feed = queuectl.Feed(self.path)
-        slow, begin = feed.join(self.queue, -1)
-        self.assertIn(b"event: status", begin)
-        self.assertIn(b"event: status", feed.take(slow, 9))     # the thread's first look
-        quick, _ = feed.join(self.queue, -1)
-        self.assertEqual(feed.take(quick, 0.001), b"")
-        for _ in range(queuectl.FEED_PIECES + 1):
-            feed.add(b"x", 0)
-            self.assertEqual(feed.take(quick, 0), b"x")
-        self.assertIsNone(feed.take(slow, 0))
-        feed.stop()
-        self.assertIsNone(feed.take(quick, 9))
-        with refused("refused", status=503):
-            feed.join(self.queue, -1)
+        now = 7.0
+        for one in (stream, queuectl.event_stream(self.a_queue(), 0)):
+            self.assertIn(b"id: 1002\nevent: resync\ndata: {}\n\nid: 1002\nevent: status",
+                          next(one))
+        begin = next(queuectl.event_stream(self.a_queue(), 1001))
+        self.assertEqual(re.findall(b"(?m)^event: (.*)", begin), [b"change", b"status"])
 
 
 SAMPLE = r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)$'
