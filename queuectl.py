@@ -2208,9 +2208,9 @@ class Sql:
         "exit_code error waits rank claim end_requested runs at_time") + """
          WHERE seq = :seq
            AND state = :source AND COALESCE(claim, 0) = :held"""
-    EDIT = "UPDATE jobs " + _set(
-        "command priority run_at max_retries timeout queue waits rank updated_at "
-        "at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
+    EDIT = "UPDATE jobs " + _set(" ".join(
+        name for name in Job._fields if name in FIELDS and "u" in FIELDS[name].uses)
+        + " waits rank updated_at at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
     # All that wait, in pages, when `priority-ageing` is changed.
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
