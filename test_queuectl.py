@@ -1,15 +1,16 @@
 """The tests of queuectl, in the order of its sections; real processes come last.
 
 Where the tests of a section are
-     1 Words, 3 Rules . same                    13 Views ....... Views, Metrics
-     4 Cron ........... Cron                    14 Processes ... Workers, Supervised
-     5 Fields ......... Fields                  15 Worker ........ Workers, Program, Model
-     6 SQL ............ Statements              16 Page ........ Browser
-     7 SQLite ......... Files, BadGround        17 to 19 ....... Web, WebServer
-     8 Host ........... Hosts, Notices          20 Install ..... Services, Shells
-     9 Ledger ......... Promises                21 Terminal .... CommandLine, Program
-    10 Queue .......... Promises                22 Commands .... CommandLine, Program
-    11 Claims ......... Ticks, Model            23 Main ........ Completion, Shells, Program
+     1 Words .......... Words                   13 Views ....... Views, Metrics
+     3 Rules .......... Rules                   14 Processes ... Workers, Supervised
+     4 Cron ........... Cron                    15 Worker ........ Workers, Program, Model
+     5 Fields ......... Fields                  16 Page ........ Browser
+     6 SQL ............ Statements              17 to 19 ....... Web, WebServer
+     7 SQLite ......... Files, BadGround        20 Install ..... Services, Shells
+     8 Host ........... Hosts, Notices          21 Terminal .... CommandLine, Program
+     9 Ledger ......... Promises                22 Commands .... CommandLine, Program
+    10 Queue .......... Promises                23 Main ........ Completion, Shells, Program
+    11 Claims ......... Ticks, Model
     12 Check .......... Checks
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
