@@ -76,57 +76,40 @@ from queuectl import (
 
 MODULE = os.path.abspath(queuectl.__file__)
 NOON = 1_800_000_000.0
-NOBODY = 2 ** 22    # a process id that none has: the most that Linux gives is one below
-DEADLINE = 30.0     # seconds until a condition that should hold is given up
+NOBODY = 2 ** 22    # no process has this id: Linux gives at most one less
+DEADLINE = 30.0     # seconds until a condition must hold
 NEEDS_LOCKS = unittest.skipUnless(
     hasattr(fcntl, "F_OFD_SETLK"), "Python knows no locks of open files here")
 
 
 def setUpModule():
-    """A shell lets what it starts in the background ignore Ctrl+C, for ever."""
+    """What a shell starts in the background ignores Ctrl+C, and so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Telling(unittest.TestResult):
-    """Notes what a test does to its result, in words that another process can take."""
+    """Keeps what a test reports, in a form that another process can take."""
 
     def __init__(self):
         super().__init__()
         self.told = []
-
-    def startTest(self, test):
-        self.tell("startTest", test)
-
-    def stopTest(self, test):
-        self.tell("stopTest", test)
-
-    def addSuccess(self, test):
-        self.tell("addSuccess", test)
-
-    def addSkip(self, test, reason):
-        self.tell("addSkip", test, reason)
-
-    def addDuration(self, test, elapsed):
-        self.tell("addDuration", test, elapsed)
-
-    def addError(self, test, err):
-        self.tell("addError", test, "".join(traceback.format_exception(*err)))
-
-    def addFailure(self, test, err):
-        self.tell("addFailure", test, "".join(traceback.format_exception(*err)))
+        for verb in ("startTest", "stopTest", "addSuccess", "addSkip", "addDuration",
+                     "addError", "addFailure"):
+            setattr(self, verb, functools.partial(self.tell, verb))
 
     def addSubTest(self, test, subtest, err):
         if err is not None:
-            self.tell("addFailure", test, f"{subtest}\n" + "".join(
-                traceback.format_exception(*err)))
+            self.tell("addFailure", test, err, subtest)
 
-    def tell(self, verb, test, *words):
-        self.told.append((verb, test.id(), *words))
+    def tell(self, verb, test, word=None, subtest=""):
+        if isinstance(word, tuple):
+            word = f"{subtest}\n" + "".join(traceback.format_exception(*word))
+        self.told.append((verb, test.id(), *[word] * (word is not None)))
 
 
 def told_of(tests):
-    """Run the tests; what they did to their result."""
+    """Run the tests; what they reported."""
     result = Telling()
     unittest.TestSuite(tests).run(result)
     return result.told
@@ -142,13 +125,12 @@ class Abreast(unittest.TestSuite):
 
     def run(self, result, debug=False):
         tests = {test.id(): test for test in self.each(self)}
-        parts = self.parts(tests.values())
+        missing = dict(enumerate(self.parts(tests.values())))
         program()
         todo, give = os.pipe()
-        os.write(give, b"".join(number.to_bytes(2, "big") for number in range(len(parts))))
+        os.write(give, b"".join(number.to_bytes(2, "big") for number in missing))
         os.close(give)
-        workers = {self.worker(parts, todo) for _ in range(self.AT_ONCE)}
-        missing = dict(enumerate(parts))
+        workers = {self.worker(missing, todo) for _ in range(self.AT_ONCE)}
         while workers:
             for worker in multiprocessing.connection.wait(workers):
                 try:
@@ -158,12 +140,12 @@ class Abreast(unittest.TestSuite):
                     os.wait()
                     continue
                 del missing[number]
-                self.tell(result, tests, told)
+                self.report(result, tests, told)
                 if result.shouldStop:
                     os.read(todo, 65536)
         os.close(todo)
         if not result.shouldStop:
-            self.tell(result, tests, [
+            self.report(result, tests, [
                 (verb, test.id(), *words) for part in missing.values() for test in part
                 for verb, *words in (("startTest",), ("addError", "its process died"),
                                      ("stopTest",))])
@@ -171,7 +153,7 @@ class Abreast(unittest.TestSuite):
 
     @staticmethod
     def worker(parts, todo):
-        """Fork a process that runs parts while there are some; where it tells of them."""
+        """Fork a process that runs parts while there are some; the pipe for its results."""
         told, tell = multiprocessing.Pipe(duplex=False)
         if os.fork() == 0:
             try:
@@ -184,8 +166,7 @@ class Abreast(unittest.TestSuite):
         return told
 
     @staticmethod
-    def tell(result, tests, told):
-        """Do to the result what the tests did to theirs."""
+    def report(result, tests, told):
         for verb, name, *words in told:
             if verb in ("addError", "addFailure"):
                 words = [(AssertionError, AssertionError("\n" + words[0]), None)]
@@ -194,14 +175,11 @@ class Abreast(unittest.TestSuite):
 
     def each(self, suite):
         for test in suite:
-            if isinstance(test, unittest.TestSuite):
-                yield from self.each(test)
-            else:
-                yield test
+            yield from self.each(test) if isinstance(test, unittest.TestSuite) else [test]
 
     @staticmethod
     def parts(tests):
-        """Tests in lists that are run in one go, the longer ones first."""
+        """Lists of tests that are run in one process, the longer ones first."""
         together = collections.defaultdict(list)
         for test in tests:
             is_shared = type(test).setUpClass.__func__ is not \
@@ -211,7 +189,7 @@ class Abreast(unittest.TestSuite):
 
 
 def load_tests(_loader, tests, _pattern):
-    """All tests of the module; a class or a test that is named runs by itself."""
+    """All tests of the module; a named class or test runs in this process."""
     return Abreast(tests)
 
 
@@ -219,44 +197,21 @@ def load_tests(_loader, tests, _pattern):
 def program():
     """The words that start queuectl as an installed program, with its bytecode kept.
 
-    By its path each start would compile it: more than all the rest that a start does.
+    Started by its path, it would be compiled each time, which takes longest.
     """
     place = tempfile.mkdtemp(prefix="queuectl program ")
     atexit.register(shutil.rmtree, place, True)
     entry = os.path.join(place, "queuectl")
-    with open(entry, "w", encoding="utf-8") as file:
-        file.write(f"""# -*- coding: utf-8 -*-
+    write_bytes(entry, f"""# -*- coding: utf-8 -*-
 import sys
 sys.pycache_prefix, sys.dont_write_bytecode = {place!r}, False
 sys.path[0] = {os.path.dirname(MODULE)!r}
 from queuectl import main
 sys.exit(main())
-""")
-    # At once: a start that may write no whole file would leave half of the bytecode.
-    subprocess.run([sys.executable, entry, "--version"], check=True,
-                   stdout=subprocess.DEVNULL)
+""".encode())
+    # At once: a start that may not write files would leave half of the bytecode.
+    subprocess.run([sys.executable, entry, "--version"], check=True, stdout=subprocess.DEVNULL)
     return [sys.executable, entry]
-
-
-class FakeClock:
-    """A wall clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def wait_for(condition, what="the condition", seconds=DEADLINE):
-    """The condition's first true value; an error after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"waited {seconds} s in vain for {what}")
 
 
 def read_bytes(path):
@@ -270,12 +225,33 @@ def write_bytes(path, content):
         file.write(content)
 
 
+class FakeClock:
+    """A wall clock that moves only by the test."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def wait_for(condition, what="the condition", seconds=DEADLINE):
+    """The condition's first true value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {seconds} s in vain for {what}")
+
+
 def settings(**changes):
     return queuectl.settings_of({})._replace(**changes)
 
 
 def ticked(claims, free=(), ended=(), **report):
-    """A tick that the same thread commits; a slot 0 asks for a spare claim."""
+    """A tick, committed by this thread; slot 0 asks for a spare claim."""
     report = queuectl.Report(dict(ended), **{"is_heartbeat": True, **report})
     tick = wait_for(lambda: claims.tick(report, free), "the lock")
     try:
@@ -291,19 +267,18 @@ def ticked(claims, free=(), ended=(), **report):
 
 
 def note_start(claims, claim):
-    """Leave word, as a worker does, that the command of a run has been started."""
+    """Record that the command of a run was started, as a worker does."""
     if claims.lock >= 0:
         claims._host.locks.note(claims.lock, claims.worker.id, claim, NOBODY,
                                 queuectl.boot_time())
 
 
 def ids(jobs):
-    """Their ids; those of the jobs, if they are claims."""
+    """The ids of jobs, or of the jobs of claims."""
     return [getattr(one, "job", one).id for one in jobs]
 
 
 def output_of(text):
-    """What a command has printed so far."""
     output = Output(99)
     output.feed(text)
     return output
@@ -312,8 +287,8 @@ def output_of(text):
 class Case(unittest.TestCase):
     """Each test has a directory, a database and a clock that it moves.
 
-    Its queue and worker are made when they are used first. At the end that queue has to
-    be sound, unless the test has spoiled it.
+    Its queue and worker are made at first use. At the end that queue must be sound,
+    unless the test has spoiled it.
     """
 
     def setUp(self):
@@ -380,12 +355,11 @@ class Case(unittest.TestCase):
             self.assertEqual(History(queue.path).violations(), [])
 
     def do(self, sql, **values):
-        """Run a statement that changes the database."""
         with self.queue.store.transaction() as store:
             store.do(sql, values)
 
     def spoil(self, sql):
-        """The same, for one that leaves it unsound."""
+        """Run a statement that leaves the database unsound."""
         self.is_spoiled = True
         self.do(sql)
 
@@ -400,7 +374,7 @@ class Case(unittest.TestCase):
             for one in these])
 
     def job_in(self, state):
-        """A job that came to a state on the ways of the queue itself."""
+        """A job that reached the state by the queue's own methods."""
         job = self.job(max_retries=1 if state == DEAD else 2)
         if state == CANCELLED:
             self.queue.cancel(job.id)
@@ -415,12 +389,12 @@ class Case(unittest.TestCase):
         return self.queue.job(job_id).state
 
     def tick(self, free=0, ended=(), by=None, **report):
-        """A tick of a worker that has so many slots free, or these."""
+        """A tick of a worker; `free`: how many slots, or their numbers."""
         free = range(1, free + 1) if isinstance(free, int) else free
         return ticked(by or self.claims, free, ended, **report)
 
     def claim(self, by=None):
-        """Claim the first in line."""
+        """Claim the next job."""
         return self.tick(1, by=by).claims[0]
 
     def end(self, runs, how=0, by=None, free=0):
@@ -434,7 +408,7 @@ class Case(unittest.TestCase):
             for one in (runs if isinstance(runs, list) else [runs])}, by)
 
     def run_next(self, how=0, by=None):
-        """Claim the first in line and end its run."""
+        """Claim the next job and end its run."""
         claim = self.claim(by)
         self.end(claim, how, by)
         return claim
@@ -445,15 +419,13 @@ class Case(unittest.TestCase):
         note_start(self.claims, begun)
         return begun
 
-    # What becomes of workers and their runs.
-
     def leave_behind(self, claims):
-        """The worker is as one that died: no lock, and by its row of an earlier boot."""
+        """Make the worker look dead: no lock, and a row of an earlier boot."""
         let_go(claims.lock)
         self.do("UPDATE workers SET boot = 'earlier' WHERE id = :id", id=claims.worker.id)
 
     def lose(self, claim):
-        """The worker of a run dies; another one records it."""
+        """The worker of a run dies; another worker records it."""
         claim.release()
         return queuectl.Peers(self.queue).record(self.queue.run(claim.job.id))
 
@@ -477,18 +449,18 @@ class Case(unittest.TestCase):
 
 
 def let_go(lock):
-    """Close the descriptor of a lock; there are no such locks everywhere."""
+    """Close the descriptor of a lock; some platforms have no such locks."""
     if lock >= 0:
         os.close(lock)
 
 
 def is_running(pid):
-    """Whether the process lives; a zombie whose parent does not reap it does not."""
+    """Whether the process lives; a zombie does not."""
     return bool(queuectl._stat_fields(int(pid)))
 
 
 def child_of(pid):
-    """The worker of a supervisor, or what else is its only child; None: it has none."""
+    """The only child of a process, such as the worker of a supervisor; None: it has none."""
     for name in os.listdir("/proc"):
         if name.isdigit() and queuectl._stat_fields(int(name))[1:2] == [b"%d" % pid]:
             return int(name)
@@ -496,7 +468,7 @@ def child_of(pid):
 
 
 def members(path):
-    """The processes of runs of a queue, by their environment."""
+    """The processes of a queue's runs, by their environment."""
     mark, claim = b"QUEUECTL_DB=" + os.fsencode(path) + b"\0", b"QUEUECTL_CLAIM="
     environs = {pid: queuectl._read(f"/proc/{pid}/environ") for pid in queuectl._pids()}
     return [pid for pid, environ in environs.items()
@@ -522,9 +494,9 @@ def run_cli(*argv):
 
 
 class refused:
-    """Holds that a QueueError of that code ends the block; it is kept as `error`.
+    """Asserts that a QueueError of that code ends the block, and keeps it as `error`.
 
-    `words` is looked for in its text, and `facts` are its attributes.
+    `words` is a pattern in its text, `facts` are its attributes.
     """
 
     def __init__(self, code, words="", **facts):
