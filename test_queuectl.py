@@ -12000,7 +12000,7 @@ JUDGES = (Words, Rules, Cron, Fields, Statements, Files, Hosts, Notices, Promise
           Workers, Views, Web, Metrics, CommandLine, Completion)
 SECTION_JUDGES = {"Worker": (Program,), "Claims": (Model,), "SQL": (Model,)}   # also
 JUDGE_SECONDS = 20.0    # of tests, quickest first, that a mutant has to survive
-JUDGE_PATIENCE = 40     # seconds for a test, looked at twice, that is to be a judge
+JUDGE_PATIENCE = 40     # seconds for a test, run twice, that is to be a judge
 
 OTHERS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
           ast.In: ast.NotIn, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Break: ast.Continue}
@@ -12067,7 +12067,7 @@ def shown(node):
 def other_trees(parent, statement, words=True):
     """Change each node below in each way, for the time of a step: (what, statement).
 
-    An operator, a name and a number are told by what they stand in. Texts of messages
+    An operator, a name and a number are shown with their parent. Texts of messages
     decide nothing.
     """
     for field, holder, key in list(places(parent)):
@@ -12090,7 +12090,7 @@ def other_trees(parent, statement, words=True):
 
 
 class Met:
-    """The lines of the module that this process meets; and its forks, by a file."""
+    """The lines of the module that this process meets, and its forks, by a file."""
     lines, file = set(), None
 
     @classmethod
@@ -12114,7 +12114,7 @@ class Met:
     def by(cls, test):
         """The lines that a test meets; none if it fails."""
         cls.lines, cls.file = set(), os.path.join(tempfile.tempdir, "lines")
-        open(cls.file, "w").close()
+        write_bytes(cls.file, b"")
         threading.settrace(cls.trace)
         sys.settrace(cls.trace)
         try:
@@ -12122,15 +12122,14 @@ class Met:
         finally:
             sys.settrace(None)
             threading.settrace(None)
-        with open(cls.file) as file:
-            return cls.lines.union(map(int, file)) if passed else set()
+        return cls.lines.union(map(int, read_bytes(cls.file).split())) if passed else set()
 
 
 class Inside(subprocess.Popen):
     """Runs our own program in a fork of this process: at once, and as changed here."""
 
     def __init__(self, args, *rest, **options):
-        if args[:2] == [sys.executable, MODULE]:
+        if args[:2] == program():
             options["preexec_fn"] = functools.partial(
                 self._run, args[2:], options.get("env"), options.get("preexec_fn"),
                 options.get("pass_fds", ()))
@@ -12150,13 +12149,18 @@ class Inside(subprocess.Popen):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdin, sys.stdout, sys.stderr = (
             open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+        leave = os._exit
+
+        def save_and_leave(status):
+            Met.save()
+            leave(status)
+        os._exit = save_and_leave       # also of a worker, the child of its supervisor
         try:
             code = queuectl.main(argv)
         except SystemExit as end:
             code = end.code
         finally:
             sys.stdout.flush()
-            Met.save()
             os._exit(code)
 
 
@@ -12181,47 +12185,39 @@ def forked(work):
         finally:
             os._exit(1)
     status = os.waitpid(pid, 0)[1]
-    with contextlib.suppress(ChildProcessError):    # what it left comes to us: see below
+    with contextlib.suppress(ChildProcessError):    # this process is the subreaper
         while True:
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                for left in file.read().split():
-                    os.kill(int(left), signal.SIGKILL)
+            kill(*map(int, read_bytes(f"/proc/self/task/{os.getpid()}/children").split()))
             os.waitpid(-1, 0)
     for name in os.listdir(tempfile.tempdir):
-        if name.startswith("queuectl"):
+        if name.startswith("queuectl test"):
             shutil.rmtree(os.path.join(tempfile.tempdir, name), True)
     return status
 
 
 def judged(classes):
     """[(seconds, test, the lines that it meets)] of the tests that pass, quickest first."""
-    tests = [test for one in classes
-             for test in unittest.defaultTestLoader.loadTestsFromTestCase(one)]
-    told = os.path.join(tempfile.tempdir, "told")
+    told, found = os.path.join(tempfile.tempdir, "told"), []
 
-    def look(n):
+    def look(test):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(JUDGE_PATIENCE)
         begun = time.monotonic()
-        if passes(tests[n]):
+        if passes(test):
             took = time.monotonic() - begun
-            met = json.dumps([took, *Met.by(tests[n])])
-            with open(told, "w") as file:
-                file.write(met)
+            write_bytes(told, json.dumps([took, *Met.by(test)]).encode())
         return 0
-    found = []
-    for n, test in enumerate(tests):    # a fork each: no cache may know the right answer
-        with open(told, "w") as file:
-            file.write("[0]")
-        forked(functools.partial(look, n))
-        with open(told) as file:
-            took, *lines = json.load(file)
-        found.append((took, n, test, frozenset(lines)))
-    return [(took, test, lines) for took, _, test, lines in sorted(found) if lines]
+    for one in classes:
+        for test in unittest.defaultTestLoader.loadTestsFromTestCase(one):
+            write_bytes(told, b"[0]")   # a fork each: no cache may know the right answer
+            forked(functools.partial(look, test))
+            took, *lines = json.loads(read_bytes(told))
+            found.append((took, test, frozenset(lines)))
+    return sorted((one for one in found if one[2]), key=lambda one: one[0])
 
 
 def survives(mutant, tests):
-    """Whether no test notices; one that takes far too long does."""
+    """Whether no test notices; a test that takes far too long does notice."""
     def work():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         mutant.make()
@@ -12264,20 +12260,21 @@ def code_mutants(tree, section_of, names):
         for function in node.body:
             if isinstance(function, ast.FunctionDef) and section_of(function.lineno) in names:
                 function.decorator_list = []
-                place = function.name if owner is queuectl \
-                    else f"{owner.__name__}.{function.name}"
+                place = function.name if owner is queuectl else f"{owner.__name__}.{function.name}"
                 for what, own in other_trees(function, function):
                     last = own.end_lineno if own is function or not hasattr(own, "body") \
                         else max(own.lineno, own.body[0].lineno - 1)
-                    yield Mutant(section_of(own.lineno), place, what,
-                                 range(own.lineno, last + 1),
+                    yield Mutant(section_of(own.lineno), place, what, range(own.lineno, last + 1),
                                  changed_function(owner, function))
 
 
-def sql_mutants(tree, users):
+def sql_mutants(tree):
     """Mutants of the statements, judged where they are used."""
-    [table] = [node for node in tree.body if getattr(node, "name", "") == "Sql"]
-    for node in table.body:
+    users = collections.defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("Sql", "cls"):
+            users[node.attr].add(node.lineno)
+    for node in definition("Sql", tree).body:
         name = getattr(getattr(node, "targets", [None])[0], "id", "")
         text = getattr(queuectl.Sql, name, None)
         if not isinstance(text, str) or name == "SCHEMA" or text.startswith("PRAGMA"):
@@ -12285,57 +12282,49 @@ def sql_mutants(tree, users):
         for old, new in OTHER_SQL:
             for found in re.finditer(old, text):
                 other = found.expand(new) if isinstance(new, str) else new(found)
-                if other == found[0]:
-                    continue
-                yield Mutant("SQL", name, f"{found[0].strip()} -> {other}",
-                             users[name], functools.partial(
-                    setattr, queuectl.Sql, name,
-                    text[:found.start()] + other + text[found.end():]))
+                if other != found[0]:
+                    yield Mutant("SQL", name, f"{found[0].strip()} -> {other}", users[name],
+                                 functools.partial(setattr, queuectl.Sql, name,
+                                                   text[:found.start()] + other + text[found.end():]))
 
 
 def mutants(names):
-    """The mutants of some sections; and by section how many changes outside of functions are not tried."""
-    source = inspect.getsource(queuectl)
-    tree = ast.parse(source)
+    """(mutants of some sections, how many changes outside of functions are not tried)."""
+    source, tree = inspect.getsource(queuectl), copy.deepcopy(module_tree())
     banners = [(source.count("\n", 0, found.start()) + 1, found[1])
                for found in re.finditer(r"^# ---- \d+ (\w+) -+$", source, re.M)]
 
     def section_of(line):
         return [name for start, name in [(0, ""), *banners] if start <= line][-1]
-    users = collections.defaultdict(set)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("Sql", "cls"):
-            users[node.attr].add(node.lineno)
     blocks = [tree, *(node for node in tree.body
                       if isinstance(node, ast.ClassDef) and node.name != "Sql")]
     bare = ast.Module([node for block in blocks for node in block.body if not isinstance(
         node, (ast.FunctionDef, ast.ClassDef, ast.If))], [])
     untried = collections.Counter(
         section_of(own.lineno) for _, own in other_trees(bare, bare.body[0]))
-    return itertools.chain(code_mutants(tree, section_of, names), sql_mutants(
-        tree, users) if "SQL" in names else ()), untried
+    return itertools.chain(code_mutants(tree, section_of, names),
+                           sql_mutants(tree) if "SQL" in names else ()), untried
 
 
 def explained():
     """{(section, function or statement, change): why no test notices, or none should}."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "survivors.tsv")
-    with open(path, encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file if line[0] != "#"]
+    rows = [line.split("\t") for line in read_bytes(path).decode().splitlines() if line[0] != "#"]
     return {tuple(row[:3]): row[3] for row in rows}
 
 
 def mutate(names, scale, seed):
-    """Try a share of the mutants of some sections: what survives unexplained, a table."""
+    """Try a share of the mutants of some sections: those that survive unexplained, a table."""
     names, chance, known = names or DECIDING, random.Random(seed), explained()
-    with contextlib.suppress(OSError, AttributeError):  # orphans come to us, who end them
+    with contextlib.suppress(OSError, AttributeError):  # orphans become our children
         import ctypes
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    program()       # before the forks, which share it
     tempfile.tempdir = tempfile.mkdtemp(prefix="queuectl mutants ", dir=FAST)
     begun, (all_mutants, untried) = time.monotonic(), mutants(names)
-    judges = {None: judged(JUDGES)}
-    for name in names:
-        judges[name] = judges[None] + judged(SECTION_JUDGES.get(name, ()))
-    print(f"{len(judges[None])} tests looked at in {time.monotonic() - begun:.0f} s")
+    common = judged(JUDGES)
+    judges = {name: common + judged(SECTION_JUDGES.get(name, ())) for name in names}
+    print(f"{len(common)} tests looked at in {time.monotonic() - begun:.0f} s")
     figures, stale = {name: collections.Counter() for name in names}, set(known)
     for mutant in all_mutants:
         if chance.random() > scale:
@@ -12364,7 +12353,7 @@ def mutate(names, scale, seed):
               f"{count['explained']:10} {count['survived']:9} {count['untouched']:10} "
               f"{untried[name]:10}")
     print(f"in {time.monotonic() - begun:.0f} s")
-    return sum(count["survived"] + count["untouched"] for count in figures.values()) > 0
+    return any(count["survived"] + count["untouched"] for count in figures.values())
 
 
 # ---- Ends --------------------------------------------------------------------
