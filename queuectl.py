@@ -4652,8 +4652,7 @@ class Queue:
                       self.store.db.size(), schedules, blocked)
 
     # Changing jobs: all or none of those named, or all that fit, in a sweep. `skip` is
-    # called with the error of each job that cannot be changed; for named jobs it
-    # raises.
+    # called with the error of each job that stays unchanged; for named ones it raises.
 
     def retry(self, *job_ids: str) -> list[Job]:
         """Run jobs again from now, attempts back to 0; all of them or none. NotFound;
