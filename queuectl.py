@@ -3812,8 +3812,9 @@ class Ledger:
         """
         if not changes:
             return []
-        self.refuse_taken_keys([change.before for change in changes
-                                if change.verb == "retry"])
+        for _, why in self.taken_keys(change.before for change in changes
+                                      if change.verb == "retry"):
+            raise why
         settings, jobs = self.settings(), list[Job]()
         for verb, before, after, *_ in changes:
             step = MOVES[verb]
@@ -3851,19 +3852,21 @@ class Ledger:
         self._add_hooks(jobs, settings, now)
         return jobs
 
-    def refuse_taken_keys(self, jobs: Iterable[Job]) -> None:
-        """Conflict if a job that is to wait again has a unique key that another has."""
+    def taken_keys(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Conflict]]:
+        """The jobs that are to wait again, but have a unique key that another has."""
         first: dict[str, Job] = {}
         for job in jobs:
             if job.unique is None or job.state not in OVER:
                 continue
-            for holder in (*filter(None, [first.get(job.unique)]),
-                           *self.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)):
+            holders = [first[job.unique]] if job.unique in first \
+                else self.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)
+            for holder in holders:
                 hint = "retry one of the two" if holder.state in OVER \
                     else f"wait for {holder.id}, or cancel it"
-                raise Conflict("in-use", f"{job.id} cannot wait again: {holder.id} has "
-                               f"the same unique key {job.unique!r}", hint)
-            first[job.unique] = job
+                yield job, Conflict("in-use", f"{job.id} cannot wait again: {holder.id}"
+                                    f" has the same unique key {job.unique!r}", hint)
+            if not holders:
+                first[job.unique] = job
 
     def _block(self, retried: Sequence[int]) -> None:
         """Dependents of these that have not begun wait for them again."""
@@ -4758,18 +4761,15 @@ class Queue:
             time.sleep(SWEEP_PAUSE)
 
     def _retry(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
-        now, free, first = self.clock(), list[Job](), dict[str, Job]()
-        for job in jobs:
-            rival = first.setdefault(job.unique, job) if job.unique else job
-            try:
-                self.store.refuse_taken_keys([job] if rival is job else [rival, job])
-                free.append(job)
-            except Conflict as why:
-                skip(why)
+        now = self.clock()
+        taken = {job.seq: why for job, why in self.store.taken_keys(jobs)}
+        for why in taken.values():
+            skip(why)
         # What the last run left in the job's row goes; the run's own row keeps it.
         return self.store.move([Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
-            finished_at=None, exit_code=None, error=None)) for job in free], now)
+            finished_at=None, exit_code=None, error=None))
+            for job in jobs if job.seq not in taken], now)
 
     def _cancel(self, jobs: Sequence[Job], _: object) -> list[Job]:
         """A running job only gets a request: its state changes when its run ends."""
