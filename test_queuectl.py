@@ -5005,6 +5005,10 @@ class Web(Case):
         self.assertEqual(self.told("GET", "/api/jobs"), {
             "jobs": printed, "next": None,
             "notes": {job["id"]: job["error"] or "waits for a free slot" for job in printed}})
+        self.assertEqual(self.told("GET", "/api/session")["actions"], {
+            PENDING: ["retry", "cancel", "delete"], PROCESSING: ["cancel"],
+            COMPLETED: ["retry", "delete"], FAILED: ["retry", "cancel", "delete"],
+            DEAD: ["retry", "delete"], CANCELLED: ["retry", "delete"]})
 
     def test_who_may_do_what(self):
         self.a_dead_job()
