@@ -1556,39 +1556,40 @@ def _kept(output: dict[str, Any]) -> Kind:
                 {"description": "kept by the queue itself: ignored"}, output)
 
 
-# In the order of the help. Only a waiting job can be edited: a worker keeps a job as it
-# was when claimed, and counts its end under the queue that it had then.
-FIELDS = {field.name: field for field in (
-    Field("command", _COMMAND, "eu", "the shell command", "the job"),
-    Field("id", _ID, "e", "a name of your own (default: job-N)", "the job"),
-    Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus", "default: default",
-          "the job"),
-    Field("tags", _TAGS, "es", "a label; repeatable", "the job", ("--tag",)),
-    Field("unique", _UNIQUE, "es", "add nothing while a job with this key is not over",
-          "the job"),
-    Field("once", _UNIQUE, "es",
-          "add nothing while any job with this key exists, in any state", "the job"),
-    Field("env", _VARIABLES, "es", "a variable for the command; repeatable", "the job"),
-    Field("cwd", _PATH, "es", "where it runs (default: here)", "the job"),
-    Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus", "higher first (default: 0)",
-          "when it runs", ("--priority", "-p")),
-    Field("delay", _SPAN, "eu", "not before this time has passed", "when it runs"),
-    Field("run_at", _TIME, "eu", "not before: ISO 8601, epoch seconds, +DUR or HH:MM",
-          "when it runs"),
-    Field("after", _TAGS._replace(flag={"action": "append", "metavar": "ID"}), "e",
-          "run once that job is completed; repeatable", "when it runs"),
-    Field("max_retries", _whole(0, _AMOUNT), "eus",
-          "runs that may fail, including the first", "how it ends"),
-    Field("timeout", _SPAN, "eus", "end a run after this time; 0: never",
-          "how it ends"),
-    Field("backoff_base", _SPAN, "es", "wait after the first failure, then doubled",
-          "how it ends"),
-    *(Field(name, _kept(schema), "k") for name, schema in (
+# In the order and the groups of the help. Only a waiting job can be edited: a worker
+# keeps a job as it was when claimed, and counts its end under the queue it had then.
+FIELDS = {field.name: field._replace(group=group) for group, fields in {
+    "the job": (
+        Field("command", _COMMAND, "eu", "the shell command"),
+        Field("id", _ID, "e", "a name of your own (default: job-N)"),
+        Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus", "default: default"),
+        Field("tags", _TAGS, "es", "a label; repeatable", flags=("--tag",)),
+        Field("unique", _UNIQUE, "es",
+              "add nothing while a job with this key is not over"),
+        Field("once", _UNIQUE, "es",
+              "add nothing while any job with this key exists, in any state"),
+        Field("env", _VARIABLES, "es", "a variable for the command; repeatable"),
+        Field("cwd", _PATH, "es", "where it runs (default: here)")),
+    "when it runs": (
+        Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
+              "higher first (default: 0)", flags=("--priority", "-p")),
+        Field("delay", _SPAN, "eu", "not before this time has passed"),
+        Field("run_at", _TIME, "eu",
+              "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
+        Field("after", _TAGS._replace(flag={"action": "append", "metavar": "ID"}), "e",
+              "run once that job is completed; repeatable")),
+    "how it ends": (
+        Field("max_retries", _whole(0, _AMOUNT), "eus",
+              "runs that may fail, including the first"),
+        Field("timeout", _SPAN, "eus", "end a run after this time; 0: never"),
+        Field("backoff_base", _SPAN, "es",
+              "wait after the first failure, then doubled")),
+    "": (Field(name, _kept(schema), "k") for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
         ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
         ("exit_code", _or_null(_WHOLE)), ("error", _or_null(_TEXT)),
-        ("runs", {}), ("waiting_for", {}))))}
+        ("runs", {}), ("waiting_for", {})))}.items() for field in fields}
 # In column order; `show` adds `runs` and `waiting_for`.
 JSON_KEYS = tuple(name for name in Job._fields
                   if name in FIELDS and FIELDS[name].kind.output)
