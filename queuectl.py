@@ -2174,7 +2174,6 @@ class Sql:
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
-    ANY_READY_IN = "SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue LIMIT 1"
     # What is due becomes ready (I7), some at a time, for the write lock is held.
     MAKE_READY = """
         UPDATE jobs
@@ -2188,9 +2187,6 @@ class Sql:
         SELECT * FROM jobs
          WHERE waits = 'scheduled' AND at_time = 0 AND updated_at > :ahead
          ORDER BY updated_at LIMIT :limit"""
-    BRING_FORWARD = f"""
-        UPDATE jobs {_set("run_at rank updated_at")}
-         WHERE seq = :seq AND waits = 'scheduled'"""
     LINE = """
         SELECT * FROM jobs
          WHERE waits = 'ready'
@@ -4028,7 +4024,7 @@ class Ledger:
             Sql.DELAYED, ahead=iso(now + CLOCK_NOISE), limit=DUE_BATCH)]
         if jobs:
             settings = self.settings()
-            self.change(Sql.BRING_FORWARD, [
+            self.change(Sql.EDIT, [
                 {**job._asdict(), "rank": rank_of(job.priority, job.run_at, settings)}
                 for job in jobs])
 
@@ -5067,7 +5063,7 @@ class Claims:
         if is_due or not is_any_ready:
             return bool(is_due)
         room = self._room(1)
-        return any(room(queue) and self._store.row(Sql.ANY_READY_IN, queue=queue)
+        return any(room(queue) and self._store.row(Sql.QUEUE_LINE, queue=queue, limit=1)
                    for queue, state in self._store.counts() if state in WAITING)
 
     def next_due(self) -> float | None:
