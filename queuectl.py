@@ -1580,10 +1580,11 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "run once that job is completed; repeatable")),
     "how it ends": (
         Field("max_retries", _whole(0, _AMOUNT), "eus",
-              "runs that may fail, including the first"),
-        Field("timeout", _SPAN, "eus", "end a run after this time; 0: never"),
+              "runs that may fail, with the first (default: a setting)"),
+        Field("timeout", _SPAN, "eus",
+              "end a run after this time; 0: never (default: a setting)"),
         Field("backoff_base", _SPAN, "es",
-              "wait after the first failure, then doubled")),
+              "wait after the first failure, then doubled (default: a setting)")),
     "": (Field(name, _kept(schema), "k") for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
@@ -11658,6 +11659,7 @@ class Follower:
         self._queue, self._only, self._lines = queue, number, lines
         # The current run (None: the last there is), and the bytes of it that were seen.
         self._number, self._seen, self._is_first = number, 0, True
+        self._begun = b""       # of a line
 
     def step(self) -> tuple[bytes, str]:
         """What is new, and a note on a run that has ended before a retry, or "".
@@ -11687,25 +11689,18 @@ class Follower:
         self._number, self._seen = run.number + 1, 0    # it may not have begun
         return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
 
+    def lines(self) -> tuple[bytes, str]:
+        """The same by whole lines: the beginning of one waits for its end."""
+        fresh, note = self.step()
+        fresh = self._begun + fresh
+        end = len(fresh) if self.is_over or note else fresh.rfind(b"\n") + 1
+        self._begun = fresh[end:]
+        return fresh[:end], note
 
-def _show_followed(follower: Follower, place: int | None, pending: dict[str, bytes],
-                   screen: Screen) -> None:
-    """Print what is new; of several jobs (`place`) only whole lines, with the job.
-    `pending` holds the begun lines.
-    """
-    fresh, remark = follower.step()
-    if place is not None:
-        fresh = pending.pop(follower.job_id, b"") + fresh
-        if not (follower.is_over or remark):
-            whole, newline, rest = fresh.rpartition(b"\n")
-            fresh, pending[follower.job_id] = whole + newline, rest
-        elif fresh and not fresh.endswith(b"\n"):
-            fresh += b"\n"
-        fresh = prefixed(follower.job_id, fresh, place, screen.style())
-    if fresh:
-        screen.raw(fresh)
-    if remark:
-        screen.note(remark)
+
+def _labelled(job_id: str, lines: bytes, place: int, screen: Screen) -> bytes:
+    ending = b"\n" if lines and not lines.endswith(b"\n") else b""
+    return prefixed(job_id, lines + ending, place, screen.style())
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -11715,17 +11710,20 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         raise Refused("blocked",
                       f"{caller.id} runs this command, so its output has no end",
                       "follow it from outside of the job")
-    places = {job_id: place if len(ids) > 1 else None
-              for place, job_id in enumerate(ids)}
-    left = [Follower(queue, job_id, args.attempt, args.tail) for job_id in ids]
-    pending: dict[str, bytes] = {}
+    left = [(place, Follower(queue, job_id, args.attempt, args.tail))
+            for place, job_id in enumerate(ids)]
     while left:
         screen.check_reader()
-        if any(queue.job(one.job_id).state == PROCESSING for one in left):
+        if any(queue.job(one.job_id).state == PROCESSING for _, one in left):
             queue.peek()
-        for one in left:
-            _show_followed(one, places[one.job_id], pending, screen)
-        left = [one for one in left if not one.is_over]
+        for place, one in left:
+            fresh, note = one.lines() if len(ids) > 1 else one.step()
+            if fresh:
+                screen.raw(_labelled(one.job_id, fresh, place, screen)
+                           if len(ids) > 1 else fresh)
+            if note:
+                screen.note(note)
+        left = [(place, one) for place, one in left if not one.is_over]
         time.sleep(0.1 if left else 0)
 
 
@@ -11740,10 +11738,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
         output = _tail(readable(run.output, run.output_bytes), args.tail)
-        if len(args.ids) > 1:
-            ending = b"\n" if output and not output.endswith(b"\n") else b""
-            output = prefixed(job_id, output + ending, place, screen.style())
-        screen.raw(output)
+        screen.raw(_labelled(job_id, output, place, screen)
+                   if len(args.ids) > 1 else output)
 
 
 def _is_wide(args: argparse.Namespace) -> bool:
@@ -12532,6 +12528,10 @@ values:
   CRON  {}
   ID, NAME, Q, T
         1 to 128 of the characters A-Z a-z 0-9 . _ : @ -
+
+defaults:
+  A job's --max-retries, --timeout and --backoff-base are its own, else the flags of
+  its worker (but for --max-retries), else the settings: `queuectl config list`.
 
 exit status:
   0     done
