@@ -5353,13 +5353,13 @@ class Peers:
     def __init__(self, queue: Queue, own: int | None = None) -> None:
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         self._own, self._heartbeats = own, Heartbeats()
-        self._silent: Mapping[int, float] = {}  # seconds, as of the last look
+        self._ages: Mapping[int, float] = {}    # seconds since the last heartbeat seen
 
     def look(self) -> None:
         """Note which workers have sent heartbeats, by their count: no clocks are
         compared. Call it after an own heartbeat: while nobody can write, none expires.
         """
-        self._silent = self._heartbeats.look(
+        self._ages = self._heartbeats.look(
             {worker.id: worker.heartbeats for worker in self._store.workers()
              if worker.id != self._own},
             time.monotonic(), self._store.settings())
@@ -5373,7 +5373,7 @@ class Peers:
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         workers = {worker.id: worker for worker in self._store.workers() if runs}
         lost = {id for id, worker in workers.items() if id != self._own
-                and (self._silent.get(id, 0.0) >= lease
+                and (self._ages.get(id, 0.0) >= lease
                      or self._host.is_alive(worker) is False)}
         return [run for run in runs if run.worker_id not in workers
                 or run.worker_id in lost]
@@ -5417,7 +5417,7 @@ class Peers:
         """The workers whose process cannot be seen and that sent none for a lease."""
         lease = lease_of(self._store.settings())
         return [worker for worker in self._store.workers()
-                if self._silent.get(worker.id, 0.0) >= lease
+                if self._ages.get(worker.id, 0.0) >= lease
                 and self._host.is_alive(worker) is None]
 
 

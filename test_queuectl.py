@@ -441,10 +441,10 @@ class Case(unittest.TestCase):
         """The other workers, for this one."""
         return queuectl.Peers(self.queue, (claims or self.claims).worker.id)
 
-    def lost(self, claims=None, silent=None):
-        """The runs that are lost for a worker; `silent`: seconds by worker."""
+    def lost(self, claims=None, ages=None):
+        """The runs that are lost for a worker; `ages`: seconds without a heartbeat."""
         peers = self.peers(claims)
-        peers._silent = silent or {}
+        peers._ages = ages or {}
         return peers.lost()
 
 
