@@ -150,8 +150,8 @@ class Move(NamedTuple):
     because: str
 
 
-# The whole life cycle (I1). No two verbs share a source and a target: by these,
-# `usual_reason` finds `because` for an event that stores no reason of its own.
+# The whole life cycle (I1). No two verbs share a source and a target: by these an event
+# that stores no reason of its own, to keep its row short, finds its `because`.
 # `fail` and `bury` also apply to lost runs.
 MOVES = {
     #                from                   to          because
@@ -830,8 +830,7 @@ def judged(job: Job, outcome: Outcome) -> Outcome:
     own worker was suspended for longer than its lease.
     """
     if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
-        return outcome._replace(kind=LOST, exit_code=None,
-                                error=LEASE_EXPIRED)
+        return outcome._replace(kind=LOST, exit_code=None, error=LEASE_EXPIRED)
     return outcome
 
 
@@ -839,10 +838,10 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
-    What happened comes before what was requested, and that before the cause: a
-    job that completed is completed even if it was to be cancelled, and one whose worker
-    is lost while it is being cancelled does not run again. Only DONE, FAILURE and
-    TIMEOUT count as an attempt; a lost run counts as a crash, and waits for nothing.
+    What happened comes before what was requested, and that before the cause: a job that
+    completed is completed even if it was to be cancelled, and one whose worker is lost
+    while it is being cancelled does not run again. Only DONE, FAILURE and TIMEOUT count
+    as an attempt; a lost run counts as a crash and is due at once.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now),
@@ -886,12 +885,6 @@ def brought_forward(job: Job, now: float) -> Job:
     return job._replace(run_at=run_at, updated_at=iso(now))
 
 
-def usual_reason(source: str | None, target: str) -> str:
-    """The reason of an event that stores none, which keeps most rows short."""
-    return next((step.because for step in MOVES.values()
-                 if step.target == target and source in step.sources), "enqueued")
-
-
 def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
     """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
     taken: dict[str, int] = {}
@@ -927,14 +920,6 @@ def wanted_spares(pace: float, slots: int) -> int:
 def lease_of(settings: Settings) -> float:
     """Seconds: at least three heartbeats, or live workers would lose their claims."""
     return max(settings.lease, 3 * settings.heartbeat)
-
-
-def has_expired(worker: Worker, is_alive: bool | None, now: float,
-                settings: Settings) -> bool:
-    """Return True if a worker on another machine sent no heartbeat for a lease. By two
-    wall clocks, so it is only shown, and never a reason to take its runs.
-    """
-    return is_alive is None and now - epoch(worker.heartbeat_at) > lease_of(settings)
 
 
 class Heartbeats:
@@ -4115,7 +4100,9 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
            seq: int = 0) -> Event:
-    return Event(id, source, target, at, reason or usual_reason(source, target), seq)
+    usual = next((move.because for move in MOVES.values()
+                  if move.target == target and source in move.sources), "enqueued")
+    return Event(id, source, target, at, reason or usual, seq)
 
 
 def _refuse(why: QueueError) -> NoReturn:
@@ -4577,14 +4564,17 @@ class Queue:
         `is_expired` tells that it has sent no heartbeat for a lease. Not to be called
         in a transaction, as it may run `ps` (I9).
         """
-        now, settings = self.clock(), self.store.settings()
+        settings = self.store.settings()
+        # By two wall clocks, so it is only shown, and never a reason to take its runs.
+        oldest = iso(self.clock() - lease_of(settings))
         running: dict[int, list[Job]] = {}
         for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
             running.setdefault(run.worker_id, []).extend(
                 self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
         found = [(one, self.host.is_alive(one)) for one in self.store.workers()]
         return [one._replace(
-            is_alive=is_alive, is_expired=has_expired(one, is_alive, now, settings),
+            is_alive=is_alive,
+            is_expired=is_alive is None and one.heartbeat_at < oldest,
             late_after=3 * settings.heartbeat,      # a busy machine may miss one
             running=running.get(one.id, ()))
             for one, is_alive in found if is_alive is not False]
