@@ -4100,9 +4100,9 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
            seq: int = 0) -> Event:
-    usual = next((move.because for move in MOVES.values()
+    because = next((move.because for move in MOVES.values()
                   if move.target == target and source in move.sources), "enqueued")
-    return Event(id, source, target, at, reason or usual, seq)
+    return Event(id, source, target, at, reason or because, seq)
 
 
 def _refuse(why: QueueError) -> NoReturn:
