@@ -10761,7 +10761,7 @@ KillMode=mixed
 # How long running jobs may take to finish; infinity holds up a shutdown of the machine,
 # too. `queuectl systemd --grace 5m` makes the worker requeue them after that time.
 TimeoutStopSec={stop_timeout}
-# A worker that hangs is killed and started anew; its jobs run again.
+# A worker that hangs is killed and restarted; its jobs run again.
 WatchdogSec=60
 # A job that is killed for want of memory fails; the worker and the others go on.
 OOMPolicy=continue
@@ -10849,11 +10849,10 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def is_drawable(stream: TextIO) -> bool:
-    """Return True for a terminal that can be drawn on; an empty NO_COLOR counts as
-    unset (no-color.org), and a dumb terminal, as an editor's, shows the codes as text.
+    """Return True for a terminal that can be drawn on; a dumb one, as an editor's,
+    shows the codes as text.
     """
-    return stream.isatty() and not os.environ.get("NO_COLOR") \
-        and os.environ.get("TERM") != "dumb"
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def window() -> os.terminal_size:
@@ -11048,10 +11047,12 @@ class Screen:
 
     @staticmethod
     def style() -> Style:
-        """Colours and width of stdout; width 0, for a file or a pipe, cuts nothing."""
-        if not sys.stdout.isatty():
-            return Style(False, 0, time.time())
-        return Style(is_drawable(sys.stdout), window().columns, time.time())
+        """Colours and width of stdout; width 0, for a file or a pipe, cuts nothing.
+
+        An empty NO_COLOR counts as unset (no-color.org).
+        """
+        return Style(is_drawable(sys.stdout) and not os.environ.get("NO_COLOR"),
+                     window().columns if sys.stdout.isatty() else 0, time.time())
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
@@ -11445,9 +11446,9 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, path: str, screen: Screen) -> Iterator[Queue]:
+def opened(args: argparse.Namespace, screen: Screen) -> Iterator[Queue]:
     """The queue of a command, created if that may create one."""
-    with Queue(path, create=args.entry.opens == CREATES) as queue:
+    with Queue(args.path, create=args.entry.opens == CREATES) as queue:
         if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
         yield queue
@@ -11463,7 +11464,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     # worker's time. What a job leaves is freed without that.
     gc.freeze()
     gc.set_threshold(100_000)
-    with opened(args, args.path, screen) as queue, contextlib.ExitStack() as stack:
+    with opened(args, screen) as queue, contextlib.ExitStack() as stack:
         say: Callable[[str], None] | None = None if args.quiet else screen.log
         if args.drain and screen.draws:
             # A connection of its own: the worker's may be in a commit.
@@ -11492,8 +11493,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
     for worker in queue.workers():
         if worker.is_expired and worker.id in waiting:
             lease = span(lease_of(queue.store.settings()))
-            silent = span(queue.clock() - epoch(worker.heartbeat_at))
-            screen.note(f"{worker.name} has sent no heartbeat for {silent}; it is "
+            quiet_for = span(queue.clock() - epoch(worker.heartbeat_at))
+            screen.note(f"{worker.name} has sent no heartbeat for {quiet_for}; it is "
                         f"removed if none comes within {lease}")
     while waiting:
         time.sleep(RESCUE_TICK)
@@ -11847,16 +11848,16 @@ def _confirm(verb: str, queue: Queue, states: Sequence[str],
 def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str]) -> Iterator[Job]:
     """Change all that fit, in small transactions; an interrupt keeps what is done."""
-    done, kept = 0, list[QueueError]()
+    done, skipped = 0, list[QueueError]()
     with screen.drawing() as show:
         for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
-                                 kept.append, **_filters(args)):
+                                 skipped.append, **_filters(args)):
             done += len(batch)
             show(f"{done:,} jobs {VERBS[verb].said} ...")
             yield from batch
-    if kept:
-        screen.note(f"{len(kept):,} left as "
-                    f"{'they are' if len(kept) > 1 else 'it is'}: {kept[0]}")
+    if skipped:
+        screen.note(f"{len(skipped):,} left as "
+                    f"{'they are' if len(skipped) > 1 else 'it is'}: {skipped[0]}")
 
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue,
@@ -12280,8 +12281,7 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
                 again += [flag.names[0], f"{one:.3f}".rstrip("0").rstrip(".")
                           if isinstance(one, float) else str(one)]
     try:
-        path = as_utf8(os.path.abspath(system_path(database_path(
-            getattr(args, "db", None)))))
+        path = as_utf8(os.path.abspath(system_path(args.path)))
         command = (*start_words(), "--db", path, "worker", "start", *again)
     except FileNotFoundError:
         raise Unavailable("unwritable", "the current directory is gone",
@@ -12502,8 +12502,8 @@ TITLES = {"": "A background job queue for the command line",
 WELCOME = """\
 There is no queue at {path} yet. Begin with:
 
-    queuectl enqueue 'echo Hello World'      hand over a command
-    queuectl worker start                    run what is there; Ctrl+C stops
+    queuectl enqueue 'echo Hello World'      add a job
+    queuectl worker start                    run the jobs; Ctrl+C stops
     queuectl --help                          all commands"""
 # Values by metavar, explained where a command takes one.
 FORMATS = {
@@ -12535,7 +12535,7 @@ exit status:
 environment:
   QUEUECTL_DB           the database, if there is no --db
   QUEUECTL_TOKEN        the token of `web`; QUEUECTL_READ_TOKEN: one that only reads
-  NO_COLOR              if not empty: no colours, and nothing is drawn in place
+  NO_COLOR              if not empty: no colours
   A job has QUEUECTL_JOB_ID, QUEUECTL_ATTEMPT, QUEUECTL_QUEUE, QUEUECTL_CLAIM,
   QUEUECTL_SLOT and QUEUECTL_DB; a job of a template also QUEUECTL_ITEM.
 
@@ -12933,7 +12933,7 @@ def _run_command(args: argparse.Namespace, is_first: bool) -> int:
                     acts=entry.opens != READS)
     try:
         with contextlib.nullcontext() if entry.opens == NEITHER \
-                else opened(args, args.path, screen) as queue:
+                else opened(args, screen) as queue:
             status = int(entry.run(args, queue, screen) or EX_OK)
     except Refused as error:
         if error.code != "no-queue" or not is_first:
