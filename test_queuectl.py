@@ -1785,10 +1785,8 @@ class Files(Case):
                     Queue(self.path)
                 self.assertTrue(caught.error.hint)
                 self.assertEqual(self.files(), files)
-
-    def test_a_newer_format_is_refused_though_only_the_wal_says_so(self):
-        self.a_queue().close()
-        self.put(self.files_after(self.path, "PRAGMA user_version = 99"))
+        self.path = self.path_of("queue.db")
+        self.put(self.files_after(self.path, "PRAGMA user_version = 99"))  # in the WAL alone
         with refused("newer-version"):
             Queue(self.path)
 
@@ -1887,10 +1885,6 @@ class Files(Case):
         self.assertGreater(self.queue.events_since(90)[0].seq, 99)
         self.assertEqual(self.problems(), [])
 
-    def test_each_queue_has_an_id_of_its_own(self):
-        with Queue(self.path_of("other")) as other:
-            self.assertNotEqual(self.queue.store.meta("id"), other.store.meta("id"))
-
     @NEEDS_LOCKS
     def test_locks_of_an_earlier_database_of_that_name_do_not_count(self):
         self.worker(self.a_queue())
@@ -1915,13 +1909,6 @@ class Files(Case):
             Queue("queue.db")
         self.assertEqual(self.queue.jobs(), [])
 
-    def test_a_file_with_two_names_is_refused(self):
-        self.a_queue().close()
-        os.link(self.path, self.path_of("other.db"))
-        for name in ("queue.db", "other.db"):
-            with refused("unsupported", "hard link"):
-                Queue(self.path_of(name))
-
     # Backups.
 
     def test_a_backup_in_use_is_not_replaced(self):
@@ -1943,39 +1930,31 @@ class Files(Case):
         with Queue(copy, create=False) as again:
             self.assertEqual(again.jobs(), [])
 
-    def test_no_backup_is_put_beside_a_wal_that_is_not_its_own(self):
+    def test_a_backup_that_fails_leaves_nothing_and_is_refused_unless_it_is_our_mistake(self):
         copy, reader = self.path_of("copy.db"), self.queue.store.db._reader
 
         def late():
-            """Somebody comes while the copy is made."""
+            """Another program opens a queue of that name while the copy is made."""
             write_bytes(copy + "-wal", b"x")
             return reader()
-        self.queue.store.db._reader = late
-        with refused("in-use"):
-            self.queue.backup(copy)
-        self.assertEqual({name for name in os.listdir(self.dir)
-                          if "copy" in name or "part" in name}, {"copy.db-wal"})
+        full, ours = map(sqlite3.OperationalError, ("database or disk is full", "no such thing"))
+        for failing, told, left in (
+                (mock.Mock(side_effect=full), refused("disk-full"), set()),
+                (mock.Mock(side_effect=ours), self.assertRaises(queuectl.Stale), set()),
+                (late, refused("in-use"), {"copy.db-wal"})):
+            self.queue.store.db._reader = failing
+            with self.subTest(failing), told:
+                self.queue.backup(copy)
+            self.assertEqual({name for name in os.listdir(self.dir) if "copy" in name}, left)
 
-    def test_a_backup_that_fails_is_refused_unless_it_is_our_mistake(self):
-        for said, told in (("database or disk is full", refused("disk-full")),
-                           ("no such thing", self.assertRaises(queuectl.Stale))):
-            self.queue.store.db._reader = mock.Mock(side_effect=sqlite3.OperationalError(said))
-            with self.subTest(said), told:
-                self.queue.backup(self.path_of("copy.db"))
-            self.assertEqual([name for name in os.listdir(self.dir) if "copy" in name], [])
-
-    def test_a_backup_s_name_is_on_the_disk_when_it_is_done(self):
-        copy, synced = self.path_of("copy.db"), []
+    def test_a_backup_replaces_only_an_older_one_and_leaves_nothing_else(self):
+        copy, text, synced = self.path_of("copy.db"), self.path_of("text"), []
+        write_bytes(text, b"mine")
+        self.job(id="first")
         with mock.patch.object(os, "fsync", lambda fd: synced.append(
                 (os.fstat(fd).st_ino, os.path.exists(copy)))):
             self.queue.backup(copy)
-        self.assertEqual(synced, [(os.stat(self.dir).st_ino, True)])
-
-    def test_a_backup_replaces_only_an_older_one_and_leaves_nothing_else(self):
-        copy, text = self.path_of("copy.db"), self.path_of("text")
-        write_bytes(text, b"mine")
-        self.job(id="first")
-        self.queue.backup(copy)
+        self.assertEqual(synced, [(os.stat(self.dir).st_ino, True)])    # its name is on the disk
         self.job(id="second")
         descriptors = os.listdir("/dev/fd")     # SQLite has kept one for the next time
         self.queue.backup(copy)
@@ -2087,6 +2066,12 @@ class Files(Case):
                 Queue(path, create)
         self.assertEqual(os.stat(self.path).st_size, 0)
         self.assertEqual(self.job().id, "job-1")
+        with Queue(self.path_of("other.db")) as other:
+            self.assertNotEqual(self.queue.store.meta("id"), other.store.meta("id"))
+        os.link(self.path_of("other.db"), self.path_of("same.db"))
+        for name in ("other.db", "same.db"):
+            with refused("unsupported", "hard link"):
+                Queue(self.path_of(name))
 
     def test_a_glance_makes_nothing_and_refuses_what_is_not_ours(self):
         write_bytes(self.path_of("text"), b"no database at all " * 99)
@@ -2147,7 +2132,8 @@ class Files(Case):
         self.assertEqual(other.store.take_numbers("jobs"), 4)
         other.store.rollback()
         with store.transaction():
-            self.assertEqual((store.take_numbers("jobs"), store.take_numbers("jobs", above=10)), (4, 11))
+            self.assertEqual(store.take_numbers("jobs"), 4)
+            self.assertEqual(store.take_numbers("jobs", above=10), 11)
         os.unlink(self.path)
         with refused("database-gone"):
             store.begin()
@@ -2264,18 +2250,16 @@ class Hosts(Case):
 
 
 class Manager:
-    """A service manager, as far as sd_notify goes: a socket that keeps what it hears."""
+    """A service manager, as far as sd_notify goes: a socket that keeps what it receives."""
 
-    def __init__(self, address):
+    def __init__(self, test, address):
         self.said = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        test.addCleanup(self._socket.close)
         self._socket.bind(address)
         self._socket.setblocking(False)
 
-    def close(self):
-        self._socket.close()
-
-    def hear(self):
+    def received(self):
         """All that was said until now, in its order."""
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -2284,17 +2268,12 @@ class Manager:
 
 
 class Notices(Case):
-    def a_manager(self, address):
-        manager = Manager(address)
-        self.addCleanup(manager.close)
-        return manager
-
-    def test_a_manager_hears_each_thing_when_it_is_due(self):
+    def test_a_manager_is_told_each_thing_when_it_is_due(self):
         name = f"queuectl-{os.getpid()}".encode()
         for address, told in ((os.fsencode(self.path_of("a socket")),) * 2,
                               (b"\0" + name, b"@" + name)):
             with self.subTest(told):
-                manager = self.a_manager(address)
+                manager = Manager(self, address)
                 notifier = queuectl.Notifier({b"NOTIFY_SOCKET": told,
                                               b"WATCHDOG_USEC": b"60000000"}, os.getpid())
                 notifier.step(lambda: "waiting")    # not ready yet: no sign of life
@@ -2303,19 +2282,19 @@ class Notices(Case):
                     notifier.step(lambda: "waiting")
                 for _ in range(2):
                     notifier.stopping()
-                self.assertEqual(manager.hear(), ["STATUS=waiting", "READY=1",
-                                                  "WATCHDOG=1", "STOPPING=1"])
+                self.assertEqual(manager.received(), ["STATUS=waiting", "READY=1",
+                                                      "WATCHDOG=1", "STOPPING=1"])
                 self.assertEqual(notifier.interval, 30)
 
     def test_the_watchdog_is_told_if_it_asked_this_process(self):
-        for usec, pid, interval in (
-                (None, None, math.inf), (b"3000000", None, 1.5),
-                (b"3000000", b"%d" % os.getpid(), 1.5), (b"3000000", b"1", math.inf),
-                (b"0", None, math.inf), (b"soon", None, math.inf)):
+        own = b"%d" % os.getpid()
+        for usec, pid, interval in ((b"", b"", math.inf), (b"3000000", b"", 1.5),
+                                    (b"3000000", own, 1.5), (b"3000000", b"1", math.inf),
+                                    (b"0", b"", math.inf), (b"soon", b"", math.inf)):
             environ = {b"WATCHDOG_USEC": usec, b"WATCHDOG_PID": pid}
             with self.subTest(environ):
                 self.assertEqual(queuectl.Notifier(
-                    {key: value for key, value in environ.items() if value is not None},
+                    {key: value for key, value in environ.items() if value},
                     os.getpid()).interval, interval)
 
     def test_a_manager_that_is_gone_is_ignored(self):
@@ -8343,25 +8322,24 @@ class Services(Processes):
 
     def a_service(self, *argv, **environ):
         address = self.path_of("manager")
-        manager = Manager(address)
-        self.addCleanup(manager.close)
+        manager = Manager(self, address)
         worker = self.worker(*argv, env={**os.environ, "NOTIFY_SOCKET": address, **environ})
-        wait_for(lambda: "READY=1" in manager.hear(), "readiness")
+        wait_for(lambda: "READY=1" in manager.received(), "readiness")
         return manager, worker
 
     def test_a_manager_is_told_what_its_worker_does(self):
         self.enqueue(f"env > seen; {UNTIL_GO}")
         manager, worker = self.a_service("-c", "2", WATCHDOG_USEC="100000")
-        wait_for(lambda: "STATUS=1 of 2 slots busy" in manager.hear(), "the status")
+        wait_for(lambda: "STATUS=1 of 2 slots busy" in manager.received(), "the status")
         self.assertTrue(self.cli("worker", "list")[1])     # it is ready, so it is listed
-        wait_for(lambda: manager.hear().count("WATCHDOG=1") > 9, "watchdog messages", 5)
-        self.assertNotIn("STOPPING=1", manager.hear())
+        wait_for(lambda: manager.received().count("WATCHDOG=1") > 9, "watchdog messages", 5)
+        self.assertNotIn("STOPPING=1", manager.received())
         worker.send_signal(signal.SIGTERM)
-        wait_for(lambda: "STOPPING=1" in manager.hear(), "the end")
-        wait_for(lambda: "STATUS=finishing 1 running" in manager.hear(), "the status")
+        wait_for(lambda: "STOPPING=1" in manager.received(), "the end")
+        wait_for(lambda: "STATUS=finishing 1 running" in manager.received(), "the status")
         self.touch("go")
         self.assert_ends(worker)
-        self.assertEqual(manager.hear().count("STOPPING=1"), 1)
+        self.assertEqual(manager.received().count("STOPPING=1"), 1)
         self.assertNotRegex(self.read("seen"), "NOTIFY|WATCHDOG")
 
     def test_a_held_lock_does_not_look_like_a_hang(self):
@@ -8371,8 +8349,8 @@ class Services(Processes):
         with self.locked():
             self.touch("go")    # its end is to be recorded now
             for _ in range(8):
-                manager.hear().clear()
-                wait_for(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog message", 1.4)
+                manager.received().clear()
+                wait_for(lambda: "WATCHDOG=1" in manager.received(), "a watchdog message", 1.4)
         self.wait_state("job-1", COMPLETED)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "there is no systemd-analyze")
