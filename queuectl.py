@@ -9330,7 +9330,7 @@ class Reply(NamedTuple):
     body: bytes = b""
     kind: str = JSON_TYPE
     headers: tuple[tuple[str, str], ...] = ()
-    said: str = ""                  # for the log: what was changed, or was not
+    log: str = ""                   # a line for the log: the result of a change
     follows: int | None = None      # stream the events after this one; -1: from now on
 
 
@@ -9354,8 +9354,8 @@ def denied(status: int, message: str, hint: str = "",
     return error
 
 
-def json_reply(value: Any, status: int = 200, said: str = "") -> Reply:
-    return Reply(status, dumps(value, None).encode(), said=said)
+def json_reply(value: Any, status: int = 200, log: str = "") -> Reply:
+    return Reply(status, dumps(value, None).encode(), log=log)
 
 
 def refusal_reply(error: QueueError) -> Reply:
@@ -9363,10 +9363,10 @@ def refusal_reply(error: QueueError) -> Reply:
 
         {"error": "...", "hint": "...", "key": "timeout", "item": 1}
     """
-    told = {"error": error.message, "hint": error.hint or None,
-            "key": error.key if isinstance(error, Invalid) else None,
-            "item": error.item}
-    reply = json_reply({key: one for key, one in told.items() if one is not None},
+    fields = {"error": error.message, "hint": error.hint or None,
+              "key": error.key if isinstance(error, Invalid) else None,
+              "item": error.item}
+    reply = json_reply({key: one for key, one in fields.items() if one is not None},
                        error.status)
     retry = (("Retry-After", "2"),) if error.status == 503 else ()
     return reply._replace(headers=error.headers or retry)
@@ -9541,10 +9541,10 @@ def post_jobs(queue: Queue, request: Request) -> Reply:
 
 
 def _change_job(request: Request, change: Callable[[str], list[Job]],
-                said: str = "") -> Reply:
+                log: str = "") -> Reply:
     _object_body(request)
     job = change(request.job_id)[0]
-    return json_reply(job_object(job), said=said or job.state)
+    return json_reply(job_object(job), log=log or job.state)
 
 
 def post_dlq_retry(queue: Queue, request: Request) -> Reply:
@@ -9568,7 +9568,7 @@ def _change_pause(queue: Queue, request: Request,
                   change: Callable[..., Any]) -> Reply:
     name = _filter_of(_object_body(request, "queue"), "queue")
     change(*([name] if name else []))
-    return json_reply({"paused": queue.status().paused}, said=name or "all queues")
+    return json_reply({"paused": queue.status().paused}, log=name or "all queues")
 
 
 def get_health(queue: Queue, request: Request) -> dict[str, Any]:
@@ -9683,14 +9683,14 @@ def _operation(route: Route) -> dict[str, Any]:
             "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
             "the `id` of the last event that the client has; what it missed comes "
             "first"})
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "operationId": route.name, "summary": route.summary, "parameters": params,
         "responses": replies}
     if route.body:      # optional where {} is a body
-        told["requestBody"] = {"required": route.name == "post_jobs",
-                               **_media(route.body)}
+        found["requestBody"] = {"required": route.name == "post_jobs",
+                                **_media(route.body)}
     # Empty: needs no token (OpenAPI 3.1, Operation Object).
-    return {**told, "security": []} if route.path in PUBLIC else told
+    return {**found, "security": []} if route.path in PUBLIC else found
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:
@@ -9951,11 +9951,12 @@ def cookie_value(token: str) -> str:
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
-def _role_of_token(site: Site, given: str,
-                   made: Callable[[str], str] = str) -> str | None:
-    """The role of that token, or of what `made` makes of it; in constant time."""
+def _role_of_token(site: Site, given: str, made: Callable[[str], str] = str) -> str:
+    """The role of that token, or of what `made` makes of it; "": none. It takes the
+    same time for all.
+    """
     import hmac
-    found = None
+    found = ""
     for role, token in ((FULL, site.token), (READ, site.read_token)):
         # As bytes, since `compare_digest` accepts only ASCII text.
         if token and hmac.compare_digest(given.encode(), made(token).encode()):
@@ -9963,8 +9964,8 @@ def _role_of_token(site: Site, given: str,
     return found
 
 
-def role_of(site: Site, request: Request) -> tuple[str | None, str]:
-    """The client's role (None: unauthenticated), and how it was proved.
+def role_of(site: Site, request: Request) -> tuple[str, str]:
+    """The client's role ("": unauthenticated), and how it was proved.
 
     An Authorization header decides alone, even if a browser adds a good cookie.
     """
@@ -9973,8 +9974,8 @@ def role_of(site: Site, request: Request) -> tuple[str | None, str]:
     header = request.headers.get("authorization")
     if header is not None:
         scheme, _, token = header.partition(" ")
-        return (_role_of_token(site, token.strip()) if scheme.lower() == "bearer"
-                else None), "bearer"
+        return _role_of_token(
+            site, token.strip() if scheme.lower() == "bearer" else ""), "bearer"
     # The first of a name counts: browsers send the one with the longest path first.
     cookies = dict(part.strip().partition("=")[::2] for part in reversed(
         request.headers.get("cookie", "").split(";")))
@@ -9990,7 +9991,7 @@ def _no_token() -> Refused:
 
 def _log_in(site: Site, token: str) -> Reply:
     """Swap the token in the URL for a cookie, and keep it out of the history (303)."""
-    if site.token and _role_of_token(site, token) is None:
+    if site.token and not _role_of_token(site, token):
         raise _no_token()
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
               + ("; Secure" if site.is_secure else ""))
@@ -10034,7 +10035,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
         query = ""      # read by the page's script
     role, how = role_of(site, request)
     # Before the route, so that a 404 leaks nothing.
-    if role is None and path not in PUBLIC:
+    if not role and path not in PUBLIC:
         raise _no_token()
     route = find_route(request.method, path)
     if route.method != "GET" and (site.is_read_only or role != FULL):
@@ -10048,8 +10049,7 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
         if not re.fullmatch(_NAME, job_id):
             raise no_such_job(job_id)
     role = READ if role and site.is_read_only else role
-    return route, request._replace(role=role or "", how=how, params=params,
-                                   job_id=job_id)
+    return route, request._replace(role=role, how=how, params=params, job_id=job_id)
 
 
 def respond(route: Route, queue: Queue, request: Request) -> Reply:
@@ -10067,10 +10067,10 @@ def respond(route: Route, queue: Queue, request: Request) -> Reply:
     if route.method == "GET":
         return reply
     path = request.target.partition("?")[0]
-    said = reply.said or json.loads(reply.body or b"{}").get("error", "")
-    return reply._replace(said=one_line(
+    result = reply.log or json.loads(reply.body or b"{}").get("error", "")
+    return reply._replace(log=one_line(
         f"web: {route.method} {cut(path, 200)} by {request.how} from {request.peer}: "
-        f"{reply.status} {cut(said, 200)}").rstrip())
+        f"{reply.status} {cut(result, 200)}").rstrip())
 
 
 @functools.lru_cache(maxsize=4)
@@ -10080,15 +10080,12 @@ def page_policy(page: str) -> str:
     """
     import base64
     import hashlib
-
-    def _hashes(tag: str) -> str:
-        return " ".join("'sha256-" + base64.b64encode(hashlib.sha256(
-            text.encode()).digest()).decode() + "'"
-            for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
-    return (f"default-src 'none'; style-src {_hashes('style')}; "
-            f"script-src {_hashes('script')}; connect-src 'self'; "
-            "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'")
+    style, script = ("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest(
+        )).decode() + "'" for tag in ("style", "script")
+        for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
+    return (f"default-src 'none'; style-src {style}; script-src {script}; "
+            "connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'")
 
 
 # Of every reply. Replies tell commands, which must not stay on a disk; output of jobs
@@ -10249,12 +10246,12 @@ class Service:
                     reply = respond(route, queue, request)
             except QueueError as error:
                 reply = refusal_reply(error)
-            except Exception:   # a bug: this client is told, others go on
+            except Exception:   # a bug: 500 for this client, others go on
                 import traceback
                 self.log("web: internal error\n" + traceback.format_exc())
                 reply = refusal_reply(denied(500, "internal error"))
-        if reply.said:
-            self.log(reply.said)
+        if reply.log:
+            self.log(reply.log)
         return reply
 
 
@@ -10280,7 +10277,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def handle_one_request(self) -> None:
             is_over = True
             # ValueError: TLS on a socket that was closed. QueueError: the database of a
-            # stream; its client reconnects and is told why.
+            # stream; its client gets the error when it reconnects.
             with contextlib.suppress(OSError, ValueError, QueueError):
                 is_over = not self.reader.wait(KEEP_SECONDS) or self.converse()
             self.close_connection = is_over

@@ -4971,7 +4971,7 @@ class Web(Case):
                 schema = content[reply.kind.partition(";")[0]]["schema"]
                 if reply.kind == JSON:
                     self.assertIsNone(misfit(json.loads(reply.body), schema))
-                self.assertEqual(reply.said != "", route.method != "GET")
+                self.assertEqual(reply.log != "", route.method != "GET")
 
     def test_answers_are_what_the_commands_print(self):
         self.a_dead_job()
@@ -5228,7 +5228,7 @@ class Web(Case):
                  f"web: POST /api/pause {by} 400 queue: '\\x1b\\n' is not a name"),
                 ("DELETE", "/api/jobs/one", None,
                  f"web: DELETE /api/jobs/one {by} 200 deleted")):
-            self.assertEqual(self.ask(method, target, body).said, line)
+            self.assertEqual(self.ask(method, target, body).log, line)
 
     def test_a_database_that_does_not_answer_is_503(self):
         self.queue.store.db.patience = 0.01
