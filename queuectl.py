@@ -6270,7 +6270,7 @@ class Command:
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
         self.why: str | None = None         # the outcome, if it is killed
         self.is_ending = False              # the supervisor kills its tree
-        self.is_refused = False             # and cannot: it is another user's
+        self.is_refused = False             # it cannot: the tree is another user's
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
@@ -6285,8 +6285,8 @@ class Command:
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
-            # The tree is to hold the lock (I5), and no other: one thread starts all
-            # commands (I9), and closes this lock before the next one.
+            # Only this tree inherits the lock (I5): one thread starts all commands (I9)
+            # and closes the lock before it starts the next one.
             if lock >= 0:
                 os.set_inheritable(lock, True)
             self._begun = time.monotonic()
@@ -6400,12 +6400,12 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
 
 
 class Ending:
-    """The killing of one run's process tree (I6): SIGTERM, after the grace SIGKILL.
+    """Kills one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
-    `head` is the process that was started for the run, 0 if it is gone; its id, also
-    that of a group and a session, is not reused while it is unreaped or has members.
-    The tree is all of these, the orphans that name the claim, and what is below them;
-    where none is left, the holders of the run's lock.
+    `head` is the process that was started for the run, 0 if it is gone. Its id is also
+    that of its group and session, and is not reused while either has members. The tree
+    is all of these, the orphans that name the claim, and their descendants; if none is
+    left, the holders of the run's lock.
     """
 
     def __init__(self, grace: float, claim: int = 0, head: int = 0) -> None:
@@ -6521,7 +6521,7 @@ def become_subreaper() -> None:
 
 def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
             hurry: Sequence[int] = ()) -> list[int]:
-    """Kill all that is below this process; what is left, as it is another user's.
+    """Kill all descendants of this process; those that remain are other users'.
 
     SIGKILL comes after `grace` seconds, or once `hurry` has an element. `spared`:
     children that stay, with all below them. `groups`: what to kill without /proc.
@@ -6630,12 +6630,12 @@ class Supervisor:
         self._poller = Poller()
         self._poller.add(wakeup.reader, wakeup.clear)
         self._poller.add(link.fileno(), self._receive)
-        # By the descriptor of the worker's own lock: held until nothing is left.
+        # With the worker's own lock, which is held until nothing is left.
         self._locks: Locks | None = None
         self._endings = Endings()
         self._groups: dict[int, int] = {}   # by claim
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
-        self._is_warned = False             # it is late, and has its last second
+        self._is_warned = False             # it is late, in its last second
         self._grace = 0.0                   # seconds for what a worker leaves behind
         self._status: int | None = None     # of the worker, as wait(2) returns it
         self._why_killed = ""
@@ -6682,7 +6682,8 @@ class Supervisor:
         now = time.monotonic()
         if self._status is not None or now < self._late_at:
             return
-        # It has another second, for no message came while both were stopped (Ctrl+Z).
+        # It is late. Allow one more second: no message comes while both are stopped, as
+        # by Ctrl+Z.
         if self._is_warned and now < self._late_at + 0.5:
             self._why_killed = f"the worker did not answer for {span(self._lease)}: "
             os.kill(self._worker, signal.SIGKILL)
@@ -6708,7 +6709,7 @@ class Supervisor:
             elif kind == END:
                 self._grace = seconds
         for number in self._signals[:count]:
-            if not self._has_begun:     # nothing is to finish
+            if not self._has_begun:     # there is nothing to finish
                 self._stopped_by = number
                 os.kill(self._worker, signal.SIGKILL)
             self._link.send(SIGNAL, number)
@@ -6786,10 +6787,7 @@ EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SPARE_PATIENCE = 0.05  # seconds until spare claims are released
-SLOT_FILES = 4         # descriptors a slot: pipe, watch, lock, one for a spare claim
-WORKER_FILES = 32      # descriptors of a worker beside those
-
-FOUND = -1              # of a lost run: not marked in the database yet
+FOUND = -1             # a lost run that is not marked in the database yet
 
 # The machine's shortage, which is not the job's failure.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -6820,9 +6818,9 @@ class Agenda:
         return self._entries[name][0] <= now
 
     def due(self, now: float) -> Iterator[str]:
-        """What is due, in the order of the names; then no longer wanted.
+        """What is due, in the order of the names; it is no longer wanted then.
 
-        Of what the caller wants meanwhile, the names that come later are due as well.
+        If the caller wants a later name meanwhile, that is due as well.
         """
         for name, entry in self._entries.items():
             if max(entry) <= now:
@@ -6835,10 +6833,10 @@ class Agenda:
 
 
 class Directories:
-    """Which directories of jobs this process may enter, and where it comes from.
+    """Which directories this process may enter for its jobs, and its own, `home`.
 
-    chdir(2) into a hung network mount never returns: there the command's own process
-    enters, which takes a second exec.
+    chdir(2) into a hung network mount never returns, so the command's own process
+    enters those, which takes a second exec.
     """
 
     def __init__(self) -> None:
@@ -6898,7 +6896,7 @@ def _prepare_descriptors(slots: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         hard = 1 << 20
-    needed = SLOT_FILES * slots + WORKER_FILES
+    needed = 4 * slots + 32     # a slot: pipe, watch, lock, one for a spare claim
     if needed > hard:
         raise Refused("unsupported", f"only {hard} open files are allowed here, and "
                       f"{slots} slot{'s' * (slots > 1)} may need {needed}",
@@ -7020,10 +7018,9 @@ class Runner:
                           else math.inf)
 
     def _is_over(self) -> bool:
-        """Return True if the worker may exit: nothing runs, nothing is left to record,
-        and it was asked to leave,
-        or it has run as many jobs as it should,
-        or it drains and nothing is left to do.
+        """Return True if nothing runs or is left to record, and the worker was asked to
+        stop, or has run as many jobs as it should, or drains and nothing is left to do.
+
         After a second request it leaves processes that cannot be killed to the next
         worker; after a third, also what it cannot record.
         """
@@ -7049,7 +7046,7 @@ class Runner:
         return 0 if self._leaving else int(min(len(self._free), self._quota))
 
     def _do_renew(self) -> None:
-        """Tell the supervisor that the loop runs; also while nobody can write, for who
+        """Tell the supervisor that the loop runs, also while nobody can write: whoever
         can write again kills these jobs before it runs them anew.
         """
         self._link.send(RENEW, seconds=lease_of(self._settings))
@@ -7074,11 +7071,10 @@ class Runner:
 
     def _do_look(self) -> None:
         """Look for work by reads: a commit would make all other workers look."""
-        if self._claims.is_work_ready():
+        is_ready = self._claims.is_work_ready()
+        if is_ready:
             self._agenda.want("tick")
-            self._look_again(None)
-        else:
-            self._look_again(self._claims.next_due())   # what came may be for later
+        self._look_again(None if is_ready else self._claims.next_due())
 
     def _look_again(self, due: float | None) -> None:
         """Look when the next job is due (epoch seconds), and soon anyway: notifications
@@ -7395,7 +7391,8 @@ class Runner:
             self._log(f"{number.name}: leaving without recording {len(self._ended)} "
                       "runs; the next worker finds them lost")
             self._gives_up = True
-        # A second SIGHUP counts not: when a terminal goes, the shell sends one, too.
+        # A second SIGHUP does not count: when a terminal closes, kernel and shell send
+        # one each.
         at_once = number == signal.SIGQUIT or (
             self._leaving and number != signal.SIGHUP)
         self._leave(NOW if at_once else DRAIN, number.name)
@@ -7407,7 +7404,7 @@ class Runner:
                       "another user's; it goes on until that process ends")
 
     def _on_supervisor_killed(self) -> None:
-        """Nothing may outlive this worker all the same."""
+        """End all jobs here, since nothing may outlive the worker."""
         self._log("error: this worker's supervisor was killed, so it ends its jobs, "
                   "requeues them and stops")
         refused, locks = end_all(), self._queue.host.locks
@@ -7453,16 +7450,14 @@ class Runner:
         self._leaving = how
         self._return_spares()
         self._notifier.stopping()
-        running = len(self._commands)
-        if how == NOW:
-            self._log(f"{why}: ending and requeuing {running} running")
-            for command in self._commands.values():
-                self._end(command, RELEASED)
-        else:
-            again = {ASKED: "`queuectl worker stop --now`", "SIGHUP": "SIGTERM"}.get(
+        running, again = len(self._commands), {
+            ASKED: "`queuectl worker stop --now`", "SIGHUP": "SIGTERM"}.get(
                 why, "once more")
-            self._log(f"{why}: finishing {running} running, claiming no more; {again} "
-                      "requeues them" if running else f"{why}: claiming no more")
+        self._log(f"{why}: ending and requeuing {running} running" if how == NOW else
+                  f"{why}: finishing {running} running, claiming no more; {again} "
+                  "requeues them" if running else f"{why}: claiming no more")
+        for command in self._commands.values() if how == NOW else ():
+            self._end(command, RELEASED)
 
     def _do_grace(self) -> None:
         self._leave(NOW, "grace is over")
@@ -7478,17 +7473,17 @@ class Runner:
             if worker.id in known or worker.id == self._claims.worker.id \
                     or worker.boot != self._queue.host.boot:
                 continue
-            watch, is_it = _watch_process(worker.pid), False
+            watch = _watch_process(worker.pid)
             # Checked after the watch: the id may be another's, here or by now.
             with contextlib.suppress(OSError):      # out of descriptors
-                is_it = watch >= 0 and is_same_birth(
-                    self._queue.host.born(worker.pid), worker.born)
-            if is_it:
-                self._watches[watch] = worker
-                self._poller.add(watch, functools.partial(self._on_end, watch))
-            elif watch >= 0:
+                if watch >= 0 and is_same_birth(
+                        self._queue.host.born(worker.pid), worker.born):
+                    self._watches[watch] = worker
+                    self._poller.add(watch, functools.partial(self._on_end, watch))
+                    continue
+            if watch >= 0:
                 os.close(watch)
-            if not is_it and self._queue.host.is_alive(worker) is False:
+            if self._queue.host.is_alive(worker) is False:
                 self._agenda.want("heartbeat")      # it ended meanwhile
 
     def _on_end(self, watch: int) -> None:
