@@ -6265,8 +6265,10 @@ class Processes(Case):
     def kill_both(self, process):
         """Kill supervisor and worker so that neither can do anything more."""
         process.send_signal(signal.SIGSTOP)
-        kill(child_of(process.pid) or NOBODY, process.pid)
+        own = child_of(process.pid) or NOBODY
+        kill(own, process.pid)
         process.wait()
+        wait_for(lambda: not is_running(own), "the end of the worker")
 
     def assert_ends(self, process, status=0):
         self.assertEqual(process.wait(DEADLINE), status)
@@ -6985,11 +6987,6 @@ class Supervised(Processes):
         self.assert_ends(worker)
         self.assertEqual(self.outcomes(), ["completed"])
 
-    def test_background_processes_of_jobs_end_with_the_worker(self):
-        self.enqueue("setsid sleep 1000 > /dev/null 2>&1 & echo $! > pid")
-        self.drain()
-        self.assertFalse(is_running(self.read("pid")))
-
     def test_orphans_are_reaped(self):
         self.configure(heartbeat="100ms")
         self.enqueue("(sleep .2 &) ; true")
@@ -7041,12 +7038,13 @@ class Supervised(Processes):
         self.assertFalse(is_running(self.read("pid")))
         worker.wait(DEADLINE)
 
-    def test_background_processes_get_one_sigterm(self):
+    def test_background_processes_get_one_sigterm_and_end_with_the_worker(self):
         self.configure(kill_grace="1s")
-        self.enqueue("(trap 'echo TERM >> terms' TERM; while :; do sleep .05; done)"
-                     " > /dev/null 2>&1 & sleep .2")
+        self.enqueue("setsid sh -c 'echo $$ > pid; trap \"echo TERM >> terms\" TERM; "
+                     "while :; do sleep .05; done' > /dev/null 2>&1 & sleep .2")
         self.drain()
         self.assertEqual(self.read("terms"), "TERM\n")
+        self.assertFalse(is_running(self.read("pid")))
 
     def test_many_trees_that_end_do_not_make_the_worker_late(self):
         self.configure(lease="1s", heartbeat="100ms", kill_grace="300ms")
@@ -7057,11 +7055,6 @@ class Supervised(Processes):
         self.assertEqual(self.queue.counts()[PENDING], 60)
         self.assert_ends(worker)
         self.assertNotIn("did not answer", self.read("worker.log"))
-
-    def test_a_lease_may_be_of_any_length(self):
-        self.configure(lease="60d")
-        self.enqueue("true")
-        self.drain()
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
     def test_processes_end_also_when_descriptors_run_out(self):
@@ -7089,7 +7082,8 @@ class Supervised(Processes):
                 self.assertFalse(is_running(self.read("pid")))
                 self.forget("began")
 
-    def test_a_job_may_drain_the_queue_that_it_is_in(self):
+    def test_a_job_may_drain_the_queue_that_it_is_in_under_a_lease_of_any_length(self):
+        self.configure(lease="60d")
         self.enqueue(shlex.join(self.command("worker", "start", "--drain")))
         self.drain()
 
@@ -7199,8 +7193,12 @@ class WebServer(Processes):
         self.assertLess(time.monotonic() - began, seconds)
 
     def test_a_browser_logs_in_by_the_printed_url(self):
-        _, port = self.web()
+        _, port = self.web(read_token=READ_TOKEN)
         self.assertEqual(self.url, f"http://127.0.0.1:{port}/?token={TOKEN}")
+        reader = {"Authorization": f"Bearer {READ_TOKEN}"}
+        self.assertEqual(self.request(port, "GET", "/api/jobs", **reader)[0], 200)
+        self.assertEqual(self.request(port, "POST", "/api/pause", {}, **reader)[0], 403)
+        self.assertEqual(self.request(port, "GET", "/api/jobs", Authorization="")[0], 401)
         client = self.client(port)
         client.request("GET", f"/?token={TOKEN}")
         reply = client.getresponse()
@@ -7218,18 +7216,6 @@ class WebServer(Processes):
             self.assertEqual(reply.status, 200)
             self.assertEqual(reply.read().decode(), queuectl.PAGE if method == "GET" else "")
             self.assertEqual(int(reply.headers["Content-Length"]), len(queuectl.PAGE.encode()))
-
-    def test_tokens_are_fresh_and_roles_hold(self):
-        urls = set()
-        for _ in range(2):
-            _, port = self.web(token="")
-            urls.add(re.search("token=([0-9a-f]{48})$", self.url)[1])
-        self.assertEqual(len(urls), 2)
-        self.assertEqual(self.request(port, "GET", "/api/jobs")[0], 401)
-        _, port = self.web(read_token=READ_TOKEN)
-        reader = {"Authorization": f"Bearer {READ_TOKEN}"}
-        self.assertEqual(self.request(port, "GET", "/api/jobs", **reader)[0], 200)
-        self.assertEqual(self.request(port, "POST", "/api/pause", {}, **reader)[0], 403)
 
     def test_raw_attacks(self):
         _, port = self.web()
@@ -7617,13 +7603,13 @@ class Surroundings(Processes):
                     self.assertEqual(self.call(*argv, stderr=stderr)[0], status)
 
     def test_a_help_that_cannot_be_written_is_a_failure(self):
-        for argv in (("--help",), ("--version",), ("enqueue", "--help"), ("dlq", "--help")):
-            for unbuffered in ("", "1"):
-                for stdout, status in ((self.full_disk(), 1), (self.closed_pipe(), 0)):
-                    with self.subTest(argv=argv, unbuffered=unbuffered, status=status):
-                        code, _, err = self.done([*program(), *argv], stdout=stdout, env={
-                            **os.environ, "PYTHONUNBUFFERED": unbuffered})
-                        self.assertEqual((code, err.count("\n")), (status, status))
+        for argv, unbuffered in ((("--help",), ""), (("--help",), "1"), (("--version",), ""),
+                                 (("enqueue", "--help"), ""), (("dlq", "--help"), "1")):
+            for stdout, status in ((self.full_disk(), 1), (self.closed_pipe(), 0)):
+                with self.subTest(argv=argv, unbuffered=unbuffered, status=status):
+                    code, _, err = self.done([*program(), *argv], stdout=stdout, env={
+                        **os.environ, "PYTHONUNBUFFERED": unbuffered})
+                    self.assertEqual((code, err.count("\n")), (status, status))
 
     # A log that is not read.
 
