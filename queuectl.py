@@ -4101,7 +4101,7 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
 def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
            seq: int = 0) -> Event:
     because = next((move.because for move in MOVES.values()
-                  if move.target == target and source in move.sources), "enqueued")
+                    if move.target == target and source in move.sources), "enqueued")
     return Event(id, source, target, at, reason or because, seq)
 
 
