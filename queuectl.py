@@ -1684,20 +1684,21 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
     if not isinstance(fields, dict):
         raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
                       "command")
-    known = [name for name, field in FIELDS.items() if use in field.uses]
     found: dict[str, Any] = {}
     for given, value in fields.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
-        if use == "u" and key not in known:
-            raise Invalid(f"{key} cannot be edited",
-                          "these can: " + ", ".join(known), key)
-        if key not in FIELDS:
+        field = FIELDS.get(key)
+        if field is None or (use == "u" and "u" not in field.uses):
+            known = [name for name, one in FIELDS.items() if use in one.uses]
+            if use == "u":
+                raise Invalid(f"{key} cannot be edited",
+                              "these can: " + ", ".join(known), key)
             raise Invalid(f"unknown key {given!r}", nearest(str(key), known)
                           or "a job has: " + ", ".join(known), str(given))
         if key in found:
             raise Invalid(f"{key} is given twice", "give it once", key)
-        if key in known and (value is not None or use == "u"):
-            found[key] = field_value(FIELDS[key], value, now)
+        if use in field.uses and (value is not None or use == "u"):
+            found[key] = field_value(field, value, now)
             # After a clock is set back a delay is counted anew, a time is not.
             if key == "run_at":
                 found["at_time"] = not (isinstance(value, str)
