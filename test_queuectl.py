@@ -1502,6 +1502,18 @@ class Statements(Case):
         self.assertEqual([run.number for run in self.queue.runs("fails")], [1, 2, 3])
         self.assertEqual(self.queue.stats()[""].run_time.mean, 2.5)
 
+    def test_only_what_a_tick_would_do_is_work(self):
+        self.queue.add_schedule("s", "* * * * *", command="x")
+        self.queue.pause_schedule("s")
+        self.job(run_at=NOON + 5000)
+        for seconds in (-100, 1000):    # the clock is set back; the schedule would be due
+            self.after(seconds)
+            self.assertFalse(self.claims.is_work_ready())
+        self.job(delay=10)
+        for seconds, is_work in ((0, False), (-5, True)):
+            self.after(seconds)
+            self.assertIs(self.claims.is_work_ready(), is_work)
+
     def test_a_change_from_an_older_state_is_refused(self):
         """(I1), (I3)"""
         stale = self.job()
