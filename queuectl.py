@@ -6270,7 +6270,7 @@ class Command:
         self.saved = 0                      # bytes of output in the database
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
         self.why: str | None = None         # the outcome, if it is killed
-        self.is_ending = False              # the supervisor kills its tree
+        self.is_being_killed = False        # its tree, by the supervisor
         self.is_refused = False             # it cannot: the tree is another user's
         self.ends_at = math.inf             # monotonic: its time-out
 
@@ -6342,7 +6342,7 @@ class Command:
         """
         try:
             status = self._reap() or 0
-        except ChildProcessError:       # `end_all` has reaped it
+        except ChildProcessError:       # `kill_all` has reaped it
             status = -signal.SIGKILL
         duration = time.monotonic() - self._begun
         self.ends_at = math.inf
@@ -6400,7 +6400,7 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
     return found
 
 
-class Ending:
+class Tree:
     """Kills one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
     `head` is the process that was started for the run, 0 if it is gone. Its id is also
@@ -6466,7 +6466,7 @@ class Ending:
         return refused
 
 
-class Endings:
+class Trees:
     """The process trees that are being killed; a step reads /proc once for all.
 
     Each step looks anew: a process may fork between the look and the signal.
@@ -6474,17 +6474,17 @@ class Endings:
 
     def __init__(self) -> None:
         self.at = math.inf                      # monotonic: the next step
-        self._endings: list[Ending] = []
+        self._trees: list[Tree] = []
         self._left: set[int] = set()            # processes at the last step
         self._pause = 0.0                       # seconds between two steps
 
     def add(self, claim: int, head: int, grace: float) -> None:
         """Kill the tree of this run, too."""
-        self._endings.append(Ending(grace, claim, head))
+        self._trees.append(Tree(grace, claim, head))
         self.at = 0.0
 
-    def step(self, locks: Locks | None, parents: Collection[int]) -> list[Ending]:
-        """Signal what is left; the endings that are over, or refused by other users.
+    def step(self, locks: Locks | None, parents: Collection[int]) -> list[Tree]:
+        """Signal what is left; the trees that are gone, or refused by other users.
 
         The children of `parents` may be orphans of a run. Raises OSError without free
         descriptors: call it again.
@@ -6497,17 +6497,17 @@ class Endings:
                 rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0", _read(f"/proc/{pid}/environ"))
             if named:
                 orphans[pid] = int(named[1])
-        for one in self._endings:
+        for one in self._trees:
             one.step(locks, table, orphans)
-        over = [one for one in self._endings if one.is_refused or not one.left]
-        self._endings = [one for one in self._endings if one.left]
+        over = [one for one in self._trees if one.is_refused or not one.left]
+        self._trees = [one for one in self._trees if one.left]
         # Soon after a change, else less and less often; at most a fifth of the time.
-        left = set[int]().union(*(one.left for one in self._endings))
+        left = set[int]().union(*(one.left for one in self._trees))
         self._pause = RESCUE_TICK / 4 if left != self._left else min(2 * self._pause, 1)
         self._left, now = left, time.monotonic()
         self.at = min([now + max(self._pause, 4 * (now - begun)), *(
-            one.kill_at for one in self._endings if one.kill_at > now)]) \
-            if self._endings else math.inf
+            one.kill_at for one in self._trees if one.kill_at > now)]) \
+            if self._trees else math.inf
         return over
 
 
@@ -6520,14 +6520,14 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
-def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
-            hurry: Sequence[int] = ()) -> list[int]:
+def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
+             hurry: Sequence[int] = ()) -> list[int]:
     """Kill all descendants of this process; those that remain are other users'.
 
     SIGKILL comes after `grace` seconds, or once `hurry` has an element. `spared`:
     children that stay, with all below them. `groups`: what to kill without /proc.
     """
-    pause, ending, seen = 0.001, Ending(grace), set[int]()
+    pause, tree, seen = 0.001, Tree(grace), set[int]()
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -6540,14 +6540,14 @@ def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int
             time.sleep(RESCUE_TICK)
             continue
         if hurry:
-            ending.kill_at = 0.0
+            tree.kill_at = 0.0
         left = _descendants(table, [os.getpid()]) - _descendants(table, spared) \
             - {os.getpid()}
-        refused = ending.send(left, table, groups)
+        refused = tree.send(left, table, groups)
         if left <= refused and (refused or spared) and not seen - refused:
             return sorted(refused)      # twice: one may have come meanwhile
         pause = 0.001 if left - seen else min(2 * pause, 1.0)
-        seen, until_kill = left, ending.kill_at - time.monotonic()
+        seen, until_kill = left, tree.kill_at - time.monotonic()
         time.sleep(max(0.001, min(pause, until_kill)) if until_kill > 0 else pause)
 
 
@@ -6555,7 +6555,7 @@ def end_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int
 # lock that shows that the worker or its supervisor lives. START names a group to kill
 # where there is no subreaper, 0 once it is gone. REFUSED: what is left of a tree is
 # another user's. SIGNAL carries a signal's number.
-HELLO, RENEW, START, END, ENDED, REFUSED, SIGNAL = range(7)
+HELLO, RENEW, START, KILL, KILLED, REFUSED, SIGNAL = range(7)
 _MESSAGE = struct.Struct("=qqqd")
 
 
@@ -6566,13 +6566,13 @@ class Link:
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
-        self._end, self.peer = end, peer
+        self._socket, self.peer = end, peer
         end.setblocking(False)
         self._unsent, self._unread = b"", b""
         self.is_open = True             # False: the other side is gone
 
     def fileno(self) -> int:
-        return self._end.fileno()
+        return self._socket.fileno()
 
     def send(self, kind: int, number: int = 0, pid: int = 0,
              seconds: float = 0.0) -> None:
@@ -6590,8 +6590,8 @@ class Link:
         if not self._unsent:
             return
         try:
-            sent = socket.send_fds(self._end, [self._unsent], [lock]) if lock >= 0 \
-                else self._end.send(self._unsent)
+            sent = socket.send_fds(self._socket, [self._unsent], [lock]) if lock >= 0 \
+                else self._socket.send(self._unsent)
             self._unsent = self._unsent[sent:]
         except BlockingIOError:
             pass
@@ -6604,7 +6604,7 @@ class Link:
         locks = list[int]()
         while self.is_open:
             try:
-                piece, found, *_ = socket.recv_fds(self._end, SOCKET_BUFFER, 1)
+                piece, found, *_ = socket.recv_fds(self._socket, SOCKET_BUFFER, 1)
             except BlockingIOError:
                 break
             except OSError:
@@ -6633,7 +6633,7 @@ class Supervisor:
         self._poller.add(link.fileno(), self._receive)
         # With the worker's own lock, which is held until nothing is left.
         self._locks: Locks | None = None
-        self._endings = Endings()
+        self._trees = Trees()
         self._groups: dict[int, int] = {}   # by claim
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
         self._is_warned = False             # it is late, in its last second
@@ -6648,8 +6648,8 @@ class Supervisor:
         while self._status is None:
             self._step()
         status = os.waitstatus_to_exitcode(self._status)
-        refused = end_all(self._grace if status >= 0 else 0.0, self._groups.values(),
-                          self._spared, self._signals)
+        refused = kill_all(self._grace if status >= 0 else 0.0, self._groups.values(),
+                           self._spared, self._signals)
         if self._locks:
             self._locks.close()
         if self._stopped_by:
@@ -6664,17 +6664,17 @@ class Supervisor:
         return (status if status >= 0 else EX_NO), told
 
     def _step(self) -> None:
-        at = min(self._late_at, self._endings.at)
+        at = min(self._late_at, self._trees.at)
         if self._link.is_behind:
             at = min(at, time.monotonic() + RESCUE_TICK)
         self._poller.wait(max(0.0, at - time.monotonic()))
         self._receive()
-        if time.monotonic() >= self._endings.at:
+        if time.monotonic() >= self._trees.at:
             with contextlib.suppress(OSError):  # no descriptors are free: tried again
-                for ending in self._endings.step(
+                for tree in self._trees.step(
                         self._locks, (self._worker, os.getpid())):
-                    self._link.send(REFUSED if ending.left else ENDED, ending.claim,
-                                    min(ending.left, default=0))
+                    self._link.send(REFUSED if tree.left else KILLED, tree.claim,
+                                    min(tree.left, default=0))
             self._receive()
         self._link.flush()
         if not self._link.is_open:
@@ -6705,9 +6705,9 @@ class Supervisor:
                 self._groups[number] = pid
             elif kind == START:
                 self._groups.pop(number, None)
-            elif kind == END and number:
-                self._endings.add(number, pid, seconds)
-            elif kind == END:
+            elif kind == KILL and number:
+                self._trees.add(number, pid, seconds)
+            elif kind == KILL:
                 self._grace = seconds
         for number in self._signals[:count]:
             if not self._has_begun:     # there is nothing to finish
@@ -6918,7 +6918,7 @@ class Runner:
     """Slots that run jobs: one thread owns the database and the commands (I9).
 
     A claim passes `_do_tick`, `_do_committed`, `_start`; then its command exits, or the
-    supervisor kills it (`_end`, ENDED); then `_finish`, and the next tick records it.
+    supervisor kills it (`_kill`, KILLED); then `_finish`, and the next tick records it.
     `notices` receives notifications; `say` writes a log.
     """
 
@@ -6950,7 +6950,7 @@ class Runner:
         self._commands: dict[int, Command] = {}         # by claim
         self._spares: list[Claim] = []          # claimed beyond the slots, in order
         self._ended: dict[int, Outcome] = {}            # not recorded yet
-        # Lost runs of other workers, by claim: FOUND, END (being killed) or ENDED.
+        # Lost runs of other workers, by claim: FOUND, KILL (being killed) or KILLED.
         self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
         self._is_heartbeat = False              # the next tick is one
@@ -6983,7 +6983,7 @@ class Runner:
             while not self._is_over():
                 self._step()
         finally:
-            self._link.send(END, 0, 0, self._settings.kill_grace)
+            self._link.send(KILL, 0, 0, self._settings.kill_grace)
             self._link.flush()
             self._notifier.stopping()
             self.close()
@@ -7100,7 +7100,7 @@ class Runner:
         now, lost = time.monotonic(), self._lost.values()
         is_asked = self._peek_at <= now < self._peek_until
         outputs = self._unsaved() if self._is_heartbeat or is_asked else {}
-        report = Report(dict(self._ended), [run for run, at in lost if at == ENDED],
+        report = Report(dict(self._ended), [run for run, at in lost if at == KILLED],
                         [run for run, at in lost if at == FOUND], tuple(self._dead),
                         outputs, self._is_heartbeat)
         slots = spares = 0
@@ -7159,8 +7159,8 @@ class Runner:
             self._return_spares()
         self._obey(tick.stop, tick.mine)
         for run in report.seized:
-            self._lost[run.claim] = run, END
-            self._link.send(END, run.claim,
+            self._lost[run.claim] = run, KILL
+            self._link.send(KILL, run.claim,
                             self._queue.host.locks.process_of(run) or 0,
                             self._settings.kill_grace)
         self._plan(tick, report)
@@ -7315,11 +7315,11 @@ class Runner:
         If a signal killed it, nothing was left in the background on purpose: the rest
         of the tree is killed first, or it would meet a retry.
         """
-        if command.claim.number not in self._commands or command.is_ending:
+        if command.claim.number not in self._commands or command.is_being_killed:
             return
         status = command.peek()
         if status is not None and status < 0:
-            self._end(command, None)
+            self._kill(command, None)
         elif status is not None:
             self._finish(command)
 
@@ -7351,25 +7351,25 @@ class Runner:
             if command.watch < 0:
                 self._look_at(command)
             if now >= command.ends_at:
-                self._end(command, TIMEOUT)
+                self._kill(command, TIMEOUT)
         self._agenda.want("deadline", min((
-            now + RESCUE_TICK if command.watch < 0 and not command.is_ending
+            now + RESCUE_TICK if command.watch < 0 and not command.is_being_killed
             else command.ends_at for command in self._commands.values()),
             default=math.inf))
 
     # The supervisor.
 
-    def _end(self, command: Command, why: str | None) -> None:
+    def _kill(self, command: Command, why: str | None) -> None:
         """Have the supervisor kill the whole tree; `why`, if any, becomes the outcome.
 
-        Only once: the grace must not begin anew. It stays unreaped until ENDED comes.
+        Only once: the grace must not begin anew. It stays unreaped until KILLED comes.
         """
         command.why = command.why or why        # the first reason stays
         command.ends_at = math.inf
-        if not command.is_ending:
-            command.is_ending = True
+        if not command.is_being_killed:
+            command.is_being_killed = True
             self._poller.drop(command.watch)
-            self._link.send(END, command.claim.number, command.pid,
+            self._link.send(KILL, command.claim.number, command.pid,
                             self._settings.kill_grace)
 
     def _on_message(self) -> None:
@@ -7378,10 +7378,10 @@ class Runner:
                 self._on_signal(signal.Signals(number))
             elif kind == REFUSED and number in self._commands:
                 self._on_refused(self._commands[number], pid)
-            elif kind == ENDED and number in self._commands:
+            elif kind == KILLED and number in self._commands:
                 self._finish(self._commands[number])
-            elif kind == ENDED and number in self._lost:
-                self._lost[number] = self._lost[number][0], ENDED
+            elif kind == KILLED and number in self._lost:
+                self._lost[number] = self._lost[number][0], KILLED
                 self._agenda.want("tick")
         if not self._link.is_open:
             self._poller.drop(self._link.fileno())
@@ -7408,7 +7408,7 @@ class Runner:
         """End all jobs here, since nothing may outlive the worker."""
         self._log("error: this worker's supervisor was killed, so it ends its jobs, "
                   "requeues them and stops")
-        refused, locks = end_all(), self._queue.host.locks
+        refused, locks = kill_all(), self._queue.host.locks
         self._leaving = NOW
         for claim, command in list(self._commands.items()):
             if refused and locks.is_held(claim):
@@ -7438,9 +7438,9 @@ class Runner:
                 if command.why != LOST:
                     self._log(f"{command.claim.job.id} was taken over while this "
                               "worker was silent; its command is ended")
-                self._end(command, LOST)
+                self._kill(command, LOST)
             elif mine[claim] is not None:
-                self._end(command, STOPPED if mine[claim] == CANCEL else LOST)
+                self._kill(command, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _leave(self, how: str, why: str) -> None:
         """Begin to leave: DRAIN, then NOW; never back."""
@@ -7458,7 +7458,7 @@ class Runner:
                   f"{why}: finishing {running} running, claiming no more; {again} "
                   "requeues them" if running else f"{why}: claiming no more")
         for command in self._commands.values() if how == NOW else ():
-            self._end(command, RELEASED)
+            self._kill(command, RELEASED)
 
     def _do_grace(self) -> None:
         self._leave(NOW, "grace is over")
@@ -11890,14 +11890,14 @@ def _end_lost(queue: Queue, run: Run, until: float) -> None:
     Refused if that takes longer than `until` (monotonic).
     """
     locks = queue.host.locks
-    endings = Endings()
-    endings.add(run.claim, locks.process_of(run) or 0,
-                queue.store.settings().kill_grace)
-    while not any(not one.left for one in endings.step(locks, ())):
+    trees = Trees()
+    trees.add(run.claim, locks.process_of(run) or 0,
+              queue.store.settings().kill_grace)
+    while not any(not one.left for one in trees.step(locks, ())):
         if time.monotonic() > until:
             raise Refused("not-finished", "a running job cannot be ended",
                           "`queuectl check` shows what is left of it")
-        time.sleep(max(0.0, endings.at - time.monotonic()))
+        time.sleep(max(0.0, trees.at - time.monotonic()))
 
 
 def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:

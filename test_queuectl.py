@@ -2205,9 +2205,9 @@ class Hosts(Case):
 
     def ended(self, claim, head, grace, locks=None, parents=()):
         """End a tree, step by step, until nothing is left."""
-        endings = queuectl.Endings()
-        endings.add(claim, head, grace)
-        wait_for(lambda: endings.step(locks, parents), "the end of the tree")
+        trees = queuectl.Trees()
+        trees.add(claim, head, grace)
+        wait_for(lambda: trees.step(locks, parents), "the end of the tree")
 
     def test_a_tree_is_ended_with_what_has_left_its_group_and_its_session(self):
         """(I6)"""
@@ -2240,12 +2240,12 @@ class Hosts(Case):
         self.assertFalse(is_running(holder.pid))
 
     def test_what_cannot_be_ended_is_looked_at_less_and_less_often(self):
-        endings, pauses = queuectl.Endings(), []
-        endings.add(7, 0, 0.0)
+        trees, pauses = queuectl.Trees(), []
+        trees.add(7, 0, 0.0)
         with mock.patch.object(queuectl, "_descendants", lambda *_: {NOBODY}):
             for _ in range(12):
-                self.assertEqual(endings.step(None, ()), [])
-                pauses.append(endings.at - time.monotonic())
+                self.assertEqual(trees.step(None, ()), [])
+                pauses.append(trees.at - time.monotonic())
         self.assertLess(pauses[0], pauses[-1] / 2)
         self.assertGreaterEqual(pauses[-1], 0.9)
 
@@ -4497,7 +4497,7 @@ class Workers(Case):
 
     def ended(self, link):
         """Which runs the supervisor was asked to end."""
-        return self.kinds(link, queuectl.END)
+        return self.kinds(link, queuectl.KILL)
 
     def tell(self, link, *messages):
         """As the supervisor does."""
@@ -4782,7 +4782,7 @@ class Workers(Case):
             let_go(other.lock)
             claim.release()
             self.steps(lambda: self.ended(link) == [claim.number])
-            self.tell(link, (queuectl.ENDED, claim.number))
+            self.tell(link, (queuectl.KILLED, claim.number))
             self.steps(lambda: self.queue.job("job-1").crashes == 1)
             self.steps(lambda: len(self.queue.store.workers()) == 1)
 
@@ -10045,8 +10045,8 @@ MOMENTS = (
     # Command.
     ("spawned",                 "Command.start",        "after",    "posix_spawn"),
     ("the command has exited",  "Command.finish",       "before",   "_reap"),
-    # Ending.
-    ("a tree that is ended",    "Ending.step",          "after",    "send"),
+    # Tree.
+    ("a tree that is killed",   "Tree.step",            "after",    "send"),
     # Runner.
     ("committed, not known",    "Runner._do_committed", "after",    "result"),
     ("claimed, not started",    "Runner._start",        "before",   "Command"),
