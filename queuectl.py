@@ -6926,6 +6926,7 @@ class Runner:
                  notices: socket.socket, say: Callable[[str], None] | None) -> None:
         self._queue, self._claims, self._options = queue, claims, options
         self._link, self._notices, self._say = link, notices, say
+        self._log = say or (lambda line: None)
         self._poll = FALLBACK_POLL if claims.worker.port else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
@@ -7531,10 +7532,6 @@ class Runner:
             self._agenda.want("output", self._peek_at)
 
     # What it says.
-
-    def _log(self, line: str) -> None:
-        if self._say:
-            self._say(line)
 
     def _tell(self, change: Change) -> None:
         outcome = change.outcome or Outcome(RELEASED)
