@@ -2298,15 +2298,9 @@ class Sql:
 
     INSERT_TAG = _insert("tags", "tag", "job")
     # The job last, so that a reader never finds a job without its history.
-    DELETE_JOB = (
-        "DELETE FROM runs WHERE job = :seq",
-        "DELETE FROM events WHERE job = :seq",
-        "DELETE FROM tags WHERE job = :seq",
-        "DELETE FROM dependencies WHERE job = :seq",
-        "DELETE FROM dependencies WHERE needs = :seq",
-        "DELETE FROM unblocking WHERE needs = :seq",
-        "DELETE FROM jobs WHERE seq = :seq",
-    )
+    DELETE_JOB = tuple(f"DELETE FROM {place} = :seq" for place in (
+        "runs WHERE job", "events WHERE job", "tags WHERE job", "dependencies WHERE job",
+        "dependencies WHERE needs", "unblocking WHERE needs", "jobs WHERE seq"))
 
     # Runs. Claims only grow (I4), so they order the runs of a job. A run's end is
     # written once, hence `outcome IS NULL`.
@@ -2585,11 +2579,6 @@ def refusal(error: Exception, path: str) -> QueueError | None:
         return Invalid("that text is not UTF-8", "give text without odd bytes")
     return next((refuse(path, error) for words, refuse in _REFUSALS
                  if re.search(words, str(error).lower())), None)
-
-
-def is_busy(error: Exception) -> bool:
-    """Return True if trying again may help: another connection holds a lock."""
-    return isinstance(error, Unavailable) and error.code == "busy"
 
 
 def system_path(path: str) -> str:
@@ -2921,7 +2910,7 @@ class SQLite:
                 return action()
             except SqlError as error:
                 refused = self._refusal(error)
-                if not is_busy(refused) or time.monotonic() >= end:
+                if getattr(refused, "code", "") != "busy" or time.monotonic() >= end:
                     raise refused from error
                 time.sleep(BUSY_PAUSE)
 
@@ -2949,7 +2938,7 @@ class SQLite:
         try:
             self._begin(0.0)
         except Unavailable as error:
-            if not is_busy(error):
+            if error.code != "busy":
                 raise
             return False
         return True
