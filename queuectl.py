@@ -2299,8 +2299,9 @@ class Sql:
     INSERT_TAG = _insert("tags", "tag", "job")
     # The job last, so that a reader never finds a job without its history.
     DELETE_JOB = tuple(f"DELETE FROM {place} = :seq" for place in (
-        "runs WHERE job", "events WHERE job", "tags WHERE job", "dependencies WHERE job",
-        "dependencies WHERE needs", "unblocking WHERE needs", "jobs WHERE seq"))
+        "runs WHERE job", "events WHERE job", "tags WHERE job",
+        "dependencies WHERE job", "dependencies WHERE needs", "unblocking WHERE needs",
+        "jobs WHERE seq"))
 
     # Runs. Claims only grow (I4), so they order the runs of a job. A run's end is
     # written once, hence `outcome IS NULL`.
