@@ -2922,9 +2922,7 @@ class SQLite:
                           "open a queuectl.Queue of its own in each process")
 
     def _begin(self, patience: float) -> None:
-        """Begin to write; Gone if the file has lost its name, which is checked under
-        the lock: what went into it would be lost.
-        """
+        """Begin to write; Gone, by a look under the lock, if the file lost its name."""
         self._guard_process()
         self._refuse_read_only()
         self._patiently(lambda: self._db.execute(self.BEGIN), patience)
@@ -2966,9 +2964,7 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state, which the first read fixes. The WAL grows meanwhile: keep it
-        short.
-        """
+        """Read one state, which the first read fixes; briefly, for the WAL grows."""
         with self._lock:
             self.rows(self.SNAPSHOT)
             try:
@@ -3085,8 +3081,8 @@ def boot_time() -> float:
 
 
 def _read(path: str) -> bytes:
-    """A small file of /proc, or b"" if it or its process is gone or not ours. OSError
-    if we are out of descriptors.
+    """A small file of /proc, b"" if it is gone or not ours; OSError without
+    descriptors.
     """
     try:
         with open(path, "rb") as file:
@@ -3136,8 +3132,7 @@ class Locks:
             None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
-        """Take the lock; its descriptor, -1 where there are no locks. Raises Conflict
-        if another holds it, and Unavailable.
+        """The lock's descriptor, -1 where there are none; Conflict if another has it.
         """
         if self._works is False:
             return -1
@@ -3625,9 +3620,7 @@ class Ledger:
 
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
-        """Note, for this minute and for all time, that something happened or took
-        `value` seconds.
-        """
+        """Note one more of a kind, or its seconds, for this minute and for all time."""
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
@@ -3851,9 +3844,7 @@ class Ledger:
             self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
     def _unblock(self, completed: Sequence[int], now: float) -> None:
-        """Lower `unmet` of the jobs that come after these; very many are left to the
-        ticks.
-        """
+        """Lower `unmet` of what comes after these; of very many the ticks do it."""
         found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
                           limit=DUE_BATCH + 1) if completed else []
         if len(found) <= DUE_BATCH:
@@ -3879,9 +3870,7 @@ class Ledger:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
     def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
-        """Enqueue what the configuration wants to follow these changes. `on-idle` comes
-        once for all that end together; jobs of hooks call no hooks.
-        """
+        """Enqueue the hooks; `on-idle` comes once for all jobs that end together."""
         commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
         jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
         wanted = [(commands.get(job.state), job) for job in jobs]
@@ -3929,8 +3918,7 @@ class Ledger:
     # Deleting and editing.
 
     def _remove(self, job: Job, now: float) -> None:
-        """Delete a job that is not running, with its history; Conflict, before anything
-        is written, if one that waits needs it. A completed job is needed by nobody.
+        """Delete a job with its history; Conflict, before any write, if it must stay.
         """
         if job.state == PROCESSING:
             raise Conflict("wrong-state", f"{job.id} is processing",
@@ -3950,10 +3938,8 @@ class Ledger:
 
     def remove_all(self, jobs: Sequence[Job],
                    now: float) -> list[tuple[Job, Conflict]]:
-        """Delete those that can go, whole chains of dependents, too; those that stay,
-        and why. The newest first: mostly it is they that wait for the others.
-        """
-        left = sorted(jobs, key=lambda job: -job.seq)
+        """Delete those that can go; those that stay, and why."""
+        left = sorted(jobs, key=lambda job: -job.seq)   # dependents come first
         while True:
             kept = []
             for job in left:
