@@ -741,7 +741,7 @@ class Rules(Case):
         done, ended = "exit status 0", "cancelled while it ran"
         lost, back = "its worker was lost", MOVES["release"].because
         table = (   # charged: attempts and crashes more
-            #outcome       attempts  crashes  wish      verb        charged  reason
+            #outcome       attempts  crashes  asked      verb        charged  reason
             ("completed",  0,        0,       None,     "complete", (1, 0),  done),
             ("completed",  0,        0,       "cancel", "complete", (1, 0),  done),
             ("failed",     0,        0,       None,     "fail",     (1, 0),  "failed"),
@@ -756,10 +756,10 @@ class Rules(Case):
             ("lost",       1,        4,       None,     "bury",     (0, 1),
              "its worker was lost 5 times"),
         )
-        for kind, attempts, crashes, wish, *judgement in table:
-            with self.subTest(kind=kind, attempts=attempts, crashes=crashes, wish=wish):
+        for kind, attempts, crashes, asked, *judgement in table:
+            with self.subTest(kind=kind, attempts=attempts, crashes=crashes, asked=asked):
                 verb, after, reason = queuectl.settle(
-                    job._replace(attempts=attempts, crashes=crashes, end_requested=wish),
+                    job._replace(attempts=attempts, crashes=crashes, end_requested=asked),
                     Outcome(kind), settings(), 0.5, NOON)
                 charged = after.attempts - attempts, after.crashes - crashes
                 self.assertEqual([verb, charged, reason], judgement)
