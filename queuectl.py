@@ -1157,7 +1157,7 @@ def parse_cron(text: str) -> Cron:
 # The calendar alone says on which local dates a schedule runs, which skips years
 # quickly. Around such a date, time is divided into stretches of constant offset from
 # UTC, and each is searched for local minutes that match. Where the clock jumps between
-# two stretches, in the words of cron(8) and with the numbers of its source:
+# two stretches, it is as cron(8) describes, with the numbers of its source:
 #   - a fixed time that is skipped runs at the jump; one that is repeated runs once;
 #   - an interval follows the clock: skipped is skipped, repeated runs again
 #     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
