@@ -5022,8 +5022,8 @@ class Claims:
         """Return True if a tick may find something to do. Reads only, most often by the
         first statement alone: idle workers never write.
 
-        Due jobs are work for any worker, whose queue ever they are in. Ready ones count
-        only where this worker may claim: otherwise idle workers would wake each other.
+        Due jobs are work for any worker, whatever their queue. Ready ones count only
+        where this worker may claim: otherwise idle workers would wake each other.
         """
         now = self._clock()
         [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
