@@ -10933,8 +10933,7 @@ class Screen:
 
     def out(self, *lines: str) -> None:
         """Print results, one per line; Unavailable or BrokenPipeError."""
-        if self._drawn:
-            self._write("")
+        self.clear()
         self._try(lambda: sys.stdout.writelines(f"{line}\n" for line in lines))
 
     def raw(self, output: bytes) -> None:
@@ -10986,14 +10985,10 @@ class Screen:
         stamp = local_time(now, now if sys.stderr.isatty() else None)
         self._write(f"{stamp} {text}\n", self._drawn)
 
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[Callable[[str], None]]:
-        """Allow a line to be drawn in place; it is removed at the end."""
-        try:
-            yield self.show
-        finally:
-            if self._drawn:
-                self._write("")
+    def clear(self) -> None:
+        """Remove the line drawn in place."""
+        if self._drawn:
+            self._write("")
 
     def show(self, text: str) -> None:
         """Draw a line in place, some ten times a second; only on a terminal."""
@@ -11307,8 +11302,7 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     began = time.monotonic()
     bar = _bar(screen, queue, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
-    with screen.drawing():
-        jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
+    jobs = queue.wait(*job_ids, timeout=timeout, tell=bar)
     done = sum(job.state == COMPLETED for job in jobs)
     if len(jobs) > 1:
         screen.note(f"{done} of {len(jobs)} jobs completed, "
@@ -11391,8 +11385,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     is_batch, given = given_jobs(args)
-    with screen.drawing():
-        jobs, new = _add(queue, given, screen)
+    jobs, new = _add(queue, given, screen)
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, new, is_batch, args, screen)
@@ -11436,7 +11429,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
             # A connection of its own: the worker's may be in a commit.
             watched, bar = stack.enter_context(Queue(args.path)), _bar(screen)
             first = watched.progress()
-            stack.enter_context(screen.drawing())
+            stack.callback(screen.clear)
 
             def log_over_bar(line: str) -> None:
                 screen.log(line)
@@ -11728,8 +11721,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         return _await(queue, screen, job_ids, args.timeout)
     bar = _bar(screen, queue, lambda: queue.jobs(
         WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
-    with screen.drawing():
-        done = queue.wait_all(args.queue, args.timeout, bar)
+    done = queue.wait_all(args.queue, args.timeout, bar)
     screen.note(f"all jobs are over: {done.completed} completed, "
                 f"{done.unwell} dead or cancelled meanwhile")
     return EX_NO if done.unwell else EX_OK
@@ -11815,12 +11807,11 @@ def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
            states: Sequence[str]) -> Iterator[Job]:
     """Change all that fit, in small transactions; an interrupt keeps what is done."""
     done, skipped = 0, list[QueueError]()
-    with screen.drawing() as show:
-        for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
-                                 skipped.append, **_filters(args)):
-            done += len(batch)
-            show(f"{done:,} jobs {VERBS[verb].said} ...")
-            yield from batch
+    for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
+                             skipped.append, **_filters(args)):
+        done += len(batch)
+        screen.show(f"{done:,} jobs {VERBS[verb].said} ...")
+        yield from batch
     if skipped:
         screen.note(f"{len(skipped):,} left as "
                     f"{'they are' if len(skipped) > 1 else 'it is'}: {skipped[0]}")
@@ -12906,6 +12897,8 @@ def _run_command(args: argparse.Namespace, is_first: bool) -> int:
             raise
         screen.out(WELCOME.format(path=os.path.abspath(args.path)))
         status = EX_OK
+    finally:
+        screen.clear()
     screen.finish()
     return status
 
