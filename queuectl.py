@@ -6930,7 +6930,7 @@ class Runner:
         # Lost runs of other workers, by claim: FOUND, KILL (being killed) or KILLED.
         self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
-        self._is_heartbeat = False              # the next tick is one
+        self._is_heartbeat = self._saves = False    # what the next tick does as well
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._gives_up = False                          # leaves without recording
@@ -7067,6 +7067,7 @@ class Runner:
 
     def _do_output(self) -> None:
         if self._unsaved():
+            self._saves = True
             self._agenda.want("tick")
 
     def _unsaved(self) -> dict[int, Output]:
@@ -7074,14 +7075,13 @@ class Runner:
                 if command.output.total > command.saved}
 
     def _do_tick(self) -> None:
-        now, lost = time.monotonic(), self._lost.values()
-        is_asked = self._peek_at <= now < self._peek_until
-        outputs = self._unsaved() if self._is_heartbeat or is_asked else {}
+        lost = self._lost.values()
+        outputs = self._unsaved() if self._is_heartbeat or self._saves else {}
         report = Report(dict(self._ended), [run for run, at in lost if at == KILLED],
                         [run for run, at in lost if at == FOUND], tuple(self._dead),
                         outputs, self._is_heartbeat)
         slots = spares = 0
-        if not self._leaving and now >= self._claim_at:
+        if not self._leaving and time.monotonic() >= self._claim_at:
             slots = self._slots()
             spares = int(min(wanted_spares(self._pace, self._options.slots)
                              - len(self._spares), self._quota - slots))
@@ -7159,7 +7159,7 @@ class Runner:
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
         if report.outputs:
-            self._peek_at = now + PEEK_PAUSE
+            self._saves, self._peek_at = False, now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
         """Log it once, and not for a short wait. Commands and time-outs go on."""
