@@ -12657,7 +12657,7 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
 def _overview(entries: Sequence[Entry]) -> Entry:
     """What stands for a group of commands, or for all, and has only a help."""
     words = () if entries is COMMANDS else entries[0].words[:1]
-    name = " ".join(("queuectl", *words))
+    name = " ".join(("queuectl help", *words))
     headings = {" ".join(entries[0].words): "commands"} if words else HEADINGS
     text = f"{TITLES[' '.join(words)]}.\n"
     for entry in entries:
@@ -12665,7 +12665,7 @@ def _overview(entries: Sequence[Entry]) -> Entry:
         text += f"\n{headings[one]}:\n" if one in headings else ""
         text += f"  {one:<15} {entry.help}\n"
     return Entry(
-        words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND --help` says more. "
+        words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND` says more. "
         f"Without a command: {usual(entries).words[-1]}", NEITHER,
         (option("COMMAND", argparse.SUPPRESS), _VERSION))
 
@@ -12795,7 +12795,7 @@ def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
         groups.setdefault(entry.words[0], []).append(entry)
     return [(name, group[0].help if len(group) == 1 else
              ", ".join(entry.words[1] for entry in group))
-            for name, group in groups.items()]
+            for name, group in groups.items()] + [("help", "explain a command")]
 
 
 def offers(words: Sequence[str]) -> list[str]:

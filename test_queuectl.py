@@ -6042,7 +6042,7 @@ class Completion(Case):
 
     def test_every_command_and_every_long_flag_is_offered(self):
         self.assertEqual(self.offered(""),
-                         list(dict.fromkeys(e.words[0] for e in queuectl.COMMANDS)))
+                         [*dict.fromkeys(e.words[0] for e in queuectl.COMMANDS), "help"])
         for entry in queuectl.COMMANDS:
             flags = {name for one in entry.options for name in one.names if name[:2] == "--"}
             self.assertLessEqual(flags, {*self.offered(*entry.words, "--")}, entry.words)
