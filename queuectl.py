@@ -1251,26 +1251,26 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
 
 def cron_words(line: str) -> str:
     """A plain schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
-    cron = parse_cron(line)
+    cron, days = parse_cron(line), ""
     is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
-    is_plain = len(cron.months) == 12 and not cron.is_either
-    if is_plain and is_any_day and is_any_weekday and len(cron.hours) == 24:
-        step = 60 // len(cron.minutes)
+    if len(cron.months) == 12 and not cron.is_either:
+        if is_any_day and is_any_weekday:
+            days = "every day"
+        elif is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
+            days = "on Mon-Fri"
+        elif is_any_day and len(cron.weekdays) == 1:
+            days = f"on {CRON_FIELDS[4][3][cron.weekdays[0]].title()}"
+        elif is_any_weekday and len(cron.days) == 1:
+            days = f"on day {cron.days[0]} of every month"
+    if days and len(cron.minutes) == len(cron.hours) == 1:
+        return f"at {cron.hours[0]:02}:{cron.minutes[0]:02} {days}"
+    step = 60 // len(cron.minutes)
+    if days == "every day" and len(cron.hours) == 24:
         if cron.minutes == tuple(range(0, 60, step)):
             return {1: "every minute", 60: "every hour"}.get(
                 step, f"every {step} minutes")
-        if len(cron.minutes) == 1:
+        if step == 60:
             return f"at minute {cron.minutes[0]} of every hour"
-    if is_plain and len(cron.minutes) == len(cron.hours) == 1:
-        time_of_day = f"at {cron.hours[0]:02}:{cron.minutes[0]:02}"
-        if is_any_day and is_any_weekday:
-            return f"{time_of_day} every day"
-        if is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
-            return f"{time_of_day} on Mon-Fri"
-        if is_any_day and len(cron.weekdays) == 1:
-            return f"{time_of_day} on {CRON_FIELDS[4][3][cron.weekdays[0]].title()}"
-        if is_any_weekday and len(cron.days) == 1:
-            return f"{time_of_day} on day {cron.days[0]} of every month"
     return " ".join(line.split())
 
 
