@@ -3528,7 +3528,7 @@ def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
                   first: int) -> None:
     """Only jobs of one batch can wait for each other: an older one names no newer."""
     import graphlib  # 1 ms, and only for dependencies
-    sorter = graphlib.TopologicalSorter[int]()
+    sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter()
     for need in needs:
         if need["needs"] >= first:
             sorter.add(need["job"], need["needs"])
