@@ -6650,7 +6650,8 @@ queuectl.SQLite.changes = changes""")
         odd = os.fsencode(self.dir) + b"/\xff"
         os.mkdir(odd)
         ours, q = shlex.join(program()), shlex.join(self.command())
-        unwritten, gone = "the result could not be written", "mkdir -p gone; cd gone; rmdir ../gone; "
+        unwritten = "the result could not be written"
+        gone = "mkdir -p gone; cd gone; rmdir ../gone; "
         for script, status, said in (
                 (f"{q} enqueue true >&-", 0, None), (f"{q} enqueue true 2>&-", 0, None),
                 (f"{q} enqueue - <&-", 1, None), (f"{q} list >/dev/full", 1, unwritten),
@@ -6701,7 +6702,7 @@ queuectl.SQLite.changes = changes""")
                 ("sleep 100", ("--timeout", "100ms"), 124), ("no-such-command", (), 127),
                 ('[{"command": "true"}, {"command": "exit 3"}]', (), 1)):
             with self.subTest(command):
-                code, out, err = self.cli("enqueue", command, "--max-retries", "1", "--wait", *flags)
+                code, out, err = self.cli("enqueue", command, "--max-retries=1", "--wait", *flags)
                 self.assertEqual((code, out.count("\n")), (status, 1), err)
                 self.assertNotIn("no worker", err)
         self.assertIn("1 of 2 jobs completed", err)
@@ -6746,7 +6747,8 @@ queuectl.SQLite.changes = changes""")
                                    input=b'true\n{"command": 5}\n\n# no\n[{"command": "a"}]'
                                          b'\n{"id": "x"}\nfalse')
         self.assertEqual(code, 1)
-        self.assertEqual([(job["command"], job["tags"]) for job in map(json.loads, out.split("\n")[:-1])],
+        jobs = map(json.loads, out.splitlines())
+        self.assertEqual([(job["command"], job["tags"]) for job in jobs],
                          [("true", ["t"]), ("a", ["t"]), ("false", ["t"])])
         self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
                           for line in err.splitlines()], ["line 2", "line 6"])
@@ -6759,7 +6761,7 @@ queuectl.SQLite.changes = changes""")
         seen = [json.loads(follower.stdout.readline())]
         workers = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
         self.call("enqueue", "-", input=b"true\n" * 30)
-        self.assertEqual(sorted(worker.wait(60) for worker in workers), [0, 1])    # one ran `exit 1`
+        self.assertEqual(sorted(worker.wait(60) for worker in workers), [0, 1])     # `exit 1`
         self.drain()
         wanted = [queuectl.event_object(one) for one in self.queue.events_since()]
         seen += [json.loads(follower.stdout.readline()) for _ in wanted[1:]]
@@ -6896,7 +6898,7 @@ queuectl.SQLite.changes = changes""")
         workers, counts = [start() for _ in range(3)], self.queue.counts
         while sum(job.crashes for job in self.queue.jobs()) < 3:
             done = counts()[COMPLETED]
-            wait_for(lambda done=done: counts()[COMPLETED] > done and counts()[PROCESSING], "progress")
+            wait_for(lambda done=done: counts()[COMPLETED] > done and counts()[PROCESSING], "a run")
             running = {view.pid: view.running for view in self.queue.workers()}
             workers.sort(key=lambda started, running=running: not running.get(started.pid))
             self.kill_worker(workers.pop(chance.choice((0, 0, 1))))     # mostly the busy one
@@ -6940,7 +6942,8 @@ class Supervised(Processes):
 
     def test_a_worker_that_is_killed_or_does_not_answer_leaves_nothing(self):
         for number, said in (
-                (signal.SIGKILL, "error: the worker was killed by SIGKILL: all that it ran was killed"),
+                (signal.SIGKILL, "error: the worker was killed by SIGKILL: all that it ran was "
+                                 "killed"),
                 (signal.SIGSTOP, "the worker did not answer for 1s")):
             with self.subTest(number):
                 self.anew()
@@ -7651,7 +7654,8 @@ class Surroundings(Processes):
             self.anew()     # the server logs that it makes a queue
             server = self.start("web", "--port", "0", stderr=log, stdout=subprocess.PIPE)
             port = int(re.search(rb":(\d+)/", server.stdout.readline())[1])
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as client:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            with contextlib.closing(client):
                 client.request("GET", "/healthz")
                 self.assertEqual(client.getresponse().status, 200)
             server.send_signal(signal.SIGINT)
@@ -8252,8 +8256,8 @@ class Shells(Processes):
 
     def test_zsh(self):
         terminal = self.at_prompt("zsh", "-f", "-i")
-        terminal.press("autoload -Uz compinit; compinit -u -D; source completion.zsh; " + self.READY,
-                       "\nready")
+        terminal.press("autoload -Uz compinit; compinit -u -D; source completion.zsh; "
+                       + self.READY, "\nready")
         self.check_lines(terminal)
 
     def test_zsh_finds_it_by_itself(self):
@@ -8568,9 +8572,11 @@ class Names(Processes):
         with refused("invalid-job"):
             self.queue.add_schedule("s", "@daily", command=fits + "x")
         value = "y" * (most - len("A0="))
-        self.queue.enqueue('printf %s "$A7" | wc -c', id="env", env={f"A{n}": value for n in range(8)})
+        self.queue.enqueue('printf %s "$A7" | wc -c', id="env",
+                           env={f"A{n}": value for n in range(8)})
         self.drain()
-        self.assertEqual([int(self.runs(job)[0].output) for job in ("fits", "env")], [3, len(value)])
+        self.assertEqual([int(self.runs(job)[0].output) for job in ("fits", "env")],
+                         [3, len(value)])
 
     # Installing.
 
@@ -8730,7 +8736,8 @@ class History:
             self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
             self.runs = [queuectl.Run(*row) for row in rows("SELECT * FROM runs ORDER BY claim")]
             self.events = rows('SELECT job, "from", "to" FROM events ORDER BY seq')
-            self.ties = rows("SELECT job, tag FROM tags"), rows("SELECT job, needs FROM dependencies")
+            self.ties = (rows("SELECT job, tag FROM tags"),
+                         rows("SELECT job, needs FROM dependencies"))
             self.counts = queue.counts()
             self.tallies = dict(rows("SELECT kind, SUM(n) FROM tallies "
                                      "WHERE minute = 0 GROUP BY kind"))
@@ -10293,7 +10300,8 @@ def copied(trial):
 
     It holds all nine jobs; or none, if the one that was there before is not replaced.
     """
-    is_done, now = trial.scenario.newer or trial.acknowledged[0].status == 0, queuectl.SCHEMA_VERSION
+    now = queuectl.SCHEMA_VERSION
+    is_done = trial.scenario.newer or trial.acknowledged[0].status == 0
     for name in os.listdir(trial.dir):
         if name.endswith(".backup"):
             path = trial.path_of(name)
@@ -10476,7 +10484,7 @@ class CrashPoints(unittest.TestCase):
 
     def test_every_moment_comes_in_some_scenario(self):
         met = {point.line for _, _, others in self.ground.surveys.values() for point in others}
-        self.assertEqual([name for line, name in self.ground.moments.items() if line not in met], [])
+        self.assertLessEqual(set(self.ground.moments), met)
 
     def test_a_process_may_die_at_any_line(self):
         self.walk(self.chance.sample([
@@ -10934,7 +10942,8 @@ def lock_round(directory, seconds):
     with Queue(path) as queue:
         queue.configure("heartbeat", "200ms")
         queue.configure("lease", "1s")
-        queue.enqueue_many([Job(command="echo $QUEUECTL_JOB_ID >> ran; sleep 0.3", cwd=directory)] * 12)
+        queue.enqueue_many(12 * [
+            Job(command="echo $QUEUECTL_JOB_ID >> ran; sleep 0.3", cwd=directory)])
 
     def start(*argv, **options):
         return subprocess.Popen([*program(), "--db", path, *argv], cwd=directory, **options)
@@ -11269,7 +11278,7 @@ class BadGround(Ground):
         for command in ("status", "list", "enqueue true", "worker start --drain",
                         "config set timeout 1s"):
             with self.subTest(command):
-                argv = (*command.split(), *["--json"] * (" -" not in command and "set" not in command))
+                argv = [*command.split(), "--json"][:None if re.match("st|l|enq", command) else -1]
                 status, out, err = (self.call if "worker" in command else self.cli)(*argv)
                 self.assertEqual((status, out), (1, ""), err)
                 if err.startswith("{"):
@@ -11396,7 +11405,8 @@ class BadGround(Ground):
 
     def test_two_that_upgrade_at_once_both_succeed_after_a_backup(self):
         jobs = self.fill(3)
-        both = [self.upgrader(ADD_COLUMN + "; UPDATE jobs SET extra = 'migrated'") for _ in range(2)]
+        script = ADD_COLUMN + "; UPDATE jobs SET extra = 'migrated'"
+        both = [self.upgrader(script) for _ in range(2)]
         for process in both:
             self.begin(process)
         for process in both:
@@ -11592,7 +11602,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                 listed, note = self.cli("worker", "list")[1:]
                 self.assertRegex(listed, "old .*silent for")
                 for said in (err, self.cli("status")[1].replace("none", "no worker is"), note,
-                             str(json.loads(self.cli("show", "job-1", "--json")[1])["waiting_for"])):
+                             self.cli("show", "job-1", "--json")[1]):
                     self.assertEqual("no worker is running" in said, not is_there)
                 self.assertEqual([one["name"] for shown in (
                     json.loads(self.cli("status", "--json")[1])["workers"],
@@ -11634,7 +11644,8 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                          [b"jobs", b"orders", b"output", b"jobs\n"]):
             with self.subTest(messages[0]):
                 self.flood(port, *messages)
-                self.assertEqual((queue.store.changes(), queue.store.workers()[0].heartbeats), before)
+                self.assertEqual((queue.store.changes(), queue.store.workers()[0].heartbeats),
+                                 before)
         self.touch("go")
         self.wait_state("job-1", COMPLETED)
 
@@ -11716,7 +11727,8 @@ class Times(Processes):
                 ("Asia/Kolkata", "k", ("30 9 * * *",), "09:30+05:30"),
                 ("UTC", "a", ("CRON_TZ=Asia/Tokyo 0 9 * * *",), "09:00+09:00"),
                 ("UTC", "b", ("0 9 * * *", "--tz", "Asia/Tokyo"), "09:00+09:00"),
-                ("UTC", "c", ("CRON_TZ=Asia/Tokyo 0 9 * * *", "--tz", "Asia/Tokyo"), "09:00+09:00")):
+                ("UTC", "c", ("CRON_TZ=Asia/Tokyo 0 9 * * *", "--tz", "Asia/Tokyo"),
+                 "09:00+09:00")):
             code, _, err = self.in_zone(zone, "schedule", "add", name, *argv, "--", "true")
             self.assertEqual(code, 0, err)
             self.assertIn(at, err)
@@ -12200,9 +12212,9 @@ def sql_mutants(tree):
             for found in re.finditer(old, text):
                 other = found.expand(new) if isinstance(new, str) else new(found)
                 if other != found[0]:
+                    changed = text[:found.start()] + other + text[found.end():]
                     yield Mutant("SQL", name, f"{found[0].strip()} -> {other}", users[name],
-                                 functools.partial(setattr, queuectl.Sql, name,
-                                                   text[:found.start()] + other + text[found.end():]))
+                                 functools.partial(setattr, queuectl.Sql, name, changed))
 
 
 def mutants(names):
@@ -12365,9 +12377,10 @@ class Ends(Processes):
     def test_a_job_with_very_many_runs_is_shown_by_its_last(self):
         self.fill(1)
         with self.queue.store.transaction() as store:
+            at = "'2027-01-01T00:00:00.000Z'"
             store.write("INSERT INTO runs (job, number, worker_id, worker, slot, started_at, "
-                        "finished_at, outcome, output) VALUES (1, ?, 1, 'w', 1, :at, :at, 'failed', "
-                        "x'41')".replace(":at", "'2027-01-01T00:00:00.000Z'"),
+                        "finished_at, outcome, output) "
+                        f"VALUES (1, ?, 1, 'w', 1, {at}, {at}, 'failed', x'41')",
                         [(n,) for n in range(1, 101)])
         out = self.cli("show", "job-1")[1]
         self.assertRegex(out, "(?m)^100  failed")
@@ -12993,7 +13006,8 @@ def bench_latency(bench):
 def idle_worker(bench, path, *before):
     """One whose start is over: it has sent a second heartbeat."""
     with bench.worker(path, 4, *before) as worker:
-        wait_for(lambda: row_of(path, worker.name).heartbeats > worker.heartbeats + 1, "a heartbeat")
+        least = worker.heartbeats + 2
+        wait_for(lambda: row_of(path, worker.name).heartbeats >= least, "a heartbeat")
         yield worker
 
 
