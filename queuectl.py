@@ -5885,7 +5885,7 @@ def worker_line(worker: Worker, style: Style) -> str:
     if worker.stop_requested:
         parts.append("stopping")
     if age > worker.late_after:
-        parts.append(style.paint(f"silent for {span(age)}", WARN))
+        parts.append(style.paint(f"no heartbeat for {span(age)}", WARN))
     return "  ".join(parts)
 
 
@@ -7879,7 +7879,7 @@ const SHORT = 4;            // lines in the short lists
 const SLOTS = 12;           // lines a worker shows
 const KEPT = 1 << 20;       // characters of an output that are drawn
 const MINUTE = 60000;
-const SILENT = 30;          // seconds without heartbeat until a worker is called silent
+const OVERDUE = 30;         // seconds without heartbeat that call for attention
 const PATIENCE = 20000;     // ms to wait for an answer, or for any event
 
 // ---- 1 Elements. Data reaches the document as text nodes only. ----
@@ -8265,8 +8265,8 @@ const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
 // What needs attention, worst first: [level, text or link].
 function concerns() {
   const { jobs, workers, paused } = model.status, waiting = jobs.pending + jobs.failed;
-  const stalled = workers.filter(one => since(one.heartbeat_at) > SILENT)
-    .map(one => `worker ${one.name} is silent`);
+  const stalled = workers.filter(one => since(one.heartbeat_at) > OVERDUE)
+    .map(one => `worker ${one.name} sends no heartbeat`);
   if (!workers.length && waiting)
     stalled.push(`no worker is running and ${many(waiting, "job waits", "jobs wait")}`);
   const others = paused.map(name =>
@@ -8490,7 +8490,7 @@ function showLists() {
       h("li", brief(job, figure(job), reasonLine(job))));
 }
 
-function workerBlock({ name, host, pid, queues, slots, busy, silent, jobs }) {
+function workerBlock({ name, host, pid, queues, slots, busy, overdue, jobs }) {
   const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
     h("i", { class: n < busy && "busy" }));
   return h("div.worker",
@@ -8499,7 +8499,7 @@ function workerBlock({ name, host, pid, queues, slots, busy, silent, jobs }) {
         h("span.quiet.small", queues.length ? `, only ${queues.join(", ")}` : "")),
       h("span.slots", { "aria-hidden": "true" }, squares),
       h("span.quiet.small", `${busy} of ${slots} busy`)),
-    silent && h("p.reason.bad", "no heartbeat for ", clock("elapsed", silent)),
+    overdue && h("p.reason.bad", "no heartbeat for ", clock("elapsed", overdue)),
     jobs.map(job => brief(job, job.started_at && clock("elapsed", job.started_at))),
     busy > jobs.length && h("p.reason", stateLink("processing",
       `and ${count(busy - jobs.length)} more`)));
@@ -8510,7 +8510,7 @@ function showWorkers() {
   const known = new Map(model.running.map(job => [job.id, job]));
   const blocks = model.status.workers.map(({ heartbeat_at, running, ...worker }) => ({
     ...worker, busy: running.length,
-    silent: since(heartbeat_at) > SILENT && heartbeat_at,
+    overdue: since(heartbeat_at) > OVERDUE && heartbeat_at,
     jobs: running.slice(0, SLOTS).map(id =>
       known.get(id) || { id, state: "processing" }) }));
   renderList($("#workers"), blocks, one => one.name, workerBlock);
@@ -8626,7 +8626,7 @@ function showPager() {
                                     : `Retry all ${count(jobs.dead || 0)} dead`);
 }
 
-function turnPage(isOlder) {
+function goToPage(isOlder) {
   if (isOlder) cursors.push(model.next); else cursors.pop();
   $("#jobs-title").focus();
   $("#jobs-title").scrollIntoView({ block: "start" });
@@ -9071,8 +9071,8 @@ function bind() {
   let typing = null;
   on("click", {
     "#theme": toggleTheme, "#reconnect": reconnect, "#pause-all": pauseAll,
-    "#retry-all": retryAll, "#newer": () => turnPage(false),
-    "#older": () => turnPage(true), "[data-close]": () => $("#enqueue").close(),
+    "#retry-all": retryAll, "#newer": () => goToPage(false),
+    "#older": () => goToPage(true), "[data-close]": () => $("#enqueue").close(),
     "#enqueue-open": () => {
       showFormError($("#enqueue"), { message: "" });
       $("#enqueue").showModal();

@@ -4016,13 +4016,13 @@ class Views(Case):
                 queuectl.change_line(change, NOON),
                 f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
 
-    def test_a_worker_is_called_silent_after_three_heartbeats(self):
+    def test_a_worker_is_reported_after_three_missed_heartbeats(self):
         beat = queuectl.iso(NOON - 45)
         worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
         for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
             line = queuectl.worker_line(
                 worker._replace(late_after=3 * heartbeat), self.PLAIN)
-            self.assertEqual("silent for 45s" in line, says, heartbeat)
+            self.assertEqual("no heartbeat for 45s" in line, says, heartbeat)
 
     PLAIN = queuectl.Style(False, 0, NOON)
     COLOURED = queuectl.Style(True, 40, NOON)
@@ -11600,7 +11600,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                 code, out, err = self.cli("enqueue", "true")
                 self.assertEqual((code, out), (0, "job-1\n"))
                 listed, note = self.cli("worker", "list")[1:]
-                self.assertRegex(listed, "old .*silent for")
+                self.assertRegex(listed, "old .*no heartbeat for")
                 for said in (err, self.cli("status")[1].replace("none", "no worker is"), note,
                              self.cli("show", "job-1", "--json")[1]):
                     self.assertEqual("no worker is running" in said, not is_there)
