@@ -6549,8 +6549,10 @@ queuectl.SQLite.changes = changes""")
                          "without pidfds a loss is noticed at the next heartbeat")
     def test_a_living_worker_notices_at_once_that_a_new_one_has_died(self):
         self.configure(heartbeat="1h")
-        self.listed_worker("--name", "old", "--queue", "another")
+        old = child_of(self.listed_worker("--name", "old", "--queue", "another").pid)
         new = self.listed_worker("--name", "new", "--queue", "q")
+        wait_for(lambda: any(b"Pid:\t%d\n" % new.pid in queuectl._read(
+            f"/proc/{old}/fdinfo/{fd}") for fd in os.listdir(f"/proc/{old}/fdinfo")), "the watch")
         self.enqueue("touch began; sleep 100", "--queue", "q")
         self.wait_file("began")
         self.kill_worker(new)
@@ -6889,24 +6891,25 @@ queuectl.SQLite.changes = changes""")
         chance, starts = random.Random("limit"), itertools.count()
         self.configure(crash_limit="1000", heartbeat="200ms", kill_grace="100ms")
         self.queue.limit_queue("one", 1)
-        self.fill(20, queue="one", command=(
-            "exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
-            "sleep 0.15; echo $QUEUECTL_JOB_ID >> ran"))
+        command = ("exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
+                   "sleep 0.15; echo $QUEUECTL_JOB_ID >> ran")
 
         def start():
             return self.worker("-c", "4", "--name", f"w{next(starts)}")
         workers, counts = [start() for _ in range(3)], self.queue.counts
         while sum(job.crashes for job in self.queue.jobs()) < 3:
+            self.fill(max(0, 8 - counts()[PENDING]), queue="one", command=command)
             done = counts()[COMPLETED]
             wait_for(lambda done=done: counts()[COMPLETED] > done and counts()[PROCESSING], "a run")
             running = {view.pid: view.running for view in self.queue.workers()}
             workers.sort(key=lambda started, running=running: not running.get(started.pid))
             self.kill_worker(workers.pop(chance.choice((0, 0, 1))))     # mostly the busy one
             workers.append(start())
-        wait_for(lambda: counts()[COMPLETED] == 20, "the end")
+        jobs = {job.id for job in self.queue.jobs()}
+        wait_for(lambda: counts()[COMPLETED] == len(jobs), "the end")
         self.assert_sound()
         self.assertFalse(self.exists("crowd"), "two at once")
-        self.assertEqual(len(set(self.read("ran").split())), 20)
+        self.assertEqual(set(self.read("ran").split()), jobs)
 
 
 # A process tree that no mark identifies: it has left its session, closed what it inherited
