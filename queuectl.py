@@ -486,6 +486,11 @@ def parse_state(text: object) -> str:
     return str(text)
 
 
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """`1 job`, `2 jobs`; a plural without the usual `s` is given."""
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
+
+
 def is_text(value: object) -> bool:
     """Return True for a string that UTF-8, SQLite and a command line can hold: without
     NUL and lone surrogates, which JSON can write.
@@ -1140,9 +1145,9 @@ def parse_cron(text: str) -> Cron:
         raise Invalid(f"{line!r} is not a schedule", f"use {', '.join(CRON_NAMES)}")
     texts = CRON_NAMES.get(line.lower(), line).split()
     if len(texts) != len(CRON_FIELDS):
-        raise Invalid(f"{line!r} has {len(texts)} field{'s' * (len(texts) != 1)}, not "
-                      "5", "use minute, hour, day of month, month, day of week, as '30 "
-                      "2 * * mon-fri'")
+        raise Invalid(f"{line!r} has {counted(len(texts), 'field')}, not 5", "use "
+                      "minute, hour, day of month, month, day of week, as '30 2 * * "
+                      "mon-fri'")
     minutes, hours, days, months, weekdays = (
         _cron_values(text, number) for number, text in enumerate(texts))
     starred = [text.startswith("*") for text in texts]
@@ -4303,7 +4308,7 @@ class Queue:
                 if stuck < now.waiting:
                     jobs = self.jobs(WAITING, "priority", 1, queue=queue)
                 self._refuse_blocked(caller, jobs, stuck, now.waiting)
-            return f"{now.left} job{'s' * (now.left > 1)}"
+            return counted(now.left, "job")
         return self._wait_for(look, timeout)
 
     def _wait_for(self, look: Callable[[], T | str], timeout: float | None) -> T:
@@ -4444,7 +4449,7 @@ class Queue:
                 for view in self.queues()
                 if not view.paused and any(one.takes(view.name) for one in workers)
                 and (not view.limit or view.counts[PROCESSING] < view.limit))
-        return [f"behind {n} other job{'s' * (n != 1)}" if n else "next in line"]
+        return [f"behind {counted(n, 'other job')}" if n else "next in line"]
 
     def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
         """What waits in these queues (all if none is named) after `--drain`, and why.
@@ -5750,7 +5755,7 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
         lines += [f"{style.paint(f'{level:<8}', shades[level])} {message}",
                   f"         {hint}"]
     grave = sum(finding.level == PROBLEM for finding in findings)
-    verdict = f"{grave} problem{'s' * (grave > 1)} in" if grave else "sound:"
+    verdict = f"{counted(grave, 'problem')} in" if grave else "sound:"
     return [*lines, f"{verdict} {path}"]
 
 
@@ -5982,7 +5987,7 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
             ("last run", when(schedule.last_run)),
             ("last job", f"{last.id} ({last.state})" if last else "-"),
             ("success", when(schedule.last_success)),
-            ("skipped", f"{schedule.skipped} run{'s' * (schedule.skipped != 1)}")))]
+            ("skipped", counted(schedule.skipped, "run"))))]
 
 
 def event_line(event: Event, style: Style) -> str:
@@ -6083,12 +6088,11 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
             continue    # a single queue says the same as all
         over = one.completed + one.died
         rate = f"{100 * one.completed / over:.1f} %" if over else "-"
-        retries = "1 retry" if one.retried == 1 else f"{one.retried} retries"
         lines += [*[""] * bool(queue), style.paint(f"queue     {queue or 'all'}", BOLD),
                   f"jobs      {one.enqueued} enqueued, {one.completed} completed, "
                   f"{one.died} dead, {one.cancelled} cancelled",
-                  f"success   {rate}, {retries}, {one.lost} lost "
-                  f"run{'s' * (one.lost != 1)}",
+                  f"success   {rate}, {counted(one.retried, 'retry', 'retries')}, "
+                  f"{counted(one.lost, 'lost run')}",
                   f"rate      {per_time(one.completed, seconds)}",
                   f"run time  {times(one.run_time)}",
                   f"waiting   {times(one.wait_time)}"]
@@ -6876,7 +6880,7 @@ def _prepare_descriptors(slots: int) -> None:
     needed = 4 * slots + 32     # a slot: pipe, watch, lock, one for a spare claim
     if needed > hard:
         raise Refused("unsupported", f"only {hard} open files are allowed here, and "
-                      f"{slots} slot{'s' * (slots > 1)} may need {needed}",
+                      f"{counted(slots, 'slot')} may need {needed}",
                       "use fewer slots, or raise `ulimit -n`")
     # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
     with contextlib.suppress(ValueError, OSError):
@@ -6952,7 +6956,7 @@ class Runner:
         self._executor = executor
         self._notifier.ready()
         worker, slots = self._claims.worker, self._options.slots
-        self._log(f"worker {worker.name} started: {slots} slot{'s' * (slots > 1)}, "
+        self._log(f"worker {worker.name} started: {counted(slots, 'slot')}, "
                   f"{', '.join(worker.queues) or 'all queues'}, {self._queue.path}")
         for name in ("renew", "heartbeat", "orders", "notify", "tick"):
             self._agenda.want(name)
@@ -7518,9 +7522,9 @@ class Runner:
             self._say(change_line(change, self._queue.clock()))
 
     def _status_line(self) -> str:
-        running, slots = len(self._commands), self._options.slots
+        running, slots = len(self._commands), counted(self._options.slots, "slot")
         return (f"finishing {running} running" if self._leaving else
-                f"{running} of {slots} slot{'s' * (slots > 1)} busy") + self.total()
+                f"{running} of {slots} busy") + self.total()
 
     def total(self) -> str:
         """What became of its jobs, as the end of a line."""
@@ -9450,7 +9454,7 @@ def _filter_of(fields: Mapping[str, Any], key: str) -> Any:
 
 def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
     return json_reply([job_object(job) for job in jobs], status,
-                      f"{len(jobs)} job{'s' * (len(jobs) != 1)}")
+                      counted(len(jobs), "job"))
 
 
 def get_session(queue: Queue, request: Request) -> dict[str, Any]:
@@ -12077,7 +12081,7 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.backup(args.file)
     with Queue(args.file, create=False) as copy:    # which verifies it
         jobs = sum(copy.counts().values())
-    screen.note(f"{jobs} job{'s' * (jobs != 1)} copied to {args.file}")
+    screen.note(f"{counted(jobs, 'job')} copied to {args.file}")
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
