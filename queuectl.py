@@ -3296,9 +3296,13 @@ class Host:
             fields = _stat_fields(pid)
             return fields[19].decode() if fields else ""
         import subprocess  # 5 ms, and only where there is no /proc
-        said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)],
-                              env={**os.environ, "LC_ALL": "C"}, check=False,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        try:
+            said = subprocess.run(
+                ["ps", "-o", "lstart=", "-p", str(pid)], check=False,
+                env={**os.environ, "LC_ALL": "C"}, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL).stdout
+        except FileNotFoundError:   # no ps: only the worker's lock tells
+            return ""
         return said.decode("utf-8", "replace").strip()
 
     def is_alive(self, worker: Worker) -> bool | None:
@@ -4337,7 +4341,8 @@ class Queue:
         """The job of this queue whose command this process is part of, if any."""
         claim, path = (os.environ.get(name, "") for name in (
             "QUEUECTL_CLAIM", "QUEUECTL_DB"))
-        if not claim.isdigit() or os.path.realpath(path) != self.path:
+        if not re.fullmatch("[0-9]{1,18}", claim) \
+                or os.path.realpath(path) != self.path:
             return None
         found = self.store.jobs(Sql.JOB_BY_CLAIM, claim=int(claim))
         return found[0] if found else None
@@ -4502,6 +4507,7 @@ class Queue:
         if self.is_all_paused():
             return []
         now, found = self.clock(), list[tuple[float, str]]()
+        workers = [one for one in workers if not one.is_expired]
         queues = [view.name for view in self.queues() if not view.paused
                   and not any(one.takes(view.name) for one in workers)]
         for queue, seconds in self._oldest(queues, now).items():

@@ -2144,6 +2144,12 @@ class Hosts(Case):
         self.assertIsNone(self.queue.host.is_alive(blind))
         self.assertIs(self.queue.host.is_alive(blind._replace(boot="another")), False)
 
+    def test_without_proc_and_ps_no_start_time_is_known(self):
+        host = queuectl.Host(self.path)
+        host.boot = ""
+        with mock.patch.dict(os.environ, PATH="/nowhere"):
+            self.assertEqual(host.born(os.getpid()), "")
+
     @NEEDS_LOCKS
     def test_a_running_job_says_that_its_worker_is_gone(self):
         self.job()
@@ -2779,6 +2785,12 @@ class Promises(Case):
         self.assertEqual(self.queue.waiting_for(self.job()),
                          ["all queues are paused", "no worker is running"])
         self.assertIn("its worker p is gone", self.queue.waiting_for(self.queue.job("full"))[0])
+
+    def test_a_claim_in_the_environment_that_is_no_number_of_a_run_is_ignored(self):
+        for claim in ("\u00b2", "9" * 30, "-1", ""):
+            with self.subTest(claim), mock.patch.dict(
+                    os.environ, QUEUECTL_DB=self.path, QUEUECTL_CLAIM=claim):
+                self.assertIsNone(self.queue.caller())
 
     def test_a_failed_job_says_which_retry_it_waits_for(self):
         self.job(max_retries=3, backoff_base=120)
@@ -11617,6 +11629,8 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                      if one["code"] == "silent-worker"],
                     [] if is_there else [("warning", "if it is gone, `queuectl worker "
                                           "stop old` removes it")])
+                self.assertEqual("no-worker" in [one["code"] for one in found["findings"]],
+                                 not is_there)      # the job is due
                 self.assertTrue(found["sound"])
 
     # Notifications.
