@@ -867,8 +867,7 @@ UTC = datetime.timezone.utc
 
 # Days before a change of a zone's clocks.
 ZONE_CHANGES = [(zone, day) for zone, *days in (
-    ("Europe/Berlin", "2024-03-30", "2024-10-26"),
-    ("America/New_York", "2024-03-09", "2024-11-02"),
+    ("Europe/Berlin", "2024-03-30", "2024-10-26"), ("America/New_York", "2024-03-09", "2024-11-02"),
     ("Australia/Lord_Howe", "2024-04-06", "2024-10-05"),    # half an hour
     ("America/Sao_Paulo", "2018-11-03", "2018-02-17"),      # 0:00 is skipped, 23:00 repeated
     ("Antarctica/Troll", "2024-03-30", "2024-10-26"),       # two hours
@@ -962,16 +961,14 @@ def ticks(start: int, end: int, zone: datetime.tzinfo) -> list[tuple[int, list, 
     return found
 
 
-def debian(line: str, values: list[set[int]],
-           woken: list[tuple[int, list, list]]) -> list[float]:
+def debian(line: str, values: list[set[int]], woken: list[tuple[int, list, list]]) -> list[float]:
     """The runs of a cron line by Debian's cron."""
     kind = 1 if line[0] == "*" or line.split()[1][0] == "*" else 2
     return [float(tick[0]) for tick in woken
             if any(comes(line, values, minute) for minute in tick[kind])]
 
 
-def walk(line: str, start: float, end: float,
-         zone: datetime.tzinfo | None = None) -> list[float]:
+def walk(line: str, start: float, end: float, zone: datetime.tzinfo | None = None) -> list[float]:
     """The runs in (start, end] by `first_run`."""
     cron, runs = queuectl.parse_cron(line), []
     run = queuectl.first_run(cron, start, zone)
@@ -1040,8 +1037,7 @@ class Cron(unittest.TestCase):
         table = (
             *(("* " * place + text + " *" * (4 - place), f"{field} field does not take {value!r}",
                f"use {words}, or *; lists, ranges and steps as 1,3 or 1-5 or */2")
-              for place, (field, words, texts) in enumerate(odd)
-              for text, value in texts.items()),
+              for place, (field, words, texts) in enumerate(odd) for text, value in texts.items()),
             ("* 22-2 * * *", "'22-2' in the hour field runs backwards", "use two: 22-23,0-2"),
             ("* * * * Fri-mon", "'Fri-mon' in the day of week field runs backwards",
              "use two: Fri-sat,sun-mon"),
@@ -1224,8 +1220,7 @@ class Cron(unittest.TestCase):
             meaning = cron._replace(is_wild=False)
             if len(cron.days) == 31 or len(cron.weekdays) == 7:
                 meaning = meaning._replace(is_either=False)
-            self.assertEqual(said.setdefault(queuectl.cron_words(line), meaning)[:5],
-                             meaning[:5])
+            self.assertEqual(said.setdefault(queuectl.cron_words(line), meaning)[:5], meaning[:5])
 
 
 # ---- 5 Fields ----------------------------------------------------------------
@@ -1803,8 +1798,7 @@ class Files(Case):
             [("done", None, 1, 0, 0, None), ("dead", None, 1, 0, 0, None),
              ("again", "scheduled", 2, 0, 0, None), ("runs", None, 1, 0, 0, None),
              ("ends", None, 1, 0, 0, "cancel"), ("ready", "ready", 0, 0, 0, None),
-             ("scheduled", "scheduled", 0, 0, 1, None),
-             ("blocked", "blocked", 0, 2, 0, None)])
+             ("scheduled", "scheduled", 0, 0, 1, None), ("blocked", "blocked", 0, 2, 0, None)])
         with contextlib.closing(sqlite3.connect(self.path + ".format-1.backup")) as old:
             for table in ("tags", "dependencies", "events", "runs", "workers", "counts"):
                 rows = f"SELECT * FROM {table}"
@@ -1922,8 +1916,7 @@ class Files(Case):
         self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
         with Queue(copy, create=False) as again:
             self.assertEqual(ids(again.jobs()), ["second", "first"])
-        for path, error in ((self.path, "in-use"), (text, "not-a-queue"),
-                            (self.dir, "not-a-queue"),
+        for path, error in ((self.path, "in-use"), (text, "not-a-queue"), (self.dir, "not-a-queue"),
                             (self.path_of("none/copy"), "unwritable")):
             with self.subTest(path), refused(error):
                 self.queue.backup(path)
@@ -2019,8 +2012,7 @@ class Files(Case):
         for path, create, error in (
                 (self.dir, True, "not-a-queue"), (self.dir, False, "not-a-queue"),
                 (self.path_of("none/q.db"), True, "unwritable"),
-                (self.path_of("none/q.db"), False, "no-queue"),
-                (self.path, False, "no-queue")):
+                (self.path_of("none/q.db"), False, "no-queue"), (self.path, False, "no-queue")):
             with self.subTest(path=path, create=create), refused(error):
                 Queue(path, create)
         self.assertEqual(os.stat(self.path).st_size, 0)
@@ -4006,8 +3998,7 @@ class Views(Case):
         beat = queuectl.iso(NOON - 45)
         worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
         for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
-            line = queuectl.worker_line(
-                worker._replace(late_after=3 * heartbeat), self.PLAIN)
+            line = queuectl.worker_line(worker._replace(late_after=3 * heartbeat), self.PLAIN)
             self.assertEqual("no heartbeat for 45s" in line, says, heartbeat)
 
     PLAIN = queuectl.Style(False, 0, NOON)
@@ -4039,8 +4030,7 @@ class Views(Case):
         P = queuectl.Progress
         for progress, seconds, width, line in (
                 (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
-                (P(6, 2, 2, 0), 4.0, 50,
-                 "[##............] 2/10  2 running  0.5/s  16s left"),
+                (P(6, 2, 2, 0), 4.0, 50, "[##............] 2/10  2 running  0.5/s  16s left"),
                 (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
                 (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
                 (P(0, 0, 3, 1), 2.0, 60,
@@ -4103,8 +4093,7 @@ class Views(Case):
             "last_success": None, "skipped": 0})
 
     def test_the_next_runs_are_told_in_words_and_times(self):
-        schedule = self.queue.add_schedule("s", "*/10 * * * *", "Asia/Tokyo",
-                                           command="x")
+        schedule = self.queue.add_schedule("s", "*/10 * * * *", "Asia/Tokyo", command="x")
         self.assertEqual(queuectl.when_lines(schedule, NOON), [
             "s: every 10 minutes, Asia/Tokyo",
             "next: Fri 2027-01-15 17:10+09:00, Fri 2027-01-15 17:20+09:00, "
@@ -4117,8 +4106,7 @@ class Views(Case):
                                    ("next", {"after": ["dead"]}, "after dead (dead)"),
                                    ("free", {}, "waits for a free slot")):
             job = self.job(id=name, **fields)
-            found = [one for one in self.queue.hindrances([job])[name]
-                     if one.code != "no-worker"]
+            found = [one for one in self.queue.hindrances([job])[name] if one.code != "no-worker"]
             self.assertEqual(queuectl.note_of(job, found), note)
         for state, note in ((COMPLETED, ""), (PROCESSING, "on box"), (DEAD, "oh")):
             self.assertEqual(queuectl.note_of(
@@ -4140,8 +4128,7 @@ class Views(Case):
         self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
                          b"a | one\na | \na | two\xff")
         self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
-        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED)
-                   for place in range(7)]
+        colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED) for place in range(7)]
         self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
         self.assertEqual(len(set(colours)), 6)
         self.assertEqual(colours[6], colours[0])
@@ -4602,8 +4589,7 @@ class Workers(Case):
     def test_a_job_that_the_machine_cannot_start_is_released_for_a_moment(self):
         self.job()
         for error, kind in ((OSError(errno.EAGAIN, "no"), "released"),
-                            (OSError(errno.ENOEXEC, "no"), "failed"),
-                            (ValueError("no"), "failed")):
+                            (OSError(errno.ENOEXEC, "no"), "failed"), (ValueError("no"), "failed")):
             with self.subTest(error), self.in_hand() as (runner, _):
                 runner._quota, runner._free = 0, [2]
                 runner._not_started(queuectl.Claim(self.queue.job("job-1"), 7, 1, -1), error)
@@ -4925,8 +4911,7 @@ class Web(Case):
         for route in queuectl.ROUTES:
             with self.subTest(route.method + " " + route.path):
                 job = "dead" if route.path.endswith("retry") else "one"
-                reply = self.ask(route.method, route.path.replace("ID", job),
-                                 bodies[route.body])
+                reply = self.ask(route.method, route.path.replace("ID", job), bodies[route.body])
                 told = paths[route.path.replace("/ID", "/{ID}")][route.method.lower()]
                 content = told["responses"][str(reply.status)]["content"]
                 schema = content[reply.kind.partition(";")[0]]["schema"]
@@ -4988,8 +4973,7 @@ class Web(Case):
             headers = dict(reply.headers)
             self.assertEqual((reply.status, headers["Location"]), (303, "/"))
             cookie, *flags = headers["Set-Cookie"].split("; ")
-            self.assertEqual(flags, ["Path=/", "HttpOnly", "SameSite=Strict",
-                                     *["Secure"] * secure])
+            self.assertEqual(flags, ["Path=/", "HttpOnly", "SameSite=Strict", *["Secure"] * secure])
             self.assertNotIn(token, cookie)
             self.assertEqual(self.status("GET", "/", site=site, authorization=None,
                                          cookie=cookie), 200)
@@ -5003,8 +4987,7 @@ class Web(Case):
                 (SITE, "host", 200, "LOCALHOST 127.0.0.1:99 [::1]:8080 localhost."),
                 (SITE, "host", 403, "evil.example localhost.evil.example 10.0.0.1"),
                 (SITE, "host", 400, " localhost:8080:80 localhost@evil"),
-                (wide, "host", 200, "10.0.0.1:8080 [fe80::1]"),
-                (wide, "host", 403, "evil.example"),
+                (wide, "host", 200, "10.0.0.1:8080 [fe80::1]"), (wide, "host", 403, "evil.example"),
                 (SITE, "origin", 200, "http://localhost:8080 https://localhost:8080"),
                 (SITE, "origin", 403, "http://localhost null http://evil.example "
                  "file://localhost:8080 http://localhost:8080.evil.example"),
@@ -5073,8 +5056,7 @@ class Web(Case):
         self.assert_refused(415, "POST", "/api/jobs/one/cancel", content_type=form)
         for kind in ("text/plain", None):
             self.assert_refused(415, "POST", "/api/jobs", {"command": "x"}, content_type=kind)
-        self.assertEqual(dict(self.ask("PUT", "/api/jobs", {}).headers)["Allow"],
-                         "GET, POST, HEAD")
+        self.assertEqual(dict(self.ask("PUT", "/api/jobs", {}).headers)["Allow"], "GET, POST, HEAD")
         self.assertEqual(ids(self.queue.jobs()), ["one"])
 
     def test_a_header_that_comes_twice_is_a_list(self):
@@ -5093,8 +5075,7 @@ class Web(Case):
         for body, status, key, item in (
                 ({**x, "priority": "high"}, 400, "priority", None),
                 ({"priority": 1}, 400, "command", None), ({"comand": "x"}, 400, "comand", None),
-                ({**x, "after": ["nope"]}, 400, "after", None),
-                ({**x, "id": "b"}, 409, None, None),
+                ({**x, "after": ["nope"]}, 400, "after", None), ({**x, "id": "b"}, 409, None, None),
                 ([x, {**x, "timeout": -1}], 400, "timeout", 1),
                 ([x, {**x, "id": "b"}], 409, None, 1)):
             told = self.told("POST", "/api/jobs", body, status)
@@ -5141,8 +5122,7 @@ class Web(Case):
         self.assertEqual(self.told("POST", "/api/jobs/dead/retry")["state"], PENDING)
         running = self.claim().job.id
         self.told("DELETE", f"/api/jobs/{running}", status=409)
-        self.assertEqual(self.told("POST", f"/api/jobs/{running}/cancel")["state"],
-                         PROCESSING)
+        self.assertEqual(self.told("POST", f"/api/jobs/{running}/cancel")["state"], PROCESSING)
         for job in self.queue.jobs(PENDING):
             self.assertEqual(self.told("DELETE", f"/api/jobs/{job.id}")["id"], job.id)
             self.told("GET", f"/api/jobs/{job.id}", status=404)
@@ -5187,8 +5167,7 @@ class Web(Case):
                 ("POST", "/api/pause?x=%0A", {}, ""), ("GET", "/api/jobs", None, ""),
                 ("POST", "/api/pause", {"queue": "\x1b\n"},
                  f"web: POST /api/pause {by} 400 queue: '\\x1b\\n' is not a name"),
-                ("DELETE", "/api/jobs/one", None,
-                 f"web: DELETE /api/jobs/one {by} 200 deleted")):
+                ("DELETE", "/api/jobs/one", None, f"web: DELETE /api/jobs/one {by} 200 deleted")):
             self.assertEqual(self.ask(method, target, body).log, line)
 
     def test_a_database_that_does_not_answer_is_503(self):
@@ -5369,8 +5348,7 @@ class Metrics(Case):
         self.assertEqual(kinds["queuectl_attempts_total"], "counter")
         self.assertEqual(samples["queuectl_attempts_total", (
             ("outcome", "timeout"), ("queue", "default"))], 1)
-        self.assertEqual(samples["queuectl_jobs", (
-            ("queue", "gpu"), ("state", "cancelled"))], 0)
+        self.assertEqual(samples["queuectl_jobs", (("queue", "gpu"), ("state", "cancelled"))], 0)
 
     def test_the_parser_of_prometheus_takes_them(self):
         try:
@@ -5383,8 +5361,7 @@ class Metrics(Case):
 
     def test_labels_are_escaped(self):
         scrape = self.queue.scrape()._replace(oldest={}, paused={'a"b\\c\nd': True})
-        self.assertIn(r'queuectl_queue_paused{queue="a\"b\\c\nd"} 1',
-                      queuectl.metrics_text(scrape))
+        self.assertIn(r'queuectl_queue_paused{queue="a\"b\\c\nd"} 1', queuectl.metrics_text(scrape))
 
     def test_they_are_equal_to_status(self):
         self.a_busy_hour(self.queue, self.worker(), 12)
@@ -8189,8 +8166,7 @@ class Shells(Processes):
 
     # What is typed before the tab key, and what stands there then.
     LINES = (
-        ("queuectl enq", "queuectl enqueue "),
-        ("queuectl show a", "queuectl show a:b@c "),
+        ("queuectl enq", "queuectl enqueue "), ("queuectl show a", "queuectl show a:b@c "),
         ("queuectl show a:", "queuectl show a:b@c "),
         ("queuectl show a:b@", "queuectl show a:b@c "),
         ("queuectl show 'a:", "queuectl show 'a:b@c' "),
@@ -8200,8 +8176,7 @@ class Shells(Processes):
         ("queuectl --db 'an other.db' show ", "queuectl --db 'an other.db' show else "),
         ("queuectl backup an", "queuectl backup an\\ other.db "),
         ("queuectl enqueue --file=an", "queuectl enqueue --file=an\\ other.db "),
-        ("queuectl enqueue @an", "queuectl enqueue @an\\ other.db "),
-    )
+        ("queuectl enqueue @an", "queuectl enqueue @an\\ other.db "))
     READY = "alias q=queuectl; echo 'rea''dy'\r"
     BASH = ("bash", "--norc", "--noprofile", "-i")
 
@@ -9442,8 +9417,7 @@ class ModelWorker:
                 kind = "completed" if process.fate == "done" else "failed"
                 if process.fate == "killed":
                     kind = self.why.get(claim, "failed")
-                self.ended[claim] = self.q.Outcome(
-                    kind, 0 if kind == "completed" else 1, None, 0.1)
+                self.ended[claim] = self.q.Outcome(kind, 0 if kind == "completed" else 1, None, 0.1)
             elif claim in self.why:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
@@ -9801,8 +9775,7 @@ MUTANTS = (
     ("excused", "a worker is lost after its first missing heartbeat", (
         "Peers.lost", "call lease_of", "1e-9")),
     ("truthful", "what has not begun is charged as a crash", (
-        "lost_end", "if process_of", "False")),
-)
+        "lost_end", "if process_of", "False")))
 
 
 # Seeds of episodes that found the lack of a guard; tried first, for most find none.
