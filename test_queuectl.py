@@ -4209,7 +4209,10 @@ class Workers(Case):
         thread = threading.Thread(target=InThread(
             queuectl.Link(ours), os.getpid(), wakeup, signals, ()).serve)
         thread.start()
-        note = lambda number, _: signals.append(number)     # noqa: E731
+
+        def note(number, _):
+            signals.append(number)
+            wakeup.set()    # once more: the thread may have looked before
         with queuectl.handling({signal.SIGTERM: note, signal.SIGINT: note}, wakeup.writer):
             try:
                 return queuectl.run_worker(self.queue, WorkerOptions(**{
@@ -4555,8 +4558,7 @@ class Workers(Case):
     def test_an_order_during_a_commit_waits_for_it(self):
         with self.running() as (runner, link):
             self.begin_commit()
-            runner._agenda.want("orders")
-            runner._step()
+            self.step(commits=False, want=["orders"])
             self.assertEqual(self.ended(link), [])
             runner._executor.finish()
             with Queue(self.path) as other:
@@ -4679,9 +4681,9 @@ class Workers(Case):
                 self.assertEqual(runner._status_line(), told)
 
     def test_a_worker_allows_itself_enough_descriptors(self):
-        for limits, slots, wanted in (((50, 60), 7, (60, 60)),  # 4 for each of them, and 32
-                                      ((5000, resource.RLIM_INFINITY), 512, (5000, 1 << 20)),
-                                      ((50, 1 << 19), 1, (4096, 1 << 19)), ((50, 60), 8, None)):
+        for limits, slots, wanted in (      # 4 for each of them, and 32
+                ((50, 60), 7, (60, 60)), ((5000, resource.RLIM_INFINITY), 512, (5000, 1 << 20)),
+                ((50, 1 << 19), 1, (4096, 1 << 19)), ((50, 60), 8, None)):
             with self.subTest(limits, slots=slots), \
                     mock.patch.object(resource, "getrlimit", return_value=limits), \
                     mock.patch.object(resource, "setrlimit") as set_to, \
@@ -4691,10 +4693,9 @@ class Workers(Case):
                 self.assertEqual(set_to.call_args[0][1], wanted)
 
     def test_a_worker_refuses_a_platform_that_is_not_posix(self):
-        with mock.patch.object(queuectl, "fcntl", None), refused("unsupported", "POSIX"):
-            queuectl._refuse_platform()
-        with mock.patch.object(queuectl, "select", object()), refused("unsupported", "POSIX"):
-            queuectl._refuse_platform()
+        for name, there in (("fcntl", None), ("select", object())):
+            with mock.patch.object(queuectl, name, there), refused("unsupported", "POSIX"):
+                queuectl._refuse_platform()
 
     # Other workers.
 
@@ -4761,18 +4762,14 @@ class Workers(Case):
         self.assertEqual(self.queue.store.workers(), [])
 
     def test_a_worker_that_is_taken_for_dead_ends_its_command(self):
-        def seize(queue):
-            wait_for(lambda: self.exists("second"), "the first run")
-            [run] = queue.runs("job-1")
-            queuectl.Peers(queue).record(run)
-            queue.wake(queuectl.NEW_ORDERS)
-        self.job("echo $$ >> pids; [ -e second ] || { touch second; sleep 60; }")
-        self.beside(seize)
-        self.run_worker()
-        self.assertEqual([run.outcome for run in self.queue.runs("job-1")], ["lost", "completed"])
-        self.assertIn("job-1 was taken over while this worker was silent; its command is "
-                      "ended", self.said)
-        self.assertFalse(is_running(self.read("pids").split()[0]))
+        with self.running() as (_, link):
+            self.steps(lambda: not self.runner._commit)
+            with Queue(self.path) as other:
+                queuectl.Peers(other).record(self.last_run())
+            self.step(want=["orders"])
+            self.assertEqual(self.ended(link), [1])
+        self.assertIn("job-1 was taken over while this worker was silent; its command is ended",
+                      self.said)
 
     def test_a_second_worker_of_that_name_is_refused_and_the_first_goes_on(self):
         other = self.worker(name="w")
@@ -4809,7 +4806,6 @@ class Workers(Case):
         self.assertIn("SIGTERM: claiming no more", self.said)
 
     def test_a_worker_does_what_the_database_asks_for(self):
-        self.word = "finishing"
         for command, ask, said, ends in (
                 (self.UNTIL_GO, lambda queue, _: queue.stop_workers(),
                  f"{queuectl.ASKED}: finishing 1 running, claiming no more; "
