@@ -4331,17 +4331,17 @@ class Workers(Case):
 
     def test_time_outs_of_job_worker_and_configuration_in_this_order(self):
         self.queue.configure("timeout", "50ms")
-        for own, workers, outcome in ((None, None, "timeout"), (0, None, "completed"),
-                                      (5, None, "completed"), (None, 5.0, "completed"),
-                                      (0.05, 5.0, "timeout"), (None, 0.0, "completed")):
-            with self.subTest(own=own, workers=workers):
-                job_id = self.job("sleep 60" if outcome == "timeout" else "sleep .2",
-                                  timeout=own, max_retries=1)
-                self.run_worker(timeout=workers)
-                run = self.last_run(job_id)
-                self.assertEqual((run.outcome, run.exit_code, self.queue.job(job_id).error), (
-                    (outcome, 124, "timed out after 0.05s") if outcome == "timeout" else
-                    (outcome, 0, None)))
+        late, fine = ("timeout", 124, "timed out after 0.05s"), ("completed", 0, None)
+        for workers, ends in ((None, {None: late, 0: fine, 5: fine}), (0.0, {None: fine}),
+                              (5.0, {None: fine, 0.05: late})):
+            jobs = [self.job("sleep 60" if end == late else "sleep .2", timeout=own, max_retries=1)
+                    for own, end in ends.items()]
+            self.run_worker(timeout=workers, slots=3)
+            for job_id, (own, end) in zip(jobs, ends.items()):
+                with self.subTest(own=own, workers=workers):
+                    run = self.last_run(job_id)
+                    self.assertEqual((run.outcome, run.exit_code, self.queue.job(job_id).error),
+                                     end)
 
     def test_a_command_that_cannot_start_has_failed_and_frees_its_slot(self):
         here = os.getcwd()
