@@ -9273,9 +9273,9 @@ document.addEventListener("DOMContentLoaded", start);
 
 
 # ---- 17 API ------------------------------------------------------------------
-# The operations: from a queue and an admitted Request to a Reply; no sockets and no
-# tokens here. A QueueError becomes a status and JSON in `respond` (Access). ROUTES, the
-# last table, names all of them and is their description, too.
+# The operations: from a queue and an admitted Request to a Reply, without sockets and
+# tokens. `respond` (Access) converts a QueueError to a status and JSON. ROUTES lists
+# and describes all operations.
 
 MAX_BODY = 10 << 20         # bytes
 MAX_HEAD = 32 << 10         # bytes of request line and headers
@@ -9283,7 +9283,7 @@ MAX_TARGET = 8 << 10        # bytes of path and query; at least 8000 (RFC 9110, 
 MAX_BATCH = 10_000          # jobs in one request: about 5 MiB of reply
 MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs in one reply
 MAX_MINUTES = 1440          # of history: a day
-OUTPUT_PATIENCE = 0.25      # seconds to wait for what a running job has just printed
+OUTPUT_PATIENCE = 0.25      # seconds to wait for a running job's newest output
 
 FULL, READ = ROLES = ("full", "read")   # each has a token
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; charset=utf-8"
@@ -9296,10 +9296,10 @@ class Request(NamedTuple):
     method: str
     target: str                     # path and query, as sent
     headers: Mapping[str, str]      # names in lower case (RFC 9110, section 5.1)
-    body: bytes = b""               # empty until the request is admitted (I10)
+    body: bytes = b""               # read after the request is admitted (I10)
     peer: str = ""                  # the client's address
     role: str = ""
-    how: str = ""                   # "cookie", "bearer" or "no token": for the log
+    how: str = ""                   # "cookie", "bearer" or "no token", for the log
     params: Mapping[str, Any] = {}
     job_id: str = ""                # in the path
 
@@ -9315,19 +9315,19 @@ class Reply(NamedTuple):
 
 class Route(NamedTuple):
     method: str
-    path: str                   # ID stands for a job's id, one segment
+    path: str                   # the segment ID matches a job's id
     name: str
     summary: str
     reply: str                  # the name of its schema, or its media type
     answer: Callable[[Queue, Request], Any]     # a Reply, or a value to show as JSON
     params: tuple[Field, ...] = ()
     body: str = ""              # the name of its schema; "": none
-    refusals: tuple[int, ...] = ()      # beside those that any route may have
+    refusals: tuple[int, ...] = ()      # beside those of every route
 
 
 def denied(status: int, message: str, hint: str = "",
            *headers: tuple[str, str]) -> Refused:
-    """A refusal before the queue is asked."""
+    """Return a refusal with that HTTP status."""
     error = Refused("refused", message, hint)
     error.status, error.headers = status, headers
     return error
@@ -9338,7 +9338,7 @@ def json_reply(value: Any, status: int = 200, log: str = "") -> Reply:
 
 
 def refusal_reply(error: QueueError) -> Reply:
-    """`item`: which one in an array of jobs.
+    """`item` is the index in an array of jobs.
 
         {"error": "...", "hint": "...", "key": "timeout", "item": 1}
     """
@@ -9369,7 +9369,7 @@ def _whole_param(name: str, least: int, most: int, help: str) -> Field:
 
 
 def query_fields(query: str) -> list[tuple[str, str]]:
-    """The decoded names and values of a query; Invalid."""
+    """Return the decoded names and values of a query; Invalid."""
     import urllib.parse  # 4 ms, and only in a server
     try:
         # Strict: a byte that is not UTF-8 must not become U+FFFD in a search.
@@ -9381,13 +9381,13 @@ def query_fields(query: str) -> list[tuple[str, str]]:
 
 
 def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
-    """The checked values of a query; blank text is as good as none.
+    """Return the checked values of a query; empty text is ignored.
 
         state=dead&state=failed&queue=&limit=5
         -> {"state": ["dead", "failed"], "limit": 5}
 
-    An unknown name is refused: ignoring a mistyped filter would return too much. So is
-    a second value, since readers disagree on which of two counts.
+    An unknown name is refused, since ignoring a mistyped filter would return too much;
+    so is a repeated one, unless it is a list.
     """
     known = {param.name: param for param in params}
     values: dict[str, Any] = {}
@@ -9422,9 +9422,9 @@ def _number(text: str) -> float:
 
 
 def json_body(request: Request) -> Any:
-    """The body as JSON; {} if there is none.
+    """Return the body as JSON, {} if there is none.
 
-    A body must name its type: a foreign page may send forms and plain text without a
+    Its type is required: a foreign page may send forms and plain text without a
     preflight (Fetch, "CORS-safelisted request-header"), but not JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -9439,9 +9439,9 @@ def json_body(request: Request) -> Any:
 
 
 def _object_body(request: Request, *keys: str) -> dict[str, Any]:
-    """The body, an object with no other keys than these; Invalid names the key.
+    """Return the body, an object with only these keys; Invalid names another key.
 
-    Routes without a body call it too, and so refuse forms and mistyped bodies.
+    Routes without a body call it too, to refuse forms and other types.
     """
     fields = json_body(request)
     if not isinstance(fields, dict):
@@ -9472,8 +9472,8 @@ def get_session(queue: Queue, request: Request) -> dict[str, Any]:
 
 
 def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
-    # The cursor is a seq, not an offset: new jobs shift nothing to the next page, and
-    # the thousandth page costs as much as the first.
+    # The cursor is a seq: with an offset, new jobs would shift the pages, and late
+    # pages would cost more than the first.
     params = dict(request.params)
     limit, before = params.pop("limit", USUAL_PAGE), params.pop("after", None)
     jobs = queue.jobs(params.pop("state", ()), limit=limit + 1, before=before, **params)
@@ -9492,12 +9492,12 @@ def get_job(queue: Queue, request: Request) -> dict[str, Any]:
 def get_output(queue: Queue, request: Request) -> Reply:
     number, offset = request.params.get("run"), request.params.get("offset", 0)
     try:
-        # Asks the worker of a running job to store the output that it holds.
+        # Has the worker of a running job store its newest output.
         run = queue.fresh_run(request.job_id, number, OUTPUT_PATIENCE)
     except NotFound as error:
         if number is not None or error.code != "no-such-run":
             raise
-        # Not 404: a client may follow the output from before the first run.
+        # Not 404: a client may follow the output before the first run starts.
         return Reply(200, b"", TEXT_TYPE, (("X-Run", "0"), ("X-Total-Bytes", "0")))
     output = readable(run.output, run.output_bytes, offset)
     return Reply(200, output, TEXT_TYPE, (("X-Run", str(run.number)),
@@ -9505,7 +9505,7 @@ def get_output(queue: Queue, request: Request) -> Reply:
 
 
 def post_jobs(queue: Queue, request: Request) -> Reply:
-    # A job whose unique key is taken comes back as the one that has it, also with 201.
+    # If the unique key is taken, the reply is the job that has it, also with 201.
     given = json_body(request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
@@ -9514,7 +9514,7 @@ def post_jobs(queue: Queue, request: Request) -> Reply:
     try:
         job = queue.enqueue_many([given])[0]
     except QueueError as error:
-        error.item = None       # it is the only one
+        error.item = None       # there is only one
         raise
     return json_reply(job_object(job), 201, job.id)
 
@@ -9533,8 +9533,8 @@ def post_dlq_retry(queue: Queue, request: Request) -> Reply:
             raise Invalid("ids and a filter are both given", "give one", "ids")
         return _jobs_reply(queue.retry_dead(*_names(fields["ids"])))
     jobs = list[Job]()
-    # In small transactions: one for a million jobs would hold the write lock, and the
-    # reply in memory. The client asks again for the rest.
+    # In small transactions: one for a million jobs would hold the write lock too long,
+    # and its reply would fill memory. The client repeats the request for the rest.
     for batch in queue.sweep("retry", DEAD, queue=_filter_of(fields, "queue"),
                              search=_filter_of(fields, "search")):
         jobs += batch
@@ -9551,21 +9551,20 @@ def _change_pause(queue: Queue, request: Request,
 
 
 def get_health(queue: Queue, request: Request) -> dict[str, Any]:
-    queue.last_event()      # the file has to answer
+    queue.last_event()      # proves that the database can be read
     return {"status": "ok"}
 
 
 def get_events(queue: Queue, request: Request) -> Reply:
-    # A browser that reconnects sends the `id` of its last event (HTML, "Server-sent
-    # events").
+    # Sent by a browser that reconnects (HTML, "Server-sent events").
     last = request.headers.get("last-event-id", "")
     return Reply(200, b"", EVENTS_TYPE,
                  follows=int(last) if re.fullmatch("[0-9]{1,18}", last) else -1)
 
 
-# The description of the API as OpenAPI 3.1. `make fuzz` sends what its schemas allow
-# and what they forbid: too wide, and what it allows is refused; too narrow, and what it
-# forbids is accepted. Bodies forbid unknown keys; replies may gain keys.
+# The description of the API as OpenAPI 3.1. `make fuzz` checks that the API accepts
+# what the schemas allow, and refuses what they forbid. Bodies forbid unknown keys;
+# replies may gain keys.
 
 def _body_schema(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False,
@@ -9603,22 +9602,22 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
         _body_schema({"queue": _or_null(NAME_SCHEMA),
                       "search": _or_null(FILTERS["search"].kind.input)})]}}
-REFUSALS = {    # not 500: a bug is no promise
-    400: "The request, a parameter or the body is not as described.",
-    401: "No token, or not the right one.",
-    403: "A foreign Host or Origin, or a change by who may only read.",
-    404: "There is no such job.", 405: "That path has no such method.",
-    408: "The request did not come in time.", 409: "The job's state does not allow it.",
+REFUSALS = {    # without 500, which is a bug
+    400: "The request, a parameter or the body is invalid.",
+    401: "The token is missing or wrong.",
+    403: "A foreign Host or Origin, or a change with a read-only token.",
+    404: "There is no such job.", 405: "The path does not support the method.",
+    408: "The request took too long.", 409: "The job's state does not allow it.",
     411: "A body without its length.", 413: f"A body over {MAX_BODY} bytes.",
     414: f"Path and query over {MAX_TARGET} bytes.",
     415: "A body that is not JSON.", 431: f"Headers over {MAX_HEAD} bytes.",
-    503: "The database does not answer, or there are too many clients.",
-    507: "There is no room on the disk."}
-PUBLIC = ("/healthz", "/metrics")       # need no token: they tell no command
+    503: "The database is not available, or there are too many clients.",
+    507: "The disk is full."}
+PUBLIC = ("/healthz", "/metrics")       # need no token: they reveal no commands
 
 
 def _schema_named(name: str) -> dict[str, Any]:
-    """A reference to the schema of `Job`, `[Job]` or `Job|[Job]`."""
+    """Return a reference to the schema of `Job`, `[Job]` or `Job|[Job]`."""
     if "|" in name:
         return {"oneOf": [_schema_named(one) for one in name.split("|")]}
     if name.startswith("["):
@@ -9634,9 +9633,7 @@ def _media(name: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    """OpenAPI's Operation Object."""
-    # Any route may be asked with a method that it does not have, by an unknown client,
-    # or while the database does not answer.
+    # Refusals of every route, for example an unknown client or a missing database.
     statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals,
                 *((415, 507) if route.method != "GET" else ())}
     done = {"description": "Done.", **_media(route.reply)}
@@ -9650,9 +9647,9 @@ def _operation(route: Route) -> dict[str, Any]:
         params.append({"name": "ID", "in": "path", "required": True,
                        "schema": NAME_SCHEMA})
     if route.name == "get_page":
-        replies["303"] = {"description": "The token was good, a cookie is set."}
+        replies["303"] = {"description": "The token is valid; sets a cookie."}
         params.append({"name": "token", "in": "query", "schema": _TEXT,
-                       "description": "swapped for a cookie"})
+                       "description": "exchanged for a cookie"})
     elif route.name == "get_output":
         done["headers"] = {name: {"schema": _AMOUNT}
                            for name in ("X-Run", "X-Total-Bytes")}
@@ -9660,12 +9657,11 @@ def _operation(route: Route) -> dict[str, Any]:
         params.append({
             "name": "Last-Event-ID", "in": "header",
             "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
-            "the `id` of the last event that the client has; what it missed comes "
-            "first"})
+            "the `id` of the last event received; the stream begins with the next"})
     found: dict[str, Any] = {
         "operationId": route.name, "summary": route.summary, "parameters": params,
         "responses": replies}
-    if route.body:      # optional where {} is a body
+    if route.body:      # optional where {} is valid
         found["requestBody"] = {"required": route.name == "post_jobs",
                                 **_media(route.body)}
     # Empty: needs no token (OpenAPI 3.1, Operation Object).
@@ -9673,7 +9669,7 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:
-    """The API as OpenAPI 3.1, without the cookie, which only browsers get."""
+    """Return the API as OpenAPI 3.1, without the cookie, which is for browsers."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(route.path.replace("/ID", "/{ID}"), {})
@@ -9687,9 +9683,9 @@ def description(routes: Iterable[Route]) -> dict[str, Any]:
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "get_page", "The dashboard.", PAGE_TYPE,
           lambda queue, _: Reply(200, PAGE.encode(), PAGE_TYPE)),
-    Route("GET", "/api/session", "get_session", "Who is asking, and of what.",
+    Route("GET", "/api/session", "get_session", "The client's role, and the queue.",
           "Session", get_session),
-    Route("GET", "/api/status", "get_status", "Counts, workers, what is next.",
+    Route("GET", "/api/status", "get_status", "Counts, workers, next due job.",
           "Status", lambda queue, _: status_object(queue.status())),
     Route("GET", "/api/stats", "get_stats", "Throughput, success and times.", "Stats",
           lambda queue, request: stats_object(
@@ -9698,13 +9694,13 @@ ROUTES: tuple[Route, ...] = (
           (Field("since", Kind(_a_span, {"type": "string",
                                          "pattern": f"^({SPAN_FORM})?$"}),
                  help="only the last DUR, at most 8 days"),)),
-    Route("GET", "/api/history", "get_history", "What was done, minute by minute.",
+    Route("GET", "/api/history", "get_history", "Statistics by minute.",
           "History", lambda queue, request: {"minutes": [
               minute_object(minute) for minute in queue.history(
                   request.params.get("minutes", 60), request.params.get("queue"))]},
-          (_whole_param("minutes", 1, MAX_MINUTES, "how many; usually 60"),
+          (_whole_param("minutes", 1, MAX_MINUTES, "how many; default 60"),
            FILTERS["queue"])),
-    Route("GET", "/api/workers", "get_workers", "The workers, and what each runs.",
+    Route("GET", "/api/workers", "get_workers", "The workers and their running jobs.",
           "[Worker]", lambda queue, _: [worker_object(one) for one in queue.workers()]),
     Route("GET", "/api/queues", "get_queues",
           "The queues, with pause, limit and counts.",
@@ -9716,89 +9712,88 @@ ROUTES: tuple[Route, ...] = (
           get_jobs, (
               *FILTERS.values(),
               _whole_param("limit", 1, MAX_PAGE,
-                           f"jobs of a page; usually {USUAL_PAGE}"),
+                           f"jobs per page; default {USUAL_PAGE}"),
               Field("after", Kind(_a_cursor, {"type": "string",
                                               "pattern": "^([1-9][0-9]{0,17})?$"}),
-                    help="`next` of the page before"))),
+                    help="`next` of the previous page"))),
     Route("POST", "/api/jobs", "post_jobs",
           "Add a job, or an array of them: all or none.", "Job|[Job]", post_jobs,
           body="NewJob|[NewJob]", refusals=(409,)),
-    Route("GET", "/api/jobs/ID", "get_job", "One job whole.", "WholeJob", get_job,
+    Route("GET", "/api/jobs/ID", "get_job", "A job with its runs.", "WholeJob", get_job,
           refusals=(404,)),
     Route("GET", "/api/jobs/ID/output", "get_output",
-          "What a run printed, up to now; of a job that has not run yet nothing.",
+          "The output of a run so far; empty before the first run.",
           TEXT_TYPE, get_output, (
-              _whole_param("run", 1, 10**9, "number of the run; usually the last"),
-              _whole_param("offset", 0, 10**12 - 1,
-                           "only what comes after so many bytes")), refusals=(404,)),
-    Route("POST", "/api/jobs/ID/retry", "post_retry", "Run a job again from now.",
+              _whole_param("run", 1, 10**9, "number of the run; default the last"),
+              _whole_param("offset", 0, 10**12 - 1, "bytes to skip")),
+          refusals=(404,)),
+    Route("POST", "/api/jobs/ID/retry", "post_retry", "Run a job again now.",
           "Job", lambda queue, request: _change_job(request, queue.retry),
           body="Nothing", refusals=(404, 409)),
     Route("POST", "/api/jobs/ID/cancel", "post_cancel",
-          "Cancel a job; one that runs is ended soon, and comes back as it is now.",
+          "Cancel a job. A running one is terminated soon after the reply.",
           "Job", lambda queue, request: _change_job(request, queue.cancel),
           body="Nothing", refusals=(404, 409)),
     Route("DELETE", "/api/jobs/ID", "delete_job",
-          "Delete a job that does not run, with its history.", "Job",
+          "Delete a job that is not running, and its history.", "Job",
           lambda queue, request: _change_job(request, queue.delete, "deleted"),
           refusals=(404, 409)),
     Route("POST", "/api/dlq/retry", "post_dlq_retry",
-          "Put dead jobs back: those named, or all that fit.", "[Job]", post_dlq_retry,
+          "Requeue dead jobs, by id or by filter.", "[Job]", post_dlq_retry,
           body="WhichDead", refusals=(404, 409)),
     Route("POST", "/api/pause", "post_pause",
-          "Let no more jobs start, of a queue or of any; what runs goes on.", "Paused",
+          "Pause one queue or all; running jobs continue.", "Paused",
           lambda queue, request: _change_pause(queue, request, queue.pause),
           body="WhichQueue"),
     Route("POST", "/api/resume", "post_resume",
-          "Let jobs start again, of a queue or of all that are not paused themselves.",
+          "Resume one queue, or all that are not paused by name.",
           "Paused", lambda queue, request: _change_pause(queue, request, queue.resume),
           body="WhichQueue"),
     Route("GET", "/api/events", "get_events",
-          "Changes of state and of the status, as they come.", EVENTS_TYPE, get_events),
-    Route("GET", "/healthz", "get_health", "Whether the database answers.", "Health",
+          "A stream of state changes and of the status.", EVENTS_TYPE, get_events),
+    Route("GET", "/healthz", "get_health", "Whether the database responds.", "Health",
           get_health),
     Route("GET", "/metrics", "get_metrics", "The metrics for Prometheus.", METRICS_TYPE,
           lambda queue, _: Reply(
               200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)),
-    Route("GET", "/api/openapi.json", "get_openapi", "This API, described.",
+    Route("GET", "/api/openapi.json", "get_openapi", "This description.",
           "Description", lambda queue, _: description(ROUTES)))
 
 
 # ---- 18 Access ---------------------------------------------------------------
 # From the bytes of a head to an admitted request, without the database, and before any
-# body is read (I10). Nothing is kept between requests. Each check is against somebody:
+# body is read (I10). No state is kept between requests. Each check prevents an attack:
 #
-#     head            request smuggling: one strict form, so nobody reads it differently
-#     Host            DNS rebinding: a page whose own name was made to lead here
-#     Origin,         CSRF: a foreign page that makes its reader's browser send requests
-#     Sec-Fetch-Site  with our cookie
-#     token, cookie   other users of this machine: loopback identifies nobody
-#     role            clients that may only read
+#     head            request smuggling: only a form that proxies read the same way
+#     Host            DNS rebinding: a foreign page whose host name resolves to us
+#     Origin,         CSRF: a foreign page that makes a browser send requests with our
+#     Sec-Fetch-Site  cookie
+#     token, cookie   other users of this machine, who also reach loopback
+#     role            changes by read-only clients
 
 class Site(NamedTuple):
-    """Who may do what here."""
-    token: str                      # "": nobody is asked for one
+    """The access rules of a server."""
+    token: str                      # "": none is needed
     read_token: str = ""            # "": there is none
-    hosts: frozenset[str] = frozenset()     # our names, in lower case, without a port
-    is_wide: bool = False           # listens on all addresses: any IP is a good Host
-    is_secure: bool = False         # speaks TLS
+    hosts: frozenset[str] = frozenset()     # accepted names: lower case, without port
+    is_wide: bool = False           # listens on all addresses: accepts any IP as Host
+    is_secure: bool = False         # uses TLS
     is_read_only: bool = False
-    cookie: str = "queuectl"        # its name: ports of a host share their cookies
+    cookie: str = "queuectl"        # its name; all ports of a host share cookies
 
 
-# RFC 9112 with no leniency: no bare CR or LF, no NUL, no folded lines, no blank before
-# the colon. http.server and the email package would read some of these in other ways
-# than a proxy in front of us.
+# RFC 9112 without its leniency: no bare CR or LF, no NUL, no folded lines, no space
+# before the colon. http.server and a proxy in front of it may read these differently.
 _TOKEN = rb"[!#-'*+.^_`|~0-9A-Za-z-]+"
 HEAD_FORM = (_TOKEN + rb" [!-~]+ HTTP/1\.[01]\r\n(?:" + _TOKEN
              + rb":[\t -~\x80-\xff]*\r\n)*\r\n")
 _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "origin",
-           "content-type")      # two of these are an attack: a proxy may read the other
+           "content-type")      # refused if repeated: a proxy may use the other one
 
 
 class Reader:
-    """What a client sends. In place of http.server's file, which has a time-out for
-    each read: here a whole head or body has one. Refused (408) when that is over.
+    """The input of a connection. One time-out covers a whole head or body; in
+    http.server each read has its own. Refused (408) when it expires.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -9806,7 +9801,7 @@ class Reader:
         self._buffer = bytearray()
 
     def _more(self, ends_at: float) -> bool:
-        """Read what there is; return False at the end of the input."""
+        """Wait for input and read it; return False at its end."""
         left = ends_at - time.monotonic()
         import socket as sockets
         try:
@@ -9820,14 +9815,14 @@ class Reader:
         return bool(piece)
 
     def wait(self, seconds: float) -> bool:
-        """Return True if anything comes in that time."""
+        """Return True if input arrives in that time."""
         try:
             return bool(self._buffer) or self._more(time.monotonic() + seconds)
         except Refused:
             return False
 
     def head(self, seconds: float) -> bytes:
-        """All bytes up to the empty line; ConnectionError, Refused."""
+        """Read up to the empty line; ConnectionError, Refused."""
         ends_at = time.monotonic() + seconds
         while True:
             end = re.search(rb"\r?\n\r?\n", self._buffer)
@@ -9836,17 +9831,17 @@ class Reader:
             if end:
                 return self._take(end.end())
             if not self._more(ends_at):
-                raise ConnectionError   # half a head may say the opposite of a whole
+                raise ConnectionError   # never act on half a head
 
     def read(self, size: int, seconds: float) -> bytes:
-        """So many bytes, fewer only at the end of the input; Refused."""
+        """Read that many bytes, fewer at the end of the input; Refused."""
         ends_at = time.monotonic() + seconds
         while len(self._buffer) < size and self._more(ends_at):
             pass
         return self._take(size)
 
     def drain(self, seconds: float) -> None:
-        """Read and forget what still comes in that time."""
+        """Discard all input that arrives in that time."""
         ends_at = time.monotonic() + seconds
         with contextlib.suppress(Refused):
             while self._more(ends_at):
@@ -9859,7 +9854,7 @@ class Reader:
 
 
 def headers_of(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The headers by lower-case name; Invalid if they can be read in two ways."""
+    """Return the headers by lower-case name; Invalid if ambiguous."""
     headers: dict[str, str] = {}
     for name, value in fields:
         name, value = name.lower(), value.strip(" \t")
@@ -9871,10 +9866,10 @@ def headers_of(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def body_size(headers: Mapping[str, str]) -> int:
-    """The length of the body in bytes; Refused if it is unknown or too large.
+    """Return the length of the body in bytes; Refused if unknown or too large.
 
-    Chunks are refused: two ways to tell a length are what request smuggling lives on
-    (RFC 9112, section 11.2; 6.3 allows 411).
+    Chunked bodies are refused: request smuggling needs two ways to give a length (RFC
+    9112, section 11.2; section 6.3 allows 411).
     """
     if "transfer-encoding" in headers:
         raise denied(411, "the body comes in chunks", "send Content-Length")
@@ -9887,10 +9882,10 @@ def body_size(headers: Mapping[str, str]) -> int:
 
 
 def _check_host(site: Site, request: Request) -> None:
-    """Refuse foreign names: a browser asks for them if their DNS entry leads here.
+    """Refuse unknown host names, which a foreign DNS entry may resolve to us.
 
-    No DNS entry changes an address, so a server on all addresses accepts any. Without a
-    valid Host: 400 (RFC 9112, section 3.2).
+    DNS cannot forge an IP address, so a server on all addresses accepts any of those.
+    400 without a valid Host (RFC 9112, section 3.2).
     """
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
@@ -9906,14 +9901,14 @@ def _check_host(site: Site, request: Request) -> None:
 def _check_origin(request: Request) -> None:
     """Refuse requests of foreign pages. Only browsers send these headers.
 
-    Both schemes are accepted, since a proxy in front of us may speak TLS. "null" is the
-    origin of sandboxed frames and files. `same-site` may be another port of this host.
+    Both schemes are accepted, since a proxy may add TLS. The origin of sandboxed frames
+    and files is "null". `same-site` may be another port of this host.
     """
     scheme, _, place = request.headers.get("origin", "").partition("://")
     is_foreign = "origin" in request.headers and (
         scheme not in ("http", "https")
         or place.lower() != request.headers.get("host", "").lower())
-    # A foreign page may send a GET, as a link does, but cannot read the reply.
+    # A foreign page may link here: a GET changes nothing, and it cannot read the reply.
     is_change = request.method not in ("GET", "HEAD")
     if is_foreign or (is_change and request.headers.get(
             "sec-fetch-site", "same-origin") not in ("same-origin", "none")):
@@ -9921,32 +9916,31 @@ def _check_origin(request: Request) -> None:
 
 
 def cookie_value(token: str) -> str:
-    """A browser's cookie: it proves the token without revealing it.
+    """Return a cookie that proves the token without revealing it.
 
-    Other servers on this host see it, since cookies ignore ports, but it works neither
-    as a bearer token nor in the URL. It is the same after a restart.
+    Other servers on this host see it, since cookies ignore ports; it works neither as a
+    bearer token nor in the URL. A restart does not change it.
     """
     import hmac
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
 def _role_of_token(site: Site, given: str, made: Callable[[str], str] = str) -> str:
-    """The role of that token, or of what `made` makes of it; "": none. It takes the
-    same time for all.
+    """Return the role whose token, after `made`, is `given`, or "", in constant time.
     """
     import hmac
     found = ""
     for role, token in ((FULL, site.token), (READ, site.read_token)):
-        # As bytes, since `compare_digest` accepts only ASCII text.
+        # `compare_digest` accepts only ASCII text, but any bytes.
         if token and hmac.compare_digest(given.encode(), made(token).encode()):
             found = role
     return found
 
 
 def role_of(site: Site, request: Request) -> tuple[str, str]:
-    """The client's role ("": unauthenticated), and how it was proved.
+    """Return the client's role ("": unauthenticated), and how it was proved.
 
-    An Authorization header decides alone, even if a browser adds a good cookie.
+    With an Authorization header the cookie is ignored.
     """
     if not site.token:
         return FULL, "no token"
@@ -9955,21 +9949,21 @@ def role_of(site: Site, request: Request) -> tuple[str, str]:
         scheme, _, token = header.partition(" ")
         return _role_of_token(
             site, token.strip() if scheme.lower() == "bearer" else ""), "bearer"
-    # The first of a name counts: browsers send the one with the longest path first.
+    # The first of a name is used: browsers send the one with the longest path first.
     cookies = dict(part.strip().partition("=")[::2] for part in reversed(
         request.headers.get("cookie", "").split(";")))
     return _role_of_token(site, cookies.get(site.cookie, ""), cookie_value), "cookie"
 
 
 def _no_token() -> Refused:
-    """A 401 with its challenge (RFC 9110, section 15.5.2)."""
+    # RFC 9110, section 15.5.2, requires the challenge.
     return denied(401, "that needs a token", "open the URL that `queuectl web` "
                   "printed, or send Authorization: Bearer TOKEN",
                   ("WWW-Authenticate", 'Bearer realm="queuectl"'))
 
 
 def _log_in(site: Site, token: str) -> Reply:
-    """Swap the token in the URL for a cookie, and keep it out of the history (303)."""
+    """Exchange the token in the URL for a cookie; 303 keeps it out of the history."""
     if site.token and not _role_of_token(site, token):
         raise _no_token()
     cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
@@ -9978,7 +9972,7 @@ def _log_in(site: Site, token: str) -> Reply:
 
 
 def find_route(method: str, path: str) -> Route:
-    """The route for a request; Refused with 404 or 405."""
+    """Return the route; Refused with 404 or 405."""
     found = {route.method: route for route in ROUTES if re.fullmatch(
         re.escape(route.path).replace("/ID", "/[^/]+"), path)}
     if not found:
@@ -9994,32 +9988,32 @@ def find_route(method: str, path: str) -> Route:
 
 
 def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
-    """The route and the request with role, parameters and job; or the reply to a login.
+    """Return the route and the completed request, or the reply to a login.
 
-    Refused, or NotFound for an impossible job id. It needs no body (I10).
+    Refused; NotFound for an invalid job id. The body is not needed (I10).
     """
     if len(request.target) > MAX_TARGET:
         raise denied(414, f"path and query are over {MAX_TARGET} bytes")
-    # A whole URL, as for a proxy, would be a second host to check.
+    # An absolute URL, as sent to proxies, would contain a second host to check.
     if not re.fullmatch("/[!-~]*", request.target) or "#" in request.target:
         raise Invalid("that is not a path", "it begins with / and is ASCII")
     path, _, query = request.target.partition("?")
     _check_host(site, request)
     _check_origin(request)
-    # Only here: a token in the query of the API would stay in logs and histories.
+    # Not in the API, where a token in the query would stay in logs and histories.
     if path == "/" and request.method in ("GET", "HEAD"):
         token = dict(query_fields(query)).get("token")
         if token is not None:
             return _log_in(site, token)
-        query = ""      # read by the page's script
+        query = ""      # for the page's script
     role, how = role_of(site, request)
     # Before the route, so that a 404 leaks nothing.
     if not role and path not in PUBLIC:
         raise _no_token()
     route = find_route(request.method, path)
     if route.method != "GET" and (site.is_read_only or role != FULL):
-        raise denied(403, "only looking is allowed here" if site.is_read_only
-                     else "this token may only read")
+        raise denied(403, "this server is read-only" if site.is_read_only
+                     else "this token is read-only")
     params = read_params(route.params, query)
     job_id = ""
     if "/ID" in route.path:
@@ -10032,11 +10026,11 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
 
 
 def respond(route: Route, queue: Queue, request: Request) -> Reply:
-    """The reply to an admitted request; a change has a line for the log.
+    """Return the reply to an admitted request, for a change with a line for the log.
 
         web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
 
-    Unauthenticated requests leave no line: strangers could fill the disk with them.
+    Unauthenticated requests are not logged: they could fill the disk.
     """
     try:
         found = route.answer(queue, request)
@@ -10054,8 +10048,8 @@ def respond(route: Route, queue: Queue, request: Request) -> Reply:
 
 @functools.lru_cache(maxsize=4)
 def page_policy(page: str) -> str:
-    """The CSP that allows only the page's own style and script, by their hashes: job
-    output never runs, even if the page showed it as HTML.
+    """Return a CSP that allows only the page's style and script, by hash: job output
+    could not run even if the page showed it as HTML.
     """
     import base64
     import hashlib
@@ -10067,9 +10061,8 @@ def page_policy(page: str) -> str:
             "form-action 'none'; frame-ancestors 'none'")
 
 
-# Of every reply. Replies tell commands, which must not stay on a disk; output of jobs
-# is text, whatever it looks like; the first URL has a token in it; no foreign page may
-# frame, open or embed anything.
+# Of every reply: no caching on disk, since replies contain commands; no sniffing of job
+# output; no Referer, since the first URL contains the token; no use by foreign pages.
 HEADERS = (
     ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"), ("X-Frame-Options", "DENY"),
@@ -10078,41 +10071,41 @@ HEADERS = (
 
 
 # ---- 19 Server ---------------------------------------------------------------
-# Connections, event streams, TLS. The main thread accepts until a signal comes; each
-# connection has a thread with http.server's handler. Nothing waits without a bound,
-# neither for the database nor for a client, and no connection holds a transaction while
-# it waits for the network (I10).
+# Connections, event streams, TLS. The main thread accepts connections until a signal
+# arrives; http.server's handler serves each in a thread of its own. Every wait for a
+# client or the database has a limit, and no transaction is open during one for a client
+# (I10).
 
 MAX_CONNECTIONS = 100       # each has a thread
-MAX_ANONYMOUS = 2           # unauthenticated requests that are answered at once
+MAX_ANONYMOUS = 2           # unauthenticated requests answered concurrently
 WEB_PATIENCE = 5.0          # seconds a change waits for the write lock
 HEAD_SECONDS = 10           # for a whole head, and for TLS to begin
 BODY_SECONDS = 60           # for a whole body
 KEEP_SECONDS = 60           # that a connection may be idle between requests
 SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
-LINGER_SECONDS = 1          # so that a refusal is read before the connection breaks
-ACCEPT_PAUSE = 0.05         # seconds, when there are no descriptors left
-STOP_SECONDS = 1            # for the replies under way when the server stops
+LINGER_SECONDS = 1          # for the client to read a refusal before the close
+ACCEPT_PAUSE = 0.05         # seconds, when no descriptor is free
+STOP_SECONDS = 1            # for unfinished replies when the server stops
 KEEP_ALIVE = 15             # seconds between comments in an idle stream
 MAX_STREAMS = 32            # event streams that are open at once
-FEED_TICK = 0.2             # seconds between two looks of a stream
+FEED_TICK = 0.2             # seconds between two polls of a stream
 STATUS_PAUSE = 0.5          # seconds between two status events
-STATUS_EVERY = 5.0          # seconds; a worker that died changes nothing in the file
-FEED_BATCH = 1000           # changes sent one by one; for more, one `resync`
+STATUS_EVERY = 5.0          # seconds; a worker's death changes nothing in the file
+FEED_BATCH = 1000           # changes sent singly; more become one `resync`
 
 
 def sse(event: str, value: Any, seq: int) -> bytes:
-    """One server-sent event; browsers return the last `id` when they reconnect."""
+    """Return a server-sent event. Browsers return the last `id` when they reconnect."""
     return f"id: {seq}\nevent: {event}\ndata: {dumps(value, None)}\n\n".encode()
 
 
 def event_stream(queue: Queue, last: int,
                  clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
-    """Server-sent events: what has changed since the previous look, or b"".
+    """Yield at each poll the new server-sent events, or b"".
 
-    First the changes after `last` (-1: from now on), then also the status, at times and
-    where it differs. `queue` belongs to this stream: `changes` counts only commits of
-    other connections (SQLite, PRAGMA data_version).
+    They are the changes after event `last` (-1: only future ones), and the status when
+    it differs. Nothing else may use `queue`: PRAGMA data_version shows only commits of
+    other connections.
     """
     seen, shown_at, is_stale = -1, -math.inf, False
     shown: dict[str, Any] = {}
@@ -10122,7 +10115,7 @@ def event_stream(queue: Queue, last: int,
     elif last >= 0:
         seq = last
     while True:
-        # Read first: what is committed after it is found at the next look.
+        # Read before the events, so that the next poll finds what is committed between.
         changes = queue.store.changes()
         if changes != seen:
             seen, is_stale = changes, True
@@ -10144,12 +10137,11 @@ def event_stream(queue: Queue, last: int,
 
 
 class Connections:
-    """Who is connected. When there are MAX_CONNECTIONS, the next one replaces the
-    client that has been idle for longest. An authenticated client is busy, not idle,
-    until it is answered.
+    """The open connections. Beyond MAX_CONNECTIONS, a new one replaces the one that has
+    been idle longest. An authenticated request is busy until its reply is sent.
 
-    To drop a client is to shut down its socket, which ends its thread's read or write
-    at once; the thread closes it.
+    Dropping a connection shuts its socket down, which interrupts its thread's read or
+    write; the thread closes the socket.
     """
     DROPPED, STREAM, BUSY = -math.inf, 1e300, math.inf
 
@@ -10158,12 +10150,12 @@ class Connections:
         self._since: dict[socket.socket, float] = {}    # idle since then, or a state
 
     def enter(self, sock: socket.socket) -> bool:
-        """Add one; return False if no other is idle."""
+        """Add a connection; return False if none can be dropped for it."""
         with self._lock:
             live = [one for one, since in self._since.items() if since > self.DROPPED]
             if len(live) >= MAX_CONNECTIONS:
                 longest = min(live, key=self._since.__getitem__)
-                # Dropped ones have threads for a moment: these must not grow unbounded.
+                # Dropped connections keep their threads for a moment: limit those, too.
                 if self._since[longest] >= self.STREAM \
                         or len(self._since) >= 3 * MAX_CONNECTIONS:
                     return False
@@ -10174,12 +10166,13 @@ class Connections:
     def _drop(self, sock: socket.socket) -> None:
         import socket as sockets
         self._since[sock] = self.DROPPED
-        # Not SSLSocket.shutdown(), which removes TLS while the thread reads or writes.
+        # SSLSocket.shutdown() would turn TLS off while the thread reads or writes.
         with contextlib.suppress(OSError):
             sockets.socket.shutdown(sock, sockets.SHUT_RDWR)
 
     def mark(self, sock: socket.socket, state: float) -> None:
-        """ConnectionError if it was dropped; Refused for one stream too many."""
+        """Set its state; ConnectionError if it was dropped, Refused over MAX_STREAMS.
+        """
         with self._lock:
             if self._since[sock] == self.DROPPED:
                 raise ConnectionError
@@ -10194,7 +10187,7 @@ class Connections:
             self._since.pop(sock, None)
 
     def drop_all(self) -> bool:
-        """Drop all that are not busy; return True if any is."""
+        """Drop all idle connections and streams; return True if others are busy."""
         with self._lock:
             for sock, since in list(self._since.items()):
                 if self.DROPPED < since < self.BUSY:
@@ -10203,7 +10196,7 @@ class Connections:
 
 
 class Service:
-    """What all connections share."""
+    """The state that all connections share."""
 
     def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
         self.site, self.path, self.log = site, path, log
@@ -10211,10 +10204,10 @@ class Service:
         self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
 
     def answer(self, route: Route, request: Request, sock: socket.socket) -> Reply:
-        """The reply to an admitted request; ConnectionError.
+        """Return the reply to an admitted request; ConnectionError.
 
-        Each request opens the database (0.6 ms), so one that waits for the write lock
-        delays no other, and closes it before anything is sent.
+        Each request opens the database (0.6 ms), so waiting for the write lock delays
+        no other, and closes it before the reply is sent.
         """
         with contextlib.nullcontext() if request.role else self._anonymous:
             self.connections.mark(sock, self.connections.BUSY if request.role
@@ -10225,18 +10218,22 @@ class Service:
                     reply = respond(route, queue, request)
             except QueueError as error:
                 reply = refusal_reply(error)
-            except Exception:   # a bug: 500 for this client, others go on
-                import traceback
-                self.log("web: internal error\n" + traceback.format_exc())
+            except Exception:   # a bug: status 500; the server runs on
+                self.log_bug()
                 reply = refusal_reply(denied(500, "internal error"))
         if reply.log:
             self.log(reply.log)
         return reply
 
+    def log_bug(self) -> None:
+        """Log the exception being handled, with its traceback."""
+        import traceback
+        self.log("web: internal error\n" + traceback.format_exc())
+
 
 def _handler_class(service: Service, is_tls: bool) -> type:
-    """The handler of a connection. http.server parses the checked heads, loops over the
-    requests and writes the heads of replies.
+    """Return the handler of connections. http.server parses heads that matched
+    HEAD_FORM, loops over the requests and formats the heads of replies.
     """
     import http.server      # 40 ms, and only in a server
 
@@ -10246,23 +10243,23 @@ def _handler_class(service: Service, is_tls: bool) -> type:
 
         def setup(self) -> None:
             self.reader = Reader(self.request)
-            if is_tls:      # here, not in the main thread
+            if is_tls:      # not in the main thread, which it would block
                 self.request.settimeout(HEAD_SECONDS)
                 self.request.do_handshake()
 
         def finish(self) -> None:
-            """Nothing is buffered."""
+            """Do nothing: replies are not buffered."""
 
         def handle_one_request(self) -> None:
             is_over = True
-            # ValueError: TLS on a socket that was closed. QueueError: the database of a
-            # stream; its client gets the error when it reconnects.
-            with contextlib.suppress(OSError, ValueError, QueueError):
+            # QueueError: a stream's database failed; its client gets the error when it
+            # reconnects.
+            with contextlib.suppress(OSError, QueueError):
                 is_over = not self.reader.wait(KEEP_SECONDS) or self.converse()
             self.close_connection = is_over
 
         def converse(self) -> bool:
-            """Read and answer one request; return True if it was the last."""
+            """Serve one request; return True if it was the connection's last."""
             self.command, self.is_last, self.is_unread = "", True, True
             try:
                 reply = self.reply()
@@ -10274,14 +10271,15 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 self.send_events(reply.follows)
             service.connections.mark(self.request, time.monotonic())
             if self.is_unread:
-                # Closing a socket with unread input resets the connection, which may
-                # overtake the reply (RFC 9112, section 9.6).
+                # Closing a socket with unread input resets the connection, and the
+                # client may lose the reply (RFC 9112, section 9.6).
                 self.request.shutdown(1)    # SHUT_WR: the client may still send
                 self.reader.drain(LINGER_SECONDS)
             return self.is_last
 
         def reply(self) -> Reply:
-            """Read a request (the body only if admitted), and answer it; QueueError."""
+            """Read a request, its body only if admitted; return the reply; QueueError.
+            """
             head = self.reader.head(HEAD_SECONDS)
             if not re.fullmatch(HEAD_FORM, head):
                 raise Invalid("that is not HTTP/1.1", "see RFC 9112")
@@ -10289,11 +10287,12 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             self.rfile = io.BytesIO(fields)
             self.parse_request()
             headers = headers_of(self.headers.items())
-            if self.request_version == "HTTP/1.0":      # old health checks
+            is_old = self.request_version == "HTTP/1.0"     # old health checks
+            if is_old:
                 headers.setdefault("host", "localhost")
             size = body_size(headers)
             self.is_unread = size > 0
-            self.is_last = self.request_version == "HTTP/1.0" or \
+            self.is_last = is_old or \
                 "close" in re.split("[ ,]+", headers.get("connection", "").lower())
             admitted = admit(service.site, Request(
                 self.command, self.path, headers, b"", str(self.client_address[0])))
@@ -10303,9 +10302,9 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             if request.role:
                 service.connections.mark(self.request, Connections.BUSY)
             if size:
-                if route.method == "GET":   # some of these need no token
+                if route.method == "GET":   # some need no token
                     raise denied(413, "that takes no body", "send none")
-                if headers.get("expect", "").lower() == "100-continue":
+                if headers.get("expect", "").lower() == "100-continue" and not is_old:
                     self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request = request._replace(body=self.reader.read(size, BODY_SECONDS))
                 if len(request.body) < size:
@@ -10318,7 +10317,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             return reply
 
         def handle_expect_100(self) -> bool:
-            return True     # not yet: `read_request` asks for the body
+            return True     # `reply` sends 100, after the checks
 
         def send_error(self, code: int, message: str | None = None,
                        explain: str | None = None) -> NoReturn:
@@ -10339,14 +10338,14 @@ def _handler_class(service: Service, is_tls: bool) -> type:
             self.end_headers()
             head, body = self.wfile.getvalue(), reply.body
             whole = memoryview(head if self.command == "HEAD" else head + body)
-            # In parts: the time-out of `sendall` is for all that it sends.
+            # In parts, since the time-out of `sendall` covers the whole call.
             self.request.settimeout(SEND_SECONDS)
             for at in range(0, len(whole), READ_SIZE):
                 self.request.sendall(whole[at:at + READ_SIZE])
 
         def send_events(self, last: int) -> None:
-            """Send what is new, and comments while nothing is, until either side ends;
-            proxies cut idle connections (HTML, "Server-sent events").
+            """Send new events until the client or the database goes away; when idle,
+            comments, since proxies cut idle connections (HTML, "Server-sent events").
             """
             poller, sent_at = select.poll(), time.monotonic()
             poller.register(self.request, select.POLLIN)
@@ -10356,7 +10355,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                         self.request.settimeout(SEND_SECONDS)
                         self.request.sendall(piece or b":\n\n")
                         sent_at = time.monotonic()
-                    # The client has nothing to say: any input is its end.
+                    # A client sends nothing more, so any input is its disconnection.
                     if poller.poll(1000 * FEED_TICK) \
                             or not queue.store.db.is_in_place():
                         return
@@ -10364,7 +10363,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
     return Handler
 
 
-# Sent by the main thread, which must not wait.
+# Sent by the main thread, which must not block.
 _BUSY_BODY = b'{"error": "too many connections"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
               b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -10372,7 +10371,7 @@ BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/js
 
 
 def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
-    """Family and address to listen on; IPv4 first, where a name has both."""
+    """Return the family and address to listen on, IPv4 if the name has both."""
     import socket as sockets
     try:
         found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM,
@@ -10386,27 +10385,27 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
 
 def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
             names: Iterable[str]) -> Site:
-    """The site for the arguments of `web`, which listens on `address`; `names` are this
-    machine's.
+    """Return the site for the arguments of `web`. `address` is the one to listen on,
+    `names` are this machine's.
 
-    The address, not the name, decides whether only this machine reaches it: even
-    `localhost` may lead elsewhere.
+    Whether the site is local depends on the address: even the name `localhost` may
+    resolve to another.
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
     if args.no_auth and not there.is_loopback:
-        raise Usage(f"without a token anybody who reaches {args.host} could run "
-                    "commands", "drop --no-auth, or --host")
+        raise Usage(f"with --no-auth anybody who reaches {args.host} could run "
+                    "commands", "omit --no-auth or --host")
     tokens = {name: environ.get(name, "")
               for name in ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN")}
     for name, token in tokens.items():
-        if not re.fullmatch("[!-~]*", token):   # it must fit into a header
-            raise Invalid(f"{name} has blanks or odd characters in it",
+        if not re.fullmatch("[!-~]*", token):   # else no header can carry it
+            raise Invalid(f"{name} has spaces or non-ASCII characters",
                           "use letters and digits")
     token, read_token = tokens.values()
     if token and token == read_token:
         raise Invalid("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
-                      "give two, or one")
+                      "set different tokens, or only one")
     hosts = ["localhost", "127.0.0.1", "[::1]",
              f"[{args.host}]" if ":" in args.host else args.host]
     if there.is_unspecified:
@@ -10420,7 +10419,7 @@ def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
-    """The certificate given to `web`, or None; Refused if it cannot be used."""
+    """Return the TLS context for `web`, None without a certificate; Refused."""
     if args.tls_cert is None:
         if args.tls_key is not None:
             raise Usage("--tls-key is given without --tls-cert", "give both")
@@ -10429,7 +10428,7 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # An empty password: without one OpenSSL would ask for it at the terminal.
+        # Without a password callback OpenSSL would ask at the terminal.
         context.load_cert_chain(args.tls_cert, args.tls_key, lambda: "")
     except (OSError, ValueError) as error:  # ValueError: it needs a password
         raise Refused("unreadable",
@@ -10440,21 +10439,21 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 
 def listen(service: Service, args: argparse.Namespace, family: int,
            address: tuple[Any, ...]) -> Any:
-    """The server of `web`, not yet serving; Conflict or Refused."""
+    """Return the listening server of `web`; Conflict, Refused."""
     tls = tls_context(args)
     import socketserver
 
-    # Not HTTPServer, which asks the name service for our name: that may take seconds.
+    # HTTPServer would look up our host name, which may take seconds.
     class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         address_family = family
-        allow_reuse_address = True      # else a restart waits for TIME_WAIT
+        allow_reuse_address = True      # else TIME_WAIT delays a restart
         daemon_threads, block_on_close = True, False
         request_queue_size = 128
 
         def get_request(self) -> Any:
             try:
                 sock, client = self.socket.accept()
-            except OSError:     # out of descriptors: that lasts
+            except OSError:     # no descriptor is free
                 time.sleep(ACCEPT_PAUSE)
                 raise
             return (sock if tls is None else tls.wrap_socket(
@@ -10474,7 +10473,9 @@ def listen(service: Service, args: argparse.Namespace, family: int,
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: a client has left, or cannot speak TLS."""
+            # OSError: the client disconnected, or TLS failed.
+            if not isinstance(sys.exc_info()[1], OSError):
+                service.log_bug()
 
     try:
         return Listener(address, _handler_class(service, tls is not None))
@@ -10482,17 +10483,17 @@ def listen(service: Service, args: argparse.Namespace, family: int,
         place = f"port {args.port} of {args.host}"
         if error.errno == errno.EADDRINUSE:
             raise Conflict("in-use", f"{place} is in use",
-                           "give another --port, or end what listens there") from None
+                           "give another --port, or stop that server") from None
         raise Refused("unsupported", f"cannot listen on {place} ({error.strerror})",
                       "give another --host or --port") from None
 
 
 def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
-    """Serve until a signal comes; for the main thread.
+    """Serve until a signal arrives; only in the main thread.
 
-    It waits without a time-out, so an idle server never wakes up.
+    It waits without a time-out, so an idle server uses no CPU.
     """
-    listener.socket.setblocking(False)  # a client may leave before it is accepted
+    listener.socket.setblocking(False)  # a client may disconnect before `accept`
     wakeup = Wakeup()
     with contextlib.closing(wakeup), handling(
             dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
@@ -10509,7 +10510,7 @@ def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None
 
 
 def printed_url(site: Site, host: str, port: int) -> str:
-    """The URL that logs in; of a host that stands for all, this machine's name."""
+    """Return the URL that logs in; for a wildcard address, with this machine's name."""
     import urllib.parse
     name = os.uname().nodename if site.is_wide else host
     name = f"[{name}]" if ":" in name else name

@@ -7251,6 +7251,22 @@ class WebServer(Processes):
             port, POST + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n"
             b'{"command":"x"}')
         self.assertRegex(said, rb"^HTTP/1\.1 100 Continue\r\n\r\nHTTP/1\.1 201 ")
+        said = self.read_all(   # RFC 9110, section 10.1.1: not to an old client
+            port, POST.replace(b"/1.1", b"/1.0") + b"Expect: 100-continue\r\n"
+            b'Content-Length: 15\r\n\r\n{"command":"x"}')
+        self.assertRegex(said, rb"^HTTP/1\.1 201 ")
+
+    def test_a_bug_of_the_handler_is_logged(self):
+        log = []
+        service = queuectl.Service(None, self.path, log.append)     # no site to check
+        args = argparse.Namespace(tls_cert=None, tls_key=None, host="127.0.0.1", port=0)
+        with queuectl.listen(service, args, socket.AF_INET, ("127.0.0.1", 0)) as listener:
+            port = listener.server_address[1]
+            sock = self.connect(port)
+            sock.sendall(b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+            listener.handle_request()
+            wait_for(lambda: log, "a line of the log")
+        self.assertRegex(log[0], "(?s)web: internal error.*AttributeError")
 
     def test_slow_and_idle_clients_hold_up_no_other(self):
         _, port = self.web()
