@@ -5,10 +5,9 @@
 # ///
 """queuectl: a background job queue for the command line, in one file.
 
-Enqueue shell commands on one machine and be sure that they run: later, in parallel, by
-priority, again after a failure, never twice at once, never lost. SQLite stores the
-jobs, workers run them in slots, failures are retried with exponential backoff and end
-in a dead letter queue.
+It runs shell commands on one machine: later, in parallel, by priority, with retries,
+never twice at once, and loses none. SQLite stores the jobs, workers run them in slots,
+failures are retried with exponential backoff and end in a dead letter queue.
 
 Words
     job        one shell command, kept until it is deleted
@@ -16,17 +15,17 @@ Words
     attempt    a run whose end is charged to the job (a crash of the worker is not)
     queue      the name under which jobs are grouped; also the whole database
     worker     one `worker start`: two processes, a supervisor and the worker proper
-    supervisor the parent: it starts the worker, and kills what that leaves behind
+    supervisor the parent: it starts the worker, and kills its processes after it
     slot       room in a worker for one running command
-    claim      a worker's hold of a job for one run; also the number of that run
-    fence      the guard "only if the claim is still mine" on a later write
-    heartbeat  a worker's regular sign that it is alive
+    claim      a worker's right to one run of a job; also the number of that run
+    fence      a guard on writes about a run: only while its claim is held
+    heartbeat  a counter that a worker raises regularly while it is alive
     lease      how long after its last heartbeat a worker keeps its claims
     due        its time has come
     dead       failed for good: in the dead letter queue (DLQ) until a user acts
-    lost       how a run ended whose worker died
+    lost       the outcome of a run whose worker died
     rank       the order of ready jobs: by priority, with ageing also by time
-    ready      it waits only for a slot; scheduled: for its time; blocked: for jobs
+    ready      waits only for a slot; scheduled: for its time; blocked: for jobs
     tick       one transaction of a worker: record ends of runs, claim jobs
 
 Life cycle
@@ -39,7 +38,7 @@ Life cycle
                  |   failed <----fail-----+
                  |     |  (due again after its backoff: claim)
                  |     +--- attempts used up: bury --> dead
-                 +------------- retry, by a person (from any but processing)
+                 +------------- retry, by a user (from any but processing)
 
 Invariants
     (I1) A state changes only by a verb of MOVES, in a statement that guards on the
@@ -56,9 +55,8 @@ Invariants
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a worker uses the database, and starts and reaps the commands; a
          transaction waits only for the write lock and the disk.
-    (I10) An HTTP request is handled only after it has named this host, shown a token,
-         and not come from another site; none holds a transaction while it waits for
-         the network.
+    (I10) An HTTP request is handled only if it names this host, has a token, and does
+         not come from another site; none waits for the network in a transaction.
 
 Contents: `grep -n '^# ----' queuectl.py`
      1 Words        states, moves, limits, errors; times, sizes and names as text
@@ -124,21 +122,20 @@ if TYPE_CHECKING:
     from typing import Any, TextIO, TypeVar
 
     T = TypeVar("T")
-    Skip = Callable[["QueueError"], object]         # gets why a job is not changed
-    Given = tuple[dict[str, Any], str]  # a job object, and where it stood: `line 3`
-    Rows = Callable[..., list[tuple[Any, ...]]]     # those that a statement selects
+    Skip = Callable[["QueueError"], object]         # gets the error of a skipped job
+    Given = tuple[dict[str, Any], str]  # a job object and its place, as `line 3`
+    Rows = Callable[..., list[tuple[Any, ...]]]     # runs a SELECT
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 
 # ---- 1 Words -----------------------------------------------------------------
-# The names, numbers and errors that all other sections share, and how people write
-# times, sizes and names. The guards of SQL, the CHECKs of the schema and the choices of
-# flags are made from these tables.
+# Names, numbers and errors for all sections; times, sizes and names as text. Guards in
+# SQL, CHECKs and the choices of flags are generated from these tables.
 
-# STATES, WAITS and OUTCOMES are in CHECKs of the schema: a new one needs a migration
-# that rebuilds the table.
+# STATES, WAITS and OUTCOMES are in CHECKs of the schema: a new value needs a
+# migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 
@@ -150,8 +147,8 @@ class Move(NamedTuple):
     because: str
 
 
-# The whole life cycle (I1). No two verbs share a source and a target: by these an event
-# that stores no reason of its own, to keep its row short, finds its `because`.
+# The whole life cycle (I1). No two verbs share a source and a target, so these tell the
+# `because` of an event without a stored reason.
 # `fail` and `bury` also apply to lost runs.
 MOVES = {
     #                from                   to          because
@@ -181,7 +178,7 @@ CANCEL = "cancel"               # requested for a running job
 DRAIN, NOW = "drain", "now"     # requested of a worker
 ASKED = "asked to stop"
 
-# Levels of findings: a promise is broken; it may be soon; it passes by itself.
+# Levels of findings: a rule is broken; something needs attention; it passes by itself.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 
 # The verbs that statistics count; ends of runs are counted as `run:OUTCOME`.
@@ -189,34 +186,34 @@ TALLIED = ("complete", "fail", "bury", "cancel")
 
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; not a valid name
 DEFAULT_QUEUE = "default"
-HOOKS_QUEUE = "hooks"   # of jobs that hooks have added: these trigger no hooks
+HOOKS_QUEUE = "hooks"   # of jobs added by hooks; they trigger no hooks
 
-# 2 is argparse's own. `wait` exits with a job's status, which may be any of these.
+# 2 is argparse's. `wait` exits with a job's status, which may be any of these.
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-WORKER_PATIENCE = 2.0  # seconds a worker waits for the lock before it logs that
-# With SQLite's busy handler, which sleeps longer each time, one of 8 workers waited
-# 5.1 s for a claim; with a retry each millisecond 0.4 to 0.8 s at worst.
-BUSY_PAUSE = 0.001     # seconds between two tries to lock the database
-FALLBACK_POLL = 1.0    # seconds between looks without a notification, which may be lost
+WORKER_PATIENCE = 2.0  # seconds a worker waits for the write lock before it logs it
+# SQLite's busy handler sleeps longer each time: one of 8 workers waited 5.1 s for a
+# claim. With a retry each millisecond it is 0.8 s at most.
+BUSY_PAUSE = 0.001     # seconds between two attempts to lock the database
+FALLBACK_POLL = 1.0    # seconds between polls: a notification may be lost
 LONGEST_WAIT = 3600.0  # seconds; poll(2) takes no more than 24 days
-RESCUE_TICK = 0.02     # seconds between two looks at processes that are being killed
-SYNC_PAUSE = 1.0       # seconds between two tries to record results on a bad disk
-CLOCK_CORRECTION = 10800.0  # seconds; a clock that is set back further was wrong before
-WILD_CORRECTION = 60.0      # seconds; the same for an interval
+RESCUE_TICK = 0.02     # seconds between two checks of processes that are being killed
+SYNC_PAUSE = 1.0       # seconds between two attempts to record results on a bad disk
+CLOCK_CORRECTION = 10800.0  # seconds; a larger step back corrects a wrong clock
+WILD_CORRECTION = 60.0      # seconds; the same for a schedule that is an interval
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one worker
-MAX_TEXT = 131_071     # bytes of a command or NAME=value: execve(2) adds a NUL on Linux
+MAX_TEXT = 131_071     # bytes of a command or NAME=value; with a NUL, Linux's limit
 MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes about 2 MiB
 MAX_SEARCH = 256       # characters
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, about 300 years: keeps every sum a valid date
 MAX_WHOLE = 10**9      # of retries, priorities, limits: no sum of them overflows SQLite
-PAGE_SIZE = 1000       # jobs read at once where there may be very many
-SOCKET_BUFFER = 4096   # bytes of notifications read at once, far more than there are
+PAGE_SIZE = 1000       # jobs read at once from a long list
+SOCKET_BUFFER = 4096   # bytes of notifications read at once
 SHRINK_PAGES = 500     # pages of the file freed in one transaction: a few ms
 CHECK_SHOWN = 20       # findings of one kind that `check` lists
 LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal and -shm
@@ -234,32 +231,32 @@ CODES = (
 
 
 class QueueError(Exception):
-    """A refusal, never a bug of our own. `message` says what is wrong, `hint` what to
-    do ("": nothing); `code` is one of CODES.
+    """A refusal, never a bug. `message` says what is wrong, `hint` what to do ("":
+    nothing); `code` is one of CODES.
     """
     status = 503                # of the HTTP reply
     headers: tuple[tuple[str, str], ...] = ()       # of that reply
     exit_status = EX_NO
-    item: int | None = None     # which of several things was at fault, from 0
+    item: int | None = None     # number of the one at fault in a batch, from 0
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(f"{message}; {hint}" if hint else message)
         self.code, self.message, self.hint = code, message, hint
 
     def name_place(self, place: str) -> None:
-        """Put a place, such as `line 3`, before the message; nothing for ""."""
+        """Put a place, such as `line 3`, before the message; "": change nothing."""
         if place:
             self.message = f"{place}: {self.message}"
             self.args = (f"{place}: {self}",)       # the exception's text
 
 
 class NotFound(QueueError):
-    """Nothing has that name or number."""
+    """There is nothing of that name or number."""
     status = 404
 
 
 class Conflict(QueueError):
-    """Something else prevents it; a sweep skips such a job."""
+    """The current state does not allow it; a sweep skips such a job."""
     status = 409
 
 
@@ -274,7 +271,7 @@ class Invalid(QueueError):
 
 
 class Usage(Invalid):
-    """The command line itself is wrong."""
+    """The command line is invalid."""
     exit_status = EX_USAGE
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -283,7 +280,7 @@ class Usage(Invalid):
 
 
 class Unavailable(QueueError):
-    """The database cannot be written now; nothing was changed. A worker tries again."""
+    """The database cannot be written now; nothing was changed. Workers retry."""
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(code, message, hint)
         if code == "disk-full":
@@ -299,9 +296,7 @@ class Refused(QueueError):
 
 
 class Stale(Exception):
-    """A statement failed, or did not change the rows that it had to: a bug of ours. The
-    transaction is rolled back.
-    """
+    """A bug: a statement failed or changed too few rows. It is rolled back."""
 
 
 def no_such_job(job_id: str) -> NotFound:
@@ -310,27 +305,25 @@ def no_such_job(job_id: str) -> NotFound:
                     "`queuectl list` shows what there is")
 
 
-# Times. A stored time has 24 characters, the largest unit first, so that text sorts as
-# time does.
+# Times. A stored time has 24 characters, so that text sorts as time does.
 EPOCH = datetime.datetime(1970, 1, 1)
 MILLISECOND = datetime.timedelta(milliseconds=1)
 
 
-@functools.lru_cache(maxsize=16)    # a tick asks for its own time again and again
+@functools.lru_cache(maxsize=16)    # a tick formats its time many times
 def iso(moment: float) -> str:
     """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
 
     OverflowError outside of the years 1 to 9999.
     """
-    # 1e-3 undoes what a float loses of a stored value. datetime.fromtimestamp() may
-    # only reach from 1970 to 2038.
+    # 1e-3 outweighs a float's rounding error. datetime.fromtimestamp() may only reach
+    # from 1970 to 2038.
     stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
     return stamp.isoformat(timespec="milliseconds") + "Z"
 
 
 def iso_up(moment: float) -> str:
-    """As `iso`, rounded up (but for a float's noise): what waits for it is never early.
-    """
+    """As `iso`, rounded up, so that nothing starts early."""
     return iso(moment + 0.000998)
 
 
@@ -367,7 +360,7 @@ def ago(stamp: str | None, now: float) -> str:
 
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Patterns are text: most commands need few of them, and `re` caches what it compiles.
+# Compiled when used: most commands need few patterns, and `re` caches them.
 _NUMBER = "[0-9]+(?:[.][0-9]+)?"
 _DURATION = f"(?:{_NUMBER}(?:ms|s|m|h|d))+"
 DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
@@ -390,10 +383,10 @@ def parse_duration(text: object) -> float:
 
 
 def _next_clock_time(text: str, now: float) -> float:
-    """The next local HH:MM; by the calendar, for a day may have 23 or 25 hours.
+    """The next local HH:MM; by date, as a day may have 23 or 25 hours.
 
-    A skipped time comes as much later as the clocks jump; a repeated one comes twice
-    (PEP 495: the second has a `fold` of 1).
+    A time that the clocks skip moves by the size of the jump; a repeated one counts
+    twice (PEP 495: the second has a `fold` of 1).
     """
     hour, minute, *second = (int(part) for part in text.split(":"))
     wanted = datetime.datetime.fromtimestamp(now).replace(
@@ -471,8 +464,7 @@ def parse_name(text: object) -> str:
 def nearest(word: str, words: Collection[str]) -> str:
     """A hint that names the most similar of the words, or "" if none is near."""
     import difflib  # 5 ms, and only for a mistake
-    # The same letters in another order first: to difflib `abdc` is nearer to `abd` than
-    # to `abcd`.
+    # Swapped letters first: difflib rates `abd` nearer to `abdc` than `abcd`.
     close = [one for one in words if sorted(one) == sorted(word)] \
         or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else ""
@@ -492,23 +484,21 @@ def counted(n: int, noun: str, plural: str = "") -> str:
 
 
 def is_text(value: object) -> bool:
-    """Return True for a string that UTF-8, SQLite and a command line can hold: without
-    NUL and lone surrogates, which JSON can write.
+    """Return True for a string without NUL and lone surrogates: JSON allows them, but
+    UTF-8, SQLite and command lines do not.
     """
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 # ---- 2 Records ---------------------------------------------------------------
-# Rows and values. Times in them are text as stored (UTC, ISO 8601, ms, Z). Rows are
-# read by position, so a new column comes last. NamedTuples do not change: a change is a
-# copy (`_replace`) that the ledger writes. Importing dataclasses would take 10 ms.
+# Rows and values, all immutable. Times are text as stored (UTC, ISO 8601, ms, Z). Rows
+# are read by position, so a new column comes last.
 
 class Job(NamedTuple):
-    """One row of `jobs`, in column order, as it was when it was read: another process
-    may have changed it since, so each write guards on its state and claim (I1, I3).
+    """One row of `jobs`, in column order, as of a read: other processes may change it,
+    so each write guards on its state and claim (I1, I3).
 
-    Before the job is added, what is not known yet has the default. A new field is one
-    line here, one in FIELDS, and an ALTER TABLE.
+    A new field is one line here, one in FIELDS, and a migration.
     """
     seq: int = 0                # order of enqueueing; the N of job-N
     id: str = ""
@@ -542,7 +532,7 @@ class Job(NamedTuple):
     runs: int = 0               # times it was claimed
     unmet: int = 0              # jobs in `after` that are not completed
     once: str | None = None     # key that only one job may ever have
-    at_time: bool = False       # run_at is a time of the clock, not the end of a delay
+    at_time: bool = False       # run_at is an absolute time, not the end of a delay
 
 
 class Run(NamedTuple):
@@ -551,7 +541,7 @@ class Run(NamedTuple):
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
     worker_id: int              # Worker.id
-    worker: str                 # the worker's name; its row goes when it leaves
+    worker: str                 # the worker's name: its row is deleted when it exits
     slot: int                   # 1 ... slots; 0: claimed ahead, not started
     started_at: str
     finished_at: str | None     # None: under way
@@ -559,15 +549,15 @@ class Run(NamedTuple):
     outcome: str | None         # one of OUTCOMES
     exit_code: int | None
     error: str | None
-    output_bytes: int           # printed in all; more than kept: some is left out
-    output: bytes               # what was kept: beginning and end
+    output_bytes: int           # printed in total; `output` may hold less
+    output: bytes               # its beginning and end
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a worker that runs, or died without leaving.
+    """One row of `workers`: a worker that runs, or that was killed.
 
-    Process ids are reused, so `boot` and `born` go with `pid`. Its lease depends on
-    `heartbeats`, which no clock moves; `heartbeat_at` is for people.
+    Process ids are reused, so `boot` and `born` complete `pid`. The lease depends on
+    the count `heartbeats`, not on a clock; `heartbeat_at` is only shown.
     """
     id: int
     name: str
@@ -580,12 +570,12 @@ class Worker(NamedTuple):
     port: int | None            # UDP, loopback, for notifications
     started_at: str
     heartbeat_at: str
-    heartbeats: int             # grows with each heartbeat
+    heartbeats: int             # how many it has sent
     stop_requested: str | None  # DRAIN or NOW
     # Not in the table, and only in what Queue.workers() returns:
     is_alive: bool | None = None        # None: on another machine
     is_expired: bool = False            # no heartbeat for a lease: not counted
-    late_after: float = math.inf        # seconds; without a heartbeat it is called late
+    late_after: float = math.inf        # seconds without a heartbeat: shown
     running: Sequence[Job] = ()
 
     def takes(self, queue: str) -> bool:
@@ -604,8 +594,8 @@ class Event(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`. `job` is checked at each run: it may be wrong by then, or
-    {} if the file was edited; the schedule is paused then.
+    """One row of `schedules`. `job` is checked at each run, and is {} if it was no JSON
+    object; an invalid one pauses the schedule.
     """
     name: str
     cron: str                   # five fields or @daily and the like, in local time
@@ -640,26 +630,26 @@ class QueueView(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How many jobs are in which part of their life."""
+    """Numbers of jobs: waiting, running, finished."""
     waiting: int
     running: int
-    completed: int              # since the database was created, until `since`
-    unwell: int                 # dead or cancelled; the same
+    completed: int              # since the database was created, or as `since` says
+    unsuccessful: int           # dead or cancelled; the same
 
     @property
     def over(self) -> int:
-        """How many are over, however they ended."""
-        return self.completed + self.unwell
+        """Finished jobs, with any outcome."""
+        return self.completed + self.unsuccessful
 
     @property
     def left(self) -> int:
-        """How many are not over."""
+        """Unfinished jobs."""
         return self.waiting + self.running
 
     def since(self, first: Progress) -> Progress:
-        """With only those over that have ended since an earlier moment."""
+        """With only the jobs that have finished since `first` was read."""
         return self._replace(completed=self.completed - first.completed,
-                             unwell=self.unwell - first.unwell)
+                             unsuccessful=self.unsuccessful - first.unsuccessful)
 
 
 class Outcome(NamedTuple):
@@ -726,7 +716,7 @@ class Claim(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A change of state. In `after`, what follows from the state is not set yet."""
+    """A change of state. `Ledger.move` sets in `after` what follows from the state."""
     verb: str
     before: Job
     after: Job
@@ -741,8 +731,8 @@ class Tick(NamedTuple):
     mine: dict[int, str | None]     # this worker's claims: what is requested of each
     stop: str | None                # DRAIN or NOW
     is_behind: bool                 # more jobs are due than one tick makes ready
-    is_expiring: bool               # more is to be deleted
-    is_overtaken: bool              # a job is ready that comes before the spare claims
+    is_expiring: bool               # there is more to delete
+    is_overtaken: bool              # a ready job ranks before the spare claims
     settings: Settings
     next_due: float | None          # epoch seconds; None: no job waits for its time
     notes: list[str]                # schedules that skipped a run or were paused
@@ -751,7 +741,7 @@ class Tick(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How durations are spread; seconds, None without values."""
+    """The distribution of durations; seconds, None without values."""
     n: int
     mean: float | None
     p50: float | None
@@ -760,16 +750,16 @@ class Spread(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a queue, or all of them, did in a time."""
+    """What a queue, or all queues, did in a period."""
     enqueued: int
     completed: int          # jobs
-    retried: int            # failed attempts that were followed by a wait
+    retried: int            # failed attempts with a retry to follow
     died: int
     cancelled: int
     lost: int               # runs lost with their worker
     run_time: Spread        # of runs whose end was seen
     wait_time: Spread       # from due to started
-    at: str = ""            # the minute, where it is one
+    at: str = ""            # the minute, if the period is one
 
 
 class Finding(NamedTuple):
@@ -781,7 +771,7 @@ class Finding(NamedTuple):
 
 
 class Scrape(NamedTuple):
-    """What the metrics show, all of one moment."""
+    """The values of the metrics."""
     jobs: dict[tuple[str, str], int]                    # by queue and state
     tallies: list[tuple[str, str, int, int, float]]     # of all time
     oldest: dict[str, float]        # seconds since the first ready job became due
@@ -793,7 +783,7 @@ class Scrape(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The first screen."""
+    """What `status` shows."""
     counts: dict[str, int]          # by state; with all states
     workers: list[Worker]
     paused: list[str]
@@ -805,24 +795,22 @@ class Status(NamedTuple):
 
 
 # ---- 3 Rules -----------------------------------------------------------------
-# Decisions without effects: time, chance and rows are arguments. What follows from a
-# run's end; which job is next; how long a worker has sent no heartbeat; what is kept of
-# an output; histograms.
+# Decisions without effects: time, randomness and rows are arguments.
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
     """Seconds to wait after the `failures`-th failed attempt, from 1: base, 2 base, 4
     base ... up to backoff-max; `chance` (0 to 1) spreads it by backoff-jitter.
     """
-    # 64 doublings are more than enough, and 2.0 ** 1024 is an OverflowError.
+    # Beyond 64 doublings backoff-max applies anyway; 2.0 ** 1024 overflows.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
     return min(settings.backoff_max, wait)
 
 
 def rank_of(priority: int, run_at: str, settings: Settings) -> int:
-    """A waiting job's rank, lower first: by priority, or with ageing by the due time,
-    set back by what the priority is worth. All jobs age equally, so the order of two
-    never changes and the number can be stored. RANK_BY_AGE is the same in SQL.
+    """A waiting job's rank, lower first: by priority, or with ageing by the due time
+    minus priority-ageing for each unit of priority. All jobs age equally, so ranks do
+    not change and can be stored.
     """
     if settings.priority_ageing is None:
         return -priority
@@ -843,10 +831,10 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
            now: float) -> tuple[str, Job, str]:
     """The verb that follows from a run's end, the job to store, and the reason.
 
-    What happened comes before what was requested, and that before the cause: a job that
-    completed is completed even if it was to be cancelled, and one whose worker is lost
-    while it is being cancelled does not run again. Only DONE, FAILURE and TIMEOUT count
-    as an attempt; a lost run counts as a crash and is due at once.
+    Success comes before a requested cancel, and that before any other outcome: a job
+    whose worker is lost while it is being cancelled does not run again. Only DONE,
+    FAILURE and TIMEOUT count as an attempt; a lost run counts as a crash and is due at
+    once.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now),
@@ -855,7 +843,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
         return "complete", job, "exit status 0"
     if job.end_requested == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
-    if outcome.kind == RELEASED:    # due now, also if the clock was set back meanwhile
+    if outcome.kind == RELEASED:    # due now, even if the clock was set back
         return "release", job._replace(run_at=min(job.run_at, iso(now))), \
             MOVES["release"].because
     if outcome.kind == LOST:
@@ -873,15 +861,15 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
 
 
 def since_set_back(run_at: str, asked: float, now: float) -> str:
-    """The end of a delay, given at `asked` and stored at `now`: earlier by as much as
-    the clock was set back in between.
+    """The end of a delay, requested at `asked` and stored at `now`, minus any step back
+    of the clock in between.
     """
     return iso_up(epoch(run_at) - max(0.0, asked - now))
 
 
 def brought_forward(job: Job, now: float) -> Job:
-    """The job with its delay counted from now, if that began in the future: the clock
-    was set back since. A time of the clock (`at_time`) remains.
+    """The job with its delay restarted if it began in the future, as the clock was set
+    back since. An absolute time (`at_time`) stays.
     """
     began = epoch(job.updated_at)
     if job.at_time or began <= now + CLOCK_NOISE:
@@ -891,7 +879,7 @@ def brought_forward(job: Job, now: float) -> Job:
 
 
 def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
-    """The first `free` jobs of the line whose queue has room, by `room(queue)`."""
+    """The first `free` jobs whose queue has room for them, by `room(queue)`."""
     taken: dict[str, int] = {}
     chosen: list[Job] = []
     for job in line:
@@ -903,18 +891,18 @@ def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[J
     return chosen
 
 
-def place_in_line(job: Job) -> tuple[int, str, int]:
-    """The order in which ready jobs start, as in SQL."""
+def start_order(job: Job) -> tuple[int, str, int]:
+    """The sort key of ready jobs, as in SQL."""
     return job.rank, job.run_at, job.seq
 
 
-QUICK = 0.01           # seconds; where runs are shorter, slots would wait for commits
-RECORD_PAUSE = 0.01    # seconds for which ends are gathered, while slots have work
-MAX_SPARES = 64        # jobs; a worker takes them from the others for a moment
+QUICK = 0.01           # seconds; slots with shorter runs would wait for commits
+RECORD_PAUSE = 0.01    # seconds to collect ends of runs while slots have work
+MAX_SPARES = 64        # jobs; until they start, no other worker can take them
 
 
 def wanted_spares(pace: float, slots: int) -> int:
-    """How many jobs to claim beyond the slots: what these start in two RECORD_PAUSEs.
+    """How many jobs to claim ahead: those that the slots start in two RECORD_PAUSEs.
     `pace` is the mean duration of the last runs.
     """
     if pace > QUICK:
@@ -923,13 +911,12 @@ def wanted_spares(pace: float, slots: int) -> int:
 
 
 def lease_of(settings: Settings) -> float:
-    """Seconds: at least three heartbeats, or live workers would lose their claims."""
+    """The lease in seconds; shorter than three heartbeats, live workers lose claims."""
     return max(settings.lease, 3 * settings.heartbeat)
 
 
 class Heartbeats:
-    """How long each worker has sent no heartbeat, as this observer itself has seen it.
-    """
+    """Seconds since each worker's last heartbeat, as this process has observed them."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}   # number of heartbeats, seconds
@@ -939,8 +926,8 @@ class Heartbeats:
              settings: Settings) -> dict[int, float]:
         """Seconds without a heartbeat by worker; `now` is monotonic.
 
-        A longer time since the last look does not count: an observer that was suspended
-        or waited for the lock could not see any.
+        A long gap between two calls does not count: this process was suspended or
+        waited for the lock.
         """
         step = now - self._last if self._last is not None else math.inf
         gap = max(2 * settings.heartbeat, settings.lease / 2)
@@ -954,10 +941,10 @@ class Heartbeats:
 
 
 class Output:
-    """What a command printed: the first and the last half of a limit of bytes.
+    """A command's output: its beginning and its end, each half of `limit` bytes.
 
-    The end is cut only when it has grown to twice its size and READ_SIZE, so each byte
-    is moved once at most, however small the pieces.
+    The end is cut only beyond twice its size and READ_SIZE, so each byte moves at most
+    once, however small the pieces.
     """
 
     def __init__(self, limit: int) -> None:
@@ -975,15 +962,13 @@ class Output:
             del self._tail[:len(self._tail) - self._tail_size]
 
     def kept(self) -> bytes:
-        """Beginning and end; exactly the limit long if anything was left out."""
+        """Beginning and end; exactly `limit` bytes if any were omitted."""
         end = bytes(self._tail[-self._tail_size:]) if self._tail_size else b""
         return bytes(self._head) + end
 
 
 def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
-    """Kept output after the first `seen` bytes, with a line for what was left out: in
-    the middle of `kept`, whose halves are the beginning and the end.
-    """
+    """Kept output from byte `seen` on, with a line in the middle for omitted bytes."""
     middle = len(kept) // 2
     end_from = total - (len(kept) - middle)     # where the kept end begins
     if total == len(kept):
@@ -995,8 +980,8 @@ def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that is not blank, shortened and without control characters, for
-    it is shown on other people's terminals: often the error message.
+    """The last line that is not blank, often the error message: shortened, and without
+    control characters, as it is shown on terminals.
     """
     for line in reversed(output[-2000:].splitlines()):
         text = line.decode("utf-8", "replace").strip()
@@ -1024,7 +1009,7 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
     left = share * sum(buckets.values())
     for bucket in sorted(buckets):
         left -= buckets[bucket]
-        if left <= 1e-9:    # 0, but for a float's noise
+        if left <= 1e-9:    # 0, within a float's rounding error
             return BOUNDS[bucket]
     return None
 
@@ -1056,24 +1041,23 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread("run_time"), spread("wait_time"))
 
 
-# The bounds that metrics show, and the bucket that each closes: of a hair less, for
-# BOUNDS are products of floats and may come out a hair below their literals.
+# The bounds of the metrics, and the last bucket of each; a little less, as BOUNDS are
+# products of floats and may be just below their literals.
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
                  300.0, 1000.0, 3000.0, 10000.0)     # seconds
 METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
-    """How many values are at most each of METRIC_BOUNDS, and how many there are: the
-    `le` buckets of a Prometheus histogram.
+    """The `le` buckets of a Prometheus histogram: the number of values up to each of
+    METRIC_BOUNDS, and of all.
     """
     return [sum(n for bucket, n in buckets.items() if bucket <= last)
             for last in METRIC_BUCKETS] + [sum(buckets.values())]
 
 
 # ---- 4 Cron ------------------------------------------------------------------
-# The runs of a schedule, as Debian's cron computes them. Pure, but for the time zone's
-# offsets: by default the process's own.
+# The times of a schedule, as in Debian's cron. Pure, except for the local time zone.
 
 # Field, lowest and highest value, names (counted from the lowest).
 CRON_FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
@@ -1088,7 +1072,7 @@ CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0
 LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
 DAY = 86400             # seconds; no zone has changed its clocks twice within one
 EPOCH_DAY = EPOCH.toordinal()
-LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar, nearly
+LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar
 CRON_DAYS = 41 * 366    # searched; 29 February is each weekday within 40 years
 
 
@@ -1122,7 +1106,7 @@ def _cron_values(text: str, number: int) -> tuple[int, ...]:
         if slash and interval != "*" and not dash:
             raise Invalid(f"{part!r} in the {field} field is a step without a range",
                           f"use {interval}-{most}/{step}")
-        longest = most - least + 1      # a longer step is surely a mistake
+        longest = most - least + 1      # a longer step is a mistake
         if slash and not (re.fullmatch("[0-9]{1,2}", step)
                           and 1 <= int(step) <= longest):
             raise Invalid(f"the {field} field does not take the step of {part!r}",
@@ -1134,8 +1118,8 @@ def _cron_values(text: str, number: int) -> tuple[int, ...]:
 def parse_cron(text: str) -> Cron:
     """The schedule of a cron line; else Invalid.
 
-    A field that begins with a star counts as one, also `*/2` and `*,5`. If neither day
-    field does, a day that matches one of them is enough.
+    If neither day field begins with `*` (`*/2` and `*,5` do), a day needs to match only
+    one of them.
     """
     line = text.strip()
     if line.lower() == "@reboot":
@@ -1159,15 +1143,15 @@ def parse_cron(text: str) -> Cron:
                 is_either, starred[0] or starred[1])
 
 
-# The calendar alone says on which local dates a schedule runs, which skips years
-# quickly. Around such a date, time is divided into stretches of constant offset from
-# UTC, and each is searched for local minutes that match. Where the clock jumps between
-# two stretches, it is as cron(8) describes, with the numbers of its source:
-#   - a fixed time that is skipped runs at the jump; one that is repeated runs once;
-#   - an interval follows the clock: skipped is skipped, repeated runs again
-#     (but for a skip of 1 to 4 minutes, which cron takes for having woken up late);
-#   - from 3 hours forwards, or more than 3 back, the new time is used as it is.
-# All that is made up at one jump is one run, so runs are distinct moments.
+# The calendar alone gives the local dates of a schedule, which skips years quickly.
+# Around each date, time is divided into periods of constant offset from UTC, which are
+# searched for local minutes that match. Clock changes are treated as in cron(8), with
+# the numbers of its source:
+#   - a fixed time that is skipped runs at the change; a repeated one runs once;
+#   - an interval follows the clock: a skipped time does not run, a repeated one runs
+#     again (but a skip of 1 to 4 minutes is made up, as after waking up late);
+#   - from 3 hours forwards, or more than 3 back, only the new time counts.
+# All runs made up at one change are one run.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
     """Return True if the schedule runs on a local date, in days since 1970."""
@@ -1180,10 +1164,7 @@ def _is_cron_day(cron: Cron, day: int) -> bool:
 
 
 def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
-    """Seconds by which local clocks are ahead of UTC; zone None: the process's own.
-
-    From UTC to local time, which has one answer for each moment (PEP 495).
-    """
+    """Seconds by which local clocks are ahead of UTC; zone None: the process's own."""
     utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
     offset = utc.astimezone(zone).utcoffset()
     return round(offset.total_seconds()) if offset else 0
@@ -1191,10 +1172,10 @@ def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
 
 def _stretches(start: int, end: int,
                zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
-    """From, to (excluded) and offset of each time in which clocks did not change.
+    """Start, end (excluded) and offset of each period of constant offset.
 
-    A zone tells its offset at a moment, not when that changes. So moments a DAY apart
-    are compared, and between two that differ the change is found by bisection.
+    A zone does not tell when its offset changes: the offsets of moments a DAY apart are
+    compared, and bisection finds the change between two that differ.
     """
     offset = _utc_offset(start, zone)
     for low in range(start, end, DAY):
@@ -1216,14 +1197,14 @@ def _runs(cron: Cron, after: int, until: int,
           zone: datetime.tzinfo | None) -> Iterator[int]:
     """The runs after one moment and before another, in order; some more than once.
 
-    `seen` is the last local minute before a jump, `first` the one after it. Within the
-    limits of `near` the search continues from `seen` instead: for a jump forwards this
-    finds what was skipped, which runs at `start`; for one back it omits what is
-    repeated. 0 is a jump within one minute.
+    `seen` is the last local minute before a change, `first` the one after it. Within
+    the limits of `near` the search continues from `seen` instead: after a change
+    forwards this finds the skipped minutes, which run at `start`; after one back it
+    omits the repeated ones. 0 is a change within one minute.
     """
     near = range(6) if cron.is_wild else range(-179, 181)   # minutes, from cron.c
     seen = None
-    # From a day before, to know what the clock showed before a jump.
+    # From a day before, for the last minute before a change.
     for start, end, offset in _stretches(after - DAY, until, zone):
         first, last = (start + offset) // 60, (end - 1 + offset) // 60
         if seen is not None and first - seen in near:
@@ -1240,11 +1221,11 @@ def _runs(cron: Cron, after: int, until: int,
 
 
 def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
-    """The first run after a moment, in epoch seconds; math.inf: none, as of an interval
-    in an hour that the zone always skips.
+    """The first run after a moment, in epoch seconds; math.inf if there is none, as for
+    an interval in an hour that the zone always skips.
     """
     since = math.floor(after)
-    first = since // DAY - 1    # a day early: behind UTC it may still be the day before
+    first = since // DAY - 1    # the local date may be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
         if _is_cron_day(cron, day):
             # An offset is less than a day to either side.
@@ -1255,7 +1236,7 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
 
 
 def cron_words(line: str) -> str:
-    """A plain schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
+    """A simple schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
     cron, days = parse_cron(line), ""
     is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
     if len(cron.months) == 12 and not cron.is_either:
@@ -1287,19 +1268,19 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
         return datetime.timezone.utc
     import zoneinfo  # 4 ms, and only for schedules
     try:
-        if name == "localtime":         # on Debian a file, but another on each machine
+        if name == "localtime":         # a file on Debian, but machines differ
             raise ValueError
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
         raise Invalid(f"the time zone {name!r} is unknown here",
-                      "use a name such as Europe/Berlin; `tzdata` has them") from None
+                      "use a name such as Europe/Berlin, or install `tzdata`") from None
 
 
 def local_zone(now: float) -> str | None:
     """The IANA name of the process's time zone; None if it has none.
 
-    What a file says counts only if its offsets are right now and in half a year: in a
-    container, the host's data may be mounted over a zone of another name.
+    The name of a file counts only if the offsets agree now and in half a year: a
+    container may mount the host's zone over one of another name.
     """
     path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
     is_file = path.startswith("/")
@@ -1320,7 +1301,7 @@ def local_zone(now: float) -> str | None:
 
 def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     """A cron line without its `CRON_TZ=ZONE`, and its zone: that one, `tz`, or the
-    local one; Invalid for an unknown one, or for two.
+    local zone. Invalid for an unknown zone, or for two.
     """
     match = re.fullmatch(r"\s*(?:CRON_)?TZ=(\S+)\s+(.*)", cron, re.S)
     if match and tz not in (None, match[1]):
@@ -1339,12 +1320,11 @@ def run_after(cron: str, now: float, tz: str | None) -> str:
 
 
 # ---- 5 Fields ----------------------------------------------------------------
-# One row says all of a job's field, a filter or a setting: checks, flags, schemas and
-# help are made from it. Then the ways from bytes to job objects. Nothing here reads the
-# queue: whether an id is free is for the ledger to say, within its transaction.
+# One row defines a job's field, a filter or a setting: checks, flags, schemas and help
+# are generated from it. Then parsers of job objects. Nothing here reads the queue.
 
-# Fifteen digits: a chosen id like ours moves the counter on, and must not exhaust it:
-# the numbers of rows end at 2 ** 63 - 1.
+# A chosen id of this form raises the counter: 15 digits stay far below the last row
+# number, 2 ** 63 - 1.
 _OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
@@ -1397,7 +1377,7 @@ def _command(value: Any, now: float) -> str:
 
 
 def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
-    """Names, each once, as keys of `tags` and `dependencies`; one needs no list."""
+    """Names, each once; a single one needs no list."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -1441,13 +1421,13 @@ def _directory(value: Any, now: float) -> str:
 
 def _search(text: str, now: float) -> str:
     if not is_text(text) or len(text) > MAX_SEARCH:
-        raise Invalid("that is no text to search for",
+        raise Invalid("the search text is invalid",
                       f"use at most {MAX_SEARCH} characters, without NUL")
     return text
 
 
 def _time_text(text: str) -> str:
-    """The text of a time, checked: `checked` tells a time of the clock from `+DUR`."""
+    """The text of a time, checked; `checked` needs to see whether it is `+DUR`."""
     parse_time(text, time.time())
     return text
 
@@ -1456,10 +1436,10 @@ def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [schema["type"], "null"]}
 
 
-# JSON Schema. `pattern` is not anchored (Validation, 6.3.3), and says nothing of other
-# types (Core, 7.6.1), so text and number can share a schema. All that a schema forbids
-# is refused (`make fuzz`), so the patterns of durations and dates are narrower than
-# what is accepted: no pattern bounds a sum of parts, or the days of a month.
+# JSON Schema. `pattern` is not anchored (Validation, 6.3.3) and ignores other types
+# (Core, 7.6.1), so text and number can share a schema. The patterns of durations and
+# dates are narrower than their parsers: a pattern cannot bound a sum, or the days of a
+# month.
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
@@ -1474,7 +1454,7 @@ NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 
 class Kind(NamedTuple):
     """What the values of a field may be."""
-    parse: Callable[[Any, float], Any]  # value (of JSON, a flag, a query) and time
+    parse: Callable[[Any, float], Any]  # a value of JSON, a flag or a query; the time
     input: dict[str, Any] = {}          # JSON Schema of what it accepts
     output: dict[str, Any] = {}         # JSON Schema of what replies contain
     flag: dict[str, Any] = {}           # argparse settings; `type` raises Invalid
@@ -1541,25 +1521,25 @@ _TIME = Kind(
 
 
 def _kept(output: dict[str, Any]) -> Kind:
-    """What the queue maintains: ignored if given, for `show --json` is valid input."""
+    """A field that the queue maintains: ignored, so `show --json` is valid input."""
     return Kind(lambda value, now: value,
-                {"description": "kept by the queue itself: ignored"}, output)
+                {"description": "maintained by the queue: ignored"}, output)
 
 
-# In the order and the groups of the help. Only a waiting job can be edited: a worker
-# keeps a job as it was when claimed, and counts its end under the queue it had then.
+# In the order and the groups of the help. Only a waiting job can be edited: its worker
+# keeps a job as it was claimed, and counts its end in the queue of that time.
 FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
         Field("command", _COMMAND, "eu", "the shell command"),
-        Field("id", _ID, "e", "a name of your own (default: job-N)"),
+        Field("id", _ID, "e", "the id (default: job-N)"),
         Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus", "default: default"),
         Field("tags", _TAGS, "es", "a label; repeatable", flags=("--tag",)),
         Field("unique", _UNIQUE, "es",
-              "add nothing while a job with this key is not over"),
+              "add nothing while a job with this key is unfinished"),
         Field("once", _UNIQUE, "es",
               "add nothing while any job with this key exists, in any state"),
         Field("env", _VARIABLES, "es", "a variable for the command; repeatable"),
-        Field("cwd", _PATH, "es", "where it runs (default: here)")),
+        Field("cwd", _PATH, "es", "the working directory (default: the current one)")),
     "when it runs": (
         Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
               "higher first (default: 0)", flags=("--priority", "-p")),
@@ -1570,11 +1550,11 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "run once that job is completed; repeatable")),
     "how it ends": (
         Field("max_retries", _whole(0, _AMOUNT), "eus",
-              "runs that may fail, with the first (default: a setting)"),
+              "runs that may fail, including the first (default: a setting)"),
         Field("timeout", _SPAN, "eus",
               "end a run after this time; 0: never (default: a setting)"),
         Field("backoff_base", _SPAN, "es",
-              "wait after the first failure, then doubled (default: a setting)")),
+              "wait after the first failure; doubles (default: a setting)")),
     "": (Field(name, _kept(schema), "k") for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
@@ -1587,7 +1567,7 @@ JSON_KEYS = tuple(name for name in Job._fields
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 # Filters of jobs: flags of commands and parameters of the API; Sql.FILTERS has their
-# clauses. In a query blank text means that it is not given.
+# clauses. In a query, blank text is no filter.
 _BLANK_OR_NAME = Kind(_timeless(parse_name),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
@@ -1596,7 +1576,7 @@ FILTERS = {field.name: field for field in (
         {"type": "array", "items": {"type": "string", "enum": [*STATES, ""]}},
         flag={"action": "append", "choices": STATES, "metavar": "S",
               "help": "one of " + ", ".join(STATES) + "; repeatable"}),
-        help="again and again for more", flags=("--state", "-s")),
+        help="repeatable", flags=("--state", "-s")),
     Field("queue", _BLANK_OR_NAME._replace(flag={"metavar": "Q"}),
           help="only of this queue"),
     Field("tag", _BLANK_OR_NAME._replace(flag={"metavar": "T"}),
@@ -1628,31 +1608,32 @@ _SPAN_OR_NONE, _COMMAND_OR_NONE = _off_or(parse_duration), _off_or(str)
 SETTINGS = {name: Field(name, Kind(_timeless(parse)),
                         help=help, default=default) for name, default, parse, help in (
     ("max-retries", "3", parse_whole,
-     "runs that may fail before a job is dead, with the first"),
+     "runs that may fail before a job is dead, including the first"),
     ("backoff-base", "2s", parse_duration,
-     "wait after the first failure; doubled after each further"),
+     "wait after the first failure; doubled after each further one"),
     ("backoff-max", "1h", parse_duration, "no retry waits longer"),
     ("backoff-jitter", "0", parse_share,
-     "share of the wait that is left to chance, 0 to 1"),
+     "random share of the wait, 0 to 1"),
     ("timeout", "none", _SPAN_OR_NONE, "a run is ended after this time"),
     ("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
     ("output-limit", "64KiB", parse_size,
-     "of longer output the beginning and the end are kept"),
+     "output kept of a run: its beginning and its end"),
     ("retention-completed", "none", _SPAN_OR_NONE,
      "completed jobs are deleted after this time"),
     ("retention-dead", "none", _SPAN_OR_NONE, "dead jobs are deleted after this time"),
-    # A heartbeat is a commit with its fsync, also where there is no work to be done.
+    # Each heartbeat is a commit with an fsync, even if the worker is idle.
     ("heartbeat", "5s", _between(0.1), "how often a worker shows that it is alive"),
     ("lease", "30s", _between(1),
-     "a worker that sends no heartbeat for so long (or for 3) loses its jobs"),
+     "a worker without a heartbeat for this time (or for 3) loses its jobs"),
     ("crash-limit", "5", lambda text: parse_whole(text, 1),
      "lost runs after which a job is dead"),
-    ("on-completed", "none", _COMMAND_OR_NONE, "shell command after each success"),
-    ("on-dead", "none", _COMMAND_OR_NONE, "shell command after each death"),
-    ("on-idle", "none", _COMMAND_OR_NONE, "shell command when nothing is left"),
+    ("on-completed", "none", _COMMAND_OR_NONE,
+     "shell command after each completed job"),
+    ("on-dead", "none", _COMMAND_OR_NONE, "shell command after each dead job"),
+    ("on-idle", "none", _COMMAND_OR_NONE, "shell command when no job is left"),
     # 30 days in milliseconds by MAX_WHOLE is 2.6e18: `rank_of` stays below 2 ** 63.
     ("priority-ageing", "none", _off_or(_between(1, 30 * 86400)),
-     "a waiting job's priority grows by one after each"))}
+     "waiting time that raises a job's priority by one"))}
 
 
 def setting_key(key: str) -> str:
@@ -1682,9 +1663,9 @@ def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
 def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
     """The columns that the keys of a job object set; Invalid names the key at fault.
 
-    `use` is "e" for a new job, "u" for an edit, which may set less and nothing to null.
-    Keys may be written with `-` for `_`. Null means the default, and what the queue
-    maintains is ignored: see `ignored_keys`. `delay` becomes `run_at`.
+    `use` is "e" for a new job, "u" for an edit, which refuses null. Keys may have `-`
+    for `_`. Null means the default; fields that the queue maintains are ignored (see
+    `ignored_keys`). `delay` becomes `run_at`.
     """
     if not isinstance(fields, dict):
         raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
@@ -1704,7 +1685,7 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
             raise Invalid(f"{key} is given twice", "give it once", key)
         if use in field.uses and (value is not None or use == "u"):
             found[key] = field_value(field, value, now)
-            # After a clock is set back a delay is counted anew, a time is not.
+            # After the clock is set back, a delay restarts and a time stays.
             if key == "run_at":
                 found["at_time"] = not (isinstance(value, str)
                                         and value.strip().startswith("+"))
@@ -1718,7 +1699,7 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
 
 
 def new_job(fields: Mapping[str, Any], now: float) -> Job:
-    """The job that a JSON object asks for, not added yet; Invalid as in `checked`.
+    """The job that a JSON object describes; Invalid as in `checked`.
 
     `new_job({"command": "x", "max-retries": 5, "delay": "1m"}, 100.0)` is
     `Job(command="x", max_retries=5, run_at="1970-01-01T00:02:40.000Z")`.
@@ -1736,9 +1717,9 @@ def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
 
 
 def is_json(text: str) -> bool:
-    """Return True if it is meant as JSON, not as a shell's `{ list; }`, `[ test ]` or
-    `[[ test ]]`: these need a blank after the first { or [, and JSON with a blank there
-    goes on with what begins no list or test.
+    """Return True for JSON, False for a shell's `{ list; }`, `[ test ]`, `[[ test ]]`:
+    these need a blank after the bracket, and JSON with a blank there continues with a
+    character that begins no list or test.
     """
     return bool(re.match(r'\s*(\{(\S|\s*["}]|\s*$)|\[(["\d]|\s*([{\]\n]|$)))', text))
 
@@ -1755,8 +1736,7 @@ def _objects_of(value: Any) -> list[dict[str, Any]]:
 def fields_of(text: str) -> list[dict[str, Any]]:
     """The job objects in an argument or a line: an object, an array, or a command.
 
-    Not checked yet. Text that begins like JSON and is not valid is refused: to run it
-    would hide the mistake.
+    Not checked yet. Invalid JSON is refused: to run it would hide the mistake.
     """
     if not is_json(text):
         return [{"command": text.strip()}]
@@ -1786,15 +1766,15 @@ def at_place(place: str) -> Iterator[None]:
 
 
 _MARK = re.compile(rb"\{#?\}")
-TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields in which marks count
+TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields that may hold marks
 
 
 class Lines:
     """Makes job objects of lines, or of items that end with NUL.
 
-    With `words` each line is an item of a template: `{}` stands for the item, `{#}` for
-    its number. The item is always one argument of the command; without `{}` it is the
-    last one. `fields` are those of each job.
+    With `words` each line is an item of a template: `{}` is replaced by the item, `{#}`
+    by its number. The item is always one argument, by default the last. `fields` are
+    those of each job.
     """
 
     def __init__(self, null: bool = False, words: Sequence[bytes] = (),
@@ -1814,7 +1794,7 @@ class Lines:
             if self._words:
                 return [(self._filled(line), place)] if line else []
             try:
-                text = line.decode("utf-8-sig").strip()     # with Windows' mark
+                text = line.decode("utf-8-sig").strip()     # may begin with a BOM
             except UnicodeDecodeError as error:
                 raise Invalid(
                     f"not UTF-8 ({error.reason} at byte {error.start})",
@@ -1846,7 +1826,7 @@ class Lines:
 
         command = [shell_word(filled(word)) for word in self._words]
         for place, word in enumerate(self._words):
-            # Unquoted, a shell could take an item for a keyword or an assignment.
+            # An unquoted item could be a keyword or an assignment of the shell.
             if _MARK.search(word) and command[place][0] not in "'\"" \
                     and (place == 0 or "=" in command[place]):
                 command[place] = f"'{command[place]}'"
@@ -1857,10 +1837,10 @@ class Lines:
 
 
 def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
-    """The job objects of a file: one JSON value of several lines, or a job a line; or
-    as `lines` reads. Invalid names the line at fault.
+    """The job objects of a file: one JSON value of several lines, else those of each
+    line. Invalid names the line at fault.
     """
-    # The first bytes spare most files to be read as one JSON value.
+    # By the first bytes, few files need to be tried as one JSON value.
     if lines is None and b"\n" in content.strip() \
             and content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         whole = None
@@ -1870,7 +1850,7 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
             yield from items(_objects_of(whole))
             return
     lines = lines or Lines()
-    # Not splitlines(): a lone CR may stand within a command.
+    # Not splitlines(): a command may contain a CR.
     for line in content.split(lines.end):
         yield from lines.read(line)
 
@@ -5115,10 +5095,10 @@ class Claims:
             behind = behind or store.do(Sql.MAKE_READY, {
                 "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
         stop = row[0] if row else None
-        spares = [place_in_line(one.job) for one in self._held.values()
+        spares = [start_order(one.job) for one in self._held.values()
                   if not one.slot and one.number not in report.ended]
         is_overtaken = bool(spares) and any(
-            place_in_line(job) < max(spares) for job in store.jobs(Sql.LINE, limit=1))
+            start_order(job) < max(spares) for job in store.jobs(Sql.LINE, limit=1))
         claims = [] if behind or stop or is_overtaken or not free \
             else self._claim(free, locks, now)
         mine.update((one.number, None) for one in claims)
@@ -5264,7 +5244,7 @@ class Claims:
         return choose(sorted((
             job for queue in waiting
             for job in self._store.jobs(Sql.QUEUE_LINE, queue=queue, limit=free)),
-            key=place_in_line), room, free)
+            key=start_order), room, free)
 
     def _room(self, free: int) -> Callable[[str], int]:
         """How many more jobs of a queue may start; `choose` counts what it chooses."""
@@ -6009,8 +5989,8 @@ def progress_line(progress: Progress, seconds: float, width: int) -> str:
     done, left = progress.over, progress.left
     total, rate = done + left, done / seconds if seconds > 0 else 0.0
     words = f" {done:,}/{total:,}  {progress.running} running"
-    if progress.unwell:
-        words += f"  {progress.unwell:,} dead or cancelled"
+    if progress.unsuccessful:
+        words += f"  {progress.unsuccessful:,} dead or cancelled"
     if done and left:
         words += f"  {rate:.3g}/s  {span(math.ceil(left / rate))} left"
     size = max(10, min(40, width - len(words) - 3))
@@ -11734,8 +11714,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
     done = queue.wait_all(args.queue, args.timeout, bar)
     screen.note(f"all jobs are over: {done.completed} completed, "
-                f"{done.unwell} dead or cancelled meanwhile")
-    return EX_NO if done.unwell else EX_OK
+                f"{done.unsuccessful} dead or cancelled meanwhile")
+    return EX_NO if done.unsuccessful else EX_OK
 
 
 class Verb(NamedTuple):
