@@ -159,7 +159,7 @@ MOVES = {
     "release":  Move((PROCESSING,),         PENDING,    "released by its worker"),
     "cancel":   Move((PENDING, FAILED, PROCESSING), CANCELLED, "cancelled"),
     "retry":    Move((DEAD, CANCELLED, COMPLETED, FAILED, PENDING), PENDING,
-                     "retried by a person"),
+                     "retried by a user"),
 }
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))

@@ -2797,7 +2797,7 @@ class Promises(Case):
             ("b", None, PENDING, "enqueued"),
             ("a", PROCESSING, DEAD, "exit status 7"),
             ("b", PENDING, CANCELLED, "cancelled"),
-            ("a", DEAD, PENDING, "retried by a person")])
+            ("a", DEAD, PENDING, "retried by a user")])
         for after, given, seqs in ((0, {"queue": "q"}, [1, 2, 4, 6]), (0, {"limit": 2}, [1, 2]),
                                    (0, {"since": queuectl.iso(NOON + 60)}, [3, 4, 5, 6]),
                                    (4, {}, [5, 6]), (6, {}, [])):
@@ -8824,7 +8824,7 @@ class History:
             if target == PROCESSING and runs[seq]:
                 since[seq].append(runs[seq].pop(0).outcome)
             elif target == PENDING and source not in (None, PROCESSING):
-                since[seq] = []     # retried by a person
+                since[seq] = []     # retried by a user
         for job in self.jobs.values():
             ends = since[job.seq]
             due = (sum(end in OWN_DOING for end in ends), ends.count("lost"))
