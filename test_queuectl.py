@@ -83,9 +83,10 @@ NEEDS_LOCKS = unittest.skipUnless(
 
 
 def setUpModule():
-    """What a shell starts in the background ignores Ctrl+C, and so do its children."""
+    """Background jobs of a shell ignore SIGINT, children of nohup SIGHUP."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Telling(unittest.TestResult):
