@@ -5548,37 +5548,36 @@ class Inspection:
 
 
 # ---- 13 Views ----------------------------------------------------------------
-# Records as text or JSON: nothing here prints, reads the queue or asks the time.
-# `..._line` and `..._lines` are for people. Job text in them goes through `one_line`.
+# Records as text or JSON; nothing here prints, reads the queue or reads a clock.
+# `..._line` and `..._lines` are for people; `one_line` cleans text of jobs in them.
 
-# Of the eight colours that a terminal draws in its own theme (ECMA-48, SGR 30 to 37).
+# Of the eight colours that follow the terminal's theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM, WARN, BAD = "1", "2", STATE_COLOURS[FAILED], STATE_COLOURS[DEAD]
-STATUS_SHOWN = 5        # queues and schedules without a worker that `status` lists
+STATUS_SHOWN = 5        # overdue queues and schedules that `status` lists
 
 
 class Style(NamedTuple):
-    """How to draw."""
     colour: bool
     width: int          # columns; 0: no limit
     now: float
 
     def paint(self, text: str, code: str) -> str:
-        """The text in a colour; "" is none."""
+        """Return the text in a colour; "" is none."""
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
 def _local(moment: float) -> datetime.datetime:
     at = EPOCH.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(0, moment)
-    with contextlib.suppress(OSError, OverflowError, ValueError):   # no such local time
+    with contextlib.suppress(OSError, OverflowError, ValueError):   # out of range
         at = at.astimezone()
     return at
 
 
 def local_time(moment: float, now: float | None = None,
                digits: str = "seconds") -> str:
-    """`14:03:07+01:00`; with the date if that is not today's, or if `now` is None."""
+    """Return `14:03:07+01:00`, with the date unless it is today (None: always)."""
     at = _local(moment)
     if now is not None and at.date() == _local(now).date():
         return at.timetz().isoformat(digits)
@@ -5588,8 +5587,6 @@ def local_time(moment: float, now: float | None = None,
 # JSON of records, for `--json` and the API.
 
 def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """An object that has all of these keys: an unknown value is null, never left out.
-    """
     return {"type": "object", "properties": dict(properties),
             "required": list(properties)}
 
@@ -5614,8 +5611,7 @@ _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancel
                              "lost"), _AMOUNT),
             "success_rate": _REAL_OR_NULL, "throughput": _REAL_OR_NULL,
             "run_time": object_schema(_SPREAD), "wait_time": object_schema(_SPREAD)}
-# The keys of each JSON object in their order, with their JSON Schema. Keys are only
-# ever added.
+# The keys of each JSON object, in order, with their JSON Schema. Keys are only added.
 SHAPES: dict[str, dict[str, Any]] = {
     "Job": _JOB, "Run": _RUN, "Worker": _WORKER, "Spread": _SPREAD, "Summary": _SUMMARY,
     "WholeJob": {**_JOB, "waiting_for": array_schema(_TEXT),
@@ -5641,7 +5637,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def as_json(shape: str, record: object, **given: Any) -> dict[str, Any]:
-    """A record as JSON shows it: `given`, and its attributes for all other keys."""
+    """Return a record as JSON: `given`, and its attributes for all other keys."""
     return {key: given[key] if key in given else getattr(record, key)
             for key in SHAPES[shape]}
 
@@ -5651,7 +5647,7 @@ def job_object(job: Job) -> dict[str, Any]:
 
 
 def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
-    """Why it waits, apart from its time; where it runs; or what went wrong."""
+    """Return why it waits (other than for its time), its worker or its error."""
     if job.state == PENDING:
         return ", ".join(one.message for one in hindrances if one.code != "due") or (
             "" if job.waits == SCHEDULED else "waits for a free slot")
@@ -5661,7 +5657,7 @@ def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
 
 
 def run_object(run: Run) -> dict[str, Any]:
-    # Output is bytes of any kind, JSON is text: what is not UTF-8 becomes U+FFFD.
+    # Output may be any bytes; what is not UTF-8 becomes U+FFFD.
     output = readable(run.output, run.output_bytes)
     return as_json("Run", run, output=output.decode("utf-8", "replace"))
 
@@ -5682,7 +5678,7 @@ def queue_object(view: QueueView) -> dict[str, Any]:
 
 
 def schedule_object(schedule: Schedule, last: Job | None) -> dict[str, Any]:
-    """A schedule and its last job; the command of an unreadable one is null."""
+    """Return a schedule with its last job; the command of an invalid one is null."""
     return as_json("Schedule", schedule, command=schedule.job.get("command"),
                    queue=schedule.job.get("queue", DEFAULT_QUEUE),
                    last_job=last and last.id, last_state=last and last.state)
@@ -5707,17 +5703,17 @@ def minute_object(minute: Summary) -> dict[str, Any]:
 
 
 def spread_object(values: Spread) -> dict[str, Any]:
-    """Figures of a histogram, to the tenth of a millisecond: its first bound."""
+    # Rounded to the histogram's first bound, 0.1 ms.
     return {"count": values.n, **{
         name: None if value is None else round(value, 4)
         for name, value in values._asdict().items() if name != "n"}}
 
 
 def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
-    """What a queue did; throughput in jobs a second over `seconds`.
+    """Return a summary with its throughput in jobs per second.
 
-    Cancelled jobs do not count in the success rate. It is null where no job ended, for
-    JSON has no NaN (RFC 8259, section 6).
+    The success rate ignores cancelled jobs. It is null if no job ended, since JSON has
+    no NaN (RFC 8259, section 6).
     """
     over = summary.completed + summary.died
     return as_json(
@@ -5729,13 +5725,13 @@ def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
 
 
 def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
-    """What was done by all queues, which come under "" here, and by each."""
+    # All queues together are under "".
     shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
     return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
-    """What `check` found, and the verdict: warnings alone leave a queue sound."""
+    """Return the findings of `check` and its verdict, which ignores warnings."""
     shades, lines = {PROBLEM: BAD, WARNING: WARN}, []
     for level, _, message, hint in findings:
         lines += [f"{style.paint(f'{level:<8}', shades[level])} {message}",
@@ -5746,28 +5742,28 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
 
 def dumps(value: Any, indent: int | None = 2) -> str:
-    """JSON for people and programs: readable, and with its letters as they are.
+    """Return JSON without ASCII escapes.
 
-    A lone surrogate, which stands for a byte that was no UTF-8 (PEP 383), becomes `?`:
-    JSON is exchanged in UTF-8 (RFC 8259, section 8.1), which cannot hold one.
+    A lone surrogate, which represents a byte that is not UTF-8 (PEP 383), becomes `?`:
+    JSON is UTF-8 (RFC 8259, section 8.1), which cannot encode it.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str) -> str:
-    """Text on one line, without characters that a terminal obeys.
+    """Return the text on one line, without control characters.
 
         "make\n\033[2Jtest"  ->  "make;  [2Jtest"
     """
-    if text.isprintable():      # controls for bidirectional text are not
+    if text.isprintable():      # False for bidirectional controls, too
         return text
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
 
 
 def wide(char: str) -> int:
-    """The columns of a character: 0 if it combines, 2 if wide (Unicode's annex 11)."""
-    if char < "\u0300":     # the first that combines; nothing below is wide
+    """Return a character's columns: 0 if combining, 2 if wide (Unicode, annex 11)."""
+    if char < "\u0300":     # the first combining character; none below it is wide
         return 1
     import unicodedata  # 1 ms, and only for text beyond Latin
     if unicodedata.combining(char):
@@ -5776,14 +5772,14 @@ def wide(char: str) -> int:
 
 
 def columns(text: str) -> int:
-    """The columns that a text takes on a terminal; codes of `Style.paint` take none."""
+    """Return the text's width on a terminal, without the codes of `Style.paint`."""
     if "\033" in text:
         text = re.sub("\033[[][0-9]*m", "", text)
     return len(text) if text.isascii() else sum(map(wide, text))
 
 
 def cut(text: str, width: int) -> str:
-    """The text, shortened with an ellipsis to at most that many columns; 0: no limit.
+    """Shorten the text to that many columns, with an ellipsis; 0: no limit.
 
         cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
     """
@@ -5812,7 +5808,7 @@ def _whole_span(start: str | None, now: float) -> str:
 
 
 def when_cell(job: Job, now: float) -> str:
-    """How long it has run or waited, when it is due, or when it ended."""
+    """Return how long it has run or waited, when it is due, or when it ended."""
     if job.state == PROCESSING:
         return f"for {_whole_span(job.started_at, now)}"
     if job.state in WAITING and job.waits != SCHEDULED:
@@ -5821,10 +5817,10 @@ def when_cell(job: Job, now: float) -> str:
 
 
 def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
-    """Aligned columns under a head; all rows have as many cells.
+    """Return rows of equal length as aligned columns; the first row is the head.
 
-    Only the last column is cut, and it keeps 12 columns at least, enough to know a
-    command by: in a very narrow window the lines wrap.
+    Only the last column is cut, to 12 characters at least, so that a command stays
+    recognizable; in a very narrow window the lines wrap.
     """
     sizes = [[columns(cell) for cell in row[:-1]] for row in rows]
     widths = [max(column) for column in zip(*sizes)]
@@ -5838,10 +5834,10 @@ def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
 
 def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
-    """Aligned lines, with the columns that these jobs need.
+    """Return a table with the columns that these jobs need.
 
-    `why` has the reason for which each job waits, by id. It replaces the time, and
-    takes at most half of a window of 80.
+    `why` says by id why each job waits. It replaces the time, and is cut to half of an
+    80-column window.
     """
     paint, reasons = style.paint, why or {}
     offered = (
@@ -5886,7 +5882,6 @@ def running_line(job: Job, style: Style) -> str:
 
 
 def status_lines(status: Status, style: Style) -> list[str]:
-    """The first screen."""
     rows = [("jobs", "  ".join(
         style.paint(f"{n} {state}", STATE_COLOURS[state] if n else DIM)
         for state, n in status.counts.items()), "")]
@@ -5908,12 +5903,12 @@ def status_lines(status: Status, style: Style) -> list[str]:
     rows += [("overdue", one.message, WARN) for one in status.attention[:STATUS_SHOWN]]
     more = len(status.attention) - STATUS_SHOWN
     if more > 0:
-        rows.append(("overdue", f"and {more} more; `queuectl check` names them", ""))
+        rows.append(("overdue", f"and {more} more; `queuectl check` lists them", ""))
     if status.blocked:
         rows.append(("blocked", f"{status.blocked} cannot run until a dead or "
-                     "cancelled job is retried; `queuectl check` names them", WARN))
+                     "cancelled job is retried; `queuectl check` lists them", WARN))
     if status.counts[DEAD]:
-        rows.append(("dead", "`queuectl dlq` shows what failed for good", BAD))
+        rows.append(("dead", "`queuectl dlq` lists the dead jobs", BAD))
     rows.append(("database", status.database, DIM))
     names = ["", *(name for name, _, _ in rows)]
     return [style.paint(f"{'' if name == above else name:<10}{text}", colour)
@@ -5932,7 +5927,6 @@ def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
 
 def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
                    style: Style) -> list[str]:
-    """The schedules, each with its last job."""
     skips = any(one.skipped for one, _ in schedules)
     return grid([["NAME", "CRON", "ZONE", "NEXT", "LAST", *["SKIPPED"] * skips, "QUEUE",
                   "COMMAND"], *(
@@ -5944,7 +5938,7 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """When a schedule runs, and its next three runs in its zone, if there are any."""
+    """Return when a schedule runs in words, and at most three next runs in its zone."""
     cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(runs) < 4 and runs[-1] < math.inf:
         runs.append(first_run(cron, runs[-1], zone))
@@ -5958,7 +5952,6 @@ def when_lines(schedule: Schedule, now: float) -> list[str]:
 
 
 def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
-    """One schedule in full."""
     def when(stamp: str | None) -> str:
         return local_time(epoch(stamp), now) if stamp else "-"
     try:
@@ -5984,8 +5977,8 @@ def event_line(event: Event, style: Style) -> str:
 
 
 def progress_line(progress: Progress, seconds: float, width: int) -> str:
-    """`[#####............] 20/60  4 running  2/s  20s left`, in less than `width`."""
-    # A full line would move to the next one on some terminals (terminfo(5): am).
+    """Return `[#####............] 20/60  4 running  2/s  20s left`, below `width`."""
+    # On some terminals a full line moves the cursor to the next (terminfo(5), am).
     done, left = progress.over, progress.left
     total, rate = done + left, done / seconds if seconds > 0 else 0.0
     words = f" {done:,}/{total:,}  {progress.running} running"
@@ -5999,14 +5992,13 @@ def progress_line(progress: Progress, seconds: float, width: int) -> str:
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
-    """Whole lines of output, each after the job's id, in a colour for its place."""
+    """Return whole lines of output, each after the job's id in the colour `place`."""
     shades = list(STATE_COLOURS.values())
     prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
     return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
 
 
 def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
-    """The workers and what each runs."""
     return [line for worker in workers for line in (
         f"{worker_line(worker, style)}  host {worker.host}"
         f"  heartbeat {ago(worker.heartbeat_at, style.now)}",
@@ -6015,7 +6007,7 @@ def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                style: Style) -> list[str]:
-    """One job in full, without the fields that are as usual."""
+    """Return one job in full, without fields that have their defaults."""
     def when(stamp: str) -> str:
         return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
     backoff = job.backoff_base
@@ -6054,7 +6046,7 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
 
 
 def per_time(n: int, seconds: float) -> str:
-    """A throughput in the first unit with at least one job: `30.0 jobs a minute`."""
+    """Return a throughput of at least one job per unit: `30.0 jobs a minute`."""
     rate = n / seconds if seconds > 0 else 0.0
     for unit, size in (("a second", 1), ("a minute", 60), ("an hour", 3600)):
         if rate * size >= 1:
@@ -6064,16 +6056,15 @@ def per_time(n: int, seconds: float) -> str:
 
 def stats_lines(stats: Mapping[str, Summary], seconds: float,
                 style: Style) -> list[str]:
-    """What was done, for all queues and for each."""
     def times(values: Spread) -> str:
         return "  ".join(f"{name} {span(round(getattr(values, name) or 0.0, 4))}"
                          for name in ("mean", "p50", "p95", "p99")) if values.n else "-"
     lines = [f"since     {span(seconds)}"]
     for queue, one in stats.items():
         if queue and len(stats) == 2:
-            continue    # a single queue says the same as all
+            continue    # a single queue equals all
         over = one.completed + one.died
-        rate = f"{100 * one.completed / over:.1f} %" if over else "-"
+        rate = f"{100 * one.completed / over:.1f}%" if over else "-"
         lines += [*[""] * bool(queue), style.paint(f"queue     {queue or 'all'}", BOLD),
                   f"jobs      {one.enqueued} enqueued, {one.completed} completed, "
                   f"{one.died} dead, {one.cancelled} cancelled",
@@ -6086,13 +6077,13 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
 
 
 def change_line(change: Change, now: float) -> str:
-    """What a worker says of a run that ended: what, in how long, what comes next."""
+    """Return the log line for the end of a run: result, duration, what follows."""
     job, outcome = change.after, change.outcome or Outcome(RELEASED)
     took, error = span(outcome.duration or 0.0), outcome.error or ""
-    if outcome.kind == LOST:    # ends in the states of failed runs, but was no attempt
+    if outcome.kind == LOST:    # same states as a failed run, but no attempt
         what = f"{job.id} lost: {job.error}, crash {job.crashes}"
         return what + {FAILED: ", runs again now", DEAD: ", now dead: lost too often",
-                       CANCELLED: ", was to be cancelled"}.get(job.state, "")
+                       CANCELLED: ", cancelled"}.get(job.state, "")
     if job.state == COMPLETED:
         return f"{job.id} completed in {took}"
     if job.state not in (FAILED, DEAD):
@@ -6104,7 +6095,7 @@ def change_line(change: Change, now: float) -> str:
     elif outcome.exit_code is None:
         cause = error or "not started"
     elif outcome.exit_code > 128 and error.startswith("killed"):
-        # The status alone proves no signal: a shell passes its command's one on.
+        # The status alone proves no signal: a shell also exits with 128 + N.
         cause = error.partition(":")[0]
     wait = max(0.0, epoch(job.run_at) - now)
     follows = "now in the dead letter queue" if job.state == DEAD \
@@ -6114,15 +6105,15 @@ def change_line(change: Change, now: float) -> str:
 
 
 def _labels(**labels: str) -> str:
-    """`{queue="a",state="dead"}`; Prometheus and JSON escape alike."""
+    # Prometheus and JSON have the same escapes.
     return f"{{{','.join(f'{name}={dumps(text)}' for name, text in labels.items())}}}"
 
 
 def metrics_text(scrape: Scrape) -> str:
-    """The metrics in Prometheus' text format 0.0.4.
+    """Return the metrics in Prometheus' text format 0.0.4.
 
-    Each queue that ever was keeps its series: a counter must never fall. No label has a
-    job's id: the server that scrapes keeps each series for weeks.
+    A queue without jobs keeps its series, since a counter must never decrease. No label
+    contains a job's id: Prometheus keeps every series for weeks.
     """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
@@ -6149,41 +6140,41 @@ def metrics_text(scrape: Scrape) -> str:
     slots = sum(worker.slots for worker in workers)
     busy = sum(len(worker.running) for worker in workers)
     families: tuple[tuple[str, str, str, Iterable[tuple[str, float]]], ...] = (
-        ("jobs", "gauge", "Jobs that are there now.", (
+        ("jobs", "gauge", "Jobs by state.", (
             (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
             for queue in queues for state in STATES)),
-        ("jobs_completed_total", "counter", "Jobs that were completed.", (
+        ("jobs_completed_total", "counter", "Jobs completed.", (
             (_labels(queue=queue), ever(queue, "complete")) for queue in queues)),
-        ("attempts_total", "counter", "Runs that ended, by how they ended.", (
+        ("attempts_total", "counter", "Ended runs by outcome.", (
             (_labels(queue=queue, outcome=outcome), ever(queue, f"run:{outcome}"))
             for queue in queues for outcome in OUTCOMES)),
-        ("job_duration_seconds", "histogram", "Time that a run took.",
+        ("job_duration_seconds", "histogram", "Duration of runs.",
          times("run_time")),
         ("job_wait_seconds", "histogram", "Time from due to started.",
          times("wait_time")),
         ("oldest_pending_seconds", "gauge",
-         "Time for which the first in line has been due.", (
+         "Time since the next job to run became due.", (
             (_labels(queue=queue), scrape.oldest.get(queue, 0)) for queue in queues)),
-        ("queue_paused", "gauge", "1 if nothing of it is claimed.", (
+        ("queue_paused", "gauge", "1 if the queue is paused.", (
             (_labels(queue=queue), int(stopped or scrape.paused.get(queue, False)))
             for queue in queues)),
-        ("workers", "gauge", "Workers that run.", [("", len(workers))]),
+        ("workers", "gauge", "Running workers.", [("", len(workers))]),
         ("worker_slots", "gauge", "Slots of the workers.", [
             (_labels(state="busy"), busy),
             (_labels(state="idle"), max(0, slots - busy))]),
-        ("database_bytes", "gauge", "Size of the file with its WAL.",
+        ("database_bytes", "gauge", "Size of the database and its WAL.",
          [("", scrape.database_bytes)]),
-        ("jobs_blocked", "gauge", "Jobs that come after dead or cancelled ones.",
+        ("jobs_blocked", "gauge", "Jobs blocked by dead or cancelled jobs.",
          [("", scrape.blocked)]),
         ("schedule_skipped_total", "counter",
-         "Runs left out because the previous job was not over.", (
+         "Runs skipped because the previous job had not finished.", (
             (_labels(schedule=one.name), one.skipped) for one in scrape.schedules)),
         ("schedule_last_success_timestamp_seconds", "gauge",
          "When a job of the schedule last completed; 0: not yet.", (
             (_labels(schedule=one.name),
              epoch(one.last_success) if one.last_success else 0)
             for one in scrape.schedules)),
-        ("build_info", "gauge", "The version that answers.",
+        ("build_info", "gauge", "Version of queuectl.",
          [(_labels(version=__version__), 1)]))
     lines = []
     for name, kind, help, samples in families:
@@ -6193,19 +6184,20 @@ def metrics_text(scrape: Scrape) -> str:
 
 
 # ---- 14 Processes ------------------------------------------------------------
-# A Command is one run of one command, from its start to its Outcome; it never waits and
-# knows no queue. The supervisor is the worker's parent: it kills process trees, and all
-# that is left when the worker ends. Both are subreapers (prctl(2)): an orphan of a job
-# becomes the worker's child, and the supervisor's once the worker is dead. So whatever
-# a job starts stays below the supervisor, even if it leaves its session, closes its
-# descriptors and clears its environment; when wait(2) says ECHILD, nothing is left.
+# A Command is one run of one command, from its start to its Outcome; it never blocks
+# and does not use the queue. The supervisor is the worker's parent: it kills process
+# trees, and all remaining processes when the worker ends. Both are subreapers
+# (prctl(2)): an orphan of a job becomes a child of the worker, or of the supervisor
+# once the worker is dead. So all processes of a job stay below the supervisor, even if
+# they leave the session, close their descriptors and clear their environment; once
+# wait(2) fails with ECHILD, none is left.
 
-LINGER_READ = 1 << 20  # bytes read at most after the command's end, if others write on
+LINGER_READ = 1 << 20  # bytes read at most after the command's exit, if others write
 
 
 def _watch_process(pid: int) -> int:
-    """A descriptor that is readable once the process has ended; -1: none before Linux
-    5.3, for a process that is gone, or without free descriptors.
+    """Return a descriptor that becomes readable when the process exits; -1 before Linux
+    5.3, if the process is gone, or if no descriptor is free.
     """
     try:
         return os.pidfd_open(pid)
@@ -6214,7 +6206,7 @@ def _watch_process(pid: int) -> int:
 
 
 def exit_words(status: int) -> str:
-    """A process's exit status in words; negative: the signal that killed it."""
+    """Describe an exit status; negative: the signal that killed the process."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -6224,7 +6216,7 @@ def exit_words(status: int) -> str:
 
 
 class Command:
-    """One run of one command: its worker calls `read` when `pipe` is readable, `peek`
+    """One run of a command. The worker calls `read` when `pipe` is readable, `peek`
     when `watch` is, and `finish` after the exit.
     """
 
@@ -6234,31 +6226,31 @@ class Command:
         self._status: int | None = None     # as wait(2) returns it; None: not reaped
         self.output = Output(output_limit)
         self.saved = 0                      # bytes of output in the database
-        self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none (any more)
-        self.why: str | None = None         # the outcome, if it is killed
-        self.is_being_killed = False        # its tree, by the supervisor
-        self.is_refused = False             # it cannot: the tree is another user's
+        self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none
+        self.why: str | None = None         # the outcome if the worker kills it
+        self.is_being_killed = False        # the supervisor is killing its tree
+        self.is_refused = False             # the rest of the tree is another user's
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
-        """Start it in a session of its own, which no Ctrl+C reaches, in this process's
-        directory or in `cwd`, which the child enters. Raises OSError and ValueError.
+        """Start it in a new session, which Ctrl+C does not reach, in the current
+        directory, or in `cwd` by a chdir of the child; OSError, ValueError.
         """
         text, lock = self.claim.job.command.encode(), self.claim.lock
-        # Without the -- a command that begins with - or + would be read as options.
+        # Without -- a leading - or + of the command would start options.
         words = [b"/bin/sh", b"-c", b"--", text] if not cwd else [
             b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"',
             b"/bin/sh", cwd.encode(), text]
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
-            # Only this tree inherits the lock (I5): one thread starts all commands (I9)
-            # and closes the lock before it starts the next one.
+            # No other tree inherits the lock (I5): one thread starts all commands (I9),
+            # and closes the lock before the next start.
             if lock >= 0:
                 os.set_inheritable(lock, True)
             self._begun = time.monotonic()
-            # Python ignores two signals, and what is ignored stays so through
-            # execve(2): `yes | head` would complain instead of ending.
+            # Python ignores two signals, which execve(2) would preserve: `yes | head`
+            # would then report an error.
             self.pid = os.posix_spawn(
                 "/bin/sh", words, env, file_actions=(
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -6274,8 +6266,8 @@ class Command:
             self.ends_at = self._begun + self._timeout
 
     def peek(self) -> int | None:
-        """The exit status, negative for a signal; None: it runs. Not reaped, so that
-        its process id is not reused.
+        """Return the exit status, negative for a signal, or None if it runs. It stays
+        unreaped, so that its process id is not reused.
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -6290,7 +6282,7 @@ class Command:
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def read(self) -> bool:
-        """Read as much output as a pipe holds at most; False at its end."""
+        """Read output once; return False at its end."""
         try:
             piece = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
@@ -6302,13 +6294,13 @@ class Command:
         return bool(piece)
 
     def finish(self) -> Outcome:
-        """Reap it, now that it has exited, and read the rest of its output.
+        """Reap the exited command and read the rest of its output.
 
-        The pipe stays open for background processes that still write.
+        The pipe stays open while background processes have it.
         """
         try:
             status = self._reap() or 0
-        except ChildProcessError:       # `kill_all` has reaped it
+        except ChildProcessError:       # reaped by `kill_all`
             status = -signal.SIGKILL
         duration = time.monotonic() - self._begun
         self.ends_at = math.inf
@@ -6322,7 +6314,7 @@ class Command:
 
         kept, error = self.output.kept(), None
         code: int | None = 128 - status if status < 0 else status
-        # `why` comes first: a shell that catches SIGTERM may exit with 0.
+        # `why` has priority: a shell that catches SIGTERM may exit with 0.
         kind = self.why or (FAILURE if status else DONE)
         if kind == TIMEOUT:
             code, error = EX_TIMEOUT, f"timed out after {span(self._timeout or 0)}"
@@ -6334,12 +6326,12 @@ class Command:
         return Outcome(kind, code, error, duration, kept, self.output.total)
 
 
-# The living processes by id: parent, group, session, start time in ticks.
+# Processes except zombies, by id: parent, group, session, start time in ticks.
 Table = dict[int, tuple[int, int, int, int]]
 
 
 def process_table() -> Table:
-    """The living processes; without /proc by `ps`, with 0 for the last two."""
+    """Return all processes; without /proc from `ps`, with 0 for the last two."""
     stats = {pid: fields for pid in _pids() if (fields := _stat_fields(pid))}
     if stats:
         return {pid: (int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
@@ -6353,7 +6345,7 @@ def process_table() -> Table:
 
 
 def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
-    """These processes and all below them."""
+    """Return the roots and all processes below them."""
     children: dict[int, list[int]] = {}
     for pid, (parent, *_) in table.items():
         children.setdefault(parent, []).append(pid)
@@ -6369,28 +6361,28 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
 class Tree:
     """Kills one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
-    `head` is the process that was started for the run, 0 if it is gone. Its id is also
-    that of its group and session, and is not reused while either has members. The tree
-    is all of these, the orphans that name the claim, and their descendants; if none is
-    left, the holders of the run's lock.
+    `head` is the run's first process, 0 if it is gone; its id also names its group and
+    session, and is not reused while these have members. The tree consists of the head,
+    its group and session, orphans whose environment has the claim, and all descendants;
+    if none is left, of the holders of the run's lock.
     """
 
     def __init__(self, grace: float, claim: int = 0, head: int = 0) -> None:
         self.claim, self._head = claim, head
         self.kill_at = time.monotonic() + grace
-        self.left: set[int] = set()             # processes; 0: unknown ones
-        self.is_refused = False                 # what is left is another user's
+        self.left: set[int] = set()             # remaining processes; 0: unknown ones
+        self.is_refused = False                 # all that remain are another user's
         self._start = 0                         # of `head`, as in a Table
         self._known: dict[int, int] = {}        # start times of `left`
         self._asked: set[int] = set()   # got SIGTERM; groups negative, as for kill(2)
 
     def step(self, locks: Locks | None, table: Table,
              orphans: Mapping[int, int]) -> None:
-        """Find what is `left`, and signal it. `orphans`: claims by process."""
+        """Update `left`, and signal it. `orphans`: claims by process."""
         head = self._head
         if head in table:
             self._start = self._start or table[head][3]
-            if table[head][3] != self._start:   # another process has that id by now
+            if table[head][3] != self._start:   # the id was reused
                 head = self._head = 0
         self.left = _descendants(table, [
             pid for pid, (_, group, session, start) in table.items()
@@ -6404,10 +6396,11 @@ class Tree:
 
     def send(self, left: Collection[int], table: Table,
              groups: Iterable[int] = ()) -> set[int]:
-        """Signal processes, their groups and `groups`; those that refused SIGKILL.
+        """Signal processes, their groups and `groups`; return those that refused
+        SIGKILL.
 
-        Groups first: a shell must not go on because its command was killed before it.
-        Then SIGCONT: a stopped process acts on no SIGTERM (signal(7)).
+        Groups first: a shell must not run on because its command was killed before it.
+        Then SIGCONT: a stopped process does not handle SIGTERM (signal(7)).
         """
         late, refused = time.monotonic() >= self.kill_at, set[int]()
         number, own = signal.SIGKILL if late else signal.SIGTERM, os.getpgrp()
@@ -6433,9 +6426,8 @@ class Tree:
 
 
 class Trees:
-    """The process trees that are being killed; a step reads /proc once for all.
-
-    Each step looks anew: a process may fork between the look and the signal.
+    """The process trees being killed. Each step reads /proc anew, once for all trees,
+    since a process may fork before it gets the signal.
     """
 
     def __init__(self) -> None:
@@ -6445,15 +6437,14 @@ class Trees:
         self._pause = 0.0                       # seconds between two steps
 
     def add(self, claim: int, head: int, grace: float) -> None:
-        """Kill the tree of this run, too."""
         self._trees.append(Tree(grace, claim, head))
         self.at = 0.0
 
     def step(self, locks: Locks | None, parents: Collection[int]) -> list[Tree]:
-        """Signal what is left; the trees that are gone, or refused by other users.
+        """Signal all trees; return those that are gone, or refused by other users.
 
-        The children of `parents` may be orphans of a run. Raises OSError without free
-        descriptors: call it again.
+        The children of `parents` may be orphans of a run. OSError if no descriptor is
+        free: call it again.
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
@@ -6467,7 +6458,7 @@ class Trees:
             one.step(locks, table, orphans)
         over = [one for one in self._trees if one.is_refused or not one.left]
         self._trees = [one for one in self._trees if one.left]
-        # Soon after a change, else less and less often; at most a fifth of the time.
+        # The pause doubles without a change; steps take at most a fifth of the time.
         left = set[int]().union(*(one.left for one in self._trees))
         self._pause = RESCUE_TICK / 4 if left != self._left else min(2 * self._pause, 1)
         self._left, now = left, time.monotonic()
@@ -6478,8 +6469,8 @@ class Trees:
 
 
 def become_subreaper() -> None:
-    """Make the orphans of all that this process starts its children, by
-    PR_SET_CHILD_SUBREAPER (36) of prctl(2); without it only groups are killed.
+    """Adopt orphaned descendants: PR_SET_CHILD_SUBREAPER (36) of prctl(2). Without it
+    only process groups are killed.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes  # 10 ms, and only in a worker
@@ -6488,10 +6479,10 @@ def become_subreaper() -> None:
 
 def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
              hurry: Sequence[int] = ()) -> list[int]:
-    """Kill all descendants of this process; those that remain are other users'.
+    """Kill all descendants of this process; return those of other users, which remain.
 
-    SIGKILL comes after `grace` seconds, or once `hurry` has an element. `spared`:
-    children that stay, with all below them. `groups`: what to kill without /proc.
+    SIGKILL follows after `grace` seconds, or once `hurry` has an element. `spared`:
+    children to leave alone, with their descendants. `groups` are needed without /proc.
     """
     pause, tree, seen = 0.001, Tree(grace), set[int]()
     while True:
@@ -6511,47 +6502,47 @@ def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[in
             - {os.getpid()}
         refused = tree.send(left, table, groups)
         if left <= refused and (refused or spared) and not seen - refused:
-            return sorted(refused)      # twice: one may have come meanwhile
+            return sorted(refused)      # seen twice, so no new one appeared
         pause = 0.001 if left - seen else min(2 * pause, 1.0)
         seen, until_kill = left, tree.kill_at - time.monotonic()
         time.sleep(max(0.001, min(pause, until_kill)) if until_kill > 0 else pause)
 
 
-# Messages of worker and supervisor: kind, claim, process, seconds. HELLO comes with the
-# lock that shows that the worker or its supervisor lives. START names a group to kill
-# where there is no subreaper, 0 once it is gone. REFUSED: what is left of a tree is
-# another user's. SIGNAL carries a signal's number.
+# Messages between worker and supervisor: kind, claim, process, seconds. HELLO carries
+# the lock that the worker and its supervisor hold while they live. START names a group
+# to kill where there are no subreapers, 0 once it is gone. REFUSED: the rest of a tree
+# is another user's. SIGNAL contains a signal's number.
 HELLO, RENEW, START, KILL, KILLED, REFUSED, SIGNAL = range(7)
 _MESSAGE = struct.Struct("=qqqd")
 
 
 class Link:
-    """One end of the socket between a worker and its supervisor; it never blocks.
+    """One end of the socket between worker and supervisor; it never blocks.
 
-    While `is_behind`, another `flush` must follow soon. `peer`: the other's process id.
+    While `is_behind`, call `flush` again soon. `peer` is the other's process id.
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
         self._socket, self.peer = end, peer
         end.setblocking(False)
         self._unsent, self._unread = b"", b""
-        self.is_open = True             # False: the other side is gone
+        self.is_open = True             # False: the other side has closed it
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, kind: int, number: int = 0, pid: int = 0,
              seconds: float = 0.0) -> None:
-        """Add a message to what `flush` sends."""
+        """Queue a message for `flush`."""
         self._unsent += _MESSAGE.pack(kind, number, pid, seconds)
 
     @property
     def is_behind(self) -> bool:
-        """Whether some messages did not fit into the socket."""
+        """Return True if the socket was full and some messages remain."""
         return bool(self._unsent) and self.is_open
 
     def flush(self, lock: int = -1) -> None:
-        """Send all messages, with the descriptor `lock` unless -1."""
+        """Send all messages, with the descriptor `lock` unless it is -1."""
         import socket
         if not self._unsent:
             return
@@ -6565,7 +6556,7 @@ class Link:
             self.is_open = False
 
     def receive(self) -> Iterator[tuple[int, int, int, float, int]]:
-        """The messages that have come, each with a descriptor or -1."""
+        """Yield the messages received, each with a descriptor or -1."""
         import socket
         locks = list[int]()
         while self.is_open:
@@ -6585,9 +6576,9 @@ class Link:
 
 
 class Supervisor:
-    """The worker's parent, without database and threads: it kills process trees.
+    """The worker's parent: it kills process trees, and has no database or threads.
 
-    `worker` is the process id of its child; `spared` are children from before.
+    `worker` is the process id of its child; `spared` are earlier children.
     """
 
     def __init__(self, link: Link, worker: int, wakeup: Wakeup, signals: list[int],
@@ -6597,20 +6588,21 @@ class Supervisor:
         self._poller = Poller()
         self._poller.add(wakeup.reader, wakeup.clear)
         self._poller.add(link.fileno(), self._receive)
-        # With the worker's own lock, which is held until nothing is left.
-        self._locks: Locks | None = None
+        self._locks: Locks | None = None    # of the worker, held until the end
         self._trees = Trees()
         self._groups: dict[int, int] = {}   # by claim
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
-        self._is_warned = False             # it is late, in its last second
-        self._grace = 0.0                   # seconds for what a worker leaves behind
+        self._is_warned = False             # it is late, and has one more second
+        self._grace = 0.0                   # seconds between SIGTERM and SIGKILL
         self._status: int | None = None     # of the worker, as wait(2) returns it
         self._why_killed = ""
-        self._has_begun = False
-        self._stopped_by = 0                # the signal that came before it had begun
+        self._has_begun = False             # HELLO has been received
+        self._stopped_by = 0                # a signal received before HELLO
 
     def run(self) -> tuple[int, str]:
-        """Work until all is gone; the worker's exit status, and an error or ""."""
+        """Run until no process is left; return the worker's exit status, and an error
+        or "".
+        """
         while self._status is None:
             self._step()
         status = os.waitstatus_to_exitcode(self._status)
@@ -6623,10 +6615,10 @@ class Supervisor:
         told = self._why_killed
         if status < 0:
             told = (told or f"the worker was {exit_words(status)}: ") \
-                + "all that it ran was killed"
+                + "its jobs were killed"
         if refused:
-            told += f"{'; ' * bool(told)}{_pid_list(refused)} of another user " \
-                    f"{'go' if len(refused) > 1 else 'goes'} on running"
+            told += f"{'; ' * bool(told)}still running, as another user: " \
+                    f"{_pid_list(refused)}"
         return (status if status >= 0 else EX_NO), told
 
     def _step(self) -> None:
@@ -6636,7 +6628,7 @@ class Supervisor:
         self._poller.wait(max(0.0, at - time.monotonic()))
         self._receive()
         if time.monotonic() >= self._trees.at:
-            with contextlib.suppress(OSError):  # no descriptors are free: tried again
+            with contextlib.suppress(OSError):  # no descriptor is free: retried
                 for tree in self._trees.step(
                         self._locks, (self._worker, os.getpid())):
                     self._link.send(REFUSED if tree.left else KILLED, tree.claim,
@@ -6649,17 +6641,16 @@ class Supervisor:
         now = time.monotonic()
         if self._status is not None or now < self._late_at:
             return
-        # It is late. Allow one more second: no message comes while both are stopped, as
-        # by Ctrl+Z.
+        # It is late. Allow one more second: both may have been stopped, as by Ctrl+Z.
         if self._is_warned and now < self._late_at + 0.5:
-            self._why_killed = f"the worker did not answer for {span(self._lease)}: "
+            self._why_killed = f"the worker did not respond for {span(self._lease)}: "
             os.kill(self._worker, signal.SIGKILL)
             self._late_at = math.inf
         else:
             self._is_warned, self._late_at = True, now + 1.0
 
     def _receive(self) -> None:
-        count = len(self._signals)      # those that came before what is read next
+        count = len(self._signals)      # those received before the messages read next
         for kind, number, pid, seconds, lock in self._link.receive():
             if kind == HELLO:
                 self._has_begun = True
@@ -6676,14 +6667,14 @@ class Supervisor:
             elif kind == KILL:
                 self._grace = seconds
         for number in self._signals[:count]:
-            if not self._has_begun:     # there is nothing to finish
+            if not self._has_begun:     # nothing runs yet
                 self._stopped_by = number
                 os.kill(self._worker, signal.SIGKILL)
             self._link.send(SIGNAL, number)
         del self._signals[:count]
 
     def _reap(self) -> None:
-        """Reap the worker, and the orphans of this process."""
+        """Reap the worker and orphans."""
         with contextlib.suppress(ChildProcessError):
             while self._status is None:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -6694,38 +6685,37 @@ class Supervisor:
 
 
 def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> NoReturn:
-    """The child's side of the fork."""
+    """Be the child of the fork."""
     status = EX_NO
     try:
         become_subreaper()
-        # With a handler and not SIG_IGN, which the jobs would inherit.
+        # Not SIG_IGN, which the jobs would inherit.
         for number in signals:
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         status = work(link)
-    except Exception:   # a bug: os._exit would hide it
+    except Exception:   # a bug, which os._exit would hide
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)
 
 
 def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
-    """Run `work` in a child process; its exit status, and an error message or "".
+    """Run `work` in a child process; return its exit status, and an error or "".
 
-    Call it before there are connections and threads. The child learns of signals only
-    by its Link: the terminal sends each to both processes, and it must count once.
+    Call it before any connection or thread exists. The child gets signals only by its
+    Link: the terminal sends each to both processes, but it must count once.
     """
     import socket
     become_subreaper()
     ours, theirs = socket.socketpair()
-    # Those that ask a worker to stop. The last four would end worker and supervisor at
-    # once, if sent to the group.
+    # The last four would otherwise kill worker and supervisor if sent to the group.
     expected = [*stop_signals(), signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
                 signal.SIGALRM]
     signals, own, spared = list[int](), os.getpid(), set[int]()
     with contextlib.suppress(ChildProcessError, AttributeError):
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        table = process_table()     # it has children, of a shell that called exec
+        table = process_table()     # children of a shell that exec'ed this program
         spared = {pid for pid, (parent, *_) in table.items() if parent == own}
     with contextlib.closing(Wakeup()) as wakeup, handling(
             {**dict.fromkeys(expected, lambda number, _: signals.append(number)),
@@ -6742,35 +6732,33 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 
 
 # ---- 15 Worker ---------------------------------------------------------------
-# `worker start`: claims become commands, and their ends become records. One loop waits
-# for news, and an Agenda says what is due. No SQL here, and no policy: what is claimed,
-# retried or lost is decided above. Nothing blocks the loop: COMMIT, with its fsync,
-# runs in another thread; meanwhile nothing else uses the queue's connection. (Whole
-# transactions in a second thread gain nothing: the interpreter's lock changes hands
-# at each statement.)
+# `worker start`: runs the commands of claims and records their ends. One loop waits for
+# events, and an Agenda lists what is due. The sections above contain SQL and policy:
+# what to claim or retry, which runs are lost. Nothing blocks the loop: COMMIT, with its
+# fsync, runs in another thread, during which the connection is not used. (Whole
+# transactions in that thread are no faster: each statement switches the GIL.)
 
-UNNOTIFIED_POLL = 0.1  # seconds between two looks where no notification can come
+UNNOTIFIED_POLL = 0.1  # seconds between two polls where no notification can arrive
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SPARE_PATIENCE = 0.05  # seconds until spare claims are released
-FOUND = -1             # a lost run that is not marked in the database yet
+FOUND = -1             # a lost run that is not yet marked in the database
 
-# The machine's shortage, which is not the job's failure.
+# The machine is short of a resource: not the job's failure.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Agenda:
-    """What is due and when the loop wakes; nothing else decides either.
-
-    An entry is due when it is wanted and no longer held. Times are monotonic.
+    """The steps of the loop, and when each is due: once it is wanted and no longer
+    held. Times are monotonic.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._entries = {name: [math.inf, 0.0] for name in names}
 
     def want(self, name: str, at: float = 0.0) -> None:
-        """Have it done then; of several requests the earliest counts."""
+        """Make it due then; of several requests the earliest counts."""
         entry = self._entries[name]
         entry[0] = min(entry[0], at)
 
@@ -6785,9 +6773,8 @@ class Agenda:
         return self._entries[name][0] <= now
 
     def due(self, now: float) -> Iterator[str]:
-        """What is due, in the order of the names; it is no longer wanted then.
-
-        If the caller wants a later name meanwhile, that is due as well.
+        """Yield and drop the names that are due, in order, also those that the caller
+        wants meanwhile, if they come later in it.
         """
         for name, entry in self._entries.items():
             if max(entry) <= now:
@@ -6795,15 +6782,15 @@ class Agenda:
                 yield name
 
     def sleep(self, now: float) -> float:
-        """Seconds until the first entry is due."""
+        """Return the seconds until the first entry is due."""
         return max(0.0, min(map(max, self._entries.values())) - now)
 
 
 class Directories:
-    """Which directories this process may enter for its jobs, and its own, `home`.
+    """Decides which directories the worker may enter; `home` is its own.
 
-    chdir(2) into a hung network mount never returns, so the command's own process
-    enters those, which takes a second exec.
+    chdir(2) into a hung network mount never returns, so there the command's process
+    calls it, which costs a second exec.
     """
 
     def __init__(self) -> None:
@@ -6826,7 +6813,7 @@ class Directories:
     def is_local(self, path: str) -> bool:
         """Return True if no part of it is on a network file system."""
         if path not in self._known:
-            self._known[path] = self._find(path, 40)    # links at most, as in Linux
+            self._known[path] = self._find(path, 40)    # links, Linux's limit
         return self._known[path]
 
     def _find(self, path: str, links: int) -> bool:
@@ -6835,7 +6822,7 @@ class Directories:
             at = os.path.normpath(os.path.join(at, name))
             kind = filesystem_of(at, self._mounts)
             if is_network_filesystem(kind) or kind.startswith(("autofs", "fuse")):
-                return False    # before any system call that names it
+                return False    # before a system call on it, which may hang
             try:
                 target = os.readlink(at.encode("utf-8", "surrogateescape"))
             except (OSError, ValueError):
@@ -6847,7 +6834,7 @@ class Directories:
 
 
 def _refuse_platform() -> None:
-    """Raise Refused where Python lacks what a worker needs."""
+    """Refused where Python lacks what a worker needs."""
     if fcntl is None or not hasattr(select, "poll"):
         raise Refused("unsupported",
                       "workers need a POSIX system (Linux, macOS, BSD, WSL)",
@@ -6855,9 +6842,8 @@ def _refuse_platform() -> None:
 
 
 def _prepare_descriptors(slots: int) -> None:
-    """Raise the soft limit of open files, and keep inherited ones from the jobs.
-
-    Raises Refused if the hard limit is too low for so many slots.
+    """Raise the soft limit of open files, and hide inherited ones from jobs; Refused
+    if the hard limit is too low for that many slots.
     """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -6868,24 +6854,24 @@ def _prepare_descriptors(slots: int) -> None:
         raise Refused("unsupported", f"only {hard} open files are allowed here, and "
                       f"{counted(slots, 'slot')} may need {needed}",
                       "use fewer slots, or raise `ulimit -n`")
-    # 4096 serve MAX_SLOTS. Jobs inherit it, and some close all numbers up to the limit.
+    # 4096 suffice for MAX_SLOTS. Jobs inherit the limit; some close all numbers below.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     found: Iterable[str | int] = range(1024)
     with contextlib.suppress(OSError):      # in a container without /proc
         found = os.listdir("/dev/fd")
     for number in map(int, found):
-        with contextlib.suppress(OSError):      # listdir's own is closed by now
+        with contextlib.suppress(OSError):      # that of listdir is closed
             if number > 2:
                 os.set_inheritable(number, False)
 
 
 class Runner:
-    """Slots that run jobs: one thread owns the database and the commands (I9).
+    """Runs jobs in slots; one thread owns the database and the commands (I9).
 
-    A claim passes `_do_tick`, `_do_committed`, `_start`; then its command exits, or the
-    supervisor kills it (`_kill`, KILLED); then `_finish`, and the next tick records it.
-    `notices` receives notifications; `say` writes a log.
+    A claim passes through `_do_tick`, `_do_committed` and `_start`; its command exits,
+    or the supervisor kills it (`_kill`, KILLED); then follows `_finish`, and the next
+    tick records the end. `notices` receives notifications; `say` writes a log.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
@@ -6897,7 +6883,7 @@ class Runner:
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
-        for name in SERVICE_NAMES:      # a job is no service
+        for name in SERVICE_NAMES:      # for the worker, not for jobs
             self._environ.pop(name, None)
         self._wakeup = Wakeup()         # for the end of a commit
         self._poller = Poller()
@@ -6906,9 +6892,9 @@ class Runner:
         self._poller.add(notices.fileno(), self._on_notice)
         self._directories = Directories()
         self._peers = Peers(queue, claims.worker.id)
-        self._watches: dict[int, Worker] = {}   # by a descriptor that tells its end
+        self._watches: dict[int, Worker] = {}   # by a descriptor, readable at its end
         self._gone: list[Worker] = []           # ended, but their locks are still held
-        # `tick` is the last that uses the connection, for then that is the commit's.
+        # `tick` is last, since the commit then uses the connection.
         self._agenda = Agenda((
             "renew", "grace", "deadline", "spares", "committed", "notify", "orders",
             "output", "heartbeat", "gone", "peers", "look", "tick"))
@@ -6920,22 +6906,22 @@ class Runner:
         # Lost runs of other workers, by claim: FOUND, KILL (being killed) or KILLED.
         self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
-        self._is_heartbeat = self._saves = False    # what the next tick does as well
+        self._is_heartbeat = self._saves = False    # parts of the next tick
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._gives_up = False                          # leaves without recording
+        self._gives_up = False                          # exits without recording
         self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
-        self._retry_at = 0.0    # monotonic: no tick before; the last one failed
-        self._claim_at = 0.0    # monotonic: no claim before; the machine is short
+        self._retry_at = 0.0    # monotonic: no tick before, after a failed one
+        self._claim_at = 0.0    # monotonic: no claim before, after a shortage
         self._failing_since: float | None = None        # monotonic: ticks fail
-        self._complaint = ""
-        self._pace = math.inf                   # seconds that runs take of late
+        self._complaint = ""                            # the last one logged
+        self._pace = math.inf                   # seconds: recent mean of runs
         self.totals: dict[str, int] = {}        # ended runs by the state of the job
 
     # The loop.
 
     def run(self, executor: futures.Executor) -> int:
-        """Work until told to stop; Gone if the database went away.
+        """Run until asked to stop; return the exit status. Gone without a database.
 
         After an error nothing is recorded: another worker finds the runs lost.
         """
@@ -6964,7 +6950,7 @@ class Runner:
         self._wakeup.close()
 
     def _step(self) -> None:
-        """Wait for news, and do what is due."""
+        """Wait for events, and do what is due."""
         self._hold()
         self._poller.wait(min(self._agenda.sleep(time.monotonic()),
                               RESCUE_TICK if self._link.is_behind else math.inf))
@@ -6978,7 +6964,7 @@ class Runner:
         self._link.flush()
 
     def _hold(self) -> None:
-        """Hold what needs the connection during a commit and after a failure."""
+        """Hold steps that need the connection, during a commit and after a failure."""
         ready_at = math.inf if self._commit else self._retry_at
         for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
             self._agenda.hold(name, ready_at)
@@ -6986,11 +6972,11 @@ class Runner:
                           else math.inf)
 
     def _is_over(self) -> bool:
-        """Return True if nothing runs or is left to record, and the worker was asked to
-        stop, or has run as many jobs as it should, or drains and nothing is left to do.
+        """Return True if the worker may exit: nothing runs or must be recorded, and it
+        was asked to stop, has run `--max-jobs`, or drains and no work is left.
 
-        After a second request it leaves processes that cannot be killed to the next
-        worker; after a third, also what it cannot record.
+        After a second request it does not wait for processes that cannot be killed;
+        after a third, it also leaves ends unrecorded.
         """
         if self._gives_up:
             return True
@@ -7014,14 +7000,14 @@ class Runner:
         return 0 if self._leaving else int(min(len(self._free), self._quota))
 
     def _do_renew(self) -> None:
-        """Tell the supervisor that the loop runs, also while nobody can write: whoever
-        can write again kills these jobs before it runs them anew.
+        """Tell the supervisor that the loop runs, even if no worker can write: the next
+        that can kills these jobs before it runs them again.
         """
         self._link.send(RENEW, seconds=lease_of(self._settings))
         self._agenda.want("renew", time.monotonic() + self._settings.heartbeat)
-        time.tzset()    # /etc/localtime may have been changed
+        time.tzset()    # /etc/localtime may have changed
         self._directories.refresh()
-        # Reap the orphans of jobs, but no command: its pidfd tells its end.
+        # Reap the orphans of jobs, but not commands, which have their watches.
         own, me = {command.pid for command in self._commands.values()}, os.getpid()
         with contextlib.suppress(ChildProcessError, AttributeError, OSError):
             if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -7038,15 +7024,15 @@ class Runner:
     # The tick.
 
     def _do_look(self) -> None:
-        """Look for work by reads: a commit would make all other workers look."""
+        """Look for work without a commit, which would make all other workers look."""
         is_ready = self._claims.is_work_ready()
         if is_ready:
             self._agenda.want("tick")
         self._look_again(None if is_ready else self._claims.next_due())
 
     def _look_again(self, due: float | None) -> None:
-        """Look when the next job is due (epoch seconds), and soon anyway: notifications
-        get lost, and clocks are set.
+        """Look when the next job is due (epoch seconds), or after the polling interval:
+        notifications get lost, and clocks are set.
         """
         wait = math.inf if due is None else due - self._queue.clock()
         self._agenda.want("look", time.monotonic() + min(wait, self._poll))
@@ -7091,7 +7077,7 @@ class Runner:
             self._agenda.want("committed")
 
     def _do_committed(self) -> None:
-        """Take over what has been committed, or keep all of it for another tick."""
+        """Use the result of the commit; after a failure the next tick repeats all."""
         assert self._commit is not None
         (tick, report, future), self._commit = self._commit, None
         try:
@@ -7106,7 +7092,7 @@ class Runner:
             self._agenda.want("tick")
             return
         self._claims.committed(tick, report)
-        # What has come since the tick stays.
+        # What was added since the tick stays.
         for claim in report.ended:
             del self._ended[claim]
         for run in report.lost:
@@ -7139,12 +7125,12 @@ class Runner:
         elif tick.is_expiring:
             agenda.want("tick", now + EXPIRE_PAUSE)
         if tick.claims or not self._free:
-            agenda.want("look")     # there may be more; held until a slot is free
+            agenda.want("look")     # held until a slot is free
         else:
             self._look_again(tick.next_due)
         if tick.changes and self._watches and not self._slots():
-            self._queue.wake(NEW_JOBS)  # what these ends unblock is for other workers
-        if report.is_heartbeat:     # the next from now: others have time on a slow disk
+            self._queue.wake(NEW_JOBS)  # others must run what these ends unblock
+        if report.is_heartbeat:     # from now: on a slow disk others need time, too
             self._is_heartbeat = False
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
@@ -7152,7 +7138,7 @@ class Runner:
             self._saves, self._peek_at = False, now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
-        """Log it once, and not for a short wait. Commands and time-outs go on."""
+        """Log it once, unless the wait is short. Commands and time-outs continue."""
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if error.code == "busy":
@@ -7161,13 +7147,13 @@ class Runner:
                 return
         else:
             self._retry_at = now + SYNC_PAUSE
-            # The next tick claims nothing: if what failed is the lock of a claim, for
-            # want of descriptors, heartbeats and ends must not wait for that.
+            # The next tick claims nothing: if no descriptor was free for a claim's
+            # lock, heartbeats and ends must still be recorded.
             self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.db.relieve()
         if error.message != self._complaint:
             self._complaint = error.message
-            self._log(f"cannot write to the queue, will go on trying: {error.message}")
+            self._log(f"cannot write to the queue, retrying: {error.message}")
 
     # Commands.
 
@@ -7202,7 +7188,7 @@ class Runner:
             self._release(self._spares.pop(0))
 
     def _release(self, claim: Claim) -> None:
-        """Keep a claim that has not begun to be recorded as released."""
+        """Have a claim that has not begun recorded as released."""
         claim.release()
         self._quota += 1
         self._keep(claim.number, Outcome(RELEASED))
@@ -7210,8 +7196,8 @@ class Runner:
     def _start(self, claim: Claim) -> None:
         """Start a claimed job's command in its slot.
 
-        The lock is held from before the claim's commit (I5) and passes to the process
-        tree. It is closed here in any case, or the run would look alive after its end.
+        The lock, held since before the claim's commit (I5), passes to the process tree.
+        The worker always closes it, or the run would look alive after its end.
         """
         job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
@@ -7245,25 +7231,25 @@ class Runner:
             self._claim_at = time.monotonic() + SYNC_PAUSE
             self._release(claim._replace(lock=-1))
             self._log(f"{claim.job.id} could not be started: {error.strerror}; "
-                      "it is requeued, and nothing claimed for a moment")
+                      f"requeued, no claims for {span(SYNC_PAUSE)}")
             return
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) \
                 and error.filename == cwd.encode():
-            words = f"the directory {cwd} is not there"
+            words = f"the directory {cwd} does not exist"
         elif isinstance(error, PermissionError) and error.filename == cwd.encode():
             words = f"cannot enter {cwd}"
         elif isinstance(error, OSError) and error.errno == errno.E2BIG:
-            # Also for one text of over 128 KiB, however short all others are.
+            # Also for a single text over 128 KiB.
             words = "the command and its environment are too long for the system"
         self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
-        """In bytes, so that text is UTF-8 whatever the worker's locale."""
+        """Return it as bytes, so that text is UTF-8 in any locale."""
         job = claim.job
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
                "QUEUECTL_SLOT": str(claim.slot), "QUEUECTL_CLAIM": str(claim.number)}
-        if job.queue == HOOKS_QUEUE:    # a hook gets the id of the job it is about
+        if job.queue == HOOKS_QUEUE:    # the id of the job that triggered the hook
             own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
                 **{name.encode(): text.encode() for name, text in own.items()}}
@@ -7272,15 +7258,15 @@ class Runner:
         pipe = command.pipe
         if not command.read():
             self._poller.drop(pipe)
-            self._look_at(command)      # it has mostly exited
+            self._look_at(command)      # it has probably exited
         elif self._peek_until > time.monotonic():
             self._agenda.want("output", self._peek_at)
 
     def _look_at(self, command: Command) -> None:
-        """See whether a command has exited, and with it its run.
+        """Finish a command's run if it has exited.
 
-        If a signal killed it, nothing was left in the background on purpose: the rest
-        of the tree is killed first, or it would meet a retry.
+        If a signal killed it, its background processes were not left on purpose: they
+        are killed first, or would overlap with a retry.
         """
         if command.claim.number not in self._commands or command.is_being_killed:
             return
@@ -7294,8 +7280,9 @@ class Runner:
         self._poller.drop(command.watch)
         pipe, claim = command.pipe, command.claim
         outcome = command.finish()
-        if command.pipe < 0:    # else background processes write on: SIGPIPE would end
-            self._poller.drop(pipe)     # them
+        # An open pipe stays in use: SIGPIPE would kill background processes.
+        if command.pipe < 0:
+            self._poller.drop(pipe)
         del self._commands[claim.number]
         if not self._queue.host.boot:
             self._link.send(START, claim.number, 0)
@@ -7327,11 +7314,12 @@ class Runner:
     # The supervisor.
 
     def _kill(self, command: Command, why: str | None) -> None:
-        """Have the supervisor kill the whole tree; `why`, if any, becomes the outcome.
+        """Have the supervisor kill the tree; `why`, if any, becomes the outcome.
 
-        Only once: the grace must not begin anew. It stays unreaped until KILLED comes.
+        Sent once, since a second KILL would restart the grace. The command stays
+        unreaped until KILLED arrives.
         """
-        command.why = command.why or why        # the first reason stays
+        command.why = command.why or why        # keep the first reason
         command.ends_at = math.inf
         if not command.is_being_killed:
             command.is_being_killed = True
@@ -7356,11 +7344,12 @@ class Runner:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._leaving == NOW and self._failing_since:
-            self._log(f"{number.name}: leaving without recording {len(self._ended)} "
-                      "runs; the next worker finds them lost")
+            self._log(f"{number.name}: exiting without recording "
+                      f"{counted(len(self._ended), 'run')}; the next worker finds them "
+                      "lost")
             self._gives_up = True
-        # A second SIGHUP does not count: when a terminal closes, kernel and shell send
-        # one each.
+        # A second SIGHUP is ignored: when a terminal closes, kernel and shell send one
+        # each.
         at_once = number == signal.SIGQUIT or (
             self._leaving and number != signal.SIGHUP)
         self._leave(NOW if at_once else DRAIN, number.name)
@@ -7368,12 +7357,12 @@ class Runner:
     def _on_refused(self, command: Command, pid: int) -> None:
         if not command.is_refused:
             command.is_refused = True
-            self._log(f"{command.claim.job.id} cannot be ended: process {pid} is "
-                      "another user's; it goes on until that process ends")
+            self._log(f"{command.claim.job.id} cannot be killed: process {pid} belongs "
+                      "to another user; the run lasts until that process exits")
 
     def _on_supervisor_killed(self) -> None:
-        """End all jobs here, since nothing may outlive the worker."""
-        self._log("error: this worker's supervisor was killed, so it ends its jobs, "
+        """Kill all jobs in its place, since nothing may outlive the worker."""
+        self._log("error: this worker's supervisor was killed, so it kills its jobs, "
                   "requeues them and stops")
         refused, locks = kill_all(), self._queue.host.locks
         self._leaving = NOW
@@ -7384,18 +7373,18 @@ class Runner:
                 command.why = command.why or RELEASED
                 self._finish(command)
 
-    # Orders: signals, requests in the database.
+    # Orders: requests in the database.
 
     def _do_orders(self) -> None:
-        """Read what a notification may be about, without a commit: any local user may
-        send one.
+        """Read requests and settings, without a commit, since any local user may send
+        notifications.
         """
-        self._watch_new()       # a new worker sends one, too
+        self._watch_new()       # a new worker also sends one
         self._settings = self._options.adapt(self._queue.store.settings())
         self._obey(*self._claims.orders())
 
     def _obey(self, stop: str | None, mine: Mapping[int, str | None]) -> None:
-        """Do what the database requests; a claim not in `mine` was taken over."""
+        """Carry out requests; a claim missing in `mine` was taken over."""
         if stop:
             self._leave(stop, ASKED)
         if any(mine.get(one.number, LOST) for one in self._spares):
@@ -7403,14 +7392,14 @@ class Runner:
         for claim, command in list(self._commands.items()):
             if claim not in mine:
                 if command.why != LOST:
-                    self._log(f"{command.claim.job.id} was taken over while this "
-                              "worker was silent; its command is ended")
+                    self._log(f"{command.claim.job.id} was taken over, as this worker "
+                              "sent no heartbeat for a lease; killing its command")
                 self._kill(command, LOST)
             elif mine[claim] is not None:
                 self._kill(command, STOPPED if mine[claim] == CANCEL else LOST)
 
     def _leave(self, how: str, why: str) -> None:
-        """Begin to leave: DRAIN, then NOW; never back."""
+        """Begin to stop: DRAIN, then NOW, never back."""
         if self._leaving in (how, NOW):
             return
         if self._leaving is None and self._options.grace is not None:
@@ -7418,12 +7407,12 @@ class Runner:
         self._leaving = how
         self._return_spares()
         self._notifier.stopping()
-        running, again = len(self._commands), {
+        running, again = counted(len(self._commands), "running job"), {
             ASKED: "`queuectl worker stop --now`", "SIGHUP": "SIGTERM"}.get(
-                why, "once more")
-        self._log(f"{why}: ending and requeuing {running} running" if how == NOW else
-                  f"{why}: finishing {running} running, claiming no more; {again} "
-                  "requeues them" if running else f"{why}: claiming no more")
+                why, f"a second {why}")
+        self._log(f"{why}: killing and requeuing {running}" if how == NOW else
+                  f"{why}: finishing {running}, claiming no more; {again} requeues them"
+                  if self._commands else f"{why}: claiming no more")
         for command in self._commands.values() if how == NOW else ():
             self._kill(command, RELEASED)
 
@@ -7433,17 +7422,15 @@ class Runner:
     # The other workers.
 
     def _watch_new(self) -> None:
-        """Have the kernel report the end of each new worker, by its supervisor, which
-        exits last.
-        """
+        """Watch each new worker's supervisor, which exits last."""
         known = {worker.id for worker in self._watches.values()}
         for worker in self._queue.store.workers():
             if worker.id in known or worker.id == self._claims.worker.id \
                     or worker.boot != self._queue.host.boot:
                 continue
             watch = _watch_process(worker.pid)
-            # Checked after the watch: the id may be another's, here or by now.
-            with contextlib.suppress(OSError):      # out of descriptors
+            # Checked after the watch: the id may have been reused.
+            with contextlib.suppress(OSError):      # no descriptor is free
                 if watch >= 0 and is_same_birth(
                         self._queue.host.born(worker.pid), worker.born):
                     self._watches[watch] = worker
@@ -7452,7 +7439,7 @@ class Runner:
             if watch >= 0:
                 os.close(watch)
             if self._queue.host.is_alive(worker) is False:
-                self._agenda.want("heartbeat")      # it ended meanwhile
+                self._agenda.want("heartbeat")      # it has ended
 
     def _on_end(self, watch: int) -> None:
         self._gone.append(self._watches.pop(watch))
@@ -7461,8 +7448,8 @@ class Runner:
         self._agenda.want("gone")
 
     def _do_gone(self) -> None:
-        """See whether workers have ended whose supervisor has: the lock is still held
-        by a command that starts, or by a worker whose supervisor was killed.
+        """Check workers whose supervisors have exited: the lock may still be held, by a
+        starting command, or by a worker whose supervisor was killed.
         """
         alive = [worker for worker in self._gone
                  if self._queue.host.is_alive(worker) is not False]
@@ -7473,9 +7460,8 @@ class Runner:
             self._agenda.want("gone", time.monotonic() + RESCUE_TICK)
 
     def _do_peers(self) -> None:
-        """Find what lost workers have left, after a heartbeat of our own.
-
-        Their runs are marked in the database, then killed, then recorded.
+        """Find runs of lost workers, after a heartbeat of our own. They are marked in
+        the database, then killed, then recorded.
         """
         self._peers.look()
         found = {run.claim: (run, FOUND) for run in self._peers.lost()}
@@ -7490,18 +7476,18 @@ class Runner:
             while len(words) < NOTICES_AT_ONCE:
                 words.append(self._notices.recv(SOCKET_BUFFER))
         self._agenda.want("look")
-        # In a flood the kernel drops some, of any kind.
+        # In a flood the kernel drops some.
         if NEW_ORDERS in words or len(words) == NOTICES_AT_ONCE:
             self._agenda.want("orders")
         if PEEK in words:
             self._peek_until = time.monotonic() + PEEK_PATIENCE
             self._agenda.want("output", self._peek_at)
 
-    # What it says.
+    # The log.
 
     def _tell(self, change: Change) -> None:
         outcome = change.outcome or Outcome(RELEASED)
-        if outcome.duration is not None:    # else it has not begun, or was another's
+        if outcome.duration is not None:    # None: not started, or another worker's
             state = change.after.state
             self.totals[state] = self.totals.get(state, 0) + 1
         if self._say and (outcome.duration is not None or outcome.kind == LOST):
@@ -7509,11 +7495,11 @@ class Runner:
 
     def _status_line(self) -> str:
         running, slots = len(self._commands), counted(self._options.slots, "slot")
-        return (f"finishing {running} running" if self._leaving else
+        return (f"finishing {counted(running, 'running job')}" if self._leaving else
                 f"{running} of {slots} busy") + self.total()
 
     def total(self) -> str:
-        """What became of its jobs, as the end of a line."""
+        """Return the results of its jobs, as the end of a line."""
         done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
                          for state, n in self.totals.items())
         return f": {done}" if done else ""
@@ -7521,18 +7507,18 @@ class Runner:
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
                say: Callable[[str], None] | None) -> int:
-    """Run a worker until it is told to stop; its exit status.
+    """Run a worker until it is asked to stop; return its exit status.
 
-    `link` leads to its supervisor. A worker that cannot delete its row leaves one whose
-    process is gone: others delete it. Only errors that no worker outlives come out.
+    `link` leads to its supervisor. If it cannot delete its row, other workers do, since
+    its process is gone. It raises only errors that no worker can survive.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
     import socket
     _prepare_descriptors(options.slots)
     log = say or (lambda line: None)
     with contextlib.ExitStack() as stack:
-        # Any local user may send to it: that costs a look at the database. It is there
-        # before the row that tells others its port.
+        # Any local user may send to it, which costs a look at the database. It is bound
+        # before the row shows others its port.
         notices = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         notices.setblocking(False)
         port = None
@@ -7548,14 +7534,14 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
                 claims.leave()
         link.send(HELLO)
         link.flush(claims.lock)
-        queue.wake(NEW_ORDERS)      # the others are to watch this one
+        queue.wake(NEW_ORDERS)      # so that the others watch this one
         runner = Runner(queue, claims, options, link, notices, say)
         try:
             with futures.ThreadPoolExecutor(1) as executor:
                 status = runner.run(executor)
         except Gone as error:
-            log(f"error: {error.message}, so this worker ends its jobs and stops; "
-                "start it anew")
+            log(f"error: {error.message}, so this worker kills its jobs and stops; "
+                "restart it")
             return EX_NO
     log(f"worker {claims.worker.name} stopped{runner.total()}")
     if options.drain and status == EX_OK:

@@ -4142,7 +4142,7 @@ class Views(Case):
             self.assertEqual(queuectl.stats_lines({"": one}, 3600.0, self.PLAIN), [
                 "since     1h", "queue     all",
                 f"jobs      {n} enqueued, {n} completed, 0 dead, 0 cancelled",
-                f"success   100.0 %, {retries}", f"rate      {rate}",
+                f"success   100.0%, {retries}", f"rate      {rate}",
                 "run time  mean 2s  p50 0s  p95 0s  p99 0s", "waiting   -"])
 
     def test_a_unit_file_hands_over_each_word_as_it_stands(self):
@@ -4351,7 +4351,7 @@ class Workers(Case):
         self.run_worker()
         self.assertEqual(self.states(), [DEAD, COMPLETED])
         self.assertEqual(self.queue.job("job-1").error,
-                         f"the directory {self.path_of('gone')} is not there")
+                         f"the directory {self.path_of('gone')} does not exist")
         self.assertEqual(self.last_run().duration, 0.0)
         self.assertEqual(os.getcwd(), here)     # whatever the directories of its jobs
 
@@ -4534,7 +4534,7 @@ class Workers(Case):
             self.assertEqual((list(runner._ended), self.state("job-2"), runner._free),
                              ([1], PENDING, [1]))
             self.assertFalse(self.queue.host.locks.is_held(2))
-            self.assertIn("cannot write to the queue, will go on trying: no room", self.said)
+            self.assertIn("cannot write to the queue, retrying: no room", self.said)
             runner._retry_at = runner._claim_at = 0.0
             self.steps(lambda: self.states() == [COMPLETED, COMPLETED])
             self.begin_commit()
@@ -4648,8 +4648,8 @@ class Workers(Case):
             self.steps(lambda: runner._commands[1].is_refused)
             self.steps(runner._is_over)
             self.assertEqual([line for line in self.said if "77" in line], [
-                "job-1 cannot be ended: process 77 is another user's; it goes on until "
-                "that process ends"])
+                "job-1 cannot be killed: process 77 belongs to another user; the run lasts "
+                "until that process exits"])
 
     def test_the_pace_of_runs_follows_the_latest_slowly(self):
         with self.in_hand() as (runner, _):
@@ -4670,13 +4670,13 @@ class Workers(Case):
             for how, who in (("drain", "B"), ("now", "C"), ("drain", "D")):
                 runner._leave(how, who)
             self.assertEqual(runner._leaving, "now")
-        self.assertEqual(self.said, ["A: claiming no more", "C: ending and requeuing 0 running"])
+        self.assertEqual(self.said, ["A: claiming no more", "C: killing and requeuing 0 running jobs"])
 
     def test_a_service_manager_is_told_how_the_worker_stands(self):
         for slots, totals, leaving, told in (
                 (1, {}, None, "0 of 1 slot busy"),
                 (2, {PENDING: 2, DEAD: 1}, None, "0 of 2 slots busy: 2 requeued, 1 dead"),
-                (2, {}, "now", "finishing 0 running")):
+                (2, {}, "now", "finishing 0 running jobs")):
             with self.in_hand(slots=slots) as (runner, _):
                 runner.totals, runner._leaving = totals, leaving
                 self.assertEqual(runner._status_line(), told)
@@ -4769,8 +4769,8 @@ class Workers(Case):
                 queuectl.Peers(other).record(self.last_run())
             self.step(want=["orders"])
             self.assertEqual(self.ended(link), [1])
-        self.assertIn("job-1 was taken over while this worker was silent; its command is ended",
-                      self.said)
+        self.assertIn("job-1 was taken over, as this worker sent no heartbeat for a lease; "
+                      "killing its command", self.said)
 
     def test_a_second_worker_of_that_name_is_refused_and_the_first_goes_on(self):
         other = self.worker(name="w")
@@ -4794,9 +4794,9 @@ class Workers(Case):
                 job = self.queue.job(job_id)
                 self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
                 self.assertEqual(self.last_run(job_id).outcome, "released")
-                self.assertIn(f"{first}: finishing 1 running, claiming no more; once more "
-                              "requeues them", self.said)
-                self.assertIn(f"{said}: ending and requeuing 1 running", self.said)
+                self.assertIn(f"{first}: finishing 1 running job, claiming no more; "
+                              f"a second {first} requeues them", self.said)
+                self.assertIn(f"{said}: killing and requeuing 1 running job", self.said)
                 self.assertEqual(self.said[-1], "worker w stopped: 1 requeued")
                 self.queue.cancel(job_id)
 
@@ -4809,10 +4809,10 @@ class Workers(Case):
     def test_a_worker_does_what_the_database_asks_for(self):
         for command, ask, said, ends in (
                 (self.UNTIL_GO, lambda queue, _: queue.stop_workers(),
-                 f"{queuectl.ASKED}: finishing 1 running, claiming no more; "
+                 f"{queuectl.ASKED}: finishing 1 running job, claiming no more; "
                  "`queuectl worker stop --now` requeues them", (COMPLETED, 1, "completed")),
                 ("sleep 60", lambda queue, _: queue.stop_workers(now=True),
-                 f"{queuectl.ASKED}: ending and requeuing 1 running", (PENDING, 0, "released")),
+                 f"{queuectl.ASKED}: killing and requeuing 1 running job", (PENDING, 0, "released")),
                 ("sleep 60", lambda queue, job_id: queue.cancel(job_id), "job-1 cancelled after",
                  (CANCELLED, 0, "cancelled"))):
             with self.subTest(said):
@@ -6905,9 +6905,8 @@ class Supervised(Processes):
 
     def test_a_worker_that_is_killed_or_does_not_answer_leaves_nothing(self):
         for number, said in (
-                (signal.SIGKILL, "error: the worker was killed by SIGKILL: all that it ran was "
-                                 "killed"),
-                (signal.SIGSTOP, "the worker did not answer for 1s")):
+                (signal.SIGKILL, "error: the worker was killed by SIGKILL: its jobs were killed"),
+                (signal.SIGSTOP, "the worker did not respond for 1s")):
             with self.subTest(number):
                 self.anew()
                 self.forget("pids")
@@ -6955,7 +6954,7 @@ class Supervised(Processes):
         """The kernel and the shell each send SIGHUP."""
         worker = self.at_work()
         worker.send_signal(signal.SIGHUP)
-        self.wait_log("SIGHUP: finishing 1 running, claiming no more; SIGTERM requeues them")
+        self.wait_log("SIGHUP: finishing 1 running job, claiming no more; SIGTERM requeues them")
         worker.send_signal(signal.SIGHUP)
         worker.send_signal(signal.SIGUSR1)      # received after the second SIGHUP
         self.wait_log("SIGUSR1: ending")
@@ -11233,7 +11232,7 @@ class BadGround(Ground):
                 self.assert_ends(worker, 1)
                 log = self.read("worker.log")
                 self.assertEqual(log.count("error: "), 1, log)
-                self.assertRegex(log, "deleted or replaced.*; start it anew")
+                self.assertRegex(log, "deleted or replaced.*; restart it")
                 self.assertNotIn("Traceback", log)
                 self.assertFalse(is_running(self.read("pid")))
                 self.forget("worker.log", "began")
