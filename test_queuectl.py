@@ -6957,8 +6957,8 @@ class Supervised(Processes):
         self.wait_log("SIGHUP: finishing 1 running job, claiming no more; SIGTERM requeues them")
         worker.send_signal(signal.SIGHUP)
         worker.send_signal(signal.SIGUSR1)      # received after the second SIGHUP
-        self.wait_log("SIGUSR1: ending")
-        self.assertNotIn("SIGHUP: ending", self.read("worker.log"))
+        self.wait_log("SIGUSR1: killing")
+        self.assertNotIn("SIGHUP: killing", self.read("worker.log"))
         self.assert_ends(worker)
 
     def test_a_start_that_waits_for_the_file_can_be_interrupted(self):
@@ -8280,7 +8280,7 @@ class Services(Processes):
         self.assertNotIn("STOPPING=1", manager.received())
         worker.send_signal(signal.SIGTERM)
         wait_for(lambda: "STOPPING=1" in manager.received(), "the end")
-        wait_for(lambda: "STATUS=finishing 1 running" in manager.received(), "the status")
+        wait_for(lambda: "STATUS=finishing 1 running job" in manager.received(), "the status")
         self.touch("go")
         self.assert_ends(worker)
         self.assertEqual(manager.received().count("STOPPING=1"), 1)
