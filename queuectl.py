@@ -5378,6 +5378,27 @@ class Peers:
                 if self._ages.get(worker.id, 0.0) >= lease
                 and self._host.is_alive(worker) is None]
 
+    def await_stop(self, workers: Sequence[Worker],
+                   timeout: float) -> Iterator[tuple[Worker, bool]]:
+        """Yield each of these workers once it has stopped or, then True, was removed
+        as it sent no heartbeat for a lease; Refused after `timeout` seconds.
+        """
+        end, left = time.monotonic() + timeout, {one.id: one for one in workers}
+        while left:
+            time.sleep(RESCUE_TICK)
+            self.look()
+            removed = {one.id for one in self.remove_expired(left)}
+            known = {one.id for one in self._store.workers()}
+            for worker in [*left.values()]:
+                is_alive = self._host.is_alive(worker)
+                if not is_alive and (worker.id not in known or is_alive is False):
+                    del left[worker.id]
+                    yield worker, worker.id in removed
+            if left and time.monotonic() >= end:
+                raise Refused("not-finished", ", ".join(
+                    one.name for one in left.values()) + " still running jobs",
+                    "wait longer, or give --now")
+
 
 # ---- 12 Check ----------------------------------------------------------------
 # None of these looks changes anything, so they may run beside workers.
@@ -6466,6 +6487,38 @@ class Trees:
             one.kill_at for one in self._trees if one.kill_at > now)]) \
             if self._trees else math.inf
         return over
+
+
+def await_ends(queue: Queue, jobs: Sequence[Job],
+               say: Callable[[str], object]) -> list[Job]:
+    """Wait until cancelled jobs have ended; as they are then. Refused for one that has
+    not ended ten seconds after `kill-grace`.
+
+    Lost runs of workers that are gone, as the kernel says, are ended here as by a
+    supervisor (I6); those of a frozen worker are left to other workers.
+    """
+    peers, trees, lost = Peers(queue), Trees(), dict[int, Run]()
+    locks, grace = queue.host.locks, queue.store.settings().kill_grace
+    begun, is_said = time.monotonic(), False
+    while any(job.state == PROCESSING for job in jobs):
+        for run in peers.lost():
+            if run.claim not in lost and any(job.claim == run.claim for job in jobs):
+                lost[run.claim] = run
+                trees.add(run.claim, locks.process_of(run) or 0, grace)
+        for tree in trees.step(locks, ()) if time.monotonic() >= trees.at else ():
+            if not tree.left:
+                peers.record(lost.pop(tree.claim))
+        jobs = [queue.job(job.id) if job.state == PROCESSING else job for job in jobs]
+        waited = time.monotonic() - begun
+        if waited > 1 and not is_said:
+            is_said = True
+            say("waiting for the worker to end what runs")
+        if waited > grace + 10:
+            raise Refused("not-finished", "a running job has not ended yet",
+                          "`queuectl check` shows what is left of it" if lost else
+                          "its worker will record it; `queuectl status` shows both")
+        time.sleep(RESCUE_TICK)
+    return list(jobs)
 
 
 def become_subreaper() -> None:
@@ -11417,36 +11470,22 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    asked = queue.stop_workers(*args.names, now=args.now)
+    asked, caller = queue.stop_workers(*args.names, now=args.now), queue.caller()
+    own = caller and caller.worker      # it waits for this very command
     if not asked:
         screen.note("no worker is running")
-        return
-    end = math.inf if args.timeout is None else time.monotonic() + args.timeout
-    caller = queue.caller()
-    own = caller.worker if caller else None     # it waits for this very command
-    waiting = {worker.id: worker.name for worker in asked if worker.name != own}
-    peers, removed = Peers(queue), set[int]()
-    for worker in queue.workers():
-        if worker.is_expired and worker.id in waiting:
-            lease = span(lease_of(queue.store.settings()))
-            quiet_for = span(queue.clock() - epoch(worker.heartbeat_at))
-            screen.note(f"{worker.name} has sent no heartbeat for {quiet_for}; it is "
-                        f"removed if none comes within {lease}")
-    while waiting:
-        time.sleep(RESCUE_TICK)
-        peers.look()
-        removed |= {worker.id for worker in peers.remove_expired(waiting)}
-        left = {worker.id for worker in queue.workers()}
-        left |= {worker.id for worker in asked if queue.host.is_alive(worker)}
-        for number in waiting.keys() - left:
-            how = "is removed: it sent no heartbeat" if number in removed \
-                else "has stopped"
-            screen.note(f"{waiting.pop(number)} {how}")
-        if waiting and time.monotonic() >= end:
-            raise Refused("not-finished",
-                          f"{', '.join(waiting.values())} still running jobs",
-                          "wait longer, or give --now")
-    if caller and own in [worker.name for worker in asked]:
+    for worker in asked:
+        if worker.is_expired:
+            screen.note(f"{worker.name} has sent no heartbeat for "
+                        f"{span(queue.clock() - epoch(worker.heartbeat_at))}; it is "
+                        "removed if none comes within "
+                        f"{span(lease_of(queue.store.settings()))}")
+    for worker, is_removed in Peers(queue).await_stop(
+            [one for one in asked if one.name != own],
+            math.inf if args.timeout is None else args.timeout):
+        screen.note(worker.name + (" is removed: it sent no heartbeat" if is_removed
+                                   else " has stopped"))
+    if caller and any(one.name == own for one in asked):
         raise Refused("blocked", f"{own} runs {caller.id}, which runs this command, so "
                       "it stops when that job ends", "let the job end")
 
@@ -11625,9 +11664,9 @@ class Follower:
         return fresh[:end], note
 
 
-def _labelled(job_id: str, lines: bytes, place: int, screen: Screen) -> bytes:
-    ending = b"\n" if lines and not lines.endswith(b"\n") else b""
-    return prefixed(job_id, lines + ending, place, screen.style())
+def _labelled(job_id: str, output: bytes, place: int, screen: Screen) -> bytes:
+    ending = b"\n" if output and not output.endswith(b"\n") else b""
+    return prefixed(job_id, output + ending, place, screen.style())
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -11826,68 +11865,23 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         _say_jobs(jobs, "delete", args, screen)
 
 
-def _end_lost(queue: Queue, run: Run, until: float) -> None:
-    """End what a lost run has left, as a supervisor does it (I6), but in this process;
-    Refused if that takes longer than `until` (monotonic).
-    """
-    locks = queue.host.locks
-    trees = Trees()
-    trees.add(run.claim, locks.process_of(run) or 0,
-              queue.store.settings().kill_grace)
-    while not any(not one.left for one in trees.step(locks, ())):
-        if time.monotonic() > until:
-            raise Refused("not-finished", "a running job cannot be ended",
-                          "`queuectl check` shows what is left of it")
-        time.sleep(max(0.0, trees.at - time.monotonic()))
-
-
-def _await_ends(queue: Queue, jobs: Sequence[Job], screen: Screen) -> list[Job]:
-    """Wait until running jobs that were cancelled have been ended; as they are then.
-
-    The lost runs of workers that are gone, as the kernel says, are ended here; those of
-    a frozen worker are left to other workers.
-    """
-    peers = Peers(queue)
-    # The grace, and ten seconds to record the end.
-    end = time.monotonic() + queue.store.settings().kill_grace + 10
-    say_at = time.monotonic() + 1
-    while any(job.state == PROCESSING for job in jobs):
-        for run in peers.lost():
-            if any(job.claim == run.claim for job in jobs):
-                _end_lost(queue, run, end)
-                peers.record(run)
-        jobs = [queue.job(job.id) for job in jobs]
-        if time.monotonic() > say_at:
-            say_at = math.inf
-            screen.note("waiting for the worker to end what runs")
-        if time.monotonic() > end:
-            raise Refused("not-finished", "a running job has not ended yet",
-                          "its worker will record it; `queuectl status` shows both")
-        time.sleep(RESCUE_TICK)
-    return list(jobs)
-
-
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Cancel jobs; wait until running ones have been ended. 1 if all complete first."""
+    """Cancel jobs; wait until running ones have ended. 1 if all complete first."""
     if _is_wide(args):
         running: list[Job] = []     # ended together: each may take `kill-grace`
 
         def noted(job: Job) -> Job:
-            if job.state == PROCESSING:
-                running.append(job)
+            running.extend([job] * (job.state == PROCESSING))
             return job
         _say_jobs(map(noted, _wide("cancel", args, queue, screen)), "cancel", args,
                   screen)
-        _await_ends(queue, running, screen)
+        await_ends(queue, running, screen.note)
         return EX_OK
-    jobs = queue.cancel(*args.ids)
-    ended = {job.id: job for job in _await_ends(
-        queue, [job for job in jobs if job.state == PROCESSING], screen)}
-    jobs = [ended.get(job.id, job) for job in jobs]
-    cancelled = [job for job in jobs if job.state == CANCELLED]
+    jobs = await_ends(queue, queue.cancel(*args.ids), screen.note)
     for job in jobs:
-        if job not in cancelled:
+        if job.state != CANCELLED:
             screen.note(f"{job.id} had {job.state} before it could be cancelled")
+    cancelled = [job for job in jobs if job.state == CANCELLED]
     if cancelled:
         _say_jobs(cancelled, "cancel", args, screen)
     return EX_OK if cancelled else EX_NO
@@ -11974,16 +11968,11 @@ def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) ->
           schedule_show_lines(schedule, last, queue.clock()))
 
 
-def cmd_schedule_remove(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    screen.note(f"{queue.remove_schedule(args.name).name} removed; its jobs stay")
-
-
-def cmd_schedule_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    screen.note(f"{queue.pause_schedule(args.name).name} paused")
-
-
-def cmd_schedule_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    screen.note(*when_lines(queue.resume_schedule(args.name), queue.clock()))
+def cmd_schedule_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Remove, pause or resume a schedule (preset: `change`, a method of Queue)."""
+    schedule = args.change(queue, args.name)
+    screen.note(*([f"{schedule.name} {args.said}"] if args.said
+                  else when_lines(schedule, queue.clock())))
 
 
 def cmd_schedule_run(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12024,15 +12013,11 @@ def cmd_config_get(args: argparse.Namespace, queue: Queue, screen: Screen) -> No
 
 
 def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    """Set a setting, or reset it (preset: `value` None)."""
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
-    screen.note(f"{key} = {args.value}: {SETTINGS[key].help}")
-
-
-def cmd_config_unset(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    queue.configure(args.key, None)
-    key = setting_key(args.key)
-    screen.note(f"{key} = {SETTINGS[key].default} (the default)")
+    screen.note(f"{key} = {SETTINGS[key].default} (the default)" if args.value is None
+                else f"{key} = {args.value}: {SETTINGS[key].help}")
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12366,13 +12351,16 @@ COMMANDS = (    # in the order of the help
            eg="schedule list --json", also="schedules, schedule ls"),
     _entry("schedule show", cmd_schedule_show, "show one schedule in full", READS,
            _SCHEDULE, _JSON, eg="schedule show nightly"),
-    _entry("schedule remove", cmd_schedule_remove, "remove a schedule; its jobs stay",
+    _entry("schedule remove", cmd_schedule_change, "remove a schedule; its jobs stay",
            CHANGES, _SCHEDULE, eg="schedule remove nightly",
-           also="schedule rm, schedule delete"),
-    _entry("schedule pause", cmd_schedule_pause, "pause a schedule", CHANGES,
-           _SCHEDULE, eg="schedule pause nightly", also="schedule stop"),
-    _entry("schedule resume", cmd_schedule_resume, "resume a schedule", CHANGES,
-           _SCHEDULE, eg="schedule resume nightly", also="schedule start"),
+           also="schedule rm, schedule delete", change=Queue.remove_schedule,
+           said="removed; its jobs stay"),
+    _entry("schedule pause", cmd_schedule_change, "pause a schedule", CHANGES,
+           _SCHEDULE, eg="schedule pause nightly", also="schedule stop",
+           change=Queue.pause_schedule, said="paused"),
+    _entry("schedule resume", cmd_schedule_change, "resume a schedule", CHANGES,
+           _SCHEDULE, eg="schedule resume nightly", also="schedule start",
+           change=Queue.resume_schedule, said=""),
     _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
            _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
     _entry("stats", cmd_stats, "show throughput, success and times", READS,
@@ -12391,9 +12379,9 @@ COMMANDS = (    # in the order of the help
            option("VALUE", "its new value"),
            eg="config set max-retries 5\nconfig set on-dead "
               "'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'"),
-    _entry("config unset", cmd_config_unset, "reset a setting to its default",
+    _entry("config unset", cmd_config_set, "reset a setting to its default",
            CHANGES, _KEY, eg="config unset max-retries",
-           also="config reset, config rm"),
+           also="config reset, config rm", value=None),
     _entry(
         "web", cmd_web, "serve the dashboard, the API and the metrics", CREATES,
         option("--host HOST", "where to listen (default: 127.0.0.1, for this machine "
