@@ -4156,11 +4156,18 @@ class Queue:
         return self.store.jobs(Sql.listing(_states(state), ORDERS[sort], values),
                                limit=limit or END_OF_TIME, **values)
 
-    def count(self, state: str | Sequence[str] = (), **filters: Any) -> int:
-        """How many jobs fit; filters as in `jobs`."""
+    def count(self, state: str | Sequence[str] = (), older_than: float | None = None,
+              **filters: Any) -> int:
+        """How many jobs fit; `older_than` as in `sweep`, filters as in `jobs`."""
+        if older_than is not None:
+            filters["ended_before"] = self._ended_before(older_than)
         values = _bound(filters)
         return int(self.store.rows(Sql.counting(_states(state), values),
                                    **values)[0][0])
+
+    def _ended_before(self, older_than: float) -> str:
+        # The comparison is `<`, and stored times are whole milliseconds.
+        return iso(self.clock() - older_than + 0.001)
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
@@ -4687,8 +4694,7 @@ class Queue:
                 raise Invalid("`older_than` counts from a job's end",
                               "it fits " + ", ".join(OVER))
             states, sort = states or [*OVER], "ended"
-            # The comparison is `<`, and stored times are whole milliseconds.
-            filters["ended_before"] = iso(self.clock() - older_than + 0.001)
+            filters["ended_before"] = self._ended_before(older_than)
         # From key to key, as skipped jobs go on fitting; chains take several passes.
         while is_again:
             kept, n, place, is_more = list[QueueError](), 0, dict(filters), True
@@ -11154,17 +11160,25 @@ def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
         enqueue - -- PROG     a batch by a template
         enqueue JOB           an object, a command, or an array, which is a batch
         enqueue --command C   one job of flags alone
+        enqueue --stream      none yet
     """
-    job: str = args.job or ""
+    job, flags = args.job or "", flag_fields(args)
     has_list = args.file is not None or job == "-" or job.startswith("@")
     is_array = is_json(job) and job.lstrip().startswith("[")
+    if args.stream:
+        if args.job not in (None, "-") or args.file or args.command:
+            raise Usage("--stream reads stdin alone", "give no other job")
+        if args.wait:
+            raise Usage("--stream and --wait do not go together",
+                        "`queuectl wait --all` waits")
+        lines_of(args)      # for its checks
+        return True, []
     if args.null and not has_list:
         raise Usage("--null reads stdin or a file", "write - or --file F, too")
     if sum(source is not None for source in (
             args.job, args.file, None if has_list else args.words)) > 1:
         raise Usage("more than one of JOB, --file and words after -- is given",
                     "give one; several words go in quotes or after --")
-    flags = flag_fields(args)
     if has_list:
         lines = lines_of(args) if args.words is not None or args.null else None
         found = list(jobs_in(_content(args.file or job[job != "-":]), lines))
@@ -11245,8 +11259,8 @@ class Stream:
             raise
 
     def _added(self, given: list[tuple[str, Job]]) -> list[Job]:
-        """Add them in one transaction, or none if one is at fault: then all but those
-        of its line. A refusal that names no job ends the stream.
+        """Add them in one transaction, but for those of lines that are refused. A
+        refusal that names no job ends the stream.
         """
         complained = False
         while given:
@@ -11268,22 +11282,18 @@ class Stream:
         return []
 
     def _checked(self, line: bytes) -> list[tuple[str, Job]]:
-        """The checked jobs of a line, each with its place; none of an invalid one.
-
-        A delay counts from when its line came.
-        """
+        """The jobs of a line, with its place; a delay counts from when it came."""
         specs = []
         try:
-            given = self._lines.read(line)
-            for fields, place in given:
+            for fields, place in self._lines.read(line):
                 with at_place(place):
                     specs.append((place, new_job(merged(fields, self._flags),
                                                  self._queue.clock())))
-            self._ignored.update(*(ignored_keys(fields) for fields, _ in given))
-            return specs
+                self._ignored.update(ignored_keys(fields))
         except QueueError as error:
             self._skip(error)
             return []
+        return specs
 
     def _skip(self, error: QueueError) -> None:
         self.refused += 1
@@ -11372,11 +11382,6 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
     """Add the lines of stdin as they come, and print ids once they are committed.
     SIGTERM acts as Ctrl+C: what was read is added first.
     """
-    if args.job not in (None, "-") or args.file or args.command:
-        raise Usage("--stream reads stdin alone", "give no other job")
-    if args.wait:
-        raise Usage("--stream and --wait do not go together",
-                    "`queuectl wait --all` waits")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.db.patience = WORKER_PATIENCE    # it tries again itself, and says so
     reader = lines_of(args)
@@ -11414,7 +11419,7 @@ def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job
 def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
-    is_batch, given = given_jobs(args)
+    is_batch, given = args.given
     jobs, new = _add(queue, given, screen)
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
@@ -11436,7 +11441,10 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, screen: Screen) -> Iterator[Queue]:
-    """The queue of a command, created if that may create one."""
+    """The queue of a command, created if that may create one; before that its jobs are
+    read (preset: `read`), so that an invalid command line creates none.
+    """
+    args.given = args.read(args) if "read" in args else None
     with Queue(args.path, create=args.entry.opens == CREATES) as queue:
         if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
@@ -11533,7 +11541,9 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name, None) for name in FILTERS if name != "state"}
+    """What flags say of the jobs to choose, but for their states."""
+    return {name: value for name, value in vars(args).items() if value is not None
+            and (name == "older_than" or (name in FILTERS and name != "state"))}
 
 
 def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
@@ -11710,14 +11720,13 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 def _is_wide(args: argparse.Namespace) -> bool:
     """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
-    has_state = hasattr(args, "state") and "state" not in args.entry.preset
-    given = [args.all, args.state if has_state else None, *_filters(args).values()]
-    is_wide = any(one not in (None, False) for one in given)
+    filters, has_state = _filters(args), "state" in {*vars(args)} - {*args.entry.preset}
+    is_wide = bool(args.all or filters or (has_state and args.state))
     if bool(args.ids) == is_wide:
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named", "give ids, or --all, "
                     f"{'--state, ' * has_state}--queue, --tag or --search")
-    for name, value in _filters(args).items():
+    for name, value in filters.items():
         if value == "":     # as of a shell's variable that is not set
             raise Usage(f"--{name} names nothing",
                         "leave it out, or name what is meant")
@@ -11761,7 +11770,7 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
               screen: Screen) -> None:
     """Report what was done to jobs as it is done, also if it is interrupted."""
     if args.json:
-        _print_array((job_object(job) for job in jobs), screen)
+        _print_array(map(job_object, jobs), screen)
         return
     n, first, said = 0, "", VERBS[verb].said
     try:
@@ -11774,30 +11783,25 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
                 f"{n:,} jobs {said}" if n else "no such jobs")
 
 
-def _fitting(verb: str, args: argparse.Namespace,
-             queue: Queue) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _fitting(verb: str,
+             args: argparse.Namespace) -> tuple[Sequence[str], dict[str, Any]]:
     """The states to change, and the filters; Usage for a wrong state."""
     said, unnamed, allowed = VERBS[verb]
-    states, filters = tuple(args.state or unnamed), _filters(args)
+    states, filters = args.state or unnamed, _filters(args)
     for state in states:
         if state not in allowed:
             raise Usage(f"{state} jobs cannot be {said}",
                         "these can: " + ", ".join(allowed))
-    if getattr(args, "older_than", None) is not None:
-        if {*states} & {*WAITING}:
-            raise Usage("--older-than counts from a job's end",
-                        "it fits " + ", ".join(OVER))
-        # A stored time is cut to its millisecond; `ended_before` excludes the bound.
-        filters["ended_before"] = iso(queue.clock() - args.older_than + 0.001)
+    if "older_than" in filters and {*states} & {*WAITING}:
+        raise Usage("--older-than counts from a job's end",
+                    "it fits " + ", ".join(OVER))
     return states, filters
 
 
-def _counted(queue: Queue, states: Sequence[str],
-             filters: Mapping[str, Any]) -> tuple[int, str]:
-    """How many jobs fit, and that by state: `12 completed, 3 dead`."""
+def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
+    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
     counted = [(queue.count(state, **filters), state) for state in states]
-    return sum(n for n, _ in counted), ", ".join(
-        f"{n:,} {state}" for n, state in counted if n)
+    return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
 def _confirm(verb: str, queue: Queue, states: Sequence[str],
@@ -11806,40 +11810,32 @@ def _confirm(verb: str, queue: Queue, states: Sequence[str],
     if not (sys.stdin and sys.stdin.isatty()):
         raise Usage("this needs a confirmation, and stdin is not a terminal",
                     "give --yes")
-    n, amounts = _counted(queue, states, filters)
-    if not n:
-        return
+    amounts = _amounts(queue, states, filters)
     try:
-        print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
-              file=sys.stderr, flush=True)
+        if amounts:
+            print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
+                  file=sys.stderr, flush=True)
     except OSError as error:
         raise Unavailable("unwritable", f"the question could not be written ({error})",
                           "give --yes") from None
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if amounts and sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("declined", "nothing was changed", "answer y, or give --yes")
 
 
-def _swept(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
-           states: Sequence[str]) -> Iterator[Job]:
+def _wide(verb: str, args: argparse.Namespace, queue: Queue,
+          screen: Screen) -> Iterator[Job]:
     """Change all that fit, in small transactions; an interrupt keeps what is done."""
+    states, filters = _fitting(verb, args)
+    if verb != "retry" and not args.yes:    # a retry removes nothing
+        _confirm(verb, queue, states, filters)
     done, skipped = 0, list[QueueError]()
-    for batch in queue.sweep(verb, states, getattr(args, "older_than", None),
-                             skipped.append, **_filters(args)):
+    for batch in queue.sweep(verb, states, keep=skipped.append, **filters):
         done += len(batch)
         screen.show(f"{done:,} jobs {VERBS[verb].said} ...")
         yield from batch
     if skipped:
         screen.note(f"{len(skipped):,} left as "
                     f"{'they are' if len(skipped) > 1 else 'it is'}: {skipped[0]}")
-
-
-def _wide(verb: str, args: argparse.Namespace, queue: Queue,
-          screen: Screen) -> Iterator[Job]:
-    """Change all jobs that fit. No generator: it checks and asks when it is called."""
-    states, filters = _fitting(verb, args, queue)
-    if verb != "retry" and not args.yes:    # a retry removes nothing
-        _confirm(verb, queue, states, filters)
-    return _swept(verb, args, queue, screen, states)
 
 
 def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -11853,16 +11849,16 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Delete all jobs that fit, and say how many."""
     _is_wide(args)      # for its checks
     if args.dry_run:
-        n, amounts = _counted(queue, *_fitting("delete", args, queue))
-        screen.note(f"would delete jobs: {amounts}" if n else "no such jobs")
-        if args.json:
-            screen.out(dumps({"deleted": 0, "would_delete": n}))
-        return
-    jobs = _wide("delete", args, queue, screen)
-    if args.json:
-        screen.out(dumps({"deleted": sum(1 for _ in jobs)}))
+        states, filters = _fitting("delete", args)
+        amounts = _amounts(queue, states, filters)
+        screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
+        found = {"deleted": 0, "would_delete": queue.count(states, **filters)}
+    elif args.json:
+        found = {"deleted": sum(1 for _ in _wide("delete", args, queue, screen))}
     else:
-        _say_jobs(jobs, "delete", args, screen)
+        _say_jobs(_wide("delete", args, queue, screen), "delete", args, screen)
+    if args.json:
+        screen.out(dumps(found))
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -11938,7 +11934,7 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> Non
         f"at most {args.limit} at once" if args.limit else "no limit"))
 
 
-def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
                     "write -- PROG ARG... or a shell command in quotes")
@@ -11946,8 +11942,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
         else fields_of(args.job)
     if len(given) != 1:
         raise Usage("a schedule has one job", "add a schedule for each")
-    schedule = queue.add_schedule(args.name, args.cron, args.tz,
-                                  **merged(given[0], flag_fields(args)))
+    return merged(given[0], flag_fields(args))
+
+
+def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    schedule = queue.add_schedule(args.name, args.cron, args.tz, **args.given)
     screen.note(*when_lines(schedule, queue.clock()))
     _note_no_worker(queue, screen)
 
@@ -12255,7 +12254,7 @@ COMMANDS = (    # in the order of the help
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
            "enqueue -- convert 'my photo.png' out.jpg\n"
            "enqueue - --once '{}' -0 -- gzip -k {}",
-        also="add, submit, push, put, new, create, run, exec"),
+        also="add, submit, push, put, new, create, run, exec", read=given_jobs),
     _entry(
         "worker start", cmd_worker_start, "run jobs, in the foreground", CREATES,
         *_WORKER_FLAGS, *_grouped(
@@ -12346,7 +12345,7 @@ COMMANDS = (    # in the order of the help
         *_field_flags("s"),
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
            "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'",
-        also="cron, crontab, schedule create, schedule new"),
+        also="cron, crontab, schedule create, schedule new", read=_scheduled),
     _entry("schedule list", cmd_schedule_list, "show the schedules", READS, _JSON,
            eg="schedule list --json", also="schedules, schedule ls"),
     _entry("schedule show", cmd_schedule_show, "show one schedule in full", READS,
