@@ -10851,16 +10851,13 @@ MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
 
 
 def is_drawable(stream: TextIO) -> bool:
-    """Return True for a terminal that can be drawn on; a dumb one, as an editor's,
-    shows the codes as text.
-    """
+    """Return True for a terminal, unless it is a dumb one, as an editor's."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def window() -> os.terminal_size:
-    """The size of the terminal that stdout is, else 80 by 24; COLUMNS and LINES first.
-
-    As shutil does, which takes 4 ms to load; argparse asks for each argument.
+    """The size of the terminal that stdout is, else 80 by 24; COLUMNS and LINES first,
+    as in shutil, which takes 4 ms to load.
     """
     try:
         found = os.get_terminal_size(1)
@@ -10982,11 +10979,10 @@ class Screen:
         self._try(sys.stdout.flush)
 
     def finish(self) -> None:
-        """Flush, and raise the first failure. A reader that has gone is none, and the
-        hint does not lead to the same command again: changes have been made.
-        """
+        """Flush, and raise the first failure, unless it is a reader that has gone."""
         self.flush()
         if self._failure and not isinstance(self._failure, BrokenPipeError):
+            # No hint to repeat the command: changes have been made.
             raise Unavailable("unwritable",
                               f"the result could not be written ({self._failure})",
                               "`queuectl status` shows what was done") from None
@@ -11033,8 +11029,8 @@ class Screen:
             self._write("", text)
 
     def _write(self, text: str, drawn: str = "") -> None:
-        """Write to stderr in one piece: remove the line drawn last (to its first
-        column, then clear it: ECMA-48, EL), print, draw. A failure stops nothing.
+        """Replace the line drawn last by a text and another line, in one piece: to its
+        first column, then clear it (ECMA-48, EL). A failure stops nothing.
         """
         erase = "\r\033[K" if self._drawn else ""
         self._drawn = drawn
@@ -11044,20 +11040,16 @@ class Screen:
 
     @staticmethod
     def style() -> Style:
-        """Colours and width of stdout; width 0, for a file or a pipe, cuts nothing.
-
-        An empty NO_COLOR counts as unset (no-color.org).
-        """
+        """Colours (no-color.org) and width of stdout; 0, for a file, cuts nothing."""
         return Style(is_drawable(sys.stdout) and not os.environ.get("NO_COLOR"),
                      window().columns if sys.stdout.isatty() else 0, time.time())
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
     """Print a refusal on one line, and return its exit status."""
-    line = f"queuectl: error: {one_line(str(error))}"
-    if as_json:
-        line = dumps({"error": {"code": error.code, "message": error.message,
-                                "hint": error.hint}}, None)
+    line = dumps({"error": {"code": error.code, "message": error.message,
+                            "hint": error.hint}}, None) if as_json \
+        else f"queuectl: error: {one_line(str(error))}"
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
     return error.exit_status
@@ -11065,8 +11057,8 @@ def print_error(error: QueueError, as_json: bool) -> int:
 
 def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a job that flags have set."""
-    given = {name: getattr(args, name) for name, field in FIELDS.items()
-             if "e" in field.uses and getattr(args, name, None) is not None}
+    given = {name: value for name, value in vars(args).items()
+             if name in FIELDS and "e" in FIELDS[name].uses and value is not None}
     for pair in given.get("env", ()):
         if "=" not in pair:
             raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
@@ -11123,7 +11115,7 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
         if word == b"--":
             break
         is_short = word[:2] != b"--"
-        has_script = has_script or (word[:1] == b"-" and is_short and b"c" in word)
+        has_script |= word[:1] == b"-" and is_short and b"c" in word
         # `-o pipefail`, also as `-eo pipefail`, and `--rcfile F` take a word.
         place += word.endswith(b"o") if is_short \
             else word in (b"--rcfile", b"--init-file")
@@ -11142,13 +11134,11 @@ def lines_of(args: argparse.Namespace) -> Lines:
         raise Usage(*NO_COMMAND)
     if args.command is not None:
         raise Usage("two commands are given", "give --command or -- PROG ARG...")
-    is_appended = not any(b"{}" in word for word in words)
-    for shell in range(len(words)):
-        script = _script_at(words, shell)
-        if script is not None and (b"{}" in b"".join(words[script:script + 1])
-                                   or (is_appended and script == len(words))):
-            raise Usage("an item within the script of a shell would be run as code",
-                        "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
+    scripts = {_script_at(words, shell) for shell in range(len(words))}
+    marked = {place for place, word in enumerate(words) if b"{}" in word}
+    if scripts & (marked or {len(words)}):      # without {} it is appended
+        raise Usage("an item within the script of a shell would be run as code",
+                    "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
     return Lines(args.null, words, flag_fields(args))
 
 
@@ -11203,8 +11193,8 @@ def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
     """The lines of a stream as they come, those of STREAM_PAUSE seconds together: a
     slow stream is added line by line, a fast one with one fsync for many.
 
-    By os.read: a buffered file would read ahead of select(). Of a line too long for any
-    job only the beginning is kept. An interrupt is raised after what has been read.
+    Of a line too long for any job only the beginning is kept. An interrupt is raised
+    after what has been read.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -11212,7 +11202,7 @@ def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
             left = due - time.monotonic()
             if not lines or (len(lines) < STREAM_BATCH and left > 0 and fcntl
                              and select.select([fd], [], [], left)[0]):
-                piece = os.read(fd, READ_SIZE)
+                piece = os.read(fd, READ_SIZE)  # a file would read ahead of select()
                 *whole, rest = (rest + piece).split(end)
                 rest = rest[:MAX_LINE]
                 due = due if lines or not whole else time.monotonic() + STREAM_PAUSE
@@ -11405,7 +11395,7 @@ def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job
             screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
         with at_place(place):
             specs.append(new_job(fields, now))
-            ignored.update(ignored_keys(fields))
+        ignored.update(ignored_keys(fields))
     if ignored:
         screen.note(ignored_warning(ignored))
     try:
@@ -11457,8 +11447,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     options = WorkerOptions(
         args.count, args.name, tuple(args.queue), args.timeout,
         args.backoff_base, args.drain, args.max_jobs, args.grace)
-    # Looking through all that is loaded for garbage again and again was an eighth of a
-    # worker's time. What a job leaves is freed without that.
+    # Collecting garbage among all that is loaded took an eighth of a worker's time.
     gc.freeze()
     gc.set_threshold(100_000)
     with opened(args, screen) as queue, contextlib.ExitStack() as stack:
@@ -11514,10 +11503,7 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print the status; with --watch again whenever something has changed.
-
-    One line of the window stays free: a picture that scrolls could not be drawn over.
-    """
+    """Print the status; with --watch again whenever something has changed."""
     in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
     above = 0
     while True:
@@ -11525,9 +11511,10 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         lines = status_lines(status, screen.style()) if not args.json else [
             dumps(status_object(status), 2 if args.watch is None else None)]
         if in_place:
-            lines = lines[:max(1, window().lines - 1)]
+            # One line stays free: a picture that scrolls could not be drawn over.
             # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap:
             # a line that wrapped would be two, and the next picture begin too low.
+            lines = lines[:max(1, window().lines - 1)]
             place = f"\033[{above}A\033[J" if above else ""
             screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
         else:
@@ -11569,11 +11556,11 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     filters, style, states = _filters(args), screen.style(), tuple(args.state or ())
     if args.json:   # by the page, or all in memory, if they are to be sorted
         limit, is_sorted = args.limit or 0, len(states) > 1 or args.sort != "newest"
-        found: Iterable[Job] = queue.jobs(states, args.sort, limit, **filters) \
-            if is_sorted else queue.pages(limit, state=states, **filters)
         _print_array(({**job_object(job), **(
             {"output": _output_of(queue, job).decode("utf-8", "replace")}
-            if args.show_output else {})} for job in found), screen)
+            if args.show_output else {})} for job in (
+                queue.jobs(states, args.sort, limit, **filters) if is_sorted
+                else queue.pages(limit, state=states, **filters))), screen)
         return
     is_dlq = args.entry.words[0] == "dlq"
     limit = PEOPLE_LIMIT if args.limit is None else args.limit
@@ -11595,7 +11582,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                 "    " + cut(one_line(job.error), style.width - 4), DIM))
     if not shown:
         screen.note("the dead letter queue is empty" if is_dlq
-                    else "no such jobs" if any((*filters.values(), states))
+                    else "no such jobs" if filters or states
                     else "no jobs; `queuectl enqueue 'echo hi'` adds one")
     elif len(jobs) > len(shown):
         screen.note(f"there are more than {limit}; --limit 0 shows all")
@@ -11616,25 +11603,25 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         screen.raw(output if output.endswith(b"\n") else output + b"\n")
 
 
-def _tail(output: bytes, lines: int | None) -> bytes:
-    """The last lines of it; None: all, 0: nothing."""
-    if lines is None:
-        return output
-    return b"".join(output.splitlines(keepends=True)[-lines:]) if lines else b""
+def _last_lines(output: bytes, n: int | None) -> bytes:
+    """The last lines of it; None: all."""
+    return output if n is None else \
+        b"".join(output.splitlines(keepends=True)[-n:]) * bool(n)
 
 
 class Follower:
     """The output of one job as it comes, through its retries, to its end.
 
-    `number`: only of that run; `lines`: of what is there already only the last ones.
+    `number`: only of that run; `lines`: of what is there already only the last ones;
+    `whole`: by whole lines.
     """
 
     def __init__(self, queue: Queue, job_id: str, number: int | None = None,
-                 lines: int | None = None) -> None:
+                 lines: int | None = None, whole: bool = False) -> None:
         self.job_id, self.is_over = job_id, False
-        self._queue, self._only, self._lines = queue, number, lines
+        self._queue, self._only, self._lines, self._whole = queue, number, lines, whole
         # The current run (None: the last there is), and the bytes of it that were seen.
-        self._number, self._seen, self._is_first = number, 0, True
+        self._number, self._seen = number, 0
         self._begun = b""       # of a line
 
     def step(self) -> tuple[bytes, str]:
@@ -11652,24 +11639,18 @@ class Follower:
             if self.is_over or error.code != "no-such-run":
                 raise
             return b"", ""      # it has not begun
-        fresh = readable(run.output, run.output_bytes, self._seen)
-        if self._is_first:
-            fresh = _tail(readable(run.output, run.output_bytes), self._lines)
-        self._number, self._seen, self._is_first = run.number, run.output_bytes, False
-        if run.outcome is None:
-            return fresh, ""
-        is_last = run.number == self._queue.run(self.job_id).number
-        self.is_over = self._only is not None or (job.state in OVER and is_last)
-        if self.is_over:
-            return fresh, ""
-        self._number, self._seen = run.number + 1, 0    # it may not have begun
-        return fresh, f"-- run {run.number} of {self.job_id}: {run.outcome}"
-
-    def lines(self) -> tuple[bytes, str]:
-        """The same by whole lines: the beginning of one waits for its end."""
-        fresh, note = self.step()
-        fresh = self._begun + fresh
-        end = len(fresh) if self.is_over or note else fresh.rfind(b"\n") + 1
+        fresh = self._begun + _last_lines(
+            readable(run.output, run.output_bytes, self._seen), self._lines)
+        self._number, self._seen, self._lines, note = \
+            run.number, run.output_bytes, None, ""
+        if run.outcome is not None:
+            is_last = run.number == self._queue.run(self.job_id).number
+            self.is_over = self._only is not None or (job.state in OVER and is_last)
+            if not self.is_over:    # the next run may not have begun
+                note = f"-- run {run.number} of {self.job_id}: {run.outcome}"
+                self._number, self._seen = run.number + 1, 0
+        is_part = self._whole and not (self.is_over or note)
+        end = fresh.rfind(b"\n") + 1 if is_part else len(fresh)
         self._begun = fresh[end:]
         return fresh[:end], note
 
@@ -11686,20 +11667,20 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         raise Refused("blocked",
                       f"{caller.id} runs this command, so its output has no end",
                       "follow it from outside of the job")
-    left = [(place, Follower(queue, job_id, args.attempt, args.tail))
-            for place, job_id in enumerate(ids)]
+    left = [Follower(queue, job_id, args.attempt, args.tail, len(ids) > 1)
+            for job_id in ids]
     while left:
         screen.check_reader()
-        if any(queue.job(one.job_id).state == PROCESSING for _, one in left):
+        if any(queue.job(one.job_id).state == PROCESSING for one in left):
             queue.peek()
-        for place, one in left:
-            fresh, note = one.lines() if len(ids) > 1 else one.step()
+        for one in left:
+            fresh, note = one.step()
             if fresh:
-                screen.raw(_labelled(one.job_id, fresh, place, screen)
-                           if len(ids) > 1 else fresh)
+                screen.raw(fresh if len(ids) == 1 else _labelled(
+                    one.job_id, fresh, ids.index(one.job_id), screen))
             if note:
                 screen.note(note)
-        left = [(place, one) for place, one in left if not one.is_over]
+        left = [one for one in left if not one.is_over]
         time.sleep(0.1 if left else 0)
 
 
@@ -11708,12 +11689,11 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         _follow(args, queue, screen)
         return
     # Read all first: if one is missing nothing is printed.
-    runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
-    if any(run.outcome is None for run in runs):
+    if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
         queue.peek()
-        runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
+    runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
-        output = _tail(readable(run.output, run.output_bytes), args.tail)
+        output = _last_lines(readable(run.output, run.output_bytes), args.tail)
         screen.raw(_labelled(job_id, output, place, screen)
                    if len(args.ids) > 1 else output)
 
@@ -11912,10 +11892,10 @@ def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.resume(*args.queue)
     # A queue has its own pause, and all of them have one together.
     paused = queue.status().paused
-    left = [name for name in paused if name != EVERY_QUEUE]
+    left = ", ".join(name for name in paused if name != EVERY_QUEUE)
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
                  else "the pause of all queues is over")
-                + (f"; still paused: {', '.join(left)}" if left else ""))
+                + (f"; still paused: {left}" if left else ""))
     if EVERY_QUEUE in paused:
         screen.note("all queues are still paused; `queuectl resume` ends that")
 
@@ -12132,18 +12112,14 @@ def _grouped(group: str, *options: Option) -> tuple[Option, ...]:
     return tuple(one._replace(group=group) for one in options)
 
 
-def _flags_of(fields: Iterable[Field]) -> tuple[Option, ...]:
-    """The flags for some fields. A wrong number or time is a usage error; text is
-    checked with the job.
+def _flags_of(fields: Mapping[str, Field], use: str = "") -> tuple[Option, ...]:
+    """The flags for the fields of that use. A wrong number or time is a usage error;
+    text is checked with the job.
     """
     return tuple(
         Option(field.flags or ("--" + field.name.replace("_", "-"),),
                {"dest": field.name, "help": field.help, **field.kind.flag}, field.group)
-        for field in fields)
-
-
-def _field_flags(use: str) -> tuple[Option, ...]:
-    return _flags_of(field for field in FIELDS.values() if use in field.uses)
+        for field in fields.values() if use in field.uses)
 
 
 def _past(text: str, now: float) -> float:
@@ -12163,7 +12139,7 @@ def _past(text: str, now: float) -> float:
 _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _SOME_IDS = option("ID...", "the jobs", dest="ids")
-_STATE_FLAG, *_FILTERS = _flags_of(FILTERS.values())
+_STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
 _YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
 _ALL = option("--all", "all that it applies to")
@@ -12247,7 +12223,7 @@ COMMANDS = (    # in the order of the help
                "appended; {#} is its number"),
         option("--null -0", "items end with NUL, as from find -print0"),
         option("--stream", "add the lines of stdin as they come"),
-        *_field_flags("e"),
+        *_flags_of(FIELDS, "e"),
         option("--wait", "until the job is over; exit with the job's own status",
                "output"),
         option("--quiet -q", "print ids only", "output"), _JSON,
@@ -12302,7 +12278,7 @@ COMMANDS = (    # in the order of the help
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate"),
     _entry("edit", cmd_edit, "change waiting jobs", CHANGES, _SOME_IDS,
-           *_field_flags("u"), _JSON,
+           *_flags_of(FIELDS, "u"), _JSON,
            eg="edit job-1 --priority 9\nedit job-1 --delay 2h --queue night",
            also="update, modify, change, set"),
     _entry("delete", cmd_change, "delete jobs that do not run", CHANGES, *_WHICH,
@@ -12342,7 +12318,7 @@ COMMANDS = (    # in the order of the help
         option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
                dest="job"),
         option("--tz ZONE", "such as Europe/Berlin (default: the local zone)"),
-        *_field_flags("s"),
+        *_flags_of(FIELDS, "s"),
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
            "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'",
         also="cron, crontab, schedule create, schedule new", read=_scheduled),

@@ -5943,6 +5943,13 @@ class CommandLine(Case):
         self.fails(2, *(f"enqueue --stream {source}" for source in (
             "x", "--file f", "--command x", "--wait", "@f")))
 
+    def test_a_usage_error_makes_no_queue(self):
+        self.fails(2, "enqueue", "enqueue -0 x", "enqueue a --env A", "enqueue --",
+                   "enqueue --stream --wait", "enqueue --stream --env A",
+                   "enqueue - -- sh -c {}", "schedule add n @daily",
+                   "schedule add n @daily x --env A", "worker start -c 0")
+        self.assertFalse(self.exists("queue.db"))
+
     def test_a_unit_file_is_of_this_program_and_queue_and_makes_none(self):
         code, out, _ = self.cli("systemd -c 2 --queue a --queue b --grace 1m30s "
                                 "--backoff-base 500ms")
