@@ -11291,9 +11291,8 @@ class Stream:
 
 
 # ---- 22 Commands -------------------------------------------------------------
-# One small function per command, and the table of all. A command calls the queue,
-# prints one view and returns its exit status (None: EX_OK); it refuses by raising.
-# `args.words` holds the words after `--`.
+# A function per command, and the table of all. A command returns its exit status (None:
+# EX_OK), and refuses by raising. `args.words` holds the words after `--`.
 
 PEOPLE_LIMIT = 50      # jobs that `list` shows a person
 SHOWN_RUNS = 20        # runs that `show` shows a person
@@ -11318,7 +11317,7 @@ def _bar(screen: Screen, queue: Queue | None = None,
         for job_id, found in stuck.items():
             why = "; ".join([", ".join(one.message for one in found),
                              *(one.hint for one in found if one.hint)])
-            if why and why not in said and not any(one.level == NOTE for one in found):
+            if why and why not in said and all(one.level != NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
         if screen.draws:
@@ -11344,18 +11343,18 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     return EX_OK if done else job.exit_code or EX_NO
 
 
-def _say_added(jobs: Sequence[Job], new: int, is_batch: bool, args: argparse.Namespace,
+def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
                screen: Screen) -> None:
-    known = len(jobs) - new
+    known, (is_batch, _) = len(jobs) - new, args.given
     if args.json:
-        screen.out(dumps([job_object(job) for job in jobs] if is_batch
-                         else job_object(jobs[0])))
+        screen.out(dumps([*map(job_object, jobs)] if is_batch else job_object(jobs[0])))
     elif args.quiet or not is_batch:
         screen.out(*(job.id for job in jobs))
+    elif known:
+        screen.out(f"{new} added, {known} already there")
     elif jobs:
-        ids = jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} ... {jobs[-1].id}"
-        screen.out(f"{new} added, {known} already there" if known
-                   else f"{new} added: {ids}")
+        screen.out(f"{new} added: " + " ... ".join(
+            dict.fromkeys([jobs[0].id, jobs[-1].id])))
     else:
         screen.note("no jobs in there; nothing was added")
     if known and not is_batch:
@@ -11409,11 +11408,10 @@ def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job
 def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
-    is_batch, given = args.given
-    jobs, new = _add(queue, given, screen)
+    jobs, new = _add(queue, args.given[1], screen)
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
-        _say_added(jobs, new, is_batch, args, screen)
+        _say_added(jobs, new, args, screen)
     stuck = queue.stuck_among(jobs) if any(job.waits == BLOCKED for job in jobs) else ()
     if stuck:
         more = f" and {len(stuck) - 1} more wait" if len(stuck) > 1 else " waits"
@@ -11422,7 +11420,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if jobs and args.wait:
         status = _await(queue, screen, [job.id for job in jobs], None)
         if args.json:
-            _say_added([queue.job(job.id) for job in jobs], new, is_batch, args, screen)
+            _say_added([queue.job(job.id) for job in jobs], new, args, screen)
         return status
     if jobs:
         _note_no_worker(queue, screen)
@@ -11869,11 +11867,10 @@ def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         raise Usage("nothing to change", "give a flag, as --priority 5")
     jobs = queue.edit(*args.ids, **fields)
     if args.json:
-        screen.out(dumps([job_object(job) for job in jobs]))
-    changed = ", ".join(
+        screen.out(dumps([*map(job_object, jobs)]))
+    screen.note(", ".join(job.id for job in jobs) + ": " + ", ".join(
         f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
-        else f"{key.replace('_', '-')} {value}" for key, value in fields.items())
-    screen.note(f"{', '.join(job.id for job in jobs)}: {changed}")
+        else f"{key.replace('_', '-')} {value}" for key, value in fields.items()))
 
 
 def _named_queues(queues: Sequence[str]) -> str:
@@ -12022,8 +12019,8 @@ def cmd_backup(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    # The address is looked up before the site is made: whether strangers reach it
-    # decides whether a token may be left out.
+    # The address comes before the site: whether strangers reach it decides whether a
+    # token may be left out.
     family, address = resolved(args.host, args.port)
     site = site_of(args, address[0], os.environ, [queue.host.name])
     service = Service(site, queue.path, screen.log)
@@ -12036,8 +12033,6 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         screen.out(printed_url(site, args.host, listener.server_address[1]))
         screen.flush()
     serve(listener, service, _announce)
-
-
 
 
 def cmd_completion(args: argparse.Namespace, _: object, screen: Screen) -> None:
@@ -12187,14 +12182,14 @@ def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
 
 
 # What a command does with the database. Only those that add or set something, or serve,
-# create it: any other would hide a mistyped path behind an empty queue. Those that only
-# read stop once their results cannot be written; all others do what they are to.
+# create it: any other would hide a mistyped path. Those that only read stop once their
+# results cannot be written.
 CREATES, CHANGES, READS, NEITHER = "creates", "changes", "reads", "neither"
 
 
 class Entry(NamedTuple):
-    """One command. Examples have no `queuectl` before them; `also` are other tools'
-    names for it, as hints; `preset` are values of arguments of `run` that it lacks.
+    """One command. `also` are other tools' names for it; `preset` are values of
+    arguments of `run` that it lacks.
     """
     words: tuple[str, ...]
     run: Callable[[argparse.Namespace, Any, Screen], int | None]

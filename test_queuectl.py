@@ -5448,10 +5448,6 @@ class CommandLine(Case):
                        for flag in ("--search", "--queue", "--tag")], 2)
         self.assertEqual(self.state("job-1"), PENDING)
 
-    def test_the_words_of_a_command_keep_their_boundaries(self):
-        self.cli("enqueue --", "sh", "-c", "a && b")
-        self.assertEqual(self.printed("show job-1 --json")["command"], "sh -c 'a && b'")
-
     def test_a_flag_overrides_a_field_in_either_spelling_and_its_other_name(self):
         self.assertEqual(self.printed("enqueue -p 7 --run-at +1h --json", json.dumps(
             {"command": "x", "priority": 1, "delay": 5}))["priority"], 7)
@@ -5519,8 +5515,9 @@ class CommandLine(Case):
         self.assertEqual(len(self.printed("dlq --limit 2 --json")), 2)
         self.assertEqual(len(self.cli("dlq list --limit 1")[1].splitlines()), 3)
 
-    def test_words_after_the_dashes_are_no_flags_of_ours(self):
-        self.a_queue().close()
+    def test_words_after_the_dashes_keep_their_boundaries_and_are_no_flags_of_ours(self):
+        self.cli("enqueue --", "sh", "-c", "a && b")
+        self.assertEqual(self.printed("show job-1 --json")["command"], "sh -c 'a && b'")
         self.fails(1, "schedule add n bad -- mytool --json",
                    "enqueue --queue 'a b' -- mytool --json")
         self.assertIn("error", json.loads(self.cli(
@@ -5836,16 +5833,14 @@ class CommandLine(Case):
         self.tick(outputs={claim: output_of(b"1\n2\n3\n4\n5\n")})
         self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
 
-    def test_to_follow_what_never_ran_ends_in_words(self):
+    def test_without_the_output_of_each_job_none_is_printed(self):
         self.job(id="a")
         self.queue.cancel("a")
         self.says([("logs -f a", "a has not run yet")], 1)
-
-    def test_of_a_job_that_is_not_there_no_output_of_others_is_printed(self):
         self.job()
         self.tick(outputs={self.claim().number: output_of(b"text")})
-        self.assertEqual(self.cli("logs job-1")[1], "text")
-        self.fails(1, "logs job-1 nope")
+        self.assertEqual(self.cli("logs job-2")[1], "text")
+        self.fails(1, "logs job-2 nope", "logs job-2 a")
 
     # Streams.
 
@@ -5938,16 +5933,11 @@ class CommandLine(Case):
         self.assertRegex(str(refused[0]), "2 lines were read and may not have been added, "
                                           "from line 2 on")
 
-    def test_a_stream_takes_no_other_source(self):
-        self.a_queue().close()
-        self.fails(2, *(f"enqueue --stream {source}" for source in (
-            "x", "--file f", "--command x", "--wait", "@f")))
-
     def test_a_usage_error_makes_no_queue(self):
         self.fails(2, "enqueue", "enqueue -0 x", "enqueue a --env A", "enqueue --",
-                   "enqueue --stream --wait", "enqueue --stream --env A",
-                   "enqueue - -- sh -c {}", "schedule add n @daily",
-                   "schedule add n @daily x --env A", "worker start -c 0")
+                   "enqueue - -- sh -c {}", "schedule add n @daily", "worker start -c 0",
+                   "schedule add n @daily x --env A", *(f"enqueue --stream {source}" for source in (
+                       "x", "--file f", "--command x", "--wait", "@f", "--env A")))
         self.assertFalse(self.exists("queue.db"))
 
     def test_a_unit_file_is_of_this_program_and_queue_and_makes_none(self):
