@@ -970,7 +970,6 @@ def debian(line: str, values: list[set[int]], woken: list[tuple[int, list, list]
 
 
 def walk(line: str, start: float, end: float, zone: datetime.tzinfo | None = None) -> list[float]:
-    """The runs in (start, end] by `first_run`."""
     cron, runs = queuectl.parse_cron(line), []
     run = queuectl.first_run(cron, start, zone)
     while run <= end:
@@ -1135,7 +1134,6 @@ class Cron(unittest.TestCase):
             stamp("2024-05-02T11:30"))
 
     def agree(self, dice, zone, start: int, end: int, count: int) -> None:
-        """Compare random lines with the reference: walked, and asked at any moment."""
         woken = ticks(start, end, zone)
         for line, values in (random_cron(dice, days=number % 3 == 0) for number in range(count)):
             with self.subTest(line, zone=zone, start=start):
@@ -1683,7 +1681,6 @@ class Files(Case):
                 self.assertEqual(self.queue.store.row(f"PRAGMA {name}"), (value,))
 
     def put(self, files):
-        """A new path that has these files."""
         self.path = os.path.join(tempfile.mkdtemp(dir=self.dir), "queue.db")
         for suffix, content in files.items():
             write_bytes(self.path + suffix, content)
@@ -1768,8 +1765,6 @@ class Files(Case):
         path, made = self.path, []
 
         class Overtaken(queuectl.SQLite):
-            """Another one is faster, once this one has seen that there is nothing."""
-
             def _nature(self, db):
                 found = super()._nature(db)
                 with Queue(path) as other:
@@ -1782,7 +1777,6 @@ class Files(Case):
         self.assertEqual([store.meta("id")], made)
 
     def a_released_file(self):
-        """A file of the first format, partly processed by a worker that died."""
         with contextlib.closing(sqlite3.connect(self.path)) as db:
             db.executescript(FORMAT_1)
             host = queuectl.Host(self.path)
@@ -1866,8 +1860,6 @@ class Files(Case):
             Queue("queue.db")
         self.assertEqual(self.queue.jobs(), [])
 
-    # Backups.
-
     def test_a_backup_in_use_is_not_replaced(self):
         copy = self.path_of("copy.db")
         self.queue.backup(copy)
@@ -1926,8 +1918,6 @@ class Files(Case):
                 self.queue.backup(path)
         self.assertEqual([name for name in os.listdir(self.dir) if "part" in name], [])
         self.assertEqual(read_bytes(text), b"mine")
-
-    # What a connection does when the file, or SQLite, fails it.
 
     def test_nothing_is_written_to_a_file_that_has_lost_its_name(self):
         for replace in (os.unlink, lambda path: os.rename(self.path_of("other"), path)):
@@ -4237,7 +4227,6 @@ class Workers(Case):
         return self.queue.runs(job_id)[-1]
 
     def beside(self, work):
-        """Do it in another thread, with a queue of its own; joined at the end."""
         def with_queue():
             with Queue(self.path) as queue:
                 work(queue)
@@ -4319,8 +4308,6 @@ class Workers(Case):
                               for run in self.queue.runs(f"job-{n}")}, {"completed", "released"})
         self.assertEqual({job.attempts for job in self.queue.jobs()}, {1})
 
-    # Commands.
-
     def test_a_job_has_the_promised_environment(self):
         self.job("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9",
@@ -4389,8 +4376,6 @@ class Workers(Case):
         self.assertEqual(self.last_run("job-2").exit_code, 126)
         self.assertIn(self.path_of("gone"), self.queue.job("job-2").error)
 
-    # What a worker decides, step by step.
-
     @contextlib.contextmanager
     def in_hand(self, **options):
         """A worker whose steps the test takes, and its supervisor's side of the link."""
@@ -4423,24 +4408,20 @@ class Workers(Case):
         self.runner._step()
 
     def steps(self, until, commits=True):
-        """Go on until the condition holds."""
         wait_for(lambda: self.step(commits, ["look"]) or until(), "the worker")
 
     def steps_in_commit(self, until):
-        """Go on while a commit is under way."""
         self.steps(until, commits=False)
         self.assertIsNotNone(self.runner._commit)
 
     @contextlib.contextmanager
     def running(self, command="sleep 60", **options):
-        """The same, once it runs this job."""
         self.job(command, timeout=options.pop("timeout", None))
         with self.in_hand(**options) as (runner, link):
             self.steps(lambda: runner._commands)
             yield runner, link
 
     def begin_commit(self):
-        """Have a tick written, and its commit held up."""
         self.runner._agenda.want("tick")
         self.steps(lambda: self.runner._commit, commits=False)
 
@@ -4449,11 +4430,9 @@ class Workers(Case):
         return [number for found, number, *_ in link.receive() if found == kind]
 
     def ended(self, link):
-        """Which runs the supervisor was asked to end."""
         return self.kinds(link, queuectl.KILL)
 
     def tell(self, link, *messages):
-        """As the supervisor does."""
         for message in messages:
             link.send(*message)
         link.flush()
@@ -4701,10 +4680,7 @@ class Workers(Case):
             with mock.patch.object(queuectl, name, there), refused("unsupported", "POSIX"):
                 queuectl._refuse_platform()
 
-    # Other workers.
-
     def watching(self, born=None):
-        """Another worker with a process of its own, and that process."""
         process = subprocess.Popen(["sleep", "100"])
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -4782,8 +4758,6 @@ class Workers(Case):
         self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
         other.leave()
         self.assertEqual(self.run_worker(), 0)
-
-    # Signals and orders.
 
     def test_the_second_signal_or_the_end_of_the_grace_requeues_it(self):
         self.queue.configure("kill-grace", "100ms")
@@ -4869,8 +4843,6 @@ def misfit(value, schema, where=""):
 
 
 class Web(Case):
-    """Requests become replies; there is no server here."""
-
     def ask(self, method, target, body=None, site=SITE, **headers):
         body = json.dumps(body).encode() if isinstance(body, (dict, list)) else body or b""
         given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}",
@@ -4891,7 +4863,6 @@ class Web(Case):
         return self.ask(*request, **headers).status
 
     def told(self, method, target, body=None, status=200, **headers):
-        """The JSON of a reply, whose status must be that."""
         reply = self.ask(method, target, body, **headers)
         self.assertEqual(reply.status, status, reply.body)
         return json.loads(reply.body)
@@ -8205,7 +8176,6 @@ class Shells(Processes):
         write_bytes(self.path_of(name), self.cli("completion", shell)[1].encode())
 
     def at_prompt(self, *argv):
-        """A terminal of a shell whose completion script is there."""
         self.write_script(argv[0], f"completion.{argv[0]}")
         return self.on_terminal(argv, (24, 200), self.environ)
 
@@ -8253,8 +8223,6 @@ class Shells(Processes):
 
 
 class Services(Processes):
-    """A worker under a service manager."""
-
     def a_service(self, *argv, **environ):
         address = self.path_of("manager")
         manager = Manager(self, address)
@@ -8319,13 +8287,11 @@ class Names(Processes):
         os.chdir(self.dir)
 
     def cli(self, *argv, stdin=b""):
-        """In this process, with that stdin."""
         with io.TextIOWrapper(io.BytesIO(stdin), "utf-8", "surrogateescape") as text, \
                 mock.patch("sys.stdin", text):
             return super().cli(*argv)
 
     def add(self, data, *argv, status=0):
-        """What a batch of that stdin prints."""
         code, out, err = self.cli("enqueue", *argv, stdin=data)
         self.assertEqual(code, status, err)
         return err if status else out
@@ -8334,12 +8300,9 @@ class Names(Processes):
         return [job.command for job in self.queue.jobs(sort="oldest")]
 
     def outputs(self):
-        """What each job's command prints, oldest first."""
         return [subprocess.run(["/bin/sh", "-c", job.command], cwd=self.dir, check=True, env={
             **os.environ, **job.env}, stdout=subprocess.PIPE).stdout
             for job in self.queue.jobs(sort="oldest")]
-
-    # Templates.
 
     def test_any_name_is_one_argument_whatever_bytes_it_has(self):
         items = b"\0".join(self.HOSTILE) + b"\0"
@@ -8462,8 +8425,6 @@ class Names(Processes):
         self.assertEqual(self.commands(), ["echo a\necho b", "c", "d"])
         self.assertIn("item 2: ", self.add(b"a\0\0{x}\0", "-0", "-", status=1))
 
-    # Streams.
-
     def test_a_template_takes_items_as_they_come(self):
         for argv, end in (((), b"\n"), (("-0",), b"\0")):
             with self.subTest(argv):
@@ -8495,8 +8456,6 @@ class Names(Processes):
         fixed = bad[0].replace(b', "id": "taken"', b"")
         self.assertEqual(self.call("enqueue", "--stream", input=fixed)[0], 0)
         self.assertEqual(self.commands()[3:], ["a", "b", "c", "d"])
-
-    # Text that is not UTF-8, and text that is too long.
 
     def test_an_argument_may_have_any_bytes(self):
         write_bytes(os.path.join(os.fsencode(self.dir), b"caf\xe9"), b"drink")
@@ -8545,10 +8504,7 @@ class Names(Processes):
         self.assertEqual([int(self.runs(job)[0].output) for job in ("fits", "env")],
                          [3, len(value)])
 
-    # Installing.
-
     def installed(self, to, *argv, **options):
-        """What the installed program prints."""
         return self.done([os.path.join(to, "bin", "queuectl"), *argv], **options)
 
     def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
@@ -9402,7 +9358,6 @@ class ModelWorker:
         self.ended[claim.number] = self.q.Outcome(kind)
 
     def start(self):
-        """Start what was claimed first, unless it was to be ended before it began."""
         if self.waiting and len(self.running) < 2:
             claim = self.waiting.pop(0)
             if not claim.slot:
@@ -9413,7 +9368,6 @@ class ModelWorker:
                 self.running[claim.number] = self.world.start(claim)
 
     def reap(self):
-        """Hand over the outcome of what has exited."""
         for claim, process in list(self.running.items()):
             if process.fate is not None:
                 del self.running[claim]
@@ -9484,10 +9438,7 @@ class World:
         with self.queue.store.transaction() as store:
             store.do("INSERT INTO queues VALUES ('one', 0, 1)", {})
 
-    # The kernel.
-
     def enter(self, worker):
-        """Give the worker a process id of its own."""
         pid = 1000 + worker.id
         with self.queue.store.transaction() as store:
             store.do("UPDATE workers SET pid = :pid WHERE id = :id", {"pid": pid, "id": worker.id})
@@ -9546,8 +9497,6 @@ class World:
     def note(self, what, job, claim):
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
 
-    # What the rules say of the moment itself.
-
     def check_claim(self, claimed):
         if claimed.job.run_at > self.q.iso(self.peaks[claimed.job.id]):
             self.broken.append(f"punctual: {claimed.job.id} before {claimed.job.run_at}")
@@ -9555,7 +9504,6 @@ class World:
             self.broken.append(f"ordered: {claimed.job.id} before {claimed.job.after}")
 
     def start(self, claim):
-        """The command of a run, as far as the kernel knows it."""
         job, alive = claim.job, self.running()
         if any(process.job.id == job.id for process in alive):
             self.note("overlap", job, claim.number)
@@ -9578,8 +9526,6 @@ class World:
             self.broken.append(f"excused: run {run.claim} of a worker that is "
                                f"{worker.state}")
 
-    # Steps.
-
     def run(self, steps):
         """Take so many steps, then come to an end in peace; the violations."""
         for name in self.chance.choices([*self.STEPS], [*self.STEPS.values()], k=steps):
@@ -9598,7 +9544,6 @@ class World:
             self.queue.path, self.told, self.ledger, is_exact=True).violations()
 
     def staff(self):
-        """Have two workers that live or are frozen."""
         while sum(worker.state != "dead" for worker in self.workers.values()) < 2:
             ModelWorker(self, f"worker{len(self.workers)}")
 
@@ -9680,8 +9625,6 @@ class World:
             if worker.state == "frozen":
                 worker.state = "alive"
 
-    # Clients.
-
     def tell(self, verb, ids, action):
         try:
             jobs = action()
@@ -9738,14 +9681,12 @@ class World:
 #     call NAME    that of a call of it,
 #     if NAME      that of the test that uses it.
 MUTANTS = (
-    # SQL, Rules.
     ("numbered", "a claim's number is used again", (
         "COUNTERS", "SELECT jobs, runs,",
         "SELECT jobs, (SELECT COALESCE(MAX(claim), 0) FROM runs),")),
     ("excused", "time in which nobody looked counts for the lease", (
         "Heartbeats.look", "if gap", "step < math.inf")),
     ("charged", "a crash is charged as an attempt", ("settle", "if LOST", "False")),
-    # Ledger.
     ("truthful", "a run that a rescuer ended counts as failed", (
         "Ledger.record", "call judged", "outcome")),
     ("caused", "a change of state without its event", (
@@ -9756,11 +9697,9 @@ MUTANTS = (
         "waits_of", "if unmet", "False")),
     ("stuck", "jobs stay blocked when what they wait for is completed", (
         "Ledger.move", "_unblock", "")),
-    # Queue.
     ("acknowledged", "a cancelled job is not moved", (
         "Queue._cancel", "call move",
         "[job._replace(state=CANCELLED) for job in jobs if job.state != PROCESSING]")),
-    # Claims.
     ("caused", "no fence: a late worker ends a later claim",
         ("MOVE", "AND COALESCE(claim, 0) = :held", ""), ("SQLite.write", "Stale", ""),
         ("Claims._write", "if mine", "True"),
@@ -9774,7 +9713,6 @@ MUTANTS = (
         "Claims._lock_number", "call hold", "-1")),
     ("alone", "a queue's limit ignores what this tick has claimed", (
         "Claims._room", "call running.get", "0")),
-    # Peers.
     ("excused", "a worker is lost after its first missing heartbeat", (
         "Peers.lost", "call lease_of", "1e-9")),
     ("truthful", "what has not begun is charged as a crash", (
@@ -10892,12 +10830,10 @@ def limit_files(size):
 
 
 def contents(directory):
-    """Every file of a directory and its bytes."""
     return {one.name: read_bytes(one.path) for one in os.scandir(directory) if one.is_file()}
 
 
 def changed(before, after):
-    """The names of files that differ between two `contents`, or are in one only."""
     return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
 
 
@@ -10958,8 +10894,6 @@ ADD_COLUMN = "ALTER TABLE jobs ADD COLUMN extra TEXT"
 
 
 class Ground(Processes):
-    """A place for the queue, and what is checked there."""
-
     def mount(self, *words, place):
         os.mkdir(place)
         if not shutil.which("mount") or self.done(["mount", *words, place])[0]:
@@ -10967,7 +10901,6 @@ class Ground(Processes):
         self.addCleanup(subprocess.run, ["umount", "-l", place], check=False)
 
     def small_disk(self, size):
-        """The database is to be on a disk of so many bytes."""
         place = self.path_of("disk")
         self.mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", place=place)
         self.path = os.path.join(place, "queue.db")
@@ -10996,8 +10929,6 @@ class Ground(Processes):
 
 
 class BadGround(Ground):
-    # No room.
-
     def test_on_a_full_disk_only_acknowledged_jobs_are_there(self):
         place = self.small_disk("1m")
         fill_disk(place)
@@ -11083,8 +11014,6 @@ class BadGround(Ground):
     def test_a_write_lock_held_for_long_costs_time_and_nothing_else(self):
         """(I9)"""
         self.assertEqual(lock_round(self.dir, LOCK_HELD), [])
-
-    # No permission, and read-only media.
 
     READS = (["list", "--json"], ["logs", "job-1"], ["status"], ["show", "job-1"], ["check"],
              ["worker", "list"], ["stats"], ["events"], ["config", "list"], ["dlq"],
@@ -11200,8 +11129,6 @@ class BadGround(Ground):
             self.assertEqual(len(reader.jobs()), 5)
         self.assertEqual(os.listdir(glass), os.listdir(self.path_of("disk")))
 
-    # The file goes away.
-
     def test_a_worker_whose_database_goes_away_ends_its_jobs_and_fails(self):
         other = self.path_of("other.db")
         self.path, here = other, self.path
@@ -11234,10 +11161,7 @@ class BadGround(Ground):
         self.assertEqual(self.job("late").state, PENDING)
         self.assert_sound()
 
-    # The file is another program's, newer or damaged.
-
     def assert_left(self, code, *words):
-        """Each command refuses the file, and leaves the directory as it is."""
         before = contents(self.dir)
         for command in ("status", "list", "enqueue true", "worker start --drain",
                         "config set timeout 1s"):
@@ -11302,8 +11226,6 @@ class BadGround(Ground):
         self.assertEqual((code, out), (1, ""), err)
         self.assertIn("is damaged; restore a backup", err)
         self.assertNotIn("Traceback", err)
-
-    # Older formats.
 
     def upgrader(self, script):
         """A process that will upgrade once it is told to begin."""
@@ -11435,8 +11357,6 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
         if self.exists("children"):
             kill(*map(int, self.read("children").split()))
 
-    # Workers that cannot be reached.
-
     def a_foreign_worker(self, last_heartbeat="1 hour", **options):
         """The row of a worker in a container that was replaced; the jobs it ran."""
         with Queue(self.path) as queue:
@@ -11530,8 +11450,6 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                 self.assertEqual("no-worker" in [one["code"] for one in found["findings"]],
                                  not is_there)      # the job is due
                 self.assertTrue(found["sound"])
-
-    # Notifications.
 
     def a_worker_without_heartbeats(self, *argv):
         """One whose next heartbeat does not come during the test; its port."""
