@@ -1856,12 +1856,12 @@ def jobs_in(content: bytes, lines: Lines | None = None) -> Iterator[Given]:
 
 
 # ---- 6 SQL -------------------------------------------------------------------
-# Every statement; SQLite runs them. No value is ever formatted into a text: what is put
-# together are constants of this file. Frequent statements use an index and sort nothing
-# (tests check it): with a million jobs a claim takes 7 us, by a wrong index 170 ms.
+# Every statement. Only constants of this file are formatted into one, never a value.
+# Frequent statements use an index and sort nothing (tests check it): with a million
+# jobs a claim takes 7 us, by a wrong index 170 ms.
 
 def _list(words: Iterable[str]) -> str:
-    """Our own words as literals of SQL: CHECKs and indexes take no parameters."""
+    """Constants as SQL literals: CHECKs and indexes take no parameters."""
     return ", ".join(f"'{word}'" for word in words)
 
 
@@ -1872,7 +1872,7 @@ def _insert(table: str, *keys: str) -> str:
 
 
 def _upsert(table: str, key: str, value: str) -> str:
-    """The same, or the change of one column of the row that has that key."""
+    """A statement that inserts a row, or sets `value` in the row of that key."""
     return (f"{_insert(table, key, value)} "
             f"ON CONFLICT ({key}) DO UPDATE SET {value} = excluded.{value}")
 
@@ -1882,9 +1882,8 @@ def _set(keys: str) -> str:
     return "SET " + ", ".join(f"{key} = :{key}" for key in keys.split())
 
 
-# The orders of lists. Each ends with seq, so that it is total and a page can continue.
-# Of one finished state, newest, oldest, finished, ended and state go by an index; the
-# others sort what fits.
+# The orders of lists. Each ends with seq, so it is total and a page can continue. For
+# one finished state, newest, oldest, finished, ended and state use an index.
 ORDERS = {
     "newest":   "seq DESC",
     "oldest":   "seq",
@@ -1899,11 +1898,11 @@ END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text` as it stands."""
+    """A LIKE pattern for text that contains `text`."""
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
-# Stored output, up to 16 MiB a run, is read only where it is shown.
+# Output may be 16 MiB a run, so it is read only where it is shown.
 RUN_WITHOUT_OUTPUT = ", ".join(
     "x'' AS output" if field == "output" else f"runs.{field}" for field in Run._fields)
 
@@ -1911,23 +1910,24 @@ RUN_WITHOUT_OUTPUT = ", ".join(
 class Sql:
     """Every statement the program runs. Tests prepare each one.
 
-    Partial indexes serve only the very literals they were made with, so these stand in
-    the statements, too: with a parameter instead SQLite silently scans the table.
+    A partial index serves only statements with the same literals; with a parameter in
+    their place SQLite scans the table.
     """
 
-    # `counters` has one row, with the last numbers given to rows. None is used again,
-    #   even after its row is deleted: one of `runs` is the fence (I3, I4).
-    #   AUTOINCREMENT would write at each INSERT.
-    # No foreign keys: DELETE_JOB deletes what belongs to a job; RULES finds leftovers.
-    # `waits` and `rank` follow from other columns, for the indexes: these hold just
-    #   what can be claimed, in order. With scheduled jobs in the same index, 100,000
-    #   jobs for tomorrow cost each claim 13 ms.
-    # `counts`, `runs`, `unmet` are kept as things change: to count a million jobs by
-    #   state takes 100 ms even by an index.
-    # `unblocking`: completed jobs with very many dependents; those above `after` still
-    #   count the job as unmet, until one of the next ticks.
-    # A change of state writes an entry in each index that holds the job, so most are
-    #   partial. jobs_delayed is for a clock that was set back.
+    # `counters` has one row: the last number used in each table. No number is used
+    #   again, even after its row is deleted (I4). AUTOINCREMENT would write at each
+    #   INSERT.
+    # There are no foreign keys: DELETE_JOB deletes the rows of a job; RULES finds
+    #   others.
+    # `waits` and `rank` follow from other columns. They are for the indexes, which hold
+    #   ready jobs in order: with scheduled jobs in the same index, 100,000 jobs for
+    #   tomorrow cost each claim 13 ms.
+    # `counts`, `runs`, `unmet` are counters: to count a million jobs by state takes
+    #   100 ms even by an index.
+    # `unblocking`: completed jobs with very many dependents. Those above `after` still
+    #   count the job as unmet; later ticks lower that.
+    # A change of state writes to each index of the job, so most indexes are partial.
+    #   jobs_delayed is for a clock that was set back.
     SCHEMA = f"""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2031,7 +2031,7 @@ class Sql:
             PRIMARY KEY (minute, queue, kind, bucket)
         ) WITHOUT ROWID;"""
 
-    # Facts of the database itself, from its making: `id` and `created_at`.
+    # Written when the database is created: `id` and `created_at`.
     INSERT_META = _insert("meta", "key", "value")
     META = "SELECT value FROM meta WHERE key = :key"
     STORED_SETTINGS = "SELECT key, value FROM settings"     # the rest have defaults
@@ -2047,7 +2047,7 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With all the words of jobs_by_unique: others may use the key of a finished job.
+    # With the condition of jobs_by_unique: finished jobs do not reserve their key.
     JOB_BY_UNIQUE = """
         SELECT * FROM jobs
          WHERE "unique" = :unique
@@ -2068,11 +2068,11 @@ class Sql:
     @classmethod
     def listing(cls, states: Sequence[str], order: str,
                 values: Mapping[str, Any]) -> str:
-        """The jobs of these states, of any if none is named, that fit the values.
+        """The jobs of these states, of any if none is named, that match the values.
 
-        Each filter that has a value is a clause: no index serves `:tag IS NULL OR ...`.
-        Each state is a read of its own by its index: for `state IN` SQLite would sort
-        all that fit. There are few combinations, and each stays prepared.
+        Each filter with a value is a clause: no index serves `:tag IS NULL OR ...`.
+        Each state is a SELECT of its own, by its index: for `state IN` SQLite sorts all
+        rows.
         """
         reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
                  "LIMIT :limit" for some in [[state] for state in states] or [[]]]
@@ -2084,13 +2084,13 @@ class Sql:
 
     @classmethod
     def counting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
-        """As `listing`, for the number of jobs that fit."""
+        """As `listing`, for the number of matching jobs."""
         return f"SELECT COUNT(*) {cls._fitting(states, 'seq', values)}"
 
     @classmethod
     def _fitting(cls, states: Sequence[str], order: str,
                  values: Mapping[str, Any]) -> str:
-        # With +seq SQLite takes the index of the state instead of the row numbers.
+        # With +seq SQLite uses the index of the state, not the row number.
         clauses = [f"FROM jobs WHERE {'' if order.startswith('seq') else '+'}"
                    "seq < :before"]
         if states:
@@ -2100,8 +2100,8 @@ class Sql:
         return " AND ".join(clauses + [cls.FILTERS[key] for key in values
                                        if key in cls.FILTERS])
 
-    # From one rank to the next by the index, a thousand at most: with ageing nearly
-    # each job has a rank of its own.
+    # From one rank to the next by the index, a thousand at most: with ageing almost
+    # every job has its own rank.
     OLDEST_READY = """
         WITH RECURSIVE ranks (rank, n) AS (
             SELECT MIN(rank), 1 FROM jobs
@@ -2116,7 +2116,7 @@ class Sql:
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
           FROM ranks"""
-    # Due but still scheduled: mostly none, many if no worker has run for long.
+    # Due but still scheduled: many only if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
           FROM (SELECT queue, run_at
@@ -2132,13 +2132,12 @@ class Sql:
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                  LIMIT :most) AS due"""
     NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
-    # Until when a worker may sleep.
     DUE_AT = """
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times"""
-    # What an idle worker asks at each wake-up: is a job ready; is anything due?
+    # For an idle worker at each wake-up: is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
                EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
@@ -2146,7 +2145,7 @@ class Sql:
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
-    # What is due becomes ready (I7), some at a time, for the write lock is held.
+    # Due jobs become ready (I7), some at a time, as the write lock is held.
     MAKE_READY = """
         UPDATE jobs
            SET waits = 'ready'
@@ -2163,15 +2162,15 @@ class Sql:
         SELECT * FROM jobs
          WHERE waits = 'ready'
          ORDER BY rank, run_at, seq LIMIT :limit"""
-    # For one queue, where those at the head of LINE may not be taken.
+    # For one queue, if the first jobs of LINE cannot be claimed.
     QUEUE_LINE = LINE.replace("'ready'", "'ready' AND queue = :queue")
     BEFORE = """
         SELECT COUNT(*) FROM jobs
          WHERE waits = 'ready' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)"""
 
-    # The one statement that changes a state. The claim's number, 0 for none, is the
-    # fence: state alone would let a late worker end a later claim (I1, I3).
+    # The only statement that changes a state. The claim (0: none) is the fencing token:
+    # with the state alone, a late worker could end a later claim (I1, I3).
     MOVE = "UPDATE jobs " + _set(
         "state attempts crashes updated_at run_at worker started_at finished_at "
         "exit_code error waits rank claim end_requested runs at_time") + """
@@ -2180,22 +2179,22 @@ class Sql:
     EDIT = "UPDATE jobs " + _set(" ".join(
         name for name in Job._fields if name in FIELDS and "u" in FIELDS[name].uses)
         + " waits rank updated_at at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
-    # All that wait, in pages, when `priority-ageing` is changed.
+    # All waiting jobs, in pages, to rank them again.
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
          WHERE waits IS NOT NULL AND seq > :after
          ORDER BY seq LIMIT :limit"""
     SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
-    # By claim: it must not hit a later run, whose end nobody has requested.
+    # By claim, so that a later run of the job is not ended.
     REQUEST_END = """
         UPDATE jobs SET end_requested = :end_requested
          WHERE seq = :seq AND claim = :claim"""
-    # Before the first signal to a lost run: if its worker thaws and records the end,
-    # that counts as a crash (`judged`). A cancel stays.
+    # Before the first signal to a lost run: if its worker resumes and records the end,
+    # that counts as a crash (`judged`). A requested cancel stays.
     SEIZE = """
         UPDATE jobs SET end_requested = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL AND end_requested IS NULL"""
-    # What this worker holds. A claim that is missing was taken from it (I3).
+    # The claims of a worker; one that is missing was taken from it (I3).
     MINE = """
         SELECT claim, end_requested, unmet FROM jobs
          WHERE claim IS NOT NULL AND worker = :worker"""
@@ -2215,15 +2214,14 @@ class Sql:
            AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq LIMIT :limit"""
 
-    # Dependencies: a row while the needed job exists. Only a completed job can be
-    # deleted while others wait for it, so a missing row is met.
+    # Dependencies. Only a completed job can be deleted while others wait for it, so a
+    # missing row is met.
     INSERT_NEED = _insert("dependencies", "needs", "job")
     DEPENDENTS = """
         SELECT needs, job FROM dependencies
          WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
            AND job > :after
          ORDER BY needs, job LIMIT :limit"""
-    # `waits` is no state, so no event is written.
     MEET = """
         UPDATE jobs
            SET unmet = unmet - 1,
@@ -2249,8 +2247,8 @@ class Sql:
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs = :needs AND jobs.waits IS NOT NULL
          LIMIT 1"""
-    # Blocked for good: jobs that come after a dead or cancelled one, or after :caller
-    # (the job that runs this command), and what comes after these.
+    # Blocked forever: jobs after a dead or cancelled one, or after :caller (the job
+    # that runs this command), and the jobs after these.
     _STUCK = """
         WITH RECURSIVE stuck (seq) AS (
             SELECT jobs.seq FROM jobs
@@ -2282,7 +2280,7 @@ class Sql:
          WHERE dependencies.job = :job"""
 
     INSERT_TAG = _insert("tags", "tag", "job")
-    # The job last, so that a reader never finds a job without its history.
+    # The job last, so that no reader finds a job without its history.
     DELETE_JOB = tuple(f"DELETE FROM {place} = :seq" for place in (
         "runs WHERE job", "events WHERE job", "tags WHERE job",
         "dependencies WHERE job", "dependencies WHERE needs", "unblocking WHERE needs",
@@ -2293,8 +2291,8 @@ class Sql:
     INSERT_RUN = _insert("runs", *Run._fields[:7])
     _OPEN = "WHERE claim = :claim AND outcome IS NULL"
     BEGIN_RUN = f"UPDATE runs {_set('slot started_at')} {_OPEN}"
-    # Less output than is stored does not replace it: who records a lost run has none,
-    # and what its worker had saved by SAVE_OUTPUT stays.
+    # Stored output is not replaced by less: whoever records a lost run has none, and
+    # keeps what its worker stored by SAVE_OUTPUT.
     END_RUN = "UPDATE runs " + _set(
         "slot started_at finished_at duration outcome exit_code error") + f""",
                output = CASE WHEN output_bytes > :output_bytes THEN output
@@ -2318,7 +2316,7 @@ class Sql:
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = _upsert("queues", "name", "paused")
     SET_LIMIT = _upsert("queues", "name", "job_limit")
-    # After each of the two: a queue with neither is not listed.
+    # After each of the two: a queue without pause and limit needs no row.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
     INSERT_SCHEDULE = _insert("schedules", "name", "cron", "job", "created_at",
@@ -2332,7 +2330,7 @@ class Sql:
     SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # `heartbeats` is a count, so that a watcher never compares two clocks.
+    # `heartbeats` is a count, so that no two clocks are compared.
     INSERT_WORKER = _insert("workers", *Worker._fields[:13])
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
@@ -2342,8 +2340,8 @@ class Sql:
     STOP_WORKER = "UPDATE workers SET stop_requested = :stop_requested WHERE id = :id"
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
-    # By id: another may have the name by now. CROSS JOIN has SQLite begin with the few
-    # running jobs, not with all runs there ever were (108 ms for 300,000).
+    # By id, as another worker may have the name. CROSS JOIN makes SQLite begin with the
+    # few running jobs, not with all runs (108 ms for 300,000).
     DELETE_IDLE_WORKER = """
         DELETE FROM workers
          WHERE id = :id
@@ -2352,11 +2350,11 @@ class Sql:
                             CROSS JOIN runs
                             WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
                               AND runs.worker_id = :id)"""
-    # Also of dead workers: a datagram to nobody costs less than finding out who lives.
+    # Also of dead workers: a lost datagram costs less than to check who is alive.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
-    # Completion. An index serves the continuations of a word, from :word to :end;
-    # `look` bounds what is read, `limit` the result.
+    # Completion: what begins with a word lies from :word to :end in an index; `look`
+    # limits the rows read, `limit` the result.
     NEWEST_IDS = """
         SELECT seq, id, state, substr(command, 1, 80)
           FROM (SELECT * FROM jobs WHERE state = :state ORDER BY seq DESC LIMIT :look)
@@ -2367,7 +2365,7 @@ class Sql:
         SELECT seq, id, state, substr(command, 1, 80) FROM jobs
          WHERE id >= :word AND id < :end
          ORDER BY id LIMIT :look"""
-    # From one tag to the next by the key: DISTINCT would read a row for each job.
+    # From one tag to the next by the key: DISTINCT reads a row for each job.
     TAGS_FROM = """
         WITH RECURSIVE found (tag) AS (
             SELECT MIN(tag) FROM tags WHERE tag >= :word
@@ -2381,9 +2379,9 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Counts and tallies are written once a transaction (I8): triggers cost 40% of the
-    # claims a second. A row stays at 0, for a metric must not vanish, and falls no
-    # lower: a wrong count must not stop a worker.
+    # Counts and tallies are written once a transaction (I8): with triggers, workers
+    # claimed 40% fewer jobs a second. A row stays at 0, as a metric must not vanish,
+    # and is never negative, as a wrong count must not stop a worker.
     COUNTS = "SELECT queue, state, n FROM counts"
     COUNT = """
         INSERT INTO counts (queue, state, n)
@@ -2395,7 +2393,7 @@ class Sql:
             ON CONFLICT (minute, queue, kind, bucket) DO UPDATE
            SET n = tallies.n + excluded.n, total = tallies.total + excluded.total"""
     TALLIES_EVER = "SELECT queue, kind, bucket, n, total FROM tallies WHERE minute = 0"
-    # From a minute on, so at least 1: with minute 0 all would count twice.
+    # From minute 1 or later: minute 0 is the sum of all.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total) FROM tallies
          WHERE minute >= :minute
@@ -2405,7 +2403,7 @@ class Sql:
          WHERE minute >= :first AND minute <= :last
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY minute, kind, bucket"""
-    # Also of deleted jobs: a progress bar must not go back.
+    # Includes deleted jobs, so that progress does not go back.
     OVER_EVER = """
         SELECT kind, SUM(n) FROM tallies
          WHERE minute = 0
@@ -2419,8 +2417,8 @@ class Sql:
                 WHERE minute > 0 AND minute < :before
                 LIMIT :limit)"""
 
-    # What must hold between tables: a code, what is wrong with each row found, a
-    # statement. They read whole tables, so only `check` runs them, in one snapshot.
+    # Rules between tables: a code, a message for each row found, a statement. They read
+    # whole tables, so only `check` runs them, in one snapshot.
     RULES = (
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
@@ -2476,7 +2474,7 @@ class Sql:
 
 
 # From each older format to the current one, in one transaction. Tables that differ are
-# moved away and made anew by SCHEMA: a CHECK cannot be changed, nor AUTOINCREMENT.
+# renamed and created again by SCHEMA: CHECKs and AUTOINCREMENT cannot be altered.
 _MOVED = "jobs", "runs", "events", "workers", "schedules"
 UPGRADES = {
     1: "".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in _MOVED)
@@ -2516,26 +2514,25 @@ SCHEMA_VERSION = 1 + max(UPGRADES)
 
 
 # ---- 7 SQLite ----------------------------------------------------------------
-# The only code that names sqlite3, and no rule of the queue: it opens and refuses
-# files, runs statements, and turns errors into refusals. All of it raises QueueError,
-# or Stale where the mistake is ours.
+# The only code that uses sqlite3; it has no rules of the queue. It opens or refuses
+# files, runs statements, and turns errors into QueueError, or into Stale for our bugs.
 
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock
-BRIEF = 0.2            # seconds that a glance waits for a lock
+BRIEF = 0.2            # seconds that `glance` waits for a lock
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
 
-# What SQLite's module raises: damaged text does not decode, foreign text not encode.
+# What sqlite3 raises: damaged text cannot be decoded, invalid text not encoded.
 SqlError = (sqlite3.Error, UnicodeError)
 
 
 def not_a_queue(path: str) -> Refused:
-    """The file is something else; it is left as it is."""
+    """The error for a file that is something else."""
     return Refused("not-a-queue", f"{path} is not a queuectl database",
                    "give another path with --db")
 
 
-# By SQLite's own words, since Python has error codes only from 3.11. Python 3.9 has no
-# words for damaged text.
+# By SQLite's messages: Python has its error codes since 3.11. For damaged text Python
+# 3.9 has an empty message.
 _REFUSALS: tuple[tuple[str, Callable[[str, Exception], QueueError]], ...] = (
     ("closed database", lambda path, error: Refused(
         "unsupported", "this queue was closed", "open a new queuectl.Queue")),
@@ -2544,7 +2541,7 @@ _REFUSALS: tuple[tuple[str, Callable[[str, Exception], QueueError]], ...] = (
         "try again, or end that program")),
     ("full", lambda path, error: Unavailable(
         "disk-full", f"no room on the disk for {path}; nothing was changed",
-        "make room and try again")),
+        "free some space and try again")),
     ("not a database|encrypted", lambda path, error: not_a_queue(path)),
     ("malformed|corrupt|decode|^$", lambda path, error: Refused(
         "damaged", f"{path} is damaged", "restore a backup, or save what can be read "
@@ -2553,30 +2550,30 @@ _REFUSALS: tuple[tuple[str, Callable[[str, Exception], QueueError]], ...] = (
         "unwritable", f"cannot use {path} ({error})",
         "check the disk and who may write the file and its directory")),
     ("too big", lambda path, error: Invalid(
-        "that text is too long for the database", "shorten it")),
+        "the text is too long for the database", "shorten it")),
 )
 
 
 def refusal(error: Exception, path: str) -> QueueError | None:
-    """What SQLite's error means to the user; None if it is a mistake of ours."""
+    """The refusal for an error of SQLite; None if it is our bug."""
     if isinstance(error, sqlite3.IntegrityError):
-        return None     # it quotes our own words
+        return None     # it may quote words of _REFUSALS
     if isinstance(error, UnicodeEncodeError):
-        return Invalid("that text is not UTF-8", "give text without odd bytes")
+        return Invalid("the text is not UTF-8", "give valid UTF-8")
     return next((refuse(path, error) for words, refuse in _REFUSALS
                  if re.search(words, str(error).lower())), None)
 
 
 def system_path(path: str) -> str:
-    """A path given in UTF-8 as this locale's Python wants it; the same bytes."""
+    """A path in UTF-8 as a path of this locale, with the same bytes."""
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
 def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
     """A connection that begins no transaction by itself.
 
-    The path is escaped whole: in a URI ? and # end it, % begins an escape, two slashes
-    a host (SQLite's page on URIs), and bytes that are not UTF-8 fit no other way.
+    Each byte of the path is escaped: ?, #, % and // have a meaning in a URI, and the
+    path may not be UTF-8.
     """
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
@@ -2593,32 +2590,31 @@ def _stat(path: str | int) -> tuple[int, int, int, int]:
 
 
 class SQLite:
-    """A database file, the engine below the ledger: one connection.
+    """A database file, with one connection, which threads may share by its lock.
 
-    Its lock lets several threads share it; in a worker only one does (I9). Rows are
-    read whole, so no reader keeps the WAL from shrinking.
+    Results are read at once, so no reader keeps the WAL from shrinking.
     """
 
-    # Kind, version, vacuum and WAL are facts of the file; the rest is of a connection.
+    # Kind, version, vacuum and WAL belong to the file; the rest to a connection.
     KIND = "PRAGMA application_id"
     SET_KIND = f"PRAGMA application_id = {APPLICATION_ID}"  # before WAL: in the header
     VERSION = "PRAGMA user_version"
     SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
-    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only looks
+    LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only reads
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
     JOURNAL = "PRAGMA journal_mode = WAL"
-    # An fsync a commit: with NORMAL a power cut takes the newest commits.
+    # An fsync for each commit: with NORMAL a power cut loses the latest commits.
     DURABLE = "PRAGMA synchronous = FULL"
-    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # cuts it after a long reader
+    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # truncates it after a long read
     WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
     SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
     CHANGED = "PRAGMA data_version"             # 5 us
-    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # damage has no end
-    BEGIN = "BEGIN IMMEDIATE"   # a deferred one that has read fails at once if busy
-    SNAPSHOT = "BEGIN"          # fixed by its first read; locks out nobody
+    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # there may be many more
+    BEGIN = "BEGIN IMMEDIATE"   # deferred, it cannot wait after a read
+    SNAPSHOT = "BEGIN"          # begins with its first read; blocks no writer
     COMMIT, ROLLBACK = "COMMIT", "ROLLBACK"
 
     def __init__(self, path: str, create: bool = True) -> None:
@@ -2632,7 +2628,7 @@ class SQLite:
                               "change to another, or give an absolute --db") from None
         self._wal_path = self.path + "-wal"
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
-        self.is_new = False                 # this process made its tables
+        self.is_new = False                 # this process created its tables
         self._process = os.getpid()
         self._lock = threading.RLock()      # guards the connection in a transaction
         self._make_file(create)
@@ -2657,16 +2653,17 @@ class SQLite:
         """Close the database; idempotent."""
         with self._lock:
             if not self.is_in_place():
-                # What was committed goes with the file, not to whatever has its name.
+                # Commits in the WAL must go to this file, not to one of the same name.
                 self.relieve()
             self._db.close()
 
-    # Opening: nothing that is not ours may change by a byte. In this order: an empty
-    # file is made; the header is read without any trace; the file is opened, made or
-    # upgraded. Each step may meet another process, or the rest of one that died there.
+    # Opening a file that is not a queue must not change it. In order: create an empty
+    # file; read the header without writing; open the file; create or upgrade the
+    # tables. Another process may be at any of these steps, or may have died there.
 
     def _make_file(self, create: bool) -> None:
-        """See that a plain file with one name is there: with two, each has its own WAL.
+        """Create the file if it is missing; refuse one with two names, as each would
+        have its own WAL.
         """
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
@@ -2693,20 +2690,20 @@ class SQLite:
                     os.chmod(name, os.stat(self.path).st_mode & 0o777)
 
     def _refuse_foreign(self, create: bool) -> None:
-        """Look at the header without a lock, a journal or a write.
+        """Read the header without a lock, a journal or a write.
 
-        Not by open(): closing that descriptor would drop this process's locks of the
-        file. With immutable=1 SQLite heeds neither journal nor WAL, so what it sees may
-        be old; kind and version change only while the file is made.
+        Not by open(): closing that descriptor would release this process's locks of the
+        file. With immutable=1 SQLite ignores journal and WAL, so it may see old data,
+        but kind and version change only while the file is created.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
-            self._refuse_empty(create)      # a first page that may have to be undone
+            self._refuse_empty(create)      # the journal may undo the first page
             return
-        has_wal = os.path.exists(self._wal_path)    # asked first: ours has its kind
+        has_wal = os.path.exists(self._wal_path)    # before the kind, which is older
         with contextlib.closing(self._patiently(
                 lambda: _connect(self.path, "immutable=1"))) as peek:
-            # During a checkpoint the header may name pages that are in the WAL alone.
+            # During a checkpoint the header may refer to pages that only the WAL has.
             peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
         if kind == version == tables == 0 and not has_wal:
@@ -2716,10 +2713,10 @@ class SQLite:
         self._refuse_newer(version)
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file; where it cannot be written, so that nothing beside it is made.
+        """Open the file; if it cannot be written, without creating other files.
 
-        Without a -wal nobody writes it, and immutable=1 spares the -shm. SQLite would
-        then ignore commits in a -wal, so one that has any must be opened or refused.
+        Without a -wal there is no writer, and immutable=1 needs no -shm. SQLite would
+        then ignore commits in a -wal, so a file that has any is opened or refused.
         """
         self._opened += 1
         if not self.is_read_only:
@@ -2748,8 +2745,8 @@ class SQLite:
             lambda: (db or self._db).execute(sql).fetchall())[0][0])
 
     def _nature(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """The file's kind, its format's version, and whether it has a table. With a
-        version it counts as having one, which may be in the WAL alone.
+        """The file's kind, its format's version, and 1 if it has a table: with a
+        version it has, though maybe only in the WAL.
         """
         kind, version = self._ask(self.KIND, db), self._ask(self.VERSION, db)
         return kind, version, 1 if version else self._ask(self.ANY_TABLE, db)
@@ -2772,8 +2769,8 @@ class SQLite:
                               "make it and its directory writable, or work on a copy")
 
     def _set_up(self, create: bool) -> None:
-        """Make or upgrade the tables, and set what is of a connection. The version is
-        asked anew each time, for another process may change it in between.
+        """Create or upgrade the tables, and configure the connection. The version is
+        read each time, as another process may change it in between.
         """
         if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
@@ -2781,9 +2778,9 @@ class SQLite:
             kind, _, tables = self._nature(self._db)
             if tables or kind not in (0, APPLICATION_ID):
                 raise not_a_queue(self.path)
-            # These change one page. The tables come in one commit to the WAL: whoever
-            # makes them may die at any write, and by a rollback journal the file would
-            # look damaged to those that may not touch it yet.
+            # These change one page. The tables are created by one commit to the WAL: if
+            # that is interrupted with a rollback journal, the file looks damaged to
+            # readers that must not change it.
             for sql in (self.VACUUM_STEPWISE, self.SET_KIND, self.JOURNAL):
                 self.rows(sql)
             self._upgrade()
@@ -2803,15 +2800,15 @@ class SQLite:
             self._upgrade()
 
     def _upgrade(self) -> None:
-        """Make the tables, or bring those of an older format up to date after a backup,
-        in one transaction, unless another process was faster.
+        """Create the tables, or upgrade those of an older format after a backup, in one
+        transaction, unless another process has done so.
 
-        Not by executescript(), which commits first, so no statement may hold a `;`.
+        Not by executescript(), which commits first, so no statement may contain a `;`.
         """
         with self.transaction():
             version = self._ask(self.VERSION)
             if version == 0:
-                # Locks of an earlier database of that name say nothing about this one.
+                # It may have locks of an earlier database of that name.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
             elif version < SCHEMA_VERSION:
@@ -2830,11 +2827,10 @@ class SQLite:
                     {"key": "created_at", "value": iso(time.time())}])
 
     def backup(self, path: str) -> None:
-        """Copy the database as it was committed last, while others work; mode 0600.
+        """Copy the last committed state while others write; mode 0600.
 
-        The copy takes its name when it is whole and on the disk; a kill may leave a
-        `.part`. An older copy is replaced, but no other file, and none with a WAL,
-        which SQLite would apply to the new one.
+        The copy is renamed from `.part` when it is complete and on disk. It replaces an
+        older copy, but no other file, and none with a WAL, which SQLite would apply.
         """
         if _stat(path)[:2] == self._inode:
             raise Conflict("in-use", f"{path} is the queue itself", "give another name")
@@ -2852,10 +2848,10 @@ class SQLite:
             os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
             with contextlib.closing(_connect(part, "mode=rw")) as copy, \
                     contextlib.closing(self._reader()) as source:
-                source.backup(copy)     # in one step: it cannot be made to start anew
-            self._refuse_wal(path)      # again: somebody may have opened it since
+                source.backup(copy)     # in one step: no commit restarts it
+            self._refuse_wal(path)      # again: it may have been opened meanwhile
             os.replace(part, path)
-            # fsync(2) of a new file does not have the disk keep its name.
+            # fsync(2) of a new file does not store its name.
             fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
             try:
                 os.fsync(fd)
@@ -2873,12 +2869,12 @@ class SQLite:
     @staticmethod
     def _refuse_wal(path: str) -> None:
         if _stat(path + "-wal")[2]:
-            raise Conflict("in-use", f"{path}-wal is not empty: a program works in "
-                           "that backup, or died in it", "open it once, or give "
+            raise Conflict("in-use", f"{path}-wal is not empty: a program uses "
+                           "that backup, or was killed", "open it once, or give "
                            "another name")
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only what was committed."""
+        """A second connection, which sees only committed data."""
         return _connect(self.path,
                         "mode=ro&immutable=1" if self._frozen else "mode=ro")
 
@@ -2907,7 +2903,7 @@ class SQLite:
                           "open a queuectl.Queue of its own in each process")
 
     def _begin(self, patience: float) -> None:
-        """Begin to write; Gone, by a look under the lock, if the file lost its name."""
+        """Begin to write; Gone if the file, checked under the lock, lost its name."""
         self._guard_process()
         self._refuse_read_only()
         self._patiently(lambda: self._db.execute(self.BEGIN), patience)
@@ -2928,11 +2924,11 @@ class SQLite:
         return True
 
     def commit(self) -> None:
-        """End the transaction, in any thread; if that fails, call `rollback` next."""
+        """Commit, in any thread; if that fails, call `rollback` next."""
         self._patiently(lambda: self._db.execute(self.COMMIT))
 
     def rollback(self) -> None:
-        """Undo the transaction if it is not over: a full disk ends it, too."""
+        """Undo the transaction, unless an error such as a full disk has ended it."""
         if self._db.in_transaction:
             self._db.execute(self.ROLLBACK)
 
@@ -2949,7 +2945,8 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state, which the first read fixes; briefly, for the WAL grows."""
+        """Read one state, that of the first read. Be brief, as the WAL grows meanwhile.
+        """
         with self._lock:
             self.rows(self.SNAPSHOT)
             try:
@@ -2958,21 +2955,20 @@ class SQLite:
                 self.rollback()
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """All rows that a statement selects; an unfinished one would block each commit.
-        """
+        """All rows of a statement: an unfinished one would block each commit."""
         self._guard_process()
         with self._lock:    # a transaction of this thread holds it already
             if self._frozen and not self._db.in_transaction and self._frozen != [
                     _stat(self.path), _stat(self._wal_path)]:
-                self._db.close()    # somebody who may write the file has done so
+                self._db.close()    # another user has written to the file
                 self._db = self._patiently(self._open)
             found: list[tuple[Any, ...]] = self._patiently(
                 lambda: self._db.execute(sql, values).fetchall())
         return found
 
     def write(self, sql: str, rows: Sequence[Any], expect: int | None = None) -> int:
-        """Run one statement of a transaction for each of the rows; how many it changed.
-        Stale if that is not `expect`: a guard did not hold (I3).
+        """Run a statement for each of the rows; returns the number of changed rows.
+        Stale if that is not `expect`, as a guard did not hold (I3).
         """
         if not rows:
             return 0
@@ -2985,21 +2981,21 @@ class SQLite:
         return changed
 
     def changes(self) -> int:
-        """A number to compare: it changes when another connection has committed."""
+        """A number that changes when another connection commits."""
         return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
 
     def integrity(self) -> list[str]:
-        """What SQLite finds damaged; it reads the whole file."""
+        """The damage that SQLite finds; reads the whole file."""
         said = [str(row[0]) for row in self.rows(self.INTEGRITY)]
         return [] if said == ["ok"] else said
 
     def relieve(self) -> None:
-        """On a full disk: move the WAL into the file, which may have room for it."""
+        """On a full disk: copy the WAL into the file, which may have room for it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.execute(self.EMPTY_WAL).fetchall()
 
     def shrink(self) -> bool:
-        """Give some unused pages back, if they are many; True if there may be more."""
+        """Free unused pages if there are many; return True if there may be more."""
         [[free]], [[pages]] = self.rows(self.FREE_PAGES), self.rows(self.PAGES)
         if free < max(SHRINK_PAGES, pages // 4):
             return False
@@ -3007,23 +3003,23 @@ class SQLite:
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
-        """The bytes that the file and its WAL take."""
+        """Bytes of the file and its WAL."""
         return _stat(self.path)[2] + _stat(self._wal_path)[2]
 
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the file that was opened, and to its -wal."""
+        """Return True if the path still leads to the open file, and to its -wal."""
         wal = _stat(self._wal_path)[:2]
         if self._wal is None and self._db.in_transaction:
-            self._wal = wal     # it is there from the first transaction on
+            self._wal = wal     # it exists from the first transaction on
         return _stat(self.path)[:2] == self._inode and self._wal in (None, wal)
 
 
 @contextlib.contextmanager
 def glance(path: str) -> Iterator[Rows]:
-    """A function that asks for rows; it makes and upgrades no queue, and waits BRIEF.
+    """A function that runs a SELECT; it creates and upgrades no queue, and waits BRIEF.
 
-    Raises QueueError, also where the format lacks what a statement names. The mode is
-    "rw": a connection that may not write leaves an empty WAL behind.
+    Raises QueueError, also if the file's format has no such column. The mode is "rw",
+    as a read-only connection leaves an empty WAL behind.
     """
     path = system_path(path)
     try:

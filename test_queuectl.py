@@ -1865,13 +1865,13 @@ class Files(Case):
         self.queue.backup(copy)
         with Queue(copy) as works:
             works.enqueue("true", id="later")
-            with refused("in-use", "works in that backup"):
+            with refused("in-use", "uses that backup"):
                 self.queue.backup(copy)
             self.assertEqual(works.job("later").command, "true")
             killed = {suffix: read_bytes(copy + suffix) for suffix in ("", "-wal")}
         for suffix, content in killed.items():
             write_bytes(copy + suffix, content)
-        with refused("in-use", "or died in it"):
+        with refused("in-use", "or was killed"):
             self.queue.backup(copy)
         with Queue(copy) as works:
             self.assertEqual(works.job("later").command, "true")
