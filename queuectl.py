@@ -2520,6 +2520,7 @@ SCHEMA_VERSION = 1 + max(UPGRADES)
 BUSY_DEADLINE = 60.0   # seconds a command waits for the write lock
 BRIEF = 0.2            # seconds that `glance` waits for a lock
 FILE_PAGE = 4096       # bytes of a page of the database, SQLite's default
+READ_AS_IS = "mode=ro&immutable=1"     # without locks, journal, WAL and changes
 
 # What sqlite3 raises: damaged text cannot be decoded, invalid text not encoded.
 SqlError = (sqlite3.Error, UnicodeError)
@@ -2702,7 +2703,7 @@ class SQLite:
             return
         has_wal = os.path.exists(self._wal_path)    # before the kind, which is older
         with contextlib.closing(self._patiently(
-                lambda: _connect(self.path, "immutable=1"))) as peek:
+                lambda: _connect(self.path, READ_AS_IS))) as peek:
             # During a checkpoint the header may refer to pages that only the WAL has.
             peek.execute(self.LENIENT)
             kind, version, tables = self._nature(peek)
@@ -2738,7 +2739,7 @@ class SQLite:
                                       "written", f"copy {self.path} with its -wal to "
                                       "a directory that you may write") from None
         self._frozen = [_stat(self.path), _stat(self._wal_path)]
-        return _connect(self.path, "mode=ro&immutable=1")
+        return _connect(self.path, READ_AS_IS)
 
     def _ask(self, sql: str, db: sqlite3.Connection | None = None) -> int:
         return int(self._patiently(
@@ -2837,7 +2838,7 @@ class SQLite:
         if os.path.exists(path):
             kind = -1
             with contextlib.suppress(sqlite3.Error), \
-                    contextlib.closing(_connect(path, "immutable=1")) as peek:
+                    contextlib.closing(_connect(path, READ_AS_IS)) as peek:
                 [[kind]] = peek.execute(self.KIND).fetchall()
             if kind != APPLICATION_ID:
                 raise Refused("not-a-queue", f"{path} is there and no backup of a "
@@ -2876,7 +2877,7 @@ class SQLite:
     def _reader(self) -> sqlite3.Connection:
         """A second connection, which sees only committed data."""
         return _connect(self.path,
-                        "mode=ro&immutable=1" if self._frozen else "mode=ro")
+                        READ_AS_IS if self._frozen else "mode=ro")
 
     # Transactions and rows.
 
@@ -3023,7 +3024,7 @@ def glance(path: str) -> Iterator[Rows]:
     """
     path = system_path(path)
     try:
-        with contextlib.closing(_connect(path, "mode=ro&immutable=1")) as peek:
+        with contextlib.closing(_connect(path, READ_AS_IS)) as peek:
             peek.execute(SQLite.LENIENT)
             if peek.execute(SQLite.KIND).fetchall() != [(APPLICATION_ID,)]:
                 raise not_a_queue(path)
@@ -3036,19 +3037,19 @@ def glance(path: str) -> Iterator[Rows]:
 
 
 # ---- 8 Host ------------------------------------------------------------------
-# What this machine's kernel tells about workers and runs: by locks of open file
-# descriptions, which a process tree inherits; where there are none, by process ids with
-# start times. What is available is found by trying, never by the system's name.
+# Which workers and runs are alive: by locks of open file descriptions, which a process
+# tree inherits; without these, by process ids with start times. Features are probed,
+# not derived from the system's name.
 
 WORKER_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim numbers
-# struct flock: type, whence, start, length, pid, as fcntl(2) has it on 64 bits; the pid
-# has to be 0. struct pads as the compiler does.
+# struct flock as in fcntl(2) on 64 bits: type, whence, start, length, pid (0), padded
+# as by the compiler.
 _FLOCK = "hhqqi"
-SCRATCH_LOCK = 0        # the offset on which locks are tried: no run has that number
-# The file also tells which process was started for a run: claim, pid, pid namespace,
-# and between which times of CLOCK_BOOTTIME; a record a slot, a place a worker.
+SCRATCH_LOCK = 0        # offset to probe locks: no run has that number
+# The file also has a record of each slot's process: claim, pid, pid namespace, and the
+# CLOCK_BOOTTIME before the start with the duration of the start.
 _PROCESS = struct.Struct("=qiIdf")
-PLACES = 1024           # of workers, by their ids; so the file does not grow
+PLACES = 1024           # of workers, by id modulo this; limits the file's size
 _PLACE_SIZE = (MAX_SLOTS + 1) * _PROCESS.size
 
 
@@ -3057,13 +3058,12 @@ def _flock(kind: int, offset: int) -> bytes:
 
 
 def boot_time() -> float:
-    """Seconds since the machine was started, by the clock of /proc/PID/stat."""
+    """Seconds since boot, by the clock of /proc/PID/stat."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _read(path: str) -> bytes:
-    """A small file of /proc, b"" if it is gone or not ours; OSError without
-    descriptors.
+    """A file of /proc; b"" if it is missing or unreadable; OSError without descriptors.
     """
     try:
         with open(path, "rb") as file:
@@ -3084,7 +3084,7 @@ def _stat_fields(pid: int) -> list[bytes]:
 
 
 def _pids() -> list[int]:
-    """The processes but this one; none where there is no /proc."""
+    """All other processes; [] without /proc."""
     own = os.getpid()
     with contextlib.suppress(FileNotFoundError):
         return [int(name) for name in os.listdir("/proc")
@@ -3093,16 +3093,17 @@ def _pids() -> list[int]:
 
 
 def _pid_namespace() -> int:
-    """What process ids mean here: another container has its own."""
+    """The number of the process id namespace: containers have their own."""
     return _stat("/proc/self/ns/pid")[1] & 0xFFFFFFFF
 
 
 class Locks:
-    """Byte-range locks on one small file beside the database, one byte a worker or run.
+    """Locks on one small file beside the database, one byte for each worker or run.
 
-    Each `hold` opens the file anew: the lock belongs to that open file description, and
-    lives until the last process that inherited it is gone. Plain locks of fcntl(2) are
-    not inherited, and go when the process closes any descriptor of the file.
+    Each `hold` opens the file again: the lock belongs to that open file description,
+    and lasts until the last process that inherited it has exited. Plain locks of
+    fcntl(2) are not inherited, and end when the process closes any descriptor of the
+    file.
     """
 
     def __init__(self, path: str, probe: int = -1) -> None:
@@ -3113,7 +3114,8 @@ class Locks:
             None if hasattr(fcntl, "F_OFD_SETLK") else False
 
     def hold(self, offset: int) -> int:
-        """The lock's descriptor, -1 where there are none; Conflict if another has it.
+        """Take a lock and return its descriptor, -1 without such locks; Conflict if it
+        is held.
         """
         if self._works is False:
             return -1
@@ -3137,9 +3139,8 @@ class Locks:
         return -1
 
     def is_held(self, offset: int) -> bool:
-        """Return True if a process, this one included, holds the lock.
-
-        Also if that cannot be found out: it is worse to take over a run that lives.
+        """Return True if a process, this one included, holds the lock; also if that is
+        unknown, as a run that is alive must not be reaped.
         """
         if self._works is False:
             return False
@@ -3149,12 +3150,12 @@ class Locks:
             return self._is_proven(self._probe) \
                 and self._holder(self._probe, offset) != fcntl.F_UNLCK
         except FileNotFoundError:
-            return False        # nobody ever held a lock
+            return False        # no lock was ever held
         except OSError:
             return True
 
     def holders(self, offset: int) -> list[int]:
-        """The processes other than this one that hold the lock, where /proc tells."""
+        """The other processes that hold the lock; [] without /proc."""
         file = _stat(self.path or self._probe)[:2]
         return [pid for pid in _pids() if self._holds(pid, offset, file)]
 
@@ -3172,11 +3173,11 @@ class Locks:
 
     def note(self, lock: int, worker: int, claim: Claim, pid: int,
              since: float) -> None:
-        """Write which process was just started for a run, after `since`, by the
-        worker's descriptor `lock`.
+        """Record the process started for a run after `since`, by the worker's
+        descriptor `lock`.
 
-        For whoever kills what is left if worker and supervisor were killed at once. The
-        page cache is enough: no process outlives a power cut.
+        Other workers use it to kill the process if worker and supervisor were killed.
+        No fsync is needed, as no process survives a power cut.
         """
         with contextlib.suppress(OSError):      # a full disk: the lock tells enough
             os.pwrite(lock, _PROCESS.pack(
@@ -3184,8 +3185,8 @@ class Locks:
                 worker % PLACES * _PLACE_SIZE + claim.slot * _PROCESS.size)
 
     def process_of(self, run: Run) -> int | None:
-        """The process that was started for a run, 0 if it is gone; None: none was. It
-        must have started when the run's did. Without locks there are no records: 0.
+        """The process of a run, by its id and start time; 0 if it has exited or there
+        are no locks; None if none was started.
         """
         if self._works is False:
             return 0
@@ -3208,11 +3209,11 @@ class Locks:
         return None
 
     def _is_proven(self, fd: int) -> bool:
-        """Return True if a lock of one open file description refuses another its own.
+        """Return True if two open file descriptions conflict.
 
-        The names prove nothing: macOS defines them for another `struct flock`, and old
-        kernels refuse them with EINVAL. A shared lock on a scratch byte works where
-        nothing can be written and disturbs no other process.
+        The constants prove nothing: macOS has another `struct flock`, and old kernels
+        answer EINVAL. A shared lock on a scratch byte works on read-only files and
+        conflicts with no other process.
         """
         if self._works is None:
             other = self._open(os.O_RDONLY)
@@ -3234,18 +3235,18 @@ class Locks:
         return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
-        """Close the descriptor used for probing; the locks are their holders' own."""
+        """Close the descriptor used for probing; held locks stay."""
         if self._probe >= 0:
             os.close(self._probe)
             self._probe = -1
 
     def _open(self, flags: int) -> int:
-        # Not inherited: the start of a command says which lock it is to hold.
+        # Not inherited, except where a command is started with its run's lock.
         return os.open(self.path, os.O_CLOEXEC | flags, 0o600)
 
 
 def is_same_birth(one: str, other: str) -> bool:
-    """Whether two start times are of one process; those of ps may differ by 1 s."""
+    """Return True if two start times are of one process; those of ps differ by 1 s."""
     if "" in (one, other) or one == other:
         return one == other != ""
     try:
@@ -3257,7 +3258,7 @@ def is_same_birth(one: str, other: str) -> bool:
 
 
 class Host:
-    """This machine, as far as it concerns one database."""
+    """This machine and the locks of one database."""
 
     def __init__(self, path: str) -> None:
         self.name = os.uname().nodename if hasattr(os, "uname") else ""
@@ -3265,8 +3266,8 @@ class Host:
         self.locks = Locks(path + LOCK_SUFFIX)
 
     def born(self, pid: int) -> str:
-        """When a process was started, in the kernel's own words; "" if it is gone. With
-        /proc it is ticks since the boot, so `boot` has to be compared as well.
+        """The start time of a process; "" if it has exited. With /proc it is in ticks
+        since the boot, so `boot` must be compared, too.
         """
         if self.boot:
             fields = _stat_fields(pid)
@@ -3282,15 +3283,15 @@ class Host:
         return said.decode("utf-8", "replace").strip()
 
     def is_alive(self, worker: Worker) -> bool | None:
-        """Whether the worker's process is there; None: on another machine, who knows.
-        Its lock or its process proves it: a lock file may be deleted, and a process id
-        be of another container.
+        """Return True if the worker's process exists, None if unknown, as on another
+        machine. Either its lock or its process proves it: the lock file may have been
+        deleted, the process id may belong to another container.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
-            # With this machine's name: it was started anew, so none of then is left.
+            # With this machine's name: it has been rebooted since.
             return False if worker.host == self.name else None
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
-            # One of us cannot see /proc: the lock may tell, else only the lease.
+            # One of the two has no /proc: only the lock may prove it.
             return self.locks.is_held(WORKER_LOCKS + worker.id) or None
         if self.locks.is_held(WORKER_LOCKS + worker.id):
             return True
@@ -3301,8 +3302,8 @@ class Host:
 
 
 class Wakeup:
-    """A pipe to wake a thread that waits in poll, also from a signal handler: it takes
-    no lock (`threading.Event.set` does, and hung in a handler).
+    """A pipe to wake a thread in poll, also from a signal handler: it takes no lock.
+    `threading.Event.set` does, and hung in a handler.
     """
 
     def __init__(self) -> None:
@@ -3311,7 +3312,7 @@ class Wakeup:
         os.set_blocking(self.writer, False)
 
     def set(self) -> None:
-        """Wake the reader; a full pipe is awake already."""
+        """Wake the reader; a full pipe wakes it, too."""
         with contextlib.suppress(BlockingIOError):
             os.write(self.writer, b"!")
 
@@ -3328,43 +3329,43 @@ class Wakeup:
 
 
 class Poller:
-    """Descriptors to wait for, each with a handler for when it can be read or ends."""
+    """Descriptors to wait for, each with a handler for input or its end."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
 
     def add(self, fd: int, handler: Callable[[], None]) -> None:
-        """Wait for this one, too, or call another handler for it; -1 is none."""
+        """Add a descriptor, or change its handler; -1 is ignored."""
         if fd >= 0:
             self._poll.register(fd, select.POLLIN)
             self._handlers[fd] = handler
 
     def drop(self, fd: int) -> None:
-        """Do not wait for it any more; call it before it is closed."""
+        """Remove a descriptor; to be called before it is closed."""
         if self._handlers.pop(fd, None):
             self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> None:
-        """Call the handlers of all that can be read, after so many seconds at most,
-        rounded up: with 0 for the last millisecond the loop would spin.
+        """Wait up to `seconds` for input, then call the handlers. Rounded up: with 0
+        for the last millisecond the loop would spin.
         """
         for fd, _ in self._poll.poll(math.ceil(min(seconds, LONGEST_WAIT) * 1000)):
             handler = self._handlers.get(fd)
-            if handler:     # else the handler of an earlier one has dropped it
+            if handler:     # else dropped by an earlier handler
                 handler()
 
 
 LOOPBACK = "127.0.0.1"
 
-# What a datagram to a worker says: jobs were added; look at something else; a reader
-# wants the output of running commands.
+# Datagrams to a worker: jobs were added; something else has changed; store the output
+# of running commands.
 NEW_JOBS, NEW_ORDERS, PEEK = b"jobs", b"orders", b"output"
-PEEK_PATIENCE = 0.5     # seconds that a client waits for output, and a worker for more
+PEEK_PATIENCE = 0.5     # seconds that a client waits for it, and a worker for more
 
 
 def notify_workers(ports: Iterable[int], message: bytes) -> None:
-    """Wake workers; never waits or fails, for what is lost costs FALLBACK_POLL."""
+    """Wake workers. Never waits or fails: a lost datagram costs FALLBACK_POLL."""
     import socket  # 3 ms, and only if there is a worker
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -3374,21 +3375,21 @@ def notify_workers(ports: Iterable[int], message: bytes) -> None:
                 sender.sendto(message, (LOOPBACK, port))
 
 
-NOTIFY_PATIENCE = 1.0  # seconds that a message to the service manager may take
+NOTIFY_PATIENCE = 1.0  # seconds to wait for the service manager
 
-# What a service manager tells its service, and nobody else.
+# Variables for the service alone, not for its jobs.
 SERVICE_NAMES = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
 
 
 class Notifier:
-    """What a worker tells the service manager that started it, as sd_notify(3) does."""
+    """Messages of a worker to its service manager, as by sd_notify(3)."""
 
     def __init__(self, environ: Mapping[bytes, bytes], service: int) -> None:
         address, usec, pid = (environ.get(name, b"") for name in SERVICE_NAMES)
-        # A leading @ is the kernel's name space without files, where it is a NUL.
+        # A leading @ stands for the NUL of an abstract socket.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
-        # Half of what is asked of `service`, as sd_watchdog_enabled(3) recommends.
-        self.interval = math.inf    # seconds between two signs of life
+        # Half of the time-out, as sd_watchdog_enabled(3) recommends.
+        self.interval = math.inf    # seconds between two watchdog messages
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % service):
             self.interval = int(usec) / 2e6
         self._watchdog_at = math.inf    # monotonic; once it is ready
@@ -3396,13 +3397,13 @@ class Notifier:
         self._is_stopping = False
 
     def ready(self) -> None:
-        """Say that the worker works, and from now on that it lives."""
+        """Report that the worker is ready, and start the watchdog messages."""
         self._tell("READY=1", NOTIFY_PATIENCE)
         if self.interval < math.inf:
             self._watchdog_at = time.monotonic()
 
     def stopping(self) -> None:
-        """Say, once, that the worker is leaving."""
+        """Report, once, that the worker is stopping."""
         if not self._is_stopping:
             self._is_stopping = True
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
@@ -3414,8 +3415,8 @@ class Notifier:
             if self._address else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
-        """Tell the watchdog, when it is due, and a new status, once a second at most.
-        The worker's loop calls it: a thread would go on while the loop hangs.
+        """Send the watchdog message when it is due, and a new status once a second at
+        most. Called by the worker's loop: a thread would continue while the loop hangs.
         """
         now = time.monotonic()
         if now >= self._watchdog_at:
@@ -3428,7 +3429,7 @@ class Notifier:
                 self._status = said
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
-        """Send a message; True if it was taken within so many seconds."""
+        """Send a message; return True if it was accepted in time."""
         if not self._address:
             return False
         import socket  # a worker has it already
@@ -3442,15 +3443,15 @@ class Notifier:
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to stop; not SIGHUP if nohup has it ignored."""
+    """The signals that stop this process; not SIGHUP if it is ignored, as by nohup."""
     return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
-    """Handle signals so, and write them to a descriptor: a signal that reaches another
-    thread would not wake the main one.
+    """Install signal handlers, and write signals to a descriptor, as one delivered to
+    another thread does not wake the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -3467,10 +3468,10 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 
 
 # ---- 9 Ledger ----------------------------------------------------------------
-# Rows as records, and the only code that adds, moves, edits and deletes jobs, within a
-# transaction of the caller: a refusal rolls all of that back.
+# Rows as records, and the only code that adds, moves, edits and deletes jobs, in the
+# caller's transaction.
 
-KEPT_MINUTES = 8 * 1440     # for which counters are kept by the minute
+KEPT_MINUTES = 8 * 1440     # tallies by the minute are kept for this time
 DUE_BATCH = 2000            # jobs that one transaction unblocks or makes ready: 50 ms
 
 
@@ -3479,14 +3480,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _json(value: Any) -> str:
-    """As a column holds it: readable text, and exactly `[]` or `{}` for nothing."""
+    """JSON as in a column: exactly `[]` or `{}` if empty."""
     return json.dumps(value, ensure_ascii=False) if value else \
         "{}" if isinstance(value, dict) else "[]"
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
-    job = Job._make(row)    # 13: after, 15: tags, 16: env, all as JSON
-    if row[13] == "[]" == row[15] and row[16] == "{}":  # as most jobs
+    job = Job._make(row)    # 13: after, 15: tags, 16: env, as JSON, mostly empty
+    if row[13] == "[]" == row[15] and row[16] == "{}":
         return job._replace(after=(), tags=(), env={})
     return job._replace(after=_words(row[13]), tags=_words(row[15]),
                         env=json.loads(row[16]))
@@ -3501,7 +3502,7 @@ def waits_of(job: Job, now: float) -> str:
 
 @contextlib.contextmanager
 def at_item(item: int) -> Iterator[None]:
-    """Note in a QueueError which one of several things was at fault."""
+    """Set `item` in a QueueError."""
     try:
         yield
     except QueueError as error:
@@ -3511,7 +3512,7 @@ def at_item(item: int) -> Iterator[None]:
 
 def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
                   first: int) -> None:
-    """Only jobs of one batch can wait for each other: an older one names no newer."""
+    """Only jobs of one batch can form a cycle: a job cannot name a later one."""
     import graphlib  # 1 ms, and only for dependencies
     sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter()
     for need in needs:
@@ -3528,7 +3529,7 @@ def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
 
 
 def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Job:
-    """The job as it will be inserted; max_retries is the one setting that it keeps."""
+    """The job to insert. Of the settings, only max_retries is stored in it."""
     at = iso(now)
     job = job._replace(
         seq=seq, id=job.id or f"job-{seq}", created_at=at, updated_at=at,
@@ -3539,13 +3540,13 @@ def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Jo
 
 
 class Ledger:
-    """Rows of `db` as records, and what a transaction has counted and numbered."""
+    """Rows as records; counters and numbers of the current transaction."""
 
     def __init__(self, db: SQLite) -> None:
         self.db = db
         self.rows, self.write, self.snapshot = db.rows, db.write, db.snapshot
         self.changes, self.begin, self.commit = db.changes, db.begin, db.commit
-        # Written and cleared by the end of the transaction, so guarded as that is.
+        # Used only in a transaction, so guarded by its lock.
         self._counts: dict[tuple[str, str], int] = {}
         self._tallies: dict[tuple[int, str, str, int], tuple[int, float]] = {}
         self._numbers: dict[str, int] = {}      # the last numbers taken, by counter
@@ -3562,7 +3563,7 @@ class Ledger:
                 self._forget()
 
     def write_counters(self) -> None:
-        """Write what was noted, as sums (I8); a worker does it before `commit`."""
+        """Write the counters (I8); a worker calls it before `commit`."""
         self.write(Sql.COUNT, [{"queue": queue, "state": state, "n": n}
                                for (queue, state), n in self._counts.items() if n])
         self.write(Sql.TALLY, [
@@ -3584,7 +3585,8 @@ class Ledger:
         self._numbers.clear()
 
     def take_numbers(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers, above `above`; ours by the write lock (I4)."""
+        """The first of `n` new numbers, above `above`; unique by the write lock (I4).
+        """
         if not self._numbers:
             [last] = self.rows(Sql.COUNTERS)
             self._numbers.update(zip(("jobs", "runs", "events", "workers"), last))
@@ -3593,11 +3595,12 @@ class Ledger:
         return first
 
     def count(self, queue: str, state: str, change: int) -> None:
-        """Note that there are `change` more jobs; written when the transaction ends."""
+        """Count `change` more jobs; written at the end of the transaction."""
         self._counts[queue, state] = self._counts.get((queue, state), 0) + change
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state, where it is not 0, as of now."""
+        """The number of jobs by queue and state, where it is not 0, with own changes.
+        """
         counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
         for key, change in self._counts.items():
             counts[key] = counts.get(key, 0) + change
@@ -3605,7 +3608,7 @@ class Ledger:
 
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
-        """Note one more of a kind, or its seconds, for this minute and for all time."""
+        """Count one of a kind, or its seconds, for this minute and for all time."""
         bucket = 0 if value is None else bucket_of(value)
         for minute in (0, int(now // 60)):
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
@@ -3618,15 +3621,15 @@ class Ledger:
         return next(iter(self.rows(sql, **values)), None)
 
     def do(self, sql: str, values: Mapping[str, Any]) -> int:
-        """Run one statement of a transaction; how many rows it changed."""
+        """Run one statement; returns the number of changed rows."""
         return self.write(sql, [values])
 
     def change(self, sql: str, rows: Sequence[Any]) -> None:
-        """As `write`, for rows that have to be there; Stale where one was not (I3)."""
+        """As `write`; Stale unless each row was changed (I3)."""
         self.write(sql, rows, len(rows))
 
     def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """The jobs a statement selects."""
+        """The jobs that a statement selects."""
         return [job_of(row) for row in self.rows(sql, **values)]
 
     def job(self, job_id: str) -> Job:
@@ -3636,12 +3639,13 @@ class Ledger:
         raise no_such_job(job_id)
 
     def workers(self) -> list[Worker]:
-        """The rows of all workers, dead or alive."""
+        """All workers, dead or alive."""
         return [Worker(*row)._replace(queues=_words(row[7]))
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules a statement selects; `job` is {} where it is no JSON object."""
+        """The schedules that a statement selects; `job` is {} if it is no JSON object.
+        """
         found = []
         for row in self.rows(sql, **values):
             job = None
@@ -3652,31 +3656,31 @@ class Ledger:
         return found
 
     def settings(self) -> Settings:
-        """The configuration in force, read each time; parsed only if it was changed."""
+        """The current configuration; parsed only after a change."""
         stored = self.stored_settings()
         if stored != self._parsed[0]:
             self._parsed = stored, settings_of(stored)
         return self._parsed[1]
 
     def stored_settings(self) -> dict[str, str]:
-        """The settings that somebody set, as text."""
+        """The settings that are not defaults, as text."""
         return dict(self.rows(Sql.STORED_SETTINGS))
 
     def meta(self, key: str) -> str:
-        """A fact from the database's making: `id` or `created_at`."""
+        """`id` or `created_at` of the database."""
         row = self.row(Sql.META, key=key)
         return row[0] if row else ""
 
     # New jobs.
 
     def add(self, jobs: Sequence[Job], now: float) -> tuple[list[Job], int]:
-        """Add jobs, which may name each other; how many are new. For a key (unique,
-        once) that is taken, the job that has it.
+        """Add jobs, which may name each other; returns the jobs, and how many are new.
+        If a key (unique, once) is taken, it returns the job that has it.
 
-        An error has the number of the one at fault in `item`, from 0. All is decided
-        before a row is written.
+        An error has in `item` the number of the job at fault, from 0. It is raised
+        before the first write.
         """
-        # Above every job-N that somebody chose, so no N comes twice.
+        # Above every job-N that a user chose, so that no N is used twice.
         chosen = (re.fullmatch(_OWN_ID, job.id) for job in jobs if job.id)
         first = self.take_numbers("jobs", len(jobs),
                                   max((int(m[1]) for m in chosen if m), default=0))
@@ -3696,7 +3700,7 @@ class Ledger:
             seqs[job_id] = seq
             keys.update({(field, key): seq for field, key in (
                 ("once", job.once), ("unique", job.unique)) if key is not None})
-        # Of these the next ticks lower `unmet` for all dependents, also for new ones.
+        # Later ticks lower `unmet` for all dependents of these, also for new ones.
         unblocking = dict(self.rows(Sql.UNBLOCKING))
         settings = self.settings()
         new: dict[int, Job] = {}
@@ -3721,7 +3725,7 @@ class Ledger:
 
     def _holder(self, job: Job,
                 keys: Mapping[tuple[str, str], int]) -> Job | int | None:
-        """The job that has a key of this one: an older one, or by its seq a new one."""
+        """The older job that has a key of this one, or the seq of a new job."""
         for field, sql in ("once", Sql.JOB_BY_ONCE), ("unique", Sql.JOB_BY_UNIQUE):
             key = getattr(job, field)
             if (field, key) in keys:
@@ -3732,7 +3736,7 @@ class Ledger:
 
     def _insert(self, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
                 now: float) -> None:
-        """The rows, each with its first event (I1), its needs, tags and counts (I8)."""
+        """Write the jobs with their first events (I1), needs, tags and counts (I8)."""
         self.write(Sql.INSERT_JOB, [
             {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
              "env": _json(job.env)} for job in jobs])
@@ -3745,7 +3749,7 @@ class Ledger:
             self.tally(now, job.queue, "enqueue")
 
     def _add_events(self, changes: Sequence[tuple[str | None, str, Job]]) -> None:
-        """Of each the state before, a reason if it is not the usual one, the job."""
+        """Changes are: the state before, a reason ("": that of MOVES), the job."""
         first = self.take_numbers("events", len(changes))
         self.write(Sql.INSERT_EVENT, [
             {"seq": seq, "job": job.seq, "from": source, "to": job.state,
@@ -3755,12 +3759,12 @@ class Ledger:
     # Changes of state.
 
     def move(self, changes: Sequence[Change], now: float) -> list[Job]:
-        """Change the states of jobs by verbs of MOVES; the jobs as they are then.
-        Conflict, also for a unique key, before anything is written.
+        """Change the states of jobs by verbs of MOVES; returns the changed jobs.
+        Conflict, also for a unique key, before the first write.
 
-        Each row is guarded by the state and the claim that the job had (I1, I3). What
-        follows from the state alone is set here: claim and worker (I2), the request to
-        end, `waits` and rank (I7).
+        Each write is guarded by the state and claim that the job had (I1, I3). Sets
+        what follows from the new state: claim and worker (I2), the request to end,
+        `waits` and rank (I7).
         """
         if not changes:
             return []
@@ -3800,12 +3804,12 @@ class Ledger:
         self.write(Sql.SET_SUCCESS, [
             {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
             for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
-        # Last: on-idle goes by the counts of these changes.
+        # Last: on-idle depends on the counts.
         self._add_hooks(jobs, settings, now)
         return jobs
 
     def taken_keys(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Conflict]]:
-        """The jobs that are to wait again, but have a unique key that another has."""
+        """The finished jobs whose unique key is taken, so they cannot wait again."""
         first: dict[str, Job] = {}
         for job in jobs:
             if job.unique is None or job.state not in OVER:
@@ -3821,7 +3825,7 @@ class Ledger:
                 first[job.unique] = job
 
     def _block(self, retried: Sequence[int]) -> None:
-        """Dependents of these that have not begun wait for them again."""
+        """Let dependents wait again for these jobs, which were completed."""
         under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
         for seq in retried:
             self.do(Sql.UNMEET, {"needs": seq,
@@ -3829,7 +3833,7 @@ class Ledger:
             self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
 
     def _unblock(self, completed: Sequence[int], now: float) -> None:
-        """Lower `unmet` of what comes after these; of very many the ticks do it."""
+        """Lower `unmet` of dependents; if there are very many, later ticks do it."""
         found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
                           limit=DUE_BATCH + 1) if completed else []
         if len(found) <= DUE_BATCH:
@@ -3855,7 +3859,7 @@ class Ledger:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
     def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
-        """Enqueue the hooks; `on-idle` comes once for all jobs that end together."""
+        """Enqueue the hooks; `on-idle` once for all jobs that end together."""
         commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
         jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
         wanted = [(commands.get(job.state), job) for job in jobs]
@@ -3863,8 +3867,8 @@ class Ledger:
                 queue != HOOKS_QUEUE and state not in OVER
                 for queue, state in self.counts()):
             wanted.append((settings.on_idle, jobs[-1]))
-        folder = os.path.dirname(self.db.path)      # its name may be no text
-        # In variables: the shell would read an error's text as part of the command.
+        folder = os.path.dirname(self.db.path)      # maybe not UTF-8
+        # In variables, so that an error's text is never part of a command.
         hooks = [Job(command=command, queue=HOOKS_QUEUE,
                      cwd=folder if is_text(folder) else "/",
                      env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
@@ -3876,9 +3880,8 @@ class Ledger:
 
     def record(self, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
                now: float) -> list[Change]:
-        """Record the ends of runs whose claims are still held; the changes as written.
-
-        The claims' jobs have to bear the request to end that the database has now.
+        """Record the ends of runs whose claims are still held; returns the changes. The
+        claims' jobs must have the current `end_requested`.
         """
         import random  # 1 ms, and only in a worker
         if not ends:
@@ -3894,7 +3897,7 @@ class Ledger:
                          "started_at": claim.job.started_at, "finished_at": iso(now),
                          "outcome": kind})
             self.tally(now, claim.job.queue, f"run:{kind}")
-            if outcome.duration is not None:    # else the end was not seen
+            if outcome.duration is not None:
                 self.tally(now, claim.job.queue, "run_time", outcome.duration)
         jobs = self.move(changes, now)
         self.change(Sql.END_RUN, rows)
@@ -3903,7 +3906,8 @@ class Ledger:
     # Deleting and editing.
 
     def _remove(self, job: Job, now: float) -> None:
-        """Delete a job with its history; Conflict, before any write, if it must stay.
+        """Delete a job with its history; Conflict, before the first write, if it is
+        needed.
         """
         if job.state == PROCESSING:
             raise Conflict("wrong-state", f"{job.id} is processing",
@@ -3919,12 +3923,12 @@ class Ledger:
         for statement in Sql.DELETE_JOB:
             self.do(statement, {"seq": job.seq})
         self.count(job.queue, job.state, -1)
-        self.tally(now, job.queue, "delete")    # not shown: it balances the others
+        self.tally(now, job.queue, "delete")    # not shown
 
     def remove_all(self, jobs: Sequence[Job],
                    now: float) -> list[tuple[Job, Conflict]]:
-        """Delete those that can go; those that stay, and why."""
-        left = sorted(jobs, key=lambda job: -job.seq)   # dependents come first
+        """Delete jobs; returns those that are needed, and why."""
+        left = sorted(jobs, key=lambda job: -job.seq)   # dependents first
         while True:
             kept = []
             for job in left:
@@ -3937,7 +3941,7 @@ class Ledger:
             left = [job for job, _ in kept]
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
-        """Write what a person has changed in a waiting job; Conflict for any other."""
+        """Write a user's changes to a waiting job; Conflict for any other."""
         if before.waits is None:
             raise Conflict("wrong-state",
                            f"{before.id} is {before.state}, so it cannot be edited",
@@ -3947,7 +3951,7 @@ class Ledger:
                           "already", f"use at least {after.attempts + 1}",
                           "max_retries")
         if after.run_at == before.run_at:
-            after = brought_forward(after, now)     # `updated_at` would hide its start
+            after = brought_forward(after, now)     # before `updated_at` changes
         waits = READY if before.waits == READY and after.run_at == before.run_at \
             else waits_of(after, now)
         after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
@@ -3958,7 +3962,7 @@ class Ledger:
         return after
 
     def rerank(self) -> None:
-        """Rank all waiting jobs anew, after a change of priority-ageing."""
+        """Recompute the ranks of waiting jobs, after a change of priority-ageing."""
         settings, after = self.settings(), 0
         while rows := self.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
             self.change(Sql.SET_RANK, [
@@ -3979,16 +3983,14 @@ class Ledger:
     # Schedules.
 
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
-        """Write a schedule's times, pause and number of skipped runs."""
+        """Change a schedule's times, pause and number of skipped runs."""
         schedule = schedule._replace(**changes)
         self.do(Sql.SET_SCHEDULE, schedule._asdict())
         return schedule
 
     def fire(self, schedule: Schedule, now: float) -> Job | None:
-        """Add the job of a schedule that is due, unless its last job is not over: that
-        job, else None. Invalid where the schedule cannot be read.
-
-        The job and the next run are written together, so each run is taken once.
+        """Add the job of a due schedule, unless its last job is unfinished: then skip
+        the run, and return that job. Invalid if the schedule cannot be parsed.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         for last in self.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
@@ -4002,10 +4004,10 @@ class Ledger:
         return None
 
     def correct_next_run(self, schedule: Schedule, now: float) -> None:
-        """Compute the next run anew, if a clock that was ahead has put it off.
+        """Recompute the next run after the clock was set back.
 
-        As in Debian's cron(8), an interval follows a clock that was set back by more
-        than a minute, and a fixed time is repeated only after three hours or more.
+        As in Debian's cron(8), an interval follows a step back of more than a minute; a
+        fixed time is repeated only after three hours or more.
         """
         next_run = run_after(schedule.cron, now, schedule.tz)
         last_run = schedule.last_run
