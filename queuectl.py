@@ -4020,20 +4020,19 @@ class Ledger:
 
 
 # ---- 10 Queue ----------------------------------------------------------------
-# The library. A method that changes something checks its arguments before it takes the
-# write lock, where it can, and wakes the workers after the commit: one that looked
-# before would find nothing.
+# The library. A method that writes checks its arguments before it takes the write lock,
+# if possible, and wakes the workers after the commit.
 
 SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write lock
-# Seconds between two of these: a writer that waits tries each millisecond. Without the
-# pause a purge of half a million jobs kept all others out for seconds.
+# Seconds between two of these, for other writers: they try each millisecond. Without it
+# a purge of half a million jobs blocked them for seconds.
 SWEEP_PAUSE = 0.003
 DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
-WATCH_TICK = 0.02       # seconds between two looks for commits; a look takes 5 us
+WATCH_TICK = 0.02       # seconds between two checks for commits, of 5 us each
 
 
 def current_directory() -> str:
-    """Where jobs run that name no cwd; Invalid if it cannot be stored."""
+    """The default cwd of jobs; Invalid if it cannot be stored."""
     try:
         return as_utf8(os.getcwd())
     except FileNotFoundError:
@@ -4051,7 +4050,7 @@ def _states(state: str | Sequence[str]) -> list[str]:
 def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
     """The values of filters; Sql.listing makes a clause for each key.
 
-    A mistyped one is a TypeError: to ignore it would widen what is listed, or deleted.
+    An unknown filter is a TypeError: ignoring it would list, or delete, more jobs.
     """
     unknown = {*filters} - {*Sql.FILTERS, "before", "ended_seq"}
     if unknown:
@@ -4074,13 +4073,13 @@ def _refuse(why: QueueError) -> NoReturn:
 
 
 class Queue:
-    """The promises: each public method is one transaction, or reads.
+    """A queue: each public method is one transaction, or only reads.
 
-    The database at `path` is created if it is missing, unless `create` is false (then
-    Refused). Threads may share an object, processes may not: after a fork each opens
-    its own. All methods may raise Unavailable, or Refused for a damaged file; those
-    that change something also Gone, if the file was deleted. `clock` returns epoch
-    seconds; timeouts go by the monotonic clock.
+    The database at `path` is created if it is missing; with `create` false, that raises
+    Refused. Threads may share an object; after a fork, each process opens its own. All
+    methods may raise Unavailable, or Refused for a damaged file; those that write also
+    Gone, if the file was deleted. `clock` returns epoch seconds; timeouts use the
+    monotonic clock.
 
         with Queue("queue.db") as queue:
             job = queue.enqueue("make test", priority=5, delay="10m", tags=["ci"])
@@ -4102,7 +4101,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the database; the object is of no use after that."""
+        """Close the database; the object cannot be used any more."""
         self.store.db.close()
         self.host.locks.close()
 
@@ -4116,7 +4115,7 @@ class Queue:
 
     def enqueue_many(self, jobs: Iterable[Job | dict[str, Any]]) -> list[Job]:
         """Add all of these jobs or none; they may name each other in `after`. Raises as
-        `enqueue`, with the number of the job at fault in `item`, from 0.
+        `enqueue`; `item` of the error is the index of the job at fault.
         """
         return self.add(jobs)[0]
 
@@ -4143,7 +4142,7 @@ class Queue:
 
     def jobs(self, state: str | Sequence[str] = (), sort: str = "newest",
              limit: int = 0, **filters: Any) -> list[Job]:
-        """The jobs that fit, newest first; `limit` 0: all of them.
+        """The matching jobs, newest first; `limit` 0: all.
 
         `sort` is a key of ORDERS, `filters` are keys of Sql.FILTERS. Raises Invalid for
         an unknown state or sort, TypeError for an unknown filter.
@@ -4156,7 +4155,8 @@ class Queue:
 
     def count(self, state: str | Sequence[str] = (), older_than: float | None = None,
               **filters: Any) -> int:
-        """How many jobs fit; `older_than` as in `sweep`, filters as in `jobs`."""
+        """The number of matching jobs; `older_than` as in `sweep`, filters as in `jobs`.
+        """
         if older_than is not None:
             filters["ended_before"] = self._ended_before(older_than)
         values = _bound(filters)
@@ -4169,7 +4169,7 @@ class Queue:
 
     def pages(self, limit: int = 0, state: str | Sequence[str] = (),
               **filters: Any) -> Iterator[Job]:
-        """As `jobs`, newest first, read by the thousand to spare memory."""
+        """As `jobs`, newest first, read in pages to save memory."""
         before, left = END_OF_TIME, limit or END_OF_TIME
         while left > 0:
             page = self.jobs(state, "newest", min(PAGE_SIZE, left), before=before,
@@ -4200,7 +4200,7 @@ class Queue:
 
     def fresh_run(self, job_id: str, number: int | None = None,
                   patience: float = PEEK_PATIENCE) -> Run:
-        """As `run`, with the output up to now of a run under way."""
+        """As `run`; if it is running, with its current output."""
         run = self.run(job_id, number)
         if run.outcome is None:
             self.peek(patience)
@@ -4208,8 +4208,8 @@ class Queue:
         return run
 
     def peek(self, patience: float = PEEK_PATIENCE) -> None:
-        """Have the workers store the output of running commands, as otherwise with each
-        heartbeat, and wait up to `patience` seconds for it or any other commit.
+        """Ask the workers to store the output of running commands now, and wait up to
+        `patience` seconds for that or another commit.
         """
         seen = self.store.changes()
         if self.wake(PEEK):
@@ -4222,21 +4222,21 @@ class Queue:
 
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
-        """The changes after the `seq`-th, in the order of commits; `since` is a stored
-        time. Those of deleted jobs are missing.
+        """The changes after number `seq`, in the order of commits, without those of
+        deleted jobs; `since` is a stored time.
         """
         return [_event(*row) for row in self.store.rows(
             Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
-        """The `seq` of the latest change, 0 if there was none; it never falls."""
+        """The `seq` of the latest change, 0 if there is none; never decreases."""
         return int(self.store.rows(Sql.COUNTERS)[0][2])
 
     # Waiting.
 
     def await_change(self, seen: int, timeout: float) -> int:
-        """Wait up to `timeout` seconds for a commit by another connection; `seen` is
-        `store.changes()` as it was before the caller's last read, the result as it is.
+        """Wait up to `timeout` seconds for a commit by another connection. `seen` is
+        `store.changes()` before the caller's last read; returns its new value.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and (left := end - time.monotonic()) > 0:
@@ -4245,13 +4245,13 @@ class Queue:
 
     def wait(self, *job_ids: str, timeout: float | None = None,
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
-        """Return these jobs, each once, when all have finished: each as it was when it
-        was first seen finished. `tell` gets the progress at each look.
+        """Wait for jobs; returns each once, as it was when first seen finished. `tell`
+        is called with the progress.
 
-        Raises NotFound for one that does not exist (any more), and Refused: after
-        `timeout` seconds (`not-finished`; None: never), or if none of the unfinished
-        ones can end (`blocked`), as they come after a dead or cancelled job, or wait
-        for the job that makes this call.
+        Raises NotFound for a missing or deleted job, and Refused after `timeout`
+        seconds (`not-finished`; None: never), or if no unfinished job can end
+        (`blocked`), because they wait for a dead or cancelled job, or for the calling
+        job.
         """
         jobs, over = dict.fromkeys(job_ids), dict[str, Job]()
 
@@ -4280,8 +4280,8 @@ class Queue:
 
     def wait_all(self, queue: str | None = None, timeout: float | None = None,
                  tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
-        """Return what has finished since the call, when no job (of the queue) is left,
-        including jobs that are added meanwhile; otherwise as `wait`.
+        """Wait until no job (of the queue) is unfinished, including jobs added
+        meanwhile; returns what has finished since the call. Otherwise as `wait`.
         """
         first = self.progress(queue)
 
@@ -4301,7 +4301,7 @@ class Queue:
         return self._wait_for(look, timeout)
 
     def _wait_for(self, look: Callable[[], T | str], timeout: float | None) -> T:
-        """Call `look` until it returns a result; text says what is not over yet."""
+        """Call `look` until it returns a result; a text names what is unfinished."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             seen, began = self.store.changes(), time.monotonic()
@@ -4314,7 +4314,7 @@ class Queue:
                                 "wait longer, or see `queuectl list`")
                 error.exit_status = EX_TIMEOUT
                 raise error
-            # Limit polling to a sixth of a core, however many jobs a look reads.
+            # Limit polling to a sixth of a core, however long a look takes.
             time.sleep(min(5 * (now - began), end - now))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
@@ -4323,7 +4323,7 @@ class Queue:
             if job_ids else []
 
     def caller(self) -> Job | None:
-        """The job of this queue whose command this process is part of, if any."""
+        """The job of this queue that runs this process; None: not part of a job."""
         claim, path = (os.environ.get(name, "") for name in (
             "QUEUECTL_CLAIM", "QUEUECTL_DB"))
         if not re.fullmatch("[0-9]{1,18}", claim) \
@@ -4334,14 +4334,14 @@ class Queue:
 
     def _refuse_blocked(self, caller: Job | None, jobs: Sequence[Job], stuck: int,
                         left: int) -> None:
-        """Refuse if none of `left` jobs can end; `stuck` of them are blocked for good,
-        or by `caller`. The first of `jobs` is named, or needs the slot that `caller`
-        has.
+        """Refuse if none of the `left` unfinished jobs can end: `stuck` of them are
+        blocked forever, or by `caller`, or the first of `jobs` needs the slot of
+        `caller`.
         """
         if stuck >= left and not jobs:
             raise Refused("blocked", f"{caller.id if caller else 'this job'} runs this "
                           "command, so it cannot end before the command does",
-                          "wait for other jobs, or from outside of the job")
+                          "wait for other jobs, or outside of the job")
         if stuck >= left:
             others = f" (and {stuck - 1} more)" if stuck > 1 else ""
             raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it comes after "
@@ -4362,8 +4362,8 @@ class Queue:
 
     def stuck(self, limit: int = 0, queue: str | None = None,
               caller: Job | None = None) -> tuple[int, list[Job]]:
-        """How many jobs are blocked for good, as they come after a dead or cancelled
-        one, or while `caller` runs; and the first `limit` of them.
+        """The number of jobs blocked by dead or cancelled ones, or by `caller`; and the
+        first `limit` of these jobs.
         """
         wanted = {"caller": caller and caller.seq, "queue": queue}
         [[n]] = self.store.rows(Sql.COUNT_STUCK, **wanted)
@@ -4371,25 +4371,25 @@ class Queue:
             if n and limit else []
 
     def stuck_among(self, jobs: Sequence[Job], caller: Job | None = None) -> list[Job]:
-        """Those of these jobs that are blocked for good, or while `caller` runs."""
+        """Those of the jobs that are blocked as in `stuck`."""
         stuck = {row[0] for row in self.store.rows(
             Sql.STUCK_AMONG, caller=caller and caller.seq,
             seqs=json.dumps([job.seq for job in jobs]))} if jobs else set()
         return [job for job in jobs if job.seq in stuck]
 
     def why_stuck(self, job: Job) -> str:
-        """What a job that is blocked for good comes after: `build (dead)`."""
+        """What blocks a job of `stuck`, as `build (dead)`."""
         states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
         found = sorted((states.index(one.state), one.id) for one in
                        self._named(job.after) if one.state in states)
         return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
 
     def is_all_paused(self) -> bool:
-        """Return True if all queues are paused by one order."""
+        """Return True after `pause` of all queues."""
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
-        """Why each of these jobs waits, by its id; []: for a slot."""
+        """Why each of these jobs waits, by id; []: only for a slot."""
         workers = [one for one in self.workers() if not one.is_expired]
         queues, all_paused = {one.name: one for one in self.queues()}, \
             self.is_all_paused()
@@ -4397,7 +4397,7 @@ class Queue:
         for job in jobs:
             if job.waits is None:
                 continue
-            # One that does not exist was completed: no other can be deleted.
+            # A missing one was completed: no other can be deleted.
             needed = {one.id: one.state for one in self._named(
                 job.after if job.waits == BLOCKED else ())}
             found[job.id] = [Finding(
@@ -4424,7 +4424,7 @@ class Queue:
         return found
 
     def waiting_for(self, job: Job) -> list[str]:
-        """Why a job does not run, as text: one that waits, or has lost its worker."""
+        """Why a job waits, or that its worker is gone, as text."""
         workers = [one for one in self.workers() if not one.is_expired]
         if job.state == PROCESSING and all(one.name != job.worker for one in workers):
             return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
@@ -4433,7 +4433,7 @@ class Queue:
                    for one in found]
         if reasons or job.waits is None:
             return reasons
-        # Only jobs that could start: not those of paused, full or unserved queues.
+        # Only jobs that can start: not those of paused, full or unserved queues.
         n = sum(self.store.rows(Sql.BEFORE, queue=view.name, rank=job.rank,
                                 run_at=job.run_at, seq=job.seq)[0][0]
                 for view in self.queues()
@@ -4442,8 +4442,7 @@ class Queue:
         return [f"behind {counted(n, 'other job')}" if n else "next in line"]
 
     def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
-        """What waits in these queues (all if none is named) after `--drain`, and why.
-        """
+        """What waits in these queues (default: all) after `--drain`, and why."""
         lines = []
         for view in self.queues():
             left = sum(view.counts[state] for state in WAITING)
@@ -4465,7 +4464,7 @@ class Queue:
     # The whole queue.
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
-        """How many jobs are in each state, also 0; from the counters (I8)."""
+        """The number of jobs in each state, by the counters (I8)."""
         counts = dict.fromkeys(STATES, 0)
         for (name, state), n in self.store.counts().items():
             if queue in (None, name):
@@ -4473,7 +4472,7 @@ class Queue:
         return counts
 
     def status(self) -> Status:
-        """What the first screen shows: several reads, so not all of one moment."""
+        """What `status` shows; several reads, not one snapshot."""
         counts, workers = self.counts(), self.workers()
         due = self.store.jobs(Sql.NEXT_DUE)
         schedule = min((one for one in self.schedules() if not one.paused),
@@ -4486,8 +4485,8 @@ class Queue:
             self.stuck()[0] if may_be_stuck else 0, self.unserved(workers))
 
     def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
-        """Due jobs and overdue schedules without a worker, the longest overdue first;
-        none while all queues are paused.
+        """Due jobs and schedules without a worker, the longest overdue first; none
+        while all queues are paused.
         """
         if self.is_all_paused():
             return []
@@ -4510,7 +4509,7 @@ class Queue:
                 for _, text in sorted(found, reverse=True)]
 
     def queues(self) -> list[QueueView]:
-        """The queues that have jobs, a limit or a pause; the default one always."""
+        """The queues that have jobs, a limit or a pause, and the default queue."""
         counts: dict[str, dict[str, int]] = {}
         for (name, state), n in self.store.counts().items():
             counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
@@ -4521,8 +4520,8 @@ class Queue:
             for name in sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})]
 
     def progress(self, queue: str | None = None) -> Progress:
-        """How far the jobs of a queue, or of all, have come. Deletions turn nothing
-        back; one that was retried and has finished again counts twice.
+        """The progress of a queue, or of all. Deletions do not reduce it; a job that
+        was retried and has finished again counts twice.
         """
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
@@ -4531,14 +4530,15 @@ class Queue:
                         over.get("bury", 0) + over.get("cancel", 0))
 
     def workers(self) -> list[Worker]:
-        """The workers that are not dead, with what each runs.
+        """The workers that are not dead, with their running jobs.
 
-        One on another machine counts until a worker or `worker stop` removes it;
-        `is_expired` tells that it has sent no heartbeat for a lease. Not to be called
-        in a transaction, as it may run `ps` (I9).
+        One on another machine is listed until a worker or `worker stop` removes it,
+        with `is_expired` after a lease without a heartbeat. Do not call it in a
+        transaction, as it may run `ps` (I9).
         """
         settings = self.store.settings()
-        # By two wall clocks, so it is only shown, and never a reason to take its runs.
+        # By the clocks of two machines, so only shown: it never costs a worker its
+        # runs.
         oldest = iso(self.clock() - lease_of(settings))
         running: dict[int, list[Job]] = {}
         for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
@@ -4548,17 +4548,18 @@ class Queue:
         return [one._replace(
             is_alive=is_alive,
             is_expired=is_alive is None and one.heartbeat_at < oldest,
-            late_after=3 * settings.heartbeat,      # a busy machine may miss one
+            late_after=3 * settings.heartbeat,      # one may be late on a busy machine
             running=running.get(one.id, ()))
             for one, is_alive in found if is_alive is not False]
 
     def backup(self, path: str) -> None:
-        """Copy the queue as it is now, while workers run; see `SQLite.backup`."""
+        """Copy the queue while workers run; see `SQLite.backup`."""
         self.store.db.backup(system_path(path))
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
-        """What each queue did in the last `duration` seconds (None: ever), by whole
-        minutes and for at most eight days (see `covered`); "" is all queues.
+        """Totals by queue over the last `duration` seconds (None: since it was
+        created), in whole minutes, at most eight days (see `covered`); "" is all
+        queues.
         """
         rows = self.store.rows(Sql.TALLIES_EVER) if duration is None else \
             self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
@@ -4567,18 +4568,19 @@ class Queue:
                 for queue in ["", *queues]}
 
     def _minute(self, duration: float) -> int:
-        # At least 1, for 0 is all time.
+        # At least 1: minute 0 is all time.
         now = self.clock()
         return max(1, int((now - duration) // 60), int(now // 60) - KEPT_MINUTES)
 
     def covered(self, duration: float | None) -> float:
-        """The seconds that `stats` of a duration cover, at most the queue's age."""
-        now = self.clock()      # which may have been set back since
+        """The seconds that `stats` covers, at most the queue's age."""
+        now = self.clock()      # may have been set back
         age = max(0.001, now - epoch(self.store.meta("created_at")))
         return age if duration is None else min(age, now - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Summary]:
-        """What was done in each of the last minutes, oldest first, the current last."""
+        """Totals of each of the last minutes, oldest first, including the current one.
+        """
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
         found: dict[int, list[tuple[str, int, int, float]]] = {
@@ -4590,7 +4592,7 @@ class Queue:
                 for minute, rows in found.items()]
 
     def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
-        # Seconds since the first job of each queue was due, ready or still scheduled.
+        # Seconds since the first job of each queue was due.
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
@@ -4599,8 +4601,8 @@ class Queue:
                 if run_at is not None}
 
     def scrape(self) -> Scrape:
-        """What the metrics tell, read in one snapshot: else a job that ends between two
-        reads counts as running and as completed.
+        """The values of the metrics. Jobs are read in one snapshot, so that none counts
+        as running and as completed.
         """
         now = self.clock()
         with self.store.snapshot():
@@ -4615,14 +4617,14 @@ class Queue:
         return Scrape(jobs, tallies, oldest, paused, self.workers(),
                       self.store.db.size(), schedules, blocked)
 
-    # Changing jobs: all or none of those named, or all that fit, in a sweep. `skip` is
-    # called with the error of each job that stays unchanged; for named ones it raises.
+    # Changing jobs: all or none of those named, or all that match, in a sweep. `skip`
+    # is called with the error of each unchanged job; for named ones it raises it.
 
     def retry(self, *job_ids: str) -> list[Job]:
-        """Run jobs again from now, attempts back to 0; all of them or none. NotFound;
-        Conflict for a running one or a unique key that another job has taken.
+        """Make jobs due now, with attempts reset to 0; all of them or none. NotFound;
+        Conflict for a running job, or a unique key that another job has.
 
-        Earlier runs are kept. Waiting jobs that come after a completed one wait again.
+        Earlier runs are kept. Jobs waiting for a retried one wait for it again.
         """
         return self._change(job_ids, self._retry, NEW_JOBS)
 
@@ -4631,7 +4633,7 @@ class Queue:
         return self._change(job_ids, self._retry, NEW_JOBS, DEAD)
 
     def cancel(self, *job_ids: str) -> list[Job]:
-        """Cancel jobs; all of them or none. NotFound; Conflict for a finished one. A
+        """Cancel jobs; all of them or none. NotFound; Conflict for a finished job. A
         running one is returned as 'processing': its worker ends it, or it completes.
         """
         return self._change(job_ids, self._cancel, NEW_ORDERS)
@@ -4660,7 +4662,7 @@ class Queue:
                 change: Callable[[list[Job], Skip], list[Job]], message: bytes = b"",
                 state: str | None = None) -> list[Job]:
         with self.store.transaction() as store:
-            # Each once: the guard of a second move would find the state changed (I1).
+            # Each once: a second move would fail, as the state has changed (I1).
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in jobs:
                 if state not in (None, job.state):
@@ -4668,32 +4670,32 @@ class Queue:
                                    f"{state}", f"`queuectl retry {job.id}` retries any "
                                    "job")
             jobs = change(jobs, _refuse)
-        if message:     # none of a deletion: no job waits for what can be deleted
+        if message:     # deletions unblock nothing
             self.wake(message)
         return jobs
 
     def sweep(self, verb: str, state: str | Sequence[str] = (),
               older_than: float | None = None, keep: Skip = lambda why: None,
               **filters: Any) -> Iterator[list[Job]]:
-        """Retry, cancel or delete (`verb`) all jobs that fit, in small transactions;
+        """Retry, cancel or delete (`verb`) all matching jobs, in small transactions;
         each yields the changed jobs, and the caller may stop.
 
-        Skipped are running jobs (unless they are to be cancelled) and, with a call of
-        `keep`, those whose unique key another job has, or that others wait for.
+        It skips running jobs (except to cancel them) and jobs whose unique key is
+        taken, or that others wait for: `keep` is called with these errors.
         `older_than`: only jobs that finished so many seconds ago; Invalid for states
-        that are not final. Filters as in `jobs`; without any, all jobs fit.
+        that are not final. Filters as in `jobs`; without any, all jobs match.
         """
         change = {"retry": self._retry, "cancel": self._cancel,
                   "delete": self._delete}[verb]
         passed = OVER if verb == "cancel" else (PROCESSING,)
         states, sort, is_again = _states(state), "newest", True
         if older_than is not None:
-            if not {*states} <= {*OVER}:    # a failed job has finished a run, but waits
+            if not {*states} <= {*OVER}:    # a failed job is waiting
                 raise Invalid("`older_than` counts from a job's end",
                               "it fits " + ", ".join(OVER))
             states, sort = states or [*OVER], "ended"
             filters["ended_before"] = self._ended_before(older_than)
-        # From key to key, as skipped jobs go on fitting; chains take several passes.
+        # By key, as skipped jobs still match; chains of dependents take several passes.
         while is_again:
             kept, n, place, is_more = list[QueueError](), 0, dict(filters), True
             while is_more:
@@ -4703,7 +4705,7 @@ class Queue:
                                      kept.append)
                 if changed and verb != "delete":
                     self.wake(NEW_ORDERS)
-                yield changed       # outside the transaction: the caller may be slow
+                yield changed       # outside the transaction, as the caller may be slow
                 n, is_more = n + len(changed), len(found) == SWEEP_BATCH
                 if is_more:
                     place.update({"before": found[-1].seq} if sort == "newest" else {
@@ -4725,14 +4727,14 @@ class Queue:
         taken = {job.seq: why for job, why in self.store.taken_keys(jobs)}
         for why in taken.values():
             skip(why)
-        # What the last run left in the job's row goes; the run's own row keeps it.
+        # The results of the last run are kept in its own row.
         return self.store.move([Change("retry", job, job._replace(
             attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
             finished_at=None, exit_code=None, error=None))
             for job in jobs if job.seq not in taken], now)
 
     def _cancel(self, jobs: Sequence[Job], _: object) -> list[Job]:
-        """A running job only gets a request: its state changes when its run ends."""
+        """For a running job, store a request: its state changes when its run ends."""
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
         self.store.change(Sql.REQUEST_END, [
@@ -4755,14 +4757,14 @@ class Queue:
     # Queues, schedules, settings, workers.
 
     def pause(self, *queues: str) -> None:
-        """Stop claiming from these queues, or from any if none is named; running jobs
-        continue. The queue may have no jobs; the pause outlasts restarts.
+        """Stop claiming from these queues (default: all); running jobs continue. A
+        queue may have no jobs; the pause survives restarts.
         """
         self._set_queues(queues, Sql.SET_PAUSED, paused=True)
 
     def resume(self, *queues: str) -> None:
-        """End the pause of these queues; without names, the pause of all, which leaves
-        queues paused that were paused by name.
+        """End the pause of these queues; without names, the pause of all queues, while
+        queues that were paused by name stay paused.
         """
         self._set_queues(queues, Sql.SET_PAUSED, paused=False)
 
@@ -4770,7 +4772,7 @@ class Queue:
         """Let all workers together run at most `limit` jobs of a queue; 0: any number.
         """
         if not 0 <= limit <= MAX_WHOLE:
-            raise Invalid(f"{limit} is no limit", "use a whole number from 0")
+            raise Invalid(f"{limit} is not a limit", "use a whole number from 0")
         self._set_queues([queue], Sql.SET_LIMIT, job_limit=limit)
 
     def _set_queues(self, names: Sequence[str], sql: str, **values: int) -> None:
@@ -4800,7 +4802,7 @@ class Queue:
 
     def add_schedule(self, name: str, cron: str, tz: str | None = None,
                      **fields: Any) -> Schedule:
-        """Have a job enqueued at each run of a cron line; `fields` are the job's.
+        """Add a schedule, which enqueues a job at each run; `fields` are the job's.
 
         `tz` is an IANA name; None: the zone of `CRON_TZ=` before the line, else the
         local zone, stored by its name. Raises Invalid, also for `id`, `after` and times
@@ -4815,8 +4817,7 @@ class Queue:
                           f"{SCHEDULE_TAG}{name}"]
         for key in set(fields) & {"id", "after", "run_at", "delay"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
-        # Reports a mistake now; stored as given, for each run parses it with the
-        # defaults of that day.
+        # To report errors now; stored as given, as each run uses the current defaults.
         new_job(fields, now)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
@@ -4843,8 +4844,8 @@ class Queue:
             return store.set_schedule(self.schedule(name), paused=True)
 
     def resume_schedule(self, name: str) -> Schedule:
-        """End a schedule's pause; missed runs are not made up. Invalid for a schedule
-        that cannot be parsed any more.
+        """End a schedule's pause; missed runs are not made up. Invalid if it cannot be
+        parsed.
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
@@ -4857,8 +4858,8 @@ class Queue:
         return schedule
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, also while it is paused. It counts as the
-        schedule's last job: until it has finished, runs are skipped.
+        """Enqueue a schedule's job now, even if it is paused. Until that job has
+        finished, runs are skipped.
         """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
@@ -4888,9 +4889,9 @@ class Queue:
         self.wake(NEW_ORDERS)
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
-        """Ask workers (all if none is named) to finish their jobs and exit; returns at
-        once those that were asked. `now`: they end and requeue their jobs. NotFound for
-        a name that no living worker has.
+        """Request workers (default: all) to finish their jobs and exit, or with `now`
+        to kill and requeue them; returns these workers at once. NotFound for a name of
+        no worker.
         """
         living = {worker.name: worker for worker in self.workers()}
         for name in names:
@@ -4901,7 +4902,7 @@ class Queue:
         asked = [living[name] for name in names or living]
         if asked:
             with self.store.transaction() as store:
-                # By id: a later worker of the same name is not meant.
+                # By id, so not a later worker of the same name.
                 store.write(Sql.STOP_WORKER, [
                     {"id": worker.id, "stop_requested": NOW if now else DRAIN}
                     for worker in asked])
@@ -4909,8 +4910,8 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> bool:
-        """Notify every worker; return True if there may be one. A datagram that gets
-        lost only costs time, as the database says what to do.
+        """Notify all workers; return True if there may be one. A lost datagram only
+        costs time.
         """
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
@@ -4919,28 +4920,27 @@ class Queue:
 
 
 # ---- 11 Claims ---------------------------------------------------------------
-# What a worker asks of the database. All that it records and takes goes into one
-# transaction, its tick, since an fsync costs milliseconds. Claims are the worker's own
-# runs, Peers the other workers. Both know rows and locks, but no commands and no
-# waiting: the worker's loop decides when to tick, and commits in another thread.
+# The worker's use of the database. All its writes are in one transaction, the tick, as
+# an fsync takes milliseconds. Claims are its own runs, Peers the other workers; neither
+# starts commands or waits.
 
-CLAIM_SCAN = 64        # ready jobs that a tick reads before it asks queue by queue
-EXPIRE_BATCH = 100     # jobs that a tick deletes because their retention is over
+CLAIM_SCAN = 64        # ready jobs that a tick reads before it reads queue by queue
+EXPIRE_BATCH = 100     # expired jobs that a tick deletes
 
 
 class Report(NamedTuple):
-    """What a tick is to record."""
+    """What a tick records."""
     ended: Mapping[int, Outcome] = {}   # own runs, by claim
-    lost: Sequence[Run] = ()            # of other workers; their processes are gone
-    seized: Sequence[Run] = ()          # of other workers; about to be killed
-    dead: Sequence[Worker] = ()         # to be removed, unless they hold something
+    lost: Sequence[Run] = ()            # of other workers; their processes have exited
+    seized: Sequence[Run] = ()          # of other workers; to be killed next
+    dead: Sequence[Worker] = ()         # to be removed if they hold no claim
     outputs: Mapping[int, Output] = {}  # of running commands
     is_heartbeat: bool = False          # also do what is due once a heartbeat
 
 
 def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]:
-    """The end of a lost run, to be recorded; [] if another worker was faster. One that
-    had not begun is released, and no crash is charged.
+    """The end of a lost run, to be recorded; [] if another worker has recorded it. One
+    that had not begun is released, and counts as no crash.
     """
     outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
     if host.locks.process_of(run) is None:
@@ -4950,22 +4950,22 @@ def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]
 
 
 class Claims:
-    """The claims of one worker; used by its loop's thread only (I9).
+    """The claims of one worker; used only by the thread of its loop (I9).
 
-    Enters the worker into the table: Conflict if a living one has its name. `port`
-    gets notifications (None: none); `pid` is the process to signal.
+    Inserts the worker's row: Conflict if another worker has its name. `port` gets
+    notifications (None: none); `pid` is the process to signal.
     """
 
     def __init__(self, queue: Queue, options: WorkerOptions, port: int | None = None,
                  pid: int = 0) -> None:
         self._queue, self._options = queue, options
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
-        # Claims as of the last commit, with jobs as claimed: none is edited meanwhile.
+        # As of the last commit, with jobs as claimed: a running job is never edited.
         self._held: dict[int, Claim] = {}
-        self._last_tick = math.inf      # epoch; a lower time: the clock was set back
-        self._begun: set[int] = set()   # spares that have a slot, not so in the table
+        self._last_tick = math.inf      # to see the clock set back
+        self._begun: set[int] = set()   # spares whose slot is not stored yet
         self._begun_before: frozenset[int] = frozenset()    # at the last tick
-        self._expired: dict[str, dict[str, Any]] = {}   # where retention goes on
+        self._expired: dict[str, dict[str, Any]] = {}   # where to continue
         self.lock = -1                  # descriptor that holds the worker's own lock
         try:
             self.worker = self._enter(port, pid or os.getpid())
@@ -4976,7 +4976,7 @@ class Claims:
     def _enter(self, port: int | None, pid: int) -> Worker:
         store, host, now = self._store, self._host, iso(self._clock())
         name = self._options.name or f"{host.name}-{pid}"
-        # The host is asked outside of the transaction, as that may run `ps` (I9).
+        # Outside of the transaction, as it may run `ps` (I9).
         worker = Worker(0, name, host.name, host.boot, pid, host.born(pid),
                         self._options.slots, self._options.queues, port, now, now, 0,
                         None)
@@ -4991,8 +4991,8 @@ class Claims:
                 if one.name == name:    # its row stays until its runs are recorded
                     store.do(Sql.RENAME_WORKER, {"id": one.id,
                                                  "name": f"{name}#{one.id}"})
-            # The lock comes before the row: to another container, which cannot see the
-            # process, a row with a free lock looks dead.
+            # The lock comes before the row: for another container, which cannot see the
+            # process, a row with a free lock is a dead worker.
             number, self.lock = self._lock_number("workers", WORKER_LOCKS)
             worker = worker._replace(id=number)
             store.do(Sql.INSERT_WORKER, {**worker._asdict(),
@@ -5004,9 +5004,7 @@ class Claims:
             os.close(self.lock)
 
     def leave(self) -> None:
-        """Remove the worker's row, once nothing of it runs. The lock goes last: a row
-        that stays is a dead worker's.
-        """
+        """Delete the worker's row, after its runs have ended; then release its lock."""
         try:
             with self._store.transaction() as store:
                 store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
@@ -5014,11 +5012,12 @@ class Claims:
             self._release_lock()
 
     def is_work_ready(self) -> bool:
-        """Return True if a tick may find something to do. Reads only, most often by the
-        first statement alone: idle workers never write.
+        """Return True if a tick may find work. Reads only, as idle workers do not
+        write.
 
-        Due jobs are work for any worker, whatever their queue. Ready ones count only
-        where this worker may claim: otherwise idle workers would wake each other.
+        Due jobs of any queue count, as any worker makes them ready. Ready jobs count
+        only if this worker can claim them: otherwise idle workers would wake each
+        other.
         """
         now = self._clock()
         [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
@@ -5030,23 +5029,23 @@ class Claims:
                    for queue, state in self._store.counts() if state in WAITING)
 
     def next_due(self) -> float | None:
-        """When (epoch) the next job or schedule of any queue is due; None: never."""
+        """Epoch seconds when the next job or schedule is due; None: never."""
         [[at]] = self._store.rows(Sql.DUE_AT)
         return epoch(at) if at else None
 
     def orders(self) -> tuple[str | None, dict[int, str | None]]:
-        """What is asked of this worker and, by claim, of its runs; as in `Tick`."""
+        """`stop` and `mine` as in `Tick`."""
         row = self._store.row(Sql.STOP_REQUESTED, id=self.worker.id)
         return row[0] if row else None, {
             claim: asked for claim, asked, _ in self._store.rows(
                 Sql.MINE, worker=self.worker.name)}
 
     def tick(self, report: Report, free: Sequence[int]) -> Tick | None:
-        """Record the report and claim for the free slots, up to the COMMIT; None if
-        another connection is writing.
+        """Record the report and claim jobs for the free slots, without the COMMIT; None
+        if another connection is writing.
 
-        Next comes `commit`, in any thread, then `committed` or `failed`; until then
-        nothing else uses the connection. After a failure `report` is to be given again.
+        Call `commit` next, in any thread, then `committed` or `failed`; until then
+        nothing else uses the connection. After a failure, repeat the report.
         """
         if not self._store.begin():
             return None
@@ -5060,9 +5059,9 @@ class Claims:
             raise
 
     def _write(self, report: Report, free: Sequence[int], locks: list[int]) -> Tick:
-        """The locks taken go into `locks`. In this order each step sees what the one
-        before has brought: ends make room and unblock jobs, schedules add jobs, due
-        jobs become ready, ready ones are claimed.
+        """Adds the taken locks to `locks`. The order matters: ends of runs free slots
+        and unblock jobs, schedules add jobs, due jobs become ready, ready ones are
+        claimed.
         """
         store, now = self._store, self._clock()
         settings = self._options.adapt(store.settings())
@@ -5073,8 +5072,8 @@ class Claims:
                 {"claim": claim, "slot": self._held[claim].slot,
                  "started_at": self._held[claim].job.started_at}
                 for claim in self._begun - report.ended.keys()])
-        # The fence (I3): the end of a claim that is not among these is dropped, as it
-        # was taken from us. Those of a dead worker of our name do no harm here.
+        # The fence (I3): the end of a claim that is not among these is dropped, as
+        # another worker took it. Claims of a dead worker of the same name do no harm.
         rows = store.rows(Sql.MINE, worker=self.worker.name)
         mine = {claim: asked for claim, asked, _ in rows}
         unmet = {claim: n for claim, _, n in rows}
@@ -5093,9 +5092,8 @@ class Claims:
         [[due_at]] = store.rows(Sql.DUE_AT)
         if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
             notes = self._fire(now)
-            # Until all due jobs are ready nothing is claimed: the last may be the most
-            # urgent. (In one index with jobs due later, 100,000 of those cost each
-            # claim 13 ms.)
+            # Nothing is claimed until all due jobs are ready: the last may be first in
+            # rank.
             behind = behind or store.do(Sql.MAKE_READY, {
                 "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
         stop = row[0] if row else None
@@ -5114,45 +5112,43 @@ class Claims:
 
     @staticmethod
     def _as_now(claim: Claim, asked: str | None, unmet: int) -> Claim:
-        """With the columns that may change during a run: `asked` decides how its end
-        is judged.
-        """
+        """The claim with the columns of its job that may change during a run."""
         if asked is None and unmet == claim.job.unmet:
             return claim
         return claim._replace(job=claim.job._replace(end_requested=asked, unmet=unmet))
 
     def commit(self) -> None:
-        """Commit the tick; in any thread, and the only call meanwhile."""
+        """Commit the tick, in any thread."""
         self._store.commit()
 
     def committed(self, tick: Tick, report: Report) -> None:
-        """Take over the claims of a tick whose commit is confirmed."""
+        """Add the claims of a committed tick."""
         for claim in report.ended:
             self._held.pop(claim, None)
         if report.is_heartbeat:
-            self._begun -= self._begun_before   # others have begun since the tick
+            self._begun -= self._begun_before   # others began after the tick
         self._begun -= report.ended.keys()
         self._held.update((one.number, one) for one in tick.claims)
         self._last_tick = tick.now
 
     def failed(self, tick: Tick) -> None:
-        """Drop a tick whose commit has failed: nothing of it has happened."""
+        """Undo a tick whose commit has failed."""
         self._expired.clear()
         self._store.rollback()
         for one in tick.claims:
             one.release()
 
     def _write_heartbeat(self, now: float) -> None:
-        """Also enters a worker anew that was removed: with its old id, which its lock
-        and runs have, and under another name if its own is taken by now.
+        """Also restores the row of this worker if it was removed: with its id, which
+        its lock and runs have, and another name if its own is taken.
         """
         worker = self.worker
         if self.lock >= 0 and not os.fstat(self.lock).st_nlink:
             raise Gone("database-gone", f"{self._host.locks.path} was deleted", "start "
-                       "the worker anew")   # others do not see its locks any more
+                       "the worker anew")   # the locks are invisible to others
         _, runs, _, workers = self._store.rows(Sql.COUNTERS)[0]
         if workers < worker.id or runs < max(self._held, default=0):    # (I4)
-            raise Gone("database-gone", "an older copy was put in the place of "
+            raise Gone("database-gone", "an older copy has replaced "
                        f"{self._queue.path}", "start the worker anew")
         if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
@@ -5163,10 +5159,10 @@ class Claims:
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:
-        """Add the jobs of due schedules; returns what to log about the others.
+        """Add the jobs of due schedules; returns messages for the log.
 
-        With the first tick, and after the clock was set back, all next runs are
-        computed anew. An invalid schedule is paused: it must not stop all work.
+        In the first tick, and after the clock was set back, all next runs are
+        recomputed. An invalid schedule is paused, so that other work continues.
         """
         store, notes = self._store, list[str]()
 
@@ -5190,7 +5186,7 @@ class Claims:
         return notes
 
     def begin(self, claim: Claim, slot: int) -> Claim:
-        """Give a spare claim its slot; stored with its end, or the next heartbeat."""
+        """Give a spare claim its slot; stored at its end or by the next heartbeat."""
         begun = claim._replace(slot=slot, job=claim.job._replace(
             started_at=iso(self._clock())))
         self._held[claim.number] = begun
@@ -5198,14 +5194,14 @@ class Claims:
         return begun
 
     def _claim(self, slots: Sequence[int], locks: list[int], now: float) -> list[Claim]:
-        """Claim the first in line, one for each slot; 0: a spare, without one."""
+        """Claim the next jobs, one for each slot; slot 0: a spare."""
         store, taken, at = self._store, list[Claim](), iso(now)
         for job, slot in zip(self._choose(len(slots)), slots):
             number, lock = self._lock_number("runs", 0)     # before the commit (I5)
             locks += [lock] if lock >= 0 else []
             taken.append(Claim(job, number, slot, lock))
-            # Of the wait, only what was for a slot: due, its last run over, and all
-            # that it comes after.
+            # The wait for a slot begins when the job is due, its last run has ended and
+            # its dependencies are met.
             needs = store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
                 if job.after else None
             ready_at = max(job.run_at, job.finished_at or "", needs or "")
@@ -5221,9 +5217,8 @@ class Claims:
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
     def _lock_number(self, counter: str, base: int) -> tuple[int, int]:
-        """A new number, and the descriptor that holds its lock, at `base` + number.
-
-        A number whose lock is held is skipped: an older copy of the file was restored.
+        """A new number, and the descriptor of its lock, at `base` + number. A number
+        whose lock is held is skipped: an older copy of the file was restored.
         """
         while True:
             number = self._store.take_numbers(counter)
@@ -5231,11 +5226,11 @@ class Claims:
                 return number, self._host.locks.hold(base + number)
 
     def _choose(self, free: int) -> list[Job]:
-        """The first in line whose queues have room.
+        """The next jobs whose queues have room.
 
-        Mostly these are the very first ready jobs; the second look is long enough to
-        skip a few. Behind a long backlog that cannot run, each queue is asked by
-        jobs_in_queue: `queue NOT IN` would read through the backlog at each tick.
+        Usually these are the first ready jobs; the second read can skip a few. Behind a
+        long backlog that cannot run, each queue is read by jobs_in_queue: `queue NOT
+        IN` would read the whole backlog at each tick.
         """
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
@@ -5251,7 +5246,7 @@ class Claims:
             key=start_order), room, free)
 
     def _room(self, free: int) -> Callable[[str], int]:
-        """How many more jobs of a queue may start; `choose` counts what it chooses."""
+        """A function: how many more jobs of a queue may start, of up to `free`."""
         queues = {name: (paused, limit)
                   for name, paused, limit in self._store.rows(Sql.QUEUES)}
         running = {queue: n for (queue, state), n in self._store.counts().items()
@@ -5265,8 +5260,8 @@ class Claims:
         return room
 
     def _expire(self, now: float, settings: Settings) -> bool:
-        """Delete some jobs whose retention is over, and old tallies; True if there may
-        be more. It continues behind jobs that are kept, as others wait for them.
+        """Delete some expired jobs and old tallies; True if there may be more. It
+        continues after expired jobs that others wait for, which are kept.
         """
         more = False
         for state, kept in ((COMPLETED, settings.retention_completed),
@@ -5304,12 +5299,11 @@ class Claims:
 
 
 class Peers:
-    """The other workers, and the runs that they have lost.
+    """The other workers, and their lost runs.
 
-    `own` is the id of the worker that looks; None: a command. A lost run is seized in
-    the database, then its processes are killed, then it is recorded. Several workers
-    may do so at once, or die in between: signals do no harm, and only one of them finds
-    the claim still there to be recorded (I3).
+    `own` is the id of the calling worker; None: a command. A lost run is seized in the
+    database, its processes are killed, then it is recorded. Several workers may do so
+    at once, or die in between: only one finds the claim and records it (I3).
     """
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
@@ -5318,8 +5312,8 @@ class Peers:
         self._ages: Mapping[int, float] = {}    # seconds since the last heartbeat seen
 
     def look(self) -> None:
-        """Note which workers have sent heartbeats, by their count: no clocks are
-        compared. Call it after an own heartbeat: while nobody can write, none expires.
+        """Read the counts of heartbeats. Call it after an own heartbeat: while no
+        worker can write, none expires.
         """
         self._ages = self._heartbeats.look(
             {worker.id: worker.heartbeats for worker in self._store.workers()
@@ -5327,11 +5321,11 @@ class Peers:
             time.monotonic(), self._store.settings())
 
     def lost(self) -> list[Run]:
-        """The runs whose worker is gone or has expired. Call it after a tick, which
-        enters the own row anew if it is gone.
+        """The runs whose worker is dead or expired. Call it after a tick, which
+        restores the own row if it was removed.
         """
         lease = lease_of(self._store.settings())
-        # First the runs: a worker that comes and claims between two reads is alive.
+        # The runs first: a worker that starts between the two reads is alive.
         runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
         workers = {worker.id: worker for worker in self._store.workers() if runs}
         lost = {id for id, worker in workers.items() if id != self._own
@@ -5341,8 +5335,8 @@ class Peers:
                 or run.worker_id in lost]
 
     def record(self, run: Run) -> list[Change]:
-        """Record from a command that a run is lost, and remove its dead worker; [] if
-        another was faster.
+        """Record a lost run from a command, and remove its dead worker; [] if another
+        process has recorded it.
         """
         gone = [worker for worker in self._store.workers()
                 if worker.id == run.worker_id
@@ -5355,19 +5349,19 @@ class Peers:
         return changes
 
     def dead(self) -> list[Worker]:
-        """The workers that are gone or have expired, for `Report.dead`."""
+        """The dead or expired workers, for `Report.dead`."""
         expired = self._expired()
         return [worker for worker in self._store.workers()
                 if worker in expired or self._host.is_alive(worker) is False]
 
     def remove_expired(self, ids: Collection[int]) -> list[Worker]:
-        """Remove those of these workers that have expired, whatever they hold: the next
-        worker that starts finds their runs lost. A living one enters itself anew.
+        """Remove the expired ones of these workers: the next worker finds their runs
+        lost. One that is alive restores its row.
         """
         expired = [worker for worker in self._expired() if worker.id in ids]
         if expired:
             with self._store.transaction() as store:
-                # A heartbeat may have waited for the write lock before us.
+                # A heartbeat may have been written meanwhile.
                 counts = {worker.id: worker.heartbeats for worker in store.workers()}
                 expired = [worker for worker in expired
                            if counts.get(worker.id) == worker.heartbeats]
@@ -5376,7 +5370,7 @@ class Peers:
         return expired
 
     def _expired(self) -> list[Worker]:
-        """The workers whose process cannot be seen and that sent none for a lease."""
+        """Workers of unknown processes that sent no heartbeat for a lease."""
         lease = lease_of(self._store.settings())
         return [worker for worker in self._store.workers()
                 if self._ages.get(worker.id, 0.0) >= lease
@@ -5405,15 +5399,15 @@ class Peers:
 
 
 # ---- 12 Check ----------------------------------------------------------------
-# None of these looks changes anything, so they may run beside workers.
+# Nothing here writes, so it may run beside workers.
 
-# A busy worker leaves 12 to 16 MiB (WAL_PAGES, WAL_LIMIT). Beyond that the WAL grows
-# only while a connection reads an old state (sqlite.org/wal.html, starvation).
+# A busy worker leaves 12 to 16 MiB (WAL_PAGES, WAL_LIMIT). The WAL is larger only while
+# a connection reads an old state (sqlite.org/wal.html, starvation).
 WAL_LARGE = 64 << 20   # bytes
 DISK_LOW = 100 << 20   # bytes free on the disk
 
-# WAL needs memory that all users of the file share, so these are unsafe. The beginnings
-# of names, since these have versions: nfs4, smb3, gfs2.
+# Unsafe: WAL needs memory shared by all users of the file. Prefixes, as names have
+# versions: nfs4, smb3, gfs2.
 NETWORK_FILESYSTEMS = (
     "nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs",
     "ocfs", "gfs", "sshfs", "rclone", "s3fs", "virtiofs", "vboxsf", "prl_fs")
@@ -5437,7 +5431,7 @@ def filesystem_of(path: str, mounts: str) -> str:
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Return True if several machines may have it mounted."""
+    """Return True if several machines may mount it."""
     name = kind[len("fuse."):] if kind.startswith("fuse.") else kind
     return name.startswith(NETWORK_FILESYSTEMS)
 
@@ -5453,26 +5447,26 @@ class Inspection:
         self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        """All findings, problems first; it reads the whole file."""
+        """All findings, problems first; reads the whole file."""
         looks = (self._file, self._schedules, self._blocked, self._clock,
                  self._lost_runs, self._workers, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
     def _file(self) -> Iterator[Finding]:
-        # One snapshot: the rules compare tables.
+        # In one snapshot, as the rules compare tables.
         with self._store.snapshot():
             damage = self._store.db.integrity()
             for line in damage:
                 yield Finding(PROBLEM, "damaged", f"the file is damaged: {line}",
                               "stop the workers and restore a backup, or save what "
                               f"can be read: sqlite3 {self._queue.path} .recover")
-            if damage:      # the rules would only find its consequences
+            if damage:      # the rules would only find results of it
                 return
             for code, message, statement in Sql.RULES:
                 for row in self._store.rows(statement)[:CHECK_SHOWN]:
                     yield Finding(PROBLEM, code, message.format(row[0]),
-                                  "that is a mistake of queuectl, or of a program that "
+                                  "this is a bug in queuectl, or in a program that "
                                   "wrote the file: keep a copy and report it")
 
     def _schedules(self) -> Iterator[Finding]:
@@ -5483,7 +5477,7 @@ class Inspection:
                 zone_of(one.tz)
             except Invalid as error:    # written by another program or version
                 yield Finding(PROBLEM, "schedule", f"the schedule {one.name} "
-                              f"cannot be read, so it rests: {error.message}",
+                              f"is invalid, so it does not run: {error.message}",
                               f"`queuectl schedule remove {one.name}`, and add it anew")
                 continue
             last = self._queue.last_job(one)
@@ -5515,7 +5509,7 @@ class Inspection:
                           "a worker brings them forward; `queuectl worker start`")
 
     def _lost_runs(self) -> Iterator[Finding]:
-        # One snapshot: a run may end, and its worker leave, between two reads.
+        # In one snapshot: a run may end, and its worker exit, between two reads.
         with self._store.snapshot():
             runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
             workers = {worker.id: worker for worker in self._store.workers()}
@@ -5524,8 +5518,8 @@ class Inspection:
             if owner and self._queue.host.is_alive(owner) is not False:
                 continue
             left = sorted(self._queue.host.locks.holders(run.claim))
-            said = f"; still there: {_pid_list(left)}" if left else ""
-            jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # or deleted by now
+            said = f"; still running: {_pid_list(left)}" if left else ""
+            jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # may be deleted
             name = jobs[0].id if jobs else f"job number {run.job}"
             yield Finding(
                 WARNING, "lost-run",
@@ -5557,18 +5551,18 @@ class Inspection:
         if wal > WAL_LARGE:
             yield Finding(WARNING, "large-wal",
                           f"the WAL has grown to {wal >> 20} MiB",
-                          "a program keeps an old state of the file open: end it; the "
-                          "WAL shrinks at the next quiet moment")
+                          "a program reads an old state of the file: end it; the WAL "
+                          "shrinks at a later commit")
         disk = os.statvfs(os.path.dirname(path))
         free = disk.f_bavail * disk.f_frsize    # f_bfree has root's reserve
         if free < DISK_LOW and not self._store.db.is_read_only:
             yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
-                          "make room: without it nothing can be enqueued or recorded")
+                          "free some space: without it no job can be added or recorded")
         mode = os.stat(path).st_mode & 0o777
         if mode & 0o077:
             yield Finding(WARNING, "open-mode",
-                          f"others may use the file (mode {mode:o}): who writes it "
-                          "runs commands as its workers' user",
+                          f"other users may access the file (mode {mode:o}): whoever "
+                          "writes it runs commands as the user of its workers",
                           f"chmod 600 {path}*")
 
 
