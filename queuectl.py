@@ -4155,8 +4155,7 @@ class Queue:
 
     def count(self, state: str | Sequence[str] = (), older_than: float | None = None,
               **filters: Any) -> int:
-        """The number of matching jobs; `older_than` as in `sweep`, filters as in `jobs`.
-        """
+        """The number of matching jobs; arguments as in `sweep`."""
         if older_than is not None:
             filters["ended_before"] = self._ended_before(older_than)
         values = _bound(filters)
