@@ -11069,6 +11069,18 @@ def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
                if key.replace("-", "_") not in replaced}, **flags}
 
 
+def checked_jobs(given: Iterable[Given], now: float,
+                 ignored: set[str]) -> Iterator[tuple[str, Job]]:
+    """The jobs that job objects ask for, with their places, which Invalid names;
+    `ignored` gets the keys that the queue maintains.
+    """
+    for fields, place in given:
+        with at_place(place):
+            job = new_job(fields, now)
+        ignored.update(ignored_keys(fields))
+        yield place, job
+
+
 def ignored_warning(keys: Collection[str]) -> str:
     return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
 
@@ -11264,17 +11276,14 @@ class Stream:
 
     def _checked(self, line: bytes) -> list[tuple[str, Job]]:
         """The jobs of a line, with its place; a delay counts from when it came."""
-        specs = []
         try:
-            for fields, place in self._lines.read(line):
-                with at_place(place):
-                    specs.append((place, new_job(merged(fields, self._flags),
-                                                 self._queue.clock())))
-                self._ignored.update(ignored_keys(fields))
+            return list(checked_jobs(
+                [(merged(fields, self._flags), place)
+                 for fields, place in self._lines.read(line)],
+                self._queue.clock(), self._ignored))
         except QueueError as error:
             self._skip(error)
             return []
-        return specs
 
     def _skip(self, error: QueueError) -> None:
         self.refused += 1
@@ -11379,13 +11388,11 @@ def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job
     """Add a batch; its jobs, and how many are new. All is checked before the
     transaction begins, so the write lock is not held long.
     """
-    specs, ignored, now = [], set[str](), queue.clock()
-    for number, (fields, place) in enumerate(given):
-        if number % 1000 == 999:
-            screen.show(f"{number + 1:,} of {len(given):,} jobs checked")
-        with at_place(place):
-            specs.append(new_job(fields, now))
-        ignored.update(ignored_keys(fields))
+    specs, ignored = list[Job](), set[str]()
+    for _, job in checked_jobs(given, queue.clock(), ignored):
+        specs.append(job)
+        if len(specs) % 1000 == 0:
+            screen.show(f"{len(specs):,} of {len(given):,} jobs checked")
     if ignored:
         screen.note(ignored_warning(ignored))
     try:
