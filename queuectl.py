@@ -11886,12 +11886,11 @@ def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.resume(*args.queue)
     # A queue has its own pause, and all of them have one together.
-    paused = queue.status().paused
-    left = ", ".join(name for name in paused if name != EVERY_QUEUE)
+    left = ", ".join(view.name for view in queue.queues() if view.paused)
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
                  else "the pause of all queues is over")
                 + (f"; still paused: {left}" if left else ""))
-    if EVERY_QUEUE in paused:
+    if queue.is_all_paused():
         screen.note("all queues are still paused; `queuectl resume` ends that")
 
 
@@ -11899,7 +11898,7 @@ def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> No
     views = queue.queues()
     _view(args, screen, [queue_object(view) for view in views],
           queue_lines(views, screen.style()))
-    if EVERY_QUEUE in queue.status().paused:
+    if queue.is_all_paused():
         screen.note("all queues are paused; `queuectl resume` ends that")
 
 
