@@ -12134,16 +12134,16 @@ _SOME_IDS = option("ID...", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
 _YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
-_ALL = option("--all", "all that it applies to")
+_ALL = option("--all", "all jobs that it applies to")
 _WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
                  action="append", type=parse_name, default=[])
-_WAIT_LIMIT = option("--timeout DUR", "wait no longer", "other")
-_FOLLOW = option("--follow -f", "go on as it comes")
+_WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
+_FOLLOW = option("--follow -f", "keep printing what is new")
 _SCHEDULE = option("NAME", "the schedule's name")
 _KEY = option("KEY", "the setting's name")
 _LIMIT = option("--limit N", "0: all (default: 50; with --json all)", "output")
-_OLDER = option("--older-than DUR", "only those that have been over for so long",
+_OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
                 "which jobs")
 _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
     option("--count -c N", "jobs at once (default: 1)", default=1,
@@ -12216,7 +12216,7 @@ COMMANDS = (    # in the order of the help
         option("--null -0", "items end with NUL, as from find -print0"),
         option("--stream", "add the lines of stdin as they come"),
         *_flags_of(FIELDS, "e"),
-        option("--wait", "until the job is over; exit with the job's own status",
+        option("--wait", "wait for the job, and exit with its status",
                "output"),
         option("--quiet -q", "print ids only", "output"), _JSON,
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
@@ -12228,26 +12228,26 @@ COMMANDS = (    # in the order of the help
         *_WORKER_FLAGS, *_grouped(
             "when it exits",
             option("--drain", "once nothing is running, due or waiting for a retry"),
-            option("--max-jobs N", "after so many runs")),
+            option("--max-jobs N", "after this many runs")),
         option("--quiet -q", "log nothing but errors"),
         eg="worker start --count 4\nworker start --queue gpu --drain",
         also="start, run, work, daemon, up, worker run"),
-    _entry("worker stop", cmd_worker_stop, "stop workers, after their jobs", CHANGES,
+    _entry("worker stop", cmd_worker_stop, "stop workers after their jobs", CHANGES,
            option("[NAME...]", "the workers (default: all)", dest="names"),
            option("--now", "end running jobs and requeue them"), _WAIT_LIMIT,
            eg="worker stop\nworker stop --now",
            also="stop, down, quit, shutdown, worker kill"),
     _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
            eg="worker list --json", also="workers, worker ls, worker status"),
-    _entry("status", cmd_status, "show counts, workers, what is next", READS,
-           option("--watch [SECONDS]", "again whenever something changes, and each "
-                  "SECONDS (1)", "output", const=1.0, type=_between(0.1)), _JSON,
+    _entry("status", cmd_status, "show counts, workers and the next job", READS,
+           option("--watch [SECONDS]", "repeat on each change, and each SECONDS (1)",
+                  "output", const=1.0, type=_between(0.1)), _JSON,
            eg="status\nstatus --watch", also="st, stat, top"),
     _entry(
         "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT,
         option("--sort KEY", "one of " + ", ".join(ORDERS), "output",
                choices=tuple(ORDERS), default="newest"),
-        option("--show-output -o", "with what each printed", "output"), _JSON,
+        option("--show-output -o", "with the output of each", "output"), _JSON,
         eg="list --state pending\nlist --state dead --tag nightly --json",
         also="ls, ps, jobs"),
     _entry("show", cmd_show, "show one job in full, and why it does not run", READS,
@@ -12258,25 +12258,25 @@ COMMANDS = (    # in the order of the help
            option("--tail N", "only the last N lines"),
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
            also="log, output, tail, cat"),
-    _entry("wait", cmd_wait, "wait until jobs are over", READS, _IDS, *_grouped(
-        "instead of ids", option("--all", "until none is left, also of those added "
-                                 "meanwhile"), *_FILTERS),
-        _WAIT_LIMIT, option("--quiet -q", "print no messages", "other"),
+    _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
+        "instead of ids", option("--all", "all jobs, also those added meanwhile"),
+        *_FILTERS), _WAIT_LIMIT,
+        option("--quiet -q", "print no messages", "other"),
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
-    _entry("retry", cmd_change, "run jobs again from now", CHANGES, *_WHICH,
+    _entry("retry", cmd_change, "run jobs again", CHANGES, *_WHICH,
            eg="retry job-1\nretry --state dead --queue gpu",
            also="rerun, requeue, restart, redo", verb="retry", change=Queue.retry),
-    _entry("cancel", cmd_cancel, "cancel jobs; running ones are ended", CHANGES,
+    _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate"),
     _entry("edit", cmd_edit, "change waiting jobs", CHANGES, _SOME_IDS,
            *_flags_of(FIELDS, "u"), _JSON,
            eg="edit job-1 --priority 9\nedit job-1 --delay 2h --queue night",
            also="update, modify, change, set"),
-    _entry("delete", cmd_change, "delete jobs that do not run", CHANGES, *_WHICH,
+    _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
            eg="delete job-1\ndelete --state cancelled", also="rm, del, remove",
            verb="delete", change=Queue.delete),
-    _entry("purge", cmd_purge, "delete jobs that are over, or in some states", CHANGES,
+    _entry("purge", cmd_purge, "delete finished jobs, or those in some states", CHANGES,
            *_FITTING, _OLDER, option("--dry-run", "only say what would be deleted",
                                      "other"), _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
@@ -12293,7 +12293,7 @@ COMMANDS = (    # in the order of the help
            eg="dlq purge --older-than 30d\ndlq purge --yes",
            also="dlq rm, dlq delete, dlq clear",
            state=[DEAD], dry_run=False, ids=[], all=True),
-    _entry("pause", cmd_pause, "start no more jobs, until resume", CREATES, _QUEUES,
+    _entry("pause", cmd_pause, "start no more jobs until `resume`", CREATES, _QUEUES,
            eg="pause\npause --queue gpu", also="suspend, freeze"),
     _entry("resume", cmd_resume, "start jobs again", CHANGES, _QUEUES,
            eg="resume\nresume --queue gpu", also="unpause, continue"),
@@ -12333,9 +12333,9 @@ COMMANDS = (    # in the order of the help
     _entry("stats", cmd_stats, "show throughput, success and times", READS,
            option("--since DUR", "only the last DUR, at most 8 days"), _JSON,
            eg="stats\nstats --since 1h", also="metrics, statistics"),
-    _entry("events", cmd_events, "show the changes of jobs' states, oldest first",
+    _entry("events", cmd_events, "show the state changes of jobs, oldest first",
            READS, _FOLLOW, _FILTERS[0],
-           option("--since TIME", "from then on; DUR: so long ago",
+           option("--since TIME", "only changes since then; DUR: so long ago",
                   type=lambda text: _past(text, time.time())), _JSON,
            eg="events --since 1h\nevents --follow --json", also="history, watch"),
     _entry("config list", cmd_config_list, "show the settings", READS, _JSON,
@@ -12351,19 +12351,19 @@ COMMANDS = (    # in the order of the help
            also="config reset, config rm", value=None),
     _entry(
         "web", cmd_web, "serve the dashboard, the API and the metrics", CREATES,
-        option("--host HOST", "where to listen (default: 127.0.0.1, for this machine "
-               "alone)", default="127.0.0.1"),
-        option("--port -p N", "default: 8080; 0: any that is free", default=8080,
+        option("--host HOST", "where to listen (default: 127.0.0.1, this machine only)",
+               default="127.0.0.1"),
+        option("--port -p N", "default: 8080; 0: any free port", default=8080,
                type=lambda text: parse_whole(text, 0, 65535)),
-        option("--read-only", "nothing can be changed"),
-        option("--no-auth", "ask for no token; for this machine alone"),
+        option("--read-only", "allow no changes"),
+        option("--no-auth", "require no token; on this machine only"),
         option("--tls-cert F", "serve TLS with this certificate (PEM)"),
-        option("--tls-key F", "and its key, if it is not in there"),
+        option("--tls-key F", "its key, if it is in another file"),
         eg="web\nweb --port 9000 --read-only\n"
            "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
         also="serve, server, dashboard, ui"),
     _entry("backup", cmd_backup, "make a consistent copy while workers run", READS,
-           option("FILE", "an older backup there is replaced"),
+           option("FILE", "where to write it; replaces an older backup"),
            eg="backup /mnt/usb/queue.db", also="dump, copy, save"),
     _entry("check", cmd_check, "look for problems in the queue and its disk", READS,
            _JSON, eg="check --json", also="doctor, verify, fsck"),
