@@ -498,7 +498,7 @@ class Job(NamedTuple):
     """One row of `jobs`, in column order, as of a read: other processes may change it,
     so each write guards on its state and claim (I1, I3).
 
-    A new field is one line here, one in FIELDS, and a migration.
+    For a new field see README, "To change it".
     """
     seq: int = 0                # order of enqueueing; the N of job-N
     id: str = ""
@@ -5636,9 +5636,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "runs": array_schema(object_schema(_RUN))},
     "Queue": {"name": NAME_SCHEMA, "paused": _FLAG, "limit": _AMOUNT,
               "jobs": object_schema(dict.fromkeys(STATES, _AMOUNT))},
-    "Schedule": {"name": _TEXT, "cron": _TEXT, "tz": _TEXT_OR_NULL, "command": _TEXT,
-                 "queue": _TEXT, "paused": _FLAG, "next_run": _STAMP_OR_NULL,
-                 "last_run": _STAMP_OR_NULL, "last_job": _TEXT_OR_NULL,
+    "Schedule": {"name": _TEXT, "cron": _TEXT, "tz": _TEXT_OR_NULL,
+                 "command": _TEXT_OR_NULL, "queue": _TEXT, "paused": _FLAG,
+                 "next_run": _STAMP_OR_NULL, "last_run": _STAMP_OR_NULL,
+                 "last_job": _TEXT_OR_NULL,
                  "last_state": {"enum": [*STATES, None]},
                  "last_success": _STAMP_OR_NULL, "skipped": _AMOUNT},
     "Event": {"id": _TEXT, "from": {"enum": [*STATES, None]}, "to": _STATE,
@@ -11699,9 +11700,10 @@ def _is_wide(args: argparse.Namespace) -> bool:
     filters, has_state = _filters(args), "state" in {*vars(args)} - {*args.entry.preset}
     is_wide = bool(args.all or filters or (has_state and args.state))
     if bool(args.ids) == is_wide:
+        flags = [f"--{name}" for name in FILTERS if name != "state" or has_state]
         raise Usage("ids and filters are both given" if is_wide
-                    else "no jobs are named", "give ids, or --all, "
-                    f"{'--state, ' * has_state}--queue, --tag or --search")
+                    else "no jobs are named",
+                    f"give ids, or --all, {', '.join(flags[:-1])} or {flags[-1]}")
     for name, value in filters.items():
         if value == "":     # as of a shell's variable that is not set
             raise Usage(f"--{name} names nothing",
@@ -11712,7 +11714,7 @@ def _is_wide(args: argparse.Namespace) -> bool:
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait for jobs: with --all or --queue alone also for those added meanwhile."""
     job_ids = args.ids
-    if _is_wide(args) and (args.tag or args.search):
+    if _is_wide(args) and {*_filters(args)} - {"queue"}:
         job_ids = [job.id for job in queue.pages(
             state=(*WAITING, PROCESSING), **_filters(args))]
         if not job_ids:
@@ -12334,7 +12336,7 @@ COMMANDS = (    # in the order of the help
            option("--since DUR", "only the last DUR, at most 8 days"), _JSON,
            eg="stats\nstats --since 1h", also="metrics, statistics"),
     _entry("events", cmd_events, "show the state changes of jobs, oldest first",
-           READS, _FOLLOW, _FILTERS[0],
+           READS, _FOLLOW, *_flags_of({"queue": FILTERS["queue"]}),
            option("--since TIME", "only changes since then; DUR: so long ago",
                   type=lambda text: _past(text, time.time())), _JSON,
            eg="events --since 1h\nevents --follow --json", also="history, watch"),
@@ -12396,7 +12398,7 @@ There is no queue at {path} yet. Begin with:
     queuectl --help                          all commands"""
 # Values by metavar, explained where a command takes one.
 FORMATS = {
-    "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1w, 1h30m, or seconds: 1.5",
+    "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1h30m, or seconds: 1.5",
     "TIME": "ISO 8601 (local time without a zone), epoch seconds, +DUR, or HH:MM",
     "CRON": "`30 2 * * mon-fri`, @hourly, @daily, @weekly, @monthly, @yearly"}
 # The end of `queuectl help`.

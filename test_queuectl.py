@@ -31,6 +31,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import http.client
 import importlib.util
 import inspect
@@ -629,8 +630,10 @@ class Architecture(unittest.TestCase):
         for line in ('requires-python = ">=3.9"', "dependencies = []"):
             self.assertIn(f"# {line}\n", self.source)
             self.assertIn(f"{line}\n", beside("pyproject.toml"))
-        for entry in queuectl.COMMANDS:
-            self.assertIn("queuectl " + " ".join(entry.words), self.readme)
+        words = {" ".join(entry.words) for entry in queuectl.COMMANDS}
+        self.assertEqual([name for name in words if f"queuectl {name}" not in self.readme], [])
+        self.assertEqual([name for entry in queuectl.COMMANDS
+                          for name in entry.also if name in words], [])
 
 
 # ---- 1 Words, 3 Rules --------------------------------------------------------
@@ -1786,6 +1789,12 @@ class Files(Case):
     def schema(self, queue):
         return {name: "".join(sql.split()) for name, sql in queue.store.rows(
             "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'")}
+
+    def test_the_tables_change_only_with_the_version_of_the_format(self):
+        """If not: add a step to UPGRADES, and keep the tables of before as FORMAT_1 is."""
+        schema = "".join(queuectl.Sql.SCHEMA.split()).encode()
+        self.assertEqual((queuectl.SCHEMA_VERSION, hashlib.sha256(schema).hexdigest()[:16]),
+                         (2, "3bc20ada7c4b2d87"))
 
     def test_a_file_of_the_first_format_is_upgraded_with_its_content(self):
         self.a_released_file()
@@ -5690,7 +5699,8 @@ class CommandLine(Case):
             self.run_next(how)
             self.says([(f"wait {name}", f"{name} {self.state(name)}")], status)
             self.assertEqual(self.cli(f"wait {name} -q"), (status, "", ""))
-        self.says([("wait ok ok", ""), ("wait --all", ""), ("wait --tag none", "")])
+        self.says([("wait ok ok", ""), ("wait --all", ""), ("wait --tag none", ""),
+                   ("wait --queue q --search none", "")])
         self.says([("wait ok own", "1 of 2 jobs completed"), ("wait nope", "")], 1)
 
     def test_waiting_too_long_is_no_success_and_a_missing_worker_is_said(self):
