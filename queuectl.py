@@ -10537,25 +10537,24 @@ def printed_url(site: Site, host: str, port: int) -> str:
 
 # ---- 20 Install --------------------------------------------------------------
 # How others start this program: a launcher, completion scripts, a systemd unit. The
-# scripts know no command and no flag: at each Tab they run `queuectl __complete --
-# WORD...`, the last word being the one under the cursor, as typed. The answer is one
-# line per choice, `WORD<tab>MEANING`, or the line `<tab>files<tab>BEFORE` (or `dirs`):
-# the shell completes file names, after the text BEFORE that is already in the word.
+# scripts contain no commands and flags: at each Tab they run `queuectl __complete --
+# WORD...`; the last word is the one under the cursor, as typed. The answer has one line
+# per choice, `WORD<tab>MEANING`, or is `<tab>files<tab>BEFORE` (or `dirs`): the shell
+# then completes file names, after the text BEFORE.
 
-STOP_MARGIN = 15       # seconds that systemd waits for a worker beyond what it needs
+STOP_MARGIN = 15       # seconds that systemd allows beyond the worker's own limits
 
 # bash also splits words at : = @, which ids and flags contain, and replaces only the
-# last piece. zsh may load the file as the function itself, by $fpath; it must then call
-# the function that the file defines. fish wants each file with the text before it. All
-# keep the order of the answer (nosort, -V, -k), newest jobs first; bash before 4.4 has
-# no nosort. The program on the command line answers, or this one if that is an alias or
-# a script that Python would compile each time.
+# last part. zsh may load the file from $fpath as the function itself, which must then
+# call the function defined in it. fish needs BEFORE in each file name. All keep the
+# order, newest jobs first (nosort, which bash has since 4.4; -V; -k). They run the
+# program on the command line, or PROGRAM if that is an alias or an uncompiled script.
 SHELLS = {"bash": """\
-# Completion for queuectl in bash. Into ~/.bashrc:  eval "$(queuectl completion bash)"
-# Under another name, as an alias q:  complete -o nosort -F _queuectl q
+# Completion for queuectl in bash. In ~/.bashrc:  eval "$(queuectl completion bash)"
+# For an alias q:  complete -o nosort -F _queuectl q
 _queuectl() {
     local rest line=${COMP_LINE:0:COMP_POINT} word part i at=-1 words=() run=("$1")
-    # bash has split the words at : = @ as well: put together what no blank parts.
+    # bash also splits words at : = @: join those that no blank separates.
     for ((i = 0; i <= COMP_CWORD; i++)); do
         rest=${line#"${line%%[![:space:]]*}"} part=${COMP_WORDS[i]}
         ((i < COMP_CWORD)) || part=$rest
@@ -10563,7 +10562,7 @@ _queuectl() {
         else words[++at]=$part; fi
         line=${rest#"$part"}
     done
-    # It will replace $2 alone; what stands before that is not to come twice.
+    # bash replaces only $2: remove the text before it from the choices.
     rest=${words[at]%"$2"}
     [[ $1 != *.py ]] && type -P -- "$1" >/dev/null || run=(PROGRAM)
     COMPREPLY=()
@@ -10584,8 +10583,8 @@ complete -o nosort -F _queuectl queuectl queuectl.py 2>/dev/null ||
     complete -F _queuectl queuectl queuectl.py
 """, "zsh": """\
 #compdef queuectl queuectl.py
-# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or into
-# ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
+# Completion for queuectl in zsh. Save it as _queuectl in a directory of $fpath, or add
+# to ~/.zshrc, after compinit:  eval "$(queuectl completion zsh)"
 _queuectl() {
     local line word
     local -a run values shown
@@ -10606,9 +10605,9 @@ _queuectl() {
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
 else compdef _queuectl queuectl queuectl.py; fi
 """, "fish": """\
-# Completion for queuectl in fish. Into ~/.config/fish/config.fish:
+# Completion for queuectl in fish. In ~/.config/fish/config.fish:
 #     queuectl completion fish | source
-# Under another name, as an alias q:  complete -c q -w queuectl
+# For an alias q:  complete -c q -w queuectl
 function __queuectl_complete
     set -l words (commandline -opc)
     set -l word (commandline -ct)
@@ -10634,19 +10633,19 @@ function __queuectl_complete
 end
 complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
 """}
-# Imported, the module runs from cached byte code, which Python does not keep for a
-# script run by path. The module's directory replaces the current one, the first entry
-# of sys.path with -c, so that a stray json.py is not imported.
+# Python caches the bytecode of imported modules, not of scripts. With -c, sys.path[0]
+# is the current directory, from which a stray json.py could be imported: the module's
+# directory replaces it.
 BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
 
 
 def start_words() -> tuple[str, ...]:
-    """The words that start this program with cached byte code; UnicodeError.
+    """Return the words that start this program with cached bytecode; UnicodeError.
 
-    They are absolute: a service has another directory and $PATH. Python may not know
-    its own path, and then calls it "" or None.
+    Paths are absolute, since a service has another directory and $PATH. Python may not
+    know its own path: sys.executable is then "" or None.
     """
     python, file = (as_utf8(sys.executable or "python3"),
                     as_utf8(os.path.abspath(__file__)))
@@ -10676,26 +10675,27 @@ def _replace(path: str, content: bytes, mode: int) -> None:
 
 
 def install(to: str) -> str:
-    """Write module, byte code and launcher below a directory; return the launcher's
-    path. Replaces an older installation; Refused, Unavailable.
+    """Install module, bytecode and launcher below a directory; return the launcher.
+
+    It replaces an older installation; Refused, Unavailable.
     """
     import py_compile   # 5 ms
     import shlex
-    try:    # also from within an archive
+    try:    # works also in a zip archive
         source: bytes = globals()["__loader__"].get_data(__file__)
     except (AttributeError, KeyError, NameError, OSError):
         raise Refused("unsupported", "this program's own file cannot be read",
-                      "run it by the path of queuectl.py") from None
+                      "run it as `python3 queuectl.py`") from None
     library, launcher = os.path.join(to, LIBRARY), os.path.join(to, "bin", "queuectl")
     words = (sys.executable or "python3", "-c", BY_IMPORT, library)
     script = f"#!/bin/sh\nexec {shlex.join(words)} \"$@\"\n"
-    umask = os.umask(0o022)     # others may run what root installs
+    umask = os.umask(0o022)     # other users may run what root installs
     try:
         os.makedirs(library, exist_ok=True)
         os.makedirs(os.path.dirname(launcher), exist_ok=True)
         module = os.path.join(library, "queuectl.py")
         _replace(module, source, 0o644)
-        # An explicit path, whatever $PYTHONPYCACHEPREFIX is now.
+        # An explicit path, regardless of $PYTHONPYCACHEPREFIX.
         py_compile.compile(module, os.path.join(
             library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc"))
         _replace(launcher, os.fsencode(script), 0o755)
@@ -10713,9 +10713,8 @@ def systemd_word(word: str, is_program: bool = False) -> str:
 
         100% $HOME -> "100%% $$HOME"
 
-    %x is a specifier (systemd.unit(5)), $X a variable, and a quoted word takes C's
-    escapes (systemd.service(5), "Command lines"). In the program's own path systemd
-    replaces no $, so it is not doubled there.
+    %x is a specifier (systemd.unit(5)), $X a variable, and quoted words have C's
+    escapes (systemd.service(5), "Command lines"). In the program's path $ is literal.
     """
     if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
         return word
@@ -10725,16 +10724,16 @@ def systemd_word(word: str, is_program: bool = False) -> str:
     return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
 
 
-# Nothing that jobs may need is restricted: most restrictions also disable sudo.
+# Nothing is restricted by default: most restrictions also disable sudo in jobs.
 UNIT_FILE = """\
 # A worker of {shown}
 #
-# Save this as {place} (a second queue: under
-# another name), then:
+# Save this as {place}
+# (for a second queue: under another name), then:
 #     {control} daemon-reload
 #     {control} enable --now queuectl.service
 #     journalctl {journal} queuectl.service --follow{linger}
-# `{control} stop` and `restart` let running jobs finish, and claim no more meanwhile.
+# `{control} stop` and `restart` let running jobs finish.
 
 [Unit]
 Description=queuectl worker, {described}{mounts}
@@ -10747,23 +10746,23 @@ ExecStart={command}
 TimeoutStartSec=10min
 Restart=on-failure
 RestartSec=5
-# 2: the command line is wrong, and stays so.
+# 2: the command line is invalid; a restart would not help.
 RestartPreventExitStatus=2
-# The worker alone is asked to stop, and sees its jobs to their end. What is left when
-# it has gone, or when TimeoutStopSec= is over, is killed.
+# Only the worker gets SIGTERM; it lets its jobs finish. Processes that remain after it
+# has exited, or after TimeoutStopSec=, are killed.
 KillMode=mixed
-# How long running jobs may take to finish; infinity holds up a shutdown of the machine,
-# too. `queuectl systemd --grace 5m` makes the worker requeue them after that time.
+# How long running jobs may take to finish; infinity also delays a shutdown of the
+# machine. With `queuectl systemd --grace 5m` the worker requeues them after 5 minutes.
 TimeoutStopSec={stop_timeout}
 # A worker that hangs is killed and restarted; its jobs run again.
 WatchdogSec=60
-# A job that is killed for want of memory fails; the worker and the others go on.
+# If the kernel kills a job for lack of memory, the worker and its other jobs continue.
 OOMPolicy=continue
 
 # Jobs get this environment, not that of your shell:
 #Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
 
-# If no job needs sudo or another setuid program, nor the rights of root:
+# If no job needs sudo, another setuid program or root's privileges:
 #NoNewPrivileges=yes
 #RestrictSUIDSGID=yes
 #CapabilityBoundingSet=
@@ -10774,12 +10773,12 @@ OOMPolicy=continue
 #ProtectClock=yes
 #LockPersonality=yes
 #RestrictRealtime=yes
-# If jobs write to neither /usr, /boot nor /etc:
+# If no job writes to /usr, /boot or /etc:
 #ProtectSystem=full
-# If jobs share no files in /tmp with others, and the queue is not there:
+# If neither the queue nor files shared with others are in /tmp:
 #PrivateTmp=yes
-# Not these: ProtectProc=, ProcSubset= and PrivatePIDs= hide the processes by which a
-# worker knows its own; with PrivateNetwork= no wake-up reaches it.
+# Do not use ProtectProc=, ProcSubset= and PrivatePIDs=, which hide the processes of
+# jobs from the worker, and PrivateNetwork=, which blocks notifications.
 
 [Install]
 WantedBy={target}
@@ -10788,18 +10787,18 @@ WantedBy={target}
 
 def unit_file(command: Sequence[str], path: str, is_own: bool,
               grace: float | None) -> str:
-    """A systemd unit that runs a worker by `command`: the user's own, or the system's.
+    """Return a systemd unit that runs a worker: the user's own, or the system's.
 
-    A system's runs as the owner of the database `path`, whose mode is 0600. Units are
-    stopped after `grace` seconds (None: never), `kill-grace` and a margin: systemd then
-    kills the worker, and its jobs run again.
+    The latter runs as the owner of the database `path`, whose mode is 0600. systemd
+    kills a worker that does not stop within `grace` seconds (None: never), `kill-grace`
+    and a margin; its jobs then run again.
     """
     owner, stop_timeout = os.getuid(), "infinity"
     with contextlib.suppress(OSError):
         owner = os.stat(path).st_uid
     user = str(owner)
-    with contextlib.suppress(KeyError):     # the number has no name
-        import pwd  # there is a service manager, so this is POSIX
+    with contextlib.suppress(KeyError):     # the user has no name
+        import pwd  # not on Windows
         user = pwd.getpwuid(owner).pw_name
     if grace is not None:
         stored: dict[str, str] = {}     # the default, if there is no queue yet
@@ -10807,8 +10806,8 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
             stored = dict(rows(Sql.STORED_SETTINGS))
         seconds = math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN
         stop_timeout = f"{seconds}s"
-    # RequiresMountsFor= takes specifiers, and a backslash makes the next character
-    # literal, so control characters cannot be written.
+    # RequiresMountsFor= has specifiers; a backslash makes the next character literal,
+    # so control characters cannot be escaped.
     folders = dict.fromkeys(map(os.path.dirname, (path, os.path.realpath(path))))
     mounts = " ".join('"' + re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%") + '"'
                       for folder in folders if folder.isprintable())
@@ -10830,26 +10829,26 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
 
 
 # ---- 21 Terminal -------------------------------------------------------------
-# The input and output of commands. Results go to stdout, messages about them to stderr.
-# A command prints only by its Screen, which removes a line drawn in place before it
-# prints anything else, and tells a full disk from a reader that has gone.
+# The input and output of commands. Results go to stdout, messages to stderr. A command
+# prints only through its Screen, which removes a progress line before other output, and
+# distinguishes a full disk from a closed pipe.
 
-LOG_LINES = 1000       # texts that wait for a log to be read
-LOG_PAUSE = 0.02       # seconds between two writes of a log: each costs a switch
-LOG_LINGER = 1.0       # seconds that the end of a worker waits for it
-STREAM_PAUSE = 0.02    # seconds for which the lines of a stream are gathered
-STREAM_BATCH = 1000    # lines of a stream in one transaction at most
-MAX_LINE = 4 << 20     # bytes of a line of a stream that are looked at
+LOG_LINES = 1000       # texts queued for a log
+LOG_PAUSE = 0.02       # seconds between two writes of a log: each switches threads
+LOG_LINGER = 1.0       # seconds to write the rest of a log at exit
+STREAM_PAUSE = 0.02    # seconds in which lines of a stream are collected
+STREAM_BATCH = 1000    # lines of a stream in one transaction
+MAX_LINE = 4 << 20     # bytes kept of a line of a stream
 
 
 def is_drawable(stream: TextIO) -> bool:
-    """Return True for a terminal, unless it is a dumb one, as an editor's."""
+    """Return True for a terminal with colours and cursor movement."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def window() -> os.terminal_size:
-    """The size of the terminal that stdout is, else 80 by 24; COLUMNS and LINES first,
-    as in shutil, which takes 4 ms to load.
+    """Return the size by COLUMNS and LINES, or stdout's, or 80 by 24, as shutil does,
+    whose import takes 4 ms.
     """
     try:
         found = os.get_terminal_size(1)
@@ -10861,11 +10860,11 @@ def window() -> os.terminal_size:
 
 
 class Log(io.TextIOBase):
-    """sys.stderr of a worker or server: a bounded queue that a daemon thread writes.
+    """sys.stderr of a worker or server: a bounded queue, written by a daemon thread.
 
-    A log that nobody reads delays nothing; lines that do not fit are dropped and
-    counted. The thread uses the descriptor alone: blocked in sys.stderr, it would hold
-    a lock that the interpreter needs to exit.
+    A full pipe or terminal delays nothing; lines that do not fit are dropped and
+    counted. The thread writes to the descriptor: blocked in sys.stderr, it would hold a
+    lock that the interpreter needs to exit.
     """
 
     def __init__(self, fd: int) -> None:
@@ -10873,7 +10872,7 @@ class Log(io.TextIOBase):
         super().__init__()
         self._fd, self._full = fd, queue.Full
         self._texts: queue.Queue[str] = queue.Queue(LOG_LINES)
-        self._dropped, self._lock = 0, threading.Lock()     # lines; guards the count
+        self._dropped, self._lock = 0, threading.Lock()     # lines; guards this count
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -10885,7 +10884,7 @@ class Log(io.TextIOBase):
         return os.isatty(self._fd)
 
     def write(self, text: str) -> int:
-        """Queue the text, or drop it if the queue is full; never wait."""
+        """Queue the text, or drop it if the queue is full; never block."""
         try:
             self._texts.put_nowait(text)
         except self._full:
@@ -10894,7 +10893,7 @@ class Log(io.TextIOBase):
         return len(text)
 
     def end(self) -> None:
-        """Give the rest LOG_LINGER seconds to be written; Ctrl+C ends the wait."""
+        """Wait up to LOG_LINGER seconds for the rest to be written, or for Ctrl+C."""
         self._is_ending.set()
         with contextlib.suppress(self._full):
             self._texts.put_nowait("")      # wakes the thread
@@ -10908,7 +10907,7 @@ class Log(io.TextIOBase):
                 text += self._texts.get()
             with self._lock:
                 dropped, self._dropped = self._dropped, 0
-            note = f"{dropped:,} lines of this log were dropped: it was not read, or " \
+            note = f"{dropped:,} lines of this log were dropped: it was not read or " \
                 "could not be written\n" if dropped else ""
             if not self._put((text + note).encode("utf-8", "backslashreplace")):
                 with self._lock:
@@ -10928,10 +10927,10 @@ class Log(io.TextIOBase):
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Send all that is written to sys.stderr through a Log."""
+    """Replace sys.stderr by a Log."""
     try:
         log = Log(sys.stderr.fileno())
-    except (OSError, ValueError):   # it is no file, as in a program that calls `main`
+    except (OSError, ValueError):   # not a file, as in a program that calls `main`
         yield
         return
     with contextlib.redirect_stderr(cast("TextIO", log)):
@@ -10942,12 +10941,11 @@ def log_on_stderr() -> Iterator[None]:
 
 
 class Screen:
-    """Where a command writes. With `quiet` (--quiet, --json) it prints no notes and
-    draws nothing; logs and errors are still printed.
+    """The output of a command. With `quiet` (--quiet, --json) it prints neither notes
+    nor progress; logs and errors are still printed.
 
-    A line may be drawn in place, on stderr, so that a stdout in a file has none of it.
-    A command that `acts` goes on if its results cannot be written; `finish` raises the
-    first such error.
+    Progress is a line on stderr, redrawn in place. A command that `acts` continues if
+    its results cannot be written; `finish` then raises the first error.
     """
 
     def __init__(self, quiet: bool = False, acts: bool = False) -> None:
@@ -10962,7 +10960,7 @@ class Screen:
         self._try(lambda: sys.stdout.writelines(f"{line}\n" for line in lines))
 
     def raw(self, output: bytes) -> None:
-        """Print a job's output unchanged: it may be no text."""
+        """Print a job's output unchanged, since it may be binary."""
         self.flush()
         self._try(lambda: (sys.stdout.buffer.write(output), sys.stdout.buffer.flush()))
 
@@ -10971,7 +10969,7 @@ class Screen:
         self._try(sys.stdout.flush)
 
     def finish(self) -> None:
-        """Flush, and raise the first failure, unless it is a reader that has gone."""
+        """Flush, and raise the first failure, except for a closed pipe."""
         self.flush()
         if self._failure and not isinstance(self._failure, BrokenPipeError):
             # No hint to repeat the command: changes have been made.
@@ -10991,38 +10989,38 @@ class Screen:
 
     @staticmethod
     def check_reader() -> None:
-        """Raise BrokenPipeError once nobody reads the pipe that is stdout."""
+        """Raise BrokenPipeError if stdout is a pipe without a reader."""
         poller = select.poll()
-        with contextlib.suppress(OSError, ValueError):  # stdout may be no file
-            poller.register(sys.stdout.fileno(), 0)     # errors are always reported
+        with contextlib.suppress(OSError, ValueError):  # stdout is not a file
+            poller.register(sys.stdout.fileno(), 0)     # poll always reports errors
         if poller.poll(0):
             raise BrokenPipeError
 
     def note(self, *lines: str) -> None:
-        """Print a message that is no result; not with --quiet or --json."""
+        """Print a message to stderr, unless quiet."""
         if not self._quiet:
             self._write("".join(f"{line}\n" for line in lines))
 
     def log(self, text: str) -> None:
-        """Print a worker's line, with the time."""
+        """Print a line of a log, with the time."""
         now = time.time()
         stamp = local_time(now, now if sys.stderr.isatty() else None)
         self._write(f"{stamp} {text}\n", self._drawn)
 
     def clear(self) -> None:
-        """Remove the line drawn in place."""
+        """Remove the progress line."""
         if self._drawn:
             self._write("")
 
     def show(self, text: str) -> None:
-        """Draw a line in place, some ten times a second; only on a terminal."""
+        """Redraw the progress line, ten times a second; only on a terminal."""
         if self.draws and time.monotonic() >= self._drawn_at + 0.1:
             self._drawn_at = time.monotonic()
             self._write("", text)
 
     def _write(self, text: str, drawn: str = "") -> None:
-        """Replace the line drawn last by a text and another line, in one piece: to its
-        first column, then clear it (ECMA-48, EL). A failure stops nothing.
+        """In one write, clear the progress line (ECMA-48, EL), print and redraw it.
+        Errors are ignored.
         """
         erase = "\r\033[K" if self._drawn else ""
         self._drawn = drawn
@@ -11032,13 +11030,13 @@ class Screen:
 
     @staticmethod
     def style() -> Style:
-        """Colours (no-color.org) and width of stdout; 0, for a file, cuts nothing."""
+        """Return colours (no-color.org) and width of stdout; 0: no limit, for files."""
         return Style(is_drawable(sys.stdout) and not os.environ.get("NO_COLOR"),
                      window().columns if sys.stdout.isatty() else 0, time.time())
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    """Print a refusal on one line, and return its exit status."""
+    """Print an error on one line, and return its exit status."""
     line = dumps({"error": {"code": error.code, "message": error.message,
                             "hint": error.hint}}, None) if as_json \
         else f"queuectl: error: {one_line(str(error))}"
@@ -11048,7 +11046,7 @@ def print_error(error: QueueError, as_json: bool) -> int:
 
 
 def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a job that flags have set."""
+    """Return the job's fields that flags set."""
     given = {name: value for name, value in vars(args).items()
              if name in FIELDS and "e" in FIELDS[name].uses and value is not None}
     for pair in given.get("env", ()):
@@ -11061,8 +11059,8 @@ def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A job object whose keys, also if written with `-`, are overridden by flags;
-    `delay` and `run_at` override each other.
+    """Return the job object with flags in place of its keys, with `-` or `_`; `delay`
+    and `run_at` replace each other.
     """
     when = {"delay", "run_at"}
     replaced = {*flags} | (when if when & {*flags} else set())
@@ -11087,7 +11085,7 @@ def ignored_warning(keys: Collection[str]) -> str:
 
 
 def piped_stdin() -> TextIO:
-    """stdin; Refused if it is closed."""
+    """Return stdin; Refused if it is closed."""
     if sys.stdin is None:
         raise Refused("unreadable", "stdin is closed", "give a file or a pipe")
     return sys.stdin
@@ -11109,7 +11107,7 @@ _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
 
 
 def _script_at(words: Sequence[bytes], shell: int) -> int | None:
-    """The place of the script that the shell in that place gets with -c, if it does."""
+    """Return the index of the script after -c of the shell at that index, or None."""
     if not re.fullmatch(_SHELLS, words[shell], re.DOTALL):
         return None
     has_script, place = False, shell + 1
@@ -11120,16 +11118,16 @@ def _script_at(words: Sequence[bytes], shell: int) -> int | None:
             break
         is_short = word[:2] != b"--"
         has_script |= word[:1] == b"-" and is_short and b"c" in word
-        # `-o pipefail`, also as `-eo pipefail`, and `--rcfile F` take a word.
+        # `-o pipefail`, `-eo pipefail` and `--rcfile F` take another word.
         place += word.endswith(b"o") if is_short \
             else word in (b"--rcfile", b"--init-file")
     return place if has_script else None
 
 
 def lines_of(args: argparse.Namespace) -> Lines:
-    """How the lines of a batch are read: as jobs, or by the template after `--`.
+    """Return the reader of a batch's lines: as jobs, or by the template after `--`.
 
-    Usage if an item would be part of a shell's script, so that names became code.
+    Usage if an item would become part of a shell script, and so run as code.
     """
     words: list[bytes] | None = args.words
     if words is None:
@@ -11147,13 +11145,13 @@ def lines_of(args: argparse.Namespace) -> Lines:
 
 
 def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
-    """Whether it is a batch, whose result is an array or a count, and the job objects.
+    """Return True for a batch, which prints an array or a count, and the job objects.
 
         enqueue -- PROG ARG   one command; the boundaries of its words are kept
         enqueue --file F      a batch, and so are @F and - (stdin)
-        enqueue - -- PROG     a batch by a template
+        enqueue - -- PROG     a batch from a template
         enqueue JOB           an object, a command, or an array, which is a batch
-        enqueue --command C   one job of flags alone
+        enqueue --command C   one job from flags
         enqueue --stream      none yet
     """
     job, flags = args.job or "", flag_fields(args)
@@ -11176,7 +11174,7 @@ def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
     if has_list:
         lines = lines_of(args) if args.words is not None or args.null else None
         found = list(jobs_in(_content(args.file or job[job != "-":]), lines))
-        flags = {} if args.words else flags     # a template has put them into each job
+        flags = {} if args.words else flags     # a template has applied them
     elif args.words is not None:
         if not args.words:
             raise Usage(*NO_COMMAND)
@@ -11194,11 +11192,11 @@ def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
 
 
 def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
-    """The lines of a stream as they come, those of STREAM_PAUSE seconds together: a
-    slow stream is added line by line, a fast one with one fsync for many.
+    """Yield the lines of a stream as they arrive, all of STREAM_PAUSE seconds at once:
+    a fast stream needs one fsync for many lines.
 
-    Of a line too long for any job only the beginning is kept. An interrupt is raised
-    after what has been read.
+    A line is cut at MAX_LINE, too long for a job. An interrupt follows the lines
+    already read.
     """
     rest, lines, due, piece = b"", list[bytes](), math.inf, b"-"
     while piece:
@@ -11222,9 +11220,9 @@ def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
 
 
 class Stream:
-    """Adds jobs from lines as they come; skips a line of which one is invalid.
+    """Adds jobs from lines as they arrive; skips a line with an invalid job.
 
-    `refuse` gets each refusal, `warn` each warning; `refused` counts the lines skipped.
+    `refuse` gets each error, `warn` each warning; `refused` counts the skipped lines.
     """
 
     def __init__(self, queue: Queue, flags: Mapping[str, Any],
@@ -11233,11 +11231,11 @@ class Stream:
         self._queue, self._flags = queue, flags
         self._refuse, self._warn = refuse, warn
         self._lines = lines or Lines()
-        self._ignored: set[str] = set()     # keys that were warned of
+        self._ignored: set[str] = set()     # keys already warned of
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
-        """The jobs of these lines, committed; on a full disk it waits for room."""
+        """Add and return the jobs of these lines; on a full disk, wait."""
         warned_of = {*self._ignored}
         given = [one for line in lines for one in self._checked(line)]
         if self._ignored > warned_of:
@@ -11247,23 +11245,23 @@ class Stream:
         except KeyboardInterrupt:
             if given:
                 self._refuse(Refused(
-                    "not-finished", f"interrupted: {len(given)} lines were read and "
-                    f"may not have been added, from {given[0][0]} on",
-                    "give them again"))
+                    "not-finished", f"interrupted: {counted(len(given), 'job')} from "
+                    f"{given[0][0]} on may not have been added", "send them again"))
             raise
 
     def _added(self, given: list[tuple[str, Job]]) -> list[Job]:
-        """Add them in one transaction, but for those of lines that are refused. A
-        refusal that names no job ends the stream.
+        """Add them in one transaction, except for lines with a refused job. An error
+        without `item` ends the stream.
         """
         complained = False
         while given:
             try:
                 return self._queue.enqueue_many([spec for _, spec in given])
-            except Unavailable as error:    # these lines cannot come again
+            except Unavailable as error:    # these lines cannot be read again
                 if not complained:
-                    self._refuse(Unavailable(error.code, error.message, f"{len(given)} "
-                                             "lines are held, to try again"))
+                    self._refuse(Unavailable(
+                        error.code, error.message,
+                        f"retrying; {counted(len(given), 'job')} wait"))
                 complained = True
                 time.sleep(SYNC_PAUSE)
             except QueueError as error:
@@ -12441,29 +12439,28 @@ _HELP = option("--help -h", "show this help and exit", action="help")
 
 
 # ---- 23 Main -----------------------------------------------------------------
-# From a command line to an exit status. A parser made from one command's row serves
-# parsing, help and completion: argparse's subparsers would build those of all, which
-# takes as long as all the rest. `main` is called by the command `queuectl`, `python3 -m
-# queuectl`, the file run by its path, programs and tests, and returns to them: only
-# argparse, when it prints a help, ends the process.
+# From a command line to an exit status. Parsing, help and completion build the parser
+# of one command: argparse's subparsers would build those of all, which takes as long as
+# everything else together. `main` returns the exit status to its callers; only
+# argparse, after a help text, exits the process.
 
-OFFERED = 200          # words that completion offers at most
-LOOKED_AT = 2000       # newest jobs of each state that completion looks through
+OFFERED = 200          # choices of completion at most
+LOOKED_AT = 2000       # newest jobs of each state that completion reads
 
-COMPLETE = "__complete"     # the command by which the shells' scripts ask
+COMPLETE = "__complete"     # the command that completion scripts run
 ASKS = ("-h", "--help", "--version")
-MARK = "\0"            # completion: in place of the word under the cursor
-FILES, DIRS = "files", "dirs"   # kinds of values that the shell itself completes
-# Those that take what follows the first `--` as it stands.
+MARK = "\0"            # completion: replaces the word under the cursor
+FILES, DIRS = "files", "dirs"   # kinds of values that the shell completes
+# These take the words after the first `--` unchanged.
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
-# The states of jobs that a command takes, if not all.
+# The states of jobs that a command accepts, if not all.
 STATES_OF: dict[tuple[str, ...], tuple[str, ...]] = {
     **{(name,): verb.allowed for name, verb in VERBS.items()},
     ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
 
 
 def usual(entries: Sequence[Entry]) -> Entry:
-    """What a group alone, or a line without a name, means: one that only looks."""
+    """Return the default command of a group, or of all: `status` or `list`."""
     return min(entries, key=lambda entry: (entry.words != ("status",),
                                            entry.words[-1] != "list"))
 
@@ -12480,14 +12477,14 @@ def _no_command(names: Sequence[str], group: Sequence[Entry]) -> Usage:
 
 
 def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
-    """The commands that these words may name, and the other words; Usage.
+    """Return the commands that these words may name, and the other words; Usage.
 
         --db x.db retry job-1 -> `retry`
-        dlq --limit 5         -> `dlq list`: before a flag a group is its `usual` one
-        dlq, help dlq         -> its three
+        dlq --limit 5         -> `dlq list`, the `usual` one, before a flag
+        dlq, help dlq         -> all of the group
         --db x.db, --help     -> COMMANDS
 
-    Of the flags before the name only --db takes a word.
+    Of the flags before the name only --db takes a value.
     """
     at = 0
     while at < len(words) and words[at].startswith("-"):
@@ -12511,26 +12508,26 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as ours: raised, not printed."""
+    """argparse, but errors are raised."""
 
     def error(self, message: str) -> NoReturn:
-        raise Usage(message, f"`{self.prog} --help` says more")
+        raise Usage(message, f"see `{self.prog} --help`")
 
     def _print_message(self, message: str, file: object = None) -> None:
-        """Print a help or the version; argparse's own ignores a full disk."""
+        # That of argparse ignores a full disk.
         screen = Screen()
         screen.out(message.rstrip("\n"))
         screen.flush()
 
     def parsed(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The arguments, flags and others in any order, and the words left over."""
-        # With `--` argparse would lose it, and take what follows for flags.
+        """Return the arguments, given in any order, and the unknown words."""
+        # With `--`, intermixed parsing would drop it and read flags after it.
         return self.parse_known_args([*words]) if "--" in words \
             else self.parse_known_intermixed_args([*words])
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser as argparse wants it: a wrong flag is a usage error (exit status 2)."""
+    """Wrap a parser for argparse: an invalid flag is a usage error (exit status 2)."""
     def parsed(text: str) -> Any:
         try:
             return parse(text)
@@ -12540,7 +12537,7 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _settings(one: Option, strict: bool) -> dict[str, Any]:
-    """The keywords of `add_argument`; see `parser_of`."""
+    """Return the keywords of `add_argument`; see `parser_of`."""
     given = one.settings
     if strict:
         return {**given, "type": _typed(given["type"])} if "type" in given else given
@@ -12552,10 +12549,10 @@ def _settings(one: Option, strict: bool) -> dict[str, Any]:
 
 
 def parser_of(entry: Entry, strict: bool = True) -> Parser:
-    """The parser of a command. Not strict, for completion: nothing is required or
-    checked, what is not given is absent, and all values of a flag are kept.
+    """Return a command's parser. If not strict, for completion, nothing is required or
+    checked, there are no defaults, and all values of a flag are kept.
 
-    No abbreviations: `--run` would be --run-at only until another flag begins with it.
+    No abbreviations: a new flag could change what `--run` means.
     """
     name = " ".join(("queuectl", *entry.words))
     usage = [{"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}.get(
@@ -12570,7 +12567,7 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
         prog=name, allow_abbrev=False, add_help=False,
         usage=" ".join((name, "[OPTION ...]", *usage)),
         description=entry.help[0].upper() + entry.help[1:] + ".",
-        # Its own usage lists all flags, and for a width it would load shutil.
+        # argparse's usage line lists all flags, and its width needs shutil.
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, width=window().columns - 2),
         epilog="\n".join(epilog) if entry.words else MANUAL.format(*FORMATS.values()))
@@ -12582,14 +12579,15 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
             groups[title] = parser.add_argument_group(title)
         action = groups[title].add_argument(*one.names, **_settings(one, strict))
         action.required = action.required and strict
-    # argparse would take `-5` for a flag as soon as `-0` is one.
+    # Because `-0` is a flag, argparse would read `-5` as one.
     parser._has_negative_number_optionals.clear()
     parser.set_defaults(entry=entry, words=None, **entry.preset)
     return parser
 
 
 def _overview(entries: Sequence[Entry]) -> Entry:
-    """What stands for a group of commands, or for all, and has only a help."""
+    """Return an entry for a group of commands, or for all, that only prints its help.
+    """
     words = () if entries is COMMANDS else entries[0].words[:1]
     name = " ".join(("queuectl help", *words))
     headings = {" ".join(entries[0].words): "commands"} if words else HEADINGS
@@ -12599,14 +12597,14 @@ def _overview(entries: Sequence[Entry]) -> Entry:
         text += f"\n{headings[one]}:\n" if one in headings else ""
         text += f"  {one:<15} {entry.help}\n"
     return Entry(
-        words, lambda *_: EX_OK, f"{text}\n`{name} COMMAND` says more. "
-        f"Without a command: {usual(entries).words[-1]}", NEITHER,
+        words, lambda *_: EX_OK, f"{text}\nFor details: `{name} COMMAND`. "
+        f"Default command: {usual(entries).words[-1]}", NEITHER,
         (option("COMMAND", argparse.SUPPRESS), _VERSION))
 
 
 def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
-    """The refusal of words that a command does not take; the nearest flag only of one
-    that no command has: `list --drain` is no mistyping.
+    """Return the error for unexpected words. It suggests a flag only for one that no
+    command has: `list --drain` is not a typing error.
     """
     flags = [name for one in entry.options for name in one.names if name[:2] == "--"]
     flag = extra[0].partition("=")[0]
@@ -12614,13 +12612,13 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
     hint = nearest(flag, [*flags, "--db"]) \
         if flag.startswith("--") and flag not in known else ""
     if not hint and entry.run is cmd_enqueue:
-        hint = "put a command of several words in quotes, or -- before it"
+        hint = "quote a command of several words, or write -- before it"
     return Usage(f"unexpected: {' '.join(extra)}",
-                 hint or f"`queuectl {' '.join(entry.words)} --help` says more")
+                 hint or f"see `queuectl {' '.join(entry.words)} --help`")
 
 
 def _as_utf8(word: str) -> str:
-    """An argument as UTF-8, whatever the locale says."""
+    """Return an argument as UTF-8 in any locale; Usage."""
     try:
         return as_utf8(word)
     except UnicodeError:
@@ -12648,25 +12646,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def unquoted(word: str) -> str:
-    """A word of a line without the quotes and backslashes that are for the shell."""
+    """Remove the shell's quotes and backslashes from a word."""
     if not any(char in word for char in "\\'\""):
         return word
     import shlex  # 1 ms
-    for end in ("", "'", '"'):      # one that is still open
+    for end in ("", "'", '"'):      # closes an open quote
         with contextlib.suppress(ValueError):
             return "".join(shlex.split(word + end))
     return word
 
 
 def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
-    """What kind of thing an argument names; "" for what is new, or of no kind.
+    """Return the kind of an argument's values; "" for new names, or without a kind.
 
-    KEY of a flag (--sort, --unique) is no setting; `enqueue @F` is a file.
+    KEY of a flag (--sort, --unique) is not a setting; `enqueue @F` is a file.
     """
     metavar = one.settings.get("metavar", "")
     if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
         return ""
-    if metavar == "NAME":       # a command that makes something gives it a new name
+    if metavar == "NAME":       # a command that creates something needs a new name
         return entry.words[0] if entry.opens in (READS, CHANGES) else ""
     if metavar in ("F", "FILE", "PATH") or (metavar == "JOB" and word[:1] == "@"):
         return FILES
@@ -12675,7 +12673,7 @@ def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
 
 def _job_choices(rows: Rows, bounds: Mapping[str, Any],
                  states: Sequence[str]) -> list[tuple[str, str]]:
-    """The newest of each state, then older ones that begin with the word."""
+    """Return the newest jobs of each state, then older ones that match the word."""
     found = [row for state in states
              for row in rows(Sql.NEWEST_IDS, state=state, **bounds)]
     found.sort(reverse=True)
@@ -12686,7 +12684,7 @@ def _job_choices(rows: Rows, bounds: Mapping[str, Any],
 
 
 def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
-    """Queues with jobs, a limit or a pause; how many jobs of each state they have."""
+    """Return queues with jobs, a limit or a pause, and their counts by state."""
     counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
     for name, state, n in rows(Sql.COUNTS):
         if n:
@@ -12695,7 +12693,7 @@ def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
     return [(name, ", ".join(counts[name])) for name in sorted(counts)]
 
 
-# Kinds of values that only the queue knows, by metavar; names by their command.
+# Kinds of values in the database, by metavar; for NAME by command.
 _IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
     "ID": _job_choices, "Q": _queue_choices,
     "T": lambda rows, bounds, _: [(tag, "") for tag, in rows(Sql.TAGS_FROM, **bounds)],
@@ -12704,11 +12702,11 @@ _IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
 
 
 def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str, str]]:
-    """Values of a kind, each with its meaning, in a queue, if there is one.
+    """Return values of a kind, each with its meaning, if there is a queue.
 
-    Completion must not be noticed: it makes, upgrades and waits for nothing (`glance`),
-    and reads few rows, by an index: `name >= word AND name < end` is a range of it,
-    LIKE is not (SQLite, "The LIKE Optimization"). Names are ASCII without DEL.
+    `glance` does not create, upgrade or wait. Few rows are read, by an index: `name >=
+    word AND name < end` can use it, LIKE cannot (SQLite, "The LIKE Optimization").
+    Names are ASCII without DEL.
     """
     if kind == "KEY":
         return [(key, setting.help) for key, setting in SETTINGS.items()]
@@ -12721,7 +12719,7 @@ def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str
 
 
 def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """The words by which these commands differ; of a group, what belongs to it."""
+    """Return the next words of these commands; a group is described by its members."""
     if entries is not COMMANDS:
         return [(entry.words[1], entry.help) for entry in entries]
     groups: dict[str, list[Entry]] = {}
@@ -12733,18 +12731,18 @@ def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def offers(words: Sequence[str]) -> list[str]:
-    """What may come next, for a shell's script (Install); Usage for an invalid line.
+    """Return the lines for a completion script (Install); Usage for an invalid line.
 
-    The last of these unquoted words is under the cursor. MARK stands there, or for the
-    value in `--flag=value`, so that the parser tells whose value it is. It may be, in
-    this order: a value that a flag needs, a flag, the rest of the command's name,
-    another argument; flags again, if no values are known.
+    The words are unquoted; the last one is under the cursor. MARK replaces it, or the
+    value in `--flag=value`, so that the parser shows which argument it belongs to. The
+    choices are, in this order: values of a flag, flags, the rest of a command's name,
+    values of another argument, or flags again if there are none.
     """
     *before, word = words or ("",)
     entries, rest = find(before)
     entry = _overview(entries) if entries is COMMANDS else usual(entries)
     if entry.run in TAKE_WORDS and "--" in rest:
-        return [f"\t{FILES}\t"]     # a command of the user's
+        return [f"\t{FILES}\t"]     # the words of the user's command
     flag, sign, value = word.partition("=")
     head, word = (flag + sign, value) if word.startswith("--") and sign else ("", word)
     args, extra = parser_of(entry, False).parsed([*rest, head + MARK])
@@ -12754,8 +12752,7 @@ def offers(words: Sequence[str]) -> list[str]:
              for name, value in vars(args).items()}
     options = (*entry.options, _DB, _HELP)
     one = next((one for one in options if MARK in given.get(one.dest, ())), None)
-    # Long names, and a short one that is there, but no lone dash; no flag twice that
-    # is not repeatable.
+    # Long names, and a complete short one; given flags only if repeatable.
     choices: Iterable[tuple[str, str]] = [
         (name, one.settings.get("help", "")) for one in options
         if one.settings.get("action") == "append" or one.dest not in given
@@ -12780,16 +12777,18 @@ def offers(words: Sequence[str]) -> list[str]:
 
 
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
-    """The exit status of an action; only mistakes of this program keep a traceback."""
+    """Run an action and report its errors; return the exit status. Only a bug has a
+    traceback.
+    """
     try:
         return action()
     except KeyboardInterrupt:
         return EX_INTERRUPTED
-    except BrokenPipeError:     # the reader has seen enough
+    except BrokenPipeError:     # the reader has closed the pipe
         return EX_OK
     except QueueError as error:
         refusal = error
-    except OSError as error:    # of the system, which no function explains
+    except OSError as error:    # not converted by any function
         place = f": {error.filename}" if error.filename else ""
         limits = "see what `ulimit -a` allows" if error.errno in SCARCE else ""
         refusal = Refused("unsupported", f"{error.strerror or error}{place}", limits)
@@ -12802,7 +12801,7 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
-    """Run a worker in a child process, which nothing of it outlives."""
+    """Run a worker in a child process of a supervisor."""
     _refuse_platform()
 
     def work(link: Link) -> int:
@@ -12817,8 +12816,7 @@ def _run_supervised(args: argparse.Namespace) -> int:
 
 
 def _run_command(args: argparse.Namespace, is_first: bool) -> int:
-    """Run a command; `is_first`: `queuectl` alone, a first visit if there is no queue.
-    """
+    """Run a command. If `is_first` (`queuectl` alone), a missing queue is no error."""
     entry = args.entry
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
                     acts=entry.opens != READS)
@@ -12848,26 +12846,26 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed: a file gets the lowest
-    free number, so prints would go into the database. sys.stdin stays None, as a sign.
+    """Open /dev/null for a closed stdin, stdout or stderr: the database would get the
+    free descriptor, and output be written to it. sys.stdin stays None (`piped_stdin`).
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number, this one
         if getattr(sys, name) is None and name != "stdin":
-            setattr(sys, name, open(  # noqa: SIM115 (open to the end)
+            setattr(sys, name, open(  # noqa: SIM115 (stays open)
                 os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # text is UTF-8, whatever the locale
-            stream.reconfigure(     # and a line of the log is written at once
+        if hasattr(stream, "reconfigure"):  # UTF-8 in any locale
+            stream.reconfigure(
                 encoding="utf-8", errors="backslashreplace",
                 line_buffering=True if stream is sys.stderr else None)
 
 
 def _complete(words: Sequence[str]) -> int:
-    # A key that was pressed half-way through a line must never print a traceback.
+    # Completion must never print a traceback.
     with contextlib.suppress(Exception):
         for line in offers([unquoted(_as_utf8(word)) for word in words]):
             print(line)
@@ -12876,10 +12874,10 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status.
+    """Run a command line; return its exit status.
 
-    `argv` are the words without the program's name, by default this process's. stdout
-    and stderr are changed to UTF-8 for good.
+    `argv` excludes the program's name; the default is sys.argv[1:]. stdout and stderr
+    are permanently changed to UTF-8.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -12887,15 +12885,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     end = words.index("--") if "--" in words else len(words)
-    # Of a line that cannot be parsed only the words tell whether --json was meant.
+    # Errors of parsing also need to know whether --json was given.
     status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
         lambda: _run([*map(_as_utf8, words[:end]), *words[end:]]),
         "--json" in words[:end])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):   # said above, or a log's, which fails no command
-            # At its exit the interpreter would flush what is left, and complain.
+        except (OSError, ValueError):   # already reported, or of a log
+            # The interpreter would flush the rest at exit, and report it.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
