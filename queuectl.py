@@ -300,7 +300,6 @@ class Stale(Exception):
 
 
 def no_such_job(job_id: str) -> NotFound:
-    """The error for an unknown id."""
     return NotFound("no-such-job", f"no job {job_id!r}",
                     "`queuectl list` shows what there is")
 
@@ -437,7 +436,6 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """A number from 0 to 1; else Invalid, also for `nan`."""
     if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
         raise Invalid(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
@@ -579,7 +577,6 @@ class Worker(NamedTuple):
     running: Sequence[Job] = ()
 
     def takes(self, queue: str) -> bool:
-        """Return True if it runs jobs of that queue."""
         return not self.queues or queue in self.queues
 
 
@@ -638,12 +635,10 @@ class Progress(NamedTuple):
 
     @property
     def over(self) -> int:
-        """Finished jobs, with any outcome."""
         return self.completed + self.unsuccessful
 
     @property
     def left(self) -> int:
-        """Unfinished jobs."""
         return self.waiting + self.running
 
     def since(self, first: Progress) -> Progress:
@@ -879,7 +874,6 @@ def brought_forward(job: Job, now: float) -> Job:
 
 
 def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
-    """The first `free` jobs whose queue has room for them, by `room(queue)`."""
     taken: dict[str, int] = {}
     chosen: list[Job] = []
     for job in line:
@@ -953,7 +947,6 @@ class Output:
         self.total = 0
 
     def feed(self, piece: bytes) -> None:
-        """Add the next bytes."""
         self.total += len(piece)
         room = self._head_size - len(self._head)
         self._head += piece[:room]
@@ -1154,7 +1147,6 @@ def parse_cron(text: str) -> Cron:
 # All runs made up at one change are one run.
 
 def _is_cron_day(cron: Cron, day: int) -> bool:
-    """Return True if the schedule runs on a local date, in days since 1970."""
     date = datetime.date.fromordinal(EPOCH_DAY + day)
     if date.month not in cron.months:
         return False
@@ -1361,7 +1353,6 @@ def shell_word(word: bytes) -> str:
 
 
 def shell_command(words: Iterable[bytes]) -> str:
-    """A shell command of separate arguments; their boundaries are kept."""
     return " ".join(map(shell_word, words))
 
 
@@ -1476,7 +1467,6 @@ def _timeless(parse: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
 
 
 def _whole(least: int, output: dict[str, Any]) -> Kind:
-    """Whole numbers from `least` to MAX_WHOLE."""
     def parse(value: Any, now: float) -> int:
         # JSON has one kind of number, so 5.0 is the whole number 5.
         is_whole = value.is_integer() if isinstance(value, float) \
@@ -1591,7 +1581,6 @@ def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]:
-    """A parser of durations within bounds."""
     def parse(text: str) -> float:
         seconds = parse_duration(text)
         if seconds < least:
@@ -1751,13 +1740,11 @@ def fields_of(text: str) -> list[dict[str, Any]]:
 
 
 def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
-    """The objects of an array, with their places."""
     return [(fields, f"item {number}") for number, fields in enumerate(objects, 1)]
 
 
 @contextlib.contextmanager
 def at_place(place: str) -> Iterator[None]:
-    """Name the place in a refusal; see `QueueError.name_place`."""
     try:
         yield
     except Invalid as error:
@@ -1804,7 +1791,6 @@ class Lines:
             return [(fields, place) for fields in fields_of(text)] if is_job else []
 
     def _filled(self, item: bytes) -> dict[str, Any]:
-        """The job object of an item of the template."""
         if b"\0" in item:
             raise Invalid("an argument cannot hold a NUL",
                           "--null reads items that end with NUL", "command")
@@ -1866,19 +1852,16 @@ def _list(words: Iterable[str]) -> str:
 
 
 def _insert(table: str, *keys: str) -> str:
-    """A statement that inserts rows by named parameters."""
     return (f"INSERT INTO {table} ({', '.join(map(json.dumps, keys))}) "
             f"VALUES ({', '.join(f':{key}' for key in keys)})")
 
 
 def _upsert(table: str, key: str, value: str) -> str:
-    """A statement that inserts a row, or sets `value` in the row of that key."""
     return (f"{_insert(table, key, value)} "
             f"ON CONFLICT ({key}) DO UPDATE SET {value} = excluded.{value}")
 
 
 def _set(keys: str) -> str:
-    """Assignments of named parameters to columns."""
     return "SET " + ", ".join(f"{key} = :{key}" for key in keys.split())
 
 
@@ -1898,7 +1881,6 @@ END_OF_TIME = 1 << 62   # a seq above all others
 
 
 def like_pattern(text: str) -> str:
-    """A LIKE pattern for text that contains `text`."""
     return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
 
 
@@ -2084,7 +2066,6 @@ class Sql:
 
     @classmethod
     def counting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
-        """As `listing`, for the number of matching jobs."""
         return f"SELECT COUNT(*) {cls._fitting(states, 'seq', values)}"
 
     @classmethod
@@ -2527,7 +2508,6 @@ SqlError = (sqlite3.Error, UnicodeError)
 
 
 def not_a_queue(path: str) -> Refused:
-    """The error for a file that is something else."""
     return Refused("not-a-queue", f"{path} is not a queuectl database",
                    "give another path with --db")
 
@@ -2663,9 +2643,7 @@ class SQLite:
     # tables. Another process may be at any of these steps, or may have died there.
 
     def _make_file(self, create: bool) -> None:
-        """Create the file if it is missing; refuse one with two names, as each would
-        have its own WAL.
-        """
+        """Create the file if it is missing; refuse one that cannot be a queue."""
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
             try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
@@ -2875,7 +2853,6 @@ class SQLite:
                            "another name")
 
     def _reader(self) -> sqlite3.Connection:
-        """A second connection, which sees only committed data."""
         return _connect(self.path,
                         READ_AS_IS if self._frozen else "mode=ro")
 
@@ -2946,8 +2923,7 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state, that of the first read. Be brief, as the WAL grows meanwhile.
-        """
+        """Read the state of the first read; be brief, as the WAL grows meanwhile."""
         with self._lock:
             self.rows(self.SNAPSHOT)
             try:
@@ -3004,7 +2980,6 @@ class SQLite:
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
-        """Bytes of the file and its WAL."""
         return _stat(self.path)[2] + _stat(self._wal_path)[2]
 
     def is_in_place(self) -> bool:
@@ -3084,7 +3059,6 @@ def _stat_fields(pid: int) -> list[bytes]:
 
 
 def _pids() -> list[int]:
-    """All other processes; [] without /proc."""
     own = os.getpid()
     with contextlib.suppress(FileNotFoundError):
         return [int(name) for name in os.listdir("/proc")
@@ -3235,7 +3209,6 @@ class Locks:
         return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
-        """Close the descriptor used for probing; held locks stay."""
         if self._probe >= 0:
             os.close(self._probe)
             self._probe = -1
@@ -3317,13 +3290,11 @@ class Wakeup:
             os.write(self.writer, b"!")
 
     def clear(self) -> None:
-        """Empty the pipe."""
         with contextlib.suppress(BlockingIOError):
             while len(os.read(self.reader, SOCKET_BUFFER)) == SOCKET_BUFFER:
                 pass
 
     def close(self) -> None:
-        """Close both ends."""
         os.close(self.reader)
         os.close(self.writer)
 
@@ -3336,7 +3307,6 @@ class Poller:
         self._handlers: dict[int, Callable[[], None]] = {}
 
     def add(self, fd: int, handler: Callable[[], None]) -> None:
-        """Add a descriptor, or change its handler; -1 is ignored."""
         if fd >= 0:
             self._poll.register(fd, select.POLLIN)
             self._handlers[fd] = handler
@@ -3494,7 +3464,6 @@ def job_of(row: tuple[Any, ...]) -> Job:
 
 
 def waits_of(job: Job, now: float) -> str:
-    """What a waiting job waits for now (I7)."""
     if job.unmet:
         return BLOCKED
     return SCHEDULED if job.run_at > iso(now) else READY
@@ -3502,7 +3471,6 @@ def waits_of(job: Job, now: float) -> str:
 
 @contextlib.contextmanager
 def at_item(item: int) -> Iterator[None]:
-    """Set `item` in a QueueError."""
     try:
         yield
     except QueueError as error:
@@ -3575,7 +3543,6 @@ class Ledger:
         self._forget()
 
     def rollback(self) -> None:
-        """Undo the transaction."""
         self._forget()
         self.db.rollback()
 
@@ -3585,8 +3552,7 @@ class Ledger:
         self._numbers.clear()
 
     def take_numbers(self, counter: str, n: int = 1, above: int = 0) -> int:
-        """The first of `n` new numbers, above `above`; unique by the write lock (I4).
-        """
+        """The first of `n` new numbers, more than `above` (I4)."""
         if not self._numbers:
             [last] = self.rows(Sql.COUNTERS)
             self._numbers.update(zip(("jobs", "runs", "events", "workers"), last))
@@ -3599,8 +3565,7 @@ class Ledger:
         self._counts[queue, state] = self._counts.get((queue, state), 0) + change
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """The number of jobs by queue and state, where it is not 0, with own changes.
-        """
+        """The number of jobs by queue and state, without zeros."""
         counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
         for key, change in self._counts.items():
             counts[key] = counts.get(key, 0) + change
@@ -3617,11 +3582,9 @@ class Ledger:
     # Rows.
 
     def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
-        """The first row, or None."""
         return next(iter(self.rows(sql, **values)), None)
 
     def do(self, sql: str, values: Mapping[str, Any]) -> int:
-        """Run one statement; returns the number of changed rows."""
         return self.write(sql, [values])
 
     def change(self, sql: str, rows: Sequence[Any]) -> None:
@@ -3629,23 +3592,19 @@ class Ledger:
         self.write(sql, rows, len(rows))
 
     def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """The jobs that a statement selects."""
         return [job_of(row) for row in self.rows(sql, **values)]
 
     def job(self, job_id: str) -> Job:
-        """The job of that id, else NotFound."""
         for job in self.jobs(Sql.JOB, id=job_id):
             return job
         raise no_such_job(job_id)
 
     def workers(self) -> list[Worker]:
-        """All workers, dead or alive."""
         return [Worker(*row)._replace(queues=_words(row[7]))
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The schedules that a statement selects; `job` is {} if it is no JSON object.
-        """
+        """The selected schedules; `job` is {} if it is no JSON object."""
         found = []
         for row in self.rows(sql, **values):
             job = None
@@ -3656,18 +3615,15 @@ class Ledger:
         return found
 
     def settings(self) -> Settings:
-        """The current configuration; parsed only after a change."""
         stored = self.stored_settings()
         if stored != self._parsed[0]:
             self._parsed = stored, settings_of(stored)
         return self._parsed[1]
 
     def stored_settings(self) -> dict[str, str]:
-        """The settings that are not defaults, as text."""
         return dict(self.rows(Sql.STORED_SETTINGS))
 
     def meta(self, key: str) -> str:
-        """`id` or `created_at` of the database."""
         row = self.row(Sql.META, key=key)
         return row[0] if row else ""
 
@@ -3962,7 +3918,6 @@ class Ledger:
         return after
 
     def rerank(self) -> None:
-        """Recompute the ranks of waiting jobs, after a change of priority-ageing."""
         settings, after = self.settings(), 0
         while rows := self.rows(Sql.WAITING, after=after, limit=PAGE_SIZE):
             self.change(Sql.SET_RANK, [
@@ -3983,7 +3938,6 @@ class Ledger:
     # Schedules.
 
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
-        """Change a schedule's times, pause and number of skipped runs."""
         schedule = schedule._replace(**changes)
         self.do(Sql.SET_SCHEDULE, schedule._asdict())
         return schedule
@@ -4179,8 +4133,7 @@ class Queue:
             before, left = page[-1].seq, left - len(page)
 
     def runs(self, job_id: str, limit: int | None = None) -> list[Run]:
-        """All runs of a job, oldest first; or the last `limit`, without their output.
-        """
+        """All runs of a job, oldest first; or the last `limit`, without output."""
         job = self.store.job(job_id)
         rows = self.store.rows(Sql.RUNS, job=job.seq) if limit is None else reversed(
             self.store.rows(Sql.LAST_RUNS, job=job.seq, limit=limit))
@@ -4221,9 +4174,7 @@ class Queue:
 
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
-        """The changes after number `seq`, in the order of commits, without those of
-        deleted jobs; `since` is a stored time.
-        """
+        """The changes after number `seq`, in the order of commits."""
         return [_event(*row) for row in self.store.rows(
             Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
@@ -4361,9 +4312,7 @@ class Queue:
 
     def stuck(self, limit: int = 0, queue: str | None = None,
               caller: Job | None = None) -> tuple[int, list[Job]]:
-        """The number of jobs blocked by dead or cancelled ones, or by `caller`; and the
-        first `limit` of these jobs.
-        """
+        """The number of jobs blocked forever, or by `caller`, and the first of them."""
         wanted = {"caller": caller and caller.seq, "queue": queue}
         [[n]] = self.store.rows(Sql.COUNT_STUCK, **wanted)
         return n, self.store.jobs(Sql.LIST_STUCK, limit=limit, **wanted) \
@@ -4384,7 +4333,6 @@ class Queue:
         return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
 
     def is_all_paused(self) -> bool:
-        """Return True after `pause` of all queues."""
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
@@ -4578,8 +4526,7 @@ class Queue:
         return age if duration is None else min(age, now - 60 * self._minute(duration))
 
     def history(self, minutes: int, queue: str | None = None) -> list[Summary]:
-        """Totals of each of the last minutes, oldest first, including the current one.
-        """
+        """Totals of each of the last minutes, oldest first, the current one last."""
         last = int(self.clock() // 60)
         first = max(1, last - minutes + 1)
         found: dict[int, list[tuple[str, int, int, float]]] = {
@@ -4768,8 +4715,7 @@ class Queue:
         self._set_queues(queues, Sql.SET_PAUSED, paused=False)
 
     def limit_queue(self, queue: str, limit: int) -> None:
-        """Let all workers together run at most `limit` jobs of a queue; 0: any number.
-        """
+        """Limit the jobs of a queue that run at once, over all workers; 0: no limit."""
         if not 0 <= limit <= MAX_WHOLE:
             raise Invalid(f"{limit} is not a limit", "use a whole number from 0")
         self._set_queues([queue], Sql.SET_LIMIT, job_limit=limit)
@@ -4909,9 +4855,7 @@ class Queue:
         return asked
 
     def wake(self, message: bytes) -> bool:
-        """Notify all workers; return True if there may be one. A lost datagram only
-        costs time.
-        """
+        """Notify all workers; return True if there may be one."""
         ports = [row[0] for row in self.store.rows(Sql.PORTS)]
         if ports:
             notify_workers(ports, message)
@@ -5111,13 +5055,11 @@ class Claims:
 
     @staticmethod
     def _as_now(claim: Claim, asked: str | None, unmet: int) -> Claim:
-        """The claim with the columns of its job that may change during a run."""
         if asked is None and unmet == claim.job.unmet:
             return claim
         return claim._replace(job=claim.job._replace(end_requested=asked, unmet=unmet))
 
     def commit(self) -> None:
-        """Commit the tick, in any thread."""
         self._store.commit()
 
     def committed(self, tick: Tick, report: Report) -> None:
@@ -5131,7 +5073,6 @@ class Claims:
         self._last_tick = tick.now
 
     def failed(self, tick: Tick) -> None:
-        """Undo a tick whose commit has failed."""
         self._expired.clear()
         self._store.rollback()
         for one in tick.claims:
@@ -5348,7 +5289,6 @@ class Peers:
         return changes
 
     def dead(self) -> list[Worker]:
-        """The dead or expired workers, for `Report.dead`."""
         expired = self._expired()
         return [worker for worker in self._store.workers()
                 if worker in expired or self._host.is_alive(worker) is False]
@@ -5377,8 +5317,8 @@ class Peers:
 
     def await_stop(self, workers: Sequence[Worker],
                    timeout: float) -> Iterator[tuple[Worker, bool]]:
-        """Yield each of these workers once it has stopped or, then True, was removed
-        as it sent no heartbeat for a lease; Refused after `timeout` seconds.
+        """Yield each worker when it has stopped, with True if it was removed as
+        expired; Refused after `timeout` seconds.
         """
         end, left = time.monotonic() + timeout, {one.id: one for one in workers}
         while left:
@@ -5430,7 +5370,6 @@ def filesystem_of(path: str, mounts: str) -> str:
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Return True if several machines may mount it."""
     name = kind[len("fuse."):] if kind.startswith("fuse.") else kind
     return name.startswith(NETWORK_FILESYSTEMS)
 
@@ -5446,7 +5385,6 @@ class Inspection:
         self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        """All findings, problems first; reads the whole file."""
         looks = (self._file, self._schedules, self._blocked, self._clock,
                  self._lost_runs, self._workers, self._ground)
         found = [finding for look in looks for finding in look()]
