@@ -5729,7 +5729,6 @@ def wide(char: str) -> int:
 
 
 def columns(text: str) -> int:
-    """Return the text's width on a terminal, without the codes of `Style.paint`."""
     if "\033" in text:
         text = re.sub("\033[[][0-9]*m", "", text)
     return len(text) if text.isascii() else sum(map(wide, text))
@@ -6302,7 +6301,6 @@ def process_table() -> Table:
 
 
 def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
-    """Return the roots and all processes below them."""
     children: dict[int, list[int]] = {}
     for pid, (parent, *_) in table.items():
         children.setdefault(parent, []).append(pid)
@@ -6522,16 +6520,13 @@ class Link:
 
     def send(self, kind: int, number: int = 0, pid: int = 0,
              seconds: float = 0.0) -> None:
-        """Queue a message for `flush`."""
         self._unsent += _MESSAGE.pack(kind, number, pid, seconds)
 
     @property
     def is_behind(self) -> bool:
-        """Return True if the socket was full and some messages remain."""
         return bool(self._unsent) and self.is_open
 
     def flush(self, lock: int = -1) -> None:
-        """Send all messages, with the descriptor `lock` unless it is -1."""
         import socket
         if not self._unsent:
             return
@@ -6663,7 +6658,6 @@ class Supervisor:
         del self._signals[:count]
 
     def _reap(self) -> None:
-        """Reap the worker and orphans."""
         with contextlib.suppress(ChildProcessError):
             while self._status is None:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -6674,7 +6668,6 @@ class Supervisor:
 
 
 def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> NoReturn:
-    """Be the child of the fork."""
     status = EX_NO
     try:
         become_subreaper()
@@ -6771,7 +6764,6 @@ class Agenda:
                 yield name
 
     def sleep(self, now: float) -> float:
-        """Return the seconds until the first entry is due."""
         return max(0.0, min(map(max, self._entries.values())) - now)
 
 
@@ -6823,7 +6815,6 @@ class Directories:
 
 
 def _refuse_platform() -> None:
-    """Refused where Python lacks what a worker needs."""
     if fcntl is None or not hasattr(select, "poll"):
         raise Refused("unsupported",
                       "workers need a POSIX system (Linux, macOS, BSD, WSL)",
@@ -6939,7 +6930,6 @@ class Runner:
         self._wakeup.close()
 
     def _step(self) -> None:
-        """Wait for events, and do what is due."""
         self._hold()
         self._poller.wait(min(self._agenda.sleep(time.monotonic()),
                               RESCUE_TICK if self._link.is_behind else math.inf))
@@ -7177,7 +7167,6 @@ class Runner:
             self._release(self._spares.pop(0))
 
     def _release(self, claim: Claim) -> None:
-        """Have a claim that has not begun recorded as released."""
         claim.release()
         self._quota += 1
         self._keep(claim.number, Outcome(RELEASED))
@@ -7233,7 +7222,7 @@ class Runner:
         self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
-        """Return it as bytes, so that text is UTF-8 in any locale."""
+        # As bytes, so that text is UTF-8 in any locale.
         job = claim.job
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
@@ -7350,7 +7339,6 @@ class Runner:
                       "to another user; the run lasts until that process exits")
 
     def _on_supervisor_killed(self) -> None:
-        """Kill all jobs in its place, since nothing may outlive the worker."""
         self._log("error: this worker's supervisor was killed, so it kills its jobs, "
                   "requeues them and stops")
         refused, locks = kill_all(), self._queue.host.locks
@@ -7465,7 +7453,7 @@ class Runner:
             while len(words) < NOTICES_AT_ONCE:
                 words.append(self._notices.recv(SOCKET_BUFFER))
         self._agenda.want("look")
-        # In a flood the kernel drops some.
+        # The kernel drops some if many arrive.
         if NEW_ORDERS in words or len(words) == NOTICES_AT_ONCE:
             self._agenda.want("orders")
         if PEEK in words:
@@ -7488,7 +7476,6 @@ class Runner:
                 f"{running} of {slots} busy") + self.total()
 
     def total(self) -> str:
-        """Return the results of its jobs, as the end of a line."""
         done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
                          for state, n in self.totals.items())
         return f": {done}" if done else ""
@@ -9282,7 +9269,6 @@ class Route(NamedTuple):
 
 def denied(status: int, message: str, hint: str = "",
            *headers: tuple[str, str]) -> Refused:
-    """Return a refusal with that HTTP status."""
     error = Refused("refused", message, hint)
     error.status, error.headers = status, headers
     return error
@@ -9796,7 +9782,6 @@ class Reader:
         return self._take(size)
 
     def drain(self, seconds: float) -> None:
-        """Discard all input that arrives in that time."""
         ends_at = time.monotonic() + seconds
         with contextlib.suppress(Refused):
             while self._more(ends_at):
@@ -10064,9 +10049,9 @@ def event_stream(queue: Queue, last: int,
     """
     seen, shown_at, is_stale = -1, -math.inf, False
     shown: dict[str, Any] = {}
-    seq, news = queue.last_event(), b"retry: 2000\n\n"
+    seq, unsent = queue.last_event(), b"retry: 2000\n\n"
     if last > seq:      # of another database, such as before a backup was restored
-        news += sse("resync", {}, seq)
+        unsent += sse("resync", {}, seq)
     elif last >= 0:
         seq = last
     while True:
@@ -10077,18 +10062,18 @@ def event_stream(queue: Queue, last: int,
             events = queue.events_since(seq, FEED_BATCH + 1)
             if len(events) > FEED_BATCH:
                 seq = queue.last_event()
-                news += sse("resync", {}, seq)
+                unsent += sse("resync", {}, seq)
             elif events:
                 seq = events[-1].seq
-                news += b"".join(sse("change", event_object(one), one.seq)
+                unsent += b"".join(sse("change", event_object(one), one.seq)
                                  for one in events)
         now = clock()
         if now >= shown_at + (STATUS_PAUSE if is_stale else STATUS_EVERY):
             status = status_object(queue.status())
-            news += sse("status", status, seq) if status != shown else b""
+            unsent += sse("status", status, seq) if status != shown else b""
             shown, shown_at, is_stale = status, now, False
-        yield news
-        news = b""
+        yield unsent
+        unsent = b""
 
 
 class Connections:
@@ -10374,7 +10359,6 @@ def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
-    """Return the TLS context for `web`, None without a certificate; Refused."""
     if args.tls_cert is None:
         if args.tls_key is not None:
             raise Usage("--tls-key is given without --tls-cert", "give both")
@@ -10780,7 +10764,6 @@ MAX_LINE = 4 << 20     # bytes kept of a line of a stream
 
 
 def is_drawable(stream: TextIO) -> bool:
-    """Return True for a terminal with colours and cursor movement."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -10822,7 +10805,6 @@ class Log(io.TextIOBase):
         return os.isatty(self._fd)
 
     def write(self, text: str) -> int:
-        """Queue the text, or drop it if the queue is full; never block."""
         try:
             self._texts.put_nowait(text)
         except self._full:
@@ -10865,7 +10847,6 @@ class Log(io.TextIOBase):
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Replace sys.stderr by a Log."""
     try:
         log = Log(sys.stderr.fileno())
     except (OSError, ValueError):   # not a file, as in a program that calls `main`
@@ -10903,7 +10884,6 @@ class Screen:
         self._try(lambda: (sys.stdout.buffer.write(output), sys.stdout.buffer.flush()))
 
     def flush(self) -> None:
-        """Write the results that were printed; Unavailable or BrokenPipeError."""
         self._try(sys.stdout.flush)
 
     def finish(self) -> None:
@@ -10935,18 +10915,15 @@ class Screen:
             raise BrokenPipeError
 
     def note(self, *lines: str) -> None:
-        """Print a message to stderr, unless quiet."""
         if not self._quiet:
             self._write("".join(f"{line}\n" for line in lines))
 
     def log(self, text: str) -> None:
-        """Print a line of a log, with the time."""
         now = time.time()
         stamp = local_time(now, now if sys.stderr.isatty() else None)
         self._write(f"{stamp} {text}\n", self._drawn)
 
     def clear(self) -> None:
-        """Remove the progress line."""
         if self._drawn:
             self._write("")
 
@@ -10974,7 +10951,6 @@ class Screen:
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    """Print an error on one line, and return its exit status."""
     line = dumps({"error": {"code": error.code, "message": error.message,
                             "hint": error.hint}}, None) if as_json \
         else f"queuectl: error: {one_line(str(error))}"
@@ -10984,7 +10960,6 @@ def print_error(error: QueueError, as_json: bool) -> int:
 
 
 def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the job's fields that flags set."""
     given = {name: value for name, value in vars(args).items()
              if name in FIELDS and "e" in FIELDS[name].uses and value is not None}
     for pair in given.get("env", ()):
@@ -11023,7 +10998,6 @@ def ignored_warning(keys: Collection[str]) -> str:
 
 
 def piped_stdin() -> TextIO:
-    """Return stdin; Refused if it is closed."""
     if sys.stdin is None:
         raise Refused("unreadable", "stdin is closed", "give a file or a pipe")
     return sys.stdin
@@ -12458,7 +12432,6 @@ class Parser(argparse.ArgumentParser):
         screen.flush()
 
     def parsed(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return the arguments, given in any order, and the unknown words."""
         # With `--`, intermixed parsing would drop it and read flags after it.
         return self.parse_known_args([*words]) if "--" in words \
             else self.parse_known_intermixed_args([*words])
@@ -12556,7 +12529,6 @@ def _unexpected(entry: Entry, extra: Sequence[str]) -> Usage:
 
 
 def _as_utf8(word: str) -> str:
-    """Return an argument as UTF-8 in any locale; Usage."""
     try:
         return as_utf8(word)
     except UnicodeError:
@@ -12611,7 +12583,6 @@ def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
 
 def _job_choices(rows: Rows, bounds: Mapping[str, Any],
                  states: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the newest jobs of each state, then older ones that match the word."""
     found = [row for state in states
              for row in rows(Sql.NEWEST_IDS, state=state, **bounds)]
     found.sort(reverse=True)
@@ -12622,7 +12593,6 @@ def _job_choices(rows: Rows, bounds: Mapping[str, Any],
 
 
 def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
-    """Return queues with jobs, a limit or a pause, and their counts by state."""
     counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
     for name, state, n in rows(Sql.COUNTS):
         if n:
@@ -12739,7 +12709,6 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
 
 
 def _run_supervised(args: argparse.Namespace) -> int:
-    """Run a worker in a child process of a supervisor."""
     _refuse_platform()
 
     def work(link: Link) -> int:
