@@ -1677,11 +1677,13 @@ class Files(Case):
         self.a_queue().close()
         self.files_after(self.path, "PRAGMA journal_mode = DELETE")
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
-        for name, value in (("synchronous", 2), ("journal_mode", "wal"),
-                            ("auto_vacuum", 2), ("journal_size_limit", 16 << 20),
-                            ("wal_autocheckpoint", 3000), ("busy_timeout", 0)):
-            with self.subTest(name):
-                self.assertEqual(self.queue.store.row(f"PRAGMA {name}"), (value,))
+        each(self, lambda name: self.queue.store.row(f"PRAGMA {name}")[0], (
+            ("synchronous", 2), ("journal_mode", "wal"), ("auto_vacuum", 2), ("busy_timeout", 0),
+            ("journal_size_limit", 16 << 20), ("wal_autocheckpoint", 3000)))
+
+    def ids_in(self, path):
+        with Queue(path, create=False) as queue:
+            return ids(queue.jobs())
 
     def put(self, files):
         self.path = os.path.join(tempfile.mkdtemp(dir=self.dir), "queue.db")
@@ -1885,8 +1887,7 @@ class Files(Case):
         with Queue(copy) as works:
             self.assertEqual(works.job("later").command, "true")
         self.queue.backup("/" + copy)       # that path is odd, and right
-        with Queue(copy, create=False) as again:
-            self.assertEqual(again.jobs(), [])
+        self.assertEqual(self.ids_in(copy), [])
 
     def test_a_backup_that_fails_leaves_nothing_and_is_refused_unless_it_is_our_mistake(self):
         copy, reader = self.path_of("copy.db"), self.queue.store.db._reader
@@ -1919,8 +1920,7 @@ class Files(Case):
 
         self.assertEqual(os.listdir("/dev/fd"), descriptors)
         self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
-        with Queue(copy, create=False) as again:
-            self.assertEqual(ids(again.jobs()), ["second", "first"])
+        self.assertEqual(self.ids_in(copy), ["second", "first"])
         for path, error in ((self.path, "in-use"), (text, "not-a-queue"), (self.dir, "not-a-queue"),
                             (self.path_of("none/copy"), "unwritable")):
             with self.subTest(path), refused(error):
@@ -2004,8 +2004,7 @@ class Files(Case):
         with queuectl.glance(self.path) as rows:
             self.assertEqual(rows("SELECT id FROM jobs"), [("here",)])
         for path in (self.path, self.path + "#copy"):
-            with Queue(path, create=False) as again:
-                self.assertEqual(ids(again.jobs()), ["here"])
+            self.assertEqual(self.ids_in(path), ["here"])
 
     def test_what_is_no_file_of_ours_is_refused(self):
         with refused("no-queue"):
