@@ -10883,7 +10883,7 @@ def lock_round(directory, seconds):
     violations += [f"{job_id}: {one}" for job_id, one in ends.items() if one != ["completed"]]
     if sorted(read_bytes(ran).decode().split()) != sorted(ends):
         violations.append(f"{read_bytes(ran).split()} ran of {sorted(ends)}")
-    if b"will go on trying" not in read_bytes(log):
+    if b"the queue, retrying" not in read_bytes(log):
         violations.append("no worker has logged that it waits")
     return violations + History(path).violations()
 
@@ -10960,7 +10960,7 @@ class BadGround(Ground):
         own = child_of(worker.pid)
         stop(own)
         self.touch("go")
-        self.wait_log("will go on trying")
+        self.wait_log("the queue, retrying")
         said = len(self.read("worker.log").splitlines())
         time.sleep(1.2)     # two more tries
         self.assertIsNone(worker.poll())
@@ -10983,9 +10983,9 @@ class BadGround(Ground):
         for most in (2, 8):
             wait_for(lambda most=most: self.exists("ran")
                      and len(self.read("ran").split()) >= most, "some jobs")
-            before = self.read("worker.log").count("go on trying")
+            before = self.read("worker.log").count("the queue, retrying")
             fill_disk(place)
-            self.wait_log("go on trying", before + 1)
+            self.wait_log("the queue, retrying", before + 1)
             empty_disk(place)
         self.assert_ends(worker)
         self.assertEqual(sorted(self.read("ran").split()), sorted(f"job-{n}" for n in range(1, 21)))
