@@ -2024,7 +2024,6 @@ class Sql:
     COUNTERS = "SELECT jobs, runs, events, workers FROM counters"
     SET_COUNTERS = f"UPDATE counters {_set('jobs runs events workers')}"
 
-    # Jobs, one by one and in lists.
     INSERT_JOB = _insert("jobs", *Job._fields)
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
@@ -2118,7 +2117,7 @@ class Sql:
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times"""
-    # For an idle worker at each wake-up: is a job ready; is anything due?
+    # Is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
                EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
@@ -2160,7 +2159,6 @@ class Sql:
     EDIT = "UPDATE jobs " + _set(" ".join(
         name for name in Job._fields if name in FIELDS and "u" in FIELDS[name].uses)
         + " waits rank updated_at at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
-    # All waiting jobs, in pages, to rank them again.
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
          WHERE waits IS NOT NULL AND seq > :after
@@ -2374,7 +2372,6 @@ class Sql:
             ON CONFLICT (minute, queue, kind, bucket) DO UPDATE
            SET n = tallies.n + excluded.n, total = tallies.total + excluded.total"""
     TALLIES_EVER = "SELECT queue, kind, bucket, n, total FROM tallies WHERE minute = 0"
-    # From minute 1 or later: minute 0 is the sum of all.
     TALLIES_SINCE = """
         SELECT queue, kind, bucket, SUM(n), SUM(total) FROM tallies
          WHERE minute >= :minute
@@ -3760,7 +3757,7 @@ class Ledger:
         self.write(Sql.SET_SUCCESS, [
             {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
             for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
-        # Last: on-idle depends on the counts.
+        # Last, as on-idle depends on the counts.
         self._add_hooks(jobs, settings, now)
         return jobs
 
@@ -4484,8 +4481,7 @@ class Queue:
         transaction, as it may run `ps` (I9).
         """
         settings = self.store.settings()
-        # By the clocks of two machines, so only shown: it never costs a worker its
-        # runs.
+        # By the clocks of two machines, so never used to reap runs.
         oldest = iso(self.clock() - lease_of(settings))
         running: dict[int, list[Job]] = {}
         for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
@@ -5035,8 +5031,7 @@ class Claims:
         [[due_at]] = store.rows(Sql.DUE_AT)
         if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
             notes = self._fire(now)
-            # Nothing is claimed until all due jobs are ready: the last may be first in
-            # rank.
+            # Nothing is claimed until all due jobs are ready: the last may rank first.
             behind = behind or store.do(Sql.MAKE_READY, {
                 "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
         stop = row[0] if row else None
