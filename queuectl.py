@@ -358,11 +358,12 @@ def ago(stamp: str | None, now: float) -> str:
         else f"{span(math.floor(-away))} ago"
 
 
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+UNITS = {"ms": 0.001, "min": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0,
+         "w": 604800.0}     # a pattern tries them in this order
 # Compiled when used: most commands need few patterns, and `re` caches them.
 _NUMBER = "[0-9]+(?:[.][0-9]+)?"
-_DURATION = f"(?:{_NUMBER}(?:ms|s|m|h|d))+"
-DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1h30m or bare seconds"
+_DURATION = f"(?:{_NUMBER}(?:{'|'.join(UNITS)}))+"
+DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1w, 1h30m or bare seconds"
 
 
 def parse_duration(text: object) -> float:
@@ -375,7 +376,7 @@ def parse_duration(text: object) -> float:
             seconds = float(text)
     elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
         seconds = sum(float(n) * UNITS[unit] for n, unit in
-                      re.findall(f"({_NUMBER})(ms|s|m|h|d)", text))
+                      re.findall(f"({_NUMBER})({'|'.join(UNITS)})", text))
     if not 0 <= seconds <= MAX_DURATION:
         raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return seconds
@@ -12303,7 +12304,7 @@ There is no queue at {path} yet. Begin with:
     queuectl --help                          all commands"""
 # Values by metavar, explained where a command takes one.
 FORMATS = {
-    "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1h30m, or seconds: 1.5",
+    "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1w, 1h30m, or seconds: 1.5",
     "TIME": "ISO 8601 (local time without a zone), epoch seconds, +DUR, or HH:MM",
     "CRON": "`30 2 * * mon-fri`, @hourly, @daily, @weekly, @monthly, @yearly"}
 # The end of `queuectl help`.
