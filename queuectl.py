@@ -4298,7 +4298,8 @@ class Queue:
         if not caller or not jobs or jobs[0].waits != READY:
             return
         job, limits = jobs[0], {view.name: view.limit for view in self.queues()}
-        workers = [one for one in self.workers() if one.takes(job.queue)]
+        workers = [one for one in self.workers()
+                   if one.takes(job.queue) and not one.is_expired]
         has_last_slot = sum(one.slots for one in workers) == 1 \
             and caller.worker in [one.name for one in workers]
         if has_last_slot or (caller.queue == job.queue and limits.get(job.queue) == 1):

@@ -11459,6 +11459,19 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                                  not is_there)      # the job is due
                 self.assertTrue(found["sound"])
 
+    def test_a_job_s_wait_does_not_count_on_a_worker_without_heartbeats(self):
+        self.a_foreign_worker()
+        claims = queuectl.Claims(self.queue, WorkerOptions())
+        self.addCleanup(claims.leave)
+        self.enqueue("true", "--id", "a")
+        [claim] = ticked(claims, [1]).claims
+        self.addCleanup(claim.release)
+        self.enqueue("true", "--id", "b")
+        with mock.patch.dict(os.environ, QUEUECTL_DB=self.path,
+                             QUEUECTL_CLAIM=str(claim.number)), \
+                refused("blocked", "has the only slot"):
+            self.queue.wait("b", timeout=0.5)
+
     def a_worker_without_heartbeats(self, *argv):
         """One whose next heartbeat does not come during the test; its port."""
         self.configure(heartbeat="10m")
