@@ -7399,6 +7399,10 @@ class WebServer(Processes):
         stream.sendall(b"GET /api/events HTTP/1.1\r\n" + BEARER + b"\r\n")
         with stream.makefile("rb") as lines:
             self.until(lines, '"total": 1')
+            stream.sendall(b"more\r\n")     # which ends no stream
+            self.request(port, "POST", "/api/jobs", {"command": "x"}, tls=context,
+                         Origin=f"https://localhost:{port}")
+            self.until(lines, '"total": 2')
             process.send_signal(signal.SIGTERM)
             self.assert_ends(process)
 
