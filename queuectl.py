@@ -10169,7 +10169,7 @@ class Service:
     def database(self) -> Iterator[Queue]:
         """An open database for one request, as each waits for the write lock alone.
 
-        A few stay open, since opening takes twice as long as most requests.
+        A few stay open, since to open one takes as long as most requests do.
         """
         while True:
             try:
