@@ -446,6 +446,22 @@ def parse_time(text: object, now: float) -> float:
     return moment
 
 
+def parse_past(text: object, now: float) -> float:
+    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
+    if not isinstance(text, str):
+        raise Invalid(f"{text!r} is not text", "use 1h or 2026-01-31T18:00Z")
+    if re.fullmatch(_DURATION, text):
+        return now - parse_duration(text)
+    moment = parse_time(text, now)
+    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
+        moment = (datetime.datetime.fromtimestamp(moment)
+                  - datetime.timedelta(days=1)).timestamp()
+    if moment > now:
+        raise Invalid(f"{text!r} is in the future",
+                      "give a time that has been, or a duration: 1h")
+    return moment
+
+
 SIZES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "k": 1 << 10, "m": 1 << 20,
          "kb": 1000, "mb": 10**6}
 
@@ -498,6 +514,27 @@ def parse_state(text: object) -> str:
         raise Invalid(f"there is no state {text!r}",
                       nearest(str(text), STATES) or "use " + ", ".join(STATES))
     return str(text)
+
+
+def parse_states(text: str) -> list[str]:
+    return [parse_state(state) for state in text.split(",")]
+
+
+_STATUS = "([01]?[0-9]{1,2}|2[0-4][0-9]|25[0-5])"
+_STATUSES = f"{_STATUS}(-{_STATUS})?"
+CODES_FORM = f"{_STATUSES}(,{_STATUSES})*"
+
+
+def parse_codes(text: object) -> tuple[int, ...]:
+    """The exit statuses of `2,64-78`, in order; else Invalid."""
+    if not re.fullmatch(CODES_FORM, str(text)):
+        raise Invalid(f"{text!r} is not a list of exit statuses",
+                      "use 2,64-78, with numbers from 0 to 255")
+    codes = set[int]()
+    for part in str(text).split(","):
+        ends = sorted(map(int, part.split("-")))
+        codes.update(range(ends[0], ends[-1] + 1))
+    return tuple(sorted(codes))
 
 
 def counted(n: int, noun: str, plural: str = "") -> str:
@@ -1581,23 +1618,36 @@ JSON_KEYS = tuple(name for name in Job._fields
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 # Filters of jobs: flags of commands and parameters of the API; Sql.FILTERS has their
-# clauses. In a query, blank text is no filter.
+# clauses. In a query, blank text is no filter. The pattern of past times is narrower
+# than their parser.
 _BLANK_OR_NAME = Kind(_timeless(parse_name),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
     Field("state", Kind(
-        _timeless(parse_state),
-        {"type": "array", "items": {"type": "string", "enum": [*STATES, ""]}},
-        flag={"action": "append", "choices": STATES, "metavar": "S",
-              "help": "one of " + ", ".join(STATES) + "; repeatable"}),
-        help="repeatable", flags=("--state", "-s")),
+        _timeless(parse_states),
+        {"type": "array", "items": {"type": "string", "pattern":
+                                    "^(({0})(,({0}))*)?$".format("|".join(STATES))}},
+        flag={"action": "extend", "metavar": "S", "type": parse_states}),
+        help="one of " + ", ".join(STATES) + "; repeatable, or S,S",
+        flags=("--state", "-s")),
     Field("queue", _BLANK_OR_NAME._replace(flag={"metavar": "Q"}),
           help="only of this queue"),
     Field("tag", _BLANK_OR_NAME._replace(flag={"metavar": "T"}),
           help="only with this tag"),
     Field("search", Kind(_search, {
         "type": "string", "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]*$"},
-        flag={"metavar": "TEXT"}), help="text in the id or the command"))}
+        flag={"metavar": "TEXT"}), help="text in the id, the command or the error"),
+    Field("exit_code", Kind(
+        _timeless(parse_codes), {"type": ["string", "integer"], "minimum": 0,
+                                 "maximum": 255, "pattern": f"^({CODES_FORM})?$"},
+        flag={"metavar": "CODES", "type": parse_codes}),
+        help="only if the last run exited with one of these"),
+    Field("since", Kind(
+        parse_past, {"type": "string", "pattern":
+                     f"^({SPAN_FORM})?$|{_DATE_FORM.replace('^20[0-9]', '^20[01]')}"},
+        flag={"metavar": "TIME", "type": lambda text: parse_past(text, time.time())}),
+        help="only if added, started, ended or edited since then; DUR: so long ago"))}
+SELECTORS = tuple(name for name in FILTERS if name != "state")
 
 
 def _off_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -2064,8 +2114,12 @@ class Sql:
     FILTERS = {
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
-        "search": r"(lower(command) LIKE lower(:search) ESCAPE '\'"
-                  r" OR lower(id) LIKE lower(:search) ESCAPE '\')",
+        "search": "({})".format(" OR ".join(
+            rf"lower({column}) LIKE lower(:search) ESCAPE '\'"
+            for column in ("command", "id", "error"))),
+        "exit_code": "exit_code IN (SELECT CAST(value AS BIGINT) "
+                     "FROM json_each(:exit_code))",
+        "since": "updated_at >= :since",
         "ended_before": "finished_at < :ended_before",
         "ended_at": "(finished_at, seq) > (:ended_at, :ended_seq)",     # to continue
     }
@@ -4031,8 +4085,9 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
     values = {key: value for key, value in filters.items() if value is not None}
-    if "search" in values:
-        values["search"] = like_pattern(values["search"])
+    stored: dict[str, Callable[[Any], str]] = {
+        "search": like_pattern, "exit_code": json.dumps, "since": iso}
+    values.update({key: stored[key](values[key]) for key in stored if key in values})
     return {"before": END_OF_TIME, **values}
 
 
@@ -9167,8 +9222,9 @@ document.addEventListener("DOMContentLoaded", start);
       <header><h2 id="jobs-title" tabindex="-1">Jobs</h2>
         <button type="button" class="changes" id="retry-all" hidden></button></header>
       <form class="filters" id="filters" role="search" aria-label="Jobs">
-        <input type="search" name="search" aria-label="Search commands and ids"
-         placeholder="Search commands and ids" autocomplete="off" maxlength="200">
+        <input type="search" name="search" aria-label="Search commands, ids and errors"
+         placeholder="Search commands, ids and errors" autocomplete="off"
+         maxlength="200">
         <select name="state" aria-label="State"></select>
         <select name="queue" aria-label="Queue"></select>
         <input name="tag" aria-label="Tag" placeholder="Tag" autocomplete="off"
@@ -9359,9 +9415,9 @@ def read_params(params: Sequence[Field], query: str) -> dict[str, Any]:
         kind = known[name].kind.input["type"]
         if not text and kind != "integer":
             continue
-        value = field_value(known[name], text)
+        value = field_value(known[name], text, time.time())
         if kind == "array":
-            values.setdefault(name, []).append(value)
+            values.setdefault(name, []).extend(value)
         elif name in values:
             raise Invalid(f"{name} is given twice", "give it once")
         else:
@@ -9414,9 +9470,9 @@ def _object_body(request: Request, *keys: str) -> dict[str, Any]:
     return fields
 
 
-def _filter_of(fields: Mapping[str, Any], key: str) -> Any:
-    value = fields.get(key)
-    return None if value is None else field_value(FILTERS[key], value)
+def _filters_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: field_value(FILTERS[key], value, time.time())
+            for key, value in fields.items() if value is not None}
 
 
 def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
@@ -9488,7 +9544,7 @@ def _change_job(request: Request, change: Callable[[str], list[Job]],
 
 
 def post_dlq_retry(queue: Queue, request: Request) -> Reply:
-    fields = _object_body(request, "ids", "queue", "search")
+    fields = _object_body(request, "ids", *SELECTORS)
     if "ids" in fields:
         if len(fields) > 1:
             raise Invalid("ids and a filter are both given", "give one", "ids")
@@ -9496,8 +9552,7 @@ def post_dlq_retry(queue: Queue, request: Request) -> Reply:
     jobs = list[Job]()
     # In small transactions: one for a million jobs would hold the write lock too long,
     # and its reply would fill memory. The client repeats the request for the rest.
-    for batch in queue.sweep("retry", DEAD, queue=_filter_of(fields, "queue"),
-                             search=_filter_of(fields, "search")):
+    for batch in queue.sweep("retry", DEAD, **_filters_of(fields)):
         jobs += batch
         if len(jobs) >= MAX_BATCH:
             break
@@ -9506,7 +9561,7 @@ def post_dlq_retry(queue: Queue, request: Request) -> Reply:
 
 def _change_pause(queue: Queue, request: Request,
                   change: Callable[..., Any]) -> Reply:
-    name = _filter_of(_object_body(request, "queue"), "queue")
+    name = _filters_of(_object_body(request, "queue")).get("queue")
     change(*([name] if name else []))
     return json_reply({"paused": queue.status().paused}, log=name or "all queues")
 
@@ -9561,8 +9616,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "WhichDead": {"oneOf": [
         _body_schema({"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
-        _body_schema({"queue": _or_null(NAME_SCHEMA),
-                      "search": _or_null(FILTERS["search"].kind.input)})]}}
+        _body_schema({key: _or_null(FILTERS[key].kind.input) for key in SELECTORS})]}}
 REFUSALS = {    # without 500, which is a bug
     400: "The request, a parameter or the body is invalid.",
     401: "The token is missing or wrong.",
@@ -11482,7 +11536,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
     """What flags say of the jobs to choose, but for their states."""
     return {name: value for name, value in vars(args).items() if value is not None
-            and (name == "older_than" or (name in FILTERS and name != "state"))}
+            and name in ("older_than", *SELECTORS)}
 
 
 def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
@@ -11655,7 +11709,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
     filters, has_state = _filters(args), "state" in {*vars(args)} - {*args.entry.preset}
     is_wide = bool(args.all or filters or (has_state and args.state))
     if bool(args.ids) == is_wide:
-        flags = [f"--{name}" for name in FILTERS if name != "state" or has_state]
+        flags = [*["--state"] * has_state, *(f"--{name.replace('_', '-')}"
+                                             for name in SELECTORS)]
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named",
                     f"give ids, or --all, {', '.join(flags[:-1])} or {flags[-1]}")
@@ -12071,20 +12126,6 @@ def _flags_of(fields: Mapping[str, Field], use: str = "") -> tuple[Option, ...]:
         for field in fields.values() if use in field.uses)
 
 
-def _past(text: str, now: float) -> float:
-    """Epoch seconds of a time in the past, or a duration ago; of HH:MM the last one."""
-    if re.fullmatch(_DURATION, text):
-        return now - parse_duration(text)
-    moment = parse_time(text, now)
-    if moment > now and ":" in text[:3]:    # by the calendar: a day may have 23 hours
-        moment = (datetime.datetime.fromtimestamp(moment)
-                  - datetime.timedelta(days=1)).timestamp()
-    if moment > now:
-        raise Invalid(f"{text!r} is in the future",
-                      "give a time that has been, or a duration: 1h")
-    return moment
-
-
 _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _SOME_IDS = option("ID...", "the jobs", dest="ids")
@@ -12293,7 +12334,7 @@ COMMANDS = (    # in the order of the help
     _entry("events", cmd_events, "show the state changes of jobs, oldest first",
            READS, _FOLLOW, *_flags_of({"queue": FILTERS["queue"]}),
            option("--since TIME", "only changes since then; DUR: so long ago",
-                  type=lambda text: _past(text, time.time())), _JSON,
+                  type=lambda text: parse_past(text, time.time())), _JSON,
            eg="events --since 1h\nevents --follow --json", also="history, watch"),
     _entry("config list", cmd_config_list, "show the settings", READS, _JSON,
            eg="config\nconfig list --json", also="settings, config ls, config show"),
@@ -12355,7 +12396,8 @@ There is no queue at {path} yet. Begin with:
 FORMATS = {
     "DUR": "a duration: 500ms, 30s, 5m, 2h, 1d, 1w, 1h30m, or seconds: 1.5",
     "TIME": "ISO 8601 (local time without a zone), epoch seconds, +DUR, or HH:MM",
-    "CRON": "`30 2 * * mon-fri`, @hourly, @daily, @weekly, @monthly, @yearly"}
+    "CRON": "`30 2 * * mon-fri`, @hourly, @daily, @weekly, @monthly, @yearly",
+    "CODES": "exit statuses and ranges of them: 2,64-78"}
 # The end of `queuectl help`.
 MANUAL = """\
 values:
@@ -12661,13 +12703,15 @@ def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str
     word AND name < end` can use it, LIKE cannot (SQLite, "The LIKE Optimization").
     Names are ASCII without DEL.
     """
-    if kind == "KEY":
-        return [(key, setting.help) for key, setting in SETTINGS.items()]
+    allowed = STATES_OF.get(entry.words, STATES)
+    if kind in ("KEY", "S"):
+        return [(key, setting.help) for key, setting in SETTINGS.items()] \
+            if kind == "KEY" else [(state, "") for state in allowed]
     bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
     if kind in _IN_QUEUE:
         path = os.path.expanduser(os.path.expandvars(path))
         with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
-            return _IN_QUEUE[kind](rows, bounds, STATES_OF.get(entry.words, STATES))
+            return _IN_QUEUE[kind](rows, bounds, allowed)
     return ()
 
 
@@ -12708,7 +12752,7 @@ def offers(words: Sequence[str]) -> list[str]:
     # Long names, and a complete short one; given flags only if repeatable.
     choices: Iterable[tuple[str, str]] = [
         (name, one.settings.get("help", "")) for one in options
-        if one.settings.get("action") == "append" or one.dest not in given
+        if one.settings.get("action") in ("append", "extend") or one.dest not in given
         for name in one.names if name.startswith("--") or name == word != "-"]
     is_needed = one and (head or (one.names[0].startswith("-")
                                   and one.settings.get("nargs") != "?"))

@@ -733,6 +733,14 @@ class Words(Case):
             self.assertIn(hint, caught.error.hint)
 
 
+    def test_exit_statuses_are_numbers_and_ranges(self):
+        each(self, queuectl.parse_codes, (
+            ("2", (2,)), (3, (3,)), ("66-64,2,65", (2, 64, 65, 66)), ("0-255", (*range(256),))))
+        for text in ("256", "", "a", "-1", "1-", "1,,2", True, None):
+            with self.subTest(text), refused("invalid-value", "use 2,64-78"):
+                queuectl.parse_codes(text)
+
+
 class Rules(Case):
     def test_backoff_doubles_up_to_its_cap_and_never_overflows(self):
         even, spread = settings(), settings(backoff_jitter=0.5)
@@ -1400,6 +1408,7 @@ class Statements(Case):
                 ([DEAD], "finished", {"ended_before": ""}, "USING INDEX"),
                 ([DEAD], "ended", {"ended_before": ""}, "USING INDEX"),
                 ([DEAD], "ended", since, "USING INDEX"),
+                ([DEAD], "newest", {"since": "", "exit_code": "[]"}, "USING INDEX"),
                 ([], "newest", {}, r".*INTEGER PRIMARY KEY \(rowid<\?\)")):
             with self.subTest(order, states=states, values=values):
                 plan = " ".join(self.plan_of(
@@ -2530,6 +2539,20 @@ class Promises(Case):
                     self.queue.cancel("d")
         with refused("invalid-value", "did you mean `dead`"):
             swept(self.queue, "delete", "deda")
+
+    def test_jobs_are_chosen_by_how_they_ended_and_by_when_they_changed(self):
+        self.jobs("abc", max_retries=1)
+        for status, error in ((2, "No space"), (70, "full"), (0, None)):
+            self.run_next(Outcome("failed" if status else "completed", status, error))
+            self.after(10)
+        self.job(id="d")
+        for filters, wanted in (
+                ({"exit_code": (2,)}, "a"), ({"exit_code": (0, 70)}, "cb"),
+                ({"search": "no SPACE"}, "a"), ({"search": "full", "exit_code": (2,)}, ""),
+                ({"since": NOON + 10}, "dcb"), ({"since": NOON + 10.002}, "dc")):
+            with self.subTest(filters):
+                self.assertEqual("".join(ids(self.queue.jobs(**filters))), wanted)
+                self.assertEqual(self.queue.count(**filters), len(wanted))
 
     def test_a_sweep_by_age_takes_what_is_over_the_oldest_end_first(self):
         self.jobs([*"abcd", {"id": "waits", "max_retries": 3, "backoff_base": 1000, "priority": 1}])
@@ -5027,7 +5050,7 @@ class Web(Case):
                 (409, "POST", "/api/dlq/retry", {"ids": ["one"]}),
                 (404, "POST", "/api/dlq/retry", {"ids": ["nope"]}),
                 (400, "POST", "/api/dlq/retry", {"ids": None}, {"ids": [], "queue": "q"},
-                 {"search": 1})):
+                 {"search": 1}, {"exit_code": "x"}, {"since": "+1h"}, {"since": 5})):
             for body in bodies:
                 self.assert_refused(status, method, target, body)
         form = "application/x-www-form-urlencoded"
@@ -5076,6 +5099,7 @@ class Web(Case):
                 ("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
                 ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
                 ("search=echo%204", "n4"), ("search=N3", "n3"),
+                ("state=cancelled,pending&since=2020-01-01", "n4 n3 n2 n1 n0"), ("exit_code=0-9", ""),
                 ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
             found = self.told("GET", f"/api/jobs?{query}")["jobs"]
             self.assertEqual([job["id"] for job in found], names.split(), query)
@@ -5093,7 +5117,8 @@ class Web(Case):
     def test_jobs_are_retried_cancelled_and_deleted(self):
         self.a_dead_job()
         self.a_dead_job("other", queue="q")
-        self.assertEqual(self.retried({"queue": "q"}), {"other"})
+        self.assertEqual(self.retried({"queue": "q", "exit_code": 4}), set())
+        self.assertEqual(self.retried({"queue": "q", "exit_code": "2-3"}), {"other"})
         self.assertEqual(self.retried({"ids": ["dead"]}), {"dead"})
         self.assertEqual(self.retried(), set())
         self.assertEqual(self.told("POST", "/api/jobs/dead/cancel")["state"], CANCELLED)
@@ -5472,9 +5497,9 @@ class CommandLine(Case):
             for month, day in ((3, 29), (3, 30), (10, 25), (10, 26)):
                 with self.subTest(month=month, day=day):
                     noon = local(2026, month, day, 12)
-                    self.assertEqual(queuectl._past("18:00", noon),
+                    self.assertEqual(queuectl.parse_past("18:00", noon),
                                      local(2026, month, day - 1, 18))
-                    self.assertEqual(queuectl._past("12:00", noon), noon)
+                    self.assertEqual(queuectl.parse_past("12:00", noon), noon)
 
     def test_a_table_that_is_cut_says_so(self):
         with self.a_queue() as queue:
@@ -5636,6 +5661,9 @@ class CommandLine(Case):
                  {"good": COMPLETED, "gone": CANCELLED}),
                 ("cancel --search make", "2 jobs cancelled", {"a": CANCELLED, "b": CANCELLED}),
                 ("cancel --tag t", "a cancelled", {"a": CANCELLED, "b": PENDING}),
+                ("retry -s dead,cancelled --exit-code 2,3-9", "bad pending again",
+                 {"gone": CANCELLED}),
+                ("delete -s dead,completed --since 1h", "2 jobs deleted", {"gone": CANCELLED}),
                 ("delete --queue q -s pending", "b deleted", {"a": PENDING}),
                 ("delete --all", "3 jobs deleted", {"a": PENDING, "b": PENDING}),
                 ("delete --tag no", "no such jobs", {"bad": DEAD}),
@@ -5960,6 +5988,7 @@ class Completion(Case):
             ("list -s dead --state de", []), ("list --state=d", ["--state=dead"]),
             ("list --stat de", []), ("list -sdead --state de", []),
             ("list --sort n", ["newest"]), ("list --search ", []),
+            ("cancel --state ", ["pending", "failed", "processing"]),
             ("dlq --l", ["--limit"]), ("config get kill", ["kill-grace"]),
             ("config set kill-grace ", ["--help"]), ("list x --h", []),
             ("completion ", list(queuectl.SHELLS)),
