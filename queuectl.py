@@ -3487,6 +3487,14 @@ class Notifier:
         return True
 
 
+def inherited() -> list[int]:
+    """The numbers of descriptors that may be open, except the standard streams."""
+    found: Iterable[str | int] = range(1024)
+    with contextlib.suppress(OSError):      # in a container without /proc
+        found = os.listdir("/dev/fd")
+    return [number for number in map(int, found) if number > 2]
+
+
 def stop_signals() -> list[int]:
     """The signals that stop this process; not SIGHUP if it is ignored, as by nohup."""
     return [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -6912,13 +6920,9 @@ def _prepare_descriptors(slots: int) -> None:
     # 4096 suffice for MAX_SLOTS. Jobs inherit the limit; some close all numbers below.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-    found: Iterable[str | int] = range(1024)
-    with contextlib.suppress(OSError):      # in a container without /proc
-        found = os.listdir("/dev/fd")
-    for number in map(int, found):
+    for number in inherited():
         with contextlib.suppress(OSError):      # that of listdir is closed
-            if number > 2:
-                os.set_inheritable(number, False)
+            os.set_inheritable(number, False)
 
 
 class Runner:
@@ -7557,10 +7561,12 @@ class Runner:
 
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
-               say: Callable[[str], None] | None) -> int:
+               say: Callable[[str], None] | None,
+               ready: Callable[[str], None] = lambda name: None) -> int:
     """Run a worker until it is asked to stop; return its exit status.
 
-    `link` leads to its supervisor. If it cannot delete its row, other workers do, since
+    `link` leads to its supervisor; `ready` is called with its name once it is in the
+    database. If it cannot delete its row, other workers do, since
     its process is gone. It raises only errors that no worker can survive.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
@@ -7587,6 +7593,7 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
         link.flush(claims.lock)
         queue.wake(NEW_ORDERS)      # so that the others watch this one
         runner = Runner(queue, claims, options, link, notices, say)
+        ready(claims.worker.name)
         try:
             with futures.ThreadPoolExecutor(1) as executor:
                 status = runner.run(executor)
@@ -10679,6 +10686,20 @@ def start_words() -> tuple[str, ...]:
     return python, "-c", BY_IMPORT, folder
 
 
+def start_worker(path: str, *flags: str) -> str:
+    """Start a detached worker in a new process, and return what it prints. It keeps no
+    descriptor of the caller; Unavailable has its error.
+    """
+    import subprocess   # 6 ms
+    done = subprocess.run(
+        (*start_words(), "--db", path, "worker", "start", "--detach", *flags),
+        check=False, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise Unavailable("unsupported", "no worker could be started: "
+                          + done.stderr.strip().partition("error: ")[2])
+    return done.stdout.strip()
+
+
 def _replace(path: str, content: bytes, mode: int) -> None:
     """Write a file atomically."""
     part = f"{path}.{os.getpid()}.part"
@@ -11469,7 +11490,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
                 with contextlib.suppress(QueueError):
                     bar(watched.progress().since(first))
             say = log_over_bar
-        return run_worker(queue, options, link, say)
+        return run_worker(queue, options, link, say, args.ready)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12222,13 +12243,17 @@ COMMANDS = (    # in the order of the help
            "enqueue - --once '{}' -0 -- gzip -k {}",
         also="add, submit, push, put, new, create, run, exec", read=given_jobs),
     _entry(
-        "worker start", cmd_worker_start, "run jobs, in the foreground", CREATES,
+        "worker start", cmd_worker_start, "run jobs", CREATES,
         *_WORKER_FLAGS, *_grouped(
             "when it exits",
             option("--drain", "once nothing is running, due or waiting for a retry"),
             option("--max-jobs N", "after this many runs")),
         option("--quiet -q", "log nothing but errors"),
-        eg="worker start --count 4\nworker start --queue gpu --drain",
+        option("--detach", "run in the background, and return once the worker is "
+               "ready; it logs to a file"),
+        option("--log FILE", "append the log to this file (default: stderr; with "
+               "--detach the database's path and .log)"),
+        eg="worker start --count 4\nworker start --detach --queue gpu --drain",
         also="start, run, work, daemon, up, worker run"),
     _entry("worker stop", cmd_worker_stop, "stop workers after their jobs", CHANGES,
            option("[NAME...]", "the workers (default: all)", dest="names"),
@@ -12429,7 +12454,8 @@ environment:
 
 files:
   queue.db              the database, in the current directory, if no other is named;
-                        beside it -wal and -shm (SQLite's) and -lock (of the workers)"""
+                        beside it -wal and -shm (SQLite's), -lock (of the workers)
+                        and .log (of `worker start --detach`)"""
 _DB = option("--db PATH", "the database (default: $QUEUECTL_DB, else queue.db)",
              "options", default=argparse.SUPPRESS)
 _VERSION = option("--version", "show the version and exit", action="version",
@@ -12797,18 +12823,87 @@ def _told(action: Callable[[], int], as_json: bool = False) -> int:
     return print_error(refusal, as_json)
 
 
-def _run_supervised(args: argparse.Namespace) -> int:
-    _refuse_platform()
+def _run_supervised(args: argparse.Namespace, log: int = -1, report: int = -1) -> int:
+    """Run a worker. It writes to stderr; once it is ready, to `log`, if there is one.
 
+    Before that, a detached worker writes to the pipe `report`; then NUL, name, NUL.
+    """
     def work(link: Link) -> int:
-        with log_on_stderr():
-            screen = Screen(args.quiet)
+        if report >= 0:
+            os.dup2(report, 2)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(log_on_stderr())
+
+            def ready(name: str) -> None:
+                if log >= 0:
+                    stack.close()       # writes the rest
+                    os.dup2(log, 2)
+                    stack.enter_context(log_on_stderr())
+                with contextlib.suppress(OSError):      # the caller has been killed
+                    os.write(report, f"\0{name}\0".encode())
+            args.ready, screen = ready, Screen(args.quiet)
             return _told(lambda: cmd_worker_start(args, link, screen))
     status, told = supervise(lambda link: _told(lambda: work(link)))
     if told:
+        if log >= 0:
+            os.dup2(log, 2)
         with log_on_stderr():
             Screen().log(f"error: {told}")
     return status
+
+
+def _detach(args: argparse.Namespace, log: int) -> int:
+    """Run a worker in a session of its own; return when it is ready or has failed."""
+    reader, report = os.pipe()
+    worker = os.fork()
+    if not worker:
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            for number, source in enumerate((null, null, log)):
+                os.dup2(source, number)
+            # The caller may wait until nobody holds its pipes and locks.
+            for number in {*inherited()} - {log, report}:
+                with contextlib.suppress(OSError):
+                    os.close(number)
+            _told(lambda: _run_supervised(args, log, report))
+        except Exception:   # a bug, which os._exit would hide
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(EX_OK)
+    os.close(report)
+    said = b""
+    try:
+        while said.count(b"\0") < 2 and (piece := os.read(reader, READ_SIZE)):
+            said += piece
+    except KeyboardInterrupt:
+        os.kill(worker, signal.SIGTERM)
+        raise
+    notes, _, name = said.decode().rstrip("\0").partition("\0")
+    screen = Screen(acts=True)
+    screen.note(*notes.splitlines())
+    if name:
+        screen.out(f"worker {name} started; log: {args.log}")
+        screen.finish()
+    elif not notes:
+        raise Unavailable("unsupported", "the worker died before it was ready",
+                          f"see {args.log}")
+    return EX_OK if name else EX_NO
+
+
+def _start_worker(args: argparse.Namespace) -> int:
+    _refuse_platform()
+    if args.detach and not args.log:
+        args.log = f"{os.path.abspath(args.path)}.log"
+    if not args.log:
+        return _run_supervised(args)
+    try:    # does not wait for the reader of a FIFO
+        log = os.open(system_path(args.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                      | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+    except OSError as error:
+        raise Unavailable("unwritable", f"cannot write {args.log} ({error.strerror})",
+                          "give another --log") from None
+    return _detach(args, log) if args.detach else _run_supervised(args, log)
 
 
 def _run_command(args: argparse.Namespace, is_first: bool) -> int:
@@ -12835,7 +12930,7 @@ def _run(argv: Sequence[str]) -> int:
     args = _parse(argv)
     args.path = database_path(getattr(args, "db", None))
     if args.entry.run is cmd_worker_start:
-        return _run_supervised(args)
+        return _start_worker(args)
     is_first = args.entry.words == ("status",) and "status" not in argv
     with log_on_stderr() if args.entry.run is cmd_web else contextlib.nullcontext():
         return _told(lambda: _run_command(args, is_first), getattr(args, "json", False))

@@ -6940,6 +6940,65 @@ class Supervised(Processes):
         self.assert_ends(worker)
         self.assertEqual(self.outcomes(), ["completed"])
 
+    def detached(self, *flags, **options):
+        """(exit status, stdout, stderr), once nobody holds these streams."""
+        self.addCleanup(self.cli, "worker", "stop", "--now")
+        return self.call("worker", "start", "--detach", *flags, **options)
+
+    def test_a_detached_worker_holds_nothing_of_its_caller(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        code, out, err = self.detached("--name", "w", pass_fds=(writer,))
+        os.close(writer)
+        log = f"{self.path}.log"
+        self.assertEqual((code, out), (0, f"worker w started; log: {log}\n"))
+        self.assertEqual(err, f"made a new queue at {self.path}\n")
+        self.assertEqual(os.read(reader, 1), b"")       # the end: it is closed there
+        pid, = [worker.pid for worker in self.queue.store.workers()]
+        self.assertEqual(os.getsid(pid), pid)
+        self.assertEqual(os.stat(log).st_mode & 0o777, 0o600)
+        self.cli("worker", "stop")
+        self.assertEqual(self.detached("--name", "w", "--drain", "--count", "2")[0], 0)
+        wait_for(lambda: self.read("queue.db.log").count("worker w stopped") == 2, "its end")
+        self.assertRegex(self.read("queue.db.log"), r"^20\d\d-\d\d-\d\d \S+ worker w started")
+
+    def test_a_detached_worker_that_cannot_start_is_reported_by_its_caller(self):
+        self.assertEqual(self.detached("--name", "w")[0], 0)
+        os.mkfifo(self.path_of("unread"))
+        before = self.read("queue.db.log")
+        for flags, said in (
+                (("--name", "w"), "error: a worker named 'w' is running already"),
+                (("--log", "none/log"), "error: cannot write none/log (No such file"),
+                (("--log", "unread"), "error: cannot write unread (No such device"),
+                (("--db", "none/q.db", "--log", "log"), "error: cannot make ")):
+            with self.subTest(flags):
+                code, out, err = self.detached(*flags)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(said, err)
+        self.assertEqual(self.read("queue.db.log"), before)
+
+    def test_a_detached_worker_that_is_killed_before_it_is_ready_is_reported(self):
+        self.queue
+        with self.locked():
+            caller = self.running("worker", "start", "--detach")
+            supervisor = wait_for(lambda: child_of(caller.pid), "the supervisor")
+            kill(wait_for(lambda: child_of(int(supervisor)), "the worker"))
+            self.assert_ends(caller, 1)
+        self.assertIn(b"the worker died before it was ready; see ", caller.stderr.read())
+        self.assertIn("killed by SIGKILL", self.read("queue.db.log"))
+
+    def test_a_program_starts_a_detached_worker(self):
+        self.addCleanup(self.cli, "worker", "stop", "--now")
+        self.assertIn("worker w started", queuectl.start_worker(self.path, "--name", "w"))
+        with self.assertRaisesRegex(queuectl.Unavailable, "no worker .*: a worker named 'w'"):
+            queuectl.start_worker(self.path, "--name", "w")
+
+    def test_a_worker_in_the_foreground_logs_to_a_file(self):
+        write_bytes(self.path_of("log"), b"before\n")
+        self.assertEqual(self.call("worker", "start", "--drain", "--log", "log"),
+                         (0, "", f"made a new queue at {self.path}\n"))
+        self.assertRegex(self.read("log"), r"^before\n20\d\d-.* started: .*\n.* stopped\n$")
+
     def test_orphans_are_reaped(self):
         self.configure(heartbeat="100ms")
         self.enqueue("(sleep .2 &) ; true")
