@@ -605,7 +605,7 @@ class Architecture(unittest.TestCase):
 
         self.assertEqual({scope.name for scope in self.functions
                           if any(map(catches, ast.walk(scope)))},
-                         {"answer", "_complete", "_work"})
+                         {"answer", "_complete", "_work", "_detach"})
 
     def test_only_the_engine_names_sqlite3(self):
         first, last = (self.source[:self.source.index(f"# ---- {banner}")].count("\n")
