@@ -6978,7 +6978,7 @@ class Supervised(Processes):
         self.assertEqual(self.read("queue.db.log"), before)
 
     def test_a_detached_worker_that_is_killed_before_it_is_ready_is_reported(self):
-        self.queue
+        self.enqueue("true")
         with self.locked():
             caller = self.running("worker", "start", "--detach")
             supervisor = wait_for(lambda: child_of(caller.pid), "the supervisor")
