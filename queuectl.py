@@ -187,8 +187,8 @@ MOVES = {
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 
-# Why a job waits (I7): for a slot, for its time, for other jobs.
-READY, SCHEDULED, BLOCKED = WAITS = ("ready", "scheduled", "blocked")
+# Why a job waits (I7): for a slot, its time, other jobs, or a user's `release`.
+READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "held")
 
 # How a run ended. LOST: its worker was lost. RELEASED: requeued, no attempt counted.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
@@ -590,7 +590,13 @@ class Job(NamedTuple):
     end_requested: str | None = None    # CANCEL or LOST: this run is being ended
     runs: int = 0               # times it was claimed
     unmet: int = 0              # jobs in `after` that are not completed
+    after_any: tuple[str, ...] = ()     # ids of jobs that must have finished first
     once: str | None = None     # key that only one job may ever have
+    slots: int = 1              # of its worker, while it runs
+    backoff_max: float | None = None    # seconds; None: as configured
+    no_retry_on: str | None = None      # exit statuses that are final: "2,64-78"
+    expires_at: str | None = None       # cancelled then, unless a run has begun
+    held: bool = False          # waits until a user releases it
     at_time: bool = False       # run_at is an absolute time, not the end of a delay
 
 
@@ -610,6 +616,8 @@ class Run(NamedTuple):
     error: str | None
     output_bytes: int           # printed in total; `output` may hold less
     output: bytes               # its beginning and end
+    slots: str = ""             # all slots of a job that takes several, as "1,3"
+    gpus: str | None = None     # the GPUs of its slots, as "0,1"; None: no GPU worker
 
 
 class Worker(NamedTuple):
@@ -631,6 +639,7 @@ class Worker(NamedTuple):
     heartbeat_at: str
     heartbeats: int             # how many it has sent
     stop_requested: str | None  # DRAIN or NOW
+    gpus: tuple[str, ...] = ()  # one for each slot; (): it assigns none
     # Not in the table, and only in what Queue.workers() returns:
     is_alive: bool | None = None        # None: on another machine
     is_expired: bool = False            # no heartbeat for a lease: not counted
@@ -666,6 +675,8 @@ class Schedule(NamedTuple):
     tz: str | None              # IANA name of its zone; None: the worker's local zone
     skipped: int                # runs skipped because the previous job had not finished
     last_success: str | None    # when one of its jobs last completed
+    catch_up: bool = True       # missed runs cause one run as soon as possible
+    last_state: str | None = None       # how one of its jobs last ended; one of OVER
 
 
 class Cron(NamedTuple):
@@ -911,6 +922,10 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     reason = outcome.error or outcome.kind
     if job.attempts >= job.max_retries:
         return "bury", job, reason
+    if job.no_retry_on and outcome.exit_code in parse_codes(job.no_retry_on):
+        return "bury", job, f"{reason} (not retried: no-retry-on {job.no_retry_on})"
+    if job.backoff_max is not None:
+        settings = settings._replace(backoff_max=job.backoff_max)
     base = settings.backoff_base if job.backoff_base is None else job.backoff_base
     wait = backoff(job.attempts, base, settings, chance)
     return "fail", job._replace(run_at=iso_up(now + wait), at_time=False), reason
@@ -1465,6 +1480,11 @@ def _env(value: Any, now: float) -> dict[str, str]:
     return value
 
 
+def _codes(value: Any, now: float) -> str:
+    parse_codes(value)
+    return str(value)
+
+
 def _directory(value: Any, now: float) -> str:
     if not is_text(value) or not value:
         raise Invalid(f"{value!r} is not a directory's path")
@@ -1565,6 +1585,8 @@ _SPAN = Kind(
     {"type": ["number", "string", "null"], "minimum": 0, "maximum": MAX_DURATION,
      "pattern": f"^({SPAN_FORM})$"}, _or_null(_REAL),
     {"metavar": "DUR", "type": parse_duration})
+_CODES = {"type": ["string", "integer", "null"], "minimum": 0, "maximum": 255,
+          "pattern": f"^({CODES_FORM})$"}
 _TIME = Kind(
     parse_time, {"type": ["string", "number", "null"], "minimum": 0,
                  "maximum": MAX_DURATION, "pattern": _DATE_FORM}, _STAMP,
@@ -1605,7 +1627,11 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
         Field("timeout", _SPAN, "eus",
               "end a run after this time; 0: never (default: a setting)"),
         Field("backoff_base", _SPAN, "es",
-              "wait after the first failure; doubles (default: a setting)")),
+              "wait after the first failure; doubles (default: a setting)"),
+        Field("backoff_max", _SPAN, "es", "no wait is longer (default: a setting)"),
+        Field("no_retry_on", Kind(_codes, _CODES, _or_null(_TEXT),
+                                  {"metavar": "CODES"}), "es",
+              "exit statuses after which it is dead at once, as 2,64-78")),
     "": (Field(name, _kept(schema), "k") for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
@@ -2002,7 +2028,10 @@ class Sql:
             waits TEXT CHECK (waits IN ({_list(WAITS)})),
             rank INTEGER NOT NULL DEFAULT 0, claim INTEGER, end_requested TEXT,
             runs INTEGER NOT NULL DEFAULT 0, unmet INTEGER NOT NULL DEFAULT 0,
-            once TEXT, at_time INTEGER NOT NULL DEFAULT 0,
+            after_any TEXT NOT NULL DEFAULT '[]',
+            once TEXT, slots INTEGER NOT NULL DEFAULT 1, backoff_max REAL,
+            no_retry_on TEXT, expires_at TEXT, held INTEGER NOT NULL DEFAULT 0,
+            at_time INTEGER NOT NULL DEFAULT 0,
             CHECK ((state = '{PROCESSING}') = (claim IS NOT NULL)),
             CHECK ((claim IS NULL) = (worker IS NULL)),
             CHECK ((state IN ({_list(WAITING)})) = (waits IS NOT NULL)),
@@ -2016,6 +2045,9 @@ class Sql:
         CREATE INDEX jobs_delayed ON jobs (updated_at)
             WHERE waits = 'scheduled' AND at_time = 0;
         CREATE INDEX jobs_blocked ON jobs (seq) WHERE waits = 'blocked';
+        CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';
+        CREATE INDEX jobs_by_expiry ON jobs (expires_at)
+            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
             WHERE "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL);
@@ -2029,7 +2061,7 @@ class Sql:
             started_at TEXT NOT NULL, finished_at TEXT, duration REAL,
             outcome TEXT CHECK (outcome IN ({_list(OUTCOMES)})),
             exit_code INTEGER, error TEXT, output_bytes INTEGER NOT NULL DEFAULT 0,
-            output BLOB NOT NULL DEFAULT x'',
+            output BLOB NOT NULL DEFAULT x'', slots TEXT NOT NULL DEFAULT '', gpus TEXT,
             CHECK ((finished_at IS NULL) = (outcome IS NULL))
         );
         CREATE INDEX runs_by_job ON runs (job);
@@ -2041,7 +2073,8 @@ class Sql:
         CREATE INDEX events_by_job ON events (job);
 
         CREATE TABLE dependencies (
-            needs INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (needs, job)
+            needs INTEGER NOT NULL, job INTEGER NOT NULL,
+            any_outcome INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (needs, job)
         ) WITHOUT ROWID;
         CREATE INDEX dependencies_by_job ON dependencies (job);
         CREATE TABLE unblocking (needs INTEGER PRIMARY KEY, after INTEGER NOT NULL);
@@ -2060,7 +2093,8 @@ class Sql:
             name TEXT PRIMARY KEY, cron TEXT NOT NULL, job TEXT NOT NULL,
             paused INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL,
             next_run TEXT, last_run TEXT, last_job INTEGER, tz TEXT,
-            skipped INTEGER NOT NULL DEFAULT 0, last_success TEXT
+            skipped INTEGER NOT NULL DEFAULT 0, last_success TEXT,
+            catch_up INTEGER NOT NULL DEFAULT 1, last_state TEXT
         ) WITHOUT ROWID;
 
         CREATE TABLE workers (
@@ -2068,7 +2102,8 @@ class Sql:
             boot TEXT NOT NULL, pid INTEGER NOT NULL, born TEXT NOT NULL,
             slots INTEGER NOT NULL, queues TEXT NOT NULL, port INTEGER,
             started_at TEXT NOT NULL, heartbeat_at TEXT NOT NULL,
-            heartbeats INTEGER NOT NULL DEFAULT 0, stop_requested TEXT
+            heartbeats INTEGER NOT NULL DEFAULT 0, stop_requested TEXT,
+            gpus TEXT NOT NULL DEFAULT '[]'
         );
 
         CREATE TABLE counters (
@@ -2388,7 +2423,7 @@ class Sql:
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
     # `heartbeats` is a count, so that no two clocks are compared.
-    INSERT_WORKER = _insert("workers", *Worker._fields[:13])
+    INSERT_WORKER = _insert("workers", *Worker._fields[:14])
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
     HEARTBEAT = """
@@ -2529,26 +2564,31 @@ class Sql:
     )
 
 
-# From each older format to the current one, in one transaction. Tables that differ are
-# renamed and created again by SCHEMA: CHECKs and AUTOINCREMENT cannot be altered.
-_MOVED = "jobs", "runs", "events", "workers", "schedules"
+# From each older format to the current one, in one transaction. Tables whose CHECKs or
+# keys differ are renamed and created again, as ALTER TABLE cannot change these.
+def _rebuilt(tables: Sequence[str], indexes: str, copies: str) -> str:
+    return "".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in tables) \
+        + "".join(f"DROP INDEX {name};" for name in indexes.split()) \
+        + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + copies \
+        + "".join(f"DROP TABLE old_{name};" for name in tables)
+
+
 UPGRADES = {
-    1: "".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in _MOVED)
-    + "".join(f"DROP INDEX {name};" for name in (
-        "jobs_by_state", "jobs_in_line", "jobs_in_queue", "jobs_by_time",
-        "jobs_by_claim", "jobs_by_unique", "jobs_by_end", "runs_by_job",
-        "events_by_job"))
-    + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + """
+    1: _rebuilt(
+        ("jobs", "runs", "events", "workers", "schedules", "dependencies"),
+        "jobs_by_state jobs_in_line jobs_in_queue jobs_by_time jobs_by_claim "
+        "jobs_by_unique jobs_by_end runs_by_job events_by_job dependencies_by_job", """
         INSERT INTO counters
         SELECT COALESCE(MAX(CASE name WHEN 'old_jobs' THEN seq END), 0),
                COALESCE(MAX(CASE name WHEN 'old_runs' THEN seq END), 0),
                COALESCE(MAX(CASE name WHEN 'old_events' THEN seq END), 0),
                COALESCE(MAX(CASE name WHEN 'old_workers' THEN seq END), 0)
           FROM sqlite_sequence;
-        INSERT INTO runs SELECT * FROM old_runs;
+        INSERT INTO runs SELECT *, '', NULL FROM old_runs;
         INSERT INTO events SELECT * FROM old_events;
-        INSERT INTO workers SELECT * FROM old_workers;
-        INSERT INTO schedules SELECT *, NULL, 0, NULL FROM old_schedules;
+        INSERT INTO workers SELECT *, '[]' FROM old_workers;
+        INSERT INTO schedules SELECT *, NULL, 0, NULL, 1, NULL FROM old_schedules;
+        INSERT INTO dependencies SELECT *, 0 FROM old_dependencies;
         INSERT INTO jobs
         SELECT seq, id, command, state, attempts, max_retries, created_at, updated_at,
                queue, priority, run_at, timeout, backoff_base, after, "unique", tags,
@@ -2562,9 +2602,24 @@ UPGRADES = {
                   JOIN old_jobs AS needed ON needed.seq = dependencies.needs
                  WHERE dependencies.job = old_jobs.seq
                    AND needed.state <> 'completed'),
-               NULL, COALESCE(gate = 'time' AND state = 'pending', 0)
-          FROM old_jobs;
-        """ + "".join(f"DROP TABLE old_{name};" for name in _MOVED),
+               '[]', NULL, 1, NULL, NULL, NULL, 0,
+               COALESCE(gate = 'time' AND state = 'pending', 0)
+          FROM old_jobs;"""),
+    2: _rebuilt(
+        ("jobs",), "jobs_by_state jobs_in_line jobs_in_queue jobs_by_time jobs_delayed "
+        "jobs_blocked jobs_by_claim jobs_by_unique jobs_by_once jobs_by_end", """
+        ALTER TABLE runs ADD COLUMN slots TEXT NOT NULL DEFAULT '';
+        ALTER TABLE runs ADD COLUMN gpus TEXT;
+        ALTER TABLE dependencies ADD COLUMN any_outcome INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE schedules ADD COLUMN catch_up INTEGER NOT NULL DEFAULT 1;
+        ALTER TABLE schedules ADD COLUMN last_state TEXT;
+        ALTER TABLE workers ADD COLUMN gpus TEXT NOT NULL DEFAULT '[]';
+        INSERT INTO jobs (
+               seq, id, command, state, attempts, max_retries, created_at, updated_at,
+               queue, priority, run_at, timeout, backoff_base, after, "unique", tags,
+               env, cwd, crashes, worker, started_at, finished_at, exit_code, error,
+               waits, rank, claim, end_requested, runs, unmet, once, at_time)
+        SELECT * FROM old_jobs;"""),
 }
 SCHEMA_VERSION = 1 + max(UPGRADES)
 
@@ -3539,11 +3594,14 @@ def _json(value: Any) -> str:
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
-    job = Job._make(row)    # 13: after, 15: tags, 16: env, as JSON, mostly empty
-    if row[13] == "[]" == row[15] and row[16] == "{}":
-        return job._replace(after=(), tags=(), env={})
+    job = Job._make(row)
+    # 13: after, 15: tags, 16: env, 30: after_any, as JSON, mostly empty
+    if row[13] == row[15] == row[30] == "[]" and row[16] == "{}":
+        return job._replace(after=(), tags=(), env={}, after_any=(),
+                            held=bool(job.held))
     return job._replace(after=_words(row[13]), tags=_words(row[15]),
-                        env=json.loads(row[16]))
+                        env=json.loads(row[16]), after_any=_words(row[30]),
+                        held=bool(job.held))
 
 
 def waits_of(job: Job, now: float) -> str:
@@ -3683,7 +3741,7 @@ class Ledger:
         raise no_such_job(job_id)
 
     def workers(self) -> list[Worker]:
-        return [Worker(*row)._replace(queues=_words(row[7]))
+        return [Worker(*row)._replace(queues=_words(row[7]), gpus=_words(row[13]))
                 for row in self.rows(Sql.WORKERS)]
 
     def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
@@ -3694,7 +3752,8 @@ class Ledger:
             with contextlib.suppress(ValueError):
                 job = json.loads(row[2])
             found.append(Schedule(*row)._replace(
-                job=job if isinstance(job, dict) else {}, paused=bool(row[3])))
+                job=job if isinstance(job, dict) else {}, paused=bool(row[3]),
+                catch_up=bool(row[11])))
         return found
 
     def settings(self) -> Settings:
@@ -3778,7 +3837,7 @@ class Ledger:
         """Write the jobs with their first events (I1), needs, tags and counts (I8)."""
         self.write(Sql.INSERT_JOB, [
             {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
-             "env": _json(job.env)} for job in jobs])
+             "env": _json(job.env), "after_any": _json(job.after_any)} for job in jobs])
         self._add_events([(None, "", job) for job in jobs])
         self.write(Sql.INSERT_NEED, needs)
         self.write(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
@@ -5022,8 +5081,9 @@ class Claims:
             # process, a row with a free lock is a dead worker.
             number, self.lock = self._lock_number("workers", WORKER_LOCKS)
             worker = worker._replace(id=number)
-            store.do(Sql.INSERT_WORKER, {**worker._asdict(),
-                                         "queues": _json(worker.queues)})
+            store.do(Sql.INSERT_WORKER, {
+                **worker._asdict(), "queues": _json(worker.queues),
+                "gpus": _json(worker.gpus)})
         return worker
 
     def _release_lock(self) -> None:
@@ -5178,7 +5238,7 @@ class Claims:
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
             self._store.do(Sql.INSERT_WORKER, {
                 **worker._asdict(), "queues": _json(worker.queues),
-                "heartbeat_at": iso(now)})
+                "gpus": _json(worker.gpus), "heartbeat_at": iso(now)})
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:

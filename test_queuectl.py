@@ -776,6 +776,19 @@ class Rules(Case):
                 charged = after.attempts - attempts, after.crashes - crashes
                 self.assertEqual([verb, charged, reason], judgement)
 
+    def test_a_job_names_final_exit_statuses_and_its_longest_wait(self):
+        job = self.job(max_retries=9, backoff_base=10, backoff_max=15, no_retry_on="2,64-78")
+        each(self, lambda kind, code, attempts: (lambda verb, after, _: (
+            verb, after.run_at))(*queuectl.settle(
+                job._replace(attempts=attempts), Outcome(kind, code), settings(), 0.5, NOON)), (
+            ("failed", 1, 0, ("fail", queuectl.iso(NOON + 10))),
+            ("failed", 63, 1, ("fail", queuectl.iso(NOON + 15))),
+            ("failed", 64, 0, ("bury", job.run_at)), ("failed", 78, 0, ("bury", job.run_at)),
+            ("failed", 2, 0, ("bury", job.run_at)), ("completed", 0, 0, ("complete", job.run_at))))
+        for text in ("", "a", "300", "2,", "1-", "0,-1", True, 2.5):
+            with self.subTest(text), refused("invalid-job", key="no_retry_on"):
+                self.job(no_retry_on=text)
+
     def test_only_a_failure_is_laid_to_the_worker_that_killed_the_run(self):
         job = self.job()._replace(state=PROCESSING, end_requested="lost")
         silent = queuectl.LEASE_EXPIRED
@@ -1257,6 +1270,7 @@ class Fields(Case):
     def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
         columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
         private = {"seq", "waits", "rank", "claim", "end_requested", "unmet", "at_time"}
+        private |= {"after_any", "slots", "expires_at", "held"}     # not in use yet
 
         self.assertEqual(columns, [*Job._fields])
         self.assertEqual({*Job._fields} - private,
@@ -1573,6 +1587,23 @@ class Statements(Case):
 
 # ---- 7 SQLite ----------------------------------------------------------------
 
+# What the second format did not have.
+NEW_IN_3 = (
+    ", 'held'", "after_any TEXT NOT NULL DEFAULT '[]',",
+    """ slots INTEGER NOT NULL DEFAULT 1, backoff_max REAL,
+            no_retry_on TEXT, expires_at TEXT, held INTEGER NOT NULL DEFAULT 0,""",
+    "CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';",
+    """CREATE INDEX jobs_by_expiry ON jobs (expires_at)
+            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;""",
+    " slots TEXT NOT NULL DEFAULT '', gpus TEXT,",
+    "any_outcome INTEGER NOT NULL DEFAULT 0,",
+    """,
+            catch_up INTEGER NOT NULL DEFAULT 1, last_state TEXT""",
+    """,
+            gpus TEXT NOT NULL DEFAULT '[]'""")
+NEW_COLUMNS = {"jobs": 6, "runs": 2, "dependencies": 1, "schedules": 2, "workers": 1}
+
+
 # The first format, as it was released: jobs that wait in each way, that run (the end of
 # one is requested), that are over; the newest job was deleted.
 FORMAT_1 = """
@@ -1802,10 +1833,44 @@ class Files(Case):
             "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'")}
 
     def test_the_tables_change_only_with_the_version_of_the_format(self):
-        """If not: add a step to UPGRADES, and keep the tables of before as FORMAT_1 is."""
-        schema = "".join(queuectl.Sql.SCHEMA.split()).encode()
-        self.assertEqual((queuectl.SCHEMA_VERSION, hashlib.sha256(schema).hexdigest()[:16]),
-                         (2, "3bc20ada7c4b2d87"))
+        """If not: add a step to UPGRADES, and keep the change as in NEW_IN_3."""
+        formats = [self.format_2(), queuectl.Sql.SCHEMA]
+        self.assertEqual(
+            [hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
+             for text in formats], ["3bc20ada7c4b2d87", "8ac20dd7af0317ca"])
+        self.assertEqual(queuectl.SCHEMA_VERSION, 3)
+
+    def format_2(self):
+        return functools.reduce(lambda text, new: text.replace(new, ""), NEW_IN_3,
+                                queuectl.Sql.SCHEMA)
+
+    def test_a_file_of_the_second_format_is_upgraded_with_its_content(self):
+        for state in reversed(STATES):
+            self.job_in(state)
+        self.jobs([{"id": "later", "delay": 60}, {"id": "blocked", "after": ["later"]}])
+        self.queue.add_schedule("s", "@daily", command="true")
+        before = self.queue.jobs(), self.queue.schedules(), self.queue.workers()
+        columns = {table: self.queue.store.rows(f"PRAGMA table_info({table})")
+                   for table in NEW_COLUMNS}
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            for table in NEW_COLUMNS:
+                db.execute(f"ALTER TABLE {table} RENAME TO new_{table}")
+            for [index] in db.execute("SELECT name FROM sqlite_master "
+                                      "WHERE type = 'index' AND sql IS NOT NULL").fetchall():
+                db.execute(f"DROP INDEX {index}")
+            db.executescript(re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", self.format_2()))
+            for table in NEW_COLUMNS:
+                names = ", ".join(f'"{row[1]}"' for row in db.execute(
+                    f"PRAGMA table_info({table})").fetchall())
+                db.execute(f"INSERT INTO {table} SELECT {names} FROM new_{table}")
+                db.execute(f"DROP TABLE new_{table}")
+            db.executescript("PRAGMA user_version = 2")
+        self.queue.close()
+        self.queue = self.a_queue()
+        self.assertEqual((self.queue.jobs(), self.queue.schedules(), self.queue.workers()),
+                         before)
+        self.assertEqual({table: self.queue.store.rows(f"PRAGMA table_info({table})")
+                          for table in NEW_COLUMNS}, columns)
 
     def test_a_file_of_the_first_format_is_upgraded_with_its_content(self):
         self.a_released_file()
@@ -1820,7 +1885,9 @@ class Files(Case):
         with contextlib.closing(sqlite3.connect(self.path + ".format-1.backup")) as old:
             for table in ("tags", "dependencies", "events", "runs", "workers", "counts"):
                 rows = f"SELECT * FROM {table}"
-                self.assertEqual(old.execute(rows).fetchall(), queue.store.rows(rows))
+                self.assertEqual(old.execute(rows).fetchall(), [
+                    row[:len(row) - NEW_COLUMNS.get(table, 0)]
+                    for row in queue.store.rows(rows)])
         self.assertEqual(self.problems(queue), [])
         self.path = self.path_of("new.db")
         self.assertEqual(self.schema(queue), self.schema(self.queue))
@@ -2319,7 +2386,8 @@ class Promises(Case):
         given = {"id": "x", "queue": "q", "priority": 7, "max_retries": 4, "timeout": 9.0,
                  "backoff_base": 3.0, "after": ("first",), "unique": "u",
                  "tags": ("a", "b"), "env": {"A": "ü"}, "cwd": "/",
-                 "run_at": "2027-03-01T00:00:00.000Z", "once": "o"}
+                 "run_at": "2027-03-01T00:00:00.000Z", "once": "o", "backoff_max": 60.0,
+                 "no_retry_on": "2,64-78"}
         self.job("make all", **given)
         job = self.queue.job("x")
         self.assertEqual({key: getattr(job, key) for key in given}, given)
@@ -2356,7 +2424,8 @@ class Promises(Case):
         self.assertEqual([self.queue.job(job.id).waits for job in jobs],
                          ["blocked"] * 2 + ["ready"] * 5)
         self.assertEqual(self.queue.counts()[PENDING], 6)
-        self.assertEqual(self.queue.store.rows("SELECT * FROM dependencies"), [(1, jobs[0].seq)])
+        self.assertEqual(self.queue.store.rows("SELECT needs, job FROM dependencies"),
+                         [(1, jobs[0].seq)])
 
     def test_a_job_waits_for_those_it_comes_after(self):
         self.jobs([{"id": "b", "after": ["a"]}, "a"])
@@ -5468,7 +5537,7 @@ class CommandLine(Case):
             "id", "command", "state", "attempts", "max_retries", "created_at",
             "updated_at", "queue", "priority", "run_at", "timeout", "backoff_base",
             "after", "unique", "tags", "env", "cwd", "crashes", "worker", "started_at",
-            "finished_at", "exit_code", "error", "once"])
+            "finished_at", "exit_code", "error", "once", "backoff_max", "no_retry_on"])
         self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_an_error_is_one_line_and_tells_a_wrong_line_from_another_failure(self):
