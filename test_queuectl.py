@@ -656,11 +656,6 @@ def each(case, function, table):
             case.assertEqual(function(*given), wanted)
 
 
-def histogram(*seconds):
-    """How many of some durations are in each bucket."""
-    return dict(collections.Counter(map(queuectl.bucket_of, seconds)))
-
-
 class Words(Case):
     def test_durations(self):
         each(self, queuectl.parse_duration, (
@@ -687,19 +682,17 @@ class Words(Case):
     @unittest.skipUnless(hasattr(time, "tzset"), "POSIX")
     def test_a_local_time_that_is_skipped_or_repeated(self):
         """By the clock before the jump; a time of day that is repeated comes twice."""
-        table = (       # 2027-10-31: 03:00 becomes 02:00; 03-28: 02:00 becomes 03:00
-            ("2027-03-28T02:30", "2027-01-01T00:00:00.000Z", "2027-03-28T01:30:00.000Z"),
-            ("2027-10-31T02:30", "2027-01-01T00:00:00.000Z", "2027-10-31T00:30:00.000Z"),
-            ("02:30", "2027-10-31T00:10:00.000Z", "2027-10-31T00:30:00.000Z"),
-            ("02:30", "2027-10-31T00:30:00.000Z", "2027-10-31T01:30:00.000Z"),
-            ("02:15", "2027-10-31T00:45:00.000Z", "2027-10-31T01:15:00.000Z"),
-            ("02:30", "2027-10-31T01:30:00.000Z", "2027-11-01T01:30:00.000Z"),
-            ("02:50", "2027-10-31T00:45:00.000Z", "2027-10-31T00:50:00.000Z"),
-            ("02:30", "2027-03-28T00:10:00.000Z", "2027-03-28T01:30:00.000Z"),
-            ("02:30", "2027-03-28T01:30:00.000Z", "2027-03-29T00:30:00.000Z"))
+        def parsed(text, now):
+            now = queuectl.epoch(f"2027-{now}:00.000Z")
+            return queuectl.iso(queuectl.parse_time(text, now))[5:16]
         with local_zone("CET-1CEST,M3.5.0,M10.5.0/3"):
-            each(self, lambda text, now: queuectl.iso(
-                queuectl.parse_time(text, queuectl.epoch(now))), table)
+            each(self, parsed, (    # 2027-10-31: 03:00 becomes 02:00; 03-28: 02:00 becomes 03:00
+                ("2027-03-28T02:30", "01-01T00:00", "03-28T01:30"),
+                ("2027-10-31T02:30", "01-01T00:00", "10-31T00:30"),
+                ("02:30", "10-31T00:10", "10-31T00:30"), ("02:30", "10-31T00:30", "10-31T01:30"),
+                ("02:15", "10-31T00:45", "10-31T01:15"), ("02:30", "10-31T01:30", "11-01T01:30"),
+                ("02:50", "10-31T00:45", "10-31T00:50"), ("02:30", "03-28T00:10", "03-28T01:30"),
+                ("02:30", "03-28T01:30", "03-29T00:30")))
 
     def test_a_stored_time_survives_the_way_to_a_number_and_back(self):
         for stamp in ("2026-11-24T08:22:13.123Z", "0001-01-01T00:00:00.000Z",
@@ -708,13 +701,11 @@ class Words(Case):
 
     def test_durations_and_moments_are_told_in_two_units_at_most(self):
         each(self, queuectl.span, (
-            (0, "0s"), (0.0001, "1ms"), (0.002, "2ms"), (0.0024, "2ms"), (0.008499, "8ms"),
-            (0.00995, "0.01s"), (0.02, "0.02s"), (1, "1s"), (9.99, "9.99s"), (9.995, "10s"),
-            (59, "59s"), (60, "1m"), (65, "1m 5s"), (3600, "1h"), (3720, "1h 2m"),
-            (86400, "1d"), (93600, "1d 2h"), (273600, "3d 4h")))
+            (0, "0s"), (0.0001, "1ms"), (0.0024, "2ms"), (0.008499, "8ms"), (0.00995, "0.01s"),
+            (1, "1s"), (9.99, "9.99s"), (9.995, "10s"), (59, "59s"), (60, "1m"), (65, "1m 5s"),
+            (3600, "1h"), (3720, "1h 2m"), (86400, "1d"), (273600, "3d 4h")))
         each(self, lambda away: queuectl.ago(queuectl.iso(NOON + away), NOON), (
-            (0, "now"), (0.999, "now"), (-0.999, "now"), (1, "in 1s"), (-1, "1s ago"),
-            (-1.5, "1s ago"), (1.5, "in 2s")))
+            (0.999, "now"), (-0.999, "now"), (1, "in 1s"), (-1.5, "1s ago"), (1.5, "in 2s")))
         self.assertEqual(queuectl.ago(None, NOON), "-")
 
     def test_the_nearest_word_has_the_same_letters_or_most_of_them(self):
@@ -724,14 +715,13 @@ class Words(Case):
             ("xyz", ["state", "priority"], "")))
         with refused("no-such-setting", "; .*config list"):
             queuectl.setting_key("xyz")
-
-    def test_a_state_that_there_is_not_gets_the_nearest_or_all_that_there_are(self):
-        for word, hint in (("deed", "did you mean `dead`?"),
-                           ("xyz", "use " + ", ".join(STATES)), (5, "use pending, ")):
+        for word, hint in (("deed", "did you mean `dead`?"), (5, "use pending, "),
+                           ("xyz", "use " + ", ".join(STATES))):
             with self.subTest(word), refused("invalid-value") as caught:
                 queuectl.parse_state(word)
             self.assertIn(hint, caught.error.hint)
 
+<<<<<<< HEAD
 
     def test_exit_statuses_are_numbers_and_ranges(self):
         each(self, queuectl.parse_codes, (
@@ -741,6 +731,8 @@ class Words(Case):
                 queuectl.parse_codes(text)
 
 
+=======
+>>>>>>> 6509e21 (Merge tests of rules, times, statements and promises into tables)
 class Rules(Case):
     def test_backoff_doubles_up_to_its_cap_and_never_overflows(self):
         even, spread = settings(), settings(backoff_jitter=0.5)
@@ -752,29 +744,26 @@ class Rules(Case):
         job = self.job(max_retries=2)._replace(state=PROCESSING)
         done, ended = "exit status 0", "cancelled while it ran"
         lost, back = "its worker was lost", MOVES["release"].because
-        table = (   # charged: attempts and crashes more
-            #outcome       attempts  crashes  asked      verb        charged  reason
-            ("completed",  0,        0,       None,     "complete", (1, 0),  done),
-            ("completed",  0,        0,       "cancel", "complete", (1, 0),  done),
-            ("failed",     0,        0,       None,     "fail",     (1, 0),  "failed"),
-            ("failed",     1,        0,       None,     "bury",     (1, 0),  "failed"),
-            ("failed",     0,        0,       "cancel", "cancel",   (0, 0),  ended),
-            ("timeout",    0,        0,       None,     "fail",     (1, 0),  "timeout"),
-            ("timeout",    1,        0,       None,     "bury",     (1, 0),  "timeout"),
-            ("cancelled",  0,        0,       None,     "cancel",   (0, 0),  ended),
-            ("released",   1,        0,       None,     "release",  (0, 0),  back),
-            ("released",   1,        0,       "cancel", "cancel",   (0, 0),  ended),
-            ("lost",       1,        0,       None,     "fail",     (0, 1),  lost),
-            ("lost",       1,        4,       None,     "bury",     (0, 1),
-             "its worker was lost 5 times"),
-        )
-        for kind, attempts, crashes, asked, *judgement in table:
+        for kind, attempts, crashes, asked, *wanted in (
+                # ... verb, attempts and crashes that are charged, reason
+                ("completed", 0, 0, None, "complete", 1, 0, done),
+                ("completed", 0, 0, "cancel", "complete", 1, 0, done),
+                ("failed", 0, 0, None, "fail", 1, 0, "failed"),
+                ("failed", 1, 0, None, "bury", 1, 0, "failed"),
+                ("failed", 0, 0, "cancel", "cancel", 0, 0, ended),
+                ("timeout", 0, 0, None, "fail", 1, 0, "timeout"),
+                ("timeout", 1, 0, None, "bury", 1, 0, "timeout"),
+                ("cancelled", 0, 0, None, "cancel", 0, 0, ended),
+                ("released", 1, 0, None, "release", 0, 0, back),
+                ("released", 1, 0, "cancel", "cancel", 0, 0, ended),
+                ("lost", 1, 0, None, "fail", 0, 1, lost),
+                ("lost", 1, 4, None, "bury", 0, 1, "its worker was lost 5 times")):
             with self.subTest(kind=kind, attempts=attempts, crashes=crashes, asked=asked):
                 verb, after, reason = queuectl.settle(
                     job._replace(attempts=attempts, crashes=crashes, end_requested=asked),
                     Outcome(kind), settings(), 0.5, NOON)
-                charged = after.attempts - attempts, after.crashes - crashes
-                self.assertEqual([verb, charged, reason], judgement)
+                self.assertEqual([verb, after.attempts - attempts, after.crashes - crashes, reason],
+                                 wanted)
 
     def test_a_job_names_final_exit_statuses_and_its_longest_wait(self):
         job = self.job(max_retries=9, backoff_base=10, backoff_max=15, no_retry_on="2,64-78")
@@ -790,15 +779,13 @@ class Rules(Case):
                 self.job(no_retry_on=text)
 
     def test_only_a_failure_is_laid_to_the_worker_that_killed_the_run(self):
-        job = self.job()._replace(state=PROCESSING, end_requested="lost")
-        silent = queuectl.LEASE_EXPIRED
-        for kind, judged, error in (
-                ("failed", "lost", silent), ("timeout", "lost", silent),
-                ("completed", "completed", None), ("released", "released", None)):
-            outcome = queuectl.judged(job, Outcome(kind, 1))
-            self.assertEqual((outcome.kind, outcome.error), (judged, error))
-            self.assertEqual(
-                queuectl.judged(job._replace(end_requested=None), Outcome(kind, 1)).kind, kind)
+        job, silent = self.job()._replace(state=PROCESSING), queuectl.LEASE_EXPIRED
+        for kind, judged, error in (("failed", "lost", silent), ("timeout", "lost", silent),
+                                    ("completed", "completed", None),
+                                    ("released", "released", None)):
+            for asked, wanted in (("lost", (judged, error)), (None, (kind, None))):
+                outcome = queuectl.judged(job._replace(end_requested=asked), Outcome(kind, 1))
+                self.assertEqual((outcome.kind, outcome.error), wanted)
 
     def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
         job = self.job()
@@ -827,8 +814,7 @@ class Rules(Case):
             output = Output(101)
             for at in range(0, len(text), size):
                 output.feed(text[at:at + size])
-            self.assertEqual(output.kept(), text[:50] + text[-51:])
-            self.assertEqual(output.total, len(text))
+            self.assertEqual((output.kept(), output.total), (text[:50] + text[-51:], len(text)))
         for limit, kept in ((0, b""), (1, b"h"), (2, b"ah"), (3, b"agh")):
             output = Output(limit)
             output.feed(b"abcdefgh")
@@ -838,10 +824,8 @@ class Rules(Case):
         output = Output(100)
         for _ in range(5):
             output.feed(bytes(queuectl.READ_SIZE))
-
-        held = sum(len(part) for part in vars(output).values()
-                   if isinstance(part, bytearray))
-        self.assertLessEqual(held, 2 * 100 + queuectl.READ_SIZE)
+        self.assertLessEqual(sum(len(part) for part in vars(output).values() if isinstance(
+            part, bytearray)), 2 * 100 + queuectl.READ_SIZE)
 
     def test_a_reader_gets_each_byte_once_or_is_told_what_is_missing(self):
         each(self, queuectl.readable, (
@@ -859,18 +843,16 @@ class Rules(Case):
             (b"first\n" + b"y" * 2000, "y" * 200), (b"x" + b" " * 2000, "")))
 
     def test_percentiles_are_at_most_a_bucket_too_high(self):
-        buckets = histogram(*(n / 1000 for n in range(1, 1001)))
-
+        buckets = collections.Counter(queuectl.bucket_of(n / 1000) for n in range(1, 1001))
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.5), 0.5, delta=0.05)
         self.assertAlmostEqual(queuectl.percentile(buckets, 0.99), 0.99, delta=0.1)
         self.assertIsNone(queuectl.percentile({}, 0.5))
-
-    def test_a_value_on_a_bound_lies_below_it_and_none_above_the_last(self):
-        last = len(queuectl.BOUNDS) - 1
-        self.assertEqual(queuectl.bucket_of(1e12), last)
+        # On a bound lies what is below it; none is above the last.
         self.assertEqual(queuectl.percentile({0: 1, 5: 9}, 0.2), queuectl.BOUNDS[5])
-        counts = queuectl.cumulated(histogram(0.001, 0.001, 0.0011, *[1e12] * 4))
-        self.assertEqual((counts[:2], counts[-2:]), ([2, 3], [3, 7]))
+        counts = queuectl.cumulated(collections.Counter(map(
+            queuectl.bucket_of, (0.001, 0.001, 0.0011, *[1e12] * 4))))
+        self.assertEqual((queuectl.bucket_of(1e12), counts[:2], counts[-2:]),
+                         (len(queuectl.BOUNDS) - 1, [2, 3], [3, 7]))
 
     def test_a_summary_counts_each_kind_and_spreads_the_times(self):
         half, second, ten = map(queuectl.bucket_of, (0.5, 1.0, 10.0))
@@ -960,13 +942,12 @@ def comes(line: str, values: list[set[int]], minute: int) -> bool:
 
 
 def ticks(start: int, end: int, zone: datetime.tzinfo) -> list[tuple[int, list, list]]:
-    """The main loop of Debian's cron, minute by minute: when it wakes up in (start,
-    end], the local minutes for which it runs wildcard jobs, and those for fixed times.
+    """The main loop of Debian's cron, minute by minute: when it wakes up in (start, end], the
+    local minutes for which it runs wildcard jobs, and those for fixed times.
 
     Only the clock is read better: cron.c asks for the offset when tm_isdst has changed.
     """
-    virtual = running = None
-    found = []
+    virtual, running, found = None, None, []
     for moment in range(start - 2 * 86400, end + 1, 60):
         local = datetime.datetime.fromtimestamp(moment, zone)
         clock = int(moment + local.utcoffset().total_seconds()) // 60
@@ -986,62 +967,36 @@ def ticks(start: int, end: int, zone: datetime.tzinfo) -> list[tuple[int, list, 
     return found
 
 
-def debian(line: str, values: list[set[int]], woken: list[tuple[int, list, list]]) -> list[float]:
-    """The runs of a cron line by Debian's cron."""
-    kind = 1 if line[0] == "*" or line.split()[1][0] == "*" else 2
-    return [float(tick[0]) for tick in woken
-            if any(comes(line, values, minute) for minute in tick[kind])]
-
-
 def walk(line: str, start: float, end: float, zone: datetime.tzinfo | None = None) -> list[float]:
-    cron, runs = queuectl.parse_cron(line), []
-    run = queuectl.first_run(cron, start, zone)
-    while run <= end:
-        runs.append(run)
-        run = queuectl.first_run(cron, run, zone)
-    return runs
+    cron = queuectl.parse_cron(line)
+    runs = [queuectl.first_run(cron, start, zone)]
+    while runs[-1] <= end:
+        runs.append(queuectl.first_run(cron, runs[-1], zone))
+    return runs[:-1]
 
 
 @unittest.skipUnless(HAS_ZONES, "there are no time zones on this machine")
 class Cron(unittest.TestCase):
     berlin = zoneinfo.ZoneInfo("Europe/Berlin") if HAS_ZONES else None
 
-    def local(self, line: str, day: str, zone: str = "Europe/Berlin") -> list[str]:
-        """The runs of a local day, as HH:MM and offset."""
-        place = zoneinfo.ZoneInfo(zone)
-        after = stamp(day, place) - 1
-        return [datetime.datetime.fromtimestamp(run, place).strftime("%H:%M%z")[:8]
-                for run in walk(line, after, stamp(f"{day}T23:59:59", place), place)]
-
     def test_a_field_is_read_as_debian_reads_it(self):
-        each(self, lambda field, line: getattr(queuectl.parse_cron(line), field), (
-            ("minutes", "*/20 * * * *", (0, 20, 40)),
-            ("minutes", "10-40/10 * * * *", (10, 20, 30, 40)),
-            ("minutes", "57-59/1 * * * *", (57, 58, 59)),
-            ("minutes", "5,1,5,03 * * * *", (1, 3, 5)), ("minutes", "*/60 * * * *", (0,)),
-            ("minutes", "58-59,*/30 * * * *", (0, 30, 58, 59)), ("hours", "0 23 * * *", (23,)),
-            ("hours", "0 */24 * * *", (0,)), ("days", "0 0 */15 * *", (1, 16, 31)),
-            ("months", "0 0 1 jan,MAR-May *", (1, 3, 4, 5)),
-            ("months", "0 0 1 jan-dec/6 *", (1, 7)), ("months", "0 0 1 11-Dec *", (11, 12)),
-            ("months", "0 0 31 2,3 *", (2, 3)), ("weekdays", "0 0 * * 0", (0,)),
-            ("weekdays", "0 0 * * 7", (0,)), ("weekdays", "0 0 * * 5-7", (0, 5, 6)),
-            ("weekdays", "0 0 * * Sun-SAT", (0, 1, 2, 3, 4, 5, 6)),
-            ("weekdays", "0 0 * * 1-7/2", (0, 1, 3, 5)), ("weekdays", "0 0 * * */7", (0,)),
-            ("weekdays", " 0\t0 *  * tue,fri ", (2, 5)),
-            ("weekdays", "0 0 * * fri-sat,sun-mon", (0, 1, 5, 6)),      # as hints say
-            ("weekdays", "0 0 * * 6-sat,sun-0", (0, 6))))
-
-    def test_a_star_at_the_beginning_of_a_field_is_what_counts(self):
-        def stars(line):
-            cron = queuectl.parse_cron(line)
-            return cron.is_either, cron.is_wild
-        each(self, stars, (
-            ("0 0 1 * 1", (True, False)), ("0 0 1-31 * 0-6", (True, False)),
-            ("0 0 */2 * 1", (False, False)), ("0 0 1 * */2", (False, False)),
-            ("0 0 1 * *", (False, False)), ("0 0 1,* * 1", (True, False)),
-            ("0 0 31 2 mon", (True, False)), ("*/5 0 1 * 1", (True, True)),
-            ("0 */5 1 * 1", (True, True)), ("0-59 0-23 1 * 1", (True, False)),
-            ("0,* 0 * * *", (False, False)), ("*,0 0 * * *", (False, True))))
+        each(self, lambda line, field: getattr(queuectl.parse_cron(line), field), (
+            ("5,1,5,03 * * * *", "minutes", (1, 3, 5)), ("*/60 * * * *", "minutes", (0,)),
+            ("58-59,*/30 * * * *", "minutes", (0, 30, 58, 59)), ("0 */24 * * *", "hours", (0,)),
+            ("0 0 */15 * *", "days", (1, 16, 31)),
+            ("0 0 1 jan,MAR-May *", "months", (1, 3, 4, 5)),
+            ("0 0 1 jan-dec/6 *", "months", (1, 7)), ("0 0 1 11-Dec *", "months", (11, 12)),
+            ("0 0 31 2,3 *", "months", (2, 3)), ("0 0 * * 7", "weekdays", (0,)),
+            ("0 0 * * 5-7", "weekdays", (0, 5, 6)), ("0 0 * * 1-7/2", "weekdays", (0, 1, 3, 5)),
+            ("0 0 * * Sun-SAT", "weekdays", (*range(7),)), ("0 0 * * */7", "weekdays", (0,)),
+            (" 0\t0 *  * tue,fri ", "weekdays", (2, 5)),
+            ("0 0 * * fri-sat,sun-mon", "weekdays", (0, 1, 5, 6)),      # as hints say
+            ("0 0 * * 6-sat,sun-0", "weekdays", (0, 6)),
+            # What counts is a star at the beginning of a field.
+            ("0 0 1-31 * 0-6", "is_either", True), ("0 0 */2 * 1", "is_either", False),
+            ("0 0 1 * */2", "is_either", False), ("0 0 1,* * 1", "is_either", True),
+            ("0 */5 1 * 1", "is_wild", True), ("0-59 0-23 1 * 1", "is_wild", False),
+            ("0,* 0 * * *", "is_wild", False), ("*,0 0 * * *", "is_wild", True)))
 
     def test_a_name_stands_for_five_fields(self):
         each(self, queuectl.parse_cron, ((name, queuectl.parse_cron(line)) for name, line in (
@@ -1050,42 +1005,27 @@ class Cron(unittest.TestCase):
             ("@hourly", "0 * * * *"), (" @Daily ", "0 0 * * *"))))
 
     def test_a_mistake_is_named_with_its_field_and_with_what_to_write(self):
-        odd = (     # what is written in a field, and what of it that does not take
-            ("minute", "0 to 59", {
-                "60": "60", "-5": "", "5-": "", "1,,2": "", "1-2-3": "2-3", "*-5": "*",
-                "*5": "*5", "1.5": "1.5", "+5": "+5", "\u0665": "\u0665"}),
-            ("hour", "0 to 23", {"24": "24", "jan": "jan"}),
-            ("day of month", "1 to 31", {"0": "0", "32": "32", "L": "L"}),
-            ("month", "1 to 12 or jan to dec", {"13": "13", "0": "0", "mon": "mon"}),
-            ("day of week", "0 to 7 or sun to sat", {"8": "8", "Friday": "Friday"}))
-        table = (
-            *(("* " * place + text + " *" * (4 - place), f"{field} field does not take {value!r}",
-               f"use {words}, or *; lists, ranges and steps as 1,3 or 1-5 or */2")
-              for place, (field, words, texts) in enumerate(odd) for text, value in texts.items()),
-            ("* 22-2 * * *", "'22-2' in the hour field runs backwards", "use two: 22-23,0-2"),
-            ("* * * * Fri-mon", "'Fri-mon' in the day of week field runs backwards",
-             "use two: Fri-sat,sun-mon"),
-            ("5/15 * * * *", "'5/15' in the minute field is a step without a range", "use 5-59/15"),
-            ("*/0 * * * *", "minute field does not take the step of '*/0'", "1 to 60"),
-            ("*/61 * * * *", "field does not take the step of '*/61'", "1 to 60"),
-            ("* 1-5/25 * * *", "hour field does not take the step of '1-5/25'", "1 to 24"),
-            ("0 0 */32 * *", "month field does not take the step of '*/32'", "1 to 31"),
-            ("*/ * * * *", "minute field does not take the step of '*/'", "1 to 60"),
-            ("*/2/3 * * * *", "minute field does not take the step of '*/2/3'", "1 to 60"),
-            ("", "'' has 0 fields, not 5", "minute, hour, day of month"),
-            ("*", "'*' has 1 field, not 5", "minute, hour, day of month"),
-            ("0 0 * * * *", "'0 0 * * * *' has 6 fields, not 5", "30 2 * * mon-fri"),
-            ("@reboot", "'@reboot' is not a time", "`queuectl enqueue`"),
-            ("@dayly", "'@dayly' is not a schedule", "@monthly, @weekly, @daily"),
-            ("@daily x", "'@daily x' is not a schedule", "@daily"),
-            ("0 0 31 2 *", "'0 0 31 2 *' never comes: no month of it has a day 31",
-             "another day or month"),
-            ("0 0 30-31 feb */2", "never comes: no month of it has a day 30", "month"),
-            ("0 0 31 4,6,9,11 *", "never comes: no month of it has a day 31", "month"))
-        for line, message, hint in table:
-            with self.subTest(line), refused("invalid-value") as caught:
+        fields = "minute", "hour", "day of month", "month", "day of week"
+        for place, hint, texts in (
+                (0, "0 to 59", "60 -5 5- 1,,2 1-2-3 *-5 *5 1.5 +5 \u0665"),
+                (1, "0 to 23", "24 jan"), (2, "1 to 31", "0 32 L"),
+                (3, "1 to 12 or jan to dec", "13 0 mon"),
+                (4, "0 to 7 or sun to sat", "8 Friday"), (0, "1 to 60", "*/0 */61 */ */2/3"),
+                (1, "1 to 24", "1-5/25"), (2, "1 to 31", "*/32"), (0, "use 5-59/15", "5/15"),
+                (1, "use two: 22-23,0-2", "22-2"), (4, "use two: Fri-sat,sun-mon", "Fri-mon")):
+            for text in texts.split():
+                with self.subTest(text), refused("invalid-value", fields[place]) as caught:
+                    queuectl.parse_cron("* " * place + text + " *" * (4 - place))
+                self.assertIn(hint, caught.error.hint)
+        for line, words, hint in (
+                ("", "0 fields, not 5", "minute, hour, day of month"), ("*", "1 field, ", "minute"),
+                ("0 0 * * * *", "6 fields", "30 2 * * mon-fri"),
+                ("@reboot", "not a time", "enqueue"), ("@dayly", "not a schedule", "@daily"),
+                ("@daily x", "not a schedule", "@daily"),
+                ("0 0 31 2 *", "never comes: .* a day 31", "another day or month"),
+                ("0 0 30-31 feb */2", "never comes: .* a day 30", "month")):
+            with self.subTest(line), refused("invalid-value", words) as caught:
                 queuectl.parse_cron(line)
-            self.assertIn(message, caught.error.message)
             self.assertIn(hint, caught.error.hint)
 
     def test_a_day_is_taken_if_its_month_can_have_it(self):
@@ -1099,57 +1039,36 @@ class Cron(unittest.TestCase):
         return queuectl.first_run(queuectl.parse_cron(line), stamp(after, zone), zone)
 
     def test_the_next_run_is_strictly_after_the_moment(self):
-        for zone in (UTC, self.berlin, zoneinfo.ZoneInfo("Pacific/Kiritimati"),
-                     zoneinfo.ZoneInfo("Pacific/Pago_Pago")):
-            each(self, lambda line, after, zone: self.first(line, after, zone), ((
-                line, after, zone, stamp(run, zone)) for line, after, run in (
-                ("*/5 * * * *", "2024-05-01T10:00", "2024-05-01T10:05"),
+        rows = (("*/5 * * * *", "2024-05-01T10:00", "2024-05-01T10:05"),
                 ("*/5 * * * *", "2024-05-01T09:59:59.999", "2024-05-01T10:00"),
                 ("*/5 * * * *", "2024-05-01T10:00:00.001", "2024-05-01T10:05"),
-                ("30 2 * * *", "2024-05-01T02:30", "2024-05-02T02:30"),
-                ("0 0 1 * *", "2024-12-31T23:59:59", "2025-01-01"),
                 ("59 23 31 12 *", "2024-12-31T23:59", "2025-12-31T23:59"),
-                ("0 9 * * mon-fri", "2024-05-03T09:00", "2024-05-06T09:00"),
                 ("0 0 13 * fri", "2024-05-10", "2024-05-13"),
-                ("0 0 13 * fri", "2024-05-13", "2024-05-17"),
-                ("0 0 */13 * 5", "2024-05-01", "2024-06-14"),
                 ("0 0 29 2 *", "2096-03-01", "2104-02-29"),
-                ("0 0 29 2 */7", "2024-01-01", "2032-02-29"),
                 ("0 0 29 2 */7", "2072-01-01", "2088-02-29"),
                 ("0 0 29 2 */7", "2088-03-01", "2128-02-29"),
                 ("0 0 * * *", "1969-12-30T12:00", "1969-12-31"),
-                ("0 0 * * *", "1960-02-28T12:00", "1960-02-29"))))
+                ("0 0 * * *", "1960-02-28T12:00", "1960-02-29"))
+        for name in ("UTC", "Europe/Berlin", "Pacific/Kiritimati", "Pacific/Pago_Pago"):
+            zone = zoneinfo.ZoneInfo(name)
+            each(self, self.first, ((line, after, zone, stamp(run, zone))
+                                    for line, after, run in rows))
 
     def test_a_fixed_time_comes_once_and_an_interval_follows_the_clock(self):
+        def local(line, day, zone="Europe/Berlin"):
+            place = zoneinfo.ZoneInfo(zone)
+            runs = walk(line, stamp(day, place) - 1, stamp(f"{day}T23:59:59", place), place)
+            return [datetime.datetime.fromtimestamp(run, place).strftime("%H:%M%z")[:8]
+                    for run in runs]
         spring, autumn = "2024-03-31", "2024-10-27"
-        each(self, self.local, (
-            ("30 2 * * *", spring, ["03:00+02"]), ("0,30 2 * * *", spring, ["03:00+02"]),
-            ("0 2,3 * * *", spring, ["03:00+02"]),
-            ("30 2,3 * * *", spring, ["03:00+02", "03:30+02"]),
-            ("30 1,4 * * *", spring, ["01:30+01", "04:30+02"]),
-            ("@daily", spring, ["00:00+01"]), ("*/30 2 * * *", spring, []),
+        each(self, local, (
+            ("0,30 2 * * *", spring, ["03:00+02"]), ("0 2,3 * * *", spring, ["03:00+02"]),
+            ("30 1,4 * * *", spring, ["01:30+01", "04:30+02"]), ("*/30 2 * * *", spring, []),
             ("*/30 1-3 * * *", spring, ["01:00+01", "01:30+01", "03:00+02", "03:30+02"]),
             ("10 0 * * *", "2018-11-04", "America/Sao_Paulo", ["01:00-02"]),
-            ("15 2 * * *", "2024-10-06", "Australia/Lord_Howe", ["02:30+11"]),
             ("30 2 * * *", autumn, ["02:30+02"]), ("0 2-3 * * *", autumn, ["02:00+02", "03:00+01"]),
-            ("59 2 * * *", autumn, ["02:59+02"]), ("0 3 * * *", autumn, ["03:00+01"]),
-            ("@daily", autumn, ["00:00+02"]),
-            ("*/30 2-3 * * *", autumn, ["02:00+02", "02:30+02", "02:00+01", "02:30+01",
-                                        "03:00+01", "03:30+01"]),
+            ("*/30 2 * * *", autumn, ["02:00+02", "02:30+02", "02:00+01", "02:30+01"]),
             ("30 23 * * *", "2018-02-17", "America/Sao_Paulo", ["23:30-02"])))
-        self.assertEqual(len(self.local("0 * * * *", autumn)), 25)
-
-    def test_a_jump_of_three_hours_is_a_correction_and_one_of_minutes_a_late_wake_up(self):
-        jump, daily, hourly = int(stamp("2024-05-01T12:00")), "%M %H * * *", "%M * * * *"
-        for minutes, line, count in (   # that the clock is set on; runs within or after these
-                (179, daily, 1), (180, daily, 0), (240, daily, 0), (-180, daily, 1),
-                (-181, daily, 2), (-240, daily, 2), (1, hourly, 1), (4, hourly, 1), (5, hourly, 0)):
-            zone, span = JumpyZone(jump, minutes), abs(minutes) * 60
-            within = jump + zone.offsets[0].total_seconds() + 60 * (minutes // 2)
-            with self.subTest(minutes=minutes):
-                runs = walk(time.strftime(line, time.gmtime(within)), jump - span, jump + span, zone)
-                self.assertEqual(len(runs), count)
-                self.assertTrue(minutes < 0 or runs == [jump] * count)
 
     def test_clocks_set_on_for_two_days_are_followed_there_and_back(self):
         zone = JumpyZone(stamp("2024-05-01T06:00"), 60, stamp("2024-05-03T06:00"))
@@ -1159,18 +1078,20 @@ class Cron(unittest.TestCase):
 
     def agree(self, dice, zone, start: int, end: int, count: int) -> None:
         woken = ticks(start, end, zone)
-        for line, values in (random_cron(dice, days=number % 3 == 0) for number in range(count)):
+        for number in range(count):
+            line, values = random_cron(dice, days=number % 3 == 0)
             with self.subTest(line, zone=zone, start=start):
                 try:
                     cron = queuectl.parse_cron(line)
                 except queuectl.Invalid as error:
                     self.assertIn("never comes", str(error))
                     continue
-                runs = debian(line, values, woken)
+                kind = 1 if line[0] == "*" or line.split()[1][0] == "*" else 2
+                runs = [float(tick[0]) for tick in woken
+                        if any(comes(line, values, minute) for minute in tick[kind])]
                 self.assertEqual(walk(line, start, end, zone), runs)
                 for moment in (dice.uniform(start, end) for _ in range(6)):
-                    later = [run for run in runs if run > moment]
-                    if later:
+                    if later := [run for run in runs if run > moment]:
                         self.assertEqual(queuectl.first_run(cron, moment, zone), later[0])
 
     def test_runs_are_those_of_debians_loop_whatever_the_jump(self):
@@ -1182,17 +1103,7 @@ class Cron(unittest.TestCase):
         for minutes in (-1500, -240, -181, -180, -179, -60, -5, -1, 1, 3, 4, 5, 6, 20,
                         90, 178, 179, 180, 181, 1440):
             jump = int(stamp("2024-05-01")) + 60 * dice.randrange(1440)
-            self.agree(dice, JumpyZone(jump, minutes), jump - 7200, jump + 90000, 4)
-
-    def test_a_walk_over_a_year_meets_each_fixed_day_once(self):
-        for name in ("Europe/Berlin", "America/Sao_Paulo", "Australia/Lord_Howe"):
-            zone = zoneinfo.ZoneInfo(name)
-            start, end = stamp("2018-01-01", zone), stamp("2019-01-01", zone)
-            for line in ("0 0 * * *", "30 2 * * *", "59 23 * * *"):
-                with self.subTest(line, zone=name):
-                    days = [datetime.datetime.fromtimestamp(run, zone).date()
-                            for run in walk(line, start - 1, end - 1, zone)]
-                    self.assertEqual((len(days), len({*days})), (365, 365))
+            self.agree(dice, JumpyZone(jump, minutes), jump - 7200, jump + 90000, 6)
 
     def test_what_the_zone_always_skips_or_is_after_the_calendar_never_comes(self):
         skipped = "*/60 2 25-31 3 */7"      # last Sunday of March
@@ -1225,25 +1136,20 @@ class Cron(unittest.TestCase):
             ("0,30 * * * *", "every 30 minutes"), ("15 * * * *", "at minute 15 of every hour"),
             ("@hourly", "every hour"), ("30 2 * * *", "at 02:30 every day"),
             (" 0  9,12 * * * ", "0 9,12 * * *"), ("0 9 * * mon-fri", "at 09:00 on Mon-Fri"),
-            ("@weekly", "at 00:00 on Sun"), ("0 9 * * 7", "at 09:00 on Sun"),
-            ("@monthly", "at 00:00 on day 1 of every month"),
+            ("@weekly", "at 00:00 on Sun"), ("@monthly", "at 00:00 on day 1 of every month"),
             *((line, line) for line in (
-                "*/7 * * * *", "*/45 * * * *", "0 */2 * * *", "*/10 9-17 * * 1-5",
-                "0 9 * * 0,6", "@yearly", "0 0 1,15 * *", "0 0 13 * fri", "0 0 1 * 0-6",
-                "0 0 1-7 * */7", "*/5 * * 6 *", "0 9 * 6 1"))))
+                "*/7 * * * *", "0 */2 * * *", "*/10 9-17 * * 1-5", "0 9 * * 0,6", "@yearly",
+                "0 0 1,15 * *", "0 0 13 * fri", "0 0 1 * 0-6", "*/5 * * 6 *", "0 9 * 6 1"))))
 
     def test_the_same_words_mean_the_same_runs(self):
         dice, said = random.Random(9), {}
         for _ in range(6000):
             line = random_cron(dice)[0]
-            try:
-                cron = queuectl.parse_cron(line)
-            except queuectl.Invalid:
-                continue
-            meaning = cron._replace(is_wild=False)
-            if len(cron.days) == 31 or len(cron.weekdays) == 7:
-                meaning = meaning._replace(is_either=False)
-            self.assertEqual(said.setdefault(queuectl.cron_words(line), meaning)[:5], meaning[:5])
+            with contextlib.suppress(queuectl.Invalid):
+                cron = queuectl.parse_cron(line)._replace(is_wild=False)
+                if len(cron.days) == 31 or len(cron.weekdays) == 7:
+                    cron = cron._replace(is_either=False)
+                self.assertEqual(said.setdefault(queuectl.cron_words(line), cron)[:5], cron[:5])
 
 
 # ---- 5 Fields ----------------------------------------------------------------
@@ -1283,17 +1189,16 @@ class Fields(Case):
         each(self, parse, (
             ("output-limit", "64KiB", 65536), ("output-limit", "0", 0),
             ("output-limit", "3 k", 3072), ("output-limit", "2kb", 2000),
-            ("output-limit", "16MiB", 1 << 24), ("backoff-jitter", "0", 0.0),
-            ("backoff-jitter", ".5", 0.5), ("backoff-jitter", "1", 1.0),
-            ("heartbeat", "100ms", 0.1), ("lease", "1s", 1.0), ("max-retries", "0", 0),
-            ("max-retries", "1000000000", 10**9), ("crash-limit", "1", 1),
-            ("timeout", "none", None), ("timeout", "", None), ("timeout", "5m", 300.0),
-            ("on-dead", "none", None), ("on-dead", "echo", "echo"),
-            ("priority-ageing", "30d", 30 * 86400.0), ("backoff-max", "10000000000", 1e10)))
+            ("output-limit", "16MiB", 1 << 24), ("backoff-jitter", ".5", 0.5),
+            ("backoff-jitter", "1", 1.0), ("heartbeat", "100ms", 0.1), ("lease", "1s", 1.0),
+            ("max-retries", "0", 0), ("max-retries", "1000000000", 10**9), ("crash-limit", "1", 1),
+            ("timeout", "none", None), ("timeout", "", None), ("on-dead", "none", None),
+            ("on-dead", "echo", "echo"), ("priority-ageing", "30d", 30 * 86400.0),
+            ("backoff-max", "10000000000", 1e10)))
         for key, *texts in (
                 ("output-limit", "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
-                ("backoff-jitter", "1.1", "2", "", "nan"), ("heartbeat", "99ms"),
-                ("lease", "0.9"), ("max-retries", "-1", "1000000001"), ("crash-limit", "0"),
+                ("backoff-jitter", "1.1", "", "nan"), ("heartbeat", "99ms"), ("lease", "0.9"),
+                ("max-retries", "-1", "1000000001"), ("crash-limit", "0"),
                 ("priority-ageing", "30d1s", "0.9s"), ("backoff-max", "10000000001")):
             for text in texts:
                 with self.subTest(key=key, text=text), refused("invalid-value"):
@@ -1305,32 +1210,21 @@ class Fields(Case):
             self.assertEqual(queuectl.fields_of(text), [{"command": text}])
         for text in ('{"command": "x"}', '{ "command": "x"}', '[{"command": "x"}]'):
             self.assertEqual(queuectl.fields_of(text), [{"command": "x"}])
-        for text in ("{command: x}", '{"command": ', '["x"]', "[1]"):
-            with refused("invalid-job"):
+        for text, why in (("{command: x}", ""), ('{"command": ', ""), ('["x"]', ""), ("[1]", ""),
+                          ('[{"command": "x"}, 5]', "^item 2 is not")):
+            with self.subTest(text), refused("invalid-job", why):
                 queuectl.fields_of(text)
-        with refused("invalid-job", "^item 2 is not"):
-            queuectl.fields_of('[{"command": "x"}, 5]')
-
-    def test_a_bad_line_is_named(self):
-        lines = b"\xef\xbb\xbfecho a\r\n\n# a comment\n{\"command\": \"b\"}\n"
-        self.assertEqual(list(queuectl.jobs_in(lines)), [
-            ({"command": "echo a"}, "line 1"), ({"command": "b"}, "line 4")])
-        for bad, why in ((b"{x}", "not valid JSON"), (b"\xff", "not UTF-8")):
-            with refused("invalid-job", f"^line 5: {why}"):
-                list(queuectl.jobs_in(lines + bad))
 
     def test_keys_may_be_written_with_dashes_and_what_the_queue_keeps_is_ignored(self):
-        job = queuectl.new_job({
-            "command": "x", "max-retries": 7, "timeout": None, "state": "dead",
+        self.assertEqual(queuectl.new_job({
+            "command": "x" * queuectl.MAX_TEXT, "max-retries": 7, "timeout": None, "state": "dead",
             "created-at": "2026", "after": "a", "tags": ["t", "u", "t"], "cwd": "here",
-            "unique": "k" * 1024, "priority": -10**9}, NOON)
-        self.assertEqual(job, Job(
-            command="x", max_retries=7, after=("a",), tags=("t", "u"), unique="k" * 1024,
-            cwd=os.path.abspath("here"), priority=-10**9))
+            "unique": "k" * 1024, "priority": -1e9}, NOON), Job(
+            command="x" * queuectl.MAX_TEXT, max_retries=7, after=("a",), tags=("t", "u"),
+            unique="k" * 1024, cwd=os.path.abspath("here"), priority=-10**9))
+        self.assertIs(type(queuectl.new_job({"command": "x", "priority": 5.0}, NOON).priority), int)
         self.assertEqual(queuectl.ignored_keys({"command": 1, "created-at": 2, "state": 3}),
                          ["created-at", "state"])
-        job = queuectl.new_job({"command": "x" * queuectl.MAX_TEXT, "priority": 5.0}, NOON)
-        self.assertEqual((job.priority, type(job.priority)), (5, int))
 
     def test_text_is_utf8_whatever_the_locale(self):
         self.assertEqual(queuectl.as_utf8("caf\udcc3\udca9"), "caf\u00e9")
@@ -1340,21 +1234,20 @@ class Fields(Case):
     def test_a_file_is_one_json_value_or_a_job_a_line(self):
         a, b = {"command": "a"}, {"command": "b"}
         both = json.dumps([a, b], indent=1).encode()
-        for content, jobs in (
-                (both, [(a, "item 1"), (b, "item 2")]),
-                (b"\xef\xbb\xbf \n" + both + b"\n", [(a, "item 1"), (b, "item 2")]),
-                (json.dumps(a, indent=1).encode(), [(a, "item 1")]),
-                (json.dumps([a, b]).encode() + b"\n", [(a, "line 1"), (b, "line 1")]),
-                (b'{"command": "a"}\n{"command": "b"}\n', [(a, "line 1"), (b, "line 2")]),
-                (b"{ a; }\nb", [({"command": "{ a; }"}, "line 1"), (b, "line 2")]),
-                (b"[ -f x ]\r\n  b  ", [({"command": "[ -f x ]"}, "line 1"),
-                                        (b, "line 2")]),
-                (b"", [])):
-            with self.subTest(content):
-                self.assertEqual(list(queuectl.jobs_in(content)), jobs)
+        each(self, lambda content: list(queuectl.jobs_in(content)), (
+            (both, [(a, "item 1"), (b, "item 2")]),
+            (b"\xef\xbb\xbf \n" + both + b"\n", [(a, "item 1"), (b, "item 2")]),
+            (json.dumps(a, indent=1).encode(), [(a, "item 1")]),
+            (json.dumps([a, b]).encode() + b"\n", [(a, "line 1"), (b, "line 1")]),
+            (b'\xef\xbb\xbfa\r\n\n# a comment\n{"command": "b"}\n', [(a, "line 1"), (b, "line 4")]),
+            (b"{ a; }\nb", [({"command": "{ a; }"}, "line 1"), (b, "line 2")]),
+            (b"[ -f x ]\r\n  b  ", [({"command": "[ -f x ]"}, "line 1"), (b, "line 2")]),
+            (b"", [])))
         deep = b'[{"command":' * 50_000
-        with refused("invalid-job"):
-            list(queuectl.jobs_in(deep + b"\n" + deep))
+        for bad, why in ((b"a\n{x}", "^line 2: not valid JSON"),
+                         (b"a\n\n\xff", "^line 3: not UTF-8"), (deep + b"\n" + deep, "")):
+            with self.subTest(bad[:9]), refused("invalid-job", why):
+                list(queuectl.jobs_in(bad))
 
 
 # ---- 6 SQL -------------------------------------------------------------------
@@ -1367,17 +1260,14 @@ class Statements(Case):
         yield from (("DELETE_JOB", text) for text in queuectl.Sql.DELETE_JOB)
         yield from ((name, text) for name, _, text in queuectl.Sql.RULES)
 
-    def explain(self, how, text, **values):
-        return self.queue.store.rows(f"EXPLAIN {how} {text}", **{
-            **dict.fromkeys(re.findall(r":(\w+)", text)), **values})
-
-    def plan_of(self, text, **values):
-        return [row[3] for row in self.explain("QUERY PLAN", text, **values)]
+    def plan_of(self, text, how="QUERY PLAN", **values):
+        return [row[-1] for row in self.queue.store.rows(f"EXPLAIN {how} {text}", **{
+            **dict.fromkeys(re.findall(r":(\w+)", text)), **values})]
 
     def test_every_statement_prepares_and_is_portable(self):
         for name, text in self.statements():
             with self.subTest(name):
-                self.explain("", text)
+                self.plan_of(text, "")
                 self.assertNotRegex(text, r"IS :|IS NOT :|:\w+ IS |IS NOT \w+\.|"
                                           r"M(AX|IN)\([^()]*,|LIMIT -|INSERT OR|strftime|"
                                           r"\?|CROSS JOIN \w+ ON|CREATE|PRAGMA")
@@ -1406,28 +1296,32 @@ class Statements(Case):
         for index, names in self.HOT:
             for name in names.split():
                 with self.subTest(name):
-                    plan = self.plan_of(getattr(queuectl.Sql, name))
-                    self.assertIn(index, " ".join(plan))
-                    self.assertNotIn("TEMP B-TREE", " ".join(plan))
-                    for step in plan:   # what is gone through whole is short, or one row
-                        if step.startswith("SCAN"):
-                            self.assertRegex(step, "USING (COVERING )?INDEX|CONSTANT ROW|"
-                                                   "json_each|schedules|SUBQUERY|subquery|"
-                                                   "found|unblocking|stuck|due$|times$|newest$")
+                    plan = "\n".join(self.plan_of(getattr(queuectl.Sql, name)))
+                    self.assertIn(index, plan)
+                    self.assertNotIn("TEMP B-TREE", plan)
+                    # What is gone through whole is short, or one row.
+                    self.assertNotRegex(plan, r"(?m)^SCAN(?!.*(USING (COVERING )?INDEX|"
+                                              r"CONSTANT ROW|json_each|schedules|SUBQUERY|subquery|"
+                                              r"found|unblocking|stuck|due$|times$|newest$))")
 
     def test_listings_use_an_index(self):
-        since = {"ended_before": "", "ended_at": "", "ended_seq": 1}
+        before, since = {"ended_before": ""}, {"ended_at": "", "ended_seq": 1}
         for states, order, values, wanted in (
                 ([DEAD], "finished", {}, "USING INDEX"), ([DEAD], "newest", {}, "USING INDEX"),
+<<<<<<< HEAD
                 ([DEAD], "finished", {"ended_before": ""}, "USING INDEX"),
                 ([DEAD], "ended", {"ended_before": ""}, "USING INDEX"),
                 ([DEAD], "ended", since, "USING INDEX"),
                 ([DEAD], "newest", {"since": "", "exit_code": "[]"}, "USING INDEX"),
+=======
+                ([DEAD], "finished", before, "USING INDEX"),
+                ([DEAD], "ended", before, "USING INDEX"),
+                ([DEAD], "ended", {**before, **since}, "USING INDEX"),
+>>>>>>> 6509e21 (Merge tests of rules, times, statements and promises into tables)
                 ([], "newest", {}, r".*INTEGER PRIMARY KEY \(rowid<\?\)")):
             with self.subTest(order, states=states, values=values):
-                plan = " ".join(self.plan_of(
-                    queuectl.Sql.listing(states, queuectl.ORDERS[order], values),
-                    **values, before=1, limit=1))
+                plan = " ".join(self.plan_of(queuectl.Sql.listing(
+                    states, queuectl.ORDERS[order], values), **values, before=1, limit=1))
                 self.assertRegex(plan, f"SEARCH (TABLE )?jobs {wanted}")
                 self.assertNotIn("TEMP B-TREE", plan)
 
@@ -1459,27 +1353,11 @@ class Statements(Case):
         self.assertEqual(self.queue.scrape().oldest, {"default": 20.0})
 
     def test_times_of_several_ticks_add_up(self):
-        for seconds in (1.0, 3.0, 5.0):
-            self.job()
-            self.run_next(Outcome("completed", 0, None, seconds))
-        self.assertEqual(self.queue.stats()[""].run_time[:2], (3, 3.0))
         self.job(id="fails", max_retries=9, backoff_base=0.0)
-        for _ in range(3):
-            self.run_next(Outcome("failed", 1, None, 2.0))
+        for seconds, mean in ((1.0, 1.0), (3.0, 2.0), (5.0, 3.0)):
+            self.run_next(Outcome("failed", 1, None, seconds))
+            self.assertEqual(self.queue.stats()[""].run_time.mean, mean)
         self.assertEqual([run.number for run in self.queue.runs("fails")], [1, 2, 3])
-        self.assertEqual(self.queue.stats()[""].run_time.mean, 2.5)
-
-    def test_only_what_a_tick_would_do_is_work(self):
-        self.queue.add_schedule("s", "* * * * *", command="x")
-        self.queue.pause_schedule("s")
-        self.job(run_at=NOON + 5000)
-        for seconds in (-100, 1000):    # the clock is set back; the schedule would be due
-            self.after(seconds)
-            self.assertFalse(self.claims.is_work_ready())
-        self.job(delay=10)
-        for seconds, is_work in ((0, False), (-5, True)):
-            self.after(seconds)
-            self.assertIs(self.claims.is_work_ready(), is_work)
 
     def test_a_change_from_an_older_state_is_refused(self):
         """(I1), (I3)"""
@@ -1501,20 +1379,6 @@ class Statements(Case):
         self.assertEqual(self.queue.job("job-1").rank, queuectl.rank_of(
             0, queuectl.iso(NOON + 100), self.queue.store.settings()))
 
-    def test_only_the_given_runs_are_seized_and_a_cancel_stays(self):
-        self.jobs(3)
-        self.tick(3)
-        self.queue.cancel("job-2")
-        self.tick(seized=[self.queue.run("job-1"), self.queue.run("job-2")])
-        self.assertEqual([self.queue.job(f"job-{n}").end_requested for n in (1, 2, 3)],
-                         ["lost", "cancel", None])
-
-    def test_a_setting_is_stripped(self):
-        for value, stored in (("5s", "5s"), (" none ", "none"), ("", "none")):
-            self.queue.configure("timeout", value)
-            self.assertEqual(self.queue.setting("timeout"), stored)
-        self.assertIsNone(self.queue.store.settings().timeout)
-
     def test_a_run_that_has_ended_keeps_its_output(self):
         self.job()
         claim = self.claim()
@@ -1522,46 +1386,19 @@ class Statements(Case):
         self.tick(outputs={claim.number: output_of(b"late")})
         self.assertEqual(self.queue.run("job-1").output, b"")
 
-    def test_a_spare_claim_that_ends_within_one_tick_has_its_slot_and_time(self):
-        self.job()
-        [spare] = self.tick([0]).claims
-        self.after(5)
-        begun = self.begin(spare, 3)
-        self.after(5)
-        self.end(begun)
-        run = self.queue.run("job-1")
-        self.assertEqual((run.slot, run.started_at, run.finished_at),
-                         (3, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)))
-
     def test_behind_a_paused_queue_others_are_in_order_and_runs_numbered_by_job(self):
         self.queue.pause("paused")       # so the others are asked for their own lines
         self.jobs(200, queue="paused", priority=9)
-        self.jobs([{"priority": n % 5, "id": f"p{n}"} for n in range(5)], queue="five")
+        self.jobs([{"priority": n, "id": f"p{n}", "queue": "five"} for n in range(5)])
         self.assertEqual(self.claim().job.id, "p4")
         self.queue.pause("five")
-        self.jobs([{"id": "other"}, {"id": "a", "max_retries": 9, "backoff_base": 0}])
-        for _ in range(4):
-            claim = self.claim()
-            if claim.job.id == "a":
-                self.end(claim, 1)
-        self.assertEqual([run.number for run in self.queue.runs("a")], [1, 2, 3])
+        self.jobs(["other", {"id": "a", "max_retries": 9, "backoff_base": 0}])
+        self.claim()
+        for number in (1, 2, 3):
+            self.run_next(1)
+            self.assertEqual([run.number for run in self.queue.runs("a")], [*range(1, number + 1)])
         for name in ("a", "other"):
             self.assertEqual(self.queue.run(name, 1).job, self.queue.job(name).seq)
-
-    def test_jobs_that_are_over_are_not_in_line(self):
-        self.job(priority=5)
-        self.run_next()
-        last = self.jobs(2)[1]
-        self.assertEqual(self.queue.waiting_for(last), ["behind 1 other job"])
-
-    def test_a_worker_has_drained_when_its_own_queues_have_nothing_due(self):
-        claims = self.worker(queues=("a",))
-        self.job(queue="a")
-        self.run_next(by=claims)
-        self.jobs([{"queue": "a", "delay": 10}, {"queue": "b"}, {"queue": "b", "delay": 5}])
-        for seconds, is_drained in ((6, True), (4, False)):
-            self.after(seconds)
-            self.assertIs(claims.is_drained(), is_drained)
 
     def test_workers_schedules_and_tags_are_offered_once_and_in_order(self):
         for name, tags in (("b", "ca"), ("a", "b"), ("c", "ad")):
@@ -1569,18 +1406,14 @@ class Statements(Case):
             self.queue.add_schedule(name, "@daily", command="x")
             self.job(tags=[*tags])
         self.assertEqual([one.name for one in self.queue.schedules()], ["a", "b", "c"])
-        for kind, wanted in (("worker", "abc"), ("schedule", "abc"), ("T", "abcd")):
-            self.assertEqual([word for word, _ in queuectl._values(
-                kind, "", queuectl.COMMANDS[0], self.path)],
-                             [*wanted])
+        each(self, lambda kind: "".join(word for word, _ in queuectl._values(
+            kind, "", queuectl.COMMANDS[0], self.path)), (
+            ("worker", "abc"), ("schedule", "abc"), ("T", "abcd")))
 
     def test_the_schema_refuses_impossible_states(self):
-        """(I2), (I7)"""
+        """(I2), (I7): processed without a claim, or not; waiting for nothing, or when over."""
         self.job()
-        for change in ("state = 'processing'",      # without a claim
-                       "claim = 1",                 # without being processed
-                       "waits = NULL",              # waits for nothing
-                       "state = 'completed'"):      # is over and waits
+        for change in ("state = 'processing'", "claim = 1", "waits = NULL", "state = 'completed'"):
             with self.subTest(change), self.assertRaises(queuectl.Stale):
                 self.do(f"UPDATE jobs SET {change}")
 
@@ -2369,14 +2202,14 @@ class Promises(Case):
     # Adding jobs.
 
     def test_a_batch_is_added_whole_or_not_at_all(self):
+        ring = [{"id": f"r{n}", "after": [f"r{(n + 1) % 6}", "free"]} for n in range(6)]
         for specs, code, item, words in (
                 (["x", {}, "x"], "job-exists", 2, ""),
                 ([{"unique": "k"}, {"unique": "k"}, {"after": ["none"]}], "invalid-job", 2, ""),
                 ([{"id": "a", "after": ["b"]}, {"id": "b", "after": ["a"]}], "invalid-job", 0,
                  "a, b wait for each other"),
-                (["free", {"after": ["free"]}, *(
-                    {"id": f"r{n}", "after": [f"r{(n + 1) % 6}", "free"]} for n in range(6))],
-                 "invalid-job", 2, " r0, r1, r2, r3, r4 wait for each other")):
+                (["free", {"after": ["free"]}, *ring], "invalid-job", 2,
+                 " r0, r1, r2, r3, r4 wait for each other")):
             with self.subTest(specs), refused(code, words, item=item):
                 self.jobs(specs)
         self.assertEqual(sum(self.queue.counts().values()), 0)
@@ -2384,13 +2217,18 @@ class Promises(Case):
     def test_a_job_comes_back_as_it_was_given(self):
         self.job(id="first")
         given = {"id": "x", "queue": "q", "priority": 7, "max_retries": 4, "timeout": 9.0,
+<<<<<<< HEAD
                  "backoff_base": 3.0, "after": ("first",), "unique": "u",
                  "tags": ("a", "b"), "env": {"A": "ü"}, "cwd": "/",
                  "run_at": "2027-03-01T00:00:00.000Z", "once": "o", "backoff_max": 60.0,
                  "no_retry_on": "2,64-78"}
+=======
+                 "backoff_base": 3.0, "after": ("first",), "unique": "u", "tags": ("a", "b"),
+                 "env": {"A": "ü"}, "cwd": "/", "run_at": "2027-03-01T00:00:00.000Z", "once": "o"}
+>>>>>>> 6509e21 (Merge tests of rules, times, statements and promises into tables)
         self.job("make all", **given)
         job = self.queue.job("x")
-        self.assertEqual({key: getattr(job, key) for key in given}, given)
+        self.assertEqual(job, job._replace(**given))
         self.assertLessEqual({name for name, field in queuectl.FIELDS.items()
                               if "e" in field.uses} - {"delay", "command"}, set(given))
         self.assertEqual(self.queue.store.rows("SELECT after, tags, env FROM jobs"), [
@@ -2417,15 +2255,20 @@ class Promises(Case):
 
     def test_a_taken_unique_key_adds_neither_a_job_nor_needs(self):
         self.jobs(["x", {"id": "old", "unique": "old"}])
-        jobs = self.jobs([{"unique": "k", "after": ["x"]}, {"unique": "k", "after": ["x"]},
-                          {"unique": "l"}, {"unique": "l", "after": ["x"]},
-                          {"unique": "old", "after": ["x"]}, {}, {}])
-        self.assertEqual(ids(jobs), ["job-3", "job-3", "job-5", "job-5", "old", "job-8", "job-9"])
+        jobs = self.jobs([{"unique": key, **({"after": ["x"]} if needs else {})} for key, needs in (
+            ("k", True), ("k", True), ("l", False), ("l", True), ("old", True), (None, False))])
+        self.assertEqual(ids(jobs), ["job-3", "job-3", "job-5", "job-5", "old", "job-8"])
         self.assertEqual([self.queue.job(job.id).waits for job in jobs],
+<<<<<<< HEAD
                          ["blocked"] * 2 + ["ready"] * 5)
         self.assertEqual(self.queue.counts()[PENDING], 6)
         self.assertEqual(self.queue.store.rows("SELECT needs, job FROM dependencies"),
                          [(1, jobs[0].seq)])
+=======
+                         ["blocked"] * 2 + ["ready"] * 4)
+        self.assertEqual(self.queue.counts()[PENDING], 5)
+        self.assertEqual(self.queue.store.rows("SELECT * FROM dependencies"), [(1, jobs[0].seq)])
+>>>>>>> 6509e21 (Merge tests of rules, times, statements and promises into tables)
 
     def test_a_job_waits_for_those_it_comes_after(self):
         self.jobs([{"id": "b", "after": ["a"]}, "a"])
@@ -2434,46 +2277,37 @@ class Promises(Case):
         self.assertEqual(self.queue.waiting_for(self.queue.job("b"))[0], "after a (processing)")
         self.assertEqual(ids(self.end(claims, free=1).claims), ["b"])
 
-        third = self.job("c", after=["a", "b"])    # of these it waits for b alone
-        self.assertEqual(self.queue.waiting_for(third), ["after b (processing)"])
+        jobs = self.jobs([{"id": "c", "after": ["a"]}, {"id": "d", "after": ["a", "b", "c"]}])
+        self.assertEqual([job.waits for job in jobs], ["ready", "blocked"])
         self.queue.delete("a")
-        self.assertEqual(self.queue.waiting_for(third), ["after b (processing)"])
-
-    def test_completed_jobs_are_not_waited_for(self):
-        self.job_in(COMPLETED)
-        jobs = self.jobs([{"id": "a", "after": ["job-1"]}, {"id": "b", "after": ["job-1", "a"]},
-                          {"id": "c", "after": ["a", "b"]}, {"id": "d", "after": ["b", "c"]}])
-        self.assertEqual([job.waits for job in jobs], ["ready"] + ["blocked"] * 3)
-        self.queue.delete("job-1")
-        self.assertEqual(self.queue.job("a").waits, "ready")
+        self.assertEqual([self.queue.job(name).waits for name in "cd"], ["ready", "blocked"])
+        self.assertEqual(self.queue.waiting_for(jobs[1])[:2],
+                         ["after b (processing)", "after c (pending)"])
 
     def test_a_job_runs_where_it_was_enqueued_or_where_it_says(self):
-        here = os.getcwd()
+        here, add = os.getcwd(), functools.partial(self.queue.add_schedule, command="x")
         self.assertEqual([self.job().cwd, self.job(cwd="/").cwd], [here, "/"])
-        schedule = self.queue.add_schedule("s", "@daily", command="x", cwd="/",
-                                           **{"max-retries": 7}, tags=["t"])
-        self.assertEqual(schedule.job["cwd"], "/")
+        self.assertEqual([add("t", "@daily").job["cwd"], add(
+            "s", "@daily", cwd="/", **{"max-retries": 7}, tags=["t"]).job["cwd"]], [here, "/"])
         job = self.queue.run_schedule("s")
         self.assertEqual((job.cwd, job.max_retries, job.tags), ("/", 7, ("t", "schedule:s")))
         with self.queue.store.transaction() as store:   # the worker's own
             self.assertEqual(store.add([Job(command="x")], NOON)[0][0].cwd, "")
-        self.assertEqual(self.queue.add_schedule("t", "@daily", command="x").job["cwd"], here)
         for fields, key in (({"tags": ["a b"]}, "tags"), ({"run_at": NOON}, "run_at")):
             with refused("invalid-job", key=key):
-                self.queue.add_schedule("u", "@daily", command="x", **fields)
+                add("u", "@daily", **fields)
 
     def test_no_job_is_added_from_a_directory_that_has_no_name(self):
         self.addCleanup(os.chdir, os.getcwd())
         for name, end, words in ((b"gone", os.rmdir, "directory is gone"),
                                  (b"odd-\xff", os.path.isdir, "name is not UTF-8")):
-            with self.subTest(name):
-                folder = os.path.join(os.fsencode(self.dir), name)
-                os.mkdir(folder)
-                os.chdir(folder)
-                end(folder)
-                with refused("invalid-job", words):
-                    self.job()
-                self.assertEqual(self.job(cwd="/").cwd, "/")
+            folder = os.path.join(os.fsencode(self.dir), name)
+            os.mkdir(folder)
+            os.chdir(folder)
+            end(folder)
+            with self.subTest(name), refused("invalid-job", words):
+                self.job()
+            self.assertEqual(self.job(cwd="/").cwd, "/")
 
     def test_a_queue_is_in_the_current_directory_and_closed_at_the_end_of_its_block(self):
         self.addCleanup(os.chdir, os.getcwd())
@@ -2511,41 +2345,34 @@ class Promises(Case):
         with refused("in-use"):
             self.queue.retry_dead("old")
 
-    def test_jobs_that_others_wait_for_are_deleted_with_those_or_not_at_all(self):
-        self.jobs(["a", {"id": "b", "after": ["a"]}, {"id": "c", "after": ["a"]}])
-        with refused("in-use"):
-            self.queue.delete("a")
-        self.assertEqual(ids(self.queue.delete("a", "b", "c")), ["a", "b", "c"])
-        self.jobs(["a", {"id": "b", "after": ["a"]}])
-        self.queue.cancel("b")      # so it waits no more
-        self.assertEqual(ids(self.queue.delete("a")), ["a"])
-
     def test_a_chain_is_deleted_whole_in_any_order(self):
+        chain = [{"id": "a", "after": ["b"]}, {"id": "b", "after": ["c"]}, "c"]
         for order in itertools.permutations("abc"):
-            self.jobs([{"id": "a", "after": ["b"]}, {"id": "b", "after": ["c"]}, "c"])
-            self.assertEqual(len(self.queue.delete(*order)), 3)
+            self.jobs(chain)
+            self.assertEqual(ids(self.queue.delete(*order)), [*order])
+        self.jobs(chain)
+        with refused("in-use"):
+            self.queue.delete("c", "a")
+        self.queue.cancel("b")      # so it waits no more
+        self.assertEqual(ids(self.queue.delete("c")), ["c"])
         self.jobs([{"id": f"n{n}", "after": [f"n{n + 1}"] * (n < 250)} for n in range(251)])
-        self.assertEqual(len(swept(self.queue, "delete", PENDING)), 251)
+        self.assertEqual(len(swept(self.queue, "delete", PENDING, search="true")), 252)
 
     def test_times_are_taken_when_the_lock_is_there(self):
+        asked, queue = [], self.queue
+
+        def clock():
+            asked.append(queue.store.db._db.in_transaction)
+            return NOON
         self.tick()
         self.job()
-        for call in (self.claim, lambda: self.queue.cancel("job-1"),
-                     lambda: self.end(1, "cancelled"),
-                     lambda: self.queue.retry("job-1"), lambda: self.queue.delete("job-1")):
-            asked = []
-
-            def clock(asked=asked):
-                asked.append(self.queue.store.db._db.in_transaction)
-                return NOON
-            self.queue.clock = self.claims._clock = clock
+        queue.clock = self.claims._clock = clock
+        for call in (self.claim, lambda: queue.cancel("job-1"), lambda: self.end(1, "cancelled"),
+                     lambda: queue.retry("job-1"), lambda: queue.delete("job-1")):
+            asked.clear()
             call()
             self.assertEqual(set(asked), {True})
-        self.queue.clock = self.claims._clock = self.clock
-        job = self.job()
-        self.queue.clock = functools.partial(next, iter((NOON, NOON + 60)))     # before it, too
-        self.assertEqual(self.queue.edit(job.id, priority=1)[0].updated_at, queuectl.iso(NOON + 60))
-        self.queue.clock = self.clock
+        queue.clock = self.claims._clock = self.clock
 
     def test_extremes_of_time_and_number_are_kept(self):
         first = self.job(run_at="0001-01-01T00:00:00Z", max_retries=10**9, backoff_base="1d")
@@ -2557,13 +2384,15 @@ class Promises(Case):
         self.assertEqual(queuectl.epoch(job.run_at), NOON + 3600)
 
     def test_a_setting_takes_effect_at_once_and_only_if_valid(self):
-        self.queue.configure("max_retries", "5")
-        self.assertEqual(self.job().max_retries, 5)
+        self.queue.configure("max_retries", " 5 ")
+        self.assertEqual((self.queue.setting("max-retries"), self.job().max_retries), ("5", 5))
         for key, value, code, words in (
                 ("backoff-base", "soon", "invalid-value", ""),
                 ("timout", "1s", "no-such-setting", "did you mean `timeout`")):
             with refused(code, words):
                 self.queue.configure(key, value)
+        self.queue.configure("timeout", "")
+        self.assertEqual(self.queue.setting("timeout"), "none")
 
     def test_listings_are_in_order_and_as_long_as_wanted(self):
         self.jobs(2001, cwd="/")
@@ -2582,13 +2411,6 @@ class Promises(Case):
 
     # Sweeps.
 
-    def test_a_sweep_takes_the_newest_first_and_in_batches(self):
-        self.jobs(2 * SWEEP_BATCH + 5)
-        batches = [[job.seq for job in batch] for batch in self.queue.sweep("cancel")]
-        self.assertEqual([len(batch) for batch in batches], [SWEEP_BATCH, SWEEP_BATCH, 5])
-        self.assertEqual([*itertools.chain(*batches)], [*range(2 * SWEEP_BATCH + 5, 0, -1)])
-        self.assertEqual(self.queue.counts()[CANCELLED], 2 * SWEEP_BATCH + 5)
-
     def test_a_sweep_changes_only_what_fits(self):
         self.jobs([{"command": "make a", "id": "a", "queue": "q", "tags": ["t"]},
                    {"command": "make b", "id": "b"},
@@ -2596,16 +2418,15 @@ class Promises(Case):
                    {"command": "rm b", "id": "d", "queue": "q"}])
         self.queue.cancel("d")
         for filters, state, wanted in (
-                ({"queue": "q"}, (PENDING,), ["a"]), ({"tag": "t"}, (), ["c", "a"]),
-                ({"search": "make"}, PENDING, ["b", "a"]), ({"search": "%"}, (), ["c"]),
-                ({"queue": "q"}, (PENDING, CANCELLED), ["d", "a"]),
-                ({"queue": "q", "search": "rm"}, (), ["d"]), ({"queue": "no"}, (), []),
-                ({"queue": None, "tag": None, "search": None}, CANCELLED, ["d"])):
+                ({"queue": "q"}, PENDING, "a"), ({"tag": "t"}, (), "ca"),
+                ({"search": "make"}, PENDING, "ba"), ({"search": "%"}, (), "c"),
+                ({"queue": "q"}, (PENDING, CANCELLED), "da"),
+                ({"queue": "q", "search": "rm"}, (), "d"), ({"queue": "no"}, (), ""),
+                ({"queue": None, "tag": None, "search": None}, CANCELLED, "d")):
             with self.subTest(filters=filters, state=state):
                 self.assertEqual(self.queue.count(state, **filters), len(wanted))
-                self.assertEqual(swept(self.queue, "retry", state, **filters), wanted)
-                with contextlib.suppress(queuectl.Conflict):
-                    self.queue.cancel("d")
+                self.assertEqual(swept(self.queue, "retry", state, **filters), [*wanted])
+                swept(self.queue, "cancel", search="rm b")
         with refused("invalid-value", "did you mean `dead`"):
             swept(self.queue, "delete", "deda")
 
@@ -2639,33 +2460,23 @@ class Promises(Case):
         self.assertEqual(ids(self.queue.jobs()), ["waits"])
 
     def test_a_sweep_passes_each_job_that_it_may_not_change_once(self):
+        names = [f"needed-{n}" for n in range(2 * SWEEP_BATCH - 2)]
         for name, moment in (("one", "'2026-01-01T00:00:00.000Z'"),
                              ("own", "printf('2026-01-01T00:00:00.%03dZ', seq)")):
             with self.subTest(name):
                 self.anew()
-                names = [f"needed-{n}" for n in range(2 * SWEEP_BATCH - 2)]
-                self.jobs([*names, "free"])
-                self.job(after=names)
+                self.jobs([*names, "free", {"id": "runs", "priority": 9}])
+                self.job(id="last", after=names)
                 self.queue.cancel(*names, "free")
+                self.claim()
                 self.do(f"UPDATE jobs SET finished_at = {moment} WHERE waits IS NULL")
                 why = []
                 self.assertEqual(swept(self.queue, "delete", CANCELLED, older_than=60,
                                        keep=why.append), ["free"])
                 self.assertEqual(len(why), len(names))
-                self.assertRegex(str(why[0]), "job-.* waits for needed-.* .cancelled.")
-
-    def test_a_sweep_passes_over_what_it_may_not_change(self):
-        self.job(id="free", priority=-1)
-        self.queue.cancel("free")
-        self.job(id="runs")
-        self.claim()
-        needed = [f"needed-{n}" for n in range(SWEEP_BATCH + 3)]
-        self.jobs(needed)
-        self.job("last", id="last", after=needed)
-
-        self.assertEqual(swept(self.queue, "delete", search="true"), ["free"])
-        self.assertEqual(swept(self.queue, "retry", (PROCESSING, CANCELLED)), [])
-        self.assertEqual(swept(self.queue, "delete"), ["last", *reversed(needed)])
+                self.assertRegex(str(why[0]), "last waits for needed-.* .cancelled.")
+        self.assertEqual(swept(self.queue, "retry", PROCESSING), [])
+        self.assertEqual(swept(self.queue, "delete"), ["last", *reversed(names)])
         self.assertEqual(ids(self.queue.jobs()), ["runs"])
 
     def test_a_sweep_cancels_waiting_jobs_and_has_running_ones_cancelled(self):
@@ -2676,57 +2487,54 @@ class Promises(Case):
         self.assertEqual(self.tick().mine, {self.queue.job("job-5").claim: queuectl.CANCEL})
 
     def test_who_stops_a_sweep_keeps_what_is_done(self):
+        """It takes the newest first, in batches; between two nobody has to wait."""
         other = self.a_queue()
         other.store.db.patience = 0.0
-        self.jobs(SWEEP_BATCH + 50)
-        sweep = self.queue.sweep("cancel")
-        next(sweep)
-        other.enqueue("between two batches nobody has to wait")
+        self.jobs(2 * SWEEP_BATCH + 50)
+        sweep, taken = self.queue.sweep("cancel"), []
+        for left in (SWEEP_BATCH + 51, 52):
+            taken += [job.seq for job in next(sweep)]
+            other.enqueue("true")
+            self.assertEqual(self.queue.counts()[PENDING], left)
         sweep.close()
-        self.assertEqual((self.queue.counts()[CANCELLED], self.queue.counts()[PENDING]),
-                         (SWEEP_BATCH, 51))
+        self.assertEqual(taken, [*range(2 * SWEEP_BATCH + 50, 50, -1)])
+        self.assertEqual(len(swept(self.queue, "cancel", CANCELLED)), 0)
 
     # Editing.
 
     def test_an_edit_takes_effect(self):
         self.job(id="a")
         for fields, wanted in (
-                ({"command": "y"}, {"command": "y"}), ({"timeout": "1m"}, {"timeout": 60}),
-                ({"max_retries": 9}, {"max_retries": 9}),
-                ({"priority": 5}, {"priority": 5, "rank": -5,
-                                   "updated_at": queuectl.iso(NOON + 20)}),
+                ({"command": "y"}, {}), ({"max_retries": 9}, {}),
+                ({"timeout": "1m"}, {"timeout": 60}),
+                ({"priority": 5}, {"rank": -5, "updated_at": queuectl.iso(NOON + 20)}),
                 ({"delay": 60}, {"run_at": queuectl.iso(NOON + 85), "waits": "scheduled"}),
                 ({"run_at": NOON - 1}, {"run_at": queuectl.iso(NOON - 1), "waits": "ready"}),
-                ({"queue": "q"}, {"queue": "q"})):
+                ({"queue": "q"}, {})):
             with self.subTest(fields):
                 self.after(5)
                 [job] = self.queue.edit("a", **fields)
-                self.assertEqual({key: getattr(job, key) for key in wanted}, wanted)
+                fields.pop("delay", 0)
+                self.assertEqual(job, job._replace(**{**fields, **wanted}))
                 self.assertEqual(self.queue.job("a"), job)
         self.assertEqual(self.queue.counts("q")[PENDING], 1)
         self.assertEqual(sum(self.queue.counts("default").values()), 0)
-
-    def test_an_edited_job_is_still_blocked(self):
-        self.jobs(["a", {"id": "b", "after": ["a"]}])
+        self.jobs(["first", {"id": "b", "after": ["first"]}])
         self.queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
         self.assertEqual(self.queue.job("b").waits, "blocked")
-        self.assertEqual(self.claim().job.id, "a")
 
     def test_an_edit_that_is_refused_changes_nothing(self):
-        over = self.job_in(COMPLETED).id
-        runs = self.job_in(PROCESSING).id
-        job = self.job(id="waits")
+        over, runs, job = self.job_in(COMPLETED).id, self.job_in(PROCESSING).id, self.job(id="a")
         for names, fields, error in (
                 ([runs], {"priority": 1}, "wrong-state"),
-                (["waits", over], {"priority": 1}, "wrong-state"),
-                (["waits", "gone"], {"priority": 1}, "no-such-job"),
-                (["waits"], {"priority": "high"}, "invalid-job"),
-                (["waits"], {"queue": ""}, "invalid-job"),
-                (["waits"], {"priority": 1, "id": "other"}, "invalid-job")):
+                (["a", over], {"priority": 1}, "wrong-state"),
+                (["a", "gone"], {"priority": 1}, "no-such-job"),
+                (["a"], {"priority": "high"}, "invalid-job"), (["a"], {"queue": ""}, "invalid-job"),
+                (["a"], {"priority": 1, "id": "other"}, "invalid-job")):
             with self.subTest(names, fields=fields):
                 with refused(error):
                     self.queue.edit(*names, **fields)
-                self.assertEqual(self.queue.job("waits"), job)
+                self.assertEqual(self.queue.job("a"), job)
 
     def test_a_failed_job_keeps_an_attempt_whatever_is_edited(self):
         self.job(id="failed", max_retries=5)
@@ -2751,27 +2559,25 @@ class Promises(Case):
                                 (lambda: self.queue.edit("job-1", delay=30), 30)):
             with mock.patch.object(self.queue.store, "transaction", late):
                 change()
-            self.assertEqual(self.queue.job("job-1").run_at, queuectl.iso(self.clock.now + seconds))
+            job, now = self.queue.job("job-1"), self.clock.now
+            self.assertEqual((job.run_at, job.updated_at), tuple(map(
+                queuectl.iso, (now + seconds, now))))
 
     # The order of those that wait.
 
     def test_a_change_of_ageing_gives_all_waiting_jobs_the_rank_of_new_ones(self):
-        chance = random.Random("rank")
-        times = ["0001-01-01T00:00:00.000Z", "9999-12-31T23:59:59.000Z"]
-        times += [queuectl.iso(chance.uniform(-1e9, 4e9)) for _ in range(200)]
-        for at in times:
-            self.job(run_at=queuectl.epoch(at), priority=chance.choice((
-                0, 1, -1, 10**9, -10**9, chance.randint(-99, 99))))
-        self.job_in(CANCELLED)
-        for value in ("1s", "90.0015s", "30d", "none", "7m"):
+        chance, ends = random.Random("rank"), ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z")
+        self.jobs([{"run_at": at, "priority": chance.choice((
+            0, 1, -1, 10**9, -10**9, chance.randint(-99, 99)))}
+            for at in (*ends, *(chance.uniform(-1e9, 4e9) for _ in range(200)))])
+        self.queue.cancel("job-9")
+        for value in ("1s", "90.0015s", "30d", "none", "7m", None):
             with self.subTest(value):
                 self.queue.configure("priority-ageing", value)
                 now = self.queue.store.settings()
                 for job in self.queue.jobs(PENDING):
                     self.assertEqual(job.rank, queuectl.rank_of(job.priority, job.run_at, now))
-        self.queue.configure("priority-ageing", None)
-        self.assertEqual([job.rank for job in self.queue.jobs(PENDING)],
-                         [-job.priority for job in self.queue.jobs(PENDING)])
+        self.assertEqual(job.rank, -job.priority)
 
     # Pauses and limits, as they are shown.
 
@@ -2784,24 +2590,19 @@ class Promises(Case):
             other.pause()
             other.limit_queue("c", 2)
         self.assertEqual(self.queue.status().paused, ["*", "a", "b"])
-        self.assertEqual([(view.name, view.paused, view.limit)
-                          for view in self.queue.queues()],
-                         [("a", True, 0), ("b", True, 0), ("c", False, 2),
-                          ("default", False, 0)])
+        self.assertEqual([(view.name, view.paused, view.limit) for view in self.queue.queues()],
+                         [("a", True, 0), ("b", True, 0), ("c", False, 2), ("default", False, 0)])
         self.queue.resume()
         self.assertEqual(self.queue.status().paused, ["a", "b"])
         self.queue.resume("a", "b")
         self.assertEqual(self.names(), ["c", "default"])
-        self.queue.limit_queue("c", 0)
-        self.assertEqual(self.names(), ["default"])
 
     def test_names_and_limits_of_queues_are_checked(self):
         for call in (self.queue.pause, self.queue.resume,
                      lambda name: self.queue.limit_queue(name, 1)):
-            with refused("invalid-value", "'a b' is not a name"):
-                call("a b")
-        with self.assertRaises(queuectl.QueueError):
-            self.queue.pause("*")
+            for name in ("a b", "*"):
+                with refused("invalid-value", "is not a name"):
+                    call(name)
         for name, limit in (("q", -1), ("q", 10**9 + 1), ("", 1)):
             with refused("invalid-value"):
                 self.queue.limit_queue(name, limit)
@@ -2810,33 +2611,28 @@ class Promises(Case):
         self.assertEqual(self.names(), ["default"])
 
     def test_a_waiting_job_says_all_that_hinders_it(self):
-        self.job(id="dead")
+        self.jobs([{"id": "dead", "priority": -1}, {"id": "full", "queue": "full"}])
         self.queue.cancel("dead")
-        self.job(id="full")
-        worker = self.worker(name="p", queues=("q", "full"))
-        side = self.worker(name="s", queues=("side",))
-        self.queue.edit("full", queue="full")
+        worker, side = self.worker(name="p", queues=("q", "full")), self.worker(queues=("side",))
         self.claim(worker)
-        self.queue.limit_queue("full", 1)
-        self.queue.limit_queue("q", 1)
+        for name in ("full", "q"):
+            self.queue.limit_queue(name, 1)
         self.queue.pause("halt")
-        for fields, wanted in (
-                ({"queue": "q"}, ["next in line"]), ({"queue": "q"}, ["behind 1 other job"]),
-                ({"queue": "q"}, ["behind 2 other jobs"]),
-                ({"queue": "q", "delay": 120}, ["due in 2m"]),
-                ({"queue": "q", "after": ["dead"]}, ["after dead (cancelled)"]),
-                ({"queue": "full"}, ["queue `full` is at its limit 1"]),
-                ({"queue": "other"}, ["no worker takes queue `other`"]),
-                ({"queue": "halt", "delay": 60}, [
-                    "queue `halt` is paused", "due in 1m", "no worker takes queue `halt`"])):
-            with self.subTest(fields):
-                job = self.job(**fields)
+        for queue, fields, wanted, lasting in (
+                ("q", {}, ["next in line"], 0), ("q", {}, ["behind 1 other job"], 0),
+                ("q", {}, ["behind 2 other jobs"], 0), ("q", {"delay": 120}, ["due in 2m"], 1),
+                ("q", {"after": ["dead"]}, ["after dead (cancelled)"], 1),
+                ("full", {}, ["queue `full` is at its limit 1"], 1),
+                ("other", {}, ["no worker takes queue `other`"], 1),
+                ("halt", {"delay": 60}, ["queue `halt` is paused", "due in 1m",
+                                         "no worker takes queue `halt`"], 3)):
+            with self.subTest(queue, fields=fields):
+                job = self.job(queue=queue, **fields)
                 self.assertEqual(self.queue.waiting_for(job), wanted)
-                lasting = [] if wanted[0].startswith(("next", "behind")) else wanted
                 [found] = self.queue.hindrances([job, self.queue.job("full")]).values()
-                self.assertEqual([one.message for one in found], lasting)
-                self.assertEqual([one.message for one in found if one.level == queuectl.NOTE],
-                                 [text for text in lasting if text.startswith("due")])
+                self.assertEqual([one.message for one in found], wanted[:lasting])
+                self.assertEqual([one.level == queuectl.NOTE for one in found],
+                                 [one.message.startswith("due") for one in found])
         [gone] = self.queue.delete(self.job(queue="fleeting").id)
         self.assertEqual(self.queue.waiting_for(gone), ["no worker takes queue `fleeting`"])
         self.queue.pause()
@@ -2852,21 +2648,18 @@ class Promises(Case):
                     os.environ, QUEUECTL_DB=self.path, QUEUECTL_CLAIM=claim):
                 self.assertIsNone(self.queue.caller())
 
-    def test_a_failed_job_says_which_retry_it_waits_for(self):
-        self.job(max_retries=3, backoff_base=120)
-        self.run_next(1)
-        self.assertEqual(self.queue.waiting_for(self.queue.job("job-1")),
-                         ["due in 2m (retry 1 of 2)"])
-
     def test_only_jobs_that_could_start_stand_before_a_job(self):
-        claims = self.worker(queues=("default", "paused", "full", "roomy"))
-        self.job(queue="full")
+        claims, names = self.worker(queues=("default", "full", "roomy", "halt")), ("full", "roomy")
+        self.jobs([{"queue": "full"}, {"backoff_base": 120}, {}])
         self.claim(claims)
-        self.queue.limit_queue("full", 1)
-        self.queue.limit_queue("roomy", 2)
-        self.queue.pause("paused")
-        for name in ("paused", "full", "foreign", "roomy", "default"):
-            self.job(queue=name)
+        for how in (1, 0):
+            self.run_next(how, claims)
+        self.assertEqual(self.queue.waiting_for(self.queue.job("job-2")),
+                         ["due in 2m (retry 1 of 2)"])
+        for limit, name in enumerate(names, 1):
+            self.queue.limit_queue(name, limit)
+        self.queue.pause("halt")
+        self.jobs([{"queue": name} for name in (*names, "halt", "foreign", "default")])
         last = self.job()
         self.job()
         self.assertEqual(self.queue.waiting_for(last), ["behind 2 other jobs"])
@@ -2884,22 +2677,18 @@ class Promises(Case):
         self.end(claim, Outcome("failed", 7, "exit status 7"))
         self.queue.cancel("b")
         self.queue.retry("a")
-        self.assertEqual([(e.id, e.source, e.target, e.reason)
-                          for e in self.queue.events_since()], [
-            ("a", None, PENDING, "enqueued"),
-            ("a", PENDING, PROCESSING, "claimed by a worker"),
-            ("b", None, PENDING, "enqueued"),
-            ("a", PROCESSING, DEAD, "exit status 7"),
-            ("b", PENDING, CANCELLED, "cancelled"),
-            ("a", DEAD, PENDING, "retried by a user")])
+        events = self.queue.events_since()
+        self.assertEqual([(e.id, e.source, e.target, e.reason) for e in events], [
+            ("a", None, PENDING, "enqueued"), ("a", PENDING, PROCESSING, "claimed by a worker"),
+            ("b", None, PENDING, "enqueued"), ("a", PROCESSING, DEAD, "exit status 7"),
+            ("b", PENDING, CANCELLED, "cancelled"), ("a", DEAD, PENDING, "retried by a user")])
         for after, given, seqs in ((0, {"queue": "q"}, [1, 2, 4, 6]), (0, {"limit": 2}, [1, 2]),
                                    (0, {"since": queuectl.iso(NOON + 60)}, [3, 4, 5, 6]),
                                    (4, {}, [5, 6]), (6, {}, [])):
             self.assertEqual([e.seq for e in self.queue.events_since(after, **given)], seqs)
-        self.assertEqual(self.queue.last_event(), 6)
         for job_id in "ab":
-            self.assertEqual([e._replace(seq=0) for e in self.queue.events_since()
-                              if e.id == job_id], self.queue.events(job_id))
+            self.assertEqual([e._replace(seq=0) for e in events if e.id == job_id],
+                             self.queue.events(job_id))
         self.queue.delete("a", "b")     # no number comes again
         self.assertEqual((self.queue.events_since(), self.queue.last_event()), ([], 6))
         self.job(id="a")
@@ -2917,10 +2706,12 @@ class Promises(Case):
     # Waiting.
 
     def test_waiting_ends_with_the_last_job_and_tells_the_progress(self):
-        other = self.a_queue()
+        """What was over counts, though it is retried and deleted meanwhile."""
+        other, told = self.a_queue(), []
         self.jobs("abc")
         other.cancel("a")
-        told, steps = [], [lambda: other.cancel("b"), lambda: self.run_next(by=self.worker(other))]
+        steps = [lambda: other.retry("a"), lambda: other.cancel("a", "b"),
+                 lambda: other.delete("a"), lambda: self.run_next(by=self.worker(other))]
 
         def tell(progress):
             told.append(progress)
@@ -2929,25 +2720,15 @@ class Promises(Case):
         jobs = self.queue.wait("b", "c", "a", "b", timeout=DEADLINE, tell=tell)
         self.assertEqual([(job.id, job.state) for job in jobs],
                          [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
-        self.assertEqual(told, [queuectl.Progress(*counts) for counts in (
+        self.assertEqual([told[0], *told[-2:]], [queuectl.Progress(*counts) for counts in (
             (2, 0, 0, 1), (1, 0, 0, 2), (0, 0, 1, 2))])
         self.assertEqual((told[0].over, told[0].left), (1, 2))
 
-    def test_a_job_that_was_over_counts_though_it_is_retried_and_deleted_meanwhile(self):
-        other = self.a_queue()
-        self.jobs("ab")
-        other.cancel("a")
-        steps = [lambda: other.retry("a"), lambda: other.delete("a"), lambda: other.cancel("b")]
-        jobs = self.queue.wait("a", "b", timeout=DEADLINE,
-                               tell=lambda progress: steps.pop(0)() if steps else None)
-        self.assertEqual([job.state for job in jobs], [CANCELLED, CANCELLED])
-
     def test_waiting_for_all_counts_what_ends_meanwhile(self):
-        other = self.a_queue()
         self.jobs(["before", "a", "b"], queue="q")
         self.job(id="c")
-        other.cancel("before")
-        told = []
+        self.queue.cancel("before")
+        told, other = [], self.a_queue()
 
         def tell(progress):
             told.append(progress)
@@ -2955,16 +2736,12 @@ class Promises(Case):
                 other.cancel("ab"[len(told) - 1])
         self.assertEqual(self.queue.wait_all("q", DEADLINE, tell), (0, 0, 0, 2))
         self.assertEqual(told[0], (2, 0, 0, 0))
-        with refused("not-finished"):
-            self.queue.wait_all(timeout=0)       # c is left
         self.assertEqual(self.queue.progress(), (1, 0, 0, 3))
-        self.assertEqual(self.queue.progress("q"), (0, 0, 0, 3))
 
     def test_waiting_in_vain_is_refused(self):
-        other = self.a_queue()
         self.jobs(["a", {"id": "over", "queue": "q"}, {"queue": "q"}, {"queue": "q"}])
         self.queue.cancel("over")
-        wait, wait_all = self.queue.wait, self.queue.wait_all
+        wait, wait_all, other = self.queue.wait, self.queue.wait_all, self.a_queue()
         for call, names, words in (
                 (wait, ["a"], "1 of 1 jobs not over"), (wait, ["a", "over"], "1 of 2 jobs not"),
                 (wait_all, ["default"], "1 job not over"), (wait_all, ["q"], "2 jobs not over")):
@@ -2973,8 +2750,8 @@ class Promises(Case):
         with refused("no-such-job"):
             wait("a", "gone")
         with refused("no-such-job"):
-            wait("a", timeout=DEADLINE, tell=lambda progress: other.store.row(
-                queuectl.Sql.JOB, id="a") and other.delete("a"))
+            wait("a", timeout=DEADLINE, tell=lambda _: other.jobs() and swept(
+                other, "delete", queue="default"))
         self.assertEqual(wait(), [])
 
     def test_a_wait_looks_again_every_second_and_not_after_the_end(self):
@@ -3016,35 +2793,31 @@ class Promises(Case):
         self.assertEqual([hook[:2] for hook in self.hooks()], [("bad", "job-2")])
         self.queue.configure("on-completed", "good")
         self.queue.configure("crash-limit", "1")
-        for name, kind, code, error, wanted in (
-                ("a", "completed", 0, None, [("good", "a", COMPLETED, "0", "")]),
-                ("b", "failed", 3, "exit status 3", []),
-                ("b", "failed", 4, "it: 'ünï'", [("bad", "b", DEAD, "4", "it: 'ünï'")]),
-                ("c", "failed", None, "no cwd", []),
-                ("c", "cancelled", None, "cancelled", []),
-                ("d", "released", None, None, []),
-                ("e", "lost", None, "its worker was lost", [
-                    ("bad", "e", DEAD, "", "its worker was lost")])):
+        self.jobs([{"id": name, "priority": 9 - n} for n, name in enumerate("abcde")],
+                  max_retries=2, backoff_base=0)
+        for name, kind, code, error, hook in (
+                ("a", "completed", 0, None, ("good", "a", COMPLETED, "0", "")),
+                ("b", "failed", 3, "exit status 3", None),
+                ("b", "failed", 4, "it: 'ünï'", ("bad", "b", DEAD, "4", "it: 'ünï'")),
+                ("c", "failed", None, "no cwd", None), ("c", "cancelled", None, "cancelled", None),
+                ("d", "released", None, None, None), ("d", "cancelled", None, None, None),
+                ("e", "lost", None, "its worker was lost", (
+                    "bad", "e", DEAD, "", "its worker was lost"))):
             with self.subTest(name=name, kind=kind):
-                if not self.queue.store.row(queuectl.Sql.JOB, id=name):
-                    self.job(id=name, max_retries=2, backoff_base=0, priority=1)
                 before = len(self.hooks())
                 self.end_one(kind, code, error)
-                self.assertEqual(self.hooks()[before:], wanted)
-                if name == "d":
-                    self.queue.cancel("d")
+                self.assertEqual(self.hooks()[before:], [hook] if hook else [])
         self.assertEqual(self.queue.jobs(queue="hooks")[0].cwd, os.path.dirname(self.queue.path))
 
     def test_the_jobs_of_hooks_call_no_hooks(self):
         for key in ("on-completed", "on-dead", "on-idle"):
             self.queue.configure(key, key)
         self.job(id="a")
-        self.end_one("completed", 0)
-        self.assertEqual([hook[0] for hook in self.hooks()], ["on-completed", "on-idle"])
-        self.end_one("completed", 0)
+        self.run_next()
         self.queue.edit("job-3", max_retries=1)
-        self.end_one("failed", 1)
-        self.assertEqual(len(self.hooks()), 2)
+        for how in (0, 1):
+            self.run_next(how)
+        self.assertEqual([hook[0] for hook in self.hooks()], ["on-completed", "on-idle"])
         self.assertEqual(self.queue.counts()[PENDING], 0)
 
     def test_a_hook_is_added_with_the_change_or_not_at_all(self):
@@ -3079,8 +2852,7 @@ class Promises(Case):
         self.assertEqual(self.hooks(), [])
         self.queue.cancel("c")
         self.assertEqual(self.hooks(), [("idle", "c", CANCELLED, "", "")])
-        self.job(id="d")
-        self.queue.cancel("d")
+        self.queue.cancel(self.job().id)
         self.assertEqual(len(self.hooks()), 2)
 
     # Output, statistics, workers.
@@ -3110,38 +2882,25 @@ class Promises(Case):
         with mock.patch.object(self.queue, "await_change", side_effect=AssertionError):
             self.assertEqual(self.queue.fresh_run("job-1").output, b"")
 
-    def test_each_queue_has_its_own_statistics_and_oldest_job(self):
+    def test_each_queue_has_its_own_statistics(self):
+        """And none in which nothing was done."""
         self.jobs([{}, {"queue": "q"}])
         self.end(self.tick(2).claims)
-        self.jobs([{}, {"delay": 10}, {"queue": "q", "delay": 20}])
-        self.assertEqual(self.queue.scrape().oldest, {"default": 0.0})
-        self.after(30)
+        self.jobs([{}, {"queue": "q"}, {}])
         self.assertEqual([(name, one.enqueued, one.completed, one.run_time.n)
                           for name, one in self.queue.stats().items()],
                          [("", 5, 2, 2), ("default", 3, 1, 1), ("q", 2, 1, 1)])
-        self.assertEqual(self.queue.scrape().oldest, {"default": 30.0, "q": 10.0})
-
-    def test_statistics_leave_out_the_queues_in_which_nothing_was_done(self):
-        self.job(id="a")
-        self.queue.cancel("a")
-        for seconds, verb, wanted in ((3600, "retry", [""]), (0, "cancel", ["", "default"]),
-                                      (3600, "delete", [""])):
+        for seconds, verb, wanted in ((0, "cancel", ["", "default", "q"]), (3600, "retry", [""]),
+                                      (0, "cancel", ["", "default"]), (3600, "delete", [""])):
             self.after(seconds)
-            getattr(self.queue, verb)("a")
-            self.assertEqual(list(self.queue.stats(60)), wanted)
-
-    def test_a_resumed_schedule_that_was_not_paused_keeps_its_next_run(self):
-        due = self.queue.add_schedule("s", "*/10 * * * *", command="x").next_run
-        self.after(3600)
-        self.assertEqual(self.queue.resume_schedule("s").next_run, due)
-        self.assertEqual(self.queue.pause_schedule("s").next_run, due)
+            getattr(self.queue, verb)("job-3")
+            self.assertEqual([*self.queue.stats(60)], wanted)
 
     def test_workers_are_asked_to_stop_by_name_or_all_at_once(self):
         workers = self.worker(name="one"), self.worker(name="two")
-        with refused("no-such-worker", "did you mean `two`"):
-            self.queue.stop_workers("one", "tow")
-        with refused("no-such-worker", "worker list"):
-            self.queue.stop_workers("nobody at all")
+        for name, words in (("tow", "did you mean `two`"), ("nobody at all", "worker list")):
+            with refused("no-such-worker", words):
+                self.queue.stop_workers("one", name)
         self.assertEqual([self.tick(by=worker).stop for worker in workers], [None, None])
         for names, now, asked, stops in (
                 (["one"], False, ["one"], ["drain", None]),
@@ -3187,10 +2946,9 @@ class Ticks(Case):
         self.jobs(queuectl.DUE_BATCH, run_at=NOON + 1, cwd="/")
         self.job(id="urgent", run_at=NOON + 2, priority=9)
         self.after(10)
-        tick = self.tick(1)
-        self.assertEqual((tick.is_behind, tick.claims), (True, []))
-        tick = self.tick(1)
-        self.assertEqual((tick.is_behind, ids(tick.claims)), (False, ["urgent"]))
+        for is_behind, claimed in ((True, []), (False, ["urgent"])):
+            tick = self.tick(1)
+            self.assertEqual((tick.is_behind, ids(tick.claims)), (is_behind, claimed))
         self.assertEqual(tick.mine, {tick.claims[0].number: None})
 
     def test_paused_full_and_foreign_queues_are_passed_over(self):
@@ -3204,30 +2962,6 @@ class Ticks(Case):
                 (2, self.worker(name="only", queues=("free",)), ["free"])):
             self.assertEqual([one.job.queue for one in self.tick(free, by=worker).claims], queues)
 
-    def test_each_look_at_the_line_is_longer_than_the_one_before(self):
-        self.jobs(400, queue="paused")
-        self.job()
-        self.queue.pause("paused")
-        read, limits = self.queue.store.rows, []
-
-        def rows(sql, **values):
-            if sql == queuectl.Sql.LINE:
-                limits.append(values["limit"])
-            return read(sql, **values)
-        with mock.patch.object(self.queue.store, "rows", rows):
-            for free in (1, 100):
-                limits.clear()
-                self.assertEqual(len(self.claims._choose(free)), 1)
-                self.assertEqual(limits, sorted(set(limits)))
-
-    def test_two_workers_never_get_the_same_job(self):
-        self.jobs(6)
-        workers = self.worker(name="a"), self.worker(name="b")
-        self.assertEqual(len({claim.number for worker in workers
-                              for claim in self.tick(3, by=worker).claims}), 6)
-        with refused("in-use"):
-            self.worker(name="a")
-
     @NEEDS_LOCKS
     def test_numbers_whose_lock_is_held_are_passed_over(self):
         """(I5); a worker's may be of later days, if the file was put back."""
@@ -3240,24 +2974,18 @@ class Ticks(Case):
     # Pauses, limits, ageing.
 
     def test_a_paused_queue_waits_and_its_runs_go_on(self):
-        self.jobs([{"id": "a", "queue": "a"}, {"id": "b", "queue": "b"},
-                   {"id": "runs", "queue": "a", "priority": 9}])
+        """A pause of all and that of a queue are two things."""
+        self.jobs([{"id": "runs", "queue": "a"}, {"id": "a", "queue": "a"},
+                   {"id": "b", "queue": "b"}])
         runs = self.claim()
-        self.queue.pause("a")
-        self.assertEqual(ids(self.tick(4).claims), ["b"])
-        self.assertTrue(self.queue.status().paused)
-        self.assertEqual([one.after.state for one in self.end(runs, free=1).changes], [COMPLETED])
-        self.queue.resume("a")
-        self.assertEqual(ids(self.tick(4).claims), ["a"])
-
-    def test_a_pause_of_all_and_that_of_a_queue_are_two_things(self):
-        self.jobs([{"id": "a", "queue": "a"}, {"id": "b", "queue": "b"}])
         for verbs, claimed in (([("pause",), ("resume", "a", "b")], []),
-                               ([("pause", "a"), ("resume",)], ["b"]),
-                               ([("resume", "a")], ["a"])):
+                               ([("pause", "a"), ("resume",)], ["b"])):
             for verb, *names in verbs:
                 getattr(self.queue, verb)(*names)
             self.assertEqual(ids(self.tick(4).claims), claimed)
+        self.assertEqual([one.after.state for one in self.end(runs, free=1).changes], [COMPLETED])
+        self.queue.resume("a")
+        self.assertEqual(ids(self.tick(4).claims), ["a"])
 
     def test_a_queue_s_limit_holds_for_all_workers_together(self):
         one, two = self.worker(name="one"), self.worker(name="two")
@@ -3271,26 +2999,15 @@ class Ticks(Case):
             self.queue.limit_queue("q", limit)
             self.assertEqual(ids(self.tick(2, by=one).claims), claimed)
 
-    def test_with_ageing_a_low_job_goes_before_a_high_one_that_came_too_late(self):
-        for gap, first in ((299.9, "high"), (300.1, "low")):
-            with self.subTest(gap):
-                self.anew()
-                self.queue.configure("priority-ageing", "1m")
-                self.job(id="low", priority=-1)
-                self.after(gap)
-                self.job(id="high", priority=4)
-                self.assertEqual(self.claim().job.id, first)
-
     def test_with_ageing_a_steady_stream_of_high_jobs_starves_no_low_one(self):
         self.queue.configure("priority-ageing", "2s")
         self.job(id="low")
         taken = []
-        for _ in range(25):
+        while "low" not in taken[:25]:
             self.jobs(2, priority=5)     # more than one can do
             self.after(1)
             taken.append(self.run_next().job.id)
-        # Before it go those that were due in the first 5 x 2 seconds, and no other.
-        self.assertEqual(taken.index("low"), 20)
+        self.assertEqual(len(taken), 21)     # those due in the first 5 x 2 seconds go before it
 
     def test_the_order_of_waiting_jobs_never_changes_with_time(self):
         chance = random.Random("order")
@@ -3318,13 +3035,16 @@ class Ticks(Case):
         self.assertEqual((job.claim, job.crashes, job.attempts), (new.number, 1, 0))
 
     def test_a_seized_run_is_a_crash_though_its_worker_thawed(self):
-        self.job()
-        claim = self.claim()
-        self.tick(seized=self.queue.runs("job-1"))
-        self.end(claim, Outcome("failed", 143, "killed by SIGTERM", 1.0))
+        self.jobs(3)
+        claim, *_ = self.tick(3).claims
+        self.queue.cancel("job-2")
+        self.tick(seized=[self.queue.run("job-1"), self.queue.run("job-2")])
+        self.assertEqual([self.queue.job(f"job-{n}").end_requested for n in (1, 2, 3)],
+                         ["lost", "cancel", None])
+        self.end(claim, 143)
         job = self.queue.job("job-1")
-        self.assertEqual((job.state, job.attempts, job.crashes), (FAILED, 0, 1))
-        self.assertEqual(self.queue.runs("job-1")[0].outcome, "lost")
+        self.assertEqual((job.state, job.attempts, job.crashes, self.queue.run("job-1").outcome),
+                         (FAILED, 0, 1, "lost"))
 
     def test_a_cancelled_run_is_told_as_such_whatever_its_status(self):
         self.job()
@@ -3332,29 +3052,26 @@ class Ticks(Case):
         self.queue.cancel("job-1")
         self.assertEqual(self.tick().mine, {claim.number: "cancel"})
         self.end(claim, Outcome("failed", 143, "killed", 2.0))
-        self.assertEqual((self.state("job-1"), self.queue.runs("job-1")[0].outcome),
+        self.assertEqual((self.state("job-1"), self.queue.run("job-1").outcome),
                          (CANCELLED, "cancelled"))
         self.assertEqual(self.queue.stats()[""].run_time.n, 1)
 
     def test_each_run_keeps_its_result_and_the_last_is_shown(self):
-        claims, other = self.worker(name="w"), self.worker(name="other")
         self.jobs("ab")
-        claim, foreign = self.claim(claims), self.claim(other)
+        claim, foreign = self.claim(), self.claim(self.worker(name="other"))
         self.after(1)
-        self.assertEqual(self.tick(outputs={claim.number: output_of(b"same")}, by=claims).mine,
-                         {claim.number: None})
-        self.end(claim, Outcome("failed", 3, "no luck", 1.5, b"SAME", 4), by=claims)
+        self.tick(outputs={claim.number: output_of(b"same")})
+        self.end(claim, Outcome("failed", 3, "no luck", 1.5, b"SAME", 4))
         job, ended = self.queue.job("a"), queuectl.iso(self.clock.now)
         self.after(3600)
-        [again] = self.tick([2], by=claims).claims
+        [again] = self.tick([2]).claims
 
         first, second = self.queue.runs("a")
         self.assertEqual((job.exit_code, job.error, job.updated_at, job.finished_at),
                          (3, "no luck", ended, ended))
-        self.assertEqual(
-            (first.outcome, first.exit_code, first.error, first.duration, first.output,
-             first.slot, first.started_at, first.finished_at),
-            ("failed", 3, "no luck", 1.5, b"SAME", 1, queuectl.iso(NOON), ended))
+        self.assertEqual(first, first._replace(
+            outcome="failed", exit_code=3, error="no luck", duration=1.5, output=b"SAME", slot=1,
+            started_at=queuectl.iso(NOON), finished_at=ended))
         self.assertEqual((second.number, second.slot, second.outcome), (2, 2, None))
         self.assertEqual([self.queue.run("a", n).claim for n in (1, 2, None)],
                          [claim.number, again.number, again.number])
@@ -3410,13 +3127,11 @@ class Ticks(Case):
         self.job()
         claim = self.claim()
         self.queue.store.db.patience = 0.01
-        rival = sqlite3.connect(self.queue.path, isolation_level=None)
-        self.addCleanup(rival.close)
-        rival.execute("BEGIN IMMEDIATE")
-        report = queuectl.Report({claim.number: Outcome("completed", 0)})
-        self.assertIsNone(self.claims.tick(report, [1]))
-        self.assertEqual(self.state("job-1"), PROCESSING)
-        rival.execute("ROLLBACK")
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as rival:
+            rival.execute("BEGIN IMMEDIATE")
+            self.assertIsNone(self.claims.tick(queuectl.Report({claim.number: Outcome(
+                "completed", 0)}), [1]))
+            self.assertEqual(self.state("job-1"), PROCESSING)
         self.end(claim)
         self.assertEqual(self.state("job-1"), COMPLETED)
 
@@ -3451,27 +3166,29 @@ class Ticks(Case):
         self.after(5)
         begun = self.begin(first, 2)
         self.tick()
+        third = self.begin(second, 3)
         self.assertEqual((begun.slot, second.slot, at_once.slot), (2, 0, 1))
-        run = self.queue.runs("job-1")[0]
-        self.assertEqual((run.started_at, run.slot), (queuectl.iso(NOON + 5), 2))
-        self.end([begun, second, at_once])
+        self.after(5)
+        self.end([begun, third, at_once])   # the third began and ended within one tick
+        self.assertEqual([(run.slot, run.started_at, run.finished_at) for run in map(
+            self.queue.run, ("job-1", "job-2"))],
+            [(n, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)) for n in (2, 3)])
         self.assertEqual((self.claims._held, self.claims._begun), ({}, set()))
 
     @NEEDS_LOCKS
     def test_a_lost_run_that_had_not_begun_is_no_crash(self):
-        self.jobs(5)
-        claims = self.tick([1, 2, 0, 0, 0]).claims
-        self.begin(claims[2], 3)
+        self.jobs(3)
+        claims = self.tick([1, 0, 0]).claims
+        self.begin(claims[1], 3)
         for claim in claims:
             self.lose(claim)
-        self.assertEqual([(run.outcome, run.duration, self.state(f"job-{n}"),
-                           self.queue.job(f"job-{n}").crashes) for n in range(1, 6)
-                          for run in self.queue.runs(f"job-{n}")],
-                         [("lost", None, FAILED, 1)] * 3 + [("released", None, PENDING, 0)] * 2)
-        self.assertEqual(self.queue.runs("job-5")[0].error,
-                         "its worker was lost before it had begun")
-        self.assertEqual(self.queue.stats()[""].lost, 3)
-        self.assertEqual(self.queue.stats()[""].run_time.n, 0)
+        self.assertEqual([(run.outcome, run.duration, job.state, job.crashes)
+                          for job in self.queue.jobs(sort="oldest")
+                          for run in self.queue.runs(job.id)],
+                         [("lost", None, FAILED, 1)] * 2 + [("released", None, PENDING, 0)])
+        self.assertIn("before it had begun", self.queue.run("job-3").error)
+        stats = self.queue.stats()[""]
+        self.assertEqual((stats.lost, stats.run_time.n), (2, 0))
 
     # When there is work.
 
@@ -3483,11 +3200,8 @@ class Ticks(Case):
         self.assertEqual((tick.stop, tick.claims), (queuectl.DRAIN, []))
 
     def test_each_change_that_matters_to_a_worker_wakes_it(self):
-        wake_ups = self.a_socket(0)
+        wake_ups, queue = self.a_socket(0), self.queue
         claims = self.worker(port=wake_ups.getsockname()[1])
-        self.job(id="dead", max_retries=1)
-        self.run_next(1, claims)
-        self.job(id="a")
 
         def heard():
             found = set()
@@ -3495,113 +3209,98 @@ class Ticks(Case):
                 while True:
                     found.add(wake_ups.recv(queuectl.SOCKET_BUFFER))
             return found
-        for verb, *names in (
-                ("retry_dead", "dead"), ("cancel", "dead"), ("edit", "a"), ("pause", "q"),
-                ("resume", "q"), ("limit_queue", "q", 1), ("cancel", "a"), ("retry", "a"),
-                (swept, "cancel"), (swept, "retry"), ("add_schedule", "s", "@daily"),
-                ("resume_schedule", "s"), ("run_schedule", "s"),
-                ("configure", "priority-ageing", "1m"),
-                ("configure", "priority-ageing", None), ("stop_workers",)):
-            with self.subTest(verb, names=names):
+        self.job(id="dead", max_retries=1)
+        self.run_next(1, claims)
+        self.job(id="a")
+        for number, change in enumerate((
+                lambda: queue.retry_dead("dead"), lambda: queue.cancel("dead"),
+                lambda: queue.edit("a", priority=1), lambda: queue.pause("q"),
+                lambda: queue.resume("q"), lambda: queue.limit_queue("q", 1),
+                lambda: queue.cancel("a"), lambda: queue.retry("a"),
+                lambda: swept(queue, "cancel"), lambda: swept(queue, "retry"), self.every,
+                lambda: queue.resume_schedule("s"), lambda: queue.run_schedule("s"),
+                lambda: queue.configure("priority-ageing", "1m"),
+                lambda: queue.configure("priority-ageing", None), queue.stop_workers)):
+            with self.subTest(number):
                 heard()
-                fields = {"edit": {"priority": 1}, "add_schedule": {"command": "x"}}
-                if verb is swept:
-                    swept(self.queue, *names)
-                else:
-                    getattr(self.queue, verb)(*names, **fields.get(verb, {}))
+                change()
                 self.assertTrue(heard() & {queuectl.NEW_JOBS, queuectl.NEW_ORDERS})
-        self.queue.cancel("a")
+        queue.cancel("a")
         heard()
         for verb, filters, is_changed in (("cancel", {}, False), ("delete", {}, True),
                                           ("retry", {"search": "none"}, False)):
             with self.subTest(verb):        # that gives a worker nothing to do
-                self.assertEqual(bool(swept(self.queue, verb, CANCELLED, **filters)), is_changed)
+                self.assertEqual(bool(swept(queue, verb, CANCELLED, **filters)), is_changed)
                 self.assertEqual(heard(), set())
 
     def test_a_worker_sleeps_until_a_job_or_a_schedule_is_due(self):
-        def looks():
-            return self.claims.is_work_ready(), self.claims.next_due()
-        self.assertEqual(looks(), (False, None))
-        self.every()
         self.every("@yearly", "far")
-        self.job(id="late", delay=700)
-        self.assertEqual(looks(), (False, NOON + 600))
-        self.job(id="soon", delay=60)
-        self.assertEqual(looks(), (False, NOON + 60))
-        self.assertEqual(self.queue.status().next_due.id, "soon")
-        self.after(60)
-        self.assertEqual(looks(), (True, NOON + 60))
-        self.assertEqual(len(self.tick(1).claims), 1)
-        self.assertEqual(looks(), (False, NOON + 600))
-        self.clock.now = NOON + 600
-        self.assertEqual(looks(), (True, NOON + 600))
-        self.queue.pause_schedule("s")
-        self.assertEqual(looks(), (False, NOON + 700))
-        self.job()
-        self.assertEqual(looks(), (True, NOON + 700))
+        for act, is_ready, due in (
+                (self.every, False, 600),
+                (lambda: self.job(id="late", delay=700), False, 600),
+                (lambda: self.job(id="soon", delay=60), False, 60),
+                (lambda: self.after(60), True, 60), (lambda: self.claim(), False, 600),
+                (lambda: self.after(540), True, 600),
+                (lambda: self.queue.pause_schedule("s"), False, 700), (self.job, True, 700)):
+            act()
+            with self.subTest(is_ready=is_ready, due=due):
+                self.assertEqual((self.claims.is_work_ready(), self.claims.next_due()),
+                                 (is_ready, NOON + due))
+        self.assertEqual(self.queue.status().next_due.id, "late")
 
     def test_jobs_that_a_worker_could_not_take_are_no_work_for_it(self):
         """Else two idle workers would go on waking each other with their ticks."""
-        claims = self.worker(queues=("own", "full", "later"))
-        self.queue.limit_queue("full", 1)
-        for name in ("foreign", "own", "full"):
-            self.job(queue=name, id=name)
+        claims, queue = self.worker(queues=("own", "full", "later")), self.queue
+        queue.limit_queue("full", 1)
+        self.jobs([{"queue": name, "id": name} for name in ("foreign", "own", "full")])
         self.assertTrue(claims.is_work_ready())
-        self.queue.pause("own")
+        queue.pause("own")
         full = self.claim(claims)
         self.assertEqual(full.job.id, "full")
-        self.job(queue="full")
-        self.assertFalse(claims.is_work_ready())
-        self.job(queue="later", delay=3600)
+        for act, is_ready in (
+                (lambda: self.job(queue="full"), False),
+                (lambda: self.job(queue="later", delay=3600), False),
+                (lambda: self.job(queue="foreign", delay=60), False),
+                (lambda: self.after(60), True),     # somebody has to make it ready
+                (lambda: self.tick(by=claims), False),
+                (lambda: queue.resume("own"), True), (queue.pause, False), (queue.resume, True),
+                (lambda: queue.pause("own"), False), (lambda: self.end(full, by=claims), True)):
+            act()
+            self.assertIs(claims.is_work_ready(), is_ready)
+        queue.pause("own", "full")
         self.assertFalse(claims.is_work_ready())
         self.assertTrue(self.worker(name="all").is_work_ready())
 
-        self.job(queue="foreign", delay=60)
-        self.assertFalse(claims.is_work_ready())
-        self.after(60)
-        self.assertTrue(claims.is_work_ready())     # somebody has to let it in
-        self.tick(by=claims)
-        for verb, names, is_ready in (("pause", ["own"], False), ("resume", ["own"], True),
-                                      ("pause", [], False), ("resume", [], True),
-                                      ("pause", ["own"], False)):
-            getattr(self.queue, verb)(*names)
-            self.assertIs(claims.is_work_ready(), is_ready)
-        self.end(full, by=claims)
-        self.assertTrue(claims.is_work_ready())
-
     def test_a_worker_has_drained_when_its_own_queues_hold_nothing_for_now(self):
-        for held, is_drained in (
-                ("other pending", True), ("other processing", True), ("q pending", False),
-                ("q processing", False), ("q failed", False), ("q due", False),
-                ("q later", True), ("q cancelled", True), ("q paused", True),
-                ("other failed", True)):
-            with self.subTest(held):
+        for name, what, is_drained in (
+                ("other", "pending", True), ("other", "processing", True),
+                ("other", "failed", True), ("q", "pending", False), ("q", "processing", False),
+                ("q", "failed", False), ("q", "due", False), ("q", "later", True),
+                ("q", "cancelled", True), ("q", "paused", True)):
+            with self.subTest(name, what=what):
                 self.anew()
-                name, what = held.split()
                 worker = self.worker(name="worker")
                 self.job(queue=name, delay={"due": 5, "later": 60}.get(what), backoff_base=3600)
-                if what in ("processing", "failed"):
-                    claim = self.claim(worker)
-                    if what == "failed":
-                        self.end(claim, 1, by=worker)
+                if what == "processing":
+                    self.claim(worker)
+                elif what == "failed":
+                    self.run_next(1, worker)
                 elif what == "cancelled":
                     self.queue.cancel("job-1")
                 elif what == "paused":
                     self.queue.pause("q")
                 self.after(10)
                 self.assertIs(self.worker(name="mine", queues=("q",)).is_drained(), is_drained)
-                if name == "other":
-                    self.assertIs(worker.is_drained(), False)
+                self.assertIs(worker.is_drained(), is_drained and name == "q")
 
     # Workers that come, go and die.
 
     def test_a_worker_is_in_the_table_until_it_leaves(self):
-        self.job()
         claims = self.worker(port=4567, slots=3, queues=("a", "b"))
-        worker = claims.worker
+        worker, held = claims.worker, self.queue.host.locks.is_held
         self.assertEqual(self.queue.store.workers(), [worker])
-        self.assertEqual((worker.id, worker.pid, worker.slots, worker.queues, worker.port,
-                          worker.heartbeats), (1, os.getpid(), 3, ("a", "b"), 4567, 0))
+        self.assertEqual(worker, worker._replace(
+            id=1, pid=os.getpid(), slots=3, queues=("a", "b"), port=4567, heartbeats=0))
         self.assertIn(str(os.getpid()), worker.name)
         self.assertEqual(self.worker(name="b").worker.id, 2)
         self.after(3)
@@ -3609,7 +3308,7 @@ class Ticks(Case):
         self.assertEqual(self.queue.store.workers()[0].heartbeat_at, queuectl.iso(NOON + 3))
         claims.leave()
         self.assertEqual([one.id for one in self.queue.store.workers()], [2])
-        let_go(self.queue.host.locks.hold(queuectl.WORKER_LOCKS + worker.id))
+        self.assertFalse(held(queuectl.WORKER_LOCKS + 1))
 
     def test_a_worker_that_cannot_enter_holds_no_lock(self):
         self.do("CREATE TRIGGER no BEFORE INSERT ON workers BEGIN SELECT RAISE(ABORT, 'no'); END")
@@ -3637,78 +3336,69 @@ class Ticks(Case):
             found = read(sql, **values)
             if sql == queuectl.Sql.WORKERS and not came:
                 came.append(True)
-                came.append(self.claim(self.worker(name="newcomer")))
+                self.claim(self.worker(name="newcomer"))
             return found
         with mock.patch.object(self.queue.store, "rows", rows):
             self.assertEqual(self.lost(watcher), [])
         self.assertTrue(came)
 
     def test_a_worker_that_lost_its_jobs_and_lives_stays_in_the_table(self):
-        claims = self.worker(name="frozen")
+        claims, foreign = self.worker(name="frozen"), self.worker(name="foreign")
         self.job()
         claim = self.claim(claims)
-        foreign = self.worker(name="foreign")    # nobody here can tell if it lives
         let_go(foreign.lock)
-        self.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = :id",
-                id=foreign.worker.id)
-        self.lose(claim)
+        self.do("UPDATE workers SET boot = 'other', host = 'other' WHERE id = 2")
+        self.lose(claim)    # nobody here can tell if the other lives
         self.assertEqual([v.name for v in self.queue.workers()], ["frozen", "foreign"])
-        self.do(queuectl.Sql.DELETE_WORKER, id=claims.worker.id)
+        self.do(queuectl.Sql.DELETE_WORKER, id=1)
         self.after(60)
         self.tick(by=claims)
         worker = self.queue.workers()[0]
         self.assertEqual((worker.id, worker.name, worker.heartbeat_at),
-                         (claims.worker.id, "frozen", queuectl.iso(NOON + 60)))
+                         (1, "frozen", queuectl.iso(NOON + 60)))
         self.assertEqual(self.lost(claims), [])
 
     def test_the_name_of_a_dead_worker_is_free_and_its_jobs_are_still_found(self):
-        dead = self.worker(name="w")
+        dead, _living = self.worker(name="w"), self.worker(name="other")
+
+        def names():
+            return [one.name for one in self.queue.store.workers()]
         self.job()
         self.claim(dead).release()
         self.leave_behind(dead)
         claims = self.worker(name="w")
-        self.assertEqual([one.name for one in self.queue.store.workers()],
-                         [f"w#{dead.worker.id}", "w"])
         gone = self.peers(claims).dead()
-        self.tick(by=claims, dead=gone)     # it has a job yet
-        self.assertEqual(len(self.queue.store.workers()), 2)
+        self.assertEqual(ids(gone), [1])
+        self.assertEqual(self.tick(by=claims, dead=gone).removed, [])   # it has a job yet
+        self.assertEqual(names(), ["w#1", "other", "w"])
         [lost] = self.lost(claims)
-        self.assertEqual((lost.job, [one.id for one in gone]), (1, [dead.worker.id]))
-        [change] = self.tick(by=claims, lost=[lost], dead=gone).changes
-        self.assertEqual((change.after.state, change.after.crashes), (FAILED, 1))
-        self.assertEqual([one.name for one in self.queue.store.workers()], ["w"])
+        tick = self.tick(by=claims, lost=[lost], dead=gone)
+        self.assertEqual([(one.after.state, one.after.crashes) for one in tick.changes],
+                         [(FAILED, 1)])
+        self.assertEqual((ids(tick.removed), names()), ([1], ["other", "w"]))
         self.assertEqual((self.lost(claims), self.peers(claims).record(lost)), ([], []))
 
     def test_a_worker_that_comes_back_finds_its_name_taken(self):
         claims = self.worker(name="w")
         self.job()
-        # as those do that take it for dead
-        self.do(queuectl.Sql.DELETE_IDLE_WORKER, id=claims.worker.id)
-        third, other = self.worker(name="v"), self.worker(name="w")
+        self.do(queuectl.Sql.DELETE_IDLE_WORKER, id=1)  # as those do that take it for dead
+        other = self.worker(name="w")
         mine = self.claim(claims)
         self.assertEqual(self.tick(1, by=other).mine, {})
         self.end(mine, by=claims)
         self.assertEqual([(one.id, one.name) for one in self.queue.store.workers()],
-                         [(1, "w#1"), (third.worker.id, "v"), (other.worker.id, "w")])
-        self.assertEqual(self.queue.runs("job-1")[0].worker, "w#1")
-
-    def test_only_dead_workers_without_jobs_are_removed(self):
-        claims, dead, living = (self.worker(name=name) for name in "abc")
-        self.tick(by=living)
-        self.leave_behind(dead)
-        tick = self.tick(by=claims, dead=self.peers(claims).dead())
-        self.assertEqual([one.name for one in tick.removed], ["b"])
-        self.assertEqual([one.name for one in self.queue.store.workers()], ["a", "c"])
+                         [(1, "w#1"), (2, "w")])
+        self.assertEqual(self.queue.run("job-1").worker, "w#1")
 
     def test_no_transaction_waits_for_the_host(self):
         """It may have to start `ps`, while all others wait for the write lock (I9)."""
-        held = []
-        for name in ("born", "is_alive"):
-            def asked(ask, what):
+        held, host = [], self.queue.host
+        for ask in (host.born, host.is_alive):
+            def asked(what, ask=ask):
                 held.append(self.queue.store.db._db.in_transaction)
                 return ask(what)
-            setattr(self.queue.host, name, functools.partial(asked, getattr(self.queue.host, name)))
-            self.addCleanup(vars(self.queue.host).pop, name)
+            setattr(host, ask.__name__, asked)
+            self.addCleanup(vars(host).pop, ask.__name__)
         claims = self.worker(name="w")
         for view in (*self.queue.workers(), *self.queue.scrape().workers):
             self.assertEqual((view.name, view.is_alive), ("w", True))
@@ -3720,20 +3410,10 @@ class Ticks(Case):
         self.leave_behind(claims)
         self.worker(name="w")
         self.lose(claim)
-        self.assertEqual([worker.id for worker in self.queue.store.workers()], [2])
+        self.assertEqual(ids(self.queue.store.workers()), [2])
         self.assertEqual((len(held) > 7, any(held)), (True, False))
 
     # Statistics.
-
-    def test_counters_of_the_first_hour_of_1970_are_not_those_of_all_time(self):
-        self.clock.now = 60.0
-        self.job()
-        self.assertEqual([one.at for one in self.queue.history(9)], [queuectl.iso(60)])
-        self.assertEqual(self.queue.stats(600)[""].enqueued, 1)
-        self.clock.now = NOON
-        while self.tick().is_expiring:
-            pass
-        self.assertEqual(self.queue.stats()[""].enqueued, 1)
 
     def test_the_wait_for_a_slot_begins_when_a_job_is_ready(self):
         self.jobs(["first", {"after": ["first"]}])
@@ -3758,6 +3438,11 @@ class Ticks(Case):
             self.assertAlmostEqual(self.queue.covered(asked), covered, 3)
 
     def test_counters_of_old_minutes_are_deleted_and_those_of_all_time_stay(self):
+        self.clock.now = 60.0   # the first hour of 1970 is none of all time
+        self.job()
+        self.assertEqual([one.at for one in self.queue.history(9)], [queuectl.iso(60)])
+        self.assertEqual(self.queue.stats(600)[""].enqueued, 1)
+        self.clock.now = NOON
         for _ in range(300):
             self.job()
             self.after(60)
@@ -3765,12 +3450,10 @@ class Ticks(Case):
         self.after(8 * 86400 - 3600)
         while self.tick().is_expiring:
             pass
-        [[minutes]] = self.queue.store.rows(
-            "SELECT COUNT(DISTINCT minute) FROM tallies WHERE minute > 0")
-        self.assertEqual((minutes, self.queue.stats()[""]), (60, ever))
+        self.assertEqual(self.queue.store.rows(
+            "SELECT COUNT(DISTINCT minute) FROM tallies WHERE minute > 0"), [(60,)])
+        self.assertEqual((ever.enqueued, self.queue.stats()[""]), (301, ever))
         self.assertEqual(self.queue.stats(9 * 86400)[""].enqueued, 60)
-        self.assertEqual(self.queue.covered(9 * 86400), 8 * 86400)
-        self.assertFalse(self.tick().is_expiring)
 
     def test_each_of_the_last_minutes_has_its_own_numbers(self):
         for _ in range(4):
@@ -3796,17 +3479,15 @@ class Ticks(Case):
 
     def added(self, *workers):
         """The jobs that schedules add in a tick of each worker; they end at once."""
-        workers = workers or [self.claims]
-        before = self.queue.last_event()
+        workers, before = workers or [self.claims], self.queue.last_event()
         for claims in workers:
             self.tick(by=claims)
         added = ids(self.queue.events_since(before))
         for claims in workers:
-            taken = self.tick(4, by=claims).claims
-            if taken:
+            if taken := self.tick(4, by=claims).claims:
                 self.end(taken, by=claims)
-            for one in taken:
-                one.release()
+                for one in taken:
+                    one.release()
         return added
 
     def test_a_schedule_that_cannot_be_read_is_paused(self):
@@ -3826,17 +3507,17 @@ class Ticks(Case):
     def test_a_run_brings_one_job_whatever_the_number_of_workers(self):
         other = Queue(self.path, clock=lambda: self.clock.now - 0.7)
         self.addCleanup(other.close)
-        workers = self.worker(name="a"), self.worker(other, name="b")
+        workers, added = (self.worker(name="a"), self.worker(other, name="b")), []
         self.every(queue="q", priority=3, tags=["own"], env={"A": "b"})
-        added = []
         for _ in range(3600):
             self.after(1)
             if any(claims.is_work_ready() for claims in workers):
                 added += [(self.clock.now - NOON, job_id) for job_id in self.added(*workers)]
         self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
         job = self.queue.job("job-1")
-        self.assertEqual((job.command, job.queue, job.priority, job.tags, job.env, job.cwd),
-                         ("x", "q", 3, ("own", "schedule:s"), {"A": "b"}, os.getcwd()))
+        self.assertEqual(job, job._replace(
+            command="x", queue="q", priority=3, tags=("own", "schedule:s"), env={"A": "b"},
+            cwd=os.getcwd()))
         self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
         self.assertEqual(self.next_run(), 4200)
 
@@ -3860,8 +3541,7 @@ class Ticks(Case):
                     self.assertEqual(len(self.added()), jobs, at)
 
     def test_an_interval_goes_on_after_a_set_back_of_minutes_and_fixed_times_do_not(self):
-        for back, goes_on in ((0.5, False), (50, False), (180, True), (7200, True),
-                              (366 * 86400, True)):
+        for back, longest in ((0.5, 120), (50, 120), (180, 60), (7200, 60), (366 * 86400, 60)):
             with self.subTest(back=back):
                 self.anew()
                 self.clock.now = NOON - 90
@@ -3872,8 +3552,7 @@ class Ticks(Case):
                 before = self.next_run("noon")
                 self.after(-back)
                 self.tick()
-                self.assertLessEqual(self.next_run("often") + NOON - self.clock.now,
-                                     60 if goes_on else 120)
+                self.assertLessEqual(self.next_run("often") + NOON - self.clock.now, longest)
                 self.assertEqual(self.next_run("noon") < before, back > 10800)
 
     def test_a_run_put_off_by_a_clock_that_was_ahead_is_set_right(self):
@@ -3881,16 +3560,14 @@ class Ticks(Case):
         self.after(400 * 86400)
         self.every("@yearly", "far")
         self.tick()
-        far = self.next_run("far")
         self.clock.now = NOON
         self.tick()
         schedule = self.queue.schedule("far")
         self.assertEqual(schedule.next_run, queuectl.run_after("@yearly", NOON, schedule.tz))
-        self.assertLess(self.next_run("far"), far)
 
         self.every("*/5 * * * *")
         self.after(300)
-        self.assertEqual(len(self.tick(1).claims), 1)
+        self.claim()
         for seconds in (365 * 86400, 60 - 365 * 86400):
             self.after(seconds)
             self.tick()
@@ -3916,12 +3593,13 @@ class Ticks(Case):
                            ("seldom", "@yearly")):
             self.every(cron, name, command=name)
         self.after(3 * 86400 + 5)
-        self.assertEqual(sorted(self.queue.job(job_id).command
-                                for job_id in self.added(*workers)), ["daily", "often"])
-        self.assertEqual(self.added(*workers), [])
-        self.assertEqual(self.next_run("often"), 3 * 86400 + 600)
+        self.assertEqual({self.queue.job(name).command for name in self.added(*workers)},
+                         {"daily", "often"})
+        self.assertEqual(len(self.queue.jobs()), 2)
+        self.assertEqual((self.added(*workers), self.next_run("often")), ([], 3 * 86400 + 600))
 
     def test_a_run_whose_last_job_is_not_over_is_skipped(self):
+        """The check warns of it until a run comes."""
         self.every(max_retries=2, backoff_base=3600)
         for number, (act, jobs) in enumerate((
                 (bool, 1), (bool, 1),           # it waits
@@ -3933,25 +3611,18 @@ class Ticks(Case):
             self.tick()
             self.assertEqual(self.queue.store.row(queuectl.Sql.COUNTERS)[0], jobs)
             self.assertGreater(self.next_run(), 600 * number)
-        self.assertEqual(self.queue.schedule("s").last_run, queuectl.iso(NOON + 3600))
-
-    def test_a_schedule_warns_of_skipped_runs_until_one_comes(self):
-        self.every("* * * * *")
-        for minute, codes in enumerate(([], ["schedule-skips"], ["schedule-skips"], []), 1):
-            self.clock.now = NOON + 60 * minute
-            self.tick(1)
-            self.assertEqual([one.code for one in queuectl.Inspection(self.queue).findings()
-                              if one.code == "schedule-skips"], codes)
-            if minute == 3:
-                self.end(self.queue.last_job(self.queue.schedule("s")))
-        self.assertEqual(self.queue.schedule("s").skipped, 2)
+            self.assertEqual("schedule-skips" in [one.code for one in queuectl.Inspection(
+                self.queue).findings()], 1 < number < 5)
+        schedule = self.queue.schedule("s")
+        self.assertEqual((schedule.last_run, schedule.skipped), (queuectl.iso(NOON + 3600), 3))
 
     def test_a_paused_schedule_makes_nothing_up(self):
         self.every()
-        self.queue.pause_schedule("s")
-        self.after(3605)
-        self.assertEqual((self.queue.schedule("s").paused, self.claims.next_due(),
-                          self.claims.is_work_ready(), self.added()), (True, None, False, []))
+        self.after(3605)    # to resume what was not paused changes nothing
+        self.assertEqual(self.queue.resume_schedule("s").next_run, queuectl.iso(NOON + 600))
+        self.assertTrue(self.queue.pause_schedule("s").paused)
+        self.assertEqual((self.claims.next_due(), self.claims.is_work_ready(), self.added()),
+                         (None, False, []))
         self.assertFalse(self.queue.resume_schedule("s").paused)
         self.assertEqual((self.next_run(), self.added()), (4200, []))
         self.clock.now = NOON + 4200
@@ -3977,8 +3648,7 @@ class Ticks(Case):
         self.tick()
         self.assertEqual(self.queue.remove_schedule("s").name, "s")
         self.after(600)
-        self.assertEqual(self.added(), [])
-        self.assertEqual(self.queue.job("job-1").tags, ("schedule:s",))
+        self.assertEqual((self.added(), ids(self.queue.jobs())), ([], ["job-1"]))
         for call in (self.queue.remove_schedule, self.queue.pause_schedule,
                      self.queue.run_schedule):
             with refused("no-such-schedule"):
@@ -3999,41 +3669,20 @@ class Ticks(Case):
             self.queue.schedule("nightyl")
 
     def test_on_the_days_of_daylight_saving_each_run_brings_one_job(self):
-        """Two workers, minute by minute, for 48 hours from a local noon. Zones by their rules
-        as POSIX writes them, so no database of zones is needed.
-        """
-        self.dir = memory_directory()
-        self.addCleanup(shutil.rmtree, self.dir)
-        fixed = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *", "10 4 * * sun,mon")
-        for zone, spring, autumn, hours in (
-                ("CET-1CEST,M3.5.0,M10.5.0/3", (2027, 3, 27), (2027, 10, 30), 48),  # Berlin
-                ("EST5EDT,M3.2.0,M11.1.0", (2027, 3, 13), (2027, 11, 6), 48),       # New York
-                ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0",                            # Lord Howe
-                 (2027, 4, 3), (2027, 10, 2), 47)):     # how often the minute is 0 there
-            for day in (spring, autumn):
-                with self.subTest(zone=zone, day=day), local_zone(zone):
-                    added = self.runs_from(day, (*fixed, "*/30 * * * *", "0 * * * *"))
-                    nights = [time.localtime(time.mktime(
-                        (*day[:2], day[2] + n, 12, 0, 0, 0, 0, -1))).tm_yday for n in (1, 2)]
-                    for cron in fixed:
-                        self.assertEqual([at.tm_yday for at in added[cron]], nights, cron)
-                    self.assertEqual(len(added["*/30 * * * *"]), 48 * 2)
-                    self.assertEqual(len(added["0 * * * *"]), hours)
-
-    def runs_from(self, day, crons):
-        """When each of these schedules has a job in the 48 hours from a local noon."""
-        self.anew()
-        self.clock.now = time.mktime((*day, 12, 0, 0, 0, 0, -1))
-        workers = self.worker(name="a"), self.worker(name="b")
-        for cron in crons:
-            self.every(cron, f"s{crons.index(cron)}", command=cron)
-        added = {cron: [] for cron in crons}
-        for _ in range(48 * 60):
-            self.after(60)
-            for job_id in self.added(*workers) if workers[0].is_work_ready() else ():
-                added[self.queue.job(job_id).command].append(time.localtime(self.clock.now))
-        return added
-
+        """Minute by minute, for 48 hours from a local noon."""
+        daily, zone = ("30 2 * * *", "15 2 * * *", "45 1 * * *", "0 3 * * *"), "Europe/Berlin"
+        for month, day in ((3, 27), (10, 30)):
+            with self.subTest(month=month), local_zone("CET-1CEST,M3.5.0,M10.5.0/3"):
+                self.anew()
+                self.clock.now = time.mktime((2027, month, day, 12, 0, 0, 0, 0, -1))
+                for number, cron in enumerate((*daily, "*/30 * * * *")):
+                    self.every(cron, f"s{number}", zone, command=cron)
+                added = collections.Counter()
+                for _ in range(48 * 60):
+                    self.after(60)
+                    if self.claims.is_work_ready():
+                        added.update(self.queue.job(name).command for name in self.added())
+                self.assertEqual(added, {**dict.fromkeys(daily, 2), "*/30 * * * *": 96})
 
 # ---- 12 Check ----------------------------------------------------------------
 
