@@ -737,6 +737,7 @@ class Settings(NamedTuple):
     backoff_jitter: float
     timeout: float | None
     kill_grace: float
+    shell: str                  # a path
     output_limit: int           # bytes
     retention_completed: float | None
     retention_dead: float | None
@@ -1611,7 +1612,8 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "add nothing while a job with this key is unfinished"),
         Field("once", _UNIQUE, "es",
               "add nothing while any job with this key exists, in any state"),
-        Field("env", _VARIABLES, "es", "a variable for the command; repeatable"),
+        Field("env", _VARIABLES, "es",
+              "a variable for the command; K: copy it from here; repeatable"),
         Field("cwd", _PATH, "es", "the working directory (default: the current one)")),
     "when it runs": (
         Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
@@ -1691,6 +1693,12 @@ def _between(least: float, most: float = MAX_DURATION) -> Callable[[str], float]
     return parse
 
 
+def _absolute(text: str) -> str:
+    if not is_text(text) or not os.path.isabs(text):
+        raise Invalid(f"{text!r} is not an absolute path", "begin it with /")
+    return text
+
+
 _SPAN_OR_NONE, _COMMAND_OR_NONE = _off_or(parse_duration), _off_or(str)
 # The configuration: fields of `Settings`, read whenever they are needed. Values are
 # text, as a user sets them and as stored.
@@ -1705,6 +1713,7 @@ SETTINGS = {name: Field(name, Kind(_timeless(parse)),
      "random share of the wait, 0 to 1"),
     ("timeout", "none", _SPAN_OR_NONE, "a run is ended after this time"),
     ("kill-grace", "5s", parse_duration, "time between SIGTERM and SIGKILL"),
+    ("shell", "/bin/sh", _absolute, "runs the commands, as SHELL -c COMMAND"),
     ("output-limit", "64KiB", parse_size,
      "output kept of a run: its beginning and its end"),
     ("retention-completed", "none", _SPAN_OR_NONE,
@@ -4969,6 +4978,9 @@ class Queue:
         if value is not None:
             value = value.strip() or "none"
             SETTINGS[name].kind.parse(value, 0.0)
+            if name == "shell" and not (os.path.isfile(value)
+                                        and os.access(value, os.X_OK)):
+                raise Invalid(f"{value} cannot be executed", "give another shell")
         with self.store.transaction() as store:
             store.do(Sql.UNSET if value is None else Sql.SET,
                      {"key": name, "value": value})
@@ -6105,7 +6117,7 @@ def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
 
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
-               style: Style) -> list[str]:
+               settings: Settings, style: Style) -> list[str]:
     """Return one job in full, without fields that have their defaults."""
     def when(stamp: str) -> str:
         return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
@@ -6130,6 +6142,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("crashes", str(job.crashes or "")),
         ("error", one_line(job.error or "")),
         ("directory", one_line(job.cwd)),
+        ("shell", "" if settings.shell == SETTINGS["shell"].default
+         else one_line(settings.shell)),
         ("enqueued", when(job.created_at)))
     lines = [f"{name:<13}{text}" for name, text in rows if text]
     if not runs:
@@ -6331,15 +6345,17 @@ class Command:
         self.is_refused = False             # the rest of the tree is another user's
         self.ends_at = math.inf             # monotonic: its time-out
 
-    def start(self, env: dict[bytes, bytes], cwd: str = "") -> None:
+    def start(self, env: dict[bytes, bytes], shell: str, cwd: str = "") -> None:
         """Start it in a new session, which Ctrl+C does not reach, in the current
         directory, or in `cwd` by a chdir of the child; OSError, ValueError.
         """
         text, lock = self.claim.job.command.encode(), self.claim.lock
-        # Without -- a leading - or + of the command would start options.
-        words = [b"/bin/sh", b"-c", b"--", text] if not cwd else [
-            b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; exec /bin/sh -c -- "$2"',
-            b"/bin/sh", cwd.encode(), text]
+        if text[:1] in (b"-", b"+"):    # options of a shell; not all know --
+            text = b" " + text
+        words = [shell.encode(), b"-c", text]
+        if cwd:
+            words = [b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; shift; exec "$@"',
+                     b"/bin/sh", cwd.encode(), *words]
         self.pipe, writer = os.pipe()
         try:
             os.set_blocking(self.pipe, False)
@@ -6351,7 +6367,7 @@ class Command:
             # Python ignores two signals, which execve(2) would preserve: `yes | head`
             # would then report an error.
             self.pid = os.posix_spawn(
-                "/bin/sh", words, env, file_actions=(
+                words[0], words, env, file_actions=(
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)),
                 setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
@@ -7321,12 +7337,14 @@ class Runner:
         command = Command(claim, timeout or None, self._settings.output_limit)
         if self._say:
             self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
-        is_local = self._directories.is_local(job.cwd)
+        shell = self._settings.shell
+        is_local = all(map(self._directories.is_local, (job.cwd, shell)))
         try:
             if job.cwd and is_local:
                 os.chdir(job.cwd.encode())
             since = boot_time()
-            command.start(self._environment(claim), "" if is_local else job.cwd)
+            command.start(self._environment(claim), shell,
+                          "" if is_local else job.cwd or ".")
             self._queue.host.locks.note(self._claims.lock, self._claims.worker.id,
                                         claim, command.pid, since)
         except (OSError, ValueError) as error:
@@ -7358,6 +7376,9 @@ class Runner:
         elif isinstance(error, OSError) and error.errno == errno.E2BIG:
             # Also for a single text over 128 KiB.
             words = "the command and its environment are too long for the system"
+        elif isinstance(error, OSError) \
+                and error.filename == self._settings.shell.encode():
+            words = f"cannot execute the shell {self._settings.shell} ({error.strerror})"
         self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
@@ -11139,15 +11160,24 @@ def print_error(error: QueueError, as_json: bool) -> int:
     return error.exit_status
 
 
+def _variable(given: str) -> tuple[str, str]:
+    """Return name and value of `NAME=VALUE`; of `NAME` that of the environment."""
+    name, sign, value = given.partition("=")
+    try:
+        return name, value if sign else as_utf8(os.environ[name])
+    except KeyError:
+        raise Usage(f"--env {given!r} is not in the environment",
+                    "export it, or write --env NAME=VALUE") from None
+    except UnicodeError:
+        raise Usage(f"--env {given!r}: its value is not UTF-8",
+                    "write --env NAME=VALUE") from None
+
+
 def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items()
              if name in FIELDS and "e" in FIELDS[name].uses and value is not None}
-    for pair in given.get("env", ()):
-        if "=" not in pair:
-            raise Usage(f"--env {pair!r} is not of the form NAME=VALUE",
-                        "write --env NAME=VALUE")
     if "env" in given:
-        given["env"] = dict(pair.split("=", 1) for pair in given["env"])
+        given["env"] = dict(map(_variable, given["env"]))
     return given
 
 
@@ -11683,7 +11713,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))
         return
     runs = queue.runs(args.id, SHOWN_RUNS)
-    screen.out(*show_lines(job, runs, reasons, screen.style()))
+    screen.out(*show_lines(job, runs, reasons, queue.store.settings(), screen.style()))
     output = _output_of(queue, job)
     if output:
         screen.out("", screen.style().paint(f"OUTPUT of run {runs[-1].number}", DIM))

@@ -1194,7 +1194,7 @@ class Fields(Case):
         for key, *texts in (
                 ("output-limit", "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
                 ("backoff-jitter", "1.1", "", "nan"), ("heartbeat", "99ms"), ("lease", "0.9"),
-                ("max-retries", "-1", "1000000001"), ("crash-limit", "0"),
+                ("max-retries", "-1", "1000000001"), ("crash-limit", "0"), ("shell", "sh", "none"),
                 ("priority-ageing", "30d1s", "0.9s"), ("backoff-max", "10000000001")):
             for text in texts:
                 with self.subTest(key=key, text=text), refused("invalid-value"):
@@ -2366,6 +2366,8 @@ class Promises(Case):
         self.assertEqual((self.queue.setting("max-retries"), self.job().max_retries), ("5", 5))
         for key, value, code, words in (
                 ("backoff-base", "soon", "invalid-value", ""),
+                ("shell", "/", "invalid-value", "/ cannot be executed"),
+                ("shell", "/etc/passwd", "invalid-value", "cannot be executed"),
                 ("timout", "1s", "no-such-setting", "did you mean `timeout`")):
             with refused(code, words):
                 self.queue.configure(key, value)
@@ -3743,7 +3745,7 @@ class Views(Case):
         self.assertIn("paused    all queues, nightly", lines)
         self.assertIn("next due  build in 2s (retry)", lines)
         self.assertEqual(queuectl.show_lines(
-            self.queue.job("build"), self.queue.runs("build"), [], self.PLAIN)[-2:], [
+            self.queue.job("build"), self.queue.runs("build"), [], settings(), self.PLAIN)[-2:], [
                 "RUN  OUTCOME  EXIT  TOOK  STARTED  WORKER",
                 "1    failed   3     2.5s  now      box  exit status 3"])
 
@@ -3790,7 +3792,7 @@ class Views(Case):
 
     def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
         job = self.job("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
-        lines = "\n".join(queuectl.show_lines(job, [], [], self.PLAIN)).split("\n")
+        lines = "\n".join(queuectl.show_lines(job, [], [], settings(), self.PLAIN)).split("\n")
         self.assertEqual(lines[1:3], ["command      echo  [2J", " " * 15 + "rm x"])
         self.assertNotIn("\x1b", "".join(lines))
 
@@ -4071,6 +4073,26 @@ class Workers(Case):
                          f"the directory {self.path_of('gone')} does not exist")
         self.assertEqual(self.last_run().duration, 0.0)
         self.assertEqual(os.getcwd(), here)     # whatever the directories of its jobs
+
+    def test_the_shell_is_a_setting(self):
+        shell = self.path_of("shell ü")
+        write_bytes(shell, b'#!/bin/sh\necho "$#|$1|$2"; pwd')
+        os.chmod(shell, 0o755)
+        self.queue.configure("shell", shell)
+        self.job("a 'b'")
+        self.run_worker()
+        with mock.patch.object(queuectl.Directories, "is_local", lambda self, path: False):
+            self.job("a 'b'")
+            self.run_worker()
+        for name in ("job-1", "job-2"):
+            self.assertEqual(self.last_run(name).output.decode(), f"2|-c|a 'b'\n{self.dir}\n")
+        self.assertIn(f"shell        {shell}", queuectl.show_lines(
+            self.queue.job("job-1"), [], [], self.queue.store.settings(), Views.PLAIN))
+        self.forget("shell ü")
+        self.job(max_retries=1)
+        self.run_worker()
+        self.assertEqual(self.queue.job("job-3").error,
+                         f"cannot execute the shell {shell} (No such file or directory)")
 
     def test_a_command_is_no_option_of_the_shell(self):
         for command in ("-x", "+x", "--version", "-- ; echo $0"):
@@ -5134,6 +5156,13 @@ class CommandLine(Case):
                 code, out, err = self.cli(line)
                 self.assertEqual((code, out), (status, ""), err)
                 self.assertIn(said, err)
+
+    def test_a_variable_without_a_value_is_copied_from_the_environment(self):
+        with mock.patch.dict(os.environ, {"COPIED": "a=b ü", "BINARY": "\udcff"}):
+            self.cli("enqueue true --env COPIED --env OWN=1 --env EMPTY=")
+            self.says((("enqueue x --env ABSENT", "--env 'ABSENT' is not in the environment; "),
+                       ("enqueue x --env BINARY", "its value is not UTF-8; ")), 2)
+        self.assertEqual(self.queue.job("job-1").env, {"COPIED": "a=b ü", "OWN": "1", "EMPTY": ""})
 
     def test_a_variable_that_is_not_set_is_no_word_for_all(self):
         self.job()
