@@ -7361,7 +7361,8 @@ class Runner:
 
     def _not_started(self, claim: Claim, error: Exception) -> None:
         bisect.insort(self._free, claim.slot)
-        cwd, words = claim.job.cwd, f"could not be started: {error}"
+        cwd, shell = claim.job.cwd, self._settings.shell
+        words = f"could not be started: {error}"
         if isinstance(error, OSError) and error.errno in SCARCE:
             self._claim_at = time.monotonic() + SYNC_PAUSE
             self._release(claim._replace(lock=-1))
@@ -7376,9 +7377,8 @@ class Runner:
         elif isinstance(error, OSError) and error.errno == errno.E2BIG:
             # Also for a single text over 128 KiB.
             words = "the command and its environment are too long for the system"
-        elif isinstance(error, OSError) \
-                and error.filename == self._settings.shell.encode():
-            words = f"cannot execute the shell {self._settings.shell} ({error.strerror})"
+        elif isinstance(error, OSError) and error.filename == shell.encode():
+            words = f"cannot execute the shell {shell} ({error.strerror})"
         self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
