@@ -186,6 +186,10 @@ MOVES = {
 }
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
+# The states of the jobs that a user can change. To delete and to edit are no verbs of
+# MOVES, as they lead to no state.
+CHANGEABLE = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
+              "delete": (*WAITING, *OVER), "edit": (*WAITING, DEAD)}
 
 # Why a job waits (I7): for a slot, its time, other jobs, or a user's `release`.
 READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "held")
@@ -1600,7 +1604,7 @@ def _kept(output: dict[str, Any]) -> Kind:
                 {"description": "maintained by the queue: ignored"}, output)
 
 
-# In the order and the groups of the help. Only a waiting job can be edited: its worker
+# In the order and the groups of the help. A running job cannot be edited: its worker
 # keeps a job as it was claimed, and counts its end in the queue of that time.
 FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
@@ -2280,7 +2284,7 @@ class Sql:
            AND state = :source AND COALESCE(claim, 0) = :held"""
     EDIT = "UPDATE jobs " + _set(" ".join(
         name for name in Job._fields if name in FIELDS and "u" in FIELDS[name].uses)
-        + " waits rank updated_at at_time") + " WHERE seq = :seq AND waits IS NOT NULL"
+        + " waits rank updated_at at_time") + " WHERE seq = :seq AND state = :state"
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
          WHERE waits IS NOT NULL AND seq > :after
@@ -4048,19 +4052,23 @@ class Ledger:
             left = [job for job, _ in kept]
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
-        """Write a user's changes to a waiting job; Conflict for any other."""
-        if before.waits is None:
+        """Write a user's changes to a job; Conflict, Invalid before the first write."""
+        if before.state not in CHANGEABLE["edit"]:
             raise Conflict("wrong-state",
                            f"{before.id} is {before.state}, so it cannot be edited",
-                           "it must be " + " or ".join(WAITING))
-        if after.state == FAILED and after.attempts >= after.max_retries:
+                           "it must be " + " or ".join(CHANGEABLE["edit"]))
+        if before.waits is None and after.run_at != before.run_at:
+            raise Conflict("wrong-state", f"{before.id} is {before.state}, so no time "
+                           "is set for it", f"`queuectl retry {before.id}` takes "
+                           "--run-at and --delay")
+        if after.state == FAILED and before.max_retries != after.max_retries \
+                and after.attempts >= after.max_retries:
             raise Invalid(f"max_retries: {after.id} has failed {after.attempts} times "
                           "already", f"use at least {after.attempts + 1}",
                           "max_retries")
-        if after.run_at == before.run_at:
+        if before.waits and after.run_at == before.run_at:
             after = brought_forward(after, now)     # before `updated_at` changes
-        waits = READY if before.waits == READY and after.run_at == before.run_at \
-            else waits_of(after, now)
+        waits = before.waits if after.run_at == before.run_at else waits_of(after, now)
         after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
             after.priority, after.run_at, self.settings()))
         self.change(Sql.EDIT, [after._asdict()])
@@ -4718,47 +4726,41 @@ class Queue:
     # Changing jobs: all or none of those named, or all that match, in a sweep. `skip`
     # is called with the error of each unchanged job; for named ones it raises it.
 
-    def retry(self, *job_ids: str) -> list[Job]:
-        """Make jobs due now, with attempts reset to 0; all of them or none. NotFound;
-        Conflict for a running job, or a unique key that another job has.
+    def retry(self, *job_ids: str, **fields: Any) -> list[Job]:
+        """Make jobs due now, with attempts reset to 0, and change fields as `edit`; all
+        of them or none. NotFound; Conflict for a running job, or a unique key that
+        another job has.
 
         Earlier runs are kept. Jobs waiting for a retried one wait for it again.
         """
-        return self._change(job_ids, self._retry, NEW_JOBS)
+        return self._change("retry", job_ids, fields)
 
-    def retry_dead(self, *job_ids: str) -> list[Job]:
+    def retry_dead(self, *job_ids: str, **fields: Any) -> list[Job]:
         """As `retry`, for dead jobs only: Conflict for any other."""
-        return self._change(job_ids, self._retry, NEW_JOBS, DEAD)
+        return self._change("retry", job_ids, fields, DEAD)
 
     def cancel(self, *job_ids: str) -> list[Job]:
         """Cancel jobs; all of them or none. NotFound; Conflict for a finished job. A
         running one is returned as 'processing': its worker ends it, or it completes.
         """
-        return self._change(job_ids, self._cancel, NEW_ORDERS)
+        return self._change("cancel", job_ids)
 
     def delete(self, *job_ids: str) -> list[Job]:
         """Delete jobs with their history; all or none. Conflict for one that runs, or
         that another waits for.
         """
-        return self._change(job_ids, self._delete)
+        return self._change("delete", job_ids)
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Change fields (use u in FIELDS) of waiting jobs; all of them or none. Raises
-        NotFound, Invalid (with the `key` at fault), and Conflict for other jobs.
+        """Change fields (use u in FIELDS) of waiting or dead jobs; all of them or none.
+        Raises NotFound, Invalid (with the `key` at fault), and Conflict for other jobs,
+        or for a time of a dead one.
         """
-        asked = self.clock()
-        changes = checked(fields, asked, "u")
+        return self._change("edit", job_ids, fields)
 
-        def change(jobs: Sequence[Job], _: object) -> list[Job]:
-            now = self.clock()      # the wait for the lock may have been long
-            if not changes.get("at_time", True):
-                changes["run_at"] = since_set_back(changes["run_at"], asked, now)
-            return [self.store.edit(job, job._replace(**changes), now) for job in jobs]
-        return self._change(job_ids, change, NEW_JOBS)
-
-    def _change(self, job_ids: Sequence[str],
-                change: Callable[[list[Job], Skip], list[Job]], message: bytes = b"",
-                state: str | None = None) -> list[Job]:
+    def _change(self, verb: str, job_ids: Sequence[str],
+                fields: Mapping[str, Any] = {}, state: str | None = None) -> list[Job]:
+        change = self._changer(verb, fields)
         with self.store.transaction() as store:
             # Each once: a second move would fail, as the state has changed (I1).
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
@@ -4768,24 +4770,51 @@ class Queue:
                                    f"{state}", f"`queuectl retry {job.id}` retries any "
                                    "job")
             jobs = change(jobs, _refuse)
-        if message:     # deletions unblock nothing
-            self.wake(message)
+        self._wake_for(verb)
         return jobs
 
-    def sweep(self, verb: str, state: str | Sequence[str] = (),
-              older_than: float | None = None, keep: Skip = lambda why: None,
-              **filters: Any) -> Iterator[list[Job]]:
-        """Retry, cancel or delete (`verb`) all matching jobs, in small transactions;
-        each yields the changed jobs, and the caller may stop.
+    def _wake_for(self, verb: str) -> None:
+        if verb != "delete":    # it unblocks nothing
+            self.wake(NEW_ORDERS if verb == "cancel" else NEW_JOBS)
 
-        It skips running jobs (except to cancel them) and jobs whose unique key is
-        taken, or that others wait for: `keep` is called with these errors.
+    def _changer(self, verb: str, fields: Mapping[str, Any]
+                 ) -> Callable[[list[Job], Skip], list[Job]]:
+        """A function that changes jobs, within a transaction; Invalid for a field."""
+        changes: dict[str, Callable[[list[Job], Skip], list[Job]]] = {
+            "retry": self._retry, "cancel": self._cancel, "delete": self._delete,
+            "edit": lambda jobs, _: jobs}
+        change = changes[verb]
+        if not fields:
+            return change
+        asked = self.clock()
+        edits = checked(fields, asked, "u")
+
+        def change_and_edit(jobs: list[Job], skip: Skip) -> list[Job]:
+            jobs, edited, now = change(jobs, skip), list[Job](), self.clock()
+            values = edits if edits.get("at_time", True) else {
+                **edits, "run_at": since_set_back(edits["run_at"], asked, now)}
+            for job in jobs:
+                try:
+                    edited.append(self.store.edit(job, job._replace(**values), now))
+                except (Conflict, Invalid) as why:
+                    skip(why)
+            return edited
+        return change_and_edit
+
+    def sweep(self, verb: str, state: str | Sequence[str] = (),
+              keep: Skip = lambda why: None, fields: Mapping[str, Any] = {},
+              **filters: Any) -> Iterator[list[Job]]:
+        """Change all matching jobs, in small transactions; each yields the changed
+        jobs, and the caller may stop. `verb` is a key of CHANGEABLE, `fields` are those
+        to edit.
+
+        It passes over jobs that are in another state, and skips those whose unique key
+        is taken, or that others wait for: `keep` is called with these errors.
         `older_than`: only jobs that finished so many seconds ago; Invalid for states
         that are not final. Filters as in `jobs`; without any, all jobs match.
         """
-        change = {"retry": self._retry, "cancel": self._cancel,
-                  "delete": self._delete}[verb]
-        passed = OVER if verb == "cancel" else (PROCESSING,)
+        change = self._changer(verb, fields)
+        older_than = filters.pop("older_than", None)
         states, sort, is_again = _states(state), "newest", True
         if older_than is not None:
             if not {*states} <= {*OVER}:    # a failed job is waiting
@@ -4799,10 +4828,10 @@ class Queue:
             while is_more:
                 with self.store.transaction():
                     found = self.jobs(states, sort, SWEEP_BATCH, **place)
-                    changed = change([job for job in found if job.state not in passed],
-                                     kept.append)
-                if changed and verb != "delete":
-                    self.wake(NEW_ORDERS)
+                    changed = change([job for job in found
+                                      if job.state in CHANGEABLE[verb]], kept.append)
+                if changed:
+                    self._wake_for(verb)
                 yield changed       # outside the transaction, as the caller may be slow
                 n, is_more = n + len(changed), len(found) == SWEEP_BATCH
                 if is_more:
@@ -9569,11 +9598,9 @@ def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
 
 
 def get_session(queue: Queue, request: Request) -> dict[str, Any]:
-    verbs = (*((verb, MOVES[verb].sources) for verb in ("retry", "cancel")),
-             ("delete", (*WAITING, *OVER)))
     return {"role": request.role, "version": __version__, "database": queue.path,
-            "actions": {state: [verb for verb, states in verbs if state in states]
-                        for state in STATES}}
+            "actions": {state: [verb for verb in ("retry", "cancel", "delete")
+                                if state in CHANGEABLE[verb]] for state in STATES}}
 
 
 def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
@@ -9624,10 +9651,9 @@ def post_jobs(queue: Queue, request: Request) -> Reply:
     return json_reply(job_object(job), 201, job.id)
 
 
-def _change_job(request: Request, change: Callable[[str], list[Job]],
-                log: str = "") -> Reply:
-    _object_body(request)
-    job = change(request.job_id)[0]
+def _change_job(request: Request, change: Callable[..., list[Job]],
+                keys: Sequence[str] = (), log: str = "") -> Reply:
+    job = change(request.job_id, **_object_body(request, *keys))[0]
     return json_reply(job_object(job), log=log or job.state)
 
 
@@ -9676,6 +9702,7 @@ def _body_schema(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 _SET = {"not": {"type": "null"}}
+EDITABLE = tuple(name for name, field in FIELDS.items() if "u" in field.uses)
 SCHEMAS: dict[str, dict[str, Any]] = {
     **{name: object_schema(keys) for name, keys in SHAPES.items()},
     "Error": {**object_schema({"error": _TEXT, "hint": _TEXT, "key": _TEXT,
@@ -9698,6 +9725,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         required=["command"], **{"not": {
             "required": ["delay", "run_at"],
             "properties": {"delay": _SET, "run_at": _SET}}}),
+    "Changes": _body_schema(
+        {name: {"allOf": [FIELDS[name].kind.input, _SET]} for name in EDITABLE},
+        **{"not": {"required": ["delay", "run_at"]}}),
     "Nothing": {"type": "object", "additionalProperties": False},
     "WhichQueue": _body_schema({"queue": _or_null(NAME_SCHEMA)}),
     # {} fits only the second; ids with a filter fit neither.
@@ -9830,16 +9860,17 @@ ROUTES: tuple[Route, ...] = (
               _whole_param("run", 1, 10**9, "number of the run; default the last"),
               _whole_param("offset", 0, 10**12 - 1, "bytes to skip")),
           refusals=(404,)),
-    Route("POST", "/api/jobs/ID/retry", "post_retry", "Run a job again now.",
-          "Job", lambda queue, request: _change_job(request, queue.retry),
-          body="Nothing", refusals=(404, 409)),
+    Route("POST", "/api/jobs/ID/retry", "post_retry",
+          "Run a job again now, with changes if the body has any.",
+          "Job", lambda queue, request: _change_job(request, queue.retry, EDITABLE),
+          body="Changes", refusals=(404, 409)),
     Route("POST", "/api/jobs/ID/cancel", "post_cancel",
           "Cancel a job. A running one is terminated soon after the reply.",
           "Job", lambda queue, request: _change_job(request, queue.cancel),
           body="Nothing", refusals=(404, 409)),
     Route("DELETE", "/api/jobs/ID", "delete_job",
           "Delete a job that is not running, and its history.", "Job",
-          lambda queue, request: _change_job(request, queue.delete, "deleted"),
+          lambda queue, request: _change_job(request, queue.delete, log="deleted"),
           refusals=(404, 409)),
     Route("POST", "/api/dlq/retry", "post_dlq_retry",
           "Requeue dead jobs, by id or by filter.", "[Job]", post_dlq_retry,
@@ -11645,9 +11676,18 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """What flags say of the jobs to choose, but for their states."""
-    return {name: value for name, value in vars(args).items() if value is not None
+    """What flags say of the jobs to choose, but for their states. The --queue of `edit`
+    is a field to change: it chooses by --in-queue.
+    """
+    given = vars(args)
+    given = {**given, "queue": given.get("in_queue", given.get("queue"))}
+    return {name: value for name, value in given.items() if value is not None
             and name in ("older_than", *SELECTORS)}
+
+
+def _edits(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in flag_fields(args).items()
+            if name != "queue" or "in_queue" in args}
 
 
 def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
@@ -11815,16 +11855,18 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                    if len(args.ids) > 1 else output)
 
 
+NOT_IDS = "instead of ids"      # the group of flags that choose jobs
+
+
 def _is_wide(args: argparse.Namespace) -> bool:
     """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
     filters, has_state = _filters(args), "state" in {*vars(args)} - {*args.entry.preset}
     is_wide = bool(args.all or filters or (has_state and args.state))
     if bool(args.ids) == is_wide:
-        flags = [*["--state"] * has_state, *(f"--{name.replace('_', '-')}"
-                                             for name in SELECTORS)]
+        flags = [one.names[0] for one in args.entry.options if one.group == NOT_IDS]
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named",
-                    f"give ids, or --all, {', '.join(flags[:-1])} or {flags[-1]}")
+                    f"give ids, or {', '.join(flags[:-1])} or {flags[-1]}")
     for name, value in filters.items():
         if value == "":     # as of a shell's variable that is not set
             raise Usage(f"--{name} names nothing",
@@ -11851,27 +11893,19 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     return EX_NO if done.unsuccessful else EX_OK
 
 
-class Verb(NamedTuple):
-    """What `retry`, `cancel` and `delete` say, and apply to."""
-    said: str
-    unnamed: tuple[str, ...]    # the states, if none is named
-    allowed: tuple[str, ...]
+# What was done to jobs; the states of those to change, if none is named.
+VERBS = {"retry": ("pending again", (FAILED, DEAD, CANCELLED)),
+         "cancel": ("cancelled", CHANGEABLE["cancel"]), "delete": ("deleted", OVER),
+         "edit": ("edited", CHANGEABLE["edit"])}
 
 
-# To delete is no verb of MOVES, for it leads to no state.
-VERBS = {
-    "retry": Verb("pending again", (FAILED, DEAD, CANCELLED), MOVES["retry"].sources),
-    "cancel": Verb("cancelled", (*WAITING, PROCESSING), MOVES["cancel"].sources),
-    "delete": Verb("deleted", OVER, (*WAITING, *OVER))}
-
-
-def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
+def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
               screen: Screen) -> None:
     """Report what was done to jobs as it is done, also if it is interrupted."""
     if args.json:
         _print_array(map(job_object, jobs), screen)
         return
-    n, first, said = 0, "", VERBS[verb].said
+    n, first = 0, ""
     try:
         for job in jobs:
             n, first = n + 1, first or job.id
@@ -11885,12 +11919,12 @@ def _say_jobs(jobs: Iterable[Job], verb: str, args: argparse.Namespace,
 def _fitting(verb: str,
              args: argparse.Namespace) -> tuple[Sequence[str], dict[str, Any]]:
     """The states to change, and the filters; Usage for a wrong state."""
-    said, unnamed, allowed = VERBS[verb]
+    said, unnamed = VERBS[verb]
     states, filters = args.state or unnamed, _filters(args)
     for state in states:
-        if state not in allowed:
+        if state not in CHANGEABLE[verb]:
             raise Usage(f"{state} jobs cannot be {said}",
-                        "these can: " + ", ".join(allowed))
+                        "these can: " + ", ".join(CHANGEABLE[verb]))
     if "older_than" in filters and {*states} & {*WAITING}:
         raise Usage("--older-than counts from a job's end",
                     "it fits " + ", ".join(OVER))
@@ -11925,23 +11959,39 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue,
           screen: Screen) -> Iterator[Job]:
     """Change all that fit, in small transactions; an interrupt keeps what is done."""
     states, filters = _fitting(verb, args)
-    if verb != "retry" and not args.yes:    # a retry removes nothing
+    if verb in ("cancel", "delete") and not args.yes:
         _confirm(verb, queue, states, filters)
     done, skipped = 0, list[QueueError]()
-    for batch in queue.sweep(verb, states, keep=skipped.append, **filters):
+    for batch in queue.sweep(verb, states, skipped.append, _edits(args), **filters):
         done += len(batch)
-        screen.show(f"{done:,} jobs {VERBS[verb].said} ...")
+        screen.show(f"{done:,} jobs {VERBS[verb][0]} ...")
         yield from batch
     if skipped:
         screen.note(f"{len(skipped):,} left as "
                     f"{'they are' if len(skipped) > 1 else 'it is'}: {skipped[0]}")
 
 
-def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Retry or delete jobs (preset: `verb`, and `change`, a method of Queue)."""
-    jobs = _wide(args.verb, args, queue, screen) if _is_wide(args) \
-        else args.change(queue, *args.ids)
-    _say_jobs(jobs, args.verb, args, screen)
+def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Retry, edit or delete jobs (preset: `verb`, and `change`, a method of Queue)."""
+    is_wide, edits, (said, _) = _is_wide(args), _edits(args), VERBS[args.verb]
+    if args.verb == "edit":
+        if not edits:
+            raise Usage("nothing to change", "give a flag, as --priority 5")
+        said += ": " + ", ".join(
+            f"{key.replace('_', '-')} {span(one) if isinstance(one, float) else one}"
+            for key, one in edits.items())
+    jobs = _wide(args.verb, args, queue, screen) if is_wide \
+        else args.change(queue, *args.ids, **edits)
+    if not vars(args).get("wait"):
+        _say_jobs(jobs, said, args, screen)
+        return EX_OK
+    jobs = list(jobs)
+    if not args.json:
+        _say_jobs(jobs, said, args, screen)
+    status = _await(queue, screen, [job.id for job in jobs], None) if jobs else EX_OK
+    if args.json:   # as they are when they are over
+        _say_jobs((queue.job(job.id) for job in jobs), said, args, screen)
+    return status
 
 
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -11955,7 +12005,7 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     elif args.json:
         found = {"deleted": sum(1 for _ in _wide("delete", args, queue, screen))}
     else:
-        _say_jobs(_wide("delete", args, queue, screen), "delete", args, screen)
+        _say_jobs(_wide("delete", args, queue, screen), "deleted", args, screen)
     if args.json:
         screen.out(dumps(found))
 
@@ -11968,7 +12018,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         def noted(job: Job) -> Job:
             running.extend([job] * (job.state == PROCESSING))
             return job
-        _say_jobs(map(noted, _wide("cancel", args, queue, screen)), "cancel", args,
+        _say_jobs(map(noted, _wide("cancel", args, queue, screen)), "cancelled", args,
                   screen)
         await_ends(queue, running, screen.note)
         return EX_OK
@@ -11978,20 +12028,8 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             screen.note(f"{job.id} had {job.state} before it could be cancelled")
     cancelled = [job for job in jobs if job.state == CANCELLED]
     if cancelled:
-        _say_jobs(cancelled, "cancel", args, screen)
+        _say_jobs(cancelled, "cancelled", args, screen)
     return EX_OK if cancelled else EX_NO
-
-
-def cmd_edit(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    fields = flag_fields(args)
-    if not fields:
-        raise Usage("nothing to change", "give a flag, as --priority 5")
-    jobs = queue.edit(*args.ids, **fields)
-    if args.json:
-        screen.out(dumps([*map(job_object, jobs)]))
-    screen.note(", ".join(job.id for job in jobs) + ": " + ", ".join(
-        f"due {ago(jobs[0].run_at, queue.clock())}" if key in ("delay", "run_at")
-        else f"{key.replace('_', '-')} {value}" for key, value in fields.items()))
 
 
 def _named_queues(queues: Sequence[str]) -> str:
@@ -12244,7 +12282,11 @@ _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
 _YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
 _ALL = option("--all", "all jobs that it applies to")
-_WHICH = (_IDS, *_grouped("instead of ids", _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
+_WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
+_EDITS = _flags_of(FIELDS, "u")
+# The --queue of `retry` chooses jobs.
+_AGAIN = (*(one for one in _EDITS if one.dest != "queue"),
+          option("--wait", "wait for the jobs; for one, exit with its status"))
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
                  action="append", type=parse_name, default=[])
 _WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
@@ -12372,20 +12414,24 @@ COMMANDS = (    # in the order of the help
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
            also="log, output, tail, cat"),
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
-        "instead of ids", option("--all", "all jobs, also those added meanwhile"),
+        NOT_IDS, option("--all", "all jobs, also those added meanwhile"),
         *_FILTERS), _WAIT_LIMIT,
         option("--quiet -q", "print no messages", "other"),
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
-    _entry("retry", cmd_change, "run jobs again", CHANGES, *_WHICH,
-           eg="retry job-1\nretry --state dead --queue gpu",
+    _entry("retry", cmd_change, "run jobs again, with changes if you like", CHANGES,
+           *_WHICH, *_AGAIN,
+           eg="retry job-1 --timeout 1h\nretry --state dead --queue gpu",
            also="rerun, requeue, restart, redo", verb="retry", change=Queue.retry),
     _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate"),
-    _entry("edit", cmd_edit, "change waiting jobs", CHANGES, _SOME_IDS,
-           *_flags_of(FIELDS, "u"), _JSON,
-           eg="edit job-1 --priority 9\nedit job-1 --delay 2h --queue night",
-           also="update, modify, change, set"),
+    _entry("edit", cmd_change, "change waiting or dead jobs", CHANGES, _IDS,
+           *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *(
+               one if one.dest != "queue" else
+               option("--in-queue Q", "only of this queue", type=parse_name)
+               for one in _FILTERS)), *_EDITS, _JSON,
+           eg="edit job-1 --priority 9\nedit --in-queue gpu --queue night",
+           also="update, modify, change, set", verb="edit", change=Queue.edit),
     _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
            eg="delete job-1\ndelete --state cancelled", also="rm, del, remove",
            verb="delete", change=Queue.delete),
@@ -12398,8 +12444,8 @@ COMMANDS = (    # in the order of the help
            eg="dlq\ndlq list --json", also="dead, failed, dlq ls, dlq show",
            state=[DEAD], sort="finished", show_output=False),
     _entry("dlq retry", cmd_change, "requeue dead jobs", CHANGES, _IDS,
-           *_grouped("instead of ids", _ALL, *_FILTERS), _JSON,
-           eg="dlq retry job-1\ndlq retry --all", also="dlq requeue",
+           *_grouped(NOT_IDS, _ALL, *_FILTERS), *_AGAIN, _JSON,
+           eg="dlq retry job-1\ndlq retry --all --timeout 1h", also="dlq requeue",
            state=[DEAD], verb="retry", change=Queue.retry_dead),
     _entry("dlq purge", cmd_purge, "delete dead jobs", CHANGES,
            *_grouped("which jobs", *_FILTERS), _OLDER, _YES, _JSON,
@@ -12570,8 +12616,8 @@ FILES, DIRS = "files", "dirs"   # kinds of values that the shell completes
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command accepts, if not all.
 STATES_OF: dict[tuple[str, ...], tuple[str, ...]] = {
-    **{(name,): verb.allowed for name, verb in VERBS.items()},
-    ("wait",): (*WAITING, PROCESSING), ("edit",): WAITING, ("dlq", "retry"): (DEAD,)}
+    **{(verb,): states for verb, states in CHANGEABLE.items()},
+    ("wait",): (*WAITING, PROCESSING), ("dlq", "retry"): (DEAD,)}
 
 
 def usual(entries: Sequence[Entry]) -> Entry:

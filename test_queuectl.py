@@ -2503,6 +2503,43 @@ class Promises(Case):
         self.queue.edit("b", run_at=NOON - 60, queue="q", priority=9)
         self.assertEqual(self.queue.job("b").waits, "blocked")
 
+    def test_a_retry_changes_fields_in_its_transaction_or_nothing(self):
+        names = [self.job_in(state).id for state in (DEAD, COMPLETED, CANCELLED)]
+        with refused("invalid-job", key="timeout"):
+            self.queue.retry(*names, timeout="soon")
+        runs = self.job_in(PROCESSING).id
+        with refused("wrong-state"):
+            self.queue.retry(*names, runs, timeout=5)
+        self.assertEqual([self.state(name) for name in names], [DEAD, COMPLETED, CANCELLED])
+        with refused("wrong-state"):
+            self.queue.retry_dead(names[1], timeout=5)
+        for jobs in (self.queue.retry(*names, timeout="1h", queue="q", delay=60),
+                     [self.queue.job(name) for name in names]):
+            for job in jobs:
+                self.assertEqual((job.state, job.timeout, job.queue, job.waits, job.run_at),
+                                 (PENDING, 3600, "q", "scheduled", queuectl.iso(NOON + 60)))
+        self.assertEqual(self.queue.counts("q")[PENDING], 3)
+
+    def test_a_sweep_edits_waiting_and_dead_jobs_and_passes_over_the_rest(self):
+        dead, over, runs = (self.job_in(state).id for state in (DEAD, COMPLETED, PROCESSING))
+        self.jobs("ab")
+        why = []
+        self.assertEqual(swept(self.queue, "edit", fields={"timeout": 5}), ["b", "a", dead])
+        self.assertEqual(swept(self.queue, "edit", fields={"delay": 5}, keep=why.append),
+                         ["b", "a"])
+        self.assertRegex(str(*why), f"{dead} is dead, so no time is set.*retry {dead}")
+        self.assertEqual([self.queue.job(name).timeout for name in ("a", dead, over, runs)],
+                         [5, 5, None, None])
+        with refused("invalid-job", key="timeout"):
+            swept(self.queue, "edit", fields={"timeout": -1})
+        self.assertEqual(swept(self.queue, "retry", DEAD, fields={"priority": 9}), [dead])
+        self.assertEqual((self.claim().job.id, self.queue.job(dead).timeout), (dead, 5))
+
+    def test_a_job_that_crashed_is_edited_though_none_of_its_runs_may_fail(self):
+        job = self.job(max_retries=0)
+        self.lose(self.claim())
+        self.assertEqual(self.queue.edit(job.id, priority=1)[0].state, FAILED)
+
     def test_an_edit_that_is_refused_changes_nothing(self):
         over, runs, job = self.job_in(COMPLETED).id, self.job_in(PROCESSING).id, self.job(id="a")
         for names, fields, error in (
@@ -4626,7 +4663,7 @@ class Web(Case):
         self.queue.add_schedule("nightly", "@daily", command="date")
         self.queue.limit_queue("gpu", 2)
         bodies = {"NewJob|[NewJob]": {"command": "x"}, "WhichDead": {},
-                  "WhichQueue": {"queue": "gpu"}, "Nothing": {}, "": None}
+                  "WhichQueue": {"queue": "gpu"}, "Nothing": {}, "Changes": {}, "": None}
         paths = self.told("GET", "/api/openapi.json")["paths"]
         for route in queuectl.ROUTES:
             with self.subTest(route.method + " " + route.path):
@@ -4834,6 +4871,12 @@ class Web(Case):
 
     def test_jobs_are_retried_cancelled_and_deleted(self):
         self.a_dead_job()
+        self.a_dead_job("other", queue="q")
+        self.told("POST", "/api/jobs/other/retry", {"timeout": "soon"}, 400)
+        self.told("POST", "/api/jobs/other/retry", {"self": 1}, 400)
+        self.assertEqual(self.told("POST", "/api/jobs/other/retry", {
+            "timeout": "1h", "delay": 60, "queue": "q"})["timeout"], 3600)
+        self.queue.delete("other")
         self.a_dead_job("other", queue="q")
         self.assertEqual(self.retried({"queue": "q", "exit_code": 4}), set())
         self.assertEqual(self.retried({"queue": "q", "exit_code": "2-3"}), {"other"})
@@ -5118,7 +5161,7 @@ class Metrics(Case):
                 self.a_busy_hour(queue, claims, 1 + hour % 5)
                 claims.leave()
                 if hour % 3 == 2:
-                    for _ in queue.sweep("delete", (COMPLETED, DEAD), 0):
+                    for _ in queue.sweep("delete", (COMPLETED, DEAD), older_than=0):
                         pass
                 kinds, now = parse_metrics(self.scrape(queue))
                 check_histograms(self, kinds, now)
@@ -5374,7 +5417,8 @@ class CommandLine(Case):
                    "dlq retry bad --all", "wait a --all", "cancel --state dead",
                    "retry -s processing", "delete -s processing", "purge -s processing",
                    "purge -s pending --older-than 1d", "edit a", "edit --priority 1",
-                   "purge -s dead -s failed --older-than 1d")
+                   "purge -s dead -s failed --older-than 1d", "edit a --all -p 1",
+                   "edit -s completed -p 1")
         self.assertEqual(len(self.queue.jobs()), 5)
 
     def test_a_choice_changes_all_that_fit_and_says_how_many(self):
@@ -5389,6 +5433,10 @@ class CommandLine(Case):
                 ("retry -s dead,cancelled --exit-code 2,3-9", "bad pending again",
                  {"gone": CANCELLED}),
                 ("delete -s dead,completed --since 1h", "2 jobs deleted", {"gone": CANCELLED}),
+                ("retry -s dead --timeout 1m --delay 1h", "bad pending again", {"bad": PENDING}),
+                ("edit --in-queue q --queue x", "b edited: queue x", {"good": COMPLETED}),
+                ("edit --all --timeout 1m30s -p 5", "3 jobs edited: priority 5, timeout 1m 30s",
+                 {"bad": DEAD, "gone": CANCELLED}),
                 ("delete --queue q -s pending", "b deleted", {"a": PENDING}),
                 ("delete --all", "3 jobs deleted", {"a": PENDING, "b": PENDING}),
                 ("delete --tag no", "no such jobs", {"bad": DEAD}),
@@ -5407,7 +5455,7 @@ class CommandLine(Case):
                 self.path = os.path.join(memory, line)
                 self.clock.now = time.time()
                 self.some_jobs()
-                yes = ["--yes"] * (not line.startswith("dlq retry"))
+                yes = ["--yes"] * (not line.startswith(("dlq retry", "edit")))
                 self.assertEqual(self.cli(line, *yes), (0, "", said + "\n"))
                 self.assertEqual({name: self.state(name) for name in left}, left)
                 self.assert_sound()
@@ -5432,7 +5480,13 @@ class CommandLine(Case):
 
     def test_an_edit_says_what_it_changed(self):
         self.some_jobs()
-        self.says([("edit a b --priority 5 --queue z", "a, b: ")])
+        self.says([("edit a b --priority 5 --queue z", "2 jobs edited: queue z, priority 5")])
+        self.cli("edit --in-queue z --search make --queue y")
+        self.assertEqual(ids(self.queue.jobs(queue="y")), ["b", "a"])
+        self.cli("edit -s dead --exit-code 3 --timeout 1h")
+        self.assertEqual(self.queue.job("bad").timeout, 3600)
+        self.cli("edit a b --queue z")
+        self.assertIn("--all, --state, --in-queue, --tag", self.cli("edit -p 1")[2])
         [job] = self.printed("edit a --run-at 2031-01-01T00:00:00Z --json")
         self.assertEqual((job["id"], job["priority"], job["queue"], job["run_at"]),
                          ("a", 5, "z", "2031-01-01T00:00:00.000Z"))
@@ -6397,6 +6451,16 @@ queuectl.SQLite.changes = changes""")
                 self.assertNotIn("no worker", err)
         self.assertIn("1 of 2 jobs completed", err)
         self.assertIn("not found", self.job("job-5").error)
+
+    def test_a_retry_waits_for_its_jobs(self):
+        for name in ("a", "b"):
+            self.enqueue("exit 3", "--id", name, "--max-retries", "1")
+        self.drain()
+        self.worker()
+        self.assertEqual(self.call("retry", "a", "--wait")[::2], (
+            3, "a pending again\na dead (exit status 3)\n"))
+        code, out, _ = self.call("dlq", "retry", "--all", "--wait", "--json", "--command", "true")
+        self.assertEqual((code, [job["state"] for job in json.loads(out)]), (0, ["completed"] * 2))
 
     def test_a_hook_s_command_is_told_of_the_job_that_it_follows(self):
         self.configure(on_dead="echo $QUEUECTL_JOB_ID $QUEUECTL_STATE $QUEUECTL_EXIT_CODE "
