@@ -12285,8 +12285,8 @@ _ALL = option("--all", "all jobs that it applies to")
 _WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
 _EDITS = _flags_of(FIELDS, "u")
 # The --queue of `retry` chooses jobs.
-_AGAIN = (*(one for one in _EDITS if one.dest != "queue"),
-          option("--wait", "wait for the jobs; for one, exit with its status"))
+_WAIT = option("--wait", "wait for the jobs; for one, exit with its status", "output")
+_AGAIN = (*(one for one in _EDITS if one.dest != "queue"), _WAIT)
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
                  action="append", type=parse_name, default=[])
 _WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
@@ -12367,8 +12367,7 @@ COMMANDS = (    # in the order of the help
         option("--null -0", "items end with NUL, as from find -print0"),
         option("--stream", "add the lines of stdin as they come"),
         *_flags_of(FIELDS, "e"),
-        option("--wait", "wait for the job, and exit with its status",
-               "output"),
+        _WAIT,
         option("--quiet -q", "print ids only", "output"), _JSON,
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
            "enqueue -- convert 'my photo.png' out.jpg\n"

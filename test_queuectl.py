@@ -6456,7 +6456,7 @@ queuectl.SQLite.changes = changes""")
         for name in ("a", "b"):
             self.enqueue("exit 3", "--id", name, "--max-retries", "1")
         self.drain()
-        self.worker()
+        self.listed_worker()
         self.assertEqual(self.call("retry", "a", "--wait")[::2], (
             3, "a pending again\na dead (exit status 3)\n"))
         code, out, _ = self.call("dlq", "retry", "--all", "--wait", "--json", "--command", "true")
