@@ -1,17 +1,5 @@
 """The tests of queuectl, in the order of its sections; real processes come last.
 
-Where the tests of a section are
-     1 Words .......... Words                   13 Views ....... Views, Metrics
-     3 Rules .......... Rules                   14 Processes ... Workers, Supervised
-     4 Cron ........... Cron                    15 Worker ........ Workers, Program, Model
-     5 Fields ......... Fields                  16 Page ........ Browser
-     6 SQL ............ Statements              17 to 19 ....... Web, WebServer
-     7 SQLite ......... Files, BadGround        20 Install ..... Services, Shells
-     8 Host ........... Hosts, Notices          21 Terminal .... CommandLine, Program
-     9 Ledger ......... Promises                22 Commands .... CommandLine, Program
-    10 Queue .......... Promises                23 Main ........ Completion, Shells, Program
-    11 Claims ......... Ticks, Model
-    12 Check .......... Checks
 What holds only as a whole: Chaos, Model, CrashPoints, PowerCut (deaths and rivals at any
 moment); Anywhere, ElsewherePosix, Services (where it runs); Readme (what it says).
 
@@ -110,29 +98,23 @@ class Telling(unittest.TestResult):
         self.told.append((verb, test.id(), *[word] * (word is not None)))
 
 
-def told_of(tests):
-    """Run the tests; what they reported."""
-    result = Telling()
-    unittest.TestSuite(tests).run(result)
-    return result.told
-
-
 class Abreast(unittest.TestSuite):
     """Runs several tests at a time, each in another process: most of them only wait.
 
-    A class that prepares something for all of its tests stays together.
+    A class that prepares something for all of its tests stays together, and comes first.
     """
 
-    AT_ONCE = 2 * (os.cpu_count() or 1)
-
     def run(self, result, debug=False):
-        tests = {test.id(): test for test in self.each(self)}
-        missing = dict(enumerate(self.parts(tests.values())))
+        tests, together = {test.id(): test for test in self.each(self)}, {}
+        for name, test in tests.items():
+            is_shared = type(test).setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__
+            together.setdefault(type(test) if is_shared else name, []).append(test)
+        missing = dict(enumerate(sorted(together.values(), key=len, reverse=True), 1))
         program()
         todo, give = os.pipe()
         os.write(give, b"".join(number.to_bytes(2, "big") for number in missing))
         os.close(give)
-        workers = {self.worker(missing, todo) for _ in range(self.AT_ONCE)}
+        workers = {self.worker(missing, todo) for _ in range(2 * (os.cpu_count() or 1))}
         while workers:
             for worker in multiprocessing.connection.wait(workers):
                 try:
@@ -141,16 +123,15 @@ class Abreast(unittest.TestSuite):
                     workers.remove(worker)
                     os.wait()
                     continue
-                del missing[number]
+                missing.pop(number, None)
                 self.report(result, tests, told)
                 if result.shouldStop:
                     os.read(todo, 65536)
+                    missing.clear()
         os.close(todo)
-        if not result.shouldStop:
-            self.report(result, tests, [
-                (verb, test.id(), *words) for part in missing.values() for test in part
-                for verb, *words in (("startTest",), ("addError", "its process died"),
-                                     ("stopTest",))])
+        for test in itertools.chain(*missing.values()):
+            self.report(result, tests, [("startTest", test.id()), (
+                "addError", test.id(), "its process died"), ("stopTest", test.id())])
         return result
 
     @staticmethod
@@ -159,9 +140,10 @@ class Abreast(unittest.TestSuite):
         told, tell = multiprocessing.Pipe(duplex=False)
         if os.fork() == 0:
             try:
-                while number := os.read(todo, 2):
-                    number = int.from_bytes(number, "big")
-                    tell.send((number, told_of(parts[number])))
+                while number := int.from_bytes(os.read(todo, 2), "big"):
+                    result = Telling()
+                    unittest.TestSuite(parts[number]).run(result)
+                    tell.send((number, result.told))
             finally:
                 os._exit(0)
         tell.close()
@@ -177,15 +159,6 @@ class Abreast(unittest.TestSuite):
     def each(self, suite):
         for test in suite:
             yield from self.each(test) if isinstance(test, unittest.TestSuite) else [test]
-
-    @staticmethod
-    def parts(tests):
-        """Lists of tests that are run in one process, the longer ones first."""
-        together = collections.defaultdict(list)
-        for test in tests:
-            is_shared = type(test).setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__
-            together[type(test) if is_shared else test.id()].append(test)
-        return sorted(together.values(), key=len, reverse=True)
 
 
 def load_tests(_loader, tests, _pattern):
@@ -228,22 +201,20 @@ def write_bytes(path, content):
 class FakeClock:
     """A wall clock that moves only by the test."""
 
-    def __init__(self) -> None:
-        self.now = NOON
+    now = NOON
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 
 def wait_for(condition, what="the condition", seconds=DEADLINE):
     """The condition's first true value."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds} s in vain for {what}")
         time.sleep(0.01)
-    raise AssertionError(f"waited {seconds} s in vain for {what}")
+    return value
 
 
 def settings(**changes):
@@ -261,14 +232,13 @@ def ticked(claims, free=(), ended=(), **report):
         raise
     claims.committed(tick, report)
     for claim in tick.claims:
-        if claim.slot:
-            note_start(claims, claim)
+        note_start(claims, claim)
     return tick
 
 
 def note_start(claims, claim):
     """Record that the command of a run was started, as a worker does."""
-    if claims.lock >= 0:
+    if claim.slot and claims.lock >= 0:
         claims._host.locks.note(claims.lock, claims.worker.id, claim, NOBODY, queuectl.boot_time())
 
 
@@ -334,8 +304,8 @@ class Case(unittest.TestCase):
         self.addCleanup(self.assert_sound, queue)
         return queue
 
-    def worker(self, queue=None, port=None, **options):
-        return queuectl.Claims(queue or self.queue, WorkerOptions(**{"slots": 4, **options}), port)
+    def worker(self, queue=None, port=None, slots=4, **options):
+        return queuectl.Claims(queue or self.queue, WorkerOptions(slots=slots, **options), port)
 
     @functools.cached_property
     def claims(self):
@@ -367,21 +337,20 @@ class Case(unittest.TestCase):
 
     def jobs(self, these, **fields):
         """So many jobs; or one for each of these: an id, or the fields that it has."""
-        these = [{}] * these if isinstance(these, int) else these
         return self.queue.enqueue_many([
             {"command": "true", **fields, **(one if isinstance(one, dict) else {"id": one})}
-            for one in these])
+            for one in ([{}] * these if isinstance(these, int) else these)])
 
     def job_in(self, state):
         """A job that reached the state by the queue's own methods."""
         job = self.job(max_retries=1 if state == DEAD else 2)
         if state == CANCELLED:
             self.queue.cancel(job.id)
+        elif state == PROCESSING:
+            self.claim()
         elif state != PENDING:
-            claim = self.claim()
-            if state != PROCESSING:
-                self.end(claim, int(state != COMPLETED))
-        self.assertEqual(self.queue.job(job.id).state, state)
+            self.run_next(int(state != COMPLETED))
+        self.assertEqual(self.state(job.id), state)
         return self.queue.job(job.id)
 
     def state(self, job_id):
@@ -403,7 +372,7 @@ class Case(unittest.TestCase):
         elif isinstance(how, str):
             how = Outcome(how)
         return self.tick(free, {
-            one.number if isinstance(one, queuectl.Claim) else getattr(one, "claim", one): how
+            getattr(one, "claim", getattr(one, "number", one)): how
             for one in (runs if isinstance(runs, list) else [runs])}, by)
 
     def run_next(self, how=0, by=None):
@@ -436,16 +405,11 @@ class Case(unittest.TestCase):
         wake_ups.settimeout(timeout)
         return wake_ups
 
-    def peers(self, claims=None):
-        """The other workers, for this one."""
-        return queuectl.Peers(self.queue, (claims or self.claims).worker.id)
-
-    def lost(self, claims=None, ages=None):
-        """The runs that are lost for a worker; `ages`: seconds without a heartbeat."""
-        peers = self.peers(claims)
-        peers._ages = ages or {}
-        return peers.lost()
-
+    def peers(self, claims=None, ages=()):
+        """The other workers, for this one; `ages`: seconds without a heartbeat."""
+        peers = queuectl.Peers(self.queue, (claims or self.claims).worker.id)
+        peers._ages = dict(ages)
+        return peers
 
 def let_go(lock):
     """Close the descriptor of a lock; some platforms have no such locks."""
@@ -492,26 +456,20 @@ def run_cli(*argv):
     return code, out.buffer.getvalue().decode(), err.getvalue()
 
 
-class refused:
-    """Asserts that a QueueError of that code ends the block, and keeps it as `error`.
+@contextlib.contextmanager
+def refused(code, words="", **facts):
+    """A QueueError of that code ends the block, and is kept as `error`.
 
     `words` is a pattern in its text, `facts` are its attributes.
     """
-
-    def __init__(self, code, words="", **facts):
-        self.facts, self.words, self.error = {"code": code, **facts}, words, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if error is not None and not isinstance(error, queuectl.QueueError):
-            return False
-        self.error = error
-        found = {name: getattr(error, name, None) for name in self.facts}
-        if found != self.facts or not re.search(self.words, str(error)):
-            raise AssertionError(f"{error!r} {found}, not {self.facts} {self.words}")
-        return True
+    caught, facts = types.SimpleNamespace(error=None), {"code": code, **facts}
+    try:
+        yield caught
+    except queuectl.QueueError as error:
+        caught.error = error
+    found = {name: getattr(caught.error, name, None) for name in facts}
+    if found != facts or not re.search(words, str(caught.error)):
+        raise AssertionError(f"{caught.error!r} {found}, not {facts} {words}")
 
 
 def swept(queue, verb, state=(), /, **filters):
@@ -3296,11 +3254,11 @@ class Ticks(Case):
         self.queue.configure("lease", "1s")
         other, number = self.worker(name="other"), self.claims.worker.id
         for claims, seconds, lost in ((other, 14.0, 0), (other, 15.0, 1), (None, 15.0, 0)):
-            self.assertEqual(len(self.lost(claims, {number: seconds})), lost)
+            self.assertEqual(len(self.peers(claims, {number: seconds}).lost()), lost)
         self.queue.configure("heartbeat", "100ms")   # now it is as short as it can be
-        self.assertEqual(self.lost(other), [])
+        self.assertEqual(self.peers(other).lost(), [])
         self.do(queuectl.Sql.DELETE_WORKER, id=number)
-        self.assertEqual([run.job for run in self.lost(other)], [1])
+        self.assertEqual([run.job for run in self.peers(other).lost()], [1])
 
     def test_a_worker_that_comes_and_claims_between_two_looks_is_not_lost(self):
         watcher, read, came = self.worker(), self.queue.store.rows, []
@@ -3313,7 +3271,7 @@ class Ticks(Case):
                 self.claim(self.worker(name="newcomer"))
             return found
         with mock.patch.object(self.queue.store, "rows", rows):
-            self.assertEqual(self.lost(watcher), [])
+            self.assertEqual(self.peers(watcher).lost(), [])
         self.assertTrue(came)
 
     def test_a_worker_that_lost_its_jobs_and_lives_stays_in_the_table(self):
@@ -3330,7 +3288,7 @@ class Ticks(Case):
         worker = self.queue.workers()[0]
         self.assertEqual((worker.id, worker.name, worker.heartbeat_at),
                          (1, "frozen", queuectl.iso(NOON + 60)))
-        self.assertEqual(self.lost(claims), [])
+        self.assertEqual(self.peers(claims).lost(), [])
 
     def test_the_name_of_a_dead_worker_is_free_and_its_jobs_are_still_found(self):
         dead, _living = self.worker(name="w"), self.worker(name="other")
@@ -3345,12 +3303,12 @@ class Ticks(Case):
         self.assertEqual(ids(gone), [1])
         self.assertEqual(self.tick(by=claims, dead=gone).removed, [])   # it has a job yet
         self.assertEqual(names(), ["w#1", "other", "w"])
-        [lost] = self.lost(claims)
+        [lost] = self.peers(claims).lost()
         tick = self.tick(by=claims, lost=[lost], dead=gone)
         self.assertEqual([(one.after.state, one.after.crashes) for one in tick.changes],
                          [(FAILED, 1)])
         self.assertEqual((ids(tick.removed), names()), ([1], ["other", "w"]))
-        self.assertEqual((self.lost(claims), self.peers(claims).record(lost)), ([], []))
+        self.assertEqual((self.peers(claims).lost(), self.peers(claims).record(lost)), ([], []))
 
     def test_a_worker_that_comes_back_finds_its_name_taken(self):
         claims = self.worker(name="w")
