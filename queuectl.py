@@ -186,10 +186,11 @@ MOVES = {
 }
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
-# The states of the jobs that a user can change. To delete and to edit are no verbs of
-# MOVES, as they lead to no state.
-CHANGEABLE = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
-              "delete": (*WAITING, *OVER), "edit": (*WAITING, DEAD)}
+# The states of the jobs that a command applies to; of these, MOVES has only the verbs
+# that lead to a state.
+STATES_FOR = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
+              "delete": (*WAITING, *OVER), "edit": (*WAITING, DEAD),
+              "wait": (*WAITING, PROCESSING)}
 
 # Why a job waits (I7): for a slot, its time, other jobs, or a user's `release`.
 READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "held")
@@ -1751,6 +1752,16 @@ def settings_of(stored: Mapping[str, str]) -> Settings:
     """The settings in force; stored keys of a newer version are ignored."""
     return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
                       for key, setting in SETTINGS.items()))
+
+
+def parse_keys(text: str) -> list[str]:
+    """The keys of `id,exit-code`, each one of JSON_KEYS; else Invalid."""
+    keys = text.replace("-", "_").split(",")
+    for key in keys:
+        if key not in JSON_KEYS:
+            raise Invalid(f"a job has no field {key!r}",
+                          "it has " + ", ".join(JSON_KEYS))
+    return keys
 
 
 def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
@@ -4053,10 +4064,10 @@ class Ledger:
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
         """Write a user's changes to a job; Conflict, Invalid before the first write."""
-        if before.state not in CHANGEABLE["edit"]:
+        if before.state not in STATES_FOR["edit"]:
             raise Conflict("wrong-state",
                            f"{before.id} is {before.state}, so it cannot be edited",
-                           "it must be " + " or ".join(CHANGEABLE["edit"]))
+                           "it must be " + " or ".join(STATES_FOR["edit"]))
         if before.waits is None and after.run_at != before.run_at:
             raise Conflict("wrong-state", f"{before.id} is {before.state}, so no time "
                            "is set for it", f"`queuectl retry {before.id}` takes "
@@ -4367,7 +4378,7 @@ class Queue:
 
         def look() -> list[Job] | str:
             wanted = [job_id for job_id in jobs if job_id not in over]
-            found = {job.id: job for job in self._named(wanted)}
+            found = {job.id: job for job in self.named(wanted)}
             for job_id in wanted:
                 if job_id not in found:
                     raise no_such_job(job_id)
@@ -4428,7 +4439,8 @@ class Queue:
             time.sleep(min(5 * (now - began), end - now))
             self.await_change(seen, min(FALLBACK_POLL, end - time.monotonic()))
 
-    def _named(self, job_ids: Sequence[str]) -> list[Job]:
+    def named(self, job_ids: Sequence[str]) -> list[Job]:
+        """Those of the jobs that exist, in any order."""
         return self.store.jobs(Sql.JOBS_NAMED, ids=json.dumps(job_ids)) \
             if job_ids else []
 
@@ -4490,7 +4502,7 @@ class Queue:
         """What blocks a job of `stuck`, as `build (dead)`."""
         states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
         found = sorted((states.index(one.state), one.id) for one in
-                       self._named(job.after) if one.state in states)
+                       self.named(job.after) if one.state in states)
         return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
 
     def is_all_paused(self) -> bool:
@@ -4506,7 +4518,7 @@ class Queue:
             if job.waits is None:
                 continue
             # A missing one was completed: no other can be deleted.
-            needed = {one.id: one.state for one in self._named(
+            needed = {one.id: one.state for one in self.named(
                 job.after if job.waits == BLOCKED else ())}
             found[job.id] = [Finding(
                 WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
@@ -4805,7 +4817,7 @@ class Queue:
               keep: Skip = lambda why: None, fields: Mapping[str, Any] = {},
               **filters: Any) -> Iterator[list[Job]]:
         """Change all matching jobs, in small transactions; each yields the changed
-        jobs, and the caller may stop. `verb` is a key of CHANGEABLE, `fields` are those
+        jobs, and the caller may stop. `verb` is a key of STATES_FOR, `fields` are those
         to edit.
 
         It passes over jobs that are in another state, and skips those whose unique key
@@ -4829,7 +4841,7 @@ class Queue:
                 with self.store.transaction():
                     found = self.jobs(states, sort, SWEEP_BATCH, **place)
                     changed = change([job for job in found
-                                      if job.state in CHANGEABLE[verb]], kept.append)
+                                      if job.state in STATES_FOR[verb]], kept.append)
                 if changed:
                     self._wake_for(verb)
                 yield changed       # outside the transaction, as the caller may be slow
@@ -5783,8 +5795,8 @@ def as_json(shape: str, record: object, **given: Any) -> dict[str, Any]:
             for key in SHAPES[shape]}
 
 
-def job_object(job: Job) -> dict[str, Any]:
-    return as_json("Job", job)
+def job_object(job: Job, keys: Sequence[str] = JSON_KEYS) -> dict[str, Any]:
+    return {key: getattr(job, key) for key in keys}
 
 
 def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
@@ -6000,6 +6012,22 @@ def job_table(jobs: Sequence[Job], style: Style,
             if any(map(is_needed, jobs))]
     return grid([[head for head, _ in used],
                  *([cell(job) for _, cell in used] for job in jobs)], style)
+
+
+def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[str]:
+    def cell(key: str, value: Any) -> str:
+        if value in (None, "", (), {}):
+            return "-"
+        if FIELDS[key].kind.output.get("format") == "date-time":
+            return local_time(epoch(value), style.now)
+        if isinstance(value, float):
+            return span(value)
+        if isinstance(value, tuple):
+            return ",".join(value)
+        return one_line(value if isinstance(value, str) else dumps(value, None))
+    return grid([[key.upper() for key in keys], *(
+        [cell(key, value) for key, value in job_object(job, keys).items()]
+        for job in jobs)], style)
 
 
 def worker_line(worker: Worker, style: Style) -> str:
@@ -9600,7 +9628,7 @@ def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
 def get_session(queue: Queue, request: Request) -> dict[str, Any]:
     return {"role": request.role, "version": __version__, "database": queue.path,
             "actions": {state: [verb for verb in ("retry", "cancel", "delete")
-                                if state in CHANGEABLE[verb]] for state in STATES}}
+                                if state in STATES_FOR[verb]] for state in STATES}}
 
 
 def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
@@ -11479,7 +11507,8 @@ def _bar(screen: Screen, queue: Queue | None = None,
 
 
 def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
-           timeout: float | None) -> int:
+           timeout: float | None = None) -> tuple[int, list[Job]]:
+    """Wait for jobs; an exit status, and the jobs as they have finished."""
     began = time.monotonic()
     bar = _bar(screen, queue, lambda: [
         job for job in map(queue.job, job_ids[:PEOPLE_LIMIT]) if job.state in WAITING])
@@ -11488,11 +11517,11 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     if len(jobs) > 1:
         screen.note(f"{done} of {len(jobs)} jobs completed, "
                     f"after {span(time.monotonic() - began)}")
-        return EX_OK if done == len(jobs) else EX_NO
+        return EX_OK if done == len(jobs) else EX_NO, jobs
     job, = jobs
     screen.note(f"{job.id} {job.state}{f' ({job.error})' if job.error else ''}")
     # One that was cancelled before it ran has no exit status.
-    return EX_OK if done else job.exit_code or EX_NO
+    return EX_OK if done else job.exit_code or EX_NO, jobs
 
 
 def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
@@ -11568,9 +11597,9 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
         screen.note(f"warning: {stuck[0].id}{more} for {queue.why_stuck(stuck[0])}, "
                     "and cannot run until that is retried")
     if jobs and args.wait:
-        status = _await(queue, screen, [job.id for job in jobs], None)
+        status, jobs = _await(queue, screen, [job.id for job in jobs])
         if args.json:
-            _say_added([queue.job(job.id) for job in jobs], new, args, screen)
+            _say_added(jobs, new, args, screen)
         return status
     if jobs:
         _note_no_worker(queue, screen)
@@ -11713,7 +11742,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     filters, style, states = _filters(args), screen.style(), tuple(args.state or ())
     if args.json:   # by the page, or all in memory, if they are to be sorted
         limit, is_sorted = args.limit or 0, len(states) > 1 or args.sort != "newest"
-        _print_array(({**job_object(job), **(
+        _print_array(({**job_object(job, args.fields or JSON_KEYS), **(
             {"output": _output_of(queue, job).decode("utf-8", "replace")}
             if args.show_output else {})} for job in (
                 queue.jobs(states, args.sort, limit, **filters) if is_sorted
@@ -11727,14 +11756,15 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     why = {} if not states or {*states} - {*WAITING} else {
         job_id: ", ".join(one.message for one in found) or "waits for a slot"
         for job_id, found in queue.hindrances(shown).items()}
-    head, *lines = job_table(shown, style, why) if shown else [""]
+    head, *lines = [""] if not shown else job_table(shown, style, why) \
+        if not args.fields else field_table(shown, args.fields, style)
     if shown and not args.show_output:
         screen.out(head)
     for job, line in zip(shown, lines):
         screen.out(line)
         if args.show_output:
             screen.raw(_output_of(queue, job))
-        elif is_dlq and job.error:
+        elif is_dlq and job.error and not args.fields:
             screen.out(style.paint(
                 "    " + cut(one_line(job.error), style.width - 4), DIM))
     if not shown:
@@ -11874,29 +11904,52 @@ def _is_wide(args: argparse.Namespace) -> bool:
     return is_wide
 
 
-def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Wait for jobs: with --all or --queue alone also for those added meanwhile."""
-    job_ids = args.ids
-    if _is_wide(args) and {*_filters(args)} - {"queue"}:
-        job_ids = [job.id for job in queue.pages(
-            state=(*WAITING, PROCESSING), **_filters(args))]
-        if not job_ids:
-            screen.note("no unfinished jobs fit")
-            return EX_OK
-    if job_ids:
-        return _await(queue, screen, job_ids, args.timeout)
-    bar = _bar(screen, queue, lambda: queue.jobs(
-        WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
-    done = queue.wait_all(args.queue, args.timeout, bar)
-    screen.note(f"all jobs are over: {done.completed} completed, "
-                f"{done.unsuccessful} dead or cancelled meanwhile")
-    return EX_NO if done.unsuccessful else EX_OK
-
-
 # What was done to jobs; the states of those to change, if none is named.
 VERBS = {"retry": ("pending again", (FAILED, DEAD, CANCELLED)),
-         "cancel": ("cancelled", CHANGEABLE["cancel"]), "delete": ("deleted", OVER),
-         "edit": ("edited", CHANGEABLE["edit"])}
+         "cancel": ("cancelled", STATES_FOR["cancel"]), "delete": ("deleted", OVER),
+         "edit": ("edited", STATES_FOR["edit"]),
+         "wait": ("waited for", STATES_FOR["wait"])}
+
+
+def _fitting(verb: str,
+             args: argparse.Namespace) -> tuple[Sequence[str], dict[str, Any]]:
+    """The states to change, and the filters; Usage for a wrong state."""
+    said, unnamed = VERBS[verb]
+    states, filters = args.state or unnamed, _filters(args)
+    for state in states:
+        if state not in STATES_FOR[verb]:
+            raise Usage(f"{state} jobs cannot be {said}",
+                        "these can: " + ", ".join(STATES_FOR[verb]))
+    if "older_than" in filters and {*states} & {*WAITING}:
+        raise Usage("--older-than counts from a job's end",
+                    "it fits " + ", ".join(OVER))
+    return states, filters
+
+
+def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
+    """Wait for jobs: with --all or --queue alone also for those added meanwhile."""
+    is_wide, (states, filters) = _is_wide(args), _fitting("wait", args)
+    status, jobs, job_ids = EX_OK, list[Job](), args.ids
+    if is_wide and (args.state or {*filters} - {"queue"}):
+        job_ids = [job.id for job in queue.pages(state=states, **filters)]
+        if not job_ids:
+            screen.note("no unfinished jobs fit")
+    elif is_wide:
+        bar = _bar(screen, queue, lambda: queue.jobs(
+            WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
+        before = queue.last_event()
+        done = queue.wait_all(args.queue, args.timeout, bar)
+        screen.note(f"all jobs are over: {done.completed} completed, "
+                    f"{done.unsuccessful} dead or cancelled meanwhile")
+        status = EX_NO if done.unsuccessful else EX_OK
+        jobs = sorted(job for job in queue.named([event.id for event in (
+            queue.events_since(before, END_OF_TIME, args.queue) if args.json else ())])
+            if job.state in OVER)
+    if job_ids:
+        status, jobs = _await(queue, screen, job_ids, args.timeout)
+    if args.json:
+        _print_array(map(job_object, jobs), screen)
+    return status
 
 
 def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
@@ -11914,21 +11967,6 @@ def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
         raise
     screen.note(f"{first} {said}" if n == 1 else
                 f"{n:,} jobs {said}" if n else "no such jobs")
-
-
-def _fitting(verb: str,
-             args: argparse.Namespace) -> tuple[Sequence[str], dict[str, Any]]:
-    """The states to change, and the filters; Usage for a wrong state."""
-    said, unnamed = VERBS[verb]
-    states, filters = args.state or unnamed, _filters(args)
-    for state in states:
-        if state not in CHANGEABLE[verb]:
-            raise Usage(f"{state} jobs cannot be {said}",
-                        "these can: " + ", ".join(CHANGEABLE[verb]))
-    if "older_than" in filters and {*states} & {*WAITING}:
-        raise Usage("--older-than counts from a job's end",
-                    "it fits " + ", ".join(OVER))
-    return states, filters
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
@@ -11988,9 +12026,10 @@ def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     jobs = list(jobs)
     if not args.json:
         _say_jobs(jobs, said, args, screen)
-    status = _await(queue, screen, [job.id for job in jobs], None) if jobs else EX_OK
-    if args.json:   # as they are when they are over
-        _say_jobs((queue.job(job.id) for job in jobs), said, args, screen)
+    status, jobs = _await(queue, screen, [job.id for job in jobs]) if jobs \
+        else (EX_OK, [])
+    if args.json:
+        _say_jobs(jobs, said, args, screen)
     return status
 
 
@@ -12293,7 +12332,9 @@ _WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
 _FOLLOW = option("--follow -f", "keep printing what is new")
 _SCHEDULE = option("NAME", "the schedule's name")
 _KEY = option("KEY", "the setting's name")
-_LIMIT = option("--limit N", "0: all (default: 50; with --json all)", "output")
+_LIMIT = option("--limit -n N", "0: all (default: 50; with --json all)", "output")
+_COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
+                  "output", type=parse_keys)
 _OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
                 "which jobs")
 _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
@@ -12398,11 +12439,11 @@ COMMANDS = (    # in the order of the help
                   "output", const=1.0, type=_between(0.1)), _JSON,
            eg="status\nstatus --watch", also="st, stat, top"),
     _entry(
-        "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT,
+        "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT, _COLUMNS,
         option("--sort KEY", "one of " + ", ".join(ORDERS), "output",
                choices=tuple(ORDERS), default="newest"),
         option("--show-output -o", "with the output of each", "output"), _JSON,
-        eg="list --state pending\nlist --state dead --tag nightly --json",
+        eg="list --state pending,failed -n 9\nlist --state dead --tag nightly --json",
         also="ls, ps, jobs"),
     _entry("show", cmd_show, "show one job in full, and why it does not run", READS,
            option("ID", "the job"), _JSON, eg="show job-1\nshow job-1 --json",
@@ -12413,9 +12454,9 @@ COMMANDS = (    # in the order of the help
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
            also="log, output, tail, cat"),
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
-        NOT_IDS, option("--all", "all jobs, also those added meanwhile"),
+        NOT_IDS, option("--all", "all jobs, also those added meanwhile"), _STATE_FLAG,
         *_FILTERS), _WAIT_LIMIT,
-        option("--quiet -q", "print no messages", "other"),
+        option("--quiet -q", "print no messages", "other"), _JSON,
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
     _entry("retry", cmd_change, "run jobs again, with changes if you like", CHANGES,
            *_WHICH, *_AGAIN,
@@ -12439,8 +12480,9 @@ COMMANDS = (    # in the order of the help
                                      "other"), _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
            also="clean, clear, prune, gc", ids=[], all=True),
-    _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _JSON,
-           eg="dlq\ndlq list --json", also="dead, failed, dlq ls, dlq show",
+    _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _COLUMNS, _JSON,
+           eg="dlq\ndlq list --fields id,exit_code,error",
+           also="dead, failed, dlq ls, dlq show",
            state=[DEAD], sort="finished", show_output=False),
     _entry("dlq retry", cmd_change, "requeue dead jobs", CHANGES, _IDS,
            *_grouped(NOT_IDS, _ALL, *_FILTERS), *_AGAIN, _JSON,
@@ -12615,8 +12657,8 @@ FILES, DIRS = "files", "dirs"   # kinds of values that the shell completes
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command accepts, if not all.
 STATES_OF: dict[tuple[str, ...], tuple[str, ...]] = {
-    **{(verb,): states for verb, states in CHANGEABLE.items()},
-    ("wait",): (*WAITING, PROCESSING), ("dlq", "retry"): (DEAD,)}
+    **{(verb,): states for verb, states in STATES_FOR.items()},
+    ("dlq", "retry"): (DEAD,)}
 
 
 def usual(entries: Sequence[Entry]) -> Entry:

@@ -5197,6 +5197,20 @@ class CommandLine(Case):
         self.assertEqual(len(self.printed("dlq --limit 2 --json")), 2)
         self.assertEqual(len(self.cli("dlq list --limit 1")[1].splitlines()), 3)
 
+    def test_the_fields_that_are_wanted_are_listed_in_their_order(self):
+        self.job("two\nlines", id="a", tags=["t", "u"], timeout=90)
+        self.queue.cancel("a")
+        self.assertEqual(self.cli("list --fields timeout,tags,exit-code,cwd,command")[1], "\n".join((
+            "TIMEOUT  TAGS  EXIT_CODE  CWD" + " " * (len(os.getcwd()) - 1) + "COMMAND",
+            f"1m 30s   t,u   -          {os.getcwd()}  two; lines", "")))
+        self.assertRegex(self.cli("list --fields finished_at")[1], r"\d\d:\d\d[+-]")
+        self.assertEqual(self.cli("list -n 1 --fields attempts,id --json")[1],
+                         '[\n  {"attempts": 0, "id": "a"}\n]\n')
+        self.assertEqual(self.printed("dlq --fields error --json"), [])
+        self.assertRegex(self.cli("list --fields id,stat")[2],
+                         "no field 'stat'; it has id, command, state, ")
+        self.fails(2, "list --fields ''", "dlq --fields id,")
+
     def test_words_after_the_dashes_keep_their_boundaries_and_are_no_flags_of_ours(self):
         self.cli("enqueue --", "sh", "-c", "a && b")
         self.assertEqual(self.printed("show job-1 --json")["command"], "sh -c 'a && b'")
@@ -5423,6 +5437,28 @@ class CommandLine(Case):
         self.says([("wait ok ok", ""), ("wait --all", ""), ("wait --tag none", ""),
                    ("wait --queue q --search none", "")])
         self.says([("wait ok own", "1 of 2 jobs completed"), ("wait nope", "")], 1)
+
+    def test_what_was_waited_for_is_printed_as_json(self):
+        self.some_jobs()
+        self.assertEqual([job["id"] for job in self.printed("wait gone good --json")],
+                         ["gone", "good"])
+        self.assertEqual(self.cli("wait bad --json")[::2], (3, ""))
+        for line, wanted in (("wait --all", ["c", "d"]), ("wait --queue q", ["d"]),
+                             ("wait --all -s processing", ["d", "c"]), ("wait --tag no", []),
+                             ("wait --since 2020-01-01", ["d", "c"])):
+            with self.subTest(line):
+                self.anew()
+                self.jobs([{"id": "c"}, {"id": "d", "queue": "q"}])
+                runs = self.tick(2).claims
+
+                def ended(queue, *_, runs=runs):
+                    self.end([runs.pop()])
+                    return 0
+                with mock.patch.object(Queue, "await_change", ended):
+                    code, out, err = self.cli(f"{line} --json")
+                self.assertEqual((code, err), (0, ""))
+                self.assertEqual([job["id"] for job in json.loads(out)], wanted)
+                self.end(runs)
 
     def test_waiting_too_long_is_no_success_and_a_missing_worker_is_said(self):
         self.some_jobs()
