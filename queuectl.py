@@ -594,7 +594,7 @@ class Job(NamedTuple):
     claim: int | None = None    # number of the current run: the fencing token (I3)
     end_requested: str | None = None    # CANCEL or LOST: this run is being ended
     runs: int = 0               # times it was claimed
-    unmet: int = 0              # jobs in `after` that are not completed
+    unmet: int = 0              # jobs in `after` and `after_any` that it waits for
     after_any: tuple[str, ...] = ()     # ids of jobs that must have finished first
     once: str | None = None     # key that only one job may ever have
     slots: int = 1              # of its worker, while it runs
@@ -1576,6 +1576,7 @@ _ID = Kind(_timeless(parse_name), _or_null(NAME_SCHEMA), NAME_SCHEMA,
 _TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                       "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
              {"action": "append", "metavar": "T"})
+_NEEDS = _TAGS._replace(flag={"action": "append", "metavar": "ID"})
 _UNIQUE = Kind(_key, {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
                       "pattern": _NO_NUL}, _or_null(_TEXT), {"metavar": "KEY"})
 _VARIABLES = Kind(
@@ -1626,8 +1627,12 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
         Field("delay", _SPAN, "eu", "not before this time has passed"),
         Field("run_at", _TIME, "eu",
               "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
-        Field("after", _TAGS._replace(flag={"action": "append", "metavar": "ID"}), "e",
-              "run once that job is completed; repeatable")),
+        Field("after", _NEEDS, "e", "run once that job is completed; repeatable"),
+        Field("after_any", _NEEDS, "e",
+              "run once that job has finished, with any outcome; repeatable"),
+        Field("expires", _SPAN, "es", "cancel it if it has not started by then"),
+        Field("expires_at", _TIME._replace(output=_or_null(_STAMP)), "e",
+              "the same, as a time")),
     "how it ends": (
         Field("max_retries", _whole(0, _AMOUNT), "eus",
               "runs that may fail, including the first (default: a setting)"),
@@ -1802,12 +1807,14 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
             if key == "run_at":
                 found["at_time"] = not (isinstance(value, str)
                                         and value.strip().startswith("+"))
-    if "delay" in found:
-        if "run_at" in found:
-            raise Invalid("delay and run_at are both given", "give one", "delay")
-        found.update(run_at=now + found.pop("delay"), at_time=False)
-    if "run_at" in found:
-        found["run_at"] = iso_up(found["run_at"])
+    for span_key, key in ("delay", "run_at"), ("expires", "expires_at"):
+        if span_key in found and key in found:
+            raise Invalid(f"{span_key} and {key} are both given", "give one", span_key)
+        if span_key in found:
+            found[key] = now + found.pop(span_key)
+            found.update({"at_time": False} if key == "run_at" else {})
+        if key in found:
+            found[key] = iso_up(found[key])
     return found
 
 
@@ -2071,7 +2078,7 @@ class Sql:
         CREATE INDEX jobs_blocked ON jobs (seq) WHERE waits = 'blocked';
         CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';
         CREATE INDEX jobs_by_expiry ON jobs (expires_at)
-            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;
+            WHERE expires_at IS NOT NULL AND state = 'pending';
         CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
             WHERE "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL);
@@ -2253,12 +2260,17 @@ class Sql:
         SELECT MIN(at)
           FROM (SELECT MIN(run_at) AS at FROM jobs WHERE waits = 'scheduled'
                  UNION ALL
-                SELECT MIN(next_run) FROM schedules WHERE paused = 0) AS times"""
+                SELECT MIN(next_run) FROM schedules WHERE paused = 0
+                 UNION ALL
+                SELECT MIN(expires_at) FROM jobs
+                 WHERE expires_at IS NOT NULL AND state = 'pending') AS times"""
     # Is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
                EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
+            OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending'
+                                            AND expires_at <= :now)
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
@@ -2270,6 +2282,11 @@ class Sql:
                          FROM jobs
                         WHERE waits = 'scheduled' AND run_at <= :now
                         ORDER BY run_at LIMIT :limit)"""
+    # A job that has failed has started: it does not expire.
+    EXPIRED = """
+        SELECT * FROM jobs
+         WHERE expires_at IS NOT NULL AND state = 'pending' AND expires_at <= :now
+         ORDER BY expires_at LIMIT :limit"""
     # Delays that began in the future: the clock was set back.
     DELAYED = """
         SELECT * FROM jobs
@@ -2290,7 +2307,7 @@ class Sql:
     # with the state alone, a late worker could end a later claim (I1, I3).
     MOVE = "UPDATE jobs " + _set(
         "state attempts crashes updated_at run_at worker started_at finished_at "
-        "exit_code error waits rank claim end_requested runs at_time") + """
+        "exit_code error waits rank claim end_requested runs at_time expires_at") + """
          WHERE seq = :seq
            AND state = :source AND COALESCE(claim, 0) = :held"""
     EDIT = "UPDATE jobs " + _set(" ".join(
@@ -2330,13 +2347,13 @@ class Sql:
            AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq LIMIT :limit"""
 
-    # Dependencies. Only a completed job can be deleted while others wait for it, so a
-    # missing row is met.
-    INSERT_NEED = _insert("dependencies", "needs", "job")
+    # Dependencies: `any_outcome` is 0 for `after`, 1 for `after_any`. No job can be
+    # deleted while others wait for it, so a missing row is met.
+    INSERT_NEED = _insert("dependencies", "needs", "job", "any_outcome")
     DEPENDENTS = """
         SELECT needs, job FROM dependencies
          WHERE needs IN (SELECT CAST(value AS BIGINT) FROM json_each(:needs))
-           AND job > :after
+           AND job > :after AND any_outcome BETWEEN :least AND :most
          ORDER BY needs, job LIMIT :limit"""
     MEET = """
         UPDATE jobs
@@ -2346,7 +2363,7 @@ class Sql:
                                      ELSE 'ready' END
                            ELSE waits END
          WHERE seq = :job AND unmet > 0"""
-    # A completed job is retried: dependents that have not begun wait again.
+    # A finished job is retried: dependents that have not begun wait again.
     UNMEET = """
         UPDATE jobs
            SET unmet = unmet + 1,
@@ -2354,7 +2371,8 @@ class Sql:
                             ELSE waits END
          WHERE seq IN (SELECT job
                          FROM dependencies
-                        WHERE needs = :needs AND job <= :upto)"""
+                        WHERE needs = :needs AND job <= :upto
+                          AND any_outcome >= :least)"""
     UNBLOCKING = "SELECT needs, after FROM unblocking ORDER BY needs"
     SET_UNBLOCKING = _upsert("unblocking", "needs", "after")
     DELETE_UNBLOCKING = "DELETE FROM unblocking WHERE needs = :needs"
@@ -2362,6 +2380,7 @@ class Sql:
         SELECT jobs.id FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.job
          WHERE dependencies.needs = :needs AND jobs.waits IS NOT NULL
+           AND any_outcome <= :most
          LIMIT 1"""
     # Blocked forever: jobs after a dead or cancelled one, or after :caller (the job
     # that runs this command), and the jobs after these.
@@ -2373,8 +2392,9 @@ class Sql:
                              FROM dependencies
                              JOIN jobs AS needed ON needed.seq = dependencies.needs
                             WHERE dependencies.job = jobs.seq
-                              AND (needed.state IN ('dead', 'cancelled')
-                                   OR needed.seq = :caller))
+                              AND (needed.seq = :caller
+                                   OR any_outcome = 0
+                                      AND needed.state IN ('dead', 'cancelled')))
              UNION
             SELECT dependencies.job FROM stuck
               JOIN dependencies ON dependencies.needs = stuck.seq
@@ -2576,9 +2596,12 @@ class Sql:
               LEFT JOIN jobs AS needed ON needed.seq = dependencies.needs
               LEFT JOIN unblocking ON unblocking.needs = dependencies.needs
              GROUP BY jobs.seq
-            HAVING jobs.unmet <> COUNT(CASE WHEN needed.state <> 'completed'
-                                              OR unblocking.after < jobs.seq
-                                            THEN 1 END)"""),
+            HAVING jobs.unmet <> COUNT(CASE
+                WHEN any_outcome = 0 AND needed.state <> 'completed'
+                  OR needed.state IN ('pending', 'failed', 'processing')
+                  OR unblocking.after < jobs.seq
+                     AND (any_outcome = 1 OR needed.state = 'completed')
+                THEN 1 END)"""),
         ("orphans", "there are rows of {}, which is no job", """
             SELECT DISTINCT 'number ' || job
               FROM (SELECT job FROM runs UNION SELECT job FROM events
@@ -3829,16 +3852,18 @@ class Ledger:
         needs: list[dict[str, int]] = []
         for seq in seqs.values():
             job, unmet = jobs[seq - first], 0
-            for name in job.after:
+            for name in dict.fromkeys((*job.after, *job.after_any)):
+                is_any = name not in job.after      # the stricter one, if in both
                 older = [] if name in seqs else self.jobs(Sql.JOB, id=name)
                 if not older and name not in seqs:
+                    key = "after_any" if is_any else "after"
                     with at_item(seq - first):
-                        raise Invalid(f"after: there is no job {name!r}",
-                                      "`queuectl list` shows what there is", "after")
+                        raise Invalid(f"{key}: there is no job {name!r}",
+                                      "`queuectl list` shows what there is", key)
                 needed = older[0].seq if older else seqs[name]
-                needs.append({"needs": needed, "job": seq})
-                unmet += not older or older[0].state != COMPLETED \
-                    or needed in unblocking
+                needs.append({"needs": needed, "job": seq, "any_outcome": int(is_any)})
+                unmet += not older or needed in unblocking \
+                    or older[0].state not in (OVER if is_any else (COMPLETED,))
             new[seq] = _added(job, seq, unmet, settings, now)
         if needs:
             _refuse_cycle(needs, seqs, first)
@@ -3904,6 +3929,8 @@ class Ledger:
                                  end_requested=None, waits=None)
             if step.target != PROCESSING:
                 job = job._replace(claim=None, worker=None)
+            if verb == "retry":
+                job = job._replace(expires_at=None)
             if step.target in WAITING:
                 job = job._replace(waits=waits_of(job, now), rank=rank_of(
                     job.priority, job.run_at, settings))
@@ -3919,10 +3946,11 @@ class Ledger:
             self.count(job.queue, job.state, +1)
             if change.verb in TALLIED:
                 self.tally(now, job.queue, change.verb)
-        self._block([job.seq for change, job in zip(changes, jobs)
-                     if change.before.state == COMPLETED])
+        self._block([change.before for change in changes])
         completed = [job for job in jobs if job.state == COMPLETED]
         self._unblock([job.seq for job in completed], now)
+        self._unblock([job.seq for job in jobs if job.state in (DEAD, CANCELLED)], now,
+                      least=1)
         self.write(Sql.SET_SUCCESS, [
             {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
             for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
@@ -3946,29 +3974,34 @@ class Ledger:
             if not holders:
                 first[job.unique] = job
 
-    def _block(self, retried: Sequence[int]) -> None:
-        """Let dependents wait again for these jobs, which were completed."""
+    def _block(self, before: Sequence[Job]) -> None:
+        """Let dependents wait again for those of these jobs that had finished."""
+        retried = [job for job in before if job.state in OVER]
         under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
-        for seq in retried:
-            self.do(Sql.UNMEET, {"needs": seq,
-                                 "upto": under_way.get(seq, END_OF_TIME)})
-            self.do(Sql.DELETE_UNBLOCKING, {"needs": seq})
+        for job in retried:
+            self.do(Sql.UNMEET, {"needs": job.seq, "least": int(job.state != COMPLETED),
+                                 "upto": under_way.get(job.seq, END_OF_TIME)})
+            self.do(Sql.DELETE_UNBLOCKING, {"needs": job.seq})
 
-    def _unblock(self, completed: Sequence[int], now: float) -> None:
+    def _dependents(self, seqs: Sequence[int], after: int = 0, limit: int = END_OF_TIME,
+                    least: int = 0, most: int = 1) -> list[tuple[Any, ...]]:
+        return self.rows(Sql.DEPENDENTS, needs=json.dumps(seqs), after=after,
+                         limit=limit, least=least, most=most) if seqs else []
+
+    def _unblock(self, over: Sequence[int], now: float, least: int = 0) -> None:
         """Lower `unmet` of dependents; if there are very many, later ticks do it."""
-        found = self.rows(Sql.DEPENDENTS, needs=json.dumps(completed), after=0,
-                          limit=DUE_BATCH + 1) if completed else []
+        found = self._dependents(over, limit=DUE_BATCH + 1, least=least)
         if len(found) <= DUE_BATCH:
             self._meet(found, now)
         else:
-            self.write(Sql.SET_UNBLOCKING, [{"needs": seq, "after": 0}
-                                            for seq in completed])
+            self.write(Sql.SET_UNBLOCKING, [{"needs": seq, "after": 0} for seq in over])
 
     def unblock_more(self, now: float) -> bool:
-        """Unblock further dependents of completed jobs; True if there may be more."""
+        """Unblock further dependents of finished jobs; True if there may be more."""
         for needs, after in self.rows(Sql.UNBLOCKING)[:1]:
-            found = self.rows(Sql.DEPENDENTS, needs=json.dumps([needs]), after=after,
-                              limit=DUE_BATCH)
+            [job] = self.jobs(Sql.JOB_BY_SEQ, seq=needs)
+            found = self._dependents([needs], after, DUE_BATCH,
+                                     int(job.state != COMPLETED))
             self._meet(found, now)
             if len(found) < DUE_BATCH:
                 self.do(Sql.DELETE_UNBLOCKING, {"needs": needs})
@@ -3976,6 +4009,12 @@ class Ledger:
                 self.do(Sql.SET_UNBLOCKING, {"needs": needs, "after": found[-1][1]})
             return True
         return False
+
+    def expire(self, now: float) -> bool:
+        """Cancel jobs that have not started in time; True if there may be more."""
+        jobs = self.jobs(Sql.EXPIRED, now=iso(now), limit=DUE_BATCH)
+        self.move([Change("cancel", job, job, "expired") for job in jobs], now)
+        return len(jobs) == DUE_BATCH
 
     def _meet(self, found: Sequence[tuple[int, int]], now: float) -> None:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
@@ -4034,14 +4073,16 @@ class Ledger:
         if job.state == PROCESSING:
             raise Conflict("wrong-state", f"{job.id} is processing",
                            f"`queuectl cancel {job.id}` first")
-        needing = self.row(Sql.WAITING_DEPENDENT, needs=job.seq)
+        needing = self.row(Sql.WAITING_DEPENDENT, needs=job.seq,
+                           most=int(job.state not in OVER))
         if needing and job.state != COMPLETED:
             raise Conflict("in-use", f"{needing[0]} waits for {job.id} ({job.state})",
                            f"delete or cancel {needing[0]}, too")
-        met = dict(self.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME) \
-            if job.state == COMPLETED else 0
-        self._meet(self.rows(Sql.DEPENDENTS, needs=json.dumps([job.seq]), after=met,
-                             limit=END_OF_TIME), now)
+        # Those that still count the job as unmet.
+        mark = dict(self.rows(Sql.UNBLOCKING)).get(job.seq, END_OF_TIME)
+        for kind, met in enumerate(((COMPLETED,), OVER)):
+            self._meet(self._dependents([job.seq], mark if job.state in met else 0,
+                                        least=kind, most=kind), now)
         for statement in Sql.DELETE_JOB:
             self.do(statement, {"seq": job.seq})
         self.count(job.queue, job.state, -1)
@@ -4501,9 +4542,13 @@ class Queue:
     def why_stuck(self, job: Job) -> str:
         """What blocks a job of `stuck`, as `build (dead)`."""
         states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
-        found = sorted((states.index(one.state), one.id) for one in
-                       self.named(job.after) if one.state in states)
+        found = sorted((states.index(one.state), one.id) for one in self.needed(job))
         return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
+
+    def needed(self, job: Job) -> list[Job]:
+        """The jobs that a blocked job waits for."""
+        return [one for one in self.named([*job.after, *job.after_any])
+                if one.state not in ((COMPLETED,) if one.id in job.after else OVER)]
 
     def is_all_paused(self) -> bool:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
@@ -4517,15 +4562,11 @@ class Queue:
         for job in jobs:
             if job.waits is None:
                 continue
-            # A missing one was completed: no other can be deleted.
-            needed = {one.id: one.state for one in self.named(
-                job.after if job.waits == BLOCKED else ())}
             found[job.id] = [Finding(
-                WARNING, "blocked", f"after {job_id} ({needed[job_id]})",
-                f"retry {job_id}, or cancel what comes after it"
-                if needed[job_id] in (DEAD, CANCELLED) else "")
-                for job_id in job.after
-                if needed.get(job_id, COMPLETED) != COMPLETED]
+                WARNING, "blocked", f"after {one.id} ({one.state})",
+                f"retry {one.id}, or cancel what comes after it"
+                if one.state in (DEAD, CANCELLED) else "")
+                for one in (self.needed(job) if job.waits == BLOCKED else ())]
             queue = queues.get(job.queue) \
                 or QueueView(job.queue, False, 0, {PROCESSING: 0})
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
@@ -4535,6 +4576,9 @@ class Queue:
                 (queue.paused, WARNING, "paused", f"queue `{job.queue}` is paused", ""),
                 (queue.limit and queue.counts[PROCESSING] >= queue.limit, WARNING,
                  "limit", f"queue `{job.queue}` is at its limit {queue.limit}", ""),
+                (job.state == PENDING and job.expires_at
+                 and job.expires_at <= iso(self.clock()), WARNING, "expired",
+                 "expired: the next worker cancels it", ""),
                 (job.waits == SCHEDULED, NOTE, "due",
                  f"due {ago(job.run_at, self.clock())}{tries}", ""),
                 (not workers, WARNING, "no-worker", "no worker is running",
@@ -5231,7 +5275,7 @@ class Claims:
         notes, behind = list[str](), store.unblock_more(now)
         [[due_at]] = store.rows(Sql.DUE_AT)
         if now < self._last_tick - CLOCK_NOISE or (due_at and due_at <= iso(now)):
-            notes = self._fire(now)
+            notes, behind = self._fire(now), store.expire(now) or behind
             # Nothing is claimed until all due jobs are ready: the last may rank first.
             behind = behind or store.do(Sql.MAKE_READY, {
                 "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
@@ -5339,7 +5383,7 @@ class Claims:
             # The wait for a slot begins when the job is due, its last run has ended and
             # its dependencies are met.
             needs = store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
-                if job.after else None
+                if job.after or job.after_any else None
             ready_at = max(job.run_at, job.finished_at or "", needs or "")
             store.tally(now, job.queue, "wait_time", max(0.0, now - epoch(ready_at)))
         store.write(Sql.INSERT_RUN, [
@@ -6188,7 +6232,7 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
         ("priority", str(job.priority or "")),
         ("tags", ", ".join(job.tags)),
-        ("after", ", ".join(job.after)),
+        ("after", ", ".join(job.after)), ("after any", ", ".join(job.after_any)),
         ("unique", job.unique),
         ("once", job.once),
         ("env", " ".join(f"{key}={one_line(text)}" for key, text in job.env.items())),

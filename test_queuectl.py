@@ -1130,11 +1130,11 @@ class Fields(Case):
     def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
         columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
         private = {"seq", "waits", "rank", "claim", "end_requested", "unmet", "at_time"}
-        private |= {"after_any", "slots", "expires_at", "held"}     # not in use yet
+        private |= {"slots", "held"}     # not in use yet
 
         self.assertEqual(columns, [*Job._fields])
         self.assertEqual({*Job._fields} - private,
-                         {*queuectl.FIELDS} - {"delay", "waiting_for"})
+                         {*queuectl.FIELDS} - {"delay", "expires", "waiting_for"})
         self.assertEqual({*queuectl.JSON_KEYS}, {*Job._fields} - private - {"runs"})
 
     def test_values_of_settings_are_accepted_up_to_their_bounds(self):
@@ -1375,7 +1375,7 @@ NEW_IN_3 = (
             no_retry_on TEXT, expires_at TEXT, held INTEGER NOT NULL DEFAULT 0,""",
     "CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';",
     """CREATE INDEX jobs_by_expiry ON jobs (expires_at)
-            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;""",
+            WHERE expires_at IS NOT NULL AND state = 'pending';""",
     " slots TEXT NOT NULL DEFAULT '', gpus TEXT,",
     "any_outcome INTEGER NOT NULL DEFAULT 0,",
     """,
@@ -1613,7 +1613,7 @@ class Files(Case):
         formats = [self.format_2(), queuectl.Sql.SCHEMA]
         self.assertEqual(
             [hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
-             for text in formats], ["3bc20ada7c4b2d87", "8ac20dd7af0317ca"])
+             for text in formats], ["3bc20ada7c4b2d87", "526938fd5235bd64"])
         self.assertEqual(queuectl.SCHEMA_VERSION, 3)
 
     def format_2(self):
@@ -2124,12 +2124,13 @@ class Promises(Case):
         given = {"id": "x", "queue": "q", "priority": 7, "max_retries": 4, "timeout": 9.0,
                  "backoff_base": 3.0, "after": ("first",), "unique": "u", "tags": ("a", "b"),
                  "env": {"A": "ü"}, "cwd": "/", "run_at": "2027-03-01T00:00:00.000Z", "once": "o",
-                 "backoff_max": 60.0, "no_retry_on": "2,64-78"}
+                 "backoff_max": 60.0, "no_retry_on": "2,64-78", "after_any": ("first",),
+                 "expires_at": "2027-03-02T00:00:00.000Z"}
         self.job("make all", **given)
         job = self.queue.job("x")
         self.assertEqual(job, job._replace(**given))
         self.assertLessEqual({name for name, field in queuectl.FIELDS.items()
-                              if "e" in field.uses} - {"delay", "command"}, set(given))
+                              if "e" in field.uses} - {"delay", "expires", "command"}, set(given))
         self.assertEqual(self.queue.store.rows("SELECT after, tags, env FROM jobs"), [
             ("[]", "[]", "{}"), ('["first"]', '["a", "b"]', '{"A": "ü"}')])
 
@@ -2176,6 +2177,59 @@ class Promises(Case):
         self.assertEqual([self.queue.job(name).waits for name in "cd"], ["ready", "blocked"])
         self.assertEqual(self.queue.waiting_for(jobs[1])[:2],
                          ["after b (processing)", "after c (pending)"])
+
+    def test_a_job_after_any_end_waits_until_the_others_have_finished(self):
+        for state in (COMPLETED, DEAD, CANCELLED):
+            with self.subTest(state):
+                self.anew()
+                self.jobs([{"id": "first", "max_retries": 1},
+                           {"id": "strict", "after": ["first"]},
+                           {"id": "any", "after_any": ["first"]},
+                           {"id": "last", "after_any": ["any"], "after": ["any"]}])
+                self.assertEqual(self.queue.waiting_for(self.queue.job("any"))[0],
+                                 "after first (pending)")
+                with refused("in-use", "waits for first"):
+                    self.queue.delete("first")
+                if state == CANCELLED:
+                    self.queue.cancel("first")
+                else:
+                    self.run_next(int(state == DEAD))
+                waits = ["ready" if state == COMPLETED else "blocked", "ready", "blocked"]
+                self.assertEqual([self.queue.job(name).waits
+                                  for name in ("strict", "any", "last")], waits)
+                self.assertEqual(self.job(after_any=["first"]).waits, "ready")
+                self.assertEqual(ids(self.queue.stuck(9)[1]),
+                                 ["strict"] * (state != COMPLETED))
+                self.assert_sound()
+                self.queue.retry("first")
+                self.assertEqual([self.queue.job(name).waits for name in (
+                    "strict", "any", "last")], ["blocked"] * 3)
+                self.queue.cancel("first")
+                self.queue.cancel("strict")
+                self.queue.delete("first")
+                self.assertEqual(self.queue.job("any").waits, "ready")
+        with refused("invalid-job", "no job 'none'", key="after_any"):
+            self.job(after_any=["none"])
+
+    def test_a_job_that_has_not_started_in_time_is_cancelled(self):
+        self.jobs([{"id": "late", "expires": 60}, {"id": "blocked", "after": ["late"],
+                   "expires": "1m"}, {"id": "any", "after_any": ["late"]},
+                   {"id": "fails", "priority": 1, "expires": 60, "backoff_base": 100},
+                   {"id": "then", "expires_at": NOON + 61}])
+        self.run_next(1)
+        self.after(60)
+        self.assertTrue(self.claims.is_work_ready())
+        self.assertEqual(self.queue.waiting_for(self.queue.job("late"))[0],
+                         "expired: the next worker cancels it")
+        self.assertEqual(ids(self.tick(2).claims), ["any", "then"])
+        self.assertEqual([(self.state(name), self.queue.events(name)[-1].reason) for name in (
+            "late", "blocked", "fails")], [
+                (CANCELLED, "expired"), (CANCELLED, "expired"), (FAILED, "failed")])
+        self.queue.retry("late")
+        self.assertEqual((self.queue.job("late").waits, self.queue.job("late").expires_at),
+                         ("ready", None))
+        with refused("invalid-job", "both given", key="expires"):
+            self.job(expires=5, expires_at=NOON)
 
     def test_a_job_runs_where_it_was_enqueued_or_where_it_says(self):
         here, add = os.getcwd(), functools.partial(self.queue.add_schedule, command="x")
@@ -5151,7 +5205,8 @@ class CommandLine(Case):
             "id", "command", "state", "attempts", "max_retries", "created_at",
             "updated_at", "queue", "priority", "run_at", "timeout", "backoff_base",
             "after", "unique", "tags", "env", "cwd", "crashes", "worker", "started_at",
-            "finished_at", "exit_code", "error", "once", "backoff_max", "no_retry_on"])
+            "finished_at", "exit_code", "error", "after_any", "once", "backoff_max", "no_retry_on",
+            "expires_at"])
         self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_an_error_is_one_line_and_tells_a_wrong_line_from_another_failure(self):
@@ -8633,7 +8688,8 @@ class History:
         yield from self.broken
         jobs = self.jobs.values()
         wanted = [(job.seq, tag) for job in jobs for tag in job.tags], \
-            [(job.seq, self.jobs[id].seq) for job in jobs for id in job.after if id in self.jobs]
+            [(job.seq, self.jobs[id].seq) for job in jobs
+             for id in {*job.after, *job.after_any} if id in self.jobs]
         for table, due in zip(self.ties, wanted):
             if sorted(table) != sorted(due):
                 yield f"{table} should be {due}"
@@ -8641,9 +8697,11 @@ class History:
     def stuck(self):
         """At the end no run is under way, and each waiting job has a reason."""
         for job in self.jobs.values():
-            needs = [self.jobs[id].state for id in job.after if id in self.jobs]
+            needs = [self.jobs[id].state for over, names in (
+                ((COMPLETED,), job.after), (queuectl.OVER, job.after_any)) for id in names
+                if id in self.jobs and self.jobs[id].state not in over]
             if job.state in (PROCESSING, FAILED) or (job.state == PENDING and (
-                    job.waits != "blocked" or set(needs) <= {COMPLETED})):
+                    job.waits != "blocked" or not needs)):
                 yield f"{job.id} is {job.state} (waits {job.waits}, needs {needs})"
         yield from (f"run {run.claim} has no end" for run in self.runs if run.outcome is None)
 
@@ -9482,8 +9540,11 @@ class World:
                 command="x", id=one, priority=self.chance.randint(-1, 1), cwd="/",
                 queue=self.chance.choice(("default", "one")),
                 run_at=self.q.iso_up(self.wall + self.chance.choice((0, 0, 0, 2, 10, 4000))),
-                after=tuple(self.chance.sample(others, 1))
-                if self.chance.random() < 0.3 and others else ()))
+                expires_at=self.q.iso_up(self.wall + self.chance.choice((1, 5)))
+                if self.chance.random() < 0.05 else None,
+                **{self.chance.choice(("after", "after_any")): tuple(
+                    self.chance.sample(others, 1))}
+                if self.chance.random() < 0.4 and others else {}))
         self.ids += [job.id for job in self.tell(
             "enqueue", ids, lambda: self.queue.enqueue_many(jobs))]
         self.peaks.update((one, self.wall) for one in ids)
