@@ -2178,6 +2178,7 @@ class Sql:
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
     # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
+        "ahead": "seq NOT IN (SELECT CAST(value AS BIGINT) FROM json_each(:ahead))",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
         "search": "({})".format(" OR ".join(
@@ -2443,6 +2444,12 @@ class Sql:
         SELECT {RUN_WITHOUT_OUTPUT} FROM runs
          WHERE job = :job
          ORDER BY claim DESC LIMIT :limit"""
+    HELD = """
+        SELECT workers.id, workers.slots, jobs.queue, jobs.seq FROM jobs
+          JOIN runs ON runs.claim = jobs.claim
+          JOIN workers ON workers.id = runs.worker_id
+         WHERE jobs.claim IS NOT NULL
+         ORDER BY jobs.claim"""
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT} FROM jobs
           JOIN runs ON runs.claim = jobs.claim
@@ -3657,6 +3664,12 @@ def waits_of(job: Job, now: float) -> str:
     return SCHEDULED if job.run_at > iso(now) else READY
 
 
+def as_waiting(job: Job) -> Job:
+    """A job claimed ahead, as people see it: it waits for a slot."""
+    return job._replace(state=PENDING, waits=READY, claim=None, worker=None,
+                        started_at=None, runs=job.runs - 1)
+
+
 @contextlib.contextmanager
 def at_item(item: int) -> Iterator[None]:
     try:
@@ -4306,6 +4319,12 @@ class Queue:
         """The job of that id, else NotFound."""
         return self.store.job(job_id)
 
+    def shown(self, job_id: str) -> Job:
+        """As `job`, as people see it: one claimed ahead is pending."""
+        job = self.job(job_id)
+        is_ahead = job.state == PROCESSING and job.seq in self._ahead()
+        return as_waiting(job) if is_ahead else job
+
     def jobs(self, state: str | Sequence[str] = (), sort: str = "newest",
              limit: int = 0, **filters: Any) -> list[Job]:
         """The matching jobs, newest first; `limit` 0: all.
@@ -4313,11 +4332,33 @@ class Queue:
         `sort` is a key of ORDERS, `filters` are keys of Sql.FILTERS. Raises Invalid for
         an unknown state or sort, TypeError for an unknown filter.
         """
+        states = _states(state)
+        ahead = self._ahead() if PROCESSING in states or not states else {}
+        if ahead and states and PENDING not in states:
+            filters["ahead"] = json.dumps([*ahead])
+        return [as_waiting(job) if job.seq in ahead else job
+                for job in self._jobs(states, sort, limit, **filters)]
+
+    def _jobs(self, states: Sequence[str], sort: str, limit: int = 0,
+              **filters: Any) -> list[Job]:
+        # As stored, so that they may be changed.
         if sort not in ORDERS:
             raise Invalid(f"cannot sort by {sort!r}", "use " + ", ".join(ORDERS))
         values = _bound(filters)
-        return self.store.jobs(Sql.listing(_states(state), ORDERS[sort], values),
+        return self.store.jobs(Sql.listing(states, ORDERS[sort], values),
                                limit=limit or END_OF_TIME, **values)
+
+    def _ahead(self) -> dict[int, str]:
+        """The queues of jobs claimed ahead, by seq; for people they wait, as their
+        workers have no slots for them. A worker starts jobs in the order of its claims,
+        and stores their slots late.
+        """
+        held, ahead = collections.Counter[int](), dict[int, str]()
+        for worker, slots, queue, seq in self.store.rows(Sql.HELD):
+            held[worker] += 1
+            if held[worker] > slots:
+                ahead[seq] = queue
+        return ahead
 
     def count(self, state: str | Sequence[str] = (), older_than: float | None = None,
               **filters: Any) -> int:
@@ -4628,11 +4669,21 @@ class Queue:
     # The whole queue.
 
     def counts(self, queue: str | None = None) -> dict[str, int]:
-        """The number of jobs in each state, by the counters (I8)."""
+        """The number of jobs in each state; those claimed ahead count as pending."""
         counts = dict.fromkeys(STATES, 0)
-        for (name, state), n in self.store.counts().items():
+        with self.store.snapshot():
+            shown = self._counts()
+        for (name, state), n in shown.items():
             if queue in (None, name):
                 counts[state] += n
+        return counts
+
+    def _counts(self) -> dict[tuple[str, str], int]:
+        """As `counts`, by queue and state. It needs a snapshot."""
+        counts = collections.Counter(self.store.counts())
+        for queue in self._ahead().values():
+            counts[queue, PROCESSING] -= 1
+            counts[queue, PENDING] += 1
         return counts
 
     def status(self) -> Status:
@@ -4675,7 +4726,9 @@ class Queue:
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause, and the default queue."""
         counts: dict[str, dict[str, int]] = {}
-        for (name, state), n in self.store.counts().items():
+        with self.store.snapshot():
+            shown = self._counts()
+        for (name, state), n in shown.items():
             counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
         known = {name: (bool(paused), limit)
                  for name, paused, limit in self.store.rows(Sql.QUEUES)}
@@ -4712,7 +4765,7 @@ class Queue:
             is_alive=is_alive,
             is_expired=is_alive is None and one.heartbeat_at < oldest,
             late_after=3 * settings.heartbeat,      # one may be late on a busy machine
-            running=running.get(one.id, ()))
+            running=running.get(one.id, [])[:one.slots])
             for one, is_alive in found if is_alive is not False]
 
     def backup(self, path: str) -> None:
@@ -4768,8 +4821,7 @@ class Queue:
         """
         now = self.clock()
         with self.store.snapshot():
-            jobs = {(queue, state): n for queue, state, n
-                    in self.store.rows(Sql.COUNTS)}
+            jobs = self._counts()
             tallies = self.store.rows(Sql.TALLIES_EVER)
             oldest = self._oldest({queue for queue, _ in jobs}, now)
             paused = {name: bool(paused) for name, paused, _
@@ -4883,7 +4935,7 @@ class Queue:
             kept, n, place, is_more = list[QueueError](), 0, dict(filters), True
             while is_more:
                 with self.store.transaction():
-                    found = self.jobs(states, sort, SWEEP_BATCH, **place)
+                    found = self._jobs(states, sort, SWEEP_BATCH, **place)
                     changed = change([job for job in found
                                       if job.state in STATES_FOR[verb]], kept.append)
                 if changed:
@@ -6229,7 +6281,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
         *(("", reason) for reason in reasons),
         ("queue", job.queue),
-        ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"),
+        ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"
+                     + f", run {job.runs} is running" * (job.state == PROCESSING)),
         ("priority", str(job.priority or "")),
         ("tags", ", ".join(job.tags)),
         ("after", ", ".join(job.after)), ("after any", ", ".join(job.after_any)),
@@ -9689,7 +9742,7 @@ def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
 
 
 def get_job(queue: Queue, request: Request) -> dict[str, Any]:
-    job = queue.job(request.job_id)
+    job = queue.shown(request.job_id)
     return show_object(job, queue.runs(job.id), queue.waiting_for(job))
 
 
@@ -11821,7 +11874,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     # Three reads, not one snapshot: a job that changes meanwhile may look inconsistent.
-    job = queue.job(args.id)
+    job = queue.shown(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
         screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))

@@ -3161,6 +3161,27 @@ class Ticks(Case):
             [(n, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)) for n in (2, 3)])
         self.assertEqual((self.claims._held, self.claims._begun), ({}, set()))
 
+    def test_jobs_claimed_ahead_are_waiting_for_people(self):
+        claims = self.worker(slots=2)
+        self.jobs(3, queue="q")
+        self.jobs([{"id": "other"}])
+        self.tick([1, 0, 0], by=claims)     # the second may have begun in slot 2
+        ahead, before = self.queue.shown("job-3"), self.queue.shown("job-2")
+        self.assertEqual((ahead.state, ahead.waits, ahead.worker, ahead.started_at, ahead.runs),
+                         (PENDING, "ready", None, None, 0))
+        self.assertEqual(before, self.queue.job("job-2"))
+        self.assertEqual(self.queue.job("job-3").state, PROCESSING)
+        self.assertEqual(ids(self.queue.jobs(PROCESSING)), ["job-2", "job-1"])
+        self.assertEqual([job.state for job in self.queue.jobs(sort="oldest")],
+                         [PROCESSING, PROCESSING, PENDING, PENDING])
+        status = self.queue.status()
+        self.assertEqual((status.counts[PENDING], status.counts[PROCESSING]), (2, 2))
+        self.assertEqual(ids(status.workers[0].running), ["job-1", "job-2"])
+        self.assertEqual(self.queue.progress("q")[:2], (1, 2))
+        self.assertEqual([view.counts[PROCESSING] for view in self.queue.queues()], [0, 2])
+        self.assertEqual(self.queue.scrape().jobs["q", PROCESSING], 2)
+        self.assertEqual(sum(map(len, self.queue.sweep("delete", PENDING))), 1)
+
     @NEEDS_LOCKS
     def test_a_lost_run_that_had_not_begun_is_no_crash(self):
         self.jobs(3)
@@ -8551,12 +8572,14 @@ class History:
         self.path, self.told, self.ledger, self.is_exact = path, told, ledger, is_exact
         with Queue(path, create=False) as queue:
             rows = queue.store.rows
-            self.jobs = {job.id: job for job in queue.jobs(sort="oldest")}
+            self.jobs = {job.id: job for job in queue._jobs((), "oldest")}
             self.runs = [queuectl.Run(*row) for row in rows("SELECT * FROM runs ORDER BY claim")]
             self.events = rows('SELECT job, "from", "to" FROM events ORDER BY seq')
             self.ties = (rows("SELECT job, tag FROM tags"),
                          rows("SELECT job, needs FROM dependencies"))
-            self.counts = queue.counts()
+            self.counts = collections.Counter()
+            for (_, state), n in queue.store.counts().items():
+                self.counts[state] += n
             self.tallies = dict(rows("SELECT kind, SUM(n) FROM tallies "
                                      "WHERE minute = 0 GROUP BY kind"))
             self.integrity = rows("PRAGMA integrity_check")
