@@ -709,6 +709,7 @@ class Progress(NamedTuple):
     running: int
     completed: int              # since the database was created, or as `since` says
     unsuccessful: int           # dead or cancelled; the same
+    later: int                  # of `waiting`: neither due nor ready
 
     @property
     def over(self) -> int:
@@ -2256,6 +2257,12 @@ class Sql:
                 SELECT 1 FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                  LIMIT :most) AS due"""
+    COUNT_LATER = """
+        SELECT COUNT(*)
+          FROM (SELECT queue FROM jobs WHERE waits = 'scheduled' AND run_at > :now
+                 UNION ALL
+                SELECT queue FROM jobs WHERE waits = 'blocked') AS later
+         WHERE CAST(:queue AS TEXT) IS NULL OR queue = :queue"""
     NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
     DUE_AT = """
         SELECT MIN(at)
@@ -3664,6 +3671,11 @@ def waits_of(job: Job, now: float) -> str:
     return SCHEDULED if job.run_at > iso(now) else READY
 
 
+def is_due(job: Job, now: float) -> bool:
+    """Return True if a waiting job waits only for a slot."""
+    return job.waits == READY or (job.waits == SCHEDULED and job.run_at <= iso(now))
+
+
 def as_waiting(job: Job) -> Job:
     """A job claimed ahead, as people see it: it waits for a slot."""
     return job._replace(state=PENDING, waits=READY, claim=None, worker=None,
@@ -4465,20 +4477,24 @@ class Queue:
                 if job_id not in found:
                     raise no_such_job(job_id)
             over.update((job.id, job) for job in found.values() if job.state in OVER)
-            states = [job.state for job in found.values()]
+            left, ahead = len(jobs) - len(over), self._ahead()
+            running = sum(job.state == PROCESSING and job.seq not in ahead
+                          for job in found.values())
+            later = sum(job.waits is not None and not is_due(job, self.clock())
+                        for job in found.values())
             completed = sum(job.state == COMPLETED for job in over.values())
-            tell(Progress(sum(state in WAITING for state in states),
-                          states.count(PROCESSING), completed, len(over) - completed))
+            tell(Progress(left - running, running, completed, len(over) - completed,
+                          later))
             if len(over) == len(jobs):
                 return [over[job_id] for job_id in jobs]
             caller = self.caller()
-            left = [job for job in map(found.__getitem__, wanted) if job.state
-                    not in OVER and (caller is None or job.seq != caller.seq)]
-            if all(job.waits in (READY, BLOCKED) for job in left):
-                ready = [job for job in left if job.waits == READY]
-                stuck = [] if ready else self.stuck_among(left, caller)
-                self._refuse_blocked(caller, ready or left, len(stuck), len(left))
-            return f"{len(jobs) - len(over)} of {len(jobs)} jobs"
+            others = [job for job in map(found.__getitem__, wanted) if job.state
+                      not in OVER and (caller is None or job.seq != caller.seq)]
+            if all(job.waits in (READY, BLOCKED) for job in others):
+                ready = [job for job in others if job.waits == READY]
+                stuck = [] if ready else self.stuck_among(others, caller)
+                self._refuse_blocked(caller, ready or others, len(stuck), len(others))
+            return f"{left} of {len(jobs)} jobs"
         return self._wait_for(look, timeout)
 
     def wait_all(self, queue: str | None = None, timeout: float | None = None,
@@ -4742,9 +4758,11 @@ class Queue:
         """
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
-        return Progress(sum(counts[state] for state in WAITING), counts[PROCESSING],
-                        over.get("complete", 0),
-                        over.get("bury", 0) + over.get("cancel", 0))
+        [[later]] = self.store.rows(Sql.COUNT_LATER, queue=queue, now=iso(self.clock()))
+        waiting = sum(counts[state] for state in WAITING)
+        return Progress(
+            waiting, counts[PROCESSING], over.get("complete", 0),
+            over.get("bury", 0) + over.get("cancel", 0), min(later, waiting))
 
     def workers(self) -> list[Worker]:
         """The workers that are not dead, with their running jobs.
@@ -6240,19 +6258,49 @@ def event_line(event: Event, style: Style) -> str:
             f"  {one_line(event.reason)}")
 
 
-def progress_line(progress: Progress, seconds: float, width: int) -> str:
-    """Return `[#####............] 20/60  4 running  2/s  20s left`, below `width`."""
-    # On some terminals a full line moves the cursor to the next (terminfo(5), am).
-    done, left = progress.over, progress.left
-    total, rate = done + left, done / seconds if seconds > 0 else 0.0
-    words = f" {done:,}/{total:,}  {progress.running} running"
+class Pace:
+    """How fast jobs have finished: in the last 30 seconds, or the last ten of them."""
+
+    def __init__(self) -> None:
+        # The moment and the number of finished jobs, at first and whenever it grew.
+        self._marks = collections.deque[tuple[float, int]]()
+
+    def rate(self, progress: Progress, now: float) -> float | None:
+        """Jobs per second; None: unknown, or they take longer than they did."""
+        marks = self._marks
+        if not progress.running and len(marks) == 1:
+            marks.clear()       # nothing has run yet
+        if not marks or progress.over != marks[-1][1]:
+            marks.append((now, progress.over))
+        while len(marks) > 2 and marks[1][0] < now - 30 \
+                and progress.over >= marks[1][1] + 10:
+            marks.popleft()
+        took = marks[-1][0] - marks[0][0]
+        rate = (marks[-1][1] - marks[0][1]) / took if took > 0 else 0.0
+        return rate if rate > 0 and now - marks[-1][0] < max(2, 3 / rate) else None
+
+
+def progress_line(progress: Progress, rate: float | None, width: int) -> str:
+    """Return `[#####............] 20/60  4 running  20s left  2.0/s`, or less of it if
+    that is too wide. Jobs that are not due are neither in the total nor the estimate.
+    """
+    due = progress.left - progress.later
+    total = progress.over + due
+    words = [f"{progress.over:,}/{total:,}", f"{progress.running:,} running"]
+    if rate and due:
+        words.append(f"{span(math.ceil(due / rate))} left")
+    if progress.later:
+        words.append(f"{progress.later:,} not due")
     if progress.unsuccessful:
-        words += f"  {progress.unsuccessful:,} dead or cancelled"
-    if done and left:
-        words += f"  {rate:.3g}/s  {span(math.ceil(left / rate))} left"
-    size = max(10, min(40, width - len(words) - 3))
-    filled = size * done // total if total else size
-    return cut(f"[{'#' * filled}{'.' * (size - filled)}]{words}", width - 1)
+        words.append(f"{progress.unsuccessful:,} dead or cancelled")
+    while len(words) > 1 and len("  ".join(words)) > width:
+        words.pop()
+    text = "  ".join(words)
+    if rate and due and len(text) < width - 25:     # with a bar of 12
+        text += f"  {rate:,.1f}/s" if rate >= 1 else f"  {60 * rate:.1f}/min"
+    size = min(40, width - len(text) - 3)
+    filled = size * progress.over // total if total else size
+    return f"[{'#' * filled}{'.' * (size - filled)}] {text}" if size >= 10 else text
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
@@ -7034,6 +7082,8 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 # transactions in that thread are no faster: each statement switches the GIL.)
 
 UNNOTIFIED_POLL = 0.1  # seconds between two polls where no notification can arrive
+PROGRESS_EVERY = 1.0   # seconds between two progress lines, if nothing changes
+PROGRESS_PAUSE = 0.1   # seconds between two at least
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
@@ -7155,19 +7205,28 @@ def _prepare_descriptors(slots: int) -> None:
             os.set_inheritable(number, False)
 
 
+class Callbacks(NamedTuple):
+    """What a worker calls; None: nobody wants to know."""
+    log: Callable[[str], None] | None = None
+    ready: Callable[[str], None] | None = None      # with its name, once it has a row
+    progress: Callable[[Progress], None] | None = None      # while it drains
+
+
 class Runner:
     """Runs jobs in slots; one thread owns the database and the commands (I9).
 
     A claim passes through `_do_tick`, `_do_committed` and `_start`; its command exits,
     or the supervisor kills it (`_kill`, KILLED); then follows `_finish`, and the next
-    tick records the end. `notices` receives notifications; `say` writes a log.
+    tick records the end. `notices` receives notifications.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
-                 notices: socket.socket, say: Callable[[str], None] | None) -> None:
+                 notices: socket.socket, calls: Callbacks) -> None:
         self._queue, self._claims, self._options = queue, claims, options
-        self._link, self._notices, self._say = link, notices, say
-        self._log = say or (lambda line: None)
+        self._link, self._notices, self._calls = link, notices, calls
+        self._log = calls.log or (lambda line: None)
+        self._progress_at = 0.0         # monotonic: none before
+        self._first_progress: Progress | None = None
         self._poll = FALLBACK_POLL if claims.worker.port else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
@@ -7186,7 +7245,7 @@ class Runner:
         # `tick` is last, since the commit then uses the connection.
         self._agenda = Agenda((
             "renew", "grace", "deadline", "spares", "committed", "notify", "orders",
-            "output", "heartbeat", "gone", "peers", "look", "tick"))
+            "output", "heartbeat", "gone", "peers", "look", "progress", "tick"))
         self._free = list(range(1, options.slots + 1))
         self._quota = math.inf if options.max_jobs is None else options.max_jobs
         self._commands: dict[int, Command] = {}         # by claim
@@ -7219,7 +7278,8 @@ class Runner:
         worker, slots = self._claims.worker, self._options.slots
         self._log(f"worker {worker.name} started: {counted(slots, 'slot')}, "
                   f"{', '.join(worker.queues) or 'all queues'}, {self._queue.path}")
-        for name in ("renew", "heartbeat", "orders", "notify", "tick"):
+        for name in ("renew", "heartbeat", "orders", "notify", "tick",
+                     *["progress"] * bool(self._calls.progress)):
             self._agenda.want(name)
         try:
             while not self._is_over():
@@ -7258,6 +7318,7 @@ class Runner:
             self._agenda.hold(name, ready_at)
         self._agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
                           else math.inf)
+        self._agenda.hold("progress", max(ready_at, self._progress_at))
 
     def _is_over(self) -> bool:
         """Return True if the worker may exit: nothing runs or must be recorded, and it
@@ -7424,6 +7485,8 @@ class Runner:
             agenda.want("peers")
         if report.outputs:
             self._saves, self._peek_at = False, now + PEEK_PAUSE
+        if self._calls.progress and (tick.changes or tick.claims):
+            agenda.want("progress")
 
     def _complain(self, error: QueueError) -> None:
         """Log it once, unless the wait is short. Commands and time-outs continue."""
@@ -7489,8 +7552,8 @@ class Runner:
         job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
         command = Command(claim, timeout or None, self._settings.output_limit)
-        if self._say:
-            self._say(f"{job.id} started: {cut(one_line(job.command), 100)}")
+        if self._calls.log:
+            self._log(f"{job.id} started: {cut(one_line(job.command), 100)}")
         shell = self._settings.shell
         is_local = all(map(self._directories.is_local, (job.cwd, shell)))
         try:
@@ -7781,8 +7844,20 @@ class Runner:
         if outcome.duration is not None:    # None: not started, or another worker's
             state = change.after.state
             self.totals[state] = self.totals.get(state, 0) + 1
-        if self._say and (outcome.duration is not None or outcome.kind == LOST):
-            self._say(change_line(change, self._queue.clock()))
+        if self._calls.log and (outcome.duration is not None or outcome.kind == LOST):
+            self._log(change_line(change, self._queue.clock()))
+
+    def _do_progress(self) -> None:
+        """Show the progress, at the cost of a twentieth of the time at most."""
+        assert self._calls.progress is not None
+        began = time.monotonic()
+        now = Progress(*map(sum, zip(*map(
+            self._queue.progress, self._options.queues or (None,)))))
+        self._first_progress = first = self._first_progress or now
+        self._calls.progress(now.since(first))
+        ended = time.monotonic()
+        self._progress_at = ended + max(PROGRESS_PAUSE, 20 * (ended - began))
+        self._agenda.want("progress", ended + PROGRESS_EVERY)
 
     def _status_line(self) -> str:
         running, slots = len(self._commands), counted(self._options.slots, "slot")
@@ -7796,18 +7871,16 @@ class Runner:
 
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
-               say: Callable[[str], None] | None,
-               ready: Callable[[str], None] = lambda name: None) -> int:
+               calls: Callbacks) -> int:
     """Run a worker until it is asked to stop; return its exit status.
 
-    `link` leads to its supervisor; `ready` is called with its name once it is in the
-    database. If it cannot delete its row, other workers do, since
+    `link` leads to its supervisor. If it cannot delete its row, other workers do, since
     its process is gone. It raises only errors that no worker can survive.
     """
     import concurrent.futures as futures  # 9 ms, and only in a worker
     import socket
     _prepare_descriptors(options.slots)
-    log = say or (lambda line: None)
+    log = calls.log or (lambda line: None)
     with contextlib.ExitStack() as stack:
         # Any local user may send to it, which costs a look at the database. It is bound
         # before the row shows others its port.
@@ -7827,8 +7900,9 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
         link.send(HELLO)
         link.flush(claims.lock)
         queue.wake(NEW_ORDERS)      # so that the others watch this one
-        runner = Runner(queue, claims, options, link, notices, say)
-        ready(claims.worker.name)
+        runner = Runner(queue, claims, options, link, notices, calls)
+        if calls.ready:
+            calls.ready(claims.worker.name)
         try:
             with futures.ThreadPoolExecutor(1) as executor:
                 status = runner.run(executor)
@@ -11124,17 +11198,25 @@ def is_drawable(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def is_foreground() -> bool:
+    """Return False for a background job of stderr's terminal."""
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except OSError:     # not its controlling terminal
+        return True
+
+
 def window() -> os.terminal_size:
     """Return the size by COLUMNS and LINES, or stdout's, or 80 by 24, as shutil does,
     whose import takes 4 ms.
     """
-    try:
-        found = os.get_terminal_size(1)
-    except OSError:
-        found = os.terminal_size((80, 24))
+    found = os.terminal_size((0, 0))
+    with contextlib.suppress(OSError):
+        found = os.get_terminal_size(1)     # 0 by 0 on a serial line
     given = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
-    return os.terminal_size(int(text) if re.fullmatch("[1-9][0-9]{0,4}", text) else size
-                            for text, size in zip(given, found))
+    return os.terminal_size(int(text) if re.fullmatch("[1-9][0-9]{0,4}", text)
+                            else size or default
+                            for text, size, default in zip(given, found, (80, 24)))
 
 
 class Log(io.TextIOBase):
@@ -11228,7 +11310,8 @@ class Screen:
         self._quiet, self._acts = quiet, acts
         self._failure: OSError | None = None
         self._drawn, self._drawn_at = "", -math.inf
-        self.draws = not quiet and is_drawable(sys.stderr)
+        self._is_terminal = is_drawable(sys.stderr)
+        self.draws = not quiet and self._is_terminal
 
     def out(self, *lines: str) -> None:
         """Print results, one per line; Unavailable or BrokenPipeError."""
@@ -11278,26 +11361,53 @@ class Screen:
     def log(self, text: str) -> None:
         now = time.time()
         stamp = local_time(now, now if sys.stderr.isatty() else None)
-        self._write(f"{stamp} {text}\n", self._drawn)
+        # The line may replace the progress line of another process (EL).
+        self._write(f"{stamp} {text}" + "\033[K" * self._is_terminal + "\n",
+                    self._drawn.rstrip("\r"))
 
     def clear(self) -> None:
         if self._drawn:
             self._write("")
 
     def show(self, text: str) -> None:
-        """Redraw the progress line, ten times a second; only on a terminal."""
-        if self.draws and time.monotonic() >= self._drawn_at + 0.1:
-            self._drawn_at = time.monotonic()
-            self._write("", text)
+        """Redraw the progress line, ten times a second at most, and only on a terminal
+        in whose foreground this process is.
+        """
+        now = time.monotonic()
+        if not self.draws or now < self._drawn_at + 0.1 or not is_foreground():
+            return
+        with contextlib.suppress(ValueError):   # not the main thread
+            if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, self._suspend)
+        self._drawn_at = now
+        self._write("", text)
+
+    @staticmethod
+    def room() -> int:
+        """Return the columns for a progress line on stderr: on some terminals a full
+        line moves the cursor to the next (terminfo(5), am).
+        """
+        try:
+            return (os.get_terminal_size(2).columns or 80) - 1
+        except OSError:
+            return 79
+
+    def _suspend(self, *_: object) -> None:
+        # Not by sys.stderr, which this may interrupt.
+        if self._drawn and is_foreground():
+            self._drawn = ""
+            os.write(2, b"\r\033[J")
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def _write(self, text: str, drawn: str = "") -> None:
-        """In one write, clear the progress line (ECMA-48, EL), print and redraw it.
-        Errors are ignored.
+        """In one write, erase the progress line (ECMA-48, ED: it may be several lines
+        since the window was narrowed), print and redraw it. The cursor stays before it,
+        so that other processes print over it. Errors are ignored.
         """
-        erase = "\r\033[K" if self._drawn else ""
-        self._drawn = drawn
+        erase = "\r\033[J" if self._drawn else ""
+        self._drawn = drawn and cut(drawn, self.room()) + "\r"
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(erase + text + drawn)
+            sys.stderr.write(erase + text + self._drawn)
             sys.stderr.flush()
 
     @staticmethod
@@ -11583,10 +11693,10 @@ def _view(args: argparse.Namespace, screen: Screen, found: object,
 
 def _bar(screen: Screen, queue: Queue | None = None,
          waiting: Callable[[], Iterable[Job]] = list) -> Callable[[Progress], None]:
-    """A function that draws the progress, with the rate since now. With a queue it also
-    says once why the jobs of `waiting` do not run, unless that passes by itself.
+    """A function that draws the progress. With a queue it also says once why the jobs
+    of `waiting` do not run, unless that passes by itself.
     """
-    began, said = time.monotonic(), set[str]()
+    pace, said = Pace(), set[str]()
 
     def show(progress: Progress) -> None:
         stuck = queue.hindrances(waiting()) \
@@ -11597,9 +11707,8 @@ def _bar(screen: Screen, queue: Queue | None = None,
             if why and why not in said and all(one.level != NOTE for one in found):
                 said.add(why)
                 screen.note(f"{job_id} waits: {why}")
-        if screen.draws:
-            screen.show(progress_line(progress, time.monotonic() - began,
-                                      window().columns))
+        rate = pace.rate(progress, time.monotonic())
+        screen.show(progress_line(progress, rate, screen.room()))
     return show
 
 
@@ -11724,20 +11833,13 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     # Collecting garbage among all that is loaded took an eighth of a worker's time.
     gc.freeze()
     gc.set_threshold(100_000)
-    with opened(args, screen) as queue, contextlib.ExitStack() as stack:
-        say: Callable[[str], None] | None = None if args.quiet else screen.log
-        if args.drain and screen.draws:
-            # A connection of its own: the worker's may be in a commit.
-            watched, bar = stack.enter_context(Queue(args.path)), _bar(screen)
-            first = watched.progress()
-            stack.callback(screen.clear)
-
-            def log_over_bar(line: str) -> None:
-                screen.log(line)
-                with contextlib.suppress(QueueError):
-                    bar(watched.progress().since(first))
-            say = log_over_bar
-        return run_worker(queue, options, link, say, args.ready)
+    with opened(args, screen) as queue:
+        try:
+            return run_worker(queue, options, link, Callbacks(
+                None if args.quiet else screen.log, args.ready,
+                _bar(screen) if args.drain and screen.draws else None))
+        finally:
+            screen.clear()
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:

@@ -2707,7 +2707,7 @@ class Promises(Case):
         self.assertEqual([(job.id, job.state) for job in jobs],
                          [("b", CANCELLED), ("c", COMPLETED), ("a", CANCELLED)])
         self.assertEqual([told[0], *told[-2:]], [queuectl.Progress(*counts) for counts in (
-            (2, 0, 0, 1), (1, 0, 0, 2), (0, 0, 1, 2))])
+            (2, 0, 0, 1, 0), (1, 0, 0, 2, 0), (0, 0, 1, 2, 0))])
         self.assertEqual((told[0].over, told[0].left), (1, 2))
 
     def test_waiting_for_all_counts_what_ends_meanwhile(self):
@@ -2720,9 +2720,21 @@ class Promises(Case):
             told.append(progress)
             if len(told) < 3:
                 other.cancel("ab"[len(told) - 1])
-        self.assertEqual(self.queue.wait_all("q", DEADLINE, tell), (0, 0, 0, 2))
-        self.assertEqual(told[0], (2, 0, 0, 0))
-        self.assertEqual(self.queue.progress(), (1, 0, 0, 3))
+        self.assertEqual(self.queue.wait_all("q", DEADLINE, tell), (0, 0, 0, 2, 0))
+        self.assertEqual(told[0], (2, 0, 0, 0, 0))
+        self.assertEqual(self.queue.progress(), (1, 0, 0, 3, 0))
+
+    def test_progress_tells_which_jobs_are_not_due(self):
+        self.jobs([{"id": "now"}, {"id": "delayed", "delay": 60},
+                   {"id": "blocked", "after": ["now"]}, {"queue": "q", "delay": 60}])
+        for seconds, later in ((0, 2), (60, 1)):    # due, though no worker has seen it
+            self.after(seconds)
+            self.assertEqual(self.queue.progress("default"), (3, 0, 0, 0, later))
+            told = []
+            with refused("not-finished"):
+                self.queue.wait("now", "delayed", "blocked", timeout=0, tell=told.append)
+            self.assertEqual(told, [(3, 0, 0, 0, later)])
+        self.assertEqual(self.queue.progress()[4], 1)
 
     def test_waiting_in_vain_is_refused(self):
         self.jobs(["a", {"id": "over", "queue": "q"}, {"queue": "q"}, {"queue": "q"}])
@@ -2758,8 +2770,8 @@ class Promises(Case):
             job = self.job_in(state)
             if state in queuectl.OVER:
                 self.queue.delete(job.id)
-        self.assertEqual(self.queue.progress(), (1, 1, 2, 2))
-        self.assertEqual(self.queue.progress("other"), (0, 0, 0, 0))
+        self.assertEqual(self.queue.progress(), (1, 1, 2, 2, 0))
+        self.assertEqual(self.queue.progress("other"), (0, 0, 0, 0, 0))
 
     # Hooks.
 
@@ -3778,22 +3790,42 @@ class Views(Case):
 
     def test_a_bar_says_how_far_it_is_in_the_width_there_is(self):
         P = queuectl.Progress
-        for progress, seconds, width, line in (
-                (P(5, 0, 0, 0), 0.0, 30, "[............] 0/5  0 running"),
-                (P(6, 2, 2, 0), 4.0, 50, "[##............] 2/10  2 running  0.5/s  16s left"),
-                (P(6, 2, 2, 0), 4.0, 20, "[##........] 2/10 …"),
-                (P(0, 0, 4, 0), 2.0, 40, "[######################] 4/4  0 running"),
-                (P(0, 0, 3, 1), 2.0, 60,
-                 "[#####################] 4/4  0 running  1 dead or cancelled"),
-                (P(0, 1, 1, 2), 3.0, 80, "[####################.......] 3/4  1 running  "
-                 "2 dead or cancelled  1/s  1s left"),
-                (P(99000, 4, 1000, 0), 10.0, 70, "[.....................] 1,000/100,004"
-                 "  4 running  100/s  16m 31s left"),
-                (P(0, 0, 0, 0), 1.0, 80, "[" + "#" * 40 + "] 0/0  0 running")):
+        for progress, rate, width, line in (
+                (P(5, 0, 0, 0, 0), None, 30, "[.............] 0/5  0 running"),
+                (P(6, 2, 2, 0, 0), 0.5, 49,
+                 "[####.................] 2/10  2 running  16s left"),
+                (P(6, 2, 2, 0, 0), 0.5, 47, "[###................] 2/10  2 running  16s left"),
+                (P(6, 2, 2, 0, 0), 0.5, 19, "2/10  2 running"),
+                (P(99000, 4, 1000, 0, 0), 100, 19, "1,000/100,004"),
+                (P(6, 2, 2, 0, 5), 0.5, 80,     # no estimate for what is not due
+                 "[#############....................] 2/5  2 running  6s left  5 not due  30.0/min"),
+                (P(5, 0, 2, 0, 5), 0.5, 60,
+                 "[################################] 2/2  0 running  5 not due"),
+                (P(0, 0, 3, 1, 0), 2.0, 60,
+                 "[######################] 4/4  0 running  1 dead or cancelled"),
+                (P(99000, 4, 1000, 0, 0), 1234.5, 70, "[...................] 1,000/100,004"
+                 "  4 running  1m 21s left  1,234.5/s"),
+                (P(0, 0, 0, 0, 0), None, 80, "[" + "#" * 40 + "] 0/0  0 running")):
             with self.subTest(progress=progress, width=width):
-                shown = queuectl.progress_line(progress, seconds, width)
+                shown = queuectl.progress_line(progress, rate, width)
                 self.assertEqual(shown, line)
-                self.assertLess(queuectl.columns(shown), width)
+                self.assertLessEqual(queuectl.columns(shown), width)
+
+    def test_an_estimate_follows_the_last_jobs_and_ends_with_them(self):
+        pace = queuectl.Pace()
+
+        def rate(over, now, running=1):
+            return pace.rate(queuectl.Progress(9, running, over, 0, 0), now)
+        self.assertIsNone(rate(0, 0, 0))
+        self.assertIsNone(rate(0, 100, 0))
+        self.assertIsNone(rate(0, 101))
+        self.assertEqual(rate(1, 110), 0.1)
+        self.assertEqual(rate(1, 139), 0.1)
+        self.assertIsNone(rate(1, 141))         # it takes longer than the first did
+        self.assertEqual(rate(2, 200), 0.02)
+        for n in range(40):
+            last = rate(2 + n, 200 + n)
+        self.assertGreater(last, 0.9)
 
     def test_columns_stand_in_line_whatever_the_width_of_letters(self):
         rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
@@ -3966,7 +3998,8 @@ class Workers(Case):
         with queuectl.handling({signal.SIGTERM: note, signal.SIGINT: note}, wakeup.writer):
             try:
                 return queuectl.run_worker(self.queue, WorkerOptions(**{
-                    "name": "w", "drain": True, **options}), queuectl.Link(theirs), say)
+                    "name": "w", "drain": True, **options}), queuectl.Link(theirs),
+                    queuectl.Callbacks(say))
             finally:
                 theirs.close()
                 thread.join()
@@ -4161,7 +4194,8 @@ class Workers(Case):
         notices = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         notices.setblocking(False)
         runner = self.runner = queuectl.Runner(
-            self.queue, claims, options, queuectl.Link(theirs), notices, self.said.append)
+            self.queue, claims, options, queuectl.Link(theirs), notices,
+            queuectl.Callbacks(self.said.append))
         runner._executor = ByHand()
         try:
             yield runner, queuectl.Link(ours)
@@ -6621,13 +6655,44 @@ queuectl.SQLite.changes = changes""")
         self.enqueue(UNTIL_GO, "--id", "a")
         self.enqueue("true", "--id", "b", "--after", "a")
         drain = self.terminal("worker", "start", "--drain", size=(24, 200))
-        drain.until(lambda text: re.search(r"started.*\n.*\[\.+\] 0/2", text))
+        bar = "] 0/1  1 running  1 not due\r"
+        # Without any other line, it is drawn once a second.
+        drain.until(lambda text: text.rpartition("started: ")[2].count(bar) == 3)
+        self.assertRegex(drain.picture.lines[-1], r"^\[\.{40}\] 0/1 ")
         self.touch("go")
         self.assertEqual(drain.end(), 0)
         lines = drain.picture.lines
         self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
         self.assertEqual(lines[-1], "")     # where the shell goes on
         self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in lines[:-1]))
+
+    def test_a_suspended_program_leaves_no_bar(self):
+        self.enqueue(UNTIL_GO, "--id", "a")
+        for argv in (("wait", "a"), ("worker", "start", "--drain")):
+            with self.subTest(argv):
+                shown = self.terminal(*argv)
+                pids = [shown.process.pid]
+                if argv[0] == "worker":
+                    pids.append(wait_for(lambda: child_of(pids[0]), "the worker"))
+                for _ in range(2):
+                    shown.until(lambda text: "] 0/1" in text)
+                    shown.type(b"\x1a")     # Ctrl+Z
+                    wait_for(lambda: queuectl._stat_fields(pids[-1])[0] == b"T", "the stop")
+                    while shown._read():
+                        pass
+                    self.assertNotRegex("".join(shown.picture.lines), r"\[[#.]+\]")
+                    shown.text = ""
+                    kill(*pids, number=signal.SIGCONT)
+        self.touch("go")
+
+    def test_a_bar_fits_the_window_of_stderr_and_gives_way_to_other_lines(self):
+        self.enqueue("true", "--id", "a")
+        wait = self.terminal("wait", "a", size=(24, 20), COLUMNS="200")
+        wait.until(lambda text: "0/1  0 running\r" in text)
+        log = self.terminal("worker", "start", "--max-jobs", "1")
+        self.assertEqual(log.end(), 0)
+        self.assertNotIn(False, [line.endswith("\x1b[K") for line in log.text.splitlines()
+                                 if " worker " in line])
 
     def test_no_bar_is_drawn_where_it_is_not_seen_or_not_wanted(self):
         self.enqueue("true", "--id", "a")
