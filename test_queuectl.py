@@ -6666,23 +6666,25 @@ queuectl.SQLite.changes = changes""")
         self.assertEqual(lines[-1], "")     # where the shell goes on
         self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in lines[:-1]))
 
+    def assert_suspended(self, shown, *pids):
+        """Ctrl+Z stops the last of these, and removes the bar."""
+        shown.until(lambda text: "] 0/1" in text)
+        shown.type(b"\x1a")
+        wait_for(lambda: queuectl._stat_fields(pids[-1])[0] == b"T", "the stop")
+        while shown._read():
+            pass
+        self.assertNotRegex("".join(shown.picture.lines), r"\[[#.]+\]")
+        shown.text = ""
+        kill(*pids, number=signal.SIGCONT)
+
     def test_a_suspended_program_leaves_no_bar(self):
         self.enqueue(UNTIL_GO, "--id", "a")
-        for argv in (("wait", "a"), ("worker", "start", "--drain")):
-            with self.subTest(argv):
-                shown = self.terminal(*argv)
-                pids = [shown.process.pid]
-                if argv[0] == "worker":
-                    pids.append(wait_for(lambda: child_of(pids[0]), "the worker"))
-                for _ in range(2):
-                    shown.until(lambda text: "] 0/1" in text)
-                    shown.type(b"\x1a")     # Ctrl+Z
-                    wait_for(lambda: queuectl._stat_fields(pids[-1])[0] == b"T", "the stop")
-                    while shown._read():
-                        pass
-                    self.assertNotRegex("".join(shown.picture.lines), r"\[[#.]+\]")
-                    shown.text = ""
-                    kill(*pids, number=signal.SIGCONT)
+        wait = self.terminal("wait", "a")
+        drain = self.terminal("worker", "start", "--drain")
+        drain.until(lambda text: "] 0/1" in text)
+        for _ in range(2):
+            self.assert_suspended(wait, wait.process.pid)
+            self.assert_suspended(drain, drain.process.pid, child_of(drain.process.pid))
         self.touch("go")
 
     def test_a_bar_fits_the_window_of_stderr_and_gives_way_to_other_lines(self):
