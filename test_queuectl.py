@@ -9429,10 +9429,11 @@ class ModelWorker:
         for claim, process in list(self.running.items()):
             if process.fate is not None:
                 del self.running[claim]
+                size = 9 if claim % 10 else 20_000
                 kind = "completed" if process.fate == "done" else "failed"
                 if process.fate == "killed":
                     kind = self.why.get(claim, "failed")
-                self.ended[claim] = Outcome(kind, 0 if kind == "completed" else 1, None, 0.1)
+                self.ended[claim] = Outcome(kind, int(kind != "completed"), None, 0.1, b"x" * size, size)
             elif claim in self.why:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
@@ -10349,79 +10350,31 @@ class CrashPoints(unittest.TestCase):
 # states: the last one printed, or the one that it had not yet printed.
 
 CUTS = 10           # copies of the short test
-DAMAGES = 2         # of each kind to each copy
+DAMAGES = 4         # to each copy, of two kinds in turn
 WAL_HEADER, FRAME_HEADER = 32, 24
 
 
-def fingerprint(queue):
+def fingerprint(store):
     """All that the tables hold, as one word."""
-    import hashlib
-    tables = [f'SELECT * FROM "{name}"' for name, in queue.store.rows(
+    tables = [f'SELECT * FROM "{name}"' for name, in store.rows(
         "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    rows = [sorted(map(repr, queue.store.rows(table))) for table in tables]
+    rows = [sorted(map(repr, store.rows(table))) for table in tables]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:20]
 
 
-class Writer:
-    """Changes a queue for ever, by a seed; each `step` is one commit, or none."""
-
-    def __init__(self, queue, seed):
-        self.queue, self.chance = queue, random.Random(seed)
-        self.claims = queuectl.Claims(queue, WorkerOptions(slots=4, name="writer"))
-        self.under_way = []     # claims
-
-    def step(self):
-        verb = self.chance.choice(("enqueue", "tick", "tick", "cancel", "retry", "delete"))
-        with contextlib.suppress(queuectl.QueueError):
-            getattr(self, verb)()
-
-    def enqueue(self):
-        self.queue.enqueue_many([
-            Job(command="true", max_retries=self.chance.randint(1, 3), backoff_base=0.01,
-                priority=self.chance.randint(0, 3), tags=("t",) * (n % 2))
-            for n in range(self.chance.randint(1, 5))])
-
-    def tick(self):
-        """End about half of what runs, claim for all free slots."""
-        ended = {claim: self.outcome() for claim in self.under_way if self.chance.random() < 0.6}
-        self.under_way = [claim for claim in self.under_way if claim not in ended]
-        for claim in ticked(self.claims, range(1, 5 - len(self.under_way)), ended).claims:
-            self.under_way.append(claim.number)
-            claim.release()
-
-    def outcome(self):
-        status, size = self.chance.choice((0, 0, 1)), self.chance.choice((9, 9, 20_000))
-        return Outcome(queuectl.FAILURE if status else queuectl.DONE, status, None, 0.1,
-                       self.chance.getrandbits(8 * size).to_bytes(size, "big"), size)
-
-    def change(self, change, *states):
-        jobs = self.queue.jobs(states)
-        if jobs:
-            change(self.chance.choice(jobs).id)
-
-    def cancel(self):
-        self.change(self.queue.cancel, PENDING, FAILED, PROCESSING)
-
-    def retry(self):
-        self.change(self.queue.retry, DEAD, CANCELLED, COMPLETED)
-
-    def delete(self):
-        over = self.queue.jobs((COMPLETED, DEAD, CANCELLED))
-        if over:
-            self.queue.delete(*[job.id for job in over[10:]] or [over[0].id])
-
-
 def write_history(path, seed):
-    """The writing process: it prints each new state, a line a commit."""
-    with Queue(path) as queue:
-        os.write(1, f"{fingerprint(queue)}\n".encode())
-        writer, before = Writer(queue, seed), None
-        while True:
-            state = fingerprint(queue)
-            if state != before:
-                os.write(1, f"{state}\n".encode())
-            before = state
-            writer.step()
+    """A process that goes through episodes of the model: it prints each new state."""
+    Queue(path).close()
+    commit, before = queuectl.SQLite.commit, []
+
+    def tell(db):
+        commit(db)
+        state = fingerprint(db)
+        if [state] != before:
+            os.write(1, f"{state}\n".encode())
+        before[:] = [state]
+    queuectl.SQLite.commit = tell
+    World(path, seed).run(10 ** 6)
 
 
 def make_queues(directory):
@@ -10433,41 +10386,37 @@ def make_queues(directory):
             os.write(1, b"made\n")
 
 
-class Frozen:
+class Frozen(subprocess.Popen):
     """A process that runs a function of this module, and is frozen now and then."""
 
     def __init__(self, function, *args):
         name = os.path.splitext(os.path.basename(__file__))[0]
         code = f"import sys, {name}; {name}.{function.__name__}(*sys.argv[1:])"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE,
-            cwd=os.path.dirname(os.path.abspath(__file__)))
-        os.set_blocking(self.process.stdout.fileno(), False)
+        super().__init__([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE,
+                         cwd=os.path.dirname(os.path.abspath(__file__)))
+        os.set_blocking(self.stdout.fileno(), False)
         self.said = b""
-
-    def __enter__(self):
-        return self
 
     def lines(self):
         """All that it has printed so far."""
-        if not self.process.stdout.closed:
-            self.said += self.process.stdout.read() or b""
+        if not self.stdout.closed:
+            self.said += self.stdout.read() or b""
         return self.said.decode().split("\n")[:-1]
 
     @contextlib.contextmanager
     def frozen(self):
         """Stopped by the kernel: it changes nothing, and holds what it held."""
-        self.process.send_signal(signal.SIGSTOP)
-        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        self.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), f"the process ended: {status}"
         yield
-        self.process.send_signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
+        self.kill()
+        self.wait()
         self.lines()
-        self.process.stdout.close()
+        self.stdout.close()
 
 
 def copy_files(source, target, *suffixes):
@@ -10555,20 +10504,19 @@ def check_cut(cut, history, chance, done):
     if now not in (printed - 1, printed):
         yield f"{printed} states were printed, it opens to {now}"
         return
-    for number in range(2 * DAMAGES if synced < len(wal) else 0):
+    for number in range(DAMAGES if synced < len(wal) else 0):
         at, where = chance.randrange(synced, len(wal)), f"{directory} {number}"
-        kind = ("cut off", "bit flipped")[number % 2]
-        hurt = wal[:at] + (b"" if number % 2 == 0 else
-                           bytes([wal[at] ^ 1 << chance.randrange(8)]) + wal[at + 1:])
+        kind, rest = (("cut off", b""), ("bit flipped", bytes(
+            [wal[at] ^ 1 << chance.randrange(8)]) + wal[at + 1:]))[number % 2]
         copy_files(directory, where)
-        write_bytes(os.path.join(where, "queue.db-wal"), hurt)
+        write_bytes(os.path.join(where, "queue.db-wal"), wal[:at] + rest)
         lost = sum(end > at for end in ends)
         done[kind] += 1
         done["commits lost"] += lost
         state, said = opened_state(where, history)
-        yield from (f"{kind} at {at}: {one}" for one in said)
         if state is None or not now - lost <= state <= now:
-            yield f"{kind} at {at}: state {state}, not {now - lost} to {now}"
+            said.append(f"state {state}, not {now - lost} to {now}")
+        yield from (f"{kind} at {at}: {one}" for one in said)
 
 
 def opened_state(directory, history):
@@ -10579,7 +10527,7 @@ def opened_state(directory, history):
     path = os.path.join(directory, "queue.db")
     try:
         with Queue(path, create=False) as queue:
-            state = history.get(fingerprint(queue))
+            state = history.get(fingerprint(queue.store))
     except queuectl.Refused as error:
         if error.code != "no-queue":
             raise
