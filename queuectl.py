@@ -745,6 +745,7 @@ class Settings(NamedTuple):
     kill_grace: float
     shell: str                  # a path
     output_limit: int           # bytes
+    output_dir: str | None      # a path
     retention_completed: float | None
     retention_dead: float | None
     heartbeat: float
@@ -1043,6 +1044,14 @@ class Output:
         return bytes(self._head) + end
 
 
+def left_out(n: int) -> bytes:
+    return f"\n[... {n} bytes left out ...]\n".encode()
+
+
+def output_file(directory: str, job_id: str, run: int) -> str:
+    return os.path.join(directory, f"{job_id}.{run}.log")
+
+
 def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
     """Kept output from byte `seen` on, with a line in the middle for omitted bytes."""
     middle = len(kept) // 2
@@ -1051,8 +1060,7 @@ def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
         return kept[seen:]
     if seen >= end_from:
         return kept[len(kept) - (total - seen):]
-    note = f"\n[... {end_from - max(seen, middle)} bytes left out ...]\n".encode()
-    return kept[seen:middle] + note + kept[middle:]
+    return kept[seen:middle] + left_out(end_from - max(seen, middle)) + kept[middle:]
 
 
 def last_line(output: bytes) -> str:
@@ -1727,6 +1735,8 @@ SETTINGS = {name: Field(name, Kind(_timeless(parse)),
     ("shell", "/bin/sh", _absolute, "runs the commands, as SHELL -c COMMAND"),
     ("output-limit", "64KiB", parse_size,
      "output kept of a run: its beginning and its end"),
+    ("output-dir", "none", _off_or(_absolute),
+     "directory for the whole output of each run (ID.RUN.log), which is never deleted"),
     ("retention-completed", "none", _SPAN_OR_NONE,
      "completed jobs are deleted after this time"),
     ("retention-dead", "none", _SPAN_OR_NONE, "dead jobs are deleted after this time"),
@@ -5654,6 +5664,7 @@ class Peers:
 # a connection reads an old state (sqlite.org/wal.html, starvation).
 WAL_LARGE = 64 << 20   # bytes
 DISK_LOW = 100 << 20   # bytes free on the disk
+CHECK_PATIENCE = 2.0   # seconds for a directory to respond
 
 # Unsafe: WAL needs memory shared by all users of the file. Prefixes, as names have
 # versions: nfs4, smb3, gfs2.
@@ -5696,7 +5707,7 @@ class Inspection:
 
     def findings(self) -> list[Finding]:
         looks = (self._file, self._schedules, self._blocked, self._clock,
-                 self._lost_runs, self._workers, self._ground)
+                 self._lost_runs, self._workers, self._output_dir, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
@@ -5783,6 +5794,28 @@ class Inspection:
                     "has sent no heartbeat for "
                     f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it")
+
+    def _output_dir(self) -> Iterator[Finding]:
+        directory, found = self._store.settings().output_dir, ["it does not respond"]
+        if directory is None:
+            return
+
+        def look(place: str) -> None:
+            while not os.path.lexists(place):   # a worker makes it
+                place = os.path.dirname(place)
+            disk = os.statvfs(place)
+            free = disk.f_bavail * disk.f_frsize
+            found[0] = "it is not a directory" if not os.path.isdir(place) \
+                else "it is not writable" if not os.access(place, os.W_OK | os.X_OK) \
+                else f"{free >> 20} MiB are free" if free < DISK_LOW else ""
+        # In a thread, as a network mount may hang.
+        thread = threading.Thread(target=look, args=(directory,), daemon=True)
+        thread.start()
+        thread.join(CHECK_PATIENCE)
+        if found[0]:
+            yield Finding(WARNING, "output-dir", f"output cannot be copied to "
+                          f"{directory}: {found[0]}",
+                          "mend that, or `queuectl config unset output-dir`")
 
     def _ground(self) -> Iterator[Finding]:
         path, wal = self._queue.path, 0
@@ -6346,6 +6379,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("directory", one_line(job.cwd)),
         ("shell", "" if settings.shell == SETTINGS["shell"].default
          else one_line(settings.shell)),
+        ("all output", one_line(output_file(settings.output_dir, job.id, job.runs))
+         if settings.output_dir and runs else ""),
         ("enqueued", when(job.created_at)))
     lines = [f"{name:<13}{text}" for name, text in rows if text]
     if not runs:
@@ -6530,13 +6565,133 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
+class OutputFile:
+    """A file for the whole output of a run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path.encode()
+        self.omitted = 0        # bytes not given to the thread; counted by the loop
+        self.lost = 0           # bytes that could not be written; by the thread
+
+
+class Archive:
+    """Writes files in `output-dir` by a daemon thread, which the first file starts.
+
+    The thread opens a file for each write, so the directory may come and go. Commands
+    that print faster than it writes wait for it (`is_behind`), but not once it hangs:
+    then output is left out of the files. `told` gets each error once.
+    """
+    ROOM = 16 << 20     # bytes that wait to be written before commands have to
+    PATIENCE = 5.0      # seconds without a write after which it hangs
+    PAUSE = 0.02        # seconds in which output is collected for a write
+    COST = 256          # bytes that a piece counts beyond its length
+    FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+             | getattr(os, "O_NOFOLLOW", 0))
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._errors = tell, dict[str, bool]()      # told or not
+        self._queue: Any = None     # a SimpleQueue of files and pieces
+        self._directory = ""        # of the newest file
+        # Bytes; the loop writes the one, the thread the other.
+        self._given = self._written = 0
+        self._moved_at = 0.0    # monotonic: the last write, or the first after a rest
+
+    def add(self, directory: str, job: Job) -> Callable[[bytes], None]:
+        """Create the file of a run; return a function that appends to it, and never
+        waits.
+        """
+        self._directory = directory
+        if self._queue is None:
+            import queue    # the log has loaded it
+            self._queue = queue.SimpleQueue()
+            threading.Thread(target=self._work, daemon=True).start()
+        append = functools.partial(
+            self._append, OutputFile(output_file(directory, job.id, job.runs)))
+        append(b"")
+        return append
+
+    def _append(self, file: OutputFile, piece: bytes) -> None:
+        if self._waiting() > self.ROOM and not self.is_behind():
+            file.omitted += len(piece)
+            return
+        if file.omitted:
+            piece, file.omitted = left_out(file.omitted) + piece, 0
+        if not self._waiting():
+            self._moved_at = time.monotonic()
+        self._given += len(piece) + self.COST
+        self._queue.put((file, piece))
+
+    def _waiting(self) -> int:
+        return self._given - self._written
+
+    def is_behind(self) -> bool:
+        return self._waiting() > self.ROOM \
+            and time.monotonic() < self._moved_at + self.PATIENCE
+
+    def report(self) -> None:
+        if self._waiting() and time.monotonic() >= self._moved_at + self.PATIENCE:
+            self._fail("it does not respond")
+        for error, is_told in list(self._errors.items()):
+            self._errors[error] = True
+            if not is_told:
+                self._tell(f"output is not copied to {error}")
+
+    def end(self, seconds: float) -> None:
+        """Wait up to `seconds` for the rest to be written, unless the thread hangs."""
+        until = time.monotonic() + seconds
+        while self._waiting() \
+                and time.monotonic() < min(until, self._moved_at + self.PATIENCE):
+            time.sleep(self.PAUSE / 2)
+        self.report()
+
+    def _fail(self, why: str) -> None:
+        self._errors.setdefault(f"{self._directory}: {why}", False)
+
+    def _work(self) -> None:
+        while True:
+            file, piece = self._queue.get()
+            batch = {file: [piece]}
+            while not self._queue.empty():
+                file, piece = self._queue.get()
+                batch.setdefault(file, []).append(piece)
+            for file, pieces in batch.items():
+                self._write(file, memoryview(b"".join(pieces)))
+                self._written += sum(map(len, pieces)) + self.COST * len(pieces)
+                self._moved_at = time.monotonic()
+            if self._waiting() < self.ROOM // 16:
+                time.sleep(self.PAUSE)
+
+    def _write(self, file: OutputFile, rest: memoryview) -> None:
+        fd = -1
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(file.path, self.FLAGS, 0o600)
+            if fd < 0:
+                os.makedirs(os.path.dirname(file.path), 0o700, exist_ok=True)
+                fd = os.open(file.path, self.FLAGS, 0o600)
+            if file.lost:
+                os.write(fd, left_out(file.lost))
+                file.lost = 0
+            while rest:
+                rest = rest[os.write(fd, rest[:READ_SIZE]):]
+                self._moved_at = time.monotonic()
+        except OSError as error:
+            file.lost += len(rest)
+            self._fail(error.strerror or str(error))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
 class Command:
     """One run of a command. The worker calls `read` when `pipe` is readable, `peek`
     when `watch` is, and `finish` after the exit.
     """
 
-    def __init__(self, claim: Claim, timeout: float | None, output_limit: int) -> None:
+    def __init__(self, claim: Claim, timeout: float | None, output_limit: int,
+                 copy: Callable[[bytes], None] | None) -> None:
         self.claim, self._timeout = claim, timeout      # seconds; None: never
+        self.copy = copy                    # gets all output
         self.pid, self._begun = -1, 0.0
         self._status: int | None = None     # as wait(2) returns it; None: not reaped
         self.output = Output(output_limit)
@@ -6605,6 +6760,8 @@ class Command:
         except BlockingIOError:
             return True
         self.output.feed(piece)
+        if self.copy and piece:
+            self.copy(piece)
         if not piece:
             os.close(self.pipe)
             self.pipe = -1
@@ -7244,11 +7401,14 @@ class Runner:
         self._gone: list[Worker] = []           # ended, but their locks are still held
         # `tick` is last, since the commit then uses the connection.
         self._agenda = Agenda((
-            "renew", "grace", "deadline", "spares", "committed", "notify", "orders",
-            "output", "heartbeat", "gone", "peers", "look", "progress", "tick"))
+            "renew", "grace", "deadline", "spares", "committed", "notify", "unread",
+            "orders", "output", "heartbeat", "gone", "peers", "look", "progress",
+            "tick"))
         self._free = list(range(1, options.slots + 1))
         self._quota = math.inf if options.max_jobs is None else options.max_jobs
         self._commands: dict[int, Command] = {}         # by claim
+        self._archive = Archive(self._log)
+        self._unread: list[Command] = []        # they wait for the archive
         self._spares: list[Claim] = []          # claimed beyond the slots, in order
         self._ended: dict[int, Outcome] = {}            # not recorded yet
         # Lost runs of other workers, by claim: FOUND, KILL (being killed) or KILLED.
@@ -7288,6 +7448,7 @@ class Runner:
             self._link.send(KILL, 0, 0, self._settings.kill_grace)
             self._link.flush()
             self._notifier.stopping()
+            self._archive.end(lease_of(self._settings) / 2)     # before it is late
             self.close()
         return EX_NO if self._commands or self._gives_up or not self._link.is_open \
             else EX_OK
@@ -7354,6 +7515,7 @@ class Runner:
         """
         self._link.send(RENEW, seconds=lease_of(self._settings))
         self._agenda.want("renew", time.monotonic() + self._settings.heartbeat)
+        self._archive.report()
         time.tzset()    # /etc/localtime may have changed
         self._directories.refresh()
         # Reap the orphans of jobs, but not commands, which have their watches.
@@ -7551,7 +7713,9 @@ class Runner:
         """
         job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
-        command = Command(claim, timeout or None, self._settings.output_limit)
+        folder = self._settings.output_dir
+        command = Command(claim, timeout or None, self._settings.output_limit,
+                          self._archive.add(folder, job) if folder else None)
         if self._calls.log:
             self._log(f"{job.id} started: {cut(one_line(job.command), 100)}")
         shell = self._settings.shell
@@ -7611,11 +7775,20 @@ class Runner:
 
     def _read(self, command: Command) -> None:
         pipe = command.pipe
-        if not command.read():
+        if command.copy and self._archive.is_behind():
+            self._poller.drop(pipe)
+            self._unread.append(command)
+            self._agenda.want("unread", time.monotonic() + Archive.PAUSE)
+        elif not command.read():
             self._poller.drop(pipe)
             self._look_at(command)      # it has probably exited
         elif self._peek_until > time.monotonic():
             self._agenda.want("output", self._peek_at)
+
+    def _do_unread(self) -> None:
+        commands, self._unread = self._unread, []
+        for command in commands:
+            self._poller.add(command.pipe, functools.partial(self._read, command))
 
     def _look_at(self, command: Command) -> None:
         """Finish a command's run if it has exited.

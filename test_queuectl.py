@@ -1153,6 +1153,7 @@ class Fields(Case):
                 ("output-limit", "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
                 ("backoff-jitter", "1.1", "", "nan"), ("heartbeat", "99ms"), ("lease", "0.9"),
                 ("max-retries", "-1", "1000000001"), ("crash-limit", "0"), ("shell", "sh", "none"),
+                ("output-dir", "out"),
                 ("priority-ageing", "30d1s", "0.9s"), ("backoff-max", "10000000001")):
             for text in texts:
                 with self.subTest(key=key, text=text), refused("invalid-value"):
@@ -4153,6 +4154,95 @@ class Workers(Case):
         self.run_worker()
         self.assertEqual(self.queue.job("job-3").error,
                          f"cannot execute the shell {shell} (No such file or directory)")
+
+    def whole(self, name):
+        return read_bytes(self.path_of(f"out/{name}.log"))
+
+    def keep_output(self):
+        self.queue.configure("output-dir", self.path_of("out"))
+        self.queue.configure("output-limit", "10")
+
+    def test_a_directory_has_the_whole_output_of_each_run(self):
+        self.keep_output()
+        self.job("seq 100000", id="a")
+        self.job("echo $QUEUECTL_ATTEMPT; (sleep .1; echo later) & exit 1", id="b", max_retries=2,
+                 backoff_base=0)
+        self.job("sleep .3", id="silent")
+        waiting = [0]
+
+        class Slow(queuectl.Archive):
+            ROOM = 1000
+
+            def _write(self, file, rest):
+                time.sleep(0.01)
+                waiting.append(self._waiting())
+                super()._write(file, rest)
+        with mock.patch.object(queuectl, "Archive", Slow):
+            self.run_worker(slots=2)
+        self.assertLess(max(waiting), 4 * queuectl.READ_SIZE)   # so `a` has waited
+        self.assertEqual(self.whole("a.1"), b"".join(b"%d\n" % n for n in range(1, 100001)))
+        self.assertEqual(len(self.last_run("a").output), 10)
+        self.assertEqual((self.whole("b.1"), self.whole("b.2")[:2]), (b"1\nlater\n", b"2\n"))
+        self.assertTrue(self.exists("out/silent.1.log"))
+        self.assertEqual([os.stat(self.path_of(name)).st_mode & 0o777
+                          for name in ("out", "out/a.1.log")], [0o700, 0o600])
+        for name, runs in (("a", self.queue.runs("a")), ("b", [])):
+            self.assertEqual(bool(runs), f"all output   {self.path_of('out/a.1.log')}" in
+                             queuectl.show_lines(self.queue.job(name), runs, [],
+                                                 self.queue.store.settings(), Views.PLAIN))
+
+    def test_a_directory_that_cannot_be_written_is_reported_once(self):
+        self.keep_output()
+        self.queue.configure("heartbeat", "100ms")
+        self.touch("out")
+        self.jobs(3, command="echo x; sleep .2", cwd=self.dir)
+        self.run_worker()
+        self.assertEqual(self.states(), [COMPLETED] * 3)
+        self.assertEqual([line for line in self.said if "output" in line],
+                         [f"output is not copied to {self.path_of('out')}: Not a directory"])
+        self.assertIn(f"output cannot be copied to {self.path_of('out')}: it is not a directory",
+                      [one.message for one in queuectl.Inspection(self.queue).findings()])
+
+    def test_output_that_could_not_be_written_is_counted_in_the_file(self):
+        archive, file = queuectl.Archive(self.said.append), queuectl.OutputFile("/dev/full")
+        archive._write(file, memoryview(b"12345"))
+        file.path = self.path_of("file").encode()
+        archive._write(file, memoryview(b"6"))
+        archive._write(file, memoryview(b"7"))
+        self.assertEqual(self.read("file"), "\n[... 5 bytes left out ...]\n67")
+        archive.report()
+        self.assertEqual(self.said, ["output is not copied to : No space left on device"])
+
+    def test_a_directory_that_hangs_delays_no_job(self):
+        hung = threading.Event()
+        self.addCleanup(hung.set)
+
+        class Hung(queuectl.Archive):
+            ROOM, PATIENCE = 100000, 0.3
+
+            def _write(self, file, rest):
+                hung.wait(DEADLINE)
+                super()._write(file, rest)
+        self.keep_output()
+        self.jobs([{"command": "seq 100000; touch end; echo 123; sleep .1"}] * 2, cwd=self.dir)
+        with mock.patch.object(queuectl, "Archive", Hung):
+            began = time.monotonic()
+            self.run_worker()
+        self.assertLess(time.monotonic() - began, 3)
+        self.assertEqual(self.states(), [COMPLETED] * 2)
+        self.assertEqual([line for line in self.said if "output" in line],
+                         [f"output is not copied to {self.path_of('out')}: it does not respond"])
+        archive = Hung(self.said.append)
+        append = archive.add(self.dir, self.queue.job("job-1"))
+        for _ in range(4):
+            append(b"x" * 50000)
+        wait_for(lambda: not archive.is_behind(), "the end of patience")
+        append(b"omitted")
+        hung.set()
+        wait_for(lambda: not archive._waiting(), "the rest")
+        append(b"y")
+        archive.end(DEADLINE)
+        self.assertEqual(self.read("job-1.1.log").lstrip("x"), "\n[... 7 bytes left out ...]\ny")
 
     def test_a_command_is_no_option_of_the_shell(self):
         for command in ("-x", "+x", "--version", "-- ; echo $0"):
