@@ -3749,14 +3749,6 @@ class Checks(Case):
 # ---- 13 Views ----------------------------------------------------------------
 
 class Views(Case):
-    def test_a_worker_says_what_happened_and_what_comes_next(self):
-        for base, wait in ((0.01, "0.01s"), (2, "2s")):
-            self.job(id=f"base-{base}", backoff_base=base)
-            [change] = self.end(self.claim(), Outcome("failed", 1, "x", 0.02)).changes
-            self.assertEqual(
-                queuectl.change_line(change, NOON),
-                f"base-{base} failed (exit 1) after 0.02s, attempt 1 of 3, again in {wait}")
-
     def test_a_worker_is_reported_after_three_missed_heartbeats(self):
         beat = queuectl.iso(NOON - 45)
         worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
@@ -3838,17 +3830,14 @@ class Views(Case):
         self.assertLessEqual(queuectl.columns(shown[3]), 25)
 
     def test_queues_are_shown_with_the_states_that_occur(self):
-        self.queue.enqueue_many([Job(command="x", queue="q", id="a"), Job(command="x", queue="gpu")])
+        self.jobs([{"queue": "q", "id": "a"}, {"queue": "gpu"}])
         self.queue.cancel("a")
         self.queue.pause("q")
         self.queue.limit_queue("gpu", 12)
-        self.assertEqual(queuectl.queue_lines(self.queue.queues(), self.PLAIN),
-                         ["QUEUE    LIMIT  PENDING  CANCELLED  NOTE",
-                          "default  -      0        0", "gpu      12     1        0",
-                          "q        -      0        1          paused"])
-        self.assertEqual(queuectl.queue_object(self.queue.queues()[2]),
-                         {"name": "q", "paused": True, "limit": 0,
-                          "jobs": {**dict.fromkeys(STATES, 0), CANCELLED: 1}})
+        self.assertEqual([line.split() for line in queuectl.queue_lines(
+            self.queue.queues(), self.PLAIN)], [
+                "QUEUE LIMIT PENDING CANCELLED NOTE".split(), ["default", "-", "0", "0"],
+                ["gpu", "12", "1", "0"], ["q", "-", "0", "1", "paused"]])
 
     def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
         job = self.job("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
@@ -3857,30 +3846,17 @@ class Views(Case):
         self.assertNotIn("\x1b", "".join(lines))
 
     def test_schedules_are_shown_with_what_comes_and_what_was(self):
-        self.queue.add_schedule("a", "*/10 * * * *", command="make\nall", queue="q")
-        self.queue.add_schedule("rests", "@daily", command="x")
+        self.queue.add_schedule("a", "*/10 * * * *", "Asia/Tokyo", command="make\nall", queue="q")
+        self.queue.add_schedule("rests", "@daily", "UTC", command="x")
         self.queue.pause_schedule("rests")
         self.queue.run_schedule("a")
-        self.clock.now += 120
-        style = self.PLAIN._replace(now=self.clock.now)
-        schedules = [(one._replace(tz="Asia/Tokyo"), self.queue.last_job(one))
-                     for one in self.queue.schedules()]
-        self.assertEqual(queuectl.schedule_lines(schedules, style), [
+        self.after(120)
+        self.assertEqual(queuectl.schedule_lines(
+            [(one, self.queue.last_job(one)) for one in self.queue.schedules()],
+            self.PLAIN._replace(now=self.clock.now)), [
             "NAME   CRON          ZONE        NEXT    LAST              QUEUE    COMMAND",
             "a      */10 * * * *  Asia/Tokyo  in 8m   2m ago (pending)  q        make; all",
-            "rests  @daily        Asia/Tokyo  paused  -                 default  x"])
-        self.assertEqual(queuectl.schedule_object(*schedules[0]), {
-            "name": "a", "cron": "*/10 * * * *", "tz": "Asia/Tokyo", "command": "make\nall",
-            "queue": "q", "paused": False, "next_run": queuectl.iso(NOON + 600),
-            "last_run": queuectl.iso(NOON), "last_job": "job-1", "last_state": PENDING,
-            "last_success": None, "skipped": 0})
-
-    def test_the_next_runs_are_told_in_words_and_times(self):
-        schedule = self.queue.add_schedule("s", "*/10 * * * *", "Asia/Tokyo", command="x")
-        self.assertEqual(queuectl.when_lines(schedule, NOON), [
-            "s: every 10 minutes, Asia/Tokyo",
-            "next: Fri 2027-01-15 17:10+09:00, Fri 2027-01-15 17:20+09:00, "
-            "Fri 2027-01-15 17:30+09:00"])
+            "rests  @daily        UTC         paused  -                 default  x"])
 
     def test_a_note_says_why_a_job_does_not_run_or_what_went_wrong(self):
         self.job(id="dead", max_retries=1)
@@ -3898,23 +3874,18 @@ class Views(Case):
     def test_a_change_is_one_line_that_no_terminal_obeys(self):
         event = queuectl.Event("job-1", FAILED, DEAD, queuectl.iso(NOON), "a\x1b[2J\nb", 7)
         at = queuectl.local_time(NOON, NOON, "milliseconds")
-        self.assertEqual(queuectl.event_line(event, self.PLAIN),
-                         f"{at}  job-1  failed -> dead  a [2J; b")
-        self.assertEqual(queuectl.event_line(event._replace(source=None), self.COLOURED),
-                         f"{at}  \x1b[1mjob-1\x1b[0m  - -> "
-                         "\x1b[31mdead\x1b[0m  a [2J; b")
-        self.assertEqual(queuectl.event_object(event), {
-            "id": "job-1", "from": FAILED, "to": DEAD, "at": queuectl.iso(NOON),
-            "reason": "a\x1b[2J\nb"})
+        for source, style, shown in (
+                (FAILED, self.PLAIN, "job-1  failed -> dead"),
+                (None, self.COLOURED, "\x1b[1mjob-1\x1b[0m  - -> \x1b[31mdead\x1b[0m")):
+            self.assertEqual(queuectl.event_line(event._replace(source=source), style),
+                             f"{at}  {shown}  a [2J; b")
 
     def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
-        self.assertEqual(queuectl.prefixed("a", b"one\n\ntwo\xff", 0, self.PLAIN),
-                         b"a | one\na | \na | two\xff")
-        self.assertEqual(queuectl.prefixed("a", b"", 0, self.PLAIN), b"")
+        for text, shown in ((b"one\n\ntwo\xff", b"a | one\na | \na | two\xff"), (b"", b"")):
+            self.assertEqual(queuectl.prefixed("a", text, 0, self.PLAIN), shown)
         colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED) for place in range(7)]
-        self.assertEqual(colours[0], b"\x1b[36ma |\x1b[0m x\n")
-        self.assertEqual(len(set(colours)), 6)
-        self.assertEqual(colours[6], colours[0])
+        self.assertEqual((colours[0], len(set(colours)), colours[6]),
+                         (b"\x1b[36ma |\x1b[0m x\n", 6, colours[0]))
 
     def test_what_was_done_is_counted_in_words(self):
         none = queuectl.Spread(0, None, None, None, None)
@@ -4028,18 +3999,18 @@ class Workers(Case):
         self.job("echo a")
         self.job("exit 3", max_retries=2, backoff_base=0)
         self.assertEqual(self.run_worker(slots=2), 1)
-
-        self.assertEqual(self.said[0], f"worker w started: 2 slots, all queues, {self.path}")
-        told, _, total = self.said[-1].partition(": ")   # in the order in which it came
+        first, *lines, last = self.said
+        self.assertEqual(first, f"worker w started: 2 slots, all queues, {self.path}")
+        told, _, total = last.partition(": ")   # in the order in which it came
         self.assertEqual((told, sorted(total.split(", "))),
                          ("worker w stopped", ["1 completed", "1 dead", "1 failed"]))
-        plain = [re.sub(r"(after|in) [\d.]+m?s", r"\1 T", line) for line in self.said[1:-1]]
-        self.assertEqual(sorted(plain[:2]), ["job-1 started: echo a", "job-2 started: exit 3"])
-        self.assertIn("job-1 completed in T", plain)
-        self.assertEqual([line for line in plain if line.startswith("job-2")], [
-            "job-2 started: exit 3", "job-2 failed (exit 3) after T, attempt 1 of 2, again in T",
-            "job-2 started: exit 3",
-            "job-2 dead (exit 3) after T, attempt 2 of 2, now in the dead letter queue"])
+        plain = [re.sub(r"(after|in) [\d.]+m?s", r"\1 T", line) for line in lines]
+        for job_id, said in (("job-1", ["started: echo a", "completed in T"]), ("job-2", [
+                "started: exit 3", "failed (exit 3) after T, attempt 1 of 2, again in T",
+                "started: exit 3",
+                "dead (exit 3) after T, attempt 2 of 2, now in the dead letter queue"])):
+            self.assertEqual([line for line in plain if line.startswith(job_id)],
+                             [f"{job_id} {line}" for line in said])
         self.assertEqual(self.queue.store.workers(), [])
 
     def test_a_worker_goes_by_its_options(self):
@@ -4068,35 +4039,29 @@ class Workers(Case):
                      " sleep .05; rm running-$QUEUECTL_SLOT")
         self.run_worker(slots=2)
         self.assertEqual(self.states(), [COMPLETED] * 4)
-        for n in range(1, 5):
-            run = self.last_run(f"job-{n}")
-            self.assertIn(run.output, (b"0\n", b"1\n"))
-            self.assertIn(run.slot, (1, 2))
+        runs = [self.last_run(f"job-{n}") for n in range(1, 5)]
+        self.assertLessEqual({run.output for run in runs}, {b"0\n", b"1\n"})
+        self.assertEqual({run.slot for run in runs}, {1, 2})
 
-    def test_a_job_due_in_a_moment_is_not_started_before(self):
+    def test_a_delayed_job_and_a_retry_start_when_they_are_due_whatever_the_heartbeat(self):
+        self.queue.configure("heartbeat", "10s")
+        self.job("exit 1", backoff_base=0.15, max_retries=2)
         self.job(delay=0.15)
-        self.run_worker(drain=False, max_jobs=1)
-        job = self.queue.job("job-1")
-        self.assertGreaterEqual(job.started_at, job.run_at)
+        self.run_worker(drain=False, max_jobs=3)
+        first, second = self.queue.runs("job-1")
+        for due, began in ((queuectl.epoch(first.finished_at) + 0.15, second.started_at),
+                           (queuectl.epoch(self.queue.job("job-2").run_at),
+                            self.queue.job("job-2").started_at)):
+            self.assertTrue(0 <= queuectl.epoch(began) - due < 5)
 
-    def test_many_quick_jobs_run_each_once(self):
-        for _ in range(3):
-            self.jobs(40, command="echo x >> $QUEUECTL_JOB_ID", cwd=self.dir)
-        self.run_worker(slots=3)
-        self.assertEqual(self.queue.counts()[COMPLETED], 120)
-        names = [f"job-{n}" for n in range(1, 121)]
-        self.assertEqual({self.read(name) for name in names}, {"x\n"})
-        self.assertEqual({run.slot for name in names for run in self.queue.runs(name)
-                          if run.outcome == "completed"}, {1, 2, 3})
-        self.assert_sound()
-
-    def test_spare_claims_behind_a_long_job_are_released(self):
-        self.jobs([*[{"priority": 1}] * 30, {"command": "sleep .4"}, *[{"priority": -1}] * 5])
-        self.run_worker()
-        self.assertEqual(self.states(), [COMPLETED] * 36)
-        self.assertLessEqual({run.outcome for n in range(32, 37)
-                              for run in self.queue.runs(f"job-{n}")}, {"completed", "released"})
-        self.assertEqual({job.attempts for job in self.queue.jobs()}, {1})
+    def test_output_is_bytes_and_bounded(self):
+        self.job("printf '\\377caf\\351'")
+        self.job("head -c 3000000 /dev/zero; echo end")
+        self.run_worker(slots=2)
+        self.assertEqual(self.last_run().output, b"\xffcaf\xe9")
+        run = self.last_run("job-2")
+        self.assertEqual((len(run.output), run.output_bytes), (65536, 3000004))
+        self.assertTrue(run.output.endswith(b"end\n"))
 
     def test_a_job_has_the_promised_environment(self):
         self.job("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
@@ -4351,22 +4316,25 @@ class Workers(Case):
 
     def test_a_wanted_task_is_due_unless_it_is_held(self):
         agenda = queuectl.Agenda(("a", "b"))
-        look = lambda now: (agenda.sleep(now), [*agenda.due(now)])     # noqa: E731
-        self.assertEqual(look(9.0), (math.inf, []))
+
+        def assert_due(now, sleep, *names):
+            self.assertEqual((agenda.sleep(now), [*agenda.due(now)]), (sleep, [*names]))
+        assert_due(9.0, math.inf)
         agenda.want("b", 5.0)
         agenda.want("b", 7.0)       # the earlier one stays
         agenda.want("a", 6.0)
-        self.assertEqual(look(4.5), (0.5, []))
+        assert_due(4.5, 0.5)
         agenda.hold("b", 8.0)
-        self.assertEqual(look(5.0), (1.0, []))
-        self.assertEqual(look(6.0), (0.0, ["a"]))
-        self.assertEqual(look(7.9), (8.0 - 7.9, []))
+        assert_due(5.0, 1.0)
+        assert_due(6.0, 0.0, "a")
+        assert_due(7.5, 0.5)
         self.assertTrue(agenda.is_wanted("b", 5.0))
         agenda.hold("b")
-        self.assertEqual(look(99.0), (math.inf, []))
+        assert_due(99.0, math.inf)
         agenda.hold("b", 0.0)
         agenda.want("a")
-        self.assertEqual((look(99.0), look(99.0)), ((0.0, ["a", "b"]), (math.inf, [])))
+        assert_due(99.0, 0.0, "a", "b")
+        assert_due(99.0, math.inf)
         agenda.want("a")
         for name in agenda.due(99.0):       # what comes later is due at once
             if name == "a":
@@ -4457,10 +4425,9 @@ class Workers(Case):
             self.assertEqual((self.said, runner._claim_at), ([], 0.0))
             self.assertGreaterEqual(runner._retry_at, before + queuectl.BUSY_PAUSE)
             runner._failing_since -= queuectl.WORKER_PATIENCE
-            runner._complain(busy)
-            runner._complain(busy)
-            self.assertEqual(len(self.said), 1)
-            self.assertIn("it is busy", self.said[0])
+            for _ in range(2):
+                runner._complain(busy)
+                self.assertRegex("\n".join(self.said), "^.*it is busy$")
             with mock.patch.object(self.queue.store.db, "relieve") as relieve:
                 runner._complain(queuectl.Unavailable("disk-full", "it is full", ""))
             self.assertEqual((len(self.said), relieve.call_count), (2, 1))
@@ -4536,8 +4503,7 @@ class Workers(Case):
     def test_the_pace_of_runs_follows_the_latest_slowly(self):
         with self.in_hand() as (runner, _):
             for took, pace in ((1.0, 1.0), (2.0, 1.2), (0.2, 1.0)):
-                command = mock.Mock(watch=-1, pipe=-1)
-                command.claim.number, command.claim.slot = 1, 1
+                command = mock.Mock(watch=-1, pipe=-1, claim=mock.Mock(number=1, slot=1))
                 command.finish.return_value = Outcome("success", 0, None, took)
                 runner._commands[1], runner._free = command, [2]
                 runner._finish(command)
@@ -4552,16 +4518,8 @@ class Workers(Case):
             for how, who in (("drain", "B"), ("now", "C"), ("drain", "D")):
                 runner._leave(how, who)
             self.assertEqual(runner._leaving, "now")
-        self.assertEqual(self.said, ["A: claiming no more", "C: killing and requeuing 0 running jobs"])
-
-    def test_a_service_manager_is_told_how_the_worker_stands(self):
-        for slots, totals, leaving, told in (
-                (1, {}, None, "0 of 1 slot busy"),
-                (2, {PENDING: 2, DEAD: 1}, None, "0 of 2 slots busy: 2 requeued, 1 dead"),
-                (2, {}, "now", "finishing 0 running jobs")):
-            with self.in_hand(slots=slots) as (runner, _):
-                runner.totals, runner._leaving = totals, leaving
-                self.assertEqual(runner._status_line(), told)
+        self.assertEqual(self.said, ["A: claiming no more",
+                                     "C: killing and requeuing 0 running jobs"])
 
     def test_a_worker_allows_itself_enough_descriptors(self):
         for limits, slots, wanted in (      # 4 for each of them, and 32
@@ -4630,17 +4588,6 @@ class Workers(Case):
                 peers.look()
                 self.assertEqual(len(peers.lost()), lost)
 
-    def test_a_dead_worker_s_job_runs_again(self):
-        dead = self.worker(name="dead")
-        self.jobs([{}, {"after": ["job-1"]}])
-        self.claim(dead).release()
-        self.leave_behind(dead)
-        self.run_worker()
-        job = self.queue.job("job-1")
-        self.assertEqual((job.crashes, job.attempts, self.states()), (1, 1, [COMPLETED] * 2))
-        self.assertIn("job-1 lost: its worker dead was lost, crash 1, runs again now", self.said)
-        self.assertEqual(self.queue.store.workers(), [])
-
     def test_a_worker_that_is_taken_for_dead_ends_its_command(self):
         with self.running() as (_, link):
             self.steps(lambda: not self.runner._commit)
@@ -4683,29 +4630,15 @@ class Workers(Case):
         self.assertEqual(self.run_worker(drain=False), 0)
         self.assertIn("SIGTERM: claiming no more", self.said)
 
-    def test_a_worker_does_what_the_database_asks_for(self):
-        for command, ask, said, ends in (
-                (self.UNTIL_GO, lambda queue, _: queue.stop_workers(),
-                 f"{queuectl.ASKED}: finishing 1 running job, claiming no more; "
-                 "`queuectl worker stop --now` requeues them", (COMPLETED, 1, "completed")),
-                ("sleep 60", lambda queue, _: queue.stop_workers(now=True),
-                 f"{queuectl.ASKED}: killing and requeuing 1 running job", (PENDING, 0, "released")),
-                ("sleep 60", lambda queue, job_id: queue.cancel(job_id), "job-1 cancelled after",
-                 (CANCELLED, 0, "cancelled"))):
-            with self.subTest(said):
-                self.anew()
-                self.word, job_id = "finishing", self.job(f"echo $$ > pid; {command}")
-
-                def work(queue, job_id=job_id, ask=ask):
-                    wait_for(lambda: self.read("pid"), "the start")
-                    ask(queue, job_id)
-                self.beside(work)
-                self.run_worker(drain=False, max_jobs=1)
-                self.assertIn(said, "\n".join(self.said))
-                job = self.queue.job(job_id)
-                self.assertEqual((job.state, job.attempts, self.last_run().outcome), ends)
-                self.assertFalse(is_running(self.read("pid")))
-                os.remove(self.path_of("pid"))
+    def test_a_worker_that_is_asked_to_stop_finishes_its_jobs(self):
+        self.word = "finishing"
+        self.job(f"touch began; {self.UNTIL_GO}")
+        self.beside(lambda queue: (wait_for(lambda: self.exists("began"), "the start"),
+                                   queue.stop_workers()))
+        self.run_worker(drain=False)
+        self.assertIn(f"{queuectl.ASKED}: finishing 1 running job, claiming no more; "
+                      "`queuectl worker stop --now` requeues them", self.said)
+        self.assertEqual((self.states(), self.last_run().outcome), ([COMPLETED], "completed"))
 
 
 # ---- 17 API, 18 Access, 19 Server --------------------------------------------
@@ -5338,20 +5271,16 @@ class CommandLine(Case):
             with self.subTest(fields):
                 self.assertEqual(queuectl.merged({"command": "x", **fields}, flags),
                                  {"command": "x", **flags})
-        self.assertEqual(queuectl.merged({"max-retries": 5, "delay": 1}, {"run_at": 2.0}),
-                         {"max-retries": 5, "run_at": 2.0})
-        stream = queuectl.Stream(self.queue, flags, self.fail, self.fail)
+        stream, _ = self.a_stream(**flags)
         line = b'{"command": "x", "run-at": "+1h", "max-retries": 5}'
         self.assertEqual([job.max_retries for job in stream.add([line])], [1])
 
     def test_the_object_has_the_keys_of_the_contract_in_their_order(self):
         out = self.printed("enqueue x --json")
-        self.assertEqual(list(out), [
-            "id", "command", "state", "attempts", "max_retries", "created_at",
-            "updated_at", "queue", "priority", "run_at", "timeout", "backoff_base",
-            "after", "unique", "tags", "env", "cwd", "crashes", "worker", "started_at",
-            "finished_at", "exit_code", "error", "after_any", "once", "backoff_max", "no_retry_on",
-            "expires_at"])
+        self.assertEqual(" ".join(out), (
+            "id command state attempts max_retries created_at updated_at queue priority run_at "
+            "timeout backoff_base after unique tags env cwd crashes worker started_at "
+            "finished_at exit_code error after_any once backoff_max no_retry_on expires_at"))
         self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_an_error_is_one_line_and_tells_a_wrong_line_from_another_failure(self):
@@ -5385,17 +5314,16 @@ class CommandLine(Case):
                     self.assertEqual(queuectl.parse_past("12:00", noon), noon)
 
     def test_a_table_that_is_cut_says_so(self):
-        with self.a_queue() as queue:
-            queue.enqueue_many([Job(command="false", max_retries=1)] * 3)
-        self.cli("worker start --drain")
+        for _ in range(3):
+            self.job_in(DEAD)
         for line in ("list", "list --sort oldest", "dlq"):
             with self.subTest(line):
                 said = [self.cli(f"{line} {limit}")[2] for limit in (
-                    "", "--limit 3", "--limit 2", "--limit 2 --json")]
-                self.assertEqual(said, [
-                    "", "", "there are more than 2; --limit 0 shows all\n", ""])
+                    "", "--limit 3", "--limit 2 --json", "--limit 2")]
+                self.assertEqual(said[:3], ["", "", ""])
+                self.assertIn("more than 2; --limit 0 shows all", said[3])
         self.assertEqual(len(self.printed("dlq --limit 2 --json")), 2)
-        self.assertEqual(len(self.cli("dlq list --limit 1")[1].splitlines()), 3)
+        self.assertEqual(len(self.cli("dlq list --limit 1")[1].splitlines()), 2)
 
     def test_the_fields_that_are_wanted_are_listed_in_their_order(self):
         self.job("two\nlines", id="a", tags=["t", "u"], timeout=90)
@@ -5416,8 +5344,7 @@ class CommandLine(Case):
         self.assertEqual(self.printed("show job-1 --json")["command"], "sh -c 'a && b'")
         self.fails(1, "schedule add n bad -- mytool --json",
                    "enqueue --queue 'a b' -- mytool --json")
-        self.assertIn("error", json.loads(self.cli(
-            "enqueue --json --queue 'a b' -- x")[2]))
+        self.assertIn("error", json.loads(self.cli("enqueue --json --queue 'a b' -- x")[2]))
 
     def test_what_is_wrong_in_a_batch_is_named_and_nothing_added(self):
         path = self.path_of("jobs.txt")
@@ -5434,17 +5361,6 @@ class CommandLine(Case):
                 self.assertEqual((code, out), (1, ""))
                 self.assertIn(f"error: {said}", err)
         self.assertEqual(len(self.queue.jobs()), 1)
-
-    def test_a_backup_replaces_a_backup_and_nothing_else(self):
-        for number in (1, 2):
-            self.cli("enqueue x")
-            self.assertEqual(self.cli("backup", self.path_of("copy.db"))[0], 0)
-            with Queue(self.path_of("copy.db"), create=False) as copy:
-                self.assertEqual(len(copy.jobs()), number)
-        write_bytes(self.path_of("letter"), b"dear")
-        for name, code in (("letter", 1), ("queue.db", 1), ("gone/copy.db", 1),
-                           ("copy.db", 0)):
-            self.assertEqual(self.cli("backup", self.path_of(name))[0], code, name)
 
     def test_readers_refuse_a_queue_that_is_not_there(self):
         self.says([(line, "no queue at") for line in ("list", "status", "stats",
@@ -5477,31 +5393,15 @@ class CommandLine(Case):
             with self.subTest(entry.words):
                 code, out, _ = run_cli(*entry.words, "--help")
                 shown = " ".join(out.split())
-                self.assertEqual(code, 0)
-                self.assertIn(entry.help[1:], shown)
-                self.assertTrue(entry.examples)
+                self.assertEqual((code, entry.help[1:] in shown, entry.examples != ()),
+                                 (0, True, True))
                 for one in entry.options:
                     self.assertIn(f"{one.group}: ".lstrip(), shown)
                     for name in one.names:
-                        if name.startswith("--"):
-                            self.assertIn(name, shown)
+                        self.assertTrue(name in shown or name[:2] != "--", name)
                 for example in entry.examples:
                     self.assertIn(f"queuectl {' '.join(example.split())}", shown)
                     self.assertIs(queuectl._parse(shlex.split(example)).entry, entry)
-
-    def test_examples_that_harm_nobody_run(self):
-        self.cli("enqueue x --id job-1")
-        for example in [one for entry in queuectl.COMMANDS for one in entry.examples]:
-            words = {*shlex.split(example)}
-            yes = ["--yes"] * bool({"cancel", "delete", "purge"} & words)
-            if {"worker", "wait", "logs", "backup", "web", "install", "--watch", "--follow",
-                    "-f", "-"} & words:
-                continue
-            with self.subTest(example):
-                code, _, err = self.cli(example, *yes)
-                self.assertIn(code, (0, 1), err)
-                if code:    # what it asks of is not there
-                    self.assertRegex(err, "there is no|no job|no schedule|not dead|is ")
 
     def test_a_mistyped_word_names_the_nearest_and_an_abbreviation_is_none(self):
         for line, hint in (
@@ -5599,12 +5499,10 @@ class CommandLine(Case):
 
     def test_what_was_swept_is_printed_as_json(self):
         self.some_jobs()
-        self.assertEqual([(job["id"], job["state"])
-                          for job in self.printed("cancel --all --yes --json")],
-                         [("b", CANCELLED), ("a", CANCELLED)])
+        self.assertEqual([job["id"] for job in self.printed("cancel --all --yes --json")],
+                         ["b", "a"])
         for line, printed in (("purge --dry-run --json", {"deleted": 0, "would_delete": 5}),
-                              ("purge --yes --json", {"deleted": 5}),
-                              ("retry --all --json", [])):
+                              ("purge --yes --json", {"deleted": 5}), ("retry --all --json", [])):
             self.assertEqual(self.printed(line), printed)
 
     def test_an_edit_says_what_it_changed(self):
@@ -5691,20 +5589,20 @@ class CommandLine(Case):
         self.fails(2, "queue set gpu", "queue set gpu --limit -1", "pause --queue 'a b'")
 
     def test_a_schedule_is_added_shown_and_taken_away(self):
-        code, out, err = self.cli("schedule add night '30 2 * * *' --queue q --priority 4 --",
-                                  "sh", "-c", "a && b")
+        code, out, err = self.cli("schedule add night '30 2 * * *' --queue q --priority 4 "
+                                  "--env A=b --", "sh", "-c", "a && b")
         self.assertEqual((code, out), (0, ""))
         self.assertRegex(err, r"night: .*\nnext: (\w{3} \d{4}-\d\d-\d\d 02:30\S+\s){3}"
                               "no worker is running")
         [shown] = self.printed("schedule list --json")
-        self.assertEqual(tuple(shown), (
-            "name", "cron", "tz", "command", "queue", "paused", "next_run", "last_run",
-            "last_job", "last_state", "last_success", "skipped"))
+        self.assertEqual(" ".join(shown), "name cron tz command queue paused next_run last_run "
+                                          "last_job last_state last_success skipped")
         self.assertEqual(shown["command"], "sh -c 'a && b'")
         job_id = self.cli("schedule run night")[1].strip()
         job = self.printed(f"show {job_id} --json")
-        self.assertEqual((job["command"], job["queue"], job["priority"], job["tags"]),
-                         ("sh -c 'a && b'", "q", 4, ["schedule:night"]))
+        self.assertEqual(job, {
+            **job, "command": "sh -c 'a && b'", "queue": "q", "priority": 4,
+            "tags": ["schedule:night"], "env": {"A": "b"}, "cwd": os.getcwd()})
         self.says([("schedule pause night", "night paused\n")])
         self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +\S+ +paused ")
         self.says((("schedule resume night", "next: "), ("schedule remove night", "removed"),
@@ -5724,12 +5622,9 @@ class CommandLine(Case):
         self.some_jobs()
         lines = [json.loads(line) for line in self.cli("events --json")[1].splitlines()]
         self.assertEqual(lines, [queuectl.event_object(e) for e in self.queue.events_since()])
-        self.assertEqual(list(lines[0].items())[:3],
-                         [("id", "good"), ("from", None), ("to", PENDING)])
-        self.assertEqual(tuple(lines[0])[3:], ("at", "reason"))
-        self.assertEqual([line.split("  ")[1:3] for line
-                          in self.cli("events --queue q")[1].splitlines()],
-                         [["b", "- -> pending"]])
+        self.assertEqual(" ".join(lines[0]), "id from to at reason")
+        self.assertEqual([*lines[0].values()][:3], ["good", None, PENDING])
+        self.assertIn("  b  - -> pending", self.cli("events --queue q")[1])
         for since, n in (("1h", len(lines)), ("+1h", 0), ("2020-01-01", len(lines))):
             self.assertEqual(len(self.cli(f"events --since {since}")[1].splitlines()), n)
         self.fails(2, "events --since soon")
@@ -5738,33 +5633,31 @@ class CommandLine(Case):
 
     def test_a_follower_goes_through_the_retries_to_the_end(self):
         self.job(id="a", max_retries=2, backoff_base=0)
-        follower = queuectl.Follower(self.queue, "a")
-        last, early = (queuectl.Follower(self.queue, "a", n) for n in (None, 1))
-        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
-        claim = self.claim().number
-        self.tick(outputs={claim: output_of(b"one\ntw")})
-        self.assertEqual(follower.step(), (b"one\ntw", ""))
-        self.assertEqual(follower.step(), (b"", ""))
-        self.end(claim, Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8))
-        self.assertEqual(follower.step(), (b"o\n", "-- run 1 of a: failed"))
-        self.assertEqual((follower.step(), follower.is_over), ((b"", ""), False))
-        self.assertEqual((early.step(), early.is_over), ((b"one\ntwo\n", ""), True))
+        last, early, follower = (queuectl.Follower(self.queue, "a", n) for n in (None, 1, None))
 
-        claim = self.claim().number
-        self.end(claim, Outcome("completed", 0, None, 0.1, b"done", 4))
-        self.assertEqual((follower.step(), follower.is_over), ((b"done", ""), True))
-        self.assertEqual((last.step(), last.is_over), ((b"done", ""), True))
+        def steps(output, note="", over=False, by=follower):
+            self.assertEqual((by.step(), by.is_over), ((output, note), over))
+        steps(b"")
+        claim = self.claim()
+        self.tick(outputs={claim.number: output_of(b"one\ntw")})
+        steps(b"one\ntw")
+        steps(b"")
+        self.end(claim, Outcome("failed", 1, "", 0.1, b"one\ntwo\n", 8))
+        steps(b"o\n", "-- run 1 of a: failed")
+        steps(b"")
+        steps(b"one\ntwo\n", over=True, by=early)
+        self.run_next(Outcome("completed", 0, None, 0.1, b"done", 4))
+        for one in (follower, last):
+            steps(b"done", over=True, by=one)
 
     def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
         self.job(id="a")
-        claim = self.claim().number
-        self.tick(outputs={claim: output_of(b"1\n2\n3\n")})
-        followers = [queuectl.Follower(self.queue, "a", lines=n)
-                     for n in (0, 2, 9, None)]
-        self.assertEqual([one.step()[0] for one in followers],
-                         [b"", b"2\n3\n", b"1\n2\n3\n", b"1\n2\n3\n"])
-        self.tick(outputs={claim: output_of(b"1\n2\n3\n4\n5\n")})
-        self.assertEqual([one.step()[0] for one in followers], [b"4\n5\n"] * 4)
+        claim, lines = self.claim().number, b"1\n2\n3\n"
+        followers = [queuectl.Follower(self.queue, "a", lines=n) for n in (0, 2, 9, None)]
+        for output, seen in ((lines, [b"", b"2\n3\n", lines, lines]),
+                             (lines + b"4\n5\n", [b"4\n5\n"] * 4)):
+            self.tick(outputs={claim: output_of(output)})
+            self.assertEqual([one.step()[0] for one in followers], seen)
 
     def test_without_the_output_of_each_job_none_is_printed(self):
         self.job(id="a")
@@ -5829,8 +5722,7 @@ class CommandLine(Case):
         self.assertEqual([str(error).partition(": ")[0] for error in refused],
                          ["line 4", "line 5", "line 7", "line 8", "line 9"])
         self.assertEqual(stream.refused, 5)
-        self.assertEqual([job.id for job in self.queue.jobs(queue="q", sort="oldest")],
-                         [job.id for job in jobs])
+        self.assertEqual(ids(self.queue.jobs(queue="q", sort="oldest")), ids(jobs))
 
     def test_a_stream_warns_once_of_keys_that_the_queue_keeps(self):
         notes = []
@@ -5842,17 +5734,13 @@ class CommandLine(Case):
 
     def test_a_stream_waits_for_a_database_that_is_busy(self):
         self.queue.store.db.patience = 0.01
-        rival = sqlite3.connect(self.queue.path, isolation_level=None)
+        rival, refused = sqlite3.connect(self.path, isolation_level=None), []
         self.addCleanup(rival.close)
         rival.execute("BEGIN IMMEDIATE")
-        refused = []
-
-        def refuse(error):
-            refused.append(error.code)
-            rival.execute("ROLLBACK")
-        stream = queuectl.Stream(self.queue, {}, refuse, self.fail)
+        stream = queuectl.Stream(self.queue, {}, lambda error: refused.append(
+            (error.code, rival.execute("ROLLBACK"))), self.fail)
         self.assertEqual([job.command for job in stream.add([b"a", b"b"])], ["a", "b"])
-        self.assertEqual((refused, stream.refused), (["busy"], 0))
+        self.assertEqual(([code for code, _ in refused], stream.refused), (["busy"], 0))
 
     def test_who_interrupts_a_stream_is_told_what_may_be_missing(self):
         class Interrupted(Queue):
@@ -5978,12 +5866,6 @@ class Completion(Case):
                      ("list --tag red", ["red"]), ("list --tag x", []),
                      ("worker start --queue gpu --queue ", ["cpu"]),
                      ("schedule pause ", ["nightly"])))
-
-    def test_a_new_command_needs_no_word_about_it_here(self):
-        name = queuectl.option("NAME", "")
-        entry = queuectl.Entry(("schedule", "x"), None, "", queuectl.READS, (name,))
-        self.assertEqual(queuectl._kind_of(entry, name), "schedule")
-        self.assertEqual(queuectl._kind_of(entry._replace(opens=queuectl.CREATES), name), "")
 
     def test_it_makes_and_changes_nothing_and_never_fails(self):
         self.assertEqual(self.offered("show", ""), [])
@@ -6114,6 +5996,23 @@ class Processes(Case):
     def worker(self, *argv, **options):
         with open(self.path_of("worker.log"), "ab") as log:
             return self.start("worker", "start", *argv, stderr=log, **options)
+
+    def web(self, *argv, **environ):
+        """A server and its port; `url` is what it prints."""
+        with open(self.path_of("web.log"), "ab") as log:
+            process = self.start(
+                "web", "--port", "0", *argv, stderr=log, stdout=subprocess.PIPE,
+                env={**os.environ, "QUEUECTL_TOKEN": TOKEN, "QUEUECTL_READ_TOKEN": "", **environ})
+        self.addCleanup(self.stop, process)
+        self.url = process.stdout.readline().decode().strip()
+        return process, int(re.search(r":(\d+)/", self.url)[1])
+
+    def stop(self, process):
+        """End it as a service manager does, or at last by force."""
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        self.end(process)
 
     def listed_worker(self, *argv):
         """A worker that has entered the queue."""
@@ -6286,88 +6185,49 @@ class OnTerminal:
 class Program(Processes):
     """The program as its users meet it: other processes, real signals."""
 
-    def test_the_first_walk(self):
-        self.enqueue('{"command": "echo Hello World"}')
-        self.enqueue("exit 1", "--backoff-base", "10ms")
-        log = self.drain("--timeout", "5s")
-
-        self.assertEqual(self.job("job-1").state, COMPLETED)
-        self.assertEqual(self.job("job-2").state, DEAD)
-        self.assertEqual(self.cli("logs", "job-1")[1], "Hello World\n")
-        self.assertRegex(log, r"job-2 failed \(exit 1\) after \S+, attempt 1 of 3, again in")
-        self.assertIn("job-2", self.cli("dlq")[1])
-        self.assertEqual(self.cli("dlq", "retry", "job-2")[0], 0)
-        self.assertEqual(self.job("job-2").attempts, 0)
+    # Without pidfds a loss is noticed at the next one.
+    heartbeat = "1h" if hasattr(os, "pidfd_open") else "100ms"
 
     def test_three_workers_run_each_job_once(self):
         """Quick jobs are claimed ahead; releasing them at the end charges nothing."""
-        lines = "echo $QUEUECTL_JOB_ID >> ran\n" * 200 + "sleep 0.3\n" * 4 + "true\n" * 20
-        self.call("enqueue", "-", input=lines.encode())
-        workers = [self.worker("-c", slots, "--drain", "--name", f"w{n}")
-                   for n, slots in enumerate("244")]
-        for worker in workers:
+        self.call("enqueue", "-", input=b"echo $QUEUECTL_JOB_ID >> ran\n" * 200
+                  + b"sleep 0.3\n" * 4 + b"true\n" * 20)
+        for worker in [self.worker("-c", slots, "--drain") for slots in "244"]:
             self.assert_ends(worker)
-
-        self.assertEqual(sorted(self.read("ran").split()),
-                         sorted(f"job-{n}" for n in range(1, 201)))
+        self.assertCountEqual(self.read("ran").split(), [f"job-{n}" for n in range(1, 201)])
         self.assertNotIn("locked", self.read("worker.log"))
-        with Queue(self.path) as queue:
-            self.assertEqual({(job.state, job.attempts, job.crashes) for job in queue.jobs()},
-                             {(COMPLETED, 1, 0)})
+        self.assertEqual({(job.state, job.attempts, job.crashes) for job in self.queue.jobs()},
+                         {(COMPLETED, 1, 0)})
         outcomes = collections.Counter(self.outcomes())
         self.assertEqual(outcomes.pop("completed"), 224)
         self.assertLessEqual(set(outcomes), {"released"})
 
-    def test_output_is_bytes_and_bounded(self):
-        self.enqueue("printf '\\377caf\\351'", "--id", "bytes")
-        self.enqueue("head -c 3000000 /dev/zero; echo end", "--id", "big")
-        self.drain("-c", "2")
-
-        self.assertEqual(self.runs("bytes")[0].output, b"\xffcaf\xe9")
-        run = self.runs("big")[0]
-        self.assertEqual((len(run.output), run.output_bytes), (65536, 3000004))
-        self.assertTrue(run.output.endswith(b"end\n"))
-
-    def test_a_time_out_ends_a_tree_that_ignores_sigterm(self):
+    def test_no_process_of_a_job_outlives_its_time_out_its_retry_or_the_worker(self):
         self.configure(kill_grace="200ms")
-        self.enqueue("trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ > out; "
-                     "sleep 100; sleep 100' & sleep 100; sleep 100",
-                     "--timeout", "500ms", "--max-retries", "1")
-        self.drain()
-
-        run = self.runs("job-1")[0]
-        self.assertEqual((run.outcome, run.exit_code), ("timeout", 124))
-        self.assertFalse(is_running(self.read("out")))
-
-    def test_a_command_killed_from_outside_leaves_no_process_for_its_retry(self):
-        self.enqueue("setsid sleep 100 & echo $! > pid; kill -9 $$", "--max-retries", "1")
-        self.drain()
-        self.assertEqual(self.job("job-1").exit_code, 137)
-        self.assertFalse(is_running(self.read("pid")))
-
-    def drain_changed(self, change):
-        """What a worker says that drains, with some of the program changed."""
-        return self.done(
-            [sys.executable, "-c", f"import sys, queuectl\n{change}\nsys.exit(queuectl.main())",
-             "--db", self.path, "worker", "start", "--drain"],
-            env={**os.environ, "PYTHONPATH": os.path.dirname(MODULE)})
+        for job_id, command, *flags in (
+                ("late", "trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ >> pids; "
+                 "sleep 100; sleep 100' & sleep 100; sleep 100", "--timeout", "500ms"),
+                ("killed", "setsid sleep 100 & echo $! >> pids; kill -9 $$"),
+                ("background", "setsid sh -c 'echo $$ >> pids; trap \"echo TERM >> terms\" TERM; "
+                 "while :; do sleep .05; done' > /dev/null 2>&1 & sleep .2")):
+            self.enqueue(command, "--id", job_id, "--max-retries", "1", *flags)
+        self.drain("-c", "3")
+        self.assertEqual([(run.outcome, run.exit_code) for job in ("late", "killed", "background")
+                          for run in self.runs(job)],
+                         [("timeout", 124), ("failed", 137), ("completed", 0)])
+        pids = self.read("pids").split()
+        self.assertEqual((len(pids), [*filter(is_running, pids)]), (3, []))
+        self.assertEqual(self.read("terms"), "TERM\n")
 
     def test_a_worker_that_fails_ends_with_the_error(self):
         self.enqueue("sleep 2", "--timeout", "50ms")
-        code, _, err = self.drain_changed("queuectl.Runner._on_message = lambda self: 1 / 0")
-        self.assertEqual(code, 1)
-        self.assertIn("ZeroDivisionError", err)
-
-    def test_a_worker_outlives_a_file_that_is_busy_when_it_wakes_up(self):
-        self.enqueue("true")
-        code, _, err = self.drain_changed("""
-read, times = queuectl.SQLite.changes, iter(range(3))
-def changes(self):
-    for _ in times:
-        raise queuectl.Unavailable("busy", "it is busy", "wait")
-    return read(self)
-queuectl.SQLite.changes = changes""")
-        self.assertEqual((code, self.job("job-1").state), (0, COMPLETED), err)
+        code, _, err = self.done([sys.executable, "-c", f"""
+import sys
+sys.path.insert(0, {os.path.dirname(MODULE)!r})
+import queuectl
+queuectl.Runner._on_message = lambda self: 1 / 0
+sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
+        self.assertEqual((code, "ZeroDivisionError" in err), (1, True), err)
 
     def test_a_copy_of_a_queue_leaves_the_original_s_processes_alone(self):
         self.enqueue(f"touch began; {UNTIL_GO}", "--id", "x")
@@ -6382,54 +6242,36 @@ queuectl.SQLite.changes = changes""")
         self.touch("go")
         self.wait_state("x", COMPLETED)
 
-    def test_a_lack_of_descriptors_is_not_the_job_s_failure(self):
-        own = child_of(self.listed_worker().pid)
-        limits = resource.prlimit(own, resource.RLIMIT_NOFILE)
-        in_use = len(os.listdir(f"/proc/{own}/fd"))
-        resource.prlimit(own, resource.RLIMIT_NOFILE, (in_use + 2, limits[1]))
-        self.enqueue("true", "--max-retries", "1")
-        self.wait_log("\n", 2)
-        resource.prlimit(own, resource.RLIMIT_NOFILE, limits)
-
-        self.wait_state("job-1", COMPLETED)
-        self.assertEqual(self.job("job-1").attempts, 1)
-
-    def test_too_many_slots_for_the_descriptors_are_refused(self):
-        limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
-        code, _, err = self.call("worker", "start", "-c", "100", preexec_fn=limit)
-        self.assertEqual((code, "open files are allowed" in err), (1, True), err)
-
-    def test_a_worker_whose_starter_ignores_its_children_works(self):
-        self.enqueue("exit 3", "--max-retries", "1")
-        self.call("worker", "start", "--drain", preexec_fn=functools.partial(
-            signal.signal, signal.SIGCHLD, signal.SIG_IGN))
-        self.assertEqual(self.job("job-1").exit_code, 3)
-
-    def test_jobs_get_no_descriptors_of_the_worker(self):
-        self.enqueue("ls -l /proc/self/fd | wc -l; readlink /proc/self/fd/* | grep -v pipe")
+    def test_a_job_gets_no_descriptors_and_its_status_is_seen_whatever_the_worker_inherits(self):
+        self.enqueue("readlink /proc/self/fd/* | grep -v pipe; exit 3", "--max-retries", "1")
         with open(self.path_of("mine"), "w") as mine:
             os.set_inheritable(mine.fileno(), True)
-            self.call("worker", "start", "--drain", "-c", "4", close_fds=False)
-        self.assertNotIn(b"mine", self.runs("job-1")[0].output)
+            self.call("worker", "start", "--drain", close_fds=False, preexec_fn=functools.partial(
+                signal.signal, signal.SIGCHLD, signal.SIG_IGN))
+        [run] = self.runs("job-1")
+        self.assertEqual((run.exit_code, b"mine" in run.output), (3, False), run.output)
 
     # Workers that die, freeze or are told to stop.
 
-    def test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first(self):
+    def test_a_lost_worker_is_noticed_at_once_its_tree_ended_and_charged_as_a_crash(self):
+        """By a worker that was there before."""
+        self.configure(heartbeat=self.heartbeat)
+        self.at_work()
         self.enqueue("echo $$ >> pids; setsid sh -c 'echo $$ >> pids; sleep 100' & "
                      "[ -e second ] && exit 0; touch second; sleep 100")
-        first = self.worker("--name", "first")
+        new = self.worker()
         wait_for(lambda: self.exists("second") and len(self.read("pids").split()) == 2, "the start")
         left = self.read("pids").split()
-        self.kill_worker(first)
-        self.worker("--name", "next")
-        self.wait_state("job-1", COMPLETED)
-
-        job = self.job("job-1")
+        self.kill_worker(new)
+        self.wait_state("job-2", FAILED)
+        self.touch("go")
+        self.wait_state("job-2", COMPLETED)
+        job = self.job("job-2")
         self.assertEqual((job.crashes, job.attempts), (1, 1))
-        self.assertEqual(self.outcomes(), ["lost", "completed"])
-        self.assertEqual([pid for pid in left if is_running(pid)], [])
+        self.assertEqual([run.outcome for run in self.runs("job-2")], ["lost", "completed"])
+        self.assertEqual([*filter(is_running, left)], [])
 
-    def test_check_names_the_process_of_a_lost_run(self):
+    def test_check_names_the_process_of_a_lost_run_that_can_be_cancelled(self):
         worker = self.at_work("sleep 100")
         self.assertTrue(json.loads(self.cli("check", "--json")[1])["sound"])
         self.kill_both(worker)
@@ -6437,37 +6279,25 @@ queuectl.SQLite.changes = changes""")
         [found] = [one for one in json.loads(out)["findings"] if one["code"] == "lost-run"]
         self.assertEqual(code, 0)
         self.assertIn(self.read("pid").strip(), found["message"])
-
-    @unittest.skipUnless(hasattr(os, "pidfd_open"),
-                         "without pidfds a loss is noticed at the next heartbeat")
-    def test_a_living_worker_notices_at_once_that_a_new_one_has_died(self):
-        self.configure(heartbeat="1h")
-        old = child_of(self.listed_worker("--name", "old", "--queue", "another").pid)
-        new = self.listed_worker("--name", "new", "--queue", "q")
-        wait_for(lambda: any(b"Pid:\t%d\n" % new.pid in queuectl._read(
-            f"/proc/{old}/fdinfo/{fd}") for fd in os.listdir(f"/proc/{old}/fdinfo")), "the watch")
-        self.enqueue("touch began; sleep 100", "--queue", "q")
-        self.wait_file("began")
-        self.kill_worker(new)
-        self.wait_state("job-1", FAILED)    # no worker of that queue runs it again
+        self.assertEqual(self.cli("cancel", "job-1")[0], 0)
+        self.assertEqual(self.job("job-1").state, CANCELLED)
 
     def test_a_frozen_worker_loses_its_jobs_and_changes_nothing_when_it_thaws(self):
         self.configure(lease="1s", heartbeat="200ms")
         self.enqueue("echo $$ >> runs; [ -e second ] && sleep 1 && exit 0; touch second; sleep 100")
-        first = self.worker("--name", "first")
+        first = self.worker()
         self.wait_file("second")
         with self.locked():     # so that it does not freeze while it holds the lock
             first.send_signal(signal.SIGSTOP)   # and its supervisor, as by Ctrl+Z
             os.waitpid(first.pid, os.WUNTRACED)
             worker = child_of(first.pid)
             os.kill(worker, signal.SIGSTOP)
-        self.worker("--name", "next")
+        self.worker()
         wait_for(lambda: len(self.read("runs").split()) == 2, "the second run")
-        os.kill(worker, signal.SIGCONT)
-        first.send_signal(signal.SIGCONT)
+        for pid in (worker, first.pid):
+            os.kill(pid, signal.SIGCONT)
         self.wait_state("job-1", COMPLETED)
-        self.assertEqual(self.outcomes(), ["lost", "completed"])
-        self.assertEqual(self.job("job-1").crashes, 1)
+        self.assertEqual((self.outcomes(), self.job("job-1").crashes), (["lost", "completed"], 1))
 
     def test_the_first_signal_to_the_group_finishes_running_jobs_and_counts_once(self):
         """Ctrl+C reaches worker and supervisor; nothing else than SIGQUIT ends the job."""
@@ -6488,55 +6318,19 @@ queuectl.SQLite.changes = changes""")
                 self.assertEqual(self.outcomes(), [outcome])
                 self.assertEqual(self.job("job-2").state, PENDING)
 
-    def test_the_second_signal_requeues_the_job_uncharged(self):
-        worker = self.at_work("sleep 100")
-        worker.terminate()
-        self.wait_log("SIGTERM")
-        worker.terminate()
-        self.assert_ends(worker)
-        job = self.job("job-1")
-        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
-        self.assertEqual(self.outcomes(), ["released"])
-
-    def test_workers_stop_from_another_terminal(self):
-        worker = self.at_work("sleep 100", worker=("--name", "one"))
-        code, _, err = self.cli("worker", "stop", "--timeout", "100ms")
-        self.assertEqual((code, "still running jobs" in err), (1, True))
-        self.assertEqual(self.cli("worker", "stop", "one", "--now")[0], 0)
-        self.assert_ends(worker)
-        self.assertEqual(self.job("job-1").state, PENDING)
-
-    def test_cancel_ends_a_running_job_also_of_a_dead_worker(self):
+    def test_jobs_are_cancelled_and_workers_stopped_from_another_terminal(self):
         self.enqueue("touch began2; sleep 100")
-        worker = self.at_work("sleep 100", worker=("-c", "2"))
+        worker = self.at_work("sleep 100", worker=("-c", "2", "--name", "one"))
         self.wait_file("began2")
         self.assertEqual(self.cli("cancel", "job-1")[0], 0)
         self.assertEqual(self.job("job-1").state, CANCELLED)
-        self.kill_both(worker)
-        self.assertEqual(self.cli("cancel", "job-2")[0], 0)
-        self.assertEqual(self.job("job-2").state, CANCELLED)
-
-    def test_logs_follow_a_running_job_to_its_end(self):
-        self.enqueue(f"echo one; {UNTIL_GO}; echo two")
-        self.worker()
-        self.wait_state("job-1", PROCESSING)
-        wait_for(lambda: self.cli("logs", "job-1")[1] == "one\n", "live output")
-        follower = self.running("logs", "-f", "job-1")
-        self.assertEqual(follower.stdout.readline(), b"one\n")
-        self.touch("go")
-        rest = follower.communicate(timeout=DEADLINE)[0]
-        self.assertEqual((follower.returncode, rest), (0, b"two\n"))
-
-    def test_retries_and_delayed_jobs_wait_for_no_heartbeat(self):
-        self.configure(heartbeat="1h")
-        self.listed_worker("-c", "2")
-        self.enqueue("exit 1", "--backoff-base", "300ms", "--max-retries", "2")
-        self.enqueue("true", "--delay", "300ms")
-        self.wait_state("job-1", DEAD)
-        self.wait_state("job-2", COMPLETED)
-        first, second = self.runs("job-1")
-        self.assertGreaterEqual(
-            queuectl.epoch(second.started_at) - queuectl.epoch(first.finished_at), 0.3)
+        code, _, err = self.cli("worker", "stop", "--timeout", "100ms")
+        self.assertEqual((code, "still running jobs" in err), (1, True))
+        stop = self.start("worker", "stop", "one", "--now")
+        self.assert_ends(worker)
+        self.assert_ends(stop)
+        job = self.job("job-2")
+        self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
 
     # Streams, directories, locales.
 
@@ -6580,8 +6374,8 @@ queuectl.SQLite.changes = changes""")
         self.done([os.fsencode(word) for word in self.command("enqueue", "echo 'ünï'")], env=env)
         self.call("worker", "start", "--drain", env=env)
         self.assertEqual(self.runs("job-1")[0].output.decode(), "ünï\n")
-        self.assertEqual(self.done([*program(), queuectl.COMPLETE, "--", "--db", self.path, "show",
-                                    "job"], env=env)[:2], (0, "job-1\tcompleted: echo 'ünï'\n"))
+        words = [*program(), queuectl.COMPLETE, "--", "--db", self.path, "show", "job"]
+        self.assertEqual(self.done(words, env=env)[1], "job-1\tcompleted: echo 'ünï'\n")
 
     def test_a_reader_that_leaves_ends_the_command_quietly(self):
         self.fill(5000)
@@ -6592,12 +6386,12 @@ queuectl.SQLite.changes = changes""")
 
     def test_enqueue_wait_ends_as_the_job_did(self):
         self.listed_worker("-c", "4")
-        for command, flags, status in (
-                ("echo hi", (), 0), ("exit 7", (), 7), ("kill -9 $$", (), 137),
-                ("sleep 100", ("--timeout", "100ms"), 124), ("no-such-command", (), 127),
-                ('[{"command": "true"}, {"command": "exit 3"}]', (), 1)):
+        for command, status in (("echo hi", 0), ("exit 7", 7), ("kill -9 $$", 137),
+                                ("sleep 100", 124), ("no-such-command", 127),
+                                ('[{"command": "true"}, {"command": "exit 3"}]', 1)):
             with self.subTest(command):
-                code, out, err = self.cli("enqueue", command, "--max-retries=1", "--wait", *flags)
+                code, out, err = self.cli("enqueue", command, "--max-retries=1", "--wait",
+                                          *["--timeout=100ms"] * (status == 124))
                 self.assertEqual((code, out.count("\n")), (status, 1), err)
                 self.assertNotIn("no worker", err)
         self.assertIn("1 of 2 jobs completed", err)
@@ -6613,24 +6407,6 @@ queuectl.SQLite.changes = changes""")
         code, out, _ = self.call("dlq", "retry", "--all", "--wait", "--json", "--command", "true")
         self.assertEqual((code, [job["state"] for job in json.loads(out)]), (0, ["completed"] * 2))
 
-    def test_a_hook_s_command_is_told_of_the_job_that_it_follows(self):
-        self.configure(on_dead="echo $QUEUECTL_JOB_ID $QUEUECTL_STATE $QUEUECTL_EXIT_CODE "
-                               "$QUEUECTL_ERROR $QUEUECTL_QUEUE >> told",
-                       on_idle="echo idle $QUEUECTL_JOB_ID >> told")
-        self.enqueue("exit 3", "--id", "bad", "--max-retries", "1")
-        self.drain()
-        self.assertRegex(self.read("told"), r"bad dead 3 .*3.* hooks\nidle bad\n")
-        self.assertEqual({job.queue: job.state for job in self.queue.jobs()},
-                         {"hooks": COMPLETED, "default": DEAD})
-
-    def test_a_schedule_s_job_runs_where_it_was_added(self):
-        os.mkdir(self.path_of("here"))
-        self.call("schedule", "add", "s", "@yearly", "--env", "A=b", "--", "sh", "-c",
-                  "echo $A > ran", cwd=self.path_of("here"))
-        self.cli("schedule", "run", "s")
-        self.drain()
-        self.assertEqual(self.read("here/ran"), "b\n")
-
     # Commands that read and write as things happen.
 
     def test_a_line_of_a_stream_starts_at_once(self):
@@ -6643,48 +6419,35 @@ queuectl.SQLite.changes = changes""")
             self.assertEqual(stream.stdout.readline(), b"job-%d\n" % number)
             self.wait_file(f"ran-{number}")
             takes.append(time.monotonic() - begun)
+        self.assertLess(sorted(takes)[1], 0.5)      # other processes may delay some of them
         stream.stdin.close()
         self.assert_ends(stream)
-        self.assertLess(sorted(takes)[1], 0.5)      # other processes may delay some of them
-
-    def test_a_stream_reports_its_bad_lines_and_fails(self):
-        code, out, err = self.call("enqueue", "--stream", "--tag", "t", "--json",
-                                   input=b'true\n{"command": 5}\n\n# no\n[{"command": "a"}]'
-                                         b'\n{"id": "x"}\nfalse')
-        self.assertEqual(code, 1)
-        jobs = map(json.loads, out.splitlines())
-        self.assertEqual([(job["command"], job["tags"]) for job in jobs],
-                         [("true", ["t"]), ("a", ["t"]), ("false", ["t"])])
-        self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
-                          for line in err.splitlines()], ["line 2", "line 6"])
-        self.assertEqual(self.call("enqueue", "--stream", input=b"")[:2], (0, ""))
-        self.assertEqual(self.call("enqueue", "--stream", stdin=subprocess.DEVNULL)[0], 0)
 
     def test_who_follows_the_changes_sees_each_once(self):
         self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
         follower = self.running("events", "--follow", "--json")
         seen = [json.loads(follower.stdout.readline())]
-        workers = [self.worker("-c", "2", "--drain", "--name", f"w{n}") for n in range(2)]
+        workers = [self.worker("-c", "2", "--drain") for _ in range(2)]
         self.call("enqueue", "-", input=b"true\n" * 30)
         self.assertEqual(sorted(worker.wait(60) for worker in workers), [0, 1])     # `exit 1`
         self.drain()
         wanted = [queuectl.event_object(one) for one in self.queue.events_since()]
         seen += [json.loads(follower.stdout.readline()) for _ in wanted[1:]]
         follower.send_signal(signal.SIGINT)
-        rest, err = follower.communicate(timeout=DEADLINE)
-        self.assertEqual(seen, wanted)
-        self.assertEqual((follower.returncode, rest, err), (130, b"", b""))
+        self.assertEqual(follower.communicate(timeout=DEADLINE), (b"", b""))
+        self.assertEqual((follower.returncode, seen), (130, wanted))
 
-    def test_logs_of_several_jobs_are_marked_line_by_line(self):
+    def test_logs_follow_one_job_as_it_prints_and_mark_the_lines_of_several(self):
         self.enqueue(f"printf 'one\\ntw'; {UNTIL_GO}; printf 'o\\nend'; touch gone", "--id", "a")
         self.enqueue("while [ ! -e gone ]; do sleep .05; done; echo b; [ -e again ] && "
                      "exit 0; touch again; exit 1", "--id", "b", "--backoff-base", "10ms")
-        follower = self.running("logs", "-f", "b", "a")
+        one, both = self.running("logs", "-f", "a"), self.running("logs", "-f", "b", "a")
         self.worker("-c", "2")
-        self.assertEqual(follower.stdout.readline(), b"a | one\n")
+        self.assertEqual((one.stdout.readline(), both.stdout.readline()), (b"one\n", b"a | one\n"))
         self.touch("go")
-        rest, err = follower.communicate(timeout=DEADLINE)
-        self.assertEqual((follower.returncode, err), (0, b"-- run 1 of b: failed\n"))
+        self.assertEqual((one.stdout.read(), one.wait(DEADLINE)), (b"two\nend", 0))
+        rest, err = both.communicate(timeout=DEADLINE)
+        self.assertEqual((both.returncode, err), (0, b"-- run 1 of b: failed\n"))
         self.assertEqual(sorted(rest.splitlines()), [b"a | end", b"a | two", b"b | b", b"b | b"])
         self.assertEqual(self.cli("logs", "a", "b")[1], "a | one\na | two\na | end\nb | b\n")
 
@@ -6711,39 +6474,30 @@ queuectl.SQLite.changes = changes""")
         watch = self.running("status", "--watch", "0.1", "--json")
         for _ in range(2):
             self.assertEqual(json.loads(watch.stdout.readline())["jobs"]["pending"], 1)
-        watch = self.terminal("status", "--watch", "0.1", TERM="dumb")
-        watch.until(lambda text: text.count("database") == 2)
-        self.assertNotIn("\x1b", watch.text)
-
-    def test_a_window_without_colour_is_drawn_all_the_same(self):
-        self.enqueue("true")
-        watch = self.terminal("status", "--watch", "0.1", NO_COLOR="1")
-        watch.until(lambda text: text.count("database") == 2)
-        self.assertEqual("".join(watch.picture.lines).count("database"), 1)
-        self.assertNotRegex(watch.text, r"\x1b\[[0-9;]*m")
+        for environ, shown in (({"TERM": "dumb"}, 2), ({"NO_COLOR": "1"}, 1)):
+            with self.subTest(environ):
+                watch = self.terminal("status", "--watch", "0.1", **environ)
+                watch.until(lambda text: text.count("database") == 2)
+                self.assertEqual("".join(watch.picture.lines).count("database"), shown)
+                self.assertNotRegex(watch.text, "\x1b" if shown == 2 else r"\x1b\[[0-9;]*m")
 
     def test_waiting_draws_a_bar_on_a_terminal_and_removes_it(self):
-        self.queue.enqueue_many([{"command": "x", "id": "a"}, {"command": "x", "id": "b"}])
-        for argv, said in ((("wait", "a", "b"), "0 of 2 jobs completed"),
-                           (("wait", "--all"), "2 dead or cancelled meanwhile")):
-            with self.subTest(argv):
-                wait = self.terminal(*argv)
-                wait.until(lambda text: "] 0/2  0 running" in text)
-                self.queue.cancel("a")
-                wait.until(lambda text: "] 1/2  0 running  1 dead or cancelled" in text)
-                self.queue.cancel("b")
-                self.assertEqual(wait.end(), 1)
-                self.assertNotIn("]", "".join(wait.picture.lines))
-                self.assertIn(said, wait.text)
-                self.queue.retry("a", "b")
-        late = self.terminal("wait", "a", "--timeout", "300ms")
+        self.jobs("ab")
+        wait, late = self.terminal("wait", "--all"), self.terminal("wait", "a", "--timeout", "1s")
+        wait.until(lambda text: "] 0/2  0 running" in text)
         self.assertEqual(late.end(), 124)
         self.assertIn("] 0/1", late.text)
-        self.assertNotIn("] 0/1", "".join(late.picture.lines))
+        for job_id in "ab":
+            self.queue.cancel(job_id)
+            if job_id == "a":
+                wait.until(lambda text: "] 1/2  0 running  1 dead or cancelled" in text)
+        self.assertEqual(wait.end(), 1)
+        self.assertIn("2 dead or cancelled meanwhile", wait.text)
+        self.assertNotIn("]", "".join(wait.picture.lines + late.picture.lines))
 
     def test_a_draining_worker_draws_its_bar_below_its_lines(self):
         self.enqueue(UNTIL_GO, "--id", "a")
-        self.enqueue("true", "--id", "b", "--after", "a")
+        self.enqueue("true", "--after", "a")
         drain = self.terminal("worker", "start", "--drain", size=(24, 200))
         bar = "] 0/1  1 running  1 not due\r"
         # Without any other line, it is drawn once a second.
@@ -6751,10 +6505,11 @@ queuectl.SQLite.changes = changes""")
         self.assertRegex(drain.picture.lines[-1], r"^\[\.{40}\] 0/1 ")
         self.touch("go")
         self.assertEqual(drain.end(), 0)
-        lines = drain.picture.lines
-        self.assertNotRegex("".join(lines), r"\[[#.]+\]", "a bar is left")
-        self.assertEqual(lines[-1], "")     # where the shell goes on
-        self.assertTrue(all(re.match(r"\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in lines[:-1]))
+        *lines, last = drain.picture.lines
+        self.assertEqual(last, "")      # where the shell goes on
+        for line in lines:
+            self.assertRegex(line, r"^\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
+            self.assertNotRegex(line, r"\[[#.]+\]")
 
     def assert_suspended(self, shown, *pids):
         """Ctrl+Z stops the last of these, and removes the bar."""
@@ -6788,64 +6543,13 @@ queuectl.SQLite.changes = changes""")
 
     def test_no_bar_is_drawn_where_it_is_not_seen_or_not_wanted(self):
         self.enqueue("true", "--id", "a")
-        for argv, environ in ((("wait", "--all"), {"TERM": "dumb"}), (("wait", "a", "-q"), {})):
-            with self.subTest(argv):
-                wait = self.terminal(*argv, "--timeout", "200ms", **environ)
-                self.assertEqual(wait.end(), 124)
-                self.assertNotRegex(wait.text, r"0/1|\x1b")
+        for words, environ in ((("--all",), {"TERM": "dumb"}), (("a", "-q"), {})):
+            wait = self.terminal("wait", *words, "--timeout", "200ms", **environ)
+            self.assertEqual(wait.end(), 124)
+            self.assertNotRegex(wait.text, r"0/1|\x1b")
         code, out, err = self.call("wait", "--all", "--timeout", "200ms")
         self.assertEqual((code, out), (124, ""))
         self.assertNotRegex(err + self.drain(), r"0/1|\x1b|\r")
-
-    def test_a_wide_step_is_taken_after_a_yes(self):
-        self.fill(2)
-        for argv, answer, left in (
-                (("cancel", "--all"), b"n\n", 2), (("cancel", "--all"), b"\n", 2),
-                (("delete", "--state", "pending"), b"nyes\n", 2),
-                (("purge", "-s", "pending", "--search", "true"), b"\x04", 2),
-                (("cancel", "--all"), b"Y\n", 0)):
-            with self.subTest(argv=argv, answer=answer):
-                asked = self.terminal(*argv)
-                asked.until(lambda text: "Go on? [y/N]" in text)
-                asked.type(answer)
-                self.assertEqual((asked.end(), self.queue.counts()[PENDING]),
-                                 (1 if left else 0, left))
-                self.assertRegex(asked.text, r"^This will \w+ jobs: 2 pending\.")
-                self.assertEqual("error: nothing was changed; answer y, or give --yes"
-                                 in asked.text, left > 0)
-
-    def test_no_question_is_asked_whose_answer_is_known(self):
-        for argv in (("cancel", "--all", "--yes"), ("purge", "--queue", "none"),
-                     ("retry", "--all"), ("purge", "--dry-run")):
-            with self.subTest(argv):
-                self.queue.cancel(self.fill(2)[0])
-                done = self.terminal(*argv)
-                self.assertEqual(done.end(), 0)
-                self.assertNotIn("Go on?", done.text)
-
-    def test_a_limit_holds_in_three_workers_that_are_killed_again_and_again(self):
-        chance, starts = random.Random("limit"), itertools.count()
-        self.configure(crash_limit="1000", heartbeat="200ms", kill_grace="100ms")
-        self.queue.limit_queue("one", 1)
-        command = ("exec 9>lock; flock -n 9 || echo $QUEUECTL_JOB_ID >> crowd; "
-                   "sleep 0.15; echo $QUEUECTL_JOB_ID >> ran")
-
-        def start():
-            return self.worker("-c", "4", "--name", f"w{next(starts)}")
-        workers, counts = [start() for _ in range(3)], self.queue.counts
-        while sum(job.crashes for job in self.queue.jobs()) < 3:
-            self.fill(max(0, 8 - counts()[PENDING]), queue="one", command=command)
-            done = counts()[COMPLETED]
-            wait_for(lambda done=done: counts()[COMPLETED] > done and counts()[PROCESSING], "a run")
-            running = {view.pid: view.running for view in self.queue.workers()}
-            workers.sort(key=lambda started, running=running: not running.get(started.pid))
-            self.kill_worker(workers.pop(chance.choice((0, 0, 1))))     # mostly the busy one
-            workers.append(start())
-        jobs = {job.id for job in self.queue.jobs()}
-        wait_for(lambda: counts()[COMPLETED] == len(jobs), "the end")
-        self.assert_sound()
-        self.assertFalse(self.exists("crowd"), "two at once")
-        self.assertEqual(set(self.read("ran").split()), jobs)
 
 
 # A process tree that no mark identifies: it has left its session, closed what it inherited
@@ -6889,7 +6593,7 @@ class Supervised(Processes):
                 worker, pids = self.escaped()
                 os.kill(child_of(worker.pid), number)
                 self.assert_ends(worker, 1)
-                self.assertFalse(any(map(is_running, pids)))
+                self.assertEqual([*filter(is_running, pids)], [])
                 self.assertIn(said, self.read("worker.log"))
 
     def test_a_worker_without_its_supervisor_ends_and_requeues_all(self):
@@ -7008,28 +6712,19 @@ class Supervised(Processes):
         """`sleep 100 & exec queuectl worker start`, or a log reader `2> >(logger)`."""
         self.enqueue("true")
         words = shlex.join(self.command("worker", "start", "--drain"))
-        self.assertEqual(subprocess.call(
-            ["sh", "-c", f"sleep 1000 & echo $! > pid; exec {words}"], cwd=self.dir,
-            stderr=subprocess.DEVNULL, timeout=DEADLINE), 0)
+        self.assertEqual(self.done(
+            ["sh", "-c", f"sleep 1000 >&- 2>&- & echo $! > pid; exec {words}"])[0], 0)
         self.assertTrue(is_running(self.read("pid")))
         kill(int(self.read("pid")))
 
     def test_a_worker_has_stopped_when_all_of_its_processes_have(self):
-        self.configure(kill_grace="1s")
+        self.configure(kill_grace="300ms")
         self.enqueue("(trap '' TERM; sleep 1000) > /dev/null 2>&1 & echo $! > pid")
         worker = self.worker()
         self.wait_state("job-1", COMPLETED)
         self.assertEqual(self.cli("worker", "stop")[0], 0)
         self.assertFalse(is_running(self.read("pid")))
         worker.wait(DEADLINE)
-
-    def test_background_processes_get_one_sigterm_and_end_with_the_worker(self):
-        self.configure(kill_grace="1s")
-        self.enqueue("setsid sh -c 'echo $$ > pid; trap \"echo TERM >> terms\" TERM; "
-                     "while :; do sleep .05; done' > /dev/null 2>&1 & sleep .2")
-        self.drain()
-        self.assertEqual(self.read("terms"), "TERM\n")
-        self.assertFalse(is_running(self.read("pid")))
 
     def test_many_trees_that_end_do_not_make_the_worker_late(self):
         self.configure(lease="1s", heartbeat="100ms", kill_grace="300ms")
@@ -7091,52 +6786,40 @@ BUSY = POST + b"Content-Length: 99\r\n\r\n{"     # authenticated, but the body d
 class WebServer(Processes):
     """`web` as a process: sockets, time and malice."""
 
-    def stop(self, process):
-        """End it as a service manager does, or at last by force."""
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        self.end(process)
-
-    def web(self, *argv, token=TOKEN, read_token=""):
-        """A server; (process, port)."""
-        with open(self.path_of("web.log"), "ab") as log:
-            process = self.start(
-                "web", "--port", "0", *argv, stderr=log, stdout=subprocess.PIPE,
-                env={**os.environ, "QUEUECTL_TOKEN": token, "QUEUECTL_READ_TOKEN": read_token})
-        self.addCleanup(self.stop, process)
-        self.url = process.stdout.readline().decode().strip()
-        return process, int(re.search(r":(\d+)/", self.url)[1])
-
     def connect(self, port, tls=None):
         sock = socket.create_connection(("127.0.0.1", port), timeout=10)
         self.addCleanup(sock.close)
         return sock if tls is None else tls.wrap_socket(sock, server_hostname="localhost")
 
-    def client(self, port):
-        client = http.client.HTTPConnection("localhost", port, timeout=10)
+    def client(self, port, tls=None):
+        kind = http.client.HTTPConnection if tls is None else functools.partial(
+            http.client.HTTPSConnection, context=tls)
+        client = kind("localhost", port, timeout=10)
         self.addCleanup(client.close)
         return client
 
     def request(self, port, method, path, body=None, tls=None, **headers):
         """(status, headers, body), by the HTTP of the standard library."""
-        client = self.client(port) if tls is None else http.client.HTTPSConnection(
-            "localhost", port, timeout=10, context=tls)
-        with contextlib.closing(client):
+        with contextlib.closing(self.client(port, tls)) as client:
             client.request(method, path, None if body is None else json.dumps(body), {
-                "Authorization": f"Bearer {TOKEN}",
-                **({} if body is None else {"Content-Type": JSON}), **headers})
+                "Authorization": f"Bearer {TOKEN}", "Content-Type": JSON, **headers})
             reply = client.getresponse()
             return reply.status, reply.headers, reply.read()
 
+    def status(self, *request, **options):
+        return self.request(*request, **options)[0]
+
+    def send(self, port, said):
+        """Send raw bytes; the server may drop the connection to make room."""
+        with contextlib.suppress(OSError):
+            self.connect(port).sendall(said)
+
     def read_all(self, port, said):
         """All that raw bytes are answered with, until the server closes."""
-        sock = self.connect(port)
+        sock, reply = self.connect(port), b""
         with contextlib.suppress(OSError):      # it may close before all is sent
             sock.sendall(said)
-        with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-        reply = b""
         with contextlib.suppress(ConnectionError):
             while piece := sock.recv(65536):
                 reply += piece
@@ -7174,32 +6857,33 @@ class WebServer(Processes):
         """An authenticated client is answered soon."""
         began = time.monotonic()
         for _ in range(times):
-            self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+            self.assertEqual(self.status(port, "GET", "/api/status"), 200)
         self.assertLess(time.monotonic() - began, seconds)
 
     def test_a_browser_logs_in_by_the_printed_url(self):
-        _, port = self.web(read_token=READ_TOKEN)
+        _, port = self.web(QUEUECTL_READ_TOKEN=READ_TOKEN)
         self.assertEqual(self.url, f"http://127.0.0.1:{port}/?token={TOKEN}")
-        reader = {"Authorization": f"Bearer {READ_TOKEN}"}
-        self.assertEqual(self.request(port, "GET", "/api/jobs", **reader)[0], 200)
-        self.assertEqual(self.request(port, "POST", "/api/pause", {}, **reader)[0], 403)
-        self.assertEqual(self.request(port, "GET", "/api/jobs", Authorization="")[0], 401)
+        for method, path, authorization, status in (
+                ("GET", "/api/jobs", f"Bearer {READ_TOKEN}", 200),
+                ("POST", "/api/pause", f"Bearer {READ_TOKEN}", 403), ("GET", "/api/jobs", "", 401)):
+            self.assertEqual(self.status(
+                port, method, path, {} if method == "POST" else None,
+                Authorization=authorization), status)
         client = self.client(port)
         client.request("GET", f"/?token={TOKEN}")
         reply = client.getresponse()
         reply.read()
         self.assertTrue(reply.headers["Date"].endswith(" GMT"))
-        for header, text in (*queuectl.HEADERS, (
+        for header, text in (*queuectl.HEADERS, ("Location", "/"), (
                 "Content-Security-Policy", queuectl.page_policy(queuectl.PAGE))):
             self.assertEqual(reply.headers[header], text)
         cookie = reply.headers["Set-Cookie"].split(";")[0]
-        self.assertEqual((reply.status, reply.headers["Location"]), (303, "/"))
-        self.assertTrue(cookie.startswith("queuectl_"))
+        self.assertEqual((reply.status, cookie.startswith("queuectl_")), (303, True))
         for method in ("HEAD", "GET"):      # over the same connection
             client.request(method, "/", headers={"Cookie": cookie})
             reply = client.getresponse()
-            self.assertEqual(reply.status, 200)
-            self.assertEqual(reply.read().decode(), queuectl.PAGE if method == "GET" else "")
+            self.assertEqual((reply.status, reply.read().decode()),
+                             (200, queuectl.PAGE if method == "GET" else ""))
             self.assertEqual(int(reply.headers["Content-Length"]), len(queuectl.PAGE.encode()))
 
     def test_raw_attacks(self):
@@ -7239,17 +6923,12 @@ class WebServer(Processes):
                 ("both", POST + b"Transfer-Encoding: x\r\nContent-Length: 2\r\n\r\n{}", 411),
                 ("a lying length", POST + b'Content-Length: 99\r\n\r\n{"command":"x"}', 400),
                 ("no length", POST + b'\r\n{"command":"x"}', 400),
-                ("a form", b"POST /api/jobs HTTP/1.1\r\nContent-Type: application/x-www-form-"
-                 b"urlencoded\r\nContent-Length: 9\r\n" + BEARER + b"\r\ncommand=x", 415),
                 ("a simple request", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-"
                  b"Type: text/plain\r\nOrigin: null\r\nContent-Length: 2\r\n\r\n{}", 403),
                 ("no token, and a body", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\n"
                  b"Content-Length: 9999999\r\n\r\n" + b"x" * 99999, 401),
                 ("rebinding", b"GET /api/status HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
-                ("a path upwards", b"GET /../../etc/passwd HTTP/1.1\r\n" + BEARER + b"\r\n", 404),
-                ("a full URL", b"GET http://evil/ HTTP/1.1\r\n" + BEARER + b"\r\n", 400),
                 ("CONNECT", b"CONNECT evil:80 HTTP/1.1\r\n" + BEARER + b"\r\n", 400),
-                ("TRACE", b"TRACE /api/status HTTP/1.1\r\n" + BEARER + b"\r\n", 405),
                 ("a NUL", b"GET /\0 HTTP/1.1\r\n" + BEARER + b"\r\n", 400),
                 # A body where none is taken is refused unread, else it could fill memory.
                 *((f"a body to {path}", f"GET {path} HTTP/1.1\r\n".encode() + HOST
@@ -7266,86 +6945,68 @@ class WebServer(Processes):
 
     def test_how_long_a_connection_lasts(self):
         _, port = self.web()
-        for name, first, count in (
-                ("HTTP/1.1", b"GET /healthz HTTP/1.1\r\n" + BEARER, 2),
-                ("a refusal", b"GET /nothing HTTP/1.1\r\n" + BEARER, 2),
-                ("HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + BEARER, 1),
-                ("close", b"GET /healthz HTTP/1.1\r\nConnection: close\r\n" + BEARER, 1),
-                ("close and TE", b"GET /healthz HTTP/1.1\r\nConnection: Close, TE\r\n"
-                 + BEARER, 1),
-                ("a refused body", b"GET /metrics HTTP/1.1\r\nContent-Length: 9\r\n"
-                 + BEARER, 1)):
-            with self.subTest(name):
-                said = self.read_all(port, first + b"\r\nGET /healthz HTTP/1.1\r\n"
-                                     + BEARER + b"\r\n")
+        health, end = b" /healthz HTTP/1.1\r\n", BEARER + b"\r\n"
+        for first, count in (
+                (b"GET" + health, 2), (b"GET /nothing HTTP/1.1\r\n", 2),
+                (b"GET /healthz HTTP/1.0\r\n", 1), (b"GET" + health + b"Connection: close\r\n", 1),
+                (b"GET" + health + b"Connection: Close, TE\r\n", 1),
+                (b"GET /metrics HTTP/1.1\r\nContent-Length: 9\r\n", 1)):
+            with self.subTest(first):
+                said = self.read_all(port, first + end + b"GET" + health + end)
                 self.assertEqual(said.count(b"HTTP/1.1 "), count)
-        for target in (b"/nothing", b"/healthz"):
-            said = self.read_all(port, b"HEAD %s HTTP/1.1\r\n%s\r\n" % (target, BEARER))
-            self.assertTrue(said.endswith(b"\r\n\r\n"), said)
-        said = self.read_all(
-            port, POST + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n"
-            b'{"command":"x"}')
-        self.assertRegex(said, rb"^HTTP/1\.1 100 Continue\r\n\r\nHTTP/1\.1 201 ")
-        said = self.read_all(   # RFC 9110, section 10.1.1: not to an old client
-            port, POST.replace(b"/1.1", b"/1.0") + b"Expect: 100-continue\r\n"
-            b'Content-Length: 15\r\n\r\n{"command":"x"}')
-        self.assertRegex(said, rb"^HTTP/1\.1 201 ")
+        for first in (b"HEAD" + health, b"HEAD /nothing HTTP/1.1\r\n"):
+            self.assertTrue(self.read_all(port, first + end).endswith(b"\r\n\r\n"))
+        body = b'Expect: 100-continue\r\nContent-Length: 15\r\n\r\n{"command":"x"}'
+        self.assertRegex(self.read_all(port, POST + body),
+                         rb"^HTTP/1\.1 100 Continue\r\n\r\nHTTP/1\.1 201 ")
+        # Not to an old client: RFC 9110, section 10.1.1.
+        self.assertRegex(self.read_all(port, POST.replace(b"/1.1", b"/1.0") + body),
+                         rb"^HTTP/1\.1 201 ")
 
     def test_a_bug_of_the_handler_is_logged(self):
         log = []
         service = queuectl.Service(None, self.path, log.append)     # no site to check
         args = argparse.Namespace(tls_cert=None, tls_key=None, host="127.0.0.1", port=0)
         with queuectl.listen(service, args, socket.AF_INET, ("127.0.0.1", 0)) as listener:
-            port = listener.server_address[1]
-            sock = self.connect(port)
-            sock.sendall(b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+            self.connect(listener.server_address[1]).sendall(
+                b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
             listener.handle_request()
             wait_for(lambda: log, "a line of the log")
         self.assertRegex(log[0], "(?s)web: internal error.*AttributeError")
 
-    def test_slow_and_idle_clients_hold_up_no_other(self):
+    def test_slow_idle_and_unauthenticated_clients_delay_no_client_with_a_token(self):
         _, port = self.web()
         for number in range(200):
-            sock = self.connect(port)
-            with contextlib.suppress(OSError):      # may be dropped to make room
-                sock.sendall((b"G", b"GET / HTTP/1.1\r\nHost: loc", b"POST /api/jobs HTTP/1.1\r\n"
-                              + HOST + b"Content-Length: 9\r\n\r\n")[number % 3] * (number >= 100))
+            self.send(port, (b"G", b"GET / HTTP/1.1\r\nHost: loc", b"POST /api/jobs HTTP/1.1\r\n"
+                             + HOST + b"Content-Length: 9\r\n\r\n")[number % 3] * (number >= 100))
         for _ in range(20):
             self.connect(port).sendall(BUSY)
         self.assert_answers(port)
-        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"})[0], 201)
+        self.assertEqual(self.status(port, "POST", "/api/jobs", {"command": "x"}), 201)
+        with futures.ThreadPoolExecutor(60) as threads:
+            crowd = [threads.submit(self.status, port, "GET", "/metrics", Authorization="Basic x")
+                     for _ in range(120)]
+            self.assert_answers(port, 1)
+            self.assertEqual({one.result() for one in crowd}, {200})
+        for _ in range(3 * queuectl.MAX_CONNECTIONS):
+            self.send(port, b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n")
+        self.assert_answers(port)
+        self.assertEqual(self.status(port, "GET", "/metrics", Authorization=""), 200)
 
     def test_more_than_all_threads_busy_is_503(self):
         _, port = self.web()
         for _ in range(queuectl.MAX_CONNECTIONS):
             self.connect(port).sendall(BUSY)
 
-        def is_refused():
-            if self.say(port, b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n") == 503:
-                return True
-            with contextlib.suppress(OSError):  # one was dropped before it was busy
-                self.connect(port).sendall(BUSY)
-            return False
+        def is_refused():   # unless one was dropped before it was busy
+            return self.say(port, b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n") == 503 \
+                or self.send(port, BUSY)
         wait_for(is_refused, "a refusal")
-
-    def test_a_crowd_without_a_token_delays_no_client_that_has_one(self):
-        _, port = self.web()
-        with futures.ThreadPoolExecutor(60) as threads:
-            crowd = [threads.submit(self.request, port, "GET", "/metrics",
-                                    Authorization="Basic x") for _ in range(120)]
-            self.assert_answers(port, 1)
-            self.assertEqual({one.result()[0] for one in crowd}, {200})
-        for _ in range(3 * queuectl.MAX_CONNECTIONS):
-            sock = self.connect(port)
-            with contextlib.suppress(OSError):      # may be dropped to make room
-                sock.sendall(b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n")
-        self.assert_answers(port)
-        self.assertEqual(self.request(port, "GET", "/metrics", Authorization="")[0], 200)
 
     @unittest.skipUnless(sys.platform == "linux", "/proc is Linux's")
     def test_an_idle_server_never_wakes_up(self):
         process, port = self.web()
-        self.assertEqual(self.request(port, "GET", "/api/status")[0], 200)
+        self.assertEqual(self.status(port, "GET", "/api/status"), 200)
         task = f"/proc/{process.pid}/task"
 
         def wake_ups():
@@ -7362,11 +7023,9 @@ class WebServer(Processes):
         stream = self.events(port)
         self.assertEqual(stream.headers["Content-Type"], "text/event-stream")
         self.until(stream, '"total": 0')
-        self.request(port, "POST", "/api/jobs", {"command": "echo hi", "id": "one"})
-        seen = self.until(stream, '"to": "pending"')
-        self.assertRegex(seen, r'id: 1\nevent: change\ndata: \{"id": "one", "from": null')
-        if '"pending": 1' not in seen:  # a status read just after the commit comes first
-            self.until(stream, '"pending": 1')
+        self.status(port, "POST", "/api/jobs", {"command": "echo hi", "id": "one"})
+        self.assertRegex(self.until(stream, '"to": "pending"'),
+                         r'id: 1\nevent: change\ndata: \{"id": "one", "from": null')
         self.drain()
         self.assertIn("id: 2\n", self.until(stream, '"to": "completed"'))
         self.until(stream, '"completed": 1')
@@ -7390,9 +7049,8 @@ class WebServer(Processes):
         self.a_queue().close()
         for number in (signal.SIGTERM, signal.SIGINT):
             process, port = self.web()
-            stream = self.events(port)
+            stream, idle = self.events(port), self.connect(port)
             self.until(stream, "event: status")
-            idle = self.connect(port)
             began = time.monotonic()
             process.send_signal(number)
             self.assert_ends(process)
@@ -7407,13 +7065,13 @@ class WebServer(Processes):
         self.enqueue("x", "--id", "one")
         with futures.ThreadPoolExecutor(1) as executor:
             with self.locked():
-                change = executor.submit(self.request, port, "POST", "/api/jobs/one/cancel")
+                change = executor.submit(self.status, port, "POST", "/api/jobs/one/cancel")
+                began = time.monotonic()
                 for target in ("/api/status", "/api/jobs", "/api/jobs/one", "/metrics", "/healthz"):
-                    began = time.monotonic()
-                    self.assertEqual(self.request(port, "GET", target)[0], 200)
-                    self.assertLess(time.monotonic() - began, 1)
+                    self.assertEqual(self.status(port, "GET", target), 200)
+                self.assertLess(time.monotonic() - began, 2)
                 self.assertFalse(change.done())
-            self.assertEqual(change.result()[0], 200)
+            self.assertEqual(change.result(), 200)
 
     def test_arguments_that_cannot_be_served_are_refused_in_a_line(self):
         _, port = self.web()
@@ -7428,14 +7086,14 @@ class WebServer(Processes):
 
     def test_a_database_that_goes_away_and_comes_back(self):
         _, port = self.web()
-        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+        self.assertEqual(self.status(port, "GET", "/healthz"), 200)
         for end in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.path + end, self.path_of("away" + end))
         for target in ("/healthz", "/metrics", "/api/status", "/api/events"):
-            self.assertEqual(self.request(port, "GET", target)[0], 503)
+            self.assertEqual(self.status(port, "GET", target), 503)
         self.enqueue("x")
-        self.assertEqual(self.request(port, "GET", "/healthz")[0], 200)
+        self.assertEqual(self.status(port, "GET", "/healthz"), 200)
 
     @unittest.skipUnless(shutil.which("openssl"), "no certificate can be made without openssl")
     def test_tls(self):
@@ -7448,21 +7106,19 @@ class WebServer(Processes):
         self.assertTrue(self.url.startswith("https://"))
         for _ in range(20):     # these never shake hands
             self.connect(port)
-        context = ssl.create_default_context(cafile=cert)
-        status, headers, _ = self.request(port, "GET", f"/?token={TOKEN}", tls=context)
-        self.assertEqual(status, 303)
-        self.assertIn("; Secure", headers["Set-Cookie"])
-        self.assertEqual(self.request(port, "POST", "/api/jobs", {"command": "x"},
-                                      tls=context, Origin=f"https://localhost:{port}")[0], 201)
+        options = {"tls": ssl.create_default_context(cafile=cert),
+                   "Origin": f"https://localhost:{port}"}
+        status, headers, _ = self.request(port, "GET", f"/?token={TOKEN}", tls=options["tls"])
+        self.assertEqual((status, "; Secure" in headers["Set-Cookie"]), (303, True))
+        self.assertEqual(self.status(port, "POST", "/api/jobs", {"command": "x"}, **options), 201)
         self.assertEqual(self.say(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 0)
-        stream = self.connect(port, context)
+        stream = self.connect(port, options["tls"])
         self.addCleanup(stream.close)
         stream.sendall(b"GET /api/events HTTP/1.1\r\n" + BEARER + b"\r\n")
         with stream.makefile("rb") as lines:
             self.until(lines, '"total": 1')
             stream.sendall(b"more\r\n")     # which ends no stream
-            self.request(port, "POST", "/api/jobs", {"command": "x"}, tls=context,
-                         Origin=f"https://localhost:{port}")
+            self.status(port, "POST", "/api/jobs", {"command": "x"}, **options)
             self.until(lines, '"total": 2')
             process.send_signal(signal.SIGTERM)
             self.assert_ends(process)
@@ -7470,8 +7126,7 @@ class WebServer(Processes):
     def test_twenty_scrapes_at_once_under_load_are_each_consistent(self):
         _, port = self.web()
         self.fill(200)
-        worker = self.worker("-c", "4", "--drain")
-        rounds = 0
+        worker, queue, rounds = self.worker("-c", "4", "--drain"), ("queue", "default"), 0
         with futures.ThreadPoolExecutor(20) as threads:
             while worker.poll() is None or not rounds:
                 rounds += 1
@@ -7479,14 +7134,13 @@ class WebServer(Processes):
                         lambda _: self.request(port, "GET", "/metrics"), range(20)):
                     kinds, samples = parse_metrics(text.decode())
                     check_histograms(self, kinds, samples)
-                    queue = ("queue", "default")
                     jobs = {dict(labels)["state"]: n for (name, labels), n in samples.items()
                             if name == "queuectl_jobs"}
-                    done = samples["queuectl_jobs_completed_total", (queue,)]
-                    self.assertEqual((sum(jobs.values()), jobs[COMPLETED]), (200, done))
-                    self.assertEqual(done, samples["queuectl_attempts_total",
-                                                   (("outcome", "completed"), queue)])
-                    self.assertEqual(done, samples["queuectl_job_duration_seconds_count", (queue,)])
+                    self.assertEqual(sum(jobs.values()), 200)
+                    self.assertEqual({jobs[COMPLETED]}, {samples[key] for key in (
+                        ("queuectl_jobs_completed_total", (queue,)),
+                        ("queuectl_attempts_total", (("outcome", "completed"), queue)),
+                        ("queuectl_job_duration_seconds_count", (queue,)))})
 
 
 class Surroundings(Processes):
@@ -7540,8 +7194,8 @@ class Surroundings(Processes):
                         self.assertIn("could not be written", json.loads(err)["error"]["message"])
                     else:
                         self.assertEqual(err, "")
-        self.assertEqual(self.call("purge", "--yes", "--json", stdout=self.closed_pipe())[0], 0)
-        self.assertEqual(self.call("purge", "--yes", "--json", stdout=self.full_disk())[0], 1)
+        for status, stdout in enumerate((self.closed_pipe(), self.full_disk())):
+            self.assertEqual(self.call("purge", "--yes", "--json", stdout=stdout)[0], status)
 
     def test_an_action_is_taken_and_then_reported(self):
         self.a_queue().close()
@@ -7566,19 +7220,18 @@ class Surroundings(Processes):
             self.assertEqual(self.call("wait", "a", stdout=stream, stderr=stream)[0], 4)
 
     def test_a_stream_is_read_to_its_end(self):
-        self.a_queue().close()
+        queue = self.queue
         for stdout, stderr in ((self.closed_pipe(), self.full_disk()),
                                (self.full_disk(), self.closed_pipe()),
                                (self.closed_pipe(), self.closed_pipe())):
             with self.subTest(stdout=stdout, stderr=stderr):
-                tag = f"t{stdout}"
-                stream = self.start("enqueue", "--stream", "--tag", tag, stdin=subprocess.PIPE,
+                stream = self.start("enqueue", "--stream", stdin=subprocess.PIPE,
                                     stdout=stdout, stderr=stderr)
-                for line, count in ((b"true\n", 1), (b"{bad\n", 1), (b"true\n", 2)):
+                for line in (b"true\n", b"{bad\ntrue\n"):
+                    before = len(queue.jobs())
                     stream.stdin.write(line)
                     stream.stdin.flush()
-                    wait_for(lambda tag=tag, count=count:
-                             len(self.queue.jobs(tag=tag)) == count, "the job")
+                    wait_for(lambda before=before: len(queue.jobs()) == before + 1, "the job")
                 stream.stdin.close()
                 self.assert_ends(stream, 1)
 
@@ -7603,19 +7256,18 @@ class Surroundings(Processes):
 
     def test_a_stderr_that_cannot_be_written_changes_no_exit_status(self):
         self.enqueue("true")
-        for argv, status in ((("statsu",), 2), (("list", "--nope", "--json"), 2),
-                             (("show", "nope"), 1), (("show", "nope", "--json"), 1),
-                             (("pause",), 0), (("wait", "--all", "--timeout", "0.05"), 124)):
+        for line, status in (("statsu", 2), ("list --nope --json", 2), ("show nope", 1),
+                             ("show nope --json", 1), ("pause", 0),
+                             ("wait --all --timeout 0.05", 124)):
             for stderr in (self.full_disk(), self.closed_pipe()):
-                with self.subTest(argv=argv, stderr=stderr):
-                    self.assertEqual(self.call(*argv, stderr=stderr)[0], status)
+                with self.subTest(line, stderr=stderr):
+                    self.assertEqual(self.call(*line.split(), stderr=stderr)[0], status)
 
     def test_a_help_that_cannot_be_written_is_a_failure(self):
-        for argv, unbuffered in ((("--help",), ""), (("--help",), "1"), (("--version",), ""),
-                                 (("enqueue", "--help"), ""), (("dlq", "--help"), "1")):
+        for line, unbuffered in (("--help", ""), ("--version", ""), ("dlq --help", "1")):
             for stdout, status in ((self.full_disk(), 1), (self.closed_pipe(), 0)):
-                with self.subTest(argv=argv, unbuffered=unbuffered, status=status):
-                    code, _, err = self.done([*program(), *argv], stdout=stdout, env={
+                with self.subTest(line, unbuffered=unbuffered, status=status):
+                    code, _, err = self.done([*program(), *line.split()], stdout=stdout, env={
                         **os.environ, "PYTHONUNBUFFERED": unbuffered})
                     self.assertEqual((code, err.count("\n")), (status, status))
 
@@ -7625,18 +7277,16 @@ class Surroundings(Processes):
         reader, fifo = self.unread_fifo()
         queue = self.queue
         self.configure(heartbeat="100ms")
-        queue.enqueue_many([{"command": "true", "id": f"q{n}"} for n in range(700)])
+        self.jobs([{"id": f"q{n}"} for n in range(700)])
         queue.enqueue("sleep 100", id="slow", timeout=0.3, max_retries=1, priority=1)
         with open(fifo, "wb", 0) as log:
             worker = self.start("worker", "start", "-c", "4", stderr=log)
         wait_for(lambda: queue.counts()[COMPLETED] == 700, "the jobs")
         self.wait_state("slow", DEAD)
         [run] = queue.runs("slow")
-        self.assertEqual(run.outcome, "timeout")
-        self.assertLess(run.duration, 5)
-        before = [worker.heartbeats for worker in queue.store.workers()]
-        wait_for(lambda: [worker.heartbeats for worker in queue.store.workers()] != before,
-                 "a heartbeat")
+        self.assertEqual((run.outcome, run.duration < 5), ("timeout", True))
+        [before] = queue.store.workers()
+        wait_for(lambda: queue.store.workers()[0].heartbeats > before.heartbeats, "a heartbeat")
         text = os.read(reader, 1 << 20).decode()    # now it is read
         self.assertEqual(text.strip(), "")
 
@@ -7661,25 +7311,20 @@ class Surroundings(Processes):
 
     def test_a_worker_and_a_server_exit_though_their_last_lines_are_not_read(self):
         _, fifo = self.unread_fifo()
-        self.a_queue().close()
         with open(fifo, "wb", 0) as log:
             worker = self.start("worker", "start", stderr=log)
             self.enqueue("true")
             self.wait_state("job-1", COMPLETED)
             self.assertEqual(self.cli("worker", "stop")[0], 0)
-            self.assert_ends(worker)
             self.anew()     # the server logs that it makes a queue
             server = self.start("web", "--port", "0", stderr=log, stdout=subprocess.PIPE)
-            port = int(re.search(rb":(\d+)/", server.stdout.readline())[1])
-            client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            with contextlib.closing(client):
-                client.request("GET", "/healthz")
-                self.assertEqual(client.getresponse().status, 200)
+            self.assertTrue(server.stdout.readline())
             server.send_signal(signal.SIGINT)
-            self.assert_ends(server)
-            write_bytes(self.path_of("no.db"), b"this is no queue")
-            self.path = self.path_of("no.db")   # the worker's error is not read either
-            self.assert_ends(self.start("worker", "start", stderr=log), 1)
+            self.path = self.path_of("no.db")   # the error of this worker is not read either
+            write_bytes(self.path, b"this is no queue")
+            failed = self.start("worker", "start", stderr=log)
+            for process, status in ((worker, 0), (server, 0), (failed, 1)):
+                self.assert_ends(process, status)
 
     def test_a_stopped_terminal_delays_no_worker(self):
         self.enqueue(UNTIL_GO, "--id", "a")
@@ -7694,12 +7339,10 @@ class Surroundings(Processes):
     def test_a_log_that_is_read_has_all_lines_in_their_order(self):
         self.fill(300)
         worker = self.start("worker", "start", "--drain", "-c", "4", stderr=subprocess.PIPE)
-        lines = worker.stderr.read().decode().splitlines()
-        self.assert_ends(worker)
-        self.assertEqual(len(lines), 602)
-        self.assertRegex(lines[0] + lines[-1], "worker .* started.*worker .* stopped")
+        first, *lines, last = worker.stderr.read().decode().splitlines()
+        self.assertRegex(first + last, "worker .* started.*worker .* stopped")
         said = collections.defaultdict(list)
-        for line in lines[1:-1]:
+        for line in lines:
             said[line.split()[2]].append(line.split()[3])
         self.assertEqual(list(said.values()), [["started:", "completed"]] * 300)
 
@@ -7711,13 +7354,12 @@ class Surroundings(Processes):
 
     # Questions.
 
-    WIDE = (("delete", "--all"), ("delete", "--state", "pending"), ("cancel", "--all"),
-            ("cancel", "--search", "x"), ("purge",), ("purge", "--older-than", "1d"),
-            ("purge", "-s", "pending"), ("dlq", "purge"), ("dlq", "purge", "--queue", "q"))
-
     def test_without_a_terminal_a_wide_step_needs_a_yes(self):
         self.enqueue("x")
-        refused = (*self.WIDE, ("delete", "--all", "--json"), ("purge", "--json"))
+        wide = [tuple(line.split()) for line in (
+            "delete --all", "delete --state pending", "cancel --all", "cancel --search x", "purge",
+            "purge --older-than 1d", "purge -s pending", "dlq purge", "dlq purge --queue q")]
+        refused = (*wide, ("delete", "--all", "--json"), ("purge", "--json"))
         for argv, (code, out, err) in zip(refused, self.several(refused, stdin=subprocess.DEVNULL)):
             with self.subTest(argv):
                 self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
@@ -7728,38 +7370,42 @@ class Surroundings(Processes):
         self.assertEqual(self.done(["/bin/sh", "-c", closed])[0], 2)
         self.assertEqual(self.job("job-1").state, PENDING)
         taken = (("retry", "--all"), ("purge", "--dry-run"), ("cancel", "job-1"),
-                 ("dlq", "retry", "--all"), ("delete", "job-1"),
-                 *((*argv, "--yes") for argv in self.WIDE))
-        said = self.several(taken, stdin=subprocess.DEVNULL)
-        self.assertEqual([code for code, _, _ in said], [0] * len(taken))
+                 ("dlq", "retry", "--all"), ("delete", "job-1"), *((*one, "--yes") for one in wide))
+        self.assertEqual({code for code, _, _ in self.several(taken, stdin=subprocess.DEVNULL)},
+                         {0})
 
-    def test_at_a_terminal_the_question_is_on_stderr_wherever_that_goes(self):
-        for flag in ((), ("--json",)):
-            for answer, left in ((b"n\n", PENDING), (b"y\n", CANCELLED)):
-                with self.subTest(flag=flag, answer=answer):
-                    job_id = self.enqueue("x")
-                    main, side = pty.openpty()
-                    self.addCleanup(os.close, main)
-                    os.write(main, answer)
-                    code, out, err = self.call("cancel", "--all", *flag, stdin=side)
-                    os.close(side)
-                    self.assertEqual(code, 1 if left == PENDING else 0)
-                    self.assertIn("Go on? [y/N]", err)
-                    self.assertEqual(self.job(job_id).state, left)
-                    self.assertNotIn("Go on", out)
-                    swept(self.queue, "delete", PENDING)
+    def test_at_a_terminal_a_wide_step_is_taken_after_a_yes(self):
+        """The question is on stderr wherever that goes, and not asked if nothing would change."""
+        self.fill(2)
+        lines = (("cancel --all", b"n\n", 1), ("cancel --all --json", b"\n", 1),
+                 ("delete --state pending", b"nyes\n", 1), ("purge -s pending", b"\x04", 1),
+                 ("purge --queue none", b"", 0), ("retry --all", b"", 0),
+                 ("purge --dry-run", b"", 0), ("cancel --all", b"Y\n", 0),
+                 ("retry --all", b"", 0), ("cancel --all --yes", b"", 0))
+        main, side = pty.openpty()
+        self.addCleanup(os.close, main)
+        os.write(main, b"".join(answer for _, answer, _ in lines))
+        told = self.several([line.split() for line, _, _ in lines], stdin=side)
+        os.close(side)
+        for (line, answer, status), (code, out, err) in zip(lines, told):
+            with self.subTest(line, answer=answer):
+                self.assertEqual(code, status, err)
+                self.assertEqual("This will" in err and "jobs: 2 pending. Go on? [y/N]" in err,
+                                 answer != b"")
+                self.assertEqual("nothing was changed" in err, status == 1)
+                self.assertNotIn("Go on", out)
+        self.assertEqual(self.queue.counts()[CANCELLED], 2)
 
     def test_whoever_makes_a_queue_says_so(self):
-        for n, argv in enumerate((
-                ("enqueue", "true"), ("pause",), ("queue", "set", "q", "--limit", "1"),
-                ("schedule", "add", "n", "@daily", "true"), ("config", "set", "timeout", "5"),
-                ("worker", "start", "--drain"), ("enqueue", "--stream"))):
-            with self.subTest(argv):
+        for n, line in enumerate((
+                "enqueue true", "pause", "queue set q --limit 1", "schedule add n @daily true",
+                "config set timeout 5", "worker start --drain", "enqueue --stream")):
+            with self.subTest(line):
                 self.path = self.path_of(f"new{n}.db")
-                call = self.cli if argv[0] in ("pause", "queue", "schedule", "config") else \
-                    functools.partial(self.call, stdin=subprocess.DEVNULL)
                 said = f"made a new queue at {os.path.realpath(self.path)}\n"
-                self.assertEqual([said in call(*argv)[2] for _ in range(2)], [True, False])
+                call = self.cli if line[0] in "pqsc" else \
+                    functools.partial(self.call, stdin=subprocess.DEVNULL)
+                self.assertEqual([said in call(*line.split())[2] for _ in range(2)], [True, False])
         for flag in ("--quiet", "--json"):
             self.path = self.path_of(f"{flag}.db")
             self.assertEqual(self.cli("enqueue", "true", flag)[::2], (0, ""))
@@ -7828,7 +7474,8 @@ class Chromium:
         shutil.rmtree(self.profile, True)
 
 
-TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"      # as WebDriver names them
+TAB, ENTER, ESCAPE, LEFT = "\ue004", "\ue007", "\ue00c", "\ue012"      # as WebDriver names them
+IDS = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
 
 
 @unittest.skipUnless(shutil.which("chromedriver"), "there is no chromedriver")
@@ -7844,49 +7491,43 @@ class Browser(Processes):
 
     def setUp(self):
         super().setUp()
+        self.page, self.ask = self.chromium.run, self.chromium.ask
         self.chromium.show_as()
         self.complaints = []        # what the console may hold, as regular expressions
-        self.chromium.ask("POST", "/se/log", {"type": "browser"})
+        self.ask("POST", "/se/log", {"type": "browser"})
 
     def tearDown(self):
-        entries = self.chromium.ask("POST", "/se/log", {"type": "browser"})
-        self.chromium.run("try { localStorage.clear() } catch {}")
-        self.chromium.ask("POST", "/url", {"url": "about:blank"})
+        entries = self.ask("POST", "/se/log", {"type": "browser"})
+        self.page("try { localStorage.clear() } catch {}")
+        self.ask("POST", "/url", {"url": "about:blank"})
         for entry in entries:
             if not any(re.search(known, entry["message"]) for known in self.complaints):
                 self.fail(f"the console says {entry['message']}")
 
-    def add(self, command, **fields):
+    def add(self, command="true", **fields):
         with Queue(self.path) as queue:
             return queue.enqueue(command, cwd=self.dir, **fields)
 
-    def web(self, *argv, **env):
-        log = open(self.path_of("web.log"), "ab")
-        self.addCleanup(log.close)
-        process = subprocess.Popen(
-            self.command("web", *argv), cwd=self.dir, stdout=subprocess.PIPE,
-            stderr=log, env={**os.environ, **env})
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(self.end, process)
-        return process, process.stdout.readline().decode().strip()
-
     def visit(self, url):
-        self.chromium.ask("POST", "/url", {"url": url})
+        self.ask("POST", "/url", {"url": url})
         self.see("return document.querySelector('#live').textContent.trim() === 'Live'")
 
-    def log_in(self):
-        url = self.web("--port", "0")[1]
-        self.visit(url)
-        return url.partition("?")[0]
+    def log_in(self, page=""):
+        """Open the printed address, and then another page; the address without the token."""
+        self.web()
+        self.visit(self.url)
+        base = self.url.partition("?")[0]
+        if page:
+            self.visit(base + page)
+        return base
 
     def see(self, script, *args):
         """Wait until a script in the page returns a true value, and return it."""
-        return wait_for(lambda: self.chromium.run(script, *args), script)
+        return wait_for(lambda: self.page(script, *args), script)
 
     def text_of(self, selector):
-        return self.chromium.run(
-            "return [...document.querySelectorAll(arguments[0])].filter(node =>"
-            " node.checkVisibility()).map(node => node.innerText.trim())", selector)
+        return self.page("return [...document.querySelectorAll(arguments[0])].filter(node =>"
+                         " node.checkVisibility()).map(node => node.innerText.trim())", selector)
 
     def see_text(self, selector, *texts):
         """Wait until an element that shows all these texts is there."""
@@ -7902,11 +7543,10 @@ class Browser(Processes):
         def is_clicked():
             found = self.see(
                 "return [...document.querySelectorAll(arguments[0])].find(node =>"
-                " node.checkVisibility() && node.innerText.includes(arguments[1]))",
-                selector, text)
+                " node.checkVisibility() && node.innerText.includes(arguments[1]))", selector, text)
             try:
-                self.chromium.run("arguments[0].scrollIntoView({block: 'center'})", found)
-                self.chromium.ask("POST", f"/element/{next(iter(found.values()))}/click")
+                self.page("arguments[0].scrollIntoView({block: 'center'})", found)
+                self.ask("POST", f"/element/{next(iter(found.values()))}/click")
             except AssertionError as error:
                 if "stale element" not in str(error):
                     raise
@@ -7917,30 +7557,29 @@ class Browser(Processes):
     def type_into(self, selector, text):
         found = self.see("return document.querySelector(arguments[0])", selector)
         element = f"/element/{next(iter(found.values()))}"
-        self.chromium.ask("POST", f"{element}/clear")
-        self.chromium.ask("POST", f"{element}/value", {"text": text})
+        self.ask("POST", f"{element}/clear")
+        self.ask("POST", f"{element}/value", {"text": text})
 
-    def focus(self):
-        return self.chromium.run("const node = document.activeElement;"
-                                 "return node.id || node.name || node.innerText")
+    def assert_focus(self, name):
+        self.assertEqual(self.page("const node = document.activeElement;"
+                                   "return node.id || node.name || node.innerText"), name)
 
     def assert_no_sideways_scroll(self):
-        self.assertEqual(self.chromium.run(
-            "return document.documentElement.scrollWidth"), self.chromium.run(
-            "return document.documentElement.clientWidth"))
+        self.assertEqual(*self.page("const { scrollWidth, clientWidth } = document.documentElement;"
+                                    "return [scrollWidth, clientWidth]"))
 
     def test_the_printed_url_logs_in_and_a_job_completes_without_a_reload(self):
         self.add("echo hi")
         self.log_in()
-        self.chromium.run("window.isTheSamePage = true")
-        self.assertNotIn("token", self.chromium.run("return location.href"))
+        self.page("window.isTheSamePage = true")
+        self.assertNotIn("token", self.page("return location.href"))
         self.see_row("job-1", "pending", "no worker is running")
         self.see_text("#health", "Stalled")
         self.worker()
         self.see_row("job-1", "completed", "1/3")
         self.see_text("#health", "Healthy")
         self.see_text("#counts a[aria-current], #counts a", "completed", "1")
-        self.assertTrue(self.chromium.run("return window.isTheSamePage"))
+        self.assertTrue(self.page("return window.isTheSamePage"))
 
     def test_dead_jobs_are_retried_one_by_one_and_all_at_once(self):
         for n in range(3):
@@ -7951,8 +7590,8 @@ class Browser(Processes):
         self.click("#counts a", "dead")
         self.click("#jobs tr:first-child button", "Retry")
         self.see_text("#answers", "job-3 is queued again.")
-        self.see("return document.querySelectorAll('#jobs tbody tr').length === 2")
-        open(self.path_of("good"), "w").close()
+        self.see(IDS + ".length === 2")
+        self.touch("good")
         self.click("#retry-all", "Retry all 2 dead")
         self.see_text("#question", "Retry 2 dead jobs?")
         self.click("#question button", "Retry them")
@@ -7975,57 +7614,50 @@ class Browser(Processes):
         self.see_text("#workers", "0 of 1 busy")
 
     def test_output_is_followed_but_a_reader_who_scrolls_up_is_left_there(self):
-        self.add("echo first; while [ ! -e go ]; do sleep 0.02; done; echo last")
-        self.add("seq 500; while [ ! -e go ]; do sleep 0.02; done; echo last")
+        self.add(f"echo first; {UNTIL_GO}; echo last")
+        self.add(f"seq 500; {UNTIL_GO}; echo last")
         self.worker("-c", "2")
         base = self.log_in()
         self.click("#jobs tbody a", "job-1")
         self.see_text("#output", "first")
         self.see_text("#job", "processing", "following")
-        self.assertEqual(self.focus(), "job-1")
-        self.chromium.ask("POST", "/back")
+        self.assert_focus("job-1")
+        self.ask("POST", "/back")
         self.see_row("job-1", "processing")
-        self.assertEqual(self.focus(), "job-1")
+        self.assert_focus("job-1")
         self.visit(base + "#/jobs/job-2")
         self.see("const box = document.querySelector('#output');"
                  "return box.scrollTop > 0 && (box.scrollTop = 0, true)")
         self.see_text("#to-end", "Go to the end")
-        open(self.path_of("go"), "w").close()
+        self.touch("go")
         self.see_text("#output", "last")
-        self.assertEqual(self.chromium.run("return output.scrollTop"), 0)
+        self.assertEqual(self.page("return output.scrollTop"), 0)
         self.click("#to-end button")
-        self.assertGreater(self.chromium.run("return output.scrollTop"), 0)
+        self.assertGreater(self.page("return output.scrollTop"), 0)
         self.visit(base + "#/jobs/job-1")
         self.see_text("#job", "completed")
         self.assertEqual(self.text_of("#output"), ["first\nlast"])
 
     def test_filter_search_and_pages(self):
-        with Queue(self.path) as queue:
-            queue.enqueue_many([
-                Job(command=f"echo {n}", queue="late" if n > 100 else "default",
-                     tags=("odd",) * (n % 2), cwd=self.dir) for n in range(1, 121)])
+        self.jobs([{"command": f"echo {n}", "queue": "late" if n > 100 else "default",
+                    "tags": ["odd"] * (n % 2)} for n in range(1, 121)])
         self.log_in()
-        ids = "return [...document.querySelectorAll('#jobs .c-id a')].map(a => a.text)"
-        self.see(ids + ".length === 50")
-        self.assertEqual(self.chromium.run(ids)[0], "job-120")
-        self.click("#older")
-        self.see_text("#pager", "51 to 100 of 120")
-        self.click("#older")
-        self.see_text("#pager", "101 to 120 of 120")
-        self.assertEqual(self.chromium.run(ids)[-1], "job-1")
-        self.click("#newer")
-        self.see_text("#pager", "51 to 100 of 120")
+        self.see(IDS + "[0] === 'job-120'")
+        for button, shown in (("older", "51 to 100"), ("older", "101 to 120"),
+                              ("newer", "51 to 100")):
+            self.click(f"#{button}")
+            self.see_text("#pager", f"{shown} of 120")
         self.type_into("#filters [name=tag]", "odd")
-        self.see(ids + "[0] === 'job-119'")
+        self.see(IDS + "[0] === 'job-119'")
         self.click("#queues a", "late")
-        self.see(ids + ".length === 20")
+        self.see(IDS + ".length === 20")
         self.type_into("#filters [name=search]", "echo 11")
-        self.see(ids + ".length === 10")
-        self.assertIn("search=echo+11", self.chromium.run("return location.hash"))
+        self.see(IDS + ".length === 10")
+        self.assertIn("search=echo+11", self.page("return location.hash"))
         self.click("#counts a", "dead")
         self.see_text("#no-match", "No job fits this filter.")
-        self.chromium.ask("POST", "/back")
-        self.see(ids + ".length === 10")
+        self.ask("POST", "/back")
+        self.see(IDS + ".length === 10")
 
     def test_a_command_is_shown_as_text_whatever_it_says(self):
         evil = "<img src=x onerror=alert(1)>"
@@ -8038,34 +7670,34 @@ class Browser(Processes):
         self.visit(base + "#/jobs/job-2")
         self.see_text("#output", evil)
         self.see_text("#job-why", f"exit status 3: {evil}")
-        self.visit(base + "#/jobs/" + "%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+        self.visit(base + "#/jobs/%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
         self.see_text("#job h1", evil)
-        self.assertEqual(self.chromium.run("return document.images.length"), 0)
+        self.assertEqual(self.page("return document.images.length"), 0)
         self.complaints = ["404"]
 
     def test_a_job_is_enqueued_with_the_keyboard_alone(self):
-        self.add("true", delay=3600)
+        self.add(delay=3600)
         self.log_in()
         self.see_row("job-1", "due in")
         self.chromium.press("/")
         self.see("return document.activeElement.name === 'search'")
-        self.chromium.run("document.querySelector('#enqueue-open').focus()")
+        self.page("document.querySelector('#enqueue-open').focus()")
         self.chromium.press(ENTER)
         self.see("return document.activeElement.name === 'command'")
         self.chromium.press("echo hi" + TAB + "night")
         self.type_into("#f-delay", "1 fortnight")
         self.chromium.press(ENTER)
         self.see_text("#enqueue [role=alert]", "delay")
-        self.assertEqual(self.focus(), "f-delay")
+        self.assert_focus("f-delay")
         self.complaints = ["400"]
         self.type_into("#f-delay", "2h")
         self.chromium.press(ENTER)
         self.see_row("job-2", "echo hi", "night", "due in")
         self.see_text("#answers", "job-2 is enqueued.")
-        self.assertEqual(self.focus(), "enqueue-open")
+        self.assert_focus("enqueue-open")
 
     def test_queues_are_paused_and_resumed(self):
-        self.add("true", queue="mail")
+        self.add(queue="mail")
         self.log_in()
         self.see_text("#queues tr", "mail\t0\t1\tPause")
         self.click("#queues [aria-label='Pause queue mail']")
@@ -8076,94 +7708,86 @@ class Browser(Processes):
         self.see_text("#health", "all queues are paused")
         self.click("#pause-all", "Resume all")
         self.click("#queues [aria-label='Resume queue mail']")
-        self.see("return !document.querySelector('#health').innerText"
-                 ".includes('paused')")
+        self.see("return !document.querySelector('#health').innerText.includes('paused')")
 
     def test_a_job_is_deleted_after_a_question_and_an_empty_queue_says_how_to_begin(self):
-        self.add("true", delay=3600)
-        self.visit(self.log_in() + "#/jobs/job-1")
+        self.add(delay=3600)
+        self.log_in("#/jobs/job-1")
         self.click("#job button", "Delete")
         self.click("#question button", "Delete")
         self.see_text("#answers", "job-1 is deleted.")
-        self.see_text("#begin", "The queue is empty", "queuectl enqueue",
-                      "queuectl worker start")
-        self.add("true")
+        self.see_text("#begin", "The queue is empty", "queuectl enqueue", "queuectl worker start")
+        self.add()
         self.see_row("job-2", "pending")
 
     def test_it_says_when_it_has_lost_the_server_and_when_it_is_back(self):
-        self.add("true", delay=3600)
-        token = {"QUEUECTL_TOKEN": "a-token-of-some-length-0"}
+        self.add(delay=3600)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        process, url = self.web("--port", port, **token)
-        self.visit(url)
+        process, _ = self.web("--port", port)
+        self.visit(self.url)
         self.complaints = ["ERR_CONNECTION", "ERR_INCOMPLETE", "401", "ERR_EMPTY"]
-        self.end(process)
-        self.see_text("#lost", "The server does not answer.")
-        self.see("return document.title.startsWith('offline')")
-        process, _ = self.web("--port", port, **token)
-        self.chromium.run("document.querySelector('#reconnect').click()")
-        self.see_text("#answers", "The server is back")
-        self.assertEqual(self.text_of("#lost"), [])
-        self.end(process)
-        self.see_text("#lost", "The server does not answer.")
-        self.web("--port", port, QUEUECTL_TOKEN="another-token-of-length")
-        self.chromium.run("document.querySelector('#reconnect').click()")
-        self.see_text("#logged-out", "You are not logged in", "queuectl web")
+        for token, selector, said in (
+                (TOKEN, "#answers", "The server is back"),
+                ("another-token-of-length", "#logged-out", "You are not logged in")):
+            self.end(process)
+            self.see_text("#lost", "The server does not answer.")
+            self.see("return document.title.startsWith('offline')")
+            process, _ = self.web("--port", port, QUEUECTL_TOKEN=token)
+            self.page("document.querySelector('#reconnect').click()")
+            self.see_text(selector, said)
+            self.assertEqual(self.text_of("#lost"), [])
 
     def test_a_login_that_may_only_read_shows_nothing_to_change(self):
-        self.add("true", delay=3600)
-        _, url = self.web("--port", "0", QUEUECTL_READ_TOKEN="a-read-token-of-length")
-        self.visit(url.partition("?")[0] + "?token=a-read-token-of-length")
+        self.add(delay=3600)
+        self.web(QUEUECTL_READ_TOKEN=READ_TOKEN)
+        self.visit(self.url.replace(TOKEN, READ_TOKEN))
         self.see_row("job-1", "pending")
         self.see_text("#read-only", "Read only")
-        self.assertEqual(self.chromium.run(
-            "return [...document.querySelectorAll('button')].filter(button =>"
-            " button.checkVisibility()).map(button => button.innerText)"),
-            ["Dark", "Newer", "Older"])
+        self.assertEqual(self.text_of("button"), ["Dark", "Newer", "Older"])
 
     def test_dark_and_light_as_the_system_or_as_chosen(self):
-        self.add("true", delay=3600)
         base = self.log_in()
-        colour = "return getComputedStyle(document.body).backgroundColor"
-        light = self.chromium.run(colour)
+        colours = []
+
+        def assert_colour(number):
+            colours.append(self.page("return getComputedStyle(document.body).backgroundColor"))
+            self.assertEqual(colours.index(colours[-1]), number)
+        assert_colour(0)
         self.chromium.show_as(scheme="dark")
-        dark = self.chromium.run(colour)
-        self.assertNotEqual(light, dark)
+        assert_colour(1)
         self.click("#theme", "Light")
-        self.assertEqual(self.chromium.run(colour), light)
+        assert_colour(0)
         self.visit(base)
-        self.assertEqual(self.chromium.run(colour), light)
+        assert_colour(0)
         self.click("#theme", "Dark")
-        self.assertEqual(self.chromium.run(colour), dark)
+        assert_colour(1)
 
     def test_a_narrow_screen_never_scrolls_sideways(self):
         self.add("echo " + "x" * 300, tags=["a-rather-long-tag"])
         self.add("echo " + "y" * 300 + "; exit 1", queue="q" * 60, max_retries=1)
         self.drain()
         base = self.log_in()
-        for width in (360, 320):
-            self.chromium.show_as(width=width)
-            self.visit(base)
-            self.see_row("job-2", "dead")
-            self.assert_no_sideways_scroll()
-            self.visit(base + "#/jobs/job-2")
-            self.see_text("#output", "yyy")
-            self.assert_no_sideways_scroll()
-            self.click("#enqueue-open")
-            self.assert_no_sideways_scroll()
-            self.chromium.press(ESCAPE)
+        self.chromium.show_as(width=320)
+        self.visit(base)
+        self.see_row("job-2", "dead")
+        self.assert_no_sideways_scroll()
+        self.visit(base + "#/jobs/job-2")
+        self.see_text("#output", "yyy")
+        self.assert_no_sideways_scroll()
+        self.click("#enqueue-open")
+        self.assert_no_sideways_scroll()
 
     def test_a_chart_is_read_with_the_arrow_keys(self):
         wait_for(lambda: time.time() % 60 < 45, "a minute that lasts for the test")
-        self.add("true")
+        self.add()
         self.drain()
         self.log_in()
         self.see_text("#rates .legend", "last hour", "completed 1")
-        self.chromium.run("document.querySelector('#rates input').focus()")
-        self.chromium.press("\ue012")       # arrow left: the minute before
+        self.page("document.querySelector('#rates input').focus()")
+        self.chromium.press(LEFT)       # the minute before
         self.see_text("#rates .legend", "completed 0")
-        self.assertIn("completed 0", self.chromium.run(
+        self.assertIn("completed 0", self.page(
             "return document.querySelector('#rates input').ariaValueText"))
         self.click("#rates summary")
         self.see("return document.querySelectorAll('#rates tbody tr').length === 60")
@@ -8171,43 +7795,38 @@ class Browser(Processes):
     @unittest.skipUnless(os.path.exists(AXE), "axe-core is not there (QUEUECTL_AXE)")
     def test_axe_finds_no_fault(self):
         self.add("echo out; exit 1", max_retries=1, tags=["night"])
-        self.add("true")
+        self.add()
         self.drain()
         self.add("echo out; sleep 100")
-        self.add("true", queue="mail", delay=3600)
-        self.add("true", after=["job-1"])
+        self.add(queue="mail", delay=3600)
+        self.add(after=["job-1"])
         self.worker()
         self.wait_state("job-3", PROCESSING)
         base = self.log_in()
-        pages = (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
-                 ("#/jobs/job-3", "#runs table"))
         for look in ({}, {"scheme": "dark"}, {"width": 360}):
             self.chromium.show_as(**look)
-            for hash, landmark in pages:
-                self.visit(base + hash)
-                self.see("return document.querySelector(arguments[0])"
-                         "?.checkVisibility()", landmark)
-                with self.subTest(page=hash, **look):
-                    self.assert_accessible()
-            with self.subTest(dialog="enqueue", **look):
-                self.click("#enqueue-open")
-                self.chromium.run(
-                    "document.querySelector('#enqueue details').open = true")
-                self.assert_accessible()
+            for page, landmark in (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
+                                   ("#/jobs/job-3", "#runs table")):
+                self.visit(base + page)
+                self.see("return document.querySelector(arguments[0])?.checkVisibility()", landmark)
+                self.assert_accessible(page=page, **look)
+            self.click("#enqueue-open")
+            self.page("document.querySelector('#enqueue details').open = true")
+            self.assert_accessible(dialog="enqueue", **look)
             self.chromium.press(ESCAPE)
-            with self.subTest(dialog="question", **look):
-                self.click("#job button", "Cancel job")
-                self.assert_accessible()
+            self.click("#job button", "Cancel job")
+            self.assert_accessible(dialog="question", **look)
             self.chromium.press(ESCAPE)
 
-    def assert_accessible(self):
+    def assert_accessible(self, **where):
         with open(AXE, encoding="utf-8") as file:
-            self.chromium.run("if (!window.axe) {" + file.read() + "}")
-        faults = self.chromium.run(
+            self.page("if (!window.axe) {" + file.read() + "}")
+        faults = self.page(
             "return axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa',"
             " 'wcag22aa', 'best-practice']}).then(found => found.violations.map(one =>"
             " [one.id, one.help, ...one.nodes.map(node => node.html)]))")
-        self.assertEqual(faults, [])
+        with self.subTest(**where):
+            self.assertEqual(faults, [])
 
 
 # ---- Real shells and service managers ----------------------------------------
@@ -8514,21 +8133,18 @@ class Names(Processes):
 
     def test_of_a_line_of_a_stream_all_jobs_are_added_or_none(self):
         self.enqueue("x", "--id", "taken")
-        bad = (b'[{"command": "a"}, {"command": "b", "id": "taken"},'
-               b' {"command": "c", "id": "taken"}, {"command": "d"}]',
-               b'[{"command": "e"}, {"command": "f", "after": "unknown"}]',
-               b'[{"command": "g", "id": "g", "after": "h"},'
-               b' {"command": "i", "id": "h", "after": "g"}]')
-        code, out, err = self.call("enqueue", "--stream", input=b"\n".join(
-            (b"echo 1", *bad, b"echo 2")))
-        self.assertEqual((code, len(out.split())), (1, 2))
-        self.assertEqual([line.split(": ")[2] for line in err.splitlines()[:3]],
-                         ["line 2", "line 3", "line 4"])
-        self.assertEqual(err.count("error: "), 3)
-        self.assertEqual(self.commands(), ["x", "echo 1", "echo 2"])
-        fixed = bad[0].replace(b', "id": "taken"', b"")
-        self.assertEqual(self.call("enqueue", "--stream", input=fixed)[0], 0)
-        self.assertEqual(self.commands()[3:], ["a", "b", "c", "d"])
+        code, out, err = self.call("enqueue", "--stream", "--json", input=b"""echo 1
+[{"command": "a"}, {"command": "b", "id": "taken"}, {"command": "c", "id": "taken"}]
+
+[{"command": "e"}, {"command": "f", "after": "unknown"}]
+[{"command": "g", "id": "g", "after": "h"}, {"command": "i", "id": "h", "after": "g"}]
+[{"command": "a"}, {"command": "b"}]""")
+        added = [json.loads(line)["command"] for line in out.splitlines()]
+        self.assertEqual((code, added, self.commands()[1:]), (1, ["echo 1", "a", "b"], added))
+        self.assertEqual([json.loads(line)["error"]["message"].partition(":")[0]
+                          for line in err.splitlines() if line[0] == "{"],
+                         ["line 2", "line 4", "line 5"])
+        self.assertEqual(self.call("enqueue", "--stream", input=b"")[:2], (0, ""))
 
     def test_an_argument_may_have_any_bytes(self):
         write_bytes(os.path.join(os.fsencode(self.dir), b"caf\xe9"), b"drink")
@@ -12212,15 +11828,14 @@ class ElsewherePosix(Processes):
     less = "without_linux"
     command, cli = Kernels.command, Processes.call
 
-    test_the_first_walk = Program.test_the_first_walk
-    test_three_workers_run_each_job_once = Program.test_three_workers_run_each_job_once
-    test_a_time_out_ends_a_tree = Program.test_a_time_out_ends_a_tree_that_ignores_sigterm
-    test_a_lost_worker_is_charged_as_a_crash = \
-        Program.test_a_lost_worker_is_charged_as_a_crash_and_its_tree_ended_first
-    test_the_second_signal_requeues_the_job = \
-        Program.test_the_second_signal_requeues_the_job_uncharged
-    test_cancel_ends_a_running_job = Program.test_cancel_ends_a_running_job_also_of_a_dead_worker
-    test_logs_follow_a_running_job = Program.test_logs_follow_a_running_job_to_its_end
+    heartbeat = "100ms"
+    test_three_workers = Program.test_three_workers_run_each_job_once
+    test_trees_end = Program.test_no_process_of_a_job_outlives_its_time_out_its_retry_or_the_worker
+    test_a_lost_worker = \
+        Program.test_a_lost_worker_is_noticed_at_once_its_tree_ended_and_charged_as_a_crash
+    test_cancel_and_stop = \
+        Program.test_jobs_are_cancelled_and_workers_stopped_from_another_terminal
+    test_logs_follow = Program.test_logs_follow_one_job_as_it_prints_and_mark_the_lines_of_several
 
     def test_a_time_out_ends_a_tree_whose_environment_ps_does_not_tell(self):
         """macOS hides the environment of its own programs, such as sleep."""
