@@ -3836,7 +3836,7 @@ class Views(Case):
         self.queue.limit_queue("gpu", 12)
         self.assertEqual([line.split() for line in queuectl.queue_lines(
             self.queue.queues(), self.PLAIN)], [
-                "QUEUE LIMIT PENDING CANCELLED NOTE".split(), ["default", "-", "0", "0"],
+                ["QUEUE", "LIMIT", "PENDING", "CANCELLED", "NOTE"], ["default", "-", "0", "0"],
                 ["gpu", "12", "1", "0"], ["q", "-", "0", "1", "paused"]])
 
     def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
