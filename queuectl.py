@@ -866,7 +866,7 @@ class Status(NamedTuple):
     database: str
     next_schedule: Schedule | None
     blocked: int                    # jobs that cannot run until another is retried
-    attention: list[Finding]
+    attention: list[Finding]        # what keeps due work from running
 
 
 # ---- 3 Rules -----------------------------------------------------------------
@@ -4227,6 +4227,8 @@ SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write l
 # Seconds between two of these, for other writers: they try each millisecond. Without it
 # a purge of half a million jobs blocked them for seconds.
 SWEEP_PAUSE = 0.003
+LONG_WAIT = 3600.0      # seconds; a due job that waits longer is reported
+LATE_SCHEDULE = 60.0    # seconds; the same for a schedule, though workers run
 DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
 WATCH_TICK = 0.02       # seconds between two checks for commits, of 5 us each
 
@@ -4719,35 +4721,69 @@ class Queue:
         schedule = min((one for one in self.schedules() if not one.paused),
                        key=lambda one: one.next_run, default=None)
         may_be_stuck = counts[PENDING] and counts[DEAD] + counts[CANCELLED]
+        stuck = self.stuck(1) if may_be_stuck else (0, list[Job]())
         return Status(
             counts, workers,
             [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused],
             due[0] if due else None, self.path, schedule,
-            self.stuck()[0] if may_be_stuck else 0, self.unserved(workers))
+            stuck[0], [*self.attention(workers, *stuck)])
 
-    def unserved(self, workers: Sequence[Worker]) -> list[Finding]:
-        """Due jobs and schedules without a worker, the longest overdue first; none
-        while all queues are paused.
+    def attention(self, workers: Sequence[Worker], n_stuck: int,
+                  stuck: Sequence[Job]) -> Iterator[Finding]:
+        """What keeps due work from running, for `status` and `check`; the last two
+        arguments come from `stuck`.
         """
-        if self.is_all_paused():
-            return []
-        now, found = self.clock(), list[tuple[float, str]]()
+        now, views = self.clock(), {view.name: view for view in self.queues()}
         workers = [one for one in workers if not one.is_expired]
-        queues = [view.name for view in self.queues() if not view.paused
-                  and not any(one.takes(view.name) for one in workers)]
-        for queue, seconds in self._oldest(queues, now).items():
-            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=queue, now=iso(now),
-                                    most=DUE_COUNTED)
-            more = "+" * (n == DUE_COUNTED)
-            found.append((seconds, f"queue {queue} has {n}{more} due "
-                          f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"))
-        found += [(now - epoch(one.next_run), f"schedule {one.name} has been due for "
-                   f"{span(now - epoch(one.next_run))}") for one in self.schedules()
-                  if not one.paused and not workers and one.next_run <= iso(now)]
         missing = "no worker takes it" if workers else "no worker is running"
-        return [Finding(WARNING, "no-worker", f"{text}, and {missing}",
-                        "`queuectl worker start` starts one")
-                for _, text in sorted(found, reverse=True)]
+        oldest = self._oldest(views, now)
+        is_stopped = self.is_all_paused()
+        paused = [name for name in oldest if is_stopped or views[name].paused]
+        late = [(seconds, name) for name, seconds in oldest.items()
+                if name not in paused]
+        for seconds, name in sorted(late, reverse=True):
+            is_taken = any(one.takes(name) for one in workers)
+            if is_taken and seconds < LONG_WAIT:
+                continue
+            [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
+                                    most=DUE_COUNTED)
+            text = f"queue {name} has {n}{'+' * (n == DUE_COUNTED)} due " \
+                f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"
+            limit = views[name].limit
+            if not is_taken:
+                yield Finding(WARNING, "no-worker", f"{text}, and {missing}",
+                              "`queuectl worker start` starts one")
+            elif limit and views[name].counts[PROCESSING] >= limit:
+                yield Finding(WARNING, "long-wait", f"{text}; its limit is {limit}",
+                              f"`queuectl queue set {name} --limit N` changes it")
+            else:
+                yield Finding(WARNING, "long-wait", text, "start more workers, or see "
+                              "with `queuectl status` what runs instead")
+        if oldest and not late:
+            yield Finding(WARNING, "paused", "all due jobs are in paused queues: "
+                          + ", ".join(paused), "`queuectl resume` starts them" if
+                          is_stopped else f"`queuectl resume --queue {paused[0]}`")
+        for one in sorted(self.schedules(), key=lambda one: one.next_run):
+            seconds = now - epoch(one.next_run)
+            if not one.paused and seconds > (LATE_SCHEDULE if workers else 0):
+                yield Finding(
+                    WARNING, "overdue-schedule" if workers else "no-worker",
+                    f"schedule {one.name} has been due for {span(seconds)}, and "
+                    + ("its workers do not run it" if workers else missing),
+                    "see `queuectl worker list`" if workers
+                    else "`queuectl worker start` starts one")
+        settings = self.store.settings()._asdict().items()
+        hooks = [key for key, value in settings if key.startswith("on_") and value]
+        if hooks and workers and HOOKS_QUEUE not in oldest \
+                and not any(one.takes(HOOKS_QUEUE) for one in workers):
+            yield Finding(WARNING, "hooks", "no worker takes queue hooks, so the "
+                          f"command of {hooks[0].replace('_', '-')} will not run",
+                          "`queuectl worker start --queue hooks`")
+        for job in stuck[:1]:
+            yield Finding(WARNING, "blocked", f"{counted(n_stuck, 'job')} cannot run: "
+                          f"{job.id} comes after {self.why_stuck(job)}",
+                          "retry or cancel what they come after; "
+                          "`queuectl list --state pending` shows it")
 
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause, and the default queue."""
@@ -5706,8 +5742,8 @@ class Inspection:
         self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        looks = (self._file, self._schedules, self._blocked, self._clock,
-                 self._lost_runs, self._workers, self._output_dir, self._ground)
+        looks = (self._file, self._schedules, self._clock, self._lost_runs,
+                 self._workers, self._output_dir, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
@@ -5747,17 +5783,6 @@ class Inspection:
                     f"({one.skipped} so far): {last.id} is still {last.state}",
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
 
-    def _blocked(self) -> Iterator[Finding]:
-        n, jobs = self._queue.stuck(CHECK_SHOWN)
-        for job in jobs:
-            yield Finding(WARNING, "blocked", f"{job.id} cannot run: it comes after "
-                          f"{self._queue.why_stuck(job)}",
-                          f"retry that job, or `queuectl cancel {job.id}`")
-        more = n - CHECK_SHOWN
-        if more > 0:
-            yield Finding(WARNING, "blocked", f"{more} more jobs cannot run",
-                          "`queuectl list --state pending` shows them")
-
     def _clock(self) -> Iterator[Finding]:
         ahead = iso(self._queue.clock() + CLOCK_NOISE)
         found = self._store.jobs(Sql.DELAYED, ahead=ahead, limit=DUE_BATCH)
@@ -5786,14 +5811,16 @@ class Inspection:
 
     def _workers(self) -> Iterator[Finding]:
         workers = self._queue.workers()
-        yield from self._queue.unserved(workers)
+        yield from self._queue.attention(workers, *self._queue.stuck(1))
         for worker in workers:
-            if worker.is_expired:
+            age = self._queue.clock() - epoch(worker.heartbeat_at)
+            if worker.is_expired or age > worker.late_after:
                 yield Finding(
                     WARNING, "silent-worker", f"worker {worker.name} on {worker.host} "
-                    "has sent no heartbeat for "
-                    f"{span(self._queue.clock() - epoch(worker.heartbeat_at))}",
-                    f"if it is gone, `queuectl worker stop {worker.name}` removes it")
+                    f"has sent no heartbeat for {span(age)}",
+                    f"if it is gone, `queuectl worker stop {worker.name}` removes it"
+                    if worker.is_expired else
+                    f"it is suspended or cannot write: see process {worker.pid}")
 
     def _output_dir(self) -> Iterator[Finding]:
         directory, found = self._store.settings().output_dir, ["it does not respond"]
@@ -5854,7 +5881,7 @@ class Inspection:
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 BOLD, DIM, WARN, BAD = "1", "2", STATE_COLOURS[FAILED], STATE_COLOURS[DEAD]
-STATUS_SHOWN = 5        # overdue queues and schedules that `status` lists
+STATUS_SHOWN = 5        # findings that `status` lists
 
 
 class Style(NamedTuple):
@@ -5928,7 +5955,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Status": {"jobs": object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
                "workers": array_schema(object_schema(_WORKER)),
                "paused": array_schema(_TEXT), "next_due": _STAMP_OR_NULL,
-               "database": _TEXT, "blocked": _AMOUNT},
+               "database": _TEXT, "blocked": _AMOUNT,
+               "attention": array_schema(object_schema(dict.fromkeys(
+                   Finding._fields, _TEXT)))},
     "Minute": {"at": _STAMP, "completed": _AMOUNT, "failed": _AMOUNT,
                "retried": _AMOUNT, **dict.fromkeys(
                    ("wait_p50", "wait_p95", "run_p50", "run_p95"), _REAL_OR_NULL)},
@@ -5993,7 +6022,8 @@ def status_object(status: Status) -> dict[str, Any]:
            status.next_schedule and status.next_schedule.next_run)
     return as_json("Status", status, next_due=min(filter(None, due), default=None),
                    jobs={**status.counts, "total": sum(status.counts.values())},
-                   workers=[worker_object(view) for view in status.workers])
+                   workers=[worker_object(view) for view in status.workers],
+                   attention=[finding._asdict() for finding in status.attention])
 
 
 def minute_object(minute: Summary) -> dict[str, Any]:
@@ -6215,13 +6245,12 @@ def status_lines(status: Status, style: Style) -> list[str]:
     elif job:
         what = "retry" if job.state == FAILED else "scheduled"
         rows.append(("next due", f"{job.id} {ago(job.run_at, style.now)} ({what})", ""))
-    rows += [("overdue", one.message, WARN) for one in status.attention[:STATUS_SHOWN]]
+    for one in status.attention[:STATUS_SHOWN]:
+        is_said = any(one.hint in text for _, text, _ in rows)
+        rows.append(("attention", one.message + f"; {one.hint}" * (not is_said), WARN))
     more = len(status.attention) - STATUS_SHOWN
     if more > 0:
-        rows.append(("overdue", f"and {more} more; `queuectl check` lists them", ""))
-    if status.blocked:
-        rows.append(("blocked", f"{status.blocked} cannot run until a dead or "
-                     "cancelled job is retried; `queuectl check` lists them", WARN))
+        rows.append(("attention", f"and {more} more; `queuectl check` lists them", ""))
     if status.counts[DEAD]:
         rows.append(("dead", "`queuectl dlq` lists the dead jobs", BAD))
     rows.append(("database", status.database, DIM))

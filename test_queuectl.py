@@ -3732,6 +3732,70 @@ class Checks(Case):
                 self.spoil(statement)
                 self.assertIn(code, [problem.code for problem in self.problems()])
 
+    def test_what_keeps_due_work_from_running_is_found(self):
+        """Each by `status` and `check` alike."""
+        def found():
+            status = [(one.code, one.message) for one in self.queue.status().attention]
+            check = [(one.code, one.message)
+                     for one in queuectl.Inspection(self.queue).findings()]
+            self.assertLessEqual({*status}, {*check})
+            return status
+        self.assertEqual(found(), [])
+        self.jobs([{"id": "a", "queue": "gpu"}, {"queue": "gpu"}, {"delay": 7200}])
+        self.queue.add_schedule("s", "0 0 * * *", command="true")
+        self.assertEqual(found(), [
+            ("no-worker", "queue gpu has 2 due jobs, the oldest for 0s, and no worker is running")])
+        claims = self.worker(queues=("other",))
+        self.assertEqual(found(), [
+            ("no-worker", "queue gpu has 2 due jobs, the oldest for 0s, and no worker takes it")])
+        self.queue.pause("gpu")
+        self.assertEqual(found(), [("paused", "all due jobs are in paused queues: gpu")])
+        self.job(queue="other")
+        self.assertEqual(found(), [])       # one of them may run
+        self.after(3599)
+        self.assertEqual(found(), [])
+        self.after(1)
+        self.assertEqual(found(), [("long-wait", "queue other has 1 due job, the oldest for 1h")])
+        self.queue.limit_queue("other", 1)
+        self.job(queue="other")
+        self.claim(claims)
+        self.assertEqual(found(), [])
+        self.after(3600)
+        self.assertEqual(found(), [
+            ("no-worker", "queue default has 1 due job, the oldest for 0s, and no worker takes it"),
+            ("long-wait", "queue other has 1 due job, the oldest for 1h; its limit is 1")][::-1])
+        self.queue.pause()
+        self.assertEqual(found(), [
+            ("paused", "all due jobs are in paused queues: default, gpu, other")])
+
+    def test_hooks_schedules_and_blocked_jobs_that_nothing_runs_are_found(self):
+        def found():
+            return [one.message for one in self.queue.status().attention]
+        self.queue.configure("on-dead", "true")
+        claims = self.worker(queues=("a",))
+        self.assertEqual(found(), [
+            "no worker takes queue hooks, so the command of on-dead will not run"])
+        self.worker(queues=("hooks",), name="hooks")
+        schedule = self.queue.add_schedule("s", "* * * * *", command="true")
+        self.clock.now = queuectl.epoch(schedule.next_run) + 60
+        self.assertEqual(found(), [])
+        self.after(1)
+        self.assertEqual(found(), [
+            "schedule s has been due for 1m 1s, and its workers do not run it"])
+        self.queue.pause_schedule("s")
+        self.jobs([{"id": "a", "queue": "a", "max_retries": 1},
+                   {"id": "b", "after": ["a"]}, {"id": "c", "after": ["b"]}])
+        self.run_next(1, claims)
+        self.assertEqual(found()[-1], "2 jobs cannot run: b comes after a (dead)")
+        self.assertEqual(queuectl.status_object(self.queue.status())["attention"][-1]["code"],
+                         "blocked")
+
+    def test_a_suspended_worker_is_found(self):
+        self.worker(name="w")
+        self.after(31)
+        self.assertEqual([one.code for one in queuectl.Inspection(self.queue).findings()],
+                         ["silent-worker"])
+
     def test_a_network_file_system_is_known_by_the_longest_mount_point(self):
         mounts = ("22 1 254:0 / / rw - ext4 /dev/vda rw\n"
                   "30 22 0:30 / /home rw shared:1 - nfs4 host:/home rw\n"
@@ -6465,7 +6529,7 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
                 self.assertEqual(watch.end(), 130)
                 self.assertNotIn("Traceback", watch.text)
                 shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
-                self.assertEqual(shown[:3], ["jobs", "workers", "overdue"][:size[0] - 1])
+                self.assertEqual(shown[:3], ["jobs", "workers", "attention"][:size[0] - 1])
                 self.assertNotIn("1 pending", "".join(watch.picture.lines))
                 self.cli("delete", job_id)
 
