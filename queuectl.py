@@ -78,16 +78,18 @@ Contents: `grep -n '^# ----' queuectl.py`
     17 API          one function per operation; routes, OpenAPI
     18 Access       from the bytes of a head to an admitted request
     19 Server       connections, event streams, time limits, TLS
-    20 Install      a launcher, completion scripts, a unit file for systemd
-    21 Terminal     where commands print and read
-    22 Commands     one small function per command, and the table of all
-    23 Main         from the words of a command line to its exit status
+    20 MCP          tools for AI agents, on stdin and stdout
+    21 Install      a launcher, completion scripts, a unit file for systemd
+    22 Terminal     where commands print and read
+    23 Commands     one small function per command, and the table of all
+    24 Main         from the words of a command line to its exit status
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
+import codecs
 import collections
 import contextlib
 import datetime
@@ -5971,6 +5973,10 @@ def as_json(shape: str, record: object, **given: Any) -> dict[str, Any]:
             for key in SHAPES[shape]}
 
 
+def error_object(error: QueueError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+
+
 def job_object(job: Job, keys: Sequence[str] = JSON_KEYS) -> dict[str, Any]:
     return {key: getattr(job, key) for key in keys}
 
@@ -9956,6 +9962,14 @@ def _number(text: str) -> float:
     return int(value) if abs(value) < 1e15 and value.is_integer() else value
 
 
+def parsed_json(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), parse_int=_bounded_int,
+                          parse_float=_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def json_body(request: Request) -> Any:
     """Return the body as JSON, {} if there is none.
 
@@ -9967,9 +9981,8 @@ def json_body(request: Request) -> Any:
         raise denied(415, f"the type of the body is {kind or 'missing'}",
                      f"send Content-Type: {JSON_TYPE}")
     try:
-        return json.loads(request.body.decode("utf-8") or "{}", parse_int=_bounded_int,
-                          parse_float=_number)
-    except (ValueError, RecursionError) as error:   # RecursionError: nested too deeply
+        return parsed_json(request.body or b"{}")
+    except ValueError as error:
         raise Invalid(f"the body is not JSON ({error})") from None
 
 
@@ -11076,7 +11089,405 @@ def printed_url(site: Site, host: str, port: int) -> str:
     return f"http{'s' * site.is_secure}://{name}:{port}/{query}"
 
 
-# ---- 20 Install --------------------------------------------------------------
+# ---- 20 MCP ------------------------------------------------------------------
+# The Model Context Protocol (modelcontextprotocol.io) on stdin and stdout: JSON-RPC, a
+# message per line. One thread: calls that wait are polled while no message comes.
+
+MODERN = "2026-07-28"       # no handshake: each request names its version
+HANDSHAKES = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
+BATCHES = "2025-03-26"      # the only version that has them
+RESERVED = "io.modelcontextprotocol/"       # begins the protocol's keys of `_meta`
+TASKS = f"{RESERVED}tasks"  # an extension: an enqueued job is a task
+MAX_MESSAGE = 4 << 20       # bytes
+USUAL_PART, MAX_PART = 2048, 16384      # bytes of output in a result
+LISTED, MAX_LISTED = 20, 200            # jobs in a list
+USUAL_WAIT = 50.0           # seconds; many clients give up after 60
+END_WAIT = 10.0             # seconds for cancelled jobs to end
+AGENT_TICK = 0.1            # seconds between two looks at jobs that are waited for
+GUIDE = ("Runs shell commands in the background; they outlive this session. `enqueue` "
+         "returns an id at once; `wait` for several ids rather than poll `status`.")
+NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, NO_CAPABILITY, BAD_VERSION = (
+    -32700, -32600, -32601, -32602, -32603, -32021, -32022)
+
+
+class ProtocolError(Exception):
+    """A JSON-RPC error. A tool that fails raises QueueError instead."""
+    def __init__(self, code: int, message: str, **data: Any) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message,
+                      **({"data": data} if data else {})}
+
+
+class Waiting(NamedTuple):
+    """A call that is answered once these jobs have ended, or at a time (monotonic)."""
+    job_ids: Sequence[str]
+    until: float
+    tail: int
+
+
+class Tool(NamedTuple):
+    name: str
+    help: str
+    changes: bool
+    call: Callable[[Agent, dict[str, Any]], dict[str, Any] | Waiting]
+    fields: tuple[Field, ...]
+    required: tuple[str, ...] = ()
+
+
+def tool_object(tool: Tool) -> dict[str, Any]:
+    # Without patterns and bounds: agents read all this in each session, and the error
+    # for a wrong value says more.
+    return {"name": tool.name, "description": tool.help,
+            "inputSchema": _body_schema({field.name: {
+                "type": field.kind.input["type"], "description": field.help,
+                **({"items": _TEXT} if "array" in field.kind.input["type"] else {})}
+                for field in tool.fields}, required=list(tool.required)),
+            "annotations": {"readOnlyHint": not tool.changes,
+                            "destructiveHint": tool.changes}}
+
+
+def arguments(tool: Tool, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked arguments of a call; null counts as not given."""
+    fields, found = {field.name: field for field in tool.fields}, {}
+    for name, value in given.items():
+        if name not in fields:
+            raise Invalid(f"unknown argument {name!r}", nearest(name, fields)
+                          or "there are: " + ", ".join(fields))
+        if FILTERS.get(name) is fields[name]:   # takes text, as in a flag
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is not None:
+            with at_place(name):
+                found[name] = fields[name].kind.parse(value, time.time())
+    for name in tool.required:
+        if not found.get(name):
+            raise Invalid(f"{name} is missing", "give it")
+    return found
+
+
+def compact(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode()
+
+
+def tool_result(value: Mapping[str, Any], is_error: bool = False) -> dict[str, Any]:
+    # The text is for clients that know no structured content.
+    return {"resultType": "complete", "structuredContent": value,
+            "content": [{"type": "text", "text": compact(value)}],
+            **({"isError": True} if is_error else {})}
+
+
+def tried(act: Callable[[], Any]) -> Any:
+    """Return the result of a tool, also of one that fails; Waiting and None as such."""
+    try:
+        value = act()
+    except QueueError as error:
+        return tool_result(error_object(error), True)
+    return tool_result(value) if isinstance(value, dict) else value
+
+
+def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]:
+    """Return a part of the output: its first byte (`start`; None: the last part), the
+    byte to continue with, and its text, which ends between characters.
+    """
+    kept, total, middle = run.output, run.output_bytes, len(run.output) // 2
+    first = max(total - limit, 0) if start is None else start
+    after, end_from = min(first + limit, total), total - (len(kept) - middle)
+    if total > len(kept) and middle <= after < end_from:
+        after = end_from
+    rest = readable(kept, total, first)
+    part = rest[:len(rest) - len(readable(kept, total, after))]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(part, after == total and run.outcome is not None)
+    if start is None and first:     # perhaps within a character
+        text = text.lstrip("\ufffd")
+    return first, after - len(decoder.getstate()[0]), text
+
+
+class Agent:
+    """A connection to a client; `write` gets each line of the answers.
+
+    The first `enqueue` creates a missing queue. `start` starts a worker (None: that is
+    left to the user).
+    """
+
+    def __init__(self, path: str, tools: Iterable[Tool], write: Callable[[str], object],
+                 start: Callable[[], object] | None = None) -> None:
+        self._path, self._write, self._start = path, write, start
+        self._tools = {tool.name: tool for tool in tools}
+        self._queue: Queue | None = None        # opened when needed
+        self._version = ""                      # of the handshake
+        # By request id, as JSON; the function sends the answer, for None none.
+        self.waits: dict[str, tuple[Waiting, Callable[[Any], None]]] = {}
+
+    def queue(self, create: bool = False) -> Queue:
+        """Return the queue, opened again if its file was replaced."""
+        if self._queue and not self._queue.store.db.is_in_place():
+            self._queue.close()
+            self._queue = None
+        if self._queue is None:
+            self._queue = Queue(self._path, create)
+            self._queue.store.db.patience = WEB_PATIENCE
+        return self._queue
+
+    def briefs(self, job_ids: Iterable[str], tail: int = 0) -> dict[str, Any]:
+        """Return the jobs by id: their state, and what is unusual. Starts a worker if
+        only that is missing.
+        """
+        jobs, found = [self.queue().job(job_id) for job_id in job_ids], {}
+        why = self.queue().hindrances(jobs)
+        if self._start and any([one.code for one in reasons] == ["no-worker"]
+                               for reasons in why.values()):
+            self._start()
+            why = self.queue().hindrances(jobs)
+        for job in jobs:
+            is_told = job.error == f"exit status {job.exit_code}"
+            more = {"exit_code": job.exit_code, "error": not is_told and job.error,
+                    "waiting_for": [f"{one.message}; {one.hint}".rstrip("; ")
+                                    for one in why.get(job.id, ())],
+                    "output": tail and job.runs and output_tool(
+                        self, {"id": job.id, "limit": tail})["output"]}
+            found[job.id] = {"state": job.state, **{
+                key: value for key, value in more.items() if value}}
+        return found
+
+    def take(self, line: bytes) -> None:
+        """Answer a message, or leave that to `poll`."""
+        if not line.strip():
+            return
+        try:
+            if len(line) > MAX_MESSAGE:
+                raise ValueError(f"more than {MAX_MESSAGE} bytes")
+            message = parsed_json(line)
+        except ValueError as error:
+            self._write(compact({"jsonrpc": "2.0", "id": None, "error": {
+                "code": NOT_JSON, "message": f"not JSON: {error}"}}))
+            return
+        is_batch = isinstance(message, list) and message and self._version == BATCHES
+        messages, answers = message if is_batch else [message], list[object]()
+
+        def send(answer: object) -> None:
+            answers.append(answer)
+            said = [one for one in answers if one]
+            if said and len(answers) == len(messages):
+                self._write(compact(said if is_batch else said[0]))
+        for one in messages:
+            self.answer(one, send)
+
+    def answer(self, message: Any, send: Callable[[object], None]) -> None:
+        """Call `send` once, now or in `poll`: with the answer, or None for none."""
+        request_id, found = None, None
+
+        def finish(answer: dict[str, Any] | None) -> None:
+            send(answer and {"jsonrpc": "2.0", "id": request_id, **answer})
+        try:
+            if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+                raise ProtocolError(NOT_A_REQUEST, "not a message of JSON-RPC 2.0")
+            method, params = message.get("method"), message.get("params", {})
+            if "id" not in message or {*message} & {"result", "error"}:
+                if method == "notifications/cancelled" and isinstance(params, dict):
+                    request = compact(params.get("requestId"))
+                    self.waits.pop(request, (None, str))[1](None)
+            elif type(message["id"]) not in (str, int) or not isinstance(method, str):
+                raise ProtocolError(NOT_A_REQUEST, "a request has a method and an id: "
+                                    "text or a whole number")
+            else:
+                request_id = message["id"]
+                found = {"result": self._result(method, params)}
+        except ProtocolError as error:
+            found = {"error": error.error}
+        except Exception as error:  # a bug: the server runs on
+            import traceback
+            traceback.print_exc()
+            found = {"error": ProtocolError(BUG, f"internal error: {error!r}").error}
+        if found and isinstance(found.get("result"), Waiting):
+            self.waits[compact(request_id)] = found["result"], finish
+        else:
+            finish(found)
+
+    def poll(self) -> None:
+        """Answer the calls whose wait is over."""
+        for request, (waiting, finish) in list(self.waits.items()):
+            result = tried(functools.partial(self._end_of, waiting))
+            if result:
+                del self.waits[request]
+                finish({"result": result})
+
+    def _end_of(self, waiting: Waiting) -> dict[str, Any] | None:
+        if self._start:
+            self.briefs(waiting.job_ids)
+        try:
+            if time.monotonic() < waiting.until:
+                self.queue().wait(*waiting.job_ids, timeout=0)
+        except Refused as error:
+            if error.code == "not-finished":
+                return None
+            raise
+        return {"jobs": self.briefs(waiting.job_ids, waiting.tail)}
+
+    def _result(self, method: str, params: Any) -> Any:
+        meta: Any = params.get("_meta", {}) if isinstance(params, dict) else None
+        if not isinstance(meta, dict):
+            raise ProtocolError(BAD_PARAMS, "params or _meta are not an object")
+        version, client = (meta.get(f"{RESERVED}{key}") for key in (
+            "protocolVersion", "clientCapabilities"))
+        is_modern = version is not None or method == "server/discover"
+        if is_modern and not (isinstance(version, str) and isinstance(client, dict)):
+            raise ProtocolError(BAD_PARAMS, f"_meta lacks {RESERVED}protocolVersion or "
+                                f"{RESERVED}clientCapabilities")
+        if is_modern and version != MODERN:
+            raise ProtocolError(BAD_VERSION, "unsupported protocol version",
+                                supported=[MODERN, *HANDSHAKES], requested=version)
+        tasks: dict[str, Any] = {"extensions": {TASKS: {}}}
+        may_have = is_modern and "enqueue" in self._tools
+        has_tasks = may_have and TASKS in (client or {}).get("extensions", {})
+        server = {"name": "queuectl", "version": __version__}
+        about = {"resultType": "complete", "ttlMs": 3_600_000, "cacheScope": "private",
+                 "_meta": {f"{RESERVED}serverInfo": server}}
+        if method == "tools/call":
+            return self._call(params.get("name"), params.get("arguments"), has_tasks)
+        if method == "tools/list":
+            return {"tools": [*map(tool_object, self._tools.values())], **about}
+        if method == "server/discover":
+            return {"supportedVersions": [MODERN, *HANDSHAKES], "instructions": GUIDE,
+                    "capabilities": {"tools": {}, **(tasks if has_tasks else {})},
+                    **about}
+        if method in ("tasks/get", "tasks/update", "tasks/cancel") and may_have:
+            if not has_tasks:
+                raise ProtocolError(NO_CAPABILITY, "the client does not declare tasks",
+                                    requiredCapabilities=tasks)
+            return self._task(method, params.get("taskId"))
+        if method == "initialize" and not is_modern:
+            asked = params.get("protocolVersion")
+            if not isinstance(asked, str):
+                raise ProtocolError(BAD_PARAMS, "protocolVersion is missing")
+            self._version = asked if asked in HANDSHAKES else HANDSHAKES[0]
+            return {"protocolVersion": self._version, "capabilities": {"tools": {}},
+                    "serverInfo": server, "instructions": GUIDE}
+        if method == "ping" and not is_modern:
+            return {}
+        raise ProtocolError(NO_METHOD, f"there is no method {method!r}")
+
+    def _call(self, name: Any, given: Any, has_tasks: bool) -> Any:
+        if not isinstance(name, str) or name not in self._tools:
+            raise ProtocolError(BAD_PARAMS, f"unknown tool {name!r}")
+        given, tool = {} if given is None else given, self._tools[name]
+        if not isinstance(given, dict):
+            raise ProtocolError(BAD_PARAMS, "arguments are not an object")
+        result = tried(lambda: tool.call(
+            self, given if name == "enqueue" else arguments(tool, given)))
+        if isinstance(result, Waiting):     # the first look
+            return tried(functools.partial(self._end_of, result)) or result
+        if has_tasks and name == "enqueue" and "isError" not in result:
+            task = self._task("tasks/get", result["structuredContent"]["id"])
+            return {**task, "resultType": "task"}
+        return result
+
+    def _task(self, method: str, job_id: Any) -> dict[str, Any]:
+        # The ids need not be hard to guess: only this client can send one.
+        try:
+            job = self.queue().job(parse_name(job_id))
+            if method == "tasks/cancel" and job.state not in OVER:
+                self.queue().cancel(job.id)
+            is_over = job.state in (COMPLETED, DEAD)
+            found = self.briefs([job.id], USUAL_PART if is_over else 0)[job.id]
+        except QueueError as error:
+            raise ProtocolError(BAD_PARAMS, str(error)) from None
+        if method != "tasks/get":
+            return {"resultType": "complete"}
+        return {"resultType": "complete", "taskId": job.id,
+                "status": "completed" if is_over else
+                "cancelled" if job.state == CANCELLED else "working",
+                "statusMessage": ": ".join([job.state, *found.get("waiting_for", ())]),
+                "createdAt": job.created_at, "lastUpdatedAt": job.updated_at,
+                "ttlMs": None, "pollIntervalMs": 1000,
+                **({"result": tool_result({"id": job.id, **found}, job.state == DEAD)}
+                   if is_over else {})}
+
+
+def enqueue_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
+    [job], new = agent.queue(create=True).add([given])
+    return {"id": job.id, **agent.briefs([job.id])[job.id],
+            **({} if new else {"added": False})}
+
+
+def following(seconds: float, change: Callable[..., object] = lambda *_: None
+              ) -> Callable[[Agent, dict[str, Any]], Waiting]:
+    """Return a tool that changes jobs, and waits for their end, at most so long."""
+    def call(agent: Agent, given: dict[str, Any]) -> Waiting:
+        change(agent.queue(), *given["ids"])
+        return Waiting(given["ids"], time.monotonic() + given.get("timeout", seconds),
+                       given.get("tail", 0))
+    return call
+
+
+def status_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any] | Waiting:
+    if given.get("ids"):
+        return following(0)(agent, given)
+    found = status_object(agent.queue().status())
+    found["jobs"] = {state: n for state, n in found["jobs"].items() if n}
+    return {key: value for key, value in found.items() if value or key == "workers"}
+
+
+def output_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
+    job, limit = agent.queue().job(given["id"]), given.get("limit", USUAL_PART)
+    run = agent.queue().fresh_run(job.id, given.get("run"), OUTPUT_PATIENCE)
+    start, after, text = output_part(run, given.get("from"), min(limit, MAX_PART))
+    return {"id": job.id, "run": run.number, "state": job.state, "from": start,
+            "next": after, "output": text}
+
+
+def list_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
+    limit = min(given.pop("limit", LISTED), MAX_LISTED)
+    jobs = agent.queue().jobs(given.pop("state", ()), limit=limit + 1, **given)
+    return {"jobs": [{"id": job.id, "state": job.state,
+                      "command": cut(one_line(job.command), 80)}
+                     for job in jobs[:limit]], "more": len(jobs) > limit}
+
+
+_JOBS = Field("ids", Kind(_timeless(_names), {"type": "array"}), help="ids of jobs")
+_TAIL = Field("tail", _whole(0, {}), help="include so many last bytes of the output")
+TOOLS = (
+    Tool("enqueue", "Run a shell command in the background. Returns the job's id.",
+         True, enqueue_tool, tuple(one for one in FIELDS.values() if "e" in one.uses),
+         ("command",)),
+    Tool("status", "The state of jobs; without ids, of the queue.", False, status_tool,
+         (_JOBS, _TAIL)),
+    Tool("output", "What a job has printed: the last part, or a part from a byte on.",
+         False, output_tool, (
+             Field("id", _ID, help="of the job"),
+             Field("from", _whole(0, {}), help="a byte: `next` of the last result"),
+             Field("limit", _whole(4, {}),
+                   help=f"bytes: default {USUAL_PART}, at most {MAX_PART}"),
+             Field("run", _whole(1, {}), help="its number; default: the last")),
+         ("id",)),
+    Tool("wait", "Wait until jobs have ended, or for a time; returns their state.",
+         False, following(USUAL_WAIT), (
+             _JOBS, Field("timeout", _SPAN, help=f"default {USUAL_WAIT:.0f}s"), _TAIL),
+         ("ids",)),
+    Tool("cancel", "Cancel jobs; running ones are terminated.", True,
+         following(END_WAIT, Queue.cancel), (_JOBS,), ("ids",)),
+    Tool("retry", "Run jobs again that have ended or wait for a retry.", True,
+         following(0, Queue.retry), (_JOBS,), ("ids",)),
+    Tool("list", "The newest jobs: id, state, command.", False, list_tool, (
+        *FILTERS.values(),
+        Field("limit", _whole(1, {}), help=f"default {LISTED}, at most {MAX_LISTED}"))))
+
+
+def serve_agent(agent: Agent, fd: int) -> None:
+    """Answer the messages that come on a descriptor, until its end."""
+    rest, piece = b"", b"-"
+    while piece:
+        if select.select([fd], [], [], AGENT_TICK if agent.waits else None)[0]:
+            piece = os.read(fd, READ_SIZE)
+            if len(rest) <= MAX_MESSAGE or b"\n" in piece:      # else a line too long
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    agent.take(line)
+        agent.poll()
+    agent.take(rest)
+
+
+# ---- 21 Install --------------------------------------------------------------
 # How others start this program: a launcher, completion scripts, a systemd unit. The
 # scripts contain no commands and flags: at each Tab they run `queuectl __complete --
 # WORD...`; the last word is the one under the cursor, as typed. The answer has one line
@@ -11383,7 +11794,7 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
         target="default.target" if is_own else "multi-user.target")
 
 
-# ---- 21 Terminal -------------------------------------------------------------
+# ---- 22 Terminal -------------------------------------------------------------
 # The input and output of commands. Results go to stdout, messages to stderr. A command
 # prints only through its Screen, which removes a progress line before other output, and
 # distinguishes a full disk from a closed pipe.
@@ -11620,8 +12031,7 @@ class Screen:
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    line = dumps({"error": {"code": error.code, "message": error.message,
-                            "hint": error.hint}}, None) if as_json \
+    line = dumps(error_object(error), None) if as_json \
         else f"queuectl: error: {one_line(str(error))}"
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
@@ -11879,7 +12289,7 @@ class Stream:
         self._refuse(error)
 
 
-# ---- 22 Commands -------------------------------------------------------------
+# ---- 23 Commands -------------------------------------------------------------
 # A function per command, and the table of all. A command returns its exit status (None:
 # EX_OK), and refuses by raising. `args.words` holds the words after `--`.
 
@@ -12659,6 +13069,29 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> None:
         screen.note(f"warning: on PATH, {found} comes before it")
 
 
+def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
+    """Serve an agent until stdin ends, or a signal."""
+    if args.worker and args.read_only:
+        raise Usage("--worker and --read-only do not go together", "give one")
+    out = Screen()      # unlike `screen` it stops when nobody reads
+
+    def write(line: str) -> None:
+        out.out(line)
+        out.flush()
+
+    def start() -> None:
+        import subprocess
+        subprocess.run([
+            *start_words(), "--db", args.path, "worker", "start", "--detach", "--drain",
+            "--count", str(args.worker)], check=False,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    tools = [tool for tool in TOOLS if not (tool.changes and args.read_only)]
+    agent = Agent(args.path, tools, write, start if args.worker else None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve_agent(agent, piped_stdin().fileno())
+
+
 def database_path(given: str | None) -> str:
     """As given, else as the environment says; `--db "$UNSET"` counts as none."""
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
@@ -12979,6 +13412,12 @@ COMMANDS = (    # in the order of the help
            NEITHER, option("--to DIR", "for lib/queuectl and bin/queuectl (default: "
                            "~/.local, as root /usr/local)"),
            eg="install --to ~/.local", also="setup"),
+    _entry("mcp", cmd_mcp, "serve AI agents on stdin and stdout", NEITHER,
+           option("--read-only", "leave out the tools that change anything"),
+           option("--worker N", "start a detached worker with N slots for jobs that no "
+                  "worker takes; it exits when none is left",
+                  type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
+           eg="mcp --worker 4\n--db /srv/jobs.db mcp --read-only", also="agent"),
 )
 # What stands above a command in `queuectl help`.
 HEADINGS = {"enqueue": "first steps", "list": "jobs", "pause": "queues and schedules",
@@ -13041,7 +13480,7 @@ _VERSION = option("--version", "show the version and exit", action="version",
 _HELP = option("--help -h", "show this help and exit", action="help")
 
 
-# ---- 23 Main -----------------------------------------------------------------
+# ---- 24 Main -----------------------------------------------------------------
 # From a command line to an exit status. Parsing, help and completion build the parser
 # of one command: argparse's subparsers would build those of all, which takes as long as
 # everything else together. `main` returns the exit status to its callers; only
