@@ -11129,7 +11129,7 @@ class Tool(NamedTuple):
     name: str
     help: str
     changes: bool
-    call: Callable[[Agent, dict[str, Any]], dict[str, Any] | Waiting]
+    call: Callable[[Any, dict[str, Any]], dict[str, Any] | Waiting]     # of an Agent
     fields: tuple[Field, ...]
     required: tuple[str, ...] = ()
 
@@ -11203,6 +11203,14 @@ def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]
     return first, after - len(decoder.getstate()[0]), text
 
 
+def output_object(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
+    job, limit = queue.job(given["id"]), given.get("limit", USUAL_PART)
+    run = queue.fresh_run(job.id, given.get("run"), OUTPUT_PATIENCE)
+    start, after, text = output_part(run, given.get("from"), min(limit, MAX_PART))
+    return {"id": job.id, "run": run.number, "state": job.state, "from": start,
+            "next": after, "output": text}
+
+
 class Agent:
     """A connection to a client; `write` gets each line of the answers.
 
@@ -11244,8 +11252,8 @@ class Agent:
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
                     "waiting_for": [f"{one.message}; {one.hint}".rstrip("; ")
                                     for one in why.get(job.id, ())],
-                    "output": tail and job.runs and output_tool(
-                        self, {"id": job.id, "limit": tail})["output"]}
+                    "output": tail and job.runs and output_object(
+                        self.queue(), {"id": job.id, "limit": tail})["output"]}
             found[job.id] = {"state": job.state, **{
                 key: value for key, value in more.items() if value}}
         return found
@@ -11428,14 +11436,6 @@ def status_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any] | Waiting
     return {key: value for key, value in found.items() if value or key == "workers"}
 
 
-def output_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
-    job, limit = agent.queue().job(given["id"]), given.get("limit", USUAL_PART)
-    run = agent.queue().fresh_run(job.id, given.get("run"), OUTPUT_PATIENCE)
-    start, after, text = output_part(run, given.get("from"), min(limit, MAX_PART))
-    return {"id": job.id, "run": run.number, "state": job.state, "from": start,
-            "next": after, "output": text}
-
-
 def list_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
     limit = min(given.pop("limit", LISTED), MAX_LISTED)
     jobs = agent.queue().jobs(given.pop("state", ()), limit=limit + 1, **given)
@@ -11453,7 +11453,7 @@ TOOLS = (
     Tool("status", "The state of jobs; without ids, of the queue.", False, status_tool,
          (_JOBS, _TAIL)),
     Tool("output", "What a job has printed: the last part, or a part from a byte on.",
-         False, output_tool, (
+         False, lambda agent, given: output_object(agent.queue(), given), (
              Field("id", _ID, help="of the job"),
              Field("from", _whole(0, {}), help="a byte: `next` of the last result"),
              Field("limit", _whole(4, {}),
