@@ -13071,22 +13071,14 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> None:
 
 def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
     """Serve an agent until stdin ends, or a signal."""
-    if args.worker and args.read_only:
-        raise Usage("--worker and --read-only do not go together", "give one")
     out = Screen()      # unlike `screen` it stops when nobody reads
 
     def write(line: str) -> None:
         out.out(line)
         out.flush()
 
-    def start() -> None:
-        import subprocess
-        subprocess.run([
-            *start_words(), "--db", args.path, "worker", "start", "--detach", "--drain",
-            "--count", str(args.worker)], check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     tools = [tool for tool in TOOLS if not (tool.changes and args.read_only)]
-    agent = Agent(args.path, tools, write, start if args.worker else None)
+    agent = Agent(args.path, tools, write)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve_agent(agent, piped_stdin().fileno())
@@ -13414,10 +13406,7 @@ COMMANDS = (    # in the order of the help
            eg="install --to ~/.local", also="setup"),
     _entry("mcp", cmd_mcp, "serve AI agents on stdin and stdout", NEITHER,
            option("--read-only", "leave out the tools that change anything"),
-           option("--worker N", "start a detached worker with N slots for jobs that no "
-                  "worker takes; it exits when none is left",
-                  type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
-           eg="mcp --worker 4\n--db /srv/jobs.db mcp --read-only", also="agent"),
+           eg="mcp\n--db /srv/jobs.db mcp --read-only", also="agent"),
 )
 # What stands above a command in `queuectl help`.
 HEADINGS = {"enqueue": "first steps", "list": "jobs", "pause": "queues and schedules",
