@@ -192,7 +192,7 @@ OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
 # that lead to a state.
 STATES_FOR = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
               "delete": (*WAITING, *OVER), "edit": (*WAITING, DEAD),
-              "wait": (*WAITING, PROCESSING)}
+              "wait": (*WAITING, PROCESSING), "hold": WAITING, "release": WAITING}
 
 # Why a job waits (I7): for a slot, its time, other jobs, or a user's `release`.
 READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "held")
@@ -1508,6 +1508,12 @@ def _directory(value: Any, now: float) -> str:
     return os.path.abspath(str(value))      # it need not exist before the job runs
 
 
+def _flag(value: Any, now: float) -> bool:
+    if not isinstance(value, bool):
+        raise Invalid(f"{value!r} is neither true nor false")
+    return value
+
+
 def _search(text: str, now: float) -> str:
     if not is_text(text) or len(text) > MAX_SEARCH:
         raise Invalid("the search text is invalid",
@@ -1643,7 +1649,10 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "run once that job has finished, with any outcome; repeatable"),
         Field("expires", _SPAN, "es", "cancel it if it has not started by then"),
         Field("expires_at", _TIME._replace(output=_or_null(_STAMP)), "e",
-              "the same, as a time")),
+              "the same, as a time"),
+        Field("held", Kind(_flag, {"type": ["boolean", "null"]}, {"type": "boolean"},
+                           {"action": "store_true", "default": None}), "e",
+              "wait until it is released", flags=("--hold",))),
     "how it ends": (
         Field("max_retries", _whole(0, _AMOUNT), "eus",
               "runs that may fail, including the first (default: a setting)"),
@@ -2275,6 +2284,10 @@ class Sql:
                  UNION ALL
                 SELECT queue FROM jobs WHERE waits = 'blocked') AS later
          WHERE CAST(:queue AS TEXT) IS NULL OR queue = :queue"""
+    RETRY = """
+        SELECT 1 FROM jobs
+         WHERE state = 'failed' AND queue = :queue AND waits IN ('ready', 'scheduled')
+         LIMIT 1"""
     NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
     DUE_AT = """
         SELECT MIN(at)
@@ -2327,12 +2340,14 @@ class Sql:
     # with the state alone, a late worker could end a later claim (I1, I3).
     MOVE = "UPDATE jobs " + _set(
         "state attempts crashes updated_at run_at worker started_at finished_at "
-        "exit_code error waits rank claim end_requested runs at_time expires_at") + """
+        "exit_code error waits rank claim end_requested runs at_time expires_at "
+        "held") + """
          WHERE seq = :seq
-           AND state = :source AND COALESCE(claim, 0) = :held"""
+           AND state = :source AND COALESCE(claim, 0) = :source_claim"""
     EDIT = "UPDATE jobs " + _set(" ".join(
         name for name in Job._fields if name in FIELDS and "u" in FIELDS[name].uses)
-        + " waits rank updated_at at_time") + " WHERE seq = :seq AND state = :state"
+        + " waits rank updated_at at_time held") + """
+         WHERE seq = :seq AND state = :state"""
     WAITING = """
         SELECT seq, priority, run_at FROM jobs
          WHERE waits IS NOT NULL AND seq > :after
@@ -2403,9 +2418,11 @@ class Sql:
            AND any_outcome <= :most
          LIMIT 1"""
     # Blocked forever: jobs after a dead or cancelled one, or after :caller (the job
-    # that runs this command), and the jobs after these.
+    # that runs this command), and the jobs after these; if :held also held jobs.
     _STUCK = """
         WITH RECURSIVE stuck (seq) AS (
+            SELECT seq FROM jobs WHERE waits = 'held' AND :held = 1
+             UNION ALL
             SELECT jobs.seq FROM jobs
              WHERE waits = 'blocked'
                AND EXISTS (SELECT 1
@@ -3678,6 +3695,8 @@ def job_of(row: tuple[Any, ...]) -> Job:
 
 
 def waits_of(job: Job, now: float) -> str:
+    if job.held:
+        return HELD
     if job.unmet:
         return BLOCKED
     return SCHEDULED if job.run_at > iso(now) else READY
@@ -3967,14 +3986,14 @@ class Ledger:
             if step.target != PROCESSING:
                 job = job._replace(claim=None, worker=None)
             if verb == "retry":
-                job = job._replace(expires_at=None)
+                job = job._replace(expires_at=None, held=False)
             if step.target in WAITING:
                 job = job._replace(waits=waits_of(job, now), rank=rank_of(
                     job.priority, job.run_at, settings))
             jobs.append(job)
         self.change(Sql.MOVE, [
-            {**job._asdict(), "source": change.before.state,
-             "held": change.before.claim or 0} for change, job in zip(changes, jobs)])
+            {**job._asdict(), "source": before.state, "source_claim": before.claim or 0}
+            for (_, before, *_), job in zip(changes, jobs)])
         self._add_events([
             (change.before.state, "" if change.reason == MOVES[change.verb].because
              else change.reason, job) for change, job in zip(changes, jobs)])
@@ -4157,7 +4176,8 @@ class Ledger:
                           "max_retries")
         if before.waits and after.run_at == before.run_at:
             after = brought_forward(after, now)     # before `updated_at` changes
-        waits = before.waits if after.run_at == before.run_at else waits_of(after, now)
+        waits = waits_of(after, now) if (after.run_at, after.held) != (
+            before.run_at, before.held) else before.waits
         after = after._replace(updated_at=iso(now), waits=waits, rank=rank_of(
             after.priority, after.run_at, self.settings()))
         self.change(Sql.EDIT, [after._asdict()])
@@ -4504,7 +4524,7 @@ class Queue:
             caller = self.caller()
             others = [job for job in map(found.__getitem__, wanted) if job.state
                       not in OVER and (caller is None or job.seq != caller.seq)]
-            if all(job.waits in (READY, BLOCKED) for job in others):
+            if all(job.waits in (READY, BLOCKED, HELD) for job in others):
                 ready = [job for job in others if job.waits == READY]
                 stuck = [] if ready else self.stuck_among(others, caller)
                 self._refuse_blocked(caller, ready or others, len(stuck), len(others))
@@ -4526,7 +4546,7 @@ class Queue:
             caller = self.caller()
             own = int(caller is not None and queue in (None, caller.queue))
             if now.running <= own:
-                stuck, jobs = self.stuck(1, queue, caller)
+                stuck, jobs = self.stuck(1, queue, caller, held=True)
                 if stuck < now.waiting:
                     jobs = self.jobs(WAITING, "priority", 1, queue=queue)
                 self._refuse_blocked(caller, jobs, stuck, now.waiting)
@@ -4578,9 +4598,9 @@ class Queue:
                           "wait for other jobs, or outside of the job")
         if stuck >= left:
             others = f" (and {stuck - 1} more)" if stuck > 1 else ""
-            raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it comes after "
-                          f"{self.why_stuck(jobs[0])}", "retry or cancel that job, or "
-                          "cancel what comes after it")
+            raise Refused("blocked", f"{jobs[0].id}{others} cannot run: it "
+                          f"{self.why_stuck(jobs[0])}", "retry, release or cancel that "
+                          "job, or cancel what comes after it")
         if not caller or not jobs or jobs[0].waits != READY:
             return
         job, limits = jobs[0], {view.name: view.limit for view in self.queues()}
@@ -4595,26 +4615,32 @@ class Queue:
 
     # Why jobs wait.
 
-    def stuck(self, limit: int = 0, queue: str | None = None,
-              caller: Job | None = None) -> tuple[int, list[Job]]:
-        """The number of jobs blocked forever, or by `caller`, and the first of them."""
-        wanted = {"caller": caller and caller.seq, "queue": queue}
+    def stuck(self, limit: int = 0, queue: str | None = None, caller: Job | None = None,
+              held: bool = False) -> tuple[int, list[Job]]:
+        """The number of jobs blocked forever, or by `caller`, and the first of them;
+        with `held` also jobs that are held, and those after them.
+        """
+        wanted = {"caller": caller and caller.seq, "queue": queue, "held": int(held)}
         [[n]] = self.store.rows(Sql.COUNT_STUCK, **wanted)
         return n, self.store.jobs(Sql.LIST_STUCK, limit=limit, **wanted) \
             if n and limit else []
 
     def stuck_among(self, jobs: Sequence[Job], caller: Job | None = None) -> list[Job]:
-        """Those of the jobs that are blocked as in `stuck`."""
+        """Those of the jobs that are blocked as in `stuck`, or held."""
         stuck = {row[0] for row in self.store.rows(
-            Sql.STUCK_AMONG, caller=caller and caller.seq,
+            Sql.STUCK_AMONG, caller=caller and caller.seq, held=1,
             seqs=json.dumps([job.seq for job in jobs]))} if jobs else set()
         return [job for job in jobs if job.seq in stuck]
 
     def why_stuck(self, job: Job) -> str:
-        """What blocks a job of `stuck`, as `build (dead)`."""
-        states = (DEAD, CANCELLED, PENDING, FAILED, PROCESSING)
-        found = sorted((states.index(one.state), one.id) for one in self.needed(job))
-        return f"{found[0][1]} ({states[found[0][0]]})" if found else "other jobs"
+        """What blocks a job of `stuck`, as `comes after build (dead)`."""
+        if job.held:
+            return "is held"
+        states = (DEAD, CANCELLED, HELD, PENDING, FAILED, PROCESSING)
+        found = sorted((states.index(HELD if one.held else one.state), one.id)
+                       for one in self.needed(job))
+        return "comes after " + (f"{found[0][1]} ({states[found[0][0]]})" if found
+                                    else "other jobs")
 
     def needed(self, job: Job) -> list[Job]:
         """The jobs that a blocked job waits for."""
@@ -4647,6 +4673,8 @@ class Queue:
                 (queue.paused, WARNING, "paused", f"queue `{job.queue}` is paused", ""),
                 (queue.limit and queue.counts[PROCESSING] >= queue.limit, WARNING,
                  "limit", f"queue `{job.queue}` is at its limit {queue.limit}", ""),
+                (job.held, WARNING, "held", "held",
+                 f"`queuectl release {job.id}` lets it run"),
                 (job.state == PENDING and job.expires_at
                  and job.expires_at <= iso(self.clock()), WARNING, "expired",
                  "expired: the next worker cancels it", ""),
@@ -4683,8 +4711,8 @@ class Queue:
             left = sum(view.counts[state] for state in WAITING)
             if not left or (queues and view.name not in queues):
                 continue
-            stuck, jobs = self.stuck(1, view.name)
-            lines += [f"{stuck} of queue {view.name} cannot run: {job.id} comes after "
+            stuck, jobs = self.stuck(1, view.name, held=True)
+            lines += [f"{stuck} of queue {view.name} cannot run: {job.id} "
                       f"{self.why_stuck(job)}" for job in jobs]
             if left > stuck:
                 jobs = self.jobs(WAITING, "run-at", PAGE_SIZE, queue=view.name)
@@ -4783,7 +4811,7 @@ class Queue:
                           "`queuectl worker start --queue hooks`")
         for job in stuck[:1]:
             yield Finding(WARNING, "blocked", f"{counted(n_stuck, 'job')} cannot run: "
-                          f"{job.id} comes after {self.why_stuck(job)}",
+                          f"{job.id} {self.why_stuck(job)}",
                           "retry or cancel what they come after; "
                           "`queuectl list --state pending` shows it")
 
@@ -4925,6 +4953,16 @@ class Queue:
         """
         return self._change("delete", job_ids)
 
+    def hold(self, *job_ids: str) -> list[Job]:
+        """Let waiting jobs wait until they are released, or retried; all of them or
+        none. Conflict for other jobs, or one that is held.
+        """
+        return self._change("hold", job_ids)
+
+    def release(self, *job_ids: str) -> list[Job]:
+        """End the hold of jobs; all of them or none. Conflict for one not held."""
+        return self._change("release", job_ids)
+
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
         """Change fields (use u in FIELDS) of waiting or dead jobs; all of them or none.
         Raises NotFound, Invalid (with the `key` at fault), and Conflict for other jobs,
@@ -4956,7 +4994,9 @@ class Queue:
         """A function that changes jobs, within a transaction; Invalid for a field."""
         changes: dict[str, Callable[[list[Job], Skip], list[Job]]] = {
             "retry": self._retry, "cancel": self._cancel, "delete": self._delete,
-            "edit": lambda jobs, _: jobs}
+            "edit": lambda jobs, _: jobs,
+            **{verb: functools.partial(self._hold, held)
+               for verb, held in (("hold", True), ("release", False))}}
         change = changes[verb]
         if not fields:
             return change
@@ -5046,6 +5086,17 @@ class Queue:
         changed = {job.seq: job for job in (
             *moved, *(job._replace(end_requested=CANCEL) for job in running))}
         return [changed[job.seq] for job in jobs]
+
+    def _hold(self, held: bool, jobs: Sequence[Job], skip: Skip) -> list[Job]:
+        changed, now = list[Job](), self.clock()
+        for job in jobs:
+            if job.waits and job.held != held:
+                changed.append(self.store.edit(job, job._replace(held=held), now))
+            elif skip is _refuse:       # a sweep passes over it
+                state = job.state if not job.waits else "held" if held else "not held"
+                raise Conflict("wrong-state", f"{job.id} is {state}",
+                               f"`queuectl show {job.id}` says more")
+        return changed
 
     def _delete(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
         now = self.clock()
@@ -5591,8 +5642,8 @@ class Claims:
             return False
         now, room = iso(self._clock()), self._room(1)
         return not any(
-            (queue, FAILED) in counts or self._store.rows(
-                Sql.COUNT_DUE, queue=queue, now=now, most=1)[0][0]
+            ((queue, FAILED) in counts and self._store.row(Sql.RETRY, queue=queue))
+            or self._store.rows(Sql.COUNT_DUE, queue=queue, now=now, most=1)[0][0]
             for queue in {queue for queue, _ in counts} if room(queue))
 
 
@@ -6130,7 +6181,9 @@ def cut(text: str, width: int) -> str:
 
 
 def state_cell(job: Job) -> str:
-    """`failed (1)`, `pending (after)`."""
+    """`failed (1)`, `pending (after)`, `pending (held)`."""
+    if job.held and job.waits:
+        return f"{job.state} (held)"
     if job.state in (FAILED, DEAD) and job.exit_code is not None:
         return f"{job.state} ({job.exit_code})"
     if job.state == PENDING and job.waits == BLOCKED:
@@ -12409,11 +12462,11 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, new, args, screen)
-    stuck = queue.stuck_among(jobs) if any(job.waits == BLOCKED for job in jobs) else ()
+    stuck = queue.stuck_among([job for job in jobs if job.waits == BLOCKED])
     if stuck:
-        more = f" and {len(stuck) - 1} more wait" if len(stuck) > 1 else " waits"
-        screen.note(f"warning: {stuck[0].id}{more} for {queue.why_stuck(stuck[0])}, "
-                    "and cannot run until that is retried")
+        more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
+        screen.note(f"warning: {stuck[0].id}{more} cannot run: it "
+                    f"{queue.why_stuck(stuck[0])}; retry or release that job")
     if jobs and args.wait:
         status, jobs = _await(queue, screen, [job.id for job in jobs])
         if args.json:
@@ -12719,7 +12772,8 @@ def _is_wide(args: argparse.Namespace) -> bool:
 VERBS = {"retry": ("pending again", (FAILED, DEAD, CANCELLED)),
          "cancel": ("cancelled", STATES_FOR["cancel"]), "delete": ("deleted", OVER),
          "edit": ("edited", STATES_FOR["edit"]),
-         "wait": ("waited for", STATES_FOR["wait"])}
+         "wait": ("waited for", STATES_FOR["wait"]), "hold": ("held", WAITING),
+         "release": ("released", WAITING)}
 
 
 def _fitting(verb: str,
@@ -13291,6 +13345,12 @@ COMMANDS = (    # in the order of the help
     _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate"),
+    _entry("hold", cmd_change, "let waiting jobs wait until `release`", CHANGES,
+           *_WHICH, eg="hold job-1\nhold --tag nightly", also="suspend, stash",
+           verb="hold", change=Queue.hold),
+    _entry("release", cmd_change, "end the hold of jobs", CHANGES, *_WHICH,
+           eg="release job-1\nrelease --all", also="unhold, unstash", verb="release",
+           change=Queue.release),
     _entry("edit", cmd_change, "change waiting or dead jobs", CHANGES, _IDS,
            *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *(
                one if one.dest != "queue" else

@@ -1130,7 +1130,7 @@ class Fields(Case):
     def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
         columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
         private = {"seq", "waits", "rank", "claim", "end_requested", "unmet", "at_time"}
-        private |= {"slots", "held"}     # not in use yet
+        private |= {"slots"}     # not in use yet
 
         self.assertEqual(columns, [*Job._fields])
         self.assertEqual({*Job._fields} - private,
@@ -2126,7 +2126,7 @@ class Promises(Case):
                  "backoff_base": 3.0, "after": ("first",), "unique": "u", "tags": ("a", "b"),
                  "env": {"A": "ü"}, "cwd": "/", "run_at": "2027-03-01T00:00:00.000Z", "once": "o",
                  "backoff_max": 60.0, "no_retry_on": "2,64-78", "after_any": ("first",),
-                 "expires_at": "2027-03-02T00:00:00.000Z"}
+                 "expires_at": "2027-03-02T00:00:00.000Z", "held": True}
         self.job("make all", **given)
         job = self.queue.job("x")
         self.assertEqual(job, job._replace(**given))
@@ -2211,6 +2211,31 @@ class Promises(Case):
                 self.assertEqual(self.queue.job("any").waits, "ready")
         with refused("invalid-job", "no job 'none'", key="after_any"):
             self.job(after_any=["none"])
+
+    def test_a_held_job_waits_until_it_is_released(self):
+        self.jobs([{"id": "held", "held": True}, {"id": "b", "after": ["held"]}, {"id": "c"},
+                   {"id": "failed", "priority": 1}])
+        self.run_next(1)
+        self.queue.hold("failed", "c")
+        self.after(60)
+        self.assertEqual(self.tick(4).claims, [])
+        self.assertTrue(self.claims.is_drained())
+        self.assertEqual(self.queue.waiting_for(self.queue.job("c"))[0], "held")
+        self.assertEqual(self.queue.left_waiting(), [
+            "left waiting: 4 of queue default cannot run: held is held"])
+        for ask in (self.queue.wait_all, functools.partial(self.queue.wait, "b")):
+            with refused("blocked", "held"):
+                ask(timeout=0)
+        self.assertEqual(self.queue.stuck(9), (0, []))
+        for ask, name, words in (("hold", "held", "is held"), ("release", "b", "not held")):
+            with refused("wrong-state", words):
+                getattr(self.queue, ask)(name)
+        self.assertEqual(ids(self.queue.retry("c")), ["c"])
+        self.queue.hold("b")
+        self.assertEqual(sorted(swept(self.queue, "release")), ["b", "failed", "held"])
+        self.assertEqual([self.queue.job(name).waits for name in ("held", "b", "c", "failed")],
+                         ["ready", "blocked", "ready", "ready"])
+        self.assert_sound()
 
     def test_a_job_that_has_not_started_in_time_is_cancelled(self):
         self.jobs([{"id": "late", "expires": 60}, {"id": "blocked", "after": ["late"],
@@ -5563,7 +5588,8 @@ class CommandLine(Case):
         self.assertEqual(" ".join(out), (
             "id command state attempts max_retries created_at updated_at queue priority run_at "
             "timeout backoff_base after unique tags env cwd crashes worker started_at "
-            "finished_at exit_code error after_any once backoff_max no_retry_on expires_at"))
+            "finished_at exit_code error after_any once backoff_max no_retry_on expires_at "
+            "held"))
         self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_an_error_is_one_line_and_tells_a_wrong_line_from_another_failure(self):
