@@ -2486,6 +2486,11 @@ class Sql:
           JOIN workers ON workers.id = runs.worker_id
          WHERE jobs.claim IS NOT NULL
          ORDER BY jobs.claim"""
+    LAST_STARTED = """
+        SELECT jobs.* FROM runs
+          JOIN jobs ON jobs.seq = runs.job
+         WHERE runs.slot > 0
+         ORDER BY runs.claim DESC LIMIT 1"""
     UNDER_WAY = f"""
         SELECT {RUN_WITHOUT_OUTPUT} FROM jobs
           JOIN runs ON runs.claim = jobs.claim
@@ -4448,6 +4453,13 @@ class Queue:
             raise NotFound("no-such-run", f"{job_id} {what}",
                            f"`queuectl show {job_id}` says more")
         return Run(*row)
+
+    def last_started(self) -> Job:
+        """The job of the newest run, else NotFound."""
+        for job in self.store.jobs(Sql.LAST_STARTED):
+            return job
+        raise NotFound("no-such-run", "no job has run yet",
+                       "`queuectl list` shows why each one waits")
 
     def fresh_run(self, job_id: str, number: int | None = None,
                   patience: float = PEEK_PATIENCE) -> Run:
@@ -12356,6 +12368,23 @@ def _view(args: argparse.Namespace, screen: Screen, found: object,
     screen.out(*([dumps(found)] if args.json else lines))
 
 
+def _whys(queue: Queue, jobs: Iterable[Job]) -> dict[str, str]:
+    """Why jobs wait, by id, unless that passes by itself."""
+    found = {job_id: [one for one in findings if one.level != NOTE]
+             for job_id, findings in queue.hindrances(jobs).items()}
+    return {job_id: "; ".join([", ".join(one.message for one in findings),
+                               *(one.hint for one in findings if one.hint)])
+            for job_id, findings in found.items() if findings}
+
+
+def _say_why(queue: Queue, screen: Screen, jobs: Iterable[Job],
+             said: set[str]) -> None:
+    for job_id, why in _whys(queue, jobs).items():
+        if why not in said:
+            screen.note(f"{job_id} waits: {why}")
+        said.add(why)
+
+
 def _bar(screen: Screen, queue: Queue | None = None,
          waiting: Callable[[], Iterable[Job]] = list) -> Callable[[Progress], None]:
     """A function that draws the progress. With a queue it also says once why the jobs
@@ -12364,14 +12393,8 @@ def _bar(screen: Screen, queue: Queue | None = None,
     pace, said = Pace(), set[str]()
 
     def show(progress: Progress) -> None:
-        stuck = queue.hindrances(waiting()) \
-            if queue and progress.waiting and not progress.running else {}
-        for job_id, found in stuck.items():
-            why = "; ".join([", ".join(one.message for one in found),
-                             *(one.hint for one in found if one.hint)])
-            if why and why not in said and all(one.level != NOTE for one in found):
-                said.add(why)
-                screen.note(f"{job_id} waits: {why}")
+        if queue and progress.waiting and not progress.running:
+            _say_why(queue, screen, waiting(), said)
         rate = pace.rate(progress, time.monotonic())
         screen.show(progress_line(progress, rate, screen.room()))
     return show
@@ -12655,9 +12678,10 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def _last_lines(output: bytes, n: int | None) -> bytes:
-    """The last lines of it; None: all."""
+    """The last lines of it; None: all. A CR ends none: a progress bar is one line."""
+    lines = output.split(b"\n")
     return output if n is None else \
-        b"".join(output.splitlines(keepends=True)[-n:]) * bool(n)
+        b"\n".join(lines[-n - output.endswith(b"\n"):]) * bool(n)
 
 
 class Follower:
@@ -12720,10 +12744,15 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                       "follow it from outside of the job")
     left = [Follower(queue, job_id, args.attempt, args.tail, len(ids) > 1)
             for job_id in ids]
+    said, say_at = set[str](), 0.0
     while left:
         screen.check_reader()
-        if any(queue.job(one.job_id).state == PROCESSING for one in left):
+        jobs = queue.named([one.job_id for one in left])
+        if any(job.state == PROCESSING for job in jobs):
             queue.peek()
+        if time.monotonic() >= say_at:
+            _say_why(queue, screen, jobs, said)
+            say_at = time.monotonic() + FALLBACK_POLL
         for one in left:
             fresh, note = one.step()
             if fresh:
@@ -12736,13 +12765,21 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
+    if not args.ids:
+        job = queue.last_started()
+        args.ids = [job.id]
+        screen.note(f"-- {job.id}: {one_line(job.command)}")
     if args.follow:
         _follow(args, queue, screen)
         return
     # Read all first: if one is missing nothing is printed.
+    jobs = [queue.job(job_id) for job_id in args.ids]
+    for job_id, why in _whys(queue, [job for job in jobs if not job.runs]).items():
+        raise NotFound("no-such-run", f"{job_id} has not run yet", why)
     if any(queue.run(job_id, args.attempt).outcome is None for job_id in args.ids):
         queue.peek()
     runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
+    _say_why(queue, screen, jobs, set())
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
         output = _last_lines(readable(run.output, run.output_bytes), args.tail)
         screen.raw(_labelled(job_id, output, place, screen)
@@ -13196,7 +13233,6 @@ def _flags_of(fields: Mapping[str, Field], use: str = "") -> tuple[Option, ...]:
 
 _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
-_SOME_IDS = option("ID...", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
 _YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
@@ -13293,7 +13329,8 @@ COMMANDS = (    # in the order of the help
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
            "enqueue -- convert 'my photo.png' out.jpg\n"
            "enqueue - --once '{}' -0 -- gzip -k {}",
-        also="add, submit, push, put, new, create, run, exec", read=given_jobs),
+        also="add, submit, push, put, new, create, run, exec, batch, sbatch, import",
+        read=given_jobs),
     _entry(
         "worker start", cmd_worker_start, "run jobs", CREATES,
         *_WORKER_FLAGS, *_grouped(
@@ -13306,7 +13343,7 @@ COMMANDS = (    # in the order of the help
         option("--log FILE", "append the log to this file (default: stderr; with "
                "--detach the database's path and .log)"),
         eg="worker start --count 4\nworker start --detach --queue gpu --drain",
-        also="start, run, work, daemon, up, worker run"),
+        also="start, run, work, daemon, up, drain, worker run"),
     _entry("worker stop", cmd_worker_stop, "stop workers after their jobs", CHANGES,
            option("[NAME...]", "the workers (default: all)", dest="names"),
            option("--now", "end running jobs and requeue them"), _WAIT_LIMIT,
@@ -13324,15 +13361,17 @@ COMMANDS = (    # in the order of the help
                choices=tuple(ORDERS), default="newest"),
         option("--show-output -o", "with the output of each", "output"), _JSON,
         eg="list --state pending,failed -n 9\nlist --state dead --tag nightly --json",
-        also="ls, ps, jobs"),
+        also="ls, ps, jobs, squeue, atq"),
     _entry("show", cmd_show, "show one job in full, and why it does not run", READS,
            option("ID", "the job"), _JSON, eg="show job-1\nshow job-1 --json",
            also="get, info, inspect, describe, job"),
-    _entry("logs", cmd_logs, "print the output of jobs", READS, _SOME_IDS, _FOLLOW,
+    _entry("logs", cmd_logs, "print the output of jobs", READS,
+           option("[ID...]", "the jobs (default: that of the newest run)", dest="ids"),
+           _FOLLOW,
            option("--attempt N", "of the N-th run (default: the last)"),
            option("--tail N", "only the last N lines"),
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
-           also="log, output, tail, cat"),
+           also="log, output, tail, cat, follow"),
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
         NOT_IDS, option("--all", "all jobs, also those added meanwhile"), _STATE_FLAG,
         *_FILTERS), _WAIT_LIMIT,
@@ -13344,7 +13383,7 @@ COMMANDS = (    # in the order of the help
            also="rerun, requeue, restart, redo", verb="retry", change=Queue.retry),
     _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
-           also="kill, abort, terminate"),
+           also="kill, abort, terminate, scancel"),
     _entry("hold", cmd_change, "let waiting jobs wait until `release`", CHANGES,
            *_WHICH, eg="hold job-1\nhold --tag nightly", also="suspend, stash",
            verb="hold", change=Queue.hold),
@@ -13359,13 +13398,13 @@ COMMANDS = (    # in the order of the help
            eg="edit job-1 --priority 9\nedit --in-queue gpu --queue night",
            also="update, modify, change, set", verb="edit", change=Queue.edit),
     _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
-           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove",
+           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove, atrm",
            verb="delete", change=Queue.delete),
     _entry("purge", cmd_purge, "delete finished jobs, or those in some states", CHANGES,
            *_FITTING, _OLDER, option("--dry-run", "only say what would be deleted",
                                      "other"), _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
-           also="clean, clear, prune, gc", ids=[], all=True),
+           also="clean, clear, prune, gc, flush", ids=[], all=True),
     _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _COLUMNS, _JSON,
            eg="dlq\ndlq list --fields id,exit_code,error",
            also="dead, failed, dlq ls, dlq show",
@@ -13450,9 +13489,9 @@ COMMANDS = (    # in the order of the help
         also="serve, server, dashboard, ui"),
     _entry("backup", cmd_backup, "make a consistent copy while workers run", READS,
            option("FILE", "where to write it; replaces an older backup"),
-           eg="backup /mnt/usb/queue.db", also="dump, copy, save"),
+           eg="backup /mnt/usb/queue.db", also="dump, copy, save, export"),
     _entry("check", cmd_check, "look for problems in the queue and its disk", READS,
-           _JSON, eg="check --json", also="doctor, verify, fsck"),
+           _JSON, eg="check --json", also="doctor, verify, fsck, health"),
     _entry("completion", cmd_completion, "print a completion script for a shell",
            NEITHER, option("SHELL", ", ".join(SHELLS), choices=tuple(SHELLS)),
            eg="completion bash", also="completions"),

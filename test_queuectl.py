@@ -5720,7 +5720,8 @@ class CommandLine(Case):
                 ("edit job-1 --max-retry 1", "--max-retries"), ("queue lst", "queue list"),
                 ("schedul list", "schedule"), ("help lst", "list"), ("ls", "list"),
                 ("ps -a", "list"), ("rm x", "delete"), ("kill", "cancel"), ("add", "enqueue"),
-                ("run x", "enqueue` or `worker start"), ("start", "worker start"),
+                ("run x", "enqueue` or `worker start"), ("start -c 4", "worker start"),
+                ("log -f job-1", "logs"), ("--db x stop --now", "worker stop"),
                 ("schedule rm x", "schedule remove")):
             self.says([(line, f"did you mean `{hint}`?")], 2)
         self.assertFalse(self.exists("queue.db"))
@@ -5971,11 +5972,25 @@ class CommandLine(Case):
     def test_without_the_output_of_each_job_none_is_printed(self):
         self.job(id="a")
         self.queue.cancel("a")
-        self.says([("logs -f a", "a has not run yet")], 1)
-        self.job()
+        self.job(id="waits")
+        self.says([("logs waits", "waits has not run yet; no worker is running; `queuectl"),
+                   ("logs a", "a has not run yet; `queuectl show a`"),
+                   ("logs waits nope", "no job 'nope'; `queuectl list`"),
+                   ("logs -f a", "a has not run yet"), ("logs", "no job has run yet"),
+                   ("logs -f", "no job has run yet")], 1)
         self.tick(outputs={self.claim().number: output_of(b"text")})
-        self.assertEqual(self.cli("logs job-2")[1], "text")
-        self.fails(1, "logs job-2 nope", "logs job-2 a")
+        self.assertEqual(self.cli("logs waits"), (0, "text", ""))
+        self.job()
+        self.tick([0])      # claimed, but not started
+        self.assertEqual(self.cli("logs"), (0, "text", "-- waits: true\n"))
+        self.fails(1, "logs waits nope", "logs waits a")
+
+    def test_lines_end_at_newlines_only(self):
+        bar = b"1%\r2%\r3%\nend"
+        each(self, queuectl._last_lines, (
+            (bar, None, bar), (bar, 0, b""), (bar, 1, b"end"), (bar, 2, bar), (bar, 9, bar),
+            (bar + b"\n", 0, b""), (bar + b"\n", 1, b"end\n"), (bar + b"\n", 2, bar + b"\n"),
+            (b"", 1, b""), (b"\n", 1, b"\n"), (b"a\n\n", 1, b"\n")))
 
     # Streams.
 
@@ -6641,6 +6656,16 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         job = self.job("job-2")
         self.assertEqual((job.state, job.attempts, job.crashes), (PENDING, 0, 0))
 
+    def test_who_follows_a_job_that_no_worker_takes_is_told_so_once(self):
+        self.enqueue("echo hi", "--delay", "1s")
+        self.listed_worker("--queue", "other")
+        follower = self.running("logs", "-f", "job-1")
+        said = b"job-1 waits: no worker takes queue `default`\n"
+        self.assertEqual(follower.stderr.readline(), said)
+        self.worker()
+        out, err = follower.communicate(timeout=DEADLINE)
+        self.assertEqual((follower.returncode, out, err), (0, b"hi\n", b""))
+
     # Streams, directories, locales.
 
     def test_closed_streams_and_directories_give_no_traceback(self):
@@ -6688,8 +6713,12 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
 
     def test_a_reader_that_leaves_ends_the_command_quietly(self):
         self.fill(5000)
-        self.assertEqual(self.done(["/bin/sh", "-c", '"$@" | head -n 1', "sh",
-                                    *self.command("list", "--json")]), (0, "[\n", ""))
+        for line, wanted in (("list --json", r"\[\n"), ("events -f --json", '{"id": "job-1", .*\n')):
+            with self.subTest(line):
+                code, out, err = self.done(["/bin/sh", "-c", '"$@" | head -n 1', "sh",
+                                            *self.command(*line.split())])
+                self.assertEqual((code, err), (0, ""))
+                self.assertRegex(out, f"^{wanted}$")
 
     # Waiting, hooks, schedules, retention: by a real worker.
 
@@ -6750,8 +6779,8 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         self.enqueue(f"printf 'one\\ntw'; {UNTIL_GO}; printf 'o\\nend'; touch gone", "--id", "a")
         self.enqueue("while [ ! -e gone ]; do sleep .05; done; echo b; [ -e again ] && "
                      "exit 0; touch again; exit 1", "--id", "b", "--backoff-base", "10ms")
+        self.listed_worker("-c", "2")
         one, both = self.running("logs", "-f", "a"), self.running("logs", "-f", "b", "a")
-        self.worker("-c", "2")
         self.assertEqual((one.stdout.readline(), both.stdout.readline()), (b"one\n", b"a | one\n"))
         self.touch("go")
         self.assertEqual((one.stdout.read(), one.wait(DEADLINE)), (b"two\nend", 0))
