@@ -1265,7 +1265,7 @@ class Statements(Case):
             self.jobs([{"run_at": NOON + 150}, {"queue": "q", "priority": 9}, {"queue": "q"}])
             self.jobs(1001, run_at=NOON + 150, cwd="/")
             self.after(seconds)
-            self.assertEqual({**{"default": 0.0}, **oldest}, self.queue.scrape().oldest)
+            self.assertEqual(self.queue.scrape().oldest, {"default": 0.0, **oldest})
 
     def test_times_of_several_ticks_add_up(self):
         self.job(id="fails", max_retries=9, backoff_base=0.0)
