@@ -11164,11 +11164,11 @@ BATCHES = "2025-03-26"      # the only version that has them
 RESERVED = "io.modelcontextprotocol/"       # begins the protocol's keys of `_meta`
 TASKS = f"{RESERVED}tasks"  # an extension: an enqueued job is a task
 MAX_MESSAGE = 4 << 20       # bytes
-USUAL_PART, MAX_PART = 2048, 16384      # bytes of output in a result
-LISTED, MAX_LISTED = 20, 200            # jobs in a list
+USUAL_PART, MAX_PART = 2048, 8192       # bytes of output in a result
+LISTED = 20                 # jobs in a list; at most MAX_PAGE
 USUAL_WAIT = 50.0           # seconds; many clients give up after 60
 END_WAIT = 10.0             # seconds for cancelled jobs to end
-AGENT_TICK = 0.1            # seconds between two looks at jobs that are waited for
+AGENT_TICK = 0.05           # seconds between two looks at jobs that are waited for
 GUIDE = ("Runs shell commands in the background; they outlive this session. `enqueue` "
          "returns an id at once; `wait` for several ids rather than poll `status`.")
 NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, NO_CAPABILITY, BAD_VERSION = (
@@ -11313,7 +11313,7 @@ class Agent:
             self._start()
             why = self.queue().hindrances(jobs)
         for job in jobs:
-            is_told = job.error == f"exit status {job.exit_code}"
+            is_told = (job.error or "").startswith("exit status")
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
                     "waiting_for": [f"{one.message}; {one.hint}".rstrip("; ")
                                     for one in why.get(job.id, ())],
@@ -11358,8 +11358,9 @@ class Agent:
             method, params = message.get("method"), message.get("params", {})
             if "id" not in message or {*message} & {"result", "error"}:
                 if method == "notifications/cancelled" and isinstance(params, dict):
-                    request = compact(params.get("requestId"))
-                    self.waits.pop(request, (None, str))[1](None)
+                    wait = self.waits.pop(compact(params.get("requestId")), None)
+                    if wait:
+                        wait[1](None)
             elif type(message["id"]) not in (str, int) or not isinstance(method, str):
                 raise ProtocolError(NOT_A_REQUEST, "a request has a method and an id: "
                                     "text or a whole number")
@@ -11498,11 +11499,13 @@ def status_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any] | Waiting
         return following(0)(agent, given)
     found = status_object(agent.queue().status())
     found["jobs"] = {state: n for state, n in found["jobs"].items() if n}
+    found["workers"] = [{key: one[key] for key in ("name", "slots", "running")}
+                        for one in found["workers"]]
     return {key: value for key, value in found.items() if value or key == "workers"}
 
 
 def list_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
-    limit = min(given.pop("limit", LISTED), MAX_LISTED)
+    limit = min(given.pop("limit", LISTED), MAX_PAGE)
     jobs = agent.queue().jobs(given.pop("state", ()), limit=limit + 1, **given)
     return {"jobs": [{"id": job.id, "state": job.state,
                       "command": cut(one_line(job.command), 80)}
@@ -11535,7 +11538,7 @@ TOOLS = (
          following(0, Queue.retry), (_JOBS,), ("ids",)),
     Tool("list", "The newest jobs: id, state, command.", False, list_tool, (
         *FILTERS.values(),
-        Field("limit", _whole(1, {}), help=f"default {LISTED}, at most {MAX_LISTED}"))))
+        Field("limit", _whole(1, {}), help=f"default {LISTED}, at most {MAX_PAGE}"))))
 
 
 def serve_agent(agent: Agent, fd: int) -> None:
