@@ -13165,14 +13165,21 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> None:
 
 def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
     """Serve an agent until stdin ends, or a signal."""
+    if args.worker and args.read_only:
+        raise Usage("--worker and --read-only do not go together", "give one")
     out = Screen()      # unlike `screen` it stops when nobody reads
 
     def write(line: str) -> None:
         out.out(line)
         out.flush()
 
+    def start() -> None:
+        try:
+            start_worker(args.path, "--drain", "--count", str(args.worker))
+        except Unavailable as error:    # the result of the call says that none runs
+            print_error(error, False)
     tools = [tool for tool in TOOLS if not (tool.changes and args.read_only)]
-    agent = Agent(args.path, tools, write)
+    agent = Agent(args.path, tools, write, start if args.worker else None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve_agent(agent, piped_stdin().fileno())
@@ -13508,7 +13515,10 @@ COMMANDS = (    # in the order of the help
            eg="install --to ~/.local", also="setup"),
     _entry("mcp", cmd_mcp, "serve AI agents on stdin and stdout", NEITHER,
            option("--read-only", "leave out the tools that change anything"),
-           eg="mcp\n--db /srv/jobs.db mcp --read-only", also="agent"),
+           option("--worker N", "for a job that no worker takes, start a detached one "
+                  "with N slots, which exits when no work is left",
+                  type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
+           eg="mcp --worker 4\n--db /srv/jobs.db mcp --read-only", also="agent"),
 )
 # What stands above a command in `queuectl help`.
 HEADINGS = {"enqueue": "first steps", "list": "jobs", "pause": "queues and schedules",

@@ -7607,6 +7607,21 @@ class AgentProcesses(Processes):
         self.send(server, "tasks/get", {**TASKS_META, "taskId": "a"})
         self.assertEqual(json.loads(server.stdout.readline())["error"]["code"], -32601)
 
+    def test_a_worker_is_started_for_the_jobs_and_outlives_the_session(self):
+        server = self.client("--worker", "2", start_new_session=True)
+        os.mkfifo(self.path_of("go"))
+        for command in ("read go < go; echo gone", "echo two"):
+            self.assertNotIn("waiting_for", self.ask(server, "enqueue", command=command))
+        self.ask(server, "wait", ids=["job-2"])
+        [worker] = self.queue.workers()
+        self.assertEqual(worker.slots, 2)
+        os.killpg(server.pid, signal.SIGKILL)
+        write_bytes(self.path_of("go"), b"\n")
+        self.wait_state("job-1", COMPLETED)
+        wait_for(lambda: not is_running(worker.pid), "the worker's end")
+        code, _, err = self.call("mcp", "--worker", "1", "--read-only")
+        self.assertEqual((code, "--read-only" in err), (2, True))
+
     @unittest.skipUnless(importlib.util.find_spec("mcp"), "the package mcp is not installed")
     def test_the_client_library_works_with_both_kinds_of_versions(self):
         for mode in ("legacy", "auto"):
