@@ -4627,8 +4627,7 @@ class Web(Case):
             headers = {"authorization": authorization, "cookie": cookie}
             with self.subTest(headers):
                 for method, target, status in (
-                        ("GET", "/", 200), ("GET", "/api/jobs", 200),
-                        ("GET", "/api/jobs/dead", 200), ("GET", "/api/nothing", 404),
+                        ("GET", "/", 200), ("GET", "/api/jobs", 200), ("GET", "/api/nothing", 404),
                         ("POST", "/api/jobs/dead/retry", 200 if role == "full" else 403)):
                     self.assertEqual(self.status(method, target, **headers),
                                      status if role else 401)
@@ -4636,10 +4635,11 @@ class Web(Case):
                     self.assertEqual(self.status("GET", target, **headers), 200)
                 if role:
                     self.assertEqual(self.told("GET", "/api/session", **headers)["role"], role)
-        self.assertEqual(self.status("POST", "/api/pause", {},
-                                     SITE._replace(is_read_only=True)), 403)
-        self.assertEqual(self.status("POST", "/api/pause", {}, queuectl.Site(
-            "", hosts=SITE.hosts), authorization=None), 200)
+        for site, authorization, status in (
+                (SITE._replace(is_read_only=True), f"Bearer {TOKEN}", 403),
+                (queuectl.Site("", hosts=SITE.hosts), None, 200)):
+            self.assertEqual(self.status("POST", "/api/pause", {}, site,
+                                         authorization=authorization), status)
         self.assertIn(("WWW-Authenticate", 'Bearer realm="queuectl"'),
                       self.ask("GET", "/", authorization=None).headers)
 
@@ -4762,8 +4762,8 @@ class Web(Case):
         self.assertIn("40 digits", self.told("POST", "/api/jobs", long, 400)["error"])
 
     def test_jobs_come_in_pages(self):
-        for n in range(5):
-            self.job(f"echo {n}", id=f"n{n}", queue="ab"[n % 2], tags=[f"t{n}"])
+        self.jobs([{"id": f"n{n}", "command": f"echo {n}", "queue": "ab"[n % 2], "tags": [f"t{n}"]}
+                   for n in range(5)])
         self.queue.cancel("n0", "n1")
         seen, cursor = [], ""
         while cursor is not None:
@@ -4774,7 +4774,6 @@ class Web(Case):
                 ("state=cancelled", "n1 n0"), ("queue=b", "n3 n1"), ("tag=t2", "n2"),
                 ("state=cancelled&state=pending&limit=4", "n4 n3 n2 n1"),
                 ("search=echo%204", "n4"), ("search=N3", "n3"),
-                ("state=cancelled,pending&since=2020-01-01", "n4 n3 n2 n1 n0"), ("exit_code=0-9", ""),
                 ("queue=a&state=pending", "n4 n2"), ("search=%25", "")):
             found = self.told("GET", f"/api/jobs?{query}")["jobs"]
             self.assertEqual([job["id"] for job in found], names.split(), query)
@@ -4879,24 +4878,22 @@ class Web(Case):
         self.assertNotIn("innerHTML", page)
 
     def test_who_listens_on_what(self):
-        args = argparse.Namespace(host="127.0.0.1", port=8080, read_only=False,
-                                  no_auth=False, tls_cert=None)
-        site = queuectl.site_of(args, "127.0.0.1", {}, ["lab.example"])
-        self.assertRegex(site.token, "^[0-9a-f]{48}$")
-        self.assertNotIn("lab", site.hosts)
-        args.host = "0.0.0.0"
-        wide = queuectl.site_of(args, "0.0.0.0", {"QUEUECTL_TOKEN": "t"}, ["lab.example"])
+        def site(host, no_auth=False, names=("lab.example",), **environ):
+            return queuectl.site_of(argparse.Namespace(
+                host=host, port=8080, read_only=False, no_auth=no_auth, tls_cert=None), host,
+                environ, list(names))
+        own, wide = site("127.0.0.1"), site("0.0.0.0", QUEUECTL_TOKEN="t")
+        self.assertRegex(own.token, "^[0-9a-f]{48}$")
+        self.assertNotIn("lab", own.hosts)
         self.assertEqual((wide.token, wide.is_wide), ("t", True))
         self.assertLessEqual({"lab", "lab.example", "localhost"}, wide.hosts)
-        for no_auth, address, environ in (
-                (True, "0.0.0.0", {}), (True, "10.0.0.1", {}),
-                (False, "::1", {"QUEUECTL_TOKEN": "a b"}),
-                (False, "::1", {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
-            args.no_auth = no_auth
+        self.assertEqual(site("::1", True).token, "")
+        for host, no_auth, environ in (
+                ("0.0.0.0", True, {}), ("10.0.0.1", True, {}),
+                ("::1", False, {"QUEUECTL_TOKEN": "a b"}),
+                ("::1", False, {"QUEUECTL_TOKEN": "a", "QUEUECTL_READ_TOKEN": "a"})):
             with self.assertRaises(queuectl.QueueError):
-                queuectl.site_of(args, address, environ, [])
-        args.no_auth = True
-        self.assertEqual(queuectl.site_of(args, "::1", {}, []).token, "")
+                site(host, no_auth, **environ)
 
     def sockets(self):
         pair = socket.socketpair()
@@ -5047,19 +5044,17 @@ class Metrics(Case):
         self.a_busy_hour(self.queue, self.worker(), 12)
         self.job(delay=100)
         self.queue.pause("gpu")
-        self.clock.now += 3
+        self.after(3)
         samples, status = parse_metrics(self.scrape(self.queue))[1], self.queue.status()
         for state in STATES:
             self.assertEqual(sum(n for (name, labels), n in samples.items()
                                  if name == "queuectl_jobs" and ("state", state) in labels),
                              status.counts[state])
-        busy = sum(len(view.running) for view in status.workers)
-        self.assertEqual(samples["queuectl_worker_slots", (("state", "busy"),)], busy)
-        self.assertEqual(samples["queuectl_workers", ()], len(status.workers))
-        self.assertEqual(samples["queuectl_queue_paused", (("queue", "gpu"),)], 1)
-        self.assertEqual(samples["queuectl_queue_paused", (("queue", "default"),)], 0)
-        self.assertGreaterEqual(samples["queuectl_oldest_pending_seconds",
-                                        (("queue", "default"),)], 3)
+        for name, labels, value in (
+                ("worker_slots", {"state": "busy"}, sum(len(one.running) for one in status.workers)),
+                ("workers", {}, len(status.workers)), ("queue_paused", {"queue": "gpu"}, 1),
+                ("queue_paused", {"queue": "default"}, 0)):
+            self.assertEqual(samples[f"queuectl_{name}", tuple(labels.items())], value)
 
     def test_the_oldest_is_of_any_priority_and_also_what_no_worker_has_let_in(self):
         for name, priority in (("a", 0), ("b", 5), ("a", -3), ("a", 7)):
@@ -8231,11 +8226,10 @@ class Names(Processes):
 
     def test_any_name_is_one_argument_whatever_bytes_it_has(self):
         items = b"\0".join(self.HOSTILE) + b"\0"
-        self.add(items, "-0", "-", "--", "printf", "%s|", "<{}>")
-        self.add(items, "--null", "-", "--", "printf", "%s|", "last")
+        for flag, words in (("-0", ("%s|", "<{}>")), ("--null", ("%s|", "last"))):
+            self.add(items, flag, "-", "--", "printf", *words)
         self.assertEqual(self.outputs(), [
-            *(b"<" + name + b">|" for name in self.HOSTILE),
-            *(b"last|" + name + b"|" for name in self.HOSTILE)])
+            form % name for form in (b"<%s>|", b"last|%s|") for name in self.HOSTILE])
         self.assertFalse(self.exists("PWNED"))
 
     def test_files_of_any_name_are_worked_on(self):
@@ -8263,24 +8257,18 @@ class Names(Processes):
         self.add(b"A=b\nif\n", "-", "--", "{}", "x")
         self.assertEqual(self.commands()[1:], ["'A=b' x", "'if' x"])
 
-    def test_an_array_job_knows_its_number(self):
-        self.add(b"a\n\nb\n", "-", "--env", "N={#}:{}", "--", "sh", "-c",
-                 'printf "%s|" "$QUEUECTL_ITEM" "$N" "$1"', "sh")
-        self.drain()
-        self.assertEqual([self.runs(job)[0].output for job in ("job-1", "job-2")],
-                         [b"1|1:a|a|", b"2|2:b|b|"])
-
     def test_flags_hold_for_each_job_and_may_hold_marks(self):
-        self.add(b"a b\nc\n", "-", "--id", "n-{#}", "--unique", "u {}", "--once", "{}",
-                 "--tag", "t{#}", "--tag", "all", "--env", "X={}=", "--queue", "q",
-                 "--max-retries", "7", "--", "true")
+        self.add(b"a b\n\nc\n", "-", "--id", "n-{#}", "--unique", "u {}", "--once", "{}",
+                 "--tag", "t{#}", "--tag", "all", "--env", "X={#}:{}=", "--queue", "q",
+                 "--max-retries", "7", "--", "sh", "-c", 'printf "%s|" "$QUEUECTL_ITEM" "$1"', "sh")
         self.assertEqual([(job.id, job.unique, job.once, job.tags, job.env["X"], job.queue,
                            job.max_retries) for job in self.queue.jobs(sort="oldest")], [
-            ("n-1", "u a b", "a b", ("t1", "all"), "a b=", "q", 7),
-            ("n-2", "u c", "c", ("t2", "all"), "c=", "q", 7)])
+            ("n-1", "u a b", "a b", ("t1", "all"), "1:a b=", "q", 7),
+            ("n-2", "u c", "c", ("t2", "all"), "2:c=", "q", 7)])
+        self.assertEqual(self.outputs(), [b"1|a b|", b"2|c|"])
 
     def test_an_interrupted_batch_is_submitted_again(self):
-        template = ("-", "--once", "{}", "--", "true")
+        template, path = ("-", "--once", "{}", "--", "true"), b"\xc3\xbc" * 1024
         self.assertIn("2 added", self.add(b"a\nb\n", *template))
         self.drain()
         code, out, err = self.cli("enqueue", *template, stdin=b"a\nb\nc\n")
@@ -8289,15 +8277,14 @@ class Names(Processes):
         code, out, err = self.cli("enqueue", "true", "--once", "a")
         self.assertEqual((code, out), (0, "job-1\n"))
         self.assertIn("job-1 (completed) has that key: nothing was added", err)
-        path = "\u00fc" * 1024
-        self.add(path.encode(), *template)
-        self.assertIn("line 1: once: ", self.add(path.encode() + b"x", *template, status=1))
+        self.add(path, *template)
+        self.assertIn("line 1: once: ", self.add(path + b"x", *template, status=1))
 
     def test_results_are_those_of_a_batch(self):
-        self.assertEqual(self.add(b"a\nb\n", "-", "-q", "--", "true"), "job-1\njob-2\n")
-        self.assertEqual([job["command"] for job in json.loads(
-            self.add(b"a\n", "-", "--json", "--", "true"))], ["true a"])
-        self.assertEqual(self.add(b"", "-", "--", "true"), "")
+        for data, words, said in ((b"a\nb\n", ("-q",), "job-1\njob-2\n"), (b"", (), "")):
+            self.assertEqual(self.add(data, "-", *words, "--", "true"), said)
+        [job] = json.loads(self.add(b"a\n", "-", "--json", "--", "true"))
+        self.assertEqual(job["command"], "true a")
         worker = self.worker("--max-jobs", "5")
         self.add(b"a\nb\n", "-", "--wait", "--max-retries", "1", "--", "test", "a", "=", status=1)
         self.assert_ends(worker)
@@ -8317,28 +8304,23 @@ class Names(Processes):
         self.assertEqual(self.commands(), [])
 
     def test_an_item_within_the_script_of_a_shell_is_refused(self):
-        for words in (("sh", "-c", "echo {}"), ("/bin/bash", "-c", "{}"), ("sh", "-c"),
-                      ("env", "dash", "-ec", "x {}"), ("zsh", "-f", "-c", "x{}y"),
-                      ("bash", "-euo", "pipefail", "-c", "echo {}", "sh", "{}"),
-                      ("bash", "--norc", "-c", "--", "echo {}"),
-                      ("bash", "--rcfile", "f", "-lc", "echo {}"),
-                      ("ksh", "+x", "-c", "-e", "echo {}"),
-                      ("nice", "bash", "-o", "errexit", "-c")):
-            with self.subTest(words):
+        for line in ("sh -c 'echo {}'", "/bin/bash -c {}", "sh -c", "env dash -ec 'x {}'",
+                     "zsh -f -c 'x{}y'", "bash -euo pipefail -c 'echo {}' sh {}",
+                     "bash --norc -c -- 'echo {}'", "bash --rcfile f -lc 'echo {}'",
+                     "ksh +x -c -e 'echo {}'", "nice bash -o errexit -c"):
+            with self.subTest(line):
                 self.assertIn("sh -c 'echo \"$1\"' sh {}", self.add(
-                    b"x\n", "-", "--", *words, status=2))
-        for words in (("sh", "-c", 'echo "$1"', "sh", "{}"), ("sh", "-c", 'echo "$0"'),
-                      ("sh", "script", "{}"), ("bash", "-e", "{}", "-c"), ("sh",),
-                      ("bash", "-c", "echo {#}", "sh", "{}"), ("sh", "{}")):
-            with self.subTest(words):
-                self.add(b"x\n", "-", "--", *words)
+                    b"x\n", "-", "--", *shlex.split(line), status=2))
+        for line in ("sh -c 'echo \"$1\"' sh {}", "sh -c 'echo \"$0\"'", "sh script {}",
+                     "bash -e {} -c", "sh", "bash -c 'echo {#}' sh {}", "sh {}"):
+            with self.subTest(line):
+                self.add(b"x\n", "-", "--", *shlex.split(line))
 
     def test_words_that_make_no_template_are_a_usage_error(self):
-        for argv in (("-", "--"), ("-", "--command", "x", "--", "y"), ("-0", "--", "x"),
-                     ("x", "--", "y"), ("-0", "x"), ("@f", "--file", "f", "--", "x"),
-                     ("--stream", "--")):
-            with self.subTest(argv):
-                self.add(b"x\n", *argv, status=2)
+        for line in ("- --", "- --command x -- y", "-0 -- x", "x -- y", "-0 x", "@f --file f -- x",
+                     "--stream --"):
+            with self.subTest(line):
+                self.add(b"x\n", *line.split(), status=2)
 
     def test_a_negative_number_is_no_flag_beside_a_zero(self):
         self.add(b"x\0", "-0", "-", "-p", "-5", "-q")
@@ -8351,17 +8333,15 @@ class Names(Processes):
         self.assertIn("item 2: ", self.add(b"a\0\0{x}\0", "-0", "-", status=1))
 
     def test_a_template_takes_items_as_they_come(self):
-        for argv, end in (((), b"\n"), (("-0",), b"\0")):
-            with self.subTest(argv):
-                stream = self.start("enqueue", "--stream", *argv, "--tag", "t{#}", "--", "printf",
-                                    "%s|", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    stderr=subprocess.DEVNULL)
-                for item in (b"a b", b"$(touch PWNED)"):
-                    stream.stdin.write(item + end)
-                    stream.stdin.flush()
-                    self.assertTrue(self.job(stream.stdout.readline().decode().strip()).tags)
-                stream.communicate(b"caf\xe9")
-                self.assertEqual(stream.returncode, 0)
+        for flags, end in (((), b"\n"), (("-0",), b"\0")):
+            stream = self.running("enqueue", "--stream", *flags, "--tag", "t{#}", "--", "printf",
+                                  "%s|")
+            for item in (b"a b", b"$(touch PWNED)"):
+                stream.stdin.write(item + end)
+                stream.stdin.flush()
+                self.assertTrue(self.job(stream.stdout.readline().decode().strip()).tags)
+            stream.communicate(b"caf\xe9")
+            self.assertEqual(stream.returncode, 0)
         self.assertEqual(self.outputs(), 2 * [b"a b|", b"$(touch PWNED)|", b"caf\xe9|"])
 
     def test_of_a_line_of_a_stream_all_jobs_are_added_or_none(self):
@@ -8387,7 +8367,6 @@ class Names(Processes):
         self.assertEqual(code, 0, err)
         self.drain()
         self.assertEqual(self.runs("job-1")[0].output, b"drink")
-        self.assertEqual(self.cli("schedule", "run", "s")[0], 0)
         code, _, err = self.call("enqueue", "--", b"cat", b"\xff\n")
         self.assertEqual((code, "ends with a newline" in err), (1, True), err)
 
@@ -8397,10 +8376,7 @@ class Names(Processes):
                 code, _, err = self.call("enqueue", *argv)
                 self.assertEqual(code, 2)
                 self.assertRegex(err, r"argument 'caf\\udce9' is not UTF-8")
-                self.assertNotIn("iconv", err)
-        err = self.add(b"echo a\necho \xe9\n", "-", status=1)
-        self.assertIn("line 2: not UTF-8", err)
-        self.assertNotIn("iconv", err)
+        self.assertIn("line 2: not UTF-8", self.add(b"echo a\necho \xe9\n", "-", status=1))
 
     def test_a_command_that_is_too_long_to_be_started_is_refused(self):
         most = queuectl.MAX_TEXT
@@ -8426,41 +8402,41 @@ class Names(Processes):
         self.assertEqual([int(self.runs(job)[0].output) for job in ("fits", "env")],
                          [3, len(value)])
 
-    def installed(self, to, *argv, **options):
-        return self.done([os.path.join(to, "bin", "queuectl"), *argv], **options)
+    def installed(self, *argv, **options):
+        return self.done([self.path_of("of ü'$x/bin/queuectl"), *argv], **options)
+
+    def install(self, **options):
+        code, out, err = self.call("install", "--to", self.path_of("of ü'$x"), **options)
+        self.assertEqual((code, out), (0, self.path_of("of ü'$x/bin/queuectl\n")))
+        return err
 
     def test_an_installed_program_runs_from_its_byte_code_anywhere(self):
-        to = self.path_of("of ü'$x")
         write_bytes(self.path_of("json.py"), b"raise SystemExit('the wrong json')")
         for _ in range(2):
-            code, out, err = self.call("install", "--to", to)
-            self.assertEqual((code, out), (0, os.path.join(to, "bin", "queuectl\n")))
-            self.assertIn("not on PATH", err)
-        self.assertEqual(self.installed(to, "--version")[1], f"queuectl {queuectl.__version__}\n")
-        self.assertEqual(self.installed(to, "enqueue", "--db", self.path, "-", "-q",
+            self.assertIn("not on PATH", self.install())
+        self.assertEqual(self.installed("enqueue", "--db", self.path, "-", "-q",
                                         input=b"exit 3")[1], "job-1\n")
-        self.assertEqual(self.installed(to, "show", "nope")[0], 1)
-        library = os.path.join(to, "lib", "queuectl")
-        self.assertEqual(os.listdir(os.path.join(to, "bin")), ["queuectl"])
+        self.assertEqual(self.installed("show", "nope")[0], 1)
+        library = self.path_of("of ü'$x/lib/queuectl")
+        self.assertEqual(os.listdir(self.path_of("of ü'$x/bin")), ["queuectl"])
         self.assertEqual(sorted(os.listdir(library)), ["__pycache__", "queuectl.py"])
-        [cached] = os.listdir(os.path.join(library, "__pycache__"))
-        with open(os.path.join(library, "__pycache__", cached), "r+b") as file:
-            header = file.read(16)
-            file.seek(0)
-            file.write(header + marshal.dumps(compile(
-                "def main(): print('cached')", "queuectl.py", "exec")))
-        self.assertEqual(self.installed(to, "--version")[1], "cached\n")
+        [cached] = os.listdir(f"{library}/__pycache__")
+        cached = f"{library}/__pycache__/{cached}"
+        write_bytes(cached, read_bytes(cached)[:16] + marshal.dumps(compile(
+            "def main(): print('cached')", "queuectl.py", "exec")))
+        self.assertEqual(self.installed("--version")[1], "cached\n")
 
     def test_an_installed_program_gets_its_signals_and_names_its_launcher(self):
-        to, launcher = self.path_of("to"), self.path_of("to/bin/queuectl")
-        self.call("install", "--to", to)
+        launcher = self.path_of("of ü'$x/bin/queuectl")
+        self.install()
         self.command = lambda *argv: [launcher, "--db", self.path, *argv]
         worker = self.worker()
         self.wait_log(" started: ")
         worker.send_signal(signal.SIGTERM)
         self.assert_ends(worker)
-        self.assertIn(f'\nExecStart="{launcher}" --db ', self.installed(to, "systemd")[1])
-        self.assertIn(shlex.quote(launcher), self.installed(to, "completion", "bash")[1])
+        self.assertIn(f'\nExecStart={queuectl.systemd_word(launcher, True)} --db ',
+                      self.installed("systemd")[1])
+        self.assertIn(shlex.quote(launcher), self.installed("completion", "bash")[1])
 
     def test_where_files_cannot_be_written_no_program_is_installed(self):
         self.touch("file")
@@ -8470,17 +8446,14 @@ class Names(Processes):
         self.assertEqual(os.listdir(self.dir), ["file"])
 
     def test_an_install_warns_of_a_launcher_that_is_not_found_first(self):
-        to = self.path_of("to")
-        for entries, said in (([], "not on PATH"), ([to + "/bin/"], ""),
-                              ([self.path_of("other"), to + "/bin"], "comes before")):
-            if said == "comes before":
-                os.mkdir(self.path_of("other"))
-                shutil.copy(os.path.join(to, "bin", "queuectl"), self.path_of("other"))
+        os.mkdir(self.path_of("other"))
+        to = self.path_of("of ü'$x/bin")
+        for entries, said in (([], r"not on PATH"), ([to + "/"], "^$"),
+                              ([self.path_of("other"), to], "comes before")):
             with self.subTest(said):
-                err = self.call("install", "--to", to, env={
-                    **os.environ, "PATH": os.pathsep.join((*entries, "/usr/bin", "/bin"))})[2]
-                self.assertIn(said, err)
-                self.assertEqual(bool(err), bool(said))
+                self.assertRegex(self.install(env={**os.environ, "PATH": os.pathsep.join(
+                    (*entries, "/usr/bin", "/bin"))}), said)
+            shutil.copy(to + "/queuectl", self.path_of("other"))
 
     def test_a_unit_waits_for_the_mounts_of_its_database(self):
         folder = self.path_of('of 100% "\\ $x')
