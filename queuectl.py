@@ -999,7 +999,7 @@ class Heartbeats:
     """Seconds since each worker's last heartbeat, as this process has observed them."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, float]] = {}   # number of heartbeats, seconds
+        self.seen: dict[int, tuple[int, float]] = {}   # number of heartbeats, seconds
         self._last: float | None = None
 
     def look(self, counts: Mapping[int, int], now: float,
@@ -1013,11 +1013,11 @@ class Heartbeats:
         gap = max(2 * settings.heartbeat, settings.lease / 2)
         step = step if step <= gap else 0.0
         self._last = now
-        self._seen = {
-            worker: (count, self._seen[worker][1] + step)
-            if worker in self._seen and self._seen[worker][0] == count else (count, 0.0)
+        self.seen = {
+            worker: (count, self.seen[worker][1] + step)
+            if worker in self.seen and self.seen[worker][0] == count else (count, 0.0)
             for worker, count in counts.items()}
-        return {worker: seconds for worker, (_, seconds) in self._seen.items()}
+        return {worker: seconds for worker, (_, seconds) in self.seen.items()}
 
 
 class Output:
@@ -11255,7 +11255,7 @@ def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]
     byte to continue with, and its text, which ends between characters.
     """
     kept, total, middle = run.output, run.output_bytes, len(run.output) // 2
-    first = max(total - limit, 0) if start is None else start
+    first = max(total - limit, 0) if start is None else min(start, total)
     after, end_from = min(first + limit, total), total - (len(kept) - middle)
     if total > len(kept) and middle <= after < end_from:
         after = end_from
@@ -11268,12 +11268,16 @@ def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]
     return first, after - len(decoder.getstate()[0]), text
 
 
-def output_object(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
+def output_object(job: Job, run: Run, start: int | None, limit: int) -> dict[str, Any]:
+    first, after, text = output_part(run, start, limit)
+    return {"id": job.id, "run": run.number, "state": job.state, "from": first,
+            "next": after, "output": text}
+
+
+def output_tool(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
     job, limit = queue.job(given["id"]), given.get("limit", USUAL_PART)
     run = queue.fresh_run(job.id, given.get("run"), OUTPUT_PATIENCE)
-    start, after, text = output_part(run, given.get("from"), min(limit, MAX_PART))
-    return {"id": job.id, "run": run.number, "state": job.state, "from": start,
-            "next": after, "output": text}
+    return output_object(job, run, given.get("from"), min(limit, MAX_PART))
 
 
 class Agent:
@@ -11317,7 +11321,7 @@ class Agent:
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
                     "waiting_for": [f"{one.message}; {one.hint}".rstrip("; ")
                                     for one in why.get(job.id, ())],
-                    "output": tail and job.runs and output_object(
+                    "output": tail and job.runs and output_tool(
                         self.queue(), {"id": job.id, "limit": tail})["output"]}
             found[job.id] = {"state": job.state, **{
                 key: value for key, value in more.items() if value}}
@@ -11521,7 +11525,7 @@ TOOLS = (
     Tool("status", "The state of jobs; without ids, of the queue.", False, status_tool,
          (_JOBS, _TAIL)),
     Tool("output", "What a job has printed: the last part, or a part from a byte on.",
-         False, lambda agent, given: output_object(agent.queue(), given), (
+         False, lambda agent, given: output_tool(agent.queue(), given), (
              Field("id", _ID, help="of the job"),
              Field("from", _whole(0, {}), help="a byte: `next` of the last result"),
              Field("limit", _whole(4, {}),
@@ -12699,7 +12703,7 @@ class Follower:
         self.job_id, self.is_over = job_id, False
         self._queue, self._only, self._lines, self._whole = queue, number, lines, whole
         # The current run (None: the last there is), and the bytes of it that were seen.
-        self._number, self._seen = number, 0
+        self._number, self.seen = number, 0
         self._begun = b""       # of a line
 
     def step(self) -> tuple[bytes, str]:
@@ -12718,15 +12722,15 @@ class Follower:
                 raise
             return b"", ""      # it has not begun
         fresh = self._begun + _last_lines(
-            readable(run.output, run.output_bytes, self._seen), self._lines)
-        self._number, self._seen, self._lines, note = \
+            readable(run.output, run.output_bytes, self.seen), self._lines)
+        self._number, self.seen, self._lines, note = \
             run.number, run.output_bytes, None, ""
         if run.outcome is not None:
             is_last = run.number == self._queue.run(self.job_id).number
             self.is_over = self._only is not None or (job.state in OVER and is_last)
             if not self.is_over:    # the next run may not have begun
                 note = f"-- run {run.number} of {self.job_id}: {run.outcome}"
-                self._number, self._seen = run.number + 1, 0
+                self._number, self.seen = run.number + 1, 0
         is_part = self._whole and not (self.is_over or note)
         end = fresh.rfind(b"\n") + 1 if is_part else len(fresh)
         self._begun = fresh[end:]
@@ -12747,6 +12751,8 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                       "follow it from outside of the job")
     left = [Follower(queue, job_id, args.attempt, args.tail, len(ids) > 1)
             for job_id in ids]
+    for one in left:
+        one.seen = args.start or 0
     said, say_at = set[str](), 0.0
     while left:
         screen.check_reader()
@@ -12767,12 +12773,25 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         time.sleep(0.1 if left else 0)
 
 
+def _start(run: Run, args: argparse.Namespace) -> int:
+    """The byte that --from or --tail names, at the earliest the end of an omission."""
+    start = args.start or 0
+    if args.tail is None:
+        return start
+    is_whole = run.output_bytes == len(run.output)
+    kept = run.output if is_whole else run.output[len(run.output) // 2:]
+    return max(start, run.output_bytes - len(_last_lines(kept, args.tail)))
+
+
 def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if not args.ids:
         job = queue.last_started()
         args.ids = [job.id]
         screen.note(f"-- {job.id}: {one_line(job.command)}")
     if args.follow:
+        if args.json:
+            raise Usage("--follow and --json do not go together",
+                        "continue with --from and the `next` of the last result")
         _follow(args, queue, screen)
         return
     # Read all first: if one is missing nothing is printed.
@@ -12783,8 +12802,17 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         queue.peek()
     runs = [queue.run(job_id, args.attempt) for job_id in args.ids]
     _say_why(queue, screen, jobs, set())
+    if args.json:
+        found = [output_object(job, run, _start(run, args), run.output_bytes)
+                 for job, run in zip(jobs, runs)]
+        if len(found) > 1:
+            _print_array(found, screen)
+        else:
+            screen.out(dumps(found[0], None))
+        return
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
-        output = _last_lines(readable(run.output, run.output_bytes), args.tail)
+        output = _last_lines(readable(run.output, run.output_bytes, args.start or 0),
+                             args.tail)
         screen.raw(_labelled(job_id, output, place, screen)
                    if len(args.ids) > 1 else output)
 
@@ -13380,6 +13408,9 @@ COMMANDS = (    # in the order of the help
            _FOLLOW,
            option("--attempt N", "of the N-th run (default: the last)"),
            option("--tail N", "only the last N lines"),
+           option("--from BYTE", "skip so many bytes of the full output; with --json "
+                  "continue with the `next` of the last result", dest="start",
+                  type=parse_whole), _JSON,
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
            also="log, output, tail, cat, follow"),
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(

@@ -5765,6 +5765,28 @@ class CommandLine(Case):
         self.assertEqual(self.cli("logs"), (0, "text", "-- waits: true\n"))
         self.fails(1, "logs waits nope", "logs waits a")
 
+    def test_output_is_read_from_a_byte_on(self):
+        self.jobs(["a", {"id": "cut", "max_retries": 1}, "late"])
+        self.end(self.claim(), Outcome("completed", 0, None, 0.1, b"1%\r2%\nend\n", 10))
+        self.end(self.claim(), Outcome("failed", 3, None, 0.1, b"a\nb\nc\nd\n", 100))
+        self.tick(outputs={self.claim().number: output_of("aß".encode()[:2])})
+        for line, state, first, after, text in (
+                ("a", COMPLETED, 0, 10, "1%\r2%\nend\n"), ("a --from 6", COMPLETED, 6, 10, "end\n"),
+                ("a --tail 1", COMPLETED, 6, 10, "end\n"), ("a --from 99", COMPLETED, 10, 10, ""),
+                ("a --tail 2 --from 3", COMPLETED, 3, 10, "2%\nend\n"),
+                ("cut --tail 1", DEAD, 98, 100, "d\n"), ("cut --tail 9", DEAD, 96, 100, "c\nd\n"),
+                ("cut --from 2", DEAD, 2, 100, "b\n\n[... 92 bytes left out ...]\nc\nd\n"),
+                ("late", PROCESSING, 0, 1, "a"), ("", PROCESSING, 0, 1, "a")):
+            with self.subTest(line):
+                wanted = {"id": line.split(" ")[0] or "late", "run": 1, "state": state,
+                          "from": first, "next": after, "output": text}
+                self.assertEqual(self.cli(f"logs {line} --json")[1], f"{json.dumps(wanted)}\n")
+        self.assertEqual([one["from"] for one in self.printed("logs a cut --from 5 --json")], [5, 5])
+        self.assertEqual(self.cli("logs a --from 6")[1], "end\n")
+        self.assertEqual(self.cli("logs -f a --from 6")[1], "end\n")
+        self.fails(2, "logs a --from -1", "logs --from")
+        self.assertEqual(self.cli("logs a -f --json")[:2], (2, ""))
+
     def test_lines_end_at_newlines_only(self):
         bar = b"1%\r2%\r3%\nend"
         each(self, queuectl._last_lines, (
