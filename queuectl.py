@@ -238,6 +238,7 @@ READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one worker
 MAX_TEXT = 131_071     # bytes of a command or NAME=value; with a NUL, Linux's limit
 MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes about 2 MiB
+HOOK_OUTPUT = 4096     # bytes of output in the environment of a hook
 MAX_SEARCH = 256       # characters
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, about 300 years: keeps every sum a valid date
@@ -3756,6 +3757,24 @@ def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Jo
                         waits=waits_of(job, now))
 
 
+def hook_env(job: Job, output: bytes) -> dict[str, str]:
+    """The variables of a hook. So no text of a job is ever part of the hook's command.
+
+    Each with its name is as long as execve(2) takes; the output is its last 4 KiB.
+    """
+    end = output[-HOOK_OUTPUT:].decode("utf-8", "replace").replace("\0", "\ufffd")
+    if len(output) > HOOK_OUTPUT:
+        end = end.lstrip("\ufffd")      # the rest of a character
+    found = {
+        "JOB_ID": job.id, "STATE": job.state, "ERROR": job.error or "",
+        "EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
+        "COMMAND": job.command, "TAGS": " ".join(job.tags), "OUTPUT_TAIL": end,
+        "SCHEDULE": next((tag[len(SCHEDULE_TAG):] for tag in job.tags
+                          if tag.startswith(SCHEDULE_TAG)), "")}
+    return {f"QUEUECTL_{key}": text.encode()[:MAX_TEXT - len(f"QUEUECTL_{key}=")].decode(
+        "utf-8", "ignore") for key, text in found.items()}
+
+
 class Ledger:
     """Rows as records; counters and numbers of the current transaction."""
 
@@ -4016,7 +4035,8 @@ class Ledger:
             {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
             for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
         # Last, as on-idle depends on the counts.
-        self._add_hooks(jobs, settings, now)
+        self._add_hooks([change._replace(after=job) for change, job
+                         in zip(changes, jobs)], settings, now)
         return jobs
 
     def taken_keys(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Conflict]]:
@@ -4080,25 +4100,31 @@ class Ledger:
     def _meet(self, found: Sequence[tuple[int, int]], now: float) -> None:
         self.change(Sql.MEET, [{"job": job, "now": iso(now)} for _, job in found])
 
-    def _add_hooks(self, jobs: Sequence[Job], settings: Settings, now: float) -> None:
+    def _add_hooks(self, changes: Sequence[Change], settings: Settings,
+                   now: float) -> None:
         """Enqueue the hooks; `on-idle` once for all jobs that end together."""
         commands = {COMPLETED: settings.on_completed, DEAD: settings.on_dead}
-        jobs = [job for job in jobs if job.state in OVER and job.queue != HOOKS_QUEUE]
-        wanted = [(commands.get(job.state), job) for job in jobs]
-        if jobs and settings.on_idle and not any(
+        ends = [change for change in changes if change.after.state in OVER
+                and change.after.queue != HOOKS_QUEUE]
+        wanted = [(commands.get(change.after.state), change) for change in ends]
+        if ends and settings.on_idle and not any(
                 queue != HOOKS_QUEUE and state not in OVER
                 for queue, state in self.counts()):
-            wanted.append((settings.on_idle, jobs[-1]))
+            wanted.append((settings.on_idle, ends[-1]))
         folder = os.path.dirname(self.db.path)      # maybe not UTF-8
-        # In variables, so that an error's text is never part of a command.
         hooks = [Job(command=command, queue=HOOKS_QUEUE,
                      cwd=folder if is_text(folder) else "/",
-                     env={"QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state,
-                          "QUEUECTL_EXIT_CODE": "" if job.exit_code is None
-                          else str(job.exit_code), "QUEUECTL_ERROR": job.error or ""})
-                 for command, job in wanted if command]
+                     env=hook_env(change.after, self._last_output(change)))
+                 for command, change in wanted if command]
         if hooks:
             self.add(hooks, now)
+
+    def _last_output(self, change: Change) -> bytes:
+        """That of the job's last run, which may not be stored yet."""
+        if change.outcome and change.outcome.output:
+            return change.outcome.output
+        rows = self.rows(Sql.RUN, job=change.after.seq, number=change.after.runs)
+        return Run(*rows[0]).output if rows else b""
 
     def record(self, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
                now: float) -> list[Change]:
@@ -6469,7 +6495,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("after", ", ".join(job.after)), ("after any", ", ".join(job.after_any)),
         ("unique", job.unique),
         ("once", job.once),
-        ("env", " ".join(f"{key}={one_line(text)}" for key, text in job.env.items())),
+        ("env", " ".join(f"{key}={cut(one_line(text), 200)}"
+                         for key, text in job.env.items())),
         ("timeout", None if job.timeout is None else span(job.timeout)),
         ("backoff", None if backoff is None else f"{span(backoff)}, doubled each time"),
         ("due", when(job.run_at) if job.state in WAITING else ""),
@@ -13600,6 +13627,9 @@ environment:
   NO_COLOR              if not empty: no colours
   A job has QUEUECTL_JOB_ID, QUEUECTL_ATTEMPT, QUEUECTL_QUEUE, QUEUECTL_CLAIM,
   QUEUECTL_SLOT and QUEUECTL_DB; a job of a template also QUEUECTL_ITEM.
+  A hook has QUEUECTL_JOB_ID, QUEUECTL_STATE, QUEUECTL_EXIT_CODE, QUEUECTL_ERROR,
+  QUEUECTL_COMMAND, QUEUECTL_TAGS, QUEUECTL_SCHEDULE and QUEUECTL_OUTPUT_TAIL of the
+  job that has ended.
 
 files:
   queue.db              the database, in the current directory, if no other is named;

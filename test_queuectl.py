@@ -2697,6 +2697,24 @@ class Promises(Case):
                 self.assertEqual(self.hooks()[before:], [hook] if hook else [])
         self.assertEqual(self.queue.jobs(queue="hooks")[0].cwd, os.path.dirname(self.queue.path))
 
+    def test_a_hook_is_told_of_command_tags_schedule_and_the_end_of_the_output(self):
+        def told():
+            env = self.queue.jobs(queue="hooks")[0].env
+            return [env[f"QUEUECTL_{key}"] for key in (
+                "COMMAND", "TAGS", "SCHEDULE", "OUTPUT_TAIL")]
+        for key, value in (("on-completed", "good"), ("on-dead", "bad"), ("crash-limit", "1")):
+            self.queue.configure(key, value)
+        self.job("make 'ü'", tags=["a", "schedule:nightly"])
+        output = "ü".encode() * 3000 + b"\xff\0end"
+        self.end(self.claim(), Outcome("completed", 0, None, 0.1, output, len(output)))
+        self.assertEqual(told(), ["make 'ü'", "a schedule:nightly", "nightly",
+                                  "ü" * 2045 + "\ufffd\ufffdend"])
+        self.job("x", priority=1)
+        run = self.claim()
+        self.tick(outputs={run.number: output_of(b"before it was lost")})
+        self.end(run, "lost")
+        self.assertEqual(told(), ["x", "", "", "before it was lost"])
+
     def test_the_jobs_of_hooks_call_no_hooks(self):
         for key in ("on-completed", "on-dead", "on-idle"):
             self.queue.configure(key, key)
@@ -3935,6 +3953,15 @@ class Workers(Case):
         run = self.last_run("job-2")
         self.assertEqual((len(run.output), run.output_bytes), (65536, 3000004))
         self.assertTrue(run.output.endswith(b"end\n"))
+
+    def test_a_hook_can_start_whatever_its_job_was(self):
+        self.queue.configure("on-completed", "echo ${#QUEUECTL_COMMAND} ${#QUEUECTL_TAGS}; "
+                             "echo \"$QUEUECTL_OUTPUT_TAIL\"")
+        self.job("printf 'a\\000\\377end' #".ljust(queuectl.MAX_TEXT, "x"),
+                 tags=[f"{n}".rjust(128, "t") for n in range(1100)])
+        self.run_worker()
+        self.assertEqual(self.last_run("job-2").output.decode(),
+                         "131054 131057\na\ufffd\ufffdend\n")
 
     def test_a_job_has_the_promised_environment(self):
         self.job("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
@@ -12035,7 +12062,7 @@ class ElsewherePosix(Processes):
 # ---- The README ---------------------------------------------------------------
 
 # What its recipes need beside queuectl: programs and files that are the reader's own.
-STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make")
+STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make", "mail")
 SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh", "handle.sh")
 ENDLESS = ("tail -F", "queuectl web")   # they go on until they are interrupted
 
