@@ -3771,8 +3771,9 @@ def hook_env(job: Job, output: bytes) -> dict[str, str]:
         "COMMAND": job.command, "TAGS": " ".join(job.tags), "OUTPUT_TAIL": end,
         "SCHEDULE": next((tag[len(SCHEDULE_TAG):] for tag in job.tags
                           if tag.startswith(SCHEDULE_TAG)), "")}
-    return {f"QUEUECTL_{key}": text.encode()[:MAX_TEXT - len(f"QUEUECTL_{key}=")].decode(
-        "utf-8", "ignore") for key, text in found.items()}
+    room = MAX_TEXT - len("QUEUECTL_OUTPUT_TAIL=")      # the longest name
+    return {f"QUEUECTL_{key}": text.encode()[:room].decode("utf-8", "ignore")
+            for key, text in found.items()}
 
 
 class Ledger:

@@ -3961,7 +3961,7 @@ class Workers(Case):
                  tags=[f"{n}".rjust(128, "t") for n in range(1100)])
         self.run_worker()
         self.assertEqual(self.last_run("job-2").output.decode(),
-                         "131054 131057\na\ufffd\ufffdend\n")
+                         "131050 131050\na\ufffd\ufffdend\n")
 
     def test_a_job_has_the_promised_environment(self):
         self.job("env; pwd", queue="q", env={"OWN": "ü", "QUEUECTL_QUEUE": "not this"})
