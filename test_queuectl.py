@@ -9346,7 +9346,8 @@ class ModelWorker:
                 kind = "completed" if process.fate == "done" else "failed"
                 if process.fate == "killed":
                     kind = self.why.get(claim, "failed")
-                self.ended[claim] = Outcome(kind, int(kind != "completed"), None, 0.1, b"x" * size, size)
+                self.ended[claim] = Outcome(
+                    kind, int(kind != "completed"), None, 0.1, b"x" * size, size)
             elif claim in self.why:
                 self.world.signal(self.world.pid_of(claim), signal.SIGKILL)
 
@@ -10389,7 +10390,7 @@ def power_cut_round(directory, copies, seed):
     """Copy a writer's files so often and damage them; (violations, what was done)."""
     chance, done = random.Random(seed), collections.Counter()
     live, cuts = os.path.join(directory, "live"), []
-    os.mkdir(live)
+    os.makedirs(live)
     with Frozen(write_history, os.path.join(live, "queue.db"), seed) as writer:
         wait_for(lambda: len(writer.lines()) > 2, "the writer's first commits")
         for number in range(copies):
@@ -10621,47 +10622,6 @@ def contents(directory):
     return {one.name: read_bytes(one.path) for one in os.scandir(directory) if one.is_file()}
 
 
-def lock_round(directory, seconds):
-    """Hold the write lock under workers and clients that are at work; the violations."""
-    path, log, ran = (os.path.join(directory, name) for name in ("queue.db", "workers.log", "ran"))
-    with Queue(path) as queue:
-        queue.configure("heartbeat", "200ms")
-        queue.configure("lease", "1s")
-        queue.enqueue_many(12 * [
-            Job(command="echo $QUEUECTL_JOB_ID >> ran; sleep 0.3", cwd=directory)])
-
-    def start(*argv, **options):
-        return subprocess.Popen([*program(), "--db", path, *argv], cwd=directory, **options)
-    with open(log, "ab") as errors, Queue(path) as queue, raw(path) as rival:
-        workers = [start("worker", "start", "-c", "2", stderr=errors) for _ in range(2)]
-        try:
-            wait_for(lambda: len(read_bytes(ran).split()) > 4, "the workers")
-            rival.execute("PRAGMA busy_timeout = 10000")
-            rival.execute("BEGIN IMMEDIATE")
-            clients = [start("enqueue", "-q", "echo $QUEUECTL_JOB_ID >> ran",
-                             stdout=subprocess.PIPE) for _ in range(3)]
-            time.sleep(seconds)
-            violations = [f"a client did not wait: {client.returncode}"
-                          for client in clients if client.poll() is not None]
-            rival.execute("COMMIT")
-            told = [client.communicate(timeout=DEADLINE)[0].split() for client in clients]
-            wait_for(lambda: queue.counts()[COMPLETED] == 15
-                     or sum(queue.counts().values()) != 15, "the jobs")
-        finally:
-            for worker in workers:
-                worker.terminate()
-            ended = [worker.wait(DEADLINE) for worker in workers]
-        ends = {job.id: [run.outcome for run in queue.runs(job.id)] for job in queue.jobs()}
-    for found, due in ((ended, [0, 0]), ([*map(len, told)], [1, 1, 1]),
-                       (ends, {job: ["completed"] for job in ends}),
-                       (sorted(read_bytes(ran).decode().split()), sorted(ends))):
-        if found != due:
-            violations.append(f"{found}, not {due}")
-    if b"the queue, retrying" not in read_bytes(log):
-        violations.append("no worker has logged that it waits")
-    return violations + History(path).violations()
-
-
 # A queuectl that knows one format more; it begins when it is told to.
 UPGRADER = """
 import sys, queuectl
@@ -10791,7 +10751,25 @@ class BadGround(Processes):
 
     def test_a_write_lock_held_for_long_costs_time_and_nothing_else(self):
         """(I9)"""
-        self.assertEqual(lock_round(self.dir, 3), [])
+        self.configure(heartbeat="200ms", lease="1s")
+        self.fill(12, command="echo $QUEUECTL_JOB_ID >> ran; sleep 0.3")
+        workers = [self.worker("-c", "2") for _ in range(2)]
+        wait_for(lambda: self.exists("ran") and len(self.read("ran").split()) > 4, "the workers")
+        with self.locked():
+            clients = [self.running("enqueue", "-q", "echo $QUEUECTL_JOB_ID >> ran")
+                       for _ in range(3)]
+            time.sleep(3)       # as long as three leases
+            self.assertEqual([client.poll() for client in clients], [None] * 3)
+        for client in clients:
+            self.assertEqual(len(client.communicate(timeout=DEADLINE)[0].split()), 1)
+        wait_for(lambda: self.queue.counts()[COMPLETED] == 15, "the jobs")
+        for worker in workers:
+            worker.terminate()
+            self.assert_ends(worker)
+        self.assertEqual(self.outcomes(), ["completed"] * 15)
+        self.assertEqual(sorted(self.read("ran").split()), sorted(ids(self.queue.jobs())))
+        self.assertIn("the queue, retrying", self.read("worker.log"))
+        self.assert_sound()
 
     READS = ("list --json", "logs job-1", "status", "show job-1", "check", "worker list", "stats",
              "events", "config list", "dlq", "queue list", "schedule list", "wait job-1")
@@ -12112,9 +12090,6 @@ class Readme(Processes):
 
 # ---- Long runs ---------------------------------------------------------------
 
-LOCK_HELD_LONG = 30     # seconds: as long as the default lease
-
-
 def chaos(seconds, seed):
     """Rounds of a minute, each with power cuts, until the time is over; a verdict. 0 or 1."""
     def counted(counter):
@@ -12123,16 +12098,10 @@ def chaos(seconds, seed):
     while not number or time.monotonic() < end - 5:
         number += 1
         directory = tempfile.mkdtemp(prefix="queuectl chaos ")
-        places = [os.path.join(directory, name) for name in ("chaos", "cuts", "lock")]
-        os.mkdir(places[1])
-        violations, done = chaos_round(
-            places[0], max(1, min(60, end - time.monotonic())), f"{seed}-{number}")
-        found, cuts = power_cut_round(places[1], 20, f"{seed}-{number}")
+        violations, done = chaos_round(os.path.join(directory, "chaos"), max(
+            1, min(60, end - time.monotonic())), f"{seed}-{number}")
+        found, cuts = power_cut_round(os.path.join(directory, "cuts"), 20, f"{seed}-{number}")
         violations += found
-        if number == 1 and seconds >= 2 * LOCK_HELD_LONG:
-            os.mkdir(places[2])
-            violations += lock_round(places[2], LOCK_HELD_LONG)
-            done["locks held for 30 s"] += 1
         done += collections.Counter({f"WALs {name}": n for name, n in cuts.items()})
         total += done
         bad += len(violations)
