@@ -8587,20 +8587,17 @@ class History:
         reached = collections.Counter(
             (seq, "retry" if target == PENDING and source not in (None, PROCESSING)
              else target) for seq, source, target in self.events)
+
+        def has_happened(verb, job):
+            state = {"cancel": CANCELLED, "retry": "retry"}.get(verb)
+            return verb != "delete" and (state is None or reached[job.seq, state] > 0)
         for told in self.told:
-            undone = [id for id in told.ids if told.status == 0
-                      and not self.has_happened(told.verb, id, reached)]
+            undone = [id for id in told.ids if told.status == 0 and not (
+                has_happened(told.verb, self.jobs[id]) if id in self.jobs
+                else told.verb == "delete" or id in self.gone)]
             if undone:
                 yield (f"{told.verb} ({told.fault}) was acknowledged, but {len(undone)} "
                        f"of {len(told.ids)} jobs show nothing of it: {undone[:3]}")
-
-    def has_happened(self, verb, job_id, reached):
-        """Whether the history shows it, or a client has deleted the job."""
-        job = self.jobs.get(job_id)
-        if job is None or verb == "delete":
-            return job is None and (verb == "delete" or job_id in self.gone)
-        state = {"cancel": CANCELLED, "retry": "retry"}.get(verb)
-        return state is None or reached[job.seq, state] > 0
 
     def whole(self):
         """All or none of a batch."""
@@ -8726,10 +8723,11 @@ class Nemesis:
 
     WORKERS, SLOTS = 3, 3
     FAULTS = {      # how often a second each happens
-        "enqueue": 2.4, "cancel": 0.4, "retry": 0.4, "delete": 0.2, "sweep": 0.2,
-        "sweep_bulk": 0.3, "kill_worker": 0.9, "freeze_worker": 0.15, "signal_worker": 0.15,
-        "hold_lock": 0.05, "kill_job": 0.2, "close_pipe": 0.5, "fill_stdout": 0.3,
-        "fill_stderr": 0.1, "stall_log": 0.3, "close_log": 0.1, "jump_clock": 0.3}
+        "enqueue": 2.4, "change cancel": 0.4, "change retry": 0.4, "change delete": 0.2,
+        "sweep": 0.2, "sweep_bulk": 0.3, "kill_worker": 0.9, "freeze_worker": 0.15,
+        "signal_worker": 0.15, "hold_lock": 0.05, "kill_job": 0.2, f"spoil {CLOSED_PIPE}": 0.5,
+        f"spoil {FULL_STDOUT}": 0.3, f"spoil {FULL_STDERR}": 0.1, "stall_log": 0.3,
+        "close_log": 0.1, "jump_clock": 0.3}
     SWEEPS = (      # of a batch that others work on
         ("purge", "delete", "--state", "completed"), ("purge", "purge"),
         ("request", "cancel"), ("request", "retry", "--state", "dead"))
@@ -8826,7 +8824,8 @@ class Nemesis:
             self.tend()
             if time.monotonic() >= strike_at:
                 strike_at = time.monotonic() + self.chance.expovariate(sum(rates))
-                getattr(self, self.chance.choices(names, rates)[0])()
+                name, *what = self.chance.choices(names, rates)[0].split(" ", 1)
+                getattr(self, name)(*what)
             time.sleep(0.005)
         return self.finish()
 
@@ -8850,7 +8849,14 @@ class Nemesis:
 
     def client(self, verb, ids, *argv, text=b""):
         fault, self.fault = self.fault, NO_FAULT
-        sink, outputs = self.sink(fault), [subprocess.DEVNULL, subprocess.PIPE]
+        outputs = [subprocess.DEVNULL, subprocess.PIPE]
+        if fault == CLOSED_PIPE:
+            reader, sink = os.pipe()
+            size = self.chance.choice((0, 1, 10_000))
+            threading.Thread(target=lambda: (os.read(reader, size), os.close(reader)),
+                             daemon=True).start()
+        else:       # or a full disk
+            sink = os.open(os.devnull if fault == NO_FAULT else "/dev/full", os.O_WRONLY)
         outputs[fault == FULL_STDERR] = sink
         process = self.start(*argv, *["--json"] * (fault != NO_FAULT), stdin=subprocess.PIPE,
                              stdout=outputs[0], stderr=outputs[1])
@@ -8862,16 +8868,6 @@ class Nemesis:
         self.done["clients"] += 1
         if self.chance.random() < (0.5 if fault == NO_FAULT else 0.2):
             self.after(self.chance.uniform(0.02, 0.16), lambda: self.kill(process))
-
-    def sink(self, fault):
-        """Where a client writes: /dev/null, a full disk, or a pipe that gets closed."""
-        if fault != CLOSED_PIPE:
-            return os.open(os.devnull if fault == NO_FAULT else "/dev/full", os.O_WRONLY)
-        reader, sink = os.pipe()
-        size = self.chance.choice((0, 1, 10_000))
-        threading.Thread(target=lambda: (os.read(reader, size), os.close(reader)),
-                         daemon=True).start()
-        return sink
 
     def judge_client(self, process, verb, ids, fault):
         said, status = "", process.returncode
@@ -8941,13 +8937,9 @@ class Nemesis:
     def some_id(self):
         return self.chance.choice(self.ids[-60:] or ["none"])
 
-    def change(self, verb):
-        job_id = self.some_id()
+    def change(self, verb=None):
+        verb, job_id = verb or self.chance.choice(("cancel", "retry", "delete")), self.some_id()
         self.client(verb, [job_id], verb, job_id)
-
-    cancel = functools.partialmethod(change, "cancel")
-    retry = functools.partialmethod(change, "retry")
-    delete = functools.partialmethod(change, "delete")
 
     def sweep(self):
         """Change a batch on which workers and other clients act: it promises no state."""
@@ -8979,15 +8971,12 @@ class Nemesis:
         self.client(verb, self.bulk, *argv, text=text.encode())
         self.done["sweeps"] += verb != "enqueue"
 
-    def spoil_output(self, fault):
+    def spoil(self, fault):
+        """Spoil the output of the next client."""
         self.fault = fault
         self.done[fault] += 1
         self.chance.choice((*[self.sweep_bulk] * 6, self.sweep, self.enqueue,
-                            self.cancel, self.retry, self.delete))()
-
-    close_pipe = functools.partialmethod(spoil_output, CLOSED_PIPE)
-    fill_stdout = functools.partialmethod(spoil_output, FULL_STDOUT)
-    fill_stderr = functools.partialmethod(spoil_output, FULL_STDERR)
+                            *[self.change] * 3))()
 
     # Faults.
 
@@ -9073,8 +9062,8 @@ class Nemesis:
 
     def kill_job(self):
         """A signal to the group of a job that runs: its own doing, as far as we know."""
-        running = [note.pid for note in read_ledger(self.dir)[-20:] if f"QUEUECTL_CLAIM={note.claim}"
-                   f"\0".encode() in queuectl._read(f"/proc/{note.pid}/environ")]
+        running = [note.pid for note in read_ledger(self.dir)[-20:] if b"QUEUECTL_CLAIM=%d\0"
+                   % note.claim in queuectl._read(f"/proc/{note.pid}/environ")]
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.killpg(os.getpgid(running[-1]),
                       self.chance.choice((signal.SIGTERM, signal.SIGKILL)))
