@@ -12398,9 +12398,21 @@ SHOWN_RUNS = 20        # runs that `show` shows a person
 READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
+def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
+    """A JSON array, an element at a time: any number needs little memory."""
+    line = "["
+    for one in objects:
+        screen.out(line)
+        line = "  " + dumps(one, None) + ","
+    screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
+
+
 def _view(args: argparse.Namespace, screen: Screen, found: object,
           lines: Iterable[str]) -> None:
-    screen.out(*([dumps(found)] if args.json else lines))
+    if args.json and isinstance(found, list):
+        _print_array(found, screen)
+    else:
+        screen.out(*([dumps(found)] if args.json else lines))
 
 
 def _whys(queue: Queue, jobs: Iterable[Job]) -> dict[str, str]:
@@ -12457,7 +12469,8 @@ def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
                screen: Screen) -> None:
     known, (is_batch, _) = len(jobs) - new, args.given
     if args.json:
-        screen.out(dumps([*map(job_object, jobs)] if is_batch else job_object(jobs[0])))
+        _view(args, screen, [*map(job_object, jobs)] if is_batch
+              else job_object(jobs[0]), ())
     elif args.quiet or not is_batch:
         screen.out(*(job.id for job in jobs))
     elif known:
@@ -12639,15 +12652,6 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 def _edits(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in flag_fields(args).items()
             if name != "queue" or "in_queue" in args}
-
-
-def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory."""
-    line = "["
-    for one in objects:
-        screen.out(line)
-        line = "  " + dumps(one, None) + ","
-    screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
 
 
 def _output_of(queue: Queue, job: Job) -> bytes:

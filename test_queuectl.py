@@ -5441,6 +5441,18 @@ class CommandLine(Case):
         self.assertEqual(len(self.printed("dlq --limit 2 --json")), 2)
         self.assertEqual(len(self.cli("dlq list --limit 1")[1].splitlines()), 2)
 
+    def test_lists_are_one_json_array_with_a_line_for_each_element(self):
+        self.some_jobs()
+        self.queue.add_schedule("s", "@daily", command="x")
+        self.worker()
+        for line, n in (("list", 5), ("dlq", 1), ("worker list", 1), ("queue list", 2),
+                        ("schedule list", 1), ("wait good bad", 2), ("retry bad gone", 2),
+                        ("edit a b -p 1", 2), ("list --tag no", 0),
+                        ("""enqueue '[{"command": "x"}, {"command": "y"}]'""", 2)):
+            with self.subTest(line):
+                out = self.cli(f"{line} --json")[1]
+                self.assertEqual((len(json.loads(out)), out.count("\n")), (n, n + 2 if n else 1))
+
     def test_the_fields_that_are_wanted_are_listed_in_their_order(self):
         self.job("two\nlines", id="a", tags=["t", "u"], timeout=90)
         self.queue.cancel("a")
