@@ -4832,12 +4832,13 @@ class Queue:
             yield Finding(WARNING, "paused", "all due jobs are in paused queues: "
                           + ", ".join(paused), "`queuectl resume` starts them" if
                           is_stopped else f"`queuectl resume --queue {paused[0]}`")
+        patience = LATE_SCHEDULE if workers else 0.0
         for one in sorted(self.schedules(), key=lambda one: one.next_run):
-            seconds = now - epoch(one.next_run)
-            if not one.paused and seconds > (LATE_SCHEDULE if workers else 0):
+            if not one.paused and one.next_run < iso(now - patience):
                 yield Finding(
                     WARNING, "overdue-schedule" if workers else "no-worker",
-                    f"schedule {one.name} has been due for {span(seconds)}, and "
+                    f"schedule {one.name} has been due for "
+                    f"{span(now - epoch(one.next_run))}, and "
                     + ("its workers do not run it" if workers else missing),
                     "see `queuectl worker list`" if workers
                     else "`queuectl worker start` starts one")
@@ -5972,6 +5973,7 @@ class Inspection:
 # Of the eight colours that follow the terminal's theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
+PAINT = r"\033\[[0-9;]*m"      # a pattern
 BOLD, DIM, WARN, BAD = "1", "2", STATE_COLOURS[FAILED], STATE_COLOURS[DEAD]
 STATUS_SHOWN = 5        # findings that `status` lists
 
@@ -6178,13 +6180,15 @@ def dumps(value: Any, indent: int | None = 2) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text on one line, without control characters.
+    """Return the text on one line, with control characters escaped.
 
-        "make\n\033[2Jtest"  ->  "make;  [2Jtest"
+        "make\n\033[2Jtest"  ->  "make; \\x1b[2Jtest"
     """
     if text.isprintable():      # False for bidirectional controls, too
         return text
-    return "".join(c if c.isprintable() else " " for c in text.replace("\n", "; "))
+    return "".join(c if c.isprintable() or c == "\u200d"    # joins emoji
+                   else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text.replace("\n", "; ").replace("\t", " "))
 
 
 def wide(char: str) -> int:
@@ -6192,31 +6196,54 @@ def wide(char: str) -> int:
     if char < "\u0300":     # the first combining character; none below it is wide
         return 1
     import unicodedata  # 1 ms, and only for text beyond Latin
-    if unicodedata.combining(char):
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def columns(text: str) -> int:
     if "\033" in text:
-        text = re.sub("\033[[][0-9]*m", "", text)
+        text = re.sub(PAINT, "", text)
     return len(text) if text.isascii() else sum(map(wide, text))
 
 
-def cut(text: str, width: int) -> str:
-    """Shorten the text to that many columns, with an ellipsis; 0: no limit.
+def cut(text: str, width: int, tail: int = 0) -> str:
+    """Shorten the text to that many columns, with an ellipsis; 0: no limit. `tail`:
+    characters kept of its end.
 
         cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
+        cut("abcdef", 4, 1)  ->  "ab…f"
     """
     if width <= 0 or columns(text) <= width:
         return text
-    kept, used = "", 1
+    painted = re.fullmatch(f"({PAINT})(.*)({PAINT})", text)
+    if painted:
+        return painted[1] + cut(painted[2], width, tail) + painted[3]
+    kept, used = "", 1 + tail
     for char in text:
         used += wide(char)
         if used > width:
             break
         kept += char
-    return kept + "…"
+    return f"{kept}…{text[len(text) - tail:]}"
+
+
+def fold(line: str, width: int) -> list[str]:
+    """Break a line at spaces into lines of that width (0: no limit); they begin below
+    what follows its first gap of two spaces.
+    """
+    if not width or columns(line) <= width:
+        return [line]
+    plain = re.sub(PAINT, "", line)
+    gap = re.search(r"\S  +", plain[:width // 2])
+    indent = gap.end() if gap else len(plain) - len(plain.lstrip())
+    lines = [""]
+    for word in re.findall(" *[^ ]+", line):
+        if lines[-1].strip() and columns(lines[-1] + word) > width:
+            lines.append(" " * indent + word.lstrip())
+        else:
+            lines[-1] += word
+    return lines
 
 
 def state_cell(job: Job) -> str:
@@ -6243,19 +6270,40 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.run_at if job.state in WAITING else job.finished_at, now)
 
 
-def grid(rows: Sequence[Sequence[str]], style: Style) -> list[str]:
+# Columns that a narrow window leaves out, the first ones first.
+SPARE_COLUMNS = ("ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED",
+                 "SKIPPED", "TAGS", "QUEUE", "LAST", "TRIES")
+
+
+def grid(rows: Sequence[Sequence[str]], style: Style,
+         spare: Sequence[str] = SPARE_COLUMNS) -> list[str]:
     """Return rows of equal length as aligned columns; the first row is the head.
 
-    Only the last column is cut, to 12 characters at least, so that a command stays
-    recognizable; in a very narrow window the lines wrap.
+    In a narrow window the last column (a command) is cut at its end, then the first
+    (a name) in its middle, then `spare` columns are left out, then all are cut.
     """
-    sizes = [[columns(cell) for cell in row[:-1]] for row in rows]
-    widths = [max(column) for column in zip(*sizes)]
-    room = max(12, style.width - sum(widths) - 2 * len(widths)) if style.width else 0
-    head, *lines = [
-        "  ".join([*(cell + " " * (width - size) for cell, width, size
-                     in zip(row, widths, taken)), cut(row[-1], room)]).rstrip()
-        for row, taken in zip(rows, sizes)]
+    table = {column[0]: column for column in zip(*rows)}
+    widths = {head: max(map(columns, column)) for head, column in table.items()}
+    first, last = rows[0][0], rows[0][-1]
+    if style.width:
+        least = {**widths, last: min(12, widths[last]), first: min(20, widths[first])}
+
+        def room() -> int:
+            return style.width - sum(least.values()) - 2 * len(least) + 2
+        for head in spare:
+            if room() < 0 and head not in (first, last):
+                least.pop(head, None)
+        for size in (10, 8, 5):
+            for head in (last, first, *least):
+                least[head] -= max(0, min(-room(), least[head] - size))
+        for head in (first, last):
+            least[head] += max(0, min(room(), widths[head] - least[head]))
+        widths = least
+    cells = [[cut(cell, width, width // 3 * (head == first)) for cell in table[head]]
+             for head, width in widths.items()]
+    head, *lines = ["  ".join(cell + " " * (width - columns(cell)) for cell, width
+                              in zip(row, widths.values())).rstrip()
+                    for row in zip(*cells)]
     return [style.paint(head, DIM), *lines]
 
 
@@ -6274,7 +6322,8 @@ def job_table(jobs: Sequence[Job], style: Style,
          lambda job: True),
         ("QUEUE", lambda job: job.queue, lambda job: job.queue != DEFAULT_QUEUE),
         ("PRIO", lambda job: str(job.priority), lambda job: job.priority != 0),
-        ("TRIES", lambda job: f"{job.attempts}/{max(1, job.max_retries)}",
+        ("TRIES", lambda job: f"{job.attempts + (job.state == PROCESSING)}"
+                              f"/{max(1, job.max_retries)}",
          lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
         ("CRASHES", lambda job: str(job.crashes), lambda job: job.crashes > 0),
         ("TAGS", lambda job: ",".join(job.tags), lambda job: bool(job.tags)),
@@ -6302,7 +6351,7 @@ def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[
         return one_line(value if isinstance(value, str) else dumps(value, None))
     return grid([[key.upper() for key in keys], *(
         [cell(key, value) for key, value in job_object(job, keys).items()]
-        for job in jobs)], style)
+        for job in jobs)], style, ())
 
 
 def worker_line(worker: Worker, style: Style) -> str:
@@ -6345,16 +6394,17 @@ def status_lines(status: Status, style: Style) -> list[str]:
         rows.append(("next due", f"{job.id} {ago(job.run_at, style.now)} ({what})", ""))
     for one in status.attention[:STATUS_SHOWN]:
         is_said = any(one.hint in text for _, text, _ in rows)
-        rows.append(("attention", one.message + f"; {one.hint}" * (not is_said), WARN))
+        rows.append((one.level, one.message + f"; {one.hint}" * (not is_said), WARN))
     more = len(status.attention) - STATUS_SHOWN
     if more > 0:
-        rows.append(("attention", f"and {more} more; `queuectl check` lists them", ""))
+        rows.append((WARNING, f"and {more} more; `queuectl check` lists them", ""))
     if status.counts[DEAD]:
         rows.append(("dead", "`queuectl dlq` lists the dead jobs", BAD))
     rows.append(("database", status.database, DIM))
     names = ["", *(name for name, _, _ in rows)]
-    return [style.paint(f"{'' if name == above else name:<10}{text}", colour)
-            for above, (name, text, colour) in zip(names, rows)]
+    return [style.paint(line, colour) for above, (name, text, colour)
+            in zip(names, rows)
+            for line in fold(f"{'' if name == above else name:<10}{text}", style.width)]
 
 
 def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
@@ -6380,17 +6430,14 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """Return when a schedule runs in words, and at most three next runs in its zone."""
+    """Return when a schedule runs in words, and its next runs, three at most."""
     cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
     while len(runs) < 4 and runs[-1] < math.inf:
         runs.append(first_run(cron, runs[-1], zone))
-    utc = datetime.timezone.utc
-    shown = [datetime.datetime.fromtimestamp(run, utc).astimezone(zone)
-             for run in runs[1:] if run < math.inf]
     return [f"{schedule.name}: {cron_words(schedule.cron)}, "
             f"{schedule.tz or 'local time'}",
-            "next: " + ", ".join(f"{at:%a} {at.isoformat(' ', 'minutes')}"
-                                 for at in shown)]
+            "next: " + ", ".join(f"{_local(run):%a} {local_time(run, None, 'minutes')}"
+                                 for run in runs[1:] if run < math.inf)]
 
 
 def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
@@ -6510,17 +6557,19 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("all output", one_line(output_file(settings.output_dir, job.id, job.runs))
          if settings.output_dir and runs else ""),
         ("enqueued", when(job.created_at)))
-    lines = [f"{name:<13}{text}" for name, text in rows if text]
+    lines = [line for name, text in rows if text for line in fold(
+        f"{name:<13}{text}", 0 if name == "command" else style.width)]
     if not runs:
         return lines
-    return [*lines, "", *grid([
+    table = grid([
         ("RUN", "OUTCOME", "EXIT", "TOOK", "STARTED", "WORKER"), *(
             (str(run.number), run.outcome or "running",
              "-" if run.exit_code is None else str(run.exit_code),
              "-" if run.duration is None else span(run.duration),
-             ago(run.started_at, style.now),
+             local_time(epoch(run.started_at), style.now),
              run.worker + (f"  {one_line(run.error)}" if run.error else ""))
-            for run in runs)], style._replace(width=0))]    # errors are not cut
+            for run in runs)], style._replace(width=0))     # errors are not cut
+    return [*lines, "", *(part for line in table for part in fold(line, style.width))]
 
 
 def per_time(n: int, seconds: float) -> str:
@@ -12412,7 +12461,8 @@ def _view(args: argparse.Namespace, screen: Screen, found: object,
     if args.json and isinstance(found, list):
         _print_array(found, screen)
     else:
-        screen.out(*([dumps(found)] if args.json else lines))
+        screen.out(*([dumps(found)] if args.json else [
+            part for line in lines for part in fold(line, screen.style().width)]))
 
 
 def _whys(queue: Queue, jobs: Iterable[Job]) -> dict[str, str]:
