@@ -11839,36 +11839,54 @@ def systemd_word(word: str, is_program: bool = False) -> str:
     return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
 
 
-# Nothing is restricted by default: most restrictions also disable sudo in jobs.
 UNIT_FILE = """\
-# A worker of {shown}
+# The {what} of {shown}
 #
 # Save this as {place}
-# (for a second queue: under another name), then:
+# (for a second queue: under another name), then:{token}
 #     {control} daemon-reload
-#     {control} enable --now queuectl.service
-#     journalctl {journal} queuectl.service --follow{linger}
-# `{control} stop` and `restart` let running jobs finish.
+#     {control} enable --now {name}.service
+#     journalctl {journal} {name}.service --follow{linger}
 
 [Unit]
-Description=queuectl worker, {described}{mounts}
+Description=queuectl {what}, {described}{mounts}
 
 [Service]
-Type=notify
-NotifyAccess=all{user}
+Type={type}{user}
 ExecStart={command}
-# An upgrade of the database makes a backup first.
-TimeoutStartSec=10min
 Restart=on-failure
 RestartSec=5
 # 2: the command line is invalid; a restart would not help.
 RestartPreventExitStatus=2
-# Only the worker gets SIGTERM; it lets its jobs finish. Processes that remain after it
-# has exited, or after TimeoutStopSec=, are killed.
+{service}
+[Install]
+WantedBy={target}
+"""
+# Restrictions that any service manager can apply, and those that need root's.
+_BY_ANY = """\
+#NoNewPrivileges=yes
+#RestrictSUIDSGID=yes
+#LockPersonality=yes
+#RestrictRealtime=yes
+"""
+_BY_ROOT = """\
+#CapabilityBoundingSet=
+#ProtectKernelTunables=yes
+#ProtectKernelModules=yes
+#ProtectKernelLogs=yes
+#ProtectControlGroups=yes
+#ProtectClock=yes
+"""
+WORKER_SERVICE = f"""\
+NotifyAccess=all
+# An upgrade of the database makes a backup first.
+TimeoutStartSec=10min
+# `stop` and `restart` let running jobs finish: only the worker gets SIGTERM. Processes
+# that remain after it has exited, or after TimeoutStopSec=, are killed.
 KillMode=mixed
 # How long running jobs may take to finish; infinity also delays a shutdown of the
 # machine. With `queuectl systemd --grace 5m` the worker requeues them after 5 minutes.
-TimeoutStopSec={stop_timeout}
+TimeoutStopSec={{stop_timeout}}
 # A worker that hangs is killed and restarted; its jobs run again.
 WatchdogSec=60
 # If the kernel kills a job for lack of memory, the worker and its other jobs continue.
@@ -11877,32 +11895,38 @@ OOMPolicy=continue
 # Jobs get this environment, not that of your shell:
 #Environment=LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin
 
-# If no job needs sudo, another setuid program or root's privileges:
-#NoNewPrivileges=yes
-#RestrictSUIDSGID=yes
-#CapabilityBoundingSet=
-#ProtectKernelTunables=yes
-#ProtectKernelModules=yes
-#ProtectKernelLogs=yes
-#ProtectControlGroups=yes
-#ProtectClock=yes
-#LockPersonality=yes
-#RestrictRealtime=yes
+# Most restrictions also disable sudo in jobs. If no job needs sudo, another setuid
+# program or root's privileges:
+{_BY_ANY}{_BY_ROOT}\
 # If no job writes to /usr, /boot or /etc:
 #ProtectSystem=full
 # If neither the queue nor files shared with others are in /tmp:
 #PrivateTmp=yes
 # Do not use ProtectProc=, ProcSubset= and PrivatePIDs=, which hide the processes of
 # jobs from the worker, and PrivateNetwork=, which blocks notifications.
-
-[Install]
-WantedBy={target}
 """
+WEB_SERVICE = f"""\
+# QUEUECTL_TOKEN=..., and QUEUECTL_READ_TOKEN=... for users that may only read.
+EnvironmentFile={{tokens}}
+# The URL that it prints has the token.
+StandardOutput=null
+
+{_BY_ANY.replace("#", "")}{{by_root}}\
+# For a port below 1024:
+#CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+#AmbientCapabilities=CAP_NET_BIND_SERVICE
+# If the queue is not in /tmp:
+#PrivateTmp=yes
+"""
+MAKE_TOKEN = """
+#     (umask 077; echo QUEUECTL_TOKEN=$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')
+#         > {})"""
 
 
-def unit_file(command: Sequence[str], path: str, is_own: bool,
-              grace: float | None) -> str:
-    """Return a systemd unit that runs a worker: the user's own, or the system's.
+def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
+              grace: float | None = None) -> str:
+    """Return a systemd unit that runs a worker or the dashboard: the user's own, or the
+    system's.
 
     The latter runs as the owner of the database `path`, whose mode is 0600. systemd
     kills a worker that does not stop within `grace` seconds (None: never), `kill-grace`
@@ -11927,19 +11951,26 @@ def unit_file(command: Sequence[str], path: str, is_own: bool,
     mounts = " ".join('"' + re.sub(r'(["\\])', r"\\\1", folder).replace("%", "%%") + '"'
                       for folder in folders if folder.isprintable())
     program, *arguments = command
-    shown = one_line(path)
+    shown, name = one_line(path), "queuectl-web" if is_web else "queuectl"
+    tokens = "%h/.config/queuectl-web.env" if is_own else "/etc/queuectl-web.env"
+    service = WEB_SERVICE if is_web else WORKER_SERVICE
     return UNIT_FILE.format(
+        what="dashboard" if is_web else "worker", name=name,
         # A trailing backslash would continue the line (systemd.syntax(7)).
         shown=shown, described=shown.replace("%", "%%").rstrip("\\"),
         mounts=mounts and f"\nRequiresMountsFor={mounts}",
-        place="~/.config/systemd/user/queuectl.service" if is_own
-        else "/etc/systemd/system/queuectl.service",
+        place=f"~/.config/systemd/user/{name}.service" if is_own
+        else f"/etc/systemd/system/{name}.service",
+        token=MAKE_TOKEN.format(tokens.replace("%h", "~")) if is_web else "",
         control="systemctl --user" if is_own else "systemctl",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"
         if is_own else "", user="" if is_own else f"\nUser={user}",
+        type="exec" if is_web else "notify",
         command=" ".join((systemd_word(program, True), *map(systemd_word, arguments))),
-        stop_timeout=stop_timeout,
+        service=service.format(
+            stop_timeout=stop_timeout, by_root=_BY_ROOT.replace("#", "#" * is_own),
+            tokens="-" * ("--no-auth" in command) + tokens),
         target="default.target" if is_own else "multi-user.target")
 
 
@@ -13385,25 +13416,49 @@ _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
            "when it exits"))
 
 
+_OWN_UNIT = option("--user", "a unit of your own, not of the system")
+_WEB_FLAGS = (
+    option("--host HOST", "where to listen (default: 127.0.0.1, this machine only)",
+           default="127.0.0.1"),
+    option("--port -p N", "default: 8080; 0: any free port", default=8080,
+           type=lambda text: parse_whole(text, 0, 65535)),
+    option("--read-only", "allow no changes"),
+    option("--no-auth", "require no token; on this machine only"),
+    option("--tls-cert F", "serve TLS with this certificate (PEM)"),
+    option("--tls-key F", "its key, if it is in another file"))
+
+
+def _again(flag: Option, value: Any) -> list[str]:
+    """Return the words of a flag with that value, for another directory."""
+    if value in (None, flag.settings.get("default")) or value is False:
+        return []
+    if flag.settings.get("metavar") == "F":
+        value = as_utf8(os.path.abspath(value))
+    if isinstance(value, float):
+        value = f"{value:.3f}".rstrip("0").rstrip(".")
+    return [flag.names[0], *[str(value)] * (value is not True)]
+
+
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
-    """Print a unit file that runs a worker of this queue, which need not exist yet."""
+    """Print a unit file for this queue, which need not exist yet, that runs a command
+    (preset: `words` and `flags`).
+    """
     again: list[str] = []       # the flags once more, from parsed values; no defaults
-    for flag in _WORKER_FLAGS:
-        value = getattr(args, flag.dest)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and one != flag.settings.get("default"):
-                again += [flag.names[0], f"{one:.3f}".rstrip("0").rstrip(".")
-                          if isinstance(one, float) else str(one)]
     try:
+        for flag in args.flags:
+            value = getattr(args, flag.dest)
+            for one in value if isinstance(value, list) else [value]:
+                again += _again(flag, one)
         path = as_utf8(os.path.abspath(system_path(args.path)))
-        command = (*start_words(), "--db", path, "worker", "start", *again)
+        command = (*start_words(), "--db", path, *args.starts, *again)
     except FileNotFoundError:
         raise Unavailable("unwritable", "the current directory is gone",
                           "change to another, or give an absolute --db") from None
     except UnicodeError:
         raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
                       "rename its directories") from None
-    screen.out(unit_file(command, path, args.user, args.grace).rstrip("\n"))
+    screen.out(unit_file(command, path, args.user, args.starts == ("web",),
+                         getattr(args, "grace", None)).rstrip("\n"))
 
 
 # What a command does with the database. Only those that add or set something, or serve,
@@ -13599,14 +13654,7 @@ COMMANDS = (    # in the order of the help
            also="config reset, config rm", value=None),
     _entry(
         "web", cmd_web, "serve the dashboard, the API and the metrics", CREATES,
-        option("--host HOST", "where to listen (default: 127.0.0.1, this machine only)",
-               default="127.0.0.1"),
-        option("--port -p N", "default: 8080; 0: any free port", default=8080,
-               type=lambda text: parse_whole(text, 0, 65535)),
-        option("--read-only", "allow no changes"),
-        option("--no-auth", "require no token; on this machine only"),
-        option("--tls-cert F", "serve TLS with this certificate (PEM)"),
-        option("--tls-key F", "its key, if it is in another file"),
+        *_WEB_FLAGS,
         eg="web\nweb --port 9000 --read-only\n"
            "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
         also="serve, server, dashboard, ui"),
@@ -13618,10 +13666,14 @@ COMMANDS = (    # in the order of the help
     _entry("completion", cmd_completion, "print a completion script for a shell",
            NEITHER, option("SHELL", ", ".join(SHELLS), choices=tuple(SHELLS)),
            eg="completion bash", also="completions"),
-    _entry("systemd", cmd_systemd, "print a systemd unit that runs a worker", NEITHER,
-           *_WORKER_FLAGS, option("--user", "a unit of your own, not of the system"),
+    _entry("systemd worker", cmd_systemd, "print a systemd unit that runs a worker",
+           NEITHER, *_WORKER_FLAGS, _OWN_UNIT,
            eg="systemd --count 4 --grace 5m\n--db /srv/jobs.db systemd --user",
-           also="service, unit"),
+           also="service, unit", starts=("worker", "start"), flags=_WORKER_FLAGS),
+    _entry("systemd web", cmd_systemd, "print a systemd unit that runs the dashboard",
+           NEITHER, *_WEB_FLAGS, _OWN_UNIT,
+           eg="systemd web --port 9000\nsystemd web --user --read-only",
+           starts=("web",), flags=_WEB_FLAGS),
     _entry("install", cmd_install, "install this program, without pip or network",
            NEITHER, option("--to DIR", "for lib/queuectl and bin/queuectl (default: "
                            "~/.local, as root /usr/local)"),
@@ -13640,7 +13692,8 @@ TITLES = {"": "A background job queue for the command line",
           "dlq": "The dead letter queue: jobs that failed for good",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, stored in the database", "queue": "Queues of jobs",
-          "schedule": "Recurring jobs"}
+          "schedule": "Recurring jobs",
+          "systemd": "Unit files for systemd, which starts workers and the dashboard"}
 # What `queuectl` alone prints where there is no queue yet.
 WELCOME = """\
 There is no queue at {path} yet. Begin with:

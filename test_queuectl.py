@@ -5971,6 +5971,20 @@ class CommandLine(Case):
         self.assertRegex(own, r"(?s)\nTimeoutStopSec=infinity\n.*\nWantedBy=default.target\n")
         self.assertNotIn("User=", own)
 
+    def test_a_unit_file_of_the_dashboard_takes_its_token_from_a_file(self):
+        for flags, lines in (
+                ("--port 0 --read-only --tls-cert c.pem", (
+                    "Type=exec", "EnvironmentFile=/etc/queuectl-web.env", "StandardOutput=null",
+                    "NoNewPrivileges=yes", "CapabilityBoundingSet=")),
+                ("--user --no-auth", (
+                    "EnvironmentFile=-%h/.config/queuectl-web.env", "NoNewPrivileges=yes",
+                    "#CapabilityBoundingSet="))):
+            out = self.cli(f"systemd web {flags}")[1]
+            for line in (*lines, "Restart=on-failure"):
+                self.assertIn(f"\n{line}\n", out)
+            self.assertIn(f' --db "{self.path}" web ' + flags.replace("--user ", "").replace(
+                "c.pem", queuectl.systemd_word(os.path.abspath("c.pem"))) + "\n", out)
+
 
 # ---- 24 Main -----------------------------------------------------------------
 
@@ -8228,7 +8242,8 @@ class Services(Processes):
         os.mkdir(self.path_of('of 100% $HOME "ü"'))
         os.mkdir(self.path_of("run"), 0o700)
         self.path = self.path_of('of 100% $HOME "ü"/q.db')
-        for flags in ((), ("--user", "--grace", "1h"), ("--queue", "a", "--name", "b")):
+        for flags in ((), ("--user", "--grace", "1h"), ("--queue", "a", "--name", "b"),
+                      ("web", "--port", "0"), ("web", "--user", "--tls-cert", "of 100% c.pem")):
             text, unit = self.call("systemd", *flags)[1], self.path_of("queuectl.service")
             for shown in (text, re.sub("^#([A-Z])", r"\1", text, flags=re.M)):
                 write_bytes(unit, shown.encode())
