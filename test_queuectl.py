@@ -1096,7 +1096,8 @@ class Fields(Case):
     def test_values_of_settings_are_accepted_up_to_their_bounds(self):
         for key, taken, *wrong in (
                 ("output-limit", {"64KiB": 65536, "0": 0, "3 k": 3072, "2kb": 2000,
-                                  "16MiB": 1 << 24}, "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
+                                  "16MiB": 1 << 24},
+                 "", "x", "-1", "0x", "9" * 5000, "5x", "16777217", "17MiB"),
                 ("backoff-jitter", {".5": 0.5, "1": 1.0}, "1.1", "", "nan"),
                 ("heartbeat", {"100ms": 0.1}, "99ms"), ("lease", {"1s": 1.0}, "0.9"),
                 ("max-retries", {"0": 0, "1000000000": 10**9}, "-1", "1000000001"),
