@@ -500,6 +500,16 @@ _NAME = "[A-Za-z0-9._:@-]{1,128}"
 NAME_FORM = "use 1 to 128 of A-Z a-z 0-9 . _ : @ -"
 
 
+def parse_gpus(text: str) -> str:
+    """`all`, or names or indices, each once, as 0,1; else Invalid."""
+    names = text.split(",")
+    if not all(re.fullmatch("[A-Za-z0-9._:/-]{1,128}", name) for name in names) \
+            or not len({*names}) == len(names) <= MAX_SLOTS:
+        raise Invalid(f"{text!r} is not a list of GPUs",
+                      "use `all`, or indices or UUIDs, each once, as 0,1")
+    return text
+
+
 def parse_name(text: object) -> str:
     """A name of a job, queue, tag, worker or schedule; else Invalid."""
     if not isinstance(text, str) or not re.fullmatch(_NAME, text):
@@ -654,6 +664,10 @@ class Worker(NamedTuple):
     late_after: float = math.inf        # seconds without a heartbeat: shown
     running: Sequence[Job] = ()
 
+    @property
+    def busy(self) -> int:
+        return sum(job.slots for job in self.running)
+
     def takes(self, queue: str) -> bool:
         return not self.queues or queue in self.queues
 
@@ -770,6 +784,7 @@ class WorkerOptions(NamedTuple):
     drain: bool = False
     max_jobs: int | None = None
     grace: float | None = None          # seconds; None: no limit
+    gpus: tuple[str, ...] = ()          # one for each slot
 
     def adapt(self, settings: Settings) -> Settings:
         """The configuration of this worker: its flags come first."""
@@ -784,8 +799,13 @@ class Claim(NamedTuple):
     """A job that a worker has taken."""
     job: Job
     number: int         # the fencing token: only increases, never reused
-    slot: int           # 0: a spare, without a slot yet
+    slots: tuple[int, ...]      # (): a spare, without a slot yet
     lock: int           # descriptor that holds the run's lock; -1: no such locks here
+
+    @property
+    def slot(self) -> int:
+        """The lowest of its slots; 0: a spare."""
+        return self.slots[0] if self.slots else 0
 
     def release(self) -> None:
         """Close the lock in this process; the process tree still holds it (I5)."""
@@ -960,16 +980,28 @@ def brought_forward(job: Job, now: float) -> Job:
     return job._replace(run_at=run_at, updated_at=iso(now))
 
 
-def choose(line: Iterable[Job], room: Callable[[str], int], free: int) -> list[Job]:
+def choose(line: Iterable[Job], room: Callable[[str], int], slots: int,
+           spares: int = 0) -> tuple[list[Job], bool]:
+    """The jobs to claim for that many free slots, then as spares; True if no others in
+    the line may start. The first job that needs more slots than are free ends the line,
+    since jobs behind it would take slots that it waits for.
+    """
     taken: dict[str, int] = {}
     chosen: list[Job] = []
     for job in line:
-        if len(chosen) == free:
+        if not slots + spares:
             break
-        if taken.get(job.queue, 0) < room(job.queue):
-            taken[job.queue] = taken.get(job.queue, 0) + 1
-            chosen.append(job)
-    return chosen
+        if taken.get(job.queue, 0) >= room(job.queue):
+            continue
+        if job.slots <= slots:
+            slots -= job.slots
+        elif slots or job.slots > 1:
+            return chosen, True
+        else:
+            spares -= 1
+        taken[job.queue] = taken.get(job.queue, 0) + 1
+        chosen.append(job)
+    return chosen, not slots + spares
 
 
 def start_order(job: Job) -> tuple[int, str, int]:
@@ -1571,18 +1603,17 @@ def _timeless(parse: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
     return lambda value, now: parse(value)
 
 
-def _whole(least: int, output: dict[str, Any]) -> Kind:
+def _whole(least: int, output: dict[str, Any], most: int = MAX_WHOLE) -> Kind:
     def parse(value: Any, now: float) -> int:
         # JSON has one kind of number, so 5.0 is the whole number 5.
         is_whole = value.is_integer() if isinstance(value, float) \
             else isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or not least <= value <= MAX_WHOLE:
-            raise Invalid(
-                f"{value!r} is not a whole number from {least} to {MAX_WHOLE}")
+        if not is_whole or not least <= value <= most:
+            raise Invalid(f"{value!r} is not a whole number from {least} to {most}")
         return int(value)
     return Kind(parse, {"type": ["integer", "null"], "minimum": least,
-                        "maximum": MAX_WHOLE}, output,
-                {"metavar": "N", "type": lambda text: parse_whole(text, least)})
+                        "maximum": most}, output,
+                {"metavar": "N", "type": lambda text: parse_whole(text, least, most)})
 
 
 _COMMAND = Kind(
@@ -1642,6 +1673,8 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "when it runs": (
         Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
               "higher first (default: 0)", flags=("--priority", "-p")),
+        Field("slots", _whole(1, _AMOUNT, MAX_SLOTS), "eus",
+              "slots of a worker that it takes (default: 1)"),
         Field("delay", _SPAN, "eu", "not before this time has passed"),
         Field("run_at", _TIME, "eu",
               "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
@@ -2274,10 +2307,12 @@ class Sql:
          GROUP BY queue"""
     COUNT_DUE = """
         SELECT COUNT(*)
-          FROM (SELECT 1 FROM jobs WHERE waits = 'ready' AND queue = :queue
+          FROM (SELECT 1 FROM jobs
+                 WHERE waits = 'ready' AND queue = :queue AND slots <= :widest
                  UNION ALL
                 SELECT 1 FROM jobs
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
+                   AND slots <= :widest
                  LIMIT :most) AS due"""
     COUNT_LATER = """
         SELECT COUNT(*)
@@ -2288,6 +2323,7 @@ class Sql:
     RETRY = """
         SELECT 1 FROM jobs
          WHERE state = 'failed' AND queue = :queue AND waits IN ('ready', 'scheduled')
+           AND slots <= :widest
          LIMIT 1"""
     NEXT_DUE = "SELECT * FROM jobs WHERE waits = 'scheduled' ORDER BY run_at LIMIT 1"
     DUE_AT = """
@@ -2328,10 +2364,17 @@ class Sql:
          ORDER BY updated_at LIMIT :limit"""
     LINE = """
         SELECT * FROM jobs
-         WHERE waits = 'ready'
+         WHERE waits = 'ready' AND slots <= :widest
          ORDER BY rank, run_at, seq LIMIT :limit"""
     # For one queue, if the first jobs of LINE cannot be claimed.
     QUEUE_LINE = LINE.replace("'ready'", "'ready' AND queue = :queue")
+    # Few rows: jobs that no worker can take come to the front.
+    COUNT_WIDE = """
+        SELECT COUNT(*), MIN(id)
+          FROM (SELECT id, slots FROM jobs
+                 WHERE waits = 'ready' AND queue = :queue
+                 ORDER BY rank, run_at, seq LIMIT 1000) AS due
+         WHERE slots > :widest"""
     BEFORE = """
         SELECT COUNT(*) FROM jobs
          WHERE waits = 'ready' AND queue = :queue
@@ -2462,7 +2505,7 @@ class Sql:
 
     # Runs. Claims only grow (I4), so they order the runs of a job. A run's end is
     # written once, hence `outcome IS NULL`.
-    INSERT_RUN = _insert("runs", *Run._fields[:7])
+    INSERT_RUN = _insert("runs", *Run._fields[:7], "slots", "gpus")
     _OPEN = "WHERE claim = :claim AND outcome IS NULL"
     BEGIN_RUN = f"UPDATE runs {_set('slot started_at')} {_OPEN}"
     # Stored output is not replaced by less: whoever records a lost run has none, and
@@ -2525,6 +2568,14 @@ class Sql:
     STOP_WORKER = "UPDATE workers SET stop_requested = :stop_requested WHERE id = :id"
     RENAME_WORKER = "UPDATE workers SET name = :name WHERE id = :id"
     DELETE_WORKER = "DELETE FROM workers WHERE id = :id"
+    # Also those of lost runs, whose processes may still use them.
+    GPUS_IN_USE = """
+        SELECT runs.gpus FROM jobs
+         CROSS JOIN runs
+          LEFT JOIN workers ON workers.id = runs.worker_id
+         WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
+           AND runs.gpus IS NOT NULL AND runs.worker_id <> :id
+           AND COALESCE(workers.host, :host) = :host"""
     # By id, as another worker may have the name. CROSS JOIN makes SQLite begin with the
     # few running jobs, not with all runs (108 ms for 300,000).
     DELETE_IDLE_WORKER = """
@@ -4645,12 +4696,13 @@ class Queue:
         job, limits = jobs[0], {view.name: view.limit for view in self.queues()}
         workers = [one for one in self.workers()
                    if one.takes(job.queue) and not one.is_expired]
-        has_last_slot = sum(one.slots for one in workers) == 1 \
-            and caller.worker in [one.name for one in workers]
+        has_last_slot = caller.worker in [one.name for one in workers] and all(
+            one.slots - caller.slots * (one.name == caller.worker) < job.slots
+            for one in workers)
         if has_last_slot or (caller.queue == job.queue and limits.get(job.queue) == 1):
             raise Refused("blocked", f"{job.id} cannot start: {caller.id}, which runs "
-                          "this command, has the only slot for it", "let the job end "
-                          "first, or start another worker")
+                          "this command, has the slots that it needs", "let the job "
+                          "end first, or start another worker")
 
     # Why jobs wait.
 
@@ -4690,7 +4742,7 @@ class Queue:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
-        """Why each of these jobs waits, by id; []: only for a slot."""
+        """Why each of these jobs waits, by id; []: only for its turn."""
         workers = [one for one in self.workers() if not one.is_expired]
         queues, all_paused = {one.name: one for one in self.queues()}, \
             self.is_all_paused()
@@ -4707,6 +4759,9 @@ class Queue:
                 or QueueView(job.queue, False, 0, {PROCESSING: 0})
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
+            able = [one for one in workers if one.takes(job.queue)]
+            fit = [one for one in able if one.slots >= job.slots]
+            free = max([0, *(one.slots - one.busy for one in fit)])
             found[job.id] += [Finding(*row) for is_so, *row in (
                 (all_paused, WARNING, "paused", "all queues are paused", ""),
                 (queue.paused, WARNING, "paused", f"queue `{job.queue}` is paused", ""),
@@ -4721,8 +4776,12 @@ class Queue:
                  f"due {ago(job.run_at, self.clock())}{tries}", ""),
                 (not workers, WARNING, "no-worker", "no worker is running",
                  "`queuectl worker start` starts one"),
-                (workers and not any(one.takes(job.queue) for one in workers), WARNING,
-                 "no-worker", f"no worker takes queue `{job.queue}`", "")) if is_so]
+                (workers and not able, WARNING,
+                 "no-worker", f"no worker takes queue `{job.queue}`", ""),
+                (able and not fit, WARNING, "too-wide", f"needs {job.slots} slots, the "
+                 f"largest worker has {max([0, *(one.slots for one in able)])}", ""),
+                (fit and job.waits == READY and free < job.slots > 1, NOTE, "slots",
+                 f"waits for {job.slots} slots, {free} free", "")) if is_so]
         return found
 
     def waiting_for(self, job: Job) -> list[str]:
@@ -4731,9 +4790,9 @@ class Queue:
         if job.state == PROCESSING and all(one.name != job.worker for one in workers):
             return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
                     "again"]
-        reasons = [one.message for found in self.hindrances([job]).values()
-                   for one in found]
-        if reasons or job.waits is None:
+        found = self.hindrances([job]).get(job.id, [])
+        reasons = [one.message for one in found]
+        if job.waits is None or any(one.code != "slots" for one in found):
             return reasons
         # Only jobs that can start: not those of paused, full or unserved queues.
         n = sum(self.store.rows(Sql.BEFORE, queue=view.name, rank=job.rank,
@@ -4741,7 +4800,8 @@ class Queue:
                 for view in self.queues()
                 if not view.paused and any(one.takes(view.name) for one in workers)
                 and (not view.limit or view.counts[PROCESSING] < view.limit))
-        return [f"behind {counted(n, 'other job')}" if n else "next in line"]
+        return reasons + [f"behind {counted(n, 'other job')}"] * bool(n) \
+            or ["next in line"]
 
     def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
         """What waits in these queues (default: all) after `--drain`, and why."""
@@ -4754,12 +4814,14 @@ class Queue:
             lines += [f"{stuck} of queue {view.name} cannot run: {job.id} "
                       f"{self.why_stuck(job)}" for job in jobs]
             if left > stuck:
-                jobs = self.jobs(WAITING, "run-at", PAGE_SIZE, queue=view.name)
-                found = self.hindrances([
-                    job for job in jobs if job.waits != BLOCKED][:1])
-                why = [f": {job_id} " + (", ".join(
-                    one.message for one in reasons if one.code != "no-worker")
-                    or "is ready") for job_id, reasons in found.items()]
+                jobs = [job for job in self.jobs(
+                    WAITING, "run-at", PAGE_SIZE, queue=view.name)
+                    if job.waits != BLOCKED][:1]
+                found = self.hindrances(jobs)
+                why = [f": {job.id} " + (", ".join(
+                    one.message for one in found[job.id] if one.code != "no-worker")
+                    or ("is ready" if job.slots == 1 else f"needs {job.slots} slots"))
+                    for job in jobs]
                 lines.append(f"{left - stuck} of queue {view.name}{''.join(why)}")
         return [f"left waiting: {line}" for line in lines]
 
@@ -4811,15 +4873,22 @@ class Queue:
         late = [(seconds, name) for name, seconds in oldest.items()
                 if name not in paused]
         for seconds, name in sorted(late, reverse=True):
-            is_taken = any(one.takes(name) for one in workers)
-            if is_taken and seconds < LONG_WAIT:
+            most = max([0, *(one.slots for one in workers if one.takes(name))])
+            [[n, first]] = self.store.rows(Sql.COUNT_WIDE, queue=name, widest=most)
+            if n and most:
+                yield Finding(
+                    WARNING, "too-wide", f"{counted(n, 'job')} of queue {name} cannot "
+                    f"run: {first} needs more than {counted(most, 'slot')}, and no "
+                    "worker has more", "`queuectl worker start --count N` starts a "
+                    f"larger one; or `queuectl edit {first} --slots {most}`")
+            if most and seconds < LONG_WAIT:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
-                                    most=DUE_COUNTED)
+                                    most=DUE_COUNTED, widest=MAX_SLOTS)
             text = f"queue {name} has {n}{'+' * (n == DUE_COUNTED)} due " \
                 f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"
             limit = views[name].limit
-            if not is_taken:
+            if not most:
                 yield Finding(WARNING, "no-worker", f"{text}, and {missing}",
                               "`queuectl worker start` starts one")
             elif limit and views[name].counts[PROCESSING] >= limit:
@@ -5337,7 +5406,7 @@ def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]
     outcome = Outcome(LOST, error=f"its worker {run.worker} was lost")
     if host.locks.process_of(run) is None:
         outcome = Outcome(RELEASED, error="its worker was lost before it had begun")
-    return [(Claim(job, run.claim, run.slot, -1), outcome)
+    return [(Claim(job, run.claim, (run.slot,), -1), outcome)
             for job in store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)]
 
 
@@ -5371,7 +5440,7 @@ class Claims:
         # Outside of the transaction, as it may run `ps` (I9).
         worker = Worker(0, name, host.name, host.boot, pid, host.born(pid),
                         self._options.slots, self._options.queues, port, now, now, 0,
-                        None)
+                        None, self._options.gpus)
         gone = {one.id for one in store.workers()}
         gone -= {one.id for one in self._queue.workers() if not one.is_expired}
         with store.transaction():
@@ -5380,6 +5449,10 @@ class Claims:
                     raise Conflict("in-use",
                                    f"a worker named {name!r} is running already",
                                    "choose another --name")
+                shared = {*worker.gpus} & {*one.gpus}
+                if shared and one.host == host.name and one.id not in gone:
+                    raise Conflict("in-use", f"worker {one.name} uses GPU "
+                                   f"{min(shared)} already", "choose other --gpus")
                 if one.name == name:    # its row stays until its runs are recorded
                     store.do(Sql.RENAME_WORKER, {"id": one.id,
                                                  "name": f"{name}#{one.id}"})
@@ -5404,9 +5477,9 @@ class Claims:
         finally:
             self._release_lock()
 
-    def is_work_ready(self) -> bool:
-        """Return True if a tick may find work. Reads only, as idle workers do not
-        write.
+    def is_work_ready(self, free: Sequence[int]) -> bool:
+        """Return True if a tick may find work for these slots. Reads only, as idle
+        workers do not write.
 
         Due jobs of any queue count, as any worker makes them ready. Ready jobs count
         only if this worker can claim them: otherwise idle workers would wake each
@@ -5415,11 +5488,8 @@ class Claims:
         now = self._clock()
         [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
                                                     ahead=iso(now + CLOCK_NOISE))
-        if is_due or not is_any_ready:
-            return bool(is_due)
-        room = self._room(1)
-        return any(room(queue) and self._store.row(Sql.QUEUE_LINE, queue=queue, limit=1)
-                   for queue, state in self._store.counts() if state in WAITING)
+        return bool(is_due or (
+            is_any_ready and self._choose(len(self._without_used(free)))))
 
     def next_due(self) -> float | None:
         """Epoch seconds when the next job or schedule is due; None: never."""
@@ -5433,9 +5503,10 @@ class Claims:
             claim: asked for claim, asked, _ in self._store.rows(
                 Sql.MINE, worker=self.worker.name)}
 
-    def tick(self, report: Report, free: Sequence[int]) -> Tick | None:
-        """Record the report and claim jobs for the free slots, without the COMMIT; None
-        if another connection is writing.
+    def tick(self, report: Report, free: Sequence[int],
+             most: int | None = None) -> Tick | None:
+        """Record the report and claim jobs, `most` at most, for the free slots (0: a
+        spare), without the COMMIT; None if another connection is writing.
 
         Call `commit` next, in any thread, then `committed` or `failed`; until then
         nothing else uses the connection. After a failure, repeat the report.
@@ -5444,14 +5515,15 @@ class Claims:
             return None
         locks, self._begun_before = list[int](), frozenset(self._begun)
         try:
-            return self._write(report, free, locks)
+            return self._write(report, free, most, locks)
         except BaseException:
             self._store.rollback()
             for lock in locks:
                 os.close(lock)
             raise
 
-    def _write(self, report: Report, free: Sequence[int], locks: list[int]) -> Tick:
+    def _write(self, report: Report, free: Sequence[int], most: int | None,
+               locks: list[int]) -> Tick:
         """Adds the taken locks to `locks`. The order matters: ends of runs free slots
         and unblock jobs, schedules add jobs, due jobs become ready, ready ones are
         claimed.
@@ -5490,11 +5562,12 @@ class Claims:
                 "now": iso(now), "limit": DUE_BATCH}) == DUE_BATCH
         stop = row[0] if row else None
         spares = [start_order(one.job) for one in self._held.values()
-                  if not one.slot and one.number not in report.ended]
+                  if not one.slots and one.number not in report.ended]
         is_overtaken = bool(spares) and any(
-            start_order(job) < max(spares) for job in store.jobs(Sql.LINE, limit=1))
+            start_order(job) < max(spares) for job in store.jobs(
+                Sql.LINE, limit=1, widest=self.worker.slots))
         claims = [] if behind or stop or is_overtaken or not free \
-            else self._claim(free, locks, now)
+            else self._claim(free, most, locks, now)
         mine.update((one.number, None) for one in claims)
         is_expiring = bool(report.is_heartbeat or self._expired) \
             and self._expire(now, settings)
@@ -5576,19 +5649,30 @@ class Claims:
 
     def begin(self, claim: Claim, slot: int) -> Claim:
         """Give a spare claim its slot; stored at its end or by the next heartbeat."""
-        begun = claim._replace(slot=slot, job=claim.job._replace(
+        begun = claim._replace(slots=(slot,), job=claim.job._replace(
             started_at=iso(self._clock())))
         self._held[claim.number] = begun
         self._begun.add(claim.number)
         return begun
 
-    def _claim(self, slots: Sequence[int], locks: list[int], now: float) -> list[Claim]:
-        """Claim the next jobs, one for each slot; slot 0: a spare."""
+    def _without_used(self, free: Sequence[int]) -> list[int]:
+        """The free slots, except those whose GPUs other workers' runs use."""
+        gpus = self.worker.gpus
+        used = {gpu for [names] in self._store.rows(
+            Sql.GPUS_IN_USE, id=self.worker.id, host=self.worker.host)
+            for gpu in names.split(",")} if gpus else {}
+        return [slot for slot in free if not used or gpus[slot - 1] not in used]
+
+    def _claim(self, free: Sequence[int], most: int | None, locks: list[int],
+               now: float) -> list[Claim]:
+        """Claim the next jobs, `most` at most; a slot 0 is a spare."""
         store, taken, at = self._store, list[Claim](), iso(now)
-        for job, slot in zip(self._choose(len(slots)), slots):
+        gpus, left = self.worker.gpus, self._without_used([n for n in free if n])
+        for job in self._choose(len(left), free.count(0))[:most]:
+            slots, left = tuple(left[:job.slots]), left[job.slots:]
             number, lock = self._lock_number("runs", 0)     # before the commit (I5)
             locks += [lock] if lock >= 0 else []
-            taken.append(Claim(job, number, slot, lock))
+            taken.append(Claim(job, number, slots, lock))
             # The wait for a slot begins when the job is due, its last run has ended and
             # its dependencies are met.
             needs = store.rows(Sql.LAST_NEED_END, job=job.seq)[0][0] \
@@ -5598,7 +5682,10 @@ class Claims:
         store.write(Sql.INSERT_RUN, [
             {"claim": one.number, "job": one.job.seq, "number": one.job.runs + 1,
              "worker_id": self.worker.id, "worker": self.worker.name,
-             "slot": one.slot, "started_at": at} for one in taken])
+             "slot": one.slot, "started_at": at,
+             "slots": ",".join(map(str, one.slots)) if len(one.slots) > 1 else "",
+             "gpus": ",".join(gpus[slot - 1] for slot in one.slots) if gpus else None}
+            for one in taken])
         jobs = store.move([Change("claim", one.job, one.job._replace(
             claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
             started_at=at, finished_at=None, exit_code=None, error=None))
@@ -5614,25 +5701,26 @@ class Claims:
             with contextlib.suppress(Conflict):
                 return number, self._host.locks.hold(base + number)
 
-    def _choose(self, free: int) -> list[Job]:
-        """The next jobs whose queues have room.
+    def _choose(self, slots: int, spares: int = 0) -> list[Job]:
+        """The next jobs that fit and whose queues have room.
 
         Usually these are the first ready jobs; the second read can skip a few. Behind a
         long backlog that cannot run, each queue is read by jobs_in_queue: `queue NOT
         IN` would read the whole backlog at each tick.
         """
+        free, widest = slots + spares, self.worker.slots
         room = self._room(free)
         for limit in (free, max(CLAIM_SCAN, 2 * free)):
-            line = self._store.jobs(Sql.LINE, limit=limit)
-            chosen = choose(line, room, free)
-            if len(chosen) == free or len(line) < limit:
+            line = self._store.jobs(Sql.LINE, limit=limit, widest=widest)
+            chosen, is_all = choose(line, room, slots, spares)
+            if is_all or len(line) < limit:
                 return chosen
         waiting = {queue for queue, state in self._store.counts()
                    if state in WAITING and room(queue) > 0}
         return choose(sorted((
-            job for queue in waiting
-            for job in self._store.jobs(Sql.QUEUE_LINE, queue=queue, limit=free)),
-            key=start_order), room, free)
+            job for queue in waiting for job in self._store.jobs(
+                Sql.QUEUE_LINE, queue=queue, limit=free, widest=widest)),
+            key=start_order), room, slots, spares)[0]
 
     def _room(self, free: int) -> Callable[[str], int]:
         """A function: how many more jobs of a queue may start, of up to `free`."""
@@ -5680,10 +5768,12 @@ class Claims:
         if any(n and state == PROCESSING and self.worker.takes(queue)
                for (queue, state), n in counts.items()):
             return False
-        now, room = iso(self._clock()), self._room(1)
+        now, room, widest = iso(self._clock()), self._room(1), self.worker.slots
         return not any(
-            ((queue, FAILED) in counts and self._store.row(Sql.RETRY, queue=queue))
-            or self._store.rows(Sql.COUNT_DUE, queue=queue, now=now, most=1)[0][0]
+            ((queue, FAILED) in counts
+             and self._store.row(Sql.RETRY, queue=queue, widest=widest))
+            or self._store.rows(Sql.COUNT_DUE, queue=queue, now=now, most=1,
+                                widest=widest)[0][0]
             for queue in {queue for queue, _ in counts} if room(queue))
 
 
@@ -6021,10 +6111,12 @@ _JOB = {key: FIELDS[key].kind.output for key in JSON_KEYS}
 _RUN = {"number": _AMOUNT, "worker": _TEXT, "started_at": _STAMP,
         "finished_at": _STAMP_OR_NULL, "duration": _REAL_OR_NULL,
         "outcome": _TEXT_OR_NULL, "exit_code": _or_null(_WHOLE),
-        "error": _TEXT_OR_NULL, "output": _TEXT}
+        "error": _TEXT_OR_NULL, "output": _TEXT, "slots": _TEXT,
+        "gpus": _TEXT_OR_NULL}
 _WORKER = {"name": _TEXT, "host": _TEXT, "pid": _AMOUNT, "slots": _AMOUNT,
            "running": array_schema(_TEXT), "queues": array_schema(_TEXT),
-           "started_at": _STAMP, "heartbeat_at": _STAMP}
+           "started_at": _STAMP, "heartbeat_at": _STAMP, "gpus": array_schema(_TEXT),
+           "busy": _AMOUNT}
 _SPREAD = {"count": _AMOUNT,
            **dict.fromkeys(("mean", "p50", "p95", "p99"), _REAL_OR_NULL)}
 _SUMMARY = {**dict.fromkeys(("enqueued", "completed", "retried", "dead", "cancelled",
@@ -6086,7 +6178,8 @@ def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
 def run_object(run: Run) -> dict[str, Any]:
     # Output may be any bytes; what is not UTF-8 becomes U+FFFD.
     output = readable(run.output, run.output_bytes)
-    return as_json("Run", run, output=output.decode("utf-8", "replace"))
+    return as_json("Run", run, output=output.decode("utf-8", "replace"),
+                   slots=run.slots or str(run.slot))
 
 
 def show_object(job: Job, runs: Sequence[Run],
@@ -6097,7 +6190,7 @@ def show_object(job: Job, runs: Sequence[Run],
 
 def worker_object(worker: Worker) -> dict[str, Any]:
     return as_json("Worker", worker, running=[job.id for job in worker.running],
-                   queues=list(worker.queues))
+                   queues=list(worker.queues), gpus=list(worker.gpus))
 
 
 def queue_object(view: QueueView) -> dict[str, Any]:
@@ -6322,6 +6415,7 @@ def job_table(jobs: Sequence[Job], style: Style,
          lambda job: True),
         ("QUEUE", lambda job: job.queue, lambda job: job.queue != DEFAULT_QUEUE),
         ("PRIO", lambda job: str(job.priority), lambda job: job.priority != 0),
+        ("SLOTS", lambda job: str(job.slots), lambda job: job.slots > 1),
         ("TRIES", lambda job: f"{job.attempts + (job.state == PROCESSING)}"
                               f"/{max(1, job.max_retries)}",
          lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
@@ -6357,10 +6451,12 @@ def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[
 def worker_line(worker: Worker, style: Style) -> str:
     age = style.now - epoch(worker.heartbeat_at)
     parts = [style.paint(worker.name, BOLD), f"pid {worker.pid}",
-             f"{len(worker.running)}/{worker.slots} slots busy",
+             f"{worker.busy}/{worker.slots} slots busy",
              f"up {_whole_span(worker.started_at, style.now)}"]
     if worker.queues:
         parts.append("queues " + ",".join(worker.queues))
+    if worker.gpus:
+        parts.append("gpus " + ",".join(worker.gpus))
     if worker.stop_requested:
         parts.append("stopping")
     if age > worker.late_after:
@@ -6539,6 +6635,7 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"
                      + f", run {job.runs} is running" * (job.state == PROCESSING)),
         ("priority", str(job.priority or "")),
+        ("slots", str(job.slots) if job.slots > 1 else ""),
         ("tags", ", ".join(job.tags)),
         ("after", ", ".join(job.after)), ("after any", ", ".join(job.after_any)),
         ("unique", job.unique),
@@ -6567,7 +6664,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
              "-" if run.exit_code is None else str(run.exit_code),
              "-" if run.duration is None else span(run.duration),
              local_time(epoch(run.started_at), style.now),
-             run.worker + (f"  {one_line(run.error)}" if run.error else ""))
+             "  ".join(filter(None, (run.worker, run.gpus and f"gpus {run.gpus}",
+                                     one_line(run.error or "")))))
             for run in runs)], style._replace(width=0))     # errors are not cut
     return [*lines, "", *(part for line in table for part in fold(line, style.width))]
 
@@ -6665,7 +6763,7 @@ def metrics_text(scrape: Scrape) -> str:
     stopped = scrape.paused.get(EVERY_QUEUE, False)
     workers = [worker for worker in scrape.workers if not worker.is_expired]
     slots = sum(worker.slots for worker in workers)
-    busy = sum(len(worker.running) for worker in workers)
+    busy = sum(worker.busy for worker in workers)
     families: tuple[tuple[str, str, str, Iterable[tuple[str, float]]], ...] = (
         ("jobs", "gauge", "Jobs by state.", (
             (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
@@ -7422,6 +7520,7 @@ EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
 SPARE_PATIENCE = 0.05  # seconds until spare claims are released
+GPU_PATIENCE = 20.0    # seconds; without its daemon nvidia-smi takes some to answer
 FOUND = -1             # a lost run that is not yet marked in the database
 
 # The machine is short of a resource: not the job's failure.
@@ -7539,6 +7638,28 @@ def _prepare_descriptors(slots: int) -> None:
             os.set_inheritable(number, False)
 
 
+def gpu_names(text: str) -> tuple[str, ...]:
+    """The GPUs of --gpus; for `all` as nvidia-smi lists them, Refused without any."""
+    if text != "all":
+        return tuple(text.split(","))
+    import subprocess   # 5 ms
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], check=False,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=GPU_PATIENCE, encoding="utf-8", errors="replace").stdout
+    except OSError as error:
+        said = error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        said = f"no answer for {span(GPU_PATIENCE)}"
+    found = re.findall("(?m)^[0-9]+$", said)
+    if not found:
+        raise Refused("unsupported", "nvidia-smi lists no GPU: "
+                      + cut(one_line(said.strip()), 200),
+                      "name the GPUs, as `--gpus 0,1`")
+    return tuple(found)
+
+
 class Callbacks(NamedTuple):
     """What a worker calls; None: nobody wants to know."""
     log: Callable[[str], None] | None = None
@@ -7613,7 +7734,8 @@ class Runner:
         self._executor = executor
         self._notifier.ready()
         worker, slots = self._claims.worker, self._options.slots
-        self._log(f"worker {worker.name} started: {counted(slots, 'slot')}, "
+        gpus = f"GPUs {','.join(worker.gpus)}, " if worker.gpus else ""
+        self._log(f"worker {worker.name} started: {counted(slots, 'slot')}, {gpus}"
                   f"{', '.join(worker.queues) or 'all queues'}, {self._queue.path}")
         for name in ("renew", "heartbeat", "orders", "notify", "tick",
                      *["progress"] * bool(self._calls.progress)):
@@ -7654,7 +7776,7 @@ class Runner:
         ready_at = math.inf if self._commit else self._retry_at
         for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
             self._agenda.hold(name, ready_at)
-        self._agenda.hold("look", max(ready_at, self._claim_at) if self._slots()
+        self._agenda.hold("look", max(ready_at, self._claim_at) if self._usable()
                           else math.inf)
         self._agenda.hold("progress", max(ready_at, self._progress_at))
 
@@ -7683,8 +7805,9 @@ class Runner:
             self._complain(error)
             return False
 
-    def _slots(self) -> int:
-        return 0 if self._leaving else int(min(len(self._free), self._quota))
+    def _usable(self) -> list[int]:
+        """The free slots, unless no more jobs are to be claimed."""
+        return self._free if self._quota and not self._leaving else []
 
     def _do_renew(self) -> None:
         """Tell the supervisor that the loop runs, even if no worker can write: the next
@@ -7713,7 +7836,7 @@ class Runner:
 
     def _do_look(self) -> None:
         """Look for work without a commit, which would make all other workers look."""
-        is_ready = self._claims.is_work_ready()
+        is_ready = self._claims.is_work_ready(self._free)
         if is_ready:
             self._agenda.want("tick")
         self._look_again(None if is_ready else self._claims.next_due())
@@ -7744,12 +7867,14 @@ class Runner:
         report = Report(dict(self._ended), [run for run, at in lost if at == KILLED],
                         [run for run, at in lost if at == FOUND], tuple(self._dead),
                         outputs, self._is_heartbeat)
-        slots = spares = 0
+        free: list[int] = []
         if not self._leaving and time.monotonic() >= self._claim_at:
-            slots = self._slots()
-            spares = int(min(wanted_spares(self._pace, self._options.slots)
-                             - len(self._spares), self._quota - slots))
-        tick = self._claims.tick(report, [*self._free[:slots], *[0] * spares])
+            # None with GPUs: the GPU is stored with the claim.
+            spares = 0 if self._options.gpus else min(
+                wanted_spares(self._pace, self._options.slots) - len(self._spares),
+                self._quota - len(self._free))
+            free = [*self._free, *[0] * int(spares)]
+        tick = self._claims.tick(report, free, int(min(self._quota, len(free))))
         if tick is None:
             raise Unavailable("busy", f"{self._queue.path} is busy: another program "
                               "holds its write lock", "end that program")
@@ -7816,7 +7941,7 @@ class Runner:
             agenda.want("look")     # held until a slot is free
         else:
             self._look_again(tick.next_due)
-        if tick.changes and self._watches and not self._slots():
+        if tick.changes and self._watches and not self._usable():
             self._queue.wake(NEW_JOBS)  # others must run what these ends unblock
         if report.is_heartbeat:     # from now: on a slow disk others need time, too
             self._is_heartbeat = False
@@ -7852,15 +7977,15 @@ class Runner:
         for claim in claims:
             if self._leaving:
                 self._release(claim)
-            elif claim.slot:
-                self._free.remove(claim.slot)
+            elif claim.slots:
+                self._free = [n for n in self._free if n not in claim.slots]
                 self._start(claim)
             else:
                 self._spares.append(claim)
         self._start_spares()
         if claims:
             os.fchdir(self._directories.home)
-        if claims and not claims[-1].slot:
+        if claims and not claims[-1].slots:
             self._agenda.drop("spares")
             self._agenda.want("spares", time.monotonic() + SPARE_PATIENCE)
 
@@ -7918,7 +8043,7 @@ class Runner:
             self._link.send(START, claim.number, command.pid)
 
     def _not_started(self, claim: Claim, error: Exception) -> None:
-        bisect.insort(self._free, claim.slot)
+        self._free = sorted((*self._free, *claim.slots))
         cwd, shell = claim.job.cwd, self._settings.shell
         words = f"could not be started: {error}"
         if isinstance(error, OSError) and error.errno in SCARCE:
@@ -7945,6 +8070,9 @@ class Runner:
         own = {**job.env, "QUEUECTL_JOB_ID": job.id,
                "QUEUECTL_ATTEMPT": str(job.attempts + 1), "QUEUECTL_QUEUE": job.queue,
                "QUEUECTL_SLOT": str(claim.slot), "QUEUECTL_CLAIM": str(claim.number)}
+        gpus = self._claims.worker.gpus
+        if gpus:    # replaces the job's own
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[n - 1] for n in claim.slots)
         if job.queue == HOOKS_QUEUE:    # the id of the job that triggered the hook
             own["QUEUECTL_JOB_ID"] = job.env.get("QUEUECTL_JOB_ID", job.id)
         return {**self._environ,
@@ -7991,7 +8119,7 @@ class Runner:
         del self._commands[claim.number]
         if not self._queue.host.boot:
             self._link.send(START, claim.number, 0)
-        bisect.insort(self._free, claim.slot)
+        self._free = sorted((*self._free, *claim.slots))
         took = outcome.duration or 0.0
         self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
         if self._spares:
@@ -8210,9 +8338,10 @@ class Runner:
         self._agenda.want("progress", ended + PROGRESS_EVERY)
 
     def _status_line(self) -> str:
-        running, slots = len(self._commands), counted(self._options.slots, "slot")
+        running, slots = len(self._commands), self._options.slots
         return (f"finishing {counted(running, 'running job')}" if self._leaving else
-                f"{running} of {slots} busy") + self.total()
+                f"{slots - len(self._free)} of {counted(slots, 'slot')} busy"
+                ) + self.total()
 
     def total(self) -> str:
         done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
@@ -8951,8 +9080,8 @@ function showStatus() {
   showCounts(); showHealth(); showWorkers(); showQueues(); showJobs(); showTitle();
 }
 
-const slotsOf = workers => workers.reduce((sum, one) => sum + one.slots, 0);
-const sum = (minutes, name) => minutes.reduce((total, one) => total + one[name], 0);
+const sum = (rows, name) => rows.reduce((total, one) => total + one[name], 0);
+const slotsOf = workers => sum(workers, "slots");
 const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
 
 // What needs attention, worst first: [level, text or link].
@@ -8973,7 +9102,7 @@ function concerns() {
 function paceWords() {
   const full = model.history.slice(-6, -1), rate = sum(full, "completed") / full.length;
   const { jobs, workers } = model.status, slots = slotsOf(workers);
-  const words = slots ? `${count(jobs.processing)} of ${many(slots, "slot")} busy`
+  const words = slots ? `${count(sum(workers, "busy"))} of ${many(slots, "slot")} busy`
     : jobs.pending ? "" : "no worker is running";
   const pace = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
   return rate ? `${words ? `${words}, ` : ""}${pace} completed a minute` : words;
@@ -9183,7 +9312,7 @@ function showLists() {
       h("li", brief(job, figure(job), reasonLine(job))));
 }
 
-function workerBlock({ name, host, pid, queues, slots, busy, overdue, jobs }) {
+function workerBlock({ name, host, pid, queues, slots, busy, more, overdue, jobs }) {
   const squares = Array.from({ length: Math.min(slots, 64) }, (_, n) =>
     h("i", { class: n < busy && "busy" }));
   return h("div.worker",
@@ -9194,15 +9323,14 @@ function workerBlock({ name, host, pid, queues, slots, busy, overdue, jobs }) {
       h("span.quiet.small", `${busy} of ${slots} busy`)),
     overdue && h("p.reason.bad", "no heartbeat for ", clock("elapsed", overdue)),
     jobs.map(job => brief(job, job.started_at && clock("elapsed", job.started_at))),
-    busy > jobs.length && h("p.reason", stateLink("processing",
-      `and ${count(busy - jobs.length)} more`)));
+    more > 0 && h("p.reason", stateLink("processing", `and ${count(more)} more`)));
 }
 
 function showWorkers() {
   if (!model.status) return;
   const known = new Map(model.running.map(job => [job.id, job]));
   const blocks = model.status.workers.map(({ heartbeat_at, running, ...worker }) => ({
-    ...worker, busy: running.length,
+    ...worker, more: running.length - SLOTS,
     overdue: since(heartbeat_at) > OVERDUE && heartbeat_at,
     jobs: running.slice(0, SLOTS).map(id =>
       known.get(id) || { id, state: "processing" }) }));
@@ -9450,7 +9578,7 @@ function runRow(run, isChosen) {
     cell("number", run.outcome ? figure(run.duration)
                                : clock("elapsed", run.started_at)),
     cell("number quiet", clock("ago", run.started_at)),
-    cell("quiet wide", run.worker));
+    cell("quiet wide", run.worker, run.gpus && `, GPU ${run.gpus}`));
 }
 
 function showRuns(runs) {
@@ -12644,9 +12772,10 @@ def opened(args: argparse.Namespace, screen: Screen) -> Iterator[Queue]:
 def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> int:
     # Flags that were not given are None: jobs and settings, read when they are needed,
     # decide, so a `config set` reaches a running worker.
+    gpus = gpu_names(args.gpus) if args.gpus else ()
     options = WorkerOptions(
-        args.count, args.name, tuple(args.queue), args.timeout,
-        args.backoff_base, args.drain, args.max_jobs, args.grace)
+        len(gpus) or args.count or 1, args.name, tuple(args.queue), args.timeout,
+        args.backoff_base, args.drain, args.max_jobs, args.grace, gpus)
     # Collecting garbage among all that is loaded took an eighth of a worker's time.
     gc.freeze()
     gc.set_threshold(100_000)
@@ -13405,8 +13534,10 @@ _COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this orde
 _OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
                 "which jobs")
 _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
-    option("--count -c N", "jobs at once (default: 1)", default=1,
+    option("--count -c N", "slots: jobs at once (default: 1)",
            type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
+    option("--gpus LIST", "a slot for each of these GPUs, as 0,1, or `all`; sets "
+           "CUDA_VISIBLE_DEVICES of each job", type=parse_gpus),
     _QUEUES, option("--name NAME", "the worker's name (default: HOST-PID)",
                     type=parse_name),
     *_grouped("for jobs that set none",
@@ -13948,6 +14079,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, extra = parser_of(entry).parsed([_as_utf8(word) for word in words])
     if extra:
         raise _unexpected(entry, extra)
+    if getattr(args, "gpus", None) and args.count:
+        raise Usage("--gpus and --count are both given", "each GPU is one slot: give "
+                    "only --gpus")
     try:
         args.words = rest and [word_bytes(word) for word in rest]
     except UnicodeError:

@@ -720,12 +720,27 @@ class Rules(Case):
                 outcome = queuectl.judged(job._replace(end_requested=asked), Outcome(kind, 1))
                 self.assertEqual((outcome.kind, outcome.error), wanted)
 
-    def test_no_more_are_chosen_than_are_wanted_or_have_room(self):
-        job = self.job()
-        line = [job._replace(seq=n, queue="ab"[n % 2]) for n in range(10)]
-        each(self, lambda room, free: [
-            one.seq for one in queuectl.choose(line, room.get, free)], (
-            ({"a": 9, "b": 9}, 3, [0, 1, 2]), ({"a": 1, "b": 3}, 9, [0, 1, 3, 5])))
+    def test_the_line_ends_at_the_first_job_that_needs_more_slots_than_are_free(self):
+        """`2b`: a job of 2 slots in queue b."""
+        job, anything = self.job(), {"a": 99, "b": 99}
+
+        def chosen(line, slots, spares=0, room=anything):
+            jobs, is_all = queuectl.choose([
+                job._replace(seq=n, slots=int(one[0]), queue=one[1])
+                for n, one in enumerate(line.split())], room.get, slots, spares)
+            return [one.seq for one in jobs], is_all
+        each(self, chosen, (
+            ("1a 1b 1a 1b", 3, ([0, 1, 2], True)), ("1a 1b", 3, ([0, 1], False)),
+            ("1a 1a", 0, ([], True)), ("", 1, ([], False)),
+            ("1a 1b 1a 1b 1a 1b", 9, 0, {"a": 1, "b": 3}, ([0, 1, 3, 5], False)),
+            ("2a 1a 1a", 1, ([], True)), ("1a 2a 1a", 2, ([0], True)),
+            ("2a 1a 1a", 3, ([0, 1], True)), ("1a 2b 3a", 6, ([0, 1, 2], True)),
+            ("2a 2a", 4, 0, {"a": 1}, ([0], False)),        # a limit counts jobs
+            ("2b 1a", 1, 0, {"a": 1, "b": 0}, ([1], True)),     # what may not start
+            ("2b 2b 1a 1a", 3, 0, {"a": 9, "b": 1}, ([0, 2], True)),
+            ("1a 1a 1a 1a", 1, 2, ([0, 1, 2], True)),
+            ("1a 1a 2a 1a", 1, 2, ([0, 1], True)),          # a spare has one slot
+            ("2a 1a 1a", 1, 2, ([], True)), ("1a 2a 1a", 2, 2, ([0], True))))
 
     def test_jobs_are_held_ready_only_where_runs_are_quicker_than_a_commit(self):
         each(self, queuectl.wanted_spares, (
@@ -1086,7 +1101,6 @@ class Fields(Case):
     def test_a_field_is_one_column_one_key_and_one_row_of_the_table(self):
         columns = [row[1] for row in self.queue.store.rows("PRAGMA table_info(jobs)")]
         private = {"seq", "waits", "rank", "claim", "end_requested", "unmet", "at_time"}
-        private |= {"slots"}     # not in use yet
 
         self.assertEqual(columns, [*Job._fields])
         self.assertEqual({*Job._fields} - private,
@@ -1182,10 +1196,10 @@ class Statements(Case):
     # What a worker or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
-        ("jobs_in_queue",  "BEFORE QUEUE_LINE COUNT_DUE"),
+        ("jobs_in_queue",  "BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
         ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
-        ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY DELETE_IDLE_WORKER"),
+        ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_WORK"),
         ("jobs_blocked",   "COUNT_STUCK"),
@@ -1997,7 +2011,7 @@ class Promises(Case):
                  "backoff_base": 3.0, "after": ("first",), "unique": "u", "tags": ("a", "b"),
                  "env": {"A": "ü"}, "cwd": "/", "run_at": "2027-03-01T00:00:00.000Z", "once": "o",
                  "backoff_max": 60.0, "no_retry_on": "2,64-78", "after_any": ("first",),
-                 "expires_at": "2027-03-02T00:00:00.000Z", "held": True}
+                 "expires_at": "2027-03-02T00:00:00.000Z", "held": True, "slots": 2}
         self.job("make all", **given)
         job = self.queue.job("x")
         self.assertEqual(job, job._replace(**given))
@@ -2121,7 +2135,7 @@ class Promises(Case):
                    {"id": "then", "expires_at": NOON + 61}])
         self.run_next(1)
         self.after(60)
-        self.assertTrue(self.claims.is_work_ready())
+        self.assertTrue(self.claims.is_work_ready([1]))
         self.assertEqual(self.queue.waiting_for(self.queue.job("late"))[0],
                          "expired: the next worker cancels it")
         self.assertEqual(ids(self.tick(2).claims), ["any", "then"])
@@ -2507,6 +2521,33 @@ class Promises(Case):
         self.assertEqual(self.queue.waiting_for(self.job()),
                          ["all queues are paused", "no worker is running"])
         self.assertIn("its worker p is gone", self.queue.waiting_for(self.queue.job("full"))[0])
+
+    def test_a_job_says_that_it_waits_for_slots_or_is_too_wide(self):
+        self.worker(name="two", slots=2, queues=("q",))
+        claims = self.worker(name="four", slots=4, queues=("q", "other"))
+        self.jobs([{"id": "b", "slots": 3}, {"id": "a"}], queue="q")
+        self.assertEqual([len(one.slots) for one in self.tick(4, by=claims).claims], [3, 1])
+        for queue, slots, level, wanted in (
+                ("q", 4, queuectl.NOTE, ["waits for 4 slots, 0 free"]),
+                ("q", 2, queuectl.NOTE, ["behind 1 other job"]),    # there is such a worker
+                ("q", 3, queuectl.NOTE, ["waits for 3 slots, 0 free", "behind 2 other jobs"]),
+                ("q", 5, queuectl.WARNING, ["needs 5 slots, the largest worker has 4"])):
+            with self.subTest(slots, queue=queue):
+                job = self.job(queue=queue, slots=slots, id=f"w{slots}")
+                self.assertEqual(self.queue.waiting_for(job), wanted)
+                self.assertLessEqual({one.level for one in self.queue.hindrances([job])[job.id]},
+                                     {level})
+        self.end(claims._held[2], by=claims)
+        self.assertEqual(self.queue.waiting_for(self.queue.job("w4"))[0],
+                         "waits for 4 slots, 1 free")
+        [found] = self.queue.status().attention
+        self.assertEqual((found.code, found.message, found.hint), (
+            "too-wide", "1 job of queue q cannot run: w5 needs more than 4 slots, and no worker "
+            "has more", "`queuectl worker start --count N` starts a larger one; or "
+            "`queuectl edit w5 --slots 4`"))
+        self.assertIn(found, queuectl.Inspection(self.queue).findings())
+        self.queue.edit("w5", slots=4)
+        self.assertEqual(self.queue.status().attention, [])
 
     def test_a_claim_in_the_environment_that_is_no_number_of_a_run_is_ignored(self):
         for claim in ("\u00b2", "9" * 30, "-1", ""):
@@ -2969,6 +3010,71 @@ class Ticks(Case):
             [(n, queuectl.iso(NOON + 5), queuectl.iso(NOON + 10)) for n in (2, 3)])
         self.assertEqual((self.claims._held, self.claims._begun), ({}, set()))
 
+    def test_slots_are_kept_for_the_first_job_that_needs_more_than_are_free(self):
+        """By two workers, each for itself; the one that is too small goes on."""
+        one, two, small = (self.worker(name=f"w{n}", slots=n) for n in (3, 2, 1))
+        self.jobs([{"id": "a"}, {"id": "b"}, {"id": "wide", "slots": 2}, {"id": "c"}, {"id": "d"}])
+        [a], [b] = self.tick([1], by=one).claims, self.tick([1], by=two).claims
+        for claims, free in ((one, [2]), (two, [2]), (one, [3])):   # is there no loop either?
+            self.assertFalse(claims.is_work_ready(free))
+            self.assertEqual(self.tick([*free, 0, 0], by=claims).claims, [])
+        self.assertTrue(small.is_work_ready([1]))
+        self.assertEqual(ids(self.tick([1], by=small).claims), ["c"])
+        self.assertTrue(one.is_work_ready([2, 3]))
+        [wide] = self.end(b, by=two, free=[1, 2]).claims
+        self.assertEqual((wide.job.id, wide.slot, wide.slots), ("wide", 1, (1, 2)))
+        self.assertEqual(ids(self.tick([2], by=one).claims), ["d"])
+        run = self.queue.run("wide")
+        self.assertEqual((run.slot, run.slots, run.gpus), (1, "1,2", None))
+        status = [(one.busy, one.slots) for one in self.queue.status().workers]
+        self.assertEqual(status, [(2, 3), (2, 2), (1, 1)])
+        self.assertIn('worker_slots{state="busy"} 5', queuectl.metrics_text(self.queue.scrape()))
+        self.assertEqual(self.end(a, by=one).changes[0].after.state, COMPLETED)
+
+    def test_a_job_too_wide_for_a_worker_hides_no_other_from_it(self):
+        """Also behind many, in many queues; a worker that drains does not wait for it."""
+        claims = self.worker(slots=2, queues=("q", "r"))
+        self.jobs(150, queue="q", slots=3, priority=1, backoff_base=0)
+        large = self.worker(name="large", slots=3)
+        self.end(self.tick(3, by=large).claims, 1, large)
+        self.assertFalse(claims.is_work_ready([1, 2]))
+        self.assertTrue(claims.is_drained())
+        self.jobs([{"id": "a", "queue": "q", "slots": 2}, {"id": "b", "queue": "r"}])
+        self.assertFalse(claims.is_drained())
+        self.queue.limit_queue("q", 1)
+        self.job(queue="q")
+        self.assertEqual([(one.job.id, one.slots) for one in self.tick(
+            [1, 2, 0, 0], by=claims).claims], [("a", (1, 2)), ("b", ())])
+
+    def test_a_limit_counts_jobs_and_so_does_a_maximum(self):
+        claims = self.worker(slots=6)
+        self.queue.limit_queue("q", 2)
+        self.jobs([{"queue": "q", "slots": 2}] * 3)
+        tick = claims.tick(queuectl.Report(), range(1, 7), 1)
+        self.assertEqual([one.slots for one in tick.claims], [(1, 2)])
+        claims.failed(tick)
+        self.assertEqual([one.slots for one in self.tick(6, by=claims).claims], [(1, 2), (3, 4)])
+
+    def test_a_gpu_is_not_used_while_a_lost_run_may_use_it(self):
+        lost = self.worker(name="lost", slots=2, gpus=("0", "1"))
+        with refused("in-use", "worker lost uses GPU 1 already"):
+            self.worker(name="w", slots=2, gpus=("2", "1"))
+        self.queue.configure("crash-limit", "1")
+        self.jobs([{"id": "a"}, {"id": "b"}, {"id": "wide", "slots": 2}])
+        [a] = self.tick([2], by=lost).claims
+        self.assertEqual((self.queue.run("a").gpus, self.queue.run("a").slots), ("1", ""))
+        self.leave_behind(lost)
+        heir = self.worker(name="heir", slots=2, gpus=("1", "0"))
+        self.assertEqual([(one.job.id, one.slots) for one in self.tick(2, by=heir).claims],
+                         [("b", (2,))])
+        self.assertEqual(self.queue.run("b").gpus, "0")
+        self.end(heir._held[2], by=heir)
+        self.assertFalse(heir.is_work_ready([1, 2]))
+        self.lose(a)
+        self.assertTrue(heir.is_work_ready([1, 2]))
+        self.assertEqual([one.slots for one in self.tick(2, by=heir).claims], [(1, 2)])
+        self.assertEqual(self.queue.run("wide").gpus, "1,0")
+
     def test_jobs_claimed_ahead_are_waiting_for_people(self):
         claims = self.worker(slots=2)
         self.jobs(3, queue="q")
@@ -3035,7 +3141,7 @@ class Ticks(Case):
                 (lambda: self.queue.pause_schedule("s"), False, 700), (self.job, True, 700)):
             act()
             with self.subTest(is_ready=is_ready, due=due):
-                self.assertEqual((self.claims.is_work_ready(), self.claims.next_due()),
+                self.assertEqual((self.claims.is_work_ready([1]), self.claims.next_due()),
                                  (is_ready, NOON + due))
         self.assertEqual(self.queue.status().next_due.id, "late")
 
@@ -3044,7 +3150,7 @@ class Ticks(Case):
         claims, queue = self.worker(queues=("own", "full", "later")), self.queue
         queue.limit_queue("full", 1)
         self.jobs([{"queue": name, "id": name} for name in ("foreign", "own", "full")])
-        self.assertTrue(claims.is_work_ready())
+        self.assertTrue(claims.is_work_ready([1]))
         queue.pause("own")
         full = self.claim(claims)
         self.assertEqual(full.job.id, "full")
@@ -3057,10 +3163,10 @@ class Ticks(Case):
                 (lambda: queue.resume("own"), True), (queue.pause, False), (queue.resume, True),
                 (lambda: queue.pause("own"), False), (lambda: self.end(full, by=claims), True)):
             act()
-            self.assertIs(claims.is_work_ready(), is_ready)
+            self.assertIs(claims.is_work_ready([1]), is_ready)
         queue.pause("own", "full")
-        self.assertFalse(claims.is_work_ready())
-        self.assertTrue(self.worker(name="all").is_work_ready())
+        self.assertFalse(claims.is_work_ready([1]))
+        self.assertTrue(self.worker(name="all").is_work_ready([1]))
 
     def test_a_worker_has_drained_when_its_own_queues_hold_nothing_for_now(self):
         for name, what, is_drained in (
@@ -3292,7 +3398,7 @@ class Ticks(Case):
         self.every(queue="q", priority=3, tags=["own"], env={"A": "b"})
         for _ in range(3600):
             self.after(1)
-            if any(claims.is_work_ready() for claims in workers):
+            if any(claims.is_work_ready([1]) for claims in workers):
                 added += [(self.clock.now - NOON, job_id) for job_id in self.added(*workers)]
         self.assertEqual(added, [(600.0 * n, f"job-{n}") for n in range(1, 7)])
         job = self.queue.job("job-1")
@@ -3361,12 +3467,12 @@ class Ticks(Case):
         self.after(-365 * 86400)
         [found] = [one for one in queuectl.Inspection(self.queue).findings() if one.code == "clock"]
         self.assertIn("2 jobs wait longer than their own delay", found.message)
-        self.assertTrue(self.claims.is_work_ready())
+        self.assertTrue(self.claims.is_work_ready([1]))
         self.tick()
         self.assertEqual([queuectl.epoch(self.queue.job(name).run_at) - self.clock.now
                           for name in ("late", "noon", "retry")],
                          [3600, 3600 + 365 * 86400, 30])
-        self.assertFalse(self.claims.is_work_ready())
+        self.assertFalse(self.claims.is_work_ready([1]))
 
     def test_runs_missed_in_three_days_of_suspension_are_made_up_once(self):
         workers = self.worker(name="a"), self.worker(name="b")
@@ -3402,7 +3508,7 @@ class Ticks(Case):
         self.after(3605)    # to resume what was not paused changes nothing
         self.assertEqual(self.queue.resume_schedule("s").next_run, queuectl.iso(NOON + 600))
         self.assertTrue(self.queue.pause_schedule("s").paused)
-        self.assertEqual((self.claims.next_due(), self.claims.is_work_ready(), self.added()),
+        self.assertEqual((self.claims.next_due(), self.claims.is_work_ready([1]), self.added()),
                          (None, False, []))
         self.assertFalse(self.queue.resume_schedule("s").paused)
         self.assertEqual((self.next_run(), self.added()), (4200, []))
@@ -3457,7 +3563,7 @@ class Ticks(Case):
                 added = collections.Counter()
                 for _ in range(48 * 60):
                     self.after(60)
-                    if self.claims.is_work_ready():
+                    if self.claims.is_work_ready([1]):
                         added.update(self.queue.job(name).command for name in self.added())
                 self.assertEqual(added, {**dict.fromkeys(daily, 2), "*/30 * * * *": 96})
 
@@ -3887,6 +3993,24 @@ class Workers(Case):
                 self.assertEqual(self.states(), states)
                 self.assertIn(said, "\n".join(self.said))
 
+    def test_a_wide_job_waits_for_its_slots_and_a_small_one_behind_it_too(self):
+        """The worker looks no more often for it; --max-jobs counts jobs."""
+        self.job(f"echo $QUEUECTL_SLOT >> ran; {self.UNTIL_GO}", timeout=5)
+        self.jobs([{"command": "echo wide $QUEUECTL_SLOT >> ran", "slots": 2},
+                   {"command": "echo last >> ran"}, {}], cwd=self.dir)
+        looks, look = [], queuectl.Claims.is_work_ready
+
+        def looked(*args):
+            looks.append(look(*args))
+            if looks[-3:] == [False] * 3:
+                self.touch("go")
+            return looks[-1]
+        with mock.patch.object(queuectl.Claims, "is_work_ready", looked), \
+                mock.patch.object(queuectl, "FALLBACK_POLL", 0.05):
+            self.run_worker(slots=2, max_jobs=3, drain=False)
+        self.assertEqual(self.read("ran"), "1\nwide 1\nlast\n")
+        self.assertEqual(self.states(), [COMPLETED] * 3 + [PENDING])
+
     def test_slots_run_side_by_side_and_no_more_than_there_are(self):
         for n in range(4):      # each waits for its neighbour, so two at once must run
             self.job(f"touch {n}; while [ ! -e {n ^ 1} ]; do sleep .01; done;"
@@ -4308,7 +4432,7 @@ class Workers(Case):
                             (OSError(errno.ENOEXEC, "no"), "failed"), (ValueError("no"), "failed")):
             with self.subTest(error), self.in_hand() as (runner, _):
                 runner._quota, runner._free = 0, [2]
-                runner._not_started(queuectl.Claim(self.queue.job("job-1"), 7, 1, -1), error)
+                runner._not_started(queuectl.Claim(self.queue.job("job-1"), 7, (1,), -1), error)
                 is_short = kind == "released"
                 self.assertEqual((runner._ended.pop(7).kind, runner._free, runner._quota),
                                  (kind, [1, 2], int(is_short)))
@@ -4367,7 +4491,7 @@ class Workers(Case):
     def test_the_pace_of_runs_follows_the_latest_slowly(self):
         with self.in_hand() as (runner, _):
             for took, pace in ((1.0, 1.0), (2.0, 1.2), (0.2, 1.0)):
-                command = mock.Mock(watch=-1, pipe=-1, claim=mock.Mock(number=1, slot=1))
+                command = mock.Mock(watch=-1, pipe=-1, claim=mock.Mock(number=1, slots=(1,)))
                 command.finish.return_value = Outcome("success", 0, None, took)
                 runner._commands[1], runner._free = command, [2]
                 runner._finish(command)
@@ -5359,8 +5483,8 @@ class CommandLine(Case):
         self.assertEqual(" ".join(out), (
             "id command state attempts max_retries created_at updated_at queue priority run_at "
             "timeout backoff_base after unique tags env cwd crashes worker started_at "
-            "finished_at exit_code error after_any once backoff_max no_retry_on expires_at "
-            "held"))
+            "finished_at exit_code error after_any once slots backoff_max no_retry_on "
+            "expires_at held"))
         self.assertRegex(out["run_at"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_an_error_is_one_line_and_tells_a_wrong_line_from_another_failure(self):
@@ -5372,6 +5496,9 @@ class CommandLine(Case):
         self.fails(2, "statsu", "enqueue", "enqueue echo hi", "list -s bad",
                    "worker start -c 0", "show \udcff", "list --search \udcff",
                    "worker start --queue ''", "worker start --name 'a\nb'",
+                   "worker start --gpus 0,0", "worker start --gpus 0,", "worker start --gpus 0 1",
+                   "worker start --gpus 0 --count 1", "systemd --gpus 0 -c 2",
+                   "enqueue x --slots 0", "enqueue x --slots 513",
                    "enqueue --command x y")
         self.says([("worker stop", "no worker is running\n")])
         self.cli("config set timeout ''")
@@ -5897,6 +6024,8 @@ class CommandLine(Case):
         self.assertFalse(self.exists("queue.db"))
         self.cli("config set kill-grace 1m")
         self.assertIn("\nTimeoutStopSec=85s\n", self.cli("systemd --grace 10s")[1])
+        self.assertRegex(self.cli("systemd --gpus MIG-a/1/2,1")[1],
+                         "worker\"? \"?start\"? \"?--gpus\"? \"?MIG-a/1/2,1\"?\n")
         own = self.cli("systemd --user")[1]
         self.assertRegex(own, r"(?s)\nTimeoutStopSec=infinity\n.*\nWantedBy=default.target\n")
         self.assertNotIn("User=", own)
@@ -6315,11 +6444,60 @@ class OnTerminal:
         os.close(self._main)
 
 
+# A job on a box of GPUs: a lock for each.
+USES_GPUS = """
+import fcntl, os, time
+gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+files = [open("gpu-" + gpu.replace("/", "-"), "w") for gpu in gpus]
+for file in files:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+time.sleep(0.05)
+print(*gpus)
+"""
+
+
 class Program(Processes):
     """The program as its users meet it: other processes, real signals."""
 
     # Without pidfds a loss is noticed at the next one.
     heartbeat = "1h" if hasattr(os, "pidfd_open") else "100ms"
+
+    def test_a_job_has_the_gpus_of_its_slots_alone(self):
+        """Each job takes a lock for each of its GPUs, and fails if it is held."""
+        write_bytes(self.path_of("use.py"), USES_GPUS.encode())
+        use = f"{shlex.quote(sys.executable)} use.py"
+        for slots in (1, 2, 1, 3, 1, 1, 2, 1, 1):
+            self.enqueue(use, "--slots", str(slots), "--max-retries", "1",
+                         "--env", "CUDA_VISIBLE_DEVICES=9")
+        self.enqueue("true", "--slots", "4")
+        self.script("nvidia-smi", 'echo "$*" > asked; printf "0\\n3\\n"')
+        path = {**os.environ, "PATH": self.dir + os.pathsep + os.environ["PATH"]}
+        some = self.worker("--gpus", "all", "--name", "two", env=path)
+        self.listed_worker("--gpus", "GPU-a,MIG-b,2", "--name", "three")
+        wait_for(lambda: self.job("job-9").state == COMPLETED, "the last that fits")
+
+        self.assertEqual(self.cli("list", "--state", "dead")[1:], ("", "no such jobs\n"))
+        self.assertEqual(self.read("asked"), "--query-gpu=index --format=csv,noheader\n")
+        for name in ("two .* gpus 0,3  ", "three .* gpus GPU-a,MIG-b,2  "):
+            self.assertRegex(self.cli("worker", "list")[1], name)
+        self.assertIn("3 slots, GPUs GPU-a,MIG-b,2, all queues", self.read("worker.log"))
+        self.assertRegex(self.cli("show", "job-4")[1], r"(?s)slots +3\n.*three  gpus GPU-a,MIG-b,2")
+        [run] = json.loads(self.cli("show", "job-4", "--json")[1])["runs"]
+        self.assertEqual((run["slots"], run["gpus"]), ("1,2,3", "GPU-a,MIG-b,2"))
+        self.assertIn("needs 4 slots, the largest worker has 3", self.cli("show", "job-10")[1])
+        code, _, err = self.call("worker", "start", "--gpus", "3")
+        self.assertEqual((code, "worker two uses GPU 3 already" in err), (1, True), err)
+        for answer, said in (("echo no driver; exit 9", "lists no GPU: no driver"),
+                             ("exec sleep 60", "no answer for 0.1s")):
+            self.script("nvidia-smi", answer)
+            with mock.patch.dict(os.environ, path), \
+                    mock.patch.object(queuectl, "GPU_PATIENCE", 0.1), refused("unsupported", said):
+                queuectl.gpu_names("all")
+        with mock.patch.dict(os.environ, PATH="/nowhere"), \
+                refused("unsupported", "No such file"):
+            queuectl.gpu_names("all")
+        some.terminate()
+        self.assert_ends(some)
 
     def test_three_workers_run_each_job_once(self):
         """Quick jobs are claimed ahead; releasing them at the end charges nothing."""
@@ -11161,7 +11339,7 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
         self.enqueue("true", "--id", "b")
         with mock.patch.dict(os.environ, QUEUECTL_DB=self.path,
                              QUEUECTL_CLAIM=str(claim.number)), \
-                refused("blocked", "has the only slot"):
+                refused("blocked", "has the slots"):
             self.queue.wait("b", timeout=0.5)
 
     def a_worker_without_heartbeats(self, *argv):
@@ -11999,7 +12177,7 @@ class ElsewherePosix(Processes):
 # ---- The README ---------------------------------------------------------------
 
 # What its recipes need beside queuectl: programs and files that are the reader's own.
-STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make", "mail")
+STUBS = ("kcat", "amqp-consume", "systemctl", "rsync", "flac", "curl", "make", "mail", "torchrun")
 SCRIPTS = ("test.sh", "build.sh", "deploy.sh", "backup.sh", "handle.sh")
 ENDLESS = ("tail -F", "queuectl web")   # they go on until they are interrupted
 
