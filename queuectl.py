@@ -687,7 +687,7 @@ class Schedule(NamedTuple):
     object; an invalid one pauses the schedule.
     """
     name: str
-    cron: str                   # five fields or @daily and the like, in local time
+    cron: str                   # five fields, @daily and the like, or @every DUR
     job: Mapping[str, Any]      # the keys of a job object
     paused: bool
     created_at: str
@@ -702,7 +702,7 @@ class Schedule(NamedTuple):
 
 
 class Cron(NamedTuple):
-    """A schedule: the values of its five fields, each sorted."""
+    """A schedule: the values of its five fields, each sorted; or an interval."""
     minutes: tuple[int, ...]
     hours: tuple[int, ...]
     days: tuple[int, ...]       # of the month
@@ -710,6 +710,7 @@ class Cron(NamedTuple):
     weekdays: tuple[int, ...]   # 0: Sunday
     is_either: bool             # no day field begins with *: a match of one is enough
     is_wild: bool               # minute or hour begins with *: an interval, not a time
+    every: float | None = None  # seconds, for @every, which has no fields
 
 
 class QueueView(NamedTuple):
@@ -1244,8 +1245,16 @@ def parse_cron(text: str) -> Cron:
     if line.lower() == "@reboot":
         raise Invalid("'@reboot' is not a time", "put `queuectl enqueue` where the "
                       "worker is started at boot, as in its service unit")
+    every = re.fullmatch(r"@every\s+(.+)", line, re.I)
+    if every:
+        seconds = parse_duration(every[1])
+        if not 1 <= seconds <= CRON_DAYS * DAY:
+            raise Invalid(f"{line!r} is too {'short' if seconds < 1 else 'long'}",
+                          "use 1s to 40 years")
+        return Cron((), (), (), (), (), False, True, seconds)
     if line.startswith("@") and line.lower() not in CRON_NAMES:
-        raise Invalid(f"{line!r} is not a schedule", f"use {', '.join(CRON_NAMES)}")
+        raise Invalid(f"{line!r} is not a schedule",
+                      f"use @every DUR, {', '.join(CRON_NAMES)}")
     texts = CRON_NAMES.get(line.lower(), line).split()
     if len(texts) != len(CRON_FIELDS):
         raise Invalid(f"{line!r} has {counted(len(texts), 'field')}, not 5", "use "
@@ -1338,10 +1347,13 @@ def _runs(cron: Cron, after: int, until: int,
                 yield max(minute * 60 - offset, start)
 
 
-def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> float:
+def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None,
+              start: float = 0.0) -> float:
     """The first run after a moment, in epoch seconds; math.inf if there is none, as for
-    an interval in an hour that the zone always skips.
+    an interval in an hour that the zone always skips. `@every` counts from `start`.
     """
+    if cron.every is not None:
+        return start + cron.every * (1 + (after - start) // cron.every)
     since = math.floor(after)
     first = since // DAY - 1    # the local date may be the day before
     for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
@@ -1356,6 +1368,8 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None) -> 
 def cron_words(line: str) -> str:
     """A simple schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
     cron, days = parse_cron(line), ""
+    if cron.every is not None:
+        return f"every {span(cron.every)}"
     is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
     if len(cron.months) == 12 and not cron.is_either:
         if is_any_day and is_any_weekday:
@@ -1429,12 +1443,19 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
     return (match[2] if match else cron), zone or local_zone(now)
 
 
-def run_after(cron: str, now: float, tz: str | None) -> str:
-    """A cron line's first run after a moment, as stored; Invalid if it has none."""
-    run = first_run(parse_cron(cron), now, zone_of(tz))
-    if run == math.inf:
-        raise Invalid(f"{cron!r} never comes", "choose another time")
-    return iso(run)
+def runs_of(schedule: Schedule, after: float) -> Iterator[float]:
+    """The runs of a schedule after a moment, in epoch seconds; Invalid."""
+    cron, zone = parse_cron(schedule.cron), zone_of(schedule.tz)
+    start = epoch(schedule.created_at) if cron.every is not None else 0.0
+    while (after := first_run(cron, after, zone, start)) < math.inf:
+        yield after
+
+
+def run_after(schedule: Schedule, now: float) -> str:
+    """A schedule's first run after a moment, as stored; Invalid if it has none."""
+    for run in runs_of(schedule, now):
+        return iso(run)
+    raise Invalid(f"{schedule.cron!r} never comes", "choose another time")
 
 
 # ---- 5 Fields ----------------------------------------------------------------
@@ -2547,15 +2568,22 @@ class Sql:
     # After each of the two: a queue without pause and limit needs no row.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
-    INSERT_SCHEDULE = _insert("schedules", "name", "cron", "job", "created_at",
-                              "next_run", "tz")
+    INSERT_SCHEDULE = _insert("schedules", *Schedule._fields)
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
     SCHEDULES_DUE = "SELECT * FROM schedules WHERE paused = 0 AND next_run <= :now"
     SET_SCHEDULE = f"""
         UPDATE schedules {_set("paused next_run last_run last_job skipped")}
          WHERE name = :name"""
-    SET_SUCCESS = "UPDATE schedules SET last_success = :at WHERE name = :name"
+    EDIT_SCHEDULE = f"""
+        UPDATE schedules {_set("cron job tz catch_up next_run")}
+         WHERE name = :name"""
+    SET_RESULT = """
+        UPDATE schedules
+           SET last_state = :state,
+               last_success = CASE :state WHEN 'completed' THEN :at
+                                          ELSE last_success END
+         WHERE name = :name"""
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
     # `heartbeats` is a count, so that no two clocks are compared.
@@ -3727,6 +3755,7 @@ def handling(handlers: Mapping[int, Any], wakeup_fd: int) -> Iterator[None]:
 # caller's transaction.
 
 KEPT_MINUTES = 8 * 1440     # tallies by the minute are kept for this time
+LATE_SCHEDULE = 60.0        # seconds; a run that is later was missed
 DUE_BATCH = 2000            # jobs that one transaction unblocks or makes ready: 50 ms
 
 
@@ -4083,8 +4112,9 @@ class Ledger:
         self._unblock([job.seq for job in completed], now)
         self._unblock([job.seq for job in jobs if job.state in (DEAD, CANCELLED)], now,
                       least=1)
-        self.write(Sql.SET_SUCCESS, [
-            {"name": tag[len(SCHEDULE_TAG):], "at": iso(now)} for job in completed
+        self.write(Sql.SET_RESULT, [
+            {"name": tag[len(SCHEDULE_TAG):], "state": job.state, "at": iso(now)}
+            for job in jobs if job.state in OVER
             for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
         # Last, as on-idle depends on the counts.
         self._add_hooks([change._replace(after=job) for change, job
@@ -4293,35 +4323,38 @@ class Ledger:
         self.do(Sql.SET_SCHEDULE, schedule._asdict())
         return schedule
 
-    def fire(self, schedule: Schedule, now: float) -> Job | None:
-        """Add the job of a due schedule, unless its last job is unfinished: then skip
-        the run, and return that job. Invalid if the schedule cannot be parsed.
+    def fire(self, schedule: Schedule, now: float) -> str:
+        """Add the job of a due schedule. If its last job is unfinished, or the run was
+        missed and it does not catch up, skip the run, and say why. Invalid if the
+        schedule cannot be parsed.
         """
-        next_run = run_after(schedule.cron, now, schedule.tz)
+        schedule, due = schedule._replace(next_run=run_after(schedule, now)), \
+            schedule.next_run
+        if not schedule.catch_up and now - epoch(due) > LATE_SCHEDULE:
+            self.set_schedule(schedule)
+            return f"its run of {due} was missed and is not made up"
         for last in self.jobs(Sql.JOB_BY_SEQ, seq=schedule.last_job):
             if last.state not in OVER:
-                self.set_schedule(schedule, next_run=next_run,
-                                  skipped=schedule.skipped + 1)
-                return last
+                self.set_schedule(schedule, skipped=schedule.skipped + 1)
+                return f"a run is skipped, {last.id} is still {last.state}"
         [job], _ = self.add([new_job(schedule.job, now)], now)
-        self.set_schedule(schedule, next_run=next_run, last_run=iso(now),
-                          last_job=job.seq)
-        return None
+        self.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
+        return ""
 
-    def correct_next_run(self, schedule: Schedule, now: float) -> None:
+    def correct_next_run(self, schedule: Schedule, now: float) -> str:
         """Recompute the next run after the clock was set back.
 
         As in Debian's cron(8), an interval follows a step back of more than a minute; a
         fixed time is repeated only after three hours or more.
         """
-        next_run = run_after(schedule.cron, now, schedule.tz)
-        last_run = schedule.last_run
+        next_run, last_run = run_after(schedule, now), schedule.last_run
         repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
             else CLOCK_CORRECTION
         if next_run < schedule.next_run and (
                 last_run is None or last_run < next_run
                 or last_run > iso(now + repeated)):
             self.set_schedule(schedule, next_run=next_run)
+        return ""
 
 
 # ---- 10 Queue ----------------------------------------------------------------
@@ -4333,7 +4366,6 @@ SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write l
 # a purge of half a million jobs blocked them for seconds.
 SWEEP_PAUSE = 0.003
 LONG_WAIT = 3600.0      # seconds; a due job that waits longer is reported
-LATE_SCHEDULE = 60.0    # seconds; the same for a schedule, though workers run
 DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
 WATCH_TICK = 0.02       # seconds between two checks for commits, of 5 us each
 
@@ -4903,7 +4935,19 @@ class Queue:
                           is_stopped else f"`queuectl resume --queue {paused[0]}`")
         patience = LATE_SCHEDULE if workers else 0.0
         for one in sorted(self.schedules(), key=lambda one: one.next_run):
-            if not one.paused and one.next_run < iso(now - patience):
+            last = self.last_job(one)
+            if one.paused:
+                continue
+            if last and self._skips(one, last):
+                yield Finding(
+                    WARNING, "schedule-skips", f"schedule {one.name} skips runs "
+                    f"({one.skipped} so far): {last.id} is still {last.state}",
+                    f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
+            if last and last.state == DEAD:
+                yield Finding(WARNING, "schedule-failed", f"the last job of schedule "
+                              f"{one.name}, {last.id}, is dead: {last.error}",
+                              f"`queuectl logs {last.id}`")
+            if one.next_run < iso(now - patience):
                 yield Finding(
                     WARNING, "overdue-schedule" if workers else "no-worker",
                     f"schedule {one.name} has been due for "
@@ -4923,6 +4967,14 @@ class Queue:
                           f"{job.id} {self.why_stuck(job)}",
                           "retry or cancel what they come after; "
                           "`queuectl list --state pending` shows it")
+
+    @staticmethod
+    def _skips(schedule: Schedule, last: Job) -> bool:
+        """Return True if a run was skipped since this job of it was added."""
+        with contextlib.suppress(Invalid):
+            return last.state not in OVER and schedule.next_run > run_after(
+                schedule, epoch(schedule.last_run or ""))
+        return False
 
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause, and the default queue."""
@@ -5261,35 +5313,63 @@ class Queue:
         return found[0] if found else None
 
     def add_schedule(self, name: str, cron: str, tz: str | None = None,
-                     **fields: Any) -> Schedule:
+                     catch_up: bool = True, **fields: Any) -> Schedule:
         """Add a schedule, which enqueues a job at each run; `fields` are the job's.
 
         `tz` is an IANA name; None: the zone of `CRON_TZ=` before the line, else the
-        local zone, stored by its name. Raises Invalid, also for `id`, `after` and times
-        of the job, and Conflict for a taken name. The jobs get the tag `schedule:NAME`.
+        local zone, stored by its name. `catch_up`: missed runs cause one late run.
+        Raises Invalid, also for `id`, `after` and times of the job, and Conflict for a
+        taken name. The jobs get the tag `schedule:NAME`.
         """
         now = self.clock()
         parse_name(name)
-        cron, zone = split_zone(cron, tz, now)
-        fields = {key.replace("-", "_"): value for key, value in fields.items()}
+        line, zone = split_zone(cron, tz, now)
         fields["cwd"] = fields.get("cwd") or current_directory()
-        fields["tags"] = [*field_value(FIELDS["tags"], fields.get("tags") or (), now),
-                          f"{SCHEDULE_TAG}{name}"]
-        for key in set(fields) & {"id", "after", "run_at", "delay"}:
-            raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
-        # To report errors now; stored as given, as each run uses the current defaults.
-        new_job(fields, now)
+        schedule = Schedule(name, line, self._schedule_job(name, fields), False,
+                            iso(now), "", None, None, zone, 0, None, catch_up)
         with self.store.transaction() as store:
             if store.schedules(Sql.SCHEDULE, name=name):
                 raise Conflict("schedule-exists",
                                f"there is a schedule {name!r} already",
-                               f"`queuectl schedule remove {name}` first")
+                               f"`queuectl schedule edit {name}` changes it")
             store.do(Sql.INSERT_SCHEDULE, {
-                "name": name, "cron": cron, "job": json.dumps(fields),
-                "created_at": iso(now), "next_run": run_after(cron, now, zone),
-                "tz": zone})
+                **schedule._asdict(), "job": json.dumps(schedule.job),
+                "next_run": run_after(schedule, now)})
         self.wake(NEW_JOBS)
         return self.schedule(name)
+
+    def edit_schedule(self, name: str, cron: str | None = None, tz: str | None = None,
+                      catch_up: bool | None = None, **fields: Any) -> Schedule:
+        """Change a schedule, from its next run on; None: as it is. Raises as
+        `add_schedule`, and NotFound.
+        """
+        with self.store.transaction() as store:
+            now, old = self.clock(), self.schedule(name)
+            line, zone = split_zone(cron or old.cron, tz, now)
+            if tz is None and line == (cron or old.cron):
+                zone = old.tz
+            new = old._replace(
+                cron=line, tz=zone, job=self._schedule_job(name, {**old.job, **fields}),
+                catch_up=old.catch_up if catch_up is None else catch_up)
+            if (new.cron, new.tz) != (old.cron, old.tz):
+                new = new._replace(next_run=run_after(new, now))
+            store.do(Sql.EDIT_SCHEDULE, {**new._asdict(), "job": json.dumps(new.job)})
+        self.wake(NEW_JOBS)
+        return self.schedule(name)
+
+    def _schedule_job(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The job object of a schedule, checked now; stored as given, as each run uses
+        the defaults of its time.
+        """
+        now = self.clock()
+        job = {key.replace("-", "_"): value for key, value in fields.items()}
+        for key in {*job} & {"id", "after", "after_any", "run_at", "delay",
+                             "expires_at", "held"}:
+            raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
+        tags = field_value(FIELDS["tags"], job.get("tags") or (), now)
+        job["tags"] = [*dict.fromkeys((*tags, f"{SCHEDULE_TAG}{name}"))]
+        new_job(job, now)
+        return job
 
     def remove_schedule(self, name: str) -> Schedule:
         """Delete a schedule; its jobs stay."""
@@ -5313,7 +5393,7 @@ class Queue:
             if schedule.paused:
                 schedule = store.set_schedule(
                     schedule, paused=False,
-                    next_run=run_after(schedule.cron, now, schedule.tz))
+                    next_run=run_after(schedule, now))
         self.wake(NEW_JOBS)
         return schedule
 
@@ -5628,7 +5708,7 @@ class Claims:
         """
         store, notes = self._store, list[str]()
 
-        def steps() -> Iterator[tuple[Schedule, Callable[..., Job | None]]]:
+        def steps() -> Iterator[tuple[Schedule, Callable[..., str]]]:
             if now < self._last_tick - CLOCK_NOISE:
                 for one in store.schedules():
                     if not one.paused:
@@ -5637,14 +5717,13 @@ class Claims:
                 yield one, store.fire
         for schedule, step in steps():
             try:
-                last = step(schedule, now)
+                note = step(schedule, now)
             except Invalid as error:
                 store.set_schedule(schedule, paused=True)
                 notes.append(f"schedule {schedule.name} is paused: {error.message}")
                 continue
-            if last:
-                notes.append(f"schedule {schedule.name}: a run is skipped, {last.id} "
-                             f"is still {last.state}")
+            if note:
+                notes.append(f"schedule {schedule.name}: {note}")
         return notes
 
     def begin(self, claim: Claim, slot: int) -> Claim:
@@ -5955,16 +6034,7 @@ class Inspection:
             except Invalid as error:    # written by another program or version
                 yield Finding(PROBLEM, "schedule", f"the schedule {one.name} "
                               f"is invalid, so it does not run: {error.message}",
-                              f"`queuectl schedule remove {one.name}`, and add it anew")
-                continue
-            last = self._queue.last_job(one)
-            if last and last.state not in OVER and not one.paused \
-                    and one.next_run > run_after(
-                        one.cron, epoch(one.last_run or ""), one.tz):
-                yield Finding(
-                    WARNING, "schedule-skips", f"schedule {one.name} skips runs "
-                    f"({one.skipped} so far): {last.id} is still {last.state}",
-                    f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
+                              f"`queuectl schedule edit {one.name}` mends it")
 
     def _clock(self) -> Iterator[Finding]:
         ahead = iso(self._queue.clock() + CLOCK_NOISE)
@@ -6135,7 +6205,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "next_run": _STAMP_OR_NULL, "last_run": _STAMP_OR_NULL,
                  "last_job": _TEXT_OR_NULL,
                  "last_state": {"enum": [*STATES, None]},
-                 "last_success": _STAMP_OR_NULL, "skipped": _AMOUNT},
+                 "last_success": _STAMP_OR_NULL, "skipped": _AMOUNT,
+                 "catch_up": _FLAG},
     "Event": {"id": _TEXT, "from": {"enum": [*STATES, None]}, "to": _STATE,
               "at": _STAMP, "reason": _TEXT},
     "Status": {"jobs": object_schema(dict.fromkeys((*STATES, "total"), _AMOUNT)),
@@ -6201,7 +6272,8 @@ def schedule_object(schedule: Schedule, last: Job | None) -> dict[str, Any]:
     """Return a schedule with its last job; the command of an invalid one is null."""
     return as_json("Schedule", schedule, command=schedule.job.get("command"),
                    queue=schedule.job.get("queue", DEFAULT_QUEUE),
-                   last_job=last and last.id, last_state=last and last.state)
+                   last_job=last and last.id,
+                   last_state=last.state if last else schedule.last_state)
 
 
 def event_object(event: Event) -> dict[str, Any]:
@@ -6520,20 +6592,19 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
                   "COMMAND"], *(
         [one.name, one.cron, one.tz or "local",
          "paused" if one.paused else ago(one.next_run, style.now),
-         ago(one.last_run, style.now) + (f" ({last.state})" if last else ""),
+         ago(one.last_run, style.now) + (
+             f" ({last.state if last else one.last_state})" if one.last_run else ""),
          *[str(one.skipped)] * skips, str(one.job.get("queue", DEFAULT_QUEUE)),
          one_line(str(one.job.get("command")))] for one, last in schedules)], style)
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
     """Return when a schedule runs in words, and its next runs, three at most."""
-    cron, zone, runs = parse_cron(schedule.cron), zone_of(schedule.tz), [now]
-    while len(runs) < 4 and runs[-1] < math.inf:
-        runs.append(first_run(cron, runs[-1], zone))
+    runs = [f"{_local(run):%a} "
+            f"{local_time(run, None, 'seconds' if run % 60 else 'minutes')}"
+            for run, _ in zip(runs_of(schedule, now), range(3))]
     return [f"{schedule.name}: {cron_words(schedule.cron)}, "
-            f"{schedule.tz or 'local time'}",
-            "next: " + ", ".join(f"{_local(run):%a} {local_time(run, None, 'minutes')}"
-                                 for run in runs[1:] if run < math.inf)]
+            f"{schedule.tz or 'local time'}", "next: " + ", ".join(runs)]
 
 
 def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
@@ -6544,7 +6615,8 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
     except Invalid as error:
         lines = [f"{schedule.name}: {schedule.cron}, {schedule.tz or 'local time'}",
                  f"cannot be read: {error.message}"]
-    return [*lines, *["paused"] * schedule.paused, *(
+    return [*lines, *["paused"] * schedule.paused,
+            *["no catch-up after missed runs"] * (not schedule.catch_up), *(
         f"{name:<10}{text}" for name, text in (
             ("queue", schedule.job.get("queue", DEFAULT_QUEUE)),
             ("command", one_line(str(schedule.job.get("command")))),
@@ -12369,10 +12441,10 @@ def flag_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def merged(fields: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the job object with flags in place of its keys, with `-` or `_`; `delay`
-    and `run_at` replace each other.
+    and `run_at`, `expires` and `expires_at` replace each other.
     """
-    when = {"delay", "run_at"}
-    replaced = {*flags} | (when if when & {*flags} else set())
+    replaced = {*flags}.union(*(pair for pair in (
+        ("delay", "run_at"), ("expires", "expires_at")) if {*pair} & {*flags}))
     return {**{key: value for key, value in fields.items()
                if key.replace("-", "_") not in replaced}, **flags}
 
@@ -13284,6 +13356,8 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> Non
 
 
 def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
+    if args.said and not args.words and not args.job:
+        return flag_fields(args)
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
                     "write -- PROG ARG... or a shell command in quotes")
@@ -13295,7 +13369,11 @@ def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    schedule = queue.add_schedule(args.name, args.cron, args.tz, **args.given)
+    """Add or edit one (preset: `change`, a method of Queue; `said` if it is edited)."""
+    if args.said and not (args.cron or args.tz or args.given) and args.catch_up is None:
+        raise Usage("nothing to change", "give a cron line, a command or a flag")
+    catch_up = True if args.catch_up is None and not args.said else args.catch_up
+    schedule = args.change(queue, args.name, args.cron, args.tz, catch_up, **args.given)
     screen.note(*when_lines(schedule, queue.clock()))
     _note_no_worker(queue, screen)
 
@@ -13524,9 +13602,18 @@ _WAIT = option("--wait", "wait for the jobs; for one, exit with its status", "ou
 _AGAIN = (*(one for one in _EDITS if one.dest != "queue"), _WAIT)
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
                  action="append", type=parse_name, default=[])
+_SCHEDULED = (
+    option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
+           dest="job"),
+    option("--tz ZONE", "such as Europe/Berlin (default: the local zone)"),
+    option("--catch-up", "missed runs cause one late run (the default)",
+           action="store_const", const=True, dest="catch_up"),
+    option("--no-catch-up", "missed runs are not made up", action="store_const",
+           const=False, dest="catch_up"), *_flags_of(FIELDS, "s"))
 _WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
 _FOLLOW = option("--follow -f", "keep printing what is new")
 _SCHEDULE = option("NAME", "the schedule's name")
+_CRON_HELP = "minute hour day month weekday; or @daily and the like; or @every DUR"
 _KEY = option("KEY", "the setting's name")
 _LIMIT = option("--limit -n N", "0: all (default: 50; with --json all)", "output")
 _COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
@@ -13740,14 +13827,17 @@ COMMANDS = (    # in the order of the help
            also="limit, queue limit"),
     _entry(
         "schedule add", cmd_schedule_add, "add a recurring job", CREATES, _SCHEDULE,
-        option("CRON", "minute hour day month weekday, in local time; or @daily ..."),
-        option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
-               dest="job"),
-        option("--tz ZONE", "such as Europe/Berlin (default: the local zone)"),
-        *_flags_of(FIELDS, "s"),
+        option("CRON", _CRON_HELP), *_SCHEDULED,
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
-           "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'",
-        also="cron, crontab, schedule create, schedule new", read=_scheduled),
+           "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'\n"
+           "schedule add poll '@every 90s' --no-catch-up -- ./poll",
+        also="cron, crontab, schedule create, schedule new", read=_scheduled,
+        change=Queue.add_schedule, said=""),
+    _entry("schedule edit", cmd_schedule_add, "change a schedule, from its next run on",
+           CHANGES, _SCHEDULE, option("[CRON]", _CRON_HELP), *_SCHEDULED,
+           eg="schedule edit nightly '0 3 * * *'\nschedule edit nightly --timeout 2h",
+           also="schedule update, schedule set", read=_scheduled,
+           change=Queue.edit_schedule, said="edited"),
     _entry("schedule list", cmd_schedule_list, "show the schedules", READS, _JSON,
            eg="schedule list --json", also="schedules, schedule ls"),
     _entry("schedule show", cmd_schedule_show, "show one schedule in full", READS,

@@ -924,6 +924,11 @@ def walk(line: str, start: float, end: float, zone: datetime.tzinfo | None = Non
 
 
 @unittest.skipUnless(HAS_ZONES, "there are no time zones on this machine")
+def schedule(cron):
+    return queuectl.Schedule("s", cron, {}, False, queuectl.iso(NOON), "", None, None, "UTC",
+                             0, None)
+
+
 class Cron(unittest.TestCase):
     berlin = zoneinfo.ZoneInfo("Europe/Berlin") if HAS_ZONES else None
 
@@ -1036,8 +1041,18 @@ class Cron(unittest.TestCase):
         self.assertLess(self.first(skipped, "2024-01-01"), math.inf)
         for after in (stamp("9999-12-30T10:00"), 1e12, 1e15):
             with self.subTest(after=after), refused("invalid-value", "never comes"):
-                queuectl.run_after("* * * * *", after, "UTC")
+                queuectl.run_after(schedule("* * * * *"), after)
         self.assertEqual(self.first("* * * * *", "9999-12-20"), stamp("9999-12-20T00:01"))
+
+    def test_an_interval_counts_from_the_start_of_its_schedule(self):
+        each(self, lambda line, seconds: queuectl.epoch(queuectl.run_after(
+            schedule(line), NOON + seconds)) - NOON, (
+                ("@every 90m", 0, 5400), ("@every 90m", 5399, 5400), ("@EVERY 1h30m", 5400, 10800),
+                ("@every  7s", 1, 7), ("@every 90m", -1, 0), ("@every 1d", 86399, 86400)))
+        for line in ("@every", "@every 0.5s", "@every x", "@every 99999d", "@every -5m"):
+            with self.subTest(line), refused("invalid-value"):
+                queuectl.parse_cron(line)
+        self.assertEqual(queuectl.cron_words("@every 90m"), "every 1h 30m")
 
     def test_an_offset_of_odd_seconds_makes_no_run_twice(self):
         monrovia = zoneinfo.ZoneInfo("Africa/Monrovia")     # 44:30 behind, until 1972
@@ -3450,7 +3465,7 @@ class Ticks(Case):
         self.clock.now = NOON
         self.tick()
         schedule = self.queue.schedule("far")
-        self.assertEqual(schedule.next_run, queuectl.run_after("@yearly", NOON, schedule.tz))
+        self.assertEqual(schedule.next_run, queuectl.run_after(schedule, NOON))
 
         self.every("*/5 * * * *")
         self.after(300)
@@ -3502,6 +3517,53 @@ class Ticks(Case):
                 self.queue).findings()], 1 < number < 5)
         schedule = self.queue.schedule("s")
         self.assertEqual((schedule.last_run, schedule.skipped), (queuectl.iso(NOON + 3600), 3))
+
+    def test_a_missed_run_is_made_up_once_or_not_at_all(self):
+        for catch_up, late, wanted in (
+                (True, 59, 1), (True, 90000, 1), (False, 59, 1), (False, 61, 0), (False, 90000, 0)):
+            with self.subTest(catch_up=catch_up, late=late):
+                self.anew()
+                self.every("@every 1h", catch_up=catch_up)
+                self.after(3600 + late)
+                notes = self.tick().notes
+                self.assertEqual((len(self.queue.jobs()), bool(notes)), (wanted, not wanted))
+                self.assertGreater(self.next_run(), 3600 + late)
+                self.assertEqual(self.queue.schedule("s").skipped, 0)
+
+    def test_a_schedule_is_edited_from_its_next_run_on(self):
+        before = self.every("30 2 * * *", zone="Europe/Berlin", tags=["t"], env={"A": "b"})
+        for fields, changes in (
+                ({"timeout": 60}, {"job": {**before.job, "timeout": 60}}), ({}, {}),
+                ({"catch_up": False}, {"catch_up": False}), ({"tz": "UTC"}, {"tz": "UTC"}),
+                ({"cron": "@hourly"}, {"cron": "@hourly"}), ({"catch_up": True}, {"catch_up": True}),
+                ({"cron": "CRON_TZ=Asia/Tokyo 0 9 * * *"}, {"cron": "0 9 * * *", "tz": "Asia/Tokyo"}),
+                ({"tags": ["u"]}, {"job": {**before.job, "timeout": 60,
+                                           "tags": ["u", "schedule:s"]}})):
+            with self.subTest(fields):
+                after = self.queue.edit_schedule("s", **fields)
+                self.assertEqual(after, before._replace(next_run=after.next_run, **changes))
+                self.assertEqual(after.next_run, queuectl.run_after(after, NOON))
+                before = after
+        for code, fields in (("invalid-value", {"tz": "Nowhere"}), ("invalid-value", {"cron": "x"}),
+                             ("invalid-job", {"timeout": "soon"}), ("invalid-job", {"held": True})):
+            with self.subTest(fields), refused(code):
+                self.queue.edit_schedule("s", **fields)
+        with refused("no-such-schedule"):
+            self.queue.edit_schedule("t")
+
+    def test_a_schedule_tells_how_its_last_job_ended_also_after_its_deletion(self):
+        self.every("@hourly", max_retries=1)
+        for how, state in ((0, COMPLETED), (1, DEAD)):
+            self.after(3600)
+            claim = self.claim()
+            self.end(claim, how)
+            schedule = self.queue.schedule("s")
+            self.assertEqual((schedule.last_state, schedule.last_success),
+                             (state, queuectl.iso(NOON + 3600)))
+        self.assertIn("schedule-failed", [one.code for one in self.queue.status().attention])
+        self.queue.delete(claim.job.id)
+        self.assertEqual(queuectl.schedule_object(
+            self.queue.schedule("s"), None)["last_state"], DEAD)
 
     def test_a_paused_schedule_makes_nothing_up(self):
         self.every()
@@ -5816,13 +5878,20 @@ class CommandLine(Case):
                               "no worker is running")
         [shown] = self.printed("schedule list --json")
         self.assertEqual(" ".join(shown), "name cron tz command queue paused next_run last_run "
-                                          "last_job last_state last_success skipped")
+                                          "last_job last_state last_success skipped catch_up")
         self.assertEqual(shown["command"], "sh -c 'a && b'")
         job_id = self.cli("schedule run night")[1].strip()
         job = self.printed(f"show {job_id} --json")
         self.assertEqual(job, {
             **job, "command": "sh -c 'a && b'", "queue": "q", "priority": 4,
             "tags": ["schedule:night"], "env": {"A": "b"}, "cwd": os.getcwd()})
+        self.assertRegex(self.cli("schedule edit night '@every 90m' --no-catch-up -p 5 --",
+                                  "true")[2], "night: every 1h 30m, ")
+        [shown] = self.printed("schedule list --json")
+        self.assertEqual((shown["command"], shown["catch_up"], shown["queue"]),
+                         ("true", False, "q"))
+        self.cli("schedule edit night '30 2 * * *' --catch-up")
+        self.fails(2, "schedule edit night")
         self.says([("schedule pause night", "night paused\n")])
         self.assertRegex(self.cli("schedule")[1], r"night +30 2 \* \* \* +\S+ +paused ")
         self.says((("schedule resume night", "next: "), ("schedule remove night", "removed"),
