@@ -4396,7 +4396,8 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
     values = {key: value for key, value in filters.items() if value is not None}
     stored: dict[str, Callable[[Any], str]] = {
-        "search": like_pattern, "exit_code": json.dumps, "since": iso}
+        "search": lambda text: like_pattern(_search(text, 0.0)),
+        "exit_code": json.dumps, "since": iso}
     values.update({key: stored[key](values[key]) for key in stored if key in values})
     return {"before": END_OF_TIME, **values}
 
@@ -5283,9 +5284,8 @@ class Queue:
 
     def limit_queue(self, queue: str, limit: int) -> None:
         """Limit the jobs of a queue that run at once, over all workers; 0: no limit."""
-        if not 0 <= limit <= MAX_WHOLE:
-            raise Invalid(f"{limit} is not a limit", "use a whole number from 0")
-        self._set_queues([queue], Sql.SET_LIMIT, job_limit=limit)
+        self._set_queues([queue], Sql.SET_LIMIT,
+                         job_limit=_whole(0, _AMOUNT).parse(limit, 0.0))
 
     def _set_queues(self, names: Sequence[str], sql: str, **values: int) -> None:
         names = [*map(parse_name, names)] or [EVERY_QUEUE]
@@ -14241,9 +14241,10 @@ def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str
     Names are ASCII without DEL.
     """
     allowed = STATES_OF.get(entry.words, STATES)
-    if kind in ("KEY", "S"):
-        return [(key, setting.help) for key, setting in SETTINGS.items()] \
-            if kind == "KEY" else [(state, "") for state in allowed]
+    if kind == "KEY":
+        return [(key, setting.help) for key, setting in SETTINGS.items()]
+    if kind in ("S", "F,F"):
+        return [(name, "") for name in (allowed if kind == "S" else JSON_KEYS)]
     bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
     if kind in _IN_QUEUE:
         path = os.path.expanduser(os.path.expandvars(path))

@@ -2297,6 +2297,9 @@ class Promises(Case):
                 swept(self.queue, "cancel", search="rm b")
         with refused("invalid-value", "did you mean `dead`"):
             swept(self.queue, "delete", "deda")
+        for text in ("x" * 60_000, "a\0b"):
+            with refused("invalid-value", "at most 256 characters"):
+                self.queue.jobs(search=text)
 
     def test_jobs_are_chosen_by_how_they_ended_and_by_when_they_changed(self):
         self.jobs("abc", max_retries=1)
@@ -2500,7 +2503,7 @@ class Promises(Case):
             for name in ("a b", "*"):
                 with refused("invalid-value", "is not a name"):
                     call(name)
-        for name, limit in (("q", -1), ("q", 10**9 + 1), ("", 1)):
+        for name, limit in (("q", -1), ("q", 10**9 + 1), ("q", 1.5), ("", 1)):
             with refused("invalid-value"):
                 self.queue.limit_queue(name, limit)
         self.assertEqual(shown(), [("default", False, 0)])
@@ -6140,6 +6143,7 @@ class Completion(Case):
             ("list --stat de", []), ("list -sdead --state de", []),
             ("list --sort n", ["newest"]), ("list --search ", []),
             ("cancel --state ", ["pending", "failed", "processing"]),
+            ("list --fields ex", ["exit_code", "expires_at"]),
             ("dlq --l", ["--limit"]), ("config get kill", ["kill-grace"]),
             ("config set kill-grace ", ["--help"]), ("list x --h", []),
             ("completion ", list(queuectl.SHELLS)),
