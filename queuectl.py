@@ -12896,29 +12896,49 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
         queue.await_change(seen, min(left, READER_TICK))
 
 
+def _draw_status(status: Status, screen: Screen, above: int) -> int:
+    """Draw it over that many lines above the cursor; return how many it takes."""
+    # One line stays free: a picture that scrolls could not be drawn over. Cursor up and
+    # erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap: a line that wrapped
+    # would be two, and the next picture begin too low.
+    lines = status_lines(status, screen.style())[:max(1, window().lines - 1)]
+    place = f"\033[{above}A\033[J" if above > 0 else "\033[H\033[J" if above else ""
+    screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
+    return len(lines)
+
+
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print the status; with --watch again whenever something has changed."""
+    """Print the status; with --watch again and again: in place on a terminal, else when
+    something has changed, other than ages.
+    """
     in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
-    above = 0
-    while True:
-        seen, status = queue.store.changes(), queue.status()
-        lines = status_lines(status, screen.style()) if not args.json else [
-            dumps(status_object(status), 2 if args.watch is None else None)]
+    above, size, known = 0, window(), None
+    try:
+        while True:
+            seen, status = queue.store.changes(), queue.status()
+            what = status_object(status._replace(
+                workers=[one._replace(heartbeat_at="") for one in status.workers],
+                attention=[one._replace(message="") for one in status.attention]))
+            if in_place:
+                # A resized window may have moved all lines: begin at its top.
+                above = _draw_status(status, screen, above if size == window() else -1)
+                size = window()
+            elif args.json and what != known:
+                screen.out(dumps(status_object(status),
+                                 2 if args.watch is None else None))
+            elif what != known:
+                screen.out(*([f"-- {local_time(screen.style().now)}"] if known else []),
+                           *status_lines(status, screen.style()))
+            if args.watch is None:
+                return
+            known = what
+            screen.flush()
+            _await_news(queue, screen, seen, args.watch)
+            time.sleep(min(args.watch, 0.1))    # at most ten pictures a second
+    except KeyboardInterrupt:
         if in_place:
-            # One line stays free: a picture that scrolls could not be drawn over.
-            # Cursor up and erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap:
-            # a line that wrapped would be two, and the next picture begin too low.
-            lines = lines[:max(1, window().lines - 1)]
-            place = f"\033[{above}A\033[J" if above else ""
-            screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
-        else:
-            screen.out(*([""] if above and not args.json else []), *lines)
-        if args.watch is None:
-            return
-        above = len(lines)
-        screen.flush()
-        _await_news(queue, screen, seen, args.watch)
-        time.sleep(min(args.watch, 0.1))    # at most ten pictures a second
+            screen.raw(b"\033[?7h\r\033[J")     # with what the terminal echoed
+        raise
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
@@ -13745,7 +13765,8 @@ COMMANDS = (    # in the order of the help
     _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
            eg="worker list --json", also="workers, worker ls, worker status"),
     _entry("status", cmd_status, "show counts, workers and the next job", READS,
-           option("--watch [SECONDS]", "repeat on each change, and each SECONDS (1)",
+           option("--watch [SECONDS]", "repeat on each change, and on a terminal each "
+                  "SECONDS (1)",
                   "output", const=1.0, type=_between(0.1)), _JSON,
            eg="status\nstatus --watch", also="st, stat, top"),
     _entry(

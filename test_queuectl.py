@@ -6470,7 +6470,7 @@ class OnTerminal:
     def __init__(self, argv, directory, size, environ):
         self.text, self.picture = "", Picture(size[1])
         self._main, side = pty.openpty()
-        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        self.resize(*size)
         inherited = {name: value for name, value in os.environ.items()
                      if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.process = subprocess.Popen(
@@ -6481,6 +6481,9 @@ class OnTerminal:
 
     def type(self, keys):
         os.write(self._main, keys)
+
+    def resize(self, *size):
+        fcntl.ioctl(self._main, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
 
     def until(self, condition):
         """Read until the condition holds of the text."""
@@ -6856,17 +6859,30 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
                 self.assertNotIn("1 pending", "".join(watch.picture.lines))
                 self.cli("delete", job_id)
 
-    def test_a_watched_status_is_plain_lines_where_it_cannot_draw(self):
+    def test_a_watched_status_is_added_on_changes_where_it_cannot_draw(self):
         self.enqueue("true")
-        watch = self.running("status", "--watch", "0.1", "--json")
-        for _ in range(2):
-            self.assertEqual(json.loads(watch.stdout.readline())["jobs"]["pending"], 1)
-        for environ, shown in (({"TERM": "dumb"}, 2), ({"NO_COLOR": "1"}, 1)):
-            with self.subTest(environ):
-                watch = self.terminal("status", "--watch", "0.1", **environ)
-                watch.until(lambda text: text.count("database") == 2)
-                self.assertEqual("".join(watch.picture.lines).count("database"), shown)
-                self.assertNotRegex(watch.text, "\x1b" if shown == 2 else r"\x1b\[[0-9;]*m")
+        self.configure(heartbeat="100ms")
+        self.listed_worker("--queue", "other")
+        as_json = self.running("status", "--watch", "0.1", "--json")
+        plain = self.terminal("status", "--watch", "0.1", TERM="dumb")
+        plain.until(lambda text: "database" in text)
+        self.assertEqual(json.loads(as_json.stdout.readline())["jobs"]["pending"], 1)
+        [worker] = self.queue.store.workers()
+        wait_for(lambda: self.queue.store.workers()[0].heartbeats > worker.heartbeats + 5, "news")
+        self.enqueue("true")
+        plain.until(lambda text: text.count("database") == 2)
+        self.assertRegex(plain.text, r"\A(\w.*\n| .*\n)+-- \d{4}-\S+ \S+\njobs      2 pending")
+        self.assertNotIn("\x1b", plain.text)
+        self.assertEqual(json.loads(as_json.stdout.readline())["jobs"]["pending"], 2)
+
+    def test_a_watched_status_is_drawn_without_colour_and_in_a_new_size(self):
+        self.enqueue("true")
+        watch = self.terminal("status", "--watch", "0.1", NO_COLOR="1")
+        watch.until(lambda text: text.count("database") == 2)
+        self.assertEqual("".join(watch.picture.lines).count("database"), 1)
+        self.assertNotRegex(watch.text, r"\x1b\[[0-9;]*m")
+        watch.resize(24, 30)
+        watch.until(lambda text: re.search(r"\x1b\[H\x1b\[J[^H]*\n          [^H]*database", text))
 
     def test_waiting_draws_a_bar_on_a_terminal_and_removes_it(self):
         self.jobs("ab")
