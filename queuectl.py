@@ -12896,39 +12896,32 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
         queue.await_change(seen, min(left, READER_TICK))
 
 
-def _draw_status(status: Status, screen: Screen, above: int) -> int:
-    """Draw it over that many lines above the cursor; return how many it takes."""
-    # One line stays free: a picture that scrolls could not be drawn over. Cursor up and
-    # erase below are ECMA-48's (CUU, ED); ?7 is DEC's autowrap: a line that wrapped
-    # would be two, and the next picture begin too low.
-    lines = status_lines(status, screen.style())[:max(1, window().lines - 1)]
-    place = f"\033[{above}A\033[J" if above > 0 else "\033[H\033[J" if above else ""
-    screen.out(f"{place}\033[?7l" + "\n".join(lines) + "\033[?7h")
-    return len(lines)
-
-
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print the status; with --watch again and again: in place on a terminal, else when
     something has changed, other than ages.
     """
     in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
-    above, size, known = 0, window(), None
+    known, picture = None, ""
     try:
         while True:
             seen, status = queue.store.changes(), queue.status()
+            lines = status_lines(status, screen.style()) if not args.json else [
+                dumps(status_object(status), 2 if args.watch is None else None)]
             what = status_object(status._replace(
                 workers=[one._replace(heartbeat_at="") for one in status.workers],
                 attention=[one._replace(message="") for one in status.attention]))
             if in_place:
-                # A resized window may have moved all lines: begin at its top.
-                above = _draw_status(status, screen, above if size == window() else -1)
-                size = window()
-            elif args.json and what != known:
-                screen.out(dumps(status_object(status),
-                                 2 if args.watch is None else None))
+                # The cursor stays above the picture, so a resize moves it along. Each
+                # line is erased before, and what is below after (ECMA-48, EL and ED).
+                # One line stays free: a picture that scrolls could not be drawn over.
+                # ?7 is DEC's autowrap.
+                lines = lines[:max(1, window().lines - 1)]
+                picture = "\r\033[?7l" + "".join(
+                    f"\033[K{line}\n" for line in lines) + "\033[?7h\033[J"
+                screen.raw(f"{picture}\033[{len(lines)}A".encode())
             elif what != known:
-                screen.out(*([f"-- {local_time(screen.style().now)}"] if known else []),
-                           *status_lines(status, screen.style()))
+                stamp = [f"-- {local_time(screen.style().now)}"]
+                screen.out(*stamp * bool(known and not args.json), *lines)
             if args.watch is None:
                 return
             known = what
@@ -12936,8 +12929,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
             _await_news(queue, screen, seen, args.watch)
             time.sleep(min(args.watch, 0.1))    # at most ten pictures a second
     except KeyboardInterrupt:
-        if in_place:
-            screen.raw(b"\033[?7h\r\033[J")     # with what the terminal echoed
+        screen.raw(picture.encode())    # over what the terminal has echoed
         raise
 
 
