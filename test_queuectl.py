@@ -8968,12 +8968,14 @@ class History:
                 yield f"{job.id} is {job.state} (waits {job.waits}, needs {needs})"
         yield from (f"run {run.claim} has no end" for run in self.runs if run.outcome is None)
 
-    def left(self):
-        """After the last worker: no other and no process is left, the file is private."""
+    def at_end(self):
+        """The violations after the last worker: no other and no process is left, too, and
+        the file is private.
+        """
         mode = os.stat(self.path).st_mode & 0o777
         found = [("workers", self.workers), ("processes", members(os.path.realpath(self.path))),
                  ("mode", oct(mode) if mode != 0o600 else "")]
-        return [f"left: {what} {which}" for what, which in found if which]
+        return self.violations() + [f"left: {what} {which}" for what, which in found if which]
 
 
 class Nemesis:
@@ -9336,10 +9338,12 @@ class Nemesis:
         self.later = []
         self.db.rollback()
         try:
-            wait_for(lambda: (self.tend(), not self.clients)[1], "the clients", 60)
+            wait_for(lambda: self.tend() or not self.clients, "the clients", 60)
             self.start("delete", *self.HELD, stderr=subprocess.DEVNULL).wait(DEADLINE)
             self.told.append(Told("delete", self.bulk, 0))
-            wait_for(lambda: (self.tend(), self.is_quiet())[1], "the queue's end", 60)
+            wait_for(lambda: self.tend() or not self.db.execute(
+                "SELECT 1 FROM jobs WHERE claim IS NOT NULL OR waits IN ('ready', 'scheduled')"
+            ).fetchall(), "the queue's end", 60)
         except (AssertionError, subprocess.TimeoutExpired) as error:
             self.strange.append(str(error))
         for worker in self.workers:
@@ -9359,10 +9363,6 @@ class Nemesis:
             if name not in self.hurt]
         self.db.close()
         return self.strange + History(self.path, self.told, read_ledger(self.dir)).violations()
-
-    def is_quiet(self):
-        return self.db.execute("SELECT COUNT(*) FROM jobs WHERE claim IS NOT NULL OR "
-                               "waits IN ('ready', 'scheduled')").fetchone()[0] == 0
 
 
 NEEDS_SHELL_TOOLS = unittest.skipUnless(
@@ -9558,8 +9558,11 @@ class ModelWorker:
         self.ended = {claim: outcome for claim, outcome in self.ended.items()
                       if claim not in report.ended}
         self.beat_at = self.world.mono if report.is_heartbeat else self.beat_at
-        for claim in tick.claims:
-            self.world.check_claim(claim)
+        for job in (claim.job for claim in tick.claims):
+            if job.run_at > queuectl.iso(self.world.peaks[job.id]):
+                self.world.broken.append(f"punctual: {job.id} before {job.run_at}")
+            if self.world.queue.job(job.id).unmet:
+                self.world.broken.append(f"ordered: {job.id} before {job.after}")
         self.waiting += tick.claims
         self.rescues.update((run.claim, (run, signal.SIGTERM)) for run in report.seized)
         self.over, self.dead = self.over[len(report.lost):], []
@@ -9716,12 +9719,6 @@ class World:
 
     def note(self, what, job, claim):
         self.ledger.append(Note(what, job.id, claim, 0, self.mono))
-
-    def check_claim(self, claimed):
-        if claimed.job.run_at > queuectl.iso(self.peaks[claimed.job.id]):
-            self.broken.append(f"punctual: {claimed.job.id} before {claimed.job.run_at}")
-        if self.queue.job(claimed.job.id).unmet:
-            self.broken.append(f"ordered: {claimed.job.id} before {claimed.job.after}")
 
     def start(self, claim):
         job, alive = claim.job, self.running()
@@ -10043,9 +10040,7 @@ MOMENTS = (
     ("Runner._start",        "before",   "Command"),        # claimed, and not started
     ("Runner._keep",         "after",    "_ended"),         # an end is not recorded
 )
-HEARD = "Command.read", "before", "feed"    # the worker reads what its command prints
-# Lines before this one have no effect.
-OPENING = "Queue.__init__", "before", "Ledger"
+OPENING = "Queue.__init__", "before", "Ledger"      # lines before it have no effect
 RECOVER = ("worker", "start", "--drain", "-c", "2", "--name", "next")
 
 
@@ -10169,10 +10164,6 @@ class Trial:
         self.killed = number in (signal.SIGKILL, signal.SIGXFSZ)
         return self.killed
 
-    def is_touched(self):
-        """Whether the victim has changed anything, or acknowledged anything."""
-        return self.content() != self.before or any(one.status is not None for one in self.told())
-
     def said(self, step):
         """(what a command printed, its exit status or None, the lines it met)."""
         words = b"".join(read_bytes(self.path_of(f"said/{step}.{name}")) for name in ("out", "err"))
@@ -10210,7 +10201,9 @@ class Trial:
         found += self.found_by(scenario.halfway)
         number = self.run(*scenario.recovery)
         found += self.ended("recovery", number, scenario.recovery)
-        found += self.found_by(scenario.at_last) + self.found_by(self.judge)
+        found += self.found_by(scenario.at_last)
+        found += self.found_by(lambda trial: History(
+            trial.path, trial.acknowledged, read_ledger(trial.dir)).at_end())
         if found:
             kill(*members(os.path.realpath(self.path)))
         else:
@@ -10221,11 +10214,6 @@ class Trial:
             else f"line {point.line} ({words}), time {point.nth}"
         return [f"{scenario.name}, `{' '.join(scenario.steps[point.step].argv)[:30]}`, {where}: "
                 f"{violation.strip()} [{os.path.basename(self.dir)}]" for violation in found]
-
-    @staticmethod
-    def judge(trial):
-        history = History(trial.path, trial.acknowledged, read_ledger(trial.dir))
-        return history.violations() + history.left()
 
     def found_by(self, rule):
         """The violations that a rule finds; what it cannot read is one."""
@@ -10285,7 +10273,7 @@ def with_a_copy(directory):
 def strand(trial):
     """Kill a worker as soon as it has read that the trees of two jobs are complete."""
     number = trial.run(("worker", "start", "-c", "2", "--name", "first"),
-                       at=Point(0, line_of(*HEARD), 2))
+                       at=Point(0, line_of("Command.read", "before", "feed"), 2))
     assert number == signal.SIGKILL
 
 
@@ -10421,7 +10409,8 @@ def walk_points(place, name, points):
     for point in points:
         trial = trial or Trial(place, SCENARIOS[name])
         kills += trial.kill(point)
-        if trial.is_touched() or point == points[-1]:
+        if point == points[-1] or trial.content() != trial.before or any(
+                one.status is not None for one in trial.told()):
             bad += trial.recover()
             trial = None
     return kills, bad
@@ -11907,16 +11896,14 @@ def judged(classes):
     return sorted((one for one in found if one[2]), key=lambda one: one[0])
 
 
-def survives(mutant, tests):
-    """Whether no test notices; a test that takes far too long does notice."""
-    def work():
-        mutant.make()
-        for took, test in tests:
-            signal.setitimer(signal.ITIMER_REAL, 3 + 10 * took)
-            if not passes(test):
-                return 1
-        return 0
-    return forked(work) == 0
+def judge(mutant, tests):
+    """Whether a test notices; one that takes far too long ends this process, so it does."""
+    mutant.make()
+    for took, test in tests:
+        signal.setitimer(signal.ITIMER_REAL, 3 + 10 * took)
+        if not passes(test):
+            return True
+    return False
 
 
 def put_in(old, new):
@@ -12001,8 +11988,8 @@ def mutate(names, scale, seed):
                     mutant.section == "SQL" and isinstance(test, Statements))):
                 tests.append((took, test))
                 left -= took
-        fate = "killed" if tests and not survives(mutant, tests) else "explained" \
-            if mutant[:3] in known else "survived" if tests else "untouched"
+        fate = "killed" if tests and forked(functools.partial(judge, mutant, tests)) \
+            else "explained" if mutant[:3] in known else "survived" if tests else "untouched"
         figures[mutant.section][fate] += 1
         stale -= {mutant[:3]} if fate == "explained" else set()
         if fate in ("survived", "untouched"):
