@@ -11403,8 +11403,10 @@ print(locks[1].is_held(7), locks[1].is_held(8), locks[2].is_held(8))
                 found = json.loads(self.cli("check", "--json")[1])
                 told = {one["code"]: (one["level"], one["hint"]) for one in found["findings"]}
                 self.assertEqual("no-worker" in told, not is_there)     # the job is due
-                self.assertEqual(told.get("silent-worker"), None if is_there else (
-                    "warning", "if it is gone, `queuectl worker stop old` removes it"))
+                level, hint = told["silent-worker"]
+                self.assertEqual(level, "warning")
+                self.assertIn("it is suspended" if is_there else
+                              "if it is gone, `queuectl worker stop old` removes it", hint)
                 self.assertTrue(found["sound"])
 
     def test_a_job_s_wait_does_not_count_on_a_worker_without_heartbeats(self):
