@@ -14387,10 +14387,12 @@ def _detach(args: argparse.Namespace, log: int) -> int:
             null = os.open(os.devnull, os.O_RDWR)
             for number, source in enumerate((null, null, log)):
                 os.dup2(source, number)
-            # The caller may wait until nobody holds its pipes and locks.
+            # The caller may wait until nobody holds its pipes and locks. These are not
+            # closed: a file object of Python would later close what has its number.
             for number in {*inherited()} - {log, report}:
                 with contextlib.suppress(OSError):
-                    os.close(number)
+                    os.fstat(number)    # it is open
+                    os.dup2(null, number, inheritable=False)
             _told(lambda: _run_supervised(args, log, report))
         except Exception:   # a bug, which os._exit would hide
             sys.excepthook(*sys.exc_info())
@@ -14418,10 +14420,9 @@ def _detach(args: argparse.Namespace, log: int) -> int:
 
 def _start_worker(args: argparse.Namespace) -> int:
     _refuse_platform()
-    if args.detach and not args.log:
-        args.log = f"{os.path.abspath(args.path)}.log"
-    if not args.log:
+    if not args.log and not args.detach:
         return _run_supervised(args)
+    args.log = os.path.abspath(args.log or f"{args.path}.log")
     try:    # does not wait for the reader of a FIFO
         log = os.open(system_path(args.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND
                       | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
@@ -14472,7 +14473,7 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number, this one
         if getattr(sys, name) is None and name != "stdin":
             setattr(sys, name, open(  # noqa: SIM115 (stays open)
-                os.devnull, "w", encoding="utf-8"))
+                number, "w", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # UTF-8 in any locale
             stream.reconfigure(

@@ -7042,14 +7042,25 @@ class Supervised(Processes):
         wait_for(lambda: self.read("queue.db.log").count("worker w stopped") == 2, "its end")
         self.assertRegex(self.read("queue.db.log"), r"^20\d\d-\d\d-\d\d \S+ worker w started")
 
+    def test_a_detached_worker_may_have_a_caller_without_streams(self):
+        self.enqueue("true")
+        self.addCleanup(self.cli, "worker", "stop", "--now")
+        for closed in ("2>&-", ">&-", "<&- >&- 2>&-"):
+            with self.subTest(closed):
+                words = shlex.join(self.command("worker", "start", "--detach", "--drain"))
+                self.assertEqual(self.done(["sh", "-c", f"{words} {closed}"])[0], 0)
+                wait_for(lambda: " stopped" in self.read("queue.db.log"), "its end")
+                self.forget("queue.db.log")
+        self.assertEqual(self.job("job-1").state, COMPLETED)
+
     def test_a_detached_worker_that_cannot_start_is_reported_by_its_caller(self):
         self.assertEqual(self.detached("--name", "w")[0], 0)
         os.mkfifo(self.path_of("unread"))
         before = self.read("queue.db.log")
         for flags, said in (
                 (("--name", "w"), "error: a worker named 'w' is running already"),
-                (("--log", "none/log"), "error: cannot write none/log (No such file"),
-                (("--log", "unread"), "error: cannot write unread (No such device"),
+                (("--log", "none/log"), "none/log (No such file or directory); give another --log"),
+                (("--log", "unread"), "/unread (No such device or address); give another"),
                 (("--db", "none/q.db", "--log", "log"), "error: cannot make ")):
             with self.subTest(flags):
                 code, out, err = self.detached(*flags)
