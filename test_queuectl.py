@@ -12029,7 +12029,7 @@ class Ends(Processes):
         self.drain()
         code, _, err = self.cli("enqueue", "echo", "--id", "deploy", "--after", "build")
         self.assertEqual(code, 0)
-        self.assertIn("deploy waits for build (dead)", err)
+        self.assertIn("deploy cannot run: it comes after build (dead)", err)
 
     def test_a_wait_for_a_job_behind_a_dead_one_ends_and_names_both(self):
         self.dead_and_behind()
@@ -12062,7 +12062,7 @@ class Ends(Processes):
             self.assertEqual(code, status)
             self.assertIn("1 of queue default cannot run: deploy comes after build (dead)", err)
             self.assertRegex(err, "1 of queue night: later due in ")
-        self.assertIn("deploy cannot run: it comes after build (dead)", self.cli("check")[1])
+        self.assertIn("1 job cannot run: deploy comes after build (dead)", self.cli("check")[1])
 
     def test_a_job_that_waits_for_itself_is_told_so(self):
         me = shlex.join(program())
