@@ -2155,7 +2155,7 @@ class Sql:
         CREATE INDEX jobs_blocked ON jobs (seq) WHERE waits = 'blocked';
         CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';
         CREATE INDEX jobs_by_expiry ON jobs (expires_at)
-            WHERE expires_at IS NOT NULL AND state = 'pending';
+            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_claim ON jobs (claim) WHERE claim IS NOT NULL;
         CREATE UNIQUE INDEX jobs_by_unique ON jobs ("unique")
             WHERE "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL);
@@ -2354,14 +2354,16 @@ class Sql:
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0
                  UNION ALL
                 SELECT MIN(expires_at) FROM jobs
-                 WHERE expires_at IS NOT NULL AND state = 'pending') AS times"""
+                 WHERE expires_at IS NOT NULL AND waits IS NOT NULL
+                   AND +state = 'pending') AS times"""
     # Is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
                EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
-            OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending'
-                                            AND expires_at <= :now)
+            OR EXISTS (SELECT 1 FROM jobs
+                        WHERE expires_at IS NOT NULL AND waits IS NOT NULL
+                          AND expires_at <= :now AND +state = 'pending')
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
@@ -2374,9 +2376,11 @@ class Sql:
                         WHERE waits = 'scheduled' AND run_at <= :now
                         ORDER BY run_at LIMIT :limit)"""
     # A job that has failed has started: it does not expire.
+    # Without the `+` SQLite reads all pending jobs, by jobs_by_state.
     EXPIRED = """
         SELECT * FROM jobs
-         WHERE expires_at IS NOT NULL AND state = 'pending' AND expires_at <= :now
+         WHERE expires_at IS NOT NULL AND waits IS NOT NULL
+           AND expires_at <= :now AND +state = 'pending'
          ORDER BY expires_at LIMIT :limit"""
     # Delays that began in the future: the clock was set back.
     DELAYED = """

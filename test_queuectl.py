@@ -1217,6 +1217,7 @@ class Statements(Case):
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_WORK"),
+        ("jobs_by_expiry", "EXPIRED DUE_AT ANY_WORK"),
         ("jobs_blocked",   "COUNT_STUCK"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
         ("runs_by_job",    "LAST_RUNS RUNS RUN"),
@@ -1319,7 +1320,7 @@ NEW_IN_3 = (
             no_retry_on TEXT, expires_at TEXT, held INTEGER NOT NULL DEFAULT 0,""",
     "CREATE INDEX jobs_held ON jobs (seq) WHERE waits = 'held';",
     """CREATE INDEX jobs_by_expiry ON jobs (expires_at)
-            WHERE expires_at IS NOT NULL AND state = 'pending';""",
+            WHERE expires_at IS NOT NULL AND waits IS NOT NULL;""",
     " slots TEXT NOT NULL DEFAULT '', gpus TEXT,",
     "any_outcome INTEGER NOT NULL DEFAULT 0,",
     """,
@@ -1546,7 +1547,7 @@ class Files(Case):
         formats = [self.format_2(), queuectl.Sql.SCHEMA]
         self.assertEqual(
             [hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
-             for text in formats], ["3bc20ada7c4b2d87", "526938fd5235bd64"])
+             for text in formats], ["3bc20ada7c4b2d87", "8ac20dd7af0317ca"])
         self.assertEqual(queuectl.SCHEMA_VERSION, 3)
 
     def format_2(self):
