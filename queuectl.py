@@ -4779,12 +4779,19 @@ class Queue:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
-        """Why each of these jobs waits, by id; []: only for its turn."""
+        """Why each of these jobs waits, by id ([]: only for its turn), or that its worker
+        is gone.
+        """
         workers = [one for one in self.workers() if not one.is_expired]
         queues, all_paused = {one.name: one for one in self.queues()}, \
             self.is_all_paused()
         found = {}
         for job in jobs:
+            if job.state == PROCESSING and job.worker not in [
+                    one.name for one in workers]:
+                found[job.id] = [Finding(
+                    WARNING, "no-worker", f"its worker {job.worker} is gone; "
+                    "`queuectl worker start` runs it again", "")]
             if job.waits is None:
                 continue
             found[job.id] = [Finding(
@@ -4823,14 +4830,11 @@ class Queue:
 
     def waiting_for(self, job: Job) -> list[str]:
         """Why a job waits, or that its worker is gone, as text."""
-        workers = [one for one in self.workers() if not one.is_expired]
-        if job.state == PROCESSING and all(one.name != job.worker for one in workers):
-            return [f"its worker {job.worker} is gone; `queuectl worker start` runs it "
-                    "again"]
         found = self.hindrances([job]).get(job.id, [])
         reasons = [one.message for one in found]
         if job.waits is None or any(one.code != "slots" for one in found):
             return reasons
+        workers = [one for one in self.workers() if not one.is_expired]
         # Only jobs that can start: not those of paused, full or unserved queues.
         n = sum(self.store.rows(Sql.BEFORE, queue=view.name, rank=job.rank,
                                 run_at=job.run_at, seq=job.seq)[0][0]
@@ -11449,6 +11453,7 @@ USUAL_PART, MAX_PART = 2048, 8192       # bytes of output in a result
 LISTED = 20                 # jobs in a list; at most MAX_PAGE
 USUAL_WAIT = 50.0           # seconds; many clients give up after 60
 END_WAIT = 10.0             # seconds for cancelled jobs to end
+START_PAUSE = 5.0           # seconds after a worker was started in vain
 AGENT_TICK = 0.05           # seconds between two looks at jobs that are waited for
 GUIDE = ("Runs shell commands in the background; they outlive this session. `enqueue` "
          "returns an id at once; `wait` for several ids rather than poll `status`.")
@@ -11561,6 +11566,11 @@ def output_tool(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
     return output_object(job, run, given.get("from"), min(limit, MAX_PART))
 
 
+def _lacks_worker(why: Mapping[str, Sequence[Finding]]) -> bool:
+    """Return True if one of the jobs waits for nothing but a worker."""
+    return any([one.code for one in found] == ["no-worker"] for found in why.values())
+
+
 class Agent:
     """A connection to a client; `write` gets each line of the answers.
 
@@ -11574,6 +11584,7 @@ class Agent:
         self._tools = {tool.name: tool for tool in tools}
         self._queue: Queue | None = None        # opened when needed
         self._version = ""                      # of the handshake
+        self._start_at = 0.0                    # no worker is started before
         # By request id, as JSON; the function sends the answer, for None none.
         self.waits: dict[str, tuple[Waiting, Callable[[Any], None]]] = {}
 
@@ -11592,16 +11603,20 @@ class Agent:
         only that is missing.
         """
         jobs, found = [self.queue().job(job_id) for job_id in job_ids], {}
-        why = self.queue().hindrances(jobs)
-        if self._start and any([one.code for one in reasons] == ["no-worker"]
-                               for reasons in why.values()):
-            self._start()
+        why, failed = self.queue().hindrances(jobs), []
+        if self._start and time.monotonic() >= self._start_at and _lacks_worker(why):
+            try:
+                self._start()
+            except QueueError as error:
+                failed = [str(error)]
             why = self.queue().hindrances(jobs)
+            if _lacks_worker(why):
+                self._start_at = time.monotonic() + START_PAUSE
         for job in jobs:
             is_told = (job.error or "").startswith("exit status")
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
-                    "waiting_for": [f"{one.message}; {one.hint}".rstrip("; ")
-                                    for one in why.get(job.id, ())],
+                    "waiting_for": [*(f"{one.message}; {one.hint}".rstrip("; ")
+                                      for one in why.get(job.id, ())), *failed],
                     "output": tail and job.runs and output_tool(
                         self.queue(), {"id": job.id, "limit": tail})["output"]}
             found[job.id] = {"state": job.state, **{
@@ -13537,13 +13552,10 @@ def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
         out.out(line)
         out.flush()
 
-    def start() -> None:
-        try:
-            start_worker(args.path, "--drain", "--count", str(args.worker))
-        except Unavailable as error:    # the result of the call says that none runs
-            print_error(error, False)
     tools = [tool for tool in TOOLS if not (tool.changes and args.read_only)]
-    agent = Agent(args.path, tools, write, start if args.worker else None)
+    start = functools.partial(start_worker, args.path, "--drain", "--count",
+                              str(args.worker)) if args.worker else None
+    agent = Agent(args.path, tools, write, start)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve_agent(agent, piped_stdin().fileno())
