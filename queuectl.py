@@ -11504,11 +11504,12 @@ def arguments(tool: Tool, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in fields:
             raise Invalid(f"unknown argument {name!r}", nearest(name, fields)
                           or "there are: " + ", ".join(fields))
+        if value is None:
+            continue
         if FILTERS.get(name) is fields[name]:   # takes text, as in a flag
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        if value is not None:
-            with at_place(name):
-                found[name] = fields[name].kind.parse(value, time.time())
+        with at_place(name):
+            found[name] = fields[name].kind.parse(value, time.time())
     for name in tool.required:
         if not found.get(name):
             raise Invalid(f"{name} is missing", "give it")
@@ -11561,9 +11562,10 @@ def output_object(job: Job, run: Run, start: int | None, limit: int) -> dict[str
 
 
 def output_tool(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
-    job, limit = queue.job(given["id"]), given.get("limit", USUAL_PART)
+    job = queue.job(given["id"])    # first: if it is over, all output is there
     run = queue.fresh_run(job.id, given.get("run"), OUTPUT_PATIENCE)
-    return output_object(job, run, given.get("from"), min(limit, MAX_PART))
+    return output_object(job, run, given.get("from"),
+                         min(given.get("limit", USUAL_PART), MAX_PART))
 
 
 def _lacks_worker(why: Mapping[str, Sequence[Finding]]) -> bool:
@@ -13556,6 +13558,8 @@ def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
     start = functools.partial(start_worker, args.path, "--drain", "--count",
                               str(args.worker)) if args.worker else None
     agent = Agent(args.path, tools, write, start)
+    if sys.stdin and sys.stdin.isatty():
+        screen.note("waiting for messages of an MCP client; Ctrl+C ends this")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve_agent(agent, piped_stdin().fileno())
