@@ -4779,8 +4779,8 @@ class Queue:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
-        """Why each of these jobs waits, by id ([]: only for its turn), or that its worker
-        is gone.
+        """Why each of these jobs waits, by id ([]: only for its turn), or that the
+        worker that runs it is gone.
         """
         workers = [one for one in self.workers() if not one.is_expired]
         queues, all_paused = {one.name: one for one in self.queues()}, \
