@@ -2354,16 +2354,14 @@ class Sql:
                 SELECT MIN(next_run) FROM schedules WHERE paused = 0
                  UNION ALL
                 SELECT MIN(expires_at) FROM jobs
-                 WHERE expires_at IS NOT NULL AND waits IS NOT NULL
-                   AND +state = 'pending') AS times"""
+                 WHERE expires_at IS NOT NULL AND waits IS NOT NULL) AS times"""
     # Is a job ready; is anything due?
     ANY_WORK = """
         SELECT EXISTS (SELECT 1 FROM jobs WHERE waits = 'ready'),
                EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND run_at <= :now)
             OR EXISTS (SELECT 1 FROM schedules WHERE paused = 0 AND next_run <= :now)
-            OR EXISTS (SELECT 1 FROM jobs
-                        WHERE expires_at IS NOT NULL AND waits IS NOT NULL
-                          AND expires_at <= :now AND +state = 'pending')
+            OR EXISTS (SELECT 1 FROM jobs WHERE expires_at <= :now
+                                            AND waits IS NOT NULL)
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
@@ -2375,12 +2373,9 @@ class Sql:
                          FROM jobs
                         WHERE waits = 'scheduled' AND run_at <= :now
                         ORDER BY run_at LIMIT :limit)"""
-    # A job that has failed has started: it does not expire.
-    # Without the `+` SQLite reads all pending jobs, by jobs_by_state.
     EXPIRED = """
         SELECT * FROM jobs
-         WHERE expires_at IS NOT NULL AND waits IS NOT NULL
-           AND expires_at <= :now AND +state = 'pending'
+         WHERE expires_at <= :now AND expires_at IS NOT NULL AND waits IS NOT NULL
          ORDER BY expires_at LIMIT :limit"""
     # Delays that began in the future: the clock was set back.
     DELAYED = """
@@ -4094,8 +4089,10 @@ class Ledger:
                                  end_requested=None, waits=None)
             if step.target != PROCESSING:
                 job = job._replace(claim=None, worker=None)
+            if verb in ("fail", "retry"):   # it has started, or shall do so
+                job = job._replace(expires_at=None)
             if verb == "retry":
-                job = job._replace(expires_at=None, held=False)
+                job = job._replace(held=False)
             if step.target in WAITING:
                 job = job._replace(waits=waits_of(job, now), rank=rank_of(
                     job.priority, job.run_at, settings))
@@ -4813,8 +4810,8 @@ class Queue:
                  "limit", f"queue `{job.queue}` is at its limit {queue.limit}", ""),
                 (job.held, WARNING, "held", "held",
                  f"`queuectl release {job.id}` lets it run"),
-                (job.state == PENDING and job.expires_at
-                 and job.expires_at <= iso(self.clock()), WARNING, "expired",
+                (job.expires_at and job.expires_at <= iso(self.clock()), WARNING,
+                 "expired",
                  "expired: the next worker cancels it", ""),
                 (job.waits == SCHEDULED, NOTE, "due",
                  f"due {ago(job.run_at, self.clock())}{tries}", ""),

@@ -1227,6 +1227,7 @@ class Statements(Case):
         ("jobs_in_queue",  "BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
         ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
+        ("jobs_by_expiry", "DUE_AT EXPIRED ANY_WORK"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_WORK"),
@@ -2164,6 +2165,7 @@ class Promises(Case):
         self.assertEqual(self.queue.waiting_for(self.queue.job("late"))[0],
                          "expired: the next worker cancels it")
         self.assertEqual(ids(self.tick(2).claims), ["any", "then"])
+        self.assertEqual(self.queue.job("fails").expires_at, None)
         self.assertEqual([(self.state(name), self.queue.events(name)[-1].reason) for name in (
             "late", "blocked", "fails")], [
                 (CANCELLED, "expired"), (CANCELLED, "expired"), (FAILED, "failed")])
