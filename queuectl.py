@@ -1682,8 +1682,9 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
         Field("command", _COMMAND, "eu", "the shell command"),
         Field("id", _ID, "e", "the id (default: job-N)"),
-        Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus", "default: default"),
-        Field("tags", _TAGS, "es", "a label; repeatable", flags=("--tag",)),
+        Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus",
+              "the queue (default: default)"),
+        Field("tags", _TAGS, "es", "a tag; repeatable", flags=("--tag",)),
         Field("unique", _UNIQUE, "es",
               "add nothing while a job with this key is unfinished"),
         Field("once", _UNIQUE, "es",
@@ -1710,12 +1711,12 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "wait until it is released", flags=("--hold",))),
     "how it ends": (
         Field("max_retries", _whole(0, _AMOUNT), "eus",
-              "runs that may fail, including the first (default: a setting)"),
+              "runs that may fail, including the first (default: as configured)"),
         Field("timeout", _SPAN, "eus",
-              "end a run after this time; 0: never (default: a setting)"),
+              "end a run after this time; 0: never (default: as configured)"),
         Field("backoff_base", _SPAN, "es",
-              "wait after the first failure; doubles (default: a setting)"),
-        Field("backoff_max", _SPAN, "es", "no wait is longer (default: a setting)"),
+              "wait after the first failure; doubles (default: as configured)"),
+        Field("backoff_max", _SPAN, "es", "no wait is longer (default: as configured)"),
         Field("no_retry_on", Kind(_codes, _CODES, _or_null(_TEXT),
                                   {"metavar": "CODES"}), "es",
               "exit statuses after which it is dead at once, as 2,64-78")),
@@ -1759,7 +1760,7 @@ FILTERS = {field.name: field for field in (
         parse_past, {"type": "string", "pattern":
                      f"^({SPAN_FORM})?$|{_DATE_FORM.replace('^20[0-9]', '^20[01]')}"},
         flag={"metavar": "TIME", "type": lambda text: parse_past(text, time.time())}),
-        help="only if added, started, ended or edited since then; DUR: so long ago"))}
+        help="only if added, started, ended or edited since then, or within DUR"))}
 SELECTORS = tuple(name for name in FILTERS if name != "state")
 
 
@@ -2339,7 +2340,9 @@ class Sql:
         SELECT COUNT(*)
           FROM (SELECT queue FROM jobs WHERE waits = 'scheduled' AND run_at > :now
                  UNION ALL
-                SELECT queue FROM jobs WHERE waits = 'blocked') AS later
+                SELECT queue FROM jobs WHERE waits = 'blocked'
+                 UNION ALL
+                SELECT queue FROM jobs WHERE waits = 'held') AS later
          WHERE CAST(:queue AS TEXT) IS NULL OR queue = :queue"""
     RETRY = """
         SELECT 1 FROM jobs
@@ -2544,7 +2547,7 @@ class Sql:
         SELECT {RUN_WITHOUT_OUTPUT} FROM runs
          WHERE job = :job
          ORDER BY claim DESC LIMIT :limit"""
-    HELD = """
+    CLAIMED = """
         SELECT workers.id, workers.slots, jobs.queue, jobs.seq FROM jobs
           JOIN runs ON runs.claim = jobs.claim
           JOIN workers ON workers.id = runs.worker_id
@@ -4517,7 +4520,7 @@ class Queue:
         and stores their slots late.
         """
         held, ahead = collections.Counter[int](), dict[int, str]()
-        for worker, slots, queue, seq in self.store.rows(Sql.HELD):
+        for worker, slots, queue, seq in self.store.rows(Sql.CLAIMED):
             held[worker] += 1
             if held[worker] > slots:
                 ahead[seq] = queue
@@ -10587,7 +10590,7 @@ ROUTES: tuple[Route, ...] = (
               queue.covered(request.params.get("since"))),
           (Field("since", Kind(_a_span, {"type": "string",
                                          "pattern": f"^({SPAN_FORM})?$"}),
-                 help="only the last DUR, at most 8 days"),)),
+                 help="only the last DUR; at most 8 days"),)),
     Route("GET", "/api/history", "get_history", "Statistics by minute.",
           "History", lambda queue, request: {"minutes": [
               minute_object(minute) for minute in queue.history(
@@ -13618,14 +13621,20 @@ def _flags_of(fields: Mapping[str, Field], use: str = "") -> tuple[Option, ...]:
         for field in fields.values() if use in field.uses)
 
 
+def _changing(*options: Option) -> tuple[Option, ...]:
+    """The flags of a command that keeps what is not given: they have no defaults."""
+    return tuple(one._replace(settings={**one.settings, "help": re.sub(
+        r" [(](the )?default.*[)]$", "", one.settings["help"])}) for one in options)
+
+
 _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
-_YES = option("--yes -y", "do not ask; required if stdin is not a terminal", "other")
+_YES = option("--yes -y", "do not ask; required if stdin is not a terminal")
 _ALL = option("--all", "all jobs that it applies to")
 _WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
-_EDITS = _flags_of(FIELDS, "u")
+_EDITS = _changing(*_flags_of(FIELDS, "u"))
 # The --queue of `retry` chooses jobs.
 _WAIT = option("--wait", "wait for the jobs; for one, exit with its status", "output")
 _AGAIN = (*(one for one in _EDITS if one.dest != "queue"), _WAIT)
@@ -13634,17 +13643,18 @@ _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
 _SCHEDULED = (
     option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
            dest="job"),
-    option("--tz ZONE", "such as Europe/Berlin (default: the local zone)"),
+    option("--tz ZONE", "a time zone, such as Europe/Berlin (default: the local zone)"),
     option("--catch-up", "missed runs cause one late run (the default)",
            action="store_const", const=True, dest="catch_up"),
     option("--no-catch-up", "missed runs are not made up", action="store_const",
            const=False, dest="catch_up"), *_flags_of(FIELDS, "s"))
-_WAIT_LIMIT = option("--timeout DUR", "wait at most this long", "other")
+_WAIT_LIMIT = option("--timeout DUR", "wait at most this long")
 _FOLLOW = option("--follow -f", "keep printing what is new")
 _SCHEDULE = option("NAME", "the schedule's name")
 _CRON_HELP = "minute hour day month weekday; or @daily and the like; or @every DUR"
 _KEY = option("KEY", "the setting's name")
-_LIMIT = option("--limit -n N", "0: all (default: 50; with --json all)", "output")
+_LIMIT = option("--limit -n N", "at most N; 0: all (default: 50; with --json: all)",
+                "output")
 _COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
                   "output", type=parse_keys)
 _OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
@@ -13656,10 +13666,10 @@ _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
            "CUDA_VISIBLE_DEVICES of each job", type=parse_gpus),
     _QUEUES, option("--name NAME", "the worker's name (default: HOST-PID)",
                     type=parse_name),
-    *_grouped("for jobs that set none",
+    *_grouped("defaults for jobs that set none",
               option("--timeout DUR", "end a run after this time"),
               option("--backoff-base DUR", "wait after the first failure")),
-    option("--grace DUR", "when stopping, requeue jobs that run longer",
+    option("--grace DUR", "once asked to stop, requeue jobs that run longer",
            "when it exits"))
 
 
@@ -13667,7 +13677,7 @@ _OWN_UNIT = option("--user", "a unit of your own, not of the system")
 _WEB_FLAGS = (
     option("--host HOST", "where to listen (default: 127.0.0.1, this machine only)",
            default="127.0.0.1"),
-    option("--port -p N", "default: 8080; 0: any free port", default=8080,
+    option("--port -p N", "the port (default: 8080; 0: any free one)", default=8080,
            type=lambda text: parse_whole(text, 0, 65535)),
     option("--read-only", "allow no changes"),
     option("--no-auth", "require no token; on this machine only"),
@@ -13750,15 +13760,16 @@ COMMANDS = (    # in the order of the help
         option("--quiet -q", "print ids only", "output"), _JSON,
         eg="enqueue 'make -C /src test' --priority 5 --timeout 30m\n"
            "enqueue -- convert 'my photo.png' out.jpg\n"
-           "enqueue - --once '{}' -0 -- gzip -k {}",
+           "find . -name '*.log' -print0 | queuectl enqueue - -0 -- gzip -k {}",
         also="add, submit, push, put, new, create, run, exec, batch, sbatch, import",
         read=given_jobs),
     _entry(
-        "worker start", cmd_worker_start, "run jobs", CREATES,
+        "worker start", cmd_worker_start, "run jobs until it is stopped", CREATES,
         *_WORKER_FLAGS, *_grouped(
             "when it exits",
-            option("--drain", "once nothing is running, due or waiting for a retry"),
-            option("--max-jobs N", "after this many runs")),
+            option("--drain", "exit once nothing is running, due or waiting"
+                   " for a retry"),
+            option("--max-jobs N", "exit after this many runs")),
         option("--quiet -q", "log nothing but errors"),
         option("--detach", "run in the background, and return once the worker is "
                "ready; it logs to a file"),
@@ -13766,9 +13777,9 @@ COMMANDS = (    # in the order of the help
                "--detach the database's path and .log)"),
         eg="worker start --count 4\nworker start --detach --queue gpu --drain",
         also="start, run, work, daemon, up, drain, worker run"),
-    _entry("worker stop", cmd_worker_stop, "stop workers after their jobs", CHANGES,
-           option("[NAME...]", "the workers (default: all)", dest="names"),
-           option("--now", "end running jobs and requeue them"), _WAIT_LIMIT,
+    _entry("worker stop", cmd_worker_stop,
+           "stop workers once their running jobs have ended", CHANGES, option("[NAME...]", "the workers (default: all)", dest="names"),
+           option("--now", "end the running jobs and requeue them"), _WAIT_LIMIT,
            eg="worker stop\nworker stop --now",
            also="stop, down, quit, shutdown, worker kill"),
     _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
@@ -13801,7 +13812,7 @@ COMMANDS = (    # in the order of the help
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
         NOT_IDS, option("--all", "all jobs, also those added meanwhile"), _STATE_FLAG,
         *_FILTERS), _WAIT_LIMIT,
-        option("--quiet -q", "print no messages", "other"), _JSON,
+        option("--quiet -q", "print no messages"), _JSON,
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
     _entry("retry", cmd_change, "run jobs again, with changes if you like", CHANGES,
            *_WHICH, *_AGAIN,
@@ -13810,10 +13821,10 @@ COMMANDS = (    # in the order of the help
     _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
            *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate, scancel"),
-    _entry("hold", cmd_change, "let waiting jobs wait until `release`", CHANGES,
-           *_WHICH, eg="hold job-1\nhold --tag nightly", also="suspend, stash",
+    _entry("hold", cmd_change, "keep waiting jobs from starting until `release`",
+           CHANGES, *_WHICH, eg="hold job-1\nhold --tag nightly", also="suspend, stash",
            verb="hold", change=Queue.hold),
-    _entry("release", cmd_change, "end the hold of jobs", CHANGES, *_WHICH,
+    _entry("release", cmd_change, "let held jobs start again", CHANGES, *_WHICH,
            eg="release job-1\nrelease --all", also="unhold, unstash", verb="release",
            change=Queue.release),
     _entry("edit", cmd_change, "change waiting or dead jobs", CHANGES, _IDS,
@@ -13826,9 +13837,9 @@ COMMANDS = (    # in the order of the help
     _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
            eg="delete job-1\ndelete --state cancelled", also="rm, del, remove, atrm",
            verb="delete", change=Queue.delete),
-    _entry("purge", cmd_purge, "delete finished jobs, or those in some states", CHANGES,
-           *_FITTING, _OLDER, option("--dry-run", "only say what would be deleted",
-                                     "other"), _YES, _JSON,
+    _entry("purge", cmd_purge, "delete finished jobs, or those in given states",
+           CHANGES, *_FITTING, _OLDER, option("--dry-run", "only say what would be deleted"),
+           _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
            also="clean, clear, prune, gc, flush", ids=[], all=True),
     _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _COLUMNS, _JSON,
@@ -13852,7 +13863,7 @@ COMMANDS = (    # in the order of the help
            eg="queue list --json", also="queues, queue ls"),
     _entry("queue set", cmd_queue_set, "limit how many jobs of a queue run at once",
            CREATES, option("Q", "the queue", dest="queue"),
-           option("--limit N", "0: no limit", required=True),
+           option("--limit N", "jobs at once; 0: no limit", required=True),
            eg="queue set gpu --limit 1\nqueue set gpu --limit 0",
            also="limit, queue limit"),
     _entry(
@@ -13864,7 +13875,7 @@ COMMANDS = (    # in the order of the help
         also="cron, crontab, schedule create, schedule new", read=_scheduled,
         change=Queue.add_schedule, said=""),
     _entry("schedule edit", cmd_schedule_add, "change a schedule, from its next run on",
-           CHANGES, _SCHEDULE, option("[CRON]", _CRON_HELP), *_SCHEDULED,
+           CHANGES, _SCHEDULE, option("[CRON]", _CRON_HELP), *_changing(*_SCHEDULED),
            eg="schedule edit nightly '0 3 * * *'\nschedule edit nightly --timeout 2h",
            also="schedule update, schedule set", read=_scheduled,
            change=Queue.edit_schedule, said="edited"),
@@ -13885,11 +13896,11 @@ COMMANDS = (    # in the order of the help
     _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
            _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
     _entry("stats", cmd_stats, "show throughput, success and times", READS,
-           option("--since DUR", "only the last DUR, at most 8 days"), _JSON,
+           option("--since DUR", "only the last DUR; at most 8 days"), _JSON,
            eg="stats\nstats --since 1h", also="metrics, statistics"),
     _entry("events", cmd_events, "show the state changes of jobs, oldest first",
            READS, _FOLLOW, *_flags_of({"queue": FILTERS["queue"]}),
-           option("--since TIME", "only changes since then; DUR: so long ago",
+           option("--since TIME", "only changes since then, or within DUR",
                   type=lambda text: parse_past(text, time.time())), _JSON,
            eg="events --since 1h\nevents --follow --json", also="history, watch"),
     _entry("config list", cmd_config_list, "show the settings", READS, _JSON,
@@ -13910,7 +13921,7 @@ COMMANDS = (    # in the order of the help
            "web --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
         also="serve, server, dashboard, ui"),
     _entry("backup", cmd_backup, "make a consistent copy while workers run", READS,
-           option("FILE", "where to write it; replaces an older backup"),
+           option("FILE", "where to write it; an older backup is replaced"),
            eg="backup /mnt/usb/queue.db", also="dump, copy, save, export"),
     _entry("check", cmd_check, "look for problems in the queue and its disk", READS,
            _JSON, eg="check --json", also="doctor, verify, fsck, health"),
@@ -13968,8 +13979,8 @@ values:
         1 to 128 of the characters A-Z a-z 0-9 . _ : @ -
 
 defaults:
-  A job's --max-retries, --timeout and --backoff-base are its own, else the flags of
-  its worker (but for --max-retries), else the settings: `queuectl config list`.
+  A job's own value comes first, then a flag of its worker (--timeout,
+  --backoff-base), then the setting: `queuectl config list`.
 
 exit status:
   0     done
@@ -14121,7 +14132,9 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
         one.settings.get("nargs", ""), "{}").format(one.settings["metavar"])
         for one in entry.options if not one.names[0].startswith("-")]
     metavars = [one.settings.get("metavar") for one in entry.options]
-    examples = "\n".join(f"  queuectl {example}" for example in entry.examples)
+    examples = "\n".join(
+        f"  {'' if '| queuectl' in example else 'queuectl '}{example}"
+        for example in entry.examples)
     epilog = [*(["examples:", examples, ""] if examples else ()), *(
         f"{kind}: {text}" for kind, text in FORMATS.items() if kind in metavars),
         "Exit statuses, environment, files: `queuectl help`."]
@@ -14157,10 +14170,10 @@ def _overview(entries: Sequence[Entry]) -> Entry:
     for entry in entries:
         one = " ".join(entry.words)
         text += f"\n{headings[one]}:\n" if one in headings else ""
-        text += f"  {one:<15} {entry.help}\n"
+        text += f"  {one:<15}  {entry.help}\n"
     return Entry(
         words, lambda *_: EX_OK, f"{text}\nFor details: `{name} COMMAND`. "
-        f"Default command: {usual(entries).words[-1]}", NEITHER,
+        f"Without a command: `{' '.join(usual(entries).words)}`", NEITHER,
         (option("COMMAND", argparse.SUPPRESS), _VERSION))
 
 
