@@ -15,7 +15,7 @@ demo:   ## compress 300 files, a job each, with four at once; in a directory of 
 	find "$$files" -name '*.py' -print0 | head -z -n 300 | \
 	    queuectl enqueue --null -q - -- sh -c 'gzip -9 < "$$1" > "$$2.gz"' sh {} {#} >/dev/null; \
 	queuectl enqueue -q --backoff-base 100ms 'echo "this one always fails"; exit 3' >/dev/null; \
-	queuectl worker start --count 4 --drain --quiet & sleep 1; queuectl wait --all || true; wait; \
+	queuectl worker start --detach --count 4; queuectl wait --all || true; queuectl worker stop; \
 	queuectl status; queuectl dlq; gzip -t ./*.gz; \
 	echo "$$(ls ./*.gz | wc -l) of 300 files are compressed; one job was made to fail."; \
 	[ "$$(ls ./*.gz | wc -l)" -eq 300 ]; \

@@ -6934,7 +6934,7 @@ class Archive:
 
     The thread opens a file for each write, so the directory may come and go. Commands
     that print faster than it writes wait for it (`is_behind`), but not once it hangs:
-    then output is left out of the files. `told` gets each error once.
+    then output is left out of the files. `tell` gets each error once.
     """
     ROOM = 16 << 20     # bytes that wait to be written before commands have to
     PATIENCE = 5.0      # seconds without a write after which it hangs
@@ -14067,8 +14067,8 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
             return COMMANDS, [*words]
         at += 2 if words[at] == "--db" else 1
     flags, names = [*words[:at]], [*words[at:]]
-    if not names or names == ["version"]:
-        return COMMANDS, [*flags, *(f"--{name}" for name in names)]
+    if names in ([], ["version"], ["help", "version"]):
+        return COMMANDS, [*flags, *["--version"] * bool(names)]
     if names[0] == "help":
         return find([*flags, *names[1:], "--help"])
     for length in (2, 1):

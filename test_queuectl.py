@@ -5661,7 +5661,7 @@ class CommandLine(Case):
         self.assertFalse(self.exists("queue.db"))
 
     def test_help_and_version_are_commands_too(self):
-        for line, flags in (("help", "--help"), ("version", "--version"),
+        for line, flags in (("help", "--help"), ("version", "--version"), ("help version", "--version"),
                             ("help dlq", "dlq --help"),
                             ("help worker start", "worker start -h"),
                             ("--db x help list", "list --help")):
