@@ -2679,6 +2679,17 @@ class Promises(Case):
                 self.queue.wait("now", "delayed", "blocked", timeout=0, tell=told.append)
             self.assertEqual(told, [(3, 0, 0, 0, later)])
 
+    def test_a_wait_looks_again_every_second_and_not_after_the_end(self):
+        for name, names in (("wait", ["a"]), ("wait_all", [])):
+            for timeout, longest in ((None, 1.0), (0.5, 0.5)):
+                self.anew()
+                self.job(id="a")
+                look = mock.Mock(side_effect=lambda *_: self.queue.cancel("a"))
+                with mock.patch.object(self.queue, "await_change", look):
+                    getattr(self.queue, name)(*names, timeout=timeout)
+                [[_, seconds]] = [call[0] for call in look.call_args_list]
+                self.assertTrue(0 < seconds <= longest, seconds)
+
     def test_waiting_in_vain_is_refused(self):
         self.jobs(["a", {"id": "over", "queue": "q"}, {"queue": "q"}, {"queue": "q"}])
         self.queue.cancel("over")
