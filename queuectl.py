@@ -13462,7 +13462,7 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
         default, meaning = setting.default, setting.help
         value = stored.get(key, default)
         found[key] = {"value": value, "default": default, "meaning": meaning}
-        shown = style.paint(f"{value:<8}", BOLD if key in stored else "")
+        shown = style.paint(f"{one_line(value):<8}", BOLD if key in stored else "")
         lines.append(f"{key:<19} {shown} {default:<8} {meaning}")
     _view(args, screen, found, lines)
 
@@ -13475,8 +13475,8 @@ def cmd_config_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> No
     """Set a setting, or reset it (preset: `value` None)."""
     queue.configure(args.key, args.value)
     key = setting_key(args.key)
-    screen.note(f"{key} = {SETTINGS[key].default} (the default)" if args.value is None
-                else f"{key} = {args.value}: {SETTINGS[key].help}")
+    screen.note(f"{key} = {one_line(queue.setting(key))}" + (
+        " (the default)" if args.value is None else f": {SETTINGS[key].help}"))
 
 
 def cmd_stats(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:

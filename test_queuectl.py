@@ -5534,6 +5534,13 @@ class CommandLine(Case):
                 self.assertEqual((code, out), (status, ""), err)
                 self.assertIn(said, err)
 
+    def test_a_setting_is_shown_on_one_line(self):
+        self.says((("config set on-dead '\n echo a |\n cat'",
+                    "on-dead = echo a |;  cat: shell command after each dead job\n"),
+                   ("config set timeout ''", "timeout = none: a run is ended"),
+                   ("config unset timeout", "timeout = none (the default)\n")))
+        self.assertIn("\non-dead             echo a |;  cat none ", self.cli("config list")[1])
+
     def test_a_variable_without_a_value_is_copied_from_the_environment(self):
         with mock.patch.dict(os.environ, {"COPIED": "a=b ü", "BINARY": "\udcff"}):
             self.cli("enqueue true --env COPIED --env OWN=1 --env EMPTY=")
