@@ -13009,7 +13009,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
             screen.out(style.paint(
                 "    " + cut(one_line(job.error), style.width - 4), DIM))
     if not shown:
-        screen.note("the dead letter queue is empty" if is_dlq
+        screen.note("the dead letter queue is empty" if is_dlq and not filters
                     else "no such jobs" if filters or states
                     else "no jobs; `queuectl enqueue 'echo hi'` adds one")
     elif len(jobs) > len(shown):
@@ -13843,8 +13843,9 @@ COMMANDS = (    # in the order of the help
            option("--dry-run", "only say what would be deleted"), _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
            also="clean, clear, prune, gc, flush", ids=[], all=True),
-    _entry("dlq list", cmd_list, "show the dead jobs", READS, _LIMIT, _COLUMNS, _JSON,
-           eg="dlq\ndlq list --fields id,exit_code,error",
+    _entry("dlq list", cmd_list, "show the dead jobs", READS,
+           *_grouped("which jobs", *_FILTERS), _LIMIT, _COLUMNS, _JSON,
+           eg="dlq --since 1h\ndlq list --fields id,exit_code,error",
            also="dead, failed, dlq ls, dlq show",
            state=[DEAD], sort="finished", show_output=False),
     _entry("dlq retry", cmd_change, "requeue dead jobs", CHANGES, _IDS,
@@ -13989,8 +13990,8 @@ exit status:
   2     the command line is invalid
   124   `wait --timeout` expired
   130   interrupted by Ctrl+C; a worker or server shuts down and exits with 0
-  `wait ID` and `enqueue --wait` exit with the job's own status: 128+N if signal N
-  ended it, 124 if it timed out.
+  `wait ID`, `enqueue --wait` and `retry --wait` exit with the status of their one
+  job: 128+N if signal N ended it, 124 if it timed out.
 
 environment:
   QUEUECTL_DB           the database, if there is no --db

@@ -5645,6 +5645,7 @@ class CommandLine(Case):
         self.assertEqual(self.cli("list -n 1 --fields attempts,id --json")[1],
                          '[\n  {"attempts": 0, "id": "a"}\n]\n')
         self.assertEqual(self.printed("dlq --fields error --json"), [])
+        self.says([("dlq", "the dead letter queue is empty"), ("dlq --queue q", "no such jobs")])
         self.assertRegex(self.cli("list --fields id,stat")[2],
                          "no field 'stat'; it has id, command, state, ")
         self.fails(2, "list --fields ''", "dlq --fields id,")
