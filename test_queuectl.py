@@ -3760,10 +3760,11 @@ class Checks(Case):
 class Views(Case):
     def test_a_worker_is_reported_after_three_missed_heartbeats(self):
         beat = queuectl.iso(NOON - 45)
-        worker = queuectl.Worker(1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)
-        for heartbeat, says in ((10.0, True), (14.9, True), (15.0, False), (60.0, False)):
-            line = queuectl.worker_line(worker._replace(late_after=3 * heartbeat), self.PLAIN)
-            self.assertEqual("no heartbeat for 45s" in line, says, heartbeat)
+        for late_after, says in ((44.7, True), (45.0, False), (180.0, False)):
+            line = queuectl.worker_line(queuectl.Worker(
+                1, "w", "h", "", 7, "", 1, (), None, beat, beat, 0, None)._replace(
+                    late_after=late_after), self.PLAIN)
+            self.assertEqual("no heartbeat for 45s" in line, says)
 
     PLAIN = queuectl.Style(False, 0, NOON)
     COLOURED = queuectl.Style(True, 40, NOON)
@@ -5543,21 +5544,24 @@ class CommandLine(Case):
         self.cli("enqueue x")
         self.fails(1, "show nope", "enqueue {}", "logs job-1", "config set timeout soon",
                    "dlq retry job-1", "config set lease \u0663", "enqueue --file /nope",
+                   "web --tls-cert /nope", "web --host 192.0.2.1", f"web --host {'x' * 64}",
                    ("enqueue", '{"command":"x","a":1}'),
                    ("enqueue", '{"command":"x","max-retries":1,"max_retries":2}'))
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.fails(1, f"web --port {taken.getsockname()[1]}")
         self.fails(2, "statsu", "enqueue", "enqueue echo hi", "list -s bad",
                    "worker start -c 0", "show \udcff", "list --search \udcff",
                    "worker start --queue ''", "worker start --name 'a\nb'",
                    "worker start --gpus 0,0", "worker start --gpus 0,", "worker start --gpus 0 1",
                    "worker start --gpus 0 --count 1", "systemd --gpus 0 -c 2",
                    "enqueue x --slots 0", "enqueue x --slots 513",
-                   "enqueue --command x y")
+                                      "enqueue --command x y", "web --tls-key x", "web --port 70000",
+                   "web --host 0.0.0.0 --no-auth")
         self.says([("worker stop", "no worker is running\n")])
         self.cli("config set timeout ''")
         self.assertEqual(self.cli("config get timeout")[1], "none\n")
         code, out, err = self.cli("show nope --json")
-        self.assertEqual((code, out), (1, ""))
-        self.assertEqual(json.loads(err)["error"]["code"], "no-such-job")
+        self.assertEqual((code, out, json.loads(err)["error"]["code"]), (1, "", "no-such-job"))
 
     def test_the_last_of_a_time_of_day_is_found_by_the_calendar(self):
         def local(*when):
@@ -6763,19 +6767,6 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
 
     # Waiting, hooks, schedules, retention: by a real worker.
 
-    def test_enqueue_wait_ends_as_the_job_did(self):
-        self.listed_worker("-c", "4")
-        for command, status in (("echo hi", 0), ("exit 7", 7), ("kill -9 $$", 137),
-                                ("sleep 100", 124), ("no-such-command", 127),
-                                ('[{"command": "true"}, {"command": "exit 3"}]', 1)):
-            with self.subTest(command):
-                code, out, err = self.cli("enqueue", command, "--max-retries=1", "--wait",
-                                          *["--timeout=100ms"] * (status == 124))
-                self.assertEqual((code, out.count("\n")), (status, 1), err)
-                self.assertNotIn("no worker", err)
-        self.assertIn("1 of 2 jobs completed", err)
-        self.assertIn("not found", self.job("job-5").error)
-
     def test_a_retry_waits_for_its_jobs(self):
         for name in ("a", "b"):
             self.enqueue("exit 3", "--id", name, "--max-retries", "1")
@@ -6787,20 +6778,6 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         self.assertEqual((code, [job["state"] for job in json.loads(out)]), (0, ["completed"] * 2))
 
     # Commands that read and write as things happen.
-
-    def test_a_line_of_a_stream_starts_at_once(self):
-        self.listed_worker("-c", "2")
-        stream, takes = self.running("enqueue", "--stream"), []
-        for number in range(1, 6):
-            begun = time.monotonic()
-            stream.stdin.write(b"touch ran-%d\n" % number)
-            stream.stdin.flush()
-            self.assertEqual(stream.stdout.readline(), b"job-%d\n" % number)
-            self.wait_file(f"ran-{number}")
-            takes.append(time.monotonic() - begun)
-        self.assertLess(sorted(takes)[1], 0.5)      # other processes may delay some of them
-        stream.stdin.close()
-        self.assert_ends(stream)
 
     def test_who_follows_the_changes_sees_each_once(self):
         self.enqueue("exit 1", "--id", "before", "--max-retries", "1")
@@ -6841,8 +6818,7 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
                 job_id = self.enqueue("true")
                 watch.until(lambda text: "2 pending" in text)
                 watch.type(b"\x03")
-                self.assertEqual(watch.end(), 130)
-                self.assertNotIn("Traceback", watch.text)
+                self.assertEqual((watch.end(), "Traceback" in watch.text), (130, False))
                 shown = [line.split()[0] for line in watch.picture.lines if line[:1].islower()]
                 self.assertEqual(shown[:3], ["jobs", "workers", "warning"][:size[0] - 1])
                 self.assertNotIn("1 pending", "".join(watch.picture.lines))
@@ -7080,12 +7056,12 @@ class Supervised(Processes):
         self.assertRegex(self.read("log"), r"^before\n20\d\d-.* started: .*\n.* stopped\n$")
 
     def test_orphans_are_reaped(self):
+        self.configure(heartbeat="100ms")
         self.enqueue("(sleep .2 &) ; true")
         worker = self.worker()
         self.wait_state("job-1", COMPLETED)
         own = child_of(worker.pid)
-        wait_for(lambda: not self.done(["ps", "--ppid", str(own), "-o", "stat="])[1],
-                 "the orphan's end")
+        wait_for(lambda: not self.done(["ps", "--ppid", str(own), "-o", "stat="])[1], "its end")
 
     def test_a_terminal_that_closes_is_one_request_however_often_it_is_told(self):
         """The kernel and the shell each send SIGHUP."""
@@ -7458,17 +7434,6 @@ class WebServer(Processes):
                 self.assertFalse(change.done())
             self.assertEqual(change.result(), 200)
 
-    def test_arguments_that_cannot_be_served_are_refused_in_a_line(self):
-        _, port = self.web()
-        for argv, status in ((("--port", str(port)), 1), (("--host", "0.0.0.0", "--no-auth"), 2),
-                             (("--host", "x" * 64), 1), (("--tls-key", "x"), 2),
-                             (("--tls-cert", "/nope"), 1), (("--host", "192.0.2.1"), 1),
-                             (("--port", "70000"), 2)):
-            with self.subTest(argv):
-                code, out, err = self.cli("web", *argv)
-                self.assertEqual((code, out, err.count("\n")), (status, "", 1), err)
-                self.assertRegex(err, "^queuectl: error: .*; ")
-
     def test_a_database_that_goes_away_and_comes_back(self):
         _, port = self.web()
         self.assertEqual(self.status(port, "GET", "/healthz"), 200)
@@ -7560,27 +7525,23 @@ class Surroundings(Processes):
 
     def test_a_sweep_is_finished_whether_or_not_its_report_is_read(self):
         queue, many = self.queue, 2 * SWEEP_BATCH + 1
-        for argv, before, after in (
-                (("cancel", "--all", "--yes"), PENDING, (CANCELLED, many)),
-                (("retry", "--all"), CANCELLED, (PENDING, many)),
-                (("delete", "--all", "--yes"), CANCELLED, (CANCELLED, 0)),
-                (("purge", "--yes"), CANCELLED, (CANCELLED, 0))):
-            for stdout in (self.closed_pipe(), self.full_disk()):
-                with self.subTest(argv=argv, stdout=stdout):
-                    swept(queue, "cancel")
-                    swept(queue, "delete")
-                    self.fill(many, command="x" * 100)
-                    if before == CANCELLED:
-                        swept(queue, "cancel")
-                    code, _, err = self.call(*argv, "--json", stdout=stdout)
-                    self.assertEqual(queue.counts()[after[0]], after[1])
-                    if code:
-                        self.assertEqual(code, 1)
-                        self.assertIn("could not be written", json.loads(err)["error"]["message"])
-                    else:
-                        self.assertEqual(err, "")
         for status, stdout in enumerate((self.closed_pipe(), self.full_disk())):
-            self.assertEqual(self.call("purge", "--yes", "--json", stdout=stdout)[0], status)
+            self.fill(many, command="x" * 100)
+            for argv, state, left in (
+                    (("cancel", "--all", "--yes"), CANCELLED, many),
+                    (("retry", "--all"), PENDING, many),
+                    (("cancel", "--all", "--yes"), CANCELLED, many),
+                    (("delete", "--all", "--yes"), CANCELLED, 0)):
+                with self.subTest(argv=argv, stdout=stdout):
+                    code, _, err = self.call(*argv, "--json", stdout=stdout)
+                    self.assertEqual((code, queue.counts()[state]), (status, left))
+                    self.assertIn("could not be written" * status,
+                                  json.loads(err)["error"]["message"] if status else err)
+            self.fill(many)
+            swept(queue, "cancel")
+            for _ in range(2):      # with jobs and without
+                self.assertEqual(self.call("purge", "--yes", "--json", stdout=stdout)[0], status)
+                self.assertEqual(queue.counts()[CANCELLED], 0)
 
     def test_an_action_is_taken_and_then_reported(self):
         """A result that cannot be written is a failure, a message is none."""
@@ -8380,14 +8341,13 @@ class Shells(Processes):
                           for number, line in enumerate(lines))
         said = self.done(["fish", "--no-config", "-c", "source completion.fish; alias q queuectl; "
                           + asked], env={**os.environ, **self.environ})[1]
-        answers = [answer.partition("\n")[2] for answer in said.split("> ")[1:]]
+        *answers, flags, jobs = (one.partition("\n")[2] for one in said.split("> ")[1:])
         for (line, completed), answer in zip(self.LINES, answers):
-            last = re.split(r"(?<!\\) ", completed.strip())[-1]
+            last = re.split(r"(?<!\\) ", completed.strip())[-1].replace("\\ ", " ").strip("'")
             with self.subTest(line):
-                self.assertEqual(answer.rstrip("\n").split("\t")[0],
-                                 last.replace("\\ ", " ").strip("'"))
-        self.assertIn("--state\tone of pending", answers[-2])
-        self.assertEqual(answers[-1], "a:b@c\tpending: x\n")
+                self.assertEqual(answer.rstrip("\n").split("\t")[0], last)
+        self.assertIn("--state\tone of pending", flags)
+        self.assertEqual(jobs, "a:b@c\tpending: x\n")
 
 
 class Services(Processes):
@@ -8628,22 +8588,21 @@ class Names(Processes):
         self.assertIn("line 2: not UTF-8", self.add(b"echo a\necho \xe9\n", "-", status=1))
 
     def test_a_command_that_is_too_long_to_be_started_is_refused(self):
-        most = queuectl.MAX_TEXT
+        most, wide = queuectl.MAX_TEXT, "\u00fc" * (queuectl.MAX_TEXT // 2) + "xx"
         self.enqueue("x", "--id", "a", "--delay", "1h")
         fits = "printf %s xxx | wc -c; true ".ljust(most, "x")
         self.add(fits.encode(), "-", "--id", "fits", "--max-retries", "1")
-        with refused("invalid-job"):
-            self.queue.edit("a", command=fits + "x")
-        wide = "\u00fc" * (most // 2)
-        for line in (fits + "x", wide + "xx", json.dumps({"command": wide + "xx"}),
+        for refuse in (lambda: self.queue.edit("a", command=fits + "x"),
+                       lambda: self.queue.add_schedule("s", "@daily", command=fits + "x")):
+            with refused("invalid-job"):
+                refuse()
+        for line in (fits + "x", wide, json.dumps({"command": wide}),
                      json.dumps({"command": "x", "env": {"A": "y" * (most - 1)}}),
                      json.dumps({"command": "x", "env": {
                          f"A{n}": "y" * 120_000 for n in range(9)}})):
             with self.subTest(line[-10:]):
                 self.assertRegex(self.add(b"a\n" + line.encode(), "-", status=1),
                                  "error: line 2: .*bytes.*; put ")
-        with refused("invalid-job"):
-            self.queue.add_schedule("s", "@daily", command=fits + "x")
         value = "y" * (most - len("A0="))
         self.queue.enqueue('printf %s "$A7" | wc -c', id="env",
                            env={f"A{n}": value for n in range(8)})
