@@ -3663,8 +3663,7 @@ class Checks(Case):
         ("history", "DELETE FROM events"),
         ("waits", "UPDATE jobs SET waits = 'blocked' WHERE waits = 'ready'"),
         ("waits", "UPDATE jobs SET waits = 'ready' WHERE waits = 'blocked'"),
-        ("orphans", "INSERT INTO tags VALUES ('t', 999)"),
-    )
+        ("orphans", "INSERT INTO tags VALUES ('t', 999)"),)
 
     def test_a_broken_rule_is_found(self):
         for code, statement in self.BREAKS:
@@ -3681,8 +3680,7 @@ class Checks(Case):
         """Each by `status` and `check` alike."""
         def found():
             status = [(one.code, one.message) for one in self.queue.status().attention]
-            check = [(one.code, one.message)
-                     for one in queuectl.Inspection(self.queue).findings()]
+            check = [(one.code, one.message) for one in queuectl.Inspection(self.queue).findings()]
             self.assertLessEqual({*status}, {*check})
             return status
         self.assertEqual(found(), [])
@@ -3796,8 +3794,7 @@ class Views(Case):
         P = queuectl.Progress
         for progress, rate, width, line in (
                 (P(5, 0, 0, 0, 0), None, 30, "[.............] 0/5  0 running"),
-                (P(6, 2, 2, 0, 0), 0.5, 49,
-                 "[####.................] 2/10  2 running  16s left"),
+                (P(6, 2, 2, 0, 0), 0.5, 49, "[####.................] 2/10  2 running  16s left"),
                 (P(6, 2, 2, 0, 0), 0.5, 47, "[###................] 2/10  2 running  16s left"),
                 (P(6, 2, 2, 0, 0), 0.5, 19, "2/10  2 running"),
                 (P(99000, 4, 1000, 0, 0), 100, 19, "1,000/100,004"),
@@ -5639,8 +5636,7 @@ class CommandLine(Case):
         self.assertEqual(len(self.queue.jobs()), 1)
 
     def test_readers_refuse_a_queue_that_is_not_there(self):
-        self.says([(line, "no queue at") for line in ("list", "status", "stats",
-                                                      "worker stop")], 1)
+        self.says([(line, "no queue at") for line in ("list", "status", "stats", "worker stop")], 1)
         self.assertEqual(self.cli("")[0], 0)
         self.assertFalse(self.exists("queue.db"))
 
@@ -5658,8 +5654,7 @@ class CommandLine(Case):
 
     def test_flags_may_stand_between_other_arguments(self):
         self.jobs("ab")
-        for line in ("cancel a --json b", "retry --json a -- b",
-                     "edit a --priority -5 b --json"):
+        for line in ("cancel a --json b", "retry --json a -- b", "edit a --priority -5 b --json"):
             with self.subTest(line):
                 self.assertEqual([job["id"] for job in self.printed(line)], ["a", "b"])
         self.assertEqual(self.cli("schedule add n @daily --tz UTC x")[0], 0)
@@ -5733,8 +5728,7 @@ class CommandLine(Case):
         self.addCleanup(shutil.rmtree, memory)
         for line, said, left in (
                 ("retry --all", "2 jobs pending again", {"good": COMPLETED}),
-                ("retry --state dead", "bad pending again",
-                 {"good": COMPLETED, "gone": CANCELLED}),
+                ("retry --state dead", "bad pending again", {"good": COMPLETED, "gone": CANCELLED}),
                 ("cancel --search make", "2 jobs cancelled", {"a": CANCELLED, "b": CANCELLED}),
                 ("cancel --tag t", "a cancelled", {"a": CANCELLED, "b": PENDING}),
                 ("retry -s dead,cancelled --exit-code 2,3-9", "bad pending again",
@@ -5844,8 +5838,7 @@ class CommandLine(Case):
                 self.assertEqual((code, out), (124, ""))
                 self.assertRegex(err, r"^[ab] waits: no worker is running; `queuectl worker "
                                       r"start` starts one\n.*not over yet; wait longer")
-        self.assertIn("no worker is running; `queuectl worker start`",
-                      self.cli("enqueue x")[2])
+        self.assertIn("no worker is running; `queuectl worker start`", self.cli("enqueue x")[2])
         self.assertEqual(self.cli("enqueue x -q")[2], "")
 
     # Queues, schedules, changes.
@@ -6117,8 +6110,7 @@ class Completion(Case):
         """The words that may come next, and the order to complete files, if any."""
         code, out, err = run_cli(queuectl.COMPLETE, "--", "--db", self.path, *words)
         self.assertEqual((code, err), (0, ""))
-        return [line.split("\t")[0] or tuple(line.split("\t")[1:])
-                for line in out.splitlines()]
+        return [line.split("\t")[0] or tuple(line.split("\t")[1:]) for line in out.splitlines()]
 
     def offers(self, rows):
         for line, words in rows:
@@ -7852,8 +7844,7 @@ asyncio.run(main(*sys.argv[1:]))
 # The dashboard in a real headless Chromium, driven by WebDriver over plain HTTP.
 
 # axe-core's one file, which `npm pack axe-core` brings; without it that test skips.
-AXE = os.environ.get("QUEUECTL_AXE",
-                     os.path.expanduser("~/.cache/queuectl/axe.min.js"))
+AXE = os.environ.get("QUEUECTL_AXE", os.path.expanduser("~/.cache/queuectl/axe.min.js"))
 
 
 class Chromium:
@@ -7897,8 +7888,7 @@ class Chromium:
             {"name": "prefers-color-scheme", "value": scheme}])
 
     def press(self, keys):
-        strokes = [{"type": kind, "value": key} for key in keys
-                   for kind in ("keyDown", "keyUp")]
+        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.ask("POST", "/actions", {"actions": [
             {"type": "key", "id": "keys", "actions": strokes}]})
 
