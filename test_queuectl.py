@@ -5552,7 +5552,7 @@ class CommandLine(Case):
                    "worker start --gpus 0,0", "worker start --gpus 0,", "worker start --gpus 0 1",
                    "worker start --gpus 0 --count 1", "systemd --gpus 0 -c 2",
                    "enqueue x --slots 0", "enqueue x --slots 513",
-                                      "enqueue --command x y", "web --tls-key x", "web --port 70000",
+                    "enqueue --command x y", "web --tls-key x", "web --port 70000",
                    "web --host 0.0.0.0 --no-auth")
         self.says([("worker stop", "no worker is running\n")])
         self.cli("config set timeout ''")
