@@ -5207,7 +5207,8 @@ class Metrics(Case):
                                  if name == "queuectl_jobs" and ("state", state) in labels),
                              status.counts[state])
         for name, labels, value in (
-                ("worker_slots", {"state": "busy"}, sum(len(one.running) for one in status.workers)),
+                ("worker_slots", {"state": "busy"},
+                 sum(len(one.running) for one in status.workers)),
                 ("workers", {}, len(status.workers)), ("queue_paused", {"queue": "gpu"}, 1),
                 ("queue_paused", {"queue": "default"}, 0)):
             self.assertEqual(samples[f"queuectl_{name}", tuple(labels.items())], value)
@@ -6731,7 +6732,8 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
             with self.subTest(script):
                 code, _, err = self.done(["/bin/sh", "-c", script],
                                          env={**os.environb, b"ODD": odd})
-                self.assertEqual((code, said in err, "Traceback" in err), (status, True, False), err)
+                self.assertEqual((code, said in err), (status, True), err)
+                self.assertNotIn("Traceback", err)
 
     def test_an_error_of_the_system_is_told_in_its_own_words(self):
         def broken(*_):
@@ -7267,8 +7269,8 @@ class WebServer(Processes):
                  b"GET\t/\xa0\x85 HTTP/1.1\r\n" + end, b"GET /\0 HTTP/1.1\r\n" + end,
                  b"CONNECT evil:80 HTTP/1.1\r\n" + end),
                 # Header lines that others may read in another way: RFC 9112, section 5
-                (400, b"GET / HTTP/1.1\r\nHost: evil\r\n" + end, get + b"X: a\r\n Origin: b\r\n\r\n",
-                 get + b"X: a\r" + length + b"15\r\n\r\n", get + b"X: a\0b\r\n\r\n",
+                (400, b"GET / HTTP/1.1\r\nHost: evil\r\n" + end,
+                 get + b"X: a\r\n Origin: b\r\n\r\n", get + b"X: a\r" + length + b"15\r\n\r\n", get + b"X: a\0b\r\n\r\n",
                  get.replace(b"\r\n", b"\n") + b"\n", get + b"X: a\nY: b\r\n\r\n",
                  get + b"Content-Length : 1\r\n\r\n{", get + b": x\r\n\r\n",
                  get + b"what\r\nOrigin: null\r\n\r\n"),
