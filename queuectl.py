@@ -5557,6 +5557,14 @@ class Claims:
         if self.lock >= 0:
             os.close(self.lock)
 
+    def leave_if_drained(self) -> bool:
+        """Delete the worker's row if no work is left. Whoever adds a job later sees no
+        worker, and not one that is about to exit.
+        """
+        with self._store.transaction() as store:
+            return self.is_drained() and bool(store.do(
+                Sql.DELETE_WORKER, {"id": self.worker.id}))
+
     def leave(self) -> None:
         """Delete the worker's row, after its runs have ended; then release its lock."""
         try:
@@ -7880,7 +7888,7 @@ class Runner:
                                           for name in ("peers", "look", "tick")):
             return False
         try:
-            return self._claims.is_drained()
+            return self._claims.is_drained() and self._claims.leave_if_drained()
         except Unavailable as error:
             self._complain(error)
             return False
@@ -11600,7 +11608,7 @@ class Agent:
             self._queue.store.db.patience = WEB_PATIENCE
         return self._queue
 
-    def briefs(self, job_ids: Iterable[str], tail: int = 0) -> dict[str, Any]:
+    def briefs(self, job_ids: Sequence[str], tail: int = 0) -> dict[str, Any]:
         """Return the jobs by id: their state, and what is unusual. Starts a worker if
         only that is missing.
         """
@@ -11611,6 +11619,7 @@ class Agent:
                 self._start()
             except QueueError as error:
                 failed = [str(error)]
+            jobs = [self.queue().job(job_id) for job_id in job_ids]
             why = self.queue().hindrances(jobs)
             if _lacks_worker(why):
                 self._start_at = time.monotonic() + START_PAUSE

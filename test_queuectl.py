@@ -3230,6 +3230,9 @@ class Ticks(Case):
                 self.after(10)
                 self.assertIs(self.worker(name="mine", queues=("q",)).is_drained(), is_drained)
                 self.assertIs(worker.is_drained(), is_drained and name == "q")
+                self.assertIs(worker.leave_if_drained(), is_drained and name == "q")
+                self.assertIs("worker" in [one.name for one in self.queue.store.workers()],
+                              not (is_drained and name == "q"))
 
     def test_a_worker_is_in_the_table_until_it_leaves(self):
         claims = self.worker(port=4567, slots=3, queues=("a", "b"))
@@ -5427,6 +5430,14 @@ class Agents(Case):
         self.agent._start_at = 0.0
         self.agent.poll()
         self.assertEqual(starts, [1, 1])
+
+        def quick():    # it has run the job and exited before it is looked at again
+            worker = self.worker()
+            self.run_next(by=worker)
+            worker.leave()
+        self.agent._start, self.agent._start_at = quick, 0.0
+        for _ in range(2):
+            self.assertEqual(self.use("enqueue", command="x", priority=9)["state"], COMPLETED)
 
     def test_output_comes_in_parts_that_join(self):
         run = queuectl.Run(1, 1, 1, 1, "w", 1, "", "", 1.0, "completed", 0, None, 0, b"")
