@@ -1227,7 +1227,6 @@ class Statements(Case):
         ("jobs_in_queue",  "BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
         ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
-        ("jobs_by_expiry", "DUE_AT EXPIRED ANY_WORK"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_WORK"),
@@ -8915,8 +8914,7 @@ class History:
             needs = [self.jobs[id].state for over, names in (
                 ((COMPLETED,), job.after), (queuectl.OVER, job.after_any)) for id in names
                 if id in self.jobs and self.jobs[id].state not in over]
-            if job.state in (PROCESSING, FAILED) or (job.state == PENDING and (
-                    job.waits != "blocked" or not needs)):
+            if job.state == PROCESSING or (job.waits and (job.waits != "blocked" or not needs)):
                 yield f"{job.id} is {job.state} (waits {job.waits}, needs {needs})"
         yield from (f"run {run.claim} has no end" for run in self.runs if run.outcome is None)
 
@@ -9536,7 +9534,7 @@ class ModelWorker:
             if not claim.slot:
                 claim = self.claims.begin(claim, 1)
             if claim.number in self.why:
-                self.end_unbegun(claim, self.why[claim.number])
+                self.end_unbegun(claim, "released")
             else:
                 self.running[claim.number] = self.world.start(claim)
 
