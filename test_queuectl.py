@@ -7112,7 +7112,7 @@ class Supervised(Processes):
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
         self.assertEqual(self.queue.counts()[PENDING], 60)
         self.assert_ends(worker)
-        self.assertNotIn("did not answer", self.read("worker.log"))
+        self.assertNotIn("did not respond", self.read("worker.log"))
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit(2) here")
     def test_processes_end_also_when_descriptors_run_out(self):
