@@ -2669,14 +2669,15 @@ class Promises(Case):
 
     def test_progress_tells_which_jobs_are_not_due(self):
         self.jobs([{"id": "now"}, {"id": "delayed", "delay": 60},
-                   {"id": "blocked", "after": ["now"]}, {"queue": "q", "delay": 60}])
-        for seconds, later in ((0, 2), (60, 1)):    # due, though no worker has seen it
+                   {"id": "blocked", "after": ["now"]}, {"queue": "q", "delay": 60},
+                   {"id": "held", "held": True}])
+        for seconds, later in ((0, 3), (60, 2)):    # due, though no worker has seen it
             self.after(seconds)
-            self.assertEqual(self.queue.progress("default"), (3, 0, 0, 0, later))
+            self.assertEqual(self.queue.progress("default"), (4, 0, 0, 0, later))
             told = []
             with refused("not-finished"):
-                self.queue.wait("now", "delayed", "blocked", timeout=0, tell=told.append)
-            self.assertEqual(told, [(3, 0, 0, 0, later)])
+                self.queue.wait("now", "delayed", "blocked", "held", timeout=0, tell=told.append)
+            self.assertEqual(told, [(4, 0, 0, 0, later)])
 
     def test_a_wait_looks_again_every_second_and_not_after_the_end(self):
         for name, names in (("wait", ["a"]), ("wait_all", [])):
