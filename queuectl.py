@@ -3230,8 +3230,13 @@ class SQLite:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read the state of the first read; be brief, as the WAL grows meanwhile."""
+        """Read the state of the first read; be brief, as the WAL grows meanwhile. In a
+        transaction, or another snapshot, it changes nothing.
+        """
         with self._lock:
+            if self._patiently(lambda: self._db.in_transaction):
+                yield
+                return
             self.rows(self.SNAPSHOT)
             try:
                 yield
@@ -4499,11 +4504,12 @@ class Queue:
         an unknown state or sort, TypeError for an unknown filter.
         """
         states = _states(state)
-        ahead = self._ahead() if PROCESSING in states or not states else {}
-        if ahead and states and PENDING not in states:
-            filters["ahead"] = json.dumps([*ahead])
-        return [as_waiting(job) if job.seq in ahead else job
-                for job in self._jobs(states, sort, limit, **filters)]
+        with self.store.snapshot():
+            ahead = self._ahead() if PROCESSING in states or not states else {}
+            if ahead and states and PENDING not in states:
+                filters["ahead"] = json.dumps([*ahead])
+            found = self._jobs(states, sort, limit, **filters)
+        return [as_waiting(job) if job.seq in ahead else job for job in found]
 
     def _jobs(self, states: Sequence[str], sort: str, limit: int = 0,
               **filters: Any) -> list[Job]:
@@ -4633,12 +4639,14 @@ class Queue:
 
         def look() -> list[Job] | str:
             wanted = [job_id for job_id in jobs if job_id not in over]
-            found = {job.id: job for job in self.named(wanted)}
+            with self.store.snapshot():
+                found = {job.id: job for job in self.named(wanted)}
+                ahead = self._ahead()
             for job_id in wanted:
                 if job_id not in found:
                     raise no_such_job(job_id)
             over.update((job.id, job) for job in found.values() if job.state in OVER)
-            left, ahead = len(jobs) - len(over), self._ahead()
+            left = len(jobs) - len(over)
             running = sum(job.state == PROCESSING and job.seq not in ahead
                           for job in found.values())
             later = sum(job.waits is not None and not is_due(job, self.clock())
@@ -4871,19 +4879,17 @@ class Queue:
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """The number of jobs in each state; those claimed ahead count as pending."""
         counts = dict.fromkeys(STATES, 0)
-        with self.store.snapshot():
-            shown = self._counts()
-        for (name, state), n in shown.items():
+        for (name, state), n in self._counts().items():
             if queue in (None, name):
                 counts[state] += n
         return counts
 
     def _counts(self) -> dict[tuple[str, str], int]:
-        """As `counts`, by queue and state. It needs a snapshot."""
-        counts = collections.Counter(self.store.counts())
-        for queue in self._ahead().values():
-            counts[queue, PROCESSING] -= 1
-            counts[queue, PENDING] += 1
+        with self.store.snapshot():
+            counts = collections.Counter(self.store.counts())
+            for queue in self._ahead().values():
+                counts[queue, PROCESSING] -= 1
+                counts[queue, PENDING] += 1
         return counts
 
     def status(self) -> Status:
@@ -4988,9 +4994,7 @@ class Queue:
     def queues(self) -> list[QueueView]:
         """The queues that have jobs, a limit or a pause, and the default queue."""
         counts: dict[str, dict[str, int]] = {}
-        with self.store.snapshot():
-            shown = self._counts()
-        for (name, state), n in shown.items():
+        for (name, state), n in self._counts().items():
             counts.setdefault(name, dict.fromkeys(STATES, 0))[state] = n
         known = {name: (bool(paused), limit)
                  for name, paused, limit in self.store.rows(Sql.QUEUES)}
