@@ -6946,17 +6946,21 @@ class Archive:
 
     The thread opens a file for each write, so the directory may come and go. Commands
     that print faster than it writes wait for it (`is_behind`), but not once it hangs:
-    then output is left out of the files. `tell` gets each error once.
+    then output is left out of the files, with a line that says so. `tell` gets errors.
     """
     ROOM = 16 << 20     # bytes that wait to be written before commands have to
     PATIENCE = 5.0      # seconds without a write after which it hangs
     PAUSE = 0.02        # seconds in which output is collected for a write
     COST = 256          # bytes that a piece counts beyond its length
+    SHORT = 10_000      # files that are to get a line for output that was left out
+    AGAIN = 3600.0      # seconds until an error is told again
     FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
              | getattr(os, "O_NOFOLLOW", 0))
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell, self._errors = tell, dict[str, bool]()      # told or not
+        self._tell = tell
+        self._failed, self._told = dict[str, float](), dict[str, float]()   # monotonic
+        self._omitting, self._losing = set[OutputFile](), set[OutputFile]()
         self._queue: Any = None     # a SimpleQueue of files and pieces
         self._directory = ""        # of the newest file
         # Bytes; the loop writes the one, the thread the other.
@@ -6980,9 +6984,19 @@ class Archive:
     def _append(self, file: OutputFile, piece: bytes) -> None:
         if self._waiting() > self.ROOM and not self.is_behind():
             file.omitted += len(piece)
+            if len(self._omitting) < self.SHORT:
+                self._omitting.add(file)
             return
-        if file.omitted:
-            piece, file.omitted = left_out(file.omitted) + piece, 0
+        self._note_omitted()
+        self._put(file, piece)
+
+    def _note_omitted(self) -> None:
+        while self._omitting:
+            file = self._omitting.pop()
+            self._put(file, left_out(file.omitted))
+            file.omitted = 0
+
+    def _put(self, file: OutputFile, piece: bytes) -> None:
         if not self._waiting():
             self._moved_at = time.monotonic()
         self._given += len(piece) + self.COST
@@ -6996,11 +7010,13 @@ class Archive:
             and time.monotonic() < self._moved_at + self.PATIENCE
 
     def report(self) -> None:
-        if self._waiting() and time.monotonic() >= self._moved_at + self.PATIENCE:
+        if not self._waiting():
+            self._note_omitted()
+        elif time.monotonic() >= self._moved_at + self.PATIENCE:
             self._fail("it does not respond")
-        for error, is_told in list(self._errors.items()):
-            self._errors[error] = True
-            if not is_told:
+        for error, at in list(self._failed.items()):
+            if at >= self._told.get(error, -math.inf) + self.AGAIN:
+                self._told[error] = at
                 self._tell(f"output is not copied to {error}")
 
     def end(self, seconds: float) -> None:
@@ -7012,7 +7028,7 @@ class Archive:
         self.report()
 
     def _fail(self, why: str) -> None:
-        self._errors.setdefault(f"{self._directory}: {why}", False)
+        self._failed[f"{self._directory}: {why}"] = time.monotonic()
 
     def _work(self) -> None:
         while True:
@@ -7025,8 +7041,17 @@ class Archive:
                 self._write(file, memoryview(b"".join(pieces)))
                 self._written += sum(map(len, pieces)) + self.COST * len(pieces)
                 self._moved_at = time.monotonic()
+            self._note_lost()
             if self._waiting() < self.ROOM // 16:
                 time.sleep(self.PAUSE)
+
+    def _note_lost(self) -> None:
+        """Try again to note what was lost, up to the first failure."""
+        while self._losing:
+            file = self._losing.pop()
+            self._write(file, memoryview(b""))
+            if file.lost:
+                return
 
     def _write(self, file: OutputFile, rest: memoryview) -> None:
         fd = -1
@@ -7044,6 +7069,8 @@ class Archive:
                 self._moved_at = time.monotonic()
         except OSError as error:
             file.lost += len(rest)
+            if file.lost and len(self._losing) < self.SHORT:
+                self._losing.add(file)
             self._fail(error.strerror or str(error))
         finally:
             if fd >= 0:
