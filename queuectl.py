@@ -6354,7 +6354,7 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
     return [*lines, f"{verdict} {path}"]
 
 
-def dumps(value: Any, indent: int | None = 2) -> str:
+def dumps(value: Any, indent: int | None = None) -> str:
     """Return JSON without ASCII escapes.
 
     A lone surrogate, which represents a byte that is not UTF-8 (PEP 383), becomes `?`:
@@ -12748,12 +12748,17 @@ def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
     screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
 
 
+def _json_of(value: object) -> str:
+    """JSON, indented for people; on one line for programs."""
+    return dumps(value, 2 if sys.stdout.isatty() else None)
+
+
 def _view(args: argparse.Namespace, screen: Screen, found: object,
           lines: Iterable[str]) -> None:
     if args.json and isinstance(found, list):
         _print_array(found, screen)
     else:
-        screen.out(*([dumps(found)] if args.json else [
+        screen.out(*([_json_of(found)] if args.json else [
             part for line in lines for part in fold(line, screen.style().width)]))
 
 
@@ -12967,7 +12972,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         while True:
             seen, status = queue.store.changes(), queue.status()
             lines = status_lines(status, screen.style()) if not args.json else [
-                dumps(status_object(status), 2 if args.watch is None else None)]
+                (_json_of if args.watch is None else dumps)(status_object(status))]
             what = status_object(status._replace(
                 workers=[one._replace(heartbeat_at="") for one in status.workers],
                 attention=[one._replace(message="") for one in status.attention]))
@@ -13061,7 +13066,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     job = queue.shown(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
-        screen.out(dumps(show_object(job, queue.runs(args.id), reasons)))
+        screen.out(_json_of(show_object(job, queue.runs(args.id), reasons)))
         return
     runs = queue.runs(args.id, SHOWN_RUNS)
     screen.out(*show_lines(job, runs, reasons, queue.store.settings(), screen.style()))
@@ -13366,7 +13371,7 @@ def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     else:
         _say_jobs(_wide("delete", args, queue, screen), "deleted", args, screen)
     if args.json:
-        screen.out(dumps(found))
+        screen.out(_json_of(found))
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:

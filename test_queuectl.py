@@ -6821,6 +6821,12 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
 
     # On a terminal.
 
+    def test_json_is_indented_for_people_and_one_line_for_programs(self):
+        self.enqueue("true")
+        self.terminal("show", "job-1", "--json").until(lambda text: '\n  "id": "job-1",' in text)
+        for line in ("show job-1", "status", "stats", "check", "purge --dry-run"):
+            self.assertEqual(self.cli(*line.split(), "--json")[1].count("\n"), 1, line)
+
     def test_a_watched_status_is_redrawn_in_place(self):
         self.enqueue("true")
         for size in ((24, 200), (24, 30), (2, 80)):
