@@ -1970,15 +1970,15 @@ class Lines:
 
     With `words` each line is an item of a template: `{}` is replaced by the item, `{#}`
     by its number. The item is always one argument, by default the last. `fields` are
-    those of each job.
+    those of each job; the values of variables in `copied` stay as they are.
     """
 
     def __init__(self, null: bool = False, words: Sequence[bytes] = (),
-                 fields: Mapping[str, Any] = {}) -> None:
+                 fields: Mapping[str, Any] = {}, copied: Collection[str] = ()) -> None:
         self.end = b"\0" if null else b"\n"
         has_mark = any(b"{}" in word for word in words)
         self._words = [*words] if has_mark or not words else [*words, b"{}"]
-        self._null, self._fields = null, fields
+        self._null, self._fields, self._copied = null, fields, copied
         self._lines = self._items = 0       # items: lines that are not empty
 
     def read(self, line: bytes) -> list[Given]:
@@ -2010,7 +2010,8 @@ class Lines:
 
         def filled_field(key: str, value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: filled_field(key, text) for name, text in value.items()}
+                return {name: text if name in self._copied else filled_field(key, text)
+                        for name, text in value.items()}
             if isinstance(value, list):
                 return [filled_field(key, text) for text in value]
             try:
@@ -12582,7 +12583,8 @@ def lines_of(args: argparse.Namespace) -> Lines:
     if scripts & (marked or {len(words)}):      # without {} it is appended
         raise Usage("an item within the script of a shell would be run as code",
                     "pass it as an argument: sh -c 'echo \"$1\"' sh {}")
-    return Lines(args.null, words, flag_fields(args))
+    return Lines(args.null, words, flag_fields(args),
+                 {name for name in args.env or () if "=" not in name})
 
 
 def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:

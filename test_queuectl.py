@@ -5525,6 +5525,11 @@ class CommandLine(Case):
             self.says((("enqueue x --env ABSENT", "--env 'ABSENT' is not in the environment; "),
                        ("enqueue x --env BINARY", "its value is not UTF-8; ")), 2)
         self.assertEqual(self.queue.job("job-1").env, {"COPIED": "a=b ü", "OWN": "1", "EMPTY": ""})
+        write_bytes(self.path_of("items"), b"item\n")
+        with mock.patch.dict(os.environ, {"COPIED": "{}"}):
+            self.cli("enqueue --env COPIED --env OWN={} --file", self.path_of("items"), "--", "x")
+        env = self.queue.job("job-2").env
+        self.assertEqual((env["COPIED"], env["OWN"]), ("{}", "item"))   # a template
 
     def test_a_variable_that_is_not_set_is_no_word_for_all(self):
         self.job()
