@@ -6531,12 +6531,15 @@ class OnTerminal:
 
 # A job on a box of GPUs: a lock for each.
 USES_GPUS = """
-import fcntl, os, time
+import fcntl, os, sys, time
+seconds, *began = sys.argv[1:] or [0.05]
 gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 files = [open("gpu-" + gpu.replace("/", "-"), "w") for gpu in gpus]
 for file in files:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-time.sleep(0.05)
+for name in began:
+    open(name, "w").close()
+time.sleep(float(seconds))
 print(*gpus)
 """
 
@@ -6666,6 +6669,21 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         self.assertEqual((job.crashes, job.attempts), (1, 1))
         self.assertEqual([run.outcome for run in self.runs("job-2")], ["lost", "completed"])
         self.assertEqual([*filter(is_running, left)], [])
+
+    def test_a_gpu_is_free_for_the_next_worker_once_a_lost_run_is_gone(self):
+        self.configure(kill_grace="1s", crash_limit="1")
+        write_bytes(self.path_of("use.py"), USES_GPUS.encode())
+        use = f"{shlex.quote(sys.executable)} use.py"
+        self.enqueue(f"trap '' TERM; {use} 60 began")
+        worker = self.worker("--gpus", "0,1")
+        self.wait_file("began")
+        self.kill_both(worker)
+        for _ in range(3):
+            self.enqueue(use)
+        self.drain("--gpus", "1,0")
+        self.assertEqual(self.outcomes(), ["lost"] + ["completed"] * 3)
+        gpus = [run.gpus for n in range(1, 5) for run in self.runs(f"job-{n}")]
+        self.assertEqual(gpus[:2], ["0", "1"])
 
     def test_check_names_the_process_of_a_lost_run_that_can_be_cancelled(self):
         worker = self.at_work("sleep 100")
@@ -8706,6 +8724,14 @@ note() { read -r up _ </proc/uptime; echo "$1 $id $run $$ $up" >>ledger; }
 exec 9>>"locks/$id"
 flock -n 9 || note overlap
 [ "$QUEUECTL_QUEUE" != one ] || { exec 8>>locks/.one; flock -n 8 || note crowd; }
+IFS=, file=3
+for gpu in $CUDA_VISIBLE_DEVICES; do
+    unset IFS
+    eval "exec $file>>locks/.$gpu"
+    flock -n $file || note crowd
+    file=$((file + 1))
+done
+unset IFS
 note start
 case $1 in
 nap)   sleep "$2" ;;
@@ -8714,7 +8740,7 @@ away)  setsid -w sleep "$2" ;;
 flaky) [ "$QUEUECTL_ATTEMPT" -ge 2 ] || exit 3 ;;
 poor)  exit 4 ;;
 loud)  head -c 200000 /dev/zero ;;
-kid)   exec 8>&- 9>&-; sleep 1 & ;;     # it is to outlive the run, not to hold locks
+kid)   exec 3>&- 4>&- 5>&- 8>&- 9>&-; sleep 1 & ;;     # it is to outlive the run, not to hold locks
 tree)  if mkdir "locks/$id.began" 2>/dev/null; then
            [ "$2" != deaf ] || trap "" TERM
            setsid sleep 60 & echo ready; sleep 60; sleep 60
@@ -8749,8 +8775,8 @@ SIGNALLED = (-signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, 130)
 
 class Note(NamedTuple):
     """A line of the ledger."""
-    what: str   # start, end, overlap (two runs of a job), crowd (a limit broken); in the
-    job: str    # model also failed, killed
+    what: str   # start, end, overlap (two runs of a job), crowd (a limit broken, or two
+    job: str    # runs on a GPU); in the model also failed, killed
     claim: int
     pid: int
     uptime: float
@@ -8857,7 +8883,7 @@ class History:
                 yield f"run {run.claim} of {run.job} is {run.outcome}, but {fate}"
 
     def alone(self):
-        """Never two runs of a job at once, nor two jobs where one is the limit."""
+        """Never two runs of a job or on a GPU at once, nor two jobs where one is the limit."""
         last = {}
         for note in self.ledger:
             if note.what in ("overlap", "crowd"):
@@ -8951,6 +8977,7 @@ class Nemesis:
     """A queue, three workers, clients, and all faults that befall them, by a seed."""
 
     WORKERS, SLOTS = 3, 3
+    SIZES = (("--count", "3"), ("--gpus", "gpu-a,gpu-b,gpu-c"), ("--gpus", "gpu-c,gpu-d,gpu-e"))
     FAULTS = {      # how often a second each happens
         "enqueue": 2.4, "change cancel": 0.4, "change retry": 0.4, "change delete": 0.2,
         "sweep": 0.2, "sweep_bulk": 0.3, "kill_worker": 0.9, "freeze_worker": 0.15,
@@ -9001,8 +9028,8 @@ class Nemesis:
             os.mkfifo(sink)
             reader = os.open(sink, os.O_RDONLY | os.O_NONBLOCK)
         with open(sink, "ab", buffering=0) as stderr:
-            process = self.start("worker", "start", "--count", str(self.SLOTS), "--name", name,
-                                 stderr=stderr)
+            process = self.start("worker", "start", *self.chance.choice(self.SIZES),
+                                 "--name", name, stderr=stderr)
         self.workers.append(types.SimpleNamespace(
             name=name, process=process, log=log, reader=reader, is_stalled=False))
 
@@ -9022,7 +9049,9 @@ class Nemesis:
         if worker.reader is not None:
             self.drain(worker)
             os.close(worker.reader)
-        log = read_bytes(worker.log).decode(errors="replace")
+        log, refusals = re.subn("queuectl: error: worker .* uses GPU .*", "",
+                                read_bytes(worker.log).decode(errors="replace"))
+        self.done["refused workers"] += refusals
         is_muted, started = name in self.muted, f"worker {name} started" in log
         in_charge = started and not is_muted and f"worker {name} stopped" not in log
         fitting = [0, -signal.SIGKILL, *([1, *SIGNALLED] if name in self.hurt else [])]
@@ -9035,7 +9064,7 @@ class Nemesis:
                 rf"(?:\nKeyboardInterrupt\n{'|$(?!.)' if status < 0 or is_muted else ''})",
                 "", log)
             fitting += [*SIGNALLED, *(128 - one for one in SIGNALLED),
-                        *([1] if interrupts or (is_muted and not started) else [])]
+                        *([1] if interrupts or refusals or (is_muted and not started) else [])]
         if status not in fitting:
             self.strange.append(f"worker {name} ended with {status}")
         self.strange += [f"{name}: {line}" for line in log.splitlines()
@@ -9152,6 +9181,7 @@ class Nemesis:
         job = {"id": ids[n], "command": f"sh job.sh {how} {chance.uniform(0, 0.8):.2f}",
                "tags": [ids[n].split("-")[0]],
                "priority": chance.randint(-2, 2), "cwd": self.dir,
+               "slots": chance.choice((1, 1, 1, 1, 2, self.SLOTS)),
                "queue": chance.choice(("default", "default", "other", "one"))}
         if how == "poor":
             job["max_retries"] = 2
