@@ -2320,6 +2320,17 @@ class Sql:
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank = ranks.rank))
           FROM ranks"""
+    # The same of the first and the last rank only: enough to see that a job waits long,
+    # and quick with any number of ranks.
+    OLDEST_ENDS = """
+        SELECT MIN((SELECT MIN(run_at) FROM jobs
+                     WHERE waits = 'ready' AND queue = :queue
+                       AND jobs.rank = ranks.rank))
+          FROM (SELECT MIN(rank) AS rank FROM jobs
+                 WHERE waits = 'ready' AND queue = :queue
+                 UNION ALL
+                SELECT MAX(rank) FROM jobs
+                 WHERE waits = 'ready' AND queue = :queue) AS ranks"""
     # Due but still scheduled: many only if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
@@ -4376,7 +4387,7 @@ SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write l
 # a purge of half a million jobs blocked them for seconds.
 SWEEP_PAUSE = 0.003
 LONG_WAIT = 3600.0      # seconds; a due job that waits longer is reported
-DUE_COUNTED = 100_000   # due jobs of a queue that `status` counts: some ms
+DUE_COUNTED = 1000      # due jobs of a queue that `status` counts: 2 ms
 WATCH_TICK = 0.02       # seconds between two checks for commits, of 5 us each
 
 
@@ -4915,7 +4926,7 @@ class Queue:
         now, views = self.clock(), {view.name: view for view in self.queues()}
         workers = [one for one in workers if not one.is_expired]
         missing = "no worker takes it" if workers else "no worker is running"
-        oldest = self._oldest(views, now)
+        oldest = self._oldest(views, now, Sql.OLDEST_ENDS)
         is_stopped = self.is_all_paused()
         paused = [name for name in oldest if is_stopped or views[name].paused]
         late = [(seconds, name) for name, seconds in oldest.items()
@@ -5075,12 +5086,13 @@ class Queue:
         return [summary(rows)._replace(at=iso(minute * 60))
                 for minute, rows in found.items()]
 
-    def _oldest(self, queues: Iterable[str], now: float) -> dict[str, float]:
+    def _oldest(self, queues: Iterable[str], now: float,
+                ready: str = Sql.OLDEST_READY) -> dict[str, float]:
         # Seconds since the first job of each queue was due.
         due = dict(self.store.rows(Sql.OLDEST_DUE, now=iso(now)))
         first = {queue: min(filter(None, (
             due.get(queue), *(row[0] for row in self.store.rows(
-                Sql.OLDEST_READY, queue=queue)))), default=None) for queue in queues}
+                ready, queue=queue)))), default=None) for queue in queues}
         return {queue: max(0.0, now - epoch(run_at)) for queue, run_at in first.items()
                 if run_at is not None}
 

@@ -1224,7 +1224,7 @@ class Statements(Case):
     # What a worker or a command asks again and again, and what each step goes by.
     HOT = (
         ("jobs_in_line",   "LINE"),
-        ("jobs_in_queue",  "BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
+        ("jobs_in_queue",  "OLDEST_ENDS BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
         ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
         ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
