@@ -14456,7 +14456,7 @@ def _run_supervised(args: argparse.Namespace, log: int = -1, report: int = -1) -
                     stack.close()       # writes the rest
                     os.dup2(log, 2)
                     stack.enter_context(log_on_stderr())
-                with contextlib.suppress(OSError):      # the caller has been killed
+                if report >= 0:     # BrokenPipeError if the caller has been killed
                     os.write(report, f"\0{name}\0".encode())
             args.ready, screen = ready, Screen(args.quiet)
             return _told(lambda: cmd_worker_start(args, link, screen))

@@ -7084,6 +7084,17 @@ class Supervised(Processes):
         self.assertIn(b"the worker died before it was ready; see ", caller.stderr.read())
         self.assertIn("killed by SIGKILL", self.read("queue.db.log"))
 
+    def test_a_detached_worker_whose_caller_is_killed_does_not_start(self):
+        self.enqueue("true")
+        with self.locked():
+            caller = self.running("worker", "start", "--detach")
+            supervisor = wait_for(lambda: child_of(caller.pid), "the supervisor")
+            wait_for(lambda: child_of(int(supervisor)), "the worker")
+            caller.kill()
+            caller.wait()
+        wait_for(lambda: not is_running(supervisor), "the end of the worker")
+        self.assertEqual((self.state("job-1"), self.queue.workers()), (PENDING, []))
+
     def test_a_program_starts_a_detached_worker(self):
         self.addCleanup(self.cli, "worker", "stop", "--now")
         self.assertIn("worker w started", queuectl.start_worker(self.path, "--name", "w"))
