@@ -1582,7 +1582,8 @@ def _time_text(text: str) -> str:
 
 
 def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "type": [schema["type"], "null"]}
+    kinds = schema["type"]
+    return {**schema, "type": [*([kinds] if isinstance(kinds, str) else kinds), "null"]}
 
 
 # JSON Schema. `pattern` is not anchored (Validation, 6.3.3) and ignores other types
@@ -10550,7 +10551,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "WhichDead": {"oneOf": [
         _body_schema({"ids": {"type": ["array", "string"], "items": NAME_SCHEMA,
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
-        _body_schema({key: _or_null(FILTERS[key].kind.input) for key in SELECTORS})]}}
+        _body_schema({key: {**_or_null(FILTERS[key].kind.input),    # "" only in queries
+                            "minLength": int(key != "search")} for key in SELECTORS})]}}
 REFUSALS = {    # without 500, which is a bug
     400: "The request, a parameter or the body is invalid.",
     401: "The token is missing or wrong.",

@@ -4706,8 +4706,11 @@ def misfit(value, schema, where=""):
             dict: "object", type(None): "null"}[type(value)]
     if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
         return f"{where} is {kind}, not {kinds}"
-    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+    if isinstance(value, str) and (len(value) < schema.get("minLength", 0)
+                                   or not re.search(schema.get("pattern", ""), value)):
         return f"{where}: {value!r} is not {schema['pattern']}"
+    if isinstance(value, int) and value > schema.get("maximum", value):
+        return f"{where}: {value} is too large"
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return f"{where}: {value!r} is not one of them"
     inner = []
@@ -4968,7 +4971,13 @@ class Web(Case):
             "timeout": "1h", "delay": 60, "queue": "q"})["timeout"], 3600)
         self.queue.delete("other")
         self.a_dead_job("other", queue="q")
-        self.assertEqual(self.retried({"queue": "q", "exit_code": 4}), set())
+        for body, fits in (
+                ({"exit_code": 4, "since": "1h", "tag": None}, True), ({"search": "no"}, True),
+                ({"exit_code": "x"}, False), ({"since": "+1h"}, False), ({"since": ""}, False),
+                ({"queue": ""}, False), ({"since": 5}, False), ({"exit_code": 256}, False)):
+            with self.subTest(body):
+                self.assertEqual(misfit(body, queuectl.SCHEMAS["WhichDead"]) is None, fits)
+                self.told("POST", "/api/dlq/retry", body, 200 if fits else 400)
         self.assertEqual(self.retried({"queue": "q", "exit_code": "2-3"}), {"other"})
         self.assertEqual(self.retried({"ids": ["dead"]}), {"dead"})
         self.assertEqual(self.retried(), set())
