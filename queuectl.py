@@ -16,7 +16,7 @@ Words
     queue      the name under which jobs are grouped; also the whole database
     worker     one `worker start`: two processes, a supervisor and the worker proper
     supervisor the parent: it starts the worker, and kills its processes after it
-    slot       room in a worker for one running command
+    slot       room in a worker for a running command; a job may need several
     claim      a worker's right to one run of a job; also the number of that run
     fence      a guard on writes about a run: only while its claim is held
     heartbeat  a counter that a worker raises regularly while it is alive
@@ -25,7 +25,7 @@ Words
     dead       failed for good: in the dead letter queue (DLQ) until a user acts
     lost       the outcome of a run whose worker died
     rank       the order of ready jobs: by priority, with ageing also by time
-    ready      waits only for a slot; scheduled: for its time; blocked: for jobs
+    ready      waits only for its slots; scheduled: for its time; blocked: for jobs
     tick       one transaction of a worker: record ends of runs, claim jobs
 
 Life cycle
@@ -785,7 +785,7 @@ class WorkerOptions(NamedTuple):
     drain: bool = False
     max_jobs: int | None = None
     grace: float | None = None          # seconds; None: no limit
-    gpus: tuple[str, ...] = ()          # one for each slot
+    gpus: tuple[str, ...] = ()          # one for each slot; (): it assigns none
 
     def adapt(self, settings: Settings) -> Settings:
         """The configuration of this worker: its flags come first."""
@@ -7781,10 +7781,8 @@ def gpu_names(text: str) -> tuple[str, ...]:
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             timeout=GPU_PATIENCE, encoding="utf-8", errors="replace").stdout
-    except OSError as error:
-        said = error.strerror or str(error)
-    except subprocess.TimeoutExpired:
-        said = f"no answer for {span(GPU_PATIENCE)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
     found = re.findall("(?m)^[0-9]+$", said)
     if not found:
         raise Refused("unsupported", "nvidia-smi lists no GPU: "

@@ -2551,6 +2551,18 @@ class Promises(Case):
                          ["all queues are paused", "no worker is running"])
         self.assertIn("its worker p is gone", self.queue.waiting_for(self.queue.job("full"))[0])
 
+    def test_a_job_does_not_wait_for_one_that_needs_its_slots(self):
+        self.jobs([{"id": "a", "slots": 2}])
+        [claim] = self.tick(3, by=self.worker(slots=3)).claims
+        self.jobs([{"id": "b", "slots": 2}, {"id": "c"}])
+        with mock.patch.dict(os.environ, QUEUECTL_DB=self.path, QUEUECTL_CLAIM=str(claim.number)):
+            for job_id, code in (("b", "blocked"), ("c", "not-finished")):
+                with refused(code):
+                    self.queue.wait(job_id, timeout=0.01)
+            self.worker(name="other", slots=2)
+            with refused("not-finished"):
+                self.queue.wait("b", timeout=0.01)
+
     def test_a_job_says_that_it_waits_for_slots_or_is_too_wide(self):
         self.worker(name="two", slots=2, queues=("q",))
         claims = self.worker(name="four", slots=4, queues=("q", "other"))
@@ -6585,7 +6597,7 @@ class Program(Processes):
         code, _, err = self.call("worker", "start", "--gpus", "3")
         self.assertEqual((code, "worker two uses GPU 3 already" in err), (1, True), err)
         for answer, said in (("echo no driver; exit 9", "lists no GPU: no driver"),
-                             ("exec sleep 60", "no answer for 0.1s")):
+                             ("exec sleep 60", "timed out after 0.1 s")):
             self.script("nvidia-smi", answer)
             with mock.patch.dict(os.environ, path), \
                     mock.patch.object(queuectl, "GPU_PATIENCE", 0.1), refused("unsupported", said):
