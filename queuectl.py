@@ -2091,10 +2091,6 @@ ORDERS = {
 END_OF_TIME = 1 << 62   # a seq above all others
 
 
-def like_pattern(text: str) -> str:
-    return "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
-
-
 # Output may be 16 MiB a run, so it is read only where it is shown.
 RUN_WITHOUT_OUTPUT = ", ".join(
     "x'' AS output" if field == "output" else f"runs.{field}" for field in Run._fields)
@@ -2497,9 +2493,10 @@ class Sql:
          WHERE dependencies.needs = :needs AND jobs.waits IS NOT NULL
            AND any_outcome <= :most
          LIMIT 1"""
-    # Blocked forever: jobs after a dead or cancelled one, or after :caller (the job
-    # that runs this command), and the jobs after these; if :held also held jobs.
-    _STUCK = """
+    # The first job that is blocked forever, and how many are: jobs after a dead or
+    # cancelled one, or after :caller (the job that runs this command), and the jobs
+    # after these; if :held also held jobs.
+    STUCK = """
         WITH RECURSIVE stuck (seq) AS (
             SELECT seq FROM jobs WHERE waits = 'held' AND :held = 1
              UNION ALL
@@ -2517,16 +2514,15 @@ class Sql:
               JOIN dependencies ON dependencies.needs = stuck.seq
              WHERE EXISTS (SELECT 1
                              FROM jobs
-                            WHERE jobs.seq = dependencies.job AND waits = 'blocked'))"""
-    _OF_QUEUE = """
-          FROM jobs
-         WHERE seq IN (SELECT seq FROM stuck)
-           AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)"""
-    COUNT_STUCK = f"{_STUCK} SELECT COUNT(*) {_OF_QUEUE}"
-    LIST_STUCK = f"{_STUCK} SELECT * {_OF_QUEUE} ORDER BY seq LIMIT :limit"
-    STUCK_AMONG = _STUCK + """
-        SELECT seq FROM stuck
-         WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(:seqs))"""
+                            WHERE jobs.seq = dependencies.job AND waits = 'blocked')),
+             found AS (
+            SELECT jobs.seq FROM stuck
+              JOIN jobs ON jobs.seq = stuck.seq
+             WHERE (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
+               AND (CAST(:among AS TEXT) IS NULL OR jobs.seq IN (
+                    SELECT CAST(value AS BIGINT) FROM json_each(:among))))
+        SELECT jobs.*, (SELECT COUNT(*) FROM found) FROM jobs
+         WHERE seq = (SELECT MIN(seq) FROM found)"""
     LAST_NEED_END = """
         SELECT MAX(jobs.finished_at) FROM dependencies
           JOIN jobs ON jobs.seq = dependencies.needs
@@ -4279,20 +4275,22 @@ class Ledger:
         self.count(job.queue, job.state, -1)
         self.tally(now, job.queue, "delete")    # not shown
 
-    def remove_all(self, jobs: Sequence[Job],
-                   now: float) -> list[tuple[Job, Conflict]]:
-        """Delete jobs; returns those that are needed, and why."""
+    def remove(self, jobs: Sequence[Job], skip: Skip, now: float) -> list[Job]:
+        """Delete jobs; `skip` is called with the error of each that is needed."""
         left = sorted(jobs, key=lambda job: -job.seq)   # dependents first
         while True:
-            kept = []
+            kept = dict[int, Conflict]()
             for job in left:
                 try:
                     self._remove(job, now)
                 except Conflict as why:     # raised before the first write
-                    kept.append((job, why))
+                    kept[job.seq] = why
             if len(kept) == len(left):
-                return kept
-            left = [job for job, _ in kept]
+                break
+            left = [job for job in left if job.seq in kept]
+        for reason in kept.values():
+            skip(reason)
+        return [job for job in jobs if job.seq not in kept]
 
     def edit(self, before: Job, after: Job, now: float) -> Job:
         """Write a user's changes to a job; Conflict, Invalid before the first write."""
@@ -4384,9 +4382,7 @@ class Ledger:
 # if possible, and wakes the workers after the commit.
 
 SWEEP_BATCH = 100       # jobs changed in one transaction: some 10 ms of write lock
-# Seconds between two of these, for other writers: they try each millisecond. Without it
-# a purge of half a million jobs blocked them for seconds.
-SWEEP_PAUSE = 0.003
+SWEEP_PAUSE = 0.003     # seconds between two of these, for other writers
 LONG_WAIT = 3600.0      # seconds; a due job that waits longer is reported
 DUE_COUNTED = 1000      # due jobs of a queue that `status` counts: 2 ms
 WATCH_TICK = 0.02       # seconds between two checks for commits, of 5 us each
@@ -4416,12 +4412,13 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
     unknown = {*filters} - {*Sql.FILTERS, "before", "ended_seq"}
     if unknown:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
-    values = {key: value for key, value in filters.items() if value is not None}
     stored: dict[str, Callable[[Any], str]] = {
-        "search": lambda text: like_pattern(_search(text, 0.0)),
+        "search": lambda text: "%{}%".format(
+            re.sub(r"([%_\\])", r"\\\1", _search(text, 0.0))),
         "exit_code": json.dumps, "since": iso}
-    values.update({key: stored[key](values[key]) for key in stored if key in values})
-    return {"before": END_OF_TIME, **values}
+    return {"before": END_OF_TIME, **{
+        key: stored[key](value) if key in stored else value
+        for key, value in filters.items() if value is not None}}
 
 
 def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
@@ -4438,11 +4435,10 @@ def _refuse(why: QueueError) -> NoReturn:
 class Queue:
     """A queue: each public method is one transaction, or only reads.
 
-    The database at `path` is created if it is missing; with `create` false, that raises
-    Refused. Threads may share an object; after a fork, each process opens its own. All
-    methods may raise Unavailable, or Refused for a damaged file; those that write also
-    Gone, if the file was deleted. `clock` returns epoch seconds; timeouts use the
-    monotonic clock.
+    A missing database is created, or with `create` false refused. Threads may share an
+    object; after a fork, each process opens its own. All methods may raise Unavailable,
+    or Refused for a damaged file; those that write also Gone, if it was deleted.
+    `clock` returns epoch seconds; timeouts use the monotonic clock.
 
         with Queue("queue.db") as queue:
             job = queue.enqueue("make test", priority=5, delay="10m", tags=["ci"])
@@ -4464,7 +4460,6 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the database; the object cannot be used any more."""
         self.store.db.close()
         self.host.locks.close()
 
@@ -4477,8 +4472,8 @@ class Queue:
         return self.enqueue_many([{"command": command, **fields}])[0]
 
     def enqueue_many(self, jobs: Iterable[Job | dict[str, Any]]) -> list[Job]:
-        """Add all of these jobs or none; they may name each other in `after`. Raises as
-        `enqueue`; `item` of the error is the index of the job at fault.
+        """As `enqueue`, all of these jobs or none; they may name each other in `after`.
+        `item` of an error is the index of the job at fault.
         """
         return self.add(jobs)[0]
 
@@ -4511,10 +4506,8 @@ class Queue:
 
     def jobs(self, state: str | Sequence[str] = (), sort: str = "newest",
              limit: int = 0, **filters: Any) -> list[Job]:
-        """The matching jobs, newest first; `limit` 0: all.
-
-        `sort` is a key of ORDERS, `filters` are keys of Sql.FILTERS. Raises Invalid for
-        an unknown state or sort, TypeError for an unknown filter.
+        """The matching jobs; `sort` is a key of ORDERS, `filters` are keys of
+        Sql.FILTERS. Invalid for an unknown state or sort.
         """
         states = _states(state)
         with self.store.snapshot():
@@ -4534,9 +4527,8 @@ class Queue:
                                limit=limit or END_OF_TIME, **values)
 
     def _ahead(self) -> dict[int, str]:
-        """The queues of jobs claimed ahead, by seq; for people they wait, as their
-        workers have no slots for them. A worker starts jobs in the order of its claims,
-        and stores their slots late.
+        """The queues of jobs claimed ahead, by seq; people see them waiting. A worker
+        starts jobs in the order of its claims, and stores their slots late.
         """
         held, ahead = collections.Counter[int](), dict[int, str]()
         for worker, slots, queue, seq in self.store.rows(Sql.CLAIMED):
@@ -4630,8 +4622,8 @@ class Queue:
     # Waiting.
 
     def await_change(self, seen: int, timeout: float) -> int:
-        """Wait up to `timeout` seconds for a commit by another connection. `seen` is
-        `store.changes()` before the caller's last read; returns its new value.
+        """Wait up to `timeout` seconds for a commit by another connection since
+        `store.changes()` was `seen`; returns its new value.
         """
         end = time.monotonic() + timeout
         while self.store.changes() == seen and (left := end - time.monotonic()) > 0:
@@ -4641,12 +4633,10 @@ class Queue:
     def wait(self, *job_ids: str, timeout: float | None = None,
              tell: Callable[[Progress], None] = lambda progress: None) -> list[Job]:
         """Wait for jobs; returns each once, as it was when first seen finished. `tell`
-        is called with the progress.
+        gets the progress.
 
-        Raises NotFound for a missing or deleted job, and Refused after `timeout`
-        seconds (`not-finished`; None: never), or if no unfinished job can end
-        (`blocked`), because they wait for a dead or cancelled job, or for the calling
-        job.
+        Raises NotFound, also for a job deleted meanwhile; Refused after `timeout`
+        seconds (`not-finished`), or if no unfinished job can end (`blocked`).
         """
         jobs, over = dict.fromkeys(job_ids), dict[str, Job]()
 
@@ -4674,8 +4664,9 @@ class Queue:
                       not in OVER and (caller is None or job.seq != caller.seq)]
             if all(job.waits in (READY, BLOCKED, HELD) for job in others):
                 ready = [job for job in others if job.waits == READY]
-                stuck = [] if ready else self.stuck_among(others, caller)
-                self._refuse_blocked(caller, ready or others, len(stuck), len(others))
+                stuck, _ = (0, []) if ready else self.stuck(
+                    caller=caller, held=True, among=others)
+                self._refuse_blocked(caller, ready or others, stuck, len(others))
             return f"{left} of {len(jobs)} jobs"
         return self._wait_for(look, timeout)
 
@@ -4694,7 +4685,7 @@ class Queue:
             caller = self.caller()
             own = int(caller is not None and queue in (None, caller.queue))
             if now.running <= own:
-                stuck, jobs = self.stuck(1, queue, caller, held=True)
+                stuck, jobs = self.stuck(queue, caller, held=True)
                 if stuck < now.waiting:
                     jobs = self.jobs(WAITING, "priority", 1, queue=queue)
                 self._refuse_blocked(caller, jobs, stuck, now.waiting)
@@ -4764,37 +4755,30 @@ class Queue:
 
     # Why jobs wait.
 
-    def stuck(self, limit: int = 0, queue: str | None = None, caller: Job | None = None,
-              held: bool = False) -> tuple[int, list[Job]]:
-        """The number of jobs blocked forever, or by `caller`, and the first of them;
-        with `held` also jobs that are held, and those after them.
+    def stuck(self, queue: str | None = None, caller: Job | None = None,
+              held: bool = False, among: Sequence[Job] | None = None
+              ) -> tuple[int, list[Job]]:
+        """The number of jobs (of those `among` which) blocked forever, or by `caller`,
+        and the first of them; with `held` also held jobs, and those after them.
         """
-        wanted = {"caller": caller and caller.seq, "queue": queue, "held": int(held)}
-        [[n]] = self.store.rows(Sql.COUNT_STUCK, **wanted)
-        return n, self.store.jobs(Sql.LIST_STUCK, limit=limit, **wanted) \
-            if n and limit else []
-
-    def stuck_among(self, jobs: Sequence[Job], caller: Job | None = None) -> list[Job]:
-        """Those of the jobs that are blocked as in `stuck`, or held."""
-        stuck = {row[0] for row in self.store.rows(
-            Sql.STUCK_AMONG, caller=caller and caller.seq, held=1,
-            seqs=json.dumps([job.seq for job in jobs]))} if jobs else set()
-        return [job for job in jobs if job.seq in stuck]
+        rows = self.store.rows(
+            Sql.STUCK, caller=caller and caller.seq, queue=queue, held=int(held),
+            among=None if among is None else json.dumps([job.seq for job in among]))
+        return sum(row[-1] for row in rows), [job_of(row[:-1]) for row in rows]
 
     def why_stuck(self, job: Job) -> str:
         """What blocks a job of `stuck`, as `comes after build (dead)`."""
-        if job.held:
-            return "is held"
-        states = (DEAD, CANCELLED, HELD, PENDING, FAILED, PROCESSING)
-        found = sorted((states.index(HELD if one.held else one.state), one.id)
-                       for one in self.needed(job))
-        return "comes after " + (f"{found[0][1]} ({states[found[0][0]]})" if found
-                                    else "other jobs")
+        return "is held" if job.held else "comes after " + next(
+            (f"{id} ({state})" for state, id in self._needed(job)), "other jobs")
 
-    def needed(self, job: Job) -> list[Job]:
-        """The jobs that a blocked job waits for."""
-        return [one for one in self.named([*job.after, *job.after_any])
-                if one.state not in ((COMPLETED,) if one.id in job.after else OVER)]
+    def _needed(self, job: Job) -> list[tuple[str, str]]:
+        """The states and ids of the jobs that a blocked job waits for, worst first."""
+        worst = DEAD, CANCELLED, HELD, PENDING, FAILED, PROCESSING
+        return sorted(((HELD if one.held else one.state, one.id)
+                       for one in self.named([*job.after, *job.after_any])
+                       if one.state not in (
+                           (COMPLETED,) if one.id in job.after else OVER)),
+                      key=lambda need: worst.index(need[0]))
 
     def is_all_paused(self) -> bool:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
@@ -4816,10 +4800,10 @@ class Queue:
             if job.waits is None:
                 continue
             found[job.id] = [Finding(
-                WARNING, "blocked", f"after {one.id} ({one.state})",
-                f"retry {one.id}, or cancel what comes after it"
-                if one.state in (DEAD, CANCELLED) else "")
-                for one in (self.needed(job) if job.waits == BLOCKED else ())]
+                WARNING, "blocked", f"after {id} ({state})",
+                f"retry {id}, or cancel what comes after it"
+                if state in (DEAD, CANCELLED) else "")
+                for state, id in (self._needed(job) if job.waits == BLOCKED else ())]
             queue = queues.get(job.queue) \
                 or QueueView(job.queue, False, 0, {PROCESSING: 0})
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
@@ -4835,8 +4819,7 @@ class Queue:
                 (job.held, WARNING, "held", "held",
                  f"`queuectl release {job.id}` lets it run"),
                 (job.expires_at and job.expires_at <= iso(self.clock()), WARNING,
-                 "expired",
-                 "expired: the next worker cancels it", ""),
+                 "expired", "expired: the next worker cancels it", ""),
                 (job.waits == SCHEDULED, NOTE, "due",
                  f"due {ago(job.run_at, self.clock())}{tries}", ""),
                 (not workers, WARNING, "no-worker", "no worker is running",
@@ -4872,7 +4855,7 @@ class Queue:
             left = sum(view.counts[state] for state in WAITING)
             if not left or (queues and view.name not in queues):
                 continue
-            stuck, jobs = self.stuck(1, view.name, held=True)
+            stuck, jobs = self.stuck(view.name, held=True)
             lines += [f"{stuck} of queue {view.name} cannot run: {job.id} "
                       f"{self.why_stuck(job)}" for job in jobs]
             if left > stuck:
@@ -4911,19 +4894,16 @@ class Queue:
         due = self.store.jobs(Sql.NEXT_DUE)
         schedule = min((one for one in self.schedules() if not one.paused),
                        key=lambda one: one.next_run, default=None)
-        may_be_stuck = counts[PENDING] and counts[DEAD] + counts[CANCELLED]
-        stuck = self.stuck(1) if may_be_stuck else (0, list[Job]())
+        stuck = self.stuck() if counts[DEAD] + counts[CANCELLED] else (0, [])
         return Status(
             counts, workers,
             [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused],
             due[0] if due else None, self.path, schedule,
-            stuck[0], [*self.attention(workers, *stuck)])
+            stuck[0], [*self._attention(workers, *stuck)])
 
-    def attention(self, workers: Sequence[Worker], n_stuck: int,
-                  stuck: Sequence[Job]) -> Iterator[Finding]:
-        """What keeps due work from running, for `status` and `check`; the last two
-        arguments come from `stuck`.
-        """
+    def _attention(self, workers: Sequence[Worker], n_stuck: int,
+                   stuck: Sequence[Job]) -> Iterator[Finding]:
+        """What keeps due work from running; the last two arguments are of `stuck`."""
         now, views = self.clock(), {view.name: view for view in self.queues()}
         workers = [one for one in workers if not one.is_expired]
         missing = "no worker takes it" if workers else "no worker is running"
@@ -4990,7 +4970,7 @@ class Queue:
             yield Finding(WARNING, "hooks", "no worker takes queue hooks, so the "
                           f"command of {hooks[0].replace('_', '-')} will not run",
                           "`queuectl worker start --queue hooks`")
-        for job in stuck[:1]:
+        for job in stuck:
             yield Finding(WARNING, "blocked", f"{counted(n_stuck, 'job')} cannot run: "
                           f"{job.id} {self.why_stuck(job)}",
                           "retry or cancel what they come after; "
@@ -5109,52 +5089,45 @@ class Queue:
             paused = {name: bool(paused) for name, paused, _
                       in self.store.rows(Sql.QUEUES)}
             schedules = self.schedules()
-            blocked = self.stuck()[0]
+            blocked, _ = self.stuck()
         return Scrape(jobs, tallies, oldest, paused, self.workers(),
                       self.store.db.size(), schedules, blocked)
 
-    # Changing jobs: all or none of those named, or all that match, in a sweep. `skip`
-    # is called with the error of each unchanged job; for named ones it raises it.
+    # Changing jobs: all or none of those named, or all that match, in a sweep. Raises
+    # NotFound, and Conflict for a job in another state. `skip` is called with the error
+    # of each unchanged job; for named ones it raises it.
 
     def retry(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Make jobs due now, with attempts reset to 0, and change fields as `edit`; all
-        of them or none. NotFound; Conflict for a running job, or a unique key that
-        another job has.
-
-        Earlier runs are kept. Jobs waiting for a retried one wait for it again.
+        """Make jobs due now, with attempts reset to 0, and change fields as `edit`.
+        Earlier runs are kept; jobs waiting for a retried one wait for it again.
         """
         return self._change("retry", job_ids, fields)
 
     def retry_dead(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """As `retry`, for dead jobs only: Conflict for any other."""
+        """As `retry`, for dead jobs only."""
         return self._change("retry", job_ids, fields, DEAD)
 
     def cancel(self, *job_ids: str) -> list[Job]:
-        """Cancel jobs; all of them or none. NotFound; Conflict for a finished job. A
-        running one is returned as 'processing': its worker ends it, or it completes.
+        """Cancel jobs. A running one is returned as 'processing': its worker ends it,
+        or it completes.
         """
         return self._change("cancel", job_ids)
 
     def delete(self, *job_ids: str) -> list[Job]:
-        """Delete jobs with their history; all or none. Conflict for one that runs, or
-        that another waits for.
-        """
+        """Delete jobs with their history; Conflict, too, if another job waits."""
         return self._change("delete", job_ids)
 
     def hold(self, *job_ids: str) -> list[Job]:
-        """Let waiting jobs wait until they are released, or retried; all of them or
-        none. Conflict for other jobs, or one that is held.
-        """
+        """Let waiting jobs wait until they are released, or retried."""
         return self._change("hold", job_ids)
 
     def release(self, *job_ids: str) -> list[Job]:
-        """End the hold of jobs; all of them or none. Conflict for one not held."""
+        """End the hold of jobs."""
         return self._change("release", job_ids)
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
-        """Change fields (use u in FIELDS) of waiting or dead jobs; all of them or none.
-        Raises NotFound, Invalid (with the `key` at fault), and Conflict for other jobs,
-        or for a time of a dead one.
+        """Change fields (use u in FIELDS) of waiting or dead jobs, but no time of dead
+        ones; Invalid has the `key` at fault.
         """
         return self._change("edit", job_ids, fields)
 
@@ -5181,10 +5154,9 @@ class Queue:
                  ) -> Callable[[list[Job], Skip], list[Job]]:
         """A function that changes jobs, within a transaction; Invalid for a field."""
         changes: dict[str, Callable[[list[Job], Skip], list[Job]]] = {
-            "retry": self._retry, "cancel": self._cancel, "delete": self._delete,
-            "edit": lambda jobs, _: jobs,
-            **{verb: functools.partial(self._hold, held)
-               for verb, held in (("hold", True), ("release", False))}}
+            "retry": self._retry, "cancel": self._cancel, "edit": lambda jobs, _: jobs,
+            "hold": self._hold, "release": functools.partial(self._hold, held=False),
+            "delete": lambda jobs, skip: self.store.remove(jobs, skip, self.clock())}
         change = changes[verb]
         if not fields:
             return change
@@ -5207,13 +5179,11 @@ class Queue:
               keep: Skip = lambda why: None, fields: Mapping[str, Any] = {},
               **filters: Any) -> Iterator[list[Job]]:
         """Change all matching jobs, in small transactions; each yields the changed
-        jobs, and the caller may stop. `verb` is a key of STATES_FOR, `fields` are those
-        to edit.
+        jobs, and the caller may stop. `verb` is a key of STATES_FOR.
 
-        It passes over jobs that are in another state, and skips those whose unique key
-        is taken, or that others wait for: `keep` is called with these errors.
-        `older_than`: only jobs that finished so many seconds ago; Invalid for states
-        that are not final. Filters as in `jobs`; without any, all jobs match.
+        Jobs in another state are passed over; for those whose unique key is taken, or
+        that others wait for, `keep` is called with the error. `older_than`: only jobs
+        that finished so many seconds ago. Other filters as in `jobs`.
         """
         change = self._changer(verb, fields)
         older_than = filters.pop("older_than", None)
@@ -5275,7 +5245,7 @@ class Queue:
             *moved, *(job._replace(end_requested=CANCEL) for job in running))}
         return [changed[job.seq] for job in jobs]
 
-    def _hold(self, held: bool, jobs: Sequence[Job], skip: Skip) -> list[Job]:
+    def _hold(self, jobs: Sequence[Job], skip: Skip, held: bool = True) -> list[Job]:
         changed, now = list[Job](), self.clock()
         for job in jobs:
             if job.waits and job.held != held:
@@ -5286,24 +5256,14 @@ class Queue:
                                f"`queuectl show {job.id}` says more")
         return changed
 
-    def _delete(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
-        now = self.clock()
-        kept = self.store.remove_all(jobs, now)
-        for _, why in kept:
-            skip(why)
-        left = {job.seq for job, _ in kept}
-        return [job for job in jobs if job.seq not in left]
-
     # Queues, schedules, settings, workers.
 
     def pause(self, *queues: str) -> None:
-        """Stop claiming from these queues (default: all); running jobs continue. A
-        queue may have no jobs; the pause survives restarts.
-        """
+        """Stop claiming from these queues (default: all); running jobs continue."""
         self._set_queues(queues, Sql.SET_PAUSED, paused=True)
 
     def resume(self, *queues: str) -> None:
-        """End the pause of these queues; without names, the pause of all queues, while
+        """End the pause of these queues; without names, that of all together, while
         queues that were paused by name stay paused.
         """
         self._set_queues(queues, Sql.SET_PAUSED, paused=False)
@@ -5340,12 +5300,11 @@ class Queue:
 
     def add_schedule(self, name: str, cron: str, tz: str | None = None,
                      catch_up: bool = True, **fields: Any) -> Schedule:
-        """Add a schedule, which enqueues a job at each run; `fields` are the job's.
+        """Add a schedule; `fields` are its jobs', which get the tag `schedule:NAME`.
 
         `tz` is an IANA name; None: the zone of `CRON_TZ=` before the line, else the
-        local zone, stored by its name. `catch_up`: missed runs cause one late run.
-        Raises Invalid, also for `id`, `after` and times of the job, and Conflict for a
-        taken name. The jobs get the tag `schedule:NAME`.
+        local zone, by its name. `catch_up`: missed runs cause one late run. Invalid,
+        also for `id`, `after` and times of the job; Conflict for a taken name.
         """
         now = self.clock()
         parse_name(name)
@@ -5366,9 +5325,7 @@ class Queue:
 
     def edit_schedule(self, name: str, cron: str | None = None, tz: str | None = None,
                       catch_up: bool | None = None, **fields: Any) -> Schedule:
-        """Change a schedule, from its next run on; None: as it is. Raises as
-        `add_schedule`, and NotFound.
-        """
+        """Change a schedule, from its next run on; None: as it is."""
         with self.store.transaction() as store:
             now, old = self.clock(), self.schedule(name)
             line, zone = split_zone(cron or old.cron, tz, now)
@@ -5384,9 +5341,7 @@ class Queue:
         return self.schedule(name)
 
     def _schedule_job(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The job object of a schedule, checked now; stored as given, as each run uses
-        the defaults of its time.
-        """
+        """The job object, checked now, but stored as given: runs use later defaults."""
         now = self.clock()
         job = {key.replace("-", "_"): value for key, value in fields.items()}
         for key in {*job} & {"id", "after", "after_any", "run_at", "delay",
@@ -5410,23 +5365,18 @@ class Queue:
             return store.set_schedule(self.schedule(name), paused=True)
 
     def resume_schedule(self, name: str) -> Schedule:
-        """End a schedule's pause; missed runs are not made up. Invalid if it cannot be
-        parsed.
-        """
+        """End a schedule's pause; missed runs are not made up."""
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             new_job(schedule.job, now)
             if schedule.paused:
-                schedule = store.set_schedule(
-                    schedule, paused=False,
-                    next_run=run_after(schedule, now))
+                schedule = store.set_schedule(schedule, paused=False,
+                                              next_run=run_after(schedule, now))
         self.wake(NEW_JOBS)
         return schedule
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, even if it is paused. Until that job has
-        finished, runs are skipped.
-        """
+        """Enqueue a schedule's job now, even if it is paused."""
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
             [job], _ = store.add([new_job(schedule.job, now)], now)
@@ -5440,9 +5390,7 @@ class Queue:
         return self.store.stored_settings().get(name, SETTINGS[name].default)
 
     def configure(self, key: str, value: str | None) -> None:
-        """Set a setting for all processes, as text (`30s`; `none` or "": off, if that
-        is allowed); None: back to its default. Raises NotFound, Invalid.
-        """
+        """Set a setting, as text (`30s`; `none` or "": off); None: to its default."""
         name = setting_key(key)
         if value is not None:
             value = value.strip() or "none"
@@ -5459,8 +5407,7 @@ class Queue:
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
         """Request workers (default: all) to finish their jobs and exit, or with `now`
-        to kill and requeue them; returns these workers at once. NotFound for a name of
-        no worker.
+        to kill and requeue them; returns these workers at once.
         """
         living = {worker.name: worker for worker in self.workers()}
         for name in names:
@@ -5860,7 +5807,7 @@ class Claims:
                 continue
             found = self._queue.jobs(state, "ended", EXPIRE_BATCH, ended_before=iso(
                 now - kept + 0.001), **self._expired.pop(state, {}))
-            self._store.remove_all(found, now)
+            self._store.remove(found, lambda why: None, now)
             if len(found) == EXPIRE_BATCH:
                 self._expired[state] = {"ended_at": found[-1].finished_at,
                                         "ended_seq": found[-1].seq}
@@ -6097,9 +6044,9 @@ class Inspection:
                 "`queuectl worker start` ends what is left and runs the job again")
 
     def _workers(self) -> Iterator[Finding]:
-        workers = self._queue.workers()
-        yield from self._queue.attention(workers, *self._queue.stuck(1))
-        for worker in workers:
+        status = self._queue.status()
+        yield from status.attention
+        for worker in status.workers:
             age = self._queue.clock() - epoch(worker.heartbeat_at)
             if worker.is_expired or age > worker.late_after:
                 yield Finding(
@@ -12894,11 +12841,12 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     # With both, stdout is one JSON text: the jobs as they are when they are over.
     if not (args.wait and args.json):
         _say_added(jobs, new, args, screen)
-    stuck = queue.stuck_among([job for job in jobs if job.waits == BLOCKED])
-    if stuck:
-        more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
-        screen.note(f"warning: {stuck[0].id}{more} cannot run: it "
-                    f"{queue.why_stuck(stuck[0])}; retry or release that job")
+    n, stuck = queue.stuck(held=True, among=[
+        job for job in jobs if job.waits == BLOCKED])
+    for job in stuck:
+        more = f" and {n - 1} more" if n > 1 else ""
+        screen.note(f"warning: {job.id}{more} cannot run: it {queue.why_stuck(job)}; "
+                    "retry or release that job")
     if jobs and args.wait:
         status, jobs = _await(queue, screen, [job.id for job in jobs])
         if args.json:
