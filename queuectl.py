@@ -6725,6 +6725,8 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
 
 def per_time(n: int, seconds: float) -> str:
     """Return a throughput of at least one job per unit: `30.0 jobs a minute`."""
+    if not n:
+        return "-"
     rate = n / seconds if seconds > 0 else 0.0
     for unit, size in (("a second", 1), ("a minute", 60), ("an hour", 3600)):
         if rate * size >= 1:
@@ -9628,7 +9630,8 @@ function showJob() {
 const SECONDS = value => value === 0 ? "never" : span(value);
 const DETAILS = [       // label, key, how its value is shown if there is one
   ["Queue", "queue"], ["Priority", "priority"],
-  ["Attempts", "attempts", (n, job) => `${n} of ${Math.max(1, job.max_retries)}`],
+  ["Attempts", "attempts", (n, job) => `${n} of ${Math.max(1, job.max_retries)}`
+    + (job.state === "processing" && job.runs ? `, run ${job.runs.length} is running` : "")],
   ["Lost runs", "crashes", n => n || ""], ["Created", "created_at", fullTime],
   ["Due", "run_at", fullTime], ["Started", "started_at", fullTime],
   ["Finished", "finished_at", fullTime], ["Changed", "updated_at", fullTime],
@@ -12369,8 +12372,10 @@ class Screen:
             raise BrokenPipeError
 
     def note(self, *lines: str) -> None:
+        width = self.room() if self._is_terminal else 0
         if not self._quiet:
-            self._write("".join(f"{line}\n" for line in lines))
+            self._write("".join(f"{part}\n" for line in lines
+                                for part in fold(line, width)))
 
     def log(self, text: str) -> None:
         now = time.time()
@@ -12432,10 +12437,11 @@ class Screen:
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    line = dumps(error_object(error), None) if as_json \
-        else f"queuectl: error: {one_line(str(error))}"
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"{line}\n")
+        width = Screen.room() if is_drawable(sys.stderr) else 0
+        lines = [dumps(error_object(error), None)] if as_json \
+            else fold(f"queuectl: error: {one_line(str(error))}", width)
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
     return error.exit_status
 
 
@@ -13450,8 +13456,10 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     while True:     # by the page; `newest` first: read after it, it could skip a change
         seen, newest = queue.store.changes(), queue.last_event()
         page = queue.events_since(after, PAGE_SIZE, args.queue, since_when)
-        screen.out(*(dumps(event_object(one), None) if args.json
-                     else event_line(one, screen.style()) for one in page))
+        style = screen.style()
+        screen.out(*(line for one in page for line in (
+            [dumps(event_object(one), None)] if args.json
+            else fold(event_line(one, style), style.width))))
         if len(page) == PAGE_SIZE:      # there may be more
             after = page[-1].seq
             continue
@@ -13464,13 +13472,13 @@ def cmd_events(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     stored, style, found = queue.store.stored_settings(), screen.style(), {}
-    lines = [style.paint(f"{'KEY':<19} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM)]
+    lines = [style.paint(f"{'KEY':<20} {'VALUE':<8} {'DEFAULT':<8} MEANING", DIM)]
     for key, setting in SETTINGS.items():
         default, meaning = setting.default, setting.help
         value = stored.get(key, default)
         found[key] = {"value": value, "default": default, "meaning": meaning}
         shown = style.paint(f"{one_line(value):<8}", BOLD if key in stored else "")
-        lines.append(f"{key:<19} {shown} {default:<8} {meaning}")
+        lines.append(f"{key:<20} {shown} {default:<8} {meaning}")
     _view(args, screen, found, lines)
 
 

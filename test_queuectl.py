@@ -5538,7 +5538,7 @@ class CommandLine(Case):
                     "on-dead = echo a |;  cat: shell command after each dead job\n"),
                    ("config set timeout ''", "timeout = none: a run is ended"),
                    ("config unset timeout", "timeout = none (the default)\n")))
-        self.assertIn("\non-dead             echo a |;  cat none ", self.cli("config list")[1])
+        self.assertIn("\non-dead              echo a |;  cat none ", self.cli("config list")[1])
 
     def test_a_variable_without_a_value_is_copied_from_the_environment(self):
         with mock.patch.dict(os.environ, {"COPIED": "a=b ü", "BINARY": "\udcff"}):
