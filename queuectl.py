@@ -9631,7 +9631,7 @@ const SECONDS = value => value === 0 ? "never" : span(value);
 const DETAILS = [       // label, key, how its value is shown if there is one
   ["Queue", "queue"], ["Priority", "priority"],
   ["Attempts", "attempts", (n, job) => `${n} of ${Math.max(1, job.max_retries)}`
-    + (job.state === "processing" && job.runs ? `, run ${job.runs.length} is running` : "")],
+    + (job.state === "processing" ? `, run ${job.runs.length} is running` : "")],
   ["Lost runs", "crashes", n => n || ""], ["Created", "created_at", fullTime],
   ["Due", "run_at", fullTime], ["Started", "started_at", fullTime],
   ["Finished", "finished_at", fullTime], ["Changed", "updated_at", fullTime],
