@@ -11464,11 +11464,7 @@ NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, NO_CAPABILITY, BAD_VERSION 
 
 
 class ProtocolError(Exception):
-    """A JSON-RPC error. A tool that fails raises QueueError instead."""
-    def __init__(self, code: int, message: str, **data: Any) -> None:
-        super().__init__(message)
-        self.error = {"code": code, "message": message,
-                      **({"data": data} if data else {})}
+    """A JSON-RPC error: code, message, data. A tool that fails raises QueueError."""
 
 
 class Waiting(NamedTuple):
@@ -11570,11 +11566,6 @@ def output_tool(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
                          min(given.get("limit", USUAL_PART), MAX_PART))
 
 
-def _lacks_worker(why: Mapping[str, Sequence[Finding]]) -> bool:
-    """Return True if one of the jobs waits for nothing but a worker."""
-    return any([one.code for one in found] == ["no-worker"] for found in why.values())
-
-
 class Agent:
     """A connection to a client; `write` gets each line of the answers.
 
@@ -11606,17 +11597,21 @@ class Agent:
         """Return the jobs by id: their state, and what is unusual. Starts a worker if
         only that is missing.
         """
-        jobs, found = [self.queue().job(job_id) for job_id in job_ids], {}
-        why, failed = self.queue().hindrances(jobs), []
-        if self._start and time.monotonic() >= self._start_at and _lacks_worker(why):
-            try:
-                self._start()
-            except QueueError as error:
-                failed = [str(error)]
+        found, failed = {}, list[str]()
+        while True:
             jobs = [self.queue().job(job_id) for job_id in job_ids]
             why = self.queue().hindrances(jobs)
-            if _lacks_worker(why):
+            if not any([one.code for one in reasons] == ["no-worker"]
+                       for reasons in why.values()):
+                self._start_at = 0.0
+            elif self._start and time.monotonic() >= self._start_at:
                 self._start_at = time.monotonic() + START_PAUSE
+                try:
+                    self._start()
+                except QueueError as error:
+                    failed = [str(error)]
+                continue
+            break
         for job in jobs:
             is_told = (job.error or "").startswith("exit status")
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
@@ -11673,11 +11668,11 @@ class Agent:
                 request_id = message["id"]
                 found = {"result": self._result(method, params)}
         except ProtocolError as error:
-            found = {"error": error.error}
+            found = {"error": dict(zip(("code", "message", "data"), error.args))}
         except Exception as error:  # a bug: the server runs on
             import traceback
             traceback.print_exc()
-            found = {"error": ProtocolError(BUG, f"internal error: {error!r}").error}
+            found = {"error": {"code": BUG, "message": f"internal error: {error!r}"}}
         if found and isinstance(found.get("result"), Waiting):
             self.waits[compact(request_id)] = found["result"], finish
         else:
@@ -11704,7 +11699,7 @@ class Agent:
         return {"jobs": self.briefs(waiting.job_ids, waiting.tail)}
 
     def _result(self, method: str, params: Any) -> Any:
-        meta: Any = params.get("_meta", {}) if isinstance(params, dict) else None
+        meta: Any = (params.get("_meta") or {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(BAD_PARAMS, "params or _meta are not an object")
         version, client = (meta.get(f"{RESERVED}{key}") for key in (
@@ -11714,11 +11709,11 @@ class Agent:
             raise ProtocolError(BAD_PARAMS, f"_meta lacks {RESERVED}protocolVersion or "
                                 f"{RESERVED}clientCapabilities")
         if is_modern and version != MODERN:
-            raise ProtocolError(BAD_VERSION, "unsupported protocol version",
-                                supported=[MODERN, *HANDSHAKES], requested=version)
+            raise ProtocolError(BAD_VERSION, "unsupported protocol version", {
+                "supported": [MODERN, *HANDSHAKES], "requested": version})
         tasks: dict[str, Any] = {"extensions": {TASKS: {}}}
         may_have = is_modern and "enqueue" in self._tools
-        has_tasks = may_have and TASKS in (client or {}).get("extensions", {})
+        has_tasks = may_have and TASKS in ((client or {}).get("extensions") or ())
         server = {"name": "queuectl", "version": __version__}
         about = {"resultType": "complete", "ttlMs": 3_600_000, "cacheScope": "private",
                  "_meta": {f"{RESERVED}serverInfo": server}}
@@ -11733,7 +11728,7 @@ class Agent:
         if method in ("tasks/get", "tasks/update", "tasks/cancel") and may_have:
             if not has_tasks:
                 raise ProtocolError(NO_CAPABILITY, "the client does not declare tasks",
-                                    requiredCapabilities=tasks)
+                                    {"requiredCapabilities": tasks})
             return self._task(method, params.get("taskId"))
         if method == "initialize" and not is_modern:
             asked = params.get("protocolVersion")

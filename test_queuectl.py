@@ -5344,7 +5344,11 @@ class Agents(Case):
                 [answer] = self.said(given)
                 self.assertEqual(answer["error"]["code"], code)
                 self.assertEqual(answer["id"], None if code in (-32700, -32600) else 1)
-        self.assertIn("2025-06-18", self.ask("tools/list", future)["error"]["data"]["supported"])
+        self.assertEqual(self.ask("tools/list", future)["error"]["data"], {
+            "supported": [queuectl.MODERN, *queuectl.HANDSHAKES], "requested": "2030-01-01"})
+        for null in ({"_meta": None}, json.loads(json.dumps(TASKS_META).replace(
+                json.dumps({queuectl.TASKS: {}}), "null"))):
+            self.assertIn("result", self.ask("tools/list", null))
         self.assertEqual(self.said(
             {"method": "notifications/initialized"}, {"method": "tools/call"}, {"method": "x"},
             {"method": "notifications/cancelled", "params": {"requestId": [1]}},
