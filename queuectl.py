@@ -115,8 +115,7 @@ try:
 except ImportError:  # Windows: clients work there, workers exit with an error
     fcntl = None  # type: ignore[assignment]
 
-TYPE_CHECKING = False   # type checkers take it for true; `typing` takes 2 ms to import
-
+TYPE_CHECKING = False   # true for type checkers; `typing` takes 2 ms to import
 if TYPE_CHECKING:
     import concurrent.futures as futures
     import socket
@@ -131,14 +130,10 @@ if TYPE_CHECKING:
     Rows = Callable[..., list[tuple[Any, ...]]]     # runs a SELECT
 else:
     class _RecordType(type):
-        """Makes the records as typing.NamedTuple does, but does not compile each
-        annotation, which takes 0.2 ms a record.
-        """
+        """As typing.NamedTuple, which compiles each annotation: 0.2 ms a record."""
 
         def __new__(cls: type[type], name: str, bases: tuple[type, ...],
                     body: dict[str, Any]) -> type:
-            if not bases:
-                return super().__new__(cls, name, bases, body)
             fields = body.get("__annotations__", {})
             record = collections.namedtuple(
                 name, fields, module=body["__module__"],
@@ -148,19 +143,17 @@ else:
                     setattr(record, key, value)
             return record
 
-    class NamedTuple(metaclass=_RecordType):
-        """The base of all records."""
+    NamedTuple = type.__new__(_RecordType, "NamedTuple", (), {})
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 
 # ---- 1 Words -----------------------------------------------------------------
-# Names, numbers and errors for all sections; times, sizes and names as text. Guards in
-# SQL, CHECKs and the choices of flags are generated from these tables.
+# Guards in SQL, CHECKs of the schema and choices of flags are generated from these
+# tables. A new value of STATES, WAITS or OUTCOMES needs a migration that rebuilds a
+# table.
 
-# STATES, WAITS and OUTCOMES are in CHECKs of the schema: a new value needs a
-# migration that rebuilds the table.
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 
@@ -172,9 +165,8 @@ class Move(NamedTuple):
     because: str
 
 
-# The whole life cycle (I1). No two verbs share a source and a target, so these tell the
-# `because` of an event without a stored reason.
-# `fail` and `bury` also apply to lost runs.
+# The life cycle (I1); `fail` and `bury` also apply to lost runs. No two verbs share a
+# source and a target, so these tell the `because` of an event without a stored reason.
 MOVES = {
     #                from                   to          because
     "claim":    Move((PENDING, FAILED),     PROCESSING, "claimed by a worker"),
@@ -188,8 +180,7 @@ MOVES = {
 }
 WAITING = MOVES["claim"].sources
 OVER = tuple(state for state in STATES if state not in (*WAITING, PROCESSING))
-# The states of the jobs that a command applies to; of these, MOVES has only the verbs
-# that lead to a state.
+# The states of jobs that a command applies to.
 STATES_FOR = {"retry": MOVES["retry"].sources, "cancel": MOVES["cancel"].sources,
               "delete": (*WAITING, *OVER), "edit": (*WAITING, DEAD),
               "wait": (*WAITING, PROCESSING), "hold": WAITING, "release": WAITING}
@@ -201,7 +192,6 @@ READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "hel
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
 
-# The error of a LOST run that another worker has killed.
 LEASE_EXPIRED = "killed by another worker: its own had sent no heartbeat for a lease"
 
 CANCEL = "cancel"               # requested for a running job
@@ -228,17 +218,13 @@ WORKER_PATIENCE = 2.0  # seconds a worker waits for the write lock before it log
 # claim. With a retry each millisecond it is 0.8 s at most.
 BUSY_PAUSE = 0.001     # seconds between two attempts to lock the database
 FALLBACK_POLL = 1.0    # seconds between polls: a notification may be lost
-LONGEST_WAIT = 3600.0  # seconds; poll(2) takes no more than 24 days
 RESCUE_TICK = 0.02     # seconds between two checks of processes that are being killed
 SYNC_PAUSE = 1.0       # seconds between two attempts to record results on a bad disk
-CLOCK_CORRECTION = 10800.0  # seconds; a larger step back corrects a wrong clock
-WILD_CORRECTION = 60.0      # seconds; the same for a schedule that is an interval
 CLOCK_NOISE = 1.0      # seconds; a smaller step back changes no delay
 READ_SIZE = 65536      # bytes; the capacity of a pipe on Linux
 MAX_SLOTS = 512        # of one worker
 MAX_TEXT = 131_071     # bytes of a command or NAME=value; with a NUL, Linux's limit
 MAX_ENV = 1 << 20      # bytes of all variables of a job; execve(2) takes about 2 MiB
-HOOK_OUTPUT = 4096     # bytes of output in the environment of a hook
 MAX_SEARCH = 256       # characters
 MAX_KEY = 1024         # characters of a unique or once key, such as a path
 MAX_DURATION = 1e10    # seconds, about 300 years: keeps every sum a valid date
@@ -251,19 +237,10 @@ LOCK_SUFFIX = "-lock"        # of the file beside the database; SQLite has -wal 
 APPLICATION_ID = 0x51435431  # "QCT1", bytes 68 to 71 of the file
 
 
-# A subclass exists only where a caller acts differently. The code says what happened;
-# `--json` prints it, so a code is never renamed.
-CODES = (
-    "usage", "no-queue", "not-a-queue", "newer-version", "damaged", "database-gone",
-    "unwritable", "disk-full", "busy", "no-such-job", "no-such-run", "job-exists",
-    "invalid-job", "wrong-state", "in-use", "no-such-setting", "invalid-value",
-    "no-such-worker", "no-such-schedule", "schedule-exists", "not-finished", "blocked",
-    "declined", "unreadable", "unsupported", "refused")
-
-
 class QueueError(Exception):
-    """A refusal, never a bug. `message` says what is wrong, `hint` what to do ("":
-    nothing); `code` is one of CODES.
+    """A refusal, never a bug. `message` says what is wrong, `hint` what to do, or "".
+    `code` is one of those in the README, never renamed. A subclass exists only where a
+    caller acts differently.
     """
     status = 503                # of the HTTP reply
     headers: tuple[tuple[str, str], ...] = ()       # of that reply
@@ -282,7 +259,6 @@ class QueueError(Exception):
 
 
 class NotFound(QueueError):
-    """There is nothing of that name or number."""
     status = 404
 
 
@@ -346,8 +322,7 @@ def iso(moment: float) -> str:
 
     OverflowError outside of the years 1 to 9999.
     """
-    # 1e-3 outweighs a float's rounding error. datetime.fromtimestamp() may only reach
-    # from 1970 to 2038.
+    # 1e-3 outweighs a float's rounding error. fromtimestamp() may end in 2038.
     stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
     return stamp.isoformat(timespec="milliseconds") + "Z"
 
@@ -399,25 +374,20 @@ DURATION_FORMS = "500ms, 30s, 5m, 2h, 1d, 1w, 1h30m or bare seconds"
 
 def parse_duration(text: object) -> float:
     """Seconds of `500ms`, `30s`, `1h30m`, `1.5` or a number; else Invalid."""
-    seconds = -1.0
-    if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
-        text = float(text)
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        with contextlib.suppress(OverflowError):    # of a number of 400 digits
-            seconds = float(text)
-    elif isinstance(text, str) and re.fullmatch(_DURATION, text.strip()):
+    word, seconds = str(text).strip(), -1.0
+    if type(text) in (int, float) or re.fullmatch(_NUMBER, word):
+        seconds = float(word)
+    elif re.fullmatch(_DURATION, word):
         seconds = sum(float(n) * UNITS[unit] for n, unit in
-                      re.findall(f"({_NUMBER})({'|'.join(UNITS)})", text))
+                      re.findall(f"({_NUMBER})({'|'.join(UNITS)})", word))
     if not 0 <= seconds <= MAX_DURATION:
         raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
     return seconds
 
 
 def _next_clock_time(text: str, now: float) -> float:
-    """The next local HH:MM; by date, as a day may have 23 or 25 hours.
-
-    A time that the clocks skip moves by the size of the jump; a repeated one counts
-    twice (PEP 495: the second has a `fold` of 1).
+    """The next local HH:MM. A time that the clocks skip moves by the size of the jump;
+    a repeated one counts twice (PEP 495: the second has a `fold` of 1).
     """
     hour, minute, *second = (int(part) for part in text.split(":"))
     wanted = datetime.datetime.fromtimestamp(now).replace(
@@ -432,21 +402,17 @@ def parse_time(text: object, now: float) -> float:
     """Epoch seconds of ISO 8601 (no zone: local time), a number, `+DUR` or `HH:MM`;
     else Invalid. It may be in the past.
     """
+    word = str(text).strip()
     try:
-        moment = math.nan
-        if isinstance(text, (int, float)) and not isinstance(text, bool):
-            moment = float(text)
-        elif isinstance(text, str):
-            text = text.strip()
-            if text.startswith("+"):
-                moment = now + parse_duration(text[1:])
-            elif re.fullmatch(_NUMBER, text):
-                moment = float(text)
-            elif re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
-                moment = _next_clock_time(text, now)
-            else:   # before Python 3.11 fromisoformat() accepts an offset, but no Z
-                moment = datetime.datetime.fromisoformat(
-                    re.sub(r"[Zz]$", "+00:00", text)).timestamp()
+        if type(text) in (int, float) or re.fullmatch(_NUMBER, word):
+            moment = float(word)
+        elif word.startswith("+"):
+            moment = now + parse_duration(word[1:])
+        elif re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", word):
+            moment = _next_clock_time(word, now)
+        else:   # before Python 3.11 fromisoformat() accepts an offset, but no Z
+            moment = datetime.datetime.fromisoformat(
+                re.sub(r"[Zz]$", "+00:00", word)).timestamp()
         iso_up(moment)      # refuses what cannot be stored, as NaN or the year 10000
     except (ValueError, OverflowError, OSError):
         raise Invalid(f"{text!r} is not a time", "use 2026-01-31T18:00, "
@@ -465,8 +431,7 @@ def parse_past(text: object, now: float) -> float:
         moment = (datetime.datetime.fromtimestamp(moment)
                   - datetime.timedelta(days=1)).timestamp()
     if moment > now:
-        raise Invalid(f"{text!r} is in the future",
-                      "give a time that has been, or a duration: 1h")
+        raise Invalid(f"{text!r} is in the future", "give a past time, or 1h")
     return moment
 
 
@@ -484,7 +449,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]+|[01]\.", text) or float(text) > 1:
+    if not re.fullmatch(r"[01]\.?|[01]?\.[0-9]+", text) or float(text) > 1:
         raise Invalid(f"{text!r} is not a share", "use a number from 0 to 1")
     return float(text)
 
@@ -556,7 +521,6 @@ def parse_codes(text: object) -> tuple[int, ...]:
 
 
 def counted(n: int, noun: str, plural: str = "") -> str:
-    """`1 job`, `2 jobs`; a plural without the usual `s` is given."""
     return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
@@ -572,10 +536,7 @@ def is_text(value: object) -> bool:
 # are read by position, so a new column comes last.
 
 class Job(NamedTuple):
-    """One row of `jobs`, in column order, as of a read: other processes may change it,
-    so each write guards on its state and claim (I1, I3).
-
-    For a new field see README, "To change it".
+    """One row of `jobs`, in column order. For a new field see README, "To change it".
     """
     seq: int = 0                # order of enqueueing; the N of job-N
     id: str = ""
@@ -619,7 +580,7 @@ class Job(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One row of `runs`, written with the claim, so before its command starts."""
+    """One row of `runs`, written with the claim, before the command starts."""
     claim: int                  # never used twice (I4)
     job: int                    # Job.seq
     number: int                 # 1, 2, ... within the job
@@ -639,23 +600,19 @@ class Run(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """One row of `workers`: a worker that runs, or that was killed.
-
-    Process ids are reused, so `boot` and `born` complete `pid`. The lease depends on
-    the count `heartbeats`, not on a clock; `heartbeat_at` is only shown.
-    """
+    """One row of `workers`: a worker that runs, or that was killed."""
     id: int
     name: str
     host: str
     boot: str                   # the kernel's boot id; "": there is none
-    pid: int
+    pid: int                    # may be reused; `boot` and `born` tell
     born: str                   # start time of the process, as the kernel reports it
     slots: int
     queues: tuple[str, ...]     # (): all
     port: int | None            # UDP, loopback, for notifications
     started_at: str
-    heartbeat_at: str
-    heartbeats: int             # how many it has sent
+    heartbeat_at: str           # only shown: the lease depends on their number
+    heartbeats: int
     stop_requested: str | None  # DRAIN or NOW
     gpus: tuple[str, ...] = ()  # one for each slot; (): it assigns none
     # Not in the table, and only in what Queue.workers() returns:
@@ -683,12 +640,10 @@ class Event(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One row of `schedules`. `job` is checked at each run, and is {} if it was no JSON
-    object; an invalid one pauses the schedule.
-    """
+    """One row of `schedules`."""
     name: str
     cron: str                   # five fields, @daily and the like, or @every DUR
-    job: Mapping[str, Any]      # the keys of a job object
+    job: Mapping[str, Any]      # a job object, checked at each run
     paused: bool
     created_at: str
     next_run: str
@@ -714,7 +669,6 @@ class Cron(NamedTuple):
 
 
 class QueueView(NamedTuple):
-    """A queue: its settings, and how many jobs of each state it has."""
     name: str
     paused: bool
     limit: int                  # jobs at once; 0: no limit
@@ -722,7 +676,7 @@ class QueueView(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Numbers of jobs: waiting, running, finished."""
+    """Numbers of jobs."""
     waiting: int
     running: int
     completed: int              # since the database was created, or as `since` says
@@ -789,11 +743,9 @@ class WorkerOptions(NamedTuple):
 
     def adapt(self, settings: Settings) -> Settings:
         """The configuration of this worker: its flags come first."""
-        if self.timeout is not None:
-            settings = settings._replace(timeout=self.timeout)
-        if self.backoff_base is not None:
-            settings = settings._replace(backoff_base=self.backoff_base)
-        return settings
+        given = {"timeout": self.timeout, "backoff_base": self.backoff_base}
+        return settings._replace(**{
+            key: value for key, value in given.items() if value is not None})
 
 
 class Claim(NamedTuple):
@@ -864,9 +816,9 @@ class Summary(NamedTuple):
 class Finding(NamedTuple):
     """What `check` reports, or why a job waits."""
     level: str                  # PROBLEM, WARNING or NOTE
-    code: str                   # one of a closed list
+    code: str
     message: str
-    hint: str                   # what to do; "": nothing
+    hint: str                   # what to do, or ""
 
 
 class Scrape(NamedTuple):
@@ -897,10 +849,10 @@ class Status(NamedTuple):
 # Decisions without effects: time, randomness and rows are arguments.
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
-    """Seconds to wait after the `failures`-th failed attempt, from 1: base, 2 base, 4
-    base ... up to backoff-max; `chance` (0 to 1) spreads it by backoff-jitter.
+    """Seconds to wait after the `failures`-th failed attempt: base, 2 base, 4 base ...
+    up to backoff-max; `chance` (0 to 1) spreads it by backoff-jitter.
     """
-    # Beyond 64 doublings backoff-max applies anyway; 2.0 ** 1024 overflows.
+    # 2.0 ** 1024 overflows.
     wait = min(settings.backoff_max, base * 2.0 ** min(failures - 1, 64))
     wait *= 1 + settings.backoff_jitter * (2 * chance - 1)
     return min(settings.backoff_max, wait)
@@ -931,9 +883,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     """The verb that follows from a run's end, the job to store, and the reason.
 
     Success comes before a requested cancel, and that before any other outcome: a job
-    whose worker is lost while it is being cancelled does not run again. Only DONE,
-    FAILURE and TIMEOUT count as an attempt; a lost run counts as a crash and is due at
-    once.
+    whose worker is lost while it is being cancelled does not run again.
     """
     job = job._replace(exit_code=outcome.exit_code, error=outcome.error,
                        finished_at=iso(now),
@@ -945,7 +895,7 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     if outcome.kind == RELEASED:    # due now, even if the clock was set back
         return "release", job._replace(run_at=min(job.run_at, iso(now))), \
             MOVES["release"].because
-    if outcome.kind == LOST:
+    if outcome.kind == LOST:        # due at once
         job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
         if job.crashes < settings.crash_limit:
             return "fail", job, "its worker was lost"
@@ -984,8 +934,8 @@ def brought_forward(job: Job, now: float) -> Job:
 def choose(line: Iterable[Job], room: Callable[[str], int], slots: int,
            spares: int = 0) -> tuple[list[Job], bool]:
     """The jobs to claim for that many free slots, then as spares; True if no others in
-    the line may start. The first job that needs more slots than are free ends the line,
-    since jobs behind it would take slots that it waits for.
+    the line may start. A job that needs more slots than are free ends the line: jobs
+    behind it would take slots that it waits for.
     """
     taken: dict[str, int] = {}
     chosen: list[Job] = []
@@ -1010,22 +960,21 @@ def start_order(job: Job) -> tuple[int, str, int]:
     return job.rank, job.run_at, job.seq
 
 
-QUICK = 0.01           # seconds; slots with shorter runs would wait for commits
 RECORD_PAUSE = 0.01    # seconds to collect ends of runs while slots have work
-MAX_SPARES = 64        # jobs; until they start, no other worker can take them
 
 
 def wanted_spares(pace: float, slots: int) -> int:
-    """How many jobs to claim ahead: those that the slots start in two RECORD_PAUSEs.
-    `pace` is the mean duration of the last runs.
+    """How many jobs to claim ahead, as their runs are so short (`pace`: seconds, mean)
+    that slots would wait for commits: those that start in two RECORD_PAUSEs.
     """
-    if pace > QUICK:
+    if pace > 0.01:
         return 0
-    return min(MAX_SPARES, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
+    # Until they start, no other worker can take them.
+    return min(64, math.ceil(slots * (1 + 2 * RECORD_PAUSE / max(pace, 1e-4))))
 
 
 def lease_of(settings: Settings) -> float:
-    """The lease in seconds; shorter than three heartbeats, live workers lose claims."""
+    """Seconds; with less than three heartbeats, live workers would lose claims."""
     return max(settings.lease, 3 * settings.heartbeat)
 
 
@@ -1034,7 +983,7 @@ class Heartbeats:
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[int, float]] = {}   # number of heartbeats, seconds
-        self._last: float | None = None
+        self._last = -math.inf
 
     def look(self, counts: Mapping[int, int], now: float,
              settings: Settings) -> dict[int, float]:
@@ -1043,10 +992,9 @@ class Heartbeats:
         A long gap between two calls does not count: this process was suspended or
         waited for the lock.
         """
-        step = now - self._last if self._last is not None else math.inf
-        gap = max(2 * settings.heartbeat, settings.lease / 2)
-        step = step if step <= gap else 0.0
-        self._last = now
+        step, self._last = now - self._last, now
+        if step > max(2 * settings.heartbeat, settings.lease / 2):
+            step = 0.0
         self.seen = {
             worker: (count, self.seen[worker][1] + step)
             if worker in self.seen and self.seen[worker][0] == count else (count, 0.0)
@@ -1100,27 +1048,21 @@ def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that is not blank, often the error message: shortened, and without
-    control characters, as it is shown on terminals.
-    """
-    for line in reversed(output[-2000:].splitlines()):
-        text = line.decode("utf-8", "replace").strip()
-        if text:
-            return "".join(c if c.isprintable() else " " for c in text)[:200]
-    return ""
+    """The last line that is not blank, often the error message, fit for terminals."""
+    text = output[-2000:].rstrip().decode("utf-8", "replace").strip()
+    return "".join(c if c.isprintable() else " "
+                   for c in re.split("[\r\n]", text)[-1].strip())[:200]
 
 
 # Upper bounds of histogram buckets: in each decade the E24 series (IEC 60063) with 5.0
-# for 5.1, so that 1, 2 and 5 are bounds. Each is 6% to 15% above the one before, and a
-# percentile is the upper bound of its bucket: never too low, at most 15% too high. The
-# last one is 105 days; longer durations count there.
-_E24 = (10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
-        33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91)
-BOUNDS = tuple(digit * 10.0 ** decade for decade in range(-5, 6) for digit in _E24)
+# for 5.1, so that 1, 2 and 5 are bounds. A percentile is the upper bound of its bucket:
+# never too low, at most 15% too high. The last one is 105 days.
+BOUNDS = tuple(digit * 10.0 ** decade for decade in range(-5, 6) for digit in (
+    10, 11, 12, 13, 15, 16, 18, 20, 22, 24, 27, 30,
+    33, 36, 39, 43, 47, 50, 56, 62, 68, 75, 82, 91))
 
 
 def bucket_of(seconds: float) -> int:
-    """The first bucket whose bound is not below a duration."""
     return min(bisect.bisect_left(BOUNDS, seconds), len(BOUNDS) - 1)
 
 
@@ -1137,9 +1079,8 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
 def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
     """The sum of tallies (kind, bucket, n, total).
 
-    The kinds are `enqueue`, `delete` and the verbs of TALLIED, which count jobs;
-    `run:OUTCOME`, which counts runs; `run_time` and `wait_time`, which alone have
-    buckets and a total in seconds.
+    The kinds are `enqueue`, `delete`, those of TALLIED, `run:OUTCOME`; and `run_time`
+    and `wait_time`, which alone have buckets and a total in seconds.
     """
     counts: dict[str, int] = {}
     buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
@@ -1161,19 +1102,17 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
         spread("run_time"), spread("wait_time"))
 
 
-# The bounds of the metrics, and the last bucket of each; a little less, as BOUNDS are
-# products of floats and may be just below their literals.
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
                  300.0, 1000.0, 3000.0, 10000.0)     # seconds
-METRIC_BUCKETS = tuple(bucket_of(bound * (1 - 1e-9)) for bound in METRIC_BOUNDS)
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
     """The `le` buckets of a Prometheus histogram: the number of values up to each of
     METRIC_BOUNDS, and of all.
     """
-    return [sum(n for bucket, n in buckets.items() if bucket <= last)
-            for last in METRIC_BUCKETS] + [sum(buckets.values())]
+    # BOUNDS are products of floats, which may differ a little from literals.
+    return [sum(n for bucket, n in buckets.items() if BOUNDS[bucket] <= 1.001 * bound)
+            for bound in (*METRIC_BOUNDS, math.inf)]
 
 
 # ---- 4 Cron ------------------------------------------------------------------
@@ -3639,9 +3578,9 @@ class Poller:
 
     def wait(self, seconds: float) -> None:
         """Wait up to `seconds` for input, then call the handlers. Rounded up: with 0
-        for the last millisecond the loop would spin.
+        for the last millisecond the loop would spin. poll(2) takes 24 days at most.
         """
-        for fd, _ in self._poll.poll(math.ceil(min(seconds, LONGEST_WAIT) * 1000)):
+        for fd, _ in self._poll.poll(math.ceil(min(seconds, 3600) * 1000)):
             handler = self._handlers.get(fd)
             if handler:     # else dropped by an earlier handler
                 handler()
@@ -3858,8 +3797,8 @@ def hook_env(job: Job, output: bytes) -> dict[str, str]:
 
     Each with its name is as long as execve(2) takes; the output is its last 4 KiB.
     """
-    end = output[-HOOK_OUTPUT:].decode("utf-8", "replace").replace("\0", "\ufffd")
-    if len(output) > HOOK_OUTPUT:
+    end = output[-4096:].decode("utf-8", "replace").replace("\0", "\ufffd")
+    if len(output) > 4096:
         end = end.lstrip("\ufffd")      # the rest of a character
     found = {
         "JOB_ID": job.id, "STATE": job.state, "ERROR": job.error or "",
@@ -4368,8 +4307,7 @@ class Ledger:
         fixed time is repeated only after three hours or more.
         """
         next_run, last_run = run_after(schedule, now), schedule.last_run
-        repeated = WILD_CORRECTION if parse_cron(schedule.cron).is_wild \
-            else CLOCK_CORRECTION
+        repeated = 60 if parse_cron(schedule.cron).is_wild else 10800   # seconds
         if next_run < schedule.next_run and (
                 last_run is None or last_run < next_run
                 or last_run > iso(now + repeated)):
