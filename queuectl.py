@@ -743,7 +743,8 @@ class WorkerOptions(NamedTuple):
 
     def adapt(self, settings: Settings) -> Settings:
         """The configuration of this worker: its flags come first."""
-        given = {"timeout": self.timeout, "backoff_base": self.backoff_base}
+        given: dict[str, Any] = {
+            "timeout": self.timeout, "backoff_base": self.backoff_base}
         return settings._replace(**{
             key: value for key, value in given.items() if value is not None})
 
@@ -1128,17 +1129,13 @@ CRON_FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
 CRON_NAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
               "@hourly": "0 * * * *"}
-LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
 DAY = 86400             # seconds; no zone has changed its clocks twice within one
 EPOCH_DAY = EPOCH.toordinal()
-LAST_DAY = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar
 CRON_DAYS = 41 * 366    # searched; 29 February is each weekday within 40 years
 
 
 def _cron_values(text: str, number: int) -> tuple[int, ...]:
-    """The values of a field: a list of `*`, `1-5` or `5`, the first two with a step. A
-    step counts from the beginning, so `*/7` of minutes is 0, 7 ... 56, 0.
-    """
+    """The values of a field: a list of `*`, `1-5` or `5`, the first two with a step."""
     field, least, most, names = CRON_FIELDS[number]
 
     def value(word: str) -> int:
@@ -1147,17 +1144,14 @@ def _cron_values(text: str, number: int) -> tuple[int, ...]:
         if re.fullmatch("[0-9]{1,2}", word) and least <= int(word) <= most:
             return int(word)
         named = f" or {names[0]} to {names[-1]}" if names else ""
-        raise Invalid(f"the {field} field does not take {word!r}", f"use {least} to "
-                      f"{most}{named}, or *; lists, ranges and steps as 1,3 or 1-5 or "
-                      "*/2")
+        raise Invalid(f"the {field} field does not take {word!r}",
+                      f"use {least} to {most}{named}, or *, 1,3, 1-5, */2")
     found: set[int] = set()
     for part in text.split(","):
         interval, slash, step = part.partition("/")
         low, dash, high = interval.partition("-")
-        first, last = least, most
-        if interval != "*":
-            first = value(low)
-            last = value(high) if dash else first
+        first, last = (least, most) if interval == "*" \
+            else (value(low), value(high if dash else low))
         if first > last:
             ends = names or (str(least), str(most))
             raise Invalid(f"{interval!r} in the {field} field runs backwards",
@@ -1175,11 +1169,7 @@ def _cron_values(text: str, number: int) -> tuple[int, ...]:
 
 
 def parse_cron(text: str) -> Cron:
-    """The schedule of a cron line; else Invalid.
-
-    If neither day field begins with `*` (`*/2` and `*,5` do), a day needs to match only
-    one of them.
-    """
+    """The schedule of a cron line; else Invalid."""
     line = text.strip()
     if line.lower() == "@reboot":
         raise Invalid("'@reboot' is not a time", "put `queuectl enqueue` where the "
@@ -1203,17 +1193,17 @@ def parse_cron(text: str) -> Cron:
         _cron_values(text, number) for number, text in enumerate(texts))
     starred = [text.startswith("*") for text in texts]
     is_either = not starred[2] and not starred[4]
-    if not is_either and days[0] > max(LONGEST[month - 1] for month in months):
+    longest = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
+    if not is_either and days[0] > max(longest[month - 1] for month in months):
         raise Invalid(f"{line!r} never comes: no month of it has a day "
                       f"{days[0]}", "choose another day or month")
     return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
                 is_either, starred[0] or starred[1])
 
 
-# The calendar alone gives the local dates of a schedule, which skips years quickly.
-# Around each date, time is divided into periods of constant offset from UTC, which are
-# searched for local minutes that match. Clock changes are treated as in cron(8), with
-# the numbers of its source:
+# Local dates that match are found by the calendar alone, which skips years quickly.
+# Around each, periods of constant offset from UTC are searched for local minutes that
+# match. Clock changes are treated as in the source of cron(8):
 #   - a fixed time that is skipped runs at the change; a repeated one runs once;
 #   - an interval follows the clock: a skipped time does not run, a repeated one runs
 #     again (but a skip of 1 to 4 minutes is made up, as after waking up late);
@@ -1295,7 +1285,8 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None,
         return start + cron.every * (1 + (after - start) // cron.every)
     since = math.floor(after)
     first = since // DAY - 1    # the local date may be the day before
-    for day in range(first, min(first + CRON_DAYS, LAST_DAY)):
+    last = datetime.date.max.toordinal() - EPOCH_DAY - 3    # of the calendar
+    for day in range(first, min(first + CRON_DAYS, last)):
         if _is_cron_day(cron, day):
             # An offset is less than a day to either side.
             start = max(since, (day - 1) * DAY)
@@ -1305,30 +1296,19 @@ def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None,
 
 
 def cron_words(line: str) -> str:
-    """A simple schedule in words, as `at 02:30 on Mon-Fri`; any other as its line."""
-    cron, days = parse_cron(line), ""
-    if cron.every is not None:
-        return f"every {span(cron.every)}"
-    is_any_day, is_any_weekday = len(cron.days) == 31, len(cron.weekdays) == 7
-    if len(cron.months) == 12 and not cron.is_either:
-        if is_any_day and is_any_weekday:
-            days = "every day"
-        elif is_any_day and cron.weekdays == (1, 2, 3, 4, 5):
-            days = "on Mon-Fri"
-        elif is_any_day and len(cron.weekdays) == 1:
-            days = f"on {CRON_FIELDS[4][3][cron.weekdays[0]].title()}"
-        elif is_any_weekday and len(cron.days) == 1:
-            days = f"on day {cron.days[0]} of every month"
-    if days and len(cron.minutes) == len(cron.hours) == 1:
-        return f"at {cron.hours[0]:02}:{cron.minutes[0]:02} {days}"
-    step = 60 // len(cron.minutes)
-    if days == "every day" and len(cron.hours) == 24:
-        if cron.minutes == tuple(range(0, 60, step)):
-            return {1: "every minute", 60: "every hour"}.get(
-                step, f"every {step} minutes")
-        if step == 60:
-            return f"at minute {cron.minutes[0]} of every hour"
-    return " ".join(line.split())
+    """A simple schedule in words, as `at 02:30 on mon-fri`; any other as its line."""
+    line = " ".join(line.split())
+    fields = CRON_NAMES.get(line.lower(), line).lower()
+    if every := re.fullmatch("@every (.+)", fields):
+        return f"every {span(parse_duration(every[1]))}"
+    step = re.fullmatch(r"\*/(\d+) \* \* \* \*", fields)
+    if step and 60 % int(step[1]) == 0:
+        return f"every {counted(int(step[1]), 'minute')}"
+    at = re.fullmatch(r"(\d+) (\d+) \* \* (\*|[a-z]+(-[a-z]+)?)", fields)
+    if at:
+        return f"at {int(at[2]):02}:{int(at[1]):02} " \
+            + ("every day" if at[3] == "*" else f"on {at[3]}")
+    return line
 
 
 def zone_of(name: str | None) -> datetime.tzinfo | None:

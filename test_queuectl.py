@@ -1083,12 +1083,10 @@ class Cron(unittest.TestCase):
 
     def test_a_plain_schedule_is_said_in_words_and_any_other_by_its_line(self):
         each(self, queuectl.cron_words, (
-            ("* * * * *", "every minute"), ("*/5 * * * *", "every 5 minutes"),
-            ("0,30 * * * *", "every 30 minutes"), ("15 * * * *", "at minute 15 of every hour"),
-            ("@hourly", "every hour"), ("30 2 * * *", "at 02:30 every day"),
-            (" 0  9,12 * * * ", "0 9,12 * * *"), ("0 9 * * mon-fri", "at 09:00 on Mon-Fri"),
-            ("@weekly", "at 00:00 on Sun"), ("@monthly", "at 00:00 on day 1 of every month"),
-            *((line, line) for line in (
+            ("*/5 * * * *", "every 5 minutes"), ("*/60 * * * *", "every 60 minutes"),
+            ("30 2 * * *", "at 02:30 every day"), ("@Daily", "at 00:00 every day"),
+            ("0  9 * *  Mon-FRI ", "at 09:00 on mon-fri"), ("5 9 * * sun", "at 09:05 on sun"),
+            (" 0  9,12 * * * ", "0 9,12 * * *"), *((line, line) for line in (
                 "*/7 * * * *", "0 */2 * * *", "*/10 9-17 * * 1-5", "0 9 * * 0,6", "@yearly",
                 "0 0 1,15 * *", "0 0 13 * fri", "0 0 1 * 0-6", "*/5 * * 6 *", "0 9 * 6 1"))))
 
