@@ -1381,15 +1381,12 @@ def run_after(schedule: Schedule, now: float) -> str:
 # One row defines a job's field, a filter or a setting: checks, flags, schemas and help
 # are generated from it. Then parsers of job objects. Nothing here reads the queue.
 
-# A chosen id of this form raises the counter: 15 digits stay far below the last row
-# number, 2 ** 63 - 1.
-_OWN_ID = "job-([1-9][0-9]{0,14})"
 _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 def as_utf8(text: str) -> str:
-    """Text from the system as UTF-8, whatever the locale: in an ASCII locale Python
-    decodes each byte of `é` as a surrogate. UnicodeError if it is not UTF-8.
+    """Text from the system (an ASCII locale makes `é` two surrogates) as UTF-8;
+    UnicodeError.
     """
     return text if is_text(text) else os.fsencode(text).decode()
 
@@ -1434,12 +1431,10 @@ def _command(value: Any, now: float) -> str:
 
 
 def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
-    """Names, each once; a single one needs no list."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (str, list, tuple)):
         raise Invalid(f"{value!r} is not a list of names", NAME_FORM)
-    return tuple(dict.fromkeys(map(parse_name, value)))
+    names = [value] if isinstance(value, str) else value
+    return tuple(dict.fromkeys(map(parse_name, names)))
 
 
 def _key(value: Any, now: float) -> str:
@@ -1468,11 +1463,6 @@ def _env(value: Any, now: float) -> dict[str, str]:
         raise Invalid(f"all variables are {total:,} bytes long, more than {MAX_ENV:,}",
                       "put the values into a file and give its name")
     return value
-
-
-def _codes(value: Any, now: float) -> str:
-    parse_codes(value)
-    return str(value)
 
 
 def _directory(value: Any, now: float) -> str:
@@ -1505,10 +1495,8 @@ def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [*([kinds] if isinstance(kinds, str) else kinds), "null"]}
 
 
-# JSON Schema. `pattern` is not anchored (Validation, 6.3.3) and ignores other types
-# (Core, 7.6.1), so text and number can share a schema. The patterns of durations and
-# dates are narrower than their parsers: a pattern cannot bound a sum, or the days of a
-# month.
+# JSON Schema. `pattern` ignores other types than text. Those of durations and dates are
+# narrower than the parsers: a pattern cannot bound a sum, or the days of a month.
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
@@ -1590,14 +1578,8 @@ _TIME = Kind(
     {"metavar": "TIME", "type": _time_text})
 
 
-def _kept(output: dict[str, Any]) -> Kind:
-    """A field that the queue maintains: ignored, so `show --json` is valid input."""
-    return Kind(lambda value, now: value,
-                {"description": "maintained by the queue: ignored"}, output)
-
-
-# In the order and the groups of the help. A running job cannot be edited: its worker
-# keeps a job as it was claimed, and counts its end in the queue of that time.
+# In the order and the groups of the help. The last group is ignored in input, so that
+# `show --json` is valid input.
 FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
         Field("command", _COMMAND, "eu", "the shell command"),
@@ -1637,10 +1619,13 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
         Field("backoff_base", _SPAN, "es",
               "wait after the first failure; doubles (default: as configured)"),
         Field("backoff_max", _SPAN, "es", "no wait is longer (default: as configured)"),
-        Field("no_retry_on", Kind(_codes, _CODES, _or_null(_TEXT),
-                                  {"metavar": "CODES"}), "es",
+        Field("no_retry_on", Kind(
+            lambda value, now: parse_codes(value) and str(value), _CODES,
+            _or_null(_TEXT), {"metavar": "CODES"}), "es",
               "exit statuses after which it is dead at once, as 2,64-78")),
-    "": (Field(name, _kept(schema), "k") for name, schema in (
+    "": (Field(name, Kind(lambda value, now: value, {
+        "description": "maintained by the queue: ignored"}, schema), "k")
+        for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
         ("updated_at", _STAMP), ("crashes", _AMOUNT), ("worker", _or_null(_TEXT)),
         ("started_at", _or_null(_STAMP)), ("finished_at", _or_null(_STAMP)),
@@ -1652,8 +1637,7 @@ JSON_KEYS = tuple(name for name in Job._fields
 SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its jobs
 
 # Filters of jobs: flags of commands and parameters of the API; Sql.FILTERS has their
-# clauses. In a query, blank text is no filter. The pattern of past times is narrower
-# than their parser.
+# clauses. In a query, blank text is no filter.
 _BLANK_OR_NAME = Kind(_timeless(parse_name),
                       {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
@@ -1706,8 +1690,7 @@ def _absolute(text: str) -> str:
 
 
 _SPAN_OR_NONE, _COMMAND_OR_NONE = _off_or(parse_duration), _off_or(str)
-# The configuration: fields of `Settings`, read whenever they are needed. Values are
-# text, as a user sets them and as stored.
+# Fields of `Settings`; values are text, as a user sets them and as stored.
 SETTINGS = {name: Field(name, Kind(_timeless(parse)),
                         help=help, default=default) for name, default, parse, help in (
     ("max-retries", "3", parse_whole,
@@ -1779,9 +1762,8 @@ def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
 def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
     """The columns that the keys of a job object set; Invalid names the key at fault.
 
-    `use` is "e" for a new job, "u" for an edit, which refuses null. Keys may have `-`
-    for `_`. Null means the default; fields that the queue maintains are ignored (see
-    `ignored_keys`). `delay` becomes `run_at`.
+    `use` is "e" for a new job, "u" for an edit. Null means the default; an edit
+    refuses it.
     """
     if not isinstance(fields, dict):
         raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
@@ -1817,11 +1799,7 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
 
 
 def new_job(fields: Mapping[str, Any], now: float) -> Job:
-    """The job that a JSON object describes; Invalid as in `checked`.
-
-    `new_job({"command": "x", "max-retries": 5, "delay": "1m"}, 100.0)` is
-    `Job(command="x", max_retries=5, run_at="1970-01-01T00:02:40.000Z")`.
-    """
+    """The job that a JSON object describes; Invalid as in `checked`."""
     job = Job(**checked(fields, now))
     if not job.command:
         raise Invalid("the job has no command", 'give {"command": "..."} at least',
@@ -1835,9 +1813,8 @@ def ignored_keys(fields: Mapping[str, Any]) -> list[str]:
 
 
 def is_json(text: str) -> bool:
-    """Return True for JSON, False for a shell's `{ list; }`, `[ test ]`, `[[ test ]]`:
-    these need a blank after the bracket, and JSON with a blank there continues with a
-    character that begins no list or test.
+    """Return False for a shell's `{ list; }`, `[ test ]`, `[[ test ]]`: these need a
+    blank after the bracket; JSON with one continues otherwise.
     """
     return bool(re.match(r'\s*(\{(\S|\s*["}]|\s*$)|\[(["\d]|\s*([{\]\n]|$)))', text))
 
@@ -1852,20 +1829,17 @@ def _objects_of(value: Any) -> list[dict[str, Any]]:
 
 
 def fields_of(text: str) -> list[dict[str, Any]]:
-    """The job objects in an argument or a line: an object, an array, or a command.
-
-    Not checked yet. Invalid JSON is refused: to run it would hide the mistake.
+    """The job objects, unchecked, in an argument or a line: an object, an array, or a
+    command. Invalid JSON is no command: to run it would hide the mistake.
     """
     if not is_json(text):
         return [{"command": text.strip()}]
     try:
         return _objects_of(json.loads(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid(f"not valid JSON ({error})",
-                      "a job object looks like {\"command\": \"echo hi\"}",
+                      'a job object looks like {"command": "echo hi"}',
                       "command") from None
-    except RecursionError:
-        raise Invalid("not valid JSON (nested too deeply)", key="command") from None
 
 
 def items(objects: Iterable[dict[str, Any]]) -> list[Given]:
@@ -1882,15 +1856,14 @@ def at_place(place: str) -> Iterator[None]:
 
 
 _MARK = re.compile(rb"\{#?\}")
-TEMPLATED = ("id", "unique", "once", "tags", "env")     # fields that may hold marks
 
 
 class Lines:
     """Makes job objects of lines, or of items that end with NUL.
 
-    With `words` each line is an item of a template: `{}` is replaced by the item, `{#}`
-    by its number. The item is always one argument, by default the last. `fields` are
-    those of each job; the values of variables in `copied` stay as they are.
+    With `words` each line is an item of a template: it replaces `{}`, its number `{#}`.
+    It is always one argument, by default the last. `fields` are those of each job; the
+    values of variables in `copied` stay as they are.
     """
 
     def __init__(self, null: bool = False, words: Sequence[bytes] = (),
@@ -1946,7 +1919,8 @@ class Lines:
             if _MARK.search(word) and command[place][0] not in "'\"" \
                     and (place == 0 or "=" in command[place]):
                 command[place] = f"'{command[place]}'"
-        fields = {key: filled_field(key, value) if key in TEMPLATED else value
+        fields = {key: filled_field(key, value)
+                  if key in ("id", "unique", "once", "tags", "env") else value
                   for key, value in self._fields.items()}
         return {**fields, "command": " ".join(command), "env": {
             **fields.get("env", {}), "QUEUECTL_ITEM": str(self._items)}}
@@ -3921,8 +3895,10 @@ class Ledger:
         An error has in `item` the number of the job at fault, from 0. It is raised
         before the first write.
         """
-        # Above every job-N that a user chose, so that no N is used twice.
-        chosen = (re.fullmatch(_OWN_ID, job.id) for job in jobs if job.id)
+        # Above every job-N that a user chose, so that no N is used twice. 15 digits are
+        # far below the last row number, 2 ** 63 - 1.
+        chosen = (re.fullmatch("job-([1-9][0-9]{0,14})", job.id)
+                  for job in jobs if job.id)
         first = self.take_numbers("jobs", len(jobs),
                                   max((int(m[1]) for m in chosen if m), default=0))
         seqs: dict[str, int] = {}                   # of new jobs, by id
@@ -6027,9 +6003,8 @@ class Inspection:
 
 # ---- 13 Views ----------------------------------------------------------------
 # Records as text or JSON; nothing here prints, reads the queue or reads a clock.
-# `..._line` and `..._lines` are for people; `one_line` cleans text of jobs in them.
 
-# Of the eight colours that follow the terminal's theme (ECMA-48, SGR 30 to 37).
+# These colours follow the terminal's theme (ECMA-48, SGR 30 to 37).
 STATE_COLOURS = {PENDING: "36", PROCESSING: "34", COMPLETED: "32", FAILED: "33",
                  DEAD: "31", CANCELLED: "35"}
 PAINT = r"\033\[[0-9;]*m"      # a pattern
@@ -6043,7 +6018,6 @@ class Style(NamedTuple):
     now: float
 
     def paint(self, text: str, code: str) -> str:
-        """Return the text in a colour; "" is none."""
         return f"\033[{code}m{text}\033[0m" if self.colour and code else text
 
 
@@ -6145,22 +6119,15 @@ def note_of(job: Job, hindrances: Sequence[Finding]) -> str:
     return (job.error or "") if job.state != COMPLETED else ""
 
 
-def run_object(run: Run) -> dict[str, Any]:
-    # Output may be any bytes; what is not UTF-8 becomes U+FFFD.
-    output = readable(run.output, run.output_bytes)
-    return as_json("Run", run, output=output.decode("utf-8", "replace"),
-                   slots=run.slots or str(run.slot))
-
-
 def show_object(job: Job, runs: Sequence[Run],
                 reasons: Sequence[str]) -> dict[str, Any]:
-    return as_json("WholeJob", job, waiting_for=list(reasons),
-                   runs=[run_object(run) for run in runs])
+    return as_json("WholeJob", job, waiting_for=reasons, runs=[
+        as_json("Run", run, slots=run.slots or str(run.slot), output=readable(
+            run.output, run.output_bytes).decode("utf-8", "replace")) for run in runs])
 
 
 def worker_object(worker: Worker) -> dict[str, Any]:
-    return as_json("Worker", worker, running=[job.id for job in worker.running],
-                   queues=list(worker.queues), gpus=list(worker.gpus))
+    return as_json("Worker", worker, running=[job.id for job in worker.running])
 
 
 def queue_object(view: QueueView) -> dict[str, Any]:
@@ -6194,50 +6161,34 @@ def minute_object(minute: Summary) -> dict[str, Any]:
                    wait_p95=wait.p95, run_p50=run.p50, run_p95=run.p95)
 
 
-def spread_object(values: Spread) -> dict[str, Any]:
-    # Rounded to the histogram's first bound, 0.1 ms.
-    return {"count": values.n, **{
-        name: None if value is None else round(value, 4)
-        for name, value in values._asdict().items() if name != "n"}}
-
-
-def summary_object(summary: Summary, seconds: float) -> dict[str, Any]:
-    """Return a summary with its throughput in jobs per second.
-
-    The success rate ignores cancelled jobs. It is null if no job ended, since JSON has
-    no NaN (RFC 8259, section 6).
-    """
-    over = summary.completed + summary.died
-    return as_json(
-        "Summary", summary, dead=summary.died,
-        success_rate=summary.completed / over if over else None,
-        throughput=summary.completed / seconds if seconds > 0 else None,
-        run_time=spread_object(summary.run_time),
-        wait_time=spread_object(summary.wait_time))
-
-
 def stats_object(stats: Mapping[str, Summary], seconds: float) -> dict[str, Any]:
-    # All queues together are under "".
-    shown = {queue: summary_object(one, seconds) for queue, one in stats.items()}
-    return {"seconds": round(seconds, 3), **shown.pop(""), "queues": shown}
+    """Return summaries by queue, "" for all; throughput in jobs per second."""
+    def spread(values: Spread) -> dict[str, Any]:
+        return {"count": values.n, **{name: value and round(value, 4) for name, value
+                                      in values._asdict().items() if name != "n"}}
+
+    def summed(one: Summary) -> dict[str, Any]:
+        over = one.completed + one.died
+        return as_json(
+            "Summary", one, dead=one.died,
+            success_rate=one.completed / over if over else None,
+            throughput=one.completed / seconds if seconds > 0 else None,
+            run_time=spread(one.run_time), wait_time=spread(one.wait_time))
+    return {"seconds": round(seconds, 3), **summed(stats[""]), "queues": {
+        queue: summed(one) for queue, one in stats.items() if queue}}
 
 
 def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[str]:
-    """Return the findings of `check` and its verdict, which ignores warnings."""
-    shades, lines = {PROBLEM: BAD, WARNING: WARN}, []
-    for level, _, message, hint in findings:
-        lines += [f"{style.paint(f'{level:<8}', shades[level])} {message}",
-                  f"         {hint}"]
+    shades = {PROBLEM: BAD, WARNING: WARN}
     grave = sum(finding.level == PROBLEM for finding in findings)
-    verdict = f"{counted(grave, 'problem')} in" if grave else "sound:"
-    return [*lines, f"{verdict} {path}"]
+    return [*(f"{style.paint(f'{level:<8}', shades[level])} {message}\n{'':<9}{hint}"
+              for level, _, message, hint in findings),
+            f"{counted(grave, 'problem')} in {path}" if grave else f"sound: {path}"]
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Return JSON without ASCII escapes.
-
-    A lone surrogate, which represents a byte that is not UTF-8 (PEP 383), becomes `?`:
-    JSON is UTF-8 (RFC 8259, section 8.1), which cannot encode it.
+    """Return JSON; a lone surrogate, which is a byte of other encodings (PEP 383),
+    becomes `?`.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
@@ -6273,10 +6224,7 @@ def columns(text: str) -> int:
 
 def cut(text: str, width: int, tail: int = 0) -> str:
     """Shorten the text to that many columns, with an ellipsis; 0: no limit. `tail`:
-    characters kept of its end.
-
-        cut("abcdef", 4)  ->  "abc…"        cut("日本語", 4)  ->  "日…"
-        cut("abcdef", 4, 1)  ->  "ab…f"
+    characters kept of its end, as in `ab…f`.
     """
     if width <= 0 or columns(text) <= width:
         return text
@@ -6293,8 +6241,8 @@ def cut(text: str, width: int, tail: int = 0) -> str:
 
 
 def fold(line: str, width: int) -> list[str]:
-    """Break a line at spaces into lines of that width (0: no limit); they begin below
-    what follows its first gap of two spaces.
+    """Break a line at spaces into lines of that width (0: no limit), indented as what
+    follows its first gap of two spaces.
     """
     if not width or columns(line) <= width:
         return [line]
@@ -6326,7 +6274,6 @@ def _whole_span(start: str | None, now: float) -> str:
 
 
 def when_cell(job: Job, now: float) -> str:
-    """Return how long it has run or waited, when it is due, or when it ended."""
     if job.state == PROCESSING:
         return f"for {_whole_span(job.started_at, now)}"
     if job.state in WAITING and job.waits != SCHEDULED:
@@ -6334,13 +6281,9 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.run_at if job.state in WAITING else job.finished_at, now)
 
 
-# Columns that a narrow window leaves out, the first ones first.
-SPARE_COLUMNS = ("ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED",
-                 "SKIPPED", "TAGS", "QUEUE", "LAST", "TRIES")
-
-
-def grid(rows: Sequence[Sequence[str]], style: Style,
-         spare: Sequence[str] = SPARE_COLUMNS) -> list[str]:
+def grid(rows: Sequence[Sequence[str]], style: Style, spare: Sequence[str] = (
+        "ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED", "SKIPPED", "TAGS",
+        "QUEUE", "LAST", "TRIES")) -> list[str]:
     """Return rows of equal length as aligned columns; the first row is the head.
 
     In a narrow window the last column (a command) is cut at its end, then the first
@@ -6373,10 +6316,8 @@ def grid(rows: Sequence[Sequence[str]], style: Style,
 
 def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
-    """Return a table with the columns that these jobs need.
-
-    `why` says by id why each job waits. It replaces the time, and is cut to half of an
-    80-column window.
+    """Return a table with the columns that these jobs need. `why` says by id why each
+    job waits, and replaces the time.
     """
     paint, reasons = style.paint, why or {}
     offered = (
@@ -6498,7 +6439,6 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
-    """Return when a schedule runs in words, and its next runs, three at most."""
     runs = [f"{_local(run):%a} "
             f"{local_time(run, None, 'seconds' if run % 60 else 'minutes')}"
             for run, _ in zip(runs_of(schedule, now), range(3))]
@@ -6555,8 +6495,8 @@ class Pace:
 
 
 def progress_line(progress: Progress, rate: float | None, width: int) -> str:
-    """Return `[#####............] 20/60  4 running  20s left  2.0/s`, or less of it if
-    that is too wide. Jobs that are not due are neither in the total nor the estimate.
+    """Return `[#####............] 20/60  4 running  20s left  2.0/s`, or as much of it
+    as fits. Jobs that are not due are neither in the total nor the estimate.
     """
     due = progress.left - progress.later
     total = progress.over + due
@@ -6593,7 +6533,6 @@ def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                settings: Settings, style: Style) -> list[str]:
-    """Return one job in full, without fields that have their defaults."""
     def when(stamp: str) -> str:
         return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
     backoff = job.backoff_base
@@ -6641,22 +6580,17 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
     return [*lines, "", *(part for line in table for part in fold(line, style.width))]
 
 
-def per_time(n: int, seconds: float) -> str:
-    """Return a throughput of at least one job per unit: `30.0 jobs a minute`."""
-    if not n:
-        return "-"
-    rate = n / seconds if seconds > 0 else 0.0
-    for unit, size in (("a second", 1), ("a minute", 60), ("an hour", 3600)):
-        if rate * size >= 1:
-            return f"{rate * size:.1f} jobs {unit}"
-    return f"{rate * 86400:.1f} jobs a day"
-
-
 def stats_lines(stats: Mapping[str, Summary], seconds: float,
                 style: Style) -> list[str]:
     def times(values: Spread) -> str:
         return "  ".join(f"{name} {span(round(getattr(values, name) or 0.0, 4))}"
                          for name in ("mean", "p50", "p95", "p99")) if values.n else "-"
+
+    def pace(n: int) -> str:
+        units = (1, "a second"), (60, "a minute"), (3600, "an hour"), (86400, "a day")
+        rate = n / seconds if seconds > 0 else 0.0
+        size, unit = next((one for one in units if rate * one[0] >= 1), units[-1])
+        return f"{rate * size:.1f} jobs {unit}" if n else "-"
     lines = [f"since     {span(seconds)}"]
     for queue, one in stats.items():
         if queue and len(stats) == 2:
@@ -6668,14 +6602,13 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
                   f"{one.died} dead, {one.cancelled} cancelled",
                   f"success   {rate}, {counted(one.retried, 'retry', 'retries')}, "
                   f"{counted(one.lost, 'lost run')}",
-                  f"rate      {per_time(one.completed, seconds)}",
+                  f"rate      {pace(one.completed)}",
                   f"run time  {times(one.run_time)}",
                   f"waiting   {times(one.wait_time)}"]
     return lines
 
 
 def change_line(change: Change, now: float) -> str:
-    """Return the log line for the end of a run: result, duration, what follows."""
     job, outcome = change.after, change.outcome or Outcome(RELEASED)
     took, error = span(outcome.duration or 0.0), outcome.error or ""
     if outcome.kind == LOST:    # same states as a failed run, but no attempt
@@ -6708,10 +6641,8 @@ def _labels(**labels: str) -> str:
 
 
 def metrics_text(scrape: Scrape) -> str:
-    """Return the metrics in Prometheus' text format 0.0.4.
-
-    A queue without jobs keeps its series, since a counter must never decrease. No label
-    contains a job's id: Prometheus keeps every series for weeks.
+    """Return the metrics in Prometheus' text format 0.0.4. A queue without jobs keeps
+    its series: a counter must never decrease.
     """
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
@@ -6733,51 +6664,54 @@ def metrics_text(scrape: Scrape) -> str:
             yield "_sum" + _labels(queue=queue), totals.get((queue, kind), 0.0)
             yield "_count" + _labels(queue=queue), counts[-1]
 
+    def by_queue(value: Callable[[str], float]) -> Iterator[tuple[str, float]]:
+        return ((_labels(queue=queue), value(queue)) for queue in queues)
+
+    def by_schedule(value: Callable[[Schedule], float]) -> Iterator[tuple[str, float]]:
+        return ((_labels(schedule=one.name), value(one)) for one in scrape.schedules)
+
+    lines = list[str]()
+
+    def add(name: str, kind: str, help: str,
+            samples: Iterable[tuple[str, float]]) -> None:
+        lines.extend((
+            f"# HELP queuectl_{name} {help}", f"# TYPE queuectl_{name} {kind}",
+            *(f"queuectl_{name}{rest} {value!r}" for rest, value in samples)))
+
     stopped = scrape.paused.get(EVERY_QUEUE, False)
     workers = [worker for worker in scrape.workers if not worker.is_expired]
-    slots = sum(worker.slots for worker in workers)
     busy = sum(worker.busy for worker in workers)
-    families: tuple[tuple[str, str, str, Iterable[tuple[str, float]]], ...] = (
-        ("jobs", "gauge", "Jobs by state.", (
-            (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
-            for queue in queues for state in STATES)),
-        ("jobs_completed_total", "counter", "Jobs completed.", (
-            (_labels(queue=queue), ever(queue, "complete")) for queue in queues)),
-        ("attempts_total", "counter", "Ended runs by outcome.", (
-            (_labels(queue=queue, outcome=outcome), ever(queue, f"run:{outcome}"))
-            for queue in queues for outcome in OUTCOMES)),
-        ("job_duration_seconds", "histogram", "Duration of runs.",
-         times("run_time")),
-        ("job_wait_seconds", "histogram", "Time from due to started.",
-         times("wait_time")),
-        ("oldest_pending_seconds", "gauge",
-         "Time since the next job to run became due.", (
-            (_labels(queue=queue), scrape.oldest.get(queue, 0)) for queue in queues)),
-        ("queue_paused", "gauge", "1 if the queue is paused.", (
-            (_labels(queue=queue), int(stopped or scrape.paused.get(queue, False)))
-            for queue in queues)),
-        ("workers", "gauge", "Running workers.", [("", len(workers))]),
-        ("worker_slots", "gauge", "Slots of the workers.", [
-            (_labels(state="busy"), busy),
-            (_labels(state="idle"), max(0, slots - busy))]),
-        ("database_bytes", "gauge", "Size of the database and its WAL.",
-         [("", scrape.database_bytes)]),
-        ("jobs_blocked", "gauge", "Jobs blocked by dead or cancelled jobs.",
-         [("", scrape.blocked)]),
-        ("schedule_skipped_total", "counter",
-         "Runs skipped because the previous job had not finished.", (
-            (_labels(schedule=one.name), one.skipped) for one in scrape.schedules)),
-        ("schedule_last_success_timestamp_seconds", "gauge",
-         "When a job of the schedule last completed; 0: not yet.", (
-            (_labels(schedule=one.name),
-             epoch(one.last_success) if one.last_success else 0)
-            for one in scrape.schedules)),
-        ("build_info", "gauge", "Version of queuectl.",
-         [(_labels(version=__version__), 1)]))
-    lines = []
-    for name, kind, help, samples in families:
-        lines += [f"# HELP queuectl_{name} {help}", f"# TYPE queuectl_{name} {kind}",
-                  *(f"queuectl_{name}{rest} {value!r}" for rest, value in samples)]
+    idle = max(0, sum(worker.slots for worker in workers) - busy)
+    add("jobs", "gauge", "Jobs by state.", (
+        (_labels(queue=queue, state=state), scrape.jobs.get((queue, state), 0))
+        for queue in queues for state in STATES))
+    add("jobs_completed_total", "counter", "Jobs completed.",
+        by_queue(lambda queue: ever(queue, "complete")))
+    add("attempts_total", "counter", "Ended runs by outcome.", (
+        (_labels(queue=queue, outcome=outcome), ever(queue, f"run:{outcome}"))
+        for queue in queues for outcome in OUTCOMES))
+    add("job_duration_seconds", "histogram", "Duration of runs.", times("run_time"))
+    add("job_wait_seconds", "histogram", "Time from due to started.",
+        times("wait_time"))
+    add("oldest_pending_seconds", "gauge", "Time since the next job to run became due.",
+        by_queue(lambda queue: scrape.oldest.get(queue, 0)))
+    add("queue_paused", "gauge", "1 if the queue is paused.",
+        by_queue(lambda queue: int(stopped or scrape.paused.get(queue, False))))
+    add("workers", "gauge", "Running workers.", [("", len(workers))])
+    add("worker_slots", "gauge", "Slots of the workers.",
+        [(_labels(state="busy"), busy), (_labels(state="idle"), idle)])
+    add("database_bytes", "gauge", "Size of the database and its WAL.",
+        [("", scrape.database_bytes)])
+    add("jobs_blocked", "gauge", "Jobs blocked by dead or cancelled jobs.",
+        [("", scrape.blocked)])
+    add("schedule_skipped_total", "counter",
+        "Runs skipped because the previous job had not finished.",
+        by_schedule(lambda one: one.skipped))
+    add("schedule_last_success_timestamp_seconds", "gauge",
+        "When a job of the schedule last completed; 0: not yet.",
+        by_schedule(lambda one: epoch(one.last_success) if one.last_success else 0))
+    add("build_info", "gauge", "Version of queuectl.",
+        [(_labels(version=__version__), 1)])
     return "\n".join(lines) + "\n"
 
 
