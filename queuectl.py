@@ -2450,7 +2450,7 @@ class Sql:
          WHERE job = :job
          ORDER BY claim DESC LIMIT :limit"""
     CLAIMED = """
-        SELECT workers.id, workers.slots, jobs.queue, jobs.seq FROM jobs
+        SELECT workers.id, workers.slots, jobs.slots, jobs.queue, jobs.seq FROM jobs
           JOIN runs ON runs.claim = jobs.claim
           JOIN workers ON workers.id = runs.worker_id
          WHERE jobs.claim IS NOT NULL
@@ -4425,8 +4425,8 @@ class Queue:
         starts jobs in the order of its claims, and stores their slots late.
         """
         held, ahead = collections.Counter[int](), dict[int, str]()
-        for worker, slots, queue, seq in self.store.rows(Sql.CLAIMED):
-            held[worker] += 1
+        for worker, slots, taken, queue, seq in self.store.rows(Sql.CLAIMED):
+            held[worker] += taken
             if held[worker] > slots:
                 ahead[seq] = queue
         return ahead
@@ -4912,15 +4912,18 @@ class Queue:
         # By the clocks of two machines, so never used to reap runs.
         oldest = iso(self.clock() - lease_of(settings))
         running: dict[int, list[Job]] = {}
-        for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
-            running.setdefault(run.worker_id, []).extend(
-                self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim))
+        with self.store.snapshot():
+            ahead = self._ahead()
+            for run in [Run(*row) for row in self.store.rows(Sql.UNDER_WAY)]:
+                running.setdefault(run.worker_id, []).extend(
+                    job for job in self.store.jobs(Sql.JOB_BY_CLAIM, claim=run.claim)
+                    if job.seq not in ahead)
         found = [(one, self.host.is_alive(one)) for one in self.store.workers()]
         return [one._replace(
             is_alive=is_alive,
             is_expired=is_alive is None and one.heartbeat_at < oldest,
             late_after=3 * settings.heartbeat,      # one may be late on a busy machine
-            running=running.get(one.id, [])[:one.slots])
+            running=running.get(one.id, ()))
             for one, is_alive in found if is_alive is not False]
 
     def backup(self, path: str) -> None:

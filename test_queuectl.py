@@ -3124,6 +3124,13 @@ class Ticks(Case):
         self.assertEqual([one.slots for one in self.tick(2, by=heir).claims], [(1, 2)])
         self.assertEqual(self.queue.run("wide").gpus, "1,0")
 
+    def test_a_job_is_claimed_ahead_if_one_of_several_slots_holds_all(self):
+        self.jobs([{"slots": 2}, {}])
+        self.tick([1, 2, 0], by=self.worker(slots=2))
+        self.assertEqual([self.state(f"job-{n}") for n in (1, 2)], [PROCESSING] * 2)
+        self.assertEqual(self.queue.counts()[PROCESSING], 1)
+        self.assertEqual(self.queue.workers()[0].busy, 2)
+
     def test_jobs_claimed_ahead_are_waiting_for_people(self):
         claims = self.worker(slots=2)
         self.jobs(3, queue="q")
