@@ -13808,7 +13808,7 @@ COMMANDS = (    # in the order of the help
            NEITHER, option("--to DIR", "for lib/queuectl and bin/queuectl (default: "
                            "~/.local, as root /usr/local)"),
            eg="install --to ~/.local", also="setup"),
-    _entry("mcp", cmd_mcp, "serve AI agents on stdin and stdout", NEITHER,
+    _entry("mcp", cmd_mcp, "serve AI agents by MCP, on stdin and stdout", NEITHER,
            option("--read-only", "leave out the tools that change anything"),
            option("--worker N", "for a job that no worker takes, start a detached one "
                   "with N slots, which exits when no work is left",
