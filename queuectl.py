@@ -1990,26 +1990,20 @@ RUN_WITHOUT_OUTPUT = ", ".join(
 
 
 class Sql:
-    """Every statement the program runs. Tests prepare each one.
-
-    A partial index serves only statements with the same literals; with a parameter in
-    their place SQLite scans the table.
+    """Every statement the program runs. A partial index serves only statements with
+    its literals, not with a parameter in their place.
     """
 
-    # `counters` has one row: the last number used in each table. No number is used
-    #   again, even after its row is deleted (I4). AUTOINCREMENT would write at each
-    #   INSERT.
-    # There are no foreign keys: DELETE_JOB deletes the rows of a job; RULES finds
-    #   others.
+    # `counters`: the last number used in each table; none is used again (I4).
+    #   AUTOINCREMENT would write at each INSERT.
     # `waits` and `rank` follow from other columns. They are for the indexes, which hold
     #   ready jobs in order: with scheduled jobs in the same index, 100,000 jobs for
-    #   tomorrow cost each claim 13 ms.
-    # `counts`, `runs`, `unmet` are counters: to count a million jobs by state takes
-    #   100 ms even by an index.
-    # `unblocking`: completed jobs with very many dependents. Those above `after` still
-    #   count the job as unmet; later ticks lower that.
-    # A change of state writes to each index of the job, so most indexes are partial.
-    #   jobs_delayed is for a clock that was set back.
+    #   tomorrow cost each claim 13 ms. A change of state writes to each index of the
+    #   job, so most are partial. jobs_delayed is for a clock that was set back.
+    # `counts`, `runs`, `unmet`: to count a million jobs by state takes 100 ms even by
+    #   an index.
+    # `unblocking`: completed jobs with very many dependents; those above `after` still
+    #   count the job as unmet.
     SCHEMA = f"""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2137,13 +2131,11 @@ class Sql:
     JOB = "SELECT * FROM jobs WHERE id = :id"
     JOB_BY_SEQ = "SELECT * FROM jobs WHERE seq = :seq"
     JOB_BY_CLAIM = "SELECT * FROM jobs WHERE claim = :claim AND claim IS NOT NULL"
-    # With the condition of jobs_by_unique: finished jobs do not reserve their key.
     JOB_BY_UNIQUE = """
         SELECT * FROM jobs
          WHERE "unique" = :unique
            AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)"""
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
-    # A JSON list in one parameter keeps one statement prepared, for any number of ids.
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
     # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
@@ -2163,11 +2155,8 @@ class Sql:
     @classmethod
     def listing(cls, states: Sequence[str], order: str,
                 values: Mapping[str, Any]) -> str:
-        """The jobs of these states, of any if none is named, that match the values.
-
-        Each filter with a value is a clause: no index serves `:tag IS NULL OR ...`.
-        Each state is a SELECT of its own, by its index: for `state IN` SQLite sorts all
-        rows.
+        """The jobs of these states (none: of any) that match the values. Each state is
+        a SELECT of its own, by its index: for `state IN` SQLite sorts all rows.
         """
         reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
                  "LIMIT :limit" for some in [[state] for state in states] or [[]]]
@@ -2270,7 +2259,7 @@ class Sql:
             OR EXISTS (SELECT 1 FROM unblocking)
             OR EXISTS (SELECT 1 FROM jobs WHERE waits = 'scheduled' AND at_time = 0
                                             AND updated_at > :ahead)"""
-    # Due jobs become ready (I7), some at a time, as the write lock is held.
+    # (I7)
     MAKE_READY = """
         UPDATE jobs
            SET waits = 'ready'
@@ -2305,8 +2294,8 @@ class Sql:
          WHERE waits = 'ready' AND queue = :queue
            AND (rank, run_at, seq) < (:rank, :run_at, :seq)"""
 
-    # The only statement that changes a state. The claim (0: none) is the fencing token:
-    # with the state alone, a late worker could end a later claim (I1, I3).
+    # The only statement that changes a state (I1). With the state alone, a late worker
+    # could end a later claim (I3). No claim: 0.
     MOVE = "UPDATE jobs " + _set(
         "state attempts crashes updated_at run_at worker started_at finished_at "
         "exit_code error waits rank claim end_requested runs at_time expires_at "
@@ -2326,12 +2315,11 @@ class Sql:
     REQUEST_END = """
         UPDATE jobs SET end_requested = :end_requested
          WHERE seq = :seq AND claim = :claim"""
-    # Before the first signal to a lost run: if its worker resumes and records the end,
-    # that counts as a crash (`judged`). A requested cancel stays.
+    # Before the first signal to a lost run, so that an end its worker records after all
+    # counts as a crash (`judged`).
     SEIZE = """
         UPDATE jobs SET end_requested = 'lost'
          WHERE claim = :claim AND claim IS NOT NULL AND end_requested IS NULL"""
-    # The claims of a worker; one that is missing was taken from it (I3).
     MINE = """
         SELECT claim, end_requested, unmet FROM jobs
          WHERE claim IS NOT NULL AND worker = :worker"""
@@ -2351,8 +2339,7 @@ class Sql:
            AND (CAST(:queue AS TEXT) IS NULL OR jobs.queue = :queue)
          ORDER BY events.seq LIMIT :limit"""
 
-    # Dependencies: `any_outcome` is 0 for `after`, 1 for `after_any`. No job can be
-    # deleted while others wait for it, so a missing row is met.
+    # `any_outcome`: 0 for `after`, 1 for `after_any`. A missing job is met.
     INSERT_NEED = _insert("dependencies", "needs", "job", "any_outcome")
     DEPENDENTS = """
         SELECT needs, job FROM dependencies
@@ -2428,13 +2415,11 @@ class Sql:
         "dependencies WHERE job", "dependencies WHERE needs", "unblocking WHERE needs",
         "jobs WHERE seq"))
 
-    # Runs. Claims only grow (I4), so they order the runs of a job. A run's end is
-    # written once, hence `outcome IS NULL`.
+    # Claims only grow (I4), so they order the runs of a job.
     INSERT_RUN = _insert("runs", *Run._fields[:7], "slots", "gpus")
     _OPEN = "WHERE claim = :claim AND outcome IS NULL"
     BEGIN_RUN = f"UPDATE runs {_set('slot started_at')} {_OPEN}"
-    # Stored output is not replaced by less: whoever records a lost run has none, and
-    # keeps what its worker stored by SAVE_OUTPUT.
+    # Stored output is not replaced by less: who records a lost run has none.
     END_RUN = "UPDATE runs " + _set(
         "slot started_at finished_at duration outcome exit_code error") + f""",
                output = CASE WHEN output_bytes > :output_bytes THEN output
@@ -2469,18 +2454,14 @@ class Sql:
     QUEUES = "SELECT name, paused, job_limit FROM queues"
     SET_PAUSED = _upsert("queues", "name", "paused")
     SET_LIMIT = _upsert("queues", "name", "job_limit")
-    # After each of the two: a queue without pause and limit needs no row.
     FORGET_QUEUES = "DELETE FROM queues WHERE paused = 0 AND job_limit = 0"
 
     INSERT_SCHEDULE = _insert("schedules", *Schedule._fields)
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
     SCHEDULES_DUE = "SELECT * FROM schedules WHERE paused = 0 AND next_run <= :now"
-    SET_SCHEDULE = f"""
-        UPDATE schedules {_set("paused next_run last_run last_job skipped")}
-         WHERE name = :name"""
-    EDIT_SCHEDULE = f"""
-        UPDATE schedules {_set("cron job tz catch_up next_run")}
+    SET_SCHEDULE = "UPDATE schedules " + _set(
+        "cron job tz catch_up paused next_run last_run last_job skipped") + """
          WHERE name = :name"""
     SET_RESULT = """
         UPDATE schedules
@@ -2490,7 +2471,6 @@ class Sql:
          WHERE name = :name"""
     DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 
-    # `heartbeats` is a count, so that no two clocks are compared.
     INSERT_WORKER = _insert("workers", *Worker._fields[:14])
     WORKERS = "SELECT * FROM workers ORDER BY id"
     STOP_REQUESTED = "SELECT stop_requested FROM workers WHERE id = :id"
@@ -2518,7 +2498,6 @@ class Sql:
                             CROSS JOIN runs
                             WHERE jobs.claim IS NOT NULL AND runs.claim = jobs.claim
                               AND runs.worker_id = :id)"""
-    # Also of dead workers: a lost datagram costs less than to check who is alive.
     PORTS = "SELECT port FROM workers WHERE port IS NOT NULL"
 
     # Completion: what begins with a word lies from :word to :end in an index; `look`
@@ -2547,9 +2526,8 @@ class Sql:
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
-    # Counts and tallies are written once a transaction (I8): with triggers, workers
-    # claimed 40% fewer jobs a second. A row stays at 0, as a metric must not vanish,
-    # and is never negative, as a wrong count must not stop a worker.
+    # Not by triggers (I8): workers claimed 40% fewer jobs a second. Rows stay at 0, as
+    # a metric must not vanish, and is never below, as that must not stop a worker.
     COUNTS = "SELECT queue, state, n FROM counts"
     COUNT = """
         INSERT INTO counts (queue, state, n)
@@ -2584,8 +2562,7 @@ class Sql:
                 WHERE minute > 0 AND minute < :before
                 LIMIT :limit)"""
 
-    # Rules between tables: a code, a message for each row found, a statement. They read
-    # whole tables, so only `check` runs them, in one snapshot.
+    # For `check`, as they read whole tables: a code, a message for each row found.
     RULES = (
         ("counters", "the counter of {} jobs is wrong (I8)", """
             SELECT queue || '/' || state
@@ -2721,8 +2698,7 @@ def not_a_queue(path: str) -> Refused:
                    "give another path with --db")
 
 
-# By SQLite's messages: Python has its error codes since 3.11. For damaged text Python
-# 3.9 has an empty message.
+# By messages, as Python 3.9 has no error codes; its message is empty for damaged text.
 _REFUSALS: tuple[tuple[str, Callable[[str, Exception], QueueError]], ...] = (
     ("closed database", lambda path, error: Refused(
         "unsupported", "this queue was closed", "open a new queuectl.Queue")),
@@ -2760,11 +2736,7 @@ def system_path(path: str) -> str:
 
 
 def _connect(path: str, mode: str, timeout: float = 0.0) -> sqlite3.Connection:
-    """A connection that begins no transaction by itself.
-
-    Each byte of the path is escaped: ?, #, % and // have a meaning in a URI, and the
-    path may not be UTF-8.
-    """
+    # The path may not be UTF-8; ?, #, % and // have a meaning in a URI.
     escaped = "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     return sqlite3.connect(f"file:{escaped}?{mode}", uri=True, timeout=timeout,
                            isolation_level=None, check_same_thread=False,
@@ -2780,10 +2752,7 @@ def _stat(path: str | int) -> tuple[int, int, int, int]:
 
 
 class SQLite:
-    """A database file, with one connection, which threads may share by its lock.
-
-    Results are read at once, so no reader keeps the WAL from shrinking.
-    """
+    """A database file, with one connection, which threads may share by its lock."""
 
     # Kind, version, vacuum and WAL belong to the file; the rest to a connection.
     KIND = "PRAGMA application_id"
@@ -2840,7 +2809,6 @@ class SQLite:
             raise
 
     def close(self) -> None:
-        """Close the database; idempotent."""
         with self._lock:
             if not self.is_in_place():
                 # Commits in the WAL must go to this file, not to one of the same name.
@@ -2852,7 +2820,6 @@ class SQLite:
     # tables. Another process may be at any of these steps, or may have died there.
 
     def _make_file(self, create: bool) -> None:
-        """Create the file if it is missing; refuse one that cannot be a queue."""
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
             try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
@@ -2881,8 +2848,7 @@ class SQLite:
         """Read the header without a lock, a journal or a write.
 
         Not by open(): closing that descriptor would release this process's locks of the
-        file. With immutable=1 SQLite ignores journal and WAL, so it may see old data,
-        but kind and version change only while the file is created.
+        file. immutable=1 may show old data, but kind and version do not change later.
         """
         size = os.stat(self.path).st_size
         if size == 0 or (size <= FILE_PAGE and os.path.exists(f"{self.path}-journal")):
@@ -2957,9 +2923,7 @@ class SQLite:
                               "make it and its directory writable, or work on a copy")
 
     def _set_up(self, create: bool) -> None:
-        """Create or upgrade the tables, and configure the connection. The version is
-        read each time, as another process may change it in between.
-        """
+        # The version is read each time, as another process may change it in between.
         if self._ask(self.VERSION) == 0:
             self._refuse_empty(create)
             self._refuse_read_only()
@@ -2988,10 +2952,8 @@ class SQLite:
             self._upgrade()
 
     def _upgrade(self) -> None:
-        """Create the tables, or upgrade those of an older format after a backup, in one
-        transaction, unless another process has done so.
-
-        Not by executescript(), which commits first, so no statement may contain a `;`.
+        """Create the tables, or upgrade an older format after a backup, in one
+        transaction, so not by executescript(); unless another process has done so.
         """
         with self.transaction():
             version = self._ask(self.VERSION)
@@ -3073,6 +3035,9 @@ class SQLite:
 
     def _patiently(self, action: Callable[[], Any],
                    patience: float | None = None) -> Any:
+        if os.getpid() != self._process:    # both would damage the file
+            raise Refused("unsupported", "this queue was opened before a fork",
+                          "open a queuectl.Queue of its own in each process")
         end = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
@@ -3083,15 +3048,8 @@ class SQLite:
                     raise refused from error
                 time.sleep(BUSY_PAUSE)
 
-    def _guard_process(self) -> None:
-        """Refuse after a fork: two processes with one connection damage the file."""
-        if os.getpid() != self._process:
-            raise Refused("unsupported", "this queue was opened before a fork",
-                          "open a queuectl.Queue of its own in each process")
-
     def _begin(self, patience: float) -> None:
         """Begin to write; Gone if the file, checked under the lock, lost its name."""
-        self._guard_process()
         self._refuse_read_only()
         self._patiently(lambda: self._db.execute(self.BEGIN), patience)
         if not self.is_in_place():
@@ -3147,7 +3105,6 @@ class SQLite:
 
     def rows(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """All rows of a statement: an unfinished one would block each commit."""
-        self._guard_process()
         with self._lock:    # a transaction of this thread holds it already
             if self._frozen and not self._db.in_transaction and self._frozen != [
                     _stat(self.path), _stat(self._wal_path)]:
@@ -3158,8 +3115,8 @@ class SQLite:
         return found
 
     def write(self, sql: str, rows: Sequence[Any], expect: int | None = None) -> int:
-        """Run a statement for each of the rows; returns the number of changed rows.
-        Stale if that is not `expect`, as a guard did not hold (I3).
+        """Run a statement for each row; returns the number of changed rows. Stale if
+        that is not `expect`, as a guard did not hold (I3).
         """
         if not rows:
             return 0
@@ -3235,8 +3192,8 @@ WORKER_LOCKS = 1 << 62    # offsets from here are workers' ids; below, claim num
 # as by the compiler.
 _FLOCK = "hhqqi"
 SCRATCH_LOCK = 0        # offset to probe locks: no run has that number
-# The file also has a record of each slot's process: claim, pid, pid namespace, and the
-# CLOCK_BOOTTIME before the start with the duration of the start.
+# The file also has a record of each slot's process: claim, pid, pid namespace, seconds
+# since boot before the start, duration of the start.
 _PROCESS = struct.Struct("=qiIdf")
 PLACES = 1024           # of workers, by id modulo this; limits the file's size
 _PLACE_SIZE = (MAX_SLOTS + 1) * _PROCESS.size
@@ -3281,17 +3238,15 @@ def _pids() -> list[int]:
 
 
 def _pid_namespace() -> int:
-    """The number of the process id namespace: containers have their own."""
+    # Containers have their own.
     return _stat("/proc/self/ns/pid")[1] & 0xFFFFFFFF
 
 
 class Locks:
     """Locks on one small file beside the database, one byte for each worker or run.
 
-    Each `hold` opens the file again: the lock belongs to that open file description,
-    and lasts until the last process that inherited it has exited. Plain locks of
-    fcntl(2) are not inherited, and end when the process closes any descriptor of the
-    file.
+    Each lock belongs to the open file description of its `hold`, so it lasts until the
+    last process that inherited it has exited; plain locks are not inherited.
     """
 
     def __init__(self, path: str, probe: int = -1) -> None:
@@ -3327,8 +3282,7 @@ class Locks:
         return -1
 
     def is_held(self, offset: int) -> bool:
-        """Return True if a process, this one included, holds the lock; also if that is
-        unknown, as a run that is alive must not be reaped.
+        """Return True if a process, this one included, holds the lock, or may hold it.
         """
         if self._works is False:
             return False
@@ -3361,11 +3315,8 @@ class Locks:
 
     def note(self, lock: int, worker: int, claim: Claim, pid: int,
              since: float) -> None:
-        """Record the process started for a run after `since`, by the worker's
-        descriptor `lock`.
-
-        Other workers use it to kill the process if worker and supervisor were killed.
-        No fsync is needed, as no process survives a power cut.
+        """Record by the worker's descriptor `lock` the process started for a run after
+        `since`: other workers kill it if worker and supervisor were killed.
         """
         with contextlib.suppress(OSError):      # a full disk: the lock tells enough
             os.pwrite(lock, _PROCESS.pack(
@@ -3397,11 +3348,8 @@ class Locks:
         return None
 
     def _is_proven(self, fd: int) -> bool:
-        """Return True if two open file descriptions conflict.
-
-        The constants prove nothing: macOS has another `struct flock`, and old kernels
-        answer EINVAL. A shared lock on a scratch byte works on read-only files and
-        conflicts with no other process.
+        """Return True if two open file descriptions conflict: macOS has another `struct
+        flock`, old kernels answer EINVAL. A shared lock works on read-only files.
         """
         if self._works is None:
             other = self._open(os.O_RDONLY)
@@ -3471,8 +3419,7 @@ class Host:
 
     def is_alive(self, worker: Worker) -> bool | None:
         """Return True if the worker's process exists, None if unknown, as on another
-        machine. Either its lock or its process proves it: the lock file may have been
-        deleted, the process id may belong to another container.
+        machine. Its lock file may have been deleted; its pid may be of a container.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
             # With this machine's name: it has been rebooted since.
@@ -3489,8 +3436,8 @@ class Host:
 
 
 class Wakeup:
-    """A pipe to wake a thread in poll, also from a signal handler: it takes no lock.
-    `threading.Event.set` does, and hung in a handler.
+    """A pipe to wake a thread in poll, also from a signal handler, where
+    `threading.Event.set` hung on its lock.
     """
 
     def __init__(self) -> None:
@@ -3499,8 +3446,7 @@ class Wakeup:
         os.set_blocking(self.writer, False)
 
     def set(self) -> None:
-        """Wake the reader; a full pipe wakes it, too."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):      # full: it wakes, too
             os.write(self.writer, b"!")
 
     def clear(self) -> None:
@@ -3578,19 +3524,14 @@ class Notifier:
             self.interval = int(usec) / 2e6
         self._watchdog_at = math.inf    # monotonic; once it is ready
         self._status, self._status_at = "", 0.0
-        self._is_stopping = False
 
     def ready(self) -> None:
-        """Report that the worker is ready, and start the watchdog messages."""
         self._tell("READY=1", NOTIFY_PATIENCE)
         if self.interval < math.inf:
             self._watchdog_at = time.monotonic()
 
     def stopping(self) -> None:
-        """Report, once, that the worker is stopping."""
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._tell("STOPPING=1", NOTIFY_PATIENCE)
+        self._tell("STOPPING=1", NOTIFY_PATIENCE)
 
     @property
     def next_at(self) -> float:
@@ -3599,8 +3540,8 @@ class Notifier:
             if self._address else math.inf
 
     def step(self, status: Callable[[], str]) -> None:
-        """Send the watchdog message when it is due, and a new status once a second at
-        most. Called by the worker's loop: a thread would continue while the loop hangs.
+        """Send what is due: the watchdog message, and a new status each second. Not in
+        a thread, which would continue while the worker's loop hangs.
         """
         now = time.monotonic()
         if now >= self._watchdog_at:
@@ -3672,21 +3613,20 @@ def _words(text: str) -> tuple[str, ...]:
     return () if text == "[]" else tuple(json.loads(text))
 
 
-def _json(value: Any) -> str:
-    """JSON as in a column: exactly `[]` or `{}` if empty."""
-    return json.dumps(value, ensure_ascii=False) if value else \
-        "{}" if isinstance(value, dict) else "[]"
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def row_of(record: Job | Worker | Schedule) -> dict[str, Any]:
+    """The columns of a record by name, with lists and objects as JSON."""
+    return {key: _encoded(value) if isinstance(value, (tuple, list, dict)) else value
+            for key, value in record._asdict().items()}
 
 
 def job_of(row: tuple[Any, ...]) -> Job:
-    job = Job._make(row)
-    # 13: after, 15: tags, 16: env, 30: after_any, as JSON, mostly empty
-    if row[13] == row[15] == row[30] == "[]" and row[16] == "{}":
-        return job._replace(after=(), tags=(), env={}, after_any=(),
-                            held=bool(job.held))
-    return job._replace(after=_words(row[13]), tags=_words(row[15]),
-                        env=json.loads(row[16]), after_any=_words(row[30]),
-                        held=bool(job.held))
+    # 13: after, 15: tags, 16: env, 30: after_any, 36: held
+    return Job._make(row)._replace(
+        after=_words(row[13]), tags=_words(row[15]), after_any=_words(row[30]),
+        env=json.loads(row[16]) if row[16] != "{}" else {}, held=bool(row[36]))
 
 
 def waits_of(job: Job, now: float) -> str:
@@ -3735,22 +3675,8 @@ def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
                           "take one of these out", "after") from None
 
 
-def _added(job: Job, seq: int, unmet: int, settings: Settings, now: float) -> Job:
-    """The job to insert. Of the settings, only max_retries is stored in it."""
-    at = iso(now)
-    job = job._replace(
-        seq=seq, id=job.id or f"job-{seq}", created_at=at, updated_at=at,
-        run_at=job.run_at or at, unmet=unmet,
-        max_retries=settings.max_retries if job.max_retries < 0 else job.max_retries)
-    return job._replace(rank=rank_of(job.priority, job.run_at, settings),
-                        waits=waits_of(job, now))
-
-
 def hook_env(job: Job, output: bytes) -> dict[str, str]:
-    """The variables of a hook. So no text of a job is ever part of the hook's command.
-
-    Each with its name is as long as execve(2) takes; the output is its last 4 KiB.
-    """
+    """The variables of a hook, each cut to what execve(2) takes."""
     end = output[-4096:].decode("utf-8", "replace").replace("\0", "\ufffd")
     if len(output) > 4096:
         end = end.lstrip("\ufffd")      # the rest of a character
@@ -3890,10 +3816,8 @@ class Ledger:
 
     def add(self, jobs: Sequence[Job], now: float) -> tuple[list[Job], int]:
         """Add jobs, which may name each other; returns the jobs, and how many are new.
-        If a key (unique, once) is taken, it returns the job that has it.
-
-        An error has in `item` the number of the job at fault, from 0. It is raised
-        before the first write.
+        If a key (unique, once) is taken, it returns the job that has it. An error has
+        the `item` at fault, and is raised before the first write.
         """
         # Above every job-N that a user chose, so that no N is used twice. 15 digits are
         # far below the last row number, 2 ** 63 - 1.
@@ -3919,7 +3843,7 @@ class Ledger:
                 ("once", job.once), ("unique", job.unique)) if key is not None})
         # Later ticks lower `unmet` for all dependents of these, also for new ones.
         unblocking = dict(self.rows(Sql.UNBLOCKING))
-        settings = self.settings()
+        settings, at = self.settings(), iso(now)
         new: dict[int, Job] = {}
         needs: list[dict[str, int]] = []
         for seq in seqs.values():
@@ -3936,7 +3860,12 @@ class Ledger:
                 needs.append({"needs": needed, "job": seq, "any_outcome": int(is_any)})
                 unmet += not older or needed in unblocking \
                     or older[0].state not in (OVER if is_any else (COMPLETED,))
-            new[seq] = _added(job, seq, unmet, settings, now)
+            job = job._replace(
+                seq=seq, id=job.id or f"job-{seq}", created_at=at, updated_at=at,
+                run_at=job.run_at or at, unmet=unmet, max_retries=settings.max_retries
+                if job.max_retries < 0 else job.max_retries)
+            new[seq] = job._replace(waits=waits_of(job, now), rank=rank_of(
+                job.priority, job.run_at, settings))
         if needs:
             _refuse_cycle(needs, seqs, first)
         self._insert([*new.values()], needs, now)
@@ -3956,9 +3885,7 @@ class Ledger:
     def _insert(self, jobs: Sequence[Job], needs: Sequence[Mapping[str, int]],
                 now: float) -> None:
         """Write the jobs with their first events (I1), needs, tags and counts (I8)."""
-        self.write(Sql.INSERT_JOB, [
-            {**job._asdict(), "after": _json(job.after), "tags": _json(job.tags),
-             "env": _json(job.env), "after_any": _json(job.after_any)} for job in jobs])
+        self.write(Sql.INSERT_JOB, [row_of(job) for job in jobs])
         self._add_events([(None, "", job) for job in jobs])
         self.write(Sql.INSERT_NEED, needs)
         self.write(Sql.INSERT_TAG, [{"tag": tag, "job": job.seq}
@@ -3978,18 +3905,12 @@ class Ledger:
     # Changes of state.
 
     def move(self, changes: Sequence[Change], now: float) -> list[Job]:
-        """Change the states of jobs by verbs of MOVES; returns the changed jobs.
-        Conflict, also for a unique key, before the first write.
-
-        Each write is guarded by the state and claim that the job had (I1, I3). Sets
-        what follows from the new state: claim and worker (I2), the request to end,
-        `waits` and rank (I7).
+        """Change the states of jobs by verbs of MOVES, with what follows from a state:
+        claim, worker (I2), waits, rank (I7); returns the changed jobs. Each write is
+        guarded by the state and claim that the job had (I1, I3).
         """
         if not changes:
             return []
-        for _, why in self.taken_keys(change.before for change in changes
-                                      if change.verb == "retry"):
-            raise why
         settings, jobs = self.settings(), list[Job]()
         for verb, before, after, *_ in changes:
             step = MOVES[verb]
@@ -4235,7 +4156,7 @@ class Ledger:
 
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
         schedule = schedule._replace(**changes)
-        self.do(Sql.SET_SCHEDULE, schedule._asdict())
+        self.do(Sql.SET_SCHEDULE, row_of(schedule))
         return schedule
 
     def fire(self, schedule: Schedule, now: float) -> str:
@@ -5215,8 +5136,7 @@ class Queue:
                                f"there is a schedule {name!r} already",
                                f"`queuectl schedule edit {name}` changes it")
             store.do(Sql.INSERT_SCHEDULE, {
-                **schedule._asdict(), "job": json.dumps(schedule.job),
-                "next_run": run_after(schedule, now)})
+                **row_of(schedule), "next_run": run_after(schedule, now)})
         self.wake(NEW_JOBS)
         return self.schedule(name)
 
@@ -5233,7 +5153,7 @@ class Queue:
                 catch_up=old.catch_up if catch_up is None else catch_up)
             if (new.cron, new.tz) != (old.cron, old.tz):
                 new = new._replace(next_run=run_after(new, now))
-            store.do(Sql.EDIT_SCHEDULE, {**new._asdict(), "job": json.dumps(new.job)})
+            store.set_schedule(new)
         self.wake(NEW_JOBS)
         return self.schedule(name)
 
@@ -5410,9 +5330,7 @@ class Claims:
             # process, a row with a free lock is a dead worker.
             number, self.lock = self._lock_number("workers", WORKER_LOCKS)
             worker = worker._replace(id=number)
-            store.do(Sql.INSERT_WORKER, {
-                **worker._asdict(), "queues": _json(worker.queues),
-                "gpus": _json(worker.gpus)})
+            store.do(Sql.INSERT_WORKER, row_of(worker))
         return worker
 
     def _release_lock(self) -> None:
@@ -5573,9 +5491,8 @@ class Claims:
         if not self._store.do(Sql.HEARTBEAT, {"id": worker.id, "now": iso(now)}):
             if any(other.name == worker.name for other in self._store.workers()):
                 worker = worker._replace(name=f"{worker.name}#{worker.id}")
-            self._store.do(Sql.INSERT_WORKER, {
-                **worker._asdict(), "queues": _json(worker.queues),
-                "gpus": _json(worker.gpus), "heartbeat_at": iso(now)})
+            self._store.do(Sql.INSERT_WORKER, row_of(
+                worker._replace(heartbeat_at=iso(now))))
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:

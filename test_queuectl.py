@@ -1973,8 +1973,7 @@ class Notices(Case):
         notifier.ready()
         for _ in range(3):
             notifier.step(lambda: "waiting")
-        for _ in range(2):
-            notifier.stopping()
+        notifier.stopping()
         self.assertEqual(manager.received(), ["STATUS=waiting", "READY=1", "WATCHDOG=1",
                                               "STOPPING=1"])
         for address in (b"/nowhere/at/all", b"relative", b"x" * 200):   # it is gone
