@@ -11986,7 +11986,7 @@ def is_foreground() -> bool:
     """Return False for a background job of stderr's terminal."""
     try:
         return os.tcgetpgrp(2) == os.getpgrp()
-    except OSError:     # not its controlling terminal
+    except (AttributeError, OSError):   # Windows; not its controlling terminal
         return True
 
 
@@ -12162,7 +12162,7 @@ class Screen:
         now = time.monotonic()
         if not self.draws or now < self._drawn_at + 0.1 or not is_foreground():
             return
-        with contextlib.suppress(ValueError):   # not the main thread
+        with contextlib.suppress(AttributeError, ValueError):   # not the main thread
             if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 signal.signal(signal.SIGTSTP, self._suspend)
         self._drawn_at = now
