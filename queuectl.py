@@ -11628,19 +11628,14 @@ def serve_agent(agent: Agent, fd: int) -> None:
 
 
 # ---- 21 Install --------------------------------------------------------------
-# How others start this program: a launcher, completion scripts, a systemd unit. The
-# scripts contain no commands and flags: at each Tab they run `queuectl __complete --
-# WORD...`; the last word is the one under the cursor, as typed. The answer has one line
-# per choice, `WORD<tab>MEANING`, or is `<tab>files<tab>BEFORE` (or `dirs`): the shell
-# then completes file names, after the text BEFORE.
+# How others start this program: a launcher, completion scripts, a systemd unit.
 
-STOP_MARGIN = 15       # seconds that systemd allows beyond the worker's own limits
-
-# bash also splits words at : = @, which ids and flags contain, and replaces only the
-# last part. zsh may load the file from $fpath as the function itself, which must then
-# call the function defined in it. fish needs BEFORE in each file name. All keep the
-# order, newest jobs first (nosort, which bash has since 4.4; -V; -k). They run the
-# program on the command line, or PROGRAM if that is an alias or an uncompiled script.
+# At each Tab the scripts run `queuectl __complete -- WORD...`; the last word is the one
+# under the cursor. The answer has one line per choice, `WORD<tab>MEANING`, or is
+# `<tab>files<tab>BEFORE` (or `dirs`): the shell then completes file names, after BEFORE.
+# zsh may load the file from $fpath as the function itself, which must then call the
+# function defined in it. All keep the order, newest jobs first (nosort, which bash has
+# since 4.4; -V; -k). PROGRAM replaces an alias or an uncompiled script.
 SHELLS = {"bash": """\
 # Completion for queuectl in bash. In ~/.bashrc:  eval "$(queuectl completion bash)"
 # For an alias q:  complete -o nosort -F _queuectl q
@@ -11725,22 +11720,19 @@ function __queuectl_complete
 end
 complete -c queuectl -c queuectl.py -f -k -a '(__queuectl_complete)'
 """}
-# Python caches the bytecode of imported modules, not of scripts. With -c, sys.path[0]
-# is the current directory, from which a stray json.py could be imported: the module's
-# directory replaces it.
+# Python caches the bytecode of imported modules, not of scripts. The module's directory
+# replaces the current one, from which a stray json.py could be imported.
 BY_IMPORT = ("import sys; sys.path[0] = sys.argv.pop(1); import queuectl; "
              "sys.exit(queuectl.main())")
 LIBRARY = os.path.join("lib", "queuectl")   # of an installed module, below --to
 
 
 def start_words() -> tuple[str, ...]:
-    """Return the words that start this program with cached bytecode; UnicodeError.
-
-    Paths are absolute, since a service has another directory and $PATH. Python may not
-    know its own path: sys.executable is then "" or None.
+    """Return the words that start this program with cached bytecode, anywhere;
+    UnicodeError.
     """
-    python, file = (as_utf8(sys.executable or "python3"),
-                    as_utf8(os.path.abspath(__file__)))
+    python = as_utf8(sys.executable or "python3")   # Python may not know its own path
+    file = as_utf8(os.path.abspath(__file__))
     folder, name = os.path.split(file)
     if name != "queuectl.py":       # it cannot be imported
         return python, file
@@ -11781,9 +11773,8 @@ def _replace(path: str, content: bytes, mode: int) -> None:
 
 
 def install(to: str) -> str:
-    """Install module, bytecode and launcher below a directory; return the launcher.
-
-    It replaces an older installation; Refused, Unavailable.
+    """Install or replace module, bytecode and launcher below a directory; return the
+    launcher. Refused, Unavailable.
     """
     import py_compile   # 5 ms
     import shlex
@@ -11815,19 +11806,15 @@ def install(to: str) -> str:
 
 
 def systemd_word(word: str, is_program: bool = False) -> str:
-    """Quote a word of ExecStart=.
-
-        100% $HOME -> "100%% $$HOME"
-
-    %x is a specifier (systemd.unit(5)), $X a variable, and quoted words have C's
-    escapes (systemd.service(5), "Command lines"). In the program's path $ is literal.
+    """Quote a word of ExecStart=: %x is a specifier (systemd.unit(5)), $X a variable,
+    and quoted words have C's escapes (systemd.service(5), "Command lines"). In the
+    program's path $ is literal.
     """
     if re.fullmatch("[A-Za-z0-9_./:@,=+-]+", word):
         return word
-    escaped = "".join(f"\\x{ord(char):02x}" if char < " " or char == "\x7f"
-                      else "\\" + char if char in "\\\"" else char for char in word)
-    escaped = escaped.replace("%", "%%")
-    return '"' + (escaped if is_program else escaped.replace("$", "$$")) + '"'
+    escaped = re.sub(r'[\0-\x1f\x7f"\\]', lambda char: f"\\x{ord(char[0]):02x}",
+                     word.replace("%", "%%"))
+    return f'"{escaped if is_program else escaped.replace("$", "$$")}"'
 
 
 UNIT_FILE = """\
@@ -11854,29 +11841,18 @@ RestartPreventExitStatus=2
 WantedBy={target}
 """
 # Restrictions that any service manager can apply, and those that need root's.
-_BY_ANY = """\
-#NoNewPrivileges=yes
-#RestrictSUIDSGID=yes
-#LockPersonality=yes
-#RestrictRealtime=yes
-"""
-_BY_ROOT = """\
-#CapabilityBoundingSet=
-#ProtectKernelTunables=yes
-#ProtectKernelModules=yes
-#ProtectKernelLogs=yes
-#ProtectControlGroups=yes
-#ProtectClock=yes
-"""
+_BY_ANY = "".join(f"#{name}=yes\n" for name in (
+    "NoNewPrivileges", "RestrictSUIDSGID", "LockPersonality", "RestrictRealtime"))
+_BY_ROOT = "#CapabilityBoundingSet=\n" + "".join(f"#Protect{name}=yes\n" for name in (
+    "KernelTunables", "KernelModules", "KernelLogs", "ControlGroups", "Clock"))
 WORKER_SERVICE = f"""\
 NotifyAccess=all
 # An upgrade of the database makes a backup first.
 TimeoutStartSec=10min
-# `stop` and `restart` let running jobs finish: only the worker gets SIGTERM. Processes
-# that remain after it has exited, or after TimeoutStopSec=, are killed.
+# `stop` and `restart` let running jobs finish: only the worker gets SIGTERM.
 KillMode=mixed
-# How long running jobs may take to finish; infinity also delays a shutdown of the
-# machine. With `queuectl systemd --grace 5m` the worker requeues them after 5 minutes.
+# How long that may take; infinity also delays a shutdown of the machine. With
+# `queuectl systemd --grace 5m` the worker requeues its jobs after 5 minutes.
 TimeoutStopSec={{stop_timeout}}
 # A worker that hangs is killed and restarted; its jobs run again.
 WatchdogSec=60
@@ -11909,19 +11885,13 @@ StandardOutput=null
 # If the queue is not in /tmp:
 #PrivateTmp=yes
 """
-MAKE_TOKEN = """
-#     (umask 077; echo QUEUECTL_TOKEN=$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')
-#         > {})"""
 
 
 def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
               grace: float | None = None) -> str:
     """Return a systemd unit that runs a worker or the dashboard: the user's own, or the
-    system's.
-
-    The latter runs as the owner of the database `path`, whose mode is 0600. systemd
-    kills a worker that does not stop within `grace` seconds (None: never), `kill-grace`
-    and a margin; its jobs then run again.
+    system's, which runs as the owner of the database. A worker has `grace` seconds to
+    stop (None: any time).
     """
     owner, stop_timeout = os.getuid(), "infinity"
     with contextlib.suppress(OSError):
@@ -11934,8 +11904,8 @@ def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
         stored: dict[str, str] = {}     # the default, if there is no queue yet
         with contextlib.suppress(QueueError), glance(path) as rows:
             stored = dict(rows(Sql.STORED_SETTINGS))
-        seconds = math.ceil(grace + settings_of(stored).kill_grace) + STOP_MARGIN
-        stop_timeout = f"{seconds}s"
+        # 15 s later than the worker kills its jobs, systemd kills the worker.
+        stop_timeout = f"{math.ceil(grace + settings_of(stored).kill_grace) + 15}s"
     # RequiresMountsFor= has specifiers; a backslash makes the next character literal,
     # so control characters cannot be escaped.
     folders = dict.fromkeys(map(os.path.dirname, (path, os.path.realpath(path))))
@@ -11952,7 +11922,9 @@ def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
         mounts=mounts and f"\nRequiresMountsFor={mounts}",
         place=f"~/.config/systemd/user/{name}.service" if is_own
         else f"/etc/systemd/system/{name}.service",
-        token=MAKE_TOKEN.format(tokens.replace("%h", "~")) if is_web else "",
+        token="\n#     (umask 077; echo QUEUECTL_TOKEN=$(od -An -N32 -tx8 /dev/urandom |"
+              f" tr -d ' \\n')\n#         > {tokens.replace('%h', '~')})"
+        if is_web else "",
         control="systemctl --user" if is_own else "systemctl",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"

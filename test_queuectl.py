@@ -3959,7 +3959,7 @@ class Views(Case):
     def test_a_unit_file_hands_over_each_word_as_it_stands(self):
         for word, there in (("/usr/bin/queue-1.db", "/usr/bin/queue-1.db"),
                             ("a b", '"a b"'), ("100%", '"100%%"'), ("$HOME", '"$$HOME"'),
-                            ('a"b\\c', '"a\\"b\\\\c"'), ("ü;", '"ü;"'), (";", '";"'),
+                            ('a"b\\c', '"a\\x22b\\x5cc"'), ("ü;", '"ü;"'), (";", '";"'),
                             ("a\nb\x7f", '"a\\x0ab\\x7f"'), ("", '""')):
             with self.subTest(word):
                 self.assertEqual(queuectl.systemd_word(word), there)
