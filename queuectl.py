@@ -250,6 +250,8 @@ class QueueError(Exception):
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(f"{message}; {hint}" if hint else message)
         self.code, self.message, self.hint = code, message, hint
+        if code == "disk-full":
+            self.status = 507   # WebDAV's (RFC 4918, section 11.5)
 
     def name_place(self, place: str) -> None:
         """Put a place, such as `line 3`, before the message; "": change nothing."""
@@ -270,9 +272,10 @@ class Conflict(QueueError):
 class Invalid(QueueError):
     """A given value is wrong; `key` names the job's field, if it is one."""
     status = 400
+    usual_code = "invalid-value"
 
     def __init__(self, message: str, hint: str = "", key: str | None = None) -> None:
-        super().__init__("invalid-value" if key is None else "invalid-job",
+        super().__init__(self.usual_code if key is None else "invalid-job",
                          message, hint)
         self.key = key
 
@@ -280,18 +283,11 @@ class Invalid(QueueError):
 class Usage(Invalid):
     """The command line is invalid."""
     exit_status = EX_USAGE
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)
-        self.code = "usage"
+    usual_code = "usage"
 
 
 class Unavailable(QueueError):
     """The database cannot be written now; nothing was changed. Workers retry."""
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
-        super().__init__(code, message, hint)
-        if code == "disk-full":
-            self.status = 507   # WebDAV's (RFC 4918, section 11.5)
 
 
 class Gone(QueueError):
@@ -6540,14 +6536,9 @@ def change_line(change: Change, now: float) -> str:
     if job.state not in (FAILED, DEAD):
         return f"{job.id} {'cancelled' if job.state == CANCELLED else 'requeued'} " \
             f"after {took}"
-    cause = f"exit {outcome.exit_code}"
-    if outcome.kind == TIMEOUT:
-        cause = "timed out"
-    elif outcome.exit_code is None:
-        cause = error or "not started"
-    elif outcome.exit_code > 128 and error.startswith("killed"):
-        # The status alone proves no signal: a shell also exits with 128 + N.
-        cause = error.partition(":")[0]
+    # Of `exit status 1: last line` or `timed out after 2s` only the beginning.
+    cause = error if outcome.exit_code is None else re.sub(
+        " status|(:| after ).*", "", error)
     wait = max(0.0, epoch(job.run_at) - now)
     follows = "now in the dead letter queue" if job.state == DEAD \
         else f"again in {span(wait if wait < 1 else round(wait, 1))}"
@@ -6636,16 +6627,12 @@ def metrics_text(scrape: Scrape) -> str:
 
 
 # ---- 14 Processes ------------------------------------------------------------
-# A Command is one run of one command, from its start to its Outcome; it never blocks
-# and does not use the queue. The supervisor is the worker's parent: it kills process
-# trees, and all remaining processes when the worker ends. Both are subreapers
-# (prctl(2)): an orphan of a job becomes a child of the worker, or of the supervisor
-# once the worker is dead. So all processes of a job stay below the supervisor, even if
-# they leave the session, close their descriptors and clear their environment; once
-# wait(2) fails with ECHILD, none is left.
-
-LINGER_READ = 1 << 20  # bytes read at most after the command's exit, if others write
-
+# A Command is one run of one command; it never blocks and does not use the queue. The
+# supervisor is the worker's parent: it kills process trees, and all remaining processes
+# when the worker ends. Both are subreapers (prctl(2)): an orphan of a job becomes a
+# child of the worker, or of the supervisor once the worker is dead. So all processes of
+# a job stay below the supervisor, even if they leave the session and clear their
+# environment; once wait(2) fails with ECHILD, none is left.
 
 def _watch_process(pid: int) -> int:
     """Return a descriptor that becomes readable when the process exits; -1 before Linux
@@ -6661,10 +6648,8 @@ def exit_words(status: int) -> str:
     """Describe an exit status; negative: the signal that killed the process."""
     if status >= 0:
         return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"
+    names = {int(one): one.name for one in signal.Signals}
+    return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
 class OutputFile:
@@ -6689,8 +6674,6 @@ class Archive:
     COST = 256          # bytes that a piece counts beyond its length
     SHORT = 10_000      # files that are to get a line for output that was left out
     AGAIN = 3600.0      # seconds until an error is told again
-    FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
-             | getattr(os, "O_NOFOLLOW", 0))
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
@@ -6789,13 +6772,14 @@ class Archive:
                 return
 
     def _write(self, file: OutputFile, rest: memoryview) -> None:
-        fd = -1
+        fd, flags = -1, (os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                         | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             with contextlib.suppress(FileNotFoundError):
-                fd = os.open(file.path, self.FLAGS, 0o600)
+                fd = os.open(file.path, flags, 0o600)
             if fd < 0:
                 os.makedirs(os.path.dirname(file.path), 0o700, exist_ok=True)
-                fd = os.open(file.path, self.FLAGS, 0o600)
+                fd = os.open(file.path, flags, 0o600)
             if file.lost:
                 os.write(fd, left_out(file.lost))
                 file.lost = 0
@@ -6813,8 +6797,8 @@ class Archive:
 
 
 class Command:
-    """One run of a command. The worker calls `read` when `pipe` is readable, `peek`
-    when `watch` is, and `finish` after the exit.
+    """One run of a command, up to its Outcome. The worker calls `read` when `pipe` is
+    readable, `peek` when `watch` is, and `finish` after the exit.
     """
 
     def __init__(self, claim: Claim, timeout: float | None, output_limit: int,
@@ -6832,8 +6816,8 @@ class Command:
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], shell: str, cwd: str = "") -> None:
-        """Start it in a new session, which Ctrl+C does not reach, in the current
-        directory, or in `cwd` by a chdir of the child; OSError, ValueError.
+        """Start it in a new session, which Ctrl+C does not reach; OSError, ValueError.
+        The child changes to `cwd`, as posix_spawn(3) cannot.
         """
         text, lock = self.claim.job.command.encode(), self.claim.lock
         if text[:1] in (b"-", b"+"):    # options of a shell; not all know --
@@ -6846,12 +6830,12 @@ class Command:
         try:
             os.set_blocking(self.pipe, False)
             # No other tree inherits the lock (I5): one thread starts all commands (I9),
-            # and closes the lock before the next start.
+            # and closes it before the next.
             if lock >= 0:
                 os.set_inheritable(lock, True)
             self._begun = time.monotonic()
-            # Python ignores two signals, which execve(2) would preserve: `yes | head`
-            # would then report an error.
+            # Python ignores two signals, and execve(2) preserves that: `yes | head`
+            # would report an error.
             self.pid = os.posix_spawn(
                 words[0], words, env, file_actions=(
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -6897,9 +6881,8 @@ class Command:
         return bool(piece)
 
     def finish(self) -> Outcome:
-        """Reap the exited command and read the rest of its output.
-
-        The pipe stays open while background processes have it.
+        """Reap the exited command and read the rest of its output. The pipe stays open
+        while background processes have it.
         """
         try:
             status = self._reap() or 0
@@ -6910,7 +6893,8 @@ class Command:
         if self.watch >= 0:
             os.close(self.watch)
             self.watch = -1
-        stop, seen = self.output.total + LINGER_READ, -1
+        # At most 1 MiB, as background processes may write faster.
+        stop, seen = self.output.total + (1 << 20), -1
         while self.pipe >= 0 and seen < self.output.total < stop:
             seen = self.output.total
             self.read()
@@ -6963,10 +6947,9 @@ def _descendants(table: Table, roots: Iterable[int]) -> set[int]:
 class Tree:
     """Kills one run's process tree (I6): SIGTERM, after the grace SIGKILL.
 
-    `head` is the run's first process, 0 if it is gone; its id also names its group and
-    session, and is not reused while these have members. The tree consists of the head,
-    its group and session, orphans whose environment has the claim, and all descendants;
-    if none is left, of the holders of the run's lock.
+    The tree consists of `head`, the run's first process (0: it is gone), its group and
+    session, which have its id, orphans whose environment has the claim, and all
+    descendants; if none is left, of the holders of the run's lock.
     """
 
     def __init__(self, grace: float, claim: int = 0, head: int = 0) -> None:
@@ -6999,9 +6982,7 @@ class Tree:
     def send(self, left: Collection[int], table: Table,
              groups: Iterable[int] = ()) -> set[int]:
         """Signal processes, their groups and `groups`; return those that refused
-        SIGKILL.
-
-        Groups first: a shell must not run on because its command was killed before it.
+        SIGKILL. Groups first: a shell must not run on because its command was killed.
         Then SIGCONT: a stopped process does not handle SIGTERM (signal(7)).
         """
         late, refused = time.monotonic() >= self.kill_at, set[int]()
@@ -7028,8 +7009,8 @@ class Tree:
 
 
 class Trees:
-    """The process trees being killed. Each step reads /proc anew, once for all trees,
-    since a process may fork before it gets the signal.
+    """The process trees being killed. Each step reads /proc anew: a process may fork
+    before it gets the signal.
     """
 
     def __init__(self) -> None:
@@ -7043,10 +7024,8 @@ class Trees:
         self.at = 0.0
 
     def step(self, locks: Locks | None, parents: Collection[int]) -> list[Tree]:
-        """Signal all trees; return those that are gone, or refused by other users.
-
-        The children of `parents` may be orphans of a run. OSError if no descriptor is
-        free: call it again.
+        """Signal all trees; return those that are gone, or refused by other users. The
+        children of `parents` may be orphans. OSError if no descriptor is free: retry.
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
@@ -7073,10 +7052,8 @@ class Trees:
 def await_ends(queue: Queue, jobs: Sequence[Job],
                say: Callable[[str], object]) -> list[Job]:
     """Wait until cancelled jobs have ended; as they are then. Refused for one that has
-    not ended ten seconds after `kill-grace`.
-
-    Lost runs of workers that are gone, as the kernel says, are ended here as by a
-    supervisor (I6); those of a frozen worker are left to other workers.
+    not ended ten seconds after `kill-grace`. Runs of dead workers are killed here (I6);
+    those of frozen workers are left to other workers.
     """
     peers, trees, lost = Peers(queue), Trees(), dict[int, Run]()
     locks, grace = queue.host.locks, queue.store.settings().kill_grace
@@ -7103,12 +7080,9 @@ def await_ends(queue: Queue, jobs: Sequence[Job],
 
 
 def become_subreaper() -> None:
-    """Adopt orphaned descendants: PR_SET_CHILD_SUBREAPER (36) of prctl(2). Without it
-    only process groups are killed.
-    """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes  # 10 ms, and only in a worker
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)     # PR_SET_CHILD_SUBREAPER
 
 
 def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[int] = (),
@@ -7116,7 +7090,7 @@ def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[in
     """Kill all descendants of this process; return those of other users, which remain.
 
     SIGKILL follows after `grace` seconds, or once `hurry` has an element. `spared`:
-    children to leave alone, with their descendants. `groups` are needed without /proc.
+    children to leave alone. `groups` are needed without /proc.
     """
     pause, tree, seen = 0.001, Tree(grace), set[int]()
     while True:
@@ -7142,18 +7116,17 @@ def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[in
         time.sleep(max(0.001, min(pause, until_kill)) if until_kill > 0 else pause)
 
 
-# Messages between worker and supervisor: kind, claim, process, seconds. HELLO carries
-# the lock that the worker and its supervisor hold while they live. START names a group
-# to kill where there are no subreapers, 0 once it is gone. REFUSED: the rest of a tree
-# is another user's. SIGNAL contains a signal's number.
+# Messages between worker and supervisor: kind, claim or signal, process, seconds. HELLO
+# carries the lock that both hold while they live. START names a group to kill where
+# there are no subreapers, 0 once it is gone. REFUSED: the rest of a tree is another
+# user's.
 HELLO, RENEW, START, KILL, KILLED, REFUSED, SIGNAL = range(7)
 _MESSAGE = struct.Struct("=qqqd")
 
 
 class Link:
-    """One end of the socket between worker and supervisor; it never blocks.
-
-    While `is_behind`, call `flush` again soon. `peer` is the other's process id.
+    """One end of the socket between worker and supervisor; it never blocks. While
+    `is_behind`, call `flush` again soon. `peer` is the other's process id.
     """
 
     def __init__(self, end: socket.socket, peer: int = 0) -> None:
@@ -7207,9 +7180,8 @@ class Link:
 
 
 class Supervisor:
-    """The worker's parent: it kills process trees, and has no database or threads.
-
-    `worker` is the process id of its child; `spared` are earlier children.
+    """The worker's parent; it has no database or threads. `worker` is the process id of
+    its child; `spared` are earlier children.
     """
 
     def __init__(self, link: Link, worker: int, wakeup: Wakeup, signals: list[int],
@@ -7332,8 +7304,8 @@ def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> No
 def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
     """Run `work` in a child process; return its exit status, and an error or "".
 
-    Call it before any connection or thread exists. The child gets signals only by its
-    Link: the terminal sends each to both processes, but it must count once.
+    Call it before any thread or connection exists. The child gets signals only by its
+    Link: a terminal sends each to both processes, but it must count once.
     """
     import socket
     become_subreaper()
@@ -7344,8 +7316,8 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
     signals, own, spared = list[int](), os.getpid(), set[int]()
     with contextlib.suppress(ChildProcessError, AttributeError):
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        table = process_table()     # children of a shell that exec'ed this program
-        spared = {pid for pid, (parent, *_) in table.items() if parent == own}
+        # Children of a shell that exec'ed this program.
+        spared = {pid for pid, row in process_table().items() if row[0] == own}
     with contextlib.closing(Wakeup()) as wakeup, handling(
             {**dict.fromkeys(expected, lambda number, _: signals.append(number)),
              signal.SIGCHLD: lambda number, _: None}, wakeup.writer):
@@ -11632,8 +11604,8 @@ def serve_agent(agent: Agent, fd: int) -> None:
 
 # At each Tab the scripts run `queuectl __complete -- WORD...`; the last word is the one
 # under the cursor. The answer has one line per choice, `WORD<tab>MEANING`, or is
-# `<tab>files<tab>BEFORE` (or `dirs`): the shell then completes file names, after BEFORE.
-# zsh may load the file from $fpath as the function itself, which must then call the
+# `<tab>files<tab>BEFORE` (or `dirs`): the shell completes file names, after BEFORE. zsh
+# may load the file from $fpath as the function itself, which must then call the
 # function defined in it. All keep the order, newest jobs first (nosort, which bash has
 # since 4.4; -V; -k). PROGRAM replaces an alias or an uncompiled script.
 SHELLS = {"bash": """\
@@ -11922,9 +11894,9 @@ def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
         mounts=mounts and f"\nRequiresMountsFor={mounts}",
         place=f"~/.config/systemd/user/{name}.service" if is_own
         else f"/etc/systemd/system/{name}.service",
-        token="\n#     (umask 077; echo QUEUECTL_TOKEN=$(od -An -N32 -tx8 /dev/urandom |"
-              f" tr -d ' \\n')\n#         > {tokens.replace('%h', '~')})"
-        if is_web else "",
+        token="\n#     (umask 077; echo QUEUECTL_TOKEN="
+              "$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')\n"
+              f"#         > {tokens.replace('%h', '~')})" if is_web else "",
         control="systemctl --user" if is_own else "systemctl",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"
