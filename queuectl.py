@@ -12092,8 +12092,9 @@ class Screen:
         now = time.time()
         stamp = local_time(now, now if sys.stderr.isatty() else None)
         # The line may replace the progress line of another process (EL).
-        self._write(f"{stamp} {text}" + "\033[K" * self._is_terminal + "\n",
-                    self._drawn.rstrip("\r"))
+        end = "\033[K\n" if self._is_terminal else "\n"
+        lines = fold(f"{stamp} {text}", self.room() if self._is_terminal else 0)
+        self._write("".join(f"{line}{end}" for line in lines), self._drawn.rstrip("\r"))
 
     def clear(self) -> None:
         if self._drawn:
