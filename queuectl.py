@@ -4594,14 +4594,33 @@ class Queue:
     def is_all_paused(self) -> bool:
         return any(name == EVERY_QUEUE for name, _, _ in self.store.rows(Sql.QUEUES))
 
+    def _stops(self, workers: Sequence[Worker]) -> Callable[[str], list[Finding]]:
+        """A function: why no job of a queue starts."""
+        views, all_paused = {one.name: one for one in self.queues()}, \
+            self.is_all_paused()
+
+        def stops(queue: str) -> list[Finding]:
+            _, paused, limit, counts = views.get(queue) \
+                or QueueView(queue, False, 0, {PROCESSING: 0})
+            return [Finding(WARNING, *row) for is_so, *row in (
+                (all_paused, "paused", "all queues are paused", ""),
+                (paused, "paused", f"queue `{queue}` is paused", ""),
+                (limit and counts[PROCESSING] >= limit, "limit",
+                 f"queue `{queue}` is at its limit {limit}",
+                 f"`queuectl queue set {queue} --limit N` changes it"),
+                (not workers, "no-worker", "no worker is running",
+                 "`queuectl worker start` starts one"),
+                (workers and not any(one.takes(queue) for one in workers), "no-worker",
+                 f"no worker takes queue `{queue}`",
+                 f"`queuectl worker start --queue {queue}` starts one")) if is_so]
+        return stops
+
     def hindrances(self, jobs: Iterable[Job]) -> dict[str, list[Finding]]:
         """Why each of these jobs waits, by id ([]: only for its turn), or that the
         worker that runs it is gone.
         """
         workers = [one for one in self.workers() if not one.is_expired]
-        queues, all_paused = {one.name: one for one in self.queues()}, \
-            self.is_all_paused()
-        found = {}
+        stops, found = self._stops(workers), {}
         for job in jobs:
             if job.state == PROCESSING and job.worker not in [
                     one.name for one in workers]:
@@ -4615,32 +4634,23 @@ class Queue:
                 f"retry {id}, or cancel what comes after it"
                 if state in (DEAD, CANCELLED) else "")
                 for state, id in (self._needed(job) if job.waits == BLOCKED else ())]
-            queue = queues.get(job.queue) \
-                or QueueView(job.queue, False, 0, {PROCESSING: 0})
             tries = f" (retry {job.attempts} of {job.max_retries - 1})" \
                 if job.state == FAILED and job.attempts else ""
             able = [one for one in workers if one.takes(job.queue)]
-            fit = [one for one in able if one.slots >= job.slots]
-            free = max([0, *(one.slots - one.busy for one in fit)])
-            found[job.id] += [Finding(*row) for is_so, *row in (
-                (all_paused, WARNING, "paused", "all queues are paused", ""),
-                (queue.paused, WARNING, "paused", f"queue `{job.queue}` is paused", ""),
-                (queue.limit and queue.counts[PROCESSING] >= queue.limit, WARNING,
-                 "limit", f"queue `{job.queue}` is at its limit {queue.limit}", ""),
+            free = [one.slots - one.busy for one in able if one.slots >= job.slots]
+            found[job.id] += stops(job.queue) + [Finding(*row) for is_so, *row in (
                 (job.held, WARNING, "held", "held",
                  f"`queuectl release {job.id}` lets it run"),
                 (job.expires_at and job.expires_at <= iso(self.clock()), WARNING,
                  "expired", "expired: the next worker cancels it", ""),
                 (job.waits == SCHEDULED, NOTE, "due",
                  f"due {ago(job.run_at, self.clock())}{tries}", ""),
-                (not workers, WARNING, "no-worker", "no worker is running",
-                 "`queuectl worker start` starts one"),
-                (workers and not able, WARNING,
-                 "no-worker", f"no worker takes queue `{job.queue}`", ""),
-                (able and not fit, WARNING, "too-wide", f"needs {job.slots} slots, the "
-                 f"largest worker has {max([0, *(one.slots for one in able)])}", ""),
-                (fit and job.waits == READY and free < job.slots > 1, NOTE, "slots",
-                 f"waits for {job.slots} slots, {free} free", "")) if is_so]
+                (able and not free, WARNING, "too-wide",
+                 f"needs {job.slots} slots, the largest worker has "
+                 f"{max([0, *(one.slots for one in able)])}", ""),
+                (free and job.waits == READY and max(free) < job.slots > 1, NOTE,
+                 "slots", f"waits for {job.slots} slots, {max([0, *free])} free", ""),
+            ) if is_so]
         return found
 
     def waiting_for(self, job: Job) -> list[str]:
@@ -4649,13 +4659,10 @@ class Queue:
         reasons = [one.message for one in found]
         if job.waits is None or any(one.code != "slots" for one in found):
             return reasons
-        workers = [one for one in self.workers() if not one.is_expired]
-        # Only jobs that can start: not those of paused, full or unserved queues.
+        stops = self._stops([one for one in self.workers() if not one.is_expired])
         n = sum(self.store.rows(Sql.BEFORE, queue=view.name, rank=job.rank,
                                 run_at=job.run_at, seq=job.seq)[0][0]
-                for view in self.queues()
-                if not view.paused and any(one.takes(view.name) for one in workers)
-                and (not view.limit or view.counts[PROCESSING] < view.limit))
+                for view in self.queues() if not stops(view.name))
         return reasons + [f"behind {counted(n, 'other job')}"] * bool(n) \
             or ["next in line"]
 
@@ -4715,15 +4722,12 @@ class Queue:
     def _attention(self, workers: Sequence[Worker], n_stuck: int,
                    stuck: Sequence[Job]) -> Iterator[Finding]:
         """What keeps due work from running; the last two arguments are of `stuck`."""
-        now, views = self.clock(), {view.name: view for view in self.queues()}
-        workers = [one for one in workers if not one.is_expired]
-        missing = "no worker takes it" if workers else "no worker is running"
-        oldest = self._oldest(views, now, Sql.OLDEST_ENDS)
-        is_stopped = self.is_all_paused()
-        paused = [name for name in oldest if is_stopped or views[name].paused]
-        late = [(seconds, name) for name, seconds in oldest.items()
-                if name not in paused]
-        for seconds, name in sorted(late, reverse=True):
+        now, workers = self.clock(), [one for one in workers if not one.is_expired]
+        stops, oldest = self._stops(workers), self._oldest(
+            [view.name for view in self.queues()], now, Sql.OLDEST_ENDS)
+        paused = [name for name in oldest
+                  if any(one.code == "paused" for one in stops(name))]
+        for name in sorted({*oldest} - {*paused}, key=oldest.__getitem__, reverse=True):
             most = max([0, *(one.slots for one in workers if one.takes(name))])
             [[n, first]] = self.store.rows(Sql.COUNT_WIDE, queue=name, widest=most)
             if n and most:
@@ -4732,26 +4736,21 @@ class Queue:
                     f"run: {first} needs more than {counted(most, 'slot')}, and no "
                     "worker has more", "`queuectl worker start --count N` starts a "
                     f"larger one; or `queuectl edit {first} --slots {most}`")
-            if most and seconds < LONG_WAIT:
+            if most and oldest[name] < LONG_WAIT:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
                                     most=DUE_COUNTED, widest=MAX_SLOTS)
+            why = [*stops(name), Finding(
+                WARNING, "long-wait", "", "start more workers, or see with `queuectl "
+                "status` what runs instead")][0]
             text = f"queue {name} has {n}{'+' * (n == DUE_COUNTED)} due " \
-                f"job{'s' * (n != 1)}, the oldest for {span(seconds)}"
-            limit = views[name].limit
-            if not most:
-                yield Finding(WARNING, "no-worker", f"{text}, and {missing}",
-                              "`queuectl worker start` starts one")
-            elif limit and views[name].counts[PROCESSING] >= limit:
-                yield Finding(WARNING, "long-wait", f"{text}; its limit is {limit}",
-                              f"`queuectl queue set {name} --limit N` changes it")
-            else:
-                yield Finding(WARNING, "long-wait", text, "start more workers, or see "
-                              "with `queuectl status` what runs instead")
-        if oldest and not late:
-            yield Finding(WARNING, "paused", "all due jobs are in paused queues: "
-                          + ", ".join(paused), "`queuectl resume` starts them" if
-                          is_stopped else f"`queuectl resume --queue {paused[0]}`")
+                f"job{'s' * (n != 1)}, the oldest for {span(oldest[name])}"
+            yield why._replace(message=f"{text}; {why.message}".rstrip("; "))
+        if paused and len(paused) == len(oldest):
+            yield Finding(
+                WARNING, "paused", "all due jobs are in paused queues: "
+                + ", ".join(paused), "`queuectl resume` starts them"
+                if self.is_all_paused() else f"`queuectl resume --queue {paused[0]}`")
         patience = LATE_SCHEDULE if workers else 0.0
         for one in sorted(self.schedules(), key=lambda one: one.next_run):
             last = self.last_job(one)
@@ -4771,7 +4770,8 @@ class Queue:
                     WARNING, "overdue-schedule" if workers else "no-worker",
                     f"schedule {one.name} has been due for "
                     f"{span(now - epoch(one.next_run))}, and "
-                    + ("its workers do not run it" if workers else missing),
+                    + ("its workers do not run it" if workers
+                       else "no worker is running"),
                     "see `queuectl worker list`" if workers
                     else "`queuectl worker start` starts one")
         settings = self.store.settings()._asdict().items()

@@ -2528,8 +2528,8 @@ class Promises(Case):
                 ("q", {"after": ["dead"]}, ["after dead (cancelled)"], 1),
                 ("full", {}, ["queue `full` is at its limit 1"], 1),
                 ("other", {}, ["no worker takes queue `other`"], 1),
-                ("halt", {"delay": 60}, ["queue `halt` is paused", "due in 1m",
-                                         "no worker takes queue `halt`"], 3)):
+                ("halt", {"delay": 60}, ["queue `halt` is paused", "no worker takes queue `halt`",
+                                         "due in 1m"], 3)):
             with self.subTest(queue, fields=fields):
                 job = self.job(queue=queue, **fields)
                 self.assertEqual(self.queue.waiting_for(job), wanted)
@@ -3704,10 +3704,11 @@ class Checks(Case):
         self.jobs([{"id": "a", "queue": "gpu"}, {"queue": "gpu"}, {"delay": 7200}])
         self.queue.add_schedule("s", "0 0 * * *", command="true")
         self.assertEqual(found(), [
-            ("no-worker", "queue gpu has 2 due jobs, the oldest for 0s, and no worker is running")])
+            ("no-worker", "queue gpu has 2 due jobs, the oldest for 0s; no worker is running")])
         claims = self.worker(queues=("other",))
         self.assertEqual(found(), [
-            ("no-worker", "queue gpu has 2 due jobs, the oldest for 0s, and no worker takes it")])
+            ("no-worker",
+             "queue gpu has 2 due jobs, the oldest for 0s; no worker takes queue `gpu`")])
         self.queue.pause("gpu")
         self.assertEqual(found(), [("paused", "all due jobs are in paused queues: gpu")])
         self.job(queue="other")
@@ -3722,8 +3723,9 @@ class Checks(Case):
         self.assertEqual(found(), [])
         self.after(3600)
         self.assertEqual(found(), [
-            ("no-worker", "queue default has 1 due job, the oldest for 0s, and no worker takes it"),
-            ("long-wait", "queue other has 1 due job, the oldest for 1h; its limit is 1")][::-1])
+            ("limit", "queue other has 1 due job, the oldest for 1h; queue `other` is at its limit 1"),
+            ("no-worker", "queue default has 1 due job, the oldest for 0s; no worker takes queue "
+             "`default`")])
         self.queue.pause()
         self.assertEqual(found(), [
             ("paused", "all due jobs are in paused queues: default, gpu, other")])
@@ -11675,7 +11677,7 @@ class Times(Processes):
         self.assertEqual(json.loads(self.cli("status", "--json")[1])["next_due"],
                          "2001-01-01T00:00:00.000Z")
         self.worker("--queue", "other")
-        wait_for(lambda: "no worker takes it" in self.cli("check")[1], "the check")
+        wait_for(lambda: "no worker takes queue" in self.cli("check")[1], "the check")
         self.cli("pause")
         self.assertNotIn("no worker", self.cli("check")[1] + self.cli("status")[1])
 
