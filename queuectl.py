@@ -2455,7 +2455,6 @@ class Sql:
     INSERT_SCHEDULE = _insert("schedules", *Schedule._fields)
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
     SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
-    SCHEDULES_DUE = "SELECT * FROM schedules WHERE paused = 0 AND next_run <= :now"
     SET_SCHEDULE = "UPDATE schedules " + _set(
         "cron job tz catch_up paused next_run last_run last_job skipped") + """
          WHERE name = :name"""
@@ -3900,14 +3899,15 @@ class Ledger:
 
     # Changes of state.
 
-    def move(self, changes: Sequence[Change], now: float) -> list[Job]:
+    def move(self, changes: Sequence[Change], now: float,
+             settings: Settings | None = None) -> list[Job]:
         """Change the states of jobs by verbs of MOVES, with what follows from a state:
         claim, worker (I2), waits, rank (I7); returns the changed jobs. Each write is
         guarded by the state and claim that the job had (I1, I3).
         """
         if not changes:
             return []
-        settings, jobs = self.settings(), list[Job]()
+        settings, jobs = settings or self.settings(), list[Job]()
         for verb, before, after, *_ in changes:
             step = MOVES[verb]
             if before.state not in step.sources:
@@ -4059,7 +4059,7 @@ class Ledger:
             self.tally(now, claim.job.queue, f"run:{kind}")
             if outcome.duration is not None:
                 self.tally(now, claim.job.queue, "run_time", outcome.duration)
-        jobs = self.move(changes, now)
+        jobs = self.move(changes, now, settings)
         self.change(Sql.END_RUN, rows)
         return [change._replace(after=job) for change, job in zip(changes, jobs)]
 
@@ -4376,8 +4376,8 @@ class Queue:
     def runs(self, job_id: str, limit: int | None = None) -> list[Run]:
         """All runs of a job, oldest first; or the last `limit`, without output."""
         job = self.store.job(job_id)
-        rows = self.store.rows(Sql.RUNS, job=job.seq) if limit is None else reversed(
-            self.store.rows(Sql.LAST_RUNS, job=job.seq, limit=limit))
+        rows = self.store.rows(Sql.RUNS, job=job.seq) if limit is None else \
+            self.store.rows(Sql.LAST_RUNS, job=job.seq, limit=limit)[::-1]
         return [Run(*row) for row in rows]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
@@ -5350,12 +5350,10 @@ class Claims:
             self._release_lock()
 
     def is_work_ready(self, free: Sequence[int]) -> bool:
-        """Return True if a tick may find work for these slots. Reads only, as idle
-        workers do not write.
+        """Return True if a tick may find work for these slots; reads only.
 
-        Due jobs of any queue count, as any worker makes them ready. Ready jobs count
-        only if this worker can claim them: otherwise idle workers would wake each
-        other.
+        Due jobs of any queue count, as any worker makes them ready; ready jobs only if
+        this worker can claim them, or idle workers would wake each other.
         """
         now = self._clock()
         [[is_any_ready, is_due]] = self._store.rows(Sql.ANY_WORK, now=iso(now),
@@ -5473,8 +5471,8 @@ class Claims:
             one.release()
 
     def _write_heartbeat(self, now: float) -> None:
-        """Also restores the row of this worker if it was removed: with its id, which
-        its lock and runs have, and another name if its own is taken.
+        """Also restores the row of this worker if it was removed, by another name if
+        its own is taken.
         """
         worker = self.worker
         if self.lock >= 0 and not os.fstat(self.lock).st_nlink:
@@ -5492,29 +5490,21 @@ class Claims:
             self.worker = worker
 
     def _fire(self, now: float) -> list[str]:
-        """Add the jobs of due schedules; returns messages for the log.
-
-        In the first tick, and after the clock was set back, all next runs are
-        recomputed. An invalid schedule is paused, so that other work continues.
+        """Add the jobs of due schedules, and correct all next runs in the first tick
+        and after the clock was set back; returns messages for the log.
         """
-        store, notes = self._store, list[str]()
-
-        def steps() -> Iterator[tuple[Schedule, Callable[..., str]]]:
-            if now < self._last_tick - CLOCK_NOISE:
-                for one in store.schedules():
-                    if not one.paused:
-                        yield one, store.correct_next_run
-            for one in store.schedules(Sql.SCHEDULES_DUE, now=iso(now)):
-                yield one, store.fire
-        for schedule, step in steps():
+        store, notes, late = self._store, list[str](), iso(now)
+        is_back = now < self._last_tick - CLOCK_NOISE
+        for schedule in store.schedules():
+            if schedule.paused or not (is_back or schedule.next_run <= late):
+                continue
             try:
-                note = step(schedule, now)
-            except Invalid as error:
+                note = (store.fire if schedule.next_run <= late
+                        else store.correct_next_run)(schedule, now)
+                notes += [f"schedule {schedule.name}: {note}"] * bool(note)
+            except Invalid as error:    # other work continues
                 store.set_schedule(schedule, paused=True)
                 notes.append(f"schedule {schedule.name} is paused: {error.message}")
-                continue
-            if note:
-                notes.append(f"schedule {schedule.name}: {note}")
         return notes
 
     def begin(self, claim: Claim, slot: int) -> Claim:
@@ -5572,11 +5562,9 @@ class Claims:
                 return number, self._host.locks.hold(base + number)
 
     def _choose(self, slots: int, spares: int = 0) -> list[Job]:
-        """The next jobs that fit and whose queues have room.
-
-        Usually these are the first ready jobs; the second read can skip a few. Behind a
-        long backlog that cannot run, each queue is read by jobs_in_queue: `queue NOT
-        IN` would read the whole backlog at each tick.
+        """The next jobs that fit and whose queues have room: usually the first ready
+        jobs; the second read can skip a few. Behind a long backlog that cannot run,
+        each queue is read by jobs_in_queue: `queue NOT IN` would read all of it.
         """
         free, widest = slots + spares, self.worker.slots
         room = self._room(free)
@@ -5607,8 +5595,8 @@ class Claims:
         return room
 
     def _expire(self, now: float, settings: Settings) -> bool:
-        """Delete some expired jobs and old tallies; True if there may be more. It
-        continues after expired jobs that others wait for, which are kept.
+        """Delete some expired jobs and old tallies; True if there may be more. Jobs
+        that others wait for are kept, and passed over.
         """
         more = False
         for state, kept in ((COMPLETED, settings.retention_completed),
@@ -5648,11 +5636,10 @@ class Claims:
 
 
 class Peers:
-    """The other workers, and their lost runs.
+    """The workers other than `own` (None: called by a command), and their lost runs.
 
-    `own` is the id of the calling worker; None: a command. A lost run is seized in the
-    database, its processes are killed, then it is recorded. Several workers may do so
-    at once, or die in between: only one finds the claim and records it (I3).
+    A lost run is seized in the database, its processes are killed, then it is recorded.
+    Several workers may do so at once: only one finds the claim and records it (I3).
     """
 
     def __init__(self, queue: Queue, own: int | None = None) -> None:
@@ -5698,42 +5685,34 @@ class Peers:
         return changes
 
     def dead(self) -> list[Worker]:
-        expired = self._expired()
-        return [worker for worker in self._store.workers()
-                if worker in expired or self._host.is_alive(worker) is False]
-
-    def remove_expired(self, ids: Collection[int]) -> list[Worker]:
-        """Remove the expired ones of these workers: the next worker finds their runs
-        lost. One that is alive restores its row.
-        """
-        expired = [worker for worker in self._expired() if worker.id in ids]
-        if expired:
-            with self._store.transaction() as store:
-                # A heartbeat may have been written meanwhile.
-                counts = {worker.id: worker.heartbeats for worker in store.workers()}
-                expired = [worker for worker in expired
-                           if counts.get(worker.id) == worker.heartbeats]
-                for worker in expired:
-                    store.do(Sql.DELETE_WORKER, {"id": worker.id})
-        return expired
-
-    def _expired(self) -> list[Worker]:
-        """Workers of unknown processes that sent no heartbeat for a lease."""
+        """Workers that exited, or are unknown and sent no heartbeat for a lease."""
         lease = lease_of(self._store.settings())
-        return [worker for worker in self._store.workers()
-                if self._ages.get(worker.id, 0.0) >= lease
-                and self._host.is_alive(worker) is None]
+        return [one for one in self._store.workers()
+                if (is_alive := self._host.is_alive(one)) is False
+                or (is_alive is None and self._ages.get(one.id, 0.0) >= lease)]
+
+    def remove_expired(self, ids: Collection[int]) -> set[int]:
+        """Remove the unknown ones of these workers that are dead: the next worker finds
+        their runs lost. One that is alive restores its row.
+        """
+        beats = {one.id: one.heartbeats for one in self.dead()
+                 if one.id in ids and self._host.is_alive(one) is None}
+        if not beats:
+            return set()
+        with self._store.transaction() as store:
+            gone = {one.id for one in store.workers()     # may have sent one meanwhile
+                    if beats.get(one.id) == one.heartbeats}
+            store.write(Sql.DELETE_WORKER, [{"id": id} for id in gone])
+        return gone
 
     def await_stop(self, workers: Sequence[Worker],
                    timeout: float) -> Iterator[tuple[Worker, bool]]:
-        """Yield each worker when it has stopped, with True if it was removed as
-        expired; Refused after `timeout` seconds.
-        """
+        """Yield each worker when it has stopped, with True if it was removed."""
         end, left = time.monotonic() + timeout, {one.id: one for one in workers}
         while left:
             time.sleep(RESCUE_TICK)
             self.look()
-            removed = {one.id for one in self.remove_expired(left)}
+            removed = self.remove_expired(left)
             known = {one.id for one in self._store.workers()}
             for worker in [*left.values()]:
                 is_alive = self._host.is_alive(worker)
@@ -5795,8 +5774,8 @@ class Inspection:
         self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        looks = (self._file, self._schedules, self._clock, self._lost_runs,
-                 self._workers, self._output_dir, self._ground)
+        looks = (self._file, self._schedules, self._lost_runs, self._workers,
+                 self._output_dir, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
@@ -5826,14 +5805,6 @@ class Inspection:
                 yield Finding(PROBLEM, "schedule", f"the schedule {one.name} "
                               f"is invalid, so it does not run: {error.message}",
                               f"`queuectl schedule edit {one.name}` mends it")
-
-    def _clock(self) -> Iterator[Finding]:
-        ahead = iso(self._queue.clock() + CLOCK_NOISE)
-        found = self._store.jobs(Sql.DELAYED, ahead=ahead, limit=DUE_BATCH)
-        if found:
-            yield Finding(WARNING, "clock", f"the clock was set back: {len(found)} "
-                          f"jobs wait longer than their own delay: {found[0].id} ...",
-                          "a worker brings them forward; `queuectl worker start`")
 
     def _lost_runs(self) -> Iterator[Finding]:
         # In one snapshot: a run may end, and its worker exit, between two reads.
