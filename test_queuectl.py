@@ -6977,6 +6977,16 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         self.assertNotIn(False, [line.endswith("\x1b[K") for line in log.text.splitlines()
                                  if " worker " in line])
 
+    def test_a_background_job_draws_no_bar(self):
+        self.enqueue("true", "--id", "a")
+        line = shlex.join(self.command("wait", "a", "--timeout", "300ms"))
+        for shell, drawn in ((f"{line}; true", True), (f"{line} & wait $!", False)):
+            with self.subTest(drawn=drawn):
+                shown = self.on_terminal(["sh", "-mc", shell], (24, 80), {})
+                shown.end()
+                self.assertEqual("] 0/1" in shown.text, drawn)
+                self.assertIn("not over yet", shown.text)
+
     def test_no_bar_is_drawn_where_it_is_not_seen_or_not_wanted(self):
         self.enqueue("true", "--id", "a")
         for words, environ in ((("--all",), {"TERM": "dumb"}), (("a", "-q"), {})):
