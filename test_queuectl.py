@@ -9952,7 +9952,7 @@ MUTANTS = (
         "COUNTERS", "SELECT jobs, runs,",
         "SELECT jobs, (SELECT COALESCE(MAX(claim), 0) FROM runs),")),
     ("excused", "time in which nobody looked counts for the lease", (
-        "Heartbeats.look", "if gap", "step < math.inf")),
+        "Heartbeats.look", "if lease", "False")),
     ("charged", "a crash is charged as an attempt", ("settle", "if LOST", "False")),
     ("truthful", "a run that a rescuer ended counts as failed", (
         "Ledger.record", "call judged", "outcome")),
