@@ -5434,8 +5434,7 @@ class Claims:
         spares = [start_order(one.job) for one in self._held.values()
                   if not one.slots and one.number not in report.ended]
         is_overtaken = bool(spares) and any(
-            start_order(job) < max(spares) for job in store.jobs(
-                Sql.LINE, limit=1, widest=self.worker.slots))
+            start_order(job) < max(spares) for job in self._choose(self.worker.slots))
         claims = [] if behind or stop or is_overtaken or not free \
             else self._claim(free, most, locks, now)
         mine.update((one.number, None) for one in claims)

@@ -4549,19 +4549,22 @@ class Workers(Case):
             self.steps(lambda: runner._spares)
             self.assertEqual(ids(runner._spares), ["job-3", "job-4", "job-5"])
             runner._agenda.drop("spares")
-            self.job(id="urgent", priority=9)
-            self.begin_commit()
-            self.assertTrue(runner._commit[0].is_overtaken)
+            self.queue.pause("paused")
+            for queue in ("paused", "default"):
+                self.job(id=f"urgent-{queue}", priority=9, queue=queue)
+                self.begin_commit()
+                self.assertEqual(runner._commit[0].is_overtaken, queue == "default")
+                self.steps(lambda: not runner._commit)
             self.steps(lambda: not runner._spares)
             self.assertEqual({one.kind for one in runner._ended.values()}, {"released"})
             runner._pace = .01
             runner._agenda.want("tick")
             self.steps(lambda: runner._spares)
-            self.assertEqual(runner._spares[0].job.id, "urgent")
+            self.assertEqual(runner._spares[0].job.id, "urgent-default")
             self.steps(lambda: not runner._spares)      # SPARE_PATIENCE
             self.assertEqual(runner._pace, math.inf)
             self.steps(lambda: not runner._ended)
-            self.assertEqual(self.state("urgent"), PENDING)
+            self.assertEqual(self.state("urgent-default"), PENDING)
         self.assert_sound()
 
     def test_output_is_stored_once_and_not_again_for_a_while(self):
