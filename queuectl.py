@@ -6130,6 +6130,8 @@ def fold(line: str, width: int) -> list[str]:
     """Break a line at spaces into lines of that width (0: no limit), indented as what
     follows its first gap of two spaces.
     """
+    if "\n" in line:
+        return [part for one in line.split("\n") for part in fold(one, width)]
     if not width or columns(line) <= width:
         return [line]
     plain = re.sub(PAINT, "", line)

@@ -3880,6 +3880,7 @@ class Views(Case):
             self.assertEqual(queuectl.fold(line, width), wanted)
         self.assertEqual(queuectl.fold("   a bb cc", 7), ["   a bb", "   cc"])
         self.assertEqual(queuectl.fold("a/very/long/path b", 7), ["a/very/long/path", "b"])
+        self.assertEqual(queuectl.fold("one\n two three", 7), ["one", " two", " three"])
 
     def test_control_characters_are_shown_and_emoji_stay_whole(self):
         self.assertEqual(queuectl.one_line("a\tb\r\x1b[2J\u202e\n👩\u200d👧"),
